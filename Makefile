@@ -1,0 +1,48 @@
+# Everything runs from .venv, which `make venv` builds once and rebuilds when
+# pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-chaos bench lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv and install the package with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+	@echo "installing imgcls[dev,demo,bench] into .venv (the first time takes minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[dev,demo,bench]'
+	@touch $@
+
+demo: venv  ## train, label and measure on a small data set, on this machine
+	$(BIN)/imgcls demo
+
+test: lint  ## all checks: lint, types, layers, tests
+	$(BIN)/pytest
+
+test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed files
+	$(BIN)/pytest -m chaos -s --timeout 3600
+
+bench: venv  ## measure labelling on this machine
+	$(BIN)/python benchmarks/labeling.py
+
+lint: venv  ## style, types and the layers between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy imgcls jobs benchmarks
+	$(BIN)/lint-imports
+
+format: venv  ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches, and what the demo and the benchmarks wrote
+	rm -rf .venv build dist demo bench-results *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""The `imgcls` command: finds the job, loads its configuration, turns errors into exit codes.
+
+Each job's room is imported only when it is called, so that `imgcls --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imgcls import __version__, config
+from imgcls.errors import ImgclsError, Interrupted
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job: where its configuration and its function are, and what it is for."""
+
+    summary: str
+    module: str
+    config: str
+    function: str
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model, write a bundle", "imgcls.training.train", "TrainConfig", "train"
+    ),
+    "predict": Command(
+        "label every image of a manifest", "imgcls.labeling.predict", "PredictConfig", "predict"
+    ),
+    "model import": Command(
+        "make a bundle from plain weights",
+        "imgcls.models.importing",
+        "ImportConfig",
+        "import_model",
+    ),
+    "model list": Command(
+        "list the architectures", "imgcls.models.importing", "ListConfig", "list_models"
+    ),
+    "demo": Command(
+        "train on handwritten digits, label the test set", "imgcls.demo", "DemoConfig", "demo"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code.
+
+    0 done; 1 failed, can be resumed; 2 the request was wrong; 3 finished above max_error_rate.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"imgcls {__version__}")
+        return 0
+    name, rest = _command(arguments)
+    if name is None:
+        print(f"imgcls: no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return run(name, rest)
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """Run one job with its options; the scripts in jobs/ are this and nothing more."""
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(command.module)
+        function: Callable[[Any], object] = getattr(module, command.function)
+        settings = config.load(
+            getattr(module, command.config),
+            argv,
+            prog=f"imgcls {name}",
+            description=(function.__doc__ or command.summary).strip().splitlines()[0],
+        )
+        function(settings)
+    except Interrupted as error:
+        print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except ImgclsError as error:
+        print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except SystemExit as error:
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        print(f"imgcls {name}: stopped", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    return None, arguments
+
+
+def _usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [
+        "usage: imgcls COMMAND [--config FILE.yaml] [--KEY VALUE ...]",
+        "",
+        "Distributed batch image classification on Ray.",
+        "",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        "`imgcls COMMAND --help` lists a command's keys.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

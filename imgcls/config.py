@@ -1,0 +1,308 @@
+"""One loader for every job: defaults < YAML file < command line -> a frozen pydantic model.
+
+Owns the rules (unknown keys refused with the nearest valid one, all problems told at once, dotted
+paths everywhere, the environment never read) and the help text made from the models. Each section
+itself lives beside the code that it configures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from imgcls.errors import ConfigError
+
+S = TypeVar("S", bound="Section")
+
+
+class Section(BaseModel):
+    """A frozen group of settings; a docstring below each field is its help text."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+        validate_default=True,
+    )
+    shorthand: ClassVar[str | None] = None
+    """The field that a bare value sets: `--manifest FILE` is `--manifest.path FILE`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, value: Any) -> Any:
+        if cls.shorthand is not None and isinstance(value, (str, int, float)):
+            return {cls.shorthand: str(value)}
+        return value
+
+
+def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "") -> S:
+    """Build `model` from the command line `argv`.
+
+    `--config FILE.yaml` may be given several times, later files winning; every other option is a
+    dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
+    `--no-embeddings`). `--help` and `--print-config` print and exit 0.
+    Raises ConfigError that lists every problem with its dotted path.
+    """
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(help_text(model, prog=prog, description=description))
+        raise SystemExit(0)
+    problems: list[str] = []
+    files, overrides, print_config = _parse(model, argv, problems)
+    tree: dict[str, Any] = {}
+    for file in files:
+        _merge(model, tree, _read_yaml(file, problems))
+    for key, value in overrides:
+        _set(model, tree, key.split("."), value)
+    try:
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        problems += _explain(model, error)
+        config = None
+    if problems or config is None:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{prog}: the configuration has {_count(problems)}:\n{lines}")
+    if print_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def dump(config: Section) -> str:
+    """The configuration as YAML that `load` reads back to the same model."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def help_text(model: type[Section], *, prog: str, description: str = "") -> str:
+    """The `--help` page: every dotted key with its type, default and meaning."""
+    lines = [f"usage: {prog} [--config FILE.yaml] [--KEY VALUE ...]", ""]
+    if description:
+        lines += [description, ""]
+    lines += [
+        "  --config FILE.yaml    read settings from a file; the command line wins over it",
+        "  --print-config        print the resolved settings as YAML and stop",
+        "",
+    ]
+    for key, field, section in _leaves(model):
+        if key == section:
+            continue
+        default = (
+            "required"
+            if field.is_required()
+            else f"default {_show(field.get_default(call_default_factory=True))}"
+        )
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  --{_dashed(key)} {_type_name(field.annotation)}  ({default})")
+        if meaning:
+            lines.append(f"      {meaning}")
+    return "\n".join(lines)
+
+
+def _count(problems: Sequence[str]) -> str:
+    return "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def _dashed(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The Section class in an annotation such as `Section` or `Section | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            found = _section_of(argument)
+            if found is not None:
+                return found
+    return None
+
+
+def _leaves(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str | None]]:
+    """Every settable (dotted key, field, owner); sections with a shorthand are settable too."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        section = _section_of(field.annotation)
+        if section is None:
+            yield key, field, None
+            continue
+        if section.shorthand is not None:
+            yield key, field, key
+        yield from _leaves(section, f"{key}.")
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        names = [_type_name(a) for a in typing.get_args(annotation) if a is not type(None)]
+        return "|".join(dict.fromkeys(names))
+    if origin in (list, tuple):
+        return "LIST"
+    if origin is dict:
+        return "MAP"
+    return {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}.get(annotation, "VALUE")
+
+
+def _is_bool(annotation: Any) -> bool:
+    if annotation is bool:
+        return True
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return bool in typing.get_args(annotation)
+    return False
+
+
+def _parse(
+    model: type[Section], argv: Sequence[str], problems: list[str]
+) -> tuple[list[str], list[tuple[str, Any]], bool]:
+    """Split the command line into files, (dotted key, value) pairs and `--print-config`."""
+    fields = {key: field for key, field, _ in _leaves(model)}
+    files: list[str] = []
+    overrides: list[tuple[str, Any]] = []
+    print_config = False
+    position = 0
+    while position < len(argv):
+        argument = argv[position]
+        position += 1
+        if argument == "--print-config":
+            print_config = True
+            continue
+        if not argument.startswith("--") or argument == "--":
+            problems.append(f"{argument!r}: options are written --KEY VALUE")
+            continue
+        name, equals, value = argument[2:].partition("=")
+        key = name.replace("-", "_")
+        field = fields.get(key)
+        if not equals:
+            following = argv[position] if position < len(argv) else None
+            takes_none = following is None or _is_option(following)
+            if field is not None and _is_bool(field.annotation):
+                if following is not None and following.lower() in ("true", "false"):
+                    value, position = following, position + 1
+                else:
+                    value = "true"
+            elif field is None and key.startswith("no_") and key[3:] in fields:
+                key, value = key[3:], "false"
+            elif takes_none:
+                problems.append(
+                    _unknown(model, key) if field is None else f"--{name}: needs a value"
+                )
+                continue
+            else:
+                value, position = typing.cast(str, following), position + 1
+        if key == "config":
+            files.append(value)
+        else:
+            overrides.append((key, _value(value)))
+    return files, overrides, print_config
+
+
+def _is_option(argument: str) -> bool:
+    return argument.startswith("--") and len(argument) > 2
+
+
+def _value(text: str) -> Any:
+    """Lists, maps and null are read as YAML; anything else stays text for pydantic to coerce."""
+    if text in ("null", "none", "None"):
+        return None
+    if text[:1] in "[{" and text:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        problems.append(f"--config {file}: {error.strerror or error}; give the path of a YAML file")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"--config {file}: not YAML: {' '.join(str(error).split())}")
+        return {}
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        problems.append(
+            f"--config {file}: expected keys and values, found {type(content).__name__}"
+        )
+        return {}
+    return content
+
+
+def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for raw, value in update.items():
+        name = str(raw).replace("-", "_")
+        field = model.model_fields.get(name) if model is not None else None
+        section = _section_of(field.annotation) if field is not None else None
+        if section is not None and not isinstance(value, Mapping) and value is not None:
+            value = {section.shorthand: value} if section.shorthand is not None else value
+        if isinstance(value, Mapping) and section is not None:
+            branch = tree.get(name)
+            tree[name] = branch if isinstance(branch, dict) else {}
+            _merge(section, tree[name], value)
+        else:
+            tree[name] = value
+
+
+def _set(model: type[Section], tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    _merge(model, tree, nested)
+
+
+def _explain(model: type[Section], error: ValidationError) -> list[str]:
+    problems = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(_unknown(model, path))
+        elif item["type"] == "missing":
+            problems.append(f"{path}: is required; give --{_dashed(path)} VALUE")
+        elif item["type"] == "value_error":
+            problems.append(
+                f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
+            )
+        else:
+            found = item["input"]
+            problems.append(f"{path}: {item['msg']}; found {found!r}")
+    return problems
+
+
+def _unknown(model: type[Section], path: str) -> str:
+    """Name an unknown key and the nearest valid ones: by spelling, then by last part."""
+    valid = [key for key, _, _ in _leaves(model)]
+    sections = sorted({key.rpartition(".")[0] for key in valid} - {""})
+    near = difflib.get_close_matches(path, valid + sections, n=2, cutoff=0.7)
+    last = path.rpartition(".")[2]
+    near += [key for key in valid if key.rpartition(".")[2] == last]
+    if not near:
+        by_last = {key.rpartition(".")[2]: key for key in valid}
+        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=2, cutoff=0.7)]
+    hint = " or ".join(dict.fromkeys(near))
+    remedy = f"did you mean {hint}?" if hint else "see --help for the valid keys"
+    return f"{path}: unknown key; {remedy}"

@@ -1,0 +1,1 @@
+"""Files, manifests and pixels: everything below the model, without Ray."""

@@ -1,0 +1,261 @@
+"""Bytes to pixels: one specification, several decode routes that agree.
+
+Owns the header check (pixel limit before decoding), the choice of the fastest correct route per
+image, EXIF orientation, colour modes and the resize; promises uint8 RGB of a fixed size or a typed
+ImageError. Normalising is left to the classifier, on the device.
+
+Routes, all compared in tests with the reference (Pillow decode, `Resize`, `CenterCrop`):
+  dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8 (Pillow's draft)
+  torchvision any other JPEG: libjpeg-turbo through torchvision.io
+  pillow      everything else
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 100_000_000
+DCT_MARGIN = 1.4
+"""The DCT route keeps at least this many times the pixels per side that the resize asks for."""
+LARGEST_RESIZE = 4_000_000
+"""Above this many pixels (a 20,000x1 strip, 256 high after resizing) only the crop is computed."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_FILTER = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+def decode(
+    data: bytes, spec: Preprocess, *, max_pixels: int = MAX_PIXELS
+) -> tuple[Pixels, tuple[int, int]]:
+    """Decode one image to the model's input size.
+
+    data: the file's bytes
+    Returns (3, crop, crop) uint8 RGB, and the (width, height) in pixels that a viewer would show,
+    before resizing and after EXIF orientation.
+    Raises EmptyImage, TruncatedImage, NotAnImage, ImageTooLarge or ImageError.
+    """
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"{width}x{height} is {width * height:,} pixels, more than max_pixels {max_pixels:,}"
+        )
+    orientation = _orientation(image)
+    shown = (height, width) if orientation >= 5 else (width, height)
+    try:
+        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+            return _decode_jpeg(data, image, orientation, shown, spec), shown
+        rgb = _oriented(_to_rgb(image), orientation)
+        return _resized_pillow(rgb, shown, spec), shown
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _image_error(error, data) from error
+
+
+def thumbnail(data: bytes, side: int) -> Image.Image:
+    """A small RGB picture of an image file, upright, at most `side` pixels wide and high."""
+    image = _open(data)
+    orientation = _orientation(image)
+    image.draft("RGB", (side, side))
+    rgb = _oriented(_to_rgb(image), orientation)
+    rgb.thumbnail((side, side))
+    return rgb
+
+
+def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
+    """(width, height) to resize to before cropping or padding, rounded as torchvision does."""
+    width, height = shown
+    if spec.mode == "squash":
+        return spec.crop, spec.crop
+    if spec.mode == "pad":
+        scale = spec.crop / max(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+    if width <= height:
+        return spec.resize, int(spec.resize * height / width)
+    return int(spec.resize * width / height), spec.resize
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    if not data:
+        raise EmptyImage("the file has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise NotAnImage(
+            f"{_looks_like(data)}; JPEG, PNG, WebP, GIF, BMP and TIFF are read"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(str(error)) from error
+    except Exception as error:
+        raise _image_error(error, data) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  broken EXIF says nothing about the pixels
+        return 1
+    return value if value in _TRANSPOSE else 1
+
+
+def _decode_jpeg(
+    data: bytes,
+    image: ImageFile.ImageFile,
+    orientation: int,
+    shown: tuple[int, int],
+    spec: Preprocess,
+) -> Pixels:
+    resized = target_size(shown, spec)
+    wanted = (resized[1], resized[0]) if orientation >= 5 else resized
+    margin = (math.ceil(wanted[0] * DCT_MARGIN), math.ceil(wanted[1] * DCT_MARGIN))
+    if image.size[0] >= 2 * margin[0] and image.size[1] >= 2 * margin[1]:
+        image.draft("RGB", margin)
+        return _resized_pillow(_oriented(_to_rgb(image), orientation), shown, spec)
+    tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    upright = _oriented_tensor(tensor, orientation)
+    if resized[0] * resized[1] > LARGEST_RESIZE:
+        rgb = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy())
+        return _resized_pillow(rgb, shown, spec)
+    return _resized_tensor(upright, shown, spec)
+
+
+def _resized_pillow(image: Image.Image, shown: tuple[int, int], spec: Preprocess) -> Pixels:
+    """Resize and crop in one pass: only the pixels that are kept are computed."""
+    resized = target_size(shown, spec)
+    box, _ = _window(resized, spec)
+    left, top, right, bottom = box
+    scale_x, scale_y = image.size[0] / resized[0], image.size[1] / resized[1]
+    kept = image.resize(
+        (right - left, bottom - top),
+        _PILLOW_FILTER[spec.interpolation],
+        box=(left * scale_x, top * scale_y, right * scale_x, bottom * scale_y),
+    )
+    return _placed(np.asarray(kept).transpose(2, 0, 1), resized, spec)
+
+
+def _resized_tensor(tensor: torch.Tensor, shown: tuple[int, int], spec: Preprocess) -> Pixels:
+    resized = target_size(shown, spec)
+    (left, top, right, bottom), _ = _window(resized, spec)
+    if tuple(tensor.shape[1:]) != (resized[1], resized[0]):
+        tensor = torch.nn.functional.interpolate(
+            tensor[None],
+            (resized[1], resized[0]),
+            mode=spec.interpolation,
+            antialias=True,
+            align_corners=False,
+        )[0]
+    return _placed(tensor[:, top:bottom, left:right].numpy(), resized, spec)
+
+
+def _window(
+    resized: tuple[int, int], spec: Preprocess
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """The box of the resized image that is kept, and where it goes on the square canvas.
+
+    The centre crop rounds as torchvision's CenterCrop does.
+    """
+    width, height = resized
+    left = max(0, round((width - spec.crop) / 2))
+    top = max(0, round((height - spec.crop) / 2))
+    right, bottom = min(width, left + spec.crop), min(height, top + spec.crop)
+    place = ((spec.crop - (right - left)) // 2, (spec.crop - (bottom - top)) // 2)
+    return (left, top, right, bottom), place
+
+
+def _placed(pixels: Pixels, resized: tuple[int, int], spec: Preprocess) -> Pixels:
+    if pixels.shape[1:] == (spec.crop, spec.crop):
+        return np.ascontiguousarray(pixels)
+    _, (x, y) = _window(resized, spec)
+    canvas = np.zeros((3, spec.crop, spec.crop), np.uint8)
+    canvas[:, y : y + pixels.shape[1], x : x + pixels.shape[2]] = pixels
+    return canvas
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: transparency over white, 16 bits scaled to 8, the first frame."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.float32)
+        # Pillow's own conversion clips at 255; 65535 is white in a 16-bit file
+        grey = np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        canvas = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _oriented(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+def _oriented_tensor(tensor: torch.Tensor, orientation: int) -> torch.Tensor:
+    """(3, H, W) turned as EXIF orientation 1 to 8 asks."""
+    if orientation >= 5:
+        tensor = tensor.transpose(1, 2)
+    if orientation in (3, 4, 7, 8):
+        tensor = tensor.flip(1)
+    if orientation in (2, 3, 6, 7):
+        tensor = tensor.flip(2)
+    return tensor
+
+
+def _image_error(error: Exception, data: bytes) -> ImageError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    lowered = reason.lower()
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageTooLarge(reason)
+    if any(sign in lowered for sign in ("truncated", "incomplete", "eof", "unexpected end")):
+        return TruncatedImage(f"{reason} ({len(data):,} bytes)")
+    return ImageError(reason)
+
+
+def _looks_like(data: bytes) -> str:
+    head = data[:64].lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "the bytes are a web page or XML"
+    if head.startswith((b"{", b"[")):
+        return "the bytes are JSON"
+    if head.startswith(b"%pdf"):
+        return "the bytes are a PDF"
+    return f"the bytes begin with {data[:8]!r}"
+
+
+def stack(images: Sequence[Pixels], spec: Preprocess) -> Pixels:
+    """(N, 3, crop, crop) uint8 from decoded images; N may be 0."""
+    if not images:
+        return np.empty((0, 3, spec.crop, spec.crop), np.uint8)
+    return np.stack(images)

@@ -1,0 +1,40 @@
+"""What is done to an image before the model sees it: the specification, without the doing.
+
+Kept apart from `images` so that reading a bundle's description imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
+
+from imgcls.config import Section
+
+Interpolation = Literal["bilinear", "bicubic"]
+ResizeMode = Literal["crop", "pad", "squash"]
+
+
+class Preprocess(Section):
+    """How an image becomes the model's input; travels in the bundle."""
+
+    resize: PositiveInt = 256
+    """Length of the shorter side after resizing, in pixels (mode crop)."""
+    crop: PositiveInt = 224
+    """Side of the square that the model sees, in pixels."""
+    interpolation: Interpolation = "bilinear"
+    """Resampling filter, antialiased."""
+    mode: ResizeMode = "crop"
+    """crop: resize, then centre crop. pad: fit whole, black bars. squash: ignore the aspect."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean per channel (RGB) of pixels in [0, 1], subtracted on the device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation per channel, divided by on the device."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocess:
+        if self.resize < self.crop:
+            raise ValueError(f"resize ({self.resize}) must be at least crop ({self.crop})")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be positive")
+        return self

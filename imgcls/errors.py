@@ -1,0 +1,107 @@
+"""The tree of errors a user can meet.
+
+Every message names the place, what was found there and the remedy. The class decides the exit
+code that a scheduler sees; nothing else in the package calls `sys.exit` with a number of its own.
+"""
+
+from __future__ import annotations
+
+
+class ImgclsError(Exception):
+    """Anything imgcls says to its user."""
+
+    exit_code = 1
+
+
+class RequestError(ImgclsError):
+    """The request was wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(RequestError):
+    """A configuration key or value is wrong."""
+
+
+class ManifestError(RequestError):
+    """The manifest cannot be read as a table of image paths."""
+
+
+class BundleError(RequestError):
+    """The model bundle is missing, damaged or does not fit."""
+
+
+class OutputError(RequestError):
+    """The output folder cannot be written, or belongs to another run."""
+
+
+class OutputBusy(OutputError):
+    """Another driver is at work on this output."""
+
+
+class ResourcesError(RequestError):
+    """The cluster cannot hold the layout that was asked for."""
+
+
+class RunFailed(ImgclsError):
+    """The run broke off; the same command resumes it."""
+
+
+class Interrupted(RunFailed):
+    """The run was told to stop; the same command resumes it."""
+
+
+class TooManyErrors(ImgclsError):
+    """The run finished, but with more failed rows than allowed; it was not committed."""
+
+    exit_code = 3
+
+
+class StorageError(RunFailed):
+    """Reading or writing a file failed."""
+
+
+class StorageMissing(StorageError):
+    """There is no such file."""
+
+
+class StorageForbidden(StorageError):
+    """The store refuses access."""
+
+
+class StorageFull(StorageError):
+    """No space is left."""
+
+
+class StorageUnavailable(StorageError):
+    """The store did not answer properly, even after retries."""
+
+
+class ImageError(ImgclsError):
+    """The bytes are not an image that can be used; `status` is the row's status."""
+
+    status = "unreadable"
+
+
+class EmptyImage(ImageError):
+    """The file has no bytes."""
+
+    status = "empty"
+
+
+class TruncatedImage(ImageError):
+    """The file ends before the image does."""
+
+    status = "truncated"
+
+
+class NotAnImage(ImageError):
+    """The bytes are in no image format that is read here."""
+
+    status = "not_an_image"
+
+
+class ImageTooLarge(ImageError):
+    """The header announces more pixels than allowed."""
+
+    status = "too_large"

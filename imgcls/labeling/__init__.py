@@ -1,0 +1,1 @@
+"""The labelling job: a manifest in, a committed Parquet table of predictions out."""

@@ -1,0 +1,288 @@
+"""One chunk, from manifest rows to a table of predictions: fetch, prepare, classify.
+
+The stages are separate functions so that each cluster layout may put them where the hardware is,
+and every layout composes the same ones: same batches, same bytes out. Nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls.data import images, manifest, storage
+from imgcls.data.images import Pixels
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import ImageError, StorageError, StorageForbidden, StorageMissing
+from imgcls.labeling import output as layout
+from imgcls.labeling.work import Seconds, Work, WorkSpec
+from imgcls.models.classifier import Classifier, top_k_of
+
+Blob = bytes | StorageError
+
+
+@dataclass
+class Prepared:
+    """What became of N rows' images before the model: pixels of the good ones, reasons of the rest.
+
+    pixels: uint8 (3, crop, crop) of each ok row, in row order
+    status, error, width, height: one entry per row; width and height are null unless ok
+    """
+
+    pixels: list[Pixels] = field(default_factory=list)
+    status: list[str] = field(default_factory=list)
+    error: list[str | None] = field(default_factory=list)
+    width: list[int | None] = field(default_factory=list)
+    height: list[int | None] = field(default_factory=list)
+
+
+def rows_of(spec: WorkSpec, work: Work) -> pa.Table:
+    """The manifest columns of a chunk's rows, read from its shard."""
+    part = spec.plan.part_of(work.chunk)
+    group = work.chunk - spec.plan.chunks_of(part).start
+    shard = _open_shard(layout.shard_url(spec.output, part))
+    table: pa.Table = shard.read_row_group(group)
+    return table if work.offsets is None else table.take(list(work.offsets))
+
+
+@functools.lru_cache(maxsize=2)
+def _open_shard(url: str) -> pq.ParquetFile:
+    return pq.ParquetFile(storage.open_read(url), pre_buffer=False)
+
+
+def fetch(spec: WorkSpec, rows: pa.Table) -> Iterator[Blob]:
+    """Each row's bytes or why they cannot be had, reads running ahead of the consumer."""
+    paths = rows.column(spec.path_column).to_pylist()
+    urls = (manifest.resolve(path, spec.root) for path in paths)
+    return storage.read_ahead(urls, spec.fetches)
+
+
+def prepare(
+    blob: Blob, preprocess: Preprocess, max_pixels: int, prepared: Prepared
+) -> Pixels | None:
+    """Decode one row's image, noting its status; the pixels when it is good."""
+    try:
+        if isinstance(blob, StorageError):
+            raise blob
+        pixels, (width, height) = images.decode(blob, preprocess, max_pixels=max_pixels)
+    except (StorageError, ImageError) as error:
+        prepared.status.append(_status(error))
+        prepared.error.append(str(error))
+        prepared.width.append(None)
+        prepared.height.append(None)
+        return None
+    prepared.status.append(layout.OK)
+    prepared.error.append(None)
+    prepared.width.append(width)
+    prepared.height.append(height)
+    return pixels
+
+
+def prepare_all(
+    spec: WorkSpec, rows: pa.Table, preprocess: Preprocess, seconds: Seconds
+) -> Prepared:
+    """Fetch and decode all rows of a chunk; the first half of the layouts with GPUs."""
+    return prepare_blobs(spec, fetch(spec, rows), preprocess, seconds)
+
+
+def prepare_blobs(
+    spec: WorkSpec, blobs: Iterator[Blob], preprocess: Preprocess, seconds: Seconds
+) -> Prepared:
+    """Decode fetched rows, telling the time spent waiting from the time spent decoding."""
+    prepared = Prepared()
+    for pixels in _decoded(spec, blobs, preprocess, prepared, seconds):
+        prepared.pixels.append(pixels)
+    return prepared
+
+
+def classify_prepared(
+    spec: WorkSpec,
+    classifier: Classifier,
+    rows: pa.Table,
+    work: Work,
+    prepared: Prepared,
+    seconds: Seconds,
+) -> pa.Table:
+    """Run the model over prepared pixels; the second half of the layouts with GPUs."""
+    head = _Head(spec, classifier)
+    for start in range(0, len(prepared.pixels), spec.batch_size):
+        with _timed(seconds, "classify"):
+            head.run(np.stack(prepared.pixels[start : start + spec.batch_size]))
+    return _table(spec, classifier, rows, work, prepared, head)
+
+
+def label(
+    spec: WorkSpec, classifier: Classifier, rows: pa.Table, work: Work, seconds: Seconds
+) -> pa.Table:
+    """Fetch, decode and classify a chunk, holding one batch of pixels at a time."""
+    prepared = Prepared()
+    head = _Head(spec, classifier)
+    batch: list[Pixels] = []
+    for pixels in _decoded(spec, fetch(spec, rows), classifier.preprocess, prepared, seconds):
+        batch.append(pixels)
+        if len(batch) == spec.batch_size:
+            with _timed(seconds, "classify"):
+                head.run(np.stack(batch))
+            batch.clear()
+    if batch:
+        with _timed(seconds, "classify"):
+            head.run(np.stack(batch))
+    return _table(spec, classifier, rows, work, prepared, head)
+
+
+def commit(spec: WorkSpec, work: Work, table: pa.Table, seconds: Seconds) -> None:
+    """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
+    part = spec.plan.part_of(work.chunk)
+    name = layout.chunk_url if work.offsets is None else layout.retry_url
+    with _timed(seconds, "commit"):
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        storage.write(name(spec.output, part, work.chunk, spec.plan.run_id), sink.getvalue())
+
+
+class _Head:
+    """Gathers what the model says, batch after batch."""
+
+    def __init__(self, spec: WorkSpec, classifier: Classifier) -> None:
+        self._spec = spec
+        self._classifier = classifier
+        self.scores: list[npt.NDArray[np.float32]] = []
+        self.embeddings: list[npt.NDArray[np.float32]] = []
+
+    def run(self, batch: Pixels) -> None:
+        result = self._classifier.classify(batch, embeddings=self._spec.embeddings)
+        self.scores.append(result.scores)
+        if result.embedding is not None:
+            self.embeddings.append(result.embedding)
+
+
+class _timed:  # noqa: N801  a context manager that reads as a word
+    def __init__(self, seconds: Seconds, stage: str) -> None:
+        self._seconds = seconds
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._start
+        setattr(self._seconds, self._stage, getattr(self._seconds, self._stage) + spent)
+
+
+def _decoded(
+    spec: WorkSpec,
+    blobs: Iterator[Blob],
+    preprocess: Preprocess,
+    prepared: Prepared,
+    seconds: Seconds,
+) -> Iterator[Pixels]:
+    end = object()
+    while True:
+        with _timed(seconds, "fetch"):
+            blob = next(blobs, end)
+        if blob is end:
+            return
+        with _timed(seconds, "prepare"):
+            pixels = prepare(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
+        if pixels is not None:
+            yield pixels
+
+
+def _status(error: StorageError | ImageError) -> str:
+    if isinstance(error, ImageError):
+        return error.status
+    if isinstance(error, StorageMissing):
+        return "missing"
+    if isinstance(error, StorageForbidden):
+        return "forbidden"
+    return "unreadable"
+
+
+def _table(
+    spec: WorkSpec,
+    classifier: Classifier,
+    rows: pa.Table,
+    work: Work,
+    prepared: Prepared,
+    head: _Head,
+) -> pa.Table:
+    """The prediction columns of a chunk: one row per manifest row, null without an image."""
+    classes = classifier.classes
+    schema = layout.prediction_schema(
+        labelled=spec.label_column is not None,
+        scores=len(classes) if spec.scores else None,
+        embedding=classifier.embedding_width if spec.embeddings else None,
+    )
+    scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
+    # place[i] is the row of `scores` that belongs to row i; a null where there is none
+    ok = np.array([status == layout.OK for status in prepared.status], bool)
+    place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
+    start = spec.plan.rows_of(work.chunk).start
+    offsets = range(rows.num_rows) if work.offsets is None else work.offsets
+    top, values = top_k_of(scores, spec.top_k)
+    names = pa.array(classes, pa.string())
+    accepted = np.zeros(len(ok), bool)
+    accepted[ok] = values[:, 0] >= np.float32(spec.threshold)
+    columns: dict[str, pa.Array] = {
+        "row": pa.array([start + offset for offset in offsets], pa.int64()),
+        "predicted_label": names.take(pa.array(top[:, 0])).take(place),
+        "confidence": pa.array(values[:, 0]).take(place),
+        "accepted": pa.array(accepted),
+        "topk_labels": _lists(names.take(pa.array(top.ravel())), top.shape[1]).take(place),
+        "topk_scores": _lists(pa.array(values.ravel()), top.shape[1]).take(place),
+    }
+    if spec.label_column is not None:
+        columns |= _label_columns(rows.column(spec.label_column), classes, scores, ok)
+    if spec.scores:
+        flat = pa.array(scores.astype(np.float16).ravel())
+        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes)).take(place)
+    if spec.embeddings:
+        width = classifier.embedding_width
+        stacked = np.concatenate([np.empty((0, width), np.float32), *head.embeddings])
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(stacked.ravel()), width
+        ).take(place)
+    columns["width"] = pa.array(prepared.width, pa.int32())
+    columns["height"] = pa.array(prepared.height, pa.int32())
+    columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
+    columns["error"] = pa.array(prepared.error, pa.string())
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _lists(values: pa.Array, width: int) -> pa.ListArray:
+    offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def _label_columns(
+    labels: pa.ChunkedArray,
+    classes: Sequence[str],
+    scores: npt.NDArray[np.float32],
+    ok: npt.NDArray[np.bool_],
+) -> dict[str, pa.Array]:
+    """The score of each row's own label and its rank; null without a prediction or a known label.
+
+    Equal scores rank in class order, as in the top k.
+    """
+    codes = {name: code for code, name in enumerate(classes)}
+    known = [codes.get(name, -1) for name in manifest.labels_as_text(labels).to_pylist()]
+    code = np.array(known, np.int64)[ok]
+    judged = code >= 0
+    own = np.take_along_axis(scores, np.maximum(code, 0)[:, None], axis=1)
+    before = np.arange(scores.shape[1])[None, :] < code[:, None]
+    rank = 1 + ((scores > own) | ((scores == own) & before)).sum(1)
+    label_score = np.zeros(len(ok), np.float32)
+    label_rank = np.zeros(len(ok), np.int32)
+    null = np.ones(len(ok), bool)
+    label_score[ok], label_rank[ok], null[ok] = own[:, 0], rank, ~judged
+    return {
+        "label_score": pa.array(label_score, mask=null),
+        "label_rank": pa.array(label_rank, mask=null),
+    }

@@ -1,0 +1,80 @@
+"""The end of a run: metrics from the written files, the gate, and `_SUCCESS` last of all."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls.data import storage
+from imgcls.labeling import ledger
+from imgcls.labeling import output as layout
+from imgcls.labeling.plan import Plan
+from imgcls.metrics import PredictionCounts, tables
+
+_ERRORS = pa.schema(
+    [("row", pa.int64()), ("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
+)
+
+
+def write_metrics(
+    output: str, plan: Plan, counts: PredictionCounts, *, top_k: int, path_column: str
+) -> pa.Table:
+    """Write `metrics/*.parquet`; returns the summary."""
+    summary = tables.summary(counts, top_k=top_k)
+    made = {
+        "summary": summary,
+        "per_class": tables.per_class(counts),
+        "confusion": tables.confusion(counts),
+        "calibration": tables.calibration(counts),
+    }
+    for name, table in made.items():
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        storage.write(_metric(output, name), sink.getvalue())
+    with (
+        storage.open_write(_metric(output, "errors")) as stream,
+        pq.ParquetWriter(stream, _ERRORS) as writer,
+    ):
+        if counts.error_rows:
+            for failed in ledger.failures(output, plan, path_column):
+                writer.write_table(failed.rename_columns(_ERRORS.names).cast(_ERRORS))
+    return summary
+
+
+def write_success(
+    output: str,
+    *,
+    run: Mapping[str, Any],
+    counts: PredictionCounts,
+    seconds: Mapping[str, float],
+    precision: Sequence[str],
+) -> None:
+    """Mark the run as committed: written last, and only when every row is in the table."""
+    files = storage.names(storage.join(output, layout.PREDICTIONS))
+    body = {
+        "rows": counts.rows,
+        "status": dict(sorted(counts.status.items())),
+        "run_id": run["plan"]["run_id"],
+        "bundle_sha256": run["identity"]["bundle"]["sha256"],
+        "manifest_fingerprint": run["identity"]["manifest"]["fingerprint"],
+        "settings": run["identity"]["settings"],
+        "precision": sorted(precision),
+        "versions": run["provenance"]["versions"],
+        "files": {
+            name: storage.size(storage.join(output, layout.PREDICTIONS, name)) for name in files
+        },
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    data = (json.dumps(body, indent=2) + "\n").encode()
+    storage.write(storage.join(output, layout.SUCCESS), data)
+
+
+def _metric(output: str, name: str) -> str:
+    return storage.join(output, layout.METRICS, f"{name}.parquet")

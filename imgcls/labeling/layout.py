@@ -1,0 +1,156 @@
+"""Where the stages of labelling go: decided by arithmetic from what the cluster has, with reasons.
+
+A pure function of the resources, so that every layout is planned and tested without its hardware.
+Promises that the layout fits before anything starts: Ray would wait for ever for a CPU that its own
+actors hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from imgcls.cluster import Node
+from imgcls.config import Section
+from imgcls.errors import ResourcesError
+
+LayoutName = Literal["cpu", "gpu", "gpu_decode"]
+
+TASK_CPUS = 0.05
+"""CPU share of a roll-up task: it must start however busy the workers are."""
+WORKER_CPUS = 0.9
+"""CPU share of a one-core worker, so that ten of them leave a core for Ray's tasks."""
+HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
+"""Accelerators, as Ray names them, with a JPEG decode engine."""
+
+
+class ScaleConfig(Section):
+    """How many workers, and where."""
+
+    layout: Literal["auto", "cpu", "gpu", "gpu_decode"] = "auto"
+    """cpu: every stage in one worker per core. gpu: CPUs decode for GPUs. gpu_decode: GPUs do."""
+    workers: PositiveInt | None = None
+    """Model workers; one per core, or one per GPU, when not given."""
+    fetches: PositiveInt = 16
+    """Reads under way per worker."""
+    batch_size: PositiveInt | None = None
+    """Images per forward pass; 32 on CPUs, 128 on GPUs."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that fits.
+
+    workers:        model workers (Ray actors), each with worker_cpus and worker_gpus
+    decoders:       tasks that may decode (gpu) or fetch (gpu_decode) at a time, one CPU share each
+    threads:        compute threads of a model worker
+    """
+
+    name: LayoutName
+    workers: int
+    worker_cpus: float
+    worker_gpus: float
+    decoders: int
+    threads: int
+    batch_size: int
+    reasons: tuple[str, ...]
+
+
+def plan_layout(nodes: Sequence[Node], config: ScaleConfig) -> Layout:
+    """Choose and size a layout for a cluster.
+
+    Raises ResourcesError, with the arithmetic, when what was asked for does not fit.
+    """
+    cpus = sum(node.cpus for node in nodes)
+    gpus = sum(node.gpus for node in nodes)
+    if not nodes or cpus < 1:
+        raise ResourcesError(
+            f"the cluster has {cpus:g} CPUs; labelling needs at least 1: start Ray with "
+            "--num-cpus, or add a worker node"
+        )
+    name, why = _choose(nodes, config, cpus, gpus)
+    if name == "cpu":
+        return _cpu_layout(nodes, config, why)
+    return _gpu_layout(name, config, cpus, gpus, why)
+
+
+def _choose(
+    nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: float
+) -> tuple[LayoutName, str]:
+    if config.layout != "auto":
+        if config.layout != "cpu" and gpus < 1:
+            raise ResourcesError(
+                f"scale.layout {config.layout} needs a GPU, the cluster has {gpus:g}; say "
+                "--scale.layout cpu, or add a GPU node"
+            )
+        return config.layout, f"{config.layout} layout, as asked"
+    if gpus < 1:
+        return "cpu", f"no GPU among {cpus:g} CPUs: every stage in one worker per core"
+    engines = [n for n in nodes if n.gpus and n.accelerator in HARDWARE_JPEG]
+    with_gpus = [n for n in nodes if n.gpus]
+    if len(engines) == len(with_gpus) and cpus / gpus < 24:
+        return "gpu_decode", (
+            f"{gpus:g} GPUs with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
+        )
+    return "gpu", f"{gpus:g} GPUs, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
+
+
+def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
+    cores = sum(math.floor(node.cpus) for node in nodes)
+    workers = config.workers or cores
+    if workers > cores:
+        raise ResourcesError(
+            f"scale.workers {workers}: each takes a core, and the cluster has {cores} whole ones; "
+            f"give at most {cores}"
+        )
+    return Layout(
+        name="cpu",
+        workers=workers,
+        worker_cpus=WORKER_CPUS,
+        worker_gpus=0,
+        decoders=0,
+        threads=1,
+        batch_size=config.batch_size or 32,
+        reasons=(
+            why,
+            f"{workers} workers x {WORKER_CPUS:g} CPU leave "
+            f"{sum(n.cpus for n in nodes) - workers * WORKER_CPUS:.1f} for Ray's own tasks",
+        ),
+    )
+
+
+def _gpu_layout(
+    name: LayoutName, config: ScaleConfig, cpus: float, gpus: float, why: str
+) -> Layout:
+    workers = config.workers or math.floor(gpus)
+    if workers > gpus:
+        raise ResourcesError(
+            f"scale.workers {workers}: each takes a GPU, and the cluster has {gpus:g}; give at "
+            f"most {math.floor(gpus)}"
+        )
+    worker_cpus = 0.5
+    left = cpus - workers * worker_cpus
+    decoders = math.floor(left / WORKER_CPUS)
+    if decoders < 1:
+        raise ResourcesError(
+            f"{workers} GPU workers x {worker_cpus:g} CPU leave {left:g} of {cpus:g} CPUs, and "
+            f"fetching needs {WORKER_CPUS:g}: add CPUs, or give fewer scale.workers"
+        )
+    doing = "fetch" if name == "gpu_decode" else "fetch and decode"
+    return Layout(
+        name=name,
+        workers=workers,
+        worker_cpus=worker_cpus,
+        worker_gpus=1,
+        decoders=decoders,
+        threads=max(1, math.floor(worker_cpus)),
+        batch_size=config.batch_size or 128,
+        reasons=(
+            why,
+            f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",
+        ),
+    )

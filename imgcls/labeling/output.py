@@ -1,0 +1,97 @@
+"""The layout of an output folder and the columns of its predictions: names only, no work.
+
+out/_run.json                    what the run is; written before any work
+out/_lease/                      who works on it now
+out/_staging/manifest/           the manifest, cut into one shard per part
+out/_staging/part-00000/         finished chunks of a part
+out/predictions/part-00000.parquet
+out/metrics/*.parquet
+out/_SUCCESS                     written last
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from imgcls.data.storage import join
+
+RUN = "_run.json"
+LEASE = "_lease"
+STAGING = "_staging"
+PREDICTIONS = "predictions"
+METRICS = "metrics"
+SUCCESS = "_SUCCESS"
+
+OK = "ok"
+PREDICTION_COLUMNS = (
+    "row",
+    "predicted_label",
+    "confidence",
+    "accepted",
+    "topk_labels",
+    "topk_scores",
+    "label_score",
+    "label_rank",
+    "scores",
+    "embedding",
+    "width",
+    "height",
+    "status",
+    "error",
+)
+
+
+def part_name(part: int) -> str:
+    return f"part-{part:05d}.parquet"
+
+
+def part_url(output: str, part: int) -> str:
+    return join(output, PREDICTIONS, part_name(part))
+
+
+def shard_url(output: str, part: int) -> str:
+    """The manifest rows of a part; row group g is chunk g of the part."""
+    return join(output, STAGING, "manifest", part_name(part))
+
+
+def staged_folder(output: str, part: int) -> str:
+    return join(output, STAGING, f"part-{part:05d}")
+
+
+def chunk_url(output: str, part: int, chunk: int, run_id: str) -> str:
+    return join(staged_folder(output, part), f"chunk-{chunk:08d}.{run_id}.parquet")
+
+
+def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
+    return join(staged_folder(output, part), f"retry-{chunk:08d}.{run_id}.parquet")
+
+
+def prediction_schema(
+    *, labelled: bool, scores: int | None = None, embedding: int | None = None
+) -> pa.Schema:
+    """Columns that labelling adds to a manifest.
+
+    scores:    number of classes when every class's score is asked for
+    embedding: width of the embedding when it is asked for
+    """
+    fields = [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("predicted_label", pa.string()),
+        pa.field("confidence", pa.float32()),
+        pa.field("accepted", pa.bool_(), nullable=False),
+        pa.field("topk_labels", pa.list_(pa.string())),
+        pa.field("topk_scores", pa.list_(pa.float32())),
+    ]
+    if labelled:
+        fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
+    if scores is not None:
+        fields.append(pa.field("scores", pa.list_(pa.float16(), scores)))
+    if embedding is not None:
+        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
+    fields += [
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+    return pa.schema(fields)

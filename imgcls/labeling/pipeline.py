@@ -1,0 +1,170 @@
+"""The Ray Data pipeline: one dataset row is one chunk of work, and the results are its counts.
+
+Owns the placing of the stages of `chunk` on tasks and actors for each layout. Chunks are durable
+before their counts are returned, so a lost worker, task or driver costs at most the chunks that
+were under way. The stages, and torch with them, are imported in the workers alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from imgcls.errors import BundleError
+from imgcls.labeling import output as names
+from imgcls.labeling.layout import WORKER_CPUS, Layout
+from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
+from imgcls.models.bundle import load_bundle, read_description
+
+MAX_BLOCKS = 20_000
+"""Work items travel in at most this many blocks; each block is an object in Ray's store."""
+
+
+def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
+    """Do the work on the cluster; yields each chunk once it is durable, in any order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    dataset = ray.data.from_arrow(_blocks(work))
+    for stage in _stages(spec, layout):
+        dataset = stage(dataset)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(batch, pa.Table)
+        for payload in batch.column("done").to_pylist():
+            yield pickle.loads(payload)
+
+
+def _blocks(work: Sequence[Work]) -> list[pa.Table]:
+    per_block = -(-len(work) // MAX_BLOCKS)
+    return [
+        pa.table({"work": [pickle.dumps(item) for item in work[start : start + per_block]]})
+        for start in range(0, len(work), per_block)
+    ]
+
+
+def _stages(spec: WorkSpec, layout: Layout) -> list[Any]:
+    pool = ray.data.ActorPoolStrategy(size=layout.workers, max_tasks_in_flight_per_actor=2)
+    model: dict[str, Any] = {
+        "compute": pool,
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "num_cpus": layout.worker_cpus,
+        "num_gpus": layout.worker_gpus or None,
+        "fn_constructor_args": (spec, layout.threads),
+    }
+    if layout.name == "cpu":
+        return [lambda dataset: dataset.map_batches(LabelWorker, **model)]
+    first = prepare_task if layout.name == "gpu" else fetch_task
+    second = PreparedWorker if layout.name == "gpu" else FetchedWorker
+    return [
+        lambda dataset: dataset.map_batches(
+            first,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=WORKER_CPUS,
+            fn_args=(spec,),
+            compute=ray.data.TaskPoolStrategy(size=layout.decoders),
+        ),
+        lambda dataset: dataset.map_batches(second, **model),
+    ]
+
+
+class _ModelWorker:
+    """A process that holds the model; what it is handed differs between the layouts."""
+
+    def __init__(self, spec: WorkSpec, threads: int) -> None:
+        import torch
+
+        from imgcls.labeling import chunk
+        from imgcls.models.classifier import Classifier
+
+        torch.set_num_threads(threads)
+        self._stages = chunk
+        self._spec = spec
+        bundle = load_bundle(spec.bundle_url)
+        if bundle.sha256 != spec.bundle_sha256:
+            raise BundleError(
+                f"bundle {spec.bundle_url}: changed while the run was under way; restore it, or "
+                "start over with --overwrite"
+            )
+        self._classifier = Classifier(
+            bundle,
+            precision=spec.precision,  # type: ignore[arg-type]
+            compile=spec.compile,
+        )
+
+    def _finish(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
+        self._stages.commit(self._spec, work, table, seconds)
+        errors = sum(1 for status in table.column("status").to_pylist() if status != names.OK)
+        done = Done(work, table.num_rows, errors, seconds, self._classifier.precision)
+        return {"done": [pickle.dumps(done)]}
+
+
+class LabelWorker(_ModelWorker):
+    """The CPU layout: all stages in one process per core."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        work: Work = _only(batch, "work")
+        seconds = Seconds()
+        rows = self._stages.rows_of(self._spec, work)
+        table = self._stages.label(self._spec, self._classifier, rows, work, seconds)
+        return self._finish(work, table, seconds)
+
+
+class PreparedWorker(_ModelWorker):
+    """The GPU layout: pixels come ready from tasks on CPUs."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        work, prepared, seconds = _only(batch, "prepared")
+        rows = self._stages.rows_of(self._spec, work)
+        table = self._stages.classify_prepared(
+            self._spec, self._classifier, rows, work, prepared, seconds
+        )
+        return self._finish(work, table, seconds)
+
+
+class FetchedWorker(_ModelWorker):
+    """The layout for GPUs that decode: bytes come from tasks on CPUs."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        work, blobs, seconds = _only(batch, "fetched")
+        rows = self._stages.rows_of(self._spec, work)
+        prepared = self._stages.prepare_blobs(
+            self._spec, iter(blobs), self._classifier.preprocess, seconds
+        )
+        table = self._stages.classify_prepared(
+            self._spec, self._classifier, rows, work, prepared, seconds
+        )
+        return self._finish(work, table, seconds)
+
+
+def prepare_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
+    """The GPU layout's first half: fetch and decode a chunk."""
+    import torch
+
+    from imgcls.labeling import chunk as stages
+
+    torch.set_num_threads(1)
+    work: Work = _only(batch, "work")
+    seconds = Seconds()
+    preprocess = read_description(spec.bundle_url).spec.preprocess
+    prepared = stages.prepare_all(spec, stages.rows_of(spec, work), preprocess, seconds)
+    return {"prepared": [pickle.dumps((work, prepared, seconds), protocol=5)]}
+
+
+def fetch_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
+    """The first half where GPUs decode: fetch a chunk."""
+    from imgcls.labeling import chunk as stages
+
+    work: Work = _only(batch, "work")
+    seconds = Seconds()
+    blobs = list(stages.fetch(spec, stages.rows_of(spec, work)))
+    return {"fetched": [pickle.dumps((work, blobs, seconds), protocol=5)]}
+
+
+def _only(batch: pa.Table, column: str) -> Any:
+    return pickle.loads(batch.column(column)[0].as_py())

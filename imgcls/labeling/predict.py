@@ -1,0 +1,448 @@
+"""The labelling job from top to bottom: check, take the lease, plan, work, roll up, commit.
+
+Reads as the order of events. Everything that can be wrong with the request is found before Ray is
+asked for anything; everything after the lease can be broken off at any moment and resumed by the
+same command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from imgcls import cluster
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.errors import (
+    ImgclsError,
+    Interrupted,
+    ManifestError,
+    OutputError,
+    RequestError,
+    RunFailed,
+    StorageError,
+    TooManyErrors,
+)
+from imgcls.labeling import finish, ledger, pipeline
+from imgcls.labeling import output as names
+from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
+from imgcls.labeling.lease import DEFAULT_TERM_SECONDS, Lease
+from imgcls.labeling.ledger import Ledger
+from imgcls.labeling.plan import Identity, Plan, load_run, make_plan, plan_of, provenance
+from imgcls.labeling.progress import Progress
+from imgcls.labeling.work import Work, WorkSpec
+from imgcls.metrics import PredictionCounts, tables
+from imgcls.models.bundle import Bundle, Precision, UnitFloat, load_bundle
+
+
+class PredictConfig(Section):
+    """Label every image of a manifest."""
+
+    manifest: ManifestConfig
+    """What to label."""
+    model: str
+    """The bundle folder, local or on a store."""
+    output: str
+    """The folder to write; an unfinished run in it is resumed."""
+    top_k: int = Field(default=5, ge=1, le=20)
+    """Labels kept per image."""
+    threshold: UnitFloat | None = None
+    """Accept predictions at least this confident; the bundle's own when not given."""
+    embeddings: bool = False
+    """Also write the input of the model's final layer."""
+    scores: bool = False
+    """Also write every class's score (float16)."""
+    max_error_rate: UnitFloat = 0.01
+    """Commit only if at most this share of the rows failed."""
+    retry_errors: bool = False
+    """Try again the rows that failed in an earlier run on this output."""
+    overwrite: bool = False
+    """Throw away what is in the output folder and start over."""
+    limit: PositiveInt | None = None
+    """Label only so many rows from the start of the manifest."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware has it natively."""
+    compile: bool = False
+    """Compile the model; pays back on long runs."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Images with more pixels are refused from their header."""
+    chunk_rows: PositiveInt | None = None
+    """Rows per unit of work; chosen from the size of the manifest when not given."""
+    part_rows: PositiveInt = 1_000_000
+    """Rows per final file at most; fewer when they would exceed 128 MB."""
+    progress_seconds: PositiveFloat = 5.0
+    """How often a job log gets a line."""
+    lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
+    """A driver unheard of for so long is taken to be dead."""
+    scale: ScaleConfig = ScaleConfig()
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """A committed run: where it is and its counts (None when it had been committed before)."""
+
+    output: str
+    rows: int
+    counts: PredictionCounts | None
+
+
+def predict(config: PredictConfig) -> PredictResult:
+    """Label a manifest with a bundle and commit the table.
+
+    Raises RequestError when something is wrong with what was asked (nothing was started),
+    TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
+    broke off (run it again to resume).
+    """
+    started = time.monotonic()
+    output = storage.absolute(config.output)
+    manifest = open_manifest(config.manifest)
+    bundle = load_bundle(config.model)
+    _check_columns(manifest, config, bundle)
+    _check_output(output)
+    with cluster.interruptible():
+        lease = _acquire(output, config)
+        try:
+            with _resumable(output):
+                return _Run(config, output, manifest, bundle, lease, started).run()
+        finally:
+            lease.release()
+
+
+class _Run:
+    """One driver's pass over a run: the state that its steps share."""
+
+    def __init__(
+        self,
+        config: PredictConfig,
+        output: str,
+        manifest: Manifest,
+        bundle: Bundle,
+        lease: Lease,
+        started: float,
+    ) -> None:
+        self.config = config
+        self.output = output
+        self.manifest = manifest
+        self.bundle = bundle
+        self.lease = lease
+        self.started = started
+        self.resumed = False
+        self.precision: set[str] = set()
+        self.stage_seconds: dict[str, float] = {}
+
+    def run(self) -> PredictResult:
+        config = self.config
+        if config.overwrite:
+            _clear(self.output)
+        stored = load_run(self.output)
+        if stored is not None:
+            self._check_same(stored)
+            if self._committed() and not config.retry_errors:
+                rows = plan_of(stored).rows
+                print(f"{self.output}: committed before, {rows:,} rows; nothing to do")
+                return PredictResult(self.output, rows, None)
+        cluster.connect()
+        layout = plan_layout(cluster.nodes(), config.scale)
+        for reason in layout.reasons:
+            print(f"layout  {reason}", flush=True)
+        self.plan = plan_of(stored) if stored is not None else self._make_plan(layout)
+        self.resumed = stored is not None
+        run = load_run(self.output)
+        assert run is not None
+        spec = self._spec(run)
+        counts = self._first_pass(spec, layout)
+        if config.retry_errors and self.resumed:
+            counts = self._retry(spec, layout) or counts
+        return self._commit(run, counts)
+
+    def _check_same(self, stored: dict[str, Any]) -> None:
+        settings = self._settings(stored["identity"]["settings"]["batch_size"])
+        differences = self._identity(settings).differences(stored["identity"])
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise OutputError(
+                f"output {self.output}: holds another run:\n{lines}\n"
+                "give another --output, or start over with --overwrite"
+            )
+
+    def _make_plan(self, layout: Layout) -> Plan:
+        config, classes = self.config, self.bundle.spec.classes
+        identity = self._identity(self._settings(layout.batch_size))
+        row_bytes = 128 + 2 * len(classes) * config.scores + 8192 * config.embeddings
+        try:
+            plan = make_plan(
+                self.output,
+                self.manifest,
+                identity,
+                chunk_rows=config.chunk_rows,
+                part_rows=config.part_rows,
+                row_bytes=row_bytes,
+                limit=config.limit,
+                provenance=provenance(config.model_dump(mode="json")),
+                classes=classes,
+            )
+        except RequestError:
+            storage.remove(storage.join(self.output, names.STAGING))
+            raise
+        print(
+            f"plan    {plan.rows:,} rows in {plan.chunks:,} chunks of {plan.chunk_rows}, "
+            f"{plan.parts:,} final {'file' if plan.parts == 1 else 'files'}",
+            flush=True,
+        )
+        return plan
+
+    def _settings(self, batch_size: int) -> dict[str, Any]:
+        """What changes results, or how they are cut into files."""
+        config = self.config
+        threshold = self.bundle.spec.threshold if config.threshold is None else config.threshold
+        return {
+            "top_k": config.top_k,
+            "threshold": threshold,
+            "embeddings": config.embeddings,
+            "scores": config.scores,
+            "limit": config.limit,
+            "precision": config.precision,
+            "compile": config.compile,
+            "batch_size": config.scale.batch_size or batch_size,
+            "max_pixels": config.max_pixels,
+            "chunk_rows": config.chunk_rows,
+            "part_rows": config.part_rows,
+        }
+
+    def _identity(self, settings: dict[str, Any]) -> Identity:
+        manifest = self.manifest
+        return Identity(
+            manifest={
+                "fingerprint": manifest.fingerprint(),
+                "path_column": manifest.path_column,
+                "label_column": manifest.label_column,
+                "root": manifest.root,
+            },
+            bundle={"sha256": self.bundle.sha256},
+            settings=settings,
+        )
+
+    def _spec(self, run: dict[str, Any]) -> WorkSpec:
+        settings, manifest = run["identity"]["settings"], self.manifest
+        return WorkSpec(
+            output=self.output,
+            plan=self.plan,
+            bundle_url=storage.absolute(self.bundle.url),
+            bundle_sha256=self.bundle.sha256,
+            path_column=manifest.path_column,
+            label_column=manifest.label_column,
+            root=manifest.root,
+            top_k=settings["top_k"],
+            threshold=settings["threshold"],
+            scores=settings["scores"],
+            embeddings=settings["embeddings"],
+            precision=settings["precision"],
+            compile=settings["compile"],
+            batch_size=settings["batch_size"],
+            max_pixels=settings["max_pixels"],
+            fetches=self.config.scale.fetches,
+        )
+
+    def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
+        """Do every chunk that is not durable, roll parts up as they complete, count them all."""
+        book = Ledger.read(self.output, self.plan)
+        todo = book.missing()
+        if book.rows_done:
+            print(f"resume  {book.rows_done:,} of {self.plan.rows:,} rows are done", flush=True)
+        counting = _Counting(self, spec)
+        for part in sorted(book.parts):
+            counting.count(part)
+        for part in book.complete_parts():
+            counting.roll_up(book, part)
+        for done_chunk in self._work(spec, layout, todo, self.plan.rows, book.rows_done):
+            completed = book.add(done_chunk)
+            if completed is not None:
+                counting.roll_up(book, completed)
+        return counting.finish(book)
+
+    def _retry(self, spec: WorkSpec, layout: Layout) -> PredictionCounts | None:
+        """Do the failed rows again and exchange the parts that held them."""
+        ledger.drop_retries(self.output, self.plan)
+        todo = ledger.failed_rows(self.output, self.plan)
+        if not todo:
+            return None
+        rows = sum(len(work.offsets or ()) for work in todo)
+        print(f"retry   {rows:,} rows that failed before", flush=True)
+        storage.remove(storage.join(self.output, names.SUCCESS))
+        for _ in self._work(spec, layout, todo, rows, 0):
+            pass
+        counting = _Counting(self, spec)
+        for part in range(self.plan.parts):
+            mine = [work for work in todo if self.plan.part_of(work.chunk) == part]
+            if mine:
+                self.lease.check()
+                ledger.merge_retries(self.output, self.plan, part, mine)
+            counting.count(part)
+        return counting.finish(None)
+
+    def _work(
+        self, spec: WorkSpec, layout: Layout, todo: Sequence[Work], total: int, done: int
+    ) -> Iterator[int]:
+        if not todo:
+            return
+        progress = Progress(total, done, self.config.progress_seconds)
+        try:
+            for receipt in pipeline.run(spec, layout, todo):
+                self.precision.add(receipt.precision)
+                progress.add(receipt)
+                self.lease.check()
+                yield receipt.work.chunk
+        finally:
+            progress.close()
+            for stage, spent in progress.seconds.as_dict().items():
+                self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
+
+    def _committed(self) -> bool:
+        return storage.exists(storage.join(self.output, names.SUCCESS))
+
+    def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
+        """Check the table against the manifest, write the metrics, pass the gate, mark success."""
+        if counts.rows != self.plan.rows:
+            raise RunFailed(
+                f"output {self.output}: {counts.rows:,} rows are written, the manifest has "
+                f"{self.plan.rows:,}; nothing was committed, start over with --overwrite"
+            )
+        self.lease.check()
+        summary = finish.write_metrics(
+            self.output,
+            self.plan,
+            counts,
+            top_k=self.config.top_k,
+            path_column=self.manifest.path_column,
+        )
+        print(tables.format_summary(summary), flush=True)
+        error_rate = counts.error_rows / counts.rows
+        if error_rate > self.config.max_error_rate:
+            raise TooManyErrors(
+                f"output {self.output}: {counts.error_rows:,} of {counts.rows:,} rows failed "
+                f"({error_rate:.2%}, allowed {self.config.max_error_rate:.2%}), so the run is not "
+                "committed; see metrics/errors.parquet, then run again with --retry-errors, or "
+                "with a higher --max-error-rate"
+            )
+        self.lease.check()
+        finish.write_success(
+            self.output,
+            run=run,
+            counts=counts,
+            seconds={"wall": time.monotonic() - self.started, **self.stage_seconds},
+            precision=sorted(self.precision),
+        )
+        storage.remove(storage.join(self.output, names.STAGING))
+        print(f"committed  {counts.rows:,} rows: {self.output}", flush=True)
+        return PredictResult(self.output, counts.rows, counts)
+
+
+class _Counting:
+    """Rolls parts up and counts them on the cluster, beside the labelling, merging as they end."""
+
+    def __init__(self, run: _Run, spec: WorkSpec) -> None:
+        self._run = run
+        self._label_column = spec.label_column
+        classes = run.bundle.spec.classes
+        self._shared_classes: Any = ray.put(classes)
+        self._rolling: dict[ray.ObjectRef, int] = {}
+        self._counting: set[ray.ObjectRef] = set()
+        self._total = PredictionCounts.empty(classes)
+        self._roll_up = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(ledger.roll_up)
+        self._count = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(ledger.count_part)
+
+    def count(self, part: int) -> None:
+        """Count a part that is durable."""
+        self._counting.add(
+            self._count.remote(self._run.output, part, self._label_column, self._shared_classes)
+        )
+
+    def roll_up(self, book: Ledger, part: int) -> None:
+        """Start to roll a part up; parts that have ended meanwhile are entered in the ledger."""
+        self._run.lease.check()
+        task = self._roll_up.remote(
+            self._run.output, self._run.plan, part, self._label_column, self._shared_classes
+        )
+        self._rolling[task] = part
+        self._collect(book, wait=False)
+
+    def finish(self, book: Ledger | None) -> PredictionCounts:
+        """Wait for what is under way; the counts of all parts together."""
+        self._collect(book, wait=True)
+        return self._total
+
+    def _collect(self, book: Ledger | None, *, wait: bool) -> None:
+        while self._rolling or self._counting:
+            pending = [*self._rolling, *self._counting]
+            ready, _ = ray.wait(pending, timeout=None if wait else 0)
+            if not ready:
+                return
+            for task in ready:
+                self._total += ray.get(task)
+                part = self._rolling.pop(task, None)
+                self._counting.discard(task)
+                if part is not None and book is not None:
+                    book.rolled_up(part)
+
+
+def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) -> None:
+    taken = [name for name in manifest.schema.names if name in names.PREDICTION_COLUMNS]
+    if taken:
+        raise ManifestError(
+            f"manifest {manifest.source}: column {taken[0]!r} is one that labelling writes; rename "
+            f"it in the manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+        )
+
+
+def _check_output(output: str) -> None:
+    try:
+        storage.check_writable(output)
+    except StorageError as error:
+        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+    if load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):
+        raise OutputError(
+            f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "
+            "resumed; give another --output, or start over with --overwrite"
+        )
+
+
+def _acquire(output: str, config: PredictConfig) -> Lease:
+    return Lease.acquire(output, config.lease_seconds)
+
+
+def _clear(output: str) -> None:
+    """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
+    for name in (names.SUCCESS, names.PREDICTIONS, names.METRICS, names.STAGING, names.RUN):
+        storage.remove(storage.join(output, name))
+
+
+@contextlib.contextmanager
+def _resumable(output: str) -> Iterator[None]:
+    """Turn what Ray wraps around an error, and an interruption, into what the user must know."""
+    again = "run the same command again to go on from there"
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{error}; what is done is kept in {output}, {again}") from None
+    except ImgclsError:
+        raise
+    except ray.exceptions.RayError as error:
+        cause = _cause(error)
+        if isinstance(cause, ImgclsError):
+            raise type(cause)(f"{cause}; what is done is kept in {output}, {again}") from error
+        raise RunFailed(
+            f"a worker failed: {cause}; what is done is kept in {output}, {again}"
+        ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error in a worker that Ray wrapped."""
+    inner = getattr(error, "cause", None) or error.__cause__
+    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error

@@ -1,0 +1,97 @@
+"""What a person sees while a run goes on: a live bar on a terminal, lines in a job log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from imgcls.labeling.work import Done, Seconds
+
+_WINDOW_SECONDS = 30.0
+
+
+class Progress:
+    """Counts finished chunks and reports: rows, images/s, errors, time left, the slowest stage.
+
+    The rate is that of the last half minute, so that start-up does not weigh on the estimate.
+    """
+
+    def __init__(self, total: int, done: int, every: float, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._done = done
+        self._errors = 0
+        self._every = every
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._seconds = Seconds()
+        self._recent = [(time.monotonic(), done)]
+        self._said = time.monotonic()
+
+    def add(self, done: Done) -> None:
+        """Note a chunk; says something when it is time to."""
+        self._done += done.rows
+        self._errors += done.errors
+        self._seconds = self._seconds.plus(done.seconds)
+        now = time.monotonic()
+        self._recent.append((now, self._done))
+        while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
+            self._recent.pop(0)
+        if now - self._said >= (0.2 if self._live else self._every):
+            self._say(now)
+
+    def close(self) -> None:
+        """End the live bar's line."""
+        if self._live:
+            self._say(time.monotonic())
+            self._stream.write("\n")
+            self._stream.flush()
+
+    @property
+    def seconds(self) -> Seconds:
+        """Time spent in each stage, over all workers."""
+        return self._seconds
+
+    @property
+    def rate(self) -> float:
+        """Images per second of late."""
+        (start, before), (now, after) = self._recent[0], self._recent[-1]
+        return (after - before) / (now - start) if now > start else 0.0
+
+    def line(self) -> str:
+        """One line that tells how far the run is."""
+        share = self._done / self._total if self._total else 1.0
+        left = (self._total - self._done) / self.rate if self.rate else None
+        parts = [
+            f"{self._done:,}/{self._total:,} rows ({share:.1%})",
+            f"{self.rate:,.1f} images/s",
+            f"{self._errors:,} errors",
+        ]
+        if left is not None:
+            parts.append(f"ETA {_duration(left)}")
+        spent = {name: value for name, value in self._seconds.as_dict().items() if value > 0}
+        if spent:
+            slowest = max(spent, key=lambda name: spent[name])
+            parts.append(
+                f"bottleneck {slowest} ({spent[slowest] / sum(spent.values()):.0%} of time)"
+            )
+        return "  ".join(parts)
+
+    def _say(self, now: float) -> None:
+        self._said = now
+        if not self._live:
+            print(f"labelling  {self.line()}", file=self._stream, flush=True)
+            return
+        width = 24
+        filled = int(width * self._done / self._total) if self._total else width
+        bar = "#" * filled + "." * (width - filled)
+        self._stream.write(f"\r[{bar}] {self.line()}\x1b[K")
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds + 0.5)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"

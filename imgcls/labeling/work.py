@@ -1,0 +1,70 @@
+"""What travels between the driver and its workers: the order, the piece of work, the receipt.
+
+Light on purpose: the driver of a run imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from imgcls.labeling.plan import Plan
+
+
+@dataclass(frozen=True)
+class WorkSpec:
+    """All that a worker must know to do any chunk of a run."""
+
+    output: str
+    plan: Plan
+    bundle_url: str
+    bundle_sha256: str
+    path_column: str
+    label_column: str | None
+    root: str
+    top_k: int
+    threshold: float
+    scores: bool
+    embeddings: bool
+    precision: str
+    compile: bool
+    batch_size: int
+    max_pixels: int
+    fetches: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A chunk to do: all its rows, or for a retry those at `offsets` within it."""
+
+    chunk: int
+    offsets: tuple[int, ...] | None = None
+
+
+@dataclass
+class Seconds:
+    """Wall time that a worker spent in each stage of a chunk."""
+
+    fetch: float = 0.0
+    prepare: float = 0.0
+    classify: float = 0.0
+    commit: float = 0.0
+
+    def plus(self, more: Seconds) -> Seconds:
+        """Stage times added up."""
+        return Seconds(
+            *(a + b for a, b in zip(self.as_dict().values(), more.as_dict().values(), strict=True))
+        )
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A chunk that is durable: what became of its rows, and the time each stage took."""
+
+    work: Work
+    rows: int
+    errors: int
+    seconds: Seconds
+    precision: str

@@ -1,0 +1,92 @@
+"""How far confidence can be trusted: equal-width bins and the expected calibration error.
+
+Owns the one binning rule that every confidence histogram in imgcls follows, so that a table of
+bins and a single number computed elsewhere never disagree. Fitting a temperature is left to
+training; this module only measures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A float32 softmax may exceed 1 by a rounding error, and a float16 one by about 1e-3; anything
+# further out is not a probability.
+ROUNDING = 2e-3
+
+
+def bin_edges(num_bins: int) -> NDArray[np.float64]:
+    """The (num_bins + 1,) float64 edges of equal-width bins over [0, 1].
+
+    Raises ValueError when num_bins is below 1.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins is {num_bins}; calibration needs at least 1 bin")
+    return np.linspace(0.0, 1.0, num_bins + 1)
+
+
+def bin_index(confidence: NDArray[Any], num_bins: int) -> NDArray[np.int64]:
+    """The bin of each confidence: bins are [lower, upper), the last one [lower, 1].
+
+    confidence: (N,) float in [0, 1]
+    Returns (N,) int64 in [0, num_bins). A confidence of exactly 1.0 falls in the last bin and one
+    of exactly 0.0 in the first; this is the convention of numpy.histogram.
+    Raises ValueError for a NaN, or a value outside [0, 1] by more than rounding.
+    """
+    inner = bin_edges(num_bins)[1:-1]
+    values = np.asarray(confidence, dtype=np.float64)
+    if values.size and not (values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING):
+        raise ValueError(
+            f"confidence ranges over [{values.min()}, {values.max()}], expected [0, 1] without NaN;"
+            " pass softmax scores, not logits"
+        )
+    # Compared with the edges that are published rather than floor(confidence * num_bins), whose
+    # rounding puts some values on an edge into the bin below it.
+    return np.searchsorted(inner, values, side="right").astype(np.int64, copy=False)
+
+
+def expected_calibration_error(
+    confidence: NDArray[Any], correct: NDArray[Any], num_bins: int = 15
+) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by bin size.
+
+    confidence: (N,) float in [0, 1], the score of the predicted class
+    correct:    (N,) bool
+    Returns a fraction in [0, 1]; 0.03 means three points off on average.
+    Raises ValueError when N is 0, the shapes differ, or a confidence is not in [0, 1].
+    Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning",
+    AAAI 2015.
+    """
+    scores = np.asarray(confidence, dtype=np.float64)
+    hits = np.asarray(correct, dtype=bool)
+    if scores.ndim != 1 or scores.shape != hits.shape:
+        raise ValueError(
+            f"confidence has shape {scores.shape} and correct {hits.shape}; both must be (N,)"
+        )
+    bins = bin_index(scores, num_bins)
+    return ece_from_bins(
+        count=np.bincount(bins, minlength=num_bins),
+        confidence_sum=np.bincount(bins, weights=scores, minlength=num_bins),
+        correct=np.bincount(bins[hits], minlength=num_bins),
+    )
+
+
+def ece_from_bins(
+    count: NDArray[Any], confidence_sum: NDArray[Any], correct: NDArray[Any]
+) -> float:
+    """Expected calibration error from per-bin sums, which merge exactly where means do not.
+
+    count:          (B,) int, predictions in each bin
+    confidence_sum: (B,) float, their confidences added up
+    correct:        (B,) int, how many of them are right
+    Returns a fraction in [0, 1]. Each bin contributes count/N * |mean confidence - accuracy|,
+    which is |confidence_sum - correct| / N: an empty bin needs no special case.
+    Raises ValueError when there is no prediction at all, for the error is then undefined.
+    Source: Naeini et al., AAAI 2015.
+    """
+    total = int(np.sum(count))
+    if total == 0:
+        raise ValueError("the calibration error of no predictions is undefined")
+    return float(np.abs(np.asarray(confidence_sum) - np.asarray(correct)).sum() / total)

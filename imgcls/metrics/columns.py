@@ -1,0 +1,145 @@
+"""Read the judged columns of a predictions table into numpy arrays.
+
+Settles what each row is (failed, labelled, unlabelled, of an unknown label) and refuses a table
+that cannot have come from the model it is read for. Adding anything up is left to `counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from imgcls.metrics.calibration import ROUNDING
+
+# Codes beside the class indices 0..C-1.
+UNKNOWN, NULL = -1, -2
+
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class OkRows:
+    """The N rows that have a prediction, and how many rows there were of every status."""
+
+    status: dict[str, int]  # all rows of the table by status, sorted by name
+    predicted: Ints  # (N,) class index
+    label: Ints  # (N,) class index, UNKNOWN for a label that is no class, NULL for none
+    confidence: Floats  # (N,) in [0, 1]
+    accepted: Bools  # (N,) false where the column is null
+    label_score: Floats  # (M,) in [0, 1], of the labelled rows that carry one
+    label_rank: Ints  # (R,) from 1, of the labelled rows that carry one
+
+
+def read_ok_rows(
+    table: pa.Table | pa.RecordBatch, *, label_column: str | None, classes: Sequence[str]
+) -> OkRows:
+    """The judged columns of a predictions table; arguments as in `PredictionCounts.of`.
+
+    Raises ValueError when a column is missing, a status is null, or an ok row has no prediction,
+    a predicted label that is not a class, a label_score outside [0, 1] or a label_rank below 1.
+    """
+    table = _judged_columns(table, label_column)
+    status = _text(table["status"])
+    if status.null_count:
+        raise ValueError(f"column 'status' is null in {status.null_count} rows; each row needs one")
+    by_status = {c["values"]: c["counts"] for c in pc.value_counts(status).to_pylist()}
+    # A row without a prediction counts by its status alone; from here on every row is ok.
+    ok = table.filter(pc.equal(status, "ok"))
+
+    predicted = class_codes(ok["predicted_label"], classes)
+    _check_predictions(ok, predicted)
+    label = np.full(len(predicted), NULL, dtype=np.int64)
+    scores, ranks = np.zeros(0), np.zeros(0, dtype=np.int64)
+    if label_column is not None:
+        label = class_codes(ok[label_column], classes)
+        scores, ranks = _label_scores(ok, label >= 0), _label_ranks(ok, label >= 0)
+    return OkRows(
+        status=dict(sorted(by_status.items())),
+        predicted=predicted,
+        label=label,
+        confidence=_floats(ok["confidence"]),
+        accepted=pc.fill_null(ok["accepted"].cast(pa.bool_()), False).to_numpy(),
+        label_score=scores,
+        label_rank=ranks,
+    )
+
+
+def class_codes(column: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
+    """(N,) int64 class indices of a column of names; UNKNOWN for no class, NULL for a null.
+
+    A column that does not hold strings is compared by its text, so integer labels match classes
+    named "0", "1", ...
+    """
+    text = _text(column)
+    found = pc.index_in(text, value_set=pa.array(classes, pa.large_string()))
+    codes: Ints = pc.fill_null(found, UNKNOWN).to_numpy().astype(np.int64)
+    if text.null_count:
+        codes[pc.is_null(text).to_numpy()] = NULL
+    return codes
+
+
+def _judged_columns(table: pa.Table | pa.RecordBatch, label_column: str | None) -> pa.Table:
+    needed = ["predicted_label", "confidence", "accepted", "status"]
+    if label_column is not None:
+        needed += [label_column, "label_score", "label_rank"]
+    if missing := [name for name in needed if name not in table.schema.names]:
+        raise ValueError(
+            f"the predictions table has no column {', '.join(missing)}"
+            f" (found: {', '.join(table.schema.names)})"
+        )
+    # Filtering copies rows, and a table may carry embeddings and scores per class beside these.
+    judged = table.select(needed)
+    return pa.Table.from_batches([judged]) if isinstance(judged, pa.RecordBatch) else judged
+
+
+def _check_predictions(ok: pa.Table, predicted: Ints) -> None:
+    if without := int(np.count_nonzero(predicted == NULL)) or ok["confidence"].null_count:
+        raise ValueError(
+            f"{without} rows have status ok but no predicted_label or no confidence;"
+            " a row without a prediction must carry another status"
+        )
+    foreign = np.flatnonzero(predicted == UNKNOWN)
+    if len(foreign):
+        name = ok["predicted_label"][int(foreign[0])].as_py()
+        raise ValueError(
+            f"{len(foreign)} rows predict a label that is not among the classes, such as {name!r};"
+            " these predictions come from another model: pass the classes of its bundle"
+        )
+
+
+def _label_scores(ok: pa.Table, labelled: Bools) -> Floats:
+    column = ok["label_score"]
+    scores: Floats = _floats(column)[labelled & pc.is_valid(column).to_numpy()]
+    # Written so that a NaN fails too.
+    if len(scores) and not (scores.min() >= 0 and scores.max() <= 1 + ROUNDING):
+        raise ValueError(
+            f"label_score ranges over [{scores.min()}, {scores.max()}], expected [0, 1] without"
+            " NaN; it must be a softmax score, not a logit"
+        )
+    return scores
+
+
+def _label_ranks(ok: pa.Table, labelled: Bools) -> Ints:
+    column = ok["label_rank"]
+    known = labelled & pc.is_valid(column).to_numpy()
+    ranks: Ints = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()[known]
+    if len(ranks) and ranks.min() < 1:
+        raise ValueError(f"label_rank {ranks.min()} found; ranks start at 1, the prediction")
+    return ranks
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # One type for every kind of string, dictionaries that differ by chunk included; large, because
+    # the text of a whole column may pass the 2 GiB that a plain string array can address.
+    return column.cast(pa.large_string())
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)

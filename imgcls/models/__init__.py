@@ -1,0 +1,1 @@
+"""Models by name, the bundle that carries one, and the classifier that runs it; without Ray."""

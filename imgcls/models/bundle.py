@@ -1,0 +1,215 @@
+"""The bundle: weights, classes, preprocessing, temperature and threshold, verified by hash.
+
+Owns the folder's layout. Promises that loading runs no code (safetensors and JSON), that a bundle
+with any byte changed is refused, and that `bundle.json` is written last. Reading the description
+needs no torch; only the weights do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, ValidationError, field_validator
+
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import BundleError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+DESCRIPTION = "bundle.json"
+WEIGHTS = "model.safetensors"
+
+UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
+Source = Literal["torchvision", "imgcls"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Architecture(Section):
+    """Which network, without its weights."""
+
+    source: Source = "torchvision"
+    """Where the code of the network is."""
+    name: str
+    """Its name there, e.g. resnet18, inception_v3, vit_b_16, small_cnn."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of its constructor."""
+
+
+class BundleSpec(Section):
+    """What `bundle.json` says."""
+
+    format_version: Literal[1] = 1
+    architecture: Architecture
+    classes: list[str]
+    preprocess: Preprocess
+    temperature: PositiveFloat = 1.0
+    """Logits are divided by this before the softmax."""
+    threshold: UnitFloat = 0.0
+    """A prediction is accepted when its confidence is at least this."""
+    provenance: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: list[str]) -> list[str]:
+        if not classes:
+            raise ValueError("the class list is empty")
+        doubled = (
+            sorted({name for name in classes if classes.count(name) > 1})
+            if len(set(classes)) < len(classes)
+            else []
+        )
+        if doubled:
+            raise ValueError(f"class {doubled[0]!r} stands there twice; class names must differ")
+        return classes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was found whole: its description and where it lies.
+
+    sha256: hex digest of the description, which holds the digest of the weights: it names the model
+    """
+
+    url: str
+    spec: BundleSpec
+    weights_sha256: str
+    sha256: str
+
+
+def load_bundle(url: str) -> Bundle:
+    """Read a bundle's description and verify every byte of it and of the weights.
+
+    Raises BundleError that says what is missing, damaged or unknown.
+    """
+    bundle = read_description(url)
+    _verified_weights(bundle)
+    return bundle
+
+
+def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+    """The bundle's state dict; raises BundleError when the bytes are not those described."""
+    from safetensors.torch import load
+
+    return dict(load(_verified_weights(bundle)))
+
+
+def save_bundle(url: str, spec: BundleSpec, state: Mapping[str, torch.Tensor]) -> Bundle:
+    """Write a bundle folder, the description last.
+
+    Raises StorageError when the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+    storage.write(storage.join(url, WEIGHTS), data)
+    body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    body["sha256"] = _digest(body)
+    storage.write(storage.join(url, "README.md"), model_card(spec).encode())
+    storage.write(storage.join(url, DESCRIPTION), _render(body))
+    return read_description(url)
+
+
+def read_description(url: str) -> Bundle:
+    """The description alone, verified against its own digest."""
+    place = f"bundle {url}"
+    try:
+        raw = storage.read(storage.join(url, DESCRIPTION))
+    except StorageError as error:
+        raise BundleError(
+            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`"
+        ) from error
+    try:
+        body = json.loads(raw)
+        stated, weights_sha256 = body.pop("sha256"), body["weights_sha256"]
+        whole = _render(body | {"sha256": stated}) == raw and _digest(body) == stated
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BundleError(
+            f"{place}: {DESCRIPTION} is not as it was written (its digest differs); copy the "
+            "bundle again, or make a new one rather than editing it"
+        )
+    if body.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{place}: has format version {body.get('format_version')!r}, this imgcls reads "
+            f"{FORMAT_VERSION}; install the imgcls that made it"
+        )
+    try:
+        spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})
+    except ValidationError as error:
+        raise BundleError(f"{place}: {error.errors()[0]['msg']}") from error
+    return Bundle(url=url, spec=spec, weights_sha256=weights_sha256, sha256=stated)
+
+
+def class_list(text: str, source: str) -> list[str]:
+    """Class names, one per line; blank lines at the end are dropped.
+
+    Raises BundleError naming the line of a blank or repeated name.
+    """
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise BundleError(f"{source}, line {number}: is blank; give one class name per line")
+        if name in seen:
+            raise BundleError(
+                f"{source}, line {number}: {name!r} also stands on line {seen[name]}; class names "
+                "must differ"
+            )
+        seen[name] = number
+    if not names:
+        raise BundleError(f"{source}: holds no class name")
+    return names
+
+
+def model_card(spec: BundleSpec) -> str:
+    """The bundle's README."""
+    shown = ", ".join(re.sub(r"([|*_`])", r"\\\1", name) for name in spec.classes[:20])
+    more = f" and {len(spec.classes) - 20} more" if len(spec.classes) > 20 else ""
+    pre = spec.preprocess
+    lines = [
+        f"# {spec.architecture.name}, {len(spec.classes)} classes",
+        "",
+        f"Classes: {shown}{more}.",
+        "",
+        f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
+        f"mean {list(pre.mean)}, std {list(pre.std)}.",
+        f"Temperature {spec.temperature:g}, acceptance threshold {spec.threshold:g}.",
+    ]
+    if spec.metrics:
+        lines += ["", "| metric | value |", "| --- | --- |"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in spec.metrics.items()]
+    lines += ["", "    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT", ""]
+    return "\n".join(lines)
+
+
+def _verified_weights(bundle: Bundle) -> bytes:
+    try:
+        data = storage.read(storage.join(bundle.url, WEIGHTS))
+    except StorageError as error:
+        raise BundleError(f"bundle {bundle.url}: {error}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != bundle.weights_sha256:
+        raise BundleError(
+            f"bundle {bundle.url}: {WEIGHTS} has SHA-256 {found[:12]}..., expected "
+            f"{bundle.weights_sha256[:12]}...; the file is damaged, copy the bundle again"
+        )
+    return data
+
+
+def _render(body: Mapping[str, Any]) -> bytes:
+    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,91 @@
+"""Plain weights to a bundle: `imgcls model import`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import PositiveInt
+
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.errors import BundleError, OutputError, StorageError
+from imgcls.models import zoo
+from imgcls.models.bundle import DESCRIPTION, Bundle, BundleSpec, class_list, save_bundle
+
+
+class ImportConfig(Section):
+    """Make a bundle from a weights file and a list of classes."""
+
+    arch: str
+    """The architecture, e.g. squeezenet1_0; `imgcls model list` names them all."""
+    weights: str
+    """A .pth or .safetensors state dict (path or URL), or `torchvision`, or a name it gives them."""
+    classes: str
+    """A text file with one class name per line, in the order of the network's outputs."""
+    output: str
+    """The bundle folder to write."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the architecture's constructor."""
+    resize: PositiveInt | None = None
+    """Length of the shorter side after resizing; the architecture's own if not given."""
+    crop: PositiveInt | None = None
+    """Side of the model's square input; the architecture's own if not given."""
+    overwrite: bool = False
+    """Replace a bundle that is there."""
+
+
+class ListConfig(Section):
+    """List the architectures."""
+
+    contains: str = ""
+    """Only names with this in them."""
+
+
+def import_model(config: ImportConfig) -> Bundle:
+    """Make a bundle from plain weights and a list of classes.
+
+    Raises BundleError when they do not fit together, OutputError when a bundle is there already.
+    """
+    architecture = zoo.pretrained_options(zoo.architecture(config.arch, config.options))
+    output = storage.absolute(config.output)
+    if storage.exists(storage.join(output, DESCRIPTION)) and not config.overwrite:
+        raise OutputError(f"output {output}: holds a bundle already; say --overwrite to replace it")
+    try:
+        text = storage.read(config.classes).decode("utf-8-sig")
+    except (StorageError, UnicodeDecodeError) as error:
+        raise BundleError(f"classes: {error}; give a text file with one name per line") from error
+    classes = class_list(text, config.classes)
+    state = zoo.load_weights(config.weights, architecture)
+    network = zoo.build(architecture, len(classes))
+    _check_class_count(network, state, config, len(classes))
+    zoo.fit_weights(network, state, replace_head=False)
+    preprocess = zoo.default_preprocess(architecture, config.weights)
+    sizes = {"resize": config.resize or preprocess.resize, "crop": config.crop or preprocess.crop}
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=classes,
+        preprocess=preprocess.model_validate(preprocess.model_dump() | sizes),
+        provenance={"imported_from": config.weights},
+    )
+    bundle = save_bundle(output, spec, network.state_dict())
+    print(f"bundle  {output}  ({config.arch}, {len(classes):,} classes)")
+    return bundle
+
+
+def list_models(config: ListConfig) -> None:
+    """Print every architecture's name."""
+    for name in zoo.names():
+        if config.contains in name:
+            print(name)
+
+
+def _check_class_count(
+    network: Any, state: dict[str, Any], config: ImportConfig, count: int
+) -> None:
+    name, _ = zoo.head(network)
+    weight = state.get(f"{name}.weight")
+    if weight is not None and len(weight) != count:
+        raise BundleError(
+            f"classes {config.classes}: names {count:,} classes, and the weights have "
+            f"{len(weight):,} outputs; give the list that the weights were trained with"
+        )

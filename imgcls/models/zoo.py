@@ -1,0 +1,207 @@
+"""Networks by name: any torchvision classifier and the small CNN, with or without weights.
+
+Owns the names, the class-list-sized head, where weights come from and the preprocessing that suits
+them. Promises that weights either fit or are refused with the keys that do not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from imgcls.data import storage
+from imgcls.data.preprocess import Interpolation, Preprocess
+from imgcls.errors import BundleError, StorageError
+from imgcls.models.bundle import Architecture, Source
+from imgcls.models.small_cnn import SmallCNN
+
+_SMALL_CNN_PREPROCESS = Preprocess(
+    resize=32, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="squash"
+)
+
+
+def names() -> list[str]:
+    """Every name that `build` takes."""
+    return ["small_cnn", *torchvision.models.list_models(module=torchvision.models)]
+
+
+def architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
+    """The architecture of that name; raises BundleError that suggests the nearest names."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
+        raise BundleError(f"model {name!r}: no such architecture; {hint}")
+    source: Source = "imgcls" if name == "small_cnn" else "torchvision"
+    return Architecture(source=source, name=name, options=dict(options or {}))
+
+
+def build(architecture: Architecture, num_classes: int) -> nn.Module:
+    """The network with a head of `num_classes` outputs and random weights.
+
+    Raises BundleError when the name or an option is unknown.
+    """
+    options = dict(architecture.options)
+    try:
+        if architecture.source == "imgcls":
+            return SmallCNN(num_classes, **options)
+        if architecture.name in ("inception_v3", "googlenet"):
+            options.setdefault("init_weights", True)
+        return torchvision.models.get_model(
+            architecture.name, weights=None, num_classes=num_classes, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
+
+
+def default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
+    """The preprocessing that a network's weights were made with.
+
+    weights: a torchvision weights name such as `IMAGENET1K_V2`, else the first one is meant.
+    """
+    if architecture.source == "imgcls":
+        return _SMALL_CNN_PREPROCESS
+    known = torchvision.models.get_model_weights(architecture.name)
+    member = known[weights] if weights in known.__members__ else next(iter(known))
+    recipe = member.transforms()
+    interpolation: Interpolation = (
+        "bicubic" if "bicubic" in str(recipe.interpolation).lower() else "bilinear"
+    )
+    return Preprocess(
+        resize=recipe.resize_size[0],
+        crop=recipe.crop_size[0],
+        interpolation=interpolation,
+        mean=tuple(recipe.mean),
+        std=tuple(recipe.std),
+    )
+
+
+def pretrained_options(architecture: Architecture) -> Architecture:
+    """torchvision's ImageNet weights of these two expect the network to rescale its inputs."""
+    if architecture.name in ("inception_v3", "googlenet"):
+        options = {"transform_input": True, "aux_logits": True, **architecture.options}
+        return architecture.model_copy(update={"options": options})
+    return architecture
+
+
+def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """A state dict from a file (`.safetensors`, or `.pth` read with weights_only) or torchvision.
+
+    weights: a path or URL, or `torchvision` for its default, or a name such as `IMAGENET1K_V1`
+    Raises BundleError when they cannot be had.
+    """
+    known = (
+        torchvision.models.get_model_weights(architecture.name)
+        if architecture.source == "torchvision"
+        else None
+    )
+    if known is not None and (weights == "torchvision" or weights in known.__members__):
+        member = known.DEFAULT if weights == "torchvision" else known[weights]
+        try:
+            return dict(member.get_state_dict(progress=False, check_hash=True))
+        except Exception as error:
+            raise BundleError(
+                f"model.weights {weights}: torchvision could not download them ({error}); give the "
+                "path of a weights file"
+            ) from error
+    try:
+        data = storage.read(weights)
+    except StorageError as error:
+        choices = ", ".join(["torchvision", *(known.__members__ if known is not None else ())])
+        raise BundleError(f"model.weights: {error}; give a file, or one of {choices}") from error
+    if weights.endswith(".safetensors"):
+        from safetensors.torch import load
+
+        return dict(load(data))
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BundleError(
+            f"model.weights {weights}: not a plain state dict ({first}); save it with "
+            "torch.save(model.state_dict(), path)"
+        ) from error
+    return _state_dict(weights, state)
+
+
+def _state_dict(weights: str, state: Any) -> dict[str, torch.Tensor]:
+    """The tensors themselves, also from under a training script's `model` or `state_dict`."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BundleError(f"model.weights {weights}: holds no state dict of tensors")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def fit_weights(
+    network: nn.Module, state: Mapping[str, torch.Tensor], *, replace_head: bool
+) -> list[str]:
+    """Load a state dict into a network.
+
+    replace_head: leave the final layers (and auxiliary heads) as they are where only the number of
+        classes differs
+    Returns the keys that were left as they are.
+    Raises BundleError that lists the keys that do not fit.
+    """
+    own = network.state_dict()
+    heads = head_names(network)
+    resized = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    in_head = [key for key in resized if key.rpartition(".")[0] in heads]
+    wrong = [key for key in resized if key not in in_head or not replace_head]
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in own]
+    lines = [
+        f"{k}: the file has {tuple(state[k].shape)}, the network {tuple(own[k].shape)}"
+        for k in wrong
+    ]
+    lines += [f"{key}: is not in the file" for key in missing]
+    lines += [f"{key}: is not in the network" for key in extra]
+    if lines:
+        shown = "\n".join(f"  {line}" for line in lines[:12])
+        more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+        raise BundleError(
+            f"the weights do not fit the network in {len(lines)} keys:\n{shown}{more}"
+        )
+    kept = {key: value for key, value in state.items() if key not in in_head}
+    network.load_state_dict(kept, strict=False)
+    return in_head
+
+
+def head_names(network: nn.Module) -> set[str]:
+    """Names of the layers whose outputs are classes: the last one and auxiliary ones."""
+    name, layer = head(network)
+    width = _outputs(layer)
+    return {
+        other
+        for other, module in network.named_modules()
+        if other == name or (other.lower().startswith("aux") and _outputs(module) == width)
+    }
+
+
+def head(network: nn.Module) -> tuple[str, nn.Module]:
+    """The final layer (a Linear, or SqueezeNet's 1x1 convolution) and its name.
+
+    Its input, averaged over space where it has any, is the network's embedding.
+    """
+    candidates = [
+        (name, module)
+        for name, module in network.named_modules()
+        if _outputs(module) is not None and not name.lower().startswith("aux")
+    ]
+    if not candidates:
+        raise BundleError(f"{type(network).__name__}: no final linear or convolution layer found")
+    return candidates[-1]
+
+
+def _outputs(module: nn.Module) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    return None

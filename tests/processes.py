@@ -1,0 +1,148 @@
+"""Real processes for end-to-end tests: a Ray cluster, imgcls commands, and their certain end.
+
+Everything started here is remembered by process id and killed by it, so that a failed test leaves
+no Ray session behind and touches no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class RayCluster:
+    """A head node started by `ray start --block`, and all that it starts."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    folder: str
+    dashboard: str | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(
+        cls, cpus: int, gpus: int = 0, *, dashboard: bool = False
+    ) -> Iterator[RayCluster]:
+        # Ray's socket paths must stay below 107 characters, so not pytest's own folder
+        folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
+        port, dashboard_port = free_port(), free_port()
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+            f"--port={port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}",
+            f"--include-dashboard={'true' if dashboard else 'false'}",
+            f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        running = cls(f"127.0.0.1:{port}", process, folder)
+        running.dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard else None
+        try:
+            running._wait(port)
+            yield running
+        finally:
+            running.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def environment(self) -> dict[str, str]:
+        return {"RAY_ADDRESS": self.address}
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """Processes of this cluster whose title has `name` in it."""
+        return [p for p in family(self.process.pid) if name in title(p)]
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the cluster."""
+        kill_family(self.process.pid)
+        self.process.wait()
+
+    def _wait(self, port: int) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return
+            time.sleep(0.2)
+        raise TimeoutError("the Ray head did not start")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        return [*parent.children(recursive=True), parent]
+    return []
+
+
+def title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def kill_family(pid: int) -> None:
+    for process in family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+
+def imgcls(
+    *arguments: object, env: dict[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run the `imgcls` command to its end; its whole family is gone afterwards."""
+    with started(*arguments, env=env) as process:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def started(
+    *arguments: object, env: dict[str, str] | None = None, command: str = "imgcls"
+) -> Iterator[subprocess.Popen[str]]:
+    """An `imgcls` command under way."""
+    process = subprocess.Popen(
+        [str(BIN / command), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    children: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        children = family(process.pid)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 60, every: float = 0.05) -> None:
+    """Poll until the condition holds; TimeoutError when it does not in time."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition did not come to hold")
+        time.sleep(every)
