@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 import ray
 
 from imgcls.errors import Interrupted
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,16 @@ class Node:
 
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a private one on this machine."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
     # Ray's core prints a false alarm for every actor pool; what matters reaches us as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if not ray.is_initialized():
-        with _hushed():
-            ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    if ray.is_initialized():
+        return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with _hushed():
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
 
 
 @contextlib.contextmanager
@@ -72,24 +80,72 @@ def nodes() -> list[Node]:
     return found
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Within it, SIGTERM and Ctrl-C raise Interrupted in the main thread; a second one is ignored.
+class Interruption:
+    """SIGTERM and Ctrl-C while a job runs.
 
-    In another thread than the main one (a notebook's executor) signals are left as they are.
+    The first signal raises Interrupted in the main thread at once. Native code that calls back into
+    Python may swallow that, so the job also asks `check` between its steps.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
 
-    previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self._signal is not None:
+            raise Interrupted(f"stopped by {self._signal.name}")
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Within it, signals interrupt; outside the main thread they cannot be caught."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal = signal.Signals(number)
+            self.check()
+
+
+def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T | None]:
+    """Iterate in a thread of its own, so that a signal is answered while Ray keeps it waiting.
+
+    Yields None every fifth of a second without an item.
+    """
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def consume() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+                if stop.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
+            ready.put((None, error))
+
+    threading.Thread(target=consume, name="consume", daemon=True).start()
     try:
-        yield
+        while True:
+            interruption.check()
+            try:
+                item, error = ready.get(timeout=0.2)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
     finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        stop.set()

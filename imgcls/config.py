@@ -49,7 +49,8 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
     dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
-    `--no-embeddings`). `--help` and `--print-config` print and exit 0.
+    `--no-embeddings`, `--options.width 8` into a map). `--help` and `--print-config` print and
+    exit 0.
     Raises ConfigError that lists every problem with its dotted path.
     """
     if any(arg in ("-h", "--help") for arg in argv):
@@ -69,7 +70,7 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
         config = None
     if problems or config is None:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{prog}: the configuration has {_count(problems)}:\n{lines}")
+        raise ConfigError(f"the configuration has {_count(problems)}:\n{lines}")
     if print_config:
         print(dump(config), end="")
         raise SystemExit(0)
@@ -197,16 +198,15 @@ def _parse(
             following = argv[position] if position < len(argv) else None
             takes_none = following is None or _is_option(following)
             if field is not None and _is_bool(field.annotation):
-                if following is not None and following.lower() in ("true", "false"):
+                if following is not None and following.lower() in ("true", "false", "null", "none"):
                     value, position = following, position + 1
                 else:
                     value = "true"
-            elif field is None and key.startswith("no_") and key[3:] in fields:
+            elif field is None and _is_negated(key, fields):
                 key, value = key[3:], "false"
             elif takes_none:
-                problems.append(
-                    _unknown(model, key) if field is None else f"--{name}: needs a value"
-                )
+                known = field is not None or key == "config" or key.partition(".")[0] in fields
+                problems.append(f"--{name}: needs a value" if known else _unknown(model, key))
                 continue
             else:
                 value, position = typing.cast(str, following), position + 1
@@ -217,6 +217,11 @@ def _parse(
     return files, overrides, print_config
 
 
+def _is_negated(key: str, fields: Mapping[str, FieldInfo]) -> bool:
+    field = fields.get(key.removeprefix("no_")) if key.startswith("no_") else None
+    return field is not None and _is_bool(field.annotation)
+
+
 def _is_option(argument: str) -> bool:
     return argument.startswith("--") and len(argument) > 2
 
@@ -225,12 +230,14 @@ def _value(text: str) -> Any:
     """Lists, maps and null are read as YAML; anything else stays text for pydantic to coerce."""
     if text in ("null", "none", "None"):
         return None
-    if text[:1] in "[{" and text:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-    return text
+    return _yaml_or_text(text) if text[:1] in ("[", "{") else text
+
+
+def _yaml_or_text(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
@@ -254,33 +261,55 @@ def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
 
 
 def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[str, Any]) -> None:
+    """Lay a YAML tree over another: section by section, anything else as a whole."""
     for raw, value in update.items():
         name = str(raw).replace("-", "_")
-        field = model.model_fields.get(name) if model is not None else None
-        section = _section_of(field.annotation) if field is not None else None
-        if section is not None and not isinstance(value, Mapping) and value is not None:
-            value = {section.shorthand: value} if section.shorthand is not None else value
-        if isinstance(value, Mapping) and section is not None:
+        section, optional = _field_section(model, name)
+        if section is None:
+            tree[name] = value
+            continue
+        if not isinstance(value, Mapping) and value is not None and section.shorthand is not None:
+            value = {section.shorthand: value}
+        if isinstance(value, Mapping):
             branch = tree.get(name)
             tree[name] = branch if isinstance(branch, dict) else {}
             _merge(section, tree[name], value)
-        else:
-            tree[name] = value
+        elif value is not None or optional:
+            tree[name] = value  # else a heading with nothing below it, which sets nothing
 
 
-def _set(model: type[Section], tree: dict[str, Any], parts: Sequence[str], value: Any) -> None:
-    nested: Any = value
-    for part in reversed(parts):
-        nested = {part: nested}
-    _merge(model, tree, nested)
+def _set(
+    model: type[Section] | None, tree: dict[str, Any], parts: Sequence[str], value: Any
+) -> None:
+    """Put the value of one dotted key into the tree; inside a map it is read as YAML."""
+    name, *rest = parts
+    if not rest:
+        _merge(model, tree, {name: value})
+        return
+    section, _ = _field_section(model, name)
+    branch = tree.get(name)
+    if section is None and isinstance(value, str):
+        value = _yaml_or_text(value)
+    elif section is not None and branch is not None and not isinstance(branch, dict):
+        return  # a file gave the section a bare value; that is the problem to tell
+    tree[name] = branch if isinstance(branch, dict) else {}
+    _set(section, tree[name], rest, value)
+
+
+def _field_section(model: type[Section] | None, name: str) -> tuple[type[Section] | None, bool]:
+    """The Section that a field holds, if it does, and whether it may be null."""
+    field = model.model_fields.get(name) if model is not None else None
+    if field is None:
+        return None, False
+    return _section_of(field.annotation), not isinstance(field.annotation, type)
 
 
 def _explain(model: type[Section], error: ValidationError) -> list[str]:
     problems = []
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
+        path, found = ".".join(str(part) for part in item["loc"]), item["input"]
         if item["type"] == "extra_forbidden":
-            problems.append(_unknown(model, path))
+            problems += [_unknown(model, key) for key in _keys_below(path, found)]
         elif item["type"] == "missing":
             problems.append(f"{path}: is required; give --{_dashed(path)} VALUE")
         elif item["type"] == "value_error":
@@ -288,9 +317,14 @@ def _explain(model: type[Section], error: ValidationError) -> list[str]:
                 f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
             )
         else:
-            found = item["input"]
             problems.append(f"{path}: {item['msg']}; found {found!r}")
     return problems
+
+
+def _keys_below(path: str, value: Any) -> list[str]:
+    if not isinstance(value, Mapping) or not value:
+        return [path]
+    return [key for name, below in value.items() for key in _keys_below(f"{path}.{name}", below)]
 
 
 def _unknown(model: type[Section], path: str) -> str:

@@ -36,9 +36,7 @@ class RayCluster:
 
     @classmethod
     @contextlib.contextmanager
-    def start(
-        cls, cpus: int, gpus: int = 0, *, dashboard: bool = False
-    ) -> Iterator[RayCluster]:
+    def start(cls, cpus: int, gpus: int = 0, *, dashboard: bool = False) -> Iterator[RayCluster]:
         # Ray's socket paths must stay below 107 characters, so not pytest's own folder
         folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
         port, dashboard_port = free_port(), free_port()

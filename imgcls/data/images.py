@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -34,7 +35,18 @@ DCT_MARGIN = 1.4
 LARGEST_RESIZE = 4_000_000
 """Above this many pixels (a 20,000x1 strip, 256 high after resizing) only the crop is computed."""
 
+# Pillow warns of what is told here as an error, or does no harm. One filter for the process:
+# `catch_warnings` around each image would mix up the filters of threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_SIGNATURES = {
+    "a JPEG": rb"\xff\xd8\xff",
+    "a PNG": rb"\x89PNG",
+    "a WebP": rb"RIFF....WEBP",
+    "a GIF": rb"GIF8",
+    "a TIFF": rb"II[*+]\0|MM\0[*+]",
+}
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,7 +82,8 @@ def decode(
     orientation = _orientation(image)
     shown = (height, width) if orientation >= 5 else (width, height)
     try:
-        if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        # MPO: a phone's JPEG with a depth or gain map behind it
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             return _decode_jpeg(data, image, orientation, shown, spec), shown
         rgb = _oriented(_to_rgb(image), orientation)
         return _resized_pillow(rgb, shown, spec), shown
@@ -81,13 +94,19 @@ def decode(
 
 
 def thumbnail(data: bytes, side: int) -> Image.Image:
-    """A small RGB picture of an image file, upright, at most `side` pixels wide and high."""
+    """A small RGB picture of an image file, upright, at most `side` pixels wide and high.
+
+    Raises as `decode` does.
+    """
     image = _open(data)
     orientation = _orientation(image)
-    image.draft("RGB", (side, side))
-    rgb = _oriented(_to_rgb(image), orientation)
-    rgb.thumbnail((side, side))
-    return rgb
+    try:
+        image.draft("RGB", (side, side))
+        rgb = _oriented(_to_rgb(image), orientation)
+        rgb.thumbnail((side, side))
+        return rgb
+    except Exception as error:
+        raise _image_error(error, data) from error
 
 
 def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
@@ -107,10 +126,14 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise EmptyImage("the file has no bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
+        for kind, signature in _SIGNATURES.items():
+            if re.match(signature, data, re.DOTALL):
+                raise ImageError(
+                    f"begins as {kind} does, but its header is damaged or cut off "
+                    f"({len(data):,} bytes)"
+                ) from None
         raise NotAnImage(
             f"{_looks_like(data)}; JPEG, PNG, WebP, GIF, BMP and TIFF are read"
         ) from None
@@ -121,6 +144,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001  broken EXIF says nothing about the pixels
@@ -234,13 +259,19 @@ def _oriented_tensor(tensor: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _image_error(error: Exception, data: bytes) -> ImageError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = re.sub(r"^\w+, \S+:\d+, ", "", " ".join(str(error).split()))[:300]
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    if any(sign in lowered for sign in ("truncated", "incomplete", "eof", "unexpected end")):
+    signs = ("truncated", "incomplete", "eof", "unexpected end")
+    if any(sign in lowered for sign in signs) or _ends_early(data):
         return TruncatedImage(f"{reason} ({len(data):,} bytes)")
-    return ImageError(reason)
+    return ImageError(reason or type(error).__name__)
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a WebP is shorter than it says; its decoder gives no reason."""
+    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _looks_like(data: bytes) -> str:

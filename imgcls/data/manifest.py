@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -105,7 +105,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         if format in ("tree", "images"):
             return _open_listing(config, format, files)
         return _open_table(config, format, files)
-    except StorageError as error:
+    except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest {config.path}: {error}") from error
 
 
@@ -114,6 +114,8 @@ def _locate(config: ManifestConfig) -> tuple[list[str], str]:
     url = config.path
     if storage.is_folder(url):
         return _locate_in_folder(config)
+    if config.format == "tree":
+        raise ManifestError(f"manifest {url}: is no folder; a tree is a folder with one per class")
     if storage.exists(url):
         return [url], _format_of(config, [url])
     if re.search(r"[*?\[]", url):
@@ -167,8 +169,8 @@ def _open_table(config: ManifestConfig, format: str, files: list[str]) -> Manife
         other = read_schema(config, file)
         if not other.equals(schema):
             raise ManifestError(
-                f"manifest {file}: its columns ({_listed(other)}) differ from those of "
-                f"{files[0]} ({_listed(schema)}); give tables of one shape"
+                f"manifest {file}: {_difference(other, schema)} {files[0]}; give tables of one "
+                "shape"
             )
     _check_columns(config, schema)
 
@@ -189,6 +191,14 @@ def _open_table(config: ManifestConfig, format: str, files: list[str]) -> Manife
     )
 
 
+def _difference(schema: pa.Schema, first: pa.Schema) -> str:
+    if schema.names != first.names:
+        return f"its columns ({_listed(schema)}) differ from ({_listed(first)}) in"
+    mine, theirs = next((a, b) for a, b in zip(schema, first, strict=True) if not a.equals(b))
+    kinds = [f"{f.type}" if f.nullable else f"{f.type} not null" for f in (mine, theirs)]
+    return f"its column {mine.name!r} is {kinds[0]}, and {kinds[1]} in"
+
+
 def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
     names = schema.names
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -205,7 +215,8 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
     kind = schema.field(config.path_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if not any(check(kind) for check in is_text):
         raise ManifestError(
             f"manifest {config.path}: column {config.path_column!r} is {kind}, not text; "
             "name the column of paths with --manifest.path-column"
@@ -246,9 +257,14 @@ def _csv_header(config: ManifestConfig, file: str) -> tuple[list[str], str, str]
             f"manifest {file}: holds binary data, not CSV; say --manifest.format parquet if it is"
         )
     delimiter = config.delimiter or _delimiter(first_line)
-    if len(delimiter) != 1:
-        raise ManifestError(f"manifest.delimiter: {delimiter!r} must be one character")
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
+        raise ManifestError(
+            f"manifest.delimiter: {delimiter!r} must be one ASCII character, as , or ; or a tab"
+        )
+    try:
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error as error:
+        raise ManifestError(f"manifest {file}: the header cannot be read: {error}") from error
     return names, delimiter, encoding
 
 
@@ -284,8 +300,10 @@ def _csv_batches(config: ManifestConfig, file: str, schema: pa.Schema) -> Iterat
                     quoted_strings_can_be_null=False,
                 ),
             )
+            last = ""
             for batch in reader:
                 if batch.num_rows:
+                    last = batch.column(batch.num_columns - 1)[-1].as_py() or ""
                     yield batch
         except pa.ArrowInvalid as error:
             if "Empty CSV" in str(error):
@@ -298,6 +316,17 @@ def _csv_batches(config: ManifestConfig, file: str, schema: pa.Schema) -> Iterat
             raise ManifestError(f"{place}: {_tidy(error)}; {remedy}") from error
         except (UnicodeDecodeError, OSError) as error:
             raise ManifestError(f"{place}: {_tidy(error)}; say --manifest.encoding") from error
+        if any(mark in last for mark in "\r\n") and not _ends_quoted(stream):
+            raise ManifestError(
+                f"{place}: a quote is opened and never closed before {_tidy(last)!r}; close it, or "
+                "double it where it is part of a value"
+            )
+
+
+def _ends_quoted(stream: IO[bytes]) -> bool:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 64))
+    return stream.read().rstrip(b"\r\n\0").endswith(b'"')  # \0: of UTF-16
 
 
 def _parquet_schema(config: ManifestConfig, file: str) -> pa.Schema:
@@ -310,23 +339,24 @@ def _parquet_batches(
     try:
         for batch in _open_parquet(file).iter_batches(batch_size=BATCH_ROWS):
             if batch.num_rows:
+                batch.validate(full=True)  # Parquet's readers let text pass that is not UTF-8
                 yield batch
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"manifest {file}: {_tidy(error)}; the file is damaged") from error
 
 
 def _open_parquet(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(storage.open_read(file), pre_buffer=False)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ManifestError(
-            f"manifest {file}: not a Parquet file ({_tidy(error)}); if it is CSV, say "
-            "--manifest.format csv"
+            f"manifest {file}: not a Parquet file, or a damaged one ({_tidy(error)}); if it is "
+            "CSV, say --manifest.format csv"
         ) from error
 
 
-def _tidy(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _tidy(text: object) -> str:
+    return " ".join(str(text).split())[:300]
 
 
 def _digest_files(files: list[str]) -> str:
@@ -407,9 +437,16 @@ def _digest_listing(paths: Iterator[str], root: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         place = resolve(path, root)
-        bytes_ = storage.size(place) if place is not None and storage.is_local(place) else 0
+        bytes_ = _size(place) if place is not None and storage.is_local(place) else 0
         digest.update(f"{path}\x00{bytes_}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _size(place: str) -> int:
+    try:
+        return storage.size(place)
+    except StorageError:
+        return -1  # a dead link is a row, and fails as a row
 
 
 def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -424,7 +461,7 @@ def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
         values: list[Any] = array.to_pylist()
         return pa.array(
             [
-                None if v is None or v != v else str(int(v)) if v == int(v) else str(v)
+                None if v is None or v != v else str(int(v)) if v.is_integer() else str(v)
                 for v in values
             ],
             pa.string(),

@@ -13,6 +13,7 @@ import functools
 import glob as local_glob
 import os
 import random
+import re
 import shutil
 import time
 import uuid
@@ -42,6 +43,7 @@ _FORBIDDEN_CODES = frozenset(
     "AccessDenied 403 Forbidden InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken".split()
 )
 _MISSING_CODES = frozenset("NoSuchKey NoSuchBucket 404 NotFound".split())
+_MAGIC = re.compile(r"[*?\[]")
 
 
 def is_local(url: str) -> bool:
@@ -156,14 +158,12 @@ def create(url: str, data: bytes) -> bool:
             with translated(url):
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 _write_durably(temporary, data)
-                os.link(temporary, path)
-            return True
-        except StorageError as error:
-            if isinstance(error.__cause__, FileExistsError):
-                return False
-            raise
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+                    return True
+            return False
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(temporary)
     fs, path = _store(url)
     try:
@@ -182,10 +182,13 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
         fs, path = _store(url)
         stream = _attempt(url, lambda: fs.open(path, "wb"))
         try:
-            yield stream
+            with translated(url):
+                yield stream
         except BaseException:
             with contextlib.suppress(Exception):
                 stream.discard()
+            with contextlib.suppress(AttributeError):
+                stream.closed = True  # or the collector would close it, which is to write it
             raise
         _attempt(url, stream.close)
         return
@@ -217,7 +220,7 @@ def names(folder: str) -> list[str]:
             raise _typed(folder, error) from error
     fs, path = _store(folder)
     try:
-        found = _attempt(folder, lambda: fs.ls(path, detail=True, refresh=True))
+        found = _attempt(folder, lambda: fs.ls(path, detail=True))
     except StorageMissing:
         return []
     return sorted(f["name"].rsplit("/", 1)[-1] for f in found if f["type"] == "file")
@@ -229,23 +232,24 @@ def find(pattern: str) -> list[str]:
         found = local_glob.glob(local_path(pattern), recursive=True)
         return sorted(f for f in found if os.path.isfile(f))
     fs, path = _store(pattern)
-    return sorted(fs.unstrip_protocol(f) for f in _attempt(pattern, lambda: fs.glob(path)))
+    matches = _attempt(pattern, lambda: fs.glob(path, detail=True))
+    return sorted(fs.unstrip_protocol(f) for f, info in matches.items() if info["type"] == "file")
 
 
 def walk(folder: str) -> Iterator[str]:
     """Files below a folder as paths relative to it, '/'-separated, in sorted order, streamed.
 
-    Hidden files and folders are passed over; links are followed.
+    Hidden files and folders are passed over; links are followed, but not back up.
     """
     if is_local(folder):
         yield from _walk_local(local_path(folder), "")
         return
     fs, path = _store(folder)
     prefix = path.rstrip("/") + "/"
-    for found in sorted(_attempt(folder, lambda: fs.find(path))):
-        relative = found[len(prefix) :]
-        if not any(part.startswith((".", "_")) for part in relative.split("/")):
-            yield relative
+    below = [found[len(prefix) :].split("/") for found in _attempt(folder, lambda: fs.find(path))]
+    for parts in sorted(below):
+        if not any(part.startswith(".") for part in parts):
+            yield "/".join(parts)
 
 
 def remove(url: str) -> None:
@@ -260,7 +264,11 @@ def remove(url: str) -> None:
         return
     fs, path = _store(url)
     with contextlib.suppress(StorageMissing):
-        _attempt(url, lambda: fs.rm(path, recursive=True))
+        if _MAGIC.search(path):  # fsspec would take the name for a pattern, and remove others too
+            for file in _attempt(url, lambda: fs.find(path)):
+                _attempt(url, functools.partial(fs.rm_file, file))
+        else:
+            _attempt(url, lambda: fs.rm(path, recursive=True))
 
 
 def check_writable(folder: str) -> None:
@@ -279,16 +287,21 @@ def translated(url: str) -> Iterator[None]:
         raise _typed(url, error) from error
 
 
-def _walk_local(root: str, prefix: str) -> Iterator[str]:
-    try:
-        with os.scandir(os.path.join(root, prefix)) as scan:
+def _walk_local(
+    root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    folder = os.path.join(root, prefix)
+    with translated(folder):
+        here = os.stat(folder)
+        identity = (here.st_dev, here.st_ino)
+        if identity in above:
+            return  # a link back to where we came from
+        with os.scandir(folder) as scan:
             entries = sorted((e.name, e.is_dir()) for e in scan if not e.name.startswith("."))
-    except OSError as error:
-        raise _typed(os.path.join(root, prefix), error) from error
     for name, is_dir in entries:
         relative = f"{prefix}/{name}" if prefix else name
         if is_dir:
-            yield from _walk_local(root, relative)
+            yield from _walk_local(root, relative, above | {identity})
         else:
             yield relative
 
@@ -327,7 +340,8 @@ def _is_temporary(name: str) -> bool:
 def _file_system(protocol: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(protocol)
+    # a cached listing would hide what other processes have written since
+    return fsspec.filesystem(protocol, use_listings_cache=False)
 
 
 def _store(url: str) -> tuple[Any, str]:
@@ -335,9 +349,11 @@ def _store(url: str) -> tuple[Any, str]:
     protocol = url.partition(":")[0]
     try:
         fs = _file_system(protocol)
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"{_short(url)}: no file system for {protocol}:// ({error})") from error
-    return fs, fs._strip_protocol(url)
+        return fs, fs._strip_protocol(url)
+    except Exception as error:  # whatever a driver raises that is not installed or not configured
+        raise StorageError(
+            f"{_short(url)}: no file system for {protocol}:// ({_reason(error)})"
+        ) from error
 
 
 def _attempt(url: str, call: Callable[[], T]) -> T:
@@ -360,11 +376,13 @@ def _typed(url: str, error: Exception) -> StorageError:
     if isinstance(error, StorageError):
         return error
     if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
-        return StorageMissing(f"{place}: no such file")
-    if isinstance(error, PermissionError) or code in _FORBIDDEN_CODES:
+        what = "bucket" if "bucket does not exist" in str(error) else "file"
+        return StorageMissing(f"{place}: no such {what}")
+    refused = isinstance(error, PermissionError) or code in _FORBIDDEN_CODES
+    if refused or type(error).__name__.endswith("CredentialsError"):
         return StorageForbidden(f"{place}: access is refused ({_reason(error)})")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(f"{place}: no space left; free some and run the same command again")
+        return StorageFull(f"{place}: no space left; free some")
     if isinstance(error, IsADirectoryError):
         return StorageError(f"{place}: is a folder, not a file")
     if code in _PASSING_CODES or _is_passing(error):
@@ -386,6 +404,8 @@ def _is_passing(error: Exception) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in (errno.ESTALE, errno.EIO, errno.EMFILE):
         return True
+    if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":
+        return False
     module = type(error).__module__.partition(".")[0]
     return module in ("aiohttp", "botocore", "aiobotocore", "urllib3") and not _code(error)
 

@@ -29,8 +29,9 @@ def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
+    context.raise_original_map_exception = True
     dataset = ray.data.from_arrow(_blocks(work))
-    for stage in _stages(spec, layout):
+    for stage in _stages(spec, layout, len(work)):
         dataset = stage(dataset)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         assert isinstance(batch, pa.Table)
@@ -46,8 +47,9 @@ def _blocks(work: Sequence[Work]) -> list[pa.Table]:
     ]
 
 
-def _stages(spec: WorkSpec, layout: Layout) -> list[Any]:
-    pool = ray.data.ActorPoolStrategy(size=layout.workers, max_tasks_in_flight_per_actor=2)
+def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
+    workers = min(layout.workers, chunks)
+    pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
     model: dict[str, Any] = {
         "compute": pool,
         "batch_size": 1,

@@ -106,11 +106,12 @@ def predict(config: PredictConfig) -> PredictResult:
     bundle = load_bundle(config.model)
     _check_columns(manifest, config, bundle)
     _check_output(output)
-    with cluster.interruptible():
-        lease = _acquire(output, config)
+    with cluster.Interruption().watched() as interruption:
+        lease = Lease.acquire(output, config.lease_seconds)
         try:
             with _resumable(output):
-                return _Run(config, output, manifest, bundle, lease, started).run()
+                run = _Run(config, output, manifest, bundle, lease, interruption, started)
+                return run.run()
         finally:
             lease.release()
 
@@ -125,6 +126,7 @@ class _Run:
         manifest: Manifest,
         bundle: Bundle,
         lease: Lease,
+        interruption: cluster.Interruption,
         started: float,
     ) -> None:
         self.config = config
@@ -132,6 +134,7 @@ class _Run:
         self.manifest = manifest
         self.bundle = bundle
         self.lease = lease
+        self.interruption = interruption
         self.started = started
         self.resumed = False
         self.precision: set[str] = set()
@@ -294,7 +297,11 @@ class _Run:
             return
         progress = Progress(total, done, self.config.progress_seconds)
         try:
-            for receipt in pipeline.run(spec, layout, todo):
+            receipts = pipeline.run(spec, layout, todo)
+            for receipt in cluster.in_background(receipts, self.interruption):
+                if receipt is None:
+                    progress.tick()
+                    continue
                 self.precision.add(receipt.precision)
                 progress.add(receipt)
                 self.lease.check()
@@ -381,8 +388,9 @@ class _Counting:
     def _collect(self, book: Ledger | None, *, wait: bool) -> None:
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
-            ready, _ = ray.wait(pending, timeout=None if wait else 0)
-            if not ready:
+            ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)
+            self._run.interruption.check()
+            if not ready and not wait:
                 return
             for task in ready:
                 self._total += ray.get(task)
@@ -413,10 +421,6 @@ def _check_output(output: str) -> None:
         )
 
 
-def _acquire(output: str, config: PredictConfig) -> Lease:
-    return Lease.acquire(output, config.lease_seconds)
-
-
 def _clear(output: str) -> None:
     """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
     for name in (names.SUCCESS, names.PREDICTIONS, names.METRICS, names.STAGING, names.RUN):
@@ -426,23 +430,19 @@ def _clear(output: str) -> None:
 @contextlib.contextmanager
 def _resumable(output: str) -> Iterator[None]:
     """Turn what Ray wraps around an error, and an interruption, into what the user must know."""
-    again = "run the same command again to go on from there"
+    again = f"what is done is kept in {output}; run the same command again to go on from there"
     try:
         yield
     except Interrupted as error:
-        raise Interrupted(f"{error}; what is done is kept in {output}, {again}") from None
-    except ImgclsError:
-        raise
+        raise Interrupted(f"{error}; {again}") from None
     except ray.exceptions.RayError as error:
-        cause = _cause(error)
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         if isinstance(cause, ImgclsError):
-            raise type(cause)(f"{cause}; what is done is kept in {output}, {again}") from error
-        raise RunFailed(
-            f"a worker failed: {cause}; what is done is kept in {output}, {again}"
-        ) from error
+            raise type(cause)(f"{_first_line(cause)}; {again}") from error
+        name = type(cause).__name__
+        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The error in a worker that Ray wrapped."""
-    inner = getattr(error, "cause", None) or error.__cause__
-    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+def _first_line(error: BaseException) -> str:
+    """An error's own words, without the advice that Ray adds below them."""
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -40,6 +40,12 @@ class Progress:
         if now - self._said >= (0.2 if self._live else self._every):
             self._say(now)
 
+    def tick(self) -> None:
+        """Say something when nothing has come for a while, so that waiting is not silence."""
+        now = time.monotonic()
+        if now - self._said >= max(1.0, self._every):
+            self._say(now)
+
     def close(self) -> None:
         """End the live bar's line."""
         if self._live:
@@ -60,6 +66,9 @@ class Progress:
 
     def line(self) -> str:
         """One line that tells how far the run is."""
+        if len(self._recent) == 1:
+            waited = _duration(time.monotonic() - self._recent[0][0])
+            return f"{self._done:,}/{self._total:,} rows  starting workers ({waited})"
         share = self._done / self._total if self._total else 1.0
         left = (self._total - self._done) / self.rate if self.rate else None
         parts = [

@@ -19,7 +19,7 @@ class ImportConfig(Section):
     arch: str
     """The architecture, e.g. squeezenet1_0; `imgcls model list` names them all."""
     weights: str
-    """A .pth or .safetensors state dict (path or URL), or `torchvision`, or a name it gives them."""
+    """A .pth or .safetensors state dict (path or URL), or a torchvision name for its own."""
     classes: str
     """A text file with one class name per line, in the order of the network's outputs."""
     output: str
@@ -46,7 +46,8 @@ def import_model(config: ImportConfig) -> Bundle:
 
     Raises BundleError when they do not fit together, OutputError when a bundle is there already.
     """
-    architecture = zoo.pretrained_options(zoo.architecture(config.arch, config.options))
+    architecture = zoo.architecture(config.arch, config.options)
+    architecture = zoo.pretrained_options(architecture, config.weights)
     output = storage.absolute(config.output)
     if storage.exists(storage.join(output, DESCRIPTION)) and not config.overwrite:
         raise OutputError(f"output {output}: holds a bundle already; say --overwrite to replace it")

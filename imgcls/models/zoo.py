@@ -55,19 +55,20 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
         return torchvision.models.get_model(
             architecture.name, weights=None, num_classes=num_classes, **options
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
 
 
 def default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
     """The preprocessing that a network's weights were made with.
 
-    weights: a torchvision weights name such as `IMAGENET1K_V2`, else the first one is meant.
+    weights: as for `load_weights`; a file is taken to hold torchvision's first ones
     """
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
     known = torchvision.models.get_model_weights(architecture.name)
-    member = known[weights] if weights in known.__members__ else next(iter(known))
+    name = "DEFAULT" if weights == "torchvision" else weights
+    member = known[name] if name in known.__members__ else next(iter(known))
     recipe = member.transforms()
     interpolation: Interpolation = (
         "bicubic" if "bicubic" in str(recipe.interpolation).lower() else "bilinear"
@@ -81,12 +82,17 @@ def default_preprocess(architecture: Architecture, weights: str | None = None) -
     )
 
 
-def pretrained_options(architecture: Architecture) -> Architecture:
-    """torchvision's ImageNet weights of these two expect the network to rescale its inputs."""
+def pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
+    """The architecture with the options that ImageNet weights of its kind were trained with.
+
+    weights: as for `default_preprocess`
+    """
+    options: dict[str, Any] = {}
     if architecture.name in ("inception_v3", "googlenet"):
-        options = {"transform_input": True, "aux_logits": True, **architecture.options}
-        return architecture.model_copy(update={"options": options})
-    return architecture
+        options = {"transform_input": True, "aux_logits": True}
+    elif architecture.name.startswith("vit_"):
+        options = {"image_size": default_preprocess(architecture, weights).crop}
+    return architecture.model_copy(update={"options": {**options, **architecture.options}})
 
 
 def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -115,9 +121,15 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         choices = ", ".join(["torchvision", *(known.__members__ if known is not None else ())])
         raise BundleError(f"model.weights: {error}; give a file, or one of {choices}") from error
     if weights.endswith(".safetensors"):
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
-        return dict(load(data))
+        try:
+            return dict(load(data))
+        except SafetensorError as error:
+            raise BundleError(
+                f"model.weights {weights}: is damaged, or no safetensors file ({error})"
+            ) from error
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:

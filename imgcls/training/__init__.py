@@ -1,1 +1,1 @@
-"""Fine-tuning: labelled manifests in, a bundle out; Ray Data decodes and Ray Train runs the loop."""
+"""Fine-tuning: labelled manifests in, a bundle out; Ray Data decodes, Ray Train runs the loop."""

@@ -120,8 +120,9 @@ def _read(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Source]:
         raise ManifestError(str(error).replace("--manifest.", f"--{key}.")) from error
     if manifest.label_column is None:
         raise ManifestError(
-            f"{key} {config.path}: no column of labels (found: {', '.join(manifest.schema.names)}); "
-            f"name it with --{key}.label-column, or give one folder per class"
+            f"{key} {config.path}: no column of labels (found: "
+            f"{', '.join(manifest.schema.names)}); name it with --{key}.label-column, or give one "
+            "folder per class"
         )
     tables = [_SCHEMA.empty_table()]
     rows = 0

@@ -7,6 +7,7 @@ the rows does not depend on which task was done first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +60,13 @@ def decode_images(rows: pa.Table, preprocess: Preprocess, *, cpus: float) -> Dec
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_arrow(chunks).map_batches(
-            decode_chunk, batch_format="pyarrow", fn_kwargs={"preprocess": preprocess}
+        decoded = (
+            ray.data.from_arrow(chunks)
+            .map_batches(
+                functools.partial(decode_chunk, preprocess=preprocess), batch_format="pyarrow"
+            )
+            .materialize()
         )
-        decoded = dataset.materialize()
         told = decoded.select_columns(["row", "url", "label", "held", "error"])
         bad = told.filter(expr=col("error").is_not_null()).take_all()
     failures = [
@@ -75,6 +79,12 @@ def decode_images(rows: pa.Table, preprocess: Preprocess, *, cpus: float) -> Dec
 def image_bytes(preprocess: Preprocess) -> int:
     """Bytes of one decoded image."""
     return 3 * preprocess.crop**2
+
+
+def store_bytes() -> int:
+    """Capacity of the smallest object store among the machines that do work."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min(int(r.get("object_store_memory", 0)) for r in resources if r.get("CPU"))
 
 
 def decode_chunk(rows: pa.Table, preprocess: Preprocess) -> pa.Table:

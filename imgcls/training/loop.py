@@ -43,7 +43,6 @@ class Work:
     """All that a worker must know.
 
     weights: reference to the state dict to start from
-    board:   actor to post the epochs' lines to
     """
 
     architecture: Architecture
@@ -56,31 +55,32 @@ class Work:
     batch_size: int
     seed: int
     precision: Precision
-    board: Any
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a worker came to.
 
-    diverged: which number ceased to be finite, which ended the training; None when all was well
+    precision: what `auto` came to on the workers
+    diverged:  which number ceased to be finite and so ended the training; None when all was well
     """
 
     history: list[Epoch]
+    precision: str
     diverged: str | None
 
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The training loop of one worker, called by Ray Train; returns an Outcome as a dict."""
-    return asdict(_Trainer(config["work"]).run())
+    return asdict(_Trainer(config["work"], config["board"]).run())
 
 
 class _Trainer:
     """One worker: its network, its rows and what they came to."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, board: Any) -> None:
         context = ray.train.get_context()
-        self.work = work
+        self.work, self.board = work, board
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         _use_cores(context.get_local_world_size())
@@ -91,14 +91,14 @@ class _Trainer:
         self.normalise = Normalise(work.preprocess, self.device)
         network = zoo.build(work.architecture, work.num_classes)
         network.load_state_dict(ray.get(work.weights))
-        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.network = network.to(self.device).to(memory_format=torch.channels_last)
         # running statistics are averaged before each evaluation instead of copied at each step
         self.parallel: nn.Module = (
             nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
             if self.workers > 1
             else self.network
         )
-        self.precision, _ = choose_precision(work.precision, self.device)
+        self.precision, self.precision_reason = choose_precision(work.precision, self.device)
         self.steps = steps_per_epoch(len(self.train), work.batch_size, self.workers)
         self.optimizer = optimizer(self.network, work.optim)
         self.schedule = schedule(self.optimizer, work.optim, self.steps * work.epochs)
@@ -106,19 +106,20 @@ class _Trainer:
     def run(self) -> Outcome:
         history: list[Epoch] = []
         best: Epoch | None = None
+        self._post(f"training: {self.device.type}, {self.precision} ({self.precision_reason})")
         for number in range(1, self.work.epochs + 1):
             epoch = self._epoch(number)
             for name in ("train_loss", "val_loss"):
                 if not math.isfinite(getattr(epoch, name)):
-                    return Outcome(history, f"{name} is {getattr(epoch, name)} in epoch {number}")
+                    diverged = f"{name} is {getattr(epoch, name)} in epoch {number}"
+                    return Outcome(history, self.precision, diverged)
             history.append(epoch)
             better = epoch.better_than(best)
             best = epoch if better else best
-            if self.rank == 0:
-                self.work.board.post.remote(epoch.line(self.work.epochs))
+            self._post(epoch.line(self.work.epochs))
             with self._checkpoint(better and self.rank == 0) as checkpoint:
                 ray.train.report(asdict(epoch), checkpoint=checkpoint)
-        return Outcome(history, None)
+        return Outcome(history, self.precision, None)
 
     def _epoch(self, number: int) -> Epoch:
         start = time.perf_counter()
@@ -158,7 +159,7 @@ class _Trainer:
             loss, logits = training_loss(outputs, labels, self.work.optim.label_smoothing)
             # workers' gradients are averaged, whereas the mean over the batch is what is meant
             (loss * (self.workers / hand.batch)).backward()
-            self.lr = self.schedule.get_last_lr()[0]
+            self.lr = float(self.schedule.get_last_lr()[0])
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
@@ -185,6 +186,10 @@ class _Trainer:
     def _autocast(self) -> torch.autocast:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _post(self, line: str) -> None:
+        if self.rank == 0:
+            self.board.post.remote(line)
 
     @contextlib.contextmanager
     def _checkpoint(self, wanted: bool) -> Iterator[ray.train.Checkpoint | None]:

@@ -80,7 +80,8 @@ class Board:
 @contextlib.contextmanager
 def printed_board() -> Iterator[Any]:
     """A board whose lines are printed here as they are posted."""
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Ray's types do not know the methods of an async actor
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
 
     def follow() -> None:
         seen, closed = 0, False

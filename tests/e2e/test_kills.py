@@ -1,0 +1,257 @@
+"""Exactly once, whatever is killed: drivers, workers, the whole cluster, a full disk, a rival.
+
+The short form runs in `make test`; the long form (20 random moments) is marked `chaos`. Moments are
+drawn from a seed that is printed, so that a failure can be run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from tests.conftest import draw, write_manifest
+from tests.e2e.outputs import assert_exactly_once, committed, table
+from tests.processes import RayCluster, imgcls, kill_family, started, wait_for
+
+ROWS, CHUNKS, PARTS = 480, 60, 4
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest whose images take long enough to decode that a kill meets work under way."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(12):
+        draw(("red", "green", "blue")[i % 3], (1600, 1200), seed=i).save(folder / f"{i}.jpg")
+    (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:5000])
+    names = [f"{i % 12}.jpg" if i % 50 else "broken.jpg" for i in range(ROWS)]
+    return write_manifest(folder / "m.csv", [(n, "red", str(i)) for i, n in enumerate(names)],
+                          ("path", "label", "id"))  # fmt: skip
+
+
+def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
+    return [
+        *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
+        *("--chunk-rows", 8, "--part-rows", 120, "--max-error-rate", 0.1, "--lease-seconds", 5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    photographs: Path, colour_bundle: Path, cluster: RayCluster,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> pa.Table:  # fmt: skip
+    """The table of a run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("reference") / "out"
+    done = imgcls(*arguments(photographs, colour_bundle, output), env=cluster.environment())
+    assert done.returncode == 0, done.stderr
+    return assert_exactly_once(output, ROWS)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Whom to kill: so many seconds after `chunks` more chunks have become durable."""
+
+    target: str
+    chunks: int
+    delay: float
+
+
+def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kill]) -> list[str]:
+    """Start the command, kill as told, start again; then let it end. Returns what each kill met."""
+    met = []
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(RayCluster.start(cpus=2))
+        for kill in kills:
+            before = durable(output)
+            with started(*arguments(manifest, bundle, output), env=cluster.environment()) as driver:
+                wait_for(
+                    lambda b=before, k=kill: (
+                        durable(output) >= min(CHUNKS, b + k.chunks) or committed(output)
+                    )
+                )
+                time.sleep(kill.delay)
+                met.append(f"{kill.target} at {durable(output)} of {CHUNKS} chunks")
+                if kill.target == "driver":
+                    driver.kill()
+                elif kill.target == "worker":
+                    killed = cluster.workers("ray::Map")[:1]
+                    for worker in killed:
+                        worker.kill()
+                    after = min(CHUNKS, durable(output) + 4) if killed else 0
+                    wait_for(lambda n=after: durable(output) >= n or committed(output))
+                    driver.kill()
+                else:
+                    cluster.kill()
+                    driver.kill()
+                    cluster = stack.enter_context(RayCluster.start(cpus=2))
+        last = imgcls(*arguments(manifest, bundle, output), env=cluster.environment())
+        assert last.returncode == 0, last.stderr
+    return met
+
+
+def durable(output: Path) -> int:
+    """Chunks that are staged or rolled up."""
+    parts = {path.stem for path in output.glob("predictions/*.parquet")}
+    staged = [
+        path
+        for path in output.glob("_staging/part-*/chunk-*.parquet")
+        if path.parent.name not in parts
+    ]
+    return len(staged) + len(parts) * CHUNKS // PARTS
+
+
+def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
+    photographs: Path, colour_bundle: Path, reference: pa.Table, tmp_path: Path
+) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    kills = [
+        Kill(target, rng.randrange(1, 15), rng.uniform(0, 0.5))
+        for target in ("driver", "worker", "cluster", "driver", "worker")
+    ]
+    output = tmp_path / "out"
+    met = kill_and_restart(photographs, colour_bundle, output, kills)
+    print(f"seed {seed}:", *met, sep="\n  ")
+    assert assert_exactly_once(output, ROWS).equals(reference)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("target", ["driver", "worker", "cluster"])
+def test_twenty_kills_at_random_moments(
+    target: str, photographs: Path, colour_bundle: Path, reference: pa.Table, tmp_path: Path
+) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    met: list[str] = []
+    rounds = 0
+    while len(met) < 20:
+        # Half the kills strike in the first seconds: start-up, planning and resuming
+        kills = [
+            Kill(target, 0, rng.uniform(0.2, 9))
+            if rng.random() < 0.5
+            else Kill(target, rng.randrange(1, 40), rng.uniform(0, 1))
+            for _ in range(min(5, 20 - len(met)))
+        ]
+        rounds += 1
+        output = tmp_path / f"out-{rounds}"
+        met += kill_and_restart(photographs, colour_bundle, output, kills)
+        assert assert_exactly_once(output, ROWS).equals(reference)
+    print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_cleanly_and_resumes(
+    number: signal.Signals, photographs: Path, colour_bundle: Path, reference: pa.Table,
+    cluster: RayCluster, tmp_path: Path,
+) -> None:  # fmt: skip
+    output = tmp_path / "out"
+    command = arguments(photographs, colour_bundle, output)
+    with started(*command, env=cluster.environment()) as driver:
+        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 3)
+        driver.send_signal(number)
+        _, err = driver.communicate(timeout=30)
+    assert driver.returncode == 1
+    assert "run the same command again" in err
+    assert not (output / "_lease").exists()
+    assert not committed(output)
+    again = imgcls(*command, env=cluster.environment())
+    assert again.returncode == 0, again.stderr
+    assert "rows are done" in again.stdout
+    assert assert_exactly_once(output, ROWS).equals(reference)
+
+
+def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
+    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(photographs, colour_bundle, output)
+    env = cluster.environment()
+    with started(*command, env=env) as one, started(*command, env=env) as two:
+        ended = {name: p.communicate(timeout=240) for name, p in (("one", one), ("two", two))}
+        codes = sorted([one.returncode, two.returncode])
+    assert codes == [0, 2], ended
+    refused = ended["one" if one.returncode == 2 else "two"][1]
+    assert "is at work on it" in refused
+    assert assert_exactly_once(output, ROWS).equals(reference)
+
+
+def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
+    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = arguments(photographs, colour_bundle, output)
+    # a Ray session of its own: a stopped driver keeps the CPUs of the cluster that it is on
+    with started(*command) as zombie:
+        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 3)
+        os.kill(zombie.pid, signal.SIGSTOP)
+        for record in (output / "_lease").iterdir():
+            # as if the holder were on a machine that cannot be asked whether it is alive
+            record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))
+        heir = imgcls(*command, env=cluster.environment())
+        assert heir.returncode == 0, heir.stderr
+        committed_table = assert_exactly_once(output, ROWS)
+        os.kill(zombie.pid, signal.SIGCONT)
+        _, err = zombie.communicate(timeout=60)
+    assert zombie.returncode == 1
+    assert "the lease on the output was lost" in err
+    assert committed_table.equals(reference)
+    assert table(output).equals(reference)
+    assert committed(output)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
+    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * 1_850_000)
+        command = arguments(photographs, colour_bundle, disk / "out")
+        full = imgcls(*command, env=cluster.environment())
+        assert full.returncode == 1, (full.stdout, full.stderr)
+        assert "no space left" in full.stderr
+        assert not committed(disk / "out")
+        filler.unlink()
+        again = imgcls(*command, env=cluster.environment())
+        assert again.returncode == 0, again.stderr
+        assert assert_exactly_once(disk / "out", ROWS).equals(reference)
+
+
+def test_a_private_ray_session_ends_with_its_driver(
+    photographs: Path, colour_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with started(*arguments(photographs, colour_bundle, output)) as driver:
+        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 1)
+        children = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        driver.wait()
+    servers = [p for p in children if p.pid != driver.pid]
+    _, alive = psutil.wait_procs(servers, timeout=30)
+    assert not [p for p in alive if p.name() in ("raylet", "gcs_server")]
+    for process in alive:
+        kill_family(process.pid)

@@ -1,0 +1,270 @@
+"""The labelling job as a user runs it: a command, a real Ray cluster, files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.data import images
+from imgcls.models.bundle import load_bundle
+from imgcls.models.classifier import Classifier
+from tests.conftest import write_manifest
+from tests.e2e.outputs import assert_exactly_once, committed, success, table
+from tests.processes import RayCluster, imgcls
+
+
+@pytest.fixture
+def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `imgcls predict` on the test cluster."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return imgcls("predict", *arguments, env=cluster.environment())
+
+    return run
+
+
+def test_every_row_is_labelled_and_the_columns_come_through(
+    predict: Callable[..., subprocess.CompletedProcess[str]],
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    manifest, output = colours(150), tmp_path / "out"
+    arguments = ("--manifest", manifest, "--model", colour_bundle, "--output", output)
+    done = predict(*arguments, "--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4)
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(output, 150)
+    assert found.schema.names == [
+        *("path", "label", "camera", "row", "predicted_label", "confidence", "accepted"),
+        *("topk_labels", "topk_scores", "label_score", "label_rank", "scores", "embedding"),
+        *("width", "height", "status", "error"),
+    ]
+    assert found["camera"].to_pylist()[:3] == ["camera 0", "camera 1", "camera 0"]
+    assert set(found["status"].to_pylist()) == {"ok"}
+    assert found["width"].to_pylist() == [64] * 150
+    first = found.slice(0, 1).to_pylist()[0]
+    assert first["topk_labels"][0] == first["predicted_label"]
+    assert len(first["topk_labels"]) == 2
+    assert first["confidence"] == first["topk_scores"][0]
+    assert first["accepted"] == (first["confidence"] >= 0.4)
+    assert sum(first["scores"]) == pytest.approx(1, abs=1e-2)
+    for name in ("summary", "per_class", "confusion", "calibration", "errors"):
+        assert (output / "metrics" / f"{name}.parquet").exists()
+    summary = pq.read_table(output / "metrics" / "summary.parquet").to_pylist()
+    accuracy = next(m["value"] for m in summary if m["metric"] == "accuracy")
+    right = [
+        p == t
+        for p, t in zip(
+            found["predicted_label"].to_pylist(), found["label"].to_pylist(), strict=True
+        )
+    ]
+    assert accuracy == pytest.approx(np.mean(right))
+    body = success(output)
+    assert body["status"] == {"ok": 150}
+    assert body["bundle_sha256"] == load_bundle(str(colour_bundle)).sha256
+
+    again = predict(*arguments, "--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4)
+    assert again.returncode == 0
+    assert "committed before" in again.stdout
+
+    other = predict(*arguments, "--top-k", 3)
+    assert other.returncode == 2
+    assert "settings.top_k: 2 then, 3 now" in other.stderr
+    assert "--overwrite" in other.stderr
+    assert committed(output)
+
+
+def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
+    predict: Callable[..., subprocess.CompletedProcess[str]], shared: Path, tmp_path: Path
+) -> None:
+    bundle, output = tmp_path / "bundle", tmp_path / "out"
+    made = imgcls(
+        *("model", "import", "--arch", "squeezenet1_0", "--output", bundle),
+        *("--weights", shared / "weights" / "squeezenet1_0-imagenet.pth"),
+        *("--classes", shared / "weights" / "imagenet-classes.txt"),
+    )
+    assert made.returncode == 0, made.stderr
+    manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
+    done = predict("--manifest", manifest, "--model", bundle, "--output", output, "--scores")
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(output, 334)
+
+    import torch
+
+    torch.set_num_threads(1)
+    classifier = Classifier.load(str(bundle))
+    folder = manifest.parent
+    pixels = [
+        images.decode((folder / path).read_bytes(), classifier.preprocess)[0]
+        for path in found["path"].to_pylist()
+    ]
+    direct = np.concatenate(
+        [classifier.classify(np.stack(pixels[i : i + 32])).scores for i in range(0, 334, 32)]
+    )
+    best = direct.max(1)
+    assert found["confidence"].to_numpy().tobytes() == best.tobytes()
+    labels = [classifier.classes[i] for i in direct.argmax(1)]
+    assert found["predicted_label"].to_pylist() == labels
+    scores = np.stack(found["scores"].to_numpy())
+    assert scores.tobytes() == direct.astype(np.float16).tobytes()
+    rank = np.array(found["label_rank"].to_pylist())
+    assert abs(int((rank == 1).sum()) - 215) <= 4
+    assert abs(int((rank <= 5).sum()) - 274) <= 4
+
+
+def test_unlabelled_folders_get_counts_and_a_confidence_histogram(
+    predict: Callable[..., subprocess.CompletedProcess[str]],
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    colours(40)
+    output = tmp_path / "out"
+    done = predict("--manifest", tmp_path / "images", "--model", colour_bundle, "--output", output)
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(output, 40)
+    assert "label_rank" not in found.schema.names
+    per_class = pq.read_table(output / "metrics" / "per_class.parquet")
+    assert sum(per_class["predicted"].to_pylist()) == 40
+    bins = pq.read_table(output / "metrics" / "calibration.parquet")
+    assert sum(bins["count"].to_pylist()) == 40
+    assert bins["accuracy"].null_count == len(bins)
+
+
+@pytest.mark.parametrize("layout", ["gpu", "gpu_decode"])
+def test_the_gpu_layouts_write_the_same_table(
+    layout: str, colours: Callable[[int], Path], colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = colours(100)
+    (tmp_path / "images" / "00007.jpg").write_bytes(b"broken")
+    base = ("--manifest", manifest, "--model", colour_bundle, "--max-error-rate", 0.5)
+    size = ("--scale.batch-size", 32)
+    with RayCluster.start(cpus=2, gpus=1) as logical:
+        env = logical.environment()
+        plain = imgcls(
+            "predict", *base, *size, "--output", tmp_path / "cpu", "--scale.layout", "cpu", env=env
+        )
+        assert plain.returncode == 0, plain.stderr
+        done = imgcls(
+            "predict",
+            *base,
+            *size,
+            "--output",
+            tmp_path / layout,
+            "--scale.layout",
+            layout,
+            env=env,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "model workers on GPUs" in done.stdout
+    assert table(tmp_path / layout).equals(table(tmp_path / "cpu"))
+
+
+def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
+    predict: Callable[..., subprocess.CompletedProcess[str]],
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    manifest, output = colours(100), tmp_path / "out"
+    away = tmp_path / "away.jpg"
+    shutil.move(tmp_path / "images" / "00042.jpg", away)
+    (tmp_path / "images" / "00077.jpg").write_bytes(b"")
+    arguments = ("--manifest", manifest, "--model", colour_bundle, "--output", output)
+    refused = predict(*arguments)
+    assert refused.returncode == 3
+    assert "2 of 100 rows failed" in refused.stderr
+    assert not committed(output)
+    before = table(output)
+    errors = pq.read_table(output / "metrics" / "errors.parquet").to_pylist()
+    assert [(e["row"], e["status"]) for e in errors] == [(42, "missing"), (77, "empty")]
+
+    shutil.move(away, tmp_path / "images" / "00042.jpg")
+    retried = predict(*arguments, "--retry-errors", "--max-error-rate", 0.01)
+    assert retried.returncode == 0, retried.stderr
+    assert "2 rows that failed before" in retried.stdout
+    after = assert_exactly_once(output, 100)
+    assert after["status"].to_pylist().count("ok") == 99
+    assert after["predicted_label"].to_pylist()[42] is not None
+    kept = [row for row in range(100) if row not in (42, 77)]
+    assert after.take(kept).equals(before.take(kept).cast(after.schema))
+    assert success(output)["status"] == {"empty": 1, "ok": 99}
+
+
+def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
+    predict: Callable[..., subprocess.CompletedProcess[str]],
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    manifest = colours(6)
+    empty = write_manifest(tmp_path / "empty.csv", [], ("path", "label"))
+    other = write_manifest(tmp_path / "other.csv", [("images/00000.jpg", "cat")], ("path", "label"))
+    taken = write_manifest(tmp_path / "taken.csv", [("a.jpg", "1")], ("path", "confidence"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(colour_bundle, damaged)
+    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (damaged / "model.safetensors").write_bytes(weights)
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    out = tmp_path / "out"
+    good = {"--manifest": manifest, "--model": colour_bundle, "--output": out}
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"--manifest": empty}, "has no row"),
+        ({"--manifest": tmp_path / "nowhere.csv"}, "no such file"),
+        ({"--manifest.path-column": "file"}, "--manifest.path-column"),
+        ({"--manifest": other}, "is a class of the model"),
+        ({"--manifest": taken}, "column 'confidence' is one that labelling writes"),
+        ({"--model": damaged}, "the file is damaged"),
+        ({"--model": tmp_path / "nowhere"}, "imgcls model import"),
+        ({"--output": file / "below"}, "cannot be written"),
+        ({"--scale.layout": "gpu"}, "needs a GPU"),
+        ({"--scale.workers": 7}, "at most 2"),
+        ({"--topk": 7}, "did you mean top_k"),
+    ]
+    for change, expected in cases:
+        options = [part for pair in {**good, **change}.items() for part in pair]
+        done = predict(*options)
+        assert done.returncode == 2, (change, done.stdout, done.stderr)
+        assert expected in done.stderr, (change, done.stderr)
+        assert not (out / "predictions").exists()
+        assert not (out / "_run.json").exists()
+        assert not (out / "_staging").exists()
+
+
+def test_large_manifests_are_rolled_up_into_several_files(
+    predict: Callable[..., subprocess.CompletedProcess[str]],
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    manifest, output = colours(100), tmp_path / "out"
+    nested = pa.table(
+        {
+            "file": [f"{i:05d}.jpg" for i in range(100)],
+            "meta": [{"site": i % 3, "tags": ["a"] * (i % 2)} for i in range(100)],
+        }
+    )
+    pq.write_table(nested, tmp_path / "nested.parquet")
+    done = predict(
+        *("--manifest", tmp_path / "nested.parquet", "--manifest.path-column", "file"),
+        *("--manifest.root", manifest.parent / "images", "--model", colour_bundle),
+        *("--output", output, "--chunk-rows", 8, "--part-rows", 30, "--limit", 90),
+    )
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(output, 90)
+    assert len(list((output / "predictions").iterdir())) == 4
+    assert found.select(["file", "meta"]).equals(nested.slice(0, 90))
+    run = json.loads((output / "_run.json").read_text())
+    assert run["plan"]["part_rows"] == 24
+    assert os.listdir(output / "predictions")[0].startswith("part-")

@@ -1,0 +1,507 @@
+"""One loader: defaults < files < command line, every problem told at once, nothing guessed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from imgcls import cli, config
+from imgcls.config import Section
+from imgcls.errors import ConfigError, RequestError
+from imgcls.labeling.predict import PredictConfig
+from tests.processes import BIN, REPOSITORY, imgcls
+
+
+class Optim(Section):
+    """How the weights move."""
+
+    lr: PositiveFloat = 3e-4
+    """The peak learning rate."""
+    weight_decay: float = 0.05
+    nesterov: bool = True
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    path_column: str = "path"
+    limit: int | None = None
+
+
+class Early(Section):
+    patience: int = 3
+
+
+class Job(Section):
+    """What the tests load."""
+
+    name: str = "job"
+    epochs: PositiveInt = Field(default=10, le=100)
+    mixed: bool = False
+    verbose: bool | None = None
+    layout: Literal["auto", "cpu", "gpu"] = "auto"
+    threshold: float | None = 0.5
+    mean: tuple[float, float, float] = (0.1, 0.2, 0.3)
+    tags: list[str] = []
+    options: dict[str, Any] = {}
+    optim: Optim = Optim()
+    data: Source | None = None
+    early: Early | None = Early()
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if self.name == "forbidden":
+            raise ValueError("name forbidden is taken; give another --name")
+        return self
+
+
+def load(*argv: object) -> Job:
+    return config.load(Job, [str(a) for a in argv], prog="test")
+
+
+def problems(*argv: object, model: type[Section] = Job) -> list[str]:
+    """The problems that a command line is refused with, one line each."""
+    with pytest.raises(ConfigError) as caught:
+        config.load(model, [str(a) for a in argv], prog="test")
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("the configuration has ")
+    return [line.strip() for line in lines]
+
+
+def written(folder: Path, text: str, name: str = "job.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+# ------------------------------------------------------------------ what options may look like
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--epochs", "3"), {"epochs": 3}),
+        (("--epochs=3",), {"epochs": 3}),
+        (("--optim.lr", "1e-3"), {"optim": {"lr": 1e-3}}),
+        (("--optim.lr=1e-3",), {"optim": {"lr": 1e-3}}),
+        (("--optim.weight-decay", "-1"), {"optim": {"weight_decay": -1.0}}),
+        (("--optim.weight_decay", "0"), {"optim": {"weight_decay": 0.0}}),
+        (("--mixed",), {"mixed": True}),
+        (("--mixed", "true"), {"mixed": True}),
+        (("--mixed", "False"), {"mixed": False}),
+        (("--mixed=false",), {"mixed": False}),
+        (("--no-mixed",), {"mixed": False}),
+        (("--verbose",), {"verbose": True}),
+        (("--no-verbose",), {"verbose": False}),
+        (("--verbose", "null"), {"verbose": None}),
+        (("--optim.nesterov", "--epochs", "4"), {"optim": {"nesterov": True}, "epochs": 4}),
+        (("--threshold", "null"), {"threshold": None}),
+        (("--threshold=none",), {"threshold": None}),
+        (("--mean", "[0.5, 0.5, 0.5]"), {"mean": (0.5, 0.5, 0.5)}),
+        (("--tags", "[a, 'b c', 7]"), {"tags": ["a", "b c", "7"]}),
+        (("--tags=[]",), {"tags": []}),
+        (("--options", "{width: 8, a: {b: [1]}}"), {"options": {"width": 8, "a": {"b": [1]}}}),
+        (("--name", "007"), {"name": "007"}),
+        (("--name", "1e3"), {"name": "1e3"}),
+        (("--name", "yes"), {"name": "yes"}),
+        (("--name", ""), {"name": ""}),
+        (("--name", "-"), {"name": "-"}),
+        (("--name", "a=b: c # d"), {"name": "a=b: c # d"}),
+        (("--name=--odd",), {"name": "--odd"}),
+        (("--name", "[unclosed"), {"name": "[unclosed"}),
+        (("--early", "null"), {"early": None}),
+        (("--epochs", "1", "--epochs", "2"), {"epochs": 2}),
+    ],
+)  # fmt: skip
+def test_an_option_sets_its_dotted_key(argv: tuple[str, ...], expected: dict[str, Any]) -> None:
+    assert load(*argv) == Job.model_validate(expected)
+
+
+def test_dotted_keys_below_a_map_add_to_it_and_keep_their_types(tmp_path: Path) -> None:
+    file = written(tmp_path, "options: {width: 8, depth: 2}")
+    found = load(
+        *("--config", file, "--options.width", "16", "--options.dropout", "0.3"),
+        *("--options.act", "relu", "--options.bias", "false"),
+    )
+    assert found.options == {
+        "width": 16, "depth": 2, "dropout": 0.3, "act": "relu", "bias": False,
+    }  # fmt: skip
+
+
+def test_a_map_given_whole_replaces_the_files(tmp_path: Path) -> None:
+    file = written(tmp_path, "options: {width: 8, depth: 2}")
+    assert load("--config", file, "--options", "{dropout: 0.1}").options == {"dropout": 0.1}
+
+
+# ------------------------------------------------------------------ who wins
+
+
+def test_the_command_line_wins_over_files_and_later_files_over_earlier_ones(tmp_path: Path) -> None:
+    first = written(
+        tmp_path, "epochs: 1\noptim: {lr: 0.1, weight-decay: 0.1}\nname: first", "a.yaml"
+    )
+    second = written(tmp_path, "optim: {lr: 0.2}\nname: second", "b.yaml")
+    found = load("--name", "typed", "--config", first, "--config", second)
+    assert found.epochs == 1
+    assert found.name == "typed"
+    assert found.optim == Optim(lr=0.2, weight_decay=0.1)
+    assert found.threshold == Job().threshold
+
+
+@given(st.lists(st.sampled_from(["a.yaml", "b.yaml", "line"]), max_size=6, unique=True))
+def test_precedence_holds_key_by_key(
+    tmp_path_factory: pytest.TempPathFactory, layers: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("layers")
+    values = {"a.yaml": (1, 0.1), "b.yaml": (2, None), "line": (None, 0.3)}
+    argv: list[str] = []
+    for layer in layers:
+        epochs, rate = values[layer]
+        if layer == "line":
+            argv += ["--optim.lr", str(rate)]
+            continue
+        tree: dict[str, Any] = {"epochs": epochs}
+        if rate is not None:
+            tree["optim"] = {"lr": rate}
+        argv += ["--config", str(written(folder, yaml.safe_dump(tree), layer))]
+    files = [layer for layer in layers if layer != "line"]
+    found = load(*argv)
+    assert found.epochs == (values[files[-1]][0] if files else 10)
+    assert found.optim.lr == (0.3 if "line" in layers else 0.1 if "a.yaml" in files else 3e-4)
+
+
+def test_the_environment_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("epochs", "EPOCHS", "JOB_EPOCHS", "IMGCLS_EPOCHS", "optim.lr", "OPTIM__LR"):
+        monkeypatch.setenv(key, "7")
+    assert load() == Job()
+    assert load("--name", "$HOME ${HOME}").name == "$HOME ${HOME}"
+
+
+def test_a_loaded_configuration_cannot_be_changed() -> None:
+    found = load()
+    with pytest.raises(ValidationError):
+        found.epochs = 5
+    with pytest.raises(ValidationError):
+        found.optim.lr = 5.0
+
+
+# ------------------------------------------------------------------ sections with a shorthand
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--data", "rows.csv", "--data.path-column", "file"),
+        ("--data.path-column", "file", "--data", "rows.csv"),
+        ("--data.path", "rows.csv", "--data.path-column=file"),
+        ("--data={path: rows.csv, path-column: file}",),
+        ("--data", "other.csv", "--data.path_column", "file", "--data", "rows.csv"),
+    ],
+)
+def test_a_bare_value_sets_the_sections_main_key_in_any_order(argv: tuple[str, ...]) -> None:
+    assert load(*argv).data == Source(path="rows.csv", path_column="file")
+
+
+@pytest.mark.parametrize(
+    "text", ["data: rows.csv", "data: {path: rows.csv}", "data:\n  path: rows.csv"]
+)
+def test_a_bare_value_in_a_file_takes_dotted_overrides(tmp_path: Path, text: str) -> None:
+    file = written(tmp_path, text)
+    expected = Source(path="rows.csv", path_column="file")
+    assert load("--config", file, "--data.path-column", "file").data == expected
+    assert load("--data.path-column", "file", "--config", file).data == expected
+    assert load("--config", file, "--data", "new.csv").data == Source(path="new.csv")
+
+
+def test_a_bare_value_keeps_the_files_other_keys(tmp_path: Path) -> None:
+    file = written(tmp_path, "data: {path: rows.csv, path_column: file}")
+    assert load("--config", file, "--data", "new.csv").data == Source(
+        path="new.csv", path_column="file"
+    )
+
+
+def test_a_number_may_be_a_bare_value(tmp_path: Path) -> None:
+    assert load("--config", written(tmp_path, "data: 2024")).data == Source(path="2024")
+
+
+# ------------------------------------------------------------------ what is refused, and how
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("lr", "optim.lr"),
+        ("optim.rl", "optim.lr"),
+        ("optim.learning-rate", None),
+        ("optimizer.lr", "optim.lr"),
+        ("epoch", "epochs"),
+        ("weight-decay", "optim.weight_decay"),
+        ("patience", "early.patience"),
+        ("no-epochs", "epochs"),
+        ("path-colunm", "data.path_column"),
+        ("xyzzy", None),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(key: str, nearest: str | None) -> None:
+    (problem,) = problems(f"--{key}", "3")
+    assert problem.startswith(f"{key.replace('-', '_')}: unknown key; ")
+    if nearest is None:
+        assert problem.endswith("see --help for the valid keys")
+    else:
+        assert f"did you mean {nearest}" in problem
+
+
+def test_unknown_keys_of_a_file_are_named_to_the_last_part(tmp_path: Path) -> None:
+    file = written(tmp_path, "optim: {rate: 1, momentun: 2}\nextra: {a: 1, b: {c: 2}}\n7: x")
+    found = problems("--config", file)
+    keys = [problem.partition(":")[0] for problem in found]
+    assert keys == ["optim.rate", "optim.momentun", "extra.a", "extra.b.c", "7"]
+
+
+def test_every_problem_is_told_at_once_by_its_dotted_path(tmp_path: Path) -> None:
+    file = written(tmp_path, "layout: tpu\noptim: {lr: fast, nesterov: maybe}\nlr: 3")
+    found = problems(
+        *("--config", file, "--config", tmp_path / "none.yaml"),
+        *("--epochs", "0", "--threshold", "high", "--mean", "[1, 2]", "--data.limit", "x"),
+        *("stray", "--early.patience"),
+    )
+    text = "\n".join(found)
+    for start in (
+        f"--config {tmp_path / 'none.yaml'}: No such file",
+        "'stray': options are written --KEY VALUE",
+        "--early.patience: needs a value",
+        "epochs: Input should be greater than 0; found '0'",
+        "layout: Input should be 'auto', 'cpu' or 'gpu'; found 'tpu'",
+        "threshold: ",
+        "mean.2: ",
+        "optim.lr: ",
+        "optim.nesterov: ",
+        "data.path: is required; give --data.path VALUE",
+        "data.limit: ",
+        "lr: unknown key; did you mean optim.lr?",
+    ):
+        assert any(problem.startswith(start) for problem in found), (start, text)
+    assert len(found) == 12, text
+
+
+def test_a_check_of_the_whole_model_is_told_in_its_own_words() -> None:
+    assert problems("--name", "forbidden") == ["name forbidden is taken; give another --name"]
+
+
+def test_one_problem_is_counted_as_one() -> None:
+    with pytest.raises(ConfigError, match=r"^the configuration has one problem:\n"):
+        load("--epochs", "x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (("--config",), "--config: needs a value"),
+        (("--epochs",), "--epochs: needs a value"),
+        (("--epochs", "--mixed"), "--epochs: needs a value"),
+        (("--options.width",), "--options.width: needs a value"),
+        (("--epochs.x", "1"), "epochs: Input should be a valid integer; found {'x': 1}"),
+        (("--mixed", "perhaps"), "'perhaps': options are written --KEY VALUE"),
+        (("-e", "3"), "'-e': options are written --KEY VALUE"),
+        (("--",), "'--': options are written --KEY VALUE"),
+    ],
+)
+def test_a_malformed_command_line_is_explained(argv: tuple[str, ...], problem: str) -> None:
+    assert problem in problems(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [1, 2", "not YAML: "),
+        ("a: b: c", "not YAML: "),
+        ("\tepochs: 1", "not YAML: "),
+        ("epochs: !!python/object/apply:os.getcwd []", "not YAML: "),
+        ("- epochs\n- 3", "expected keys and values, found list"),
+        ("just text", "expected keys and values, found str"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_name(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    file = written(tmp_path, text)
+    (found,) = problems("--config", file)
+    assert found.startswith(f"--config {file}: {problem}")
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    (found,) = problems("--config", tmp_path)
+    assert found == f"--config {tmp_path}: Is a directory; give the path of a YAML file"
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    (found,) = problems("--config", binary)
+    assert found.startswith(f"--config {binary}: not YAML: ")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "optim:\n  # lr: 1\n"])
+def test_an_empty_file_or_heading_sets_nothing(tmp_path: Path, text: str) -> None:
+    assert load("--config", written(tmp_path, text)) == Job()
+
+
+def test_a_wrong_configuration_is_a_wrong_request() -> None:
+    assert issubclass(ConfigError, RequestError)
+    assert ConfigError.exit_code == 2
+
+
+# ------------------------------------------------------------------ printing and help
+
+
+def printed(*argv: object, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        load(*argv)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_print_config_shows_every_key_and_loads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--optim.lr", "1e-3", "--data", "rows.csv", "--tags", "['007', 'null', '1e-3']")
+    text = printed(*argv, "--print-config", capsys=capsys)
+    assert load("--config", written(tmp_path, text)) == load(*argv)
+    keys = set(leaves(yaml.safe_load(text)))
+    assert {key for key, _, _ in config._leaves(Job)} - {"data"} == keys
+
+
+def test_print_config_of_a_wrong_configuration_is_refused() -> None:
+    assert problems("--print-config", "--epochs", "x")
+
+
+# YAML 1.1 takes these three for line breaks
+_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"), max_size=30
+)
+
+
+@given(
+    name=_TEXT.filter(lambda text: text != "forbidden"),
+    tags=st.lists(_TEXT, max_size=4),
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    options=st.dictionaries(
+        _TEXT, st.none() | st.booleans() | st.integers() | st.floats(-1e9, 1e9) | _TEXT
+    ),
+    data=st.none() | st.builds(Source, path=_TEXT, limit=st.none() | st.integers()),
+)
+def test_any_configuration_survives_print_config(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    tags: list[str],
+    lr: float,
+    options: dict[str, Any],
+    data: Source | None,
+) -> None:
+    job = Job(name=name, tags=tags, options=options, optim=Optim(lr=lr), data=data)
+    file = tmp_path_factory.mktemp("dump") / "job.yaml"
+    file.write_bytes(config.dump(job).encode())
+    assert load("--config", file) == job
+
+
+@given(name=_TEXT.filter(lambda text: text not in ("forbidden", "null", "none", "None")))
+def test_any_text_can_be_given_on_the_command_line(name: str) -> None:
+    if name[:1] not in ("[", "{"):
+        assert load(f"--name={name}").name == name
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_key_with_its_default_and_meaning(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed("--epochs", "x", flag, capsys=capsys)
+    for key, _, section in config._leaves(Job):
+        if key != section:
+            assert f"--{key.replace('_', '-')} " in text
+    assert "--optim.lr NUMBER  (default 0.0003)\n      The peak learning rate." in text
+    assert "--layout auto|cpu|gpu  (default auto)" in text
+    assert "--data.path TEXT  (required)" in text
+    assert "--config FILE.yaml" in text
+
+
+# ------------------------------------------------------------------ the shipped job and command
+
+
+def test_the_shipped_predict_yaml_loads_and_shows_every_key() -> None:
+    file = REPOSITORY / "jobs" / "predict.yaml"
+    loaded = config.load(PredictConfig, ["--config", str(file)], prog="test")
+    shown = set(leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    assert shown == set(leaves(loaded.model_dump()))
+
+
+def test_the_shipped_predict_yaml_says_the_true_defaults() -> None:
+    file = REPOSITORY / "jobs" / "predict.yaml"
+    loaded = config.load(PredictConfig, ["--config", str(file)], prog="test")
+    required = {"manifest": loaded.manifest.path, "model": loaded.model, "output": loaded.output}
+    assert loaded == PredictConfig.model_validate(required)
+
+
+def test_the_command_refuses_a_wrong_configuration_with_exit_code_2(tmp_path: Path) -> None:
+    file = written(tmp_path, "top_kk: 3\nscale: {workers: many}")
+    done = imgcls("predict", "--config", file, "--workers", "2", "--max-error-rate", "1.5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    first, *lines = done.stderr.splitlines()
+    assert first == "imgcls predict: the configuration has 7 problems:"
+    keys = [line.strip().partition(":")[0] for line in lines]
+    assert keys == [
+        "manifest", "model", "output", "max_error_rate", "scale.workers", "top_kk", "workers",
+    ]  # fmt: skip
+    assert "did you mean top_k?" in done.stderr
+    assert "did you mean scale.workers?" in done.stderr
+
+
+def test_the_command_prints_its_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--manifest", "m.csv", "--model", "b", "--output", "o", "--no-scores"]
+    assert cli.main(["predict", *argv, "--print-config"]) == 0
+    printed_ = capsys.readouterr().out
+    assert PredictConfig.model_validate(yaml.safe_load(printed_)) == config.load(
+        PredictConfig, argv, prog="test"
+    )
+
+
+@pytest.mark.parametrize("argv", [["--help"], [], ["--version"], ["no-such-job"]])
+def test_the_commands_own_help_imports_nothing_heavy(argv: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from imgcls.cli import main\n"
+        f"code = main({argv!r})\n"
+        "heavy = {'ray', 'torch', 'torchvision', 'matplotlib', 'pandas', 'pyarrow', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert "AssertionError" not in done.stderr
+    assert done.returncode == (0 if argv and argv[0].startswith("--") else 2)
+
+
+def test_the_installed_command_lists_its_jobs() -> None:
+    assert (BIN / "imgcls").exists()
+    done = imgcls("--help")
+    assert done.returncode == 0
+    for name in cli.COMMANDS:
+        assert f"  {name} " in done.stdout
