@@ -45,15 +45,18 @@ class Prepared:
 
 def rows_of(spec: WorkSpec, work: Work) -> pa.Table:
     """The manifest columns of a chunk's rows, read from its shard."""
+    if work.rows is not None:
+        return work.rows
     part = spec.plan.part_of(work.chunk)
     group = work.chunk - spec.plan.chunks_of(part).start
-    shard = _open_shard(layout.shard_url(spec.output, part))
+    shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
     table: pa.Table = shard.read_row_group(group)
-    return table if work.offsets is None else table.take(list(work.offsets))
+    return table
 
 
 @functools.lru_cache(maxsize=2)
-def _open_shard(url: str) -> pq.ParquetFile:
+def _open_shard(url: str, run_id: str) -> pq.ParquetFile:
+    """Kept open between chunks; by run, since one that starts over has shards of the same name."""
     return pq.ParquetFile(storage.open_read(url), pre_buffer=False)
 
 

@@ -53,6 +53,7 @@ def write_success(
     run: Mapping[str, Any],
     counts: PredictionCounts,
     seconds: Mapping[str, float],
+    steady_rate: float | None,
     precision: Sequence[str],
 ) -> None:
     """Mark the run as committed: written last, and only when every row is in the table."""
@@ -70,6 +71,7 @@ def write_success(
             name: storage.size(storage.join(output, layout.PREDICTIONS, name)) for name in files
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "steady_images_per_second": steady_rate and round(steady_rate, 2),
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     data = (json.dumps(body, indent=2) + "\n").encode()

@@ -24,6 +24,8 @@ TASK_CPUS = 0.05
 """CPU share of a roll-up task: it must start however busy the workers are."""
 WORKER_CPUS = 0.9
 """CPU share of a one-core worker, so that ten of them leave a core for Ray's tasks."""
+GPU_WORKER_CPUS = 0.5
+"""CPU share of a worker that feeds a GPU; it must be free on the GPU's own machine."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
@@ -66,37 +68,36 @@ def plan_layout(nodes: Sequence[Node], config: ScaleConfig) -> Layout:
     Raises ResourcesError, with the arithmetic, when what was asked for does not fit.
     """
     cpus = sum(node.cpus for node in nodes)
-    gpus = sum(node.gpus for node in nodes)
-    if not nodes or cpus < 1:
+    gpus = sum(math.floor(node.gpus) for node in nodes)
+    if not any(node.cpus >= 1 for node in nodes):
         raise ResourcesError(
-            f"the cluster has {cpus:g} CPUs; labelling needs at least 1: start Ray with "
-            "--num-cpus, or add a worker node"
+            f"the cluster has {cpus:g} CPUs; labelling needs at least 1, on one machine: start Ray "
+            "with --num-cpus, or add a worker node"
         )
     name, why = _choose(nodes, config, cpus, gpus)
     if name == "cpu":
         return _cpu_layout(nodes, config, why)
-    return _gpu_layout(name, config, cpus, gpus, why)
+    return _gpu_layout(name, nodes, config, gpus, why)
 
 
 def _choose(
-    nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: float
+    nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: int
 ) -> tuple[LayoutName, str]:
     if config.layout != "auto":
         if config.layout != "cpu" and gpus < 1:
             raise ResourcesError(
-                f"scale.layout {config.layout} needs a GPU, the cluster has {gpus:g}; say "
+                f"scale.layout {config.layout} needs a GPU, the cluster has {gpus}; say "
                 "--scale.layout cpu, or add a GPU node"
             )
         return config.layout, f"{config.layout} layout, as asked"
     if gpus < 1:
         return "cpu", f"no GPU among {cpus:g} CPUs: every stage in one worker per core"
-    engines = [n for n in nodes if n.gpus and n.accelerator in HARDWARE_JPEG]
-    with_gpus = [n for n in nodes if n.gpus]
-    if len(engines) == len(with_gpus) and cpus / gpus < 24:
+    engines = all(node.accelerator in HARDWARE_JPEG for node in nodes if node.gpus)
+    if engines and cpus / gpus < 24:
         return "gpu_decode", (
-            f"{gpus:g} GPUs with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
+            f"{gpus} GPUs with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
         )
-    return "gpu", f"{gpus:g} GPUs, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
+    return "gpu", f"{gpus} GPUs, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
 
 
 def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
@@ -124,33 +125,45 @@ def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
 
 
 def _gpu_layout(
-    name: LayoutName, config: ScaleConfig, cpus: float, gpus: float, why: str
+    name: LayoutName, nodes: Sequence[Node], config: ScaleConfig, gpus: int, why: str
 ) -> Layout:
-    workers = config.workers or math.floor(gpus)
+    slots = [min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes]
+    workers = config.workers or sum(slots)
     if workers > gpus:
         raise ResourcesError(
-            f"scale.workers {workers}: each takes a GPU, and the cluster has {gpus:g}; give at "
-            f"most {math.floor(gpus)}"
+            f"scale.workers {workers}: each takes a GPU, and the cluster has {gpus}; give at "
+            f"most {gpus}"
         )
-    worker_cpus = 0.5
-    left = cpus - workers * worker_cpus
-    decoders = math.floor(left / WORKER_CPUS)
+    if workers > sum(slots) or workers < 1:
+        raise ResourcesError(
+            f"{max(workers, 1)} GPU workers x {GPU_WORKER_CPUS:g} CPU: the machines with GPUs have "
+            f"CPUs for {sum(slots)}; add CPUs there, or give at most {sum(slots)} scale.workers"
+        )
+    # Ray may put the workers on any machine that has room: count on what each has left at worst.
+    left = [
+        node.cpus - min(slot, workers) * GPU_WORKER_CPUS
+        for node, slot in zip(nodes, slots, strict=True)
+    ]
+    decoders = sum(max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left)
     if decoders < 1:
         raise ResourcesError(
-            f"{workers} GPU workers x {worker_cpus:g} CPU leave {left:g} of {cpus:g} CPUs, and "
-            f"fetching needs {WORKER_CPUS:g}: add CPUs, or give fewer scale.workers"
+            f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
+            f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
+            f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, or give fewer scale.workers"
         )
     doing = "fetch" if name == "gpu_decode" else "fetch and decode"
+    idle = gpus - workers if config.workers is None else 0
     return Layout(
         name=name,
         workers=workers,
-        worker_cpus=worker_cpus,
+        worker_cpus=GPU_WORKER_CPUS,
         worker_gpus=1,
         decoders=decoders,
-        threads=max(1, math.floor(worker_cpus)),
+        threads=1,
         batch_size=config.batch_size or 128,
         reasons=(
             why,
             f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",
+            *([f"{idle} GPUs stay idle for want of CPUs beside them"] if idle else []),
         ),
     )

@@ -132,16 +132,22 @@ def count(table: pa.Table, label_column: str | None, classes: Sequence[str]) -> 
     return PredictionCounts.of(table, label_column=label_column, classes=classes)
 
 
-def failed_rows(output: str, plan: Plan) -> list[Work]:
-    """The rows of rolled-up parts whose status is not ok, as work, chunk by chunk."""
+def failed_rows(output: str, plan: Plan, columns: Sequence[str]) -> list[Work]:
+    """The rows of rolled-up parts whose status is not ok, as work, chunk by chunk.
+
+    columns: the manifest's path and label columns, which the work takes along
+    """
     work: list[Work] = []
     for part in range(plan.parts):
-        by_chunk: dict[int, list[int]] = {}
-        for batch in _rows_with(output, part, ["row", "status"]):
-            bad = pc.not_equal(batch.column("status").cast(pa.string()), layout.OK)
-            for row in batch.filter(bad).column("row").to_pylist():
-                by_chunk.setdefault(row // plan.chunk_rows, []).append(row % plan.chunk_rows)
-        work += [Work(chunk, tuple(rows)) for chunk, rows in sorted(by_chunk.items())]
+        failed = pa.concat_tables(
+            batch.filter(_not_ok(batch))
+            for batch in _rows_with(output, part, ["row", "status", *columns])
+        )
+        chunks = failed.column("row").to_numpy() // plan.chunk_rows
+        for chunk in np.unique(chunks):
+            rows = failed.filter(pa.array(chunks == chunk))
+            offsets = rows.column("row").to_numpy() - plan.rows_of(int(chunk)).start
+            work.append(Work(int(chunk), tuple(offsets.tolist()), rows.select(columns)))
     return work
 
 
@@ -171,8 +177,11 @@ def failures(output: str, plan: Plan, path_column: str) -> Iterator[pa.Table]:
     columns = ["row", path_column, "status", "error"]
     for part in range(plan.parts):
         for batch in _rows_with(output, part, columns):
-            bad = pc.not_equal(batch.column("status").cast(pa.string()), layout.OK)
-            yield batch.filter(bad).select(columns)
+            yield batch.filter(_not_ok(batch)).select(columns)
+
+
+def _not_ok(table: pa.Table) -> pa.ChunkedArray:
+    return pc.not_equal(table.column("status").cast(pa.string()), layout.OK)
 
 
 def _rows_with(output: str, part: int, columns: list[str]) -> Iterator[pa.Table]:

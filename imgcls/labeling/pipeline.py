@@ -7,7 +7,9 @@ were under way. The stages, and torch with them, are imported in the workers alo
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -85,6 +87,7 @@ class _ModelWorker:
         from imgcls.models.classifier import Classifier
 
         torch.set_num_threads(threads)
+        self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._stages = chunk
         self._spec = spec
         bundle = load_bundle(spec.bundle_url)
@@ -102,7 +105,7 @@ class _ModelWorker:
     def _finish(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
         self._stages.commit(self._spec, work, table, seconds)
         errors = sum(1 for status in table.column("status").to_pylist() if status != names.OK)
-        done = Done(work, table.num_rows, errors, seconds, self._classifier.precision)
+        done = Done(work, table.num_rows, errors, seconds, self._classifier.precision, self._name)
         return {"done": [pickle.dumps(done)]}
 
 

@@ -132,9 +132,9 @@ def make_plan(
     head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
     if head.num_rows == 0:
         raise ManifestError(f"manifest {manifest.source}: has no row; nothing to label")
-    chunk = chunk_rows or _chunk_rows(head.num_rows)
     largest = min(part_rows, max(1, PART_BYTES // row_bytes))
-    part = max(1, largest // chunk) * chunk
+    chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))
+    part = largest // chunk * chunk
     writer = _ShardWriter(output, manifest.schema, chunk, part)
     labels = _LabelCheck(manifest, classes)
     for table in itertools.chain((head,), rest):
@@ -151,6 +151,17 @@ def make_plan(
     }
     storage.write(storage.join(output, layout.RUN), (json.dumps(run, indent=2) + "\n").encode())
     return plan
+
+
+def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
+    """Cut the manifest of a run again if shards are gone, as when a start-over was broken off."""
+    present = storage.names(storage.parent(layout.shard_url(output, 0)))
+    if {layout.part_name(part) for part in range(plan.parts)} <= set(present):
+        return
+    writer = _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows)
+    for table in _limited(manifest, plan.rows):
+        writer.add(table)
+    writer.finish()
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,15 @@ from imgcls.labeling import output as names
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
 from imgcls.labeling.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.labeling.ledger import Ledger
-from imgcls.labeling.plan import Identity, Plan, load_run, make_plan, plan_of, provenance
+from imgcls.labeling.plan import (
+    Identity,
+    Plan,
+    load_run,
+    make_plan,
+    plan_of,
+    provenance,
+    restore_shards,
+)
 from imgcls.labeling.progress import Progress
 from imgcls.labeling.work import Work, WorkSpec
 from imgcls.metrics import PredictionCounts, tables
@@ -105,7 +113,7 @@ def predict(config: PredictConfig) -> PredictResult:
     manifest = open_manifest(config.manifest)
     bundle = load_bundle(config.model)
     _check_columns(manifest, config, bundle)
-    _check_output(output)
+    _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output, config.lease_seconds)
         try:
@@ -139,6 +147,7 @@ class _Run:
         self.resumed = False
         self.precision: set[str] = set()
         self.stage_seconds: dict[str, float] = {}
+        self.steady_rate: float | None = None
 
     def run(self) -> PredictResult:
         config = self.config
@@ -149,6 +158,7 @@ class _Run:
             self._check_same(stored)
             if self._committed() and not config.retry_errors:
                 rows = plan_of(stored).rows
+                storage.remove(storage.join(self.output, names.STAGING))  # of a kill at the end
                 print(f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         cluster.connect()
@@ -257,6 +267,8 @@ class _Run:
         """Do every chunk that is not durable, roll parts up as they complete, count them all."""
         book = Ledger.read(self.output, self.plan)
         todo = book.missing()
+        if len(book.parts) < self.plan.parts:
+            restore_shards(self.output, self.manifest, self.plan)
         if book.rows_done:
             print(f"resume  {book.rows_done:,} of {self.plan.rows:,} rows are done", flush=True)
         counting = _Counting(self, spec)
@@ -273,7 +285,8 @@ class _Run:
     def _retry(self, spec: WorkSpec, layout: Layout) -> PredictionCounts | None:
         """Do the failed rows again and exchange the parts that held them."""
         ledger.drop_retries(self.output, self.plan)
-        todo = ledger.failed_rows(self.output, self.plan)
+        labelled = (spec.label_column,) if spec.label_column is not None else ()
+        todo = ledger.failed_rows(self.output, self.plan, [spec.path_column, *labelled])
         if not todo:
             return None
         rows = sum(len(work.offsets or ()) for work in todo)
@@ -308,6 +321,7 @@ class _Run:
                 yield receipt.work.chunk
         finally:
             progress.close()
+            self.steady_rate = progress.steady_rate
             for stage, spent in progress.seconds.as_dict().items():
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
 
@@ -344,6 +358,7 @@ class _Run:
             run=run,
             counts=counts,
             seconds={"wall": time.monotonic() - self.started, **self.stage_seconds},
+            steady_rate=self.steady_rate,
             precision=sorted(self.precision),
         )
         storage.remove(storage.join(self.output, names.STAGING))
@@ -409,11 +424,13 @@ def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) ->
         )
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: str, config: PredictConfig) -> None:
     try:
         storage.check_writable(output)
     except StorageError as error:
         raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+    if config.overwrite:
+        return
     if load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):
         raise OutputError(
             f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "

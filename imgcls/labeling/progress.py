@@ -26,6 +26,8 @@ class Progress:
         self._live = self._stream.isatty()
         self._seconds = Seconds()
         self._recent = [(time.monotonic(), done)]
+        self._workers: set[str] = set()
+        self._steady_from: tuple[float, int] | None = None
         self._said = time.monotonic()
 
     def add(self, done: Done) -> None:
@@ -34,6 +36,9 @@ class Progress:
         self._errors += done.errors
         self._seconds = self._seconds.plus(done.seconds)
         now = time.monotonic()
+        if self._steady_from is None and done.worker in self._workers:
+            self._steady_from = (now, self._done)
+        self._workers.add(done.worker)
         self._recent.append((now, self._done))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
@@ -57,6 +62,14 @@ class Progress:
     def seconds(self) -> Seconds:
         """Time spent in each stage, over all workers."""
         return self._seconds
+
+    @property
+    def steady_rate(self) -> float | None:
+        """Images per second from a worker's second chunk on: what start-up does not weigh on."""
+        if self._steady_from is None or self._recent[-1][1] == self._steady_from[1]:
+            return None
+        (start, before), (now, after) = self._steady_from, self._recent[-1]
+        return (after - before) / (now - start)
 
     @property
     def rate(self) -> float:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import pyarrow as pa
+
 from imgcls.labeling.plan import Plan
 
 
@@ -34,10 +36,14 @@ class WorkSpec:
 
 @dataclass(frozen=True)
 class Work:
-    """A chunk to do: all its rows, or for a retry those at `offsets` within it."""
+    """A chunk to do: all its rows, or for a retry those at `offsets` within it.
+
+    A retry carries the path and label columns of its rows: the shards of a committed run are gone.
+    """
 
     chunk: int
     offsets: tuple[int, ...] | None = None
+    rows: pa.Table | None = None
 
 
 @dataclass
@@ -68,3 +74,4 @@ class Done:
     errors: int
     seconds: Seconds
     precision: str
+    worker: str

@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
 import fsspec
 import pyarrow.fs
+import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from imgcls.cluster import Interruption
 from imgcls.data import storage
-from imgcls.errors import ResourcesError, RunFailed
+from imgcls.errors import Interrupted, ResourcesError, RunFailed
 from imgcls.training.loop import Work, run_worker
 from imgcls.training.progress import Epoch, printed_board
+from imgcls.training.waiting import awaited, started
 from imgcls.training.workers import Workers
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
@@ -30,6 +34,8 @@ _train: Any = ray.train
 FOLDER = "_train"
 START_ATTEMPTS = 5
 """Times that Ray waits a minute for the workers' CPUs before the run is given up."""
+STOP_SECONDS = 10
+"""Time for an interrupted run to wind up; what is left then ends with this process."""
 POLL_SECONDS = 0.5
 """Ray's default of 2 would hold back epochs that are shorter: it takes one report per poll."""
 
@@ -44,16 +50,19 @@ class Trained:
 
 
 @contextlib.contextmanager
-def trained(work: Work, workers: Workers, output: str) -> Iterator[Trained]:
+def trained(
+    work: Work, workers: Workers, output: str, interruption: Interruption
+) -> Iterator[Trained]:
     """Train; within the context the best checkpoint can be read, after it the storage is gone.
 
     output: the bundle folder, which must be reachable from every machine
     """
+    folder = storage.join(output, FOLDER)
     # what a killed run left behind would be taken for this run's own past
-    remove_leftovers(output)
+    storage.remove(folder)
     try:
         with printed_board() as board:
-            result = _fit(work, workers, storage.join(output, FOLDER), board)
+            result = _fit(work, workers, folder, board, interruption)
         outcome: dict[str, Any] = result.return_value
         if outcome["diverged"]:
             coarse = ", or say --precision fp32" if outcome["precision"] == "bf16" else ""
@@ -64,15 +73,10 @@ def trained(work: Work, workers: Workers, output: str) -> Iterator[Trained]:
         history = [Epoch(**epoch) for epoch in outcome["history"]]
         yield Trained(history, outcome["precision"], result.checkpoint)
     finally:
-        remove_leftovers(output)
+        storage.remove(folder)
 
 
-def remove_leftovers(output: str) -> None:
-    """Remove a run's temporary storage from its output folder."""
-    storage.remove(storage.join(output, FOLDER))
-
-
-def _fit(work: Work, workers: Workers, folder: str, board: Any) -> Any:
+def _fit(work: Work, workers: Workers, folder: str, board: Any, interruption: Interruption) -> Any:
     path, file_system = _storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     loop: Any = run_worker
@@ -95,8 +99,12 @@ def _fit(work: Work, workers: Workers, folder: str, board: Any) -> Any:
         ),
     )
     with _environment("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS)):
+        fit = started(trainer.fit)
         try:
-            return trainer.fit()
+            return awaited(fit, interruption)
+        except Interrupted:
+            _stop(board, fit)
+            raise
         except ray.train.WorkerGroupError as error:
             raise RunFailed(_told(error)) from error
         except ray.train.ControllerError as error:
@@ -106,6 +114,16 @@ def _fit(work: Work, workers: Workers, folder: str, board: Any) -> Any:
                     "hold the cluster's CPUs or GPUs (see `ray status`)"
                 ) from error
             raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
+
+
+def _stop(board: Any, fit: Future[Any]) -> None:
+    """End the workers, which ends the run; they would train on for as long as this process lives.
+
+    Ray Train has no way to be told so from another thread.
+    """
+    for worker in ray.get(board.workers.remote(), timeout=STOP_SECONDS):
+        ray.kill(worker)
+    wait([fit], timeout=STOP_SECONDS)
 
 
 def _told(error: ray.train.WorkerGroupError) -> str:

@@ -81,6 +81,7 @@ class _Trainer:
     def __init__(self, work: Work, board: Any) -> None:
         context = ray.train.get_context()
         self.work, self.board = work, board
+        board.enlist.remote(ray.get_runtime_context().current_actor)
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         _use_cores(context.get_local_world_size())

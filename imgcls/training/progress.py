@@ -53,12 +53,19 @@ class Epoch:
 
 
 class Board:
-    """A Ray actor where the first worker posts lines and the driver waits for them."""
+    """A Ray actor between workers and driver: lines of the first, handles of all of them."""
 
     def __init__(self) -> None:
+        self._workers: list[Any] = []
         self._lines: list[str] = []
         self._closed = False
         self._changed = asyncio.Condition()
+
+    async def enlist(self, worker: Any) -> None:
+        self._workers.append(worker)
+
+    async def workers(self) -> list[Any]:
+        return self._workers
 
     async def post(self, line: str) -> None:
         async with self._changed:

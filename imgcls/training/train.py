@@ -16,22 +16,24 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from imgcls import cluster
+from imgcls.cluster import Interruption
 from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import Interrupted, OutputError, RequestError, StorageError, TooManyErrors
+from imgcls.errors import OutputError, RequestError, StorageError, TooManyErrors
 from imgcls.models.bundle import DESCRIPTION, Architecture, BundleSpec
 from imgcls.models.classifier import Precision
 from imgcls.training import network as networks
 from imgcls.training.deal import steps_per_epoch
 from imgcls.training.examples import DataConfig, Examples, read_examples
-from imgcls.training.fit import remove_leftovers, trained
+from imgcls.training.fit import trained
 from imgcls.training.ingest import Decoded, decode_images, image_bytes, store_bytes
 from imgcls.training.loop import Work
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim import OptimConfig
 from imgcls.training.progress import Epoch
 from imgcls.training.publish import provenance, publish
+from imgcls.training.waiting import awaited, started
 from imgcls.training.workers import ScaleConfig, Workers, check_store, plan_workers
 
 
@@ -88,14 +90,7 @@ def train(config: TrainConfig) -> TrainResult:
     _check_output(config)
     cluster.connect()
     with cluster.Interruption().watched() as interruption:
-        run = (_train(config, examples, architecture, preprocess, network) for _ in range(1))
-        try:
-            # in a thread: Ray Train would take Ctrl-C for itself, Ray's native waits lose SIGTERM
-            return next(filter(None, cluster.in_background(run, interruption)))
-        except Interrupted:
-            ray.shutdown()  # or the workers would train on as long as this process lives
-            remove_leftovers(config.output)
-            raise
+        return _train(config, examples, architecture, preprocess, network, interruption)
 
 
 def _train(
@@ -104,13 +99,17 @@ def _train(
     architecture: Architecture,
     preprocess: Preprocess,
     network: nn.Module,
+    interruption: Interruption,
 ) -> TrainResult:
     """The part with Ray: decode, train, publish."""
     nodes = cluster.nodes()
     workers = plan_workers(nodes, config.scale)
     check_store(examples.rows.num_rows * image_bytes(preprocess), store_bytes())
     _announce(config, examples, network, preprocess, workers)
-    decoded = _decode(config, examples, preprocess, cpus=sum(node.cpus for node in nodes))
+    cpus = sum(node.cpus for node in nodes)
+    decoded = awaited(
+        started(lambda: _decode(config, examples, preprocess, cpus=cpus)), interruption
+    )
     work = Work(
         architecture=architecture,
         num_classes=len(examples.classes),
@@ -123,7 +122,7 @@ def _train(
         seed=config.seed,
         precision=config.precision,
     )
-    with trained(work, workers, config.output) as outcome:
+    with trained(work, workers, config.output, interruption) as outcome:
         best = best_of(outcome.history)
         spec = BundleSpec(
             architecture=architecture,

@@ -17,7 +17,7 @@ import pytest
 from imgcls.data import images
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
-from tests.conftest import write_manifest
+from tests.conftest import draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, success, table
 from tests.processes import RayCluster, imgcls
 
@@ -198,6 +198,13 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     kept = [row for row in range(100) if row not in (42, 77)]
     assert after.take(kept).equals(before.take(kept).cast(after.schema))
     assert success(output)["status"] == {"empty": 1, "ok": 99}
+
+    draw("red", seed=77).save(tmp_path / "images" / "00077.jpg")
+    mended = predict(*arguments, "--retry-errors")
+    assert mended.returncode == 0, mended.stderr
+    whole = assert_exactly_once(output, 100)
+    assert set(whole["status"].to_pylist()) == {"ok"}
+    assert whole.take(kept).equals(after.take(kept).cast(whole.schema))
 
 
 def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
