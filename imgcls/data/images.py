@@ -73,17 +73,9 @@ def decode(
     before resizing and after EXIF orientation.
     Raises EmptyImage, TruncatedImage, NotAnImage, ImageTooLarge or ImageError.
     """
-    image = _open(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"{width}x{height} is {width * height:,} pixels, more than max_pixels {max_pixels:,}"
-        )
-    orientation = _orientation(image)
-    shown = (height, width) if orientation >= 5 else (width, height)
+    image, orientation, shown = _read_header(data, max_pixels)
     try:
-        # MPO: a phone's JPEG with a depth or gain map behind it
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+        if _is_plain_jpeg(image):
             return _decode_jpeg(data, image, orientation, shown, spec), shown
         rgb = _oriented(_to_rgb(image), orientation)
         return _resized_pillow(rgb, shown, spec), shown
@@ -91,6 +83,46 @@ def decode(
         raise
     except Exception as error:
         raise _image_error(error, data) from error
+
+
+def decode_batch(
+    blobs: Sequence[bytes],
+    spec: Preprocess,
+    *,
+    device: torch.device,
+    max_pixels: int = MAX_PIXELS,
+) -> list[tuple[torch.Tensor, tuple[int, int]] | ImageError]:
+    """Decode many images on a device that does it in bulk: nvJPEG where `device` is a GPU.
+
+    Returns for each image what `decode` does, the pixels as a uint8 tensor on `device`, or its
+    error. JPEGs are decoded and resized on the device; what it cannot take goes through `decode`.
+    """
+    results: list[tuple[torch.Tensor, tuple[int, int]] | ImageError | None] = [None] * len(blobs)
+    plain = []
+    for index, data in enumerate(blobs):
+        try:
+            image, orientation, shown = _read_header(data, max_pixels)
+        except ImageError as error:
+            results[index] = error
+            continue
+        if _is_plain_jpeg(image) and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
+            plain.append((index, orientation, shown))
+    encoded = [torch.frombuffer(bytearray(blobs[i]), dtype=torch.uint8) for i, _, _ in plain]
+    try:
+        decoded = decode_jpeg(encoded, ImageReadMode.RGB, device=device) if encoded else []
+    except RuntimeError:
+        decoded, plain = [], []  # one broken file fails the lot: each is then judged by itself
+    for (index, orientation, shown), tensor in zip(plain, decoded, strict=True):
+        upright = _oriented_tensor(tensor, orientation)
+        results[index] = _resized_on_device(upright, shown, spec), shown
+    for index, data in enumerate(blobs):
+        if results[index] is None:
+            try:
+                pixels, shown = decode(data, spec, max_pixels=max_pixels)
+                results[index] = torch.from_numpy(pixels).to(device), shown
+            except ImageError as error:
+                results[index] = error
+    return [result for result in results if result is not None]
 
 
 def thumbnail(data: bytes, side: int) -> Image.Image:
@@ -120,6 +152,23 @@ def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
     if width <= height:
         return spec.resize, int(spec.resize * height / width)
     return int(spec.resize * width / height), spec.resize
+
+
+def _read_header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
+    """The undecoded image, its EXIF orientation, and the size that a viewer would show."""
+    image = _open(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"{width}x{height} is {width * height:,} pixels, more than max_pixels {max_pixels:,}"
+        )
+    orientation = _orientation(image)
+    return image, orientation, (height, width) if orientation >= 5 else (width, height)
+
+
+def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
+    """Whether libjpeg gives the pixels as meant; MPO is a phone's JPEG with a depth map."""
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -165,7 +214,7 @@ def _decode_jpeg(
     margin = (math.ceil(wanted[0] * DCT_MARGIN), math.ceil(wanted[1] * DCT_MARGIN))
     if image.size[0] >= 2 * margin[0] and image.size[1] >= 2 * margin[1]:
         image.draft("RGB", margin)
-        return _resized_pillow(_oriented(_to_rgb(image), orientation), shown, spec)
+        return _resized_pillow(_oriented(_to_rgb(image), orientation), shown, spec, orientation)
     tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     upright = _oriented_tensor(tensor, orientation)
     if resized[0] * resized[1] > LARGEST_RESIZE:
@@ -174,32 +223,71 @@ def _decode_jpeg(
     return _resized_tensor(upright, shown, spec)
 
 
-def _resized_pillow(image: Image.Image, shown: tuple[int, int], spec: Preprocess) -> Pixels:
-    """Resize and crop in one pass: only the pixels that are kept are computed."""
+def _resized_pillow(
+    image: Image.Image, shown: tuple[int, int], spec: Preprocess, turned: int = 1
+) -> Pixels:
+    """Resize and crop in one pass: only the pixels that are kept are computed.
+
+    image: upright, at full size or at the 1/2, 1/4 or 1/8 that libjpeg decoded
+    turned: the EXIF orientation that was undone after decoding
+    """
     resized = target_size(shown, spec)
-    box, _ = _window(resized, spec)
-    left, top, right, bottom = box
-    scale_x, scale_y = image.size[0] / resized[0], image.size[1] / resized[1]
+    (left, top, right, bottom), _ = _window(resized, spec)
+    x = _span(left, right, resized[0], image.size[0], shown[0], mirrored=turned in (2, 3, 6, 7))
+    y = _span(top, bottom, resized[1], image.size[1], shown[1], mirrored=turned in (3, 4, 7, 8))
     kept = image.resize(
         (right - left, bottom - top),
         _PILLOW_FILTER[spec.interpolation],
-        box=(left * scale_x, top * scale_y, right * scale_x, bottom * scale_y),
+        box=(x[0], y[0], x[1], y[1]),
     )
     return _placed(np.asarray(kept).transpose(2, 0, 1), resized, spec)
+
+
+def _span(
+    start: int, stop: int, resized: int, held: int, shown: int, *, mirrored: bool
+) -> tuple[float, float]:
+    """Where [start, stop) of `resized` pixels lies in an image of which `held` were decoded.
+
+    At 1/8, 1001 pixels become 126, and the last of them is an eighth inside the picture: taking
+    126 for the whole of it would shift everything.
+    """
+    factor = next((f for f in (1, 2, 4, 8) if -(-shown // f) == held), shown / held)
+    first = held - shown / factor if mirrored else 0.0
+    return (
+        first + start * shown / (resized * factor),
+        min(held, first + stop * shown / (resized * factor)),
+    )
 
 
 def _resized_tensor(tensor: torch.Tensor, shown: tuple[int, int], spec: Preprocess) -> Pixels:
     resized = target_size(shown, spec)
     (left, top, right, bottom), _ = _window(resized, spec)
-    if tuple(tensor.shape[1:]) != (resized[1], resized[0]):
-        tensor = torch.nn.functional.interpolate(
-            tensor[None],
-            (resized[1], resized[0]),
-            mode=spec.interpolation,
-            antialias=True,
-            align_corners=False,
-        )[0]
-    return _placed(tensor[:, top:bottom, left:right].numpy(), resized, spec)
+    kept = _interpolated(tensor, resized, spec)[:, top:bottom, left:right]
+    return _placed(kept.numpy(), resized, spec)
+
+
+def _resized_on_device(
+    tensor: torch.Tensor, shown: tuple[int, int], spec: Preprocess
+) -> torch.Tensor:
+    resized = target_size(shown, spec)
+    (left, top, right, bottom), (x, y) = _window(resized, spec)
+    canvas = torch.zeros((3, spec.crop, spec.crop), dtype=torch.uint8, device=tensor.device)
+    kept = _interpolated(tensor, resized, spec)[:, top:bottom, left:right]
+    canvas[:, y : y + kept.shape[1], x : x + kept.shape[2]] = kept
+    return canvas
+
+
+def _interpolated(tensor: torch.Tensor, size: tuple[int, int], spec: Preprocess) -> torch.Tensor:
+    """(3, H, W) uint8 resized to (width, height), antialiased."""
+    width, height = size
+    if tuple(tensor.shape[1:]) == (height, width):
+        return tensor
+    # CPUs resize bytes as they are; CUDA has the antialiased kernel for floats only
+    source = tensor if tensor.device.type == "cpu" else tensor.float()
+    resized = torch.nn.functional.interpolate(
+        source[None], (height, width), mode=spec.interpolation, antialias=True, align_corners=False
+    )[0]
+    return resized if resized.dtype == torch.uint8 else resized.round().clamp(0, 255).byte()
 
 
 def _window(

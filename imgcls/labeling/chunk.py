@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from imgcls.data import images, manifest, storage
 from imgcls.data.images import Pixels
@@ -32,15 +33,29 @@ Blob = bytes | StorageError
 class Prepared:
     """What became of N rows' images before the model: pixels of the good ones, reasons of the rest.
 
-    pixels: uint8 (3, crop, crop) of each ok row, in row order
+    pixels: uint8 (3, crop, crop) of each ok row, in row order; tensors where a GPU decoded them
     status, error, width, height: one entry per row; width and height are null unless ok
     """
 
-    pixels: list[Pixels] = field(default_factory=list)
+    pixels: list[Pixels] | list[torch.Tensor] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
     error: list[str | None] = field(default_factory=list)
     width: list[int | None] = field(default_factory=list)
     height: list[int | None] = field(default_factory=list)
+
+    def note(self, size: tuple[int, int]) -> None:
+        """A good image of (width, height)."""
+        self.status.append(layout.OK)
+        self.error.append(None)
+        self.width.append(size[0])
+        self.height.append(size[1])
+
+    def note_error(self, error: StorageError | ImageError) -> None:
+        """A row without an image that can be used."""
+        self.status.append(_status(error))
+        self.error.append(str(error))
+        self.width.append(None)
+        self.height.append(None)
 
 
 def rows_of(spec: WorkSpec, work: Work) -> pa.Table:
@@ -74,34 +89,47 @@ def prepare(
     try:
         if isinstance(blob, StorageError):
             raise blob
-        pixels, (width, height) = images.decode(blob, preprocess, max_pixels=max_pixels)
+        pixels, size = images.decode(blob, preprocess, max_pixels=max_pixels)
     except (StorageError, ImageError) as error:
-        prepared.status.append(_status(error))
-        prepared.error.append(str(error))
-        prepared.width.append(None)
-        prepared.height.append(None)
+        prepared.note_error(error)
         return None
-    prepared.status.append(layout.OK)
-    prepared.error.append(None)
-    prepared.width.append(width)
-    prepared.height.append(height)
+    prepared.note(size)
     return pixels
 
 
 def prepare_all(
     spec: WorkSpec, rows: pa.Table, preprocess: Preprocess, seconds: Seconds
 ) -> Prepared:
-    """Fetch and decode all rows of a chunk; the first half of the layouts with GPUs."""
-    return prepare_blobs(spec, fetch(spec, rows), preprocess, seconds)
-
-
-def prepare_blobs(
-    spec: WorkSpec, blobs: Iterator[Blob], preprocess: Preprocess, seconds: Seconds
-) -> Prepared:
-    """Decode fetched rows, telling the time spent waiting from the time spent decoding."""
+    """Fetch and decode all rows of a chunk on CPUs, for a GPU to classify."""
     prepared = Prepared()
-    for pixels in _decoded(spec, blobs, preprocess, prepared, seconds):
-        prepared.pixels.append(pixels)
+    blobs = fetch(spec, rows)
+    prepared.pixels = list(_decoded(spec, blobs, preprocess, prepared, seconds))
+    return prepared
+
+
+def prepare_on_device(
+    spec: WorkSpec, blobs: Sequence[Blob], classifier: Classifier, seconds: Seconds
+) -> Prepared:
+    """Decode fetched rows in bulk on the classifier's device, where the pixels stay."""
+    prepared = Prepared()
+    with _timed(seconds, "prepare"):
+        decoded = iter(
+            images.decode_batch(
+                [blob for blob in blobs if isinstance(blob, bytes)],
+                classifier.preprocess,
+                device=classifier.device,
+                max_pixels=spec.max_pixels,
+            )
+        )
+        pixels: list[torch.Tensor] = []
+        for blob in blobs:
+            result = blob if isinstance(blob, StorageError) else next(decoded)
+            if isinstance(result, tuple):
+                pixels.append(result[0])
+                prepared.note(result[1])
+            else:
+                prepared.note_error(result)
+    prepared.pixels = pixels
     return prepared
 
 
@@ -117,7 +145,7 @@ def classify_prepared(
     head = _Head(spec, classifier)
     for start in range(0, len(prepared.pixels), spec.batch_size):
         with _timed(seconds, "classify"):
-            head.run(np.stack(prepared.pixels[start : start + spec.batch_size]))
+            head.run(_stacked(prepared.pixels[start : start + spec.batch_size]))
     return _table(spec, classifier, rows, work, prepared, head)
 
 
@@ -150,6 +178,11 @@ def commit(spec: WorkSpec, work: Work, table: pa.Table, seconds: Seconds) -> Non
         storage.write(name(spec.output, part, work.chunk, spec.plan.run_id), sink.getvalue())
 
 
+def _stacked(pixels: list[Pixels] | list[torch.Tensor]) -> Pixels | torch.Tensor:
+    first = pixels[0]
+    return torch.stack(pixels) if isinstance(first, torch.Tensor) else np.stack(pixels)  # type: ignore[arg-type]
+
+
 class _Head:
     """Gathers what the model says, batch after batch."""
 
@@ -159,7 +192,7 @@ class _Head:
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
 
-    def run(self, batch: Pixels) -> None:
+    def run(self, batch: Pixels | torch.Tensor) -> None:
         result = self._classifier.classify(batch, embeddings=self._spec.embeddings)
         self.scores.append(result.scores)
         if result.embedding is not None:

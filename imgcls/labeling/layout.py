@@ -137,7 +137,8 @@ def _gpu_layout(
     if workers > sum(slots) or workers < 1:
         raise ResourcesError(
             f"{max(workers, 1)} GPU workers x {GPU_WORKER_CPUS:g} CPU: the machines with GPUs have "
-            f"CPUs for {sum(slots)}; add CPUs there, or give at most {sum(slots)} scale.workers"
+            f"CPUs for {sum(slots)}; add CPUs there, give fewer scale.workers, or say "
+            "--scale.layout cpu"
         )
     # Ray may put the workers on any machine that has room: count on what each has left at worst.
     left = [
@@ -149,7 +150,8 @@ def _gpu_layout(
         raise ResourcesError(
             f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
             f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
-            f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, or give fewer scale.workers"
+            f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
+            "--scale.layout cpu"
         )
     doing = "fetch" if name == "gpu_decode" else "fetch and decode"
     idle = gpus - workers if config.workers is None else 0

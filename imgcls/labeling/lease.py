@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import storage
-from imgcls.errors import OutputBusy, RunFailed, StorageError, StorageMissing
+from imgcls.errors import OutputBusy, OutputError, RunFailed, StorageError, StorageMissing
 from imgcls.labeling.output import LEASE
 
 DEFAULT_TERM_SECONDS = 30.0
@@ -159,11 +159,16 @@ def _busy(output: str, record: dict[str, Any] | None) -> str:
 
 
 def _read(folder: str, number: int) -> dict[str, Any] | None:
+    url = _record(folder, number)
     try:
-        record: dict[str, Any] = json.loads(storage.read(_record(folder, number)))
+        record: dict[str, Any] = json.loads(storage.read(url))
         return record
     except StorageMissing:
         return None
+    except ValueError as error:
+        raise OutputError(
+            f"{url}: is damaged ({error}); remove it when no other driver is at work"
+        ) from error
 
 
 def _latest(folder: str) -> int:

@@ -236,21 +236,20 @@ def _publish(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator
         group = pa.concat_tables(gathered).unify_dictionaries().combine_chunks()
         if writer is None:
             schema = group.schema.with_metadata({"imgcls.run": plan.run_id})
-            writer = pq.ParquetWriter(stream, schema, compression="zstd")
+            writer = closing.enter_context(pq.ParquetWriter(stream, schema, compression="zstd"))
         writer.write_table(group.cast(writer.schema))
         gathered.clear()
         return group
 
-    for table in tables:
-        gathered.append(table)
-        rows, size = rows + table.num_rows, size + table.nbytes
-        if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+    with contextlib.ExitStack() as closing:
+        for table in tables:
+            gathered.append(table)
+            rows, size = rows + table.num_rows, size + table.nbytes
+            if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+                yield flush()
+                rows = size = 0
+        if gathered:
             yield flush()
-            rows = size = 0
-    if gathered:
-        yield flush()
-    if writer is not None:
-        writer.close()
 
 
 def _check_owner(output: str, plan: Plan) -> None:

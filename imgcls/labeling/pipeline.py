@@ -138,9 +138,7 @@ class FetchedWorker(_ModelWorker):
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         work, blobs, seconds = _only(batch, "fetched")
         rows = self._stages.rows_of(self._spec, work)
-        prepared = self._stages.prepare_blobs(
-            self._spec, iter(blobs), self._classifier.preprocess, seconds
-        )
+        prepared = self._stages.prepare_on_device(self._spec, blobs, self._classifier, seconds)
         table = self._stages.classify_prepared(
             self._spec, self._classifier, rows, work, prepared, seconds
         )

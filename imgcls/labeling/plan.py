@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -135,12 +136,11 @@ def make_plan(
     largest = min(part_rows, max(1, PART_BYTES // row_bytes))
     chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))
     part = largest // chunk * chunk
-    writer = _ShardWriter(output, manifest.schema, chunk, part)
     labels = _LabelCheck(manifest, classes)
-    for table in itertools.chain((head,), rest):
-        labels.see(table)
-        writer.add(table)
-    writer.finish()
+    with _ShardWriter(output, manifest.schema, chunk, part) as writer:
+        for table in itertools.chain((head,), rest):
+            labels.see(table)
+            writer.add(table)
     labels.finish()
     plan = Plan(identity.run_id(), writer.rows, chunk, part)
     run = {
@@ -158,10 +158,9 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
     present = storage.names(storage.parent(layout.shard_url(output, 0)))
     if {layout.part_name(part) for part in range(plan.parts)} <= set(present):
         return
-    writer = _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows)
-    for table in _limited(manifest, plan.rows):
-        writer.add(table)
-    writer.finish()
+    with _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer:
+        for table in _limited(manifest, plan.rows):
+            writer.add(table)
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +224,10 @@ def _limited(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
 
 
 class _ShardWriter:
-    """Cuts a stream of tables into shard files whose row groups are chunks."""
+    """Cuts a stream of tables into shard files whose row groups are chunks.
+
+    On an error the shard under way leaves no file.
+    """
 
     def __init__(self, output: str, schema: pa.Schema, chunk_rows: int, part_rows: int) -> None:
         self.rows = 0
@@ -237,6 +239,23 @@ class _ShardWriter:
         self._buffered = 0
         self._shard = contextlib.ExitStack()
         self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._shard.__exit__(kind, error, trace)
+            return
+        if self._buffered:
+            self._write(pa.concat_tables(self._buffer).combine_chunks())
+        with storage.translated(self._output):
+            self._shard.close()
 
     def add(self, table: pa.Table) -> None:
         self._buffer.append(table)
@@ -250,30 +269,20 @@ class _ShardWriter:
             rest = whole.slice(start)
             self._buffer, self._buffered = ([rest] if rest.num_rows else []), rest.num_rows
 
-    def finish(self) -> None:
-        if self._buffered:
-            self._write(pa.concat_tables(self._buffer).combine_chunks())
-        with storage.translated(self._output):
-            self._finish_shard()
-
     def _write(self, chunk: pa.Table) -> None:
         url = layout.shard_url(self._output, self.rows // self._part_rows)
         with storage.translated(url):
             if self.rows % self._part_rows == 0:
-                self._finish_shard()
+                self._shard.close()
                 stream = self._shard.enter_context(storage.open_write(url))
-                self._writer = pq.ParquetWriter(
-                    stream, self._schema, compression="zstd", write_statistics=False
+                self._writer = self._shard.enter_context(
+                    pq.ParquetWriter(
+                        stream, self._schema, compression="zstd", write_statistics=False
+                    )
                 )
             assert self._writer is not None
             self._writer.write_table(chunk, row_group_size=self._chunk_rows)
         self.rows += chunk.num_rows
-
-    def _finish_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._shard.close()
-            self._writer = None
 
 
 class _LabelCheck:

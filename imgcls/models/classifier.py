@@ -100,8 +100,8 @@ class Classifier:
         return cls(load_bundle(url), **options)
 
     @torch.inference_mode()
-    def classify(self, batch: Pixels, *, embeddings: bool = False) -> Scores:
-        """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1."""
+    def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
+        """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
         logits, features = self._run(batch, embeddings)
         scores = torch.softmax(logits.float() / self.bundle.spec.temperature, dim=1)
         embedding = None if features is None else features.float().cpu().numpy()
@@ -136,9 +136,11 @@ class Classifier:
             for best, value in zip(top, values, strict=True)
         ]
 
-    def _run(self, batch: Pixels, embeddings: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = torch.from_numpy(batch)
-        if self.device.type == "cuda":
+    def _run(
+        self, batch: Pixels | torch.Tensor, embeddings: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inputs = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
+        if self.device.type == "cuda" and inputs.device.type == "cpu":
             inputs = inputs.pin_memory().to(self.device, non_blocking=True)
         inputs = inputs.to(memory_format=torch.channels_last).to(torch.float32)
         inputs = torch.addcmul(self._shift, inputs, self._scale).to(self._dtype)

@@ -104,7 +104,7 @@ def decode_chunk(rows: pa.Table, preprocess: Preprocess) -> pa.Table:
         except (ImageError, StorageError) as error:
             pixels.append(blank)
             errors.append(str(error))
-    stacked = pa.py_buffer(images.stack(pixels, preprocess))
+    stacked = pa.py_buffer(np.stack(pixels))
     width = pa.binary(image_bytes(preprocess))
     return rows.append_column("error", pa.array(errors, pa.string())).append_column(
         "pixels", pa.Array.from_buffers(width, len(pixels), [None, stacked])

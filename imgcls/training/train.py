@@ -220,11 +220,11 @@ def _decode(
             f"data.max_error_rate {config.data.max_error_rate:g} allows:{listed}\nmend or remove "
             "them, or raise data.max_error_rate"
         )
-    _check_remains(examples, decoded)
+    _check_remains(examples, decoded, config.scale.num_workers)
     return decoded
 
 
-def _check_remains(examples: Examples, decoded: Decoded) -> None:
+def _check_remains(examples: Examples, decoded: Decoded, workers: int) -> None:
     lost = Counter((failure.held, failure.label) for failure in decoded.failures)
     columns = zip(
         examples.rows.column("held").to_pylist(),
@@ -238,8 +238,16 @@ def _check_remains(examples: Examples, decoded: Decoded) -> None:
                 f"class {name!r}: none of its training images can be decoded; mend them or remove "
                 "the class"
             )
-    if not any(left[True, code] for code in range(len(examples.classes))):
+    rows: Counter[bool] = Counter()
+    for (held, _), count in left.items():
+        rows[held] += count
+    if not rows[True]:
         raise TooManyErrors("none of the validation images can be decoded; mend them")
+    if rows[False] < workers:
+        raise TooManyErrors(
+            f"only {rows[False]} training images can be decoded, fewer than scale.num_workers "
+            f"{workers}; mend the others"
+        )
 
 
 def _data_provenance(examples: Examples, decoded: Decoded) -> dict[str, Any]:

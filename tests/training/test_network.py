@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import BundleError
+from imgcls.models import zoo
+from imgcls.models.normalise import Normalise
+from imgcls.training.network import ModelConfig, describe, start, try_on
+
+SMALL = zoo.architecture("small_cnn", {"width": 8})
+
+
+def test_image_size_keeps_the_proportion_of_the_margin() -> None:
+    _, preprocess = describe(ModelConfig(name="resnet18", image_size=112))
+    assert (preprocess.crop, preprocess.resize) == (112, 128)
+
+
+def test_the_resize_mode_can_be_chosen() -> None:
+    _, preprocess = describe(ModelConfig(name="resnet18", resize_mode="pad"))
+    assert (preprocess.mode, preprocess.crop) == ("pad", 224)
+
+
+def test_the_first_weights_depend_on_the_seed_alone() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return torch.cat([p.flatten() for p in start(SMALL, None, 3, seed=seed).parameters()])
+
+    before = torch.get_rng_state()
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert torch.equal(torch.get_rng_state(), before), "the caller's own randomness is left alone"
+
+
+def test_given_weights_are_kept_but_for_the_head_of_other_classes(tmp_path: Path) -> None:
+    file = str(tmp_path / "weights.safetensors")
+    old = start(SMALL, None, 5, seed=1).state_dict()
+    save_file(old, file)
+    new = start(SMALL, file, 3, seed=2).state_dict()
+    head = {"head.4.weight", "head.4.bias"}
+    assert all(torch.equal(new[key], old[key]) for key in old if key not in head)
+    assert new["head.4.weight"].shape[0] == 3
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    file = str(tmp_path / "weights.safetensors")
+    save_file(
+        start(zoo.architecture("small_cnn", {"width": 4}), None, 3, seed=0).state_dict(), file
+    )
+    with pytest.raises(BundleError, match="the weights do not fit the network"):
+        start(SMALL, file, 3, seed=0)
+
+
+def test_images_that_the_network_cannot_take_are_refused_before_the_start() -> None:
+    network = start(SMALL, None, 3, seed=0)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    try_on(network, Preprocess(resize=32, crop=32), 2)
+    with pytest.raises(BundleError, match="cannot train on 2 images of 4x4 per worker"):
+        try_on(network, Preprocess(resize=4, crop=4), 2)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_pixels_are_normalised_by_mean_and_std() -> None:
+    preprocess = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    batch = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7), np.uint8)
+    found = Normalise(preprocess, torch.device("cpu"))(batch)
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    np.testing.assert_allclose(found.numpy(), (batch / 255 - mean) / std, atol=1e-5)
