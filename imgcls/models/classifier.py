@@ -21,6 +21,7 @@ from imgcls.data.images import Pixels
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_weights
+from imgcls.models.normalise import Normalise
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ class Classifier:
         self._network = network.to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             _finish_in_fp32(self._network)
-        # (x / 255 - mean) / std as one multiply and one add
-        std = torch.tensor(self.preprocess.std, device=self.device)
-        mean = torch.tensor(self.preprocess.mean, device=self.device)
-        self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
-        self._shift = (-mean / std).view(1, 3, 1, 1)
+        self._normalise = Normalise(self.preprocess, self.device)
         self._forward = torch.compile(self._network) if compile else self._network
 
     @property
@@ -139,11 +136,7 @@ class Classifier:
     def _run(
         self, batch: Pixels | torch.Tensor, embeddings: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
-        if self.device.type == "cuda" and inputs.device.type == "cpu":
-            inputs = inputs.pin_memory().to(self.device, non_blocking=True)
-        inputs = inputs.to(memory_format=torch.channels_last).to(torch.float32)
-        inputs = torch.addcmul(self._shift, inputs, self._scale).to(self._dtype)
+        inputs = self._normalise(batch).to(self._dtype)
         if not embeddings:
             return self._forward(inputs), None
         caught: list[torch.Tensor] = []

