@@ -271,6 +271,19 @@ def remove(url: str) -> None:
             _attempt(url, lambda: fs.rm(path, recursive=True))
 
 
+def sweep(folder: str, older_than: float = 0.0) -> None:
+    """Remove what killed writers left in a local folder; stores keep nothing of a broken write.
+
+    older_than: seconds; younger leftovers may belong to a writer at work
+    """
+    if not is_local(folder):
+        return
+    with contextlib.suppress(FileNotFoundError), os.scandir(local_path(folder)) as entries:
+        for entry in entries:
+            if _is_temporary(entry.name) and time.time() - entry.stat().st_mtime >= older_than:
+                os.unlink(entry.path)
+
+
 def check_writable(folder: str) -> None:
     """Write and remove a probe file; raises the StorageError that the first output would meet."""
     probe = join(folder, f"_probe-{uuid.uuid4().hex[:8]}")

@@ -99,6 +99,7 @@ class Lease:
                     storage.remove(storage.join(self._folder, name))
         if storage.is_local(self._folder):
             with contextlib.suppress(OSError):
+                storage.sweep(self._folder, older_than=10)
                 os.rmdir(storage.local_path(self._folder))
 
     def _keep(self) -> None:

@@ -352,6 +352,8 @@ class _Run:
                 "committed; see metrics/errors.parquet, then run again with --retry-errors, or "
                 "with a higher --max-error-rate"
             )
+        for folder in (names.PREDICTIONS, names.METRICS, ""):
+            storage.sweep(storage.join(self.output, folder))
         self.lease.check()
         finish.write_success(
             self.output,

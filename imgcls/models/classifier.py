@@ -7,6 +7,7 @@ manifests or Ray; labelling, evaluation and serving all go through it, so they a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -141,7 +142,13 @@ class Classifier:
             return self._forward(inputs), None
         caught: list[torch.Tensor] = []
         _, head = zoo.head(self._network)
-        hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        me = threading.get_ident()
+
+        def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if threading.get_ident() == me:  # other threads may be running the same network
+                caught.append(args[0])
+
+        hook = head.register_forward_pre_hook(catch)
         try:
             logits = self._network(inputs)
         finally:

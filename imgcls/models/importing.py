@@ -8,7 +8,8 @@ from pydantic import PositiveInt
 
 from imgcls.config import Section
 from imgcls.data import storage
-from imgcls.errors import BundleError, OutputError, StorageError
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import BundleError, ConfigError, OutputError, StorageError
 from imgcls.models import zoo
 from imgcls.models.bundle import DESCRIPTION, Bundle, BundleSpec, class_list, save_bundle
 
@@ -56,16 +57,15 @@ def import_model(config: ImportConfig) -> Bundle:
     except (StorageError, UnicodeDecodeError) as error:
         raise BundleError(f"classes: {error}; give a text file with one name per line") from error
     classes = class_list(text, config.classes)
+    preprocess = _preprocess(config, zoo.default_preprocess(architecture, config.weights))
     state = zoo.load_weights(config.weights, architecture)
     network = zoo.build(architecture, len(classes))
     _check_class_count(network, state, config, len(classes))
     zoo.fit_weights(network, state, replace_head=False)
-    preprocess = zoo.default_preprocess(architecture, config.weights)
-    sizes = {"resize": config.resize or preprocess.resize, "crop": config.crop or preprocess.crop}
     spec = BundleSpec(
         architecture=architecture,
         classes=classes,
-        preprocess=preprocess.model_validate(preprocess.model_dump() | sizes),
+        preprocess=preprocess,
         provenance={"imported_from": config.weights},
     )
     bundle = save_bundle(output, spec, network.state_dict())
@@ -78,6 +78,13 @@ def list_models(config: ListConfig) -> None:
     for name in zoo.names():
         if config.contains in name:
             print(name)
+
+
+def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
+    resize, crop = config.resize or usual.resize, config.crop or usual.crop
+    if resize < crop:
+        raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); give --resize {crop}")
+    return usual.model_copy(update={"resize": resize, "crop": crop})
 
 
 def _check_class_count(

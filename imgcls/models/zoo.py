@@ -125,7 +125,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         from safetensors.torch import load
 
         try:
-            return dict(load(data))
+            return _state_dict(weights, load(data))
         except SafetensorError as error:
             raise BundleError(
                 f"model.weights {weights}: is damaged, or no safetensors file ({error})"

@@ -212,14 +212,14 @@ def _decode(
         flush=True,
     )
     listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
-    if failures:
-        print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
     if len(failures) > config.data.max_error_rate * rows:
         raise TooManyErrors(
             f"{len(failures):,} of {rows:,} images cannot be decoded, more than "
             f"data.max_error_rate {config.data.max_error_rate:g} allows:{listed}\nmend or remove "
             "them, or raise data.max_error_rate"
         )
+    if failures:
+        print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
     _check_remains(examples, decoded, config.scale.num_workers)
     return decoded
 

@@ -1,6 +1,7 @@
 """The whole of training: what is refused before Ray starts, and one run with two workers."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -237,8 +238,16 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_bundle(digits: Path, tmp_
     command = [sys.executable, "-u", str(REPOSITORY / "jobs" / "train.py")]
     command += ["--data.train", str(digits / "train.csv"), "--output", str(output)]
     command += ["--model.name", "small_cnn", "--epochs", "1000", "--scale.num-workers", "2"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a Ray of its own, not one that another test left its address of
+        env=os.environ | {"RAY_ADDRESS": "local"},
+    )
     assert run.stdout is not None
+    assert run.stderr is not None
     while not run.stdout.readline().startswith("epoch    2/1000"):
         assert run.poll() is None, run.stderr.read()
     run.send_signal(signal.SIGTERM)

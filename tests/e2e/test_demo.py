@@ -1,0 +1,64 @@
+"""The demo from nothing, and the committed manifests that belong to it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls import demo
+from tests.e2e.outputs import assert_exactly_once, success
+from tests.processes import REPOSITORY, RayCluster, imgcls
+
+
+def accuracy(output: Path) -> float:
+    summary = pq.read_table(output / "metrics" / "summary.parquet").to_pylist()
+    return float(next(row["value"] for row in summary if row["metric"] == "accuracy"))
+
+
+def named_paths(text: str) -> list[Path]:
+    """The places that the demo's last lines tell the reader to look at."""
+    _, _, listing = text.partition("look at\n")
+    places = [re.split(r" {2,}", line.strip(), maxsplit=1)[1] for line in listing.splitlines()]
+    return [Path(place) for line in places for place in line.split(", ")]
+
+
+def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    folder = tmp_path / "demo"
+    done = imgcls("demo", "--output", folder, env=cluster.environment())
+    assert done.returncode == 0, done.stderr
+    predictions = folder / "predictions"
+    assert_exactly_once(predictions, 359)
+    assert accuracy(predictions) >= 0.97
+    paths = named_paths(done.stdout)
+    assert len(paths) == 7
+    assert all(path.exists() for path in paths), paths
+
+    first = success(predictions)
+    again = imgcls("demo", "--output", folder, "--epochs", 1, env=cluster.environment())
+    assert again.returncode == 0, again.stderr
+    assert named_paths(again.stdout) == paths
+    assert_exactly_once(predictions, 359)
+    assert success(predictions)["bundle_sha256"] != first["bundle_sha256"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_committed_manifests_list_the_very_images_that_the_demo_writes(
+    split: str, tmp_path: Path
+) -> None:
+    with (REPOSITORY / "manifests" / f"digits-{split}.csv").open(newline="") as stream:
+        committed = [(row["path"], row["label"]) for row in csv.DictReader(stream)]
+    written = dict(zip(("train", "test"), demo.write_digits(tmp_path), strict=True))[split]
+    with written.open(newline="") as stream:
+        made = [(row["path"], row["label"]) for row in csv.DictReader(stream)]
+    assert committed == [(f"../demo/{path}", label) for path, label in made]
+    assert all((tmp_path / path).exists() for path, _ in made)
+    # seen from manifests/, the paths lead to where `make demo` writes by default
+    assert demo.DemoConfig().output == "demo"
+    assert os.path.normpath(f"manifests/../demo/{made[0][0]}") == f"demo/{made[0][0]}"

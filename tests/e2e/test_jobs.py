@@ -1,0 +1,219 @@
+"""The scripts in jobs/ as they are meant to be run: `ray job submit` to a real cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from imgcls import demo
+from imgcls.models.bundle import load_bundle
+from tests.conftest import draw, write_manifest
+from tests.e2e.outputs import assert_exactly_once, committed
+from tests.processes import BIN, REPOSITORY, RayCluster, free_port, started, wait_for
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayCluster]:
+    """A cluster that takes jobs; `python` in their entrypoints is this virtual environment's."""
+    # Ray's agent, which starts jobs, has one port by default: clusters side by side would fight
+    port, dashboard, agent, client = (free_port() for _ in range(4))
+    folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
+    process = subprocess.Popen(
+        [
+            str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
+            f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+            "--include-dashboard=true", "--object-store-memory=500000000",
+        ],
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    running = RayCluster(f"127.0.0.1:{port}", process, folder, f"http://127.0.0.1:{dashboard}")
+    try:
+        wait_for(lambda: answers(running) and listens(running, agent))
+        yield running
+    finally:
+        running.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(cluster: RayCluster) -> bool:
+    try:
+        with urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def listens(cluster: RayCluster, port: int) -> bool:
+    for process in cluster.workers("agent"):
+        with contextlib.suppress(psutil.Error):
+            if any(found.laddr.port == port for found in process.net_connections()):
+                return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of the repository with what runs and installs leave in it.
+
+    Its code tells where it runs from: the installed package would do the job as well.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("jobs", "imgcls", "manifests"):
+        shutil.copytree(
+            REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", ".gitignore", ".rayignore"):
+        shutil.copy(REPOSITORY / name, folder)
+    with (folder / "imgcls" / "cli.py").open("a") as module:
+        module.write('\nprint("imgcls comes from", __file__, flush=True)\n')
+    for place in (".venv/lib", "demo/digits", ".git/objects", "bench-results", "tests"):
+        (folder / place).mkdir(parents=True)
+        with (folder / place / "large.bin").open("wb") as file:
+            file.truncate(600_000_000)  # Ray refuses a working directory above 512 MiB
+    return folder
+
+
+def ray_job(
+    cluster: RayCluster, command: str, *arguments: object, folder: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run `ray job COMMAND` in a folder; its log and messages together as stdout."""
+    words = ("job", command, "--address", cluster.dashboard, *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with started(*words, command="ray") as process:
+            out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out + err, "")
+
+
+def status(cluster: RayCluster, submission: str) -> str:
+    with urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/{submission}") as response:
+        return str(json.load(response)["status"])
+
+
+def submit(
+    cluster: RayCluster, checkout: Path, name: str, *entrypoint: object, wait: bool = True
+) -> subprocess.CompletedProcess[str]:
+    return ray_job(
+        cluster,
+        "submit",
+        *("--working-dir", ".", "--submission-id", name, *(() if wait else ("--no-wait",))),
+        *("--", *entrypoint),
+        folder=checkout,
+    )
+
+
+@contextlib.contextmanager
+def held_image() -> Iterator[tuple[str, threading.Event]]:
+    """The URL of an image that a server holds back until the event is set."""
+    let_go = threading.Event()
+    sink = io.BytesIO()
+    draw("red").save(sink, "JPEG")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            let_go.wait()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(sink.getvalue())))
+            self.end_headers()
+            self.wfile.write(sink.getvalue())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/held.jpg", let_go
+        finally:
+            let_go.set()
+            server.shutdown()
+
+
+def coloured(folder: Path, count: int) -> list[tuple[str, str]]:
+    rows = []
+    for i in range(count):
+        draw("red", seed=i).save(folder / f"{i}.jpg")
+        rows.append((f"{i}.jpg", "red"))
+    return rows
+
+
+def test_a_wrong_request_fails_the_job_and_says_why(
+    head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "m.csv", [("a.jpg", "red")], ("file", "label"))
+    output = tmp_path / "out"
+    done = submit(
+        *(head, checkout, "wrong", "python", "jobs/predict.py", "--config", "jobs/predict.yaml"),
+        *("--manifest", manifest, "--model", colour_bundle, "--output", output),
+    )
+    assert done.returncode == 1, done.stdout
+    assert "imgcls predict: manifest" in done.stdout
+    assert (
+        "no column 'path' (found: file, label); name it with --manifest.path-column" in done.stdout
+    )
+    assert f"imgcls comes from {head.folder}/" in done.stdout
+    assert status(head, "wrong") == "FAILED"
+    assert not output.exists()
+
+
+def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
+    head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with held_image() as (url, let_go):
+        rows = [*coloured(tmp_path, 64), (url, "red")]
+        manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label"))
+        command = (
+            *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
+            *("--manifest", manifest, "--model", colour_bundle, "--output", output),
+        )
+        first = submit(head, checkout, "first", *command, wait=False)
+        assert first.returncode == 0, first.stdout
+        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) == 8, timeout=120)
+        stopped = ray_job(head, "stop", "first")
+        assert stopped.returncode == 0, stopped.stdout
+        assert status(head, "first") == "STOPPED"
+        assert not committed(output)
+        let_go.set()
+        again = submit(head, checkout, "again", *command)
+    assert again.returncode == 0, again.stdout
+    assert "64 of 65 rows are done" in again.stdout
+    assert f"committed  65 rows: {output}" in again.stdout
+    assert status(head, "again") == "SUCCEEDED"
+    assert set(assert_exactly_once(output, 65)["status"].to_pylist()) == {"ok"}
+    assert not (output / "_lease").exists()
+
+
+def test_the_training_job_writes_a_bundle(head: RayCluster, checkout: Path, tmp_path: Path) -> None:
+    train, _ = demo.write_digits(tmp_path)
+    with train.open(newline="") as stream:
+        rows = [(row["path"], row["label"]) for row in csv.DictReader(stream)][:100]
+    manifest = write_manifest(tmp_path / "few.csv", rows, ("path", "label"))
+    done = submit(
+        *(head, checkout, "train", "python", "jobs/train.py", "--config", "jobs/train.yaml"),
+        *("--data.train", manifest, "--output", tmp_path / "bundle", "--epochs", 2),
+        *("--model.options.width", 4, "--scale.cpus-per-worker", 0.5),
+    )
+    assert done.returncode == 0, done.stdout
+    assert status(head, "train") == "SUCCEEDED"
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    assert bundle.spec.classes == [str(digit) for digit in range(10)]
+    assert bundle.spec.architecture.options == {"width": 4}

@@ -1,0 +1,65 @@
+"""Manifests in other shapes through the real command; what each holds is told in tests/data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.conftest import COLOURS, draw
+from tests.e2e.outputs import assert_exactly_once
+from tests.processes import RayCluster, imgcls
+
+
+def test_a_folder_per_class_and_then_a_csv_with_semicolons_are_labelled(
+    cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    for i in range(12):
+        name = list(COLOURS)[i % 3]
+        file = tree / name / "deep er" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draw(name, seed=i).save(file)
+    (tree / "red" / "notes.txt").write_text("no image")
+    done = imgcls(
+        *("predict", "--manifest", tree, "--model", colour_bundle, "--output", tmp_path / "out"),
+        env=cluster.environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(tmp_path / "out", 12)
+    paths = found["path"].to_pylist()
+    assert paths == sorted(paths)
+    assert found["label"].to_pylist() == [path.partition("/")[0] for path in paths]
+    assert set(found["status"].to_pylist()) == {"ok"}
+    assert found["label_rank"].null_count == 0
+
+
+def test_a_glob_of_parquet_files_with_columns_of_other_names_is_labelled_in_order(
+    cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+) -> None:
+    for i in range(12):
+        draw("red", seed=i).save(tmp_path / f"{i}.jpg")
+    whole = pa.table(
+        {
+            "id": pa.array(range(12), pa.int16()),
+            "image": pa.array([f"{i}.jpg" for i in range(12)]).dictionary_encode(),
+            "colour": [("red", "green", None)[i % 3] for i in range(12)],
+        }
+    )
+    for start in (8, 0, 4):
+        pq.write_table(whole.slice(start, 4), tmp_path / f"night-{start:02d}.parquet")
+    done = imgcls(
+        *("predict", "--manifest", tmp_path / "night-*.parquet", "--manifest.path-column", "image"),
+        *("--manifest.label-column", "colour", "--model", colour_bundle),
+        *("--output", tmp_path / "out"),
+        env=cluster.environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(tmp_path / "out", 12)
+    assert found["id"].to_pylist() == list(range(12))
+    assert found["image"].to_pylist() == whole["image"].to_pylist()
+    assert found.schema.field("image").type == whole.schema.field("image").type
+    assert [rank is None for rank in found["label_rank"].to_pylist()] == [
+        i % 3 == 2 for i in range(12)
+    ]

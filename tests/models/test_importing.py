@@ -1,0 +1,166 @@
+"""`imgcls model import`: plain weights become a bundle that classifies as they did, or exit 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from imgcls import cli
+from imgcls.models import zoo
+from imgcls.models.bundle import load_bundle
+from imgcls.models.classifier import Classifier
+from tests.processes import imgcls
+
+CLASSES = ["cat", "dog", "horse"]
+Import = Callable[..., int]
+
+
+def network(num_classes: int = 3, width: int = 4) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return zoo.build(zoo.architecture("small_cnn", {"width": width}), num_classes)
+
+
+@pytest.fixture
+def import_(tmp_path: Path) -> Import:
+    """Runs the command with weights and classes that fit; keywords change its options."""
+    torch.save(network().state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+
+    def run(*more: object, **changes: object) -> int:
+        options: dict[str, object] = {
+            "arch": "small_cnn",
+            "weights": tmp_path / "weights.pth",
+            "classes": tmp_path / "classes.txt",
+            "output": tmp_path / "bundle",
+            "options.width": 4,
+        } | changes
+        argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+        return cli.main(["model", "import", *argv, *map(str, more)])
+
+    return run
+
+
+def test_imported_weights_classify_as_they_did(
+    import_: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert import_() == 0
+    printed = capsys.readouterr().out
+    assert printed == f"bundle  {tmp_path / 'bundle'}  (small_cnn, 3 classes)\n"
+    spec = load_bundle(str(tmp_path / "bundle")).spec
+    assert spec.classes == CLASSES
+    assert spec.provenance == {"imported_from": str(tmp_path / "weights.pth")}
+    classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
+    batch = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    inputs = (torch.from_numpy(batch) / 255 - 0.5) / 0.25
+    with torch.inference_mode():
+        expected = network().eval()(inputs).softmax(1)
+    np.testing.assert_allclose(classifier.classify(batch).scores, expected, atol=1e-5)
+
+
+def test_the_installed_command_imports_real_weights(shared: Path, tmp_path: Path) -> None:
+    done = imgcls(
+        *("model", "import", "--arch", "squeezenet1_0", "--output", tmp_path / "bundle"),
+        *("--weights", shared / "weights" / "squeezenet1_0-imagenet.pth"),
+        *("--classes", shared / "weights" / "imagenet-classes.txt"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(squeezenet1_0, 1,000 classes)" in done.stdout
+    spec = load_bundle(str(tmp_path / "bundle")).spec
+    assert (spec.preprocess.resize, spec.preprocess.crop) == (256, 224)
+    assert (tmp_path / "bundle" / "README.md").exists()
+
+
+def test_safetensors_prefixes_and_windows_lists_are_taken(import_: Import, tmp_path: Path) -> None:
+    state = {f"module.{key}": value for key, value in network().state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nh\xc3\xbchner\r\n")
+    assert import_(weights=tmp_path / "w.safetensors", classes=tmp_path / "bom.txt") == 0
+    assert load_bundle(str(tmp_path / "bundle")).spec.classes == ["cat", "dog", "hühner"]
+
+
+def test_the_input_size_can_be_said(import_: Import, tmp_path: Path) -> None:
+    assert import_(resize=80, crop=64) == 0
+    preprocess = load_bundle(str(tmp_path / "bundle")).spec.preprocess
+    assert (preprocess.resize, preprocess.crop) == (80, 64)
+    assert preprocess.mean == (0.5, 0.5, 0.5)
+
+
+def test_a_bundle_is_replaced_only_when_told(
+    import_: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert import_() == 0
+    first = load_bundle(str(tmp_path / "bundle"))
+    torch.save(zoo.build(zoo.architecture("small_cnn", {"width": 4}), 3).state_dict(),
+               tmp_path / "other.pth")  # fmt: skip
+    assert import_(weights=tmp_path / "other.pth") == 2
+    assert "holds a bundle already; say --overwrite to replace it" in capsys.readouterr().err
+    assert load_bundle(str(tmp_path / "bundle")) == first
+    assert import_("--overwrite", weights=tmp_path / "other.pth") == 0
+    assert load_bundle(str(tmp_path / "bundle")).sha256 != first.sha256
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (b"cat\ndog\n", "names 2 classes, and the weights have 3 outputs"),
+        (b"cat\ndog\nhorse\ncow\n", "names 4 classes, and the weights have 3 outputs"),
+        (b"cat\ndog\ncat\n", "line 3: 'cat' also stands on line 1"),
+        (b"cat\n\ndog\n", "line 2: is blank"),
+        (b"", "holds no class name"),
+        (b"\xff\xfe\x00", "give a text file with one name per line"),
+        (None, "classes.txt: no such file; give a text file with one name per line"),
+    ],
+    ids=["few", "many", "doubled", "blank", "empty", "binary", "missing"],
+)
+def test_a_class_list_that_does_not_fit_is_refused(
+    import_: Import,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    classes: bytes | None,
+    told: str,
+) -> None:
+    (tmp_path / "classes.txt").unlink()
+    if classes is not None:
+        (tmp_path / "classes.txt").write_bytes(classes)
+    assert import_() == 2
+    message = capsys.readouterr().err
+    assert message.startswith("imgcls model import: ")
+    assert told in message
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"arch": "smal_cnn"}, "no such architecture; did you mean small_cnn"),
+        ({"weights": "none.pth"}, "none.pth: no such file; give a file, or one of torchvision"),
+        ({"options.width": 8}, "features.0.0.weight: the file has (4, 3, 3, 3), the network (8,"),
+        ({"options.nonsense": 1}, "unexpected keyword argument 'nonsense'"),
+        ({"crop": 64}, "resize (32) must be at least crop (64); give --resize 64"),
+        ({"crop": 0}, "crop: Input should be greater than 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_request_makes_no_bundle(
+    import_: Import,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    told: str,
+) -> None:
+    assert import_(**changes) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["model", "list"]) == 0
+    assert capsys.readouterr().out.split() == zoo.names()
+    assert cli.main(["model", "list", "--contains", "squeeze"]) == 0
+    assert capsys.readouterr().out.split() == ["squeezenet1_0", "squeezenet1_1"]
