@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -44,9 +45,31 @@ def connect() -> None:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with _hushed():
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, include_dashboard=False)
+        ray.init(
+            _address(),
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            include_dashboard=False,
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+
+
+def _address() -> str | None:
+    """None where Ray should decide; `local` where it would wait for a cluster that is gone.
+
+    The last `ray start` on a machine leaves its address in a file, also when it was killed, and
+    `ray.init` then tries that address for minutes.
+    """
+    last = None if os.environ.get("RAY_ADDRESS") else ray._private.utils.read_ray_address()
+    if last is None:
+        return None
+    host, _, port = last.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=2):
+            return None
+    except (OSError, ValueError):
+        return "local"
 
 
 @contextlib.contextmanager

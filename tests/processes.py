@@ -124,7 +124,7 @@ def started(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "RAY_ADDRESS": "local", **(env or {})},
     )
     children: list[psutil.Process] = []
     try:

@@ -8,15 +8,11 @@ changes nothing. Promises bounded memory and that a resumed run is the same run 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import itertools
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from types import TracebackType
 from typing import Any
 
@@ -161,31 +157,6 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
     with _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer:
         for table in _limited(manifest, plan.rows):
             writer.add(table)
-
-
-def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Where, when, by which code and with which settings a run was made."""
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": dict(config),
-        "git_commit": _git_commit(),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "versions": {
-            name: metadata.version(name)
-            for name in ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
-        },
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def _chunk_rows(rows: int) -> int:

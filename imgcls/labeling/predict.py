@@ -41,13 +41,13 @@ from imgcls.labeling.plan import (
     load_run,
     make_plan,
     plan_of,
-    provenance,
     restore_shards,
 )
 from imgcls.labeling.progress import Progress
 from imgcls.labeling.work import Work, WorkSpec
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, UnitFloat, load_bundle
+from imgcls.provenance import provenance
 
 
 class PredictConfig(Section):

@@ -23,6 +23,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import OutputError, RequestError, StorageError, TooManyErrors
 from imgcls.models.bundle import DESCRIPTION, Architecture, BundleSpec
 from imgcls.models.classifier import Precision
+from imgcls.provenance import provenance
 from imgcls.training import network as networks
 from imgcls.training.deal import steps_per_epoch
 from imgcls.training.examples import DataConfig, Examples, read_examples
@@ -32,7 +33,7 @@ from imgcls.training.loop import Work
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim import OptimConfig
 from imgcls.training.progress import Epoch
-from imgcls.training.publish import provenance, publish
+from imgcls.training.publish import publish
 from imgcls.training.waiting import awaited, started
 from imgcls.training.workers import ScaleConfig, Workers, check_store, plan_workers
 
@@ -128,8 +129,12 @@ def _train(
             architecture=architecture,
             classes=examples.classes,
             preprocess=preprocess,
-            provenance=provenance(config, _data_provenance(examples, decoded))
-            | {"precision": outcome.precision},
+            provenance=provenance(config.model_dump(mode="json"))
+            | {
+                "seed": config.seed,
+                "data": _data_provenance(examples, decoded),
+                "precision": outcome.precision,
+            },
             metrics=_metrics(best),
         )
         publish(config.output, spec, outcome.checkpoint, outcome.history)

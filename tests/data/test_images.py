@@ -194,7 +194,7 @@ def through(route: str, image: Image.Image, spec: Preprocess) -> tuple[bytes, Im
         image = image.resize((round(image.width * scale), round(image.height * scale)))
     else:
         image.thumbnail((1001, 700))  # larger JPEGs take the dct route
-    data = encoded(image, "PNG") if route == "pillow" else encoded(image, "JPEG", quality=92)
+    data = encoded(image, "BMP") if route == "pillow" else encoded(image, "JPEG", quality=92)
     return data, Image.open(io.BytesIO(data))
 
 
@@ -208,7 +208,7 @@ def test_every_route_agrees_with_pillow_on_photographs(
     with (folder / "manifest.csv").open(encoding="utf-8") as stream:
         paths = [row["path"] for row in csv.DictReader(stream)]
     apart = []
-    for path in paths[:: len(paths) // 15]:
+    for path in paths[:: len(paths) // 12]:
         data, seen = through(route, Image.open(folder / path).convert("RGB"), spec)
         apart.append(difference(decode(data, spec)[0], reference(seen, spec)))
     mean, worst = AGREEMENT[route]
@@ -259,12 +259,12 @@ def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(300, 401), (1501, 1103)], ids=["torchvision", "dct"])
+@pytest.mark.parametrize("size", [(300, 401), (811, 739)], ids=["torchvision", "dct"])
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 def test_a_turned_jpeg_is_shown_upright(orientation: int, size: tuple[int, int], mode: Any) -> None:
     upright, spec = drawn(*size), Preprocess(mode=mode)
     pixels, shown = decode(stored(upright, "JPEG", orientation, quality=95, subsampling=0), spec)
-    same, _ = decode(encoded(upright, "PNG"), spec)
+    same, _ = decode(encoded(upright, "BMP"), spec)
     assert shown == upright.size
     assert difference(pixels, same) < 2
 

@@ -27,6 +27,7 @@ def named_paths(text: str) -> list[Path]:
     return [Path(place) for line in places for place in line.split(", ")]
 
 
+@pytest.mark.timeout(900)
 def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
     cluster: RayCluster, tmp_path: Path
 ) -> None:
@@ -41,7 +42,8 @@ def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
     assert all(path.exists() for path in paths), paths
 
     first = success(predictions)
-    again = imgcls("demo", "--output", folder, "--epochs", 1, env=cluster.environment())
+    less = ("--epochs", 1, "--num-workers", 1)
+    again = imgcls("demo", "--output", folder, *less, env=cluster.environment())
     assert again.returncode == 0, again.stderr
     assert named_paths(again.stdout) == paths
     assert_exactly_once(predictions, 359)

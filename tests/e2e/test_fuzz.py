@@ -96,16 +96,16 @@ def paths(rng: random.Random, names: list[str]) -> list[str | None]:
     return found
 
 
-def write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
+def write_csv(path: Path, delimiter: str, columns: dict[str, list[Any]]) -> None:
     """By hand: Python's writer cannot tell an empty text from none."""
 
     def cell(value: str | None) -> str:
         return "" if value is None else '"' + value.replace('"', '""') + '"'
 
     with path.open("w", newline="", encoding="utf-8") as stream:
-        stream.write(",".join(cell(name) for name in columns) + "\n")
+        stream.write(delimiter.join(cell(name) for name in columns) + "\n")
         for row in zip(*columns.values(), strict=True):
-            stream.write(",".join(cell(value) for value in row) + "\n")
+            stream.write(delimiter.join(cell(value) for value in row) + "\n")
 
 
 def csv_manifest(folder: Path, rng: random.Random, names: list[str]) -> Path:
@@ -116,7 +116,7 @@ def csv_manifest(folder: Path, rng: random.Random, names: list[str]) -> Path:
     }
     columns["path"] = paths(rng, names)
     columns["label"] = [rng.choice(["red", "green", text(rng)]) for _ in range(ROWS)]
-    write_csv(folder / "m.csv", columns)
+    write_csv(folder / "m.csv", rng.choice(",;\t|"), columns)
     pq.write_table(
         pa.table({k: pa.array(v, pa.string()) for k, v in columns.items()}), folder / "wanted"
     )

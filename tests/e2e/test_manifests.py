@@ -1,4 +1,4 @@
-"""Manifests in other shapes through the real command; what each holds is told in tests/data."""
+"""Manifests that are no single file, through the real command; test_fuzz has CSV in all forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.e2e.outputs import assert_exactly_once
 from tests.processes import RayCluster, imgcls
 
 
-def test_a_folder_per_class_and_then_a_csv_with_semicolons_are_labelled(
+def test_a_folder_per_class_is_a_labelled_manifest(
     cluster: RayCluster, colour_bundle: Path, tmp_path: Path
 ) -> None:
     tree = tmp_path / "tree"

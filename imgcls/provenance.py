@@ -1,0 +1,38 @@
+"""By which code, when and on what a result was made: what stands beside every output."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
+
+
+def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, ready for JSON, of a resolved configuration and the software that ran it."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": dict(config),
+        "git_commit": _git_commit(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the package's own checkout, `-dirty` when it was changed since."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(root, ".git")):
+        return None  # installed, or sent along with a job
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,145 @@
+"""The command itself: what it lists, what it refuses, and the exit codes that schedulers read."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imgcls import __version__, cli, config, errors
+from tests.processes import imgcls
+
+
+def test_help_lists_every_command_and_how_to_go_on() -> None:
+    done = imgcls("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, command in cli.COMMANDS.items():
+        assert any(
+            line.split(maxsplit=len(name.split())) == [*name.split(), command.summary]
+            for line in done.stdout.splitlines()
+        ), name
+    assert "`imgcls COMMAND --help` lists a command's keys." in done.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = imgcls("--version")
+    assert (done.returncode, done.stdout) == (0, f"imgcls {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"), [(("predicct",), "predicct"), (("model", "frob"), "model"), (("",), "''")]
+)
+def test_an_unknown_command_is_refused_with_the_known_ones(
+    argv: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert named in told.err
+    assert "no command" in told.err
+    assert "  predict " in told.err
+
+
+def test_no_command_at_all_is_a_wrong_request_that_shows_the_way(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == 2
+    assert "usage: imgcls COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_commands_help_lists_every_key_that_it_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    command = cli.COMMANDS[name]
+    model = getattr(importlib.import_module(command.module), command.config)
+    assert text.startswith(f"usage: imgcls {name} [--config FILE.yaml]")
+    lines = text.splitlines()
+    for key, field, section in config._leaves(model):
+        if key != section:
+            [at] = [
+                i
+                for i, line in enumerate(lines)
+                if line.startswith(f"  --{key.replace('_', '-')} ")
+            ]
+            assert ("(required)" in lines[at]) == field.is_required()
+
+
+def test_predicts_help_through_the_real_command_needs_no_cluster_and_no_keys() -> None:
+    done = imgcls("predict", "--help", env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Label a manifest with a bundle and commit the table." in done.stdout
+    assert "--scale.layout auto|cpu|gpu|gpu_decode  (default auto)" in done.stdout
+    assert "--manifest.path TEXT  (required)" in done.stdout
+
+
+def test_what_print_config_prints_is_a_file_that_gives_the_same_again(tmp_path: Path) -> None:
+    first = imgcls(
+        *("predict", "--manifest", "a b.csv", "--manifest.delimiter", ";", "--model", "bundle"),
+        *("--output", "s3://bucket/out", "--top-k", 3, "--threshold", 0.25, "--scores"),
+        *("--limit", 10, "--scale.workers", 2, "--print-config"),
+    )
+    assert (first.returncode, first.stderr) == (0, "")
+    told = yaml.safe_load(first.stdout)
+    assert told["manifest"] == {
+        "path": "a b.csv", "format": "auto", "path_column": "path", "label_column": None,
+        "root": None, "delimiter": ";", "encoding": "utf-8",
+    }  # fmt: skip
+    assert (told["threshold"], told["scores"], told["scale"]["workers"]) == (0.25, True, 2)
+    file = tmp_path / "again.yaml"
+    file.write_text(first.stdout, encoding="utf-8")
+    again = imgcls("predict", "--config", file, "--print-config")
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+
+
+# ------------------------------------------------------------------ exit codes
+
+CODES = {
+    errors.RequestError: 2, errors.ConfigError: 2, errors.ManifestError: 2, errors.BundleError: 2,
+    errors.OutputError: 2, errors.OutputBusy: 2, errors.ResourcesError: 2, errors.RunFailed: 1,
+    errors.Interrupted: 1, errors.StorageError: 1, errors.StorageMissing: 1,
+    errors.StorageFull: 1, errors.TooManyErrors: 3, errors.ImgclsError: 1, KeyboardInterrupt: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), CODES.items(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_each_kind_of_error_has_its_exit_code_and_is_told_without_a_traceback(
+    kind: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def job(settings: object) -> None:
+        """Fail."""
+        raise kind("here is why")
+
+    module = importlib.import_module("imgcls.models.importing")
+    monkeypatch.setattr(module, "list_models", job)
+    assert cli.main(["model", "list"]) == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    wanted = "stopped" if kind is KeyboardInterrupt else "here is why"
+    assert told.err == f"imgcls model list: {wanted}\n"
+
+
+def test_a_defect_of_ours_is_not_hidden_behind_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def job(settings: object) -> None:
+        """Fail."""
+        raise ZeroDivisionError
+
+    module = importlib.import_module("imgcls.models.importing")
+    monkeypatch.setattr(module, "list_models", job)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["model", "list"])
+
+
+def test_a_command_that_does_its_job_exits_0() -> None:
+    done = imgcls("model", "list")
+    assert done.returncode == 0, done.stderr
+    assert "small_cnn" in done.stdout
