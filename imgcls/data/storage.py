@@ -37,7 +37,9 @@ BACKOFF_SECONDS = 0.2
 
 _PASSING_CODES = frozenset(
     "SlowDown RequestTimeout RequestTimeTooSkewed InternalError ServiceUnavailable Throttling "
-    "ThrottlingException TooManyRequests 500 502 503 504 429".split()
+    "ThrottlingException TooManyRequests 500 502 503 504 429 "
+    # two at once on one name: whoever tries again finds it there
+    "ConditionalRequestConflict OperationAborted".split()
 )
 _FORBIDDEN_CODES = frozenset(
     "AccessDenied 403 Forbidden InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken".split()
@@ -170,7 +172,9 @@ def create(url: str, data: bytes) -> bool:
         _attempt(url, lambda: fs.pipe_file(path, data, mode="create"))
         return True
     except StorageError as error:
-        if isinstance(error.__cause__, FileExistsError) or "PreconditionFailed" in str(error):
+        if isinstance(error.__cause__, FileExistsError):
+            return False
+        if _code(error.__cause__) in ("PreconditionFailed", "412"):
             return False
         raise
 
@@ -389,7 +393,7 @@ def _typed(url: str, error: Exception) -> StorageError:
     if isinstance(error, StorageError):
         return error
     if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
-        what = "bucket" if "bucket does not exist" in str(error) else "file"
+        what = "bucket" if code == "NoSuchBucket" else "file"
         return StorageMissing(f"{place}: no such {what}")
     refused = isinstance(error, PermissionError) or code in _FORBIDDEN_CODES
     if refused or type(error).__name__.endswith("CredentialsError"):
@@ -403,10 +407,12 @@ def _typed(url: str, error: Exception) -> StorageError:
     return StorageError(f"{place}: {_reason(error)}")
 
 
-def _code(error: Exception) -> str:
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return str(response.get("Error", {}).get("Code", ""))
+def _code(error: BaseException | None) -> str:
+    """The store's own code for an error, also below what s3fs made of it."""
+    for each in (error, getattr(error, "__cause__", None)):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
     return str(getattr(error, "status", ""))
 
 
@@ -424,8 +430,10 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:300]
+    text = getattr(error, "strerror", None)
+    if text is None and isinstance(error, OSError):
+        text = _code(error)  # a store may give a code and no words
+    return " ".join((text or str(error) or type(error).__name__).split())[:300]
 
 
 def _short(url: str) -> str:

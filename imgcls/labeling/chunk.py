@@ -168,14 +168,25 @@ def label(
     return _table(spec, classifier, rows, work, prepared, head)
 
 
+def committed(spec: WorkSpec, work: Work) -> pa.Table | None:
+    """The statuses of a chunk that is durable: a lost worker's block is done anew."""
+    url = _url(spec, work)
+    if not storage.exists(url):
+        return None
+    return pq.read_table(storage.open_read(url), columns=["status"])
+
+
+def _url(spec: WorkSpec, work: Work) -> str:
+    name = layout.chunk_url if work.offsets is None else layout.retry_url
+    return name(spec.output, spec.plan.part_of(work.chunk), work.chunk, spec.plan.run_id)
+
+
 def commit(spec: WorkSpec, work: Work, table: pa.Table, seconds: Seconds) -> None:
     """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
-    part = spec.plan.part_of(work.chunk)
-    name = layout.chunk_url if work.offsets is None else layout.retry_url
     with _timed(seconds, "commit"):
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
-        storage.write(name(spec.output, part, work.chunk, spec.plan.run_id), sink.getvalue())
+        storage.write(_url(spec, work), sink.getvalue())
 
 
 def _stacked(pixels: list[Pixels] | list[torch.Tensor]) -> Pixels | torch.Tensor:

@@ -22,31 +22,39 @@ from imgcls.labeling.layout import WORKER_CPUS, Layout
 from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
 from imgcls.models.bundle import load_bundle, read_description
 
-MAX_BLOCKS = 20_000
-"""Work items travel in at most this many blocks; each block is an object in Ray's store."""
+MAX_BLOCK_CHUNKS = 256
+"""Chunks that a worker is handed at a time at most. A block costs the driver 40 KB and 4 ms."""
 
 
 def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
     """Do the work on the cluster; yields each chunk once it is durable, in any order."""
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.enable_operator_progress_bars = False
     context.raise_original_map_exception = True
-    dataset = ray.data.from_arrow(_blocks(work))
-    for stage in _stages(spec, layout, len(work)):
-        dataset = stage(dataset)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        assert isinstance(batch, pa.Table)
-        for payload in batch.column("done").to_pylist():
-            yield pickle.loads(payload)
+    # each chunk's result leaves its worker at once, not when the block that it came in is done
+    context.target_max_block_size = 1
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.from_arrow(blocks_of(work, layout.workers))
+        for stage in _stages(spec, layout, len(work)):
+            dataset = stage(dataset)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            assert isinstance(batch, pa.Table)
+            for payload in batch.column("done").to_pylist():
+                yield pickle.loads(payload)
 
 
-def _blocks(work: Sequence[Work]) -> list[pa.Table]:
-    per_block = -(-len(work) // MAX_BLOCKS)
-    return [
-        pa.table({"work": [pickle.dumps(item) for item in work[start : start + per_block]]})
-        for start in range(0, len(work), per_block)
-    ]
+def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:
+    """Work in blocks that shrink towards the end: few of them, and no worker idle at the last.
+
+    Source: guided self-scheduling, Polychronopoulos and Kuck, IEEE ToC 1987.
+    """
+    blocks = []
+    start = 0
+    while start < len(work):
+        size = min(MAX_BLOCK_CHUNKS, max(1, (len(work) - start) // (8 * workers)))
+        blocks.append(pa.table({"work": [pickle.dumps(w) for w in work[start : start + size]]}))
+        start += size
+    return blocks
 
 
 def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
@@ -104,6 +112,9 @@ class _ModelWorker:
 
     def _finish(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
         self._stages.commit(self._spec, work, table, seconds)
+        return self._receipt(work, table, seconds)
+
+    def _receipt(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
         errors = sum(1 for status in table.column("status").to_pylist() if status != names.OK)
         done = Done(work, table.num_rows, errors, seconds, self._classifier.precision, self._name)
         return {"done": [pickle.dumps(done)]}
@@ -115,6 +126,9 @@ class LabelWorker(_ModelWorker):
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         work: Work = _only(batch, "work")
         seconds = Seconds()
+        table = self._stages.committed(self._spec, work)
+        if table is not None:
+            return self._receipt(work, table, seconds)
         rows = self._stages.rows_of(self._spec, work)
         table = self._stages.label(self._spec, self._classifier, rows, work, seconds)
         return self._finish(work, table, seconds)

@@ -1,9 +1,14 @@
-"""An object store over real HTTP, as any fsspec store is used."""
+"""An object store over real HTTP, as any fsspec store is used.
+
+moto's server, or the store that IMGCLS_TEST_S3_ENDPOINT names (then with AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY for it), in a bucket of its own.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +20,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
 
 from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, StorageError, StorageForbidden, StorageMissing
 
-BUCKET = "bucket"
+BUCKET = "imgcls-tests"
+REAL = os.environ.get("IMGCLS_TEST_S3_ENDPOINT")
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    """Answers one request after the other: moto's create-if-absent is open to races."""
+    if REAL is not None:
+        yield REAL
+        return
+    application = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, application, threaded=False)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def forget_connections() -> None:
@@ -41,24 +55,28 @@ def forget_connections() -> None:
 @pytest.fixture
 def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty bucket, seen as another client sees it."""
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"] if REAL else "key",
+        "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"] if REAL else "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
     for key in list(os.environ):
         if key.startswith("AWS_"):
             monkeypatch.delenv(key)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
     forget_connections()
-    urllib.request.urlopen(
-        urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")
-    ).close()
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET)
     yield client
     forget_connections()
+    for key in keys(client):
+        client.delete_object(Bucket=BUCKET, Key=key)
+    client.delete_bucket(Bucket=BUCKET)
 
 
 def url(key: str) -> str:
@@ -110,7 +128,7 @@ def test_any_key_is_taken_as_it_is(s3: Any, name: str) -> None:
 def test_what_is_not_there_is_missing(s3: Any) -> None:
     for call in (storage.read, storage.size):
         assert fails(StorageMissing, lambda call=call: call(url("none"))) == (  # type: ignore[misc]
-            "s3://bucket/none: no such file"
+            f"s3://{BUCKET}/none: no such file"
         )
     assert storage.names(url("none")) == []
     assert list(storage.walk(url("none"))) == []
@@ -136,6 +154,8 @@ def test_wrong_or_no_credentials_are_forbidden_at_once(
     storage.write(url("x"), b"kept")
 
     def require_credentials(after: str) -> None:
+        if REAL is not None:
+            return
         request = urllib.request.Request(
             f"{endpoint}/moto-api/reset-auth",
             data=after.encode(),
@@ -144,17 +164,20 @@ def test_wrong_or_no_credentials_are_forbidden_at_once(
         urllib.request.urlopen(request).close()
 
     require_credentials("0")
-    try:
-        assert "access is refused" in fails(StorageForbidden, lambda: storage.read(url("x")))
-        fails(StorageForbidden, lambda: storage.write(url("y"), b""))
-        fails(StorageForbidden, lambda: storage.create(url("y"), b""))
-    finally:
-        require_credentials("inf")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    forget_connections()
-    message = fails(StorageForbidden, lambda: storage.read(url("x")))
-    assert "Unable to locate credentials" in message
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        forget_connections()
+        try:
+            assert "access is refused" in fails(StorageForbidden, lambda: storage.read(url("x")))
+            fails(StorageForbidden, lambda: storage.write(url("y"), b""))
+            fails(StorageForbidden, lambda: storage.create(url("y"), b""))
+        finally:
+            require_credentials("inf")
+        changed.delenv("AWS_ACCESS_KEY_ID")
+        changed.delenv("AWS_SECRET_ACCESS_KEY")
+        forget_connections()
+        message = fails(StorageForbidden, lambda: storage.read(url("x")))
+        assert "Unable to locate credentials" in message
 
 
 def test_of_many_rivals_one_creates_an_object(s3: Any) -> None:

@@ -25,6 +25,8 @@ from tests.conftest import draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed
 from tests.processes import BIN, REPOSITORY, RayCluster, free_port, started, wait_for
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayCluster]:
@@ -62,7 +64,7 @@ def answers(cluster: RayCluster) -> bool:
 
 
 def listens(cluster: RayCluster, port: int) -> bool:
-    for process in cluster.workers("agent"):
+    for process in cluster.workers("DashboardAgent"):
         with contextlib.suppress(psutil.Error):
             if any(found.laddr.port == port for found in process.net_connections()):
                 return True
@@ -96,9 +98,10 @@ def ray_job(
 ) -> subprocess.CompletedProcess[str]:
     """Run `ray job COMMAND` in a folder; its log and messages together as stdout."""
     words = ("job", command, "--address", cluster.dashboard, *arguments)
+    env = {"RAY_ADDRESS": str(cluster.dashboard)}  # Ray lets it win over --address
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        with started(*words, command="ray") as process:
+        with started(*words, command="ray", env=env) as process:
             out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out + err, "")
 
@@ -130,10 +133,11 @@ def held_image() -> Iterator[tuple[str, threading.Event]]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             let_go.wait()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(sink.getvalue())))
-            self.end_headers()
-            self.wfile.write(sink.getvalue())
+            with contextlib.suppress(OSError):  # who asked first was stopped meanwhile
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(sink.getvalue())))
+                self.end_headers()
+                self.wfile.write(sink.getvalue())
 
         def log_message(self, format: str, *arguments: object) -> None:
             pass
