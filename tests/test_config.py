@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -447,9 +448,12 @@ def test_help_names_every_key_with_its_default_and_meaning(
 # ------------------------------------------------------------------ the shipped job and command
 
 
-def test_the_shipped_predict_yaml_loads_and_shows_every_key() -> None:
-    file = REPOSITORY / "jobs" / "predict.yaml"
-    loaded = config.load(PredictConfig, ["--config", str(file)], prog="test")
+@pytest.mark.parametrize("job", sorted(file.stem for file in (REPOSITORY / "jobs").glob("*.yaml")))
+def test_every_shipped_yaml_loads_and_shows_every_key(job: str) -> None:
+    file = REPOSITORY / "jobs" / f"{job}.yaml"
+    command = cli.COMMANDS[job]
+    model = getattr(importlib.import_module(command.module), command.config)
+    loaded = config.load(model, ["--config", str(file)], prog="test")
     shown = set(leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
     assert shown == set(leaves(loaded.model_dump()))
 

@@ -37,7 +37,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     """
     architecture = zoo.architecture(config.name, config.options)
     if config.weights is not None:
-        architecture = zoo.pretrained_options(architecture)
+        architecture = zoo.pretrained_options(architecture, config.weights)
     preprocess = zoo.default_preprocess(architecture, config.weights)
     changes: dict[str, Any] = {}
     if config.image_size is not None:

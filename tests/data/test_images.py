@@ -96,7 +96,8 @@ LOSSY = {"JPEG", "WEBP"}
 )
 def test_every_mode_of_every_format_becomes_rgb_of_the_models_size(format: str, mode: str) -> None:
     pixels, shown = decode(encoded(plain(mode), format), SPEC)
-    assert (pixels.shape, pixels.dtype) == ((3, 224, 224), np.uint8)
+    assert pixels.shape == (3, 224, 224)
+    assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     assert shown == SIZE
     expected = np.array(MODES[mode]).reshape(3, 1, 1)
@@ -120,8 +121,8 @@ def test_lab_is_shown_or_refused_as_pillow_can() -> None:
 def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None:
     ramp = np.linspace(0, 65535, 224).astype(np.uint16)
     values = np.tile(ramp, (224, 1))
-    dtype = {"I;16": np.dtype("<u2"), "I;16B": np.dtype(">u2"), "I": np.dtype(np.int32)}[mode]
-    data = encoded(Image.fromarray(values.astype(dtype)), format)
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    data = encoded(Image.fromarray(values.astype(kind)), format)
     pixels, _ = decode(data, Preprocess(resize=224, crop=224))
     assert (pixels == np.round(values / 257).astype(np.uint8)).all()
 
@@ -168,7 +169,7 @@ def test_of_many_frames_or_pages_the_first_is_taken(format: str) -> None:
     first, *others = (Image.new("RGB", SIZE, colour) for colour in (COLOUR, "blue", "green"))
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(first, format, save_all=True, append_images=others, **options)
-    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
     pixels, shown = decode(data, SMALL)
     assert shown == SIZE
     assert np.abs(pixels.mean((1, 2)) - COLOUR).max() < 3
@@ -198,6 +199,7 @@ def through(route: str, image: Image.Image, spec: Preprocess) -> tuple[bytes, Im
     return data, Image.open(io.BytesIO(data))
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("route", AGREEMENT)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_every_route_agrees_with_pillow_on_photographs(

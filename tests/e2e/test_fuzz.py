@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from tests.conftest import draw
 from tests.e2e.outputs import assert_exactly_once
@@ -62,12 +61,11 @@ def text(rng: random.Random) -> str:
 
 def damaged_images(folder: Path, rng: random.Random, count: int) -> list[str]:
     """Writes image files, a third of them whole; their names."""
-    sound = []
-    for format, options in (("JPEG", {}), ("PNG", {}), ("GIF", {}), ("WEBP", {}), ("BMP", {})):
+    sound: list[tuple[str, bytes]] = []
+    for format in ("jpeg", "png", "gif", "webp", "bmp"):
         sink = io.BytesIO()
-        picture: Image.Image = draw("red", (40, 30), seed=len(sound))
-        picture.save(sink, format, **options)
-        sound.append((format.lower(), sink.getvalue()))
+        draw("red", (40, 30), seed=len(sound)).save(sink, format)
+        sound.append((format, sink.getvalue()))
     names = []
     for number in range(count):
         suffix, data = rng.choice(sound)

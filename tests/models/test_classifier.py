@@ -31,7 +31,7 @@ Scores = npt.NDArray[np.float32]
 # What plain PyTorch finds on the ImageNet sample (Pillow, fp32): 215 and 274 of 334
 TOP_1, TOP_5, SAMPLE, GIVE = 215, 274, 334, 4
 # Measured: bf16 flips 6 of 334 labels
-BF16_AGREEMENT = 0.975
+BF16_AGREEMENT = 0.98
 
 
 def bundle_of(folder: Path, name: str, num_classes: int = 5, **changes: Any) -> Path:

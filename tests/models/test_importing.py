@@ -63,6 +63,7 @@ def test_imported_weights_classify_as_they_did(
     np.testing.assert_allclose(classifier.classify(batch).scores, expected, atol=1e-5)
 
 
+@pytest.mark.shared
 def test_the_installed_command_imports_real_weights(shared: Path, tmp_path: Path) -> None:
     done = imgcls(
         *("model", "import", "--arch", "squeezenet1_0", "--output", tmp_path / "bundle"),
