@@ -63,17 +63,33 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
         _merge(model, tree, _read_yaml(file, problems))
     for key, value in overrides:
         _set(model, tree, key.split("."), value)
-    try:
-        config = model.model_validate(tree)
-    except ValidationError as error:
-        problems += _explain(model, error)
-        config = None
-    if problems or config is None:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"the configuration has {_count(problems)}:\n{lines}")
+    config = _validated(model, tree, problems)
     if print_config:
         print(dump(config), end="")
         raise SystemExit(0)
+    return config
+
+
+def build(model: type[S], settings: Mapping[str, Any]) -> S:
+    """Build `model` in Python, from nested settings or dotted keys: `{"optim.lr": 1e-3}`.
+
+    Raises ConfigError that lists every problem with its dotted path.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        _set(model, tree, key.split("."), value)
+    return _validated(model, tree, [])
+
+
+def _validated(model: type[S], tree: Mapping[str, Any], problems: list[str]) -> S:
+    config = None
+    try:
+        config = model.model_validate(tree)
+    except ValidationError as error:
+        problems = [*problems, *_explain(model, error)]
+    if problems or config is None:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"the configuration has {_count(problems)}:\n{lines}")
     return config
 
 
@@ -213,8 +229,26 @@ def _parse(
         if key == "config":
             files.append(value)
         else:
-            overrides.append((key, _value(value)))
+            overrides.append((key, value if value in _choices(field) else _value(value)))
     return files, overrides, print_config
+
+
+def _choices(field: FieldInfo | None) -> set[str]:
+    """The words that a field takes; `none` may be one of them."""
+    if field is None:
+        return set()
+    section = _section_of(field.annotation)
+    if section is not None and section.shorthand is not None:
+        return _choices(section.model_fields[section.shorthand])
+    return set(_words(field.annotation))
+
+
+def _words(annotation: Any) -> Iterator[str]:
+    for argument in typing.get_args(annotation):
+        if typing.get_origin(annotation) is typing.Literal:
+            yield str(argument)
+        else:
+            yield from _words(argument)
 
 
 def _is_negated(key: str, fields: Mapping[str, FieldInfo]) -> bool:

@@ -25,6 +25,18 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for each value of a record, at any depth, that is not as it was."""
+    lines = []
+    for key in sorted({*now, *then}):
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} then, {new!r} now")
+    return lines
+
+
 def _git_commit() -> str | None:
     """The commit of the package's own checkout, `-dirty` when it was changed since."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

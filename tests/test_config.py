@@ -45,6 +45,13 @@ class Early(Section):
     patience: int = 3
 
 
+class Vary(Section):
+    shorthand: ClassVar[str | None] = "preset"
+
+    preset: Literal["none", "light"] = "light"
+    flip: float | None = 0.5
+
+
 class Job(Section):
     """What the tests load."""
 
@@ -60,6 +67,8 @@ class Job(Section):
     optim: Optim = Optim()
     data: Source | None = None
     early: Early | None = Early()
+    weighting: Literal["none", "balanced"] | dict[str, float] = "balanced"
+    vary: Vary = Vary()
 
     @model_validator(mode="after")
     def _check(self) -> Job:
@@ -387,7 +396,7 @@ def test_print_config_shows_every_key_and_loads_back(
     text = printed(*argv, "--print-config", capsys=capsys)
     assert load("--config", written(tmp_path, text)) == load(*argv)
     keys = set(leaves(yaml.safe_load(text)))
-    assert {key for key, _, _ in config._leaves(Job)} - {"data"} == keys
+    assert {key for key, _, _ in config._leaves(Job)} - {"data", "vary"} == keys
 
 
 def test_print_config_of_a_wrong_configuration_is_refused() -> None:
@@ -443,6 +452,48 @@ def test_help_names_every_key_with_its_default_and_meaning(
     assert "--layout auto|cpu|gpu  (default auto)" in text
     assert "--data.path TEXT  (required)" in text
     assert "--config FILE.yaml" in text
+
+
+# ------------------------------------------------------------------ the word none
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("--weighting", "none"), {"weighting": "none"}),
+        (("--weighting=none",), {"weighting": "none"}),
+        (("--weighting", "{a: 2}"), {"weighting": {"a": 2.0}}),
+        (("--vary", "none"), {"vary": {"preset": "none"}}),
+        (("--vary.preset", "none"), {"vary": {"preset": "none"}}),
+        (("--vary", "none", "--vary.flip", "none"), {"vary": {"preset": "none", "flip": None}}),
+    ],
+)
+def test_none_is_a_word_where_it_is_one_of_the_choices_and_no_value_elsewhere(
+    argv: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    assert load(*argv) == Job.model_validate(expected)
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+def test_other_words_for_no_value_are_not_the_choice_none(word: str) -> None:
+    (problem, *_) = problems("--weighting", word)
+    assert problem.startswith("weighting")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--augment", "none", "--loss.class-weights", "none", "--model.weights", "none"],
+        ["--augment.preset=none", "--loss.class_weights=none", "--model.weights=null"],
+    ],
+)
+def test_training_takes_none_where_it_is_a_choice(argv: list[str]) -> None:
+    from imgcls.training.config import TrainConfig
+
+    required = ["--data.train", "m.csv", "--output", "o"]
+    found = config.load(TrainConfig, [*required, *argv], prog="test")
+    assert (found.augment.preset, found.loss.class_weights) == ("none", "none")
+    assert found.model.weights is None
 
 
 # ------------------------------------------------------------------ the shipped job and command

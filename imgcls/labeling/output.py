@@ -16,7 +16,6 @@ import pyarrow as pa
 from imgcls.data.storage import join
 
 RUN = "_run.json"
-LEASE = "_lease"
 STAGING = "_staging"
 PREDICTIONS = "predictions"
 METRICS = "metrics"

@@ -33,7 +33,6 @@ from imgcls.errors import (
 from imgcls.labeling import finish, ledger, pipeline
 from imgcls.labeling import output as names
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
-from imgcls.labeling.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.plan import (
     Identity,
@@ -45,6 +44,7 @@ from imgcls.labeling.plan import (
 )
 from imgcls.labeling.progress import Progress
 from imgcls.labeling.work import Work, WorkSpec
+from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, UnitFloat, load_bundle
 from imgcls.provenance import provenance

@@ -20,8 +20,8 @@ from typing import Any
 
 from imgcls.data import storage
 from imgcls.errors import OutputBusy, OutputError, RunFailed, StorageError, StorageMissing
-from imgcls.labeling.output import LEASE
 
+FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
 
 
@@ -48,7 +48,7 @@ class Lease:
     """The right to publish in an output folder, kept alive by a thread until released."""
 
     def __init__(self, output: str, number: int, term: float) -> None:
-        self._folder = storage.join(output, LEASE)
+        self._folder = storage.join(output, FOLDER)
         self._number = number
         self._term = term
         self._owner = uuid.uuid4().hex
@@ -65,7 +65,7 @@ class Lease:
         Raises OutputBusy when another driver holds it and is alive, StorageError when the folder
         cannot be written.
         """
-        folder = storage.join(output, LEASE)
+        folder = storage.join(output, FOLDER)
         while True:
             number = _latest(folder)
             if number and not _wait_until_free(folder, number, term):

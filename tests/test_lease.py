@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from imgcls.errors import OutputBusy, OutputError, RunFailed
-from imgcls.labeling.lease import Lease
+from imgcls.lease import Lease
 from tests.processes import REPOSITORY, wait_for
 
 TERM = 1.0
@@ -24,7 +24,7 @@ TERM = 1.0
 HOLD = """
 import sys, time
 from imgcls.errors import OutputBusy, RunFailed
-from imgcls.labeling.lease import Lease
+from imgcls.lease import Lease
 
 print("ready", flush=True)
 sys.stdin.readline()
