@@ -7,8 +7,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"Classifier": "imgcls.models.classifier", "load_bundle": "imgcls.models.bundle"}
-__all__ = ["Classifier", "__version__", "load_bundle"]
+_LAZY = {
+    "Classifier": "imgcls.models.classifier",
+    "load_bundle": "imgcls.models.bundle",
+    "train": "imgcls.training.train",
+}
+__all__ = ["Classifier", "__version__", "load_bundle", "train"]
 
 
 def __getattr__(name: str) -> Any:

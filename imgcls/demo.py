@@ -43,6 +43,7 @@ def demo(config: DemoConfig) -> None:
     print(said, flush=True)
 
     from imgcls.training import train as training
+    from imgcls.training.augment import AugmentConfig
 
     print(f"2. train: the small CNN from scratch, {config.num_workers} workers", flush=True)
     bundle = folder / "bundle"
@@ -50,6 +51,8 @@ def demo(config: DemoConfig) -> None:
         training.TrainConfig(
             data=training.DataConfig(train=ManifestConfig(path=str(train_manifest))),
             model=training.ModelConfig(name="small_cnn"),
+            # a mirrored digit is no digit
+            augment=AugmentConfig(preset="light", hflip=0.0),
             optim=training.OptimConfig(lr=3e-3),
             scale=training.ScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
             epochs=config.epochs,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"
 
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 Source = Literal["torchvision", "imgcls"]
@@ -103,9 +104,12 @@ def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     return dict(load(_verified_weights(bundle)))
 
 
-def save_bundle(url: str, spec: BundleSpec, state: Mapping[str, torch.Tensor]) -> Bundle:
+def save_bundle(
+    url: str, spec: BundleSpec, state: Mapping[str, torch.Tensor], card: str | None = None
+) -> Bundle:
     """Write a bundle folder, the description last.
 
+    card: the text of README.md; the plain `model_card` if none
     Raises StorageError when the folder cannot be written.
     """
     from safetensors.torch import save
@@ -114,7 +118,8 @@ def save_bundle(url: str, spec: BundleSpec, state: Mapping[str, torch.Tensor]) -
     storage.write(storage.join(url, WEIGHTS), data)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _digest(body)
-    storage.write(storage.join(url, "README.md"), model_card(spec).encode())
+    text = model_card(spec) if card is None else card
+    storage.write(storage.join(url, CARD), text.encode())
     storage.write(storage.join(url, DESCRIPTION), _render(body))
     return read_description(url)
 
@@ -173,24 +178,46 @@ def class_list(text: str, source: str) -> list[str]:
 
 
 def model_card(spec: BundleSpec) -> str:
-    """The bundle's README."""
-    shown = ", ".join(re.sub(r"([|*_`])", r"\\\1", name) for name in spec.classes[:20])
-    more = f" and {len(spec.classes) - 20} more" if len(spec.classes) > 20 else ""
+    """The bundle's README where nothing is known of how the weights were made."""
+    lines = [f"# {card_title(spec)}", "", *card_description(spec)]
+    if spec.metrics:
+        lines += ["", "| metric | value |", "| --- | --- |"]
+        lines += [f"| {plain(name)} | {value:.4f} |" for name, value in spec.metrics.items()]
+    lines += ["", *card_usage(), ""]
+    return "\n".join(lines)
+
+
+def card_title(spec: BundleSpec) -> str:
+    """Markdown: the network and how many classes it knows."""
+    return f"{plain(spec.architecture.name)}, {len(spec.classes):,} classes"
+
+
+def card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
+    """Lines of Markdown: the classes, the first of them by name, and what is done to an image."""
+    shown = ", ".join(plain(name) for name in spec.classes[:most_classes])
+    beyond = len(spec.classes) - most_classes
+    more = f" and {beyond:,} more" if beyond > 0 else ""
     pre = spec.preprocess
-    lines = [
-        f"# {spec.architecture.name}, {len(spec.classes)} classes",
-        "",
+    return [
         f"Classes: {shown}{more}.",
         "",
         f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
         f"mean {list(pre.mean)}, std {list(pre.std)}.",
         f"Temperature {spec.temperature:g}, acceptance threshold {spec.threshold:g}.",
     ]
-    if spec.metrics:
-        lines += ["", "| metric | value |", "| --- | --- |"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in spec.metrics.items()]
-    lines += ["", "    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT", ""]
-    return "\n".join(lines)
+
+
+def card_usage() -> list[str]:
+    """Lines of Markdown: how the model is put to work."""
+    return ["    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT"]
+
+
+def plain(text: str, longest: int = 80) -> str:
+    """Markdown that shows `text` as it is, on one line, cut where it is very long."""
+    text = " ".join(text.split()) or "(blank)"
+    text = text if len(text) <= longest else text[: longest - 3] + "..."
+    # an underscore within a word means nothing
+    return re.sub(r"([\\`*{}\[\]<>#|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _verified_weights(bundle: Bundle) -> bytes:

@@ -52,11 +52,32 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
             return SmallCNN(num_classes, **options)
         if architecture.name in ("inception_v3", "googlenet"):
             options.setdefault("init_weights", True)
-        return torchvision.models.get_model(
+        head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
+        network = torchvision.models.get_model(
             architecture.name, weights=None, num_classes=num_classes, **options
         )
+        if not head_relu:
+            network.classifier[2] = nn.Identity()
+        return network
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
+
+
+def trainable(architecture: Architecture) -> Architecture:
+    """The architecture as it is trained best.
+
+    SqueezeNet as published ends in a ReLU, which no logit can leave downwards: a class that is once
+    below 0 for all images has no gradient any more, and a linear probe no meaning. Ours goes
+    without it, unless `head_relu` says otherwise.
+    """
+    if not _is_squeezenet(architecture):
+        return architecture
+    options = {"head_relu": False, **architecture.options}
+    return architecture.model_copy(update={"options": options})
+
+
+def _is_squeezenet(architecture: Architecture) -> bool:
+    return architecture.name.startswith("squeezenet")
 
 
 def default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:

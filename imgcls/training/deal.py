@@ -1,8 +1,8 @@
 """Which rows each worker learns from in each step: a seeded shuffle, dealt like cards.
 
-Promises that an epoch holds every row exactly once, none dropped and none padded, that in every
-step the workers' shares differ by at most one row, and that every worker has a row in every step,
-so that all take the same number of steps.
+Promises that an epoch holds every row exactly once, none dropped and none padded (unless classes
+are to be balanced), that in every step the workers' shares differ by at most one row, and that
+every worker has a row in every step, so that all take the same number of steps.
 """
 
 from __future__ import annotations
@@ -35,21 +35,44 @@ def steps_per_epoch(rows: int, batch_size: int, workers: int) -> int:
     return min(-(-rows // batch_size), rows // workers)
 
 
+def shuffled(rows: int, *, epoch: int, seed: int) -> Rows:
+    """(rows,) int64: every row once."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def balanced(labels: Rows, *, epoch: int, seed: int) -> Rows:
+    """(N,) int64: N rows with as many of each class as of any other, give or take one.
+
+    labels: (N,) int64; a class that is repeated shows all its rows before any of them again
+    """
+    rng = np.random.default_rng((seed, epoch))
+    classes = rng.permutation(np.unique(labels))
+    chosen = []
+    for place, label in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        quota = len(labels) // len(classes) + (place < len(labels) % len(classes))
+        passes = [rng.permutation(members) for _ in range(-(-quota // len(members)))]
+        chosen.append(np.concatenate(passes)[:quota] if passes else members[:0])
+    return rng.permutation(np.concatenate(chosen))
+
+
 def deal(
-    rows: int, batch_size: int, *, rank: int, workers: int, epoch: int, seed: int
+    order: Rows, batch_size: int, *, rank: int, workers: int, start: int = 0
 ) -> Iterator[Hand]:
     """The steps of one worker in one epoch.
 
+    order:      (N,) int64, the rows of the epoch over all workers
     batch_size: rows in a step over all workers; batches differ by at most one row, so the last is
         no smaller than the others
+    start:      the first step to deal, for an epoch that goes on
     Raises ValueError when there are fewer rows than workers.
     """
+    rows = len(order)
     steps = steps_per_epoch(rows, batch_size, workers)
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
-    for step in range(steps):
-        start, stop = step * rows // steps, (step + 1) * rows // steps
+    for step in range(start, steps):
+        first, last = step * rows // steps, (step + 1) * rows // steps
         # card number i goes to worker i % workers, over the whole epoch
-        yield Hand(order[start + (rank - start) % workers : stop : workers], stop - start)
+        yield Hand(order[first + (rank - first) % workers : last : workers], last - first)
 
 
 def shard(rows: int, *, rank: int, workers: int) -> Rows:

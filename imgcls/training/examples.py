@@ -8,10 +8,10 @@ the paths lead to is looked at by `ingest`.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,8 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.st
 class DataConfig(Section):
     """What is learnt from, and what is held out to judge it."""
 
+    shorthand: ClassVar[str | None] = "train"
+
     train: ManifestConfig
     """The training images with their labels."""
     val: ManifestConfig | None = None
@@ -35,6 +37,10 @@ class DataConfig(Section):
     """Share of each class to hold out when there is no data.val; chosen by a hash of the path."""
     max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """Images that cannot be decoded are left out; above this share of them nothing is trained."""
+    sampling: Literal["natural", "balanced"] = "natural"
+    """natural: every image once per epoch; balanced: as many of each class, rare ones repeated."""
+    cache: bool | None = None
+    """Decode once, into memory; if none, whenever all images fit in Ray's object store."""
     classes: list[str] | None = None
     """Class names in the order of the outputs; the sorted labels of data.train when not given."""
 
@@ -68,6 +74,12 @@ class Examples:
     classes: list[str]
     rows: pa.Table
     sources: dict[str, Source]
+
+    def per_class(self, *, held: bool) -> list[int]:
+        """Rows of each class to validate on (held) or to train on."""
+        split = self.rows.filter(pc.equal(self.rows.column("held"), held))
+        counts = Counter(split.column("label").to_pylist())
+        return [counts[code] for code in range(len(self.classes))]
 
     def count(self, *, held: bool) -> int:
         """Rows to validate on (held) or to train on."""

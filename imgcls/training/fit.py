@@ -1,16 +1,16 @@
-"""Ray Train around the loop: starts the workers, waits, and turns what went wrong into one error.
+"""Ray Train around the workers: starts them, waits, and turns what went wrong into one error.
 
-Owns the run's temporary storage and Ray Train's settings. Promises that nothing but the bundle is
-left in the output folder, and that every failure is a RunFailed or a ResourcesError.
+Owns Ray Train's settings. Lost workers are replaced and go on from the last saved state, which is
+ours (see `checkpoints`); every failure that remains is a RunFailed or a ResourcesError.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -23,123 +23,114 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from imgcls.cluster import Interruption
 from imgcls.data import storage
 from imgcls.errors import Interrupted, ResourcesError, RunFailed
-from imgcls.training.loop import Work, run_worker
-from imgcls.training.progress import Epoch, printed_board
+from imgcls.training.checkpoints import FOLDER
+from imgcls.training.loop import Outcome, Work
 from imgcls.training.waiting import awaited, started
+from imgcls.training.worker import LOST_TOUCH, run_worker
 from imgcls.training.workers import Workers
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
 _train: Any = ray.train
 
-FOLDER = "_train"
 START_ATTEMPTS = 5
 """Times that Ray waits a minute for the workers' CPUs before the run is given up."""
+SAVE_SECONDS = 60
+"""Time for an interrupted run to save; what is left then ends with this process."""
 STOP_SECONDS = 10
-"""Time for an interrupted run to wind up; what is left then ends with this process."""
 POLL_SECONDS = 0.5
 """Ray's default of 2 would hold back epochs that are shorter: it takes one report per poll."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Every epoch, the precision it ran at, and the best weights while the storage is there."""
+def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) -> Outcome:
+    """Train until the workers end, replacing those that are lost.
 
-    history: list[Epoch]
-    precision: str
-    checkpoint: ray.train.Checkpoint
-
-
-@contextlib.contextmanager
-def trained(
-    work: Work, workers: Workers, output: str, interruption: Interruption
-) -> Iterator[Trained]:
-    """Train; within the context the best checkpoint can be read, after it the storage is gone.
-
-    output: the bundle folder, which must be reachable from every machine
+    Raises Interrupted after a signal, when the workers have saved; RunFailed; ResourcesError when
+    the workers cannot be had.
     """
-    folder = storage.join(output, FOLDER)
-    # what a killed run left behind would be taken for this run's own past
-    storage.remove(folder)
-    try:
-        with printed_board() as board:
-            result = _fit(work, workers, folder, board, interruption)
-        outcome: dict[str, Any] = result.return_value
-        if outcome["diverged"]:
-            coarse = ", or say --precision fp32" if outcome["precision"] == "bf16" else ""
-            raise RunFailed(
-                f"the training diverged: {outcome['diverged']}; lower optim.lr "
-                f"({work.optim.lr:g}) or raise optim.warmup{coarse}"
-            )
-        history = [Epoch(**epoch) for epoch in outcome["history"]]
-        yield Trained(history, outcome["precision"], result.checkpoint)
-    finally:
-        storage.remove(folder)
-
-
-def _fit(work: Work, workers: Workers, folder: str, board: Any, interruption: Interruption) -> Any:
+    # a new name each time: Ray's own record of a killed run may be cut short, and is not needed
+    folder = storage.join(work.config.output, FOLDER, "ray")
     path, file_system = _storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    elastic = workers.fewest < workers.most
     loop: Any = run_worker
     trainer = TorchTrainer(
         loop,
         train_loop_config={"work": work, "board": board},
         scaling_config=_train.ScalingConfig(
-            num_workers=workers.count,
+            num_workers=(workers.fewest, workers.most) if elastic else workers.count,
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
         ),
         run_config=_train.RunConfig(
-            name="run",
+            name=uuid.uuid4().hex[:12],
             storage_path=path,
             storage_filesystem=file_system,
-            # only the best so far is ever reported, so the last one is the best one
-            checkpoint_config=_train.CheckpointConfig(num_to_keep=1),
-            failure_config=_train.FailureConfig(controller_failure_limit=START_ATTEMPTS - 1),
+            failure_config=_train.FailureConfig(
+                max_failures=work.config.scale.max_failures,
+                controller_failure_limit=START_ATTEMPTS - 1,
+            ),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _environment("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS)):
-        fit = started(trainer.fit)
-        try:
-            return awaited(fit, interruption)
-        except Interrupted:
-            _stop(board, fit)
-            raise
-        except ray.train.WorkerGroupError as error:
-            raise RunFailed(_told(error)) from error
-        except ray.train.ControllerError as error:
-            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                raise ResourcesError(
-                    f"{workers} were not to be had in {START_ATTEMPTS} minutes; another job may "
-                    "hold the cluster's CPUs or GPUs (see `ray status`)"
-                ) from error
-            raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
+    try:
+        with _environment("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS)):
+            outcome = _awaited(started(trainer.fit), board, interruption)
+    finally:
+        storage.remove(folder)
+    return outcome
 
 
-def _stop(board: Any, fit: Future[Any]) -> None:
-    """End the workers, which ends the run; they would train on for as long as this process lives.
+def _awaited(run: Future[Any], board: Any, interruption: Interruption) -> Outcome:
+    try:
+        result = awaited(run, interruption)
+    except Interrupted as interrupted:
+        raise _stopped(run, board, interrupted) from None
+    except ray.train.WorkerGroupError as error:
+        raise RunFailed(told(error)) from error
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise ResourcesError(
+                f"the training workers were not to be had in {START_ATTEMPTS} minutes; another job "
+                "may hold the cluster's CPUs or GPUs (see `ray status`)"
+            ) from error
+        raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
+    outcome: Outcome = result.return_value
+    if outcome.kind == "failed":
+        raise RunFailed(with_remedy(outcome.problem or ""))
+    return outcome
 
-    Ray Train has no way to be told so from another thread.
-    """
-    for worker in ray.get(board.workers.remote(), timeout=STOP_SECONDS):
-        ray.kill(worker)
-    wait([fit], timeout=STOP_SECONDS)
+
+def _stopped(run: Future[Any], board: Any, interrupted: Interrupted) -> Interrupted:
+    """Have the workers save and end; they are killed if they do not, as Ray Train has no way."""
+    board.stop.remote()
+    wait([run], timeout=SAVE_SECONDS)
+    if run.done() and run.exception() is None:
+        return Interrupted(f"{interrupted}; all is saved, and the same command goes on from here")
+    with contextlib.suppress(ray.exceptions.RayError):
+        for worker in ray.get(board.workers.remote(), timeout=STOP_SECONDS):
+            ray.kill(worker)
+    wait([run], timeout=STOP_SECONDS)
+    return Interrupted(f"{interrupted}; the same command goes on from the last saved state")
 
 
-def _told(error: ray.train.WorkerGroupError) -> str:
+def told(error: ray.train.WorkerGroupError) -> str:
     """The failure in one line: the one of the workers that did not fail because another had."""
-    told = []
+    failures = []
     for rank, failure in sorted(error.worker_failures.items()):
         lines = str(failure).strip().splitlines() or [type(failure).__name__]
-        lost_touch = any(sign in lines[-1] for sign in ("gloo", "NCCL", "Connection"))
-        told.append((lost_touch, f"training worker {rank} failed: {lines[-1].strip()[:300]}"))
-    line = min(told)[1]
-    remedy = "; give a smaller batch_size" if "out of memory" in line.lower() else ""
-    return line + remedy
+        lost_touch = any(sign in lines[-1].lower() for sign in LOST_TOUCH)
+        failures.append((lost_touch, f"training worker {rank} failed: {lines[-1].strip()[:300]}"))
+    return with_remedy(min(failures)[1])
+
+
+def with_remedy(line: str) -> str:
+    if "out of memory" not in line.lower():
+        return line
+    return f"{line}; give a smaller batch_size, or a larger scale.accumulate"
 
 
 def _storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
-    """Where Ray Train keeps checkpoints; through fsspec, as all other files of this package."""
+    """Where Ray Train keeps its notes; through fsspec, as all other files of this package."""
     if storage.is_local(folder):
         return folder, None
     file_system, path = fsspec.core.url_to_fs(folder)

@@ -1,21 +1,19 @@
-"""Image files to decoded pixels in Ray's object store: once, for all epochs and all workers.
+"""Image files to decoded uint8 pixels, and the batches that a worker makes of them.
 
-Owns the Ray Data pipeline that fetches and decodes, and the view of its blocks from which a worker
-takes rows. Promises that a bad image is left out and told, never replaced, and that the order of
-the rows does not depend on which task was done first.
+Owns what both ways to a worker share: `cache` decodes once for all epochs, `stream` anew in every
+epoch. Promises that a bad image is left out and told, never replaced.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import ray
-from ray.data.expressions import col
 
 from imgcls.data import images, storage
 from imgcls.data.images import Pixels
@@ -26,8 +24,36 @@ from imgcls.training.deal import Rows
 BLOCK_BYTES = 32 << 20
 """Largest decoded block; far below Ray Data's 128 MiB, above which it would split it."""
 BLOCK_ROWS = 256
-BLOCKS_PER_CPU = 4
-"""Small sets are cut finer, so that every CPU has its part of the decoding."""
+BATCHES_AHEAD = 2
+"""Batches gathered while the network is at work."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """How each split is decoded.
+
+    train: larger than what the network sees where random crops are to be taken from it
+    val:   just as labelling will decode
+    """
+
+    train: Preprocess
+    val: Preprocess
+
+    @classmethod
+    def of(cls, preprocess: Preprocess, *, cropped: bool) -> Views:
+        """cropped: whether training takes random crops"""
+        if cropped and preprocess.mode == "crop":
+            return cls(preprocess.model_copy(update={"crop": preprocess.resize}), preprocess)
+        return cls(preprocess, preprocess)
+
+    def of_split(self, *, held: bool) -> Preprocess:
+        return self.val if held else self.train
+
+    def bytes_of(self, rows: pa.Table) -> int:
+        """Bytes that all these rows take when decoded."""
+        held = rows.column("held").to_numpy().sum()
+        train = rows.num_rows - held
+        return int(held * image_bytes(self.val) + train * image_bytes(self.train))
 
 
 @dataclass(frozen=True)
@@ -41,39 +67,28 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Decoded images in the object store, for as long as this is kept.
+class Batch:
+    """pixels (N, 3, S, S) uint8, labels (N,) int64; failed images are left out and counted."""
 
-    blocks:   references to Arrow tables as `decode_chunk` makes them, in no particular order
-    failures: the images that could not be decoded, in row order
-    """
-
-    blocks: tuple[Any, ...]
-    failures: tuple[Failure, ...]
+    pixels: Pixels
+    labels: Rows
+    failures: tuple[Failure, ...] = ()
 
 
-def decode_images(rows: pa.Table, preprocess: Preprocess, *, cpus: float) -> Decoded:
-    """Fetch and decode rows (row, url, label, held), one task per CPU at a time."""
-    cut = -(-rows.num_rows // int(BLOCKS_PER_CPU * max(1, cpus)))
-    size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // image_bytes(preprocess), cut))
-    chunks = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
-        decoded = (
-            ray.data.from_arrow(chunks)
-            .map_batches(
-                functools.partial(decode_chunk, preprocess=preprocess), batch_format="pyarrow"
-            )
-            .materialize()
-        )
-        told = decoded.select_columns(["row", "url", "label", "held", "error"])
-        bad = told.filter(expr=col("error").is_not_null()).take_all()
-    failures = [
-        Failure(row["url"], row["label"], row["held"], row["error"])
-        for row in sorted(bad, key=lambda row: (row["held"], row["row"]))
-    ]
-    return Decoded(tuple(decoded.to_arrow_refs()), tuple(failures))
+class Images(Protocol):
+    """One split, as a worker sees it. labels: (N,) int64 class indices."""
+
+    labels: Rows
+
+    def __len__(self) -> int: ...
+
+    def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+        """A batch for each of the given sets of rows, in order, gathered ahead of their use."""
+
+
+def block_rows(preprocess: Preprocess) -> int:
+    """Rows of a decoded block."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // image_bytes(preprocess)))
 
 
 def image_bytes(preprocess: Preprocess) -> int:
@@ -81,70 +96,70 @@ def image_bytes(preprocess: Preprocess) -> int:
     return 3 * preprocess.crop**2
 
 
-def store_bytes() -> int:
-    """Capacity of the smallest object store among the machines that do work."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return min(int(r.get("object_store_memory", 0)) for r in resources if r.get("CPU"))
-
-
-def decode_chunk(rows: pa.Table, preprocess: Preprocess) -> pa.Table:
-    """Fetch and decode a chunk: the same rows with error (string) and pixels (fixed-size binary).
+def decode_chunk(rows: pa.Table, views: Views) -> pa.Table:
+    """Fetch and decode rows of one split: the same with error (string) and pixels (binary).
 
     A row with an error has pixels that mean nothing.
     """
-    pixels: list[Pixels] = []
+    preprocess = views.of_split(held=rows.column("held")[0].as_py())
+    shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
+    stacked = np.zeros(shape, np.uint8)
     errors: list[str | None] = []
-    blank = np.zeros((3, preprocess.crop, preprocess.crop), np.uint8)
-    for data in storage.read_ahead(rows.column("url").to_pylist()):
+    for place, data in enumerate(storage.read_ahead(rows.column("url").to_pylist())):
         try:
             if isinstance(data, StorageError):
                 raise data
-            pixels.append(images.decode(data, preprocess)[0])
+            stacked[place] = images.decode(data, preprocess)[0]
             errors.append(None)
         except (ImageError, StorageError) as error:
-            pixels.append(blank)
             errors.append(str(error))
-    stacked = pa.py_buffer(np.stack(pixels))
-    width = pa.binary(image_bytes(preprocess))
+    offsets = np.arange(rows.num_rows + 1, dtype=np.int32) * image_bytes(preprocess)
+    pixels = pa.Array.from_buffers(
+        pa.binary(), rows.num_rows, [None, pa.py_buffer(offsets), pa.py_buffer(stacked)]
+    )
     return rows.append_column("error", pa.array(errors, pa.string())).append_column(
-        "pixels", pa.Array.from_buffers(width, len(pixels), [None, stacked])
+        "pixels", pixels
     )
 
 
-class ImageSet:
-    """The decoded rows of one split, in manifest order, read in place from the object store.
+def pixels_of(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
+    """(N, 3, crop, crop) uint8, the bytes of the column `pixels` in place."""
+    stored, width = batch.column("pixels"), image_bytes(preprocess)
+    offsets = np.frombuffer(stored.buffers()[1], np.int32)
+    start = int(offsets[stored.offset])
+    buffer = np.frombuffer(stored.buffers()[2], np.uint8)
+    shape = (len(stored), 3, preprocess.crop, preprocess.crop)
+    return buffer[start : start + len(stored) * width].reshape(shape)
 
-    labels: (N,) int64 class indices
-    """
 
-    def __init__(self, blocks: Sequence[pa.Table], preprocess: Preprocess, *, held: bool) -> None:
-        shape = (-1, 3, preprocess.crop, preprocess.crop)
-        self._views: list[Pixels] = []
-        found: list[tuple[Rows, Rows, Rows, Rows]] = []  # row, label, view, place within it
-        for batch in (batch for block in blocks for batch in block.to_batches()):
-            good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
-            good &= batch.column("held").to_numpy(zero_copy_only=False) == held
-            (place,) = np.nonzero(good)
-            view = np.full(len(place), len(self._views))
-            rows, labels = (batch.column(name).to_numpy()[place] for name in ("row", "label"))
-            found.append((rows, labels, view, place))
-            stored = batch.column("pixels")
-            buffer = np.frombuffer(stored.buffers()[1], np.uint8)
-            start = stored.offset * image_bytes(preprocess)
-            stop = start + len(stored) * image_bytes(preprocess)
-            self._views.append(buffer[start:stop].reshape(shape))
-        rows, labels, view, place = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = np.argsort(rows, kind="stable")
-        self.labels: Rows = labels[order]
-        self._view, self._place = view[order], place[order]
-        self._shape = shape[1:]
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, made by a thread that stays some ahead; it ends when they are let go."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_AHEAD)
+    stop = threading.Event()
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def give(item: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
 
-    def pixels(self, rows: Rows) -> Pixels:
-        """(N, 3, crop, crop) uint8, a copy of the given rows."""
-        out = np.empty((len(rows), *self._shape), np.uint8)
-        for at, row in enumerate(rows):
-            out[at] = self._views[self._view[row]][self._place[row]]
-        return out
+    def work() -> None:
+        try:
+            for batch in batches:
+                give(batch)
+                if stop.is_set():
+                    return
+            give(None)
+        except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
+            give(error)
+
+    threading.Thread(target=work, name="batches", daemon=True).start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()

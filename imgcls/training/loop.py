@@ -1,264 +1,397 @@
-"""What every training worker runs: epochs of steps, each epoch judged on all validation rows.
+"""What every training worker does: the probe, epochs of steps, each judged on all validation rows.
 
-Owns the step (its gradient is the mean over the global batch, however rows are shared out), the
-evaluation (counts added over the workers, nothing padded) and which weights are kept. Promises that
-all workers report equally often and come to the same verdict, since every number that decides
-anything is added up over all of them first.
+Owns how far a run has come, which weights are kept, and going on from a saved state. Promises that
+all workers take the same decisions at the same step, since every number that decides anything is
+added up over all of them first, and that a run that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-import os
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
-from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
-from imgcls.models import zoo
-from imgcls.models.bundle import WEIGHTS, Architecture
-from imgcls.models.classifier import Precision, choose_precision
-from imgcls.models.normalise import Normalise
-from imgcls.training.deal import deal, shard, steps_per_epoch
-from imgcls.training.ingest import Decoded, ImageSet
-from imgcls.training.optim import OptimConfig, optimizer, schedule
+from imgcls.models.bundle import Architecture
+from imgcls.training import probe, strategy
+from imgcls.training.cache import Decoded
+from imgcls.training.checkpoints import Checkpoints, Standing
+from imgcls.training.config import StopConfig, TrainConfig
+from imgcls.training.deal import Hand, balanced, deal, shuffled, steps_per_epoch
+from imgcls.training.ingest import Batch, Images
+from imgcls.training.judge import Tally, Verdict, shares, summed
+from imgcls.training.learner import Learner, Place
+from imgcls.training.lr_range import RangeTest
+from imgcls.training.optim import set_rates
 from imgcls.training.progress import Epoch
+from imgcls.training.pulse import Pulse
+from imgcls.training.stream import Streamed
 
 
 @dataclass(frozen=True)
 class Work:
     """All that a worker must know.
 
-    weights: reference to the state dict to start from
+    strategy:      as settled
+    weights:       reference to the state dict to start from
+    images:        where decoded images come from
+    class_weights: of the loss, or None
     """
 
+    config: TrainConfig
+    strategy: strategy.Strategy
     architecture: Architecture
-    num_classes: int
+    classes: int
     weights: Any
     preprocess: Preprocess
-    decoded: Decoded
-    optim: OptimConfig
-    epochs: int
-    batch_size: int
-    seed: int
-    precision: Precision
+    images: Decoded | Streamed
+    class_weights: list[float] | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker came to.
+    """What the workers came to.
 
-    precision: what `auto` came to on the workers
-    diverged:  which number ceased to be finite and so ended the training; None when all was well
+    precision: what `auto` came to
+    kind:      None when all was well; `diverged`, `failures` (too many images cannot be decoded) or
+        `failed` (a worker did, and would again)
+    problem:   in words
+    failed:    images that cannot be decoded, of how many, when these are too many
+    stopped:   whether it was told to stop, and has saved
+    lr_curve:  (learning rate, loss) pairs of an LR range test
     """
 
-    history: list[Epoch]
+    history: tuple[Epoch, ...]
     precision: str
-    diverged: str | None
+    kind: str | None = None
+    problem: str | None = None
+    failed: tuple[int, int] = (0, 0)
+    stopped: bool = False
+    lr_curve: tuple[tuple[float, float], ...] = ()
 
 
-def run_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The training loop of one worker, called by Ray Train; returns an Outcome as a dict."""
-    return asdict(_Trainer(config["work"], config["board"]).run())
+class Ended(Exception):
+    """The workers have agreed to end before the last epoch."""
+
+    def __init__(self, **outcome: Any) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
-class _Trainer:
-    """One worker: its network, its rows and what they came to."""
+@dataclass(frozen=True)
+class Totals:
+    """What the steps of an epoch add up to: of one worker as a tensor, of all as numbers."""
 
-    def __init__(self, work: Work, board: Any) -> None:
-        context = ray.train.get_context()
-        self.work, self.board = work, board
-        board.enlist.remote(ray.get_runtime_context().current_actor)
-        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        _use_cores(context.get_local_world_size())
-        _fix_randomness(work.seed, self.rank)
-        blocks = ray.get(list(work.decoded.blocks))
-        self.train = ImageSet(blocks, work.preprocess, held=False)
-        self.val = ImageSet(blocks, work.preprocess, held=True)
-        self.normalise = Normalise(work.preprocess, self.device)
-        network = zoo.build(work.architecture, work.num_classes)
-        network.load_state_dict(ray.get(work.weights))
-        self.network = network.to(self.device).to(memory_format=torch.channels_last)
-        # running statistics are averaged before each evaluation instead of copied at each step
-        self.parallel: nn.Module = (
-            nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
-            if self.workers > 1
-            else self.network
+    loss: float
+    correct: float
+    rows: float
+    wait: float
+    compute: float
+    failed: float
+
+    @classmethod
+    def over_all(cls, totals: torch.Tensor) -> Totals:
+        return cls(*summed(totals.clone()))
+
+
+class Trainer:
+    """One worker: its learner, its rows and what they came to."""
+
+    def __init__(self, work: Work, place: Place, network: nn.Module, board: Any) -> None:
+        config = work.config
+        self.work, self.config, self.board = work, config, board
+        self.rank, self.workers, self.device = place.rank, place.workers, place.device
+        self.place = place
+        self.train: Images = work.images.split(held=False)
+        self.val: Images = work.images.split(held=True)
+        self.learner = Learner(
+            config,
+            work.strategy,
+            work.preprocess,
+            work.class_weights,
+            work.classes,
+            network,
+            place,
         )
-        self.precision, self.precision_reason = choose_precision(work.precision, self.device)
-        self.steps = steps_per_epoch(len(self.train), work.batch_size, self.workers)
-        self.optimizer = optimizer(self.network, work.optim)
-        self.schedule = schedule(self.optimizer, work.optim, self.steps * work.epochs)
+        self.steps = steps_per_epoch(len(self.train), config.batch_size, self.workers)
+        self.pulse = Pulse(board, self.device, save_seconds=60 * config.checkpoint_minutes)
+        self.checkpoints = Checkpoints(config.output)
+        self.standing = Standing()
 
-    def run(self) -> Outcome:
-        history: list[Epoch] = []
-        best: Epoch | None = None
-        self._post(f"training: {self.device.type}, {self.precision} ({self.precision_reason})")
-        for number in range(1, self.work.epochs + 1):
-            epoch = self._epoch(number)
-            for name in ("train_loss", "val_loss"):
-                if not math.isfinite(getattr(epoch, name)):
-                    diverged = f"{name} is {getattr(epoch, name)} in epoch {number}"
-                    return Outcome(history, self.precision, diverged)
-            history.append(epoch)
-            better = epoch.better_than(best)
-            best = epoch if better else best
-            self._post(epoch.line(self.work.epochs))
-            with self._checkpoint(better and self.rank == 0) as checkpoint:
-                ray.train.report(asdict(epoch), checkpoint=checkpoint)
-        return Outcome(history, self.precision, None)
+    # ------------------------------------------------------------------ the run
 
-    def _epoch(self, number: int) -> Epoch:
-        start = time.perf_counter()
-        train_loss, train_correct, train_rows = self._learn(number)
+    def run(self, report: Callable[[Epoch], None]) -> Outcome:
+        """Train to the end; report is called with every epoch by every worker."""
+        try:
+            if self.config.find_lr:
+                return self._outcome(lr_curve=self._range_test())
+            self._resume()
+            while not self._is_done():
+                report(self._next())
+            self.checkpoints.wait()
+        except Ended as end:
+            return self._outcome(**end.outcome)
+        return self._outcome()
+
+    def _outcome(self, **what: Any) -> Outcome:
+        return Outcome(self.standing.history, self.place.precision, **what)
+
+    def _is_done(self) -> bool:
+        history = self.standing.history
+        if not history:
+            return False
+        return (
+            self.work.strategy == "probe"
+            or history[-1].epoch >= self.config.epochs
+            or is_stalled(history, self.config.early_stopping)
+        )
+
+    def _next(self) -> Epoch:
+        """The probe or an epoch; judged, told and saved."""
+        probes = strategy.has_probe(self.work.strategy) and not self.standing.history
+        epoch = self._probe() if probes else self._epoch()
+        history = (*self.standing.history, epoch)
+        better = epoch.better_than(self.standing.best_epoch)
+        best = len(history) - 1 if better else self.standing.best
+        self.standing = Standing(epoch=epoch.epoch + 1, history=history, best=best)
+        self._say(epoch)
+        self._save(self.standing, best=better)
+        return epoch
+
+    # ------------------------------------------------------------------ saving and going on
+
+    def _resume(self) -> None:
+        """Go on from the newest whole state, the same for all workers."""
+        found = self.checkpoints.latest() if self.rank == 0 else None
+        number = torch.tensor(found[0].number if found else 0, device=self.device)
+        dist.broadcast(number, 0)
+        if int(number) == 0:
+            return
+        if self.rank != 0:
+            found = self.checkpoints.latest(at_most=int(number))
+        if found is None or found[0].number != int(number):
+            raise RuntimeError(
+                f"{self.checkpoints.folder} is not the same for all workers; give an --output that "
+                "every machine reaches"
+            )
+        saved, state = found
+        self.learner.load(state)
+        self.standing = saved.standing
+        step = f", step {saved.standing.step} of {self.steps}" if saved.standing.step else ""
+        self._say(f"going on: epoch {saved.standing.epoch}{step}")
+
+    def _save(self, standing: Standing, *, best: bool = False) -> None:
+        """Save the state; called by all workers, as running statistics are averaged first."""
+        self.learner.average_statistics()
+        self.pulse.saved()
+        if self.rank == 0:
+            state = self.learner.state()
+            kept = state["average"] or state["network"]
+            self.checkpoints.save(standing, state, kept if best else None)
+
+    def _beat(self, standing: Standing, totals: torch.Tensor | None = None) -> None:
+        """See whether all are to save or end; `standing` and `totals` are what would be saved."""
+        agreed = self.pulse.beat(True if totals is None else torch.isfinite(totals[0]))
+        if agreed is None:
+            return
+        if not agreed.finite:
+            raise Ended(kind="diverged", problem=f"train_loss is nan in epoch {standing.epoch}")
+        # a range test has nothing to save, and an unfinished training may lie where it would
+        if (agreed.stop or agreed.save) and not self.config.find_lr:
+            if totals is not None:
+                standing = replace(standing, totals=tuple(summed(totals.clone())))
+            self._save(standing)
+        if agreed.stop:
+            self.checkpoints.wait()
+            raise Ended(stopped=True)
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _epoch(self) -> Epoch:
+        number = max(1, self.standing.epoch)
+        self.standing = replace(self.standing, epoch=number)
+        self.learner.free(number)
+        local = self._learn(number)
+        totals = Totals.over_all(local)
         learnt = time.perf_counter()
-        _average_buffers(self.network, self.workers)
-        val_loss, val_correct, val_rows = self._evaluate()
+        self.learner.average_statistics()
+        done = replace(self.standing, step=self.steps, totals=tuple(summed(local)))
+        verdict, val_failed = self._evaluate(done)
+        for name, value in (("train_loss", totals.loss), ("val_loss", verdict.loss)):
+            if not math.isfinite(value):
+                raise Ended(kind="diverged", problem=f"{name} is {value} in epoch {number}")
+        self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + verdict.rows)
+        seconds = (totals.wait + totals.compute) / self.workers
         return Epoch(
             epoch=number,
-            train_loss=train_loss / train_rows,
-            train_accuracy=train_correct / train_rows,
-            val_loss=val_loss / val_rows,
-            val_accuracy=val_correct / val_rows,
-            lr=self.lr,
-            images_per_second=train_rows / (learnt - start),
-            seconds=time.perf_counter() - start,
-            train_rows=int(train_rows),
-            val_rows=int(val_rows),
+            train_loss=totals.loss / totals.rows,
+            train_accuracy=totals.correct / totals.rows,
+            val_loss=verdict.loss,
+            val_accuracy=verdict.accuracy,
+            lr=max(group["lr"] for group in self.learner.optimizer.param_groups),
+            images_per_second=totals.rows / seconds,
+            seconds=seconds + time.perf_counter() - learnt,
+            train_rows=int(totals.rows),
+            val_rows=verdict.rows,
+            val_balanced_accuracy=verdict.balanced_accuracy,
+            wait_seconds=totals.wait / self.workers,
+            compute_seconds=totals.compute / self.workers,
+            train_failed=int(totals.failed),
+            val_failed=val_failed,
         )
 
-    def _learn(self, number: int) -> tuple[float, float, float]:
-        """One pass over this worker's training rows; loss, correct and rows over all workers."""
-        self.network.train()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        hands = deal(
-            len(self.train),
-            self.work.batch_size,
-            rank=self.rank,
-            workers=self.workers,
-            epoch=number,
-            seed=self.work.seed,
-        )
-        for hand in hands:
-            inputs, labels = self._batch(self.train, hand.rows)
-            with self._autocast():
-                outputs = self.parallel(inputs)
-            loss, logits = training_loss(outputs, labels, self.work.optim.label_smoothing)
-            # workers' gradients are averaged, whereas the mean over the batch is what is meant
-            (loss * (self.workers / hand.batch)).backward()
-            self.lr = float(self.schedule.get_last_lr()[0])
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.schedule.step()
-            totals += _counts(loss.detach(), logits, labels)
-        return _summed(totals)
+    def _learn(self, number: int) -> torch.Tensor:
+        """The steps of an epoch that are not yet done; (6,) float64, this worker's Totals."""
+        totals = torch.zeros(6, dtype=torch.float64, device=self.device)
+        if self.rank == 0 and self.standing.totals:
+            totals += torch.tensor(self.standing.totals, dtype=torch.float64, device=self.device)
+        mark = time.perf_counter()
+        for step, hand, batch in self._steps(number, self.standing.step):
+            arrived = time.perf_counter()
+            at = (number - 1) * self.steps + step
+            last = self.steps * self.config.epochs
+            set_rates(self.learner.optimizer, self.config.optim, at, last)
+            self.learner.seed(number, step)
+            totals[:2] += self.learner.step(batch, hand.batch, at)
+            self._tell_failures(batch, number)
+            finished = time.perf_counter()
+            spent = (len(batch.labels), arrived - mark, finished - arrived, len(batch.failures))
+            totals[2:] += torch.tensor(spent, dtype=torch.float64, device=self.device)
+            mark = finished
+            self._beat(replace(self.standing, step=step + 1), totals)
+        return totals
+
+    def _steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, Hand, Batch]]:
+        """The steps of an epoch from the first on, with this worker's images."""
+        if self.config.data.sampling == "balanced":
+            order = balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
+        else:
+            order = shuffled(len(self.train), epoch=epoch, seed=self.config.seed)
+        size, rank, workers = self.config.batch_size, self.rank, self.workers
+        hands = list(deal(order, size, rank=rank, workers=workers, start=first))
+        batches = self.train.batches([hand.rows for hand in hands])
+        for place, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
+            yield first + place, hand, batch
 
     @torch.inference_mode()
-    def _evaluate(self) -> tuple[float, float, float]:
-        """All validation rows, shared out; loss, correct and rows over all workers."""
-        self.network.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        rows = shard(len(self.val), rank=self.rank, workers=self.workers)
-        for start in range(0, len(rows), self.work.batch_size):
-            inputs, labels = self._batch(self.val, rows[start : start + self.work.batch_size])
-            with self._autocast():
-                logits = self.network(inputs).float()
-            totals += _counts(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-        return _summed(totals)
+    def _evaluate(self, standing: Standing) -> tuple[Verdict, int]:
+        """All validation rows, shared out; and how many could not be decoded."""
+        self.learner.judged.eval()
+        tally = Tally(self.work.classes, self.device)
+        failed = 0
+        for batch in self._shared(self.val):
+            if len(batch.labels):
+                tally.add(self.learner.logits(batch.pixels), self.learner.labels(batch.labels))
+            failed += len(batch.failures)
+            self._tell_failures(batch, standing.epoch)
+            self._beat(standing)
+        (total,) = summed(torch.tensor([float(failed)], device=self.device))
+        return tally.verdict(), int(total)
 
-    def _batch(self, images: ImageSet, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.from_numpy(images.labels[rows]).to(self.device)
-        return self.normalise(images.pixels(rows)), labels
+    def _shared(self, images: Images) -> Iterator[Batch]:
+        """This worker's share of a split, in manifest order."""
+        size = self.config.batch_size
+        return images.batches(shares(len(images), size, rank=self.rank, workers=self.workers))
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+    # ------------------------------------------------------------------ other things to do
 
-    def _post(self, line: str) -> None:
-        if self.rank == 0:
-            self.board.post.remote(line)
+    def _probe(self) -> Epoch:
+        """Fit the head on frozen features, and put it into the network and its average."""
+        started = time.perf_counter()
+        views = self.config.probe.views if self.learner.augment.recipe.hflip > 0 else 1
 
-    @contextlib.contextmanager
-    def _checkpoint(self, wanted: bool) -> Iterator[ray.train.Checkpoint | None]:
-        if not wanted:
-            yield None
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            state = {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}
-            save_file(state, os.path.join(folder, WEIGHTS))
-            yield ray.train.Checkpoint.from_directory(folder)
+        def beating(images: Images) -> Iterator[Batch]:
+            for batch in self._shared(images):
+                yield batch
+                self._beat(self.standing)
 
-
-def training_loss(
-    outputs: Any, labels: torch.Tensor, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy of a network's outputs in training, and its (N, C) float32 logits.
-
-    outputs: logits, or Inception's or GoogLeNet's named tuple of logits and auxiliary logits, whose
-        losses weigh 0.4 and 0.3 (Szegedy et al., CVPR 2016 and 2015)
-    """
-
-    def loss_of(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=label_smoothing
+        train = probe.features(self.learner, beating(self.train), views)
+        val = probe.features(self.learner, beating(self.val), 1)
+        computed = time.perf_counter()
+        head = probe.fit(
+            train,
+            val,
+            self.work.classes,
+            l2=self.config.probe.l2,
+            weights=self.learner.loss.weights,
+        )
+        for network in {self.learner.network, self.learner.judged}:
+            probe.install(network, head)
+        learnt, verdict = (probe.judge(head, split, self.work.classes) for split in (train, val))
+        fitted = time.perf_counter()
+        self._say(
+            f"probe: {learnt.rows:,} features in {computed - started:.1f} s, head fitted in "
+            f"{fitted - computed:.1f} s, l2 {head.l2:g}"
+        )
+        return Epoch(
+            epoch=0,
+            phase="probe",
+            train_loss=learnt.loss,
+            train_accuracy=learnt.accuracy,
+            val_loss=verdict.loss,
+            val_accuracy=verdict.accuracy,
+            val_balanced_accuracy=verdict.balanced_accuracy,
+            lr=math.nan,
+            images_per_second=learnt.rows / (computed - started),
+            seconds=fitted - started,
+            train_rows=learnt.rows // views,
+            val_rows=verdict.rows,
         )
 
-    if isinstance(outputs, torch.Tensor):
-        return loss_of(outputs), outputs.float()
-    loss = loss_of(outputs.logits)
-    weights = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
-    for name, weight in weights.items():
-        auxiliary = getattr(outputs, name, None)
-        if auxiliary is not None:
-            loss = loss + weight * loss_of(auxiliary)
-    return loss, outputs.logits.float()
+    def _range_test(self) -> tuple[tuple[float, float], ...]:
+        """Losses while the learning rate grows from step to step; ends when they blow up."""
+        if strategy.has_probe(self.work.strategy):
+            self._probe()
+        self.learner.free(1)
+        test = RangeTest(self.learner.optimizer)
+        for epoch in itertools.count(1):
+            for step, hand, batch in self._steps(epoch):
+                test.set_rate()
+                self.learner.seed(epoch, step)
+                loss, _ = summed(self.learner.step(batch, hand.batch, len(test.curve)))
+                test.add(loss / hand.batch)
+                if test.is_over:
+                    return tuple(test.curve)
+                self._beat(self.standing)
+        raise AssertionError("unreachable")
+
+    # ------------------------------------------------------------------ small parts
+
+    def _check_failures(self, failed: int, good: int) -> None:
+        """End when more images fail than allowed; after a decoded cache there are none."""
+        rows = failed + good
+        if failed > self.config.data.max_error_rate * rows:
+            raise Ended(kind="failures", failed=(failed, rows))
+
+    def _tell_failures(self, batch: Batch, epoch: int) -> None:
+        if epoch <= 1:
+            for failure in batch.failures[:3]:
+                self.board.post.remote(f"left out: {failure.url}: {failure.error}")
+
+    def _say(self, post: str | Epoch) -> None:
+        """Post, and wait until it is there: calls of an async actor may overtake each other."""
+        if self.rank == 0:
+            ray.get(self.board.post.remote(post))
 
 
-def _counts(loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(3,) float64: summed loss, correct predictions, rows."""
-    correct = (logits.argmax(1) == labels).sum()
-    rows = torch.tensor(len(labels), device=loss.device)
-    return torch.stack([loss.double(), correct.double(), rows.double()])
-
-
-def _summed(totals: torch.Tensor) -> tuple[float, float, float]:
-    """Totals over all workers, the same on each."""
-    dist.all_reduce(totals)
-    loss, correct, rows = totals.tolist()
-    return loss, correct, rows
-
-
-def _average_buffers(network: nn.Module, workers: int) -> None:
-    """Give all workers the mean of their running statistics, so that they judge one network."""
-    if workers == 1:
-        return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= workers
-
-
-def _use_cores(workers_here: int) -> None:
-    """Share the machine's cores among its workers; Ray's default of one thread would idle them."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-
-
-def _fix_randomness(seed: int, rank: int) -> None:
-    """Dropout differs between workers and repeats between runs."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+def is_stalled(history: tuple[Epoch, ...], config: StopConfig) -> bool:
+    """Whether the last `patience` epochs brought no improvement."""
+    if config.patience is None:
+        return False
+    sign = -1.0 if config.metric == "val_loss" else 1.0
+    best, since = -math.inf, 0
+    for epoch in history:
+        value = sign * getattr(epoch, config.metric)
+        if value > best + config.min_delta:
+            best, since = value, 0
+        else:
+            since += 1
+    return since >= config.patience

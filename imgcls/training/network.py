@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
 
 from imgcls.config import Section
 from imgcls.data.preprocess import Preprocess, ResizeMode
@@ -18,12 +20,18 @@ from imgcls.models.bundle import Architecture
 class ModelConfig(Section):
     """Which network, and what it starts from."""
 
+    shorthand: ClassVar[str | None] = "name"
+
     name: str = "resnet18"
     """small_cnn, or any torchvision classifier; see `imgcls model list`."""
     weights: str | None = None
     """A .safetensors or .pth file, `torchvision`, or a name like IMAGENET1K_V1; random if none."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share of features dropped before the head in training; as the architecture has it if none."""
+    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Share of images that skip the last block in training, earlier ones less (Huang 2016)."""
     image_size: PositiveInt | None = None
     """Side of the square that the network sees, in pixels; what it was made for if none."""
     resize_mode: ResizeMode | None = None
@@ -35,7 +43,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
 
     Raises BundleError when there is no such network.
     """
-    architecture = zoo.architecture(config.name, config.options)
+    architecture = zoo.trainable(zoo.architecture(config.name, config.options))
     if config.weights is not None:
         architecture = zoo.pretrained_options(architecture, config.weights)
     preprocess = zoo.default_preprocess(architecture, config.weights)
@@ -62,6 +70,37 @@ def start(
     if weights is not None:
         zoo.fit_weights(network, zoo.load_weights(weights, architecture), replace_head=True)
     return network
+
+
+def regularise(network: nn.Module, config: ModelConfig) -> None:
+    """Set what drops features and blocks in training; in evaluation it does nothing.
+
+    Raises BundleError when the architecture has no stochastic depth.
+    """
+    if config.dropout is not None:
+        _set_dropout(network, config.dropout)
+    if config.stochastic_depth is not None:
+        blocks = [m for m in network.modules() if isinstance(m, StochasticDepth)]
+        if not blocks:
+            raise BundleError(
+                f"model.stochastic_depth: {config.name} has none (EfficientNet, ConvNeXt, Swin and "
+                "MaxViT do); leave it out"
+            )
+        for depth, block in enumerate(blocks):
+            block.p = config.stochastic_depth * depth / max(1, len(blocks) - 1)
+
+
+def _set_dropout(network: nn.Module, share: float) -> None:
+    """Of the dropout layers beside the head; a head without any gets one before it."""
+    name, head = zoo.head(network)
+    parent = network.get_submodule(name.rpartition(".")[0])
+    layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
+    for layer in layers:
+        layer.p = share
+    if not layers:
+        head.register_forward_pre_hook(
+            lambda module, args: (F.dropout(args[0], share, module.training), *args[1:])
+        )
 
 
 def try_on(network: nn.Module, preprocess: Preprocess, rows: int) -> None:

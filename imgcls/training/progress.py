@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training rows, judged on all validation rows.
 
-    losses in nats per image (train_loss with label smoothing and weights still moving), accuracies
-    in [0, 1]; lr is that of the last step; images_per_second counts training images over training
-    time of all workers together; seconds is the whole epoch, validation included
+    losses in nats per image (train_loss as it is minimised, with weights still moving), accuracies
+    in [0, 1]; lr is the highest of the last step; images_per_second counts training images over
+    training time of all workers together; seconds is the whole epoch, validation included.
+    epoch 0 is the linear probe, whose lr does not apply (NaN)
+
+    val_balanced_accuracy: mean recall over the classes that validation has
+    wait_seconds, compute_seconds: training time spent waiting for images, and on the rest, per
+        worker
+    train_failed, val_failed: images left out because they could not be decoded
     """
 
     epoch: int
@@ -35,15 +43,32 @@ class Epoch:
     seconds: float
     train_rows: int
     val_rows: int
+    val_balanced_accuracy: float = math.nan
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    train_failed: int = 0
+    val_failed: int = 0
+    phase: Literal["probe", "train"] = "train"
 
     def line(self, epochs: int) -> str:
         width = len(str(epochs))
-        return (
-            f"epoch {self.epoch:{width}}/{epochs}"
+        judged = (
             f"  train loss {self.train_loss:.3f} acc {100 * self.train_accuracy:5.1f} %"
             f"  val loss {self.val_loss:.3f} acc {100 * self.val_accuracy:5.1f} %"
-            f"  {self.images_per_second:,.0f} images/s  {self.seconds:.1f} s"
         )
+        if self.phase == "probe":
+            return f"probe {'':{2 * width + 1}}{judged}  {self.seconds:.1f} s"
+        busy = self.wait_seconds + self.compute_seconds
+        waiting = self.wait_seconds / busy if busy else 0.0
+        return (
+            f"epoch {self.epoch:{width}}/{epochs}{judged}  lr {self.lr:.1e}"
+            f"  {self.images_per_second:,.0f} images/s (waiting {waiting:.0%})"
+            f"  {self.seconds:.1f} s"
+        )
+
+    @property
+    def name(self) -> str:
+        return "the probe" if self.phase == "probe" else f"epoch {self.epoch}"
 
     def better_than(self, other: Epoch | None) -> bool:
         """Higher validation accuracy; among equals, lower validation loss."""
@@ -53,12 +78,18 @@ class Epoch:
 
 
 class Board:
-    """A Ray actor between workers and driver: lines of the first, handles of all of them."""
+    """A Ray actor between workers and driver.
+
+    From the workers: lines, epochs, their handles, and a failure that no restart would mend. From
+    the driver: the wish to stop.
+    """
 
     def __init__(self) -> None:
         self._workers: list[Any] = []
-        self._lines: list[str] = []
+        self._posts: list[str | Epoch] = []
+        self._failure: str | None = None
         self._closed = False
+        self._stop = asyncio.Event()
         self._changed = asyncio.Condition()
 
     async def enlist(self, worker: Any) -> None:
@@ -67,37 +98,62 @@ class Board:
     async def workers(self) -> list[Any]:
         return self._workers
 
-    async def post(self, line: str) -> None:
+    async def fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
+
+    async def failure(self) -> str | None:
+        return self._failure
+
+    async def stop(self) -> None:
+        self._stop.set()
+
+    async def stopping(self) -> None:
+        """Returns once the driver wants the workers to save and end."""
+        await self._stop.wait()
+
+    async def post(self, item: str | Epoch) -> None:
         async with self._changed:
-            self._lines.append(line)
+            self._posts.append(item)
             self._changed.notify_all()
 
     async def close(self) -> None:
+        self._stop.set()
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    async def after(self, seen: int) -> tuple[list[str], bool]:
-        """Lines beyond the first `seen`, once there are any or the board is closed; and whether."""
+    async def after(self, seen: int) -> tuple[list[str | Epoch], bool]:
+        """Posts beyond the first `seen`, once there are any or the board is closed; and whether."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._closed or len(self._lines) > seen)
-            return self._lines[seen:], self._closed
+            await self._changed.wait_for(lambda: self._closed or len(self._posts) > seen)
+            return self._posts[seen:], self._closed
 
 
 @contextlib.contextmanager
-def printed_board() -> Iterator[Any]:
-    """A board whose lines are printed here as they are posted."""
+def followed_board(epochs: int, on_epoch: Callable[[Epoch], None]) -> Iterator[Any]:
+    """A board whose lines and epochs are printed here as they are posted; epochs are passed on.
+
+    epochs: how many there will be at most
+    """
+    here = ray.get_runtime_context().get_node_id()
     # Ray's types do not know the methods of an async actor
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = (
+        ray.remote(num_cpus=0)(Board)
+        # no machine but the driver's own can take it away
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
+        .remote()
+    )
 
     def follow() -> None:
         seen, closed = 0, False
         with contextlib.suppress(ray.exceptions.RayError):
             while not closed:
-                lines, closed = ray.get(board.after.remote(seen))
-                seen += len(lines)
-                for line in lines:
-                    print(line, flush=True)
+                posts, closed = ray.get(board.after.remote(seen))
+                seen += len(posts)
+                for post in posts:
+                    print(post.line(epochs) if isinstance(post, Epoch) else post, flush=True)
+                    if isinstance(post, Epoch):
+                        on_epoch(post)
 
     follower = threading.Thread(target=follow, name="epoch lines", daemon=True)
     follower.start()

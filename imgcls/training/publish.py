@@ -1,34 +1,59 @@
-"""From the best checkpoint to a bundle."""
+"""From the best weights to a bundle."""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import pandas as pd
-import ray.train
-from safetensors.torch import load_file
+import torch
 
 from imgcls.data import storage
-from imgcls.models.bundle import DESCRIPTION, WEIGHTS, Bundle, BundleSpec, save_bundle
+from imgcls.models.bundle import DESCRIPTION, BundleSpec, save_bundle
+from imgcls.training.card import model_card
+from imgcls.training.plots import curves
 from imgcls.training.progress import Epoch
 
 HISTORY = "history.parquet"
 
 
 def publish(
-    url: str, spec: BundleSpec, checkpoint: ray.train.Checkpoint, history: Sequence[Epoch]
-) -> Bundle:
-    """Write the bundle folder: history, weights, model card, and `bundle.json` last.
+    url: str,
+    spec: BundleSpec,
+    state: Mapping[str, torch.Tensor],
+    history: Sequence[Epoch],
+    best: Epoch,
+    *,
+    workers: str,
+    seconds: float,
+    class_rows: Mapping[str, tuple[int, int]],
+    samples: str,
+) -> list[str]:
+    """Write the bundle folder: history, curves, weights, model card, and `bundle.json` last.
 
     A bundle that was there ceases to be one before its first file changes.
+    samples: the picture of augmented samples, which is there already, as a path below the bundle
+    Returns the names of the files beside the bundle proper.
     """
-    with checkpoint.as_directory() as folder:
-        state = load_file(os.path.join(folder, WEIGHTS))
-    storage.remove(storage.join(url, DESCRIPTION))
+    table = pd.DataFrame([asdict(epoch) for epoch in history])
     sink = io.BytesIO()
-    pd.DataFrame([asdict(epoch) for epoch in history]).to_parquet(sink, index=False)
-    storage.write(storage.join(url, HISTORY), sink.getvalue())
-    return save_bundle(url, spec, state)
+    table.to_parquet(sink, index=False)
+    files = {HISTORY: sink.getvalue()}
+    files |= {f"plots/{name}": data for name, data in curves(table, best.epoch).items()}
+    storage.remove(storage.join(url, DESCRIPTION))
+    for name, data in files.items():
+        storage.write(storage.join(url, name), data)
+    plots = ["plots/curves.png", samples]
+    card = model_card(
+        spec,
+        table,
+        best.epoch,
+        parameters=sum(each.numel() for each in state.values()),
+        workers=workers,
+        seconds=seconds,
+        class_rows=class_rows,
+        plots=plots,
+    )
+    save_bundle(url, spec, state, card=card)
+    return [*files, samples]

@@ -1,179 +1,139 @@
 """`train`: labelled images in, a bundle out.
 
-Reads top-down: check all that can be checked, say what was decided, decode once, run the workers,
-publish the best weights. What a worker does is in `loop`, how images come to it in `ingest`.
+Checks all that can be checked before anything starts, and whose output it is: an unfinished run of
+the same request goes on, a finished one is left as it is, any other is refused. The work itself is
+in `job`.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from dataclasses import asdict, dataclass
+import hashlib
 from typing import Any
 
-import ray
-from pydantic import NonNegativeInt, PositiveInt
+import pandas as pd
 from torch import nn
 
 from imgcls import cluster
-from imgcls.cluster import Interruption
-from imgcls.config import Section
+from imgcls.config import build
 from imgcls.data import storage
-from imgcls.data.preprocess import Preprocess
-from imgcls.errors import OutputError, RequestError, StorageError, TooManyErrors
-from imgcls.models.bundle import DESCRIPTION, Architecture, BundleSpec
-from imgcls.models.classifier import Precision
-from imgcls.provenance import provenance
+from imgcls.errors import BundleError, OutputError, RequestError, StorageError
+from imgcls.lease import Lease
+from imgcls.models.bundle import DESCRIPTION, read_description
+from imgcls.provenance import differences
 from imgcls.training import network as networks
+from imgcls.training import track
+from imgcls.training.checkpoints import Checkpoints
+from imgcls.training.config import TrainConfig
 from imgcls.training.deal import steps_per_epoch
 from imgcls.training.examples import DataConfig, Examples, read_examples
-from imgcls.training.fit import trained
-from imgcls.training.ingest import Decoded, decode_images, image_bytes, store_bytes
-from imgcls.training.loop import Work
+from imgcls.training.job import TrainResult, run
+from imgcls.training.loss import class_weights
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim import OptimConfig
+from imgcls.training.prepare import Task
 from imgcls.training.progress import Epoch
-from imgcls.training.publish import publish
-from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import ScaleConfig, Workers, check_store, plan_workers
+from imgcls.training.publish import HISTORY
+from imgcls.training.strategy import settle
+from imgcls.training.workers import ScaleConfig
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ScaleConfig",
+    "TrainConfig",
+    "TrainResult",
+    "train",
+]
 
 
-class TrainConfig(Section):
-    """Fine-tune a network on labelled images and write its bundle."""
-
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
-    scale: ScaleConfig = ScaleConfig()
-    output: str
-    """The bundle folder to write; on a cluster, one that all machines reach."""
-    overwrite: bool = False
-    """Replace the bundle that is there."""
-    epochs: PositiveInt = 10
-    """Passes over the training images; the weights of the best one are kept."""
-    batch_size: PositiveInt = 64
-    """Images per step, over all workers together."""
-    precision: Precision = "auto"
-    """Of the arithmetic (weights stay fp32): auto takes bf16 where the hardware multiplies it."""
-    seed: NonNegativeInt = 0
-    """Same seed, workers and hardware: same weights."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training came to.
-
-    bundle:  URL of the bundle folder, which holds the weights of the epoch `best`
-    history: every epoch, in order
-    failed:  images that could not be decoded and were left out
-    """
-
-    bundle: str
-    history: list[Epoch]
-    best: Epoch
-    failed: int
-
-
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     """Train a network and write its bundle; prints what was decided and a line per epoch.
 
+    config:   the whole request, or else
+    settings: its keys, as in `train(data="photos/", output="bundle", model="resnet18", epochs=3)`,
+        nested or dotted (`**{"optim.lr": 1e-3}`)
     Raises a RequestError before anything starts, TooManyErrors when too many images cannot be
-    decoded, RunFailed when a worker fails or the loss ceases to be finite.
+    decoded, RunFailed when workers fail beyond replacing or the loss ceases to be finite. The same
+    command goes on from the last saved state.
     """
+    config = build(TrainConfig, settings) if config is None else config
     config = config.model_copy(update={"output": storage.absolute(config.output)})
+    task = _settled(config)
+    _check_writable(config)
+    finished = _finished(task)
+    if finished is not None:
+        return finished
+    lease = Lease.acquire(config.output)
+    try:
+        checkpoints = _claim(task)
+        cluster.connect()
+        with cluster.Interruption().watched() as interruption:
+            return run(task, checkpoints, lease, interruption)
+    finally:
+        lease.release()
+
+
+def _settled(config: TrainConfig) -> Task:
+    """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
     examples = read_examples(config.data)
+    strategy = settle(config.strategy, pretrained=config.model.weights is not None)
     share = _smallest_share(config, examples.count(held=False))
+    weights = class_weights(config.loss, examples.classes, examples.per_class(held=False))
     architecture, preprocess = networks.describe(config.model)
     network = networks.start(
         architecture, config.model.weights, len(examples.classes), seed=config.seed
     )
+    networks.regularise(network, config.model)
     networks.try_on(network, preprocess, share)
-    _check_output(config)
-    cluster.connect()
-    with cluster.Interruption().watched() as interruption:
-        return _train(config, examples, architecture, preprocess, network, interruption)
-
-
-def _train(
-    config: TrainConfig,
-    examples: Examples,
-    architecture: Architecture,
-    preprocess: Preprocess,
-    network: nn.Module,
-    interruption: Interruption,
-) -> TrainResult:
-    """The part with Ray: decode, train, publish."""
-    nodes = cluster.nodes()
-    workers = plan_workers(nodes, config.scale)
-    check_store(examples.rows.num_rows * image_bytes(preprocess), store_bytes())
-    _announce(config, examples, network, preprocess, workers)
-    cpus = sum(node.cpus for node in nodes)
-    decoded = awaited(
-        started(lambda: _decode(config, examples, preprocess, cpus=cpus)), interruption
-    )
-    work = Work(
+    track.check(config.track, config.output)
+    return Task(
+        config=config,
+        strategy=strategy,
+        examples=examples,
         architecture=architecture,
-        num_classes=len(examples.classes),
-        weights=ray.put(network.state_dict()),
         preprocess=preprocess,
-        decoded=decoded,
-        optim=config.optim,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        precision=config.precision,
+        network=network,
+        class_weights=weights,
+        identity=_identity(config, examples, network),
     )
-    with trained(work, workers, config.output, interruption) as outcome:
-        best = best_of(outcome.history)
-        spec = BundleSpec(
-            architecture=architecture,
-            classes=examples.classes,
-            preprocess=preprocess,
-            provenance=provenance(config.model_dump(mode="json"))
-            | {
-                "seed": config.seed,
-                "data": _data_provenance(examples, decoded),
-                "precision": outcome.precision,
-            },
-            metrics=_metrics(best),
-        )
-        publish(config.output, spec, outcome.checkpoint, outcome.history)
-    accuracy = f"{100 * best.val_accuracy:.1f} %"
-    print(f"best: epoch {best.epoch}, val acc {accuracy} -> {config.output}", flush=True)
-    return TrainResult(config.output, outcome.history, best, len(decoded.failures))
-
-
-def best_of(history: list[Epoch]) -> Epoch:
-    """The first epoch that none is better than, as the workers chose it."""
-    best = history[0]
-    for epoch in history[1:]:
-        best = epoch if epoch.better_than(best) else best
-    return best
 
 
 def _smallest_share(config: TrainConfig, rows: int) -> int:
-    """Rows that a worker has at least in each step, after checking that there are any."""
-    workers = config.scale.num_workers
-    if config.batch_size < workers:
+    """Rows that a worker has at least in each part of a step, after checking that there are any."""
+    workers, parts = config.scale.largest, config.scale.accumulate
+    if config.batch_size < workers * parts:
+        what = f"scale.num_workers {workers}" + (
+            f" times scale.accumulate {parts}" if parts > 1 else ""
+        )
         raise RequestError(
-            f"batch_size {config.batch_size}: leaves some of scale.num_workers {workers} without "
-            f"an image; give at least {workers}"
+            f"batch_size {config.batch_size}: leaves some of {what} without an image; give at "
+            f"least {workers * parts}"
         )
     if config.batch_size > rows:
         raise RequestError(
             f"batch_size {config.batch_size}: is larger than the training set of {rows} images; "
             f"give at most {rows}"
         )
-    return rows // steps_per_epoch(rows, config.batch_size, workers) // workers
+    share = rows // steps_per_epoch(rows, config.batch_size, workers) // workers
+    return max(1, share // parts)
 
 
-def _check_output(config: TrainConfig) -> None:
+def _identity(config: TrainConfig, examples: Examples, network: nn.Module) -> dict[str, Any]:
+    """What makes two runs the same run; workers may differ, data and settings may not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return {
+        "settings": config.identity(),
+        "data": {key: source.fingerprint for key, source in examples.sources.items()},
+        "initial_weights": digest.hexdigest(),
+    }
+
+
+def _check_writable(config: TrainConfig) -> None:
     try:
-        if storage.exists(storage.join(config.output, DESCRIPTION)) and not config.overwrite:
-            raise OutputError(
-                f"output {config.output}: already holds a bundle; say --overwrite, or give another "
-                "--output"
-            )
         storage.check_writable(config.output)
     except StorageError as error:
         raise OutputError(
@@ -181,90 +141,51 @@ def _check_output(config: TrainConfig) -> None:
         ) from error
 
 
-def _announce(
-    config: TrainConfig,
-    examples: Examples,
-    network: nn.Module,
-    preprocess: Preprocess,
-    workers: Workers,
-) -> None:
-    rows, held = examples.count(held=False), examples.count(held=True)
-    origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"
-    steps = steps_per_epoch(rows, config.batch_size, workers.count)
-    parameters = sum(p.numel() for p in network.parameters())
-    weights = f"weights {config.model.weights}" if config.model.weights else "random weights"
-    print(
-        f"data: {rows:,} training images of {len(examples.classes)} classes from "
-        f"{config.data.train.path}, {held:,} to validate {origin}\n"
-        f"model: {config.model.name}, {parameters:,} parameters, {weights}, "
-        f"{preprocess.crop}x{preprocess.crop} input ({preprocess.mode})\n"
-        f"workers: {workers}, {steps:,} steps of {rows // steps} to {-(-rows // steps)} images "
-        "per epoch",
-        flush=True,
+def _finished(task: Task) -> TrainResult | None:
+    """The result of this very training when its bundle is there already."""
+    config = task.config
+    url = config.output
+    if config.find_lr or config.overwrite or not storage.exists(storage.join(url, DESCRIPTION)):
+        return None
+    refused = OutputError(
+        f"output {url}: already holds a bundle; say --overwrite, or give another --output"
     )
+    try:
+        made = read_description(url).spec.provenance
+        if made.get("run") != task.identity:
+            raise refused
+        table = pd.read_parquet(storage.open_read(storage.join(url, HISTORY)))
+    except (BundleError, StorageError) as error:
+        raise refused from error
+    history = [Epoch(**row) for row in table.to_dict("records")]
+    best = history[0]
+    for epoch in history[1:]:
+        best = epoch if epoch.better_than(best) else best
+    storage.remove(Checkpoints(url).folder)
+    print(f"{url} holds the bundle of this very training; say --overwrite to train again")
+    failed = made["data"]["train_failed"] + made["data"]["val_failed"]
+    return TrainResult(url, history, best, failed)
 
 
-def _decode(
-    config: TrainConfig, examples: Examples, preprocess: Preprocess, *, cpus: float
-) -> Decoded:
-    """Decode all images and see whether what is left can be trained on."""
-    start = time.perf_counter()
-    decoded = decode_images(examples.rows, preprocess, cpus=cpus)
-    rows, failures = examples.rows.num_rows, decoded.failures
-    print(
-        f"decoded: {rows - len(failures):,} images, {len(failures):,} failed, "
-        f"{(rows * image_bytes(preprocess)) / 1e6:,.0f} MB, {time.perf_counter() - start:.1f} s",
-        flush=True,
-    )
-    listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
-    if len(failures) > config.data.max_error_rate * rows:
-        raise TooManyErrors(
-            f"{len(failures):,} of {rows:,} images cannot be decoded, more than "
-            f"data.max_error_rate {config.data.max_error_rate:g} allows:{listed}\nmend or remove "
-            "them, or raise data.max_error_rate"
-        )
-    if failures:
-        print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
-    _check_remains(examples, decoded, config.scale.num_workers)
-    return decoded
+def _claim(task: Task) -> Checkpoints:
+    """The output's unfinished run if it is this one, else a new one.
 
-
-def _check_remains(examples: Examples, decoded: Decoded, workers: int) -> None:
-    lost = Counter((failure.held, failure.label) for failure in decoded.failures)
-    columns = zip(
-        examples.rows.column("held").to_pylist(),
-        examples.rows.column("label").to_pylist(),
-        strict=True,
-    )
-    left = Counter(columns) - lost
-    for code, name in enumerate(examples.classes):
-        if not left[False, code]:
-            raise TooManyErrors(
-                f"class {name!r}: none of its training images can be decoded; mend them or remove "
-                "the class"
+    Raises OutputError when another is unfinished and may not be replaced.
+    """
+    checkpoints = Checkpoints(task.config.output)
+    if task.config.find_lr:
+        return checkpoints
+    then = checkpoints.identity()
+    if then is not None and then != task.identity:
+        # what has not learnt anything yet may be replaced, as the errors of bad images advise
+        if checkpoints.saved() and not task.config.overwrite:
+            lines = "\n".join(f"  {line}" for line in differences(then, task.identity))
+            raise OutputError(
+                f"output {task.config.output}: holds another, unfinished training:\n{lines}\n"
+                "repeat its command to go on, say --overwrite to start anew, or give another "
+                "--output"
             )
-    rows: Counter[bool] = Counter()
-    for (held, _), count in left.items():
-        rows[held] += count
-    if not rows[True]:
-        raise TooManyErrors("none of the validation images can be decoded; mend them")
-    if rows[False] < workers:
-        raise TooManyErrors(
-            f"only {rows[False]} training images can be decoded, fewer than scale.num_workers "
-            f"{workers}; mend the others"
-        )
-
-
-def _data_provenance(examples: Examples, decoded: Decoded) -> dict[str, Any]:
-    return {
-        "manifests": {key: asdict(source) for key, source in examples.sources.items()},
-        "train_rows": examples.count(held=False),
-        "val_rows": examples.count(held=True),
-        "train_failed": sum(not failure.held for failure in decoded.failures),
-        "val_failed": sum(failure.held for failure in decoded.failures),
-    }
-
-
-def _metrics(best: Epoch) -> dict[str, float]:
-    names = ("val_accuracy", "val_loss", "train_accuracy", "train_loss", "epoch")
-    return {name: float(getattr(best, name)) for name in names}
+        then = None
+    if then is None:
+        checkpoints.begin(task.identity)
+    return checkpoints

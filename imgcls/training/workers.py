@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.cluster import Node
 from imgcls.config import Section
@@ -22,25 +22,59 @@ STORE_SHARE = 0.8
 class ScaleConfig(Section):
     """How many workers, and on what."""
 
-    num_workers: PositiveInt = 1
-    """Training workers; each batch is shared out among them."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training workers, who share each batch; [min, max] takes what machines there are."""
     use_gpu: bool | None = None
     """One GPU per worker; if none, whenever there are enough for all."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that each worker reserves; may be a fraction."""
+    accumulate: PositiveInt = 1
+    """Parts in which a worker takes its share of a batch, where not all fits in memory."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all workers' images; on GPUs only."""
+    compile: bool = False
+    """torch.compile the network; pays on long runs."""
+    max_failures: NonNegativeInt = 8
+    """Times that lost workers are replaced before the run is given up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScaleConfig:
+        if self.smallest > self.largest:
+            raise ValueError(f"num_workers {list(self.bounds)}: give the smaller number first")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        wanted = self.num_workers
+        return (wanted, wanted) if isinstance(wanted, int) else wanted
+
+    @property
+    def smallest(self) -> int:
+        return self.bounds[0]
+
+    @property
+    def largest(self) -> int:
+        return self.bounds[1]
 
 
 @dataclass(frozen=True)
 class Workers:
-    """A group of workers that fits the cluster."""
+    """A group of workers that fits the cluster.
+
+    count: how many there are now; an elastic group may grow up to `most` and shrink to `fewest`
+    """
 
     count: int
     cpus: float
     gpus: int
+    fewest: int
+    most: int
 
     def __str__(self) -> str:
         per = f"{self.cpus:g} CPU" + (f" + {self.gpus} GPU" if self.gpus else "")
-        return f"{self.count} x ({per})"
+        elastic = "" if self.fewest == self.most else f", {self.fewest} to {self.most}"
+        return f"{self.count} x ({per}){elastic}"
 
 
 def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
@@ -49,34 +83,53 @@ def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
     Raises ResourcesError, with the arithmetic, when they do not fit the machines.
     """
     use_gpu = config.use_gpu
+    fewest, most = config.bounds
     if use_gpu is None:
-        use_gpu = _places(nodes, config.cpus_per_worker, 1) >= config.num_workers
+        use_gpu = _places(nodes, config.cpus_per_worker, 1) >= fewest
     gpus = 1 if use_gpu else 0
     places = _places(nodes, config.cpus_per_worker, gpus)
-    workers = Workers(config.num_workers, config.cpus_per_worker, gpus)
-    if places < config.num_workers:
+    count = max(fewest, min(most, places))
+    workers = Workers(count, config.cpus_per_worker, gpus, fewest, most)
+    if config.sync_batchnorm and not gpus:
+        raise ResourcesError(
+            "scale.sync_batchnorm: PyTorch has it for GPUs only, and these workers have none; "
+            "leave it out"
+        )
+    if places < fewest:
         machines = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
         raise ResourcesError(
-            f"scale.num_workers {config.num_workers}: {workers} do not fit the machines of the "
+            f"scale.num_workers {fewest}: {workers} do not fit the machines of the "
             f"cluster ({machines}), which hold {places}; give fewer workers, a smaller "
             "scale.cpus_per_worker, or add machines"
         )
     return workers
 
 
-def check_store(needed: int, capacity: int) -> None:
-    """Refuse images that would not fit in memory.
+def fits_store(needed: int, capacity: int) -> bool:
+    """Whether decoded images may all be kept.
 
     needed:   bytes of all decoded images
     capacity: bytes of the smallest object store among the machines
     """
-    if needed > STORE_SHARE * capacity:
+    return needed <= STORE_SHARE * capacity
+
+
+def decoding_cpus(nodes: Sequence[Node], workers: Workers) -> float:
+    """CPUs that are left to decode in every epoch.
+
+    Raises ResourcesError, with the arithmetic, when less than one is.
+    """
+    total = sum(node.cpus for node in nodes)
+    left = total - workers.count * workers.cpus
+    if left < 1:
         raise ResourcesError(
-            f"the decoded images take {needed / 1e9:.1f} GB, and the smallest object store of the "
-            f"cluster has {capacity / 1e9:.1f} GB of which {STORE_SHARE:.0%} may be filled; start "
-            "Ray with a larger --object-store-memory, give fewer images or a smaller "
-            "model.image_size"
+            f"the decoded images do not fit in the object store, so they are decoded in every "
+            f"epoch, which takes CPUs: of {total:g} the workers reserve "
+            f"{workers.count * workers.cpus:g}; give a scale.cpus_per_worker of at most "
+            f"{(total - 1) / workers.count:g}, add machines, or start Ray with a larger "
+            "--object-store-memory"
         )
+    return left
 
 
 def _places(nodes: Sequence[Node], cpus: float, gpus: int) -> int:

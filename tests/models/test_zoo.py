@@ -158,6 +158,55 @@ def test_options_reach_the_network() -> None:
     assert zoo.head(wide)[1].in_features == 32
 
 
+# ------------------------------------------------------------------ as it is trained best
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
+def test_squeezenet_is_trained_without_its_last_relu(name: str) -> None:
+    architecture = zoo.trainable(zoo.architecture(name))
+    assert architecture.options == {"head_relu": False}
+    torch.manual_seed(0)
+    network, published = zoo.build(architecture, 4).eval(), zoo.build(zoo.architecture(name), 4)
+    assert isinstance(published.classifier[2], nn.ReLU)
+    published.eval().load_state_dict(network.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    # the ReLU stands before the mean over space: without it, logits are no larger
+    assert network(images).min() < 0 <= published(images).min()
+    assert (network(images) <= published(images)).all()
+    assert zoo.head(network)[0] == zoo.head(published)[0] == "classifier.1"
+
+
+def test_who_asks_for_the_last_relu_gets_it() -> None:
+    architecture = zoo.trainable(zoo.architecture("squeezenet1_1", {"head_relu": True}))
+    assert isinstance(zoo.build(architecture, 4).classifier[2], nn.ReLU)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "small_cnn", "vit_b_16"])
+def test_other_networks_are_trained_as_they_are(name: str) -> None:
+    architecture = zoo.architecture(name, {"dropout": 0.1})
+    assert zoo.trainable(architecture) == architecture
+
+
+def test_a_bundle_brings_squeezenet_back_without_its_relu(tmp_path: Path) -> None:
+    from imgcls.models.bundle import BundleSpec, load_bundle, load_weights, save_bundle
+
+    architecture = zoo.trainable(zoo.architecture("squeezenet1_1"))
+    torch.manual_seed(0)
+    network = zoo.build(architecture, 3).eval()
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=["a", "b", "c"],
+        preprocess=zoo.default_preprocess(architecture),
+    )
+    save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    again = zoo.build(bundle.spec.architecture, 3).eval()
+    zoo.fit_weights(again, load_weights(bundle), replace_head=False)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images), network(images))
+    assert again(images).min() < 0
+
+
 # ------------------------------------------------------------------ weights in
 
 

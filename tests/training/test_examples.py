@@ -1,3 +1,5 @@
+"""Every labelled row is learnt from or held out, and what is wrong with one is told by name."""
+
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,34 @@ def test_a_class_name_given_twice_is_refused() -> None:
     argv = ["--train", "m.csv", "--classes", "[cat, dog, cat]"]
     with pytest.raises(ConfigError, match="class 'cat' stands there twice"):
         load(DataConfig, argv, prog="imgcls train")
+
+
+def test_images_are_counted_by_class_and_split(tmp_path: Path) -> None:
+    rows = rows_of("a", each=30) + rows_of("b", each=10)
+    examples = read(tmp_path, rows, val_fraction=0.2)
+    assert examples.per_class(held=False) == [24, 8]
+    assert examples.per_class(held=True) == [6, 2]
+
+
+def test_a_class_without_a_validation_image_counts_none(tmp_path: Path) -> None:
+    examples = read(tmp_path, rows_of("cat", "dog"), [("1.png", "cat")])
+    assert examples.per_class(held=True) == [1, 0]
+
+
+def test_given_classes_keep_their_order(tmp_path: Path) -> None:
+    examples = read(tmp_path, rows_of("a", "b", each=5), classes=["b", "a"], val_fraction=0.2)
+    assert examples.classes == ["b", "a"]
+    for row in examples.rows.to_pylist():
+        assert examples.classes[row["label"]] == Path(row["url"]).parent.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "cache"), [([], None), (["--cache"], True), (["--no-cache"], False)]
+)
+def test_whether_images_are_kept_can_be_said_or_left_open(
+    argv: list[str], cache: bool | None
+) -> None:
+    config = load(DataConfig, ["--train", "m.csv", *argv], prog="test")
+    assert config.cache is cache
+    assert config.sampling == "natural"
+    assert config.train.path == "m.csv"

@@ -1,15 +1,20 @@
+"""The network as it is before the first step, and what it is refused for."""
+
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.normalise import Normalise
-from imgcls.training.network import ModelConfig, describe, start, try_on
+from imgcls.training.network import ModelConfig, describe, regularise, start, try_on
 
 SMALL = zoo.architecture("small_cnn", {"width": 8})
 
@@ -68,3 +73,68 @@ def test_pixels_are_normalised_by_mean_and_std() -> None:
     found = Normalise(preprocess, torch.device("cpu"))(batch)
     mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
     np.testing.assert_allclose(found.numpy(), (batch / 255 - mean) / std, atol=1e-5)
+
+
+def test_squeezenet_is_trained_without_the_relu_that_no_logit_could_leave() -> None:
+    architecture, _ = describe(ModelConfig(name="squeezenet1_1"))
+    assert architecture.options == {"head_relu": False}
+    network = start(architecture, None, 5, seed=0).eval()
+    assert network(torch.randn(2, 3, 64, 64)).min() < 0
+    kept, _ = describe(ModelConfig(name="squeezenet1_1", options={"head_relu": True}))
+    assert start(kept, None, 5, seed=0).eval()(torch.randn(2, 3, 64, 64)).min() >= 0
+
+
+# ------------------------------------------------------------------ dropout, stochastic depth
+
+
+def built(name: str, **options: Any) -> nn.Module:
+    return start(zoo.architecture(name, options), None, 3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("small_cnn", {"width": 4}), ("mobilenet_v3_small", {}), ("alexnet", {})]
+)
+def test_dropout_is_set_where_the_head_has_some(name: str, options: dict[str, Any]) -> None:
+    network = built(name, **options)
+    before = [m.p for m in network.modules() if isinstance(m, nn.Dropout2d)]
+    regularise(network, ModelConfig(dropout=0.45))
+    assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.45}
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout2d)] == before
+
+
+def test_a_head_without_dropout_gets_it_in_training_alone() -> None:
+    network = built("resnet18")
+    _, head = zoo.head(network)
+    seen: list[torch.Tensor] = []
+    regularise(network, ModelConfig(dropout=0.25))
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = torch.randn(8, 3, 32, 32)
+    keys = list(network.state_dict())
+    network.eval()
+    once, again = network(images), network(images)
+    assert torch.equal(once, again)
+    assert torch.equal(seen[0], seen[1])
+    network.train()
+    network(images)
+    blank = (seen[2] == 0).float().mean() - (seen[0] == 0).float().mean()
+    assert blank.item() == pytest.approx(0.25, abs=0.05)
+    assert keys == list(built("resnet18").state_dict()), "the weights keep their names"
+
+
+def test_dropout_is_left_alone_where_it_is_not_given() -> None:
+    network = built("small_cnn", width=4, dropout=0.3)
+    regularise(network, ModelConfig())
+    assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.3}
+
+
+def test_stochastic_depth_grows_from_none_to_what_was_asked_for() -> None:
+    network = built("efficientnet_b0")
+    regularise(network, ModelConfig(name="efficientnet_b0", stochastic_depth=0.4))
+    shares = [m.p for m in network.modules() if isinstance(m, StochasticDepth)]
+    assert len(shares) > 5
+    np.testing.assert_allclose(shares, np.linspace(0, 0.4, len(shares)))
+
+
+def test_stochastic_depth_is_refused_where_there_is_none() -> None:
+    with pytest.raises(BundleError, match=r"model\.stochastic_depth: resnet18 has none"):
+        regularise(built("resnet18"), ModelConfig(name="resnet18", stochastic_depth=0.1))

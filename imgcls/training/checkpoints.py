@@ -1,0 +1,217 @@
+"""What survives a kill: the state after each epoch, on storage that every machine reaches.
+
+Owns the folder `_train` of an unfinished run: the identity that a later run must match, the states
+(written whole, in the background, then told by a marker with their digest) and the best weights.
+Promises that a state that is missing, cut short or damaged is passed over for the one before it,
+and that reading one runs no code. Ray Train's own checkpoints are not used: its snapshot is
+rewritten in place, so that a kill can truncate it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from imgcls.data import storage
+from imgcls.errors import BundleError, OutputError, StorageMissing
+from imgcls.training.progress import Epoch
+
+FOLDER = "_train"
+RUN = "run.json"
+KEPT = 2
+"""States that are kept, so that a damaged one has a predecessor."""
+_MARKER = re.compile(r"state-(\d{6})\.json")
+
+State = dict[str, Any]
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come.
+
+    epoch:   the epoch under way, counted from 1; 0 before the first of them
+    step:    steps of it that are done
+    totals:  what those steps add up to, over all workers, as `loop` counts it
+    history: the epochs that are done
+    best:    place in `history` of the epoch whose weights are kept; None before the first
+    """
+
+    epoch: int = 0
+    step: int = 0
+    totals: tuple[float, ...] = ()
+    history: tuple[Epoch, ...] = ()
+    best: int | None = None
+
+    @property
+    def best_epoch(self) -> Epoch | None:
+        return None if self.best is None else self.history[self.best]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state as its marker describes it.
+
+    number: counts the states of a run; the highest whole one is where it goes on
+    """
+
+    number: int
+    sha256: str
+    best: str | None
+    standing: Standing = field(default_factory=Standing)
+
+
+class Checkpoints:
+    """The states of one run; one writer at a time, any number of readers."""
+
+    def __init__(self, output: str) -> None:
+        self.folder = storage.join(output, FOLDER)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._number = max((each.number for each in self.saved()), default=0)
+        self._best: str | None = None
+
+    # ------------------------------------------------------------------ the run's identity
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the run in this folder is; None when there is none."""
+        url = storage.join(self.folder, RUN)
+        try:
+            stored: dict[str, Any] = json.loads(storage.read(url))
+            return stored
+        except StorageMissing:
+            return None
+        except ValueError as error:
+            raise OutputError(
+                f"{url}: is damaged ({error}); start over with --overwrite"
+            ) from error
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Start an empty folder for a run."""
+        storage.remove(self.folder)
+        body = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
+        storage.write(storage.join(self.folder, RUN), body.encode())
+        self._number, self._best = 0, None
+
+    # ------------------------------------------------------------------ reading
+
+    def saved(self) -> list[Saved]:
+        """The states that were written to their end, newest first; their bytes are not read."""
+        found = []
+        for name in storage.names(self.folder):
+            if _MARKER.fullmatch(name):
+                try:
+                    body = json.loads(storage.read(storage.join(self.folder, name)))
+                    standing = body["standing"]
+                    history = tuple(Epoch(**epoch) for epoch in standing.pop("history"))
+                    totals = tuple(standing.pop("totals"))
+                    body["standing"] = Standing(**standing, totals=totals, history=history)
+                    found.append(Saved(**body))
+                except (ValueError, TypeError, KeyError, StorageMissing):
+                    continue
+        return sorted(found, key=lambda each: -each.number)
+
+    def latest(self, at_most: int | None = None) -> tuple[Saved, State] | None:
+        """The newest state that is whole, and its tensors; None when there is none.
+
+        at_most: the highest number to look at
+        """
+        for saved in self.saved():
+            if at_most is not None and saved.number > at_most:
+                continue
+            try:
+                data = storage.read(self._state(saved.number))
+            except StorageMissing:
+                continue
+            if hashlib.sha256(data).hexdigest() != saved.sha256:
+                continue
+            if saved.best is not None and not storage.exists(self._at(saved.best)):
+                continue
+            self._best = saved.best
+            state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return saved, state
+        return None
+
+    def best_weights(self, saved: Saved) -> dict[str, torch.Tensor]:
+        """The weights of the best epoch of a state."""
+        if saved.best is None:
+            raise BundleError(f"{self.folder}: holds no weights yet")
+        return dict(load(storage.read(self._at(saved.best))))
+
+    # ------------------------------------------------------------------ writing
+
+    def save(self, standing: Standing, state: State, best: Weights | None) -> None:
+        """Write a state in the background, after the one before it.
+
+        best: the best weights, when they are new; the tensors must not change any more
+        Raises what went wrong with the one before.
+        """
+        self.wait()
+        self._number += 1
+        if best is not None:
+            self._best = f"best-{self._number:06d}.safetensors"
+        self._pending = self._pool.submit(
+            self._write, self._number, self._best, standing, state, best
+        )
+
+    def wait(self) -> None:
+        """Return when the last state is on storage; raises the StorageError if it is not."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(
+        self,
+        number: int,
+        best_name: str | None,
+        standing: Standing,
+        state: State,
+        best: Weights | None,
+    ) -> None:
+        if best is not None and best_name is not None:
+            storage.write(self._at(best_name), save(dict(best)))
+        sink = io.BytesIO()
+        torch.save(state, sink)
+        data = sink.getvalue()
+        storage.write(self._state(number), data)
+        saved = Saved(number, hashlib.sha256(data).hexdigest(), best_name, standing)
+        marker = json.dumps(asdict(saved)) + "\n"
+        storage.write(self._at(f"state-{number:06d}.json"), marker.encode())
+        self._prune()
+
+    def _prune(self) -> None:
+        kept = self.saved()[:KEPT]
+        if len(kept) < KEPT:
+            return
+        names = {self._name(each.number, suffix) for each in kept for suffix in ("json", "pt")}
+        names |= {each.best for each in kept if each.best is not None} | {RUN}
+        newest = kept[0].number
+        for name in storage.names(self.folder):
+            # of the highest number there may be a state whose marker is not yet written
+            if name not in names and _number_of(name) <= newest:
+                storage.remove(self._at(name))
+        storage.sweep(self.folder, older_than=60)
+
+    def _state(self, number: int) -> str:
+        return self._at(self._name(number, "pt"))
+
+    @staticmethod
+    def _name(number: int, suffix: str) -> str:
+        return f"state-{number:06d}.{suffix}"
+
+    def _at(self, name: str) -> str:
+        return storage.join(self.folder, name)
+
+
+def _number_of(name: str) -> int:
+    digits = re.search(r"-(\d{6})\.", name)
+    return int(digits[1]) if digits else 0

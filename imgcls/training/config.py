@@ -1,0 +1,71 @@
+"""The request: every setting of a training, each section from beside its code."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from imgcls.config import Section
+from imgcls.training.augment import AugmentConfig
+from imgcls.training.examples import DataConfig
+from imgcls.training.loss import LossConfig
+from imgcls.training.network import ModelConfig
+from imgcls.training.optim import OptimConfig
+from imgcls.training.strategy import FinetuneConfig, ProbeConfig, Strategy
+from imgcls.training.track import TrackConfig
+from imgcls.training.workers import ScaleConfig
+
+TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
+
+RESULT_FREE = ("output", "overwrite", "scale", "track", "checkpoint_minutes", "find_lr")
+"""Settings that a resumed run may change: they do not decide what is learnt."""
+
+
+class StopConfig(Section):
+    """When further epochs are not worth their time."""
+
+    patience: PositiveInt | None = None
+    """Epochs without an improvement after which the training ends; none trains them all."""
+    metric: Literal["val_loss", "val_accuracy"] = "val_loss"
+    """What must improve."""
+    min_delta: NonNegativeFloat = 0.0
+    """By how much, at least."""
+
+
+class TrainConfig(Section):
+    """Fine-tune a network on labelled images and write its bundle."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    strategy: Strategy | None = None
+    """How to begin; if none, probe_then_finetune from model.weights, and scratch without them."""
+    probe: ProbeConfig = ProbeConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    early_stopping: StopConfig = StopConfig()
+    scale: ScaleConfig = ScaleConfig()
+    track: TrackConfig = TrackConfig()
+    output: str
+    """The bundle folder to write; on a cluster, one that all machines reach."""
+    overwrite: bool = False
+    """Replace the bundle, or the unfinished other run, that is there."""
+    epochs: PositiveInt = 10
+    """Passes over the training images; the weights of the best one are kept."""
+    batch_size: PositiveInt = 64
+    """Images per step, over all workers together."""
+    precision: TrainPrecision = "auto"
+    """Of the arithmetic (weights stay fp32): auto takes bf16 where the hardware multiplies it."""
+    seed: NonNegativeInt = 0
+    """Same seed, workers and hardware: same weights."""
+    checkpoint_minutes: PositiveFloat = 10.0
+    """A state is saved after every epoch, and within epochs that are longer than this."""
+    find_lr: bool = False
+    """Train nothing: try learning rates on some batches and draw the loss (Smith 2017)."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is learnt."""
+        settings = self.model_dump(mode="json")
+        return {key: value for key, value in settings.items() if key not in RESULT_FREE}

@@ -1,0 +1,267 @@
+"""A training under way: decode, run the workers, publish the best weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import ray
+
+from imgcls import cluster
+from imgcls.cluster import Interruption
+from imgcls.data import storage
+from imgcls.errors import RunFailed, StorageMissing
+from imgcls.lease import Lease
+from imgcls.models.bundle import BundleSpec
+from imgcls.provenance import provenance
+from imgcls.training import track
+from imgcls.training.cache import Decoded, store_bytes
+from imgcls.training.checkpoints import Checkpoints
+from imgcls.training.config import TrainConfig
+from imgcls.training.fit import fit
+from imgcls.training.ingest import Views
+from imgcls.training.loop import Outcome, Work
+from imgcls.training.lr_range import steepest
+from imgcls.training.plots import lr_range, smoothed
+from imgcls.training.prepare import SAMPLES, Task, announce, decode, draw_samples, too_many
+from imgcls.training.progress import Epoch, followed_board
+from imgcls.training.publish import publish
+from imgcls.training.stream import Streamed
+from imgcls.training.waiting import awaited, started
+from imgcls.training.workers import Workers, decoding_cpus, fits_store, plan_workers
+
+TRACKERS = "trackers.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to.
+
+    bundle:   URL of the bundle folder, which holds the weights of the epoch `best`
+    history:  every epoch, in order; epoch 0 is the linear probe
+    best:     None after an LR range test, which makes no bundle
+    failed:   images that could not be decoded and were left out
+    lr_curve: of an LR range test: (learning rate, loss in nats) pairs
+    """
+
+    bundle: str
+    history: list[Epoch]
+    best: Epoch | None
+    failed: int
+    lr_curve: tuple[tuple[float, float], ...] = ()
+
+
+def run(
+    task: Task, checkpoints: Checkpoints, lease: Lease, interruption: Interruption
+) -> TrainResult:
+    """Decode, train and publish; see `train` for what it raises."""
+    begun = time.monotonic()
+    config = task.config
+    nodes = cluster.nodes()
+    workers = plan_workers(nodes, config.scale)
+    views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
+    rows = task.examples.rows
+    fits = fits_store(views.bytes_of(rows), store_bytes())
+    cached = fits if config.data.cache is None else config.data.cache
+    announce(task, workers, views, cached=cached)
+    images: Decoded | Streamed
+    if cached:
+        cpus = sum(node.cpus for node in nodes)
+        images = awaited(started(lambda: decode(task, views, cpus)), interruption)
+    else:
+        images = Streamed(ray.put(rows), views, decoding_cpus(nodes, workers))
+    draw_samples(task, images)
+    work = Work(
+        config=config,
+        strategy=task.strategy,
+        architecture=task.architecture,
+        classes=len(task.examples.classes),
+        weights=ray.put(task.network.state_dict()),
+        preprocess=task.preprocess,
+        images=images,
+        class_weights=task.class_weights,
+    )
+    if config.find_lr:
+        with followed_board(config.epochs, lambda epoch: None) as board:
+            outcome = fit(work, workers, board, interruption)
+        return _suggest_lr(config, outcome)
+    with _tracking(task, checkpoints) as tracking:
+
+        def told(epoch: Epoch) -> None:
+            tracking.epoch(epoch.epoch, _numbers(epoch))
+            _keep_trackers(checkpoints, tracking)
+
+        with followed_board(config.epochs, told) as board:
+            outcome = fit(work, workers, board, interruption)
+        _check(task, outcome, checkpoints)
+        lease.check()
+        failed = _failed(images, outcome)
+        best, files = _publish(task, outcome, checkpoints, workers, failed, begun)
+        tracking.finish({f"best_{k}": v for k, v in _numbers(best).items()}, files)
+    storage.remove(checkpoints.folder)
+    return TrainResult(config.output, list(outcome.history), best, sum(failed))
+
+
+# ---------------------------------------------------------------------- while they work
+
+
+@contextlib.contextmanager
+def _tracking(task: Task, checkpoints: Checkpoints) -> Iterator[track.Tracking]:
+    url = storage.join(checkpoints.folder, TRACKERS)
+    try:
+        state = json.loads(storage.read(url))
+    except (StorageMissing, ValueError):
+        state = None
+    saved = checkpoints.saved()
+    history = saved[0].standing.history if saved else ()
+    first = history[-1].epoch + 1 if history else 0
+    with track.tracking(task.config.track, task.config.output, state) as tracking:
+        tracking.start(task.config.model_dump(mode="json"), first)
+        _keep_trackers(checkpoints, tracking)
+        yield tracking
+
+
+def _keep_trackers(checkpoints: Checkpoints, tracking: track.Tracking) -> None:
+    body = json.dumps(tracking.state).encode()
+    storage.write(storage.join(checkpoints.folder, TRACKERS), body)
+
+
+def _numbers(epoch: Epoch) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in asdict(epoch).items()
+        if isinstance(value, (int, float)) and name != "epoch"
+    }
+
+
+# ---------------------------------------------------------------------- after them
+
+
+def _check(task: Task, outcome: Outcome, checkpoints: Checkpoints) -> None:
+    """Raise what the workers ended for."""
+    config = task.config
+    if outcome.kind == "diverged":
+        coarse = f", or say --precision fp32 (it was {outcome.precision})"
+        saved = checkpoints.saved()
+        kept = ""
+        if saved and saved[0].best is not None:
+            kept = (
+                "; the best weights until then are in "
+                f"{storage.join(checkpoints.folder, saved[0].best)}"
+            )
+        raise RunFailed(
+            f"the training diverged: {outcome.problem}; lower optim.lr ({config.optim.lr:g}) or "
+            f"raise optim.warmup{coarse if outcome.precision != 'fp32' else ''}{kept}"
+        )
+    if outcome.kind == "failures":
+        failed, rows = outcome.failed
+        raise too_many(failed, rows, config.data.max_error_rate, " (some are named above)")
+
+
+def _failed(images: Decoded | Streamed, outcome: Outcome) -> tuple[int, int]:
+    """Images left out of training and of validation."""
+    if isinstance(images, Decoded):
+        held = sum(failure.held for failure in images.failures)
+        return len(images.failures) - held, held
+    last = outcome.history[-1]
+    return last.train_failed, last.val_failed
+
+
+def _publish(
+    task: Task,
+    outcome: Outcome,
+    checkpoints: Checkpoints,
+    workers: Workers,
+    failed: tuple[int, int],
+    begun: float,
+) -> tuple[Epoch, list[str]]:
+    """Write the bundle; returns its best epoch and the files beside it."""
+    latest = checkpoints.latest()
+    best = None if latest is None else latest[0].standing.best_epoch
+    if latest is None or best is None:
+        raise RunFailed(f"{checkpoints.folder}: the saved states are gone; run it again")
+    config, examples = task.config, task.examples
+    spec = BundleSpec(
+        architecture=task.architecture,
+        classes=examples.classes,
+        preprocess=task.preprocess,
+        provenance=provenance(config.model_dump(mode="json"))
+        | {
+            "seed": config.seed,
+            "run": task.identity,
+            "strategy": task.strategy,
+            "precision": outcome.precision,
+            "workers": str(workers),
+            "data": {
+                "manifests": {key: asdict(source) for key, source in examples.sources.items()},
+                "train_rows": examples.count(held=False),
+                "val_rows": examples.count(held=True),
+                "train_failed": failed[0],
+                "val_failed": failed[1],
+            },
+        },
+        metrics=_metrics(best),
+    )
+    files = publish(
+        config.output,
+        spec,
+        checkpoints.best_weights(latest[0]),
+        outcome.history,
+        best,
+        workers=str(workers),
+        seconds=time.monotonic() - begun,
+        class_rows={
+            name: (train, val)
+            for name, train, val in zip(
+                examples.classes,
+                examples.per_class(held=False),
+                examples.per_class(held=True),
+                strict=True,
+            )
+        },
+        samples=SAMPLES,
+    )
+    print(
+        f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {config.output}",
+        flush=True,
+    )
+    return best, files
+
+
+def _metrics(best: Epoch) -> dict[str, float]:
+    names = (
+        "val_accuracy",
+        "val_balanced_accuracy",
+        "val_loss",
+        "train_accuracy",
+        "train_loss",
+        "epoch",
+    )
+    return {name: float(getattr(best, name)) for name in names}
+
+
+def _suggest_lr(config: TrainConfig, outcome: Outcome) -> TrainResult:
+    """Draw the LR range test and say what to take from it."""
+    if outcome.kind is not None or len(outcome.lr_curve) < 2:
+        raise RunFailed(f"the LR range test came to nothing: {outcome.problem or 'no step'}")
+    lrs, losses = zip(*outcome.lr_curve, strict=True)
+    suggestion = steepest(lrs, smoothed(np.asarray(losses)))
+    files = {f"plots/{n}": data for n, data in lr_range(lrs, losses, suggestion).items()}
+    sink = io.BytesIO()
+    pd.DataFrame({"lr": lrs, "loss": losses}).to_parquet(sink, index=False)
+    files["lr_range.parquet"] = sink.getvalue()
+    for name, data in files.items():
+        storage.write(storage.join(config.output, name), data)
+    print(
+        f"LR range test: {len(lrs)} steps up to {lrs[-1]:.2g}; the loss falls fastest at "
+        f"{suggestion:.2g}: try --optim.lr {suggestion:.1e}\n"
+        f"drawn in {storage.join(config.output, 'plots/lr_range.png')}",
+        flush=True,
+    )
+    return TrainResult(config.output, [], None, 0, outcome.lr_curve)

@@ -1,0 +1,205 @@
+"""Pictures of a training: its curves, and the test that suggests a learning rate.
+
+Owns how they look: colours that the colour-blind tell apart, units on every axis, the same bytes
+for the same numbers. Draws on figures of its own, without pyplot's global state. Imported by the
+driver alone, for workers have no use for matplotlib.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+
+Floats = npt.NDArray[np.float64]
+
+# Okabe and Ito's palette (Color Universal Design, 2008)
+TRAIN, VAL, OTHER = "#0072B2", "#D55E00", "#009E73"
+GREY = "#666666"
+DPI = 150
+
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelcolor": "#333333",
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "figure.facecolor": "white",
+    "font.family": ["sans-serif"],
+    # the first comes with matplotlib; the others for whoever opens the SVG without it
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 10,
+    "grid.color": "#e4e4e4",
+    "legend.fontsize": 9,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",  # text that can be searched and copied
+    "svg.hashsalt": "imgcls",  # else ids are drawn at random
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+def curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
+    """Loss, accuracy and learning rate over the epochs, as `curves.png` and `curves.svg`.
+
+    history: one row per epoch, as in the bundle's history.parquet; of its columns epoch, phase
+        ("probe" or "train"), train_loss, train_accuracy, val_loss, val_accuracy and lr are drawn,
+        NaN or absent ones are left out
+    best: the epoch whose weights were kept, which is marked
+    """
+    probe = (history["epoch"] == 0) | (_text(history, "phase") == "probe")
+    lr = _values(history, "lr")
+    panels = 3 if np.isfinite(lr).any() else 2
+    with matplotlib.rc_context(_STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+        figure = Figure(figsize=(4.0 * panels, 3.6), dpi=DPI, layout=layout)
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _curve(axes[0], history, probe, "loss", best)
+        axes[0].set(title="Loss", ylabel="nats per image")
+        _curve(axes[1], history, probe, "accuracy", best)
+        axes[1].set(title="Accuracy", ylabel="images classified right")
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        low, high = axes[1].get_ylim()
+        axes[1].set_ylim(max(low, -0.02), min(high, 1 + 0.03 * (1 - low)))
+        if panels == 3:
+            axes[2].plot(history["epoch"], lr, color=OTHER, **_dots(len(history)))
+            axes[2].set(title="Learning rate", ylabel="at the end of the epoch")
+            axes[2].yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+            axes[2].set_ylim(bottom=0)
+        for axis in axes:
+            axis.axvline(best, color=GREY, linewidth=1, linestyle=":", zorder=1)
+            axis.set_xlabel("epoch")
+            axis.set_xlim(*_span(history["epoch"]))
+            few = len(history) <= 10
+            places = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
+            axis.xaxis.set_major_locator(places)
+        return _rendered(figure, "curves")
+
+
+def lr_range(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -> dict[str, bytes]:
+    """The loss while the learning rate rises, as `lr_range.png` and `lr_range.svg`.
+
+    lrs, losses: one value per step; losses that are not finite are left out
+    suggestion:  the learning rate to mark
+    """
+    x, y = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    smooth = smoothed(y)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=0.08))
+        axis = figure.subplots()
+        axis.plot(x, y, color=TRAIN, alpha=0.3, linewidth=1, label="each step")
+        axis.plot(x, smooth, color=TRAIN, linewidth=2, label="smoothed")
+        axis.axvline(
+            suggestion, color=VAL, linestyle="--", label=f"suggested: {suggestion:.2g}", zorder=3
+        )
+        axis.set_xscale("log")
+        axis.set(
+            title="Learning rate range test", xlabel="learning rate", ylabel="loss (nats per image)"
+        )
+        if len(smooth):
+            # the end, where it explodes, would flatten all that matters
+            low, start = smooth.min(), smooth[0]
+            room = max(start - low, 0.1 * abs(start), 1e-3)
+            axis.set_ylim(low - 0.15 * room, start + 0.5 * room)
+        axis.legend(loc="lower left")
+        return _rendered(figure, "lr_range")
+
+
+def smoothed(values: Floats) -> Floats:
+    """(N,) means over neighbours under a Gaussian of 2 % of N, which moves no minimum sideways."""
+    if len(values) < 3:
+        return values
+    places = np.arange(len(values))
+    width = max(1.0, 0.02 * len(values))
+    weights = np.exp(-0.5 * ((places[:, None] - places[None, :]) / width) ** 2)
+    means: Floats = weights @ values / weights.sum(1)
+    return means
+
+
+def _curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best: int) -> None:
+    """Train and val of one quantity; the probe apart from the line; the best epoch ringed."""
+    lines = (("train", TRAIN, "--"), ("val", VAL, "-"))
+    for split, colour, style in lines:
+        values = _values(history, f"{split}_{what}")
+        rows = ~probe & np.isfinite(values)
+        if rows.any():
+            axis.plot(
+                history["epoch"][rows],
+                values[rows],
+                color=colour,
+                linestyle=style,
+                label={"train": "training", "val": "validation"}[split],
+                **_dots(int(rows.sum())),
+            )
+        rows = probe & np.isfinite(values)
+        if rows.any():
+            label = f"probe: {_told(values[rows][0], what)}" if split == "val" else None
+            axis.plot(history["epoch"][rows], values[rows], "D", color=colour, ms=6, label=label)
+    values = _values(history, f"val_{what}")
+    rows = (history["epoch"] == best).to_numpy() & np.isfinite(values)
+    if rows.any():
+        label = f"best: {_told(values[rows][0], what)}, epoch {best}"
+        ring: dict[str, Any] = {"markersize": 11, "markeredgewidth": 1.8, "markerfacecolor": "none"}
+        axis.plot([best], values[rows][:1], "o", color=GREY, label=label, **ring)
+    drawn = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.empty(0)])
+    if len(drawn):
+        axis.margins(y=0.12)
+        if what == "loss" and drawn.min() > 0 and drawn.max() > 20 * np.median(drawn):
+            axis.set_yscale("log")  # one bad epoch would flatten all others
+        axis.legend(loc="best")
+
+
+def _told(value: float, what: str) -> str:
+    return f"{100 * value:.1f} %" if what == "accuracy" else f"{value:.3f}"
+
+
+def _values(history: pd.DataFrame, column: str) -> Floats:
+    if column not in history:
+        return np.full(len(history), np.nan)
+    values: Floats = history[column].to_numpy(dtype=float, na_value=np.nan)
+    return values
+
+
+def _text(history: pd.DataFrame, column: str) -> pd.Series:
+    return history[column] if column in history else pd.Series("", index=history.index)
+
+
+def _dots(points: int) -> dict[str, Any]:
+    """A dot per epoch where there is room; a single epoch would be invisible without."""
+    return {"marker": "o", "markersize": 4} if points <= 30 else {}
+
+
+def _span(epochs: pd.Series) -> tuple[float, float]:
+    low, high = float(epochs.min()), float(epochs.max())
+    margin = max(0.5 if high - low < 4 else 0.3, 0.03 * (high - low))
+    return low - margin, high + margin
+
+
+def _rendered(figure: Figure, name: str) -> dict[str, bytes]:
+    """The figure in both formats, without a date or a version that would change the bytes."""
+    plain: dict[str, dict[str, Any]] = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+    }
+    files = {}
+    for format, metadata in plain.items():
+        sink = io.BytesIO()
+        figure.savefig(sink, format=format, metadata=metadata)
+        files[f"{name}.{format}"] = sink.getvalue()
+    return files

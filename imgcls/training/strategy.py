@@ -1,0 +1,74 @@
+"""How a network is trained: from scratch, its head alone, all of it, or one after the other.
+
+Owns what a strategy means for learning rates and for which layers move when. The head alone is
+trained by `probe`; everything else is `loop`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import nn
+
+from imgcls.config import Section
+from imgcls.errors import RequestError
+from imgcls.training.layers import Group, groups, layers
+
+Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
+
+
+class ProbeConfig(Section):
+    """The head alone, on features that are computed once."""
+
+    views: PositiveInt = 2
+    """Features per training image: as it is, mirrored (where augment.hflip allows), then crops."""
+    l2: NonNegativeFloat | None = None
+    """Pull of the head's weights towards 0; chosen by the validation loss if none."""
+
+
+class FinetuneConfig(Section):
+    """All layers, the lower ones more carefully."""
+
+    backbone_lr_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Learning rate of the layers below the head, as a share of optim.lr."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer below the head moves by this factor less than the one above it; 1 is none."""
+    unfreeze_every: PositiveInt | None = None
+    """Epochs after which one more layer, from the head down, begins to move; at once if none."""
+
+
+def settle(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
+    """The strategy that is meant: the head and then all from weights, else from scratch.
+
+    Raises RequestError when a strategy needs weights and there are none.
+    """
+    if strategy is None:
+        return "probe_then_finetune" if pretrained else "scratch"
+    if strategy != "scratch" and not pretrained:
+        raise RequestError(
+            f"strategy {strategy}: needs weights to start from; give --model.weights FILE (or "
+            "`torchvision`), or --strategy scratch"
+        )
+    return strategy
+
+
+def has_probe(strategy: Strategy) -> bool:
+    return strategy in ("probe", "probe_then_finetune")
+
+
+def parameter_groups(network: nn.Module, strategy: Strategy, config: FinetuneConfig) -> list[Group]:
+    """Which parameters share a learning rate under a strategy."""
+    if strategy == "scratch":
+        return groups(network)
+    return groups(network, backbone_scale=config.backbone_lr_scale, layer_decay=config.layer_decay)
+
+
+def moving(network: nn.Module, strategy: Strategy, config: FinetuneConfig, epoch: int) -> set[str]:
+    """Names of the parameters that move in an epoch, counted from 1."""
+    cut = layers(network)
+    if strategy == "scratch" or config.unfreeze_every is None:
+        return {name for layer in cut for name in layer}
+    # after a probe, an epoch of the head alone would teach it nothing
+    free = 1 + (epoch - 1) // config.unfreeze_every + has_probe(strategy)
+    return {name for layer in cut[-free:] for name in layer}
