@@ -163,6 +163,12 @@ class Checkpoints:
             self._write, self._number, self._best, standing, state, best
         )
 
+    def discard_after(self, number: int) -> None:
+        """Remove states beyond one that a run goes on from; they were found damaged."""
+        for name in storage.names(self.folder):
+            if _number_of(name) > number:
+                storage.remove(self._at(name))
+
     def wait(self) -> None:
         """Return when the last state is on storage; raises the StorageError if it is not."""
         if self._pending is not None:

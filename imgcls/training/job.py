@@ -90,6 +90,8 @@ def run(
     if config.find_lr:
         with followed_board(config.epochs, lambda epoch: None) as board:
             outcome = fit(work, workers, board, interruption)
+        if checkpoints.identity() is None:
+            storage.remove(checkpoints.folder)  # else it belongs to an unfinished training
         return _suggest_lr(config, outcome)
     with _tracking(task, checkpoints) as tracking:
 
@@ -118,8 +120,8 @@ def _tracking(task: Task, checkpoints: Checkpoints) -> Iterator[track.Tracking]:
         state = json.loads(storage.read(url))
     except (StorageMissing, ValueError):
         state = None
-    saved = checkpoints.saved()
-    history = saved[0].standing.history if saved else ()
+    latest = checkpoints.latest()
+    history = latest[0].standing.history if latest else ()
     first = history[-1].epoch + 1 if history else 0
     with track.tracking(task.config.track, task.config.output, state) as tracking:
         tracking.start(task.config.model_dump(mode="json"), first)

@@ -175,7 +175,9 @@ class Trainer:
         dist.broadcast(number, 0)
         if int(number) == 0:
             return
-        if self.rank != 0:
+        if self.rank == 0:
+            self.checkpoints.discard_after(int(number))
+        else:
             found = self.checkpoints.latest(at_most=int(number))
         if found is None or found[0].number != int(number):
             raise RuntimeError(

@@ -78,7 +78,8 @@ def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kil
                 wait_for(
                     lambda b=before, k=kill: (
                         durable(output) >= min(CHUNKS, b + k.chunks) or committed(output)
-                    )
+                    ),
+                    timeout=300,
                 )
                 time.sleep(kill.delay)
                 met.append(f"{kill.target} at {durable(output)} of {CHUNKS} chunks")
@@ -89,7 +90,7 @@ def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kil
                     for worker in killed:
                         worker.kill()
                     after = min(CHUNKS, durable(output) + 4) if killed else 0
-                    wait_for(lambda n=after: durable(output) >= n or committed(output))
+                    wait_for(lambda n=after: durable(output) >= n or committed(output), 300)
                     driver.kill()
                 else:
                     cluster.kill()

@@ -281,3 +281,18 @@ def test_a_damaged_identity_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / FOLDER / RUN).write_text('{"se')
     with pytest.raises(OutputError, match=r"run\.json: is damaged .*--overwrite"):
         checkpoints.identity()
+
+
+def test_going_on_leaves_no_damaged_state_to_take_the_place_of_a_good_one(tmp_path: Path) -> None:
+    folder = saved(tmp_path, range(1, 4), best=(1, 3))
+    (folder / "state-000003.pt").write_bytes(b"cut short")
+    checkpoints = Checkpoints(str(tmp_path))
+    found = checkpoints.latest()
+    assert found is not None
+    assert found[0].number == 2
+    checkpoints.discard_after(2)
+    checkpoints.save(standing(3, 0), state(4), None)
+    checkpoints.wait()
+    assert [each.number for each in Checkpoints(str(tmp_path)).saved()] == [4, 2]
+    assert "best-000001.safetensors" in names(folder)
+    assert "best-000003.safetensors" not in names(folder)

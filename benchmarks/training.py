@@ -1,0 +1,514 @@
+"""Training speed beside this machine's limit and torchvision's reference training.
+
+    python -m benchmarks.training [--model resnet18 small_cnn] [--images 320] [--workers 1 2]
+
+Measured over the same images, in turn, in one run, and reported as medians of the repeats:
+  limit      a bare loop over the decoded images, in memory already, with our augmentation
+  plain      the same without augmentation, for information: what the network alone costs
+  imgcls     `imgcls train` as a user runs it: by its own clock of the steps, and by the wall clock
+             from the end of one epoch to the end of the next, validation and saving included
+  reference  torchvision's references/classification: ImageFolder, its transforms, DataLoader
+
+All start from random weights and do the same: random resized crop and mirroring, bf16 autocast
+where the machine has it, channels-last, fused AdamW, no average of weights, the same global batch;
+several workers are processes under DDP, who share the cores. Starting up and the first epoch (of
+the bare loop: some steps) are not counted. The ratio to the limit is to the loop with augmentation,
+which does the same work. The reference is given what its script leaves out and would gain from:
+channels-last, running statistics that are not sent about, loader processes that live on, and the
+better of two numbers of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from imgcls.data import images
+from imgcls.data.preprocess import Preprocess
+from imgcls.models import zoo
+from imgcls.models.classifier import choose_precision
+from imgcls.models.normalise import Normalise
+from imgcls.training.augment import Augment, AugmentConfig, centre
+from imgcls.training.ingest import Views
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("IMGCLS_SHARED", ROOT.parent / "shared")) / "data"
+CORES = len(os.sched_getaffinity(0))
+GPUS = torch.cuda.device_count()
+CROP, MIRROR = (0.08, 1.0), 0.5
+"""Of torchvision's RandomResizedCrop and RandomHorizontalFlip."""
+WARM_STEPS = 2
+VAL_IMAGES = 20
+
+LIMIT, PLAIN = "limit: bare loop, our augmentation", "bare loop, no augmentation"
+STEPS, WALL = "imgcls, its steps", "imgcls, epoch end to epoch end"
+REFERENCE = "torchvision's reference"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all three train, and on what.
+
+    folder: `train` and `val` with a folder per class, pixels.npy (N, 3, S, S) uint8, labels.npy
+    """
+
+    model: str
+    folder: Path
+    classes: int
+    images: int
+    epochs: int
+    batch_size: int
+    precision: str
+    preprocess: Preprocess
+
+    @property
+    def counted(self) -> int:
+        """Images of all epochs but the first."""
+        return self.images * (self.epochs - 1)
+
+
+@dataclass
+class Measured:
+    """images/s by what was measured, in order of repeats; and how busy the GPU was."""
+
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    busy: list[float] = field(default_factory=list)
+
+    def note(self, name: str, rate: float) -> None:
+        self.rates.setdefault(name, []).append(rate)
+        print(f"  {name:<42} {rate:8.1f} images/s", flush=True)
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.rates[name])
+
+
+def main() -> None:
+    options = parse()
+    described = machine()
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    rows: list[dict[str, Any]] = []
+    for model in options.model:
+        with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as name:
+            task = prepare(Path(name), model, options)
+            for workers in options.workers:
+                measured = measure(task, workers, options.repeats)
+                report(task, workers, measured)
+                rows += table(task, workers, measured, described)
+    results = ROOT / "bench-results"
+    results.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_parquet(results / "training.parquet", index=False)
+    print(f"\nwritten to {results / 'training.parquet'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    gpu = GPUS > 0
+    parser.add_argument("--model", nargs="+", default=["resnet50"] if gpu else list(SIZES))
+    parser.add_argument("--images", type=int, help="per epoch; repeated if there are not so many")
+    parser.add_argument("--epochs", type=int, default=6 if gpu else 2, help="one is not counted")
+    parser.add_argument("--repeats", type=int, default=3)
+    most = GPUS or CORES
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2] if most > 1 else [1])
+    parser.add_argument("--batch-size", type=int, default=256 if gpu else 64, help="of all workers")
+    options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs must be at least 2: the first is not counted")
+    if max(options.workers) > most:
+        parser.error(f"--workers: there are {most} {'GPUs' if gpu else 'cores'}")
+    if not DATA.is_dir():
+        parser.error(f"no folder {DATA}; say where shared/ is in IMGCLS_SHARED")
+    return options
+
+
+SIZES = {"resnet18": 320, "small_cnn": 4000}
+"""Images of an epoch on a CPU."""
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return {
+        "cpu": found[1] if found else name,
+        "cores": CORES,
+        "gpu": f"{GPUS} x {torch.cuda.get_device_name()}" if GPUS else "none",
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+# ---------------------------------------------------------------------------- the same for all
+
+
+def prepare(folder: Path, model: str, options: argparse.Namespace) -> Task:
+    """Choose the images and decode them, as a training of ours would keep them in memory."""
+    source = DATA / ("cifar10" if model == "small_cnn" else "cats-dogs")
+    count = options.images or (20_000 if GPUS else SIZES.get(model, 320))
+    train = link(source / "train", folder / "train", count)
+    link(source / "test", folder / "val", VAL_IMAGES)
+    preprocess = zoo.default_preprocess(zoo.architecture(model))
+    spec = Views.of(preprocess, cropped=True).train
+    decoded: dict[Path, images.Pixels] = {}
+    for path, _ in train:
+        if path not in decoded:
+            decoded[path] = images.decode(path.read_bytes(), spec)[0]
+    np.save(folder / "pixels.npy", np.stack([decoded[path] for path, _ in train]))
+    np.save(folder / "labels.npy", np.array([label for _, label in train]))
+    precision, reason = choose_precision("auto", torch.device("cuda" if GPUS else "cpu"))
+    classes = len({label for _, label in train})
+    task = Task(
+        model=model,
+        folder=folder,
+        classes=classes,
+        images=count,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        precision=precision,
+        preprocess=preprocess,
+    )
+    print(
+        f"\n{model} at {preprocess.crop}: {count:,} images of {classes} classes from {source.name},"
+        f" batches of {task.batch_size}, {precision} ({reason})",
+        flush=True,
+    )
+    return task
+
+
+def link(source: Path, folder: Path, count: int) -> list[tuple[Path, int]]:
+    """A folder per class of links to `count` images, as many of each class; the files and labels.
+
+    Where there are not so many, they come again under other names.
+    """
+    classes = sorted(path for path in source.iterdir() if path.is_dir())
+    files = [sorted(path.iterdir()) for path in classes]
+    chosen = []
+    for at in range(count):
+        number, label = divmod(at, len(classes))
+        path = files[label][number % len(files[label])].resolve()
+        place = folder / classes[label].name / f"{number:06d}{path.suffix}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path)
+        chosen.append((path, label))
+    return chosen
+
+
+def measure(task: Task, workers: int, repeats: int) -> Measured:
+    """All in turn; the first time, the reference with each number of loader processes."""
+    measured = Measured()
+    loaders = [1, 2] if not GPUS else [max(1, CORES // workers // 2), max(1, CORES // workers)]
+    print(f"{task.model}, {workers} worker{'s' if workers > 1 else ''}:")
+    for repeat in range(repeats):
+        augmented, plain = in_processes(bare_loop, task, workers)
+        measured.note(LIMIT, augmented)
+        measured.note(PLAIN, plain)
+        steps, wall, busy = measure_imgcls(task, workers, repeat)
+        measured.note(STEPS, steps)
+        measured.note(WALL, wall)
+        measured.busy += busy
+        rates = {n: in_processes(reference_loop, task, workers, n)[0] for n in loaders}
+        best = max(rates, key=rates.__getitem__)
+        if len(rates) > 1:
+            tried = ", ".join(f"{rate:.1f} with {n}" for n, rate in rates.items())
+            print(f"  loader processes per worker of the reference: {best} (images/s: {tried})")
+        loaders = [best]
+        measured.note(REFERENCE, rates[best])
+    return measured
+
+
+def report(task: Task, workers: int, measured: Measured) -> None:
+    limit = measured.median(LIMIT)
+    of = f"{task.model}, {workers} worker{'s' if workers > 1 else ''}: median"
+    print(f"\n{of:<44} {'images/s':>10} {'of limit':>10}")
+    for name in (LIMIT, PLAIN, STEPS, WALL, REFERENCE):
+        rate = measured.median(name)
+        print(f"{name:<44} {rate:>10.1f} {rate / limit:>10.0%}")
+    print(f"\nimgcls / limit       {measured.median(STEPS) / limit:.2f}   (at least 0.90)")
+    ahead = measured.median(STEPS) / measured.median(REFERENCE)
+    print(f"imgcls / reference   {ahead:.2f}   (ahead: above 1)")
+    if GPUS:
+        told = f"{statistics.mean(measured.busy):.0f} %" if measured.busy else "unknown: no pynvml"
+        print(f"GPU busy in imgcls, after its first epoch: {told}")
+    print(flush=True)
+
+
+def table(
+    task: Task, workers: int, measured: Measured, described: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row for every figure, with all that it holds for."""
+    settings = {
+        "model": task.model,
+        "workers": workers,
+        "images": task.images,
+        "epochs": task.epochs,
+        "batch_size": task.batch_size,
+        "precision": task.precision,
+    }
+    return [
+        {**settings, "measured": name, "repeat": repeat, "images_per_second": rate, **described}
+        for name, rates in measured.rates.items()
+        for repeat, rate in enumerate(rates)
+    ]
+
+
+# ---------------------------------------------------------------------------- imgcls
+
+
+def measure_imgcls(task: Task, workers: int, repeat: int) -> tuple[float, float, list[float]]:
+    """`imgcls train` after its first epoch.
+
+    Returns its images per second, by its own clock and by ours, and how busy the first GPU was at
+    each look, in percent.
+    """
+    output = task.folder / f"bundle-{workers}-{repeat}"
+    command = [
+        *(sys.executable, "-m", "imgcls.cli", "train", "--output", str(output)),
+        *("--data.train", str(task.folder / "train"), "--data.val", str(task.folder / "val")),
+        *("--model.name", task.model, "--precision", task.precision, "--optim.ema", "none"),
+        *("--epochs", str(task.epochs), "--batch-size", str(task.batch_size)),
+        *("--augment.preset", "none", "--augment.hflip", str(MIRROR)),
+        *("--augment.crop-scale", str(list(CROP)), "--scale.num-workers", str(workers)),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    ends: list[float] = []
+    with gpu_watched() as busy:
+        for line in process.stdout:
+            lines.append(line)
+            if re.match(r"epoch +\d+/", line):
+                ends.append(time.perf_counter())
+                if len(ends) == 1:
+                    busy.clear()
+    if process.wait() != 0 or len(ends) != task.epochs:
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{''.join(lines)}")
+    history = pd.read_parquet(output / "history.parquet")
+    history = history[history["epoch"] >= 2]
+    seconds = (history["train_rows"] / history["images_per_second"]).sum()
+    return history["train_rows"].sum() / seconds, task.counted / (ends[-1] - ends[0]), list(busy)
+
+
+@contextmanager
+def gpu_watched() -> Iterator[list[float]]:
+    """A list that grows, ten times a second, by the first GPU's use in percent, if it is told."""
+    seen: list[float] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.1):
+            seen.append(torch.cuda.utilization(0))
+
+    try:
+        if GPUS:
+            torch.cuda.utilization(0)
+    except ModuleNotFoundError:
+        watched = False
+    else:
+        watched = GPUS > 0
+    watcher = threading.Thread(target=look, daemon=True)
+    if watched:
+        watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        if watched:
+            watcher.join()
+
+
+# ---------------------------------------------------------------------------- the bare loops
+
+
+def in_processes(loop: Callable[..., list[float]], task: Task, workers: int, *more: Any) -> Any:
+    """What a loop returns that runs in a fresh process per worker."""
+    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as meeting:
+        # `spawn` of torch: ends all when one fails
+        torch.multiprocessing.spawn(
+            in_process, (loop, task, workers, meeting, told, more), nprocs=workers
+        )
+    return told.get()
+
+
+def in_process(
+    rank: int,
+    loop: Callable[..., list[float]],
+    task: Task,
+    workers: int,
+    meeting: str,
+    told: Any,
+    more: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(max(1, CORES // workers))
+    torch.manual_seed(rank)
+    torch.backends.cudnn.benchmark = True
+    dist.init_process_group(
+        "nccl" if GPUS else "gloo",
+        init_method=f"file://{meeting}/store",
+        rank=rank,
+        world_size=workers,
+    )
+    rates = loop(task, Learner(task, rank, workers), *more)
+    if rank == 0:
+        told.put(rates)
+    dist.destroy_process_group()
+
+
+class Learner:
+    """A network and its step, without any framework."""
+
+    def __init__(self, task: Task, rank: int, workers: int) -> None:
+        self.rank, self.workers = rank, workers
+        self.device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
+        if GPUS:
+            torch.cuda.set_device(self.device)
+        network = zoo.build(zoo.trainable(zoo.architecture(task.model)), task.classes)
+        network = network.train().to(self.device).to(memory_format=torch.channels_last)
+        self._optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
+        self._network: torch.nn.Module = network
+        if workers > 1:
+            parallel = torch.nn.parallel.DistributedDataParallel
+            with warnings.catch_warnings():
+                # its new name is not known to the oldest torch that is supported
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                self._network = parallel(network, broadcast_buffers=False)
+        self._bf16 = task.precision == "bf16"
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            logits = self._network(inputs)
+        F.cross_entropy(logits.float(), labels).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def moved(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.pin_memory().to(self.device, non_blocking=True) if GPUS else batch
+
+    def now(self) -> float:
+        """Seconds of a clock, once all workers have done all that they were given."""
+        if GPUS:
+            torch.cuda.synchronize()
+        dist.barrier()
+        return time.perf_counter()
+
+
+def bare_loop(task: Task, learner: Learner) -> list[float]:
+    """images/s with our augmentation, and without any, an epoch of each in turn."""
+    pixels = torch.from_numpy(np.load(task.folder / "pixels.npy"))
+    labels = torch.from_numpy(np.load(task.folder / "labels.npy"))
+    size = task.preprocess.crop
+    middle = centre(pixels, size).contiguous()
+    normalise = Normalise(task.preprocess, learner.device)
+    config = AugmentConfig(preset="none", crop_scale=CROP, hflip=MIRROR)
+    augment = Augment(config, size=size, num_classes=task.classes)
+
+    def with_ours(rows: torch.Tensor) -> None:
+        learner.step(*prepared(*augment(*moved(pixels, rows))))
+
+    def without(rows: torch.Tensor) -> None:
+        learner.step(*prepared(*moved(middle, rows)))
+
+    def moved(source: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return learner.moved(source[rows]), learner.moved(labels[rows])
+
+    def prepared(batch: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return normalise(batch), wanted
+
+    def batches(epoch: int) -> Iterator[torch.Tensor]:
+        order = torch.from_numpy(np.random.default_rng(epoch).permutation(task.images))
+        for rows in order.tensor_split(-(-task.images // task.batch_size)):
+            yield rows[learner.rank :: learner.workers]
+
+    ways = (with_ours, without)
+    spent = dict.fromkeys(ways, 0.0)
+    for way in ways:
+        run(way, itertools.islice(itertools.chain(batches(0), batches(1)), WARM_STEPS))
+    for epoch in range(2, task.epochs + 1):
+        for way in ways:
+            start = learner.now()
+            run(way, batches(epoch))
+            spent[way] += learner.now() - start
+    return [task.counted / spent[way] for way in ways]
+
+
+def run(way: Callable[[torch.Tensor], None], batches: Iterable[torch.Tensor]) -> None:
+    for rows in batches:
+        way(rows)
+
+
+def reference_loop(task: Task, learner: Learner, loaders: int) -> list[float]:
+    """images/s of torchvision's references/classification (train.py and presets.py).
+
+    Its defaults: transforms of the first version on Pillow images.
+    """
+    from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+    from torchvision import datasets, transforms
+
+    preprocess = task.preprocess
+    dataset = datasets.ImageFolder(
+        str(task.folder / "train"),
+        transforms.Compose(
+            [
+                transforms.RandomResizedCrop(preprocess.crop, scale=CROP, antialias=True),
+                transforms.RandomHorizontalFlip(MIRROR),
+                transforms.PILToTensor(),
+                transforms.ConvertImageDtype(torch.float),
+                transforms.Normalize(preprocess.mean, preprocess.std),
+            ]
+        ),
+    )
+    shared = learner.workers > 1
+    sampler: Any = (
+        DistributedSampler(dataset, learner.workers, learner.rank)
+        if shared
+        else RandomSampler(dataset)
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=task.batch_size // learner.workers,
+        sampler=sampler,
+        num_workers=loaders,
+        pin_memory=GPUS > 0,
+        persistent_workers=True,
+    )
+    spent = 0.0
+    for epoch in range(1, task.epochs + 1):
+        if shared:
+            sampler.set_epoch(epoch)
+        start = learner.now()
+        for inputs, labels in loader:
+            inputs = inputs.to(learner.device, non_blocking=True)
+            inputs = inputs.to(memory_format=torch.channels_last)
+            learner.step(inputs, labels.to(learner.device, non_blocking=True))
+        if epoch > 1:
+            spent += learner.now() - start
+    return [task.counted / spent]
+
+
+if __name__ == "__main__":
+    main()

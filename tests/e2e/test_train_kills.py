@@ -1,0 +1,341 @@
+"""A training that is killed learns what one left alone learns: drivers, workers, the whole cluster.
+
+The short form runs in `make test`; the long form (random moments) is marked `chaos`. Moments are
+drawn from a seed that is printed, so that a failure can be run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from imgcls.models.classifier import Classifier
+from imgcls.training.checkpoints import Checkpoints, Standing
+from tests.conftest import write_manifest
+from tests.processes import BIN, RayCluster, imgcls, kill_family, started, wait_for
+
+pytestmark = pytest.mark.timeout(600)
+
+ROWS, VAL_ROWS, EPOCHS = 1000, 197, 6
+LONG = 12
+"""Epochs of the run that is killed at random, so that there is something to kill."""
+PATIENCE = 240
+"""Seconds for anything to happen on a machine that has other things to do."""
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    folder = tmp_path_factory.mktemp("digits")
+    rows = []
+    for i in np.random.default_rng(0).permutation(len(data.target))[: ROWS + VAL_ROWS]:
+        pixels = (data.images[i] * 255 / 16).round().astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append((f"{i}.png", str(data.target[i])))
+    write_manifest(folder / "train.csv", rows[:ROWS], ("path", "label"))
+    write_manifest(folder / "val.csv", rows[ROWS:], ("path", "label"))
+    return folder
+
+
+def arguments(digits: Path, output: Path, epochs: int = EPOCHS) -> list[object]:
+    return [
+        *("train", "--data.train", digits / "train.csv", "--data.val", digits / "val.csv"),
+        *("--model.name", "small_cnn", "--model.options", "{width: 16}", "--epochs", epochs),
+        *("--batch-size", 20, "--optim.lr", 3e-3, "--augment.preset", "standard"),
+        *("--augment.hflip", 0, "--precision", "fp32", "--scale.num-workers", 2),
+        *("--scale.max-failures", 3, "--output", output),
+    ]
+
+
+def left_alone(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> Path:
+    done = imgcls(
+        *arguments(digits, output, epochs), env=cluster.environment(), timeout=2 * PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def reference(digits: Path, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a run that nobody disturbed."""
+    return left_alone(digits, tmp_path_factory.mktemp("reference") / "bundle", cluster, EPOCHS)
+
+
+def standing(output: Path) -> Standing:
+    """How far the newest state that is on disk has come."""
+    saved = Checkpoints(str(output)).saved()
+    return saved[0].standing if saved else Standing()
+
+
+def learnt(output: Path) -> int:
+    """Epochs that are done; all of them once there is a bundle."""
+    return LONG if is_finished(output) else len(standing(output).history)
+
+
+def is_finished(output: Path) -> bool:
+    return (output / "bundle.json").exists()
+
+
+class Command:
+    """`imgcls train` under way, its output kept as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=into.extend, args=(stream,), daemon=True)
+            for stream, into in ((process.stdout, self.lines), (process.stderr, self.errors))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @classmethod
+    @contextlib.contextmanager
+    def running(cls, words: list[object], cluster: RayCluster) -> Iterator[Command]:
+        with started(*words, env=cluster.environment()) as process:
+            yield cls(process)
+
+    def until_epoch(self, output: Path, epochs: int) -> None:
+        """Wait until so many epochs are saved."""
+        wait_for(lambda: learnt(output) >= epochs or self.has_ended, PATIENCE)
+        assert not self.has_ended, self.errors
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def end(self) -> int:
+        """Wait for the end; the exit code."""
+        code = self.process.wait(2 * PATIENCE)
+        for reader in self._readers:
+            reader.join(10)
+        return code
+
+    def went_on(self) -> list[tuple[int, int]]:
+        """(epoch, step) at which a worker group has gone on."""
+        found = (re.match(r"going on: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
+        return [(int(match[1]), int(match[2] or 0)) for match in found if match]
+
+
+def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
+    """A whole bundle, the same curves, the same weights, nothing of the way there."""
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in reference.iterdir()}
+    here, there = (pd.read_parquet(folder / "history.parquet") for folder in (output, reference))
+    assert here.epoch.tolist() == there.epoch.tolist()
+    assert set(here.train_rows) == {ROWS}
+    assert set(here.val_rows) == {VAL_ROWS}
+    for column in ("train_loss", "val_loss", "lr"):
+        np.testing.assert_allclose(here[column], there[column], rtol=1e-4, err_msg=column)
+    for column in ("train_accuracy", "val_accuracy"):
+        np.testing.assert_allclose(here[column], there[column], atol=2 / VAL_ROWS, err_msg=column)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, reference))
+    for key in theirs:
+        np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-4, err_msg=key)
+    rows = pd.read_csv(digits / "val.csv", dtype=str)
+    classifier = Classifier.load(str(output), precision="fp32")
+    predictions = classifier.predict([digits / path for path in rows.path])
+    right = sum(p.label == label for p, label in zip(predictions, rows.label, strict=True))
+    assert right / VAL_ROWS == pytest.approx(there.val_accuracy.max(), abs=2 / VAL_ROWS)
+    assert right / VAL_ROWS > 0.9
+
+
+def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
+    digits: Path, reference: Path, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    with Command.running(arguments(digits, output), cluster) as command:
+        command.until_epoch(output, 2)
+        workers = cluster.workers("RayTrainWorker")
+        assert len(workers) == 2
+        workers[0].kill()
+        assert command.end() == 0, command.errors
+    ((epoch, _),) = command.went_on()
+    assert epoch >= 3
+    told = [line.split()[1] for line in command.lines if line.startswith("epoch ")]
+    # an epoch whose state was not yet written when the worker died is done, and told, again
+    assert list(dict.fromkeys(told)) == [f"{n}/{EPOCHS}" for n in range(1, EPOCHS + 1)]
+    assert len(told) <= EPOCHS + 1
+    assert_as_left_alone(output, reference, digits)
+
+
+@pytest.fixture(scope="module")
+def broken_off(digits: Path, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run whose driver was killed between two epochs, or within one."""
+    output = tmp_path_factory.mktemp("broken-off") / "bundle"
+    with Command.running(arguments(digits, output), cluster) as command:
+        command.until_epoch(output, 2)
+        command.process.kill()
+        command.end()
+    # workers outlive their driver by a moment, in which they may save once more
+    wait_for(lambda: not cluster.workers("RayTrainWorker"), PATIENCE)
+    assert not is_finished(output)
+    return output
+
+
+def test_a_killed_driver_loses_no_epoch(
+    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    shutil.copytree(broken_off, output)
+    done = learnt(output)
+    leftover = output / "_train" / "ray" / "0123456789ab"
+    leftover.mkdir(parents=True)
+    (leftover / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60.0", "chec')
+    with Command.running(arguments(digits, output), cluster) as command:
+        assert command.end() == 0, command.errors
+    ((epoch, _),) = command.went_on()
+    assert epoch == done + 1
+    assert_as_left_alone(output, reference, digits)
+
+
+def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
+    digits: Path, reference: Path, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    with Command.running(arguments(digits, output), cluster) as command:
+        command.until_epoch(output, 2)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end() == 1
+    assert "stopped by SIGTERM; all is saved, and the same command goes on" in command.errors[-1]
+    assert not is_finished(output)
+    assert not (output / "_lease").exists()
+    saved = standing(output)
+    assert saved.epoch == len(saved.history) + 1
+    assert saved.step > 0
+
+    other = imgcls(*arguments(digits, output), "--optim.lr", 1e-3, env=cluster.environment())
+    assert other.returncode == 2
+    assert "settings.optim.lr: 0.003 then, 0.001 now" in other.stderr
+    assert "--overwrite" in other.stderr
+
+    with Command.running(arguments(digits, output), cluster) as command:
+        assert command.end() == 0, command.errors
+    assert command.went_on() == [(saved.epoch, saved.step)]
+    assert_as_left_alone(output, reference, digits)
+
+
+def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
+    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    shutil.copytree(broken_off, output)
+    newest, before, *_ = Checkpoints(str(output)).saved()
+    state = output / "_train" / f"state-{newest.number:06d}.pt"
+    state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    # and a marker of one more, written in part
+    marker = output / "_train" / f"state-{newest.number + 1:06d}.json"
+    marker.write_text('{"number": 9, "sha')
+    with Command.running(arguments(digits, output), cluster) as command:
+        assert command.end() == 0, command.errors
+    assert command.went_on() == [(before.standing.epoch, before.standing.step)]
+    assert_as_left_alone(output, reference, digits)
+
+
+@contextlib.contextmanager
+def machine(cluster: RayCluster, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """One more node of a cluster; killed in the end, if it was not before."""
+    command = [
+        *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
+        *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
+        "--object-store-memory=200000000",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        kill_family(process.pid)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
+    digits: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    epochs = 400
+    words = [*arguments(digits, output, epochs), "--scale.num-workers", "[1, 2]"]
+
+    def groups(command: Command) -> list[str]:
+        found = (re.match(r"training: (\d) on", line) for line in command.lines)
+        return [match[1] for match in found if match]
+
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(RayCluster.start(cpus=1))
+        with machine(cluster, 1) as lost, Command.running(words, cluster) as command:
+            command.until_epoch(output, 2)
+            assert groups(command) == ["2"]
+            kill_family(lost.pid)
+            wait_for(lambda: groups(command)[-1:] == ["1"] or command.has_ended, PATIENCE)
+            command.until_epoch(output, learnt(output) + 2)
+            stack.enter_context(machine(cluster, 1))
+            wait_for(lambda: groups(command)[-1:] == ["2"] or command.has_ended, PATIENCE)
+            command.until_epoch(output, learnt(output) + 2)
+            command.process.send_signal(signal.SIGTERM)
+            assert command.end() == 1, command.errors
+    history = standing(output).history
+    assert [epoch.epoch for epoch in history] == list(range(1, len(history) + 1))
+    assert {(epoch.train_rows, epoch.val_rows) for epoch in history} == {(ROWS, VAL_ROWS)}
+    assert history[-1].val_accuracy > 0.8
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    print(f"seed {seed}", flush=True)
+    output = tmp_path / "bundle"
+    targets = ["driver", "worker", "cluster", "driver", "worker", "cluster"]
+    rng.shuffle(targets)
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(RayCluster.start(cpus=2))
+        alone = left_alone(digits, tmp_path / "alone", cluster, LONG)
+        began = time.monotonic()
+        words = arguments(digits, output, LONG)
+        for target in targets:
+            with Command.running(words, cluster) as command:
+                # a third of the kills strike while it starts, goes on or decodes
+                if rng.random() < 1 / 3:
+                    time.sleep(rng.uniform(0.5, 15))
+                else:
+                    command.until_epoch(output, min(LONG - 1, learnt(output) + 1))
+                    time.sleep(rng.uniform(0, 1.5))
+                at = standing(output)
+                print(f"  {target} after epoch {len(at.history)}, {time.monotonic() - began:.0f} s")
+                if target == "worker":
+                    for worker in cluster.workers("RayTrainWorker")[:1]:
+                        worker.kill()
+                    wanted = min(LONG - 1, learnt(output) + 1)
+                    wait_for(
+                        lambda c=command, n=wanted: learnt(output) >= n or c.has_ended, PATIENCE
+                    )
+                elif target == "cluster":
+                    cluster.kill()
+                command.process.kill()
+                command.end()
+            if target == "cluster":
+                cluster = stack.enter_context(RayCluster.start(cpus=2))
+        last = imgcls(*words, env=cluster.environment(), timeout=2 * PATIENCE)
+        assert last.returncode == 0, last.stderr
+    assert_as_left_alone(output, alone, digits)
