@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-chaos bench lint format clean
+.PHONY: help venv demo test test-slow test-chaos bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,12 @@ test: lint  ## all checks: lint, types, layers, tests
 test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed files
 	$(BIN)/pytest -m chaos -s --timeout 3600
 
-bench: venv  ## measure labelling on this machine
-	$(BIN)/python benchmarks/labeling.py
+test-slow: venv  ## what takes too long for every change
+	$(BIN)/pytest -m slow --timeout 1200
+
+bench: venv  ## measure labelling and training on this machine
+	$(BIN)/python -m benchmarks.labeling
+	$(BIN)/python -m benchmarks.training
 
 lint: venv  ## style, types and the layers between packages
 	$(BIN)/ruff check .

@@ -31,8 +31,8 @@ class OptimConfig(Section):
 
     name: OptimizerName = "adamw"
     """adamw (Loshchilov & Hutter 2019) or sgd with Nesterov momentum, which wants a higher lr."""
-    lr: PositiveFloat = 1e-3
-    """Highest learning rate, reached at the end of the warm-up; of the head where rates differ."""
+    lr: PositiveFloat | None = None
+    """Highest learning rate, of the head where rates differ; 1e-3 from scratch, else 3e-4."""
     scale_lr_from: PositiveInt | None = None
     """Linear scaling rule: optim.lr is meant for this batch_size, and grows with it."""
     schedule: ScheduleName = "cosine"
@@ -54,6 +54,8 @@ class OptimConfig(Section):
 
     def peak_lr(self, batch_size: int) -> float:
         """The highest learning rate for batches of this size."""
+        if self.lr is None:
+            raise ValueError("optim.lr is still open; `default_lr` of the strategy is meant")
         return self.lr * (batch_size / self.scale_lr_from if self.scale_lr_from else 1)
 
 

@@ -30,7 +30,7 @@ class ProbeConfig(Section):
 class FinetuneConfig(Section):
     """All layers, the lower ones more carefully."""
 
-    backbone_lr_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    backbone_lr_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Learning rate of the layers below the head, as a share of optim.lr."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Each layer below the head moves by this factor less than the one above it; 1 is none."""
@@ -51,6 +51,11 @@ def settle(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
             "`torchvision`), or --strategy scratch"
         )
     return strategy
+
+
+def default_lr(strategy: Strategy) -> float:
+    """The highest learning rate of a batch of 64 under AdamW."""
+    return 1e-3 if strategy == "scratch" else 3e-4
 
 
 def has_probe(strategy: Strategy) -> bool:

@@ -33,7 +33,7 @@ from imgcls.training.optim import OptimConfig
 from imgcls.training.prepare import Task
 from imgcls.training.progress import Epoch
 from imgcls.training.publish import HISTORY
-from imgcls.training.strategy import settle
+from imgcls.training.strategy import default_lr, settle
 from imgcls.training.workers import ScaleConfig
 
 __all__ = [
@@ -60,6 +60,7 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     config = build(TrainConfig, settings) if config is None else config
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     task = _settled(config)
+    config = task.config
     _check_writable(config)
     finished = _finished(task)
     if finished is not None:
@@ -78,6 +79,9 @@ def _settled(config: TrainConfig) -> Task:
     """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
     examples = read_examples(config.data)
     strategy = settle(config.strategy, pretrained=config.model.weights is not None)
+    if config.optim.lr is None:
+        optim = config.optim.model_copy(update={"lr": default_lr(strategy)})
+        config = config.model_copy(update={"optim": optim})
     share = _smallest_share(config, examples.count(held=False))
     weights = class_weights(config.loss, examples.classes, examples.per_class(held=False))
     architecture, preprocess = networks.describe(config.model)

@@ -31,7 +31,8 @@ PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "em
 
 def config(**changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"data": {"train": "none.csv"}, "output": "none", "augment": "none"}
-    return TrainConfig.model_validate(settings | changes)
+    optim = {"lr": 1e-3, **changes.pop("optim", {})}
+    return TrainConfig.model_validate(settings | changes | {"optim": optim})
 
 
 def without_norms() -> nn.Module:

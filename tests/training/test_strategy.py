@@ -12,6 +12,7 @@ from imgcls.training.layers import layers
 from imgcls.training.strategy import (
     FinetuneConfig,
     Strategy,
+    default_lr,
     has_probe,
     moving,
     parameter_groups,
@@ -76,3 +77,8 @@ def test_after_a_probe_the_layer_below_the_head_is_free_from_the_start() -> None
     config = FinetuneConfig(unfreeze_every=1)
     free = [moving(NETWORK, "probe_then_finetune", config, epoch) for epoch in (1, 2, 3)]
     assert free == [HEAD | MIDDLE, EVERYTHING, EVERYTHING]
+
+
+def test_weights_that_are_good_already_are_moved_more_carefully() -> None:
+    assert default_lr("scratch") == 1e-3
+    assert default_lr("finetune") == default_lr("probe_then_finetune") == 3e-4
