@@ -145,7 +145,7 @@ def test_the_linear_scaling_rule_raises_the_peak_with_the_batch() -> None:
 
 def test_biases_and_normalisation_are_left_free_of_decay() -> None:
     network = small()
-    made = optimizer(network, groups(network), OptimConfig(weight_decay=0.5), batch_size=8)
+    made = optimizer(network, groups(network), OptimConfig(lr=1e-3, weight_decay=0.5), batch_size=8)
     decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         "0.weight": 0.5,
@@ -174,7 +174,7 @@ def test_sgd_moves_by_nesterovs_rule(momentum: float) -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_saved_state_is_a_copy_that_later_steps_leave_alone(kind: str) -> None:
     network = small()
-    made = optimizer(network, groups(network), OptimConfig(name=kind), batch_size=8)
+    made = optimizer(network, groups(network), OptimConfig(name=kind, lr=1e-3), batch_size=8)
 
     def step() -> None:
         for parameter in network.parameters():
