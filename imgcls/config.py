@@ -112,16 +112,26 @@ def help_text(model: type[Section], *, prog: str, description: str = "") -> str:
     for key, field, section in _leaves(model):
         if key == section:
             continue
-        default = (
-            "required"
-            if field.is_required()
-            else f"default {_show(field.get_default(call_default_factory=True))}"
-        )
+        default = f"default {_show(field.get_default(call_default_factory=True))}"
+        if field.is_required():
+            owner = _optional_owner(model, key)
+            default = "required" if owner is None else f"required where {owner} is given"
         meaning = " ".join((field.description or "").split())
         lines.append(f"  --{_dashed(key)} {_type_name(field.annotation)}  ({default})")
         if meaning:
             lines.append(f"      {meaning}")
     return "\n".join(lines)
+
+
+def _optional_owner(model: type[Section], key: str) -> str | None:
+    """The outermost section that a key stands in and that may be left out."""
+    parts = key.split(".")
+    section: type[Section] | None = model
+    for depth, part in enumerate(parts[:-1], 1):
+        section, optional = _field_section(section, part)
+        if optional:
+            return ".".join(parts[:depth])
+    return None
 
 
 def _count(problems: Sequence[str]) -> str:

@@ -141,9 +141,17 @@ def _locate_in_folder(config: ManifestConfig) -> tuple[list[str], str]:
             return tables, format
     if config.format != "auto":
         raise ManifestError(f"manifest {url}: the folder holds no {config.format} file")
-    if any(is_image_name(name) for name in here):
-        return [], "images"
-    return [], "tree"
+    top = next((name for name in here if is_image_name(name)), None)
+    if top is None:
+        return [], "tree"
+    below = next((p for p in storage.walk(url) if "/" in p and is_image_name(p)), None)
+    if below is not None:
+        raise ManifestError(
+            f"manifest {url}: has images beside its folders ({top!r}) and in them ({below!r}); say "
+            "--manifest.format images to take all of them, unlabelled, or move those beside the "
+            "folders into one for --manifest.format tree"
+        )
+    return [], "images"
 
 
 def _format_of(config: ManifestConfig, files: list[str]) -> str:

@@ -468,13 +468,13 @@ def test_the_columns_of_a_tree_can_be_named(tree: Path) -> None:
     assert (manifest.path_column, manifest.label_column) == ("file", "animal")
 
 
-def test_a_stray_image_beside_the_class_folders_is_refused_when_a_tree_was_said(
+def test_a_stray_image_beside_the_class_folders_is_refused_unless_said_to_be_meant(
     tree: Path, put: Put
 ) -> None:
     put(b"", "pets/zebra.jpg")
-    message = refused(tree, format="tree")
-    assert "'zebra.jpg' lies beside the class folders" in message
-    manifest = open_at(tree)
+    assert "'zebra.jpg' lies beside the class folders" in refused(tree, format="tree")
+    assert "images beside its folders ('zebra.jpg') and in them ('_other/1.tif')" in refused(tree)
+    manifest = open_at(tree, format="images")
     assert (manifest.format, manifest.label_column) == ("images", None)
 
 
