@@ -450,7 +450,7 @@ def test_help_names_every_key_with_its_default_and_meaning(
             assert f"--{key.replace('_', '-')} " in text
     assert "--optim.lr NUMBER  (default 0.0003)\n      The peak learning rate." in text
     assert "--layout auto|cpu|gpu  (default auto)" in text
-    assert "--data.path TEXT  (required)" in text
+    assert "--data.path TEXT  (required where data is given)" in text
     assert "--config FILE.yaml" in text
 
 
