@@ -12,6 +12,7 @@ from imgcls.training.examples import DataConfig
 from imgcls.training.loss import LossConfig
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim import OptimConfig
+from imgcls.training.progress import Criterion
 from imgcls.training.strategy import FinetuneConfig, ProbeConfig, Strategy
 from imgcls.training.track import TrackConfig
 from imgcls.training.workers import ScaleConfig
@@ -26,11 +27,9 @@ class StopConfig(Section):
     """When further epochs are not worth their time."""
 
     patience: PositiveInt | None = None
-    """Epochs without an improvement after which the training ends; none trains them all."""
-    metric: Literal["val_loss", "val_accuracy"] = "val_loss"
-    """What must improve."""
+    """Epochs without an improvement (see best_by) after which it ends; none trains them all."""
     min_delta: NonNegativeFloat = 0.0
-    """By how much, at least."""
+    """By how much it must improve, at least."""
 
 
 class TrainConfig(Section):
@@ -54,6 +53,8 @@ class TrainConfig(Section):
     """Replace the bundle, or the unfinished other run, that is there."""
     epochs: PositiveInt = 10
     """Passes over the training images; the weights of the best one are kept."""
+    best_by: Criterion = "val_loss"
+    """What makes an epoch the best; of a few hundred images the accuracy says little."""
     batch_size: PositiveInt = 64
     """Images per step, over all workers together."""
     precision: TrainPrecision = "auto"

@@ -31,7 +31,7 @@ from imgcls.training.judge import Tally, Verdict, shares, summed
 from imgcls.training.learner import Learner, Place
 from imgcls.training.lr_range import RangeTest
 from imgcls.training.optim import set_rates
-from imgcls.training.progress import Epoch
+from imgcls.training.progress import Criterion, Epoch
 from imgcls.training.pulse import Pulse
 from imgcls.training.stream import Streamed
 
@@ -151,7 +151,7 @@ class Trainer:
         return (
             self.work.strategy == "probe"
             or history[-1].epoch >= self.config.epochs
-            or is_stalled(history, self.config.early_stopping)
+            or is_stalled(history, self.config.early_stopping, self.config.best_by)
         )
 
     def _next(self) -> Epoch:
@@ -159,7 +159,7 @@ class Trainer:
         probes = strategy.has_probe(self.work.strategy) and not self.standing.history
         epoch = self._probe() if probes else self._epoch()
         history = (*self.standing.history, epoch)
-        better = epoch.better_than(self.standing.best_epoch)
+        better = epoch.better_than(self.standing.best_epoch, self.config.best_by)
         best = len(history) - 1 if better else self.standing.best
         self.standing = Standing(epoch=epoch.epoch + 1, history=history, best=best)
         self._say(epoch)
@@ -384,14 +384,14 @@ class Trainer:
             ray.get(self.board.post.remote(post))
 
 
-def is_stalled(history: tuple[Epoch, ...], config: StopConfig) -> bool:
+def is_stalled(history: tuple[Epoch, ...], config: StopConfig, by: Criterion) -> bool:
     """Whether the last `patience` epochs brought no improvement."""
     if config.patience is None:
         return False
-    sign = -1.0 if config.metric == "val_loss" else 1.0
+    sign = -1.0 if by == "val_loss" else 1.0
     best, since = -math.inf, 0
     for epoch in history:
-        value = sign * getattr(epoch, config.metric)
+        value = sign * getattr(epoch, by)
         if value > best + config.min_delta:
             best, since = value, 0
         else:

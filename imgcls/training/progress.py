@@ -17,6 +17,8 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+Criterion = Literal["val_loss", "val_accuracy"]
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -70,10 +72,12 @@ class Epoch:
     def name(self) -> str:
         return "the probe" if self.phase == "probe" else f"epoch {self.epoch}"
 
-    def better_than(self, other: Epoch | None) -> bool:
-        """Higher validation accuracy; among equals, lower validation loss."""
+    def better_than(self, other: Epoch | None, by: Criterion) -> bool:
+        """Lower validation loss, or higher validation accuracy and among equals lower loss."""
         if other is None:
             return True
+        if by == "val_loss":
+            return self.val_loss < other.val_loss
         return (self.val_accuracy, -self.val_loss) > (other.val_accuracy, -other.val_loss)
 
 

@@ -164,7 +164,7 @@ def _finished(task: Task) -> TrainResult | None:
     history = [Epoch(**row) for row in table.to_dict("records")]
     best = history[0]
     for epoch in history[1:]:
-        best = epoch if epoch.better_than(best) else best
+        best = epoch if epoch.better_than(best, config.best_by) else best
     storage.remove(Checkpoints(url).folder)
     print(f"{url} holds the bundle of this very training; say --overwrite to train again")
     failed = made["data"]["train_failed"] + made["data"]["val_failed"]

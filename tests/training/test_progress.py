@@ -18,11 +18,14 @@ def epoch(number: int = 1, accuracy: float = 0.5, loss: float = 1.0) -> Epoch:
 
 
 def test_accuracy_decides_which_epoch_is_best_and_loss_decides_ties() -> None:
-    assert epoch().better_than(None)
-    assert epoch(accuracy=0.6, loss=9.0).better_than(epoch())
-    assert epoch(loss=0.9).better_than(epoch())
-    assert not epoch(2).better_than(epoch(1)), "the first of equals stays"
-    assert not epoch(accuracy=0.4, loss=0.1).better_than(epoch())
+    assert epoch().better_than(None, "val_accuracy")
+    assert epoch(accuracy=0.6, loss=9.0).better_than(epoch(), "val_accuracy")
+    assert epoch(loss=0.9).better_than(epoch(), "val_accuracy")
+    assert not epoch(2).better_than(epoch(1), "val_accuracy"), "the first of equals stays"
+    assert not epoch(accuracy=0.4, loss=0.1).better_than(epoch(), "val_accuracy")
+    assert epoch(accuracy=0.4, loss=0.1).better_than(epoch(), "val_loss")
+    assert not epoch(accuracy=0.6, loss=1.0).better_than(epoch(), "val_loss")
+    assert epoch().better_than(None, "val_loss")
 
 
 def test_an_epoch_is_told_in_one_line() -> None:

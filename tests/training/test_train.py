@@ -213,7 +213,7 @@ def test_the_bundle_holds_the_best_epoch_and_how_it_was_made(
 ) -> None:
     body = json.loads((Path(trained.bundle) / "bundle.json").read_text())
     assert trained.best is not None
-    assert trained.best == max(trained.history, key=lambda e: (e.val_accuracy, -e.val_loss))
+    assert trained.best == min(trained.history, key=lambda e: e.val_loss)
     assert body["metrics"]["val_accuracy"] == trained.best.val_accuracy
     assert body["metrics"]["epoch"] == trained.best.epoch
     made = body["provenance"]
@@ -318,11 +318,13 @@ def test_from_weights_the_head_is_fitted_first_and_then_all_is_finetuned(
             output,
             data=data,
             model=from_weights(trained),
+            optim={},
             scale={"num_workers": 1},
             epochs=1,
         )
     )
     assert [(epoch.epoch, epoch.phase) for epoch in result.history] == [(0, "probe"), (1, "train")]
+    assert result.history[1].lr <= 3e-4, "from weights the default is a careful one"
     probe, tuned = result.history
     assert tuned.val_accuracy >= probe.val_accuracy - 0.05
     made = json.loads((output / "bundle.json").read_text())["provenance"]
