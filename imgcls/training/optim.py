@@ -32,7 +32,8 @@ class OptimConfig(Section):
     name: OptimizerName = "adamw"
     """adamw (Loshchilov & Hutter 2019) or sgd with Nesterov momentum, which wants a higher lr."""
     lr: PositiveFloat | None = None
-    """Highest learning rate, of the head where rates differ; 1e-3 from scratch, else 3e-4."""
+    """Highest learning rate, of the head where rates differ; 3e-4 by default from weights, from
+    scratch 3e-3 for the small CNN and 1e-3 for others."""
     scale_lr_from: PositiveInt | None = None
     """Linear scaling rule: optim.lr is meant for this batch_size, and grows with it."""
     schedule: ScheduleName = "cosine"

@@ -13,6 +13,7 @@ from torch import nn
 
 from imgcls.config import Section
 from imgcls.errors import RequestError
+from imgcls.models.bundle import Architecture
 from imgcls.training.layers import Group, groups, layers
 
 Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
@@ -53,9 +54,14 @@ def settle(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
     return strategy
 
 
-def default_lr(strategy: Strategy) -> float:
-    """The highest learning rate of a batch of 64 under AdamW."""
-    return 1e-3 if strategy == "scratch" else 3e-4
+def default_lr(strategy: Strategy, architecture: Architecture) -> float:
+    """The highest learning rate of a batch of 64 under AdamW.
+
+    The small CNN, all normalised, bears more than most do; 1e-3 leaves it short of what it can.
+    """
+    if strategy != "scratch":
+        return 3e-4
+    return 3e-3 if architecture.name == "small_cnn" else 1e-3
 
 
 def has_probe(strategy: Strategy) -> bool:

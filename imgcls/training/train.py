@@ -79,12 +79,12 @@ def _settled(config: TrainConfig) -> Task:
     """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
     examples = read_examples(config.data)
     strategy = settle(config.strategy, pretrained=config.model.weights is not None)
-    if config.optim.lr is None:
-        optim = config.optim.model_copy(update={"lr": default_lr(strategy)})
-        config = config.model_copy(update={"optim": optim})
     share = _smallest_share(config, examples.count(held=False))
     weights = class_weights(config.loss, examples.classes, examples.per_class(held=False))
     architecture, preprocess = networks.describe(config.model)
+    if config.optim.lr is None:
+        optim = config.optim.model_copy(update={"lr": default_lr(strategy, architecture)})
+        config = config.model_copy(update={"optim": optim})
     network = networks.start(
         architecture, config.model.weights, len(examples.classes), seed=config.seed
     )

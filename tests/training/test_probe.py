@@ -163,7 +163,8 @@ def small_cnn() -> nn.Module:
 
 
 def learner(network: nn.Module) -> Learner:
-    config = TrainConfig.model_validate({"data": {"train": "none.csv"}, "output": "none"})
+    request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
+    config = TrainConfig.model_validate(request)
     place = Place(0, 1, torch.device("cpu"), "fp32")
     spec = Preprocess(resize=SIDE, crop=SIDE)
     return Learner(config, "probe", spec, None, CLASSES, network, place)

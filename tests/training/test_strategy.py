@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from imgcls.errors import RequestError
+from imgcls.models import zoo
 from imgcls.training.layers import layers
 from imgcls.training.strategy import (
     FinetuneConfig,
@@ -80,5 +81,8 @@ def test_after_a_probe_the_layer_below_the_head_is_free_from_the_start() -> None
 
 
 def test_weights_that_are_good_already_are_moved_more_carefully() -> None:
-    assert default_lr("scratch") == 1e-3
-    assert default_lr("finetune") == default_lr("probe_then_finetune") == 3e-4
+    resnet, small = zoo.architecture("resnet18"), zoo.architecture("small_cnn")
+    assert default_lr("scratch", small) == 3e-3
+    assert default_lr("scratch", resnet) == 1e-3
+    for strategy in ("finetune", "probe_then_finetune"):
+        assert default_lr(strategy, resnet) == default_lr(strategy, small) == 3e-4

@@ -354,9 +354,9 @@ def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
 def test_epochs_without_an_improvement_end_the_training(
     two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
-    stop = {"patience": 2, "metric": "val_accuracy", "min_delta": 1.0}
     request = {"data": {"train": str(colours(60))}, "model": {"name": "small_cnn"}, "epochs": 9}
-    request["batch_size"] = 20
+    request |= {"batch_size": 20, "best_by": "val_accuracy"}
+    stop = {"patience": 2, "min_delta": 1.0}
     result = train(
         TrainConfig.model_validate(
             request | {"early_stopping": stop, "output": str(tmp_path / "bundle")}
