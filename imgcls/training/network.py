@@ -16,6 +16,11 @@ from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture
 
+_CROP_PCT = 0.965
+"""As torchvision's training recipe of 2021 has it: the 0.875 of the one before cuts off what
+random crops of half an image's area and more have shown in training.
+"""
+
 
 class ModelConfig(Section):
     """Which network, and what it starts from."""
@@ -36,6 +41,8 @@ class ModelConfig(Section):
     """Side of the square that the network sees, in pixels; what it was made for if none."""
     resize_mode: ResizeMode | None = None
     """crop, pad or squash what is not square; as the network's weights were made if none."""
+    crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
+    """Share of the shorter side that labelling sees, from the centre; at least 0.965 if none."""
 
 
 def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
@@ -47,11 +54,9 @@ def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     if config.weights is not None:
         architecture = zoo.pretrained_options(architecture, config.weights)
     preprocess = zoo.default_preprocess(architecture, config.weights)
-    changes: dict[str, Any] = {}
-    if config.image_size is not None:
-        # the margin that the centre crop cuts off stays in proportion
-        margin = preprocess.resize / preprocess.crop
-        changes |= {"crop": config.image_size, "resize": round(config.image_size * margin)}
+    crop = config.image_size or preprocess.crop
+    kept = config.crop_pct or max(_CROP_PCT, preprocess.crop / preprocess.resize)
+    changes: dict[str, Any] = {"crop": crop, "resize": round(crop / kept)}
     if config.resize_mode is not None:
         changes["mode"] = config.resize_mode
     return architecture, preprocess.model_copy(update=changes)

@@ -19,9 +19,21 @@ from imgcls.training.network import ModelConfig, describe, regularise, start, tr
 SMALL = zoo.architecture("small_cnn", {"width": 8})
 
 
-def test_image_size_keeps_the_proportion_of_the_margin() -> None:
-    _, preprocess = describe(ModelConfig(name="resnet18", image_size=112))
-    assert (preprocess.crop, preprocess.resize) == (112, 128)
+@pytest.mark.parametrize(
+    ("settings", "crop", "resize"),
+    [
+        ({"name": "resnet18"}, 224, 232),
+        ({"name": "resnet18", "image_size": 112}, 112, 116),
+        ({"name": "resnet18", "crop_pct": 0.875}, 224, 256),
+        ({"name": "vit_h_14", "weights": "IMAGENET1K_SWAG_E2E_V1"}, 518, 518),
+        ({"name": "small_cnn"}, 32, 32),
+    ],
+)
+def test_labelling_sees_nearly_all_of_an_image_unless_told_otherwise(
+    settings: dict[str, Any], crop: int, resize: int
+) -> None:
+    _, preprocess = describe(ModelConfig.model_validate(settings))
+    assert (preprocess.crop, preprocess.resize) == (crop, resize)
 
 
 def test_the_resize_mode_can_be_chosen() -> None:
