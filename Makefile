@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-chaos bench lint format clean
@@ -24,7 +25,7 @@ demo: venv  ## train, label and measure on a small data set, on this machine
 	$(BIN)/imgcls demo
 
 test: lint  ## all checks: lint, types, layers, tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed files
 	$(BIN)/pytest -m chaos -s --timeout 3600
@@ -32,9 +33,10 @@ test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed file
 test-slow: venv  ## what takes too long for every change
 	$(BIN)/pytest -m slow --timeout 1200
 
-bench: venv  ## measure labelling and training on this machine
+bench: venv  ## measure labelling, training and evaluation on this machine
 	$(BIN)/python -m benchmarks.labeling
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.evaluation
 
 lint: venv  ## style, types and the layers between packages
 	$(BIN)/ruff check .

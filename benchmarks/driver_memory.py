@@ -54,8 +54,8 @@ class SimulatedWorker:
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         import pickle
 
+        from imgcls import output as names
         from imgcls.labeling import chunk
-        from imgcls.labeling import output as names
         from imgcls.labeling.work import Done, Seconds
 
         work = pickle.loads(batch.column("work")[0].as_py())

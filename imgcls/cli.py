@@ -32,6 +32,30 @@ COMMANDS = {
     "predict": Command(
         "label every image of a manifest", "imgcls.labeling.predict", "PredictConfig", "predict"
     ),
+    "evaluate": Command(
+        "judge predictions: metrics with intervals, slices, a report",
+        "imgcls.evaluating",
+        "EvaluateConfig",
+        "evaluate",
+    ),
+    "compare": Command(
+        "tell which of two runs is better, and where",
+        "imgcls.evaluation.compare",
+        "CompareConfig",
+        "compare",
+    ),
+    "calibrate": Command(
+        "make confidence trustworthy and choose thresholds, into a new bundle",
+        "imgcls.evaluation.calibrate",
+        "CalibrateConfig",
+        "calibrate",
+    ),
+    "report": Command(
+        "write report.html for a run or a trained bundle",
+        "imgcls.evaluation.report",
+        "ReportConfig",
+        "report",
+    ),
     "model import": Command(
         "make a bundle from plain weights",
         "imgcls.models.importing",

@@ -35,6 +35,8 @@ class Section(BaseModel):
     )
     shorthand: ClassVar[str | None] = None
     """The field that a bare value sets: `--manifest FILE` is `--manifest.path FILE`."""
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be given without their name, in this order: `imgcls compare A B`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +51,8 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
     dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
-    `--no-embeddings`, `--options.width 8` into a map). `--help` and `--print-config` print and
+    `--no-embeddings`, `--options.width 8` into a map), or the model's positional ones without a
+    key. `--help` and `--print-config` print and
     exit 0.
     Raises ConfigError that lists every problem with its dotted path.
     """
@@ -101,7 +104,8 @@ def dump(config: Section) -> str:
 
 def help_text(model: type[Section], *, prog: str, description: str = "") -> str:
     """The `--help` page: every dotted key with its type, default and meaning."""
-    lines = [f"usage: {prog} [--config FILE.yaml] [--KEY VALUE ...]", ""]
+    unnamed = "".join(f"{name.upper()} " for name in model.positional)
+    lines = [f"usage: {prog} {unnamed}[--config FILE.yaml] [--KEY VALUE ...]", ""]
     if description:
         lines += [description, ""]
     lines += [
@@ -207,6 +211,7 @@ def _parse(
     files: list[str] = []
     overrides: list[tuple[str, Any]] = []
     print_config = False
+    unnamed = iter(model.positional)
     position = 0
     while position < len(argv):
         argument = argv[position]
@@ -215,7 +220,11 @@ def _parse(
             print_config = True
             continue
         if not argument.startswith("--") or argument == "--":
-            problems.append(f"{argument!r}: options are written --KEY VALUE")
+            place = next(unnamed, None)
+            if place is None:
+                problems.append(f"{argument!r}: options are written --KEY VALUE")
+            else:
+                overrides.append((place, argument))
             continue
         name, equals, value = argument[2:].partition("=")
         key = name.replace("-", "_")

@@ -1,8 +1,8 @@
 """`make demo`: the main job from nothing, on handwritten digits that come with scikit-learn.
 
 Writes the digits as PNG files in one folder per class, builds manifests from them, trains the small
-CNN with two data-parallel workers, labels the test manifest, and says where everything is. It calls
-the same functions as the jobs do.
+CNN with two data-parallel workers, labels the test manifest, judges the labels, and says where
+everything is. It calls the same functions as the jobs do.
 """
 
 from __future__ import annotations
@@ -69,16 +69,22 @@ def demo(config: DemoConfig) -> None:
             manifest=ManifestConfig(path=str(test_manifest)),
             model=str(bundle),
             output=str(predictions),
+            scores=True,
             overwrite=True,
         )
     )
-    print(f"4. done in {time.monotonic() - started:.0f} s; look at")
+    from imgcls import evaluating
+
+    print("4. evaluate: judge what it said", flush=True)
+    evaluating.evaluate(evaluating.EvaluateConfig(predictions=str(predictions)))
+    print(f"5. done in {time.monotonic() - started:.0f} s; look at")
     for what, where in (
         ("images", folder / "digits"),
         ("manifests", f"{train_manifest}, {test_manifest}"),
         ("model bundle", bundle),
         ("predictions", predictions / "predictions"),
         ("metrics", predictions / "metrics"),
+        ("report", predictions / "report.html"),
         ("proof of commit", predictions / "_SUCCESS"),
     ):
         print(f"   {what:<16} {where}")

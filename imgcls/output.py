@@ -1,4 +1,4 @@
-"""The layout of an output folder and the columns of its predictions: names only, no work.
+"""The output of a labelling run as all rooms know it: what lies where, and the columns.
 
 out/_run.json                    what the run is; written before any work
 out/_lease/                      who works on it now
@@ -11,9 +11,16 @@ out/_SUCCESS                     written last
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pyarrow as pa
 
+from imgcls.data import storage
 from imgcls.data.storage import join
+from imgcls.errors import OutputError, StorageMissing
+
+FORMAT_VERSION = 1
 
 RUN = "_run.json"
 STAGING = "_staging"
@@ -94,3 +101,19 @@ def prediction_schema(
         pa.field("error", pa.string()),
     ]
     return pa.schema(fields)
+
+
+def load_run(output: str) -> dict[str, Any] | None:
+    """`_run.json` of an output folder; None when there is none."""
+    url = storage.join(output, RUN)
+    try:
+        run: dict[str, Any] = json.loads(storage.read(url))
+    except StorageMissing:
+        return None
+    except ValueError as error:
+        raise OutputError(f"{url}: is damaged ({error}); start over with --overwrite") from error
+    if run.get("format_version") != FORMAT_VERSION:
+        raise OutputError(
+            f"{url}: was written by another version of imgcls; start over with --overwrite"
+        )
+    return run

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from imgcls import output as layout
 from imgcls.data import images, manifest, storage
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, StorageError, StorageForbidden, StorageMissing
-from imgcls.labeling import output as layout
 from imgcls.labeling.work import Seconds, Work, WorkSpec
 from imgcls.models.classifier import Classifier, top_k_of
 
@@ -276,7 +276,7 @@ def _table(
     top, values = top_k_of(scores, spec.top_k)
     names = pa.array(classes, pa.string())
     accepted = np.zeros(len(ok), bool)
-    accepted[ok] = values[:, 0] >= np.float32(spec.threshold)
+    accepted[ok] = values[:, 0] >= np.array(spec.thresholds, np.float32)[top[:, 0]]
     columns: dict[str, pa.Array] = {
         "row": pa.array([start + offset for offset in offsets], pa.int64()),
         "predicted_label": names.take(pa.array(top[:, 0])).take(place),

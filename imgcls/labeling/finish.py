@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.labeling import ledger
-from imgcls.labeling import output as layout
 from imgcls.labeling.plan import Plan
 from imgcls.metrics import PredictionCounts, tables
 

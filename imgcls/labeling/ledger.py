@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import labels_as_text
 from imgcls.errors import RunFailed, StorageMissing
-from imgcls.labeling import output as layout
-from imgcls.labeling.plan import Plan, load_run
+from imgcls.labeling.plan import Plan
 from imgcls.labeling.work import Work
 from imgcls.metrics import PredictionCounts
 
@@ -254,6 +254,6 @@ def _publish(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator
 
 def _check_owner(output: str, plan: Plan) -> None:
     """A zombie of a run that was started over must not publish over its successor's files."""
-    run = load_run(output)
+    run = layout.load_run(output)
     if run is None or run["plan"]["run_id"] != plan.run_id:
         raise RunFailed(f"output {output}: belongs to another run by now; nothing was published")

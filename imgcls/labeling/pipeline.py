@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
+from imgcls import output as names
 from imgcls.errors import BundleError
-from imgcls.labeling import output as names
 from imgcls.labeling.layout import WORKER_CPUS, Layout
 from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
 from imgcls.models.bundle import load_bundle, read_description

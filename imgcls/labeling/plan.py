@@ -20,12 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, labels_as_text
-from imgcls.errors import ManifestError, OutputError, StorageMissing
-from imgcls.labeling import output as layout
+from imgcls.errors import ManifestError
 
-FORMAT_VERSION = 1
 LARGE_CHUNK = 256
 SMALL_MANIFEST = 32 * LARGE_CHUNK
 PART_BYTES = 128_000_000
@@ -86,22 +85,6 @@ class Identity:
         return lines
 
 
-def load_run(output: str) -> dict[str, Any] | None:
-    """`_run.json` of an output folder; None when there is none."""
-    url = storage.join(output, layout.RUN)
-    try:
-        run: dict[str, Any] = json.loads(storage.read(url))
-    except StorageMissing:
-        return None
-    except ValueError as error:
-        raise OutputError(f"{url}: is damaged ({error}); start over with --overwrite") from error
-    if run.get("format_version") != FORMAT_VERSION:
-        raise OutputError(
-            f"{url}: was written by another version of imgcls; start over with --overwrite"
-        )
-    return run
-
-
 def plan_of(run: Mapping[str, Any]) -> Plan:
     return Plan(**run["plan"])
 
@@ -140,10 +123,11 @@ def make_plan(
     labels.finish()
     plan = Plan(identity.run_id(), writer.rows, chunk, part)
     run = {
-        "format_version": FORMAT_VERSION,
+        "format_version": layout.FORMAT_VERSION,
         "identity": asdict(identity),
         "plan": asdict(plan),
         "provenance": dict(provenance),
+        "classes": classes,
     }
     storage.write(storage.join(output, layout.RUN), (json.dumps(run, indent=2) + "\n").encode())
     return plan

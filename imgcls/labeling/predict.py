@@ -17,6 +17,7 @@ import ray
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls import cluster
+from imgcls import output as names
 from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
@@ -31,13 +32,11 @@ from imgcls.errors import (
     TooManyErrors,
 )
 from imgcls.labeling import finish, ledger, pipeline
-from imgcls.labeling import output as names
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.plan import (
     Identity,
     Plan,
-    load_run,
     make_plan,
     plan_of,
     restore_shards,
@@ -153,7 +152,7 @@ class _Run:
         config = self.config
         if config.overwrite:
             _clear(self.output)
-        stored = load_run(self.output)
+        stored = names.load_run(self.output)
         if stored is not None:
             self._check_same(stored)
             if self._committed() and not config.retry_errors:
@@ -167,7 +166,7 @@ class _Run:
             print(f"layout  {reason}", flush=True)
         self.plan = plan_of(stored) if stored is not None else self._make_plan(layout)
         self.resumed = stored is not None
-        run = load_run(self.output)
+        run = names.load_run(self.output)
         assert run is not None
         spec = self._spec(run)
         counts = self._first_pass(spec, layout)
@@ -253,7 +252,7 @@ class _Run:
             label_column=manifest.label_column,
             root=manifest.root,
             top_k=settings["top_k"],
-            threshold=settings["threshold"],
+            thresholds=tuple(self.bundle.spec.class_thresholds(self.config.threshold)),
             scores=settings["scores"],
             embeddings=settings["embeddings"],
             precision=settings["precision"],
@@ -433,7 +432,7 @@ def _check_output(output: str, config: PredictConfig) -> None:
         raise OutputError(f"output: cannot be written: {error}; give another --output") from error
     if config.overwrite:
         return
-    if load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):
+    if names.load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):
         raise OutputError(
             f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "
             "resumed; give another --output, or start over with --overwrite"

@@ -24,7 +24,7 @@ class WorkSpec:
     label_column: str | None
     root: str
     top_k: int
-    threshold: float
+    thresholds: tuple[float, ...]
     scores: bool
     embeddings: bool
     precision: str

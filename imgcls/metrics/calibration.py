@@ -90,3 +90,25 @@ def ece_from_bins(
     if total == 0:
         raise ValueError("the calibration error of no predictions is undefined")
     return float(np.abs(np.asarray(confidence_sum) - np.asarray(correct)).sum() / total)
+
+
+def mce_from_bins(
+    count: NDArray[Any],
+    confidence_sum: NDArray[Any],
+    correct: NDArray[Any],
+    least_share: float = 0.01,
+) -> float:
+    """Largest gap between mean confidence and accuracy of a bin; arguments as for `ece_from_bins`.
+
+    least_share: bins with a smaller share of all predictions are passed over, whose few rows would
+        make chance the largest error; a bin with any counts where none has as many
+    Raises ValueError when there is no prediction at all.
+    Source: Naeini et al., AAAI 2015, but for `least_share`.
+    """
+    count = np.asarray(count, dtype=np.float64)
+    total = count.sum()
+    if total == 0:
+        raise ValueError("the calibration error of no predictions is undefined")
+    gap = np.abs(np.asarray(confidence_sum) - np.asarray(correct)) / np.maximum(count, 1)
+    told = count >= least_share * total
+    return float(gap[told if told.any() else count > 0].max())

@@ -29,11 +29,12 @@ class OkRows:
     """The N rows that have a prediction, and how many rows there were of every status."""
 
     status: dict[str, int]  # all rows of the table by status, sorted by name
+    place: Ints  # (N,) where each stands in the table
     predicted: Ints  # (N,) class index
     label: Ints  # (N,) class index, UNKNOWN for a label that is no class, NULL for none
     confidence: Floats  # (N,) in [0, 1]
     accepted: Bools  # (N,) false where the column is null
-    label_score: Floats  # (M,) in [0, 1], of the labelled rows that carry one
+    label_score: Floats  # (N,) in [0, 1], NaN where it is not known
     label_rank: Ints  # (R,) from 1, of the labelled rows that carry one
 
 
@@ -51,17 +52,19 @@ def read_ok_rows(
         raise ValueError(f"column 'status' is null in {status.null_count} rows; each row needs one")
     by_status = {c["values"]: c["counts"] for c in pc.value_counts(status).to_pylist()}
     # A row without a prediction counts by its status alone; from here on every row is ok.
-    ok = table.filter(pc.equal(status, "ok"))
+    is_ok = pc.equal(status, "ok")
+    ok = table.filter(is_ok)
 
     predicted = class_codes(ok["predicted_label"], classes)
     _check_predictions(ok, predicted)
     label = np.full(len(predicted), NULL, dtype=np.int64)
-    scores, ranks = np.zeros(0), np.zeros(0, dtype=np.int64)
+    scores, ranks = np.full(len(predicted), np.nan), np.zeros(0, dtype=np.int64)
     if label_column is not None:
         label = class_codes(ok[label_column], classes)
         scores, ranks = _label_scores(ok, label >= 0), _label_ranks(ok, label >= 0)
     return OkRows(
         status=dict(sorted(by_status.items())),
+        place=np.flatnonzero(is_ok.to_numpy()),
         predicted=predicted,
         label=label,
         confidence=_floats(ok["confidence"]),
@@ -77,12 +80,40 @@ def class_codes(column: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     A column that does not hold strings is compared by its text, so integer labels match classes
     named "0", "1", ...
     """
-    text = _text(column)
-    found = pc.index_in(text, value_set=pa.array(classes, pa.large_string()))
-    codes: Ints = pc.fill_null(found, UNKNOWN).to_numpy().astype(np.int64)
+    names = pa.array(classes, pa.large_string())
+    parts = [_chunk_codes(chunk, names) for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _chunk_codes(chunk: pa.Array, names: pa.Array) -> Ints:
+    if not pa.types.is_dictionary(chunk.type):
+        return _name_codes(chunk, names)
+    # the names of a dictionary once, not those of every row
+    of_entry = np.append(_name_codes(chunk.dictionary, names), NULL)
+    entry = pc.fill_null(chunk.indices.cast(pa.int64()), len(of_entry) - 1).to_numpy()
+    return of_entry[entry]
+
+
+def _name_codes(values: pa.Array, names: pa.Array) -> Ints:
+    # Large, because the text of a whole column may pass the 2 GiB that a plain string array holds.
+    text = values.cast(pa.large_string())
+    codes = pc.fill_null(pc.index_in(text, value_set=names), UNKNOWN).to_numpy().astype(np.int64)
     if text.null_count:
-        codes[pc.is_null(text).to_numpy()] = NULL
+        codes[pc.is_null(text).to_numpy(zero_copy_only=False)] = NULL
     return codes
+
+
+def score_rows(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.float16]:
+    """(M, C) float16 scores of the rows at `rows` (M,), none of them null.
+
+    column: fixed-size lists of C float16, null where a row has no prediction
+    """
+    lists = column.combine_chunks()
+    values, width = lists.values, lists.type.list_size
+    # the buffer itself: nulls take room in it, and Arrow would copy all to hand them over
+    flat = np.frombuffer(values.buffers()[1], np.float16)[values.offset :]
+    every = flat[: len(flat) // width * width].reshape(-1, width)
+    return np.asarray(every[lists.offset + rows])
 
 
 def _judged_columns(table: pa.Table | pa.RecordBatch, label_column: str | None) -> pa.Table:
@@ -116,12 +147,13 @@ def _check_predictions(ok: pa.Table, predicted: Ints) -> None:
 
 def _label_scores(ok: pa.Table, labelled: Bools) -> Floats:
     column = ok["label_score"]
-    scores: Floats = _floats(column)[labelled & pc.is_valid(column).to_numpy()]
+    known = labelled & pc.is_valid(column).to_numpy()
+    scores = np.where(known, _floats(pc.fill_null(column.cast(pa.float64()), 0.0)), np.nan)
     # Written so that a NaN fails too.
-    if len(scores) and not (scores.min() >= 0 and scores.max() <= 1 + ROUNDING):
+    if known.any() and not (scores[known].min() >= 0 and scores[known].max() <= 1 + ROUNDING):
         raise ValueError(
-            f"label_score ranges over [{scores.min()}, {scores.max()}], expected [0, 1] without"
-            " NaN; it must be a softmax score, not a logit"
+            f"label_score ranges over [{scores[known].min()}, {scores[known].max()}], expected"
+            " [0, 1] without NaN; it must be a softmax score, not a logit"
         )
     return scores
 

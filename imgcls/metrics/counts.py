@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics.calibration import bin_edges, bin_index
-from imgcls.metrics.columns import NULL, UNKNOWN, Floats, Ints, read_ok_rows
+from imgcls.metrics.columns import NULL, UNKNOWN, Floats, Ints, OkRows, read_ok_rows
 
 MAX_RANK = 20  # top-k accuracy is known up to this k; deeper ranks share one overflow count
 
@@ -46,6 +46,7 @@ class PredictionCounts:
     accepted_correct: int
     log_loss_rows: int  # labelled rows with a label_score
     log_loss_sum: float  # sum of -log(label_score) over them, in nats
+    log_loss_square_sum: float  # and of its square
     rank_counts: Ints  # (MAX_RANK + 1,) labelled rows by label_rank 1..MAX_RANK, then deeper
     predicted_counts: Ints  # (C,) ok rows by predicted class, labelled or not
     predicted_confidence: Floats  # (C,) their confidences added up
@@ -81,8 +82,16 @@ class PredictionCounts:
         label_score outside [0, 1] or a label_rank below 1: such a table is not of this model.
         """
         names = _unique_names(classes)
-        size = len(names)
         rows = read_ok_rows(table, label_column=label_column, classes=names)
+        return cls.of_rows(rows, names, num_bins=num_bins)
+
+    @classmethod
+    def of_rows(
+        cls, rows: OkRows, classes: Sequence[str], *, num_bins: int = 15
+    ) -> PredictionCounts:
+        """Count rows that were read already; raises ValueError for a confidence outside [0, 1]."""
+        names = tuple(classes)
+        size = len(names)
         labelled = rows.label >= 0
         correct = rows.label == rows.predicted  # a label that is no class has a code below 0
         outcome = np.where(labelled, np.where(correct, CORRECT, WRONG), UNJUDGED)
@@ -91,7 +100,8 @@ class PredictionCounts:
             rows.label[labelled] * size + rows.predicted[labelled], return_counts=True
         )
         rank = np.minimum(rows.label_rank, MAX_RANK + 1) - 1
-        loss = -np.log(np.clip(rows.label_score, _SCORE_FLOOR, 1.0))
+        scored = rows.label_score[~np.isnan(rows.label_score)]
+        loss = -np.log(np.clip(scored, _SCORE_FLOOR, 1.0))
         return cls(
             classes=names,
             status=rows.status,
@@ -102,6 +112,7 @@ class PredictionCounts:
             accepted_correct=int(np.count_nonzero(rows.accepted & correct)),
             log_loss_rows=len(loss),
             log_loss_sum=float(loss.sum()),
+            log_loss_square_sum=float((loss**2).sum()),
             rank_counts=_tally(rank, MAX_RANK + 1),
             predicted_counts=_tally(rows.predicted, size),
             predicted_confidence=_total(rows.predicted, rows.confidence, size),
@@ -127,6 +138,7 @@ class PredictionCounts:
             accepted_correct=0,
             log_loss_rows=0,
             log_loss_sum=0.0,
+            log_loss_square_sum=0.0,
             rank_counts=np.zeros(MAX_RANK + 1, dtype=np.int64),
             predicted_counts=np.zeros(len(names), dtype=np.int64),
             predicted_confidence=np.zeros(len(names)),

@@ -7,41 +7,95 @@ scikit-learn, named where they leave a choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from imgcls.metrics.calibration import bin_edges, ece_from_bins
+from imgcls.metrics.agreement import cohens_kappa, matthews
+from imgcls.metrics.calibration import bin_edges, ece_from_bins, mce_from_bins
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import CORRECT, MAX_RANK, WRONG, PredictionCounts
+from imgcls.metrics.intervals import (
+    bootstrap_intervals,
+    clipped,
+    mean_interval,
+    wilson_interval,
+)
 
 _SUMMARY = pa.schema(
-    [("metric", pa.string()), ("value", pa.float64()), ("description", pa.string())]
+    [
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("lower", pa.float64()),
+        ("upper", pa.float64()),
+        ("description", pa.string()),
+    ]
 )
 # How a summary prints: these are numbers of rows, log loss is in nats, the rest are fractions.
 _ROW_COUNTS = frozenset({"rows", "ok", "labelled", "unlabelled", "unknown_label"})
 _NATS = frozenset({"log_loss"})
+# In [-1, 1] or [0, 2]: neither a share nor a number of rows.
+_PLAIN = frozenset({"matthews_correlation", "cohens_kappa", "brier_score"})
 
-Metric = tuple[str, float, str]
+Interval = tuple[float, float]
 
 
-def summary(counts: PredictionCounts, *, top_k: int) -> pa.Table:
-    """One row per metric: metric (string), value (float64), description (string).
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run. interval: where the true one lies, at 95 %."""
 
-    top_k: adds top_{k}_accuracy when above 1
+    name: str
+    value: float
+    description: str
+    interval: Interval | None = None
+
+
+def metrics(counts: PredictionCounts, *, top_k: int, resamples: int = 200) -> list[Metric]:
+    """Every number that follows from the counts.
+
+    top_k:     adds top_{k}_accuracy when above 1
+    resamples: of the bootstrap, for the intervals that need one; 0 leaves those out
     Rates are fractions in [0, 1]; log_loss is in nats. A metric without any row to judge is left
     out, so an unlabelled run has no accuracy rather than a NaN. precision_macro, recall_macro and
     f1_macro average over the classes that occur among labelled rows as label or as prediction,
-    balanced_accuracy over those that occur as label, f1_weighted by label frequency: as
-    scikit-learn does with labels=(those classes) and zero_division=0.
+    balanced_accuracy over those that occur as label, the weighted ones by label frequency: as
+    scikit-learn does with labels=(those classes) and zero_division=0. Intervals are 95 % ones:
+    Wilson's for shares of rows, the normal one for log_loss, else of Poisson bootstrap resamples.
     Raises ValueError when top_k is not in 1..20, the depth that counts keep.
     """
     if not 1 <= top_k <= MAX_RANK:
         raise ValueError(f"top_k is {top_k}; counts know the rank of a label from 1 to {MAX_RANK}")
-    metrics = [*_row_metrics(counts), *_label_metrics(counts, top_k), *_confidence_metrics(counts)]
-    names, values, descriptions = zip(*metrics, strict=True)
-    return pa.table([names, [float(value) for value in values], descriptions], schema=_SUMMARY)
+    return [
+        *_row_metrics(counts),
+        *_label_metrics(counts, top_k, resamples),
+        *_confidence_metrics(counts),
+    ]
+
+
+def summary(counts: PredictionCounts, *, top_k: int) -> pa.Table:
+    """`metrics` as a table, as `as_table` makes it."""
+    return as_table(metrics(counts, top_k=top_k))
+
+
+def as_table(found: Sequence[Metric]) -> pa.Table:
+    """One row per metric: metric, description (string), value, lower, upper (float64).
+
+    lower and upper are the ends of the 95 % interval, null where there is none.
+    """
+    rows = [
+        {
+            "metric": metric.name,
+            "value": float(metric.value),
+            "lower": metric.interval and metric.interval[0],
+            "upper": metric.interval and metric.interval[1],
+            "description": metric.description,
+        }
+        for metric in found
+    ]
+    return pa.Table.from_pylist(rows, schema=_SUMMARY)
 
 
 def per_class(counts: PredictionCounts) -> pa.Table:
@@ -117,69 +171,146 @@ def format_summary(table: pa.Table) -> str:
     table: as from `summary`. Returns lines without a trailing newline.
     """
     rows = [
-        (row["metric"], _format_value(row["metric"], row["value"]), row["description"])
+        (row["metric"], format_value(row["metric"], row["value"]), _told(row), row["description"])
         for row in table.to_pylist()
     ]
-    name_width = max((len(name) for name, _, _ in rows), default=0)
-    value_width = max((len(value) for _, value, _ in rows), default=0)
+    names, values, intervals = (
+        max((len(row[column]) for row in rows), default=0) for column in range(3)
+    )
     return "\n".join(
-        f"{name:<{name_width}}  {value:>{value_width}}  {description}".rstrip()
-        for name, value, description in rows
+        f"{name:<{names}}  {value:>{values}}  {interval:<{intervals}}  {description}".rstrip()
+        for name, value, interval, description in rows
     )
 
 
 def _row_metrics(counts: PredictionCounts) -> Iterator[Metric]:
-    yield "rows", counts.rows, "rows of the manifest"
-    yield "ok", counts.ok, "rows with a prediction"
+    yield Metric("rows", counts.rows, "rows of the manifest")
+    yield Metric("ok", counts.ok, "rows with a prediction")
     for name, rows in sorted(counts.status.items()):
-        yield f"status_{name}", rows, f"rows with status {name}"
+        if name != "ok":
+            yield Metric(f"status_{name}", rows, f"rows with status {name}")
     if counts.rows:
-        yield "error_rate", counts.error_rows / counts.rows, "share of rows without a prediction"
-    yield "labelled", counts.labelled, "ok rows whose label is one of the classes"
+        yield _share(
+            "error_rate", counts.error_rows, counts.rows, "share of rows without a prediction"
+        )
+    yield Metric("labelled", counts.labelled, "ok rows whose label is one of the classes")
     if counts.unlabelled:
-        yield "unlabelled", counts.unlabelled, "ok rows without a label"
+        yield Metric("unlabelled", counts.unlabelled, "ok rows without a label")
     if counts.unknown_label:
-        yield "unknown_label", counts.unknown_label, "ok rows whose label is not one of the classes"
+        what = "ok rows with a label that is no class"
+        yield Metric("unknown_label", counts.unknown_label, what)
 
 
-def _label_metrics(counts: PredictionCounts, top_k: int) -> Iterator[Metric]:
+def _label_metrics(counts: PredictionCounts, top_k: int, resamples: int) -> Iterator[Metric]:
     if not counts.labelled:
         return
-    support, predicted, hits = _label_counts(counts)
+    yield _share("accuracy", counts.correct, counts.labelled, "labelled rows predicted right")
+    ranked = int(counts.rank_counts.sum())
+    if top_k > 1 and ranked:
+        within = int(counts.rank_counts[:top_k].sum())
+        yield _share(
+            f"top_{top_k}_accuracy", within, ranked, f"label among the {top_k} best scores"
+        )
+    found = _of_confusion(counts, counts.confusion_count)
+    drawn = bootstrap_intervals(
+        [counts.confusion_count],
+        lambda cells: _of_confusion(counts, cells),
+        resamples=resamples,
+    )
+    for name, description in _OF_CONFUSION.items():
+        if name in found:
+            low = -1.0 if name in _PLAIN else 0.0
+            yield Metric(name, found[name], description, clipped(drawn.get(name), low, 1.0))
+    if counts.log_loss_rows:
+        rows, total = counts.log_loss_rows, counts.log_loss_sum
+        interval = mean_interval(total, counts.log_loss_square_sum, rows)
+        what = "mean -log of the label's score, in nats"
+        yield Metric("log_loss", total / rows, what, interval)
+    found = _of_bins(counts, counts.bin_counts)
+    drawn = bootstrap_intervals(
+        [counts.bin_counts], lambda cells: _of_bins(counts, cells), resamples=resamples
+    )
+    for name, description in _OF_BINS.items():
+        yield Metric(name, found[name], description, clipped(drawn.get(name), 0.0, 1.0))
+
+
+_OF_CONFUSION = {
+    "balanced_accuracy": "mean recall of classes with labels",
+    "precision_macro": "mean precision of occurring classes",
+    "recall_macro": "mean recall of occurring classes",
+    "f1_macro": "mean F1 of occurring classes",
+    "f1_micro": "equals accuracy: each row has one label",
+    "precision_weighted": "mean precision by class frequency",
+    "f1_weighted": "mean F1 by class frequency",
+    "matthews_correlation": "label with prediction, from -1 to 1",
+    "cohens_kappa": "agreement beyond chance, at most 1",
+}
+
+
+def _of_confusion(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
+    """What follows from the confusion matrix; cells: (K,) how often each of its cells occurs."""
+    size = len(counts.classes)
+    support = np.bincount(counts.confusion_label, cells, size)
+    predicted = np.bincount(counts.confusion_predicted, cells, size)
+    hit = counts.confusion_label == counts.confusion_predicted
+    hits = np.bincount(counts.confusion_label[hit], cells[hit], size)
+    if not support.sum():
+        return {}
     present = support + predicted > 0
     recall = hits / np.maximum(support, 1)
     precision = hits / np.maximum(predicted, 1)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
-    yield "accuracy", counts.correct / counts.labelled, "labelled rows predicted right"
-    ranked = counts.rank_counts.sum()
-    if top_k > 1 and ranked:
-        within = counts.rank_counts[:top_k].sum() / ranked
-        yield f"top_{top_k}_accuracy", within, f"label among the {top_k} best scores"
-    yield "balanced_accuracy", recall[support > 0].mean(), "mean recall of classes with labels"
-    yield "precision_macro", precision[present].mean(), "mean precision of occurring classes"
-    yield "recall_macro", recall[present].mean(), "mean recall of occurring classes"
-    yield "f1_macro", f1[present].mean(), "mean F1 of occurring classes"
-    yield "f1_weighted", (f1 * support).sum() / support.sum(), "mean F1 weighted by class frequency"
-    if counts.log_loss_rows:
-        log_loss = counts.log_loss_sum / counts.log_loss_rows
-        yield "log_loss", log_loss, "mean -log of the label's score, in nats"
-    judged = [CORRECT, WRONG]
-    error = ece_from_bins(
-        count=counts.bin_counts[judged].sum(axis=0),
-        confidence_sum=counts.bin_confidence[judged].sum(axis=0),
-        correct=counts.bin_counts[CORRECT],
-    )
-    yield "expected_calibration_error", error, "mean gap between confidence and accuracy"
+    share = support / support.sum()
+    found = {
+        "balanced_accuracy": recall[support > 0].mean(),
+        "precision_macro": precision[present].mean(),
+        "recall_macro": recall[present].mean(),
+        "f1_macro": f1[present].mean(),
+        "f1_micro": hits.sum() / support.sum(),
+        "precision_weighted": (precision * share).sum(),
+        "f1_weighted": (f1 * share).sum(),
+        "matthews_correlation": matthews(support, predicted, hits.sum()),
+    }
+    kappa = cohens_kappa(support, predicted, hits.sum())
+    return found if kappa is None else found | {"cohens_kappa": kappa}
+
+
+_OF_BINS = {
+    "expected_calibration_error": "mean gap between confidence and accuracy",
+    "maximum_calibration_error": "largest gap of a bin of 1 % or more",
+}
+
+
+def _of_bins(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
+    """Calibration errors; cells: (3, B) rows by outcome and bin, each at its mean confidence."""
+    mean = counts.bin_confidence / np.maximum(counts.bin_counts, 1)
+    judged = cells[[CORRECT, WRONG]]
+    if not judged.sum():
+        return {}
+    bins = {
+        "count": judged.sum(axis=0),
+        "confidence_sum": (mean * cells)[[CORRECT, WRONG]].sum(axis=0),
+        "correct": cells[CORRECT],
+    }
+    return {
+        "expected_calibration_error": ece_from_bins(**bins),
+        "maximum_calibration_error": mce_from_bins(**bins),
+    }
 
 
 def _confidence_metrics(counts: PredictionCounts) -> Iterator[Metric]:
     if counts.ok:
         mean = counts.bin_confidence.sum() / counts.ok
-        yield "mean_confidence", mean, "mean confidence of all predictions"
-        yield "coverage", counts.accepted / counts.ok, "predictions accepted by the threshold"
+        yield Metric("mean_confidence", mean, "mean confidence of all predictions")
+        what = "predictions accepted by the threshold"
+        yield _share("coverage", counts.accepted, counts.ok, what)
     if counts.accepted_labelled:
-        accuracy = counts.accepted_correct / counts.accepted_labelled
-        yield "accepted_accuracy", accuracy, "accepted labelled rows predicted right"
+        what = "accepted labelled rows predicted right"
+        yield _share("accepted_accuracy", counts.accepted_correct, counts.accepted_labelled, what)
+
+
+def _share(name: str, part: int, whole: int, description: str) -> Metric:
+    return Metric(name, part / whole, description, wilson_interval(part, whole))
 
 
 def _label_counts(counts: PredictionCounts) -> tuple[Ints, Ints, Ints]:
@@ -202,9 +333,24 @@ def _ratio_column(numerator: Ints | Floats, denominator: Ints) -> pa.Array:
     return pa.array(numerator / np.maximum(denominator, 1), pa.float64(), mask=undefined)
 
 
-def _format_value(metric: str, value: float) -> str:
+def format_value(metric: str, value: float) -> str:
+    """A metric's value as people read it: 97.22 %, 1,234 rows, 0.1234 nats."""
     if metric in _ROW_COUNTS or metric.startswith("status_"):
         return f"{value:,.0f}"
-    if metric in _NATS:
+    if metric in _NATS or metric in _PLAIN:
         return f"{value:.4f}"
     return f"{100 * value:.2f} %"
+
+
+def format_interval(metric: str, interval: Interval | None) -> str:
+    """`97.0 to 97.4`, in the metric's own unit; empty for none."""
+    if interval is None:
+        return ""
+    low, high = (format_value(metric, end).removesuffix(" %") for end in interval)
+    return f"{low} to {high}"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    known = row["lower"] is not None
+    text = format_interval(row["metric"], (row["lower"], row["upper"]) if known else None)
+    return text and f"({text})"

@@ -12,9 +12,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from imgcls.config import Section
 from imgcls.data import storage
@@ -45,6 +45,13 @@ class Architecture(Section):
     """Keyword arguments of its constructor."""
 
 
+class VectorScaling(Section):
+    """Calibration of each class apart: of the log of each score, times scale plus bias."""
+
+    scale: list[float]
+    bias: list[float]
+
+
 class BundleSpec(Section):
     """What `bundle.json` says."""
 
@@ -54,8 +61,12 @@ class BundleSpec(Section):
     preprocess: Preprocess
     temperature: PositiveFloat = 1.0
     """Logits are divided by this before the softmax."""
+    vector_scaling: VectorScaling | None = None
+    """Done to the log of the softmax, if at all, and another softmax to that."""
     threshold: UnitFloat = 0.0
     """A prediction is accepted when its confidence is at least this."""
+    thresholds: dict[str, UnitFloat] = {}
+    """In place of `threshold`, for predictions of these classes."""
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
 
@@ -72,6 +83,26 @@ class BundleSpec(Section):
         if doubled:
             raise ValueError(f"class {doubled[0]!r} stands there twice; class names must differ")
         return classes
+
+    @model_validator(mode="after")
+    def _check_per_class(self) -> Self:
+        unknown = sorted(set(self.thresholds) - set(self.classes))
+        if unknown:
+            raise ValueError(f"thresholds: {unknown[0]!r} is no class")
+        scaling = self.vector_scaling
+        sizes = {len(scaling.scale), len(scaling.bias)} if scaling is not None else set()
+        if sizes - {len(self.classes)}:
+            raise ValueError("vector_scaling: needs a scale and a bias for every class")
+        return self
+
+    def class_thresholds(self, threshold: float | None = None) -> list[float]:
+        """What each class's predictions must reach, in class order.
+
+        threshold: takes the place of all that the bundle says
+        """
+        if threshold is not None:
+            return [threshold] * len(self.classes)
+        return [self.thresholds.get(name, self.threshold) for name in self.classes]
 
 
 @dataclass(frozen=True)
@@ -203,8 +234,20 @@ def card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
         "",
         f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
         f"mean {list(pre.mean)}, std {list(pre.std)}.",
-        f"Temperature {spec.temperature:g}, acceptance threshold {spec.threshold:g}.",
+        f"{_calibration(spec)}, acceptance threshold {_threshold(spec)}.",
     ]
+
+
+def _calibration(spec: BundleSpec) -> str:
+    scaled = "" if spec.vector_scaling is None else "Vector scaling, "
+    return f"{scaled}{'t' if scaled else 'T'}emperature {spec.temperature:g}"
+
+
+def _threshold(spec: BundleSpec) -> str:
+    if not spec.thresholds:
+        return f"{spec.threshold:g}"
+    chosen = spec.class_thresholds()
+    return f"per class, {min(chosen):g} to {max(chosen):g}"
 
 
 def card_usage() -> list[str]:

@@ -80,6 +80,12 @@ class Classifier:
         if self.precision == "bf16":
             _finish_in_fp32(self._network)
         self._normalise = Normalise(self.preprocess, self.device)
+        scaling = bundle.spec.vector_scaling
+        self._scaling = None
+        if scaling is not None:
+            pair = torch.tensor([scaling.scale, scaling.bias], device=self.device)
+            self._scaling = (pair[0], pair[1])
+        self._thresholds = np.array(bundle.spec.class_thresholds(), np.float32)
         self._forward = torch.compile(self._network) if compile else self._network
 
     @property
@@ -101,7 +107,10 @@ class Classifier:
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
         logits, features = self._run(batch, embeddings)
-        scores = torch.softmax(logits.float() / self.bundle.spec.temperature, dim=1)
+        logits = logits.float() / self.bundle.spec.temperature
+        if self._scaling is not None:
+            logits = torch.log_softmax(logits, dim=1) * self._scaling[0] + self._scaling[1]
+        scores = torch.softmax(logits, dim=1)
         embedding = None if features is None else features.float().cpu().numpy()
         return Scores(scores.cpu().numpy(), embedding)
 
@@ -122,12 +131,11 @@ class Classifier:
             return []
         scores = self.classify(np.stack(pixels)).scores
         top, values = top_k_of(scores, top_k)
-        threshold = np.float32(self.bundle.spec.threshold)
         return [
             Prediction(
                 label=self.classes[best[0]],
                 confidence=float(value[0]),
-                accepted=bool(value[0] >= threshold),
+                accepted=bool(value[0] >= self._thresholds[best[0]]),
                 topk_labels=[self.classes[i] for i in best],
                 topk_scores=[float(v) for v in value],
             )

@@ -38,7 +38,7 @@ def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
     assert_exactly_once(predictions, 359)
     assert accuracy(predictions) >= 0.97
     paths = named_paths(done.stdout)
-    assert len(paths) == 7
+    assert len(paths) == 8
     assert all(path.exists() for path in paths), paths
 
     first = success(predictions)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls import output as layout
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.labeling import output as layout
 from imgcls.labeling.plan import Identity, Plan, make_plan
 from imgcls.labeling.work import WorkSpec
 
@@ -72,7 +72,7 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         label_column=manifest.label_column,
         root=manifest.root,
         top_k=2,
-        threshold=0.0,
+        thresholds=(0.0,) * len(CLASSES),
         scores=False,
         embeddings=False,
         precision="fp32",

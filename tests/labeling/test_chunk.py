@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
+from imgcls import output as layout
 from imgcls.labeling import chunk
-from imgcls.labeling import output as layout
 from imgcls.labeling.chunk import Prepared
 from imgcls.labeling.plan import Plan
 from imgcls.labeling.work import Seconds, Work, WorkSpec
@@ -182,7 +182,10 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     prepared = Prepared(
         [np.zeros((3, 1, 1), np.uint8)] * 6, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6
     )
-    spec = bare(6, label_column="label", top_k=top_k, batch_size=6, threshold=0.25)
+    thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
+    spec = bare(
+        6, label_column="label", top_k=top_k, batch_size=6, thresholds=tuple(thresholds.values())
+    )
     rows = pa.table({"path": ["p"] * 6, "label": pa.array(labels, pa.string())})
     table = chunk.classify_prepared(spec, oracle, rows, Work(0), prepared, Seconds())
     for row, label, score in zip(table.to_pylist(), labels, scores, strict=True):
@@ -194,7 +197,7 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
         assert row["label_rank"] == place or (place is None and row["label_rank"] > top_k)
         assert (row["label_rank"] == 1) == (row["predicted_label"] == label)
         assert row["confidence"] == score.max() == row["topk_scores"][0]
-        assert row["accepted"] == (score.max() >= 0.25)
+        assert row["accepted"] == (score.max() >= np.float32(thresholds[row["predicted_label"]]))
         assert row["topk_scores"] == sorted(row["topk_scores"], reverse=True)
 
 
@@ -207,8 +210,9 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
         "output": "/nowhere", "plan": Plan("r", rows, rows, rows), "bundle_url": "",
         "bundle_sha256": "", "path_column": "path", "label_column": None,
         "root": os.path.dirname(__file__),
-        "top_k": 2, "threshold": 0.0, "scores": False, "embeddings": False, "precision": "fp32",
-        "compile": False, "batch_size": 4, "max_pixels": 1_000_000, "fetches": 4,
+        "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
+        "precision": "fp32", "compile": False, "batch_size": 4, "max_pixels": 1_000_000,
+        "fetches": 4,
     }  # fmt: skip
     return WorkSpec(**{**values, **changes})
 

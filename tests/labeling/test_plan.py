@@ -23,10 +23,10 @@ from imgcls.labeling.plan import (
     PART_BYTES,
     Identity,
     Plan,
-    load_run,
     plan_of,
     restore_shards,
 )
+from imgcls.output import load_run
 from tests.labeling.runs import identity_of, manifest_of, plan_at
 from tests.processes import REPOSITORY
 

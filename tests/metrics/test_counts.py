@@ -14,7 +14,7 @@ from imgcls.metrics import PredictionCounts
 from imgcls.metrics.counts import CORRECT, MAX_RANK, UNJUDGED, WRONG
 
 CLASSES = [f"class {i}" for i in range(7)]
-FLOATS = ("log_loss_sum", "predicted_confidence", "bin_confidence")
+FLOATS = ("log_loss_sum", "log_loss_square_sum", "predicted_confidence", "bin_confidence")
 
 
 def assert_same(one: PredictionCounts, other: PredictionCounts) -> None:

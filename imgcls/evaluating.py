@@ -1,0 +1,121 @@
+"""The evaluation job: label a manifest first, or take predictions that exist; then judge them.
+
+Brings labelling and evaluation together, which do not know each other.
+"""
+
+from __future__ import annotations
+
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.data.manifest import ManifestConfig
+from imgcls.errors import ConfigError
+from imgcls.evaluation import report
+from imgcls.evaluation.evaluate import Columns, Evaluation, JudgeConfig, judge, write
+from imgcls.evaluation.labels import LabelsConfig
+from imgcls.labeling.layout import ScaleConfig
+from imgcls.labeling.predict import PredictConfig, predict
+from imgcls.metrics import tables
+from imgcls.models.bundle import Precision, UnitFloat
+
+
+class EvaluateConfig(Section):
+    """Judge predictions that exist, or label a manifest and judge what came of it."""
+
+    predictions: str | None = None
+    """The output folder of `imgcls predict`: nothing is labelled again."""
+    manifest: ManifestConfig | None = None
+    """What to label first, where there are no predictions yet."""
+    model: str | None = None
+    """The bundle to label with."""
+    output: str | None = None
+    """The folder to write; the predictions' own when not given, if no labels are joined."""
+    scores: bool = True
+    """When labelling: write every class's score, which AUROC and Brier need."""
+    precision: Precision = "auto"
+    """When labelling: as for predict."""
+    max_error_rate: UnitFloat = 0.01
+    """When labelling: judge only if at most this share of the rows failed."""
+    overwrite: bool = False
+    """When labelling: throw away what is in the output folder and start over."""
+    scale: ScaleConfig = ScaleConfig()
+    """When labelling."""
+    labels: LabelsConfig | None = None
+    """Labels that came later; the run's own label column when not given."""
+    on: str | None = None
+    """The column that joins predictions and labels; the path column when not given."""
+    slice_by: Columns = []
+    """Manifest columns: every metric for each of their values, e.g. camera,site."""
+    small_slice: int = 30
+    """Slices with fewer labelled rows are marked as small."""
+    gallery: int = 24
+    """Images of each kind in the report."""
+    thumbnails: bool = True
+    """Show the images in the report, which reads them."""
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Judge predictions, or label a manifest and judge what came of it.
+
+    Raises RequestError when something is wrong with what was asked; what `predict` raises.
+    """
+    source = _source(config)
+    output = storage.absolute(config.output or source)
+    evaluation = judge(
+        source,
+        JudgeConfig(
+            labels=config.labels,
+            on=config.on,
+            slice_by=config.slice_by,
+            small_slice=config.small_slice,
+            gallery=config.gallery,
+            thumbnails=config.thumbnails,
+        ),
+        need_labels=True,
+    )
+    write(evaluation, output)
+    place = storage.join(output, report.REPORT)
+    storage.write(place, report.of_run(evaluation).encode())
+    print(tables.format_summary(tables.as_table(evaluation.metrics)))
+    for sentence in evaluation.left_out:
+        print(f"left out: {sentence}")
+    print(f"report     {place}\nnumbers    {storage.join(output, 'summary.json')}", flush=True)
+    return evaluation
+
+
+def _source(config: EvaluateConfig) -> str:
+    """The folder of a committed run, labelled first if need be."""
+    if config.predictions is not None:
+        given = [name for name in ("manifest", "model") if getattr(config, name) is not None]
+        if given:
+            raise ConfigError(
+                f"predictions and {given[0]} are both given; give --predictions for what is "
+                "labelled already, or --manifest and --model to label first"
+            )
+        if config.labels is not None and config.output is None:
+            raise ConfigError(
+                "output: is required with --labels, so that the run's own numbers stay; give "
+                "--output FOLDER"
+            )
+        return config.predictions
+    missing = [n for n in ("manifest", "model", "output") if getattr(config, n) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: needed to label first; or give --predictions, the output "
+            "folder of `imgcls predict`"
+        )
+    assert config.manifest is not None
+    assert config.model is not None
+    assert config.output is not None
+    predict(
+        PredictConfig(
+            manifest=config.manifest,
+            model=config.model,
+            output=config.output,
+            scores=config.scores,
+            precision=config.precision,
+            max_error_rate=config.max_error_rate,
+            overwrite=config.overwrite,
+            scale=config.scale,
+        )
+    )
+    return config.output

@@ -1,0 +1,1 @@
+"""Judging predictions that were made: metrics, calibration, thresholds, comparison, the report."""

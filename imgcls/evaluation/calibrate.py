@@ -1,0 +1,379 @@
+"""Make a bundle's confidence mean what it says, and choose what it accepts, on a held-out run.
+
+Fits a temperature (or one scale and bias per class) to scores that labelling wrote, so no image is
+looked at again, and writes a new bundle. Errors after fitting are cross-fitted: each half of the
+rows is judged by what the other half gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.errors import RequestError
+from imgcls.evaluation.count import tables
+from imgcls.evaluation.labels import JOINED, LabelsConfig, LateLabels
+from imgcls.evaluation.runs import Run, open_run
+from imgcls.metrics import expected_calibration_error, selective
+from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
+from imgcls.metrics.selective import SelectiveCounts, Threshold
+from imgcls.models.bundle import Bundle, BundleSpec, VectorScaling, load_bundle, load_weights
+from imgcls.models.bundle import save_bundle as save
+
+Logits = NDArray[np.float32]
+Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
+"""(1,) or (C,) scale and (C,) bias, if any, of the log scores."""
+
+MOST_SCORES = 50_000_000
+"""Scores held for fitting; of larger runs every n-th labelled row is taken."""
+_NO_SCALE = np.ones(1, np.float32)
+_FLOOR = np.float32(2.0**-25)
+"""For a score that float16 could not tell from 0."""
+
+
+class CalibrateConfig(Section):
+    """Make confidence trustworthy and choose thresholds, into a new bundle."""
+
+    model: str
+    """The bundle that labelled the held-out images."""
+    predictions: str
+    """The output folder of `imgcls predict --scores` over held-out images, labelled."""
+    output: str
+    """The new bundle."""
+    labels: LabelsConfig | None = None
+    """Labels that came later; the run's own label column when not given."""
+    on: str | None = None
+    """The column that joins predictions and labels; the path column when not given."""
+    method: Literal["temperature", "vector", "none"] = "temperature"
+    """vector: a scale and a bias per class, given many rows of each; none: thresholds only."""
+    target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Accept predictions so confident that this share of the accepted is right."""
+    per_class: bool = False
+    """A threshold for each predicted class, rather than one for all."""
+    least_rows: PositiveInt = 30
+    """Accepted labelled rows that must stand behind a threshold."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted: the bundle, and errors before and after (cross-fitted), as fractions."""
+
+    bundle: Bundle
+    temperature: float
+    ece_before: float
+    ece_after: float
+    thresholds: list[Threshold]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Labelled rows with their scores.
+
+    log_scores: (N, C) float32, logits up to a constant per row
+    label:      (N,) int64 class index
+    """
+
+    log_scores: Logits
+    label: Ints
+
+
+def calibrate(config: CalibrateConfig) -> Calibration:
+    """Fit, choose, and write the new bundle.
+
+    Raises RequestError when the run is not committed, is of another bundle, or has no labels or
+    scores.
+    """
+    bundle = load_bundle(config.model)
+    run = open_run(config.predictions)
+    run.check_bundle(bundle)
+    if storage.absolute(config.output) == storage.absolute(config.model):
+        raise RequestError(
+            "output: is the bundle itself, which others may be using; name a new one"
+        )
+    if config.method == "vector" and bundle.spec.vector_scaling is not None:
+        raise RequestError(
+            f"{bundle.url}: is vector-scaled already; calibrate the bundle that it was made from"
+        )
+    if config.method == "none" and config.target_precision is None:
+        raise RequestError(
+            "method none: leaves nothing to do without --target-precision; give one of them"
+        )
+    late = None
+    if config.labels is not None:
+        late = LateLabels(config.labels, run, config.on or run.path_column)
+    rows = held_out(run, late)
+    before = _ece(rows, _NO_SCALE, None)
+    fit = {"temperature": _as_scaling, "vector": fit_vector}.get(config.method)
+    scaling = fit(rows) if fit is not None else (_NO_SCALE, None)
+    after = _cross_fitted(rows, fit) if fit is not None else before
+    thresholds = list(_thresholds(config, run, rows, *scaling))
+    spec = _with_thresholds(_scaled(bundle.spec, *scaling), config, thresholds)
+    spec = spec.model_copy(
+        update={
+            "provenance": spec.provenance
+            | {
+                "calibration": {
+                    "bundle_sha256": bundle.sha256,
+                    "predictions": run.url,
+                    "manifest_fingerprint": run.manifest_fingerprint,
+                    "rows": len(rows.label),
+                    "method": config.method,
+                    "ece_before": before,
+                    "ece_after": after,
+                    "target_precision": config.target_precision,
+                }
+            }
+        }
+    )
+    made = save(config.output, spec, load_weights(bundle))
+    result = Calibration(made, spec.temperature, before, after, thresholds)
+    _tell(config, bundle, result, len(rows.label))
+    return result
+
+
+def held_out(run: Run, late: LateLabels | None) -> HeldOut:
+    """The labelled rows of a run with all their scores, evenly thinned where they are too many.
+
+    Raises RequestError when there are no scores, or no labels.
+    """
+    if not run.has_scores:
+        raise RequestError(
+            f"{run.url}: has no column 'scores', from which to calibrate; label the held-out "
+            "images with `imgcls predict --scores`"
+        )
+    label_column = JOINED if late is not None else run.label_column
+    if label_column is None:
+        raise RequestError(f"{run.url}: has no labels; join some with --labels TABLE")
+    size = len(run.classes)
+    every = max(1, -(-run.rows * size // MOST_SCORES))
+    names = ["status", "scores", *(late.needed if late is not None else [label_column])]
+    logs, labels = [], []
+    seen = 0
+    for piece in run.pieces(10**9):
+        for table in tables(run, piece, list(dict.fromkeys(names))):
+            if late is not None:
+                table = late.judge(table)
+            code = class_codes(table[label_column], run.classes)
+            ok = pc.equal(table["status"].cast(pa.string()), "ok").to_numpy()
+            at = np.flatnonzero((code >= 0) & ok)
+            at = at[(seen + np.arange(len(at))) % every == 0]
+            seen += int(((code >= 0) & ok).sum())
+            scores = score_rows(table["scores"], at)
+            logs.append(np.log(np.maximum(scores.astype(np.float32), _FLOOR)))
+            labels.append(code[at])
+    if late is not None:
+        late.finish()
+    if not seen:
+        raise RequestError(f"{run.url}: no prediction has a label that is a class of the model")
+    return HeldOut(np.concatenate(logs), np.concatenate(labels))
+
+
+def fit_temperature(rows: HeldOut) -> float:
+    """The temperature with the least mean log loss, within [0.02, 50].
+
+    Golden-section search over log T, in which the loss has one minimum.
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    import torch
+
+    logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
+
+    def loss(log_t: float) -> float:
+        value = torch.nn.functional.cross_entropy(logs / float(np.exp(log_t)), label)
+        return float(value)
+
+    low, high = float(np.log(0.02)), float(np.log(50.0))
+    ratio = (5**0.5 - 1) / 2
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    at_a, at_b = loss(a), loss(b)
+    while high - low > 1e-4:
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - ratio * (high - low)
+            at_a = loss(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + ratio * (high - low)
+            at_b = loss(b)
+    return float(np.exp((low + high) / 2))
+
+
+def _as_scaling(rows: HeldOut) -> Scaling:
+    return np.array([1 / fit_temperature(rows)], np.float32), None
+
+
+def fit_vector(rows: HeldOut) -> Scaling:
+    """(C,) scale and bias of the log scores with the least mean log loss, pulled gently to none.
+
+    L-BFGS; the pull (1e-3 of the mean square distance from scale 1 and bias 0) keeps a class of few
+    rows from running off. Source: Guo et al., ICML 2017, vector scaling.
+    """
+    import torch
+
+    logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
+    scale = torch.full((logs.shape[1],), 1 / fit_temperature(rows), requires_grad=True)
+    bias = torch.zeros(logs.shape[1], requires_grad=True)
+    start = scale.detach().clone()
+    optimizer = torch.optim.LBFGS([scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logs * scale + bias, label)
+        loss = loss + 1e-3 * (((scale - start) ** 2).mean() + (bias**2).mean())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return scale.detach().numpy(), bias.detach().numpy()
+
+
+def confidences(
+    rows: HeldOut, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], Ints]:
+    """(N,) confidence and predicted class index under a scaling of the log scores."""
+    confidence = np.empty(len(rows.label), np.float32)
+    predicted = np.empty(len(rows.label), np.int64)
+    block = max(1, 4_000_000 // rows.log_scores.shape[1])
+    for start in range(0, len(rows.label), block):
+        part = slice(start, start + block)
+        logits = rows.log_scores[part] * scale
+        if bias is not None:
+            logits = logits + bias
+        logits -= logits.max(1, keepdims=True)
+        np.exp(logits, out=logits)
+        predicted[part] = logits.argmax(1)
+        confidence[part] = logits.max(1) / logits.sum(1)
+    return confidence, predicted
+
+
+def _ece(rows: HeldOut, scale: NDArray[np.float32], bias: NDArray[np.float32] | None) -> float:
+    confidence, predicted = confidences(rows, scale, bias)
+    return expected_calibration_error(confidence, predicted == rows.label)
+
+
+def _cross_fitted(rows: HeldOut, fit: Callable[[HeldOut], Scaling]) -> float:
+    """The calibration error of all rows, each half under what was fitted to the other."""
+    halves = [np.arange(half, len(rows.label), 2) for half in (0, 1)]
+    if min(len(half) for half in halves) == 0:
+        return float("nan")
+    parts = [HeldOut(rows.log_scores[half], rows.label[half]) for half in halves]
+    found = [
+        (*confidences(judged, *fit(fitted)), judged.label)
+        for judged, fitted in (parts, parts[::-1])
+    ]
+    confidence = np.concatenate([each[0] for each in found])
+    correct = np.concatenate([each[1] == each[2] for each in found])
+    return expected_calibration_error(confidence, correct)
+
+
+def _scaled(
+    spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+) -> BundleSpec:
+    """What makes the bundle's scores those that were fitted, on top of what it does already."""
+    if bias is not None:
+        scaling = VectorScaling(scale=scale.tolist(), bias=bias.tolist())
+        return spec.model_copy(update={"vector_scaling": scaling})
+    factor, old = float(scale[0]), spec.vector_scaling
+    if old is None:
+        return spec.model_copy(update={"temperature": spec.temperature / factor})
+    scaling = VectorScaling(
+        scale=[factor * value for value in old.scale], bias=[factor * value for value in old.bias]
+    )
+    return spec.model_copy(update={"vector_scaling": scaling})
+
+
+def _thresholds(
+    config: CalibrateConfig,
+    run: Run,
+    rows: HeldOut,
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+) -> Iterator[Threshold]:
+    if config.target_precision is None:
+        return
+    confidence, predicted = confidences(rows, scale, bias)
+    judged = OkRows(
+        status={"ok": len(predicted)},
+        place=np.arange(len(predicted)),
+        predicted=predicted,
+        label=rows.label,
+        confidence=np.minimum(confidence, 1.0).astype(np.float64),
+        accepted=np.ones(len(predicted), bool),
+        label_score=np.full(len(predicted), np.nan),
+        label_rank=np.zeros(0, np.int64),
+    )
+    counts = SelectiveCounts.of(judged, run.classes)
+    target, least = config.target_precision, config.least_rows
+    if not config.per_class:
+        found = selective.choose(counts, target, least_rows=least)
+        if found.threshold is None:
+            raise RequestError(
+                f"target_precision {target:g}: no threshold reaches it with {least} accepted rows "
+                f"of {len(predicted):,}; ask for less, or label more held-out images"
+            )
+        yield found
+        return
+    for name in run.classes:
+        yield selective.choose(counts, target, name, least_rows=least)
+
+
+def _with_thresholds(
+    spec: BundleSpec, config: CalibrateConfig, thresholds: list[Threshold]
+) -> BundleSpec:
+    """The thresholds in the bundle; old ones, of other confidences, are gone."""
+    if not thresholds:
+        keep = config.method == "none"
+        return spec if keep else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
+    if not config.per_class:
+        return spec.model_copy(update={"threshold": thresholds[0].threshold, "thresholds": {}})
+    # a class whose predictions cannot be trusted so far is not accepted
+    chosen = {
+        each.label: 1.0 if each.threshold is None else each.threshold
+        for each in thresholds
+        if each.label is not None
+    }
+    return spec.model_copy(update={"threshold": max(chosen.values()), "thresholds": chosen})
+
+
+def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
+    print(f"held out   {rows:,} labelled rows")
+    if config.method == "temperature":
+        print(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")
+    if config.method != "none":
+        print(
+            f"ECE        {result.ece_before:.4f} before, {result.ece_after:.4f} after (each half "
+            "of the rows by what the other half gave)"
+        )
+    reached = [t for t in result.thresholds if t.threshold is not None]
+    for each in reached[:20]:
+        name = "all classes" if each.label is None else each.label
+        assert each.precision is not None
+        assert each.lower is not None
+        assert each.upper is not None
+        print(
+            f"threshold  {each.threshold:.6g} for {name}: {each.precision:.2%} right "
+            f"({each.lower:.2%} to {each.upper:.2%}), {each.coverage:.2%} accepted"
+        )
+    if len(reached) > 20:
+        print(f"           and {len(reached) - 20:,} more classes")
+    never = [t.label for t in result.thresholds if t.threshold is None]
+    if never:
+        shown = ", ".join(str(name) for name in never[:10])
+        print(
+            f"note: {len(never):,} of {len(result.thresholds):,} classes never reach the target "
+            f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted"
+        )
+    if config.target_precision is None and bundle.spec.threshold and config.method != "none":
+        print(
+            "note: the old threshold was for other confidences and is 0 now; see --target-precision"
+        )
+    print(f"bundle     {result.bundle.url}", flush=True)

@@ -1,0 +1,184 @@
+"""The report's charts, as SVG that takes its colours from the page.
+
+Owns how they look. Drawn with matplotlib in placeholder colours, which become CSS variables, so
+that one drawing serves a light page, a dark one and paper.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import PercentFormatter
+
+from imgcls.metrics.calibration import bin_edges
+from imgcls.metrics.counts import CORRECT, UNJUDGED, WRONG, PredictionCounts
+
+# Placeholders that no palette uses, and the variable of the page that each becomes.
+_INK, _FAINT, _GOOD, _BAD, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--line)",
+    _GOOD: "var(--good)",
+    _BAD: "var(--bad)",
+    _OTHER: "var(--accent)",
+}
+
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _INK,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 10,
+    "grid.color": _FAINT,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "imgcls",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_SIZE = (5.2, 3.6)
+
+
+def reliability(calibration: pa.Table) -> str:
+    """Accuracy over confidence, bin by bin, beside the diagonal of a calibrated model.
+
+    calibration: as from `tables.calibration`, of a labelled run
+    """
+    rows = [row for row in calibration.to_pylist() if row["count"] and row["accuracy"] is not None]
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _figure()
+        width = calibration["bin_upper"][0].as_py()
+        middle = np.array([(row["bin_lower"] + row["bin_upper"]) / 2 for row in rows])
+        accuracy = np.array([row["accuracy"] for row in rows])
+        confidence = np.array([row["mean_confidence"] for row in rows])
+        count = np.array([row["count"] for row in rows])
+        axis.bar(middle, accuracy, 0.92 * width, color=_OTHER, alpha=0.35, label="accuracy")
+        axis.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle="--", label="calibrated")
+        axis.scatter(
+            confidence,
+            accuracy,
+            s=12 + 90 * np.sqrt(count / count.max()),
+            color=_OTHER,
+            zorder=3,
+            label="bins, larger with more rows",
+        )
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right")
+        _percent(axis.xaxis, axis.yaxis)
+        axis.legend(loc="upper left")
+        return _svg(figure)
+
+
+def coverage(curve: pa.Table) -> str:
+    """Accuracy of the most confident predictions over their share, with its interval.
+
+    curve: as from `selective.curve`, of a labelled run
+    """
+    known = [row for row in curve.to_pylist() if row["accuracy"] is not None and row["judged"] >= 5]
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _figure()
+        x = [row["coverage"] for row in known]
+        axis.fill_between(
+            x,
+            [row["lower"] for row in known],
+            [row["upper"] for row in known],
+            color=_OTHER,
+            alpha=0.2,
+            linewidth=0,
+            label="95 % interval",
+        )
+        axis.plot(x, [row["accuracy"] for row in known], color=_OTHER, label="accuracy of these")
+        lowest = min((row["lower"] for row in known), default=0.0)
+        axis.set(
+            xlim=(0, 1),
+            ylim=(max(0.0, lowest - 0.03), 1.005),
+            xlabel="share of predictions accepted, the most confident first",
+            ylabel="share that is right",
+        )
+        _percent(axis.xaxis, axis.yaxis)
+        axis.legend(loc="lower left")
+        return _svg(figure)
+
+
+def confidence_histogram(counts: PredictionCounts) -> str:
+    """How confident the predictions are, right ones, wrong ones and those not judged apart."""
+    edges = bin_edges(counts.num_bins)
+    parts = [
+        (CORRECT, _GOOD, "right"),
+        (WRONG, _BAD, "wrong"),
+        (UNJUDGED, _OTHER, "without a label"),
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure, axis = _figure()
+        below = np.zeros(counts.num_bins)
+        for outcome, colour, label in parts:
+            rows = counts.bin_counts[outcome]
+            if rows.sum():
+                axis.bar(
+                    edges[:-1],
+                    rows,
+                    np.diff(edges) * 0.92,
+                    bottom=below,
+                    align="edge",
+                    color=colour,
+                    label=label,
+                )
+                below = below + rows
+        axis.set(xlim=(0, 1), xlabel="confidence", ylabel="predictions")
+        _percent(axis.xaxis)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.legend(loc="upper left")
+        return _svg(figure)
+
+
+def training_curves(history: Any, best: int) -> str:
+    """Loss and accuracy over epochs. history: a data frame as in a bundle's history.parquet."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
+        for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            for split, colour in (("train", _OTHER), ("val", _BAD)):
+                name = f"{split}_{what}"
+                if name in history and history[name].notna().any():
+                    style = {"marker": "o", "markersize": 3} if len(history) <= 30 else {}
+                    axis.plot(history["epoch"], history[name], color=colour, label=split, **style)
+            axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
+            axis.set(xlabel="epoch", ylabel=what)
+            axis.legend(loc="best")
+        return _svg(figure)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    return figure, figure.subplots()
+
+
+def _percent(*axes: Any) -> None:
+    for axis in axes:
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def _svg(figure: Figure) -> str:
+    """The drawing as an inline element, without a size of its own."""
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    # text without a colour of its own is black by SVG's default
+    return text.replace("<svg ", '<svg fill="var(--ink)" role="img" ', 1)

@@ -1,0 +1,302 @@
+"""Judge a committed run: count once, derive every number, write tables, `summary.json`, report.
+
+Never runs a model. What a column is missing for is left out and said, with what would supply it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BeforeValidator, PositiveInt
+
+from imgcls import output as layout
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.errors import RequestError
+from imgcls.evaluation import rows as kept_rows
+from imgcls.evaluation.count import count
+from imgcls.evaluation.labels import JOINED, LabelsConfig, LateLabels
+from imgcls.evaluation.runs import Run, open_run
+from imgcls.evaluation.tally import Tally, Wanted
+from imgcls.metrics import tables
+from imgcls.metrics.columns import Ints
+from imgcls.metrics.discrimination import ScoreCounts, brier, discrimination
+from imgcls.metrics.discrimination import table as discrimination_table
+from imgcls.metrics.intervals import (
+    bootstrap_intervals,
+    clipped,
+    mean_interval,
+    wilson_interval,
+)
+from imgcls.metrics.selective import area_under_risk_coverage, curve
+from imgcls.metrics.tables import Metric
+
+
+def _names(value: Any) -> Any:
+    """`camera,site` as on a command line, or a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Columns = Annotated[list[str], BeforeValidator(_names)]
+
+
+class JudgeConfig(Section):
+    """What to judge predictions by, and what to show of them."""
+
+    labels: LabelsConfig | None = None
+    """Labels that came later; the run's own label column when not given."""
+    on: str | None = None
+    """The column that joins predictions and labels; the path column when not given."""
+    slice_by: Columns = []
+    """Manifest columns: every metric for each of their values, e.g. camera,site."""
+    small_slice: PositiveInt = 30
+    """Slices with fewer labelled rows are marked as small."""
+    gallery: PositiveInt = 24
+    """Images of each kind in the report."""
+    thumbnails: bool = True
+    """Show the images in the report, which reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A run and all that is known of it.
+
+    labelled:  whether there are labels to judge by
+    metrics:   the numbers of `summary`, in order
+    left_out:  sentences on numbers that are not there, and how to get them
+    mistakes, uncertain, issues: rows as `rows.fetch` and `rows.label_issues` give them
+    """
+
+    run: Run
+    config: JudgeConfig
+    tally: Tally
+    labelled: bool
+    metrics: list[Metric]
+    left_out: list[str]
+    per_class: pa.Table
+    curve: pa.Table
+    slices: pa.Table
+    mistakes: pa.Table
+    uncertain: pa.Table
+    issues: pa.Table
+
+    def value(self, name: str) -> Metric | None:
+        """The metric of that name, if it is known."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+
+def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
+    """Everything that follows from a committed run.
+
+    need_labels: refuse a run without labels
+    Raises RequestError when the run, a column or the labels are not usable.
+    """
+    run = open_run(url)
+    late = None
+    label_column = run.label_column
+    if config.labels is not None:
+        late = LateLabels(config.labels, run, config.on or run.path_column)
+        label_column = JOINED
+    elif config.on is not None:
+        raise RequestError("on: joins --labels, which was not given")
+    if label_column is None and need_labels:
+        raise RequestError(
+            f"{run.url}: has no labels to judge by; join some with --labels TABLE, or see "
+            "`imgcls report` for what can be said without"
+        )
+    run.check_columns(config.slice_by, "slice_by")
+    wanted = Wanted(
+        classes=run.classes,
+        label_column=label_column,
+        slice_by=tuple(config.slice_by),
+        scores=run.has_scores and label_column is not None,
+        gallery=config.gallery,
+    )
+    tally = count(run, wanted, late)
+    labelled = tally.counts.labelled > 0
+    if need_labels and not labelled:
+        raise RequestError(
+            f"{run.url}: none of its {tally.counts.ok:,} predictions has a label that is a class "
+            f"of the model ({tally.counts.unlabelled:,} have none, {tally.counts.unknown_label:,} "
+            "another); join labels with --labels TABLE"
+        )
+    issues = kept_rows.fetch(run, tally.issues, label_column, late)
+    return Evaluation(
+        run=run,
+        config=config,
+        tally=tally,
+        labelled=labelled,
+        metrics=[*tables.metrics(tally.counts, top_k=run.top_k), *_more(tally)],
+        left_out=list(_left_out(run, tally, late)),
+        per_class=_per_class(tally),
+        curve=curve(tally.selective),
+        slices=_slices(tally, run.top_k, config.small_slice),
+        mistakes=kept_rows.fetch(run, tally.mistakes, label_column, late),
+        uncertain=kept_rows.fetch(run, tally.uncertain, label_column, late),
+        issues=kept_rows.label_issues(tally, issues),
+    )
+
+
+def write(evaluation: Evaluation, output: str) -> None:
+    """Write `metrics/*.parquet` and `summary.json` into a folder."""
+    counts = evaluation.tally.counts
+    made = {
+        "summary": tables.as_table(evaluation.metrics),
+        "per_class": evaluation.per_class,
+        "confusion": tables.confusion(counts),
+        "calibration": tables.calibration(counts),
+        "coverage": evaluation.curve,
+        "slices": evaluation.slices,
+        "label_issues": evaluation.issues,
+    }
+    for name, table in made.items():
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        url = storage.join(output, layout.METRICS, f"{name}.parquet")
+        storage.write(url, sink.getvalue())
+    body = summary_json(evaluation)
+    storage.write(
+        storage.join(output, "summary.json"), (json.dumps(body, indent=2) + "\n").encode()
+    )
+
+
+def summary_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The headline numbers for programs: each with its value and, where known, its interval."""
+    run = evaluation.run
+    return {
+        "run": run.url,
+        "rows": evaluation.tally.counts.rows,
+        "bundle_sha256": run.bundle_sha256,
+        "manifest_fingerprint": run.manifest_fingerprint,
+        "labels": evaluation.config.labels and evaluation.config.labels.path,
+        "metrics": {
+            metric.name: {
+                "value": metric.value,
+                "lower": metric.interval and metric.interval[0],
+                "upper": metric.interval and metric.interval[1],
+            }
+            for metric in evaluation.metrics
+        },
+        "label_issues": evaluation.issues.num_rows,
+        "left_out": evaluation.left_out,
+    }
+
+
+def _more(tally: Tally) -> Iterator[Metric]:
+    cells = tally.selective.counts.sum(1)
+    found = _area(cells)
+    drawn = bootstrap_intervals([cells], _area)
+    for name, area in found.items():
+        interval = clipped(drawn.get(name), 0.0, 1.0)
+        yield Metric(name, area, "mean error over all coverages", interval)
+    counts = tally.scores
+    if counts is None or not counts.rows:
+        return
+    score = brier(counts)
+    if score is not None:
+        spread = mean_interval(counts.brier_sum, counts.brier_square_sum, counts.rows)
+        yield Metric("brier_score", score, "mean squared distance from the truth", spread)
+    ranks = discrimination(counts)
+    if not np.isfinite(ranks.auroc).any():
+        return
+    drawn = bootstrap_intervals(
+        [counts.own, counts.other],
+        lambda own, other: _ranking(counts, own, other),
+        resamples=100,
+    )
+    for name, values, bounds, what in (
+        ("auroc_macro", ranks.auroc, ranks.auroc_bound, "mean over classes, each against the rest"),
+        (
+            "average_precision_macro",
+            ranks.average_precision,
+            ranks.average_precision_bound,
+            "mean over classes, each against the rest",
+        ),
+    ):
+        bound = float(np.nanmean(bounds))
+        told = f"; bins can move it by {bound:.1e}" if bound else ""
+        yield Metric(name, float(np.nanmean(values)), what + told, clipped(drawn[name], 0.0, 1.0))
+
+
+def _area(cells: Any) -> dict[str, float]:
+    area = area_under_risk_coverage(cells)
+    return {} if area is None else {"area_under_risk_coverage": area}
+
+
+def _ranking(counts: ScoreCounts, own: Any, other: Any) -> dict[str, float]:
+    found = discrimination(ScoreCounts(counts.classes, own, other, counts.rows, 0.0, 0.0))
+    return {
+        "auroc_macro": float(np.nanmean(found.auroc)),
+        "average_precision_macro": float(np.nanmean(found.average_precision)),
+    }
+
+
+def _left_out(run: Run, tally: Tally, late: LateLabels | None) -> Iterator[str]:
+    if not tally.counts.labelled:
+        yield (
+            "Accuracy and all that judges by labels: there are none. Join some with "
+            "`imgcls evaluate --predictions RUN --labels TABLE`."
+        )
+        return
+    if not run.has_scores:
+        what = "AUROC, average precision and the Brier score"
+        if late is not None:
+            what += ", log loss and likely label errors"
+        yield f"{what} need every class's score: label with `imgcls predict --scores`."
+    if not tally.wanted.slice_by:
+        yield "Slices: name manifest columns with `--slice-by camera,site`."
+
+
+def _per_class(tally: Tally) -> pa.Table:
+    """The classes, with 95 % Wilson intervals and, where scores are known, how well they rank."""
+    table = tables.per_class(tally.counts)
+    for rate, whole in (("precision", "predicted"), ("recall", "support")):
+        judged = _judged_predictions(tally) if whole == "predicted" else table[whole].to_numpy()
+        hits = table["true_positive"].to_numpy(zero_copy_only=False)
+        ends = [
+            wilson_interval(float(hit), int(rows)) if rows > 0 else (None, None)
+            for hit, rows in zip(np.nan_to_num(hits), np.nan_to_num(judged), strict=True)
+        ]
+        for side, values in (("lower", [e[0] for e in ends]), ("upper", [e[1] for e in ends])):
+            table = table.append_column(f"{rate}_{side}", pa.array(values, pa.float64()))
+    if tally.scores is not None and tally.scores.rows:
+        ranked = discrimination_table(tally.scores)
+        for name in ranked.schema.names[1:]:
+            table = table.append_column(name, ranked[name])
+    return table
+
+
+def _judged_predictions(tally: Tally) -> Ints:
+    counts = tally.counts
+    return np.bincount(counts.confusion_predicted, counts.confusion_count, len(counts.classes))
+
+
+def _slices(tally: Tally, top_k: int, small: int) -> pa.Table:
+    """A row per slice and a column per metric, the worst first, small ones behind.
+
+    slice_by, value (string), small (bool), then as in `summary`, with the ends of accuracy's
+    interval; null where a slice does not have it.
+    """
+    rows: list[dict[str, Any]] = []
+    for column, found in tally.slices.items():
+        for value, counts in found.items():
+            known = {m.name: m for m in tables.metrics(counts, top_k=top_k, resamples=0)}
+            row: dict[str, Any] = {"slice_by": column, "value": value}
+            row["small"] = counts.labelled < small if tally.counts.labelled else counts.ok < small
+            row |= {name: float(metric.value) for name, metric in known.items()}
+            if "accuracy" in known:
+                row["accuracy_lower"], row["accuracy_upper"] = known["accuracy"].interval or (0, 1)
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    if not rows:
+        return pa.table({n: pa.array([], pa.string()) for n in ("slice_by", "value")})
+    badness = "accuracy" if "accuracy" in names else "mean_confidence"
+    rows.sort(key=lambda r: (r["small"], r.get(badness, 2.0), r["slice_by"], r["value"]))
+    return pa.table({name: [row.get(name) for row in rows] for name in names})

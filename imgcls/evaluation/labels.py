@@ -1,0 +1,164 @@
+"""Labels that came after the predictions: a table joined to them by a key, such as the path.
+
+Holds the labels, hashed, and streams the predictions past them. A key that stands twice on either
+side is refused, since no one can say which label is meant.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from imgcls.config import Section
+from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest
+from imgcls.errors import RequestError
+from imgcls.evaluation.runs import Run
+from imgcls.metrics.columns import class_codes, score_rows
+
+JOINED = "label"
+"""The column that judged tables carry the joined label in."""
+
+
+class LabelsConfig(Section):
+    """A CSV or Parquet table of labels that came later."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    """The table: a file, a folder or a glob."""
+    column: str = "label"
+    """Its column of class names."""
+
+
+class LateLabels:
+    """Labels by key, and how many rows found theirs."""
+
+    def __init__(self, config: LabelsConfig, run: Run, on: str) -> None:
+        """Read the labels. Raises RequestError when the table or a key is not usable."""
+        self.place = f"labels {config.path}"
+        self.on = on
+        run.check_columns([on], "on")
+        self.classes = run.classes
+        self.needed = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
+        manifest = open_manifest(
+            ManifestConfig(path=config.path, path_column=on, label_column=config.column)
+        )
+        batches = [batch.select([on, config.column]) for batch in manifest.batches()]
+        if not batches:
+            raise RequestError(f"{self.place}: has no row")
+        table = pa.Table.from_batches(batches)
+        self.keys = table[on].combine_chunks().cast(pa.large_string())
+        labels = labels_as_text(table[config.column]).cast(pa.string())
+        self.labels = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
+        self._order, self._hashes = _hashed(self.keys)
+        self._check_unique()
+        self.used = np.zeros(len(self.keys), bool)
+
+    def judge(self, table: pa.Table) -> pa.Table:
+        """The table with the joined labels; their scores where every class's score was written.
+
+        A rank below the top k is given as k + 1, which is all that a top-k accuracy asks.
+        Raises RequestError when two rows of the predictions have one key.
+        """
+        keys = table[self.on].combine_chunks().cast(pa.large_string())
+        found = self._find(keys)
+        hit = found >= 0
+        taken = found[hit]
+        if self.used[taken].any() or len(np.unique(taken)) < len(taken):
+            repeated = taken[self.used[taken]]
+            if not len(repeated):
+                values, times = np.unique(taken, return_counts=True)
+                repeated = values[times > 1]
+            key = self.keys[int(repeated[0])].as_py()
+            raise RequestError(
+                f"{self.place}: {self.on} {key!r} stands in several rows of the predictions; join "
+                "on a column that tells them apart"
+            )
+        self.used[taken] = True
+        return self._joined(table, found)
+
+    def looked_up(self, table: pa.Table) -> pa.Table:
+        """As `judge`, of rows that were judged before."""
+        return self._joined(
+            table, self._find(table[self.on].combine_chunks().cast(pa.large_string()))
+        )
+
+    def _joined(self, table: pa.Table, found: np.ndarray) -> pa.Table:
+        hit = found >= 0
+        label = self.labels.take(pa.array(found, mask=~hit))
+        score, rank = self._scores_and_ranks(table, label)
+        for name in (JOINED, "label_score", "label_rank"):
+            if name in table.schema.names:
+                table = table.drop_columns([name])
+        return (
+            table.append_column(JOINED, label)
+            .append_column("label_score", score)
+            .append_column("label_rank", rank)
+        )
+
+    def finish(self) -> None:
+        """Raise RequestError when no row found a label; say how many labels were not used."""
+        used = int(self.used.sum())
+        if used == 0:
+            raise RequestError(
+                f"{self.place}: no {self.on} of the predictions is among its {len(self.keys):,} "
+                f"(such as {self.keys[0].as_py()!r}); check that both write it the same way"
+            )
+        if used < len(self.keys):
+            print(f"note: {len(self.keys) - used:,} of {len(self.keys):,} labels match no row")
+
+    def _find(self, keys: pa.Array) -> np.ndarray:
+        """(N,) places in `self.keys`, -1 where there is none."""
+        hashes = _hash(keys)
+        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        found = np.where(self._hashes[place] == hashes, self._order[place], -1)
+        # equal hashes are not yet equal keys
+        same = pc.fill_null(pc.equal(keys, self.keys.take(pa.array(np.maximum(found, 0)))), False)
+        return np.where(same.to_numpy(zero_copy_only=False), found, -1)
+
+    def _scores_and_ranks(self, table: pa.Table, label: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """(N,) label_score and label_rank, null without a prediction or a label that is a class."""
+        code = class_codes(pa.chunked_array([label]), self.classes)
+        judged = (code >= 0) & pc.equal(table["status"].cast(pa.string()), "ok").to_numpy()
+        score, rank = np.zeros(len(code), np.float32), np.zeros(len(code), np.int32)
+        if "scores" in table.schema.names:
+            at = np.flatnonzero(judged)
+            scores = score_rows(table["scores"], at)
+            own = np.take_along_axis(scores, code[at][:, None], axis=1)
+            earlier = np.arange(len(self.classes))[None, :] < code[at][:, None]
+            score[at] = own[:, 0]
+            rank[at] = 1 + ((scores > own) | ((scores == own) & earlier)).sum(1)
+            return pa.array(score, mask=~judged), pa.array(rank, mask=~judged)
+        names = table["topk_labels"].combine_chunks()
+        width = pc.max(pc.list_value_length(names)).as_py() or 0
+        parent = pc.list_parent_indices(names).to_numpy()
+        same = pc.equal(pc.list_flatten(names), label.take(pa.array(parent)))
+        at = np.flatnonzero(pc.fill_null(same, False).to_numpy(zero_copy_only=False))
+        rank[:] = width + 1
+        rank[parent[at]] = at - np.searchsorted(parent, parent[at]) + 1
+        return pa.nulls(len(code), pa.float32()), pa.array(rank, mask=~judged)
+
+    def _check_unique(self) -> None:
+        if self.keys.null_count:
+            raise RequestError(f"{self.place}: {self.on} is null in {self.keys.null_count:,} rows")
+        twice = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        if len(twice):
+            key = self.keys[int(self._order[twice[0]])].as_py()
+            raise RequestError(
+                f"{self.place}: {self.on} {key!r} stands there twice; give one label for each"
+            )
+
+
+def _hashed(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    hashes = _hash(keys)
+    order = np.argsort(hashes, kind="stable")
+    return order, hashes[order]
+
+
+def _hash(keys: pa.Array) -> np.ndarray:
+    from pandas.util import hash_array
+
+    return np.asarray(hash_array(keys.to_numpy(zero_copy_only=False), categorize=False))

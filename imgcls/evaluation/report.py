@@ -1,0 +1,304 @@
+"""One HTML file that tells a run or a training: opens from disk, asks no server for anything.
+
+Owns what is shown and in which order; the numbers come from `evaluate`, the look from `templates`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import jinja2
+import pyarrow as pa
+import yaml
+
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.errors import RequestError
+from imgcls.evaluation import charts, confusion
+from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge
+from imgcls.evaluation.thumbnails import thumbnails
+from imgcls.metrics import tables
+from imgcls.models.bundle import DESCRIPTION, Bundle, read_description
+
+REPORT = "report.html"
+CLASSES_SHOWN = 1_000
+SLICES_SHOWN = 300
+
+
+class ReportConfig(Section):
+    """Write report.html for a labelling run, labelled or not, or for a trained bundle."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str
+    """The output folder of `imgcls predict`, or a bundle that `imgcls train` made."""
+    output: str | None = None
+    """The file to write; report.html in the source folder when not given."""
+    judge: JudgeConfig = JudgeConfig()
+
+
+def report(config: ReportConfig) -> str:
+    """Write the report of a run or a bundle; returns where.
+
+    Raises RequestError when the source is neither.
+    """
+    source = storage.absolute(config.source)
+    target = config.output or storage.join(source, REPORT)
+    if storage.exists(storage.join(source, DESCRIPTION)):
+        text = of_training(read_description(source))
+    else:
+        text = of_run(judge(source, config.judge, need_labels=False))
+    storage.write(target, text.encode())
+    print(f"report  {target}", flush=True)
+    return target
+
+
+def of_run(evaluation: Evaluation) -> str:
+    """The page of a labelling run."""
+    counts, run = evaluation.tally.counts, evaluation.run
+    labelled = evaluation.labelled
+    shown: dict[str, Any] = {
+        "title": f"{_name(run.url)}: {counts.rows:,} rows",
+        "subtitle": f"{len(run.classes):,} classes, committed {run.success['committed']}",
+        "labelled": labelled,
+        "cards": list(_cards(evaluation)),
+        "left_out": evaluation.left_out,
+        "histogram": charts.confidence_histogram(counts),
+        "slices": evaluation.slices.to_pylist()[:SLICES_SHOWN],
+        "small_slice": evaluation.config.small_slice,
+        "ranked": "auroc" in evaluation.per_class.schema.names,
+        "errors": [
+            {"status": status, "rows": rows, "share": rows / counts.rows}
+            for status, rows in sorted(counts.status.items(), key=lambda item: -item[1])
+            if status != "ok"
+        ],
+        "metrics": [
+            {
+                "name": metric.name,
+                "value": tables.format_value(metric.name, metric.value),
+                "interval": tables.format_interval(metric.name, metric.interval),
+                "description": metric.description,
+            }
+            for metric in evaluation.metrics
+        ],
+        "made": list(_made(evaluation)),
+        "config": yaml.safe_dump(run.provenance["config"], sort_keys=False),
+        "percent": _percent,
+    }
+    shown |= _classes(evaluation.per_class, labelled)
+    if labelled:
+        shown |= _confusion(evaluation)
+        shown["reliability"] = charts.reliability(tables.calibration(counts))
+        shown["coverage"] = charts.coverage(evaluation.curve)
+    shown |= _galleries(evaluation)
+    shown["sections"] = list(_sections(shown))
+    return _render("run.html.j2", shown)
+
+
+def of_training(bundle: Bundle) -> str:
+    """The page of a training: its curves, epochs and augmented samples.
+
+    Raises RequestError when the bundle was not trained here.
+    """
+    import pandas as pd
+
+    url, spec = bundle.url, bundle.spec
+    place = storage.join(url, "history.parquet")
+    if not storage.exists(place):
+        raise RequestError(
+            f"{url}: is a bundle that was not trained here (no history.parquet); give one that "
+            "`imgcls train` made, or the output folder of `imgcls predict`"
+        )
+    with storage.open_read(place) as stream:
+        history = pd.read_parquet(stream)
+    augmented = None
+    if storage.exists(storage.join(url, "plots", "augmented.png")):
+        data = storage.read(storage.join(url, "plots", "augmented.png"))
+        augmented = "data:image/png;base64," + base64.b64encode(data).decode()
+    best = int(spec.metrics.get("epoch", history["epoch"].iloc[-1]))
+    made = [
+        ("bundle", f"{url} (SHA-256 {bundle.sha256})"),
+        ("architecture", spec.architecture.name),
+        ("classes", f"{len(spec.classes):,}"),
+        *((name, json.dumps(value)) for name, value in _scalars(spec.provenance)),
+    ]
+    return _render(
+        "training.html.j2",
+        {
+            "title": f"{_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
+            "subtitle": f"{len(history)} epochs, the weights of epoch {best} kept",
+            "cards": [
+                {"name": name.replace("_", " "), "value": _figure(name, value), "note": ""}
+                for name, value in spec.metrics.items()
+            ],
+            "curves": charts.training_curves(history, best),
+            "columns": list(history.columns),
+            "epochs": [
+                [{"value": value, "text": _cell(name, value)} for name, value in row.items()]
+                for row in history.to_dict("records")
+            ],
+            "augmented": augmented,
+            "made": made,
+            "config": yaml.safe_dump(spec.provenance.get("config", {}), sort_keys=False),
+        },
+    )
+
+
+def _cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
+    names = {
+        "accuracy": "accuracy",
+        f"top_{evaluation.run.top_k}_accuracy": f"top-{evaluation.run.top_k} accuracy",
+        "balanced_accuracy": "balanced accuracy",
+        "f1_macro": "macro F1",
+        "log_loss": "log loss (nats)",
+        "auroc_macro": "macro AUROC",
+        "expected_calibration_error": "calibration error (ECE)",
+        "coverage": "accepted",
+        "error_rate": "without a prediction",
+    }
+    if not evaluation.labelled:
+        names = {"mean_confidence": "mean confidence", **names}
+    for name, told in names.items():
+        metric = evaluation.value(name)
+        if metric is not None:
+            yield {
+                "name": told,
+                "value": tables.format_value(name, metric.value),
+                "note": tables.format_interval(name, metric.interval),
+            }
+
+
+def _classes(table: pa.Table, labelled: bool) -> dict[str, Any]:
+    by = "support" if labelled else "predicted"
+    rows = table.sort_by([(by, "descending")]).slice(0, CLASSES_SHOWN).to_pylist()
+    return {"classes": rows, "classes_left_out": table.num_rows - len(rows)}
+
+
+def _confusion(evaluation: Evaluation) -> dict[str, Any]:
+    counts = evaluation.tally.counts
+    small = confusion.matrix(counts, confusion.TABLE_CLASSES)
+    cells = [
+        {
+            "name": name,
+            "cells": [
+                {
+                    "text": f"{number:,}" if number else "",
+                    "right": row == column,
+                    "strength": f"{min(0.85, float(share) ** 0.5 * 0.8):.2f}",
+                }
+                for column, (number, share) in enumerate(zip(numbers, shares, strict=True))
+            ],
+        }
+        for row, (name, numbers, shares) in enumerate(
+            zip(small.classes, small.counts, small.shares, strict=True)
+        )
+    ]
+    large = None
+    if small.left_out:
+        large = confusion.matrix(counts, confusion.PICTURE_CLASSES)
+    return {
+        "pairs": confusion.worst_pairs(counts, 30),
+        "small": small,
+        "cells": cells,
+        "matrix": large,
+        "picture": confusion.picture(large) if large is not None else None,
+    }
+
+
+def _galleries(evaluation: Evaluation) -> dict[str, Any]:
+    most = evaluation.config.gallery
+    found = {
+        "mistakes": evaluation.mistakes,
+        "issues": evaluation.issues.slice(0, most),
+        "uncertain": evaluation.uncertain,
+    }
+    paths = [path for table in found.values() for path in table["path"].to_pylist()]
+    pictures: Sequence[str | None] = [None] * len(paths)
+    if evaluation.config.thumbnails:
+        pictures = thumbnails(paths, evaluation.run.root)
+    shown: dict[str, Any] = {"issue_count": evaluation.issues.num_rows}
+    start = 0
+    for name, table in found.items():
+        shown[name] = [
+            {
+                "image": picture,
+                "alt": f"{row['path']}, predicted {row['predicted_label']}",
+                "predicted": row["predicted_label"],
+                "confidence": _percent(row["confidence"]),
+                "label": row["label"],
+                "label_score": row["label_score"] is not None and _percent(row["label_score"]),
+                "path": row["path"],
+            }
+            for row, picture in zip(table.to_pylist(), pictures[start:], strict=False)
+        ]
+        start += table.num_rows
+    return shown
+
+
+def _sections(shown: dict[str, Any]) -> Iterator[dict[str, str]]:
+    known = {
+        "confusion": ("Mistakes", shown["labelled"]),
+        "calibration": ("Confidence", True),
+        "slices": ("Slices", shown["slices"]),
+        "classes": ("Classes", True),
+        "mistakes": ("Worst mistakes", shown["mistakes"]),
+        "issues": ("Labels to look at", shown["issues"]),
+        "uncertain": ("Least certain", shown["uncertain"]),
+        "errors": ("Errors", True),
+        "numbers": ("All numbers", True),
+        "made": ("How it was made", True),
+    }
+    for place, (name, there) in known.items():
+        if there:
+            yield {"id": place, "name": name}
+
+
+def _made(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    run, success = evaluation.run, evaluation.run.success
+    yield "run", f"{run.url} ({success['run_id']})"
+    yield "model bundle", f"{run.provenance['config']['model']} (SHA-256 {run.bundle_sha256})"
+    manifest = run.provenance["config"]["manifest"]["path"]
+    yield "manifest", f"{manifest} (fingerprint {run.manifest_fingerprint})"
+    if evaluation.config.labels is not None:
+        yield "labels", evaluation.config.labels.path
+    yield "committed", success["committed"]
+    yield "labelled in", f"{success['seconds']['wall']:,.0f} s, {', '.join(success['precision'])}"
+    yield "git commit", str(run.provenance.get("git_commit"))
+    yield "versions", ", ".join(f"{k} {v}" for k, v in success["versions"].items())
+
+
+def _scalars(provenance: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in provenance.items():
+        if name != "config":
+            yield name, value
+
+
+def _figure(name: str, value: float) -> str:
+    return _percent(value) if "accuracy" in name else f"{value:.4g}"
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        if value != value:
+            return ""
+        return _percent(value) if name.endswith("accuracy") else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _name(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2] or url
+
+
+def _render(template: str, shown: dict[str, Any]) -> str:
+    loader = jinja2.PackageLoader("imgcls.evaluation")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(shown)

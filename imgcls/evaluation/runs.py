@@ -1,0 +1,149 @@
+"""A labelling run that is finished, as evaluation reads it: its files, classes and columns.
+
+Opens committed runs alone, so that no number speaks of half a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import output as layout
+from imgcls.data import storage
+from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing
+from imgcls.models.bundle import Bundle
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Row groups `groups` of a part: what one task reads.
+
+    file: place of the part in `Run.files`; rows: how many it holds in these groups
+    start: rows of the part that stand before them
+    """
+
+    file: int
+    groups: tuple[int, ...]
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A committed run.
+
+    files:   URLs of its parts, in row order
+    classes: the class names of the bundle that made it, in its order
+    schema:  of the predictions, manifest columns included
+    """
+
+    url: str
+    files: tuple[str, ...]
+    rows: int
+    classes: tuple[str, ...]
+    path_column: str
+    label_column: str | None
+    root: str
+    top_k: int
+    bundle_sha256: str
+    manifest_fingerprint: str
+    schema: pa.Schema
+    provenance: dict[str, Any]
+    success: dict[str, Any]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether every class's score was written."""
+        return "scores" in self.schema.names
+
+    def check_columns(self, names: Sequence[str], option: str) -> None:
+        """Raise RequestError when the predictions lack a column that `option` names."""
+        missing = [name for name in names if name not in self.schema.names]
+        if missing:
+            raise RequestError(
+                f"{option}: {self.url} has no column {missing[0]!r} (found: "
+                f"{', '.join(self.schema.names)})"
+            )
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Raise RequestError when another bundle made these predictions."""
+        if bundle.sha256 != self.bundle_sha256:
+            raise RequestError(
+                f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
+                f"{bundle.url} ({bundle.sha256[:12]}); give the bundle that made it, or label with "
+                "this one first"
+            )
+
+    def pieces(self, rows: int) -> list[Piece]:
+        """The whole table in pieces of about so many rows, each within one part."""
+        pieces = []
+        for file, url in enumerate(self.files):
+            with storage.open_read(url) as stream:
+                about = pq.ParquetFile(stream, pre_buffer=False).metadata
+                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+            groups: list[int] = []
+            start = held = 0
+            for group, size in enumerate(sizes):
+                groups.append(group)
+                held += size
+                if held >= rows or group == len(sizes) - 1:
+                    pieces.append(Piece(file, tuple(groups), start, held))
+                    start, held, groups = start + held, 0, []
+        return pieces
+
+
+def open_run(url: str) -> Run:
+    """Open the output folder of `imgcls predict`.
+
+    Raises OutputError when there is no run, or none that was committed.
+    """
+    url = storage.absolute(url)
+    described = layout.load_run(url)
+    if described is None:
+        raise OutputError(
+            f"{url}: holds no labelling run (no {layout.RUN}); give the --output folder of "
+            "`imgcls predict`"
+        )
+    try:
+        success = json.loads(storage.read(storage.join(url, layout.SUCCESS)))
+    except StorageMissing as error:
+        raise OutputError(
+            f"{url}: is not committed (no {layout.SUCCESS}); run `imgcls predict` on it again, "
+            "which goes on where it stopped"
+        ) from error
+    except ValueError as error:
+        raise OutputError(f"{url}: {layout.SUCCESS} is damaged ({error})") from error
+    folder = storage.join(url, layout.PREDICTIONS)
+    names = sorted(success["files"])
+    missing = sorted(set(names) - set(storage.names(folder)))
+    if missing:
+        raise OutputError(f"{url}: lacks {missing[0]}, which it had when it was committed")
+    files = tuple(storage.join(folder, name) for name in names)
+    if "classes" not in described:
+        raise OutputError(f"{url}: was written before class names were; label it again")
+    try:
+        with storage.open_read(files[0]) as stream:
+            schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
+    except (pa.ArrowException, StorageError) as error:
+        raise OutputError(f"{files[0]}: cannot be read ({error})") from error
+    identity = described["identity"]
+    return Run(
+        url=url,
+        files=files,
+        rows=success["rows"],
+        classes=tuple(described["classes"]),
+        path_column=identity["manifest"]["path_column"],
+        label_column=identity["manifest"]["label_column"],
+        root=identity["manifest"]["root"],
+        top_k=identity["settings"]["top_k"],
+        bundle_sha256=success["bundle_sha256"],
+        manifest_fingerprint=success["manifest_fingerprint"],
+        schema=schema,
+        provenance=described["provenance"],
+        success=success,
+    )

@@ -1,0 +1,41 @@
+"""Small pictures of the images that a report shows, read as labelling reads them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+
+from PIL import Image, ImageOps
+
+from imgcls.data import storage
+from imgcls.data.manifest import resolve
+from imgcls.errors import StorageError
+
+SIDE = 132
+_QUALITY = 72
+
+
+def thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
+    """A JPEG data URI for each path, about 5 KB; None where the image cannot be had any more."""
+    urls: Iterable[str | None] = (resolve(path, root) for path in paths)
+    return [_thumbnail(blob) for blob in storage.read_ahead(urls)]
+
+
+def _thumbnail(blob: bytes | StorageError) -> str | None:
+    if isinstance(blob, StorageError):
+        return None
+    try:
+        with Image.open(io.BytesIO(blob)) as image:
+            image.draft("RGB", (2 * SIDE, 2 * SIDE))
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    if max(upright.size) < SIDE // 2:
+        factor = SIDE // max(upright.size)
+        size = (upright.width * factor, upright.height * factor)
+        upright = upright.resize(size, Image.Resampling.NEAREST)
+    upright.thumbnail((SIDE, SIDE))
+    sink = io.BytesIO()
+    upright.save(sink, "JPEG", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()

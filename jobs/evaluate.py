@@ -1,0 +1,8 @@
+"""Judge a labelling run, or label and judge: `python jobs/evaluate.py --predictions OUT ...`."""
+
+import sys
+
+from imgcls.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run("evaluate", sys.argv[1:]))

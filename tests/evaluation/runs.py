@@ -1,0 +1,126 @@
+"""Committed runs that no model made: predictions drawn from a seed, laid out as labelling does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import output as layout
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel")
+
+
+def drawn(
+    rows: int,
+    seed: int = 0,
+    *,
+    classes: Sequence[str] = CLASSES,
+    failed: float = 0.0,
+    unlabelled: float = 0.0,
+    unknown: float = 0.0,
+    sharpness: float = 3.0,
+    scores: bool = True,
+    threshold: float = 0.5,
+) -> pa.Table:
+    """A table of predictions with path, label, camera and all that labelling adds.
+
+    sharpness: how much the label's logit is above the others; the more, the better the model
+    """
+    rng = np.random.default_rng(seed)
+    size = len(classes)
+    truth = rng.integers(0, size, rows)
+    logits = rng.normal(size=(rows, size)).astype(np.float32) * 2
+    logits[np.arange(rows), truth] += sharpness
+    softmax = np.exp(logits - logits.max(1, keepdims=True))
+    softmax = (softmax / softmax.sum(1, keepdims=True)).astype(np.float16)
+    exact = softmax.astype(np.float32)
+    ok = rng.random(rows) >= failed
+    order = np.argsort(-exact, axis=1, kind="stable")
+    names = np.array(classes)
+    kind = rng.random(rows)
+    labels: list[str | None] = names[truth].tolist()
+    for i in np.flatnonzero(kind < unlabelled):
+        labels[i] = None
+    for i in np.flatnonzero((kind >= unlabelled) & (kind < unlabelled + unknown)):
+        labels[i] = "never heard of"
+    judged = ok & np.array([label in classes for label in labels])
+    rank = 1 + np.argmax(order == truth[:, None], axis=1)
+    best = exact[np.arange(rows), order[:, 0]]
+    place = pa.array(np.arange(rows), mask=~ok)
+    top = order[:, : min(3, size)]
+    columns: dict[str, Any] = {
+        "path": [f"images/{i:06d}.jpg" for i in range(rows)],
+        "label": pa.array(labels, pa.string()),
+        "camera": [f"camera {i % 3}" for i in range(rows)],
+        "row": pa.array(np.arange(rows), pa.int64()),
+        "predicted_label": pa.array(names[order[:, 0]]).take(place),
+        "confidence": pa.array(best).take(place),
+        "accepted": pa.array((best >= threshold) & ok),
+        "topk_labels": pa.array(names[top].tolist(), pa.list_(pa.string())).take(place),
+        "topk_scores": pa.array(
+            np.take_along_axis(exact, top, 1).tolist(), pa.list_(pa.float32())
+        ).take(place),
+        "label_score": pa.array(exact[np.arange(rows), truth], mask=~judged),
+        "label_rank": pa.array(rank.astype(np.int32), mask=~judged),
+    }
+    if scores:
+        flat = pa.array(softmax.ravel())
+        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, size).take(place)
+    columns["width"] = pa.array(np.full(rows, 64, np.int32))
+    columns["height"] = pa.array(np.full(rows, 48, np.int32))
+    status = np.where(ok, "ok", "missing")
+    columns["status"] = pa.array(status.tolist(), pa.string()).dictionary_encode()
+    columns["error"] = pa.array([None if good else "no such file" for good in ok], pa.string())
+    return pa.table(columns)
+
+
+def commit(
+    folder: Path,
+    table: pa.Table,
+    *,
+    classes: Sequence[str] = CLASSES,
+    label_column: str | None = "label",
+    parts: int = 1,
+    group_rows: int = 1000,
+    bundle_sha256: str = "b" * 64,
+    fingerprint: str = "f" * 32,
+) -> Path:
+    """Lay a table out as the committed output of a labelling run."""
+    where = folder / layout.PREDICTIONS
+    where.mkdir(parents=True)
+    files = {}
+    ends = np.linspace(0, table.num_rows, parts + 1).astype(int)
+    for part, (start, end) in enumerate(itertools.pairwise(ends)):
+        name = layout.part_name(part)
+        pq.write_table(table.slice(start, end - start), where / name, row_group_size=group_rows)
+        files[name] = (where / name).stat().st_size
+    run = {
+        "format_version": layout.FORMAT_VERSION,
+        "identity": {
+            "manifest": {
+                "fingerprint": fingerprint, "path_column": "path", "label_column": label_column,
+                "root": str(folder),
+            },
+            "bundle": {"sha256": bundle_sha256},
+            "settings": {"top_k": 3, "threshold": 0.5},
+        },
+        "plan": {"run_id": "drawn", "rows": table.num_rows, "chunk_rows": 10, "part_rows": 10},
+        "provenance": {"config": {"model": "bundle", "manifest": {"path": "drawn.csv"}}},
+        "classes": list(classes),
+    }  # fmt: skip
+    (folder / layout.RUN).write_text(json.dumps(run))
+    success = {
+        "rows": table.num_rows, "run_id": "drawn", "bundle_sha256": bundle_sha256,
+        "manifest_fingerprint": fingerprint, "files": files, "seconds": {"wall": 1.0},
+        "precision": ["fp32"], "versions": {"imgcls": "0"}, "committed": "2026-01-01T00:00:00",
+        "settings": {"top_k": 3},
+    }  # fmt: skip
+    (folder / layout.SUCCESS).write_text(json.dumps(success))
+    return folder

@@ -1,0 +1,192 @@
+"""Temperatures that are found again, thresholds that keep their promise, bundles that obey."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from imgcls.errors import RequestError
+from imgcls.evaluation.calibrate import (
+    CalibrateConfig,
+    HeldOut,
+    calibrate,
+    confidences,
+    fit_temperature,
+    fit_vector,
+)
+from imgcls.metrics import expected_calibration_error
+from imgcls.models import zoo
+from imgcls.models.bundle import Bundle, BundleSpec, load_bundle, save_bundle
+from imgcls.models.classifier import Classifier
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+def overconfident(rows: int, factor: float, seed: int = 0) -> HeldOut:
+    """Labels drawn from a softmax, scored by one whose logits are `factor` times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(rows, 4, generator=generator)
+    label = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)[:, 0]
+    return HeldOut(torch.log_softmax(factor * logits, 1).numpy(), label.numpy())
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
+def test_the_temperature_that_was_put_in_is_found(factor: float) -> None:
+    rows = overconfident(20_000, factor)
+    temperature = fit_temperature(rows)
+    assert temperature == pytest.approx(factor, rel=0.04)
+    confidence, predicted = confidences(rows, np.array([1 / temperature], np.float32), None)
+    assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
+
+
+def test_vector_scaling_mends_one_class_alone() -> None:
+    rows = overconfident(20_000, 1.0)
+    skewed = HeldOut(rows.log_scores + np.array([0, 0, 2, 0], np.float32), rows.label)
+    scale, bias = fit_vector(skewed)
+    assert bias is not None
+    assert bias[2] - bias[[0, 1, 3]].mean() == pytest.approx(-2, abs=0.15)
+    confidence, predicted = confidences(skewed, scale, bias)
+    assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    architecture = zoo.architecture("small_cnn", {"width": 4})
+    torch.manual_seed(0)
+    spec = BundleSpec(
+        architecture=architecture, classes=list(CLASSES), temperature=2.0, threshold=0.3,
+        preprocess=zoo.default_preprocess(architecture),
+    )  # fmt: skip
+    network = zoo.build(architecture, len(CLASSES))
+    return save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
+
+
+def run_of(tmp_path: Path, bundle: Bundle, name: str = "out", **changes: Any) -> Path:
+    table = drawn(6000, 2, sharpness=2.0, **changes)
+    return commit(tmp_path / name, table, bundle_sha256=bundle.sha256)
+
+
+def request(bundle: Bundle, run: Path, **changes: Any) -> CalibrateConfig:
+    settings = {"model": bundle.url, "predictions": str(run), "output": f"{bundle.url}-calibrated"}
+    return CalibrateConfig.model_validate(settings | changes)
+
+
+def test_the_new_bundle_is_calibrated_and_remembers_on_what(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, bundle)
+    result = calibrate(request(bundle, run))
+    assert result.ece_after < 0.02 < result.ece_before
+    made = load_bundle(result.bundle.url)
+    assert made.spec.temperature == result.temperature != 2.0
+    assert made.spec.threshold == 0.0
+    assert made.spec.provenance["calibration"]["bundle_sha256"] == bundle.sha256
+    assert made.weights_sha256 == bundle.weights_sha256
+    said = capsys.readouterr().out
+    assert f"temperature 2.0000 -> {result.temperature:.4f}" in said
+    assert "the old threshold was for other confidences" in said
+
+
+def test_calibrating_again_goes_on_from_there(bundle: Bundle, tmp_path: Path) -> None:
+    first = calibrate(request(bundle, run_of(tmp_path, bundle), method="vector")).bundle
+    again = run_of(tmp_path, first, "again")
+    with pytest.raises(RequestError, match="is vector-scaled already"):
+        calibrate(request(first, again, method="vector"))
+    rng = np.random.default_rng(0)
+    batch = rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    before = np.log(Classifier(first, precision="fp32").classify(batch).scores)
+    second = calibrate(request(first, again)).bundle
+    factor = second.spec.vector_scaling.scale[0] / first.spec.vector_scaling.scale[0]
+    expected = torch.softmax(torch.from_numpy(before) * factor, 1).numpy()
+    got = Classifier(second, precision="fp32").classify(batch).scores
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["temperature", "vector"])
+def test_what_the_classifier_says_is_what_was_fitted(
+    bundle: Bundle, tmp_path: Path, method: str
+) -> None:
+    """Scores of the old bundle, scaled as fitted, are the scores of the new one."""
+    rng = np.random.default_rng(0)
+    batch = rng.integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
+    old = Classifier(bundle, precision="fp32").classify(batch).scores
+    result = calibrate(request(bundle, run_of(tmp_path, bundle), method=method))
+    got = Classifier(result.bundle, precision="fp32").classify(batch).scores
+    scaling = result.bundle.spec.vector_scaling
+    if scaling is None:
+        scaled = np.log(old) * (bundle.spec.temperature / result.temperature)
+    else:
+        assert result.temperature == 2.0
+        scaled = np.log(old) * np.array(scaling.scale) + np.array(scaling.bias)
+    expected = np.exp(scaled - scaled.max(1, keepdims=True))
+    np.testing.assert_allclose(got, expected / expected.sum(1, keepdims=True), atol=2e-5)
+
+
+def test_a_global_threshold_reaches_its_target_with_its_cost_told(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, bundle)
+    result = calibrate(request(bundle, run, target_precision=0.9))
+    [chosen] = result.thresholds
+    assert result.bundle.spec.threshold == chosen.threshold
+    assert chosen.precision is not None
+    assert chosen.precision >= 0.9
+    assert 0 < chosen.coverage < 1
+    assert f"{chosen.coverage:.2%} accepted" in capsys.readouterr().out
+
+
+def test_per_class_thresholds_are_obeyed_and_hopeless_classes_are_not_accepted(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = drawn(6000, 2, sharpness=2.0)
+    labels = table["label"].to_pylist()
+    said = table["predicted_label"].to_pylist()
+    # whenever it says eel, it is wrong
+    labels = ["ant" if s == "eel" else label for label, s in zip(labels, said, strict=True)]
+    index = table.schema.get_field_index("label")
+    table = table.set_column(index, "label", pa.array(labels))
+    run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
+    changes = {"target_precision": 0.7, "per_class": True, "method": "none"}
+    result = calibrate(request(bundle, run, **changes))
+    thresholds = result.bundle.spec.class_thresholds()
+    assert thresholds[CLASSES.index("eel")] == 1.0
+    assert all(0 < t < 1 for t in thresholds[:4])
+    assert result.bundle.spec.temperature == 2.0
+    assert "1 of 5 classes never reach the target (eel)" in capsys.readouterr().out
+    classifier = Classifier(result.bundle, precision="fp32")
+    np.testing.assert_allclose(classifier._thresholds, thresholds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"target_precision": 0.9999}, "no threshold reaches it with 30 accepted rows of 6,000"),
+        ({"method": "none"}, "leaves nothing to do"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        calibrate(request(bundle, run_of(tmp_path, bundle), **changes))
+    assert not Path(f"{bundle.url}-calibrated").exists()
+
+
+def test_another_models_run_no_scores_and_no_labels_are_refused(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    other = commit(tmp_path / "other", drawn(50), bundle_sha256="0" * 64)
+    with pytest.raises(RequestError, match="was made by another bundle"):
+        calibrate(request(bundle, other))
+    bare = run_of(tmp_path, bundle, "bare", scores=False)
+    with pytest.raises(RequestError, match="predict --scores"):
+        calibrate(request(bundle, bare))
+    blind = commit(tmp_path / "blind", drawn(50), bundle_sha256=bundle.sha256, label_column=None)
+    with pytest.raises(RequestError, match="has no labels"):
+        calibrate(request(bundle, blind))
+    with pytest.raises(RequestError, match="is the bundle itself"):
+        calibrate(request(bundle, bare, output=bundle.url))

@@ -1,0 +1,154 @@
+"""Two runs side by side: the verdict, where they differ, and the gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.errors import RequestError, TooManyErrors
+from imgcls.evaluation.compare import CompareConfig, compare, points
+from imgcls.evaluation.labels import LabelsConfig
+from tests.conftest import write_manifest
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+def worse(table: pa.Table, share: float, seed: int = 0) -> pa.Table:
+    """The same rows with some predictions turned to the next class."""
+    rng = np.random.default_rng(seed)
+    said = [
+        CLASSES[(CLASSES.index(s) + 1) % 5] if s is not None and rng.random() < share else s
+        for s in table["predicted_label"].to_pylist()
+    ]
+    index = table.schema.get_field_index("predicted_label")
+    return table.set_column(index, "predicted_label", pa.array(said, pa.string()))
+
+
+def runs(tmp_path: Path, share: float = 0.1) -> tuple[Path, Path, pa.Table, pa.Table]:
+    a = drawn(2000, 4, failed=0.02, unlabelled=0.05, sharpness=3.0)
+    b = worse(a, share)
+    return commit(tmp_path / "a", a, parts=2), commit(tmp_path / "b", b, parts=3), a, b
+
+
+def test_the_verdict_and_every_difference_are_those_of_the_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_a, run_b, a, b = runs(tmp_path)
+    output = tmp_path / "compared"
+    found = compare(
+        CompareConfig(run_a=str(run_a), run_b=str(run_b), slice_by=["camera"], output=str(output))
+    )
+    left, right = a.to_pandas(), b.to_pandas()
+    judged = (left.status == "ok") & left.label.notna()
+    right_a = (left.predicted_label == left.label) & judged
+    right_b = (right.predicted_label == left.label) & judged
+    assert found.both.rows == judged.sum()
+    assert found.both.only_a == (right_a & ~right_b).sum()
+    assert found.both.only_b == (right_b & ~right_a).sum()
+    assert found.both.difference == pytest.approx((right_b.sum() - right_a.sum()) / judged.sum())
+    assert found.both.p_value < 1e-6
+    assert "verdict: A is better" in capsys.readouterr().out
+    by_class = {row["label"]: row for row in found.per_class.to_pylist()}
+    for name in CLASSES:
+        mine = judged & (left.label == name)
+        assert by_class[name]["rows"] == mine.sum()
+        assert by_class[name]["accuracy_b"] == pytest.approx(right_b[mine].mean())
+    by_camera = {row["value"]: row for row in found.slices.to_pylist()}
+    for value, row in by_camera.items():
+        mine = judged & (left.camera == value)
+        assert row["accuracy_a"] == pytest.approx(right_a[mine].mean())
+    differ = judged & (left.predicted_label != right.predicted_label)
+    assert found.different == differ.sum()
+    rows = pq.read_table(output / "differing.parquet").to_pandas()
+    assert sorted(rows.row) == sorted(left.row[differ])
+    assert (rows.right == "a").sum() == found.both.only_a
+    told = json.loads((output / "summary.json").read_text())
+    assert told["only_a"] == found.both.only_a
+
+
+def test_the_gate_fails_only_beyond_what_is_allowed(tmp_path: Path) -> None:
+    run_a, run_b, *_ = runs(tmp_path, share=0.03)
+    found = compare(CompareConfig(run_a=str(run_a), run_b=str(run_b)))
+    lost = -100 * found.both.difference
+    assert 1 < lost < 4
+    request = {"run_a": str(run_a), "run_b": str(run_b)}
+    compare(CompareConfig(**request, fail_if_worse=f"{lost + 0.1:.3f}pt"))
+    with pytest.raises(TooManyErrors, match=r"is .* points worse than .*, allowed 0.5") as caught:
+        compare(CompareConfig(**request, fail_if_worse="0.5pt"))
+    assert caught.value.exit_code == 3
+    compare(CompareConfig(run_a=str(run_b), run_b=str(run_a), fail_if_worse="0pt"))
+
+
+def test_runs_of_other_manifests_are_joined_by_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_a, _, a, b = runs(tmp_path)
+    shuffled = b.take(np.random.default_rng(0).permutation(2000)[:1500])
+    other = commit(tmp_path / "other", shuffled, fingerprint="0" * 32)
+    with pytest.raises(RequestError, match=r"label different manifests; .* --on path"):
+        compare(CompareConfig(run_a=str(run_a), run_b=str(other)))
+    found = compare(CompareConfig(run_a=str(run_a), run_b=str(other), on="path"))
+    assert "note: 1,500 rows are in both, of 2,000 and 1,500" in capsys.readouterr().out
+    left = a.to_pandas().set_index("path")
+    right = shuffled.to_pandas().set_index("path")
+    both = left.join(right, how="inner", rsuffix="_b")
+    both = both[(both.status == "ok") & both.label.notna()]
+    assert found.both.rows == len(both)
+    assert found.correct_b == (both.predicted_label_b == both.label).sum()
+
+
+def test_labels_that_came_later_judge_both(tmp_path: Path) -> None:
+    run_a, run_b, a, _ = runs(tmp_path)
+    rows = list(zip(a["path"].to_pylist()[:500], a["label"].to_pylist()[:500], strict=True))
+    rows = [row for row in rows if row[1] is not None]
+    late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    found = compare(
+        CompareConfig(run_a=str(run_a), run_b=str(run_b), labels=LabelsConfig(path=str(late)))
+    )
+    ok = sum(s == "ok" and label is not None for s, label in zip(
+        a["status"].to_pylist()[:500], a["label"].to_pylist()[:500], strict=True))  # fmt: skip
+    assert found.both.rows == ok
+
+
+def test_a_join_that_matches_nothing_or_twice_is_refused(tmp_path: Path) -> None:
+    run_a, run_b, *_ = runs(tmp_path)
+    with pytest.raises(RequestError, match="camera 'camera 0' stands there twice"):
+        compare(CompareConfig(run_a=str(run_a), run_b=str(run_b), on="camera"))
+    far = drawn(10).to_pandas()
+    far["path"] = [f"far/{i}.jpg" for i in range(10)]
+    other = drawn(10)
+    index = other.schema.get_field_index("path")
+    other = other.set_column(index, "path", pa.array(far["path"].tolist()))
+    run = commit(tmp_path / "far", other, fingerprint="1" * 32)
+    with pytest.raises(RequestError, match="share no path"):
+        compare(CompareConfig(run_a=str(run_a), run_b=str(run), on="path"))
+
+
+def test_runs_without_labels_are_refused(tmp_path: Path) -> None:
+    blind = commit(tmp_path / "blind", drawn(20), label_column=None)
+    with pytest.raises(RequestError, match="has no labels to judge by"):
+        compare(CompareConfig(run_a=str(blind), run_b=str(blind)))
+
+
+def test_equal_runs_show_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = commit(tmp_path / "a", drawn(100))
+    found = compare(CompareConfig(run_a=str(run), run_b=str(run), fail_if_worse="0"))
+    assert (found.both.difference, found.different, found.both.p_value) == (0, 0, 1)
+    assert "no difference that these rows can show" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.5pt", 0.005), ("2%", 0.02), ("0.01", 0.01), ("1 pp", 0.01)]
+)
+def test_points_are_read(text: str, value: float) -> None:
+    assert points(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["a bit", "-1pt", "5"])
+def test_what_is_no_number_of_points_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"could not convert|between 0 and 100 points"):
+        points(text)

@@ -1,0 +1,274 @@
+"""Judging a committed run: every number against scikit-learn, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn import metrics as sk
+
+from imgcls import output as layout
+from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
+from imgcls.evaluating import EvaluateConfig, evaluate
+from imgcls.evaluation import count as counting
+from imgcls.evaluation.evaluate import JudgeConfig, judge
+from imgcls.evaluation.labels import LabelsConfig
+from tests.conftest import write_manifest
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    return drawn(3000, 1, failed=0.05, unlabelled=0.1, unknown=0.05, sharpness=1.5)
+
+
+@pytest.fixture(scope="module")
+def run(table: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return commit(tmp_path_factory.mktemp("runs") / "out", table, parts=3, group_rows=200)
+
+
+def judged(table: pa.Table) -> pd.DataFrame:
+    frame = table.to_pandas()
+    return frame[(frame.status == "ok") & frame.label.isin(CLASSES)]
+
+
+def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
+    found = judge(str(run), JudgeConfig(thumbnails=False), need_labels=True)
+    rows = judged(table)
+    y, p = rows.label, rows.predicted_label
+    scores = np.stack(rows.scores.to_list()).astype(np.float64)
+    codes = rows.label.map(CLASSES.index).to_numpy()
+    one_hot = np.eye(len(CLASSES))[codes]
+    macro: dict[str, Any] = {"average": "macro", "zero_division": 0}
+    expected = {
+        "accuracy": sk.accuracy_score(y, p),
+        "balanced_accuracy": sk.balanced_accuracy_score(y, p),
+        "precision_macro": sk.precision_score(y, p, **macro),
+        "recall_macro": sk.recall_score(y, p, **macro),
+        "f1_macro": sk.f1_score(y, p, **macro),
+        "f1_micro": sk.f1_score(y, p, average="micro"),
+        "precision_weighted": sk.precision_score(y, p, average="weighted", zero_division=0),
+        "f1_weighted": sk.f1_score(y, p, average="weighted"),
+        "matthews_correlation": sk.matthews_corrcoef(y, p),
+        "cohens_kappa": sk.cohen_kappa_score(y, p),
+        "log_loss": -np.log(np.maximum(rows.label_score.astype(float), 1e-12)).mean(),
+        "brier_score": ((scores - one_hot) ** 2).sum(1).mean(),
+        "top_3_accuracy": sk.top_k_accuracy_score(
+            codes, scores - 1e-9 * np.arange(len(CLASSES)), k=3, labels=range(len(CLASSES))
+        ),
+        "auroc_macro": np.mean([sk.roc_auc_score(one_hot[:, c], scores[:, c]) for c in range(5)]),
+        "average_precision_macro": sk.average_precision_score(one_hot, scores, average="macro"),
+    }
+    got = {metric.name: metric for metric in found.metrics}
+    for name, value in expected.items():
+        assert got[name].value == pytest.approx(value, abs=1e-9), name
+        low, high = got[name].interval or (None, None)
+        assert low is not None, name
+        assert low < value < high, name
+    per_class = found.per_class.to_pandas().set_index("label")
+    for c, name in enumerate(CLASSES):
+        assert per_class.recall[name] == pytest.approx(sk.recall_score(y == name, p == name))
+        assert per_class.recall_lower[name] < per_class.recall[name] < per_class.recall_upper[name]
+        auroc = sk.roc_auc_score(one_hot[:, c], scores[:, c])
+        assert per_class.auroc[name] == pytest.approx(auroc, abs=1e-9)
+    assert (
+        found.tally.counts.unknown_label
+        == (
+            (table.to_pandas().status == "ok") & (table.to_pandas().label == "never heard of")
+        ).sum()
+    )
+
+
+def test_a_slice_has_the_numbers_of_its_rows_alone(table: pa.Table, run: Path) -> None:
+    found = judge(str(run), JudgeConfig(slice_by="camera"), need_labels=True)  # type: ignore[arg-type]
+    rows = judged(table)
+    slices = found.slices.to_pandas()
+    assert slices.accuracy.is_monotonic_increasing
+    for each in slices.itertuples():
+        mine = rows[rows.camera == each.value]
+        assert each.labelled == len(mine)
+        assert each.accuracy == pytest.approx((mine.label == mine.predicted_label).mean())
+        f1 = sk.f1_score(mine.label, mine.predicted_label, average="macro")
+        assert each.f1_macro == pytest.approx(f1)
+    assert not slices.small.any()
+
+
+def test_worst_mistakes_and_contradicted_labels_are_found(tmp_path: Path) -> None:
+    table = drawn(2000, 5, sharpness=9.0)
+    labels = table["label"].to_pylist()
+    planted = list(range(0, 2000, 100))
+    for i in planted:
+        labels[i] = CLASSES[(CLASSES.index(labels[i]) + 1) % 5]
+    codes = np.array([CLASSES.index(label) for label in labels])
+    scores = np.stack(table.to_pandas().scores.to_list()).astype(np.float32)
+    own = scores[np.arange(2000), codes]
+    for name, values in (("label", pa.array(labels)), ("label_score", pa.array(own))):
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    found = judge(str(commit(tmp_path / "out", table)), JudgeConfig(), need_labels=True)
+    rows = found.issues["row"].to_pylist()
+    top = rows[: len(planted)]
+    assert len(set(top) & set(planted)) >= 18  # of 20: a drawn model is wrong now and then
+    margins = found.issues["margin"].to_pylist()
+    assert margins == sorted(margins, reverse=True)
+    wrong = table.filter(pa.array(np.array(labels) != np.array(table["predicted_label"])))
+    worst = wrong.sort_by([("confidence", "descending"), ("row", "ascending")])["row"][:24]
+    assert found.mistakes["row"].to_pylist() == worst.to_pylist()
+    least = table.sort_by([("confidence", "ascending"), ("row", "ascending")])["row"][:24]
+    assert found.uncertain["row"].to_pylist() == least.to_pylist()
+
+
+def test_ray_data_counts_what_one_process_counts(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    config = JudgeConfig(slice_by="camera")  # type: ignore[arg-type]
+    here = judge(str(run), config, need_labels=True)
+    monkeypatch.setattr(counting, "HERE_ROWS", 0)
+    monkeypatch.setattr(counting, "PIECE_ROWS", 500)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    try:
+        there = judge(str(run), config, need_labels=True)
+    finally:
+        ray.shutdown()
+    assert "counted 3,000 of 3,000 rows" in capsys.readouterr().out
+    for one, other in zip(here.metrics, there.metrics, strict=True):
+        assert one.name == other.name
+        assert one.value == pytest.approx(other.value, abs=1e-12)
+        assert one.interval == pytest.approx(other.interval, abs=1e-9)
+    for name in ("mistakes", "uncertain", "issues", "per_class"):
+        assert getattr(here, name).equals(getattr(there, name)), name
+
+
+# ------------------------------------------------------------------ labels that came later
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_labels_that_came_later_give_the_numbers_of_labels_that_were_there(
+    tmp_path: Path, scores: bool
+) -> None:
+    table = drawn(800, 3, failed=0.05, scores=scores, sharpness=1.0)
+    known = judge(str(commit(tmp_path / "known", table)), JudgeConfig(), need_labels=True)
+    blind = table.drop_columns(["label", "label_score", "label_rank"])
+    folder = commit(tmp_path / "blind", blind, label_column=None)
+    rows = list(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
+    late = write_manifest(tmp_path / "late.csv", rows[::-1], ("path", "truth"))
+    config = JudgeConfig(labels=LabelsConfig(path=str(late), column="truth"))
+    found = judge(str(folder), config, need_labels=True)
+    expected = {m.name: m.value for m in known.metrics}
+    got = {m.name: m.value for m in found.metrics}
+    if not scores:
+        assert "log_loss" not in got
+        assert any("--scores" in sentence for sentence in found.left_out)
+        expected.pop("log_loss")
+    assert got == pytest.approx(expected, abs=1e-3)  # scores are float16
+    assert got["accuracy"] == expected["accuracy"]
+    assert got["top_3_accuracy"] == pytest.approx(expected["top_3_accuracy"], abs=2e-3)
+    assert found.issues.num_rows == (known.issues.num_rows if scores else 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("elsewhere.jpg", "ant")], "no path of the predictions is among its 1"),
+        ([("images/000001.jpg", "ant")] * 2, "'images/000001.jpg' stands there twice"),
+    ],
+)
+def test_a_join_that_matches_nothing_or_twice_is_refused(
+    run: Path, tmp_path: Path, rows: list[tuple[str, str]], told: str
+) -> None:
+    late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    with pytest.raises(RequestError, match=told):
+        judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
+
+
+def test_a_key_that_several_rows_have_is_refused(run: Path, tmp_path: Path) -> None:
+    late = write_manifest(tmp_path / "late.csv", [("camera 1", "ant")], ("camera", "label"))
+    config = JudgeConfig(labels=LabelsConfig(path=str(late)), on="camera")
+    with pytest.raises(RequestError, match="'camera 1' stands in several rows"):
+        judge(str(run), config, need_labels=True)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_a_run_without_labels_is_refused_with_the_remedy(tmp_path: Path, table: pa.Table) -> None:
+    blind = table.drop_columns(["label", "label_score", "label_rank"])
+    folder = commit(tmp_path / "blind", blind, label_column=None)
+    with pytest.raises(RequestError, match="--labels TABLE"):
+        evaluate(EvaluateConfig(predictions=str(folder)))
+    found = judge(str(folder), JudgeConfig(), need_labels=False)
+    assert not found.labelled
+    assert found.value("accuracy") is None
+    assert found.value("mean_confidence") is not None
+
+
+def test_a_run_that_is_not_there_or_not_committed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="holds no labelling run"):
+        judge(str(tmp_path), JudgeConfig(), need_labels=True)
+    folder = commit(tmp_path / "out", drawn(20))
+    (folder / layout.SUCCESS).unlink()
+    with pytest.raises(OutputError, match="is not committed"):
+        judge(str(folder), JudgeConfig(), need_labels=True)
+
+
+def test_a_part_that_is_gone_is_missed(tmp_path: Path) -> None:
+    folder = commit(tmp_path / "out", drawn(20), parts=2)
+    (folder / "predictions" / "part-00001.parquet").unlink()
+    with pytest.raises(OutputError, match=r"lacks part-00001.parquet"):
+        judge(str(folder), JudgeConfig(), need_labels=True)
+
+
+def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None:
+    config = JudgeConfig(slice_by="site")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"slice_by: .* no column 'site' \(found: path, label"):
+        judge(str(run), config, need_labels=True)
+    with pytest.raises(RequestError, match="joins --labels, which was not given"):
+        judge(str(run), JudgeConfig(on="path"), need_labels=True)
+    late = write_manifest(tmp_path / "late.csv", [("a", "ant")], ("file", "label"))
+    with pytest.raises(ManifestError, match="no column 'path'"):
+        judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ({}, "manifest, model, output: needed to label first"),
+        ({"manifest": {"path": "m.csv"}}, "model, output: needed"),
+        ({"predictions": "out", "model": "bundle"}, "predictions and model are both given"),
+        ({"predictions": "out", "labels": "late.csv"}, "output: is required with --labels"),
+    ],
+)
+def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        evaluate(EvaluateConfig.model_validate(request_))
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def test_tables_summary_and_report_are_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "judged"
+    found = evaluate(EvaluateConfig(predictions=str(run), output=str(output), slice_by=["camera"]))
+    assert not (run / "report.html").exists()
+    told = json.loads((output / "summary.json").read_text())
+    metric = found.value("accuracy")
+    assert metric is not None
+    assert told["metrics"]["accuracy"]["value"] == metric.value
+    assert told["metrics"]["accuracy"]["lower"] < metric.value
+    tables = {p.stem: pq.read_table(p) for p in (output / "metrics").iterdir()}
+    assert set(tables) == {
+        "summary", "per_class", "confusion", "calibration", "coverage", "slices", "label_issues",
+    }  # fmt: skip
+    assert tables["summary"].num_rows == len(found.metrics)
+    assert tables["coverage"]["coverage"][0].as_py() == 1.0
+    assert (output / "report.html").stat().st_size < 5_000_000
+    assert f"report     {output}/report.html" in capsys.readouterr().out

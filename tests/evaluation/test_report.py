@@ -1,0 +1,206 @@
+"""The report as its reader has it: in a browser, from disk, at a desk and on a phone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from imgcls.errors import RequestError
+from imgcls.evaluation import confusion
+from imgcls.evaluation.evaluate import JudgeConfig
+from imgcls.evaluation.report import ReportConfig, report
+from imgcls.metrics import PredictionCounts
+from imgcls.models import zoo
+from imgcls.models.bundle import BundleSpec, save_bundle
+from tests.browser import opened
+from tests.conftest import draw
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 rows with images of their own, one of them gone since."""
+    folder = tmp_path_factory.mktemp("report") / "nightly <b>run"
+    table = drawn(400, 7, failed=0.03, unknown=0.02, sharpness=1.5)
+    commit(folder, table)
+    (folder / "images").mkdir()
+    for i in range(400):
+        if i % 50:
+            colour = ("red", "green", "blue")[i % 3]
+            draw(colour, (320, 200), seed=i).save(folder / "images" / f"{i:06d}.jpg")
+    judge = JudgeConfig(slice_by=["camera"])
+    report(ReportConfig(source=str(folder), judge=judge))
+    return folder
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_it_opens_from_disk_without_an_error_or_a_request(
+    run: Path, width: int, scheme: str
+) -> None:
+    page = (run / "report.html").as_uri()
+    with opened(page, width=width, scheme=scheme) as seen:
+        assert seen.page.title() == "nightly <b>run: 400 rows"
+        assert seen.page.locator("h1 b").count() == 0
+        seen.page.wait_for_load_state("networkidle")
+        # data: URIs ask nobody
+        assert [url for url in seen.requests if not url.startswith("data:")] == [page]
+        assert seen.errors == []
+        overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert seen.page.evaluate(overflow) == 0
+        ink = seen.page.evaluate("getComputedStyle(document.body).color")
+        assert (ink == "rgb(230, 234, 240)") == (scheme == "dark")
+        seen.screenshot(f"report-{width}")
+
+
+def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path) -> None:
+    with opened((run / "report.html").as_uri()) as seen:
+        table = seen.page.locator("#per-class")
+        heads = table.locator("thead th")
+        names = heads.all_inner_texts()
+        recall = next(i for i, name in enumerate(names) if name == "recall")
+        heads.nth(recall).locator("button").click()
+        rising = cells(table, recall)
+        assert rising == sorted(rising)
+        assert heads.nth(recall).get_attribute("aria-sort") == "ascending"
+        heads.nth(recall).locator("button").click()
+        assert cells(table, recall) == rising[::-1]
+        heads.nth(0).locator("button").click()
+        labels = table.locator("tbody td:first-child").all_inner_texts()
+        assert labels == sorted(CLASSES)
+
+        gallery = seen.page.locator("#gallery-mistakes li")
+        assert gallery.count() == 24
+        assert gallery.locator("visible=true").count() == 12
+        seen.page.locator("button[data-for=gallery-mistakes]").click()
+        assert gallery.locator("visible=true").count() == 24
+        images = seen.page.locator("#gallery-mistakes img")
+        assert images.evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 0)")
+
+
+def cells(table: Any, column: int) -> list[float]:
+    texts = table.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
+    return [float(text.removesuffix(" %")) for text in texts]
+
+
+def test_a_gallery_image_that_is_gone_is_said(tmp_path: Path) -> None:
+    folder = commit(tmp_path / "out", drawn(30, sharpness=0.0))
+    (folder / "images").mkdir()
+    (folder / "images" / "000001.jpg").write_bytes(b"no image any more")
+    text = Path(report(ReportConfig(source=str(folder)))).read_text()
+    assert text.count("no picture") > 10
+    assert "<img" not in text
+
+
+def test_an_unlabelled_run_is_told_without_what_labels_would_say(tmp_path: Path) -> None:
+    blind = drawn(200, failed=0.1).drop_columns(["label", "label_score", "label_rank"])
+    folder = commit(tmp_path / "blind", blind, label_column=None)
+    place = report(ReportConfig(source=str(folder), judge=JudgeConfig(slice_by=["camera"])))
+    with opened(Path(place).as_uri()) as seen:
+        body = seen.page.inner_text("body")
+        assert "mean confidence" in body
+        assert "Left out: Accuracy and all that judges by labels" in body
+        assert "Where it errs" not in body
+        assert seen.page.locator("#gallery-uncertain li").count() == 24
+        assert re.search(r"missing\s+\d+\s+", body)
+        assert seen.errors == []
+
+
+@pytest.mark.parametrize("size", [2, 10, 1000])
+def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
+    names = [f"class number {i}" for i in range(size)]
+    table = drawn(3000, classes=names, sharpness=4.0, scores=size < 1000)
+    folder = commit(tmp_path / "out", table, classes=names)
+    place = Path(report(ReportConfig(source=str(folder), judge=JudgeConfig(thumbnails=False))))
+    assert place.stat().st_size < 5_000_000
+    with opened(place.as_uri()) as seen:
+        shown = seen.page.locator("table.matrix tbody tr").count()
+        assert shown == min(size, confusion.TABLE_CLASSES)
+        assert seen.page.locator("img.picture").count() == (size > confusion.TABLE_CLASSES)
+        if size == 1000:
+            assert "The 1000 with the most rows" not in seen.page.inner_text("body")
+        seen.screenshot(f"confusion-{size}")
+
+
+def test_classes_that_are_confused_stand_together() -> None:
+    """Two groups, interleaved by name, that are confused within but never between."""
+    rng = np.random.default_rng(0)
+    names = [f"{i:02d}" for i in range(12)]
+    label = rng.integers(0, 12, 4000)
+    said = (label + 2 * rng.integers(0, 6, 4000)) % 12  # parity stays
+    counts = PredictionCounts.empty(names)
+    cells, number = np.unique(label * 12 + said, return_counts=True)
+    import dataclasses
+
+    counts = dataclasses.replace(
+        counts, confusion_label=cells // 12, confusion_predicted=cells % 12, confusion_count=number
+    )
+    order = [int(name) % 2 for name in confusion.matrix(counts, 24).classes]
+    assert order in ([0] * 6 + [1] * 6, [1] * 6 + [0] * 6)
+    worst = confusion.matrix(counts, 5)
+    assert len(worst.classes) == 5
+    assert worst.left_out == 7
+
+
+def test_the_most_frequent_mistakes_come_first() -> None:
+    import dataclasses
+
+    counts = dataclasses.replace(
+        PredictionCounts.empty(["a", "b"]),
+        confusion_label=np.array([0, 0, 1]),
+        confusion_predicted=np.array([0, 1, 0]),
+        confusion_count=np.array([6, 2, 5]),
+    )
+    assert confusion.worst_pairs(counts, 9) == [
+        {"label": "b", "predicted": "a", "count": 5, "share": 1.0},
+        {"label": "a", "predicted": "b", "count": 2, "share": 0.25},
+    ]
+
+
+# ------------------------------------------------------------------ trainings
+
+
+def trained(folder: Path, history: pd.DataFrame | None) -> Path:
+    architecture = zoo.architecture("small_cnn", {"width": 4})
+    spec = BundleSpec(
+        architecture=architecture, classes=list(CLASSES),
+        preprocess=zoo.default_preprocess(architecture),
+        provenance={"seed": 3, "config": {"epochs": 2}},
+        metrics={"epoch": 2, "val_accuracy": 0.75, "val_loss": 0.5},
+    )  # fmt: skip
+    save_bundle(str(folder), spec, zoo.build(architecture, len(CLASSES)).state_dict())
+    if history is not None:
+        history.to_parquet(folder / "history.parquet")
+        (folder / "plots").mkdir()
+        Image.new("RGB", (60, 40), "red").save(folder / "plots" / "augmented.png")
+    return folder
+
+
+def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path) -> None:
+    history = pd.DataFrame(
+        {
+            "epoch": [1, 2, 3], "train_loss": [1.0, 0.6, 0.4], "val_loss": [1.1, 0.5, 0.6],
+            "train_accuracy": [0.5, 0.7, 0.8], "val_accuracy": [0.4, 0.75, 0.7],
+        }
+    )  # fmt: skip
+    folder = trained(tmp_path / "bundle", history)
+    with opened(Path(report(ReportConfig(source=str(folder)))).as_uri()) as seen:
+        body = seen.page.inner_text("body")
+        assert "3 epochs, the weights of epoch 2 kept" in body
+        assert "75.0 %" in body
+        assert seen.page.locator("figure svg").count() == 1
+        assert seen.page.locator("figure img").evaluate("i => i.naturalWidth") == 60
+        assert seen.errors == []
+        seen.screenshot("training")
+
+
+def test_what_is_neither_a_run_nor_a_trained_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no labelling run"):
+        report(ReportConfig(source=str(tmp_path)))
+    with pytest.raises(RequestError, match="was not trained here"):
+        report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))
