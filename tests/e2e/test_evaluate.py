@@ -75,7 +75,9 @@ def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from
     assert "no difference that these rows can show" in same.stdout
 
 
-def test_labels_that_come_later_judge_without_touching_the_run(judged: tuple[Path, Path], tmp_path: Path) -> None:
+def test_labels_that_come_later_judge_without_touching_the_run(
+    judged: tuple[Path, Path], tmp_path: Path
+) -> None:
     _, output = judged
     rows = [(r["path"], r["predicted_label"]) for r in table(output).to_pylist() if r["row"] != 7]
     others = {name: list(COLOURS)[i - 1] for i, name in enumerate(COLOURS)}
