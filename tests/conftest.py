@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,3 +94,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """A Ray cluster with two logical CPUs in processes of its own, for jobs run as commands."""
     with RayCluster.start(cpus=2) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Where an S3 store answers."""
+    from tests.s3 import serving
+
+    with serving() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty bucket as a client of its own, for all that this test starts."""
+    from tests.s3 import bucket
+
+    with bucket(endpoint, monkeypatch) as client:
+        yield client

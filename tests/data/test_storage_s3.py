@@ -1,90 +1,22 @@
-"""An object store over real HTTP, as any fsspec store is used.
-
-moto's server, or the store that IMGCLS_TEST_S3_ENDPOINT names (then with AWS_ACCESS_KEY_ID and
-AWS_SECRET_ACCESS_KEY for it), in a bucket of its own.
-"""
+"""An object store over real HTTP, as any fsspec store is used, in a bucket of its own."""
 
 from __future__ import annotations
 
 import gc
-import os
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-import boto3  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
 
 from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, StorageError, StorageForbidden, StorageMissing
-
-BUCKET = "imgcls-tests"
-REAL = os.environ.get("IMGCLS_TEST_S3_ENDPOINT")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """Answers one request after the other: moto's create-if-absent is open to races."""
-    if REAL is not None:
-        yield REAL
-        return
-    application = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, application, threaded=False)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def forget_connections() -> None:
-    storage._file_system.cache_clear()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty bucket, seen as another client sees it."""
-    settings = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"] if REAL else "key",
-        "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"] if REAL else "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-    for key in list(os.environ):
-        if key.startswith("AWS_"):
-            monkeypatch.delenv(key)
-    for key, value in settings.items():
-        monkeypatch.setenv(key, value)
-    forget_connections()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket=BUCKET)
-    yield client
-    forget_connections()
-    for key in keys(client):
-        client.delete_object(Bucket=BUCKET, Key=key)
-    client.delete_bucket(Bucket=BUCKET)
-
-
-def url(key: str) -> str:
-    return f"s3://{BUCKET}/{key}"
-
-
-def keys(s3: Any) -> list[str]:
-    return [entry["Key"] for entry in s3.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+from tests.s3 import BUCKET, REAL, forget_connections, keys, url
 
 
 def fails(kind: type[StorageError], call: Callable[[], object]) -> str:
