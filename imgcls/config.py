@@ -316,7 +316,8 @@ def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
 def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[str, Any]) -> None:
     """Lay a YAML tree over another: section by section, anything else as a whole."""
     for raw, value in update.items():
-        name = str(raw).replace("-", "_")
+        # YAML 1.1 reads a bare key `on` as true
+        name = "on" if raw is True else str(raw).replace("-", "_")
         section, optional = _field_section(model, name)
         if section is None:
             tree[name] = value

@@ -18,6 +18,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 from imgcls import cli, config
 from imgcls.config import Section
 from imgcls.errors import ConfigError, RequestError
+from imgcls.evaluating import EvaluateConfig
+from imgcls.evaluation.compare import CompareConfig
 from imgcls.labeling.predict import PredictConfig
 from tests.processes import BIN, REPOSITORY, imgcls
 
@@ -563,3 +565,23 @@ def test_the_installed_command_lists_its_jobs() -> None:
     assert done.returncode == 0
     for name in cli.COMMANDS:
         assert f"  {name} " in done.stdout
+
+
+def test_a_bare_on_in_a_file_is_the_key_on(tmp_path: Path) -> None:
+    file = written(tmp_path, "predictions: out\non: camera\nslice_by: [site]")
+    loaded = config.load(EvaluateConfig, ["--config", str(file)], prog="test")
+    assert (loaded.on, loaded.slice_by) == ("camera", ["site"])
+    listed = config.load(EvaluateConfig, ["--slice-by", "camera,site"], prog="test")
+    assert listed.slice_by == ["camera", "site"]
+
+
+def test_positional_keys_may_go_without_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = config.load(CompareConfig, ["a", "--fail-if-worse", "0.5pt", "b"], prog="test")
+    assert (loaded.run_a, loaded.run_b, loaded.fail_if_worse) == ("a", "b", "0.5pt")
+    with pytest.raises(ConfigError, match="'c': options are written --KEY VALUE"):
+        config.load(CompareConfig, ["a", "b", "c"], prog="test")
+    with pytest.raises(ConfigError, match=r"run_b: is required"):
+        config.load(CompareConfig, ["a"], prog="test")
+    with pytest.raises(SystemExit):
+        config.load(CompareConfig, ["--help"], prog="imgcls compare")
+    assert "usage: imgcls compare RUN_A RUN_B [--config" in capsys.readouterr().out

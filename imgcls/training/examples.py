@@ -81,6 +81,13 @@ class Examples:
         counts = Counter(split.column("label").to_pylist())
         return [counts[code] for code in range(len(self.classes))]
 
+    def manifest(self, *, held: bool) -> pa.Table:
+        """path (string, as it is found from anywhere) and label (string) of one part."""
+        split = self.rows.filter(pc.equal(self.rows.column("held"), held))
+        names = pa.array(self.classes, pa.string())
+        label = names.take(split.column("label").combine_chunks())
+        return pa.table({"path": split.column("url"), "label": label})
+
     def count(self, *, held: bool) -> int:
         """Rows to validate on (held) or to train on."""
         total: int = pc.sum(self.rows.column("held")).as_py() or 0

@@ -227,6 +227,7 @@ def _publish(
                 strict=True,
             )
         },
+        validation=examples.manifest(held=True),
         samples=SAMPLES,
     )
     print(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from imgcls.data import storage
@@ -16,6 +18,7 @@ from imgcls.training.plots import curves
 from imgcls.training.progress import Epoch
 
 HISTORY = "history.parquet"
+VALIDATION = "validation.parquet"
 
 
 def publish(
@@ -28,18 +31,22 @@ def publish(
     workers: str,
     seconds: float,
     class_rows: Mapping[str, tuple[int, int]],
+    validation: pa.Table,
     samples: str,
 ) -> list[str]:
     """Write the bundle folder: history, curves, weights, model card, and `bundle.json` last.
 
     A bundle that was there ceases to be one before its first file changes.
+    validation: the manifest of what the epochs were judged by, to label and calibrate on
     samples: the picture of augmented samples, which is there already, as a path below the bundle
     Returns the names of the files beside the bundle proper.
     """
     table = pd.DataFrame([asdict(epoch) for epoch in history])
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)
-    files = {HISTORY: sink.getvalue()}
+    held_out = io.BytesIO()
+    pq.write_table(validation, held_out)
+    files = {HISTORY: sink.getvalue(), VALIDATION: held_out.getvalue()}
     files |= {f"plots/{name}": data for name, data in curves(table, best.epoch).items()}
     storage.remove(storage.join(url, DESCRIPTION))
     for name, data in files.items():

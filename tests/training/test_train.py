@@ -242,8 +242,19 @@ def test_nothing_but_the_bundle_is_left(trained: TrainResult) -> None:
     names = {path.name for path in Path(trained.bundle).iterdir()}
     assert names == {
         *("README.md", "bundle.json", "history.parquet", "model.safetensors"),
-        *("plots", "tensorboard"),
+        *("plots", "tensorboard", "validation.parquet"),
     }
+
+
+def test_the_bundle_brings_the_manifest_of_its_validation_images(trained: TrainResult) -> None:
+    held = pd.read_parquet(Path(trained.bundle) / "validation.parquet")
+    assert len(held) == VAL_ROWS
+    assert all(Path(path).is_file() for path in held.path)
+    rows = Classifier.load(trained.bundle, precision="fp32").predict(held.path.tolist())
+    right = sum(row.label == label for row, label in zip(rows, held.label, strict=True))
+    best = trained.best
+    assert best is not None
+    assert right / VAL_ROWS == pytest.approx(best.val_accuracy, abs=0.01)
 
 
 def test_the_command_of_a_finished_run_returns_at_once_with_the_same_result(
