@@ -32,7 +32,7 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
         s3.upload_file(str(file), BUCKET, str(file.relative_to(tmp_path)))
     train = (
         *("train", "--data.train", url("manifest.csv"), "--output", url("bundle")),
-        *("--model.name", "small_cnn", "--model.options", "{width: 8}", "--epochs", 30),
+        *("--model.name", "small_cnn", "--model.options", "{width: 8}", "--epochs", 16),
         *("--batch-size", 10, "--augment", "none"),
     )
     with started(*train, env=LOCAL) as process:
@@ -45,7 +45,7 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     assert "going on: epoch " in done.stdout
     assert {"bundle/bundle.json", "bundle/model.safetensors"} <= set(keys(s3))
     history = pq.read_table(io.BytesIO(body(s3, "bundle/history.parquet")))
-    assert history["epoch"].to_pylist() == list(range(1, 31))
+    assert history["epoch"].to_pylist() == list(range(1, 17))
 
     done = imgcls(
         *("evaluate", "--manifest", url("manifest.csv"), "--model", url("bundle")),

@@ -30,7 +30,7 @@ from tests.processes import BIN, RayCluster, imgcls, kill_family, started, wait_
 
 pytestmark = pytest.mark.timeout(600)
 
-ROWS, VAL_ROWS, EPOCHS = 1000, 197, 6
+ROWS, VAL_ROWS, EPOCHS = 1000, 197, 5
 LONG = 12
 """Epochs of the run that is killed at random, so that there is something to kill."""
 PATIENCE = 240

@@ -241,6 +241,8 @@ def test_a_bundle_of_another_format_is_refused_by_its_version(bundle: Path, vers
         {"classes": []},
         {"temperature": 0},
         {"threshold": 1.5},
+        {"thresholds": {"no class": 0.5}},
+        {"vector_scaling": {"scale": [1.0], "bias": [0.0]}},
         {"surprise": 1},
         {"architecture": {"source": "pickle", "name": "x"}},
         {"preprocess": {"resize": 10, "crop": 20}},
@@ -329,3 +331,10 @@ def test_a_description_is_read_and_verified_without_torch(pristine: Path) -> Non
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_each_class_has_the_threshold_that_was_chosen_for_it_or_the_common_one() -> None:
+    spec = spec_of(["cat", "dog"], threshold=0.5, thresholds={"dog": 0.9})
+    assert spec.class_thresholds() == [0.5, 0.9]
+    assert spec.class_thresholds(0.7) == [0.7, 0.7]
+    assert "acceptance threshold per class, 0.5 to 0.9" in model_card(spec)

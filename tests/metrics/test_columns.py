@@ -1,0 +1,42 @@
+"""Reading judged columns: any encoding of names, any slice of scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imgcls.metrics.columns import NULL, UNKNOWN, class_codes, score_rows
+
+NAMES = st.lists(st.sampled_from(["ant", "bee", "no class", None]), max_size=20)
+CODES = {"ant": 0, "bee": 1, "no class": UNKNOWN, None: NULL}
+
+
+@given(parts=st.lists(NAMES, max_size=4), encoded=st.booleans())
+def test_names_become_codes_in_any_encoding(parts: list[list[str | None]], encoded: bool) -> None:
+    chunks = [pa.array(part, pa.string()) for part in parts]
+    if encoded:
+        chunks = [chunk.dictionary_encode() for chunk in chunks]
+    kind = pa.dictionary(pa.int32(), pa.string()) if encoded else pa.string()
+    column = pa.chunked_array(chunks, type=kind)
+    got = class_codes(column, ["ant", "bee"])
+    assert got.tolist() == [CODES[name] for part in parts for name in part]
+
+
+def test_a_null_entry_of_a_dictionary_is_no_name() -> None:
+    encoded = pa.DictionaryArray.from_arrays(
+        pa.array([0, 1, None], pa.int32()), pa.array(["ant", None])
+    )
+    assert class_codes(pa.chunked_array([encoded]), ["ant"]).tolist() == [0, NULL, NULL]
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_scores_are_those_of_the_rows_after_any_slice_and_beside_nulls(start: int) -> None:
+    values = np.random.default_rng(0).random((8, 3)).astype(np.float16)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 3)
+    holed = lists.take(pa.array([0, 1, None, 3, 4, None, 6, 7]))
+    column = pa.chunked_array([holed.slice(start, 2), holed.slice(start + 2, 3)])
+    rows = np.flatnonzero(column.is_valid().to_numpy())
+    np.testing.assert_array_equal(score_rows(column, rows), values[start + rows])
