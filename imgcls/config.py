@@ -313,7 +313,7 @@ def _read_yaml(file: str, problems: list[str]) -> Mapping[str, Any]:
     return content
 
 
-def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[str, Any]) -> None:
+def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[Any, Any]) -> None:
     """Lay a YAML tree over another: section by section, anything else as a whole."""
     for raw, value in update.items():
         # YAML 1.1 reads a bare key `on` as true

@@ -112,7 +112,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
-    a.check_columns(config.slice_by, "slice_by")
+    a.check_slices(config.slice_by)
     if config.labels is None and a.label_column is None:
         raise RequestError(f"{a.url}: has no labels to judge by; join some with --labels TABLE")
     if config.on is None and a.manifest_fingerprint != b.manifest_fingerprint:

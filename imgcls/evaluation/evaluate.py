@@ -111,7 +111,7 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
             f"{run.url}: has no labels to judge by; join some with --labels TABLE, or see "
             "`imgcls report` for what can be said without"
         )
-    run.check_columns(config.slice_by, "slice_by")
+    run.check_slices(config.slice_by)
     wanted = Wanted(
         classes=run.classes,
         label_column=label_column,

@@ -70,6 +70,17 @@ class Run:
                 f"{', '.join(self.schema.names)})"
             )
 
+    def check_slices(self, names: Sequence[str]) -> None:
+        """Raise RequestError when a column to slice by is missing, or holds no plain values."""
+        self.check_columns(names, "slice_by")
+        for name in names:
+            kind = self.schema.field(name).type
+            if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+                raise RequestError(
+                    f"slice_by: column {name!r} is {kind}; slices are for plain values such as a "
+                    "camera or a site"
+                )
+
     def check_bundle(self, bundle: Bundle) -> None:
         """Raise RequestError when another bundle made these predictions."""
         if bundle.sha256 != self.bundle_sha256:

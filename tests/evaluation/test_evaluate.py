@@ -229,6 +229,9 @@ def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None
     config = JudgeConfig(slice_by="site")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"slice_by: .* no column 'site' \(found: path, label"):
         judge(str(run), config, need_labels=True)
+    lists = JudgeConfig(slice_by=["topk_labels"])
+    with pytest.raises(RequestError, match="'topk_labels' is list"):
+        judge(str(run), lists, need_labels=True)
     with pytest.raises(RequestError, match="joins --labels, which was not given"):
         judge(str(run), JudgeConfig(on="path"), need_labels=True)
     late = write_manifest(tmp_path / "late.csv", [("a", "ant")], ("file", "label"))
