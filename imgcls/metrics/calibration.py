@@ -112,3 +112,21 @@ def mce_from_bins(
     gap = np.abs(np.asarray(confidence_sum) - np.asarray(correct)) / np.maximum(count, 1)
     told = count >= least_share * total
     return float(gap[told if told.any() else count > 0].max())
+
+
+def ece_by_chance(count: NDArray[Any], confidence_sum: NDArray[Any]) -> float:
+    """The calibration error that a calibrated model would show on as many rows, by chance alone.
+
+    Arguments as for `ece_from_bins`. In each bin the number of right predictions is binomial around
+    the confidence: its mean distance from there, sqrt(2 n p (1 - p) / pi) for many rows, is what no
+    calibration can take away. An error near this one is no evidence of miscalibration.
+    Raises ValueError when there is no prediction at all.
+    Source: the bias of the estimate, as in Roelofs et al., "Mitigating Bias in Calibration Error
+    Estimation", AISTATS 2022; here by the normal approximation.
+    """
+    count = np.asarray(count, dtype=np.float64)
+    total = count.sum()
+    if total == 0:
+        raise ValueError("the calibration error of no predictions is undefined")
+    mean = np.clip(np.asarray(confidence_sum) / np.maximum(count, 1), 0.0, 1.0)
+    return float(np.sqrt(2 / np.pi * count * mean * (1 - mean)).sum() / total)

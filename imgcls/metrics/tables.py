@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics.agreement import cohens_kappa, matthews
-from imgcls.metrics.calibration import bin_edges, ece_from_bins, mce_from_bins
+from imgcls.metrics.calibration import bin_edges, ece_by_chance, ece_from_bins, mce_from_bins
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import CORRECT, MAX_RANK, WRONG, PredictionCounts
 from imgcls.metrics.intervals import (
@@ -232,6 +232,12 @@ def _label_metrics(counts: PredictionCounts, top_k: int, resamples: int) -> Iter
     )
     for name, description in _OF_BINS.items():
         yield Metric(name, found[name], description, clipped(drawn.get(name), 0.0, 1.0))
+    judged = [CORRECT, WRONG]
+    chance = ece_by_chance(
+        count=counts.bin_counts[judged].sum(axis=0),
+        confidence_sum=counts.bin_confidence[judged].sum(axis=0),
+    )
+    yield Metric("ece_by_chance", chance, "of a calibrated model on as many rows")
 
 
 _OF_CONFUSION = {

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from imgcls.metrics.calibration import (
     bin_edges,
     bin_index,
+    ece_by_chance,
     ece_from_bins,
     expected_calibration_error,
+    mce_from_bins,
 )
 
 
@@ -85,3 +87,26 @@ def test_the_error_of_nothing_is_refused_rather_than_nan():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"\(2,\) and correct \(3,\)"):
         expected_calibration_error(np.array([0.5, 0.5]), np.array([True, False, True]))
+
+
+@pytest.mark.parametrize("rows", [300, 3000])
+def test_the_error_by_chance_is_what_a_calibrated_model_shows(rows: int) -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(3, 1, rows)
+    bins = bin_index(confidence, 15)
+    told = ece_by_chance(
+        np.bincount(bins, minlength=15), np.bincount(bins, weights=confidence, minlength=15)
+    )
+    shown = [
+        expected_calibration_error(confidence, rng.random(rows) < confidence) for _ in range(300)
+    ]
+    assert told == pytest.approx(np.mean(shown), rel=0.06)
+
+
+def test_the_largest_error_passes_over_bins_of_a_few_rows() -> None:
+    count, correct = np.array([1, 600, 399]), np.array([1, 300, 390])
+    confidence = np.array([0.1, 330.0, 380.0])
+    assert mce_from_bins(count, confidence, correct) == pytest.approx(0.05)
+    assert mce_from_bins(count, confidence, correct, least_share=0.0) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="undefined"):
+        mce_from_bins(np.zeros(3), np.zeros(3), np.zeros(3))
