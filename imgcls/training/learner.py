@@ -147,7 +147,11 @@ class Learner:
     def seed(self, epoch: int, step: int) -> None:
         """Make what is random from here on depend on nothing that came before."""
         state = np.random.SeedSequence((self.config.seed, epoch, step, self.place.rank))
-        torch.manual_seed(int(state.generate_state(1)[0]))
+        seed = int(state.generate_state(1)[0])
+        # not torch.manual_seed, which notes where it was called from for devices that are not there
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def average_statistics(self) -> None:
         """Give all workers the mean of their running statistics."""
