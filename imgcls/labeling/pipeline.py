@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray.data
 
 from imgcls import output as names
+from imgcls.cluster import keep_memory
 from imgcls.errors import BundleError
 from imgcls.labeling.layout import WORKER_CPUS, Layout
 from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
@@ -68,6 +69,8 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
         "num_gpus": layout.worker_gpus or None,
         "fn_constructor_args": (spec, layout.threads),
     }
+    if not layout.worker_gpus:
+        model["runtime_env"] = keep_memory()
     if layout.name == "cpu":
         return [lambda dataset: dataset.map_batches(LabelWorker, **model)]
     first = prepare_task if layout.name == "gpu" else fetch_task

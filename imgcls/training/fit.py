@@ -20,7 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from imgcls.cluster import Interruption
+from imgcls.cluster import Interruption, keep_memory
 from imgcls.data import storage
 from imgcls.errors import Interrupted, ResourcesError, RunFailed
 from imgcls.training.checkpoints import FOLDER
@@ -70,6 +70,7 @@ def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) ->
                 controller_failure_limit=START_ATTEMPTS - 1,
             ),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env=keep_memory(),
         ),
     )
     try:

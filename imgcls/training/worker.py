@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from dataclasses import asdict
 from typing import Any
 
@@ -58,7 +56,6 @@ def _run(work: Work, board: Any) -> Outcome:
     context = _train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    _keep_memory()
     _use_cores(context.get_local_world_size())
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -72,10 +69,6 @@ def _run(work: Work, board: Any) -> Outcome:
     return trainer.run(lambda epoch: _train.report(asdict(epoch)))
 
 
-_MALLOC = {-8: 1, -3: 1 << 30, -1: (1 << 31) - 1}
-"""Of malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (bytes)."""
-
-
 def _precision(wanted: TrainPrecision, device: torch.device) -> tuple[str, str]:
     if wanted == "fp16":
         return "fp16", "as asked"
@@ -85,16 +78,3 @@ def _precision(wanted: TrainPrecision, device: torch.device) -> tuple[str, str]:
 def _use_cores(workers_here: int) -> None:
     """Share the machine's cores among its workers; Ray's default of one thread would idle them."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))
-
-
-def _keep_memory() -> None:
-    """Let glibc keep what a step frees for the next one, rather than give it back to the kernel.
-
-    Every step frees and asks for the same hundred megabytes; cleared anew by page faults, they took
-    a twelfth of the time on a CPU. Other C libraries have their own ways.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in _MALLOC.items():
-        mallopt(parameter, value)
