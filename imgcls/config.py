@@ -8,6 +8,7 @@ itself lives beside the code that it configures.
 from __future__ import annotations
 
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,8 +168,12 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _leaves(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str | None]]:
-    """Every settable (dotted key, field, owner); sections with a shorthand are settable too."""
-    for name, field in model.model_fields.items():
+    """Every settable (dotted key, field, owner); sections with a shorthand are settable too.
+
+    A model's own come before those that it inherits.
+    """
+    own = inspect.get_annotations(model)
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         key = f"{prefix}{name}"
         section = _section_of(field.annotation)
         if section is None:

@@ -5,20 +5,19 @@ Brings labelling and evaluation together, which do not know each other.
 
 from __future__ import annotations
 
-from imgcls.config import Section
 from imgcls.data import storage
-from imgcls.data.manifest import ManifestConfig
-from imgcls.errors import ConfigError
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
-from imgcls.evaluation.evaluate import Columns, Evaluation, JudgeConfig, judge, write
-from imgcls.evaluation.labels import LabelsConfig
+from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge, write
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.models.bundle import Precision, UnitFloat
+from imgcls.output import PREDICTION_COLUMNS
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(JudgeConfig):
     """Judge predictions that exist, or label a manifest and judge what came of it."""
 
     predictions: str | None = None
@@ -39,18 +38,6 @@ class EvaluateConfig(Section):
     """When labelling: throw away what is in the output folder and start over."""
     scale: ScaleConfig = ScaleConfig()
     """When labelling."""
-    labels: LabelsConfig | None = None
-    """Labels that came later; the run's own label column when not given."""
-    on: str | None = None
-    """The column that joins predictions and labels; the path column when not given."""
-    slice_by: Columns = []
-    """Manifest columns: every metric for each of their values, e.g. camera,site."""
-    small_slice: int = 30
-    """Slices with fewer labelled rows are marked as small."""
-    gallery: int = 24
-    """Images of each kind in the report."""
-    thumbnails: bool = True
-    """Show the images in the report, which reads them."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -60,18 +47,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     source = _source(config)
     output = storage.absolute(config.output or source)
-    evaluation = judge(
-        source,
-        JudgeConfig(
-            labels=config.labels,
-            on=config.on,
-            slice_by=config.slice_by,
-            small_slice=config.small_slice,
-            gallery=config.gallery,
-            thumbnails=config.thumbnails,
-        ),
-        need_labels=True,
-    )
+    evaluation = judge(source, config, need_labels=True)
     write(evaluation, output)
     place = storage.join(output, report.REPORT)
     storage.write(place, report.of_run(evaluation).encode())
@@ -106,6 +82,7 @@ def _source(config: EvaluateConfig) -> str:
     assert config.manifest is not None
     assert config.model is not None
     assert config.output is not None
+    _check_manifest(config, open_manifest(config.manifest))
     predict(
         PredictConfig(
             manifest=config.manifest,
@@ -119,3 +96,22 @@ def _source(config: EvaluateConfig) -> str:
         )
     )
     return config.output
+
+
+def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
+    """Raise RequestError for what could only be refused after labelling everything."""
+    names = manifest.schema.names
+    wanted = [("slice_by", name) for name in config.slice_by]
+    if config.on is not None:
+        wanted.append(("on", config.on))
+    for option, name in wanted:
+        if name not in names and name not in PREDICTION_COLUMNS:
+            raise ManifestError(
+                f"{option}: manifest {manifest.source} has no column {name!r} (found: "
+                f"{', '.join(names)})"
+            )
+    if config.labels is None and manifest.label_column is None:
+        raise ManifestError(
+            f"manifest {manifest.source}: has no label column to judge by; name it with "
+            "--manifest.label-column, or join labels with --labels TABLE"
+        )

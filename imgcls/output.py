@@ -11,10 +11,13 @@ out/_SUCCESS                     written last
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from imgcls.data import storage
 from imgcls.data.storage import join
@@ -101,6 +104,14 @@ def prediction_schema(
         pa.field("error", pa.string()),
     ]
     return pa.schema(fields)
+
+
+def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:
+    """Write each table as `NAME.parquet`, whole or not at all."""
+    for name, table in tables.items():
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        storage.write(join(folder, f"{name}.parquet"), sink.getvalue())
 
 
 def load_run(output: str) -> dict[str, Any] | None:

@@ -568,7 +568,7 @@ def test_the_installed_command_lists_its_jobs() -> None:
 
 
 def test_a_bare_on_in_a_file_is_the_key_on(tmp_path: Path) -> None:
-    file = written(tmp_path, "predictions: out\non: camera\nslice_by: [site]")
+    file = written(tmp_path, "predictions: out\nlabels: late.csv\non: camera\nslice_by: [site]")
     loaded = config.load(EvaluateConfig, ["--config", str(file)], prog="test")
     assert (loaded.on, loaded.slice_by) == ("camera", ["site"])
     listed = config.load(EvaluateConfig, ["--slice-by", "camera,site"], prog="test")

@@ -17,17 +17,24 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.config import Section
 from imgcls.data import storage
-from imgcls.errors import RequestError
+from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import JOINED, LabelsConfig, LateLabels
+from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
 from imgcls.evaluation.runs import Run, open_run
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
 from imgcls.metrics.selective import SelectiveCounts, Threshold
-from imgcls.models.bundle import Bundle, BundleSpec, VectorScaling, load_bundle, load_weights
-from imgcls.models.bundle import save_bundle as save
+from imgcls.models.bundle import (
+    DESCRIPTION,
+    Bundle,
+    BundleSpec,
+    VectorScaling,
+    load_bundle,
+    load_weights,
+    save_bundle,
+)
+from imgcls.output import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
@@ -40,7 +47,7 @@ _FLOOR = np.float32(2.0**-25)
 """For a score that float16 could not tell from 0."""
 
 
-class CalibrateConfig(Section):
+class CalibrateConfig(JoinConfig):
     """Make confidence trustworthy and choose thresholds, into a new bundle."""
 
     model: str
@@ -49,10 +56,6 @@ class CalibrateConfig(Section):
     """The output folder of `imgcls predict --scores` over held-out images, labelled."""
     output: str
     """The new bundle."""
-    labels: LabelsConfig | None = None
-    """Labels that came later; the run's own label column when not given."""
-    on: str | None = None
-    """The column that joins predictions and labels; the path column when not given."""
     method: Literal["temperature", "vector", "none"] = "temperature"
     """vector: a scale and a bias per class, given many rows of each; none: thresholds only."""
     target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -61,6 +64,8 @@ class CalibrateConfig(Section):
     """A threshold for each predicted class, rather than one for all."""
     least_rows: PositiveInt = 30
     """Accepted labelled rows that must stand behind a threshold."""
+    overwrite: bool = False
+    """Replace a bundle that is there."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     """Fit, choose, and write the new bundle.
 
     Raises RequestError when the run is not committed, is of another bundle, or has no labels or
-    scores.
+    scores; OutputError when a bundle is there already.
     """
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
@@ -98,6 +103,10 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     if storage.absolute(config.output) == storage.absolute(config.model):
         raise RequestError(
             "output: is the bundle itself, which others may be using; name a new one"
+        )
+    if storage.exists(storage.join(config.output, DESCRIPTION)) and not config.overwrite:
+        raise OutputError(
+            f"output {config.output}: holds a bundle already; say --overwrite to replace it"
         )
     if config.method == "vector" and bundle.spec.vector_scaling is not None:
         raise RequestError(
@@ -107,10 +116,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         raise RequestError(
             "method none: leaves nothing to do without --target-precision; give one of them"
         )
-    late = None
-    if config.labels is not None:
-        late = LateLabels(config.labels, run, config.on or run.path_column)
-    rows = held_out(run, late)
+    rows = held_out(run, *judging_labels(run, config.labels, config.on, required=True))
     before = _ece(rows, _NO_SCALE, None)
     fit = {"temperature": _as_scaling, "vector": fit_vector}.get(config.method)
     scaling = fit(rows) if fit is not None else (_NO_SCALE, None)
@@ -134,28 +140,26 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             }
         }
     )
-    made = save(config.output, spec, load_weights(bundle))
+    made = save_bundle(config.output, spec, load_weights(bundle))
     result = Calibration(made, spec.temperature, before, after, thresholds)
     _tell(config, bundle, result, len(rows.label))
     return result
 
 
-def held_out(run: Run, late: LateLabels | None) -> HeldOut:
+def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> HeldOut:
     """The labelled rows of a run with all their scores, evenly thinned where they are too many.
 
-    Raises RequestError when there are no scores, or no labels.
+    label_column, late: as `judging_labels` gives them
+    Raises RequestError when there are no scores, or no row has a label.
     """
     if not run.has_scores:
         raise RequestError(
             f"{run.url}: has no column 'scores', from which to calibrate; label the held-out "
             "images with `imgcls predict --scores`"
         )
-    label_column = JOINED if late is not None else run.label_column
-    if label_column is None:
-        raise RequestError(f"{run.url}: has no labels; join some with --labels TABLE")
     size = len(run.classes)
     every = max(1, -(-run.rows * size // MOST_SCORES))
-    names = ["status", "scores", *(late.needed if late is not None else [label_column])]
+    names = ["status", "scores", *(late.needed if late is not None else [str(label_column)])]
     logs, labels = [], []
     seen = 0
     for piece in run.pieces(10**9):
@@ -163,7 +167,7 @@ def held_out(run: Run, late: LateLabels | None) -> HeldOut:
             if late is not None:
                 table = late.judge(table)
             code = class_codes(table[label_column], run.classes)
-            ok = pc.equal(table["status"].cast(pa.string()), "ok").to_numpy()
+            ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
             at = np.flatnonzero((code >= 0) & ok)
             at = at[(seen + np.arange(len(at))) % every == 0]
             seen += int(((code >= 0) & ok).sum())
@@ -302,7 +306,7 @@ def _thresholds(
         return
     confidence, predicted = confidences(rows, scale, bias)
     judged = OkRows(
-        status={"ok": len(predicted)},
+        status={OK: len(predicted)},
         place=np.arange(len(predicted)),
         predicted=predicted,
         label=rows.label,

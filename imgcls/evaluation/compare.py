@@ -6,7 +6,6 @@ column. Only rows with a label and a prediction of both are judged.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import AfterValidator
 
 from imgcls.config import Section
@@ -24,9 +22,11 @@ from imgcls.data.manifest import labels_as_text
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
 from imgcls.evaluation.evaluate import Columns
-from imgcls.evaluation.labels import JOINED, LabelsConfig, LateLabels
+from imgcls.evaluation.labels import LabelsConfig, judging_labels
 from imgcls.evaluation.runs import Run, open_run
+from imgcls.evaluation.tally import NO_VALUE
 from imgcls.metrics.agreement import Paired, mcnemar
+from imgcls.output import OK, write_tables
 
 _MOST_DIFFERENT = 1_000_000
 
@@ -113,8 +113,6 @@ def compare(config: CompareConfig) -> Comparison:
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
     a.check_slices(config.slice_by)
-    if config.labels is None and a.label_column is None:
-        raise RequestError(f"{a.url}: has no labels to judge by; join some with --labels TABLE")
     if config.on is None and a.manifest_fingerprint != b.manifest_fingerprint:
         raise RequestError(
             f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
@@ -136,11 +134,9 @@ class _Judge:
     def __init__(self, a: Run, config: CompareConfig) -> None:
         self.a = a
         self.slice_by = list(config.slice_by)
-        self.late = None
-        self.label_column = a.label_column or JOINED
-        if config.labels is not None:
-            self.late = LateLabels(config.labels, a, config.on or a.path_column)
-            self.label_column = JOINED
+        column, self.late = judging_labels(a, config.labels, config.on, required=True)
+        assert column is not None
+        self.label_column = column
         self.groups: dict[tuple[str, str], np.ndarray] = {}
         self.total = np.zeros(4, np.int64)
         self.differing: list[pa.Table] = []
@@ -160,8 +156,8 @@ class _Judge:
         label = labels_as_text(left[self.label_column]).cast(pa.string())
         said = [labels_as_text(side["predicted_label"]) for side in (left, right)]
         ok = pc.and_(
-            pc.equal(left["status"].cast(pa.string()), "ok"),
-            pc.equal(right["status"].cast(pa.string()), "ok"),
+            pc.equal(left["status"].cast(pa.string()), OK),
+            pc.equal(right["status"].cast(pa.string()), OK),
         )
         judged = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
         right_a, right_b = (
@@ -220,7 +216,7 @@ class _Judge:
         )
 
     def _group(self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray) -> None:
-        coded = pc.fill_null(values, "(none)").dictionary_encode()
+        coded = pc.fill_null(values, NO_VALUE).dictionary_encode()
         key = coded.indices.to_numpy().astype(np.int64) * 4 + cell
         counts = np.bincount(key[judged], minlength=4 * len(coded.dictionary)).reshape(-1, 4)
         for name, row in zip(coded.dictionary.to_pylist(), counts, strict=True):
@@ -318,6 +314,11 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
         f"{both.rows:,} rows judged; predictions differ on {comparison.different:,}: "
         f"{both.only_a:,} only A has right, {both.only_b:,} only B"
     )
+    if comparison.different > comparison.differing.num_rows:
+        print(
+            f"note: {comparison.differing.num_rows:,} of them are kept, the first by row; those "
+            "counted are all"
+        )
     for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
         for row in table.slice(0, 5).to_pylist():
             if row["difference"] < 0:
@@ -338,10 +339,7 @@ def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
         "slices": comparison.slices,
         "differing": comparison.differing,
     }
-    for name, table in made.items():
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        storage.write(storage.join(output, f"{name}.parquet"), sink.getvalue())
+    write_tables(output, made)
     both = comparison.both
     body = {
         "run_a": a.url,

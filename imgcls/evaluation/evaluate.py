@@ -5,7 +5,6 @@ Never runs a model. What a column is missing for is left out and said, with what
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,20 +12,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BeforeValidator, PositiveInt
 
 from imgcls import output as layout
-from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.errors import RequestError
 from imgcls.evaluation import rows as kept_rows
 from imgcls.evaluation.count import count
-from imgcls.evaluation.labels import JOINED, LabelsConfig, LateLabels
+from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
 from imgcls.evaluation.runs import Run, open_run
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.metrics import tables
-from imgcls.metrics.columns import Ints
 from imgcls.metrics.discrimination import ScoreCounts, brier, discrimination
 from imgcls.metrics.discrimination import table as discrimination_table
 from imgcls.metrics.intervals import (
@@ -47,13 +43,9 @@ def _names(value: Any) -> Any:
 Columns = Annotated[list[str], BeforeValidator(_names)]
 
 
-class JudgeConfig(Section):
+class JudgeConfig(JoinConfig):
     """What to judge predictions by, and what to show of them."""
 
-    labels: LabelsConfig | None = None
-    """Labels that came later; the run's own label column when not given."""
-    on: str | None = None
-    """The column that joins predictions and labels; the path column when not given."""
     slice_by: Columns = []
     """Manifest columns: every metric for each of their values, e.g. camera,site."""
     small_slice: PositiveInt = 30
@@ -99,18 +91,7 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
     Raises RequestError when the run, a column or the labels are not usable.
     """
     run = open_run(url)
-    late = None
-    label_column = run.label_column
-    if config.labels is not None:
-        late = LateLabels(config.labels, run, config.on or run.path_column)
-        label_column = JOINED
-    elif config.on is not None:
-        raise RequestError("on: joins --labels, which was not given")
-    if label_column is None and need_labels:
-        raise RequestError(
-            f"{run.url}: has no labels to judge by; join some with --labels TABLE, or see "
-            "`imgcls report` for what can be said without"
-        )
+    label_column, late = judging_labels(run, config.labels, config.on, required=need_labels)
     run.check_slices(config.slice_by)
     wanted = Wanted(
         classes=run.classes,
@@ -127,7 +108,8 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
             f"of the model ({tally.counts.unlabelled:,} have none, {tally.counts.unknown_label:,} "
             "another); join labels with --labels TABLE"
         )
-    issues = kept_rows.fetch(run, tally.issues, label_column, late)
+    kept = [tally.mistakes, tally.uncertain, tally.issues]
+    mistakes, uncertain, issues = kept_rows.fetch(run, kept, label_column, late)
     return Evaluation(
         run=run,
         config=config,
@@ -138,8 +120,8 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
         per_class=_per_class(tally),
         curve=curve(tally.selective),
         slices=_slices(tally, run.top_k, config.small_slice),
-        mistakes=kept_rows.fetch(run, tally.mistakes, label_column, late),
-        uncertain=kept_rows.fetch(run, tally.uncertain, label_column, late),
+        mistakes=mistakes,
+        uncertain=uncertain,
         issues=kept_rows.label_issues(tally, issues),
     )
 
@@ -156,11 +138,7 @@ def write(evaluation: Evaluation, output: str) -> None:
         "slices": evaluation.slices,
         "label_issues": evaluation.issues,
     }
-    for name, table in made.items():
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        url = storage.join(output, layout.METRICS, f"{name}.parquet")
-        storage.write(url, sink.getvalue())
+    layout.write_tables(storage.join(output, layout.METRICS), made)
     body = summary_json(evaluation)
     storage.write(
         storage.join(output, "summary.json"), (json.dumps(body, indent=2) + "\n").encode()
@@ -257,12 +235,11 @@ def _left_out(run: Run, tally: Tally, late: LateLabels | None) -> Iterator[str]:
 def _per_class(tally: Tally) -> pa.Table:
     """The classes, with 95 % Wilson intervals and, where scores are known, how well they rank."""
     table = tables.per_class(tally.counts)
-    for rate, whole in (("precision", "predicted"), ("recall", "support")):
-        judged = _judged_predictions(tally) if whole == "predicted" else table[whole].to_numpy()
-        hits = table["true_positive"].to_numpy(zero_copy_only=False)
+    support, predicted, hits = tables.label_counts(tally.counts)
+    for rate, judged in (("precision", predicted), ("recall", support)):
         ends = [
-            wilson_interval(float(hit), int(rows)) if rows > 0 else (None, None)
-            for hit, rows in zip(np.nan_to_num(hits), np.nan_to_num(judged), strict=True)
+            wilson_interval(hit, int(rows)) if rows > 0 else (None, None)
+            for hit, rows in zip(hits, judged, strict=True)
         ]
         for side, values in (("lower", [e[0] for e in ends]), ("upper", [e[1] for e in ends])):
             table = table.append_column(f"{rate}_{side}", pa.array(values, pa.float64()))
@@ -271,11 +248,6 @@ def _per_class(tally: Tally) -> pa.Table:
         for name in ranked.schema.names[1:]:
             table = table.append_column(name, ranked[name])
     return table
-
-
-def _judged_predictions(tally: Tally) -> Ints:
-    counts = tally.counts
-    return np.bincount(counts.confusion_predicted, counts.confusion_count, len(counts.classes))
 
 
 def _slices(tally: Tally, top_k: int, small: int) -> pa.Table:

@@ -6,17 +6,19 @@ side is refused, since no one can say which label is meant.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import model_validator
 
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest
 from imgcls.errors import RequestError
 from imgcls.evaluation.runs import Run
-from imgcls.metrics.columns import class_codes, score_rows
+from imgcls.metrics.columns import class_codes, own_scores, score_rows
+from imgcls.output import OK
 
 JOINED = "label"
 """The column that judged tables carry the joined label in."""
@@ -31,6 +33,38 @@ class LabelsConfig(Section):
     """The table: a file, a folder or a glob."""
     column: str = "label"
     """Its column of class names."""
+
+
+class JoinConfig(Section):
+    """Which labels a run is judged by."""
+
+    labels: LabelsConfig | None = None
+    """Labels that came later; the run's own label column when not given."""
+    on: str | None = None
+    """The column that joins predictions and labels; the path column when not given."""
+
+    @model_validator(mode="after")
+    def _check_join(self) -> Self:
+        if self.on is not None and self.labels is None:
+            raise ValueError("on: joins --labels, which was not given")
+        return self
+
+
+def judging_labels(
+    run: Run, labels: LabelsConfig | None, on: str | None, *, required: bool
+) -> tuple[str | None, LateLabels | None]:
+    """The column of labels to judge a run by, and the later labels that supply it, if any.
+
+    Raises RequestError when the labels are not usable, or there are none and some are required.
+    """
+    if labels is not None:
+        return JOINED, LateLabels(labels, run, on or run.path_column)
+    if required and run.label_column is None:
+        raise RequestError(
+            f"{run.url}: has no labels to judge by; join some with --labels TABLE, or see "
+            "`imgcls report` for what can be said without"
+        )
+    return run.label_column, None
 
 
 class LateLabels:
@@ -122,15 +156,11 @@ class LateLabels:
     def _scores_and_ranks(self, table: pa.Table, label: pa.Array) -> tuple[pa.Array, pa.Array]:
         """(N,) label_score and label_rank, null without a prediction or a label that is a class."""
         code = class_codes(pa.chunked_array([label]), self.classes)
-        judged = (code >= 0) & pc.equal(table["status"].cast(pa.string()), "ok").to_numpy()
+        judged = (code >= 0) & pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
         score, rank = np.zeros(len(code), np.float32), np.zeros(len(code), np.int32)
         if "scores" in table.schema.names:
             at = np.flatnonzero(judged)
-            scores = score_rows(table["scores"], at)
-            own = np.take_along_axis(scores, code[at][:, None], axis=1)
-            earlier = np.arange(len(self.classes))[None, :] < code[at][:, None]
-            score[at] = own[:, 0]
-            rank[at] = 1 + ((scores > own) | ((scores == own) & earlier)).sum(1)
+            score[at], rank[at] = own_scores(score_rows(table["scores"], at), code[at])
             return pa.array(score, mask=~judged), pa.array(rank, mask=~judged)
         names = table["topk_labels"].combine_chunks()
         width = pc.max(pc.list_value_length(names)).as_py() or 0

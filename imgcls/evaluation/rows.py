@@ -5,6 +5,8 @@ A tally remembers where rows stand; here their columns are fetched, part by part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,8 +20,10 @@ from imgcls.evaluation.tally import Tally, TopRows
 _SHOWN = ("row", "predicted_label", "confidence", "topk_labels", "topk_scores", "width", "height")
 
 
-def fetch(run: Run, kept: TopRows, label_column: str | None, late: LateLabels | None) -> pa.Table:
-    """The kept rows in their order: path, label, then what labelling said of them.
+def fetch(
+    run: Run, lists: Sequence[TopRows], label_column: str | None, late: LateLabels | None
+) -> list[pa.Table]:
+    """The rows of each list in its order: path, label, then what labelling said of them.
 
     Columns: row, path, label (null where there is none), predicted_label, confidence, label_score,
     topk_labels, topk_scores, width, height.
@@ -30,18 +34,13 @@ def fetch(run: Run, kept: TopRows, label_column: str | None, late: LateLabels | 
     elif label_column is not None:
         names += [label_column, "label_score"]
     names += ["status"]
-    found = []
-    for file in np.unique(kept.file):
-        places = np.flatnonzero(kept.file == file)
-        found.append(_of_part(run.files[file], list(dict.fromkeys(names)), kept.place[places]))
-    order = np.concatenate(
-        [np.flatnonzero(kept.file == file) for file in np.unique(kept.file)] or [np.zeros(0, int)]
-    )
-    if not found:
-        schema = pa.schema([run.schema.field(name) for name in dict.fromkeys(names)])
-        table = schema.empty_table()
-    else:
-        table = pa.concat_tables(found).take(np.argsort(order))
+    names = list(dict.fromkeys(names))
+    files = np.concatenate([kept.file for kept in lists])
+    places = np.concatenate([kept.place for kept in lists])
+    found = [
+        _of_part(run.files[file], names, places[files == file]) for file in np.unique(files)
+    ] or [pa.schema([run.schema.field(name) for name in names]).empty_table()]
+    table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
     if late is not None:
         table = late.looked_up(table)
         label_column = JOINED
@@ -55,7 +54,7 @@ def fetch(run: Run, kept: TopRows, label_column: str | None, late: LateLabels | 
         if "label_score" in table.schema.names
         else pa.nulls(table.num_rows, pa.float32())
     )
-    return pa.table(
+    shown = pa.table(
         {
             "row": table["row"],
             "path": table[run.path_column].cast(pa.string()),
@@ -66,6 +65,11 @@ def fetch(run: Run, kept: TopRows, label_column: str | None, late: LateLabels | 
             **{name: table[name] for name in _SHOWN[3:]},
         }
     )
+    ends = np.cumsum([len(kept.file) for kept in lists])
+    return [
+        shown.slice(end - len(kept.file), len(kept.file))
+        for end, kept in zip(ends, lists, strict=True)
+    ]
 
 
 def _of_part(url: str, names: list[str], places: np.ndarray) -> pa.Table:

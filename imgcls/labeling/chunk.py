@@ -24,6 +24,7 @@ from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, StorageError, StorageForbidden, StorageMissing
 from imgcls.labeling.work import Seconds, Work, WorkSpec
+from imgcls.metrics.columns import class_codes, own_scores
 from imgcls.models.classifier import Classifier, top_k_of
 
 Blob = bytes | StorageError
@@ -314,22 +315,13 @@ def _label_columns(
     scores: npt.NDArray[np.float32],
     ok: npt.NDArray[np.bool_],
 ) -> dict[str, pa.Array]:
-    """The score of each row's own label and its rank; null without a prediction or a known label.
-
-    Equal scores rank in class order, as in the top k.
-    """
-    codes = {name: code for code, name in enumerate(classes)}
-    known = [codes.get(name, -1) for name in manifest.labels_as_text(labels).to_pylist()]
-    code = np.array(known, np.int64)[ok]
-    judged = code >= 0
-    own = np.take_along_axis(scores, np.maximum(code, 0)[:, None], axis=1)
-    before = np.arange(scores.shape[1])[None, :] < code[:, None]
-    rank = 1 + ((scores > own) | ((scores == own) & before)).sum(1)
-    label_score = np.zeros(len(ok), np.float32)
-    label_rank = np.zeros(len(ok), np.int32)
-    null = np.ones(len(ok), bool)
-    label_score[ok], label_rank[ok], null[ok] = own[:, 0], rank, ~judged
+    """The score and rank of each row's label; null without a prediction or a known label."""
+    text = manifest.labels_as_text(labels)
+    code = class_codes(pa.chunked_array([text]), classes)
+    judged = ok & (code >= 0)
+    score, rank = np.zeros(len(ok), np.float32), np.zeros(len(ok), np.int32)
+    score[judged], rank[judged] = own_scores(scores[judged[ok]], code[judged])
     return {
-        "label_score": pa.array(label_score, mask=null),
-        "label_rank": pa.array(label_rank, mask=null),
+        "label_score": pa.array(score, mask=~judged),
+        "label_rank": pa.array(rank, mask=~judged),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,12 +32,10 @@ def write_metrics(
         "confusion": tables.confusion(counts),
         "calibration": tables.calibration(counts),
     }
-    for name, table in made.items():
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        storage.write(_metric(output, name), sink.getvalue())
+    folder = storage.join(output, layout.METRICS)
+    layout.write_tables(folder, made)
     with (
-        storage.open_write(_metric(output, "errors")) as stream,
+        storage.open_write(storage.join(folder, "errors.parquet")) as stream,
         pq.ParquetWriter(stream, _ERRORS) as writer,
     ):
         if counts.error_rows:
@@ -76,7 +73,3 @@ def write_success(
     }
     data = (json.dumps(body, indent=2) + "\n").encode()
     storage.write(storage.join(output, layout.SUCCESS), data)
-
-
-def _metric(output: str, name: str) -> str:
-    return storage.join(output, layout.METRICS, f"{name}.parquet")

@@ -156,12 +156,6 @@ def choose(
     return _at(accepted, int(np.argmax(reaches)), label)
 
 
-def at(counts: SelectiveCounts, threshold: float) -> Threshold:
-    """What a threshold does, rounded up to the grid."""
-    place = min(int(np.searchsorted(GRID, threshold, side="left")), len(GRID) - 1)
-    return _at(counts.accepted(), place, None)
-
-
 def _at(accepted: Ints, place: int, label: str | None) -> Threshold:
     right, judged = int(accepted[RIGHT, place]), int(accepted[:2, place].sum())
     low, high = wilson_interval(right, judged)

@@ -106,7 +106,7 @@ def per_class(counts: PredictionCounts) -> pa.Table:
     every ok row; support, true_positive, precision, recall and f1 of labelled rows alone, and are
     null in a run without any. A rate whose denominator is 0 is null.
     """
-    support, predicted, hits = _label_counts(counts)
+    support, predicted, hits = label_counts(counts)
     judged = counts.labelled > 0
     return pa.table(
         {
@@ -255,11 +255,7 @@ _OF_CONFUSION = {
 
 def _of_confusion(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
     """What follows from the confusion matrix; cells: (K,) how often each of its cells occurs."""
-    size = len(counts.classes)
-    support = np.bincount(counts.confusion_label, cells, size)
-    predicted = np.bincount(counts.confusion_predicted, cells, size)
-    hit = counts.confusion_label == counts.confusion_predicted
-    hits = np.bincount(counts.confusion_label[hit], cells[hit], size)
+    support, predicted, hits = label_counts(counts, cells)
     if not support.sum():
         return {}
     present = support + predicted > 0
@@ -319,15 +315,20 @@ def _share(name: str, part: int, whole: int, description: str) -> Metric:
     return Metric(name, part / whole, description, wilson_interval(part, whole))
 
 
-def _label_counts(counts: PredictionCounts) -> tuple[Ints, Ints, Ints]:
-    """Support, predictions and true positives per class, each (C,), over labelled rows."""
-    hit = counts.confusion_label == counts.confusion_predicted
-    support, predicted, hits = (np.zeros(len(counts.classes), dtype=np.int64) for _ in range(3))
-    # Not bincount, whose weights are floats: integers stay exact beyond 2**53.
-    np.add.at(support, counts.confusion_label, counts.confusion_count)
-    np.add.at(predicted, counts.confusion_predicted, counts.confusion_count)
-    hits[counts.confusion_label[hit]] = counts.confusion_count[hit]
-    return support, predicted, hits
+def label_counts(counts: PredictionCounts, cells: Ints | None = None) -> tuple[Ints, Ints, Ints]:
+    """Support, predictions and true positives per class, each (C,), over labelled rows.
+
+    cells: (K,) how often each cell of the confusion matrix occurs; as counted when not given
+    Exact up to 2**53 rows.
+    """
+    cells, size = counts.confusion_count if cells is None else cells, len(counts.classes)
+    label, predicted = counts.confusion_label, counts.confusion_predicted
+    hit = label == predicted
+    return (
+        np.bincount(label, cells, size).astype(np.int64),
+        np.bincount(predicted, cells, size).astype(np.int64),
+        np.bincount(label[hit], cells[hit], size).astype(np.int64),
+    )
 
 
 def _int_column(values: Ints, known: bool) -> pa.Array:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from imgcls.errors import RequestError
+from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.calibrate import (
     CalibrateConfig,
     HeldOut,
@@ -89,6 +89,16 @@ def test_the_new_bundle_is_calibrated_and_remembers_on_what(
     said = capsys.readouterr().out
     assert f"temperature 2.0000 -> {result.temperature:.4f}" in said
     assert "the old threshold was for other confidences" in said
+
+
+def test_a_bundle_that_is_there_is_replaced_only_when_asked(bundle: Bundle, tmp_path: Path) -> None:
+    run = run_of(tmp_path, bundle)
+    first = calibrate(request(bundle, run)).bundle
+    with pytest.raises(OutputError, match=r"holds a bundle already; say --overwrite"):
+        calibrate(request(bundle, run, method="vector"))
+    assert load_bundle(first.url).sha256 == first.sha256
+    again = calibrate(request(bundle, run, method="vector", overwrite=True)).bundle
+    assert load_bundle(first.url).sha256 == again.sha256 != first.sha256
 
 
 def test_calibrating_again_goes_on_from_there(bundle: Bundle, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from sklearn import metrics as sk
 
 from imgcls import output as layout
+from imgcls.config import build
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.evaluation import count as counting
@@ -188,6 +189,17 @@ def test_a_join_that_matches_nothing_or_twice_is_refused(
         judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
 
 
+def test_a_row_without_a_key_has_no_label(tmp_path: Path) -> None:
+    table = drawn(40)
+    paths = [None if row % 4 == 0 else path for row, path in enumerate(table["path"].to_pylist())]
+    at = table.schema.get_field_index("path")
+    run = commit(tmp_path / "out", table.set_column(at, "path", pa.array(paths, pa.string())))
+    rows = [(path, "ant") for path in paths if path is not None]
+    late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    found = judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
+    assert (found.tally.counts.labelled, found.tally.counts.unlabelled) == (30, 10)
+
+
 def test_a_key_that_several_rows_have_is_refused(run: Path, tmp_path: Path) -> None:
     late = write_manifest(tmp_path / "late.csv", [("camera 1", "ant")], ("camera", "label"))
     config = JudgeConfig(labels=LabelsConfig(path=str(late)), on="camera")
@@ -232,8 +244,6 @@ def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None
     lists = JudgeConfig(slice_by=["topk_labels"])
     with pytest.raises(RequestError, match="'topk_labels' is list"):
         judge(str(run), lists, need_labels=True)
-    with pytest.raises(RequestError, match="joins --labels, which was not given"):
-        judge(str(run), JudgeConfig(on="path"), need_labels=True)
     late = write_manifest(tmp_path / "late.csv", [("a", "ant")], ("file", "label"))
     with pytest.raises(ManifestError, match="no column 'path'"):
         judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
@@ -246,11 +256,31 @@ def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None
         ({"manifest": {"path": "m.csv"}}, "model, output: needed"),
         ({"predictions": "out", "model": "bundle"}, "predictions and model are both given"),
         ({"predictions": "out", "labels": "late.csv"}, "output: is required with --labels"),
+        ({"predictions": "out", "on": "path"}, "on: joins --labels, which was not given"),
     ],
 )
 def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        evaluate(EvaluateConfig.model_validate(request_))
+        evaluate(build(EvaluateConfig, request_))
+
+
+@pytest.mark.parametrize(
+    ("header", "settings", "told"),
+    [
+        (("path", "label"), {"slice_by": "site"}, "slice_by: .* no column 'site' .found: path, la"),
+        (("path", "label"), {"labels": "l.csv", "on": "key"}, "on: .* no column 'key' .found: pa"),
+        (("path", "truth"), {}, "no label column to judge by; name it with --manifest.label-col"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_labelled(
+    tmp_path: Path, header: tuple[str, str], settings: dict[str, Any], told: str
+) -> None:
+    manifest = write_manifest(tmp_path / "m.csv", [("a.jpg", "ant")], header)
+    output = tmp_path / "out"
+    asked = {"manifest": str(manifest), "model": "no bundle", "output": str(output)}
+    with pytest.raises(ManifestError, match=told):
+        evaluate(build(EvaluateConfig, asked | settings))
+    assert not output.exists()
 
 
 # ------------------------------------------------------------------ what is written
