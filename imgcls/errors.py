@@ -69,12 +69,20 @@ class StorageForbidden(StorageError):
     """The store refuses access."""
 
 
+class StorageCredentials(StorageForbidden):
+    """Credentials are wrong, missing or expired: whatever is asked for will be refused."""
+
+
 class StorageFull(StorageError):
     """No space is left."""
 
 
 class StorageUnavailable(StorageError):
     """The store did not answer properly, even after retries."""
+
+
+class StorageThrottled(StorageUnavailable):
+    """The store asked for fewer requests, even after retries."""
 
 
 class ImageError(ImgclsError):

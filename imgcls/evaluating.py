@@ -5,8 +5,9 @@ Brings labelling and evaluation together, which do not know each other.
 
 from __future__ import annotations
 
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge, write
@@ -38,6 +39,7 @@ class EvaluateConfig(JudgeConfig):
     """When labelling: throw away what is in the output folder and start over."""
     scale: ScaleConfig = ScaleConfig()
     """When labelling."""
+    storage: StorageConfig = StorageConfig()
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -45,6 +47,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Raises RequestError when something is wrong with what was asked; what `predict` raises.
     """
+    stores.use(config.storage)
     source = _source(config)
     output = storage.absolute(config.output or source)
     evaluation = judge(source, config, need_labels=True)
@@ -93,6 +96,7 @@ def _source(config: EvaluateConfig) -> str:
             max_error_rate=config.max_error_rate,
             overwrite=config.overwrite,
             scale=config.scale,
+            storage=config.storage,
         )
     )
     return config.output

@@ -71,7 +71,9 @@ class Lease:
             if number and not _wait_until_free(folder, number, term):
                 raise OutputBusy(_busy(output, _read(folder, number)))
             lease = cls(output, number + 1, term)
-            if storage.create(_record(folder, number + 1), lease._body()):
+            record = _record(folder, number + 1)
+            if storage.create(record, lease._body()):
+                _check_exclusive(record)
                 lease._thread.start()
                 return lease
 
@@ -126,6 +128,16 @@ class Lease:
                 "started": process.started,
             }
         ).encode()
+
+
+def _check_exclusive(record: str) -> None:
+    """Raise OutputError for a store that overwrites where it was told to create."""
+    if not storage.is_local(record) and storage.create(record, b"{}"):
+        storage.remove(record)
+        raise OutputError(
+            f"{storage.parent(record)}: the store pays no heed to If-None-Match, so two drivers "
+            "could not be kept apart; give an --output on a store that does, or on a disk"
+        )
 
 
 def _wait_until_free(folder: str, number: int, term: float) -> bool:

@@ -17,7 +17,7 @@ import s3fs
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from imgcls.data import storage
+from imgcls.data import stores
 
 BUCKET = "imgcls-tests"
 REAL = os.environ.get("IMGCLS_TEST_S3_ENDPOINT")
@@ -44,8 +44,8 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty bucket, seen as another client sees it; the environment leads all others there."""
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"] if REAL else "key",
-        "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"] if REAL else "secret",
+        "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"] if REAL else "key-of-moto",
+        "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"] if REAL else "hush-of-moto",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": os.devnull,
@@ -67,7 +67,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def forget_connections() -> None:
-    storage._file_system.cache_clear()
+    stores._file_system.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

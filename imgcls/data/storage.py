@@ -1,50 +1,27 @@
-"""One way to read and write files, local or on any fsspec store.
+"""One way to read and write files, local or on a store.
 
-Owns typed errors, retries with jittered backoff, atomic writes and create-if-absent. Local paths
-take the short way through the operating system; every other URL goes through fsspec. What the
-bytes mean is left to the callers.
+Local paths take the short way through the operating system; every other URL goes to `stores`. Both
+give typed errors, try again what will pass, write atomically and create only where there is
+nothing. What the bytes mean is left to the callers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import glob as local_glob
 import os
-import random
 import re
 import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Any, TypeVar, cast
+from typing import IO, cast
 
-from imgcls.errors import (
-    StorageError,
-    StorageForbidden,
-    StorageFull,
-    StorageMissing,
-    StorageUnavailable,
-)
+from imgcls.data import faults, stores
+from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
-T = TypeVar("T")
-
-ATTEMPTS = 5
-BACKOFF_SECONDS = 0.2
-
-_PASSING_CODES = frozenset(
-    "SlowDown RequestTimeout RequestTimeTooSkewed InternalError ServiceUnavailable Throttling "
-    "ThrottlingException TooManyRequests 500 502 503 504 429 "
-    # two at once on one name: whoever tries again finds it there
-    "ConditionalRequestConflict OperationAborted".split()
-)
-_FORBIDDEN_CODES = frozenset(
-    "AccessDenied 403 Forbidden InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken".split()
-)
-_MISSING_CODES = frozenset("NoSuchKey NoSuchBucket 404 NotFound".split())
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -84,23 +61,20 @@ def absolute(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
-    fs, path = _store(url)
-    return bool(_attempt(url, lambda: fs.exists(path)))
+    return bool(stores.ask(url, "exists", needs=stores.GET))
 
 
 def is_folder(url: str) -> bool:
     if is_local(url):
         return os.path.isdir(local_path(url))
-    fs, path = _store(url)
-    return bool(_attempt(url, lambda: fs.isdir(path)))
+    return bool(stores.ask(url, "isdir", needs=stores.LIST))
 
 
 def size(url: str) -> int:
     """Bytes in the file; raises StorageMissing."""
     if is_local(url):
-        return int(_attempt(url, lambda: os.stat(local_path(url)).st_size))
-    fs, path = _store(url)
-    return int(_attempt(url, lambda: fs.info(path)["size"]))
+        return int(stores.attempt(url, lambda: os.stat(local_path(url)).st_size))
+    return int(stores.ask(url, "info", needs=stores.GET)["size"])
 
 
 def read(url: str) -> bytes:
@@ -109,25 +83,25 @@ def read(url: str) -> bytes:
     Raises StorageMissing, StorageForbidden, StorageUnavailable (after retries) or StorageError.
     """
     if is_local(url):
-        return _attempt(url, lambda: _read_local(local_path(url)))
-    fs, path = _store(url)
-    return bytes(_attempt(url, lambda: fs.cat_file(path)))
+        return stores.attempt(url, lambda: _read_local(local_path(url)))
+    return stores.get(url)
 
 
 def read_ahead(urls: Iterable[str | None], in_flight: int = 16) -> Iterator[bytes | StorageError]:
     """Each file's bytes or its error, in order, with `in_flight` reads under way.
 
-    A None stands for a row without a path and comes back as StorageMissing.
+    A None stands for a row without a path and comes back as StorageMissing. Raises
+    StorageCredentials, which is no file's own error.
     """
-    waiting: deque[Future[bytes | StorageError]] = deque()
+    waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
         try:
             for url in urls:
-                waiting.append(pool.submit(_read_or_error, url))
+                waiting.append(_begun(url, pool))
                 if len(waiting) >= in_flight:
-                    yield waiting.popleft().result()
+                    yield _outcome(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _outcome(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
@@ -136,9 +110,8 @@ def read_ahead(urls: Iterable[str | None], in_flight: int = 16) -> Iterator[byte
 def open_read(url: str) -> IO[bytes]:
     """A seekable binary stream."""
     if is_local(url):
-        return cast(IO[bytes], _attempt(url, lambda: open(local_path(url), "rb")))
-    fs, path = _store(url)
-    return cast(IO[bytes], _attempt(url, lambda: fs.open(path, "rb")))
+        return cast(IO[bytes], stores.attempt(url, lambda: open(local_path(url), "rb")))
+    return stores.reading(url)
 
 
 def write(url: str, data: bytes) -> None:
@@ -147,8 +120,7 @@ def write(url: str, data: bytes) -> None:
         with open_write(url) as stream:
             stream.write(data)
         return
-    fs, path = _store(url)
-    _attempt(url, lambda: fs.pipe_file(path, data))
+    stores.put(url, data)
 
 
 def create(url: str, data: bytes) -> bool:
@@ -167,34 +139,15 @@ def create(url: str, data: bytes) -> bool:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-    fs, path = _store(url)
-    try:
-        _attempt(url, lambda: fs.pipe_file(path, data, mode="create"))
-        return True
-    except StorageError as error:
-        if isinstance(error.__cause__, FileExistsError):
-            return False
-        if _code(error.__cause__) in ("PreconditionFailed", "412"):
-            return False
-        raise
+    return stores.create(url, data)
 
 
 @contextlib.contextmanager
 def open_write(url: str) -> Iterator[IO[bytes]]:
     """A stream whose file appears whole on a clean exit, and not at all otherwise."""
     if not is_local(url):
-        fs, path = _store(url)
-        stream = _attempt(url, lambda: fs.open(path, "wb"))
-        try:
-            with translated(url):
-                yield stream
-        except BaseException:
-            with contextlib.suppress(Exception):
-                stream.discard()
-            with contextlib.suppress(AttributeError):
-                stream.closed = True  # or the collector would close it, which is to write it
-            raise
-        _attempt(url, stream.close)
+        with translated(url), stores.writing(url) as stream:
+            yield stream
         return
     path = local_path(url)
     temporary = _temporary(path)
@@ -221,10 +174,9 @@ def names(folder: str) -> list[str]:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _typed(folder, error) from error
-    fs, path = _store(folder)
+            raise faults.typed(folder, error) from error
     try:
-        found = _attempt(folder, lambda: fs.ls(path, detail=True))
+        found = stores.ask(folder, "ls", needs=stores.LIST, long=True, detail=True)
     except StorageMissing:
         return []
     return sorted(f["name"].rsplit("/", 1)[-1] for f in found if f["type"] == "file")
@@ -235,8 +187,8 @@ def find(pattern: str) -> list[str]:
     if is_local(pattern):
         found = local_glob.glob(local_path(pattern), recursive=True)
         return sorted(f for f in found if os.path.isfile(f))
-    fs, path = _store(pattern)
-    matches = _attempt(pattern, lambda: fs.glob(path, detail=True))
+    fs, _ = stores.store(pattern)
+    matches = stores.ask(pattern, "glob", needs=stores.LIST, long=True, detail=True)
     return sorted(fs.unstrip_protocol(f) for f, info in matches.items() if info["type"] == "file")
 
 
@@ -248,9 +200,10 @@ def walk(folder: str) -> Iterator[str]:
     if is_local(folder):
         yield from _walk_local(local_path(folder), "")
         return
-    fs, path = _store(folder)
+    _, path = stores.store(folder)
     prefix = path.rstrip("/") + "/"
-    below = [found[len(prefix) :].split("/") for found in _attempt(folder, lambda: fs.find(path))]
+    found = stores.ask(folder, "find", needs=stores.LIST, long=True)
+    below = [name[len(prefix) :].split("/") for name in found]
     for parts in sorted(below):
         if not any(part.startswith(".") for part in parts):
             yield "/".join(parts)
@@ -266,13 +219,13 @@ def remove(url: str) -> None:
             else:
                 os.unlink(path)
         return
-    fs, path = _store(url)
+    fs, path = stores.store(url)
     with contextlib.suppress(StorageMissing):
         if _MAGIC.search(path):  # fsspec would take the name for a pattern, and remove others too
-            for file in _attempt(url, lambda: fs.find(path)):
-                _attempt(url, functools.partial(fs.rm_file, file))
+            for file in stores.ask(url, "find", needs=stores.LIST, long=True):
+                stores.ask(fs.unstrip_protocol(file), "rm_file", needs=stores.DELETE)
         else:
-            _attempt(url, lambda: fs.rm(path, recursive=True))
+            stores.ask(url, "rm", needs=stores.DELETE, long=True, recursive=True)
 
 
 def sweep(folder: str, older_than: float = 0.0) -> None:
@@ -301,7 +254,7 @@ def translated(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _typed(url, error) from error
+        raise faults.typed(url, error) from error
 
 
 def _walk_local(
@@ -328,11 +281,24 @@ def _read_local(path: str) -> bytes:
         return stream.readall()
 
 
-def _read_or_error(url: str | None) -> bytes | StorageError:
-    if url is None:
-        return StorageMissing("the path is null")
+def _begun(url: str | None, pool: ThreadPoolExecutor) -> Future[bytes]:
+    """A read under way: by the store's own loop where it can, else in a thread."""
     try:
-        return read(url)
+        if url is None:
+            raise StorageMissing("the path is null")
+        asked = None if is_local(url) else stores.start_get(url)
+    except StorageError as error:
+        failed: Future[bytes] = Future()
+        failed.set_exception(error)
+        return failed
+    return pool.submit(read, url) if asked is None else asked
+
+
+def _outcome(reading: Future[bytes]) -> bytes | StorageError:
+    try:
+        return reading.result()
+    except StorageCredentials:
+        raise
     except StorageError as error:
         return error
 
@@ -351,90 +317,3 @@ def _temporary(path: str) -> str:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
-
-
-@functools.cache
-def _file_system(protocol: str) -> Any:
-    import fsspec
-
-    # a cached listing would hide what other processes have written since
-    return fsspec.filesystem(protocol, use_listings_cache=False)
-
-
-def _store(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in its terms."""
-    protocol = url.partition(":")[0]
-    try:
-        fs = _file_system(protocol)
-        return fs, fs._strip_protocol(url)
-    except Exception as error:  # whatever a driver raises that is not installed or not configured
-        raise StorageError(
-            f"{_short(url)}: no file system for {protocol}:// ({_reason(error)})"
-        ) from error
-
-
-def _attempt(url: str, call: Callable[[], T]) -> T:
-    """Call, translating errors; passing faults are tried again with jittered backoff."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except Exception as error:
-            typed = _typed(url, error)
-            if not isinstance(typed, StorageUnavailable) or attempt == ATTEMPTS:
-                raise typed from error
-            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
-
-
-def _typed(url: str, error: Exception) -> StorageError:
-    """The StorageError that says what a raw error means for `url`."""
-    place = _short(url)
-    code = _code(error)
-    if isinstance(error, StorageError):
-        return error
-    if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
-        what = "bucket" if code == "NoSuchBucket" else "file"
-        return StorageMissing(f"{place}: no such {what}")
-    refused = isinstance(error, PermissionError) or code in _FORBIDDEN_CODES
-    if refused or type(error).__name__.endswith("CredentialsError"):
-        return StorageForbidden(f"{place}: access is refused ({_reason(error)})")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(f"{place}: no space left; free some")
-    if isinstance(error, IsADirectoryError):
-        return StorageError(f"{place}: is a folder, not a file")
-    if code in _PASSING_CODES or _is_passing(error):
-        return StorageUnavailable(f"{place}: the store did not answer ({_reason(error)})")
-    return StorageError(f"{place}: {_reason(error)}")
-
-
-def _code(error: BaseException | None) -> str:
-    """The store's own code for an error, also below what s3fs made of it."""
-    for each in (error, getattr(error, "__cause__", None)):
-        response = getattr(each, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "status", ""))
-
-
-def _is_passing(error: Exception) -> bool:
-    if isinstance(error, (TimeoutError, ConnectionError)):
-        return True
-    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT):
-        return True
-    if isinstance(error, OSError) and error.errno in (errno.ESTALE, errno.EIO, errno.EMFILE):
-        return True
-    if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":
-        return False
-    module = type(error).__module__.partition(".")[0]
-    return module in ("aiohttp", "botocore", "aiobotocore", "urllib3") and not _code(error)
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None)
-    if text is None and isinstance(error, OSError):
-        text = _code(error)  # a store may give a code and no words
-    return " ".join((text or str(error) or type(error).__name__).split())[:300]
-
-
-def _short(url: str) -> str:
-    return url if len(url) <= 300 else f"{url[:120]}...({len(url)} characters)"

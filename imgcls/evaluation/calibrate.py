@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.data import storage
+from imgcls.data import storage, stores
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.count import tables
 from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
@@ -66,6 +67,7 @@ class CalibrateConfig(JoinConfig):
     """Accepted labelled rows that must stand behind a threshold."""
     overwrite: bool = False
     """Replace a bundle that is there."""
+    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     Raises RequestError when the run is not committed, is of another bundle, or has no labels or
     scores; OutputError when a bundle is there already.
     """
+    stores.use(config.storage)
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)

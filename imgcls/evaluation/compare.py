@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator
 
 from imgcls.config import Section
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.data.manifest import labels_as_text
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
 from imgcls.evaluation.evaluate import Columns
@@ -69,6 +70,7 @@ class CompareConfig(Section):
     """Exit with 3 when run_b's accuracy is lower by more than this, e.g. 0.5pt."""
     output: str | None = None
     """A folder for per_class, slices and differing rows as Parquet, and summary.json."""
+    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,7 @@ def compare(config: CompareConfig) -> Comparison:
     Raises RequestError when the runs do not fit, TooManyErrors (exit code 3) when run_b is worse
     than `fail_if_worse` allows.
     """
+    stores.use(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)
     comparison = side_by_side(a, b, config)
     _tell(a, b, comparison)

@@ -5,7 +5,6 @@ Reads only the columns that are counted. What comes back does not depend on how 
 
 from __future__ import annotations
 
-import functools
 import pickle
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls import cluster
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.evaluation.labels import LateLabels
 from imgcls.evaluation.runs import Piece, Run
 from imgcls.evaluation.tally import Tally, Wanted
@@ -52,7 +51,7 @@ def _on_the_cluster(run: Run, wanted: Wanted, pieces: list[Piece]) -> Iterator[T
 
     cluster.connect()
     started = time.monotonic()
-    work = functools.partial(_counted, run, wanted)
+    work = stores.carried(_counted, run, wanted)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items(

@@ -15,7 +15,8 @@ import pyarrow as pa
 import yaml
 
 from imgcls.config import Section
-from imgcls.data import storage
+from imgcls.data import storage, stores
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError
 from imgcls.evaluation import charts, confusion
 from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge
@@ -38,6 +39,7 @@ class ReportConfig(Section):
     output: str | None = None
     """The file to write; report.html in the source folder when not given."""
     judge: JudgeConfig = JudgeConfig()
+    storage: StorageConfig = StorageConfig()
 
 
 def report(config: ReportConfig) -> str:
@@ -45,6 +47,7 @@ def report(config: ReportConfig) -> str:
 
     Raises RequestError when the source is neither.
     """
+    stores.use(config.storage)
     source = storage.absolute(config.source)
     target = config.output or storage.join(source, REPORT)
     if storage.exists(storage.join(source, DESCRIPTION)):

@@ -22,7 +22,14 @@ from imgcls import output as layout
 from imgcls.data import images, manifest, storage
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import ImageError, StorageError, StorageForbidden, StorageMissing
+from imgcls.errors import (
+    ImageError,
+    StorageError,
+    StorageForbidden,
+    StorageMissing,
+    StorageThrottled,
+    StorageUnavailable,
+)
 from imgcls.labeling.work import Seconds, Work, WorkSpec
 from imgcls.metrics.columns import class_codes, own_scores
 from imgcls.models.classifier import Classifier, top_k_of
@@ -250,6 +257,10 @@ def _status(error: StorageError | ImageError) -> str:
         return "missing"
     if isinstance(error, StorageForbidden):
         return "forbidden"
+    if isinstance(error, StorageThrottled):
+        return "throttled"
+    if isinstance(error, StorageUnavailable):
+        return "unavailable"
     return "unreadable"
 
 

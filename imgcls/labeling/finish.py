@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from imgcls import output as layout
 from imgcls.data import storage
+from imgcls.errors import RunFailed
 from imgcls.labeling import ledger
 from imgcls.labeling.plan import Plan
 from imgcls.metrics import PredictionCounts, tables
@@ -72,4 +73,5 @@ def write_success(
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     data = (json.dumps(body, indent=2) + "\n").encode()
-    storage.write(storage.join(output, layout.SUCCESS), data)
+    if not storage.create(storage.join(output, layout.SUCCESS), data):
+        raise RunFailed(f"output {output}: was committed by another driver; nothing was harmed")

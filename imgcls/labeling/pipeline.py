@@ -18,6 +18,7 @@ import ray.data
 
 from imgcls import output as names
 from imgcls.cluster import keep_memory
+from imgcls.data import stores
 from imgcls.errors import BundleError
 from imgcls.labeling.layout import WORKER_CPUS, Layout
 from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
@@ -97,6 +98,7 @@ class _ModelWorker:
         from imgcls.labeling import chunk
         from imgcls.models.classifier import Classifier
 
+        stores.use(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._stages = chunk
@@ -168,6 +170,7 @@ def prepare_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
 
     from imgcls.labeling import chunk as stages
 
+    stores.use(spec.storage)
     torch.set_num_threads(1)
     work: Work = _only(batch, "work")
     seconds = Seconds()
@@ -180,6 +183,7 @@ def fetch_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
     """The first half where GPUs decode: fetch a chunk."""
     from imgcls.labeling import chunk as stages
 
+    stores.use(spec.storage)
     work: Work = _only(batch, "work")
     seconds = Seconds()
     blobs = list(stages.fetch(spec, stages.rows_of(spec, work)))

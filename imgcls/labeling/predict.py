@@ -19,8 +19,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from imgcls import cluster
 from imgcls import output as names
 from imgcls.config import Section
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     ImgclsError,
     Interrupted,
@@ -89,6 +90,7 @@ class PredictConfig(Section):
     lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
     """A driver unheard of for so long is taken to be dead."""
     scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def predict(config: PredictConfig) -> PredictResult:
     broke off (run it again to resume).
     """
     started = time.monotonic()
+    stores.use(config.storage)
     output = storage.absolute(config.output)
     manifest = open_manifest(config.manifest)
     bundle = load_bundle(config.model)
@@ -197,7 +200,7 @@ class _Run:
                 part_rows=config.part_rows,
                 row_bytes=row_bytes,
                 limit=config.limit,
-                provenance=provenance(config.model_dump(mode="json")),
+                provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
             )
         except RequestError:
@@ -260,6 +263,7 @@ class _Run:
             batch_size=settings["batch_size"],
             max_pixels=settings["max_pixels"],
             fetches=self.config.scale.fetches,
+            storage=stores.settings(),
         )
 
     def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
@@ -378,8 +382,9 @@ class _Counting:
         self._rolling: dict[ray.ObjectRef, int] = {}
         self._counting: set[ray.ObjectRef] = set()
         self._total = PredictionCounts.empty(classes)
-        self._roll_up = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(ledger.roll_up)
-        self._count = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(ledger.count_part)
+        remote = ray.remote(num_cpus=TASK_CPUS, max_retries=3)
+        self._roll_up = remote(stores.carried(ledger.roll_up))
+        self._count = remote(stores.carried(ledger.count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is durable."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Plan
 
 
@@ -32,6 +33,7 @@ class WorkSpec:
     batch_size: int
     max_pixels: int
     fetches: int
+    storage: StorageConfig
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import PositiveInt
 
 from imgcls.config import Section
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.data.preprocess import Preprocess
+from imgcls.data.stores import StorageConfig
 from imgcls.errors import BundleError, ConfigError, OutputError, StorageError
 from imgcls.models import zoo
 from imgcls.models.bundle import DESCRIPTION, Bundle, BundleSpec, class_list, save_bundle
@@ -33,6 +34,7 @@ class ImportConfig(Section):
     """Side of the model's square input; the architecture's own if not given."""
     overwrite: bool = False
     """Replace a bundle that is there."""
+    storage: StorageConfig = StorageConfig()
 
 
 class ListConfig(Section):
@@ -47,6 +49,7 @@ def import_model(config: ImportConfig) -> Bundle:
 
     Raises BundleError when they do not fit together, OutputError when a bundle is there already.
     """
+    stores.use(config.storage)
     architecture = zoo.architecture(config.arch, config.options)
     architecture = zoo.pretrained_options(architecture, config.weights)
     output = storage.absolute(config.output)

@@ -5,7 +5,6 @@ Promises that the order of the rows does not depend on which task was done first
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
+from imgcls.data import stores
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.deal import Rows
@@ -63,7 +63,7 @@ def decode_images(rows: pa.Table, views: Views, *, cpus: float) -> Decoded:
     with ray.data.DataContext.current(context):
         decoded = (
             ray.data.from_arrow(chunks)
-            .map_batches(functools.partial(decode_chunk, views=views), batch_format="pyarrow")
+            .map_batches(stores.carried(decode_chunk, views=views), batch_format="pyarrow")
             .materialize()
         )
         told = decoded.select_columns(["row", "url", "label", "held", "error"])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Section
+from imgcls.data.stores import StorageConfig
 from imgcls.training.augment import AugmentConfig
 from imgcls.training.examples import DataConfig
 from imgcls.training.loss import LossConfig
@@ -19,7 +20,7 @@ from imgcls.training.workers import ScaleConfig
 
 TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
-RESULT_FREE = ("output", "overwrite", "scale", "track", "checkpoint_minutes", "find_lr")
+RESULT_FREE = ("output", "overwrite", "scale", "track", "checkpoint_minutes", "find_lr", "storage")
 """Settings that a resumed run may change: they do not decide what is learnt."""
 
 
@@ -46,6 +47,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     early_stopping: StopConfig = StopConfig()
     scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
     output: str
     """The bundle folder to write; on a cluster, one that all machines reach."""

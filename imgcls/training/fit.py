@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
-import fsspec
 import pyarrow.fs
 import ray
 import ray.train
@@ -21,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from imgcls.cluster import Interruption, keep_memory
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.errors import Interrupted, ResourcesError, RunFailed
 from imgcls.training.checkpoints import FOLDER
 from imgcls.training.loop import Outcome, Work
@@ -52,7 +51,7 @@ def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) ->
     path, file_system = _storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     elastic = workers.fewest < workers.most
-    loop: Any = run_worker
+    loop: Any = stores.carried(run_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"work": work, "board": board},
@@ -134,7 +133,7 @@ def _storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
     """Where Ray Train keeps its notes; through fsspec, as all other files of this package."""
     if storage.is_local(folder):
         return folder, None
-    file_system, path = fsspec.core.url_to_fs(folder)
+    file_system, path = stores.store(folder)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
 
 

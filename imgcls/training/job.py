@@ -193,7 +193,7 @@ def _publish(
         architecture=task.architecture,
         classes=examples.classes,
         preprocess=task.preprocess,
-        provenance=provenance(config.model_dump(mode="json"))
+        provenance=provenance(config.model_dump(mode="json", exclude={"storage"}))
         | {
             "seed": config.seed,
             "run": task.identity,

@@ -6,7 +6,6 @@ holds every row once, whatever the number of workers, and can go on from any ste
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
+from imgcls.data import stores
 from imgcls.training.deal import Rows
 from imgcls.training.ingest import (
     Batch,
@@ -84,7 +84,7 @@ class StreamedSet:
         """The given rows in order, decoded, as tables of some hundred rows."""
         size = block_rows(self._preprocess)
         wanted = ray.put(self._places[rows])
-        decode = functools.partial(
+        decode = stores.carried(
             _decode_places, table=self._source.rows, wanted=wanted, views=self._source.views
         )
         context = ray.data.DataContext.get_current().copy()

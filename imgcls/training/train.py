@@ -15,7 +15,7 @@ from torch import nn
 
 from imgcls import cluster
 from imgcls.config import build
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError
 from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION, read_description
@@ -58,6 +58,7 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     command goes on from the last saved state.
     """
     config = build(TrainConfig, settings) if config is None else config
+    stores.use(config.storage)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     task = _settled(config)
     config = task.config

@@ -19,12 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data import storage
+from imgcls.data import storage, stores
 from imgcls.errors import (
     StorageError,
     StorageForbidden,
     StorageFull,
     StorageMissing,
+    StorageThrottled,
     StorageUnavailable,
 )
 from tests.processes import wait_for
@@ -249,7 +250,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path, before: by
 
 _WRITER = """
 import sys
-from imgcls.data import storage
+from imgcls.data import storage, stores
 with storage.open_write(sys.argv[1]) as stream:
     while True:
         stream.write(bytes(1 << 16))
@@ -282,7 +283,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, before: bytes | Non
 
 _RIVAL = """
 import os, sys, time
-from imgcls.data import storage
+from imgcls.data import storage, stores
 folder, me, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 storage.create(f"{folder}/ready-{me}", b"")
 while not os.path.exists(f"{folder}/go"):
@@ -445,13 +446,21 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A web server that fails as it is told to; no waiting between attempts."""
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(stores, "BACKOFF_SECONDS", 0.001)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def short_deadline() -> Iterator[None]:
+    before = stores.settings()
+    stores.use(stores.StorageConfig(deadline_seconds=0.5))
+    yield
+    stores.use(before)
 
 
 def test_reads_ahead_really_are_under_way_together(server: Server) -> None:
@@ -468,12 +477,19 @@ def test_a_passing_fault_is_tried_again(server: Server) -> None:
     assert server.asked["/x"] == 4
 
 
-def test_a_lasting_fault_is_given_up_after_some_attempts(server: Server) -> None:
-    server.answers["/x"] = [(503, b"")]
-    assert "the store did not answer" in fails(
-        StorageUnavailable, lambda: storage.read(f"{server.url}/x")
-    )
-    assert server.asked["/x"] == storage.ATTEMPTS
+@pytest.mark.parametrize(
+    ("status", "kind", "told"),
+    [
+        (503, StorageThrottled, "the store asks for fewer requests"),
+        (500, StorageUnavailable, "the store did not answer"),
+    ],
+)
+def test_a_lasting_fault_is_given_up_at_the_deadline(
+    server: Server, short_deadline: None, status: int, kind: type[StorageError], told: str
+) -> None:
+    server.answers["/x"] = [(status, b"")]
+    assert told in fails(kind, lambda: storage.read(f"{server.url}/x"))
+    assert server.asked["/x"] > 2
 
 
 @pytest.mark.parametrize(
@@ -487,8 +503,7 @@ def test_a_refusal_is_not_tried_again(
     assert server.asked["/x"] == 1
 
 
-def test_a_server_that_is_gone_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0)
+def test_a_server_that_is_gone_is_unavailable(short_deadline: None) -> None:
     with Server() as closed:
         url = closed.url
     fails(StorageUnavailable, lambda: storage.read(f"{url}/x"))

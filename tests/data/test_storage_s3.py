@@ -15,7 +15,7 @@ import pytest
 
 from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ManifestError, StorageError, StorageForbidden, StorageMissing
+from imgcls.errors import ManifestError, StorageCredentials, StorageError, StorageMissing
 from tests.s3 import BUCKET, REAL, forget_connections, keys, url
 
 
@@ -100,15 +100,15 @@ def test_wrong_or_no_credentials_are_forbidden_at_once(
         changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         forget_connections()
         try:
-            assert "access is refused" in fails(StorageForbidden, lambda: storage.read(url("x")))
-            fails(StorageForbidden, lambda: storage.write(url("y"), b""))
-            fails(StorageForbidden, lambda: storage.create(url("y"), b""))
+            assert "access is refused" in fails(StorageCredentials, lambda: storage.read(url("x")))
+            fails(StorageCredentials, lambda: storage.write(url("y"), b""))
+            fails(StorageCredentials, lambda: storage.create(url("y"), b""))
         finally:
             require_credentials("inf")
         changed.delenv("AWS_ACCESS_KEY_ID")
         changed.delenv("AWS_SECRET_ACCESS_KEY")
         forget_connections()
-        message = fails(StorageForbidden, lambda: storage.read(url("x")))
+        message = fails(StorageCredentials, lambda: storage.read(url("x")))
         assert "Unable to locate credentials" in message
 
 

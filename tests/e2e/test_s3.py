@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import write_manifest
+from tests.data.test_stores import MIX
+from tests.e2e.outputs import assert_exactly_once
+from tests.faults import KINDS, Proxy
 from tests.processes import imgcls, started, wait_for
 from tests.s3 import BUCKET, keys, url
 
@@ -61,3 +66,60 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     told = json.loads(body(s3, "out/summary.json"))["metrics"]["accuracy"]["value"]
     assert told > 0.9
     assert b"data:image/jpeg;base64," in body(s3, "out/report.html")
+
+
+def fetched(s3: Any, prefix: str, folder: Path) -> Path:
+    """All objects below a prefix, as files."""
+    for key in keys(s3, f"{prefix}/"):
+        place = folder / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(body(s3, key))
+    return folder / prefix
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_network_that_fails_changes_no_row(
+    s3: Any,
+    endpoint: str,
+    tmp_path: Path,
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    """Everything on S3 behind the fault proxy, against the same images labelled from disk."""
+    manifest = colours(120)
+    gone = [("images/gone-1.jpg", "red"), ("images/gone-2.jpg", "blue")]
+    lines = [tuple(line.split(",")[:2]) for line in manifest.read_text().splitlines()[1:]]
+    manifest = write_manifest(tmp_path / "manifest.csv", [*lines, *gone], ("path", "label"))
+    files = [manifest, *(tmp_path / "images").iterdir(), *colour_bundle.iterdir()]
+    for file in files:
+        folder = "bundle/" if file.parent == colour_bundle else ""
+        name = str(file.relative_to(tmp_path)) if not folder else file.name
+        s3.upload_file(str(file), BUCKET, folder + name)
+    settings = ("--max-error-rate", 0.05, "--chunk-rows", 8, "--precision", "fp32")
+    quiet = imgcls(
+        *("predict", "--manifest", manifest, "--model", colour_bundle),
+        *("--output", tmp_path / "disk", *settings),
+    )
+    assert quiet.returncode == 0, quiet.stderr
+    expected = assert_exactly_once(tmp_path / "disk", 122)
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    with Proxy(endpoint, MIX, seed=seed).running() as proxy:
+        for _ in range(5):
+            run = imgcls(
+                *("predict", "--manifest", url("manifest.csv"), "--model", url("bundle")),
+                *("--output", url("out"), *settings, "--storage.endpoint-url", proxy.url),
+                *("--storage.attempt-seconds", 2, "--lease-seconds", 10),
+            )
+            assert run.returncode in (0, 1), run.stderr
+            if run.returncode == 0:
+                break
+    assert run.returncode == 0, run.stderr
+    assert set(proxy.met) == set(KINDS)
+    found = assert_exactly_once(fetched(s3, "out", tmp_path), 122)
+    assert found.drop_columns(["error"]).equals(expected.drop_columns(["error"]))
+    stored = body(s3, "out/_run.json").decode()
+    for hidden in (proxy.url, os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
+        assert hidden not in stored

@@ -1,0 +1,174 @@
+"""What reaches us through a network that fails: every object whole and right, or a typed error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import boto3  # type: ignore[import-untyped]
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from botocore.config import Config
+
+from imgcls.data import storage, stores
+from imgcls.data.stores import StorageConfig
+from imgcls.errors import OutputError, StorageCredentials, StorageError, StorageUnavailable
+from imgcls.lease import Lease
+from tests.faults import KINDS, Proxy
+from tests.s3 import BUCKET, REAL, forget_connections, keys, url
+
+MIX = dict.fromkeys(KINDS, 0.03) | {"slow_down": 0.05}
+QUICK = {"attempt_seconds": 1.0, "deadline_seconds": 40.0}
+
+
+@pytest.fixture
+def network(
+    s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Proxy]]:
+    """Puts a failing network between us and the store."""
+    before = stores.settings()
+    with ExitStack() as stack:
+
+        def put(share: dict[str, float], seed: int = 0, **settings: Any) -> Proxy:
+            proxy = stack.enter_context(Proxy(endpoint, share, seed=seed).running())
+            given = QUICK | settings
+            stores.use(StorageConfig(endpoint_url=proxy.url, **given))
+            return proxy
+
+        yield put
+        stores.use(before)
+        forget_connections()
+
+
+def objects(s3: Any, count: int) -> dict[str, bytes]:
+    """`count` objects, put there by another client over a sound network."""
+    rng = np.random.default_rng(0)
+    made = {url(f"in/{i:03d}.jpg"): rng.bytes(int(rng.integers(20, 3000))) for i in range(count)}
+    for place, data in made.items():
+        s3.put_object(Bucket=BUCKET, Key=place.split("/", 3)[3], Body=data)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_object_arrives_as_it_was_stored(
+    s3: Any, network: Callable[..., Proxy], kind: str
+) -> None:
+    made = objects(s3, 30)
+    proxy = network({kind: 0.3})
+    assert list(storage.read_ahead(made)) == list(made.values())
+    assert proxy.met[kind] > 3
+
+
+def test_reading_ahead_asks_once_for_each_object_and_for_nothing_else(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    made = objects(s3, 25)
+    proxy = network({})
+    assert list(storage.read_ahead(made)) == list(made.values())
+    assert proxy.requests == {"GET": 25}
+    storage.write(url("out/one"), b"x" * (8 << 20))
+    with storage.open_write(url("out/two")) as stream:
+        stream.write(b"y" * (8 << 20))
+    assert proxy.requests == {"GET": 25, "PUT": 2}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_writing_creating_and_listing_come_out_right(
+    s3: Any, network: Callable[..., Proxy], seed: int
+) -> None:
+    network(MIX, seed)
+    table = pa.table({"n": np.arange(30_000), "text": [f"row {i}" for i in range(30_000)]})
+    for i in range(6):
+        storage.write(url(f"out/{i}"), b"%d" % i)
+        assert storage.create(url(f"made/{i}"), b"mine %d" % i)
+        assert not storage.create(url(f"made/{i}"), b"theirs")
+    with storage.open_write(url("out/table.parquet")) as stream:
+        pq.write_table(table, stream, row_group_size=5_000)
+    with storage.open_read(url("out/table.parquet")) as stream:
+        assert pq.read_table(stream).equals(table)
+    assert storage.names(url("out")) == [*(str(i) for i in range(6)), "table.parquet"]
+    assert [storage.read(url(f"made/{i}")) for i in range(6)] == [b"mine %d" % i for i in range(6)]
+    assert storage.size(url("out/0")) == 1
+    storage.remove(url("out"))
+    assert keys(s3, "out/") == []
+
+
+def test_a_create_whose_answer_was_lost_is_known_to_be_ours(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    proxy = network({"lost": 0.5})
+    for i in range(12):
+        assert storage.create(url(f"lease/{i}"), b"%d" % i)
+    assert proxy.met["lost"] > 3
+
+
+def test_a_lasting_fault_is_told_apart_from_a_missing_object(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    made = objects(s3, 4)
+    for kind, word in (("slow_down", "fewer requests"), ("reset", "did not answer")):
+        network({kind: 1.0}, deadline_seconds=1.0)
+        found = list(storage.read_ahead(made))
+        assert all(isinstance(each, StorageUnavailable) for each in found)
+        assert all(word in str(each) for each in found)
+
+
+def test_bytes_that_never_match_their_etag_are_taken_when_they_come_twice_alike(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    """As on stores whose ETag is no MD5: half an object, each time the same half, looks like it."""
+    plain = boto3.client("s3", config=Config(request_checksum_calculation="when_required"))
+    plain.put_object(Bucket=BUCKET, Key="in/000.jpg", Body=b"0123456789")
+    proxy = network({"damage": 1.0})
+    assert storage.read(url("in/000.jpg")) == b"01234"
+    assert proxy.requests == {"GET": 2}
+
+
+def test_credentials_that_are_refused_end_the_reading(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = objects(s3, 3)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    forget_connections()
+    with pytest.raises(StorageCredentials, match="check the credentials, which come from"):
+        list(storage.read_ahead(made))
+
+
+def test_settings_reach_the_driver_and_other_processes(
+    s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stores.settings()
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    forget_connections()
+    try:
+        stores.use(StorageConfig(endpoint_url=endpoint, region="eu-north-1", requester_pays=True))
+        fs, _ = stores.store(url("x"))
+        storage.write(url("x"), b"1")
+        assert (fs.s3.meta.region_name, fs.req_kw) == ("eu-north-1", {"RequestPayer": "requester"})
+        read = stores.carried(storage.read)
+        stores.use(before)
+        assert read(url("x")) == b"1"
+        assert stores.settings().region == "eu-north-1"
+    finally:
+        stores.use(before)
+        forget_connections()
+
+
+@pytest.mark.skipif(REAL is not None, reason="a real store checks the signature of all headers")
+def test_a_store_that_overwrites_what_it_should_create_is_refused(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    network({}).drop = "if-none-match"
+    with pytest.raises(OutputError, match="pays no heed to If-None-Match"):
+        Lease.acquire(url("out"))
+    assert keys(s3, "out/") == []
+
+
+def test_a_store_that_cannot_create_atomically_is_refused() -> None:
+    with pytest.raises(StorageError, match="cannot create a file only where there is none"):
+        storage.create("memory://out/lease", json.dumps({}).encode())
