@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from imgcls import output as layout
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Identity, Plan, make_plan
 from imgcls.labeling.work import WorkSpec
 
@@ -80,6 +81,7 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         batch_size=8,
         max_pixels=100_000_000,
         fetches=4,
+        storage=StorageConfig(),
     )
     return dataclasses.replace(spec, **changes)
 
