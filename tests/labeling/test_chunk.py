@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from imgcls import output as layout
+from imgcls.data.stores import StorageConfig
 from imgcls.labeling import chunk
 from imgcls.labeling.chunk import Prepared
 from imgcls.labeling.plan import Plan
@@ -212,7 +213,7 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
         "root": os.path.dirname(__file__),
         "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
         "precision": "fp32", "compile": False, "batch_size": 4, "max_pixels": 1_000_000,
-        "fetches": 4,
+        "fetches": 4, "storage": StorageConfig(),
     }  # fmt: skip
     return WorkSpec(**{**values, **changes})
 
