@@ -56,6 +56,18 @@ COMMANDS = {
         "ReportConfig",
         "report",
     ),
+    "history compact": Command(
+        "merge many runs into one table with the newest row of each image",
+        "imgcls.labeling.history",
+        "CompactConfig",
+        "compact",
+    ),
+    "manifest build": Command(
+        "list a folder or a bucket into a manifest",
+        "imgcls.data.listing",
+        "BuildConfig",
+        "build_manifest",
+    ),
     "model import": Command(
         "make a bundle from plain weights",
         "imgcls.models.importing",

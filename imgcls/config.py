@@ -12,15 +12,24 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from imgcls.errors import ConfigError
 
 S = TypeVar("S", bound="Section")
+
+
+def _names(value: Any) -> Any:
+    """`camera,site` as on a command line, or a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
+"""Names such as those of columns."""
 
 
 class Section(BaseModel):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -93,6 +94,15 @@ def resolve(path: str | None, root: str) -> str | None:
     if path is None or storage.is_url(path) or os.path.isabs(path):
         return path
     return storage.join(root, path)
+
+
+def resolved(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
+    """`resolve` of a whole column of paths, as large strings."""
+    text = paths.cast(pa.large_string())
+    whole = pc.match_substring_regex(text, r"^(/|[A-Za-z0-9+]+://|data:)")
+    start = pa.scalar(root.rstrip("/"), pa.large_string())
+    below = pc.binary_join_element_wise(start, text, pa.scalar("/", pa.large_string()))
+    return pc.if_else(whole, text, below)
 
 
 def open_manifest(config: ManifestConfig) -> Manifest:

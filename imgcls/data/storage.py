@@ -8,7 +8,9 @@ nothing. What the bytes mean is left to the callers.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import glob as local_glob
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, cast
 
 from imgcls.data import faults, stores
+from imgcls.data.stores import File, Page
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -207,6 +210,37 @@ def walk(folder: str) -> Iterator[str]:
     for parts in sorted(below):
         if not any(part.startswith(".") for part in parts):
             yield "/".join(parts)
+
+
+def pages(url: str, *, deep: bool) -> Iterator[Page]:
+    """What lies in a folder, some thousand at a time: files and folders, or, if `deep`, all files.
+
+    Hidden folders are left out. Raises StorageMissing for a folder that no disk has; to a store it
+    is an empty one.
+    """
+    if not is_local(url):
+        yield from stores.pages(url, deep=deep)
+        return
+    root = local_path(url)
+    names: Iterator[str]
+    if deep:
+        names = _walk_local(root, "")
+    else:
+        with translated(url), os.scandir(root) as entries:
+            found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+        yield Page([join(root, name) for name, is_dir in found if is_dir], [])
+        names = (name for name, is_dir in found if not is_dir)
+    while chunk := [_local_file(join(root, name)) for name in itertools.islice(names, 1000)]:
+        yield Page([], chunk)
+
+
+def _local_file(path: str) -> File:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return File(path, None, None, None)  # a dead link is a row, and fails as a row
+    mtime = datetime.datetime.fromtimestamp(found.st_mtime_ns // 1000 / 1e6, datetime.UTC)
+    return File(path, found.st_size, mtime, None)
 
 
 def remove(url: str) -> None:

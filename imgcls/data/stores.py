@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import hashlib
 import io
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
 from pydantic import PositiveFloat
@@ -198,6 +200,65 @@ def reading(url: str) -> IO[bytes]:
     """A seekable stream over ranges of an object, each asked for until it is whole."""
     size = int(ask(url, "info", needs=GET)["size"])
     return io.BufferedReader(_Ranges(url, size), _BUFFER_BYTES)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as a listing tells it: its URL, bytes, time in UTC and ETag, None where not known."""
+
+    path: str
+    size: int | None
+    mtime: datetime.datetime | None
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some of what a listing found."""
+
+    folders: list[str]
+    files: list[File]
+
+
+def pages(url: str, *, deep: bool) -> Iterator[Page]:
+    """What lies in a folder, a page at a time: files and folders, or, if `deep`, all files."""
+    fs, path = store(url)
+    root = url[: len(url) - len(path)] if url.endswith(path) else f"{protocol_of(url)}://"
+    if protocol_of(url) not in _S3:
+        method = "find" if deep else "ls"
+        found = ask(url, method, needs=LIST, long=True, detail=True)
+        infos = list(found.values()) if isinstance(found, dict) else found
+        yield Page(
+            [f"{root}{i['name'].rstrip('/')}" for i in infos if i["type"] == "directory"],
+            [
+                File(f"{root}{i['name']}", i.get("size"), None, None)
+                for i in infos
+                if i["type"] == "file"
+            ],
+        )
+        return
+    bucket, key, _ = fs.split_path(path)
+    request = {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key else ""}
+    if not deep:
+        request["Delimiter"] = "/"
+    while True:
+        call = functools.partial(fs._call_s3, "list_objects_v2", **request)
+        asked = _attempted(url, call, LIST)
+        answer = asyncio.run_coroutine_threadsafe(asked, fs.loop).result()
+        yield _page_of(answer, f"{root}{bucket}/")
+        if not answer.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _page_of(answer: dict[str, Any], bucket: str) -> Page:
+    folders = [f"{bucket}{each['Prefix'].rstrip('/')}" for each in answer.get("CommonPrefixes", [])]
+    files = [
+        File(f"{bucket}{each['Key']}", each["Size"], each["LastModified"], each["ETag"].strip('"'))
+        for each in answer.get("Contents", [])
+        if not each["Key"].endswith("/")
+    ]
+    return Page(folders, files)
 
 
 class _Ranges(io.RawIOBase):

@@ -22,7 +22,6 @@ from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.count import tables
 from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
-from imgcls.evaluation.runs import Run, open_run
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
 from imgcls.metrics.selective import SelectiveCounts, Threshold
@@ -36,6 +35,7 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.output import OK
+from imgcls.runs import Run, open_run
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]

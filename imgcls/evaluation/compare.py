@@ -16,18 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator
 
-from imgcls.config import Section
+from imgcls.config import Names, Section
 from imgcls.data import storage, stores
 from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.evaluate import Columns
 from imgcls.evaluation.labels import LabelsConfig, judging_labels
-from imgcls.evaluation.runs import Run, open_run
 from imgcls.evaluation.tally import NO_VALUE
 from imgcls.metrics.agreement import Paired, mcnemar
 from imgcls.output import OK, write_tables
+from imgcls.runs import Run, open_run
 
 _MOST_DIFFERENT = 1_000_000
 
@@ -64,7 +63,7 @@ class CompareConfig(Section):
     """The column that tells which rows are the same image; not needed for one manifest."""
     labels: LabelsConfig | None = None
     """Labels that came later; run_a's label column when not given."""
-    slice_by: Columns = []
+    slice_by: Names = []
     """Columns of run_a: the difference for each of their values."""
     fail_if_worse: Annotated[str, AfterValidator(_points)] | None = None
     """Exit with 3 when run_b's accuracy is lower by more than this, e.g. 0.5pt."""

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from imgcls import cluster
 from imgcls.data import storage, stores
 from imgcls.evaluation.labels import LateLabels
-from imgcls.evaluation.runs import Piece, Run
 from imgcls.evaluation.tally import Tally, Wanted
+from imgcls.runs import Piece, Run
 
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144

@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BeforeValidator, PositiveInt
+from pydantic import PositiveInt
 
 from imgcls import output as layout
+from imgcls.config import Names
 from imgcls.data import storage
 from imgcls.errors import RequestError
 from imgcls.evaluation import rows as kept_rows
 from imgcls.evaluation.count import count
 from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
-from imgcls.evaluation.runs import Run, open_run
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.metrics import tables
 from imgcls.metrics.discrimination import ScoreCounts, brier, discrimination
@@ -33,20 +33,13 @@ from imgcls.metrics.intervals import (
 )
 from imgcls.metrics.selective import area_under_risk_coverage, curve
 from imgcls.metrics.tables import Metric
-
-
-def _names(value: Any) -> Any:
-    """`camera,site` as on a command line, or a list."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-Columns = Annotated[list[str], BeforeValidator(_names)]
+from imgcls.runs import Run, open_run
 
 
 class JudgeConfig(JoinConfig):
     """What to judge predictions by, and what to show of them."""
 
-    slice_by: Columns = []
+    slice_by: Names = []
     """Manifest columns: every metric for each of their values, e.g. camera,site."""
     small_slice: PositiveInt = 30
     """Slices with fewer labelled rows are marked as small."""

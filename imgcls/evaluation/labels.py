@@ -16,9 +16,9 @@ from pydantic import model_validator
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest
 from imgcls.errors import RequestError
-from imgcls.evaluation.runs import Run
 from imgcls.metrics.columns import class_codes, own_scores, score_rows
 from imgcls.output import OK
+from imgcls.runs import Run
 
 JOINED = "label"
 """The column that judged tables carry the joined label in."""

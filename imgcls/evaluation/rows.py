@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from imgcls.data import storage
 from imgcls.evaluation.labels import JOINED, LateLabels
-from imgcls.evaluation.runs import Run
 from imgcls.evaluation.tally import Tally, TopRows
+from imgcls.runs import Run
 
 _SHOWN = ("row", "predicted_label", "confidence", "topk_labels", "topk_scores", "width", "height")
 

@@ -109,6 +109,12 @@ def roll_up(
     return counts
 
 
+def write_empty(output: str, plan: Plan, table: pa.Table) -> None:
+    """The only file of a run without rows, so that readers find its columns."""
+    with storage.open_write(layout.part_url(output, 0)) as stream:
+        pq.write_table(table.replace_schema_metadata({"imgcls.run": plan.run_id}), stream)
+
+
 def count_part(
     output: str, part: int, label_column: str | None, classes: Sequence[str]
 ) -> PredictionCounts:

@@ -100,6 +100,7 @@ def make_plan(
     limit: int | None,
     provenance: Mapping[str, Any],
     classes: list[str],
+    may_be_empty: bool = False,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
 
@@ -110,7 +111,7 @@ def make_plan(
     Raises ManifestError when it has no row, or labels of which no one is a class of the model.
     """
     head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
-    if head.num_rows == 0:
+    if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no row; nothing to label")
     largest = min(part_rows, max(1, PART_BYTES // row_bytes))
     chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))

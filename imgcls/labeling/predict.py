@@ -8,11 +8,13 @@ same command.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -43,6 +45,7 @@ from imgcls.labeling.plan import (
     restore_shards,
 )
 from imgcls.labeling.progress import Progress
+from imgcls.labeling.since import SinceConfig, only_new
 from imgcls.labeling.work import Work, WorkSpec
 from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.metrics import PredictionCounts, tables
@@ -69,6 +72,12 @@ class PredictConfig(Section):
     """Also write every class's score (float16)."""
     max_error_rate: UnitFloat = 0.01
     """Commit only if at most this share of the rows failed."""
+    since: SinceConfig | None = None
+    """Label only what is new, changed or failed since these runs: one run, or a folder of them."""
+    relabel: bool = False
+    """With since: label again what another bundle has labelled."""
+    date: datetime.date | None = None
+    """What {date} in output stands for, today in UTC if none; an earlier day's run goes on so."""
     retry_errors: bool = False
     """Try again the rows that failed in an earlier run on this output."""
     overwrite: bool = False
@@ -111,9 +120,17 @@ def predict(config: PredictConfig) -> PredictResult:
     """
     started = time.monotonic()
     stores.use(config.storage)
-    output = storage.absolute(config.output)
+    output = storage.absolute(dated(config.output, config.date))
     manifest = open_manifest(config.manifest)
     bundle = load_bundle(config.model)
+    if config.since is not None:
+        manifest = only_new(
+            manifest,
+            config.since,
+            output=output,
+            bundle_sha256=bundle.sha256,
+            relabel=config.relabel,
+        )
     _check_columns(manifest, config, bundle)
     _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
@@ -202,6 +219,7 @@ class _Run:
                 limit=config.limit,
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
+                may_be_empty=config.since is not None,
             )
         except RequestError:
             storage.remove(storage.join(self.output, names.STAGING))
@@ -283,7 +301,17 @@ class _Run:
             completed = book.add(done_chunk)
             if completed is not None:
                 counting.roll_up(book, completed)
+        if not self.plan.rows:
+            ledger.write_empty(self.output, self.plan, self._empty(spec))
         return counting.finish(book)
+
+    def _empty(self, spec: WorkSpec) -> pa.Table:
+        """The table of a night on which there was nothing to do."""
+        added = names.prediction_schema(
+            labelled=spec.label_column is not None,
+            scores=len(self.bundle.spec.classes) if spec.scores else None,
+        )
+        return pa.schema([*self.manifest.schema, *added]).empty_table()
 
     def _retry(self, spec: WorkSpec, layout: Layout) -> PredictionCounts | None:
         """Do the failed rows again and exchange the parts that held them."""
@@ -347,7 +375,7 @@ class _Run:
             path_column=self.manifest.path_column,
         )
         print(tables.format_summary(summary), flush=True)
-        error_rate = counts.error_rows / counts.rows
+        error_rate = counts.error_rows / max(1, counts.rows)
         if error_rate > self.config.max_error_rate:
             raise TooManyErrors(
                 f"output {self.output}: {counts.error_rows:,} of {counts.rows:,} rows failed "
@@ -419,6 +447,13 @@ class _Counting:
                 self._counting.discard(task)
                 if part is not None and book is not None:
                     book.rolled_up(part)
+
+
+def dated(output: str, date: datetime.date | None) -> str:
+    """The output folder with {date} written out as YYYY-MM-DD."""
+    return output.replace(
+        "{date}", (date or datetime.datetime.now(datetime.UTC).date()).isoformat()
+    )
 
 
 def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""A labelling run that is finished, as evaluation reads it: its files, classes and columns.
+"""A labelling run that is finished, as others read it: its files, classes and columns.
 
 Opens committed runs alone, so that no number speaks of half a table.
 """
@@ -6,7 +6,7 @@ Opens committed runs alone, so that no number speaks of half a table.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,15 @@ class Run:
                     pieces.append(Piece(file, tuple(groups), start, held))
                     start, held, groups = start + held, 0, []
         return pieces
+
+
+def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterator[pa.Table]:
+    """Columns of a whole run in row order, batch by batch."""
+    for url in run.files:
+        with storage.open_read(url) as opened:
+            file = pq.ParquetFile(opened)
+            for batch in file.iter_batches(batch_rows, columns=list(names)):
+                yield pa.Table.from_batches([batch])
 
 
 def open_run(url: str) -> Run:

@@ -1,0 +1,117 @@
+"""Manifests from folders and buckets: every image once, with what tells whether it has changed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.data import storage
+from imgcls.data.listing import BuildConfig, build_manifest
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.errors import OutputError, RequestError, StorageError
+from tests.s3 import BUCKET, url
+
+NAMES = [
+    "cat/1.jpg", "cat/2.PNG", "cat/deep/er/still/3.webp", "dog/a b.jpg", "dog/é#?.jpg",
+    *(f"fox/{i:05d}.jpg" for i in range(2500)),
+]  # fmt: skip
+OTHERS = ["cat/notes.txt", ".hidden/4.jpg", "cat/.trash/5.jpg", "dog/.6.jpg"]
+
+
+def rows_of(output: str) -> list[dict[str, Any]]:
+    found = open_manifest(ManifestConfig(path=output))
+    return [row for batch in found.batches() for row in batch.to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    for name in (*NAMES, *OTHERS):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode())
+    return root
+
+
+def test_every_image_of_a_folder_is_listed_once(tree: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "manifest")
+    count = build_manifest(BuildConfig(source=str(tree), output=output, labels=True, listings=2))
+    rows = rows_of(output)
+    assert count == len(rows) == len(NAMES)
+    assert sorted(row["path"] for row in rows) == sorted(f"{tree}/{name}" for name in NAMES)
+    for row in rows:
+        name = os.path.relpath(row["path"], tree)
+        assert row["label"] == name.partition("/")[0]
+        assert row["size"] == len(name.encode())
+        assert row["etag"] is None
+    now = datetime.datetime.now(datetime.UTC)
+    assert all(now - row["mtime"] < datetime.timedelta(hours=1) for row in rows)
+
+
+def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None:
+    names = [name for name in NAMES if not name.startswith("fox")]
+    names += [f"fox/{i:05d}.jpg" for i in range(1200)]  # more than a page
+    for name in (*names, *OTHERS, "top.jpg"):
+        s3.put_object(Bucket=BUCKET, Key=f"photos/{name}", Body=name.encode())
+    s3.put_object(Bucket=BUCKET, Key="photos/cat/", Body=b"")  # a folder, to some tools
+    s3.put_object(Bucket=BUCKET, Key="photos-of-others/1.jpg", Body=b"x")
+    output = url("manifests/tonight")
+    build_manifest(BuildConfig(source=url("photos"), output=output))
+    rows = {row["path"]: row for row in rows_of(output)}
+    assert sorted(rows) == sorted(url(f"photos/{name}") for name in (*names, "top.jpg"))
+    told = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
+    row = rows[url("photos/dog/a b.jpg")]
+    assert row["etag"] == told["ETag"].strip('"')
+    assert (row["size"], row["mtime"]) == (told["ContentLength"], told["LastModified"])
+    with pytest.raises(RequestError, match=r"top.jpg: lies beside the class folders"):
+        build_manifest(BuildConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
+
+
+def test_a_listing_that_was_broken_off_goes_on(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "manifest"
+    config = BuildConfig(source=str(tree), output=str(output), listings=1)
+    build_manifest(config)
+    whole = rows_of(str(output))
+    parts = sorted(output.glob("part-*.parquet"))
+    kept = parts[1].stat()
+    (output / "_SUCCESS").unlink()
+    parts[-1].unlink()
+    capsys.readouterr()
+    build_manifest(config)
+    assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
+    assert rows_of(str(output)) == whole
+    assert parts[1].stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -> None:
+    output = tmp_path / "manifest"
+    config = BuildConfig(source=str(tree / "cat"), output=str(output))
+    build_manifest(config)
+    for changes in ({}, {"source": str(tree)}):
+        with pytest.raises(OutputError, match="say --overwrite, or give another"):
+            build_manifest(config.model_copy(update=changes))
+    more = config.model_copy(update={"source": str(tree), "overwrite": True})
+    assert build_manifest(more) == len(NAMES)
+    assert pq.read_table(output).num_rows == len(NAMES)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds other files"):
+        build_manifest(config.model_copy(update={"output": str(tmp_path / "full")}))
+
+
+def test_an_empty_or_missing_source_is_refused(tmp_path: Path, s3: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    for source in (str(tmp_path / "empty"), url("nothing")):
+        with pytest.raises(RequestError, match="no image below it"):
+            build_manifest(BuildConfig(source=source, output=str(tmp_path / "out")))
+    for source, told in ((str(tmp_path / "gone"), "no such file"), ("s3://no-bucket", "bucket")):
+        with pytest.raises((RequestError, StorageError), match=told):
+            build_manifest(BuildConfig(source=source, output=str(tmp_path / "new")))
+    assert storage.names(str(tmp_path / "new")) == []

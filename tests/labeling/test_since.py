@@ -1,0 +1,234 @@
+"""What is new since earlier nights, and what many nights come to, against plain Python."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imgcls.config import build
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.errors import ManifestError, OutputError, RequestError
+from imgcls.labeling.history import CompactConfig, compact
+from imgcls.labeling.predict import dated
+from imgcls.labeling.since import SinceConfig, chosen, only_new
+from imgcls.runs import open_run
+from tests.evaluation.runs import commit, drawn
+
+OLD, NEW = "b" * 64, "c" * 64
+
+
+def night(
+    folder: Path, paths: Sequence[str | None], failed: Sequence[int] = (), **columns: Any
+) -> Path:
+    """A committed run over these paths; `failed` rows have no prediction."""
+    bundle = columns.pop("bundle_sha256", OLD)
+    table = drawn(len(paths), scores=False)
+    at = table.schema.get_field_index("path")
+    table = table.set_column(at, "path", pa.array(paths, pa.string()))
+    status = ["missing" if row in failed else "ok" for row in range(len(paths))]
+    at = table.schema.get_field_index("status")
+    table = table.set_column(at, "status", pa.array(status).dictionary_encode())
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return commit(folder, table, bundle_sha256=bundle)
+
+
+def manifest_of(folder: Path, paths: Sequence[str | None], **columns: Any) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "manifest.parquet"
+    pq.write_table(pa.table({"path": pa.array(paths, pa.string()), **columns}), file)
+    return open_manifest(ManifestConfig(path=str(file)))
+
+
+def asked(manifest: Any, since: Path, *, relabel: bool = False, **config: Any) -> list[str | None]:
+    found = only_new(
+        manifest,
+        SinceConfig(path=str(since), **config),
+        output=str(since / "tonight"),
+        bundle_sha256=NEW,
+        relabel=relabel,
+    )
+    return [path for batch in found.batches() for path in batch.column("path").to_pylist()]
+
+
+# ------------------------------------------------------------------ what is new
+
+
+def test_new_changed_and_failed_rows_are_labelled_again_and_no_others(tmp_path: Path) -> None:
+    night(tmp_path / "out" / "date=1", ["/a", "/b", "/c", "/d"], failed=[2], etag=[*"1234"])
+    manifest = manifest_of(tmp_path, ["/e", "/d", "/c", "/b", "/a"], etag=["5", "4", "3", "x", "1"])
+    assert asked(manifest, tmp_path / "out") == ["/e", "/c", "/b"]
+
+
+def test_the_newest_night_decides(tmp_path: Path) -> None:
+    night(tmp_path / "out" / "1", ["/a", "/b"], failed=[0])
+    second = night(tmp_path / "out" / "2", ["/a", "/b"], failed=[1])
+    text = (second / "_SUCCESS").read_text().replace("2026-01-01", "2026-01-02")
+    (second / "_SUCCESS").write_text(text)
+    assert asked(manifest_of(tmp_path, ["/a", "/b"]), tmp_path / "out") == ["/b"]
+
+
+def test_paths_meet_wherever_the_manifests_lie(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    night(folder, ["a.jpg", "sub/b.jpg", "s3://x/c.jpg"])  # relative to the run's own root
+    manifest = manifest_of(tmp_path, ["out/a.jpg", f"{folder}/sub/b.jpg", "s3://x/c.jpg", "a.jpg"])
+    assert asked(manifest, folder) == ["a.jpg"]
+
+
+def test_another_bundle_relabels_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night(tmp_path / "out" / "1", ["/a"], bundle_sha256=OLD)
+    night(tmp_path / "out" / "2", ["/b"], bundle_sha256=NEW)
+    manifest = manifest_of(tmp_path, ["/a", "/b", "/c"])
+    assert asked(manifest, tmp_path / "out") == ["/c"]
+    assert "say --relabel to label them again" in capsys.readouterr().out
+    assert asked(manifest, tmp_path / "out", relabel=True) == ["/a", "/c"]
+    assert "1 new, 1 of another bundle; 1 rows stay" in capsys.readouterr().out
+
+
+def test_a_row_without_a_path_is_never_known(tmp_path: Path) -> None:
+    night(tmp_path / "out", [None, "/a"])
+    assert asked(manifest_of(tmp_path, [None, "/a"]), tmp_path / "out") == [None]
+
+
+def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path) -> None:
+    night(tmp_path / "out" / "1", ["/a"])
+    manifest = manifest_of(tmp_path, ["/a", "/b"])
+
+    def fingerprint(**changes: Any) -> str:
+        given = {"output": "", "bundle_sha256": NEW, "relabel": False} | changes
+        return only_new(manifest, SinceConfig(path=str(tmp_path / "out")), **given).fingerprint()
+
+    first = fingerprint()
+    assert first == fingerprint() != manifest.fingerprint()
+    assert fingerprint(relabel=True) != first
+    night(tmp_path / "out" / "2", ["/b"])
+    assert fingerprint() != first
+    assert fingerprint(output=str(tmp_path / "out" / "2")) == first
+
+
+def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, ["/a"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="holds no committed run; give the output"):
+        asked(manifest, tmp_path / "empty")
+    night(tmp_path / "out", ["/a"])
+    with pytest.raises(ManifestError, match=r"no column 'sha' \(found: path\)"):
+        asked(manifest, tmp_path / "out", version=["sha"])
+
+
+states = st.lists(
+    st.dictionaries(
+        st.sampled_from("abcdefgh"), st.tuples(st.booleans(), st.integers(0, 2)), min_size=1
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(nights=states, tonight=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2)))
+def test_any_nights_leave_what_a_dictionary_says(
+    tmp_path_factory: pytest.TempPathFactory,
+    nights: list[dict[str, tuple[bool, int]]],
+    tonight: dict[str, int],
+) -> None:
+    folder = tmp_path_factory.mktemp("nights")
+    known: dict[str, tuple[bool, int]] = {}
+    for number, rows in enumerate(nights):
+        failed = [at for at, (good, _) in enumerate(rows.values()) if not good]
+        etags = [str(version) for _, version in rows.values()]
+        made = night(folder / "out" / f"{number}", [f"/{n}" for n in rows], failed, etag=etags)
+        text = (made / "_SUCCESS").read_text().replace("T00:00:00", f"T00:00:0{number}")
+        (made / "_SUCCESS").write_text(text)
+        known |= rows
+    manifest = manifest_of(
+        folder, [f"/{n}" for n in tonight], etag=pa.array(map(str, tonight.values()), pa.string())
+    )
+    expected = [f"/{n}" for n, version in tonight.items() if known.get(n) != (True, version)]
+    assert asked(manifest, folder / "out") == expected
+
+    compact(CompactConfig(source=str(folder / "out"), output=str(folder / "latest")))
+    table = pq.read_table(folder / "latest" / "predictions")
+    found = {
+        row["path"][1:]: (row["status"] == "ok", int(row["etag"])) for row in table.to_pylist()
+    }
+    assert found == known
+    assert table.num_rows == len(known)
+    assert asked(manifest, folder / "latest") == expected
+
+
+def test_rows_are_chosen_from_any_cut_of_a_stream() -> None:
+    rng = np.random.default_rng(0)
+    table = pa.table({"n": np.arange(1000)})
+    places = np.flatnonzero(rng.random(1000) < 0.3)
+    for size, cut in ((7, 3), (1000, 5), (33, 1000)):
+        tables = (table.slice(start, size) for start in range(0, 1000, size))
+        pieces = (places[start : start + cut] for start in range(0, len(places), cut))
+        found = [n for each in chosen(tables, pieces) for n in each["n"].to_pylist()]
+        assert found == places.tolist()
+
+
+# ------------------------------------------------------------------ the history
+
+
+def test_a_history_has_the_newest_row_of_each_image_and_where_it_is_from(tmp_path: Path) -> None:
+    folder = tmp_path / "labels"
+    night(folder / "1", ["a", "b", "b"], site=["x", "y", "z"])
+    second = night(folder / "2", ["b", "c"], failed=[1], bundle_sha256=NEW)
+    text = (second / "_SUCCESS").read_text().replace("2026-01-01", "2026-01-02")
+    (second / "_SUCCESS").write_text(text)
+    # relative paths are relative to each run's own root, so these are five images
+    output = compact(CompactConfig(source=str(folder), output=str(tmp_path / "latest")))
+    rows = pq.read_table(f"{output}/predictions").sort_by("path").to_pylist()
+    assert [row["path"] for row in rows] == [
+        f"{folder}/1/a", f"{folder}/1/b", f"{folder}/2/b", f"{folder}/2/c",
+    ]  # fmt: skip
+    assert [row["site"] for row in rows] == ["x", "y", None, None]
+    assert [row["bundle_sha256"] for row in rows] == [OLD, OLD, NEW, NEW]
+    assert [row["run"] for row in rows] == [f"{folder}/{n}" for n in (1, 1, 2, 2)]
+    assert rows[3]["status"] == "missing"
+    assert open_run(output).rows == 4
+
+
+def test_images_that_are_gone_are_dropped_by_a_manifest(tmp_path: Path) -> None:
+    night(tmp_path / "labels" / "1", ["/a", "/b", "/c"])
+    manifest_of(tmp_path, ["/a", "/c", "/never"])
+    config = build(
+        CompactConfig,
+        {
+            "source": str(tmp_path / "labels"),
+            "output": str(tmp_path / "latest"),
+            "manifest": str(tmp_path / "manifest.parquet"),
+        },
+    )
+    table = pq.read_table(f"{compact(config)}/predictions")
+    assert sorted(table["path"].to_pylist()) == ["/a", "/c"]
+    with pytest.raises(OutputError, match="say --overwrite"):
+        compact(config)
+    assert compact(config.model_copy(update={"overwrite": True}))
+
+
+def test_columns_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    night(tmp_path / "labels" / "1", ["/a"], site=[1])
+    night(tmp_path / "labels" / "2", ["/b"], site=["x"])
+    with pytest.raises(RequestError, match="column 'site' is int64, and string in later"):
+        compact(CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "latest")))
+
+
+def test_the_date_of_an_output_is_written_out() -> None:
+    day = datetime.date(2026, 11, 3)
+    assert dated("s3://b/labels/date={date}", day) == "s3://b/labels/date=2026-11-03"
+    today = datetime.datetime.now(datetime.UTC).date()
+    assert dated("{date}", None) in {today.isoformat(), str(today + datetime.timedelta(1))}
+    assert dated("plain", day) == "plain"
