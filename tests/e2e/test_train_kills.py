@@ -7,11 +7,13 @@ drawn from a seed that is printed, so that a failure can be run again.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -252,20 +254,22 @@ def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
 
 @contextlib.contextmanager
 def machine(cluster: RayCluster, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """One more node of a cluster; killed in the end, if it was not before."""
+    """One more node of a cluster, that it knows of; killed in the end, if it was not before."""
     command = [
         *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
         *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
         "--object-store-memory=200000000",
     ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        kill_family(process.pid)
-        process.wait()
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            wait_for(lambda: b"Ray runtime started" in os.pread(told.fileno(), 1 << 16, 0), 60)
+            yield process
+        finally:
+            kill_family(process.pid)
+            process.wait()
 
 
 @pytest.mark.slow
