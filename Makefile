@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-chaos bench lint format clean
+.PHONY: help venv demo test test-slow test-s3 test-chaos bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed file
 
 test-slow: venv  ## what takes too long for every change
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_TEST_S3_ENDPOINT names
+	$(BIN)/pytest -m "not chaos" tests/data/test_storage_s3.py tests/data/test_stores.py \
+		tests/data/test_listing.py tests/e2e/test_s3.py
 
 bench: venv  ## measure labelling, training and evaluation on this machine
 	$(BIN)/python -m benchmarks.labeling

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imgcls import cluster
 from imgcls import output as names
@@ -32,9 +32,9 @@ from imgcls.errors import (
     RequestError,
     RunFailed,
     StorageError,
-    TooManyErrors,
 )
-from imgcls.labeling import finish, ledger, pipeline
+from imgcls.labeling import finish, gates, ledger, pipeline
+from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.plan import (
@@ -51,6 +51,7 @@ from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, UnitFloat, load_bundle
 from imgcls.provenance import provenance
+from imgcls.runs import open_run
 
 
 class PredictConfig(Section):
@@ -72,6 +73,14 @@ class PredictConfig(Section):
     """Also write every class's score (float16)."""
     max_error_rate: UnitFloat = 0.01
     """Commit only if at most this share of the rows failed."""
+    max_error_rates: dict[ErrorStatus, UnitFloat] = {}
+    """Shares for a status of its own, e.g. missing: 0.05; it does not count above then."""
+    reference: str | None = None
+    """An earlier run: tell how far predicted classes and confidence have moved from it."""
+    max_psi: NonNegativeFloat | None = None
+    """Commit only if neither has moved by more than this population stability index."""
+    summary_json: str | None = None
+    """A file that says in JSON how the run ended, whatever the exit code."""
     since: SinceConfig | None = None
     """Label only what is new, changed or failed since these runs: one run, or a folder of them."""
     relabel: bool = False
@@ -118,9 +127,16 @@ def predict(config: PredictConfig) -> PredictResult:
     TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
     broke off (run it again to resume).
     """
-    started = time.monotonic()
     stores.use(config.storage)
     output = storage.absolute(dated(config.output, config.date))
+    if config.summary_json is None:
+        return _predict(config, output)
+    with gates.told_in_json(config.summary_json, output):
+        return _predict(config, output)
+
+
+def _predict(config: PredictConfig, output: str) -> PredictResult:
+    started = time.monotonic()
     manifest = open_manifest(config.manifest)
     bundle = load_bundle(config.model)
     if config.since is not None:
@@ -163,6 +179,7 @@ class _Run:
         self.lease = lease
         self.interruption = interruption
         self.started = started
+        self.reference = open_run(config.reference) if config.reference is not None else None
         self.resumed = False
         self.precision: set[str] = set()
         self.stage_seconds: dict[str, float] = {}
@@ -375,14 +392,11 @@ class _Run:
             path_column=self.manifest.path_column,
         )
         print(tables.format_summary(summary), flush=True)
-        error_rate = counts.error_rows / max(1, counts.rows)
-        if error_rate > self.config.max_error_rate:
-            raise TooManyErrors(
-                f"output {self.output}: {counts.error_rows:,} of {counts.rows:,} rows failed "
-                f"({error_rate:.2%}, allowed {self.config.max_error_rate:.2%}), so the run is not "
-                "committed; see metrics/errors.parquet, then run again with --retry-errors, or "
-                "with a higher --max-error-rate"
-            )
+        gates.check_errors(
+            self.output, counts, self.config.max_error_rate, self.config.max_error_rates
+        )
+        if self.reference is not None:
+            gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
         for folder in (names.PREDICTIONS, names.METRICS, ""):
             storage.sweep(storage.join(self.output, folder))
         self.lease.check()

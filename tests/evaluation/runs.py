@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def commit(
     }  # fmt: skip
     (folder / layout.RUN).write_text(json.dumps(run))
     success = {
-        "rows": table.num_rows, "run_id": "drawn", "bundle_sha256": bundle_sha256,
+        "rows": table.num_rows, "status": dict(Counter(table["status"].to_pylist())),
+        "run_id": "drawn", "bundle_sha256": bundle_sha256,
         "manifest_fingerprint": fingerprint, "files": files, "seconds": {"wall": 1.0},
         "precision": ["fp32"], "versions": {"imgcls": "0"}, "committed": "2026-01-01T00:00:00",
         "settings": {"top_k": 3},

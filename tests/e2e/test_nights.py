@@ -1,0 +1,151 @@
+"""Nights of a growing, changing, failing folder, and what they come to in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from imgcls.data.listing import BuildConfig, build_manifest
+from imgcls.models import zoo
+from imgcls.models.bundle import BundleSpec, save_bundle
+from tests.conftest import COLOURS, draw
+from tests.processes import RayCluster, imgcls, started, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+SETTINGS = ("--precision", "fp32", "--max-error-rate", 0.5, "--chunk-rows", 4)
+
+
+def bundle(folder: Path, seed: int) -> Path:
+    architecture = zoo.architecture("small_cnn", {"width": 8})
+    torch.manual_seed(seed)
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=list(COLOURS),
+        preprocess=zoo.default_preprocess(architecture),
+    )
+    save_bundle(str(folder), spec, zoo.build(architecture, len(COLOURS)).state_dict())
+    return folder
+
+
+class World:
+    """The folder of images, as a day changes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rng = np.random.default_rng(7)
+        self.drawn = 0
+        self.clock = 1_700_000_000
+
+    def write(self, path: Path, data: bytes | None = None) -> None:
+        """A new picture, or these bytes; an hour later than what was written before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.drawn += 1
+        if data is None:
+            draw(list(COLOURS)[self.drawn % 3], seed=self.drawn).save(path)
+        else:
+            path.write_bytes(data)
+        self.clock += 3600
+        os.utime(path, (self.clock, self.clock))
+
+    def day(self, number: int, new: int) -> None:
+        files = sorted(self.folder.rglob("*.png"))
+        broken = [file for file in files if file.stat().st_size < 100]
+        sound = [file for file in files if file not in broken]
+        for file in broken[:1]:  # one is mended
+            self.write(file)
+        if sound:
+            changed, gone, spoilt = self.rng.choice(len(sound), 3, replace=False)
+            self.write(sound[changed])
+            sound[gone].unlink()
+            self.write(sound[spoilt], b"spoilt")
+        for i in range(new):
+            self.write(self.folder / f"camera-{i % 3}" / f"{number:02d}-{i:02d}.png")
+
+
+def until_there(output: Path, pattern: str) -> None:
+    """Until there is a plan, or a chunk or part beside the shards of the plan."""
+    wait_for(lambda: any("manifest" not in f.parts for f in output.glob(pattern)), 60)
+
+
+def rows_of(folder: Path) -> dict[str, tuple[Any, ...]]:
+    table = pq.read_table(folder / "predictions")
+    assert len(set(table["path"].to_pylist())) == table.num_rows
+    names = ("status", "predicted_label", "confidence", "topk_labels")
+    return {
+        row["path"]: tuple(row[name] for name in names)
+        for row in table.select(["path", *names]).to_pylist()
+    }
+
+
+@pytest.mark.parametrize("nights", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
+    cluster: RayCluster, tmp_path: Path, nights: int
+) -> None:
+    killed, new_model = nights * 4 // 10, nights * 6 // 10
+    old, new = bundle(tmp_path / "old", 1), bundle(tmp_path / "new", 2)
+    world = World(tmp_path / "images")
+    labels, manifest = tmp_path / "labels", tmp_path / "manifest"
+    labelled = []
+    for number in range(nights):
+        world.day(number, {0: 24, killed: 40}.get(number, 6))
+        build_manifest(
+            BuildConfig(source=str(world.folder), output=str(manifest), overwrite=bool(number))
+        )
+        words = [
+            *("predict", "--manifest", manifest, "--model", new if number >= new_model else old),
+            *("--output", f"{labels}/date={{date}}", "--date", f"2026-11-{number + 1:02d}"),
+            *SETTINGS,
+            *(("--since", labels) if number else ()),
+            *(("--relabel",) if number == new_model else ()),
+        ]
+        tonight = labels / f"date=2026-11-{number + 1:02d}"
+        for sign in ("_run.json", "**/*-0000*.parquet") if number == killed else ():
+            with started(*words, env=cluster.environment()) as process:
+                until_there(tonight, sign)
+                process.send_signal(signal.SIGKILL)
+            assert not (tonight / "_SUCCESS").exists()
+        night = imgcls(*words, env=cluster.environment())
+        assert night.returncode == 0, night.stderr
+        labelled.append(pq.read_table(tonight / "predictions").num_rows)
+    images = len(list(world.folder.rglob("*.png")))
+    assert labelled[0] == 24
+    assert labelled[new_model] > labelled[0]  # everything
+    usual = set(range(1, nights)) - {killed, new_model}
+    assert (
+        max(labelled[number] for number in usual) <= 6 + 5
+    )  # new; changed, spoilt, mended, still broken
+
+    compacted = imgcls(
+        *("history", "compact", labels, "--output", tmp_path / "latest", "--manifest", manifest)
+    )
+    assert compacted.returncode == 0, compacted.stderr
+    scratch = imgcls(
+        *("predict", "--manifest", manifest, "--model", new, "--output", tmp_path / "scratch"),
+        *SETTINGS,
+        env=cluster.environment(),
+    )
+    assert scratch.returncode == 0, scratch.stderr
+    found, expected = rows_of(tmp_path / "latest"), rows_of(tmp_path / "scratch")
+    assert len(expected) == images
+    assert found == expected
+    assert {status for status, *_ in found.values()} == {"ok", "not_an_image"}
+
+    nothing = imgcls(
+        *("predict", "--manifest", manifest, "--model", new, "--since", tmp_path / "latest"),
+        *("--output", tmp_path / "again", *SETTINGS, "--max-error-rates.not_an_image", 1),
+        *("--summary-json", tmp_path / "told.json", "--reference", tmp_path / "scratch"),
+        env=cluster.environment(),
+    )
+    assert nothing.returncode == 0, nothing.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert (told["exit_code"], set(told["status"])) == (0, {"not_an_image"})
+    again = rows_of(tmp_path / "again")
+    assert {status for status, *_ in again.values()} == {"not_an_image"}

@@ -1,0 +1,64 @@
+"""What the documentation tells people to type is what the commands take."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from imgcls import config
+from imgcls.cli import COMMANDS
+from tests.conftest import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every indented `imgcls ...` line of a page, continued lines joined: job and options."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^ {4}(?:\S+/)?imgcls (.+)$", text, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        for count in (2, 1):
+            name = " ".join(words[:count])
+            if name in COMMANDS:
+                yield name, words[count:]
+                break
+        else:
+            assert words[0] in ("--help", "COMMAND"), f"{page.name}: imgcls {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_on_a_page_is_taken(page: Path) -> None:
+    for name, words in commands(page):
+        if "--help" in words or "..." in words:
+            continue
+        command = COMMANDS[name]
+        model = getattr(importlib.import_module(command.module), command.config)
+        config.load(model, words, prog=f"imgcls {name}")
+
+
+def test_the_nightly_page_is_full_of_commands() -> None:
+    found = [name for name, _ in commands(REPOSITORY / "docs" / "nightly.md")]
+    assert found == ["manifest build", "predict", "history compact"]
+
+
+def test_what_schedulers_are_given_is_well_formed() -> None:
+    text = (REPOSITORY / "docs" / "nightly.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    ast.parse(python)
+    (manifest,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    job = yaml.safe_load(manifest)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["spec"]["containers"][0]["image"]
+    for entry in re.findall(r"imgcls (predict [^\n\"]+)", python + job["spec"]["entrypoint"]):
+        assert shlex.split(entry)[1] == "--config"
+    minute, hour, *rest = re.search(r"^ {4}(\d+ \d+ \* \* \*)", text, re.MULTILINE)[1].split()  # type: ignore[index]
+    assert (0 <= int(minute) < 60, 0 <= int(hour) < 24, rest) == (True, True, ["*"] * 3)
