@@ -67,7 +67,8 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
     told = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
     row = rows[url("photos/dog/a b.jpg")]
     assert row["etag"] == told["ETag"].strip('"')
-    assert (row["size"], row["mtime"]) == (told["ContentLength"], told["LastModified"])
+    assert row["size"] == told["ContentLength"]
+    assert row["mtime"].replace(microsecond=0) == told["LastModified"]  # a listing may tell more
     with pytest.raises(RequestError, match=r"top.jpg: lies beside the class folders"):
         build_manifest(BuildConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
 
