@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from imgcls.errors import Interrupted
+from imgcls.errors import ImgclsError, Interrupted
 
 T = TypeVar("T")
 
@@ -120,6 +120,18 @@ def nodes() -> list[Node]:
             names = [key[len(prefix) :] for key in resources if key.startswith(prefix)]
             found.append(Node(cpus, gpus, names[0] if names else None))
     return found
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Within it, an error of this package that a task raised comes out as itself."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ImgclsError):
+            words = (str(error.cause).strip() or "no message").splitlines()[0]
+            raise type(error.cause)(words) from error
+        raise
 
 
 class Interruption:

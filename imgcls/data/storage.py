@@ -17,14 +17,17 @@ import shutil
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 
 from imgcls.data import faults, stores
 from imgcls.data.stores import File, Page
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
+T = TypeVar("T")
+
+_DISK_SECONDS = 5.0
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -76,7 +79,7 @@ def is_folder(url: str) -> bool:
 def size(url: str) -> int:
     """Bytes in the file; raises StorageMissing."""
     if is_local(url):
-        return int(stores.attempt(url, lambda: os.stat(local_path(url)).st_size))
+        return _locally(url, lambda: os.stat(local_path(url)).st_size)
     return int(stores.ask(url, "info", needs=stores.GET)["size"])
 
 
@@ -86,7 +89,7 @@ def read(url: str) -> bytes:
     Raises StorageMissing, StorageForbidden, StorageUnavailable (after retries) or StorageError.
     """
     if is_local(url):
-        return stores.attempt(url, lambda: _read_local(local_path(url)))
+        return _locally(url, lambda: _read_local(local_path(url)))
     return stores.get(url)
 
 
@@ -113,7 +116,7 @@ def read_ahead(urls: Iterable[str | None], in_flight: int = 16) -> Iterator[byte
 def open_read(url: str) -> IO[bytes]:
     """A seekable binary stream."""
     if is_local(url):
-        return cast(IO[bytes], stores.attempt(url, lambda: open(local_path(url), "rb")))
+        return _locally(url, lambda: cast(IO[bytes], open(local_path(url), "rb")))
     return stores.reading(url)
 
 
@@ -313,6 +316,11 @@ def _walk_local(
 def _read_local(path: str) -> bytes:
     with open(path, "rb", buffering=0) as stream:
         return stream.readall()
+
+
+def _locally(url: str, call: Callable[[], T]) -> T:
+    """As `stores.attempt`, but a disk that does not answer soon will not."""
+    return stores.attempt(url, call, seconds=_DISK_SECONDS)
 
 
 def _begun(url: str | None, pool: ThreadPoolExecutor) -> Future[bytes]:

@@ -108,12 +108,13 @@ def protocol_of(url: str) -> str:
     return url.partition(":")[0]
 
 
-def attempt(url: str, call: Callable[[], T], needs: str = "") -> T:
+def attempt(url: str, call: Callable[[], T], needs: str = "", seconds: float | None = None) -> T:
     """Call, translating errors; passing faults are tried again, backing off, until the deadline.
 
-    needs: the permission that it takes, to be named when it is refused
+    needs:   the permission that it takes, to be named when it is refused
+    seconds: a deadline of its own
     """
-    pauses = _Pauses(url)
+    pauses = _Pauses(seconds)
     while True:
         try:
             return call()
@@ -307,7 +308,7 @@ async def _attempted(
     url: str, call: Callable[[], Awaitable[T]], needs: str, *, long: bool = False
 ) -> T:
     """As `attempt`; unless it may be long, each call has a time, which grows."""
-    pauses = _Pauses(url)
+    pauses = _Pauses()
     patience = settings().attempt_seconds
     while True:
         try:
@@ -355,10 +356,9 @@ _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 class _Pauses:
     """Times between attempts, doubling with jitter, that end at a deadline."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, seconds: float | None = None) -> None:
         self._start = time.monotonic()
-        self._deadline = self._start + settings().deadline_seconds
+        self._deadline = self._start + (seconds or settings().deadline_seconds)
         self._count = 0
         self._told = False
 

@@ -31,7 +31,10 @@ from imgcls.errors import (
     OutputError,
     RequestError,
     RunFailed,
+    StorageCredentials,
     StorageError,
+    StorageForbidden,
+    StorageMissing,
 )
 from imgcls.labeling import finish, gates, ledger, pipeline
 from imgcls.labeling.gates import ErrorStatus
@@ -139,15 +142,17 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
     started = time.monotonic()
     manifest = open_manifest(config.manifest)
     bundle = load_bundle(config.model)
+    listed = manifest
     if config.since is not None:
         manifest = only_new(
-            manifest,
+            listed,
             config.since,
             output=output,
             bundle_sha256=bundle.sha256,
             relabel=config.relabel,
         )
     _check_columns(manifest, config, bundle)
+    _check_images(listed)
     _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output, config.lease_seconds)
@@ -477,6 +482,29 @@ def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) ->
             f"manifest {manifest.source}: column {taken[0]!r} is one that labelling writes; rename "
             f"it in the manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
         )
+
+
+def _check_images(manifest: Manifest) -> None:
+    """Try the first image on a store, before work starts that could only fail.
+
+    Raises RequestError when the credentials are refused, or there is no such bucket.
+    """
+    head = next(manifest.batches(), None)
+    paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
+    url = next((manifest.resolve(path) for path in paths if path is not None), None)
+    if url is None or storage.is_local(url):
+        return
+    try:
+        storage.read(url)
+    except StorageCredentials as error:
+        raise RequestError(f"the first image: {error}") from error
+    except StorageMissing as error:
+        if str(error).endswith("no such bucket"):
+            raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
+    except StorageForbidden as error:
+        print(f"note: the first image: {error}", flush=True)
+    except StorageError:
+        return  # a row like any other
 
 
 def _check_output(output: str, config: PredictConfig) -> None:

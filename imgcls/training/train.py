@@ -70,7 +70,7 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     try:
         checkpoints = _claim(task)
         cluster.connect()
-        with cluster.Interruption().watched() as interruption:
+        with cluster.Interruption().watched() as interruption, cluster.unwrapped():
             return run(task, checkpoints, lease, interruption)
     finally:
         lease.release()

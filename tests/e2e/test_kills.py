@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -22,7 +24,9 @@ import pytest
 
 from tests.conftest import draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
+from tests.e2e.test_s3 import fetched
 from tests.processes import RayCluster, imgcls, kill_family, started, wait_for
+from tests.s3 import BUCKET, keys, url
 
 ROWS, CHUNKS, PARTS = 480, 60, 4
 
@@ -39,7 +43,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                           ("path", "label", "id"))  # fmt: skip
 
 
-def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
+def arguments(manifest: Path | str, bundle: Path | str, output: Path | str) -> list[object]:
     return [
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
         *("--chunk-rows", 8, "--part-rows", 120, "--max-error-rate", 0.1, "--lease-seconds", 5),
@@ -67,30 +71,38 @@ class Kill:
     delay: float
 
 
-def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kill]) -> list[str]:
+Listing = Callable[[], list[str]]
+"""Tells the names of the files below an output folder."""
+
+
+def on_disk(output: Path) -> Listing:
+    return lambda: (
+        [str(p.relative_to(output)) for p in output.rglob("*.parquet")]
+        + [p.name for p in output.glob("_SUCCESS")]
+    )
+
+
+def kill_and_restart(
+    manifest: Path | str, bundle: Path | str, output: Path | str, listing: Listing,
+    kills: list[Kill],
+) -> list[str]:  # fmt: skip
     """Start the command, kill as told, start again; then let it end. Returns what each kill met."""
     met = []
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
         for kill in kills:
-            before = durable(output)
+            before = durable(listing())
             with started(*arguments(manifest, bundle, output), env=cluster.environment()) as driver:
-                wait_for(
-                    lambda b=before, k=kill: (
-                        durable(output) >= min(CHUNKS, b + k.chunks) or committed(output)
-                    ),
-                    timeout=300,
-                )
+                until_durable(listing, before + kill.chunks)
                 time.sleep(kill.delay)
-                met.append(f"{kill.target} at {durable(output)} of {CHUNKS} chunks")
+                met.append(f"{kill.target} at {durable(listing())} of {CHUNKS} chunks")
                 if kill.target == "driver":
                     driver.kill()
                 elif kill.target == "worker":
                     killed = cluster.workers("ray::Map")[:1]
                     for worker in killed:
                         worker.kill()
-                    after = min(CHUNKS, durable(output) + 4) if killed else 0
-                    wait_for(lambda n=after: durable(output) >= n or committed(output), 300)
+                    until_durable(listing, durable(listing()) + 4 if killed else 0)
                     driver.kill()
                 else:
                     cluster.kill()
@@ -101,15 +113,21 @@ def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kil
     return met
 
 
-def durable(output: Path) -> int:
+def until_durable(listing: Listing, chunks: int) -> None:
+    def reached() -> bool:
+        names = listing()
+        return durable(names) >= min(CHUNKS, chunks) or "_SUCCESS" in names
+
+    wait_for(reached, timeout=300)
+
+
+def durable(names: list[str]) -> int:
     """Chunks that are staged or rolled up."""
-    parts = {path.stem for path in output.glob("predictions/*.parquet")}
-    staged = [
-        path
-        for path in output.glob("_staging/part-*/chunk-*.parquet")
-        if path.parent.name not in parts
-    ]
-    return len(staged) + len(parts) * CHUNKS // PARTS
+    parts = {name for name in names if re.fullmatch(r"predictions/part-\d+\.parquet", name)}
+    rolled = {Path(name).stem for name in parts}
+    staged = re.compile(r"_staging/(part-\d+)/chunk-[^/]+\.parquet")
+    found = [match[1] for name in names if (match := staged.fullmatch(name))]
+    return sum(part not in rolled for part in found) + len(parts) * CHUNKS // PARTS
 
 
 def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
@@ -122,9 +140,19 @@ def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
         for target in ("driver", "worker", "cluster", "driver", "worker")
     ]
     output = tmp_path / "out"
-    met = kill_and_restart(photographs, colour_bundle, output, kills)
+    met = kill_and_restart(photographs, colour_bundle, output, on_disk(output), kills)
     print(f"seed {seed}:", *met, sep="\n  ")
     assert assert_exactly_once(output, ROWS).equals(reference)
+
+
+def random_kills(rng: random.Random, target: str, count: int) -> list[Kill]:
+    """Half of them strike in the first seconds: start-up, planning and resuming."""
+    return [
+        Kill(target, 0, rng.uniform(0.2, 9))
+        if rng.random() < 0.5
+        else Kill(target, rng.randrange(1, 40), rng.uniform(0, 1))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.chaos
@@ -137,17 +165,42 @@ def test_twenty_kills_at_random_moments(
     met: list[str] = []
     rounds = 0
     while len(met) < 20:
-        # Half the kills strike in the first seconds: start-up, planning and resuming
-        kills = [
-            Kill(target, 0, rng.uniform(0.2, 9))
-            if rng.random() < 0.5
-            else Kill(target, rng.randrange(1, 40), rng.uniform(0, 1))
-            for _ in range(min(5, 20 - len(met)))
-        ]
+        kills = random_kills(rng, target, min(5, 20 - len(met)))
         rounds += 1
         output = tmp_path / f"out-{rounds}"
-        met += kill_and_restart(photographs, colour_bundle, output, kills)
+        met += kill_and_restart(photographs, colour_bundle, output, on_disk(output), kills)
         assert assert_exactly_once(output, ROWS).equals(reference)
+    print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
+
+
+@pytest.mark.chaos
+def test_twenty_kills_at_random_moments_with_everything_on_s3(
+    photographs: Path, colour_bundle: Path, reference: pa.Table, s3: Any, tmp_path: Path
+) -> None:
+    for file in (*photographs.parent.iterdir(), *colour_bundle.iterdir()):
+        s3.upload_file(str(file), BUCKET, f"{file.parent.name}/{file.name}")
+    manifest = url(f"{photographs.parent.name}/{photographs.name}")
+    bundle = url(colour_bundle.name)
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    met: list[str] = []
+    rounds = 0
+    while len(met) < 20:
+        kills = [
+            kill
+            for target in ("driver", "worker", "cluster", "driver", "worker")
+            for kill in random_kills(rng, target, 1)
+        ]
+        rounds += 1
+        output = f"out-{rounds}"
+
+        def listing(prefix: str = f"{output}/") -> list[str]:
+            return [key.removeprefix(prefix) for key in keys(s3, prefix)]
+
+        met += kill_and_restart(manifest, bundle, url(output), listing, kills)
+        found = assert_exactly_once(fetched(s3, output, tmp_path), ROWS)
+        assert found.drop_columns(["error"]).equals(reference.drop_columns(["error"]))
+        assert not [name for name in listing() if name.startswith(("_staging", "_lease"))]
     print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
 
 

@@ -1,0 +1,267 @@
+"""Labelling from an object store beside labelling from disk, and ways to read from a store.
+
+    python -m benchmarks.storage [--rows 4000] [--repeats 3] [--delay 0.02]
+
+Measured over the same photographs, in turn, in one run, and reported as medians:
+  labelling  `imgcls predict` after start-up, images on disk and images on the store
+  reading    objects per second, and CPU milliseconds per object, of: our reads ahead; pyarrow's S3
+             file system in as many threads; s3fs one by one; the disk
+  listing    `imgcls manifest build` of a million objects under 100 prefixes
+  planning   `--since`: a million rows against a million known ones, as many of them new as --new
+The store is a small HTTP server in a process of its own that keeps the objects in memory and adds
+`--delay` seconds to every answer; it speaks as much S3 as reading and listing take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import csv
+import hashlib
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.labeling import CORES, SAMPLE, make_bundle, measure_imgcls
+
+BUCKET = "photos"
+IN_FLIGHT = 16
+PREFIXES = 100
+
+
+def main() -> None:
+    options = parse()
+    files = sorted(path for path in options.images.rglob("*") if path.is_file())
+    size = statistics.mean(path.stat().st_size for path in files) / 1000
+    print(
+        f"{platform.processor() or platform.machine()}, {CORES} cores; {len(files)} photographs of "
+        f"{size:.0f} KB, {1000 * options.delay:.0f} ms added to every answer",
+        flush=True,
+    )
+    measured: dict[str, list[float]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="imgcls-bench-") as name,
+        serving(files, options) as url,
+    ):
+        os.environ |= {
+            "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+        }  # fmt: skip
+        folder = Path(name)
+        read(files, options, measured)
+        label(files, folder, options, measured)
+        listing_and_planning(folder, options)
+    disk, store = (statistics.median(measured[f"labelling from {w}"]) for w in ("disk", "store"))
+    print(f"\nlabelling from the store / from disk   {store / disk:.2f}   (at least 0.90)")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--delay", type=float, default=0.02, help="seconds added to every answer")
+    parser.add_argument("--listed", type=int, default=1_000_000, help="objects to list")
+    parser.add_argument("--new", type=int, default=10_000, help="of the rows that are planned")
+    parser.add_argument("--images", type=Path, default=SAMPLE)
+    options = parser.parse_args()
+    if not options.images.is_dir():
+        parser.error(f"no folder {options.images}; name one of photographs with --images")
+    return options
+
+
+def note(measured: dict[str, list[float]], name: str, value: float, more: str = "") -> None:
+    measured.setdefault(name, []).append(value)
+    print(f"  {name:<45} {value:8.1f} images/s{more}", flush=True)
+
+
+# ---------------------------------------------------------------------------- what is measured
+
+
+def read(files: list[Path], options: argparse.Namespace, measured: dict[str, list[float]]) -> None:
+    from pyarrow.fs import S3FileSystem
+
+    from imgcls.data import storage, stores
+
+    keys = [f"{BUCKET}/{files[i % len(files)].name}" for i in range(options.rows)]
+    urls: list[str | None] = [f"s3://{key}" for key in keys]
+    arrow = S3FileSystem(
+        access_key="key", secret_key="secret", region="us-east-1", scheme="http",
+        endpoint_override=os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"),
+    )  # fmt: skip
+    import s3fs
+
+    plain = s3fs.S3FileSystem(use_listings_cache=False)
+
+    def by_arrow(key: str) -> bytes:
+        with arrow.open_input_stream(key) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def in_threads() -> None:
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            for _ in pool.map(by_arrow, keys):
+                pass
+
+    def ahead(places: list[str | None]) -> Callable[[], None]:
+        def run() -> None:
+            for data in storage.read_ahead(places, IN_FLIGHT):
+                assert isinstance(data, bytes)
+
+        return run
+
+    stores.use(stores.StorageConfig())
+    few = keys[: max(100, options.rows // 20)]
+    on_disk: list[str | None] = [str(files[i % len(files)]) for i in range(options.rows)]
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
+        f"reading, imgcls, {IN_FLIGHT} in flight": (len(keys), ahead(urls)),
+        f"reading, pyarrow, {IN_FLIGHT} threads": (len(keys), in_threads),
+        "reading, s3fs one by one": (len(few), lambda: [plain.cat_file(key) for key in few]),
+        "reading, imgcls, disk": (len(keys), ahead(on_disk)),
+    }
+    for _ in range(options.repeats):
+        for name, (count, way) in ways.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            way()
+            spent = 1000 * (time.process_time() - cpu) / count
+            note(measured, name, count / (time.perf_counter() - start), f", {spent:.2f} ms of CPU")
+
+
+def label(
+    files: list[Path], folder: Path, options: argparse.Namespace, measured: dict[str, list[float]]
+) -> None:
+    bundle = make_bundle(folder, "resnet18")
+    places = {
+        "disk": [str(path.absolute()) for path in files],
+        "store": [f"s3://{BUCKET}/{path.name}" for path in files],
+    }
+    for where, paths in places.items():
+        with (folder / f"{where}.csv").open("w", newline="") as stream:
+            rows = ([paths[i % len(paths)]] for i in range(options.rows))
+            csv.writer(stream).writerows([["path"], *rows])
+    for repeat in range(options.repeats):
+        for where in places:
+            output = folder / f"out-{where}-{repeat}"
+            _, steady = measure_imgcls(bundle, folder / f"{where}.csv", output)
+            note(measured, f"labelling from {where}", steady)
+
+
+def listing_and_planning(folder: Path, options: argparse.Namespace) -> None:
+    from imgcls.data.listing import BuildConfig, build_manifest
+    from imgcls.data.manifest import ManifestConfig, open_manifest
+    from imgcls.labeling.since import SinceConfig, only_new
+    from tests.evaluation.runs import commit
+
+    start = time.perf_counter()
+    output = str(folder / "listed")
+    count = build_manifest(BuildConfig(source=f"s3://{BUCKET}-many", output=output))
+    took = time.perf_counter() - start
+    print(f"  listing {count:,} objects: {took:.1f} s, {1e6 * took / count:.1f} s a million")
+
+    manifest = open_manifest(ManifestConfig(path=output))
+    known = pq.read_table(output).slice(options.new)
+    status = pa.DictionaryArray.from_arrays(np.zeros(known.num_rows, np.int32), ["ok"])
+    commit(folder / "night", known.append_column("status", status), group_rows=65_536)
+    del known
+    start = time.perf_counter()
+    since = SinceConfig(path=str(folder / "night"))
+    found = only_new(manifest, since, output="", bundle_sha256="b" * 64, relabel=False)
+    new = sum(batch.num_rows for batch in found.batches())
+    took = time.perf_counter() - start
+    print(f"  planning {count:,} rows, {new:,} of them new: {took:.1f} s")
+    assert new == options.new
+
+
+# ---------------------------------------------------------------------------- the store
+
+
+@contextmanager
+def serving(files: list[Path], options: argparse.Namespace) -> Iterator[str]:
+    """A store in a process of its own; its URL."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (files, options.delay, options.listed, theirs)
+    process = context.Process(target=serve, args=arguments, daemon=True)
+    process.start()
+    yield f"http://127.0.0.1:{ours.recv()}"
+    process.terminate()
+    process.join()
+
+
+def serve(files: list[Path], delay: float, listed: int, told: Connection) -> None:
+    objects = {}
+    for path in files:
+        data = path.read_bytes()
+        etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        objects[f"/{BUCKET}/{path.name}"] = _answer(data, f'ETag: "{etag}"\r\n')
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                method, target, _ = head.split(b"\r\n")[0].decode().split(" ", 2)
+                await asyncio.sleep(delay)
+                url = urlsplit(target)
+                if url.query:
+                    answer = _answer(_page(parse_qs(url.query), listed).encode())
+                else:
+                    answer = objects[unquote(url.path)]
+                if method == "HEAD":
+                    answer = answer[: answer.index(b"\r\n\r\n") + 4]
+                writer.write(answer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(client, "127.0.0.1", 0, limit=1 << 20)
+        told.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def _answer(body: bytes, more: str = "") -> bytes:
+    head = (
+        f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{more}"
+        "Last-Modified: Mon, 02 Nov 2026 00:00:00 GMT\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _page(query: dict[str, list[str]], listed: int) -> str:
+    """A page of ListObjectsV2 over objects that are nowhere: 100 prefixes of the same number."""
+    prefix = query.get("prefix", [""])[0]
+    each = listed // PREFIXES
+    if "delimiter" in query:
+        folders = [f"{at:03d}/" for at in range(PREFIXES)] if not prefix else []
+        inner = "".join(f"<CommonPrefixes><Prefix>{f}</Prefix></CommonPrefixes>" for f in folders)
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{inner}</ListBucketResult>"
+    start = int(query.get("continuation-token", ["0"])[0])
+    end = min(each, start + 1000)
+    inner = "".join(
+        f"<Contents><Key>{prefix}{at:08d}.jpg</Key><Size>110000</Size>"
+        f'<LastModified>2026-11-02T00:00:00.000Z</LastModified><ETag>"{at:032x}"</ETag></Contents>'
+        for at in range(start, end)
+    )
+    more = f"<NextContinuationToken>{end}</NextContinuationToken>" if end < each else ""
+    truncated = "true" if more else "false"
+    return (
+        f"<ListBucketResult><IsTruncated>{truncated}</IsTruncated>{more}{inner}</ListBucketResult>"
+    )
+
+
+if __name__ == "__main__":
+    main()

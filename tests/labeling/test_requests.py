@@ -1,0 +1,42 @@
+"""What can be known to fail is refused before Ray is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from imgcls.config import build
+from imgcls.errors import RequestError
+from imgcls.labeling.predict import PredictConfig, predict
+from tests.conftest import write_manifest
+from tests.s3 import forget_connections, url
+
+
+def refused(tmp_path: Path, bundle: Path, image: str) -> str:
+    manifest = write_manifest(tmp_path / "manifest.csv", [(image,)], ("path",))
+    output = tmp_path / "out"
+    asked = {"manifest": str(manifest), "model": str(bundle), "output": str(output)}
+    with pytest.raises(RequestError) as caught:
+        predict(build(PredictConfig, asked))
+    assert not ray.is_initialized()
+    assert not output.exists()
+    return str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_refused(
+    s3: Any, tmp_path: Path, colour_bundle: Path
+) -> None:
+    told = refused(tmp_path, colour_bundle, "s3://no-such-bucket-here/a.jpg")
+    assert "s3://no-such-bucket-here/a.jpg: no such bucket; correct the manifest's paths" in told
+
+
+def test_credentials_that_are_not_there_are_asked_for(
+    s3: Any, tmp_path: Path, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    forget_connections()
+    assert "check the credentials" in refused(tmp_path, colour_bundle, url("a.jpg"))
