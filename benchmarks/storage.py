@@ -21,6 +21,7 @@ import hashlib
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -205,7 +206,7 @@ def serve(files: list[Path], delay: float, listed: int, told: Connection) -> Non
     for path in files:
         data = path.read_bytes()
         etag = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        objects[f"/{BUCKET}/{path.name}"] = _answer(data, f'ETag: "{etag}"\r\n')
+        objects[f"/{BUCKET}/{path.name}"] = data, f'ETag: "{etag}"\r\n'
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -217,7 +218,7 @@ def serve(files: list[Path], delay: float, listed: int, told: Connection) -> Non
                 if url.query:
                     answer = _answer(_page(parse_qs(url.query), listed).encode())
                 else:
-                    answer = objects[unquote(url.path)]
+                    answer = _answer(*objects[unquote(url.path)], asked=RANGE.search(head))
                 if method == "HEAD":
                     answer = answer[: answer.index(b"\r\n\r\n") + 4]
                 writer.write(answer)
@@ -233,9 +234,17 @@ def serve(files: list[Path], delay: float, listed: int, told: Connection) -> Non
     asyncio.run(run())
 
 
-def _answer(body: bytes, more: str = "") -> bytes:
+RANGE = re.compile(rb"\r\nrange: bytes=(\d+)-(\d+)", re.IGNORECASE)
+
+
+def _answer(body: bytes, more: str = "", asked: re.Match[bytes] | None = None) -> bytes:
+    status, whole = "200 OK", len(body)
+    if asked is not None:
+        start, end = int(asked[1]), min(int(asked[2]), whole - 1)
+        body, status = body[start : end + 1], "206 Partial Content"
+        more += f"Content-Range: bytes {start}-{end}/{whole}\r\n"
     head = (
-        f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{more}"
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}"
         "Last-Modified: Mon, 02 Nov 2026 00:00:00 GMT\r\n\r\n"
     )
     return head.encode() + body
