@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from imgcls import errors
 from imgcls.errors import ImgclsError, Interrupted
 
 T = TypeVar("T")
@@ -127,11 +129,25 @@ def unwrapped() -> Iterator[None]:
     """Within it, an error of this package that a task raised comes out as itself."""
     try:
         yield
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ImgclsError):
-            words = (str(error.cause).strip() or "no message").splitlines()[0]
-            raise type(error.cause)(words) from error
+    except ray.exceptions.RayError as error:
+        cause = cause_of(error)
+        if isinstance(cause, ImgclsError):
+            words = (str(cause).strip() or "no message").splitlines()[0]
+            raise type(cause)(words) from error
         raise
+
+
+def cause_of(error: ray.exceptions.RayError) -> BaseException:
+    """What a task raised: the error of this package that Ray tells of, else what Ray holds.
+
+    Ray Data wraps what a function raises, and of the chain only the words come through.
+    """
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    told = re.search(r"^imgcls\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if isinstance(cause, ImgclsError) or told is None:
+        return cause
+    kind: type[ImgclsError] = getattr(errors, told[1], ImgclsError)
+    return kind(told[2])
 
 
 class Interruption:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
+import ray.data
 
-from imgcls.cluster import keep_memory
+from imgcls.cluster import keep_memory, unwrapped
+from imgcls.errors import StorageCredentials
 
 
 def faults_of_a_batch() -> int:
@@ -32,15 +35,30 @@ def faults_of_a_batch() -> int:
     return counted[0]
 
 
-def test_a_worker_keeps_what_a_batch_frees_for_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def refuse(batch: Any) -> Any:
+    raise StorageCredentials("s3://b/x: access is refused") from KeyError("x")
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        task: Any = ray.remote(faults_of_a_batch)
-        kept = ray.get(task.options(runtime_env=keep_memory()).remote())
-        assert kept < 100 < ray.get(task.remote())
-    finally:
-        ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(session: None) -> None:
+    task: Any = ray.remote(max_retries=0)(refuse)
+    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+        ray.get(task.remote(None))
+    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+        ray.data.range(1).map_batches(refuse).materialize()
+
+
+def test_a_worker_keeps_what_a_batch_frees_for_the_next(
+    session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = ray.remote(faults_of_a_batch)
+    kept = ray.get(task.options(runtime_env=keep_memory()).remote())
+    assert kept < 100 < ray.get(task.remote())
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     assert keep_memory()["env_vars"]["MALLOC_ARENA_MAX"] == "8"

@@ -536,7 +536,7 @@ def _resumable(output: str) -> Iterator[None]:
     except Interrupted as error:
         raise Interrupted(f"{error}; {again}") from None
     except ray.exceptions.RayError as error:
-        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        cause = cluster.cause_of(error)
         if isinstance(cause, ImgclsError):
             raise type(cause)(f"{_first_line(cause)}; {again}") from error
         name = type(cause).__name__
