@@ -1,8 +1,11 @@
-"""Which file names are taken for images; kept apart so that listing needs no torch."""
+"""What file names mean; kept apart so that listing needs no torch."""
 
 from __future__ import annotations
 
 import os
+
+LISTING, LISTED = "_listing.json", "_SUCCESS"
+"""Files beside a manifest that `imgcls manifest build` writes: what it lists, and that it ended."""
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,12 @@ from pydantic import PositiveInt
 
 from imgcls.config import Section
 from imgcls.data import storage, stores
+from imgcls.data.formats import LISTED as DONE
+from imgcls.data.formats import LISTING as PLAN
 from imgcls.data.formats import is_image_name
 from imgcls.data.stores import File, StorageConfig
 from imgcls.errors import OutputError, RequestError
 
-PLAN, DONE = "_listing.json", "_SUCCESS"
 _GROUPS = 64
 _DEPTH = 3
 _ROWS = 65_536
@@ -79,7 +81,7 @@ def build_manifest(config: BuildConfig) -> int:
             raise
     rows = sum(_rows(part) for part in parts)
     if rows == 0:
-        for name in storage.names(output):
+        for name in _ours(output):
             storage.remove(storage.join(output, name))
         raise RequestError(f"{source}: no image below it; nothing to list")
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
@@ -94,26 +96,31 @@ def _plan(config: BuildConfig, source: str, output: str) -> list[list[str]]:
     What lies above these folders is listed on the way down, into the first part.
     """
     asked = {"source": source, "labels": config.labels}
-    url = storage.join(output, PLAN)
+    url, first = storage.join(output, PLAN), _part(output, 0)
+    there, ours = set(storage.names(output)), set(_ours(output))
+    if there - ours:
+        raise OutputError(
+            f"output {output}: holds other files ({min(there - ours)}); give another --output"
+        )
     if config.overwrite:
-        for name in (DONE, *storage.names(output)):
+        for name in (DONE, *sorted(ours - {DONE})):
             storage.remove(storage.join(output, name))
-    elif storage.exists(url):
+    elif PLAN in ours:
         stored: dict[str, Any] = json.loads(storage.read(url))
         same = {name: stored[name] for name in asked} == asked
-        if not same or storage.exists(storage.join(output, DONE)):
+        if not same or DONE in ours:
             raise OutputError(
                 f"output {output}: holds a manifest already; say --overwrite, or give another "
                 "--output"
             )
-        return [list(group) for group in stored["groups"]]
-    elif set(storage.names(output)) - {_part(output, 0).rpartition("/")[2]}:
-        raise OutputError(f"output {output}: holds other files; give another --output")
-    with _Part.written(_part(output, 0), source, config.labels) as top:
+        if first.rpartition("/")[2] in ours:
+            return [list(group) for group in stored["groups"]]
+    with _Part.written(first, source, config.labels) as top:
         folders = _descend(top, source, config.listings)
-    size = -(-len(folders) // _GROUPS) or 1
-    groups = [folders[start : start + size] for start in range(0, len(folders), size)]
-    storage.write(url, (json.dumps(asked | {"groups": groups}) + "\n").encode())
+        size = -(-len(folders) // _GROUPS) or 1
+        groups = [folders[start : start + size] for start in range(0, len(folders), size)]
+        # before the first part appears, which might be taken for a whole manifest
+        storage.write(url, (json.dumps(asked | {"groups": groups}) + "\n").encode())
     return groups
 
 
@@ -177,6 +184,12 @@ class _Part:
 
 def _part(output: str, at: int) -> str:
     return storage.join(output, f"part-{at:05d}.parquet")
+
+
+def _ours(output: str) -> list[str]:
+    """The names in the output folder that a listing gives to its files."""
+    own = re.compile(rf"part-\d{{5}}\.parquet|{re.escape(PLAN)}|{DONE}")
+    return [name for name in storage.names(output) if own.fullmatch(name)]
 
 
 def _is_wanted(path: str) -> bool:

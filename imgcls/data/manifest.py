@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from imgcls.config import Section
 from imgcls.data import storage
-from imgcls.data.formats import is_image_name
+from imgcls.data.formats import LISTED, LISTING, is_image_name
 from imgcls.errors import ManifestError, StorageError
 
 BATCH_ROWS = 16_384
@@ -145,6 +145,11 @@ def _locate_in_folder(config: ManifestConfig) -> tuple[list[str], str]:
     if config.format in ("tree", "images"):
         return [], config.format
     here = storage.names(url)
+    if LISTING in here and LISTED not in here:
+        raise ManifestError(
+            f"manifest {url}: its listing was broken off; run `imgcls manifest build` again, which "
+            "goes on where it stopped"
+        )
     for suffix, format in ((".parquet", "parquet"), (".csv", "csv")):
         tables = [storage.join(url, n) for n in here if n.lower().endswith(suffix)]
         if tables and config.format in ("auto", format):

@@ -22,12 +22,12 @@ from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig, open_manifest, resolved
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, RequestError
+from imgcls.labeling.plan import PART_BYTES
 from imgcls.labeling.since import Keys, chosen, earlier_runs
 from imgcls.lease import Lease
 from imgcls.provenance import provenance
 from imgcls.runs import Run, stream
 
-_PART_BYTES = 128_000_000
 _GROUP_ROWS = 65_536
 _ADDED = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
 
@@ -63,13 +63,7 @@ def compact(config: CompactConfig) -> str:
     schema = _common_schema(runs)
     lease = Lease.acquire(output)
     try:
-        if storage.exists(storage.join(output, layout.RUN)):
-            if not config.overwrite:
-                raise OutputError(
-                    f"output {output}: holds a table already; say --overwrite to replace it"
-                )
-            for name in (layout.SUCCESS, layout.PREDICTIONS, layout.RUN):
-                storage.remove(storage.join(output, name))
+        _clear(output, config)
         _describe(output, runs, config)
         with tempfile.TemporaryDirectory(prefix="imgcls-history-") as folder:
             keys = Keys(folder)
@@ -80,6 +74,22 @@ def compact(config: CompactConfig) -> str:
         lease.release()
     print(f"history    {rows:,} images of {len(runs):,} runs: {output}", flush=True)
     return output
+
+
+def _clear(output: str, config: CompactConfig) -> None:
+    """Remove a table that was broken off, or is to be replaced; never a labelling run."""
+    stored = layout.load_run(output)
+    if stored is not None and "merged" not in stored["identity"]:
+        raise OutputError(
+            f"output {output}: holds a labelling run, which only labelling could make again; give "
+            "another --output"
+        )
+    if storage.exists(storage.join(output, layout.SUCCESS)) and not config.overwrite:
+        raise OutputError(f"output {output}: holds a table already; say --overwrite to replace it")
+    if stored is None and storage.names(storage.join(output, layout.PREDICTIONS)):
+        raise OutputError(f"output {output}: holds other predictions; give another --output")
+    for name in (layout.SUCCESS, layout.PREDICTIONS, layout.RUN):
+        storage.remove(storage.join(output, name))
 
 
 def _newest(keys: Keys, runs: Sequence[Run], listed: ManifestConfig | None) -> Iterator[pa.Table]:
@@ -139,11 +149,11 @@ def _common_schema(runs: Sequence[Run]) -> pa.Schema:
 
 def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], lease: Lease) -> int:
     """Write parts of about 128 MB; returns the rows."""
-    rows = part = 0
+    rows = part = size = 0
     pending: list[pa.Table] = []
 
     def flush() -> None:
-        nonlocal part
+        nonlocal part, size
         lease.check()
         with storage.open_write(layout.part_url(output, part)) as stream:
             whole = pa.concat_tables(pending) if pending else schema.empty_table()
@@ -151,12 +161,13 @@ def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], lease: Le
                 whole.unify_dictionaries(), stream, compression="zstd", row_group_size=_GROUP_ROWS
             )
         pending.clear()
-        part += 1
+        part, size = part + 1, 0
 
     for table in tables:
         rows += table.num_rows
         pending.append(_cast(table, schema))
-        if sum(each.nbytes for each in pending) >= _PART_BYTES:
+        size += pending[-1].nbytes
+        if size >= PART_BYTES:
             flush()
     if pending or part == 0:
         flush()

@@ -7,6 +7,7 @@ other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import tempfile
@@ -23,7 +24,7 @@ from imgcls import output as layout
 from imgcls.config import Names, Section
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, resolved
-from imgcls.errors import ManifestError, OutputError
+from imgcls.errors import ManifestError, OutputError, StorageMissing
 from imgcls.runs import Run, open_run, stream
 
 USUAL_VERSIONS = ("etag", "size", "mtime", "version")
@@ -82,10 +83,21 @@ def earlier_runs(url: str, but: str | None = None) -> list[Run]:
     if storage.exists(storage.join(url, layout.SUCCESS)):
         found = [url]
     else:
-        marks = storage.find(storage.join(url, "**", layout.SUCCESS))
-        found = [storage.parent(mark) for mark in marks]
+        found = []
+        with contextlib.suppress(StorageMissing):
+            names = {name.rpartition("/")[::2] for name in storage.walk(url)}
+            # other tools write files of that name too
+            committed = {folder for folder, name in names if name == layout.SUCCESS}
+            runs_here = {folder for folder, name in names if name == layout.RUN}
+            found = [storage.join(url, folder) for folder in committed & runs_here]
     runs = [open_run(each) for each in found if each != but]
-    return sorted(runs, key=lambda run: (run.success["committed"], run.url))
+    return sorted(runs, key=lambda run: (_labelled_until(run), run.url))
+
+
+def _labelled_until(run: Run) -> str:
+    """When the newest rows of a run were committed: those of a compacted history before itself."""
+    success = run.success
+    return str(success.get("labelled_until", success["committed"]))
 
 
 class Keys:

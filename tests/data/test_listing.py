@@ -13,7 +13,7 @@ import pytest
 from imgcls.data import storage
 from imgcls.data.listing import BuildConfig, build_manifest
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import OutputError, RequestError, StorageError
+from imgcls.errors import ManifestError, OutputError, RequestError, StorageError
 from tests.s3 import BUCKET, url
 
 NAMES = [
@@ -85,10 +85,16 @@ def test_a_listing_that_was_broken_off_goes_on(
     (output / "_SUCCESS").unlink()
     parts[-1].unlink()
     capsys.readouterr()
+    with pytest.raises(ManifestError, match=r"its listing was broken off; run `imgcls manifest"):
+        rows_of(str(output))
     build_manifest(config)
     assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
     assert rows_of(str(output)) == whole
     assert parts[1].stat().st_mtime_ns == kept.st_mtime_ns
+    (output / "_SUCCESS").unlink()
+    parts[0].unlink()  # what lies above the groups, and is not one of them
+    build_manifest(config)
+    assert rows_of(str(output)) == whole
 
 
 def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -> None:
@@ -103,8 +109,11 @@ def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -
     assert pq.read_table(output).num_rows == len(NAMES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds other files"):
-        build_manifest(config.model_copy(update={"output": str(tmp_path / "full")}))
+    for overwrite in (False, True):
+        other = {"output": str(tmp_path / "full"), "overwrite": overwrite}
+        with pytest.raises(OutputError, match=r"holds other files \(thesis.txt\)"):
+            build_manifest(config.model_copy(update=other))
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
 def test_an_empty_or_missing_source_is_refused(tmp_path: Path, s3: Any) -> None:

@@ -201,6 +201,27 @@ def test_a_history_has_the_newest_row_of_each_image_and_where_it_is_from(tmp_pat
     assert open_run(output).rows == 4
 
 
+def test_a_labelling_run_is_never_replaced_and_a_broken_off_table_is(tmp_path: Path) -> None:
+    first = night(tmp_path / "labels" / "1", ["/a"])
+    night(tmp_path / "labels" / "2", ["/b"])
+    config = CompactConfig(source=str(tmp_path / "labels"), output=str(first), overwrite=True)
+    with pytest.raises(OutputError, match="holds a labelling run, which only labelling"):
+        compact(config)
+    assert open_run(str(first)).rows == 1
+    latest = tmp_path / "latest"
+    config = CompactConfig(source=str(tmp_path / "labels"), output=str(latest))
+    compact(config)
+    (latest / "_SUCCESS").unlink()
+    assert open_run(compact(config)).rows == 2
+
+
+def test_files_of_other_tools_are_passed_over(tmp_path: Path) -> None:
+    night(tmp_path / "labels [all]" / "1", ["/a"])
+    (tmp_path / "labels [all]" / "spark").mkdir()
+    (tmp_path / "labels [all]" / "spark" / "_SUCCESS").touch()
+    assert asked(manifest_of(tmp_path, ["/a", "/b"]), tmp_path / "labels [all]") == ["/b"]
+
+
 def test_images_that_are_gone_are_dropped_by_a_manifest(tmp_path: Path) -> None:
     night(tmp_path / "labels" / "1", ["/a", "/b", "/c"])
     manifest_of(tmp_path, ["/a", "/c", "/never"])
