@@ -139,7 +139,8 @@ def confidence_histogram(counts: PredictionCounts) -> str:
         axis.set(xlim=(0, 1), xlabel="confidence", ylabel="predictions")
         _percent(axis.xaxis)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axis.legend(loc="upper left")
+        if below.any():
+            axis.legend(loc="upper left")
         return _svg(figure)
 
 

@@ -192,7 +192,9 @@ def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
     assert run is not None
     run["identity"]["manifest"] |= {"root": "/"}
     run["identity"]["merged"] = [each.url for each in runs]
-    run["provenance"] = provenance(config.model_dump(mode="json", exclude={"storage"}))
+    # what made the newest rows is what a report asks for
+    own = {"compact": config.model_dump(mode="json", exclude={"storage"})}
+    run["provenance"] = provenance(last.provenance["config"] | own)
     body = (json.dumps(run, indent=2) + "\n").encode()
     storage.write(storage.join(output, layout.RUN), body)
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from imgcls.config import build
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
+from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.labeling.history import CompactConfig, compact
 from imgcls.labeling.predict import dated
 from imgcls.labeling.since import SinceConfig, chosen, only_new
@@ -199,6 +200,14 @@ def test_a_history_has_the_newest_row_of_each_image_and_where_it_is_from(tmp_pat
     assert [row["run"] for row in rows] == [f"{folder}/{n}" for n in (1, 1, 2, 2)]
     assert rows[3]["status"] == "missing"
     assert open_run(output).rows == 4
+
+
+def test_a_history_is_judged_like_any_run(tmp_path: Path) -> None:
+    night(tmp_path / "labels" / "1", [f"/{i}" for i in range(40)])
+    output = compact(CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "all")))
+    found = evaluate(EvaluateConfig(predictions=output, thumbnails=False))
+    assert found.tally.counts.labelled == 40
+    assert "drawn.csv" in (tmp_path / "all" / "report.html").read_text()
 
 
 def test_a_labelling_run_is_never_replaced_and_a_broken_off_table_is(tmp_path: Path) -> None:
