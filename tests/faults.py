@@ -13,14 +13,10 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-SLOW_DOWN = (
-    b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
-    b"<Message>Please reduce your request rate.</Message></Error>"
-)
 KINDS = ("slow_down", "reset", "lost", "stall", "truncate", "damage", "trickle")
 """What may happen to a request:
 
@@ -34,12 +30,25 @@ trickle    the answer comes byte by byte
 """
 
 
+def refusal(status: int, code: str, message: str, *, more: str = "", head: str = "") -> bytes:
+    """An answer as S3 refuses: an error document, with more elements and header lines."""
+    document = (
+        f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code>"
+        f"<Message>{message}</Message>{more}</Error>"
+    )
+    return (
+        f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\n{head}"
+        f"Content-Length: {len(document)}\r\n\r\n{document}"
+    ).encode()
+
+
 @dataclass
 class Proxy:
     """The store as seen through the network.
 
     share: of requests that meet a fault, by kind; delay: seconds added to every answer
     drop:  a header that requests lose on the way, in lower case
+    says:  what a store other than the one behind would answer to a request's head, if not None
     met:   faults that happened
     """
 
@@ -47,6 +56,7 @@ class Proxy:
     share: dict[str, float] = field(default_factory=dict)
     delay: float = 0.0
     drop: str | None = None
+    says: Callable[[str], bytes | None] | None = None
     seed: int = 0
     met: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
@@ -112,16 +122,18 @@ class Proxy:
         if self.drop is not None:
             head = _without(head, self.drop.encode() + b":")
         self.requests[head.partition(b" ")[0].decode()] += 1
+        said = self.says(head.decode()) if self.says is not None else None
+        if said is not None:
+            writer.write(said)
+            await writer.drain()
+            return True
         fault = self._fault()
         if fault == "reset":
             return _reset(writer)
         if fault == "stall":
             await asyncio.sleep(3600)
         if fault == "slow_down":
-            writer.write(
-                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(SLOW_DOWN), SLOW_DOWN)
-            )
+            writer.write(refusal(503, "SlowDown", "Please reduce your request rate."))
             await writer.drain()
             return True
         if self.delay:

@@ -68,6 +68,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def forget_connections() -> None:
     stores._file_system.cache_clear()
+    stores._reader.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -61,6 +61,8 @@ def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
             f"{place}: access is refused ({reason(error)}); check the credentials, which come from "
             "the environment, the profile or the machine's role"
         )
+    if code == "InvalidObjectState":
+        return StorageError(f"{place}: is archived; have the store restore it first")
     if isinstance(error, PermissionError) or code in _FORBIDDEN_CODES:
         remedy = f"; it takes the permission {needs}" if needs and "://" in url else ""
         return StorageForbidden(f"{place}: access is refused ({reason(error)}){remedy}")

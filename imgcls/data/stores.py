@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import datetime
 import functools
-import hashlib
 import io
 import random
-import re
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from pydantic import PositiveFloat
 
 from imgcls.config import Section
 from imgcls.data.faults import code_of, reason, short, typed
+from imgcls.data.s3 import Reader
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
 T = TypeVar("T")
@@ -147,8 +146,11 @@ def start_get(url: str) -> Future[bytes] | None:
     fs, path = store(url)
     if not fs.async_impl:
         return None
-    s3 = protocol_of(url) in _S3
-    read = _ObjectRead(fs, path) if s3 else functools.partial(fs._cat_file, path)
+    protocol = protocol_of(url)
+    if protocol in _S3:
+        read = functools.partial(_reader(protocol, settings()).read, path, set())
+    else:
+        read = functools.partial(fs._cat_file, path)
     return asyncio.run_coroutine_threadsafe(_attempted(url, read, GET), fs.loop)
 
 
@@ -320,39 +322,6 @@ async def _attempted(
             await asyncio.sleep(pause)
 
 
-class _ObjectRead:
-    """One GET of an S3 object, and nothing beside it; its bytes are held against its ETag.
-
-    An ETag is the MD5 of most objects, but a store need not keep to that: bytes that come twice
-    alike are taken for what is stored.
-    """
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs = fs
-        self._bucket, self._key, self._version = fs.split_path(path)
-        self._doubted: set[str] = set()
-
-    async def __call__(self) -> bytes:
-        version = {"VersionId": self._version} if self._version else {}
-        answer = await self._fs._call_s3(
-            "get_object", Bucket=self._bucket, Key=self._key, **version
-        )
-        async with answer["Body"] as body:
-            data: bytes = await body.read()
-        wanted = _MD5.fullmatch(answer.get("ETag", ""))
-        if wanted is not None and "SSECustomerAlgorithm" not in answer:
-            found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-            if found != wanted[1] and found not in self._doubted:
-                self._doubted.add(found)
-                raise StorageUnavailable(
-                    f"s3://{self._bucket}/{self._key}: arrived damaged (MD5 {found}, not its ETag)"
-                )
-        return data
-
-
-_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
-
-
 class _Pauses:
     """Times between attempts, doubling with jitter, that end at a deadline."""
 
@@ -387,6 +356,11 @@ TOLD_SECONDS = 10.0
 def _by_one_request(url: str) -> dict[str, Any]:
     """What keeps s3fs from cutting an object into parts."""
     return {"chunksize": _ONE_PUT_BYTES} if protocol_of(url) in _S3 else {}
+
+
+@functools.cache
+def _reader(protocol: str, settings: StorageConfig) -> Reader:
+    return Reader(_file_system(protocol, settings))
 
 
 @functools.cache

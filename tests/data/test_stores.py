@@ -16,9 +16,17 @@ from botocore.config import Config
 
 from imgcls.data import storage, stores
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import OutputError, StorageCredentials, StorageError, StorageUnavailable
+from imgcls.errors import (
+    OutputError,
+    StorageCredentials,
+    StorageError,
+    StorageForbidden,
+    StorageMissing,
+    StorageThrottled,
+    StorageUnavailable,
+)
 from imgcls.lease import Lease
-from tests.faults import KINDS, Proxy
+from tests.faults import KINDS, Proxy, refusal
 from tests.s3 import BUCKET, REAL, forget_connections, keys, url
 
 MIX = dict.fromkeys(KINDS, 0.03) | {"slow_down": 0.05}
@@ -74,6 +82,114 @@ def test_reading_ahead_asks_once_for_each_object_and_for_nothing_else(
     with storage.open_write(url("out/two")) as stream:
         stream.write(b"y" * (8 << 20))
     assert proxy.requests == {"GET": 25, "PUT": 2}
+
+
+def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
+    s3: Any, network: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = objects(s3, 25)
+    seen: list[str] = []
+    proxy = network({}, requester_pays=True)
+    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    assert list(storage.read_ahead(made)) == list(made.values())
+    fs, _ = stores.store(url(""))
+    long_way: list[str] = []
+    call = fs._call_s3
+
+    async def spy(method: str, **arguments: Any) -> Any:
+        long_way.append(method)
+        return await call(method, **arguments)
+
+    monkeypatch.setattr(fs, "_call_s3", spy)
+    assert list(storage.read_ahead(made)) == list(made.values())
+    assert long_way == []
+    lines = [{line.partition(":")[0] for line in head.split("\r\n")[1:] if line} for head in seen]
+    assert all("x-amz-request-payer" in names and "authorization" in names for names in lines)
+    # the same headers, but for what makes a call of botocore's known to itself
+    own = {"amz-sdk-invocation-id", "amz-sdk-request"}
+    assert {frozenset(names - own) for names in lines} == {frozenset(lines[0] - own)}
+
+
+def test_a_version_of_an_object_can_be_named(s3: Any, network: Callable[..., Proxy]) -> None:
+    s3.put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+    versions = [
+        s3.put_object(Bucket=BUCKET, Key="in/x.jpg", Body=body)["VersionId"]
+        for body in (b"old", b"new")
+    ]
+    network({})
+    try:
+        for _ in range(2):
+            found = [storage.read(url(f"in/x.jpg?versionId={each}")) for each in versions]
+            assert found == [b"old", b"new"]
+            assert storage.read(url("in/x.jpg")) == b"new"
+    finally:
+        for each in versions:
+            s3.delete_object(Bucket=BUCKET, Key="in/x.jpg", VersionId=each)
+
+
+def test_a_public_bucket_is_read_without_credentials(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    made = objects(s3, 20)
+    for place in made:
+        s3.put_object_acl(Bucket=BUCKET, Key=place.split("/", 3)[3], ACL="public-read")
+    proxy = network({}, anon=True)
+    seen: list[str] = []
+    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    for _ in range(2):
+        assert list(storage.read_ahead(made)) == list(made.values())
+    assert not [head for head in seen if "authorization:" in head]
+
+
+def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..., Proxy]) -> None:
+    made = objects(s3, 20)
+
+    def elsewhere(head: str) -> bytes | None:
+        """What S3 says to who signed for another region than the bucket's."""
+        if "/eu-north-1/s3/aws4_request" in head:
+            return None
+        return refusal(
+            *(301, "PermanentRedirect", "The bucket must be addressed elsewhere."),
+            head="x-amz-bucket-region: eu-north-1\r\n",
+        )
+
+    proxy = network({})
+    proxy.says = elsewhere
+    for _ in range(2):
+        assert list(storage.read_ahead(made)) == list(made.values())
+    storage.write(url("out/x"), b"x")
+    assert storage.read(url("out/x")) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "words"),
+    [
+        ("AccessDenied", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("NoSuchKey", 404, StorageMissing, "no such file"),
+        ("NoSuchBucket", 404, StorageMissing, "no such bucket"),
+        ("ExpiredToken", 400, StorageCredentials, "check the credentials"),
+        ("InvalidAccessKeyId", 403, StorageCredentials, "check the credentials"),
+        ("SlowDown", 503, StorageThrottled, "fewer requests"),
+        ("InternalError", 500, StorageUnavailable, "did not answer"),
+        ("InvalidObjectState", 403, StorageError, "is archived; have the store restore it"),
+    ],
+)
+def test_what_a_store_refuses_is_told_the_same_first_and_later(
+    s3: Any, network: Callable[..., Proxy], code: str, status: int, kind: type[StorageError],
+    words: str,
+) -> None:  # fmt: skip
+    made = list(objects(s3, 2))
+    proxy = network({}, deadline_seconds=0.5)
+    answer = refusal(status, code, "So says the store.")
+    for before in (False, True):
+        if before:
+            proxy.says = None
+            assert storage.read(made[0])
+        proxy.says = lambda head: answer
+        with pytest.raises(StorageError) as caught:
+            storage.read(made[1])
+        assert type(caught.value) is kind
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,165 @@
+"""Reading S3 objects: one GET each and nothing beside it, at little cost to the processor.
+
+botocore spends a millisecond on each request: rules for the endpoint, hooks, a model of the answer.
+So it asks for a bucket's first object, and the others are asked for as that was, with its signature
+and over its connections, and hence with the certificates, proxies and times they are set up with.
+Whatever is not plain goes its long way.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imgcls.errors import StorageUnavailable
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a bucket's objects are asked for: what is before the key, headers, where to sign for."""
+
+    prefix: str
+    headers: dict[str, str]
+    region: str | None
+    """None for requests that are not signed."""
+
+
+class Reader:
+    """Reads whole objects through an s3fs file system; lives in its event loop."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+        self._buckets: dict[str, _Asked | None] = {}
+        self._sent: dict[str, Any] = {}
+        self._client: Any = None
+
+    async def read(self, path: str, doubted: set[bytes]) -> bytes:
+        """An object's bytes, held against its checksum, or else its ETag.
+
+        path: bucket/key, with ?versionId=... for another version than the latest
+
+        An ETag is the MD5 of most objects, but a store need not keep to that: bytes that come twice
+        alike are taken for what is stored, which is what `doubted` remembers between attempts.
+
+        Raises StorageUnavailable for bytes that are not what is stored, and what botocore raises
+        when it has an answer that is no object.
+        """
+        path, _, version = path.partition("?versionId=")
+        bucket, key, _ = self._fs.split_path(path)
+        data, headers = await self._get(bucket, key, version)
+        found = _not_as_stored(data, headers)
+        if found is not None and found not in doubted:
+            doubted.add(found)
+            raise StorageUnavailable(
+                f"s3://{bucket}/{key}: arrived damaged (its checksum is {found.hex()})"
+            )
+        return data
+
+    async def _get(self, bucket: str, key: str, version: str) -> tuple[bytes, Mapping[str, str]]:
+        await self._fs.set_session()
+        client = await self._fs.get_s3(bucket)
+        asked = self._buckets.get(bucket)
+        if asked is not None:
+            answer = await _ask(client, asked, key, version)
+            if answer is not None:
+                return answer
+        known = bucket in self._buckets
+        if not known and client is not self._client:
+            client.meta.events.register("before-send.s3.GetObject", self._note)
+            self._client = client
+        more = {"VersionId": version} if version else {}
+        response = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, **more)
+        async with response["Body"] as body:
+            data: bytes = await body.read()
+        if known:
+            self._buckets[bucket] = None  # the long way has an answer where the short one had none
+        elif bucket not in self._buckets:
+            self._buckets[bucket] = _asked_as(self._sent, key)
+            self._sent.clear()
+        return data, response["ResponseMetadata"]["HTTPHeaders"]
+
+    def _note(self, request: Any, **_: Any) -> None:
+        self._sent[request.url] = request.headers
+
+
+async def _ask(
+    client: Any, asked: _Asked, key: str, version: str
+) -> tuple[bytes, Mapping[str, str]] | None:
+    """The object and the answer's headers; None when botocore is to ask, which knows more answers.
+
+    Raises botocore's ClientError when the object is refused or missing, or the store in trouble.
+    """
+    from botocore.awsrequest import AWSRequest
+    from botocore.exceptions import ClientError
+
+    params = {"versionId": version} if version else {}
+    request = AWSRequest("GET", asked.prefix + _quoted(key), headers=asked.headers, params=params)
+    if asked.region is not None:
+        # with the client's credentials, which are fresh where they expire
+        signer = await client._request_signer.get_auth_instance("s3", asked.region, "s3v4")
+        signer.add_auth(request)
+    answer = await client._endpoint.http_session.send(request.prepare())
+    data: bytes = await answer.content
+    status = answer.status_code
+    if status == 200:
+        return data, answer.headers
+    code, message = _CODE.search(data), _MESSAGE.search(data)
+    if code is None or (status < 500 and status not in (403, 404)):
+        return None
+    told = {
+        "Code": code[1].decode(errors="replace"),
+        "Message": message[1].decode(errors="replace") if message else "",
+    }
+    raise ClientError({"Error": told, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
+def _asked_as(sent: Mapping[str, Any], key: str) -> _Asked | None:
+    """How botocore asked for an object; None when that takes more than a key and a signature."""
+    for url, headers in sent.items():
+        prefix = url.removesuffix(_quoted(key))
+        if prefix == url or not prefix.endswith("/"):
+            continue
+        signed = {name.lower(): _text(value) for name, value in headers.items()}
+        plain = {name: value for name, value in signed.items() if name in _KEPT_HEADERS}
+        if "authorization" not in signed:
+            return _Asked(prefix, plain, None)
+        scope = _SCOPE.match(signed["authorization"])
+        return _Asked(prefix, plain, scope[1]) if scope else None
+    return None
+
+
+def _quoted(key: str) -> str:
+    from botocore.utils import percent_encode
+
+    quoted: str = percent_encode(key, safe="/~")
+    return quoted
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _not_as_stored(data: bytes, headers: Mapping[str, str]) -> bytes | None:
+    """The checksum of data that is not what the store says it holds, else None."""
+    crc = headers.get("x-amz-checksum-crc32", "")
+    if crc and "-" not in crc and headers.get("x-amz-checksum-type") != "COMPOSITE":
+        found = zlib.crc32(data).to_bytes(4, "big")
+        return None if base64.b64encode(found).decode() == crc else found
+    wanted = _MD5.fullmatch(headers.get("etag", ""))
+    if wanted is None or _CUSTOMER_KEY in headers:
+        return None
+    found = hashlib.md5(data, usedforsecurity=False).digest()
+    return None if found.hex() == wanted[1] else found
+
+
+_KEPT_HEADERS = ("x-amz-request-payer", "x-amz-checksum-mode", "user-agent")
+_CUSTOMER_KEY = "x-amz-server-side-encryption-customer-algorithm"
+_SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]*/([^/,]+)/s3/aws4_request,")
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+_CODE = re.compile(rb"<Code>([^<]+)</Code>")
+_MESSAGE = re.compile(rb"<Message>([^<]*)</Message>")
