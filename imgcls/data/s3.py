@@ -38,7 +38,7 @@ class Reader:
         self._sent: dict[str, Any] = {}
         self._client: Any = None
 
-    async def read(self, path: str, doubted: set[bytes]) -> bytes:
+    async def read(self, path: str, doubted: set[str]) -> bytes:
         """An object's bytes, held against its checksum, or else its ETag.
 
         path: bucket/key, with ?versionId=... for another version than the latest
@@ -52,12 +52,15 @@ class Reader:
         path, _, version = path.partition("?versionId=")
         bucket, key, _ = self._fs.split_path(path)
         data, headers = await self._get(bucket, key, version)
-        found = _not_as_stored(data, headers)
-        if found is not None and found not in doubted:
-            doubted.add(found)
-            raise StorageUnavailable(
-                f"s3://{bucket}/{key}: arrived damaged (its checksum is {found.hex()})"
-            )
+        told = _checksum(headers)
+        if told is not None:
+            damaged = zlib.crc32(data) != told
+        else:
+            md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+            damaged = md5 != _md5(headers, otherwise=md5) and md5 not in doubted
+            doubted.add(md5)
+        if damaged:
+            raise StorageUnavailable(f"s3://{path}: arrived damaged (not as its checksum says)")
         return data
 
     async def _get(self, bucket: str, key: str, version: str) -> tuple[bytes, Mapping[str, str]]:
@@ -144,17 +147,17 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _not_as_stored(data: bytes, headers: Mapping[str, str]) -> bytes | None:
-    """The checksum of data that is not what the store says it holds, else None."""
-    crc = headers.get("x-amz-checksum-crc32", "")
-    if crc and "-" not in crc and headers.get("x-amz-checksum-type") != "COMPOSITE":
-        found = zlib.crc32(data).to_bytes(4, "big")
-        return None if base64.b64encode(found).decode() == crc else found
-    wanted = _MD5.fullmatch(headers.get("etag", ""))
-    if wanted is None or _CUSTOMER_KEY in headers:
-        return None
-    found = hashlib.md5(data, usedforsecurity=False).digest()
-    return None if found.hex() == wanted[1] else found
+def _checksum(headers: Mapping[str, str]) -> int | None:
+    """The CRC-32 of a whole object, where the store tells it."""
+    told = headers.get("x-amz-checksum-crc32", "")
+    parts = "-" in told or headers.get("x-amz-checksum-type") == "COMPOSITE"
+    return None if parts or not told else int.from_bytes(base64.b64decode(told), "big")
+
+
+def _md5(headers: Mapping[str, str], *, otherwise: str) -> str:
+    """The MD5 that an object's ETag tells, in hexadecimal digits, if it looks like one."""
+    found = _MD5.fullmatch(headers.get("etag", ""))
+    return found[1] if found is not None and _CUSTOMER_KEY not in headers else otherwise
 
 
 _KEPT_HEADERS = ("x-amz-request-payer", "x-amz-checksum-mode", "user-agent")
