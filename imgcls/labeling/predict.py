@@ -418,34 +418,47 @@ class _Run:
         return PredictResult(self.output, counts.rows, counts)
 
 
+OWN_ROWS = 50_000
+"""So few rows the driver counts by itself, sooner than Ray has a process ready for it."""
+
+
 class _Counting:
     """Rolls parts up and counts them on the cluster, beside the labelling, merging as they end."""
 
     def __init__(self, run: _Run, spec: WorkSpec) -> None:
         self._run = run
         self._label_column = spec.label_column
-        classes = run.bundle.spec.classes
-        self._shared_classes: Any = ray.put(classes)
+        self._classes = run.bundle.spec.classes
+        self._own = run.plan.rows <= OWN_ROWS
         self._rolling: dict[ray.ObjectRef, int] = {}
         self._counting: set[ray.ObjectRef] = set()
-        self._total = PredictionCounts.empty(classes)
+        self._total = PredictionCounts.empty(self._classes)
+        if self._own:
+            return
+        self._shared_classes: Any = ray.put(self._classes)
         remote = ray.remote(num_cpus=TASK_CPUS, max_retries=3)
         self._roll_up = remote(stores.carried(ledger.roll_up))
         self._count = remote(stores.carried(ledger.count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is durable."""
-        self._counting.add(
-            self._count.remote(self._run.output, part, self._label_column, self._shared_classes)
-        )
+        output, label_column = self._run.output, self._label_column
+        if self._own:
+            self._total += ledger.count_part(output, part, label_column, self._classes)
+            return
+        task = self._count.remote(output, part, label_column, self._shared_classes)
+        self._counting.add(task)
 
     def roll_up(self, book: Ledger, part: int) -> None:
         """Start to roll a part up; parts that have ended meanwhile are entered in the ledger."""
-        self._run.lease.check()
-        task = self._roll_up.remote(
-            self._run.output, self._run.plan, part, self._label_column, self._shared_classes
-        )
-        self._rolling[task] = part
+        run = self._run
+        run.lease.check()
+        given = (run.output, run.plan, part, self._label_column)
+        if self._own:
+            self._total += ledger.roll_up(*given, self._classes)
+            book.rolled_up(part)
+            return
+        self._rolling[self._roll_up.remote(*given, self._shared_classes)] = part
         self._collect(book, wait=False)
 
     def finish(self, book: Ledger | None) -> PredictionCounts:
@@ -535,6 +548,8 @@ def _resumable(output: str) -> Iterator[None]:
         yield
     except Interrupted as error:
         raise Interrupted(f"{error}; {again}") from None
+    except StorageError as error:
+        raise type(error)(f"{error}; {again}") from error
     except ray.exceptions.RayError as error:
         cause = cluster.cause_of(error)
         if isinstance(cause, ImgclsError):
