@@ -46,9 +46,10 @@ def connect() -> None:
     if ray.is_initialized():
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _hushed():
+    address = _address()
+    with _hushed(), _keeping_memory() if address == "local" else contextlib.nullcontext():
         ray.init(
-            _address(),
+            address,
             logging_level=logging.WARNING,
             log_to_driver=False,
             include_dashboard=False,
@@ -64,8 +65,30 @@ def keep_memory() -> dict[str, Any]:
     pages anew for the next batch: a quarter of the time of a ResNet. They are set from outside,
     before the process starts, since threads that are there already have heaps of their own. Other
     C libraries pay no heed; what the environment says already is obeyed.
+
+    Empty in a private session that `connect` has started: all its processes are like that, and
+    those that wait for work need not be started anew.
     """
+    if _Session.keeps_memory:
+        return {}
     return {"env_vars": {name: os.environ.get(name, value) for name, value in _GLIBC.items()}}
+
+
+class _Session:
+    keeps_memory = False
+
+
+@contextlib.contextmanager
+def _keeping_memory() -> Iterator[None]:
+    """Have the processes that are started within it keep what they free."""
+    added = {name: value for name, value in _GLIBC.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+    _Session.keeps_memory = True
 
 
 _GLIBC = {
@@ -77,14 +100,17 @@ _GLIBC = {
 
 
 def _address() -> str | None:
-    """None where Ray should decide; `local` where it would wait for a cluster that is gone.
+    """None for a cluster that is there, and `local` for a session of our own.
 
     The last `ray start` on a machine leaves its address in a file, also when it was killed, and
     `ray.init` then tries that address for minutes.
     """
-    last = None if os.environ.get("RAY_ADDRESS") else ray._private.utils.read_ray_address()
+    named = os.environ.get("RAY_ADDRESS")
+    if named:
+        return "local" if named == "local" else None
+    last: Any = ray._private.utils.read_ray_address()
     if last is None:
-        return None
+        return "local"
     host, _, port = last.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=2):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -62,3 +65,26 @@ def test_a_worker_keeps_what_a_batch_frees_for_the_next(
     assert kept < 100 < ray.get(task.remote())
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     assert keep_memory()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
+
+
+PRIVATE = """
+import os, ray
+from imgcls import cluster
+from tests.test_cluster import faults_of_a_batch
+before = dict(os.environ)
+cluster.connect()
+assert dict(os.environ).items() >= before.items() and "MALLOC_ARENA_MAX" not in os.environ
+assert cluster.keep_memory() == {}
+assert ray.get(ray.remote(faults_of_a_batch).remote()) < 100
+"""
+
+
+def test_all_workers_of_a_private_session_do_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRIVATE],
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -18,6 +18,9 @@ from imgcls.errors import (
     StorageUnavailable,
 )
 
+GET, PUT, LIST, DELETE = "s3:GetObject", "s3:PutObject", "s3:ListBucket", "s3:DeleteObject"
+"""The permissions that requests take, as S3 calls them."""
+
 _THROTTLED_CODES = frozenset(
     "SlowDown Throttling ThrottlingException ThrottledException RequestThrottled TooManyRequests "
     "RequestLimitExceeded BandwidthLimitExceeded 503 429".split()
@@ -65,6 +68,8 @@ def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
         return StorageError(f"{place}: is archived; have the store restore it first")
     if isinstance(error, PermissionError) or code in _FORBIDDEN_CODES:
         remedy = f"; it takes the permission {needs}" if needs and "://" in url else ""
+        if remedy and needs == GET:
+            remedy += f" (or the file is missing, which a store says only to who has {LIST})"
         return StorageForbidden(f"{place}: access is refused ({reason(error)}){remedy}")
     if code in _REDIRECTED_CODES:
         region = _region_of(error)

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
 
@@ -109,7 +109,11 @@ def decode_batch(
             plain.append((index, orientation, shown))
     encoded = [torch.frombuffer(bytearray(blobs[i]), dtype=torch.uint8) for i, _, _ in plain]
     try:
-        decoded = decode_jpeg(encoded, ImageReadMode.RGB, device=device) if encoded else []
+        decoded = (
+            torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
+            if encoded
+            else []
+        )
     except RuntimeError:
         decoded, plain = [], []  # one broken file fails the lot: each is then judged by itself
     for (index, orientation, shown), tensor in zip(plain, decoded, strict=True):
@@ -215,7 +219,9 @@ def _decode_jpeg(
     if image.size[0] >= 2 * margin[0] and image.size[1] >= 2 * margin[1]:
         image.draft("RGB", margin)
         return _resized_pillow(_oriented(_to_rgb(image), orientation), shown, spec, orientation)
-    tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    tensor = torchvision.io.decode_jpeg(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
+    )
     upright = _oriented_tensor(tensor, orientation)
     if resized[0] * resized[1] > LARGEST_RESIZE:
         rgb = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy())

@@ -67,20 +67,20 @@ def absolute(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
-    return bool(stores.ask(url, "exists", needs=stores.GET))
+    return bool(stores.ask(url, "exists", needs=faults.GET))
 
 
 def is_folder(url: str) -> bool:
     if is_local(url):
         return os.path.isdir(local_path(url))
-    return bool(stores.ask(url, "isdir", needs=stores.LIST))
+    return bool(stores.ask(url, "isdir", needs=faults.LIST))
 
 
 def size(url: str) -> int:
     """Bytes in the file; raises StorageMissing."""
     if is_local(url):
         return _locally(url, lambda: os.stat(local_path(url)).st_size)
-    return int(stores.ask(url, "info", needs=stores.GET)["size"])
+    return int(stores.ask(url, "info", needs=faults.GET)["size"])
 
 
 def read(url: str) -> bytes:
@@ -181,11 +181,7 @@ def names(folder: str) -> list[str]:
             return []
         except OSError as error:
             raise faults.typed(folder, error) from error
-    try:
-        found = stores.ask(folder, "ls", needs=stores.LIST, long=True, detail=True)
-    except StorageMissing:
-        return []
-    return sorted(f["name"].rsplit("/", 1)[-1] for f in found if f["type"] == "file")
+    return sorted(file.path.rpartition("/")[2] for file in _listed(folder, deep=False))
 
 
 def find(pattern: str) -> list[str]:
@@ -194,7 +190,7 @@ def find(pattern: str) -> list[str]:
         found = local_glob.glob(local_path(pattern), recursive=True)
         return sorted(f for f in found if os.path.isfile(f))
     fs, _ = stores.store(pattern)
-    matches = stores.ask(pattern, "glob", needs=stores.LIST, long=True, detail=True)
+    matches = stores.ask(pattern, "glob", needs=faults.LIST, long=True, detail=True)
     return sorted(fs.unstrip_protocol(f) for f, info in matches.items() if info["type"] == "file")
 
 
@@ -206,13 +202,18 @@ def walk(folder: str) -> Iterator[str]:
     if is_local(folder):
         yield from _walk_local(local_path(folder), "")
         return
-    _, path = stores.store(folder)
-    prefix = path.rstrip("/") + "/"
-    found = stores.ask(folder, "find", needs=stores.LIST, long=True)
-    below = [name[len(prefix) :].split("/") for name in found]
+    prefix = folder.rstrip("/") + "/"
+    below = (file.path.removeprefix(prefix).split("/") for file in _listed(folder, deep=True))
     for parts in sorted(below):
         if not any(part.startswith(".") for part in parts):
             yield "/".join(parts)
+
+
+def _listed(folder: str, *, deep: bool) -> Iterator[File]:
+    """The files of a store's folder, of which there are none if there is no such folder."""
+    with contextlib.suppress(StorageMissing):
+        for page in stores.pages(folder, deep=deep):
+            yield from page.files
 
 
 def pages(url: str, *, deep: bool) -> Iterator[Page]:
@@ -259,10 +260,10 @@ def remove(url: str) -> None:
     fs, path = stores.store(url)
     with contextlib.suppress(StorageMissing):
         if _MAGIC.search(path):  # fsspec would take the name for a pattern, and remove others too
-            for file in stores.ask(url, "find", needs=stores.LIST, long=True):
-                stores.ask(fs.unstrip_protocol(file), "rm_file", needs=stores.DELETE)
+            for file in stores.ask(url, "find", needs=faults.LIST, long=True):
+                stores.ask(fs.unstrip_protocol(file), "rm_file", needs=faults.DELETE)
         else:
-            stores.ask(url, "rm", needs=stores.DELETE, long=True, recursive=True)
+            stores.ask(url, "rm", needs=faults.DELETE, long=True, recursive=True)
 
 
 def sweep(folder: str, older_than: float = 0.0) -> None:

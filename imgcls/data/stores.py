@@ -24,14 +24,11 @@ from typing import IO, Any, TypeVar
 from pydantic import PositiveFloat
 
 from imgcls.config import Section
-from imgcls.data.faults import code_of, reason, short, typed
+from imgcls.data.faults import GET, LIST, PUT, code_of, reason, short, typed
 from imgcls.data.s3 import Reader
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
 T = TypeVar("T")
-
-GET, PUT, LIST, DELETE = "s3:GetObject", "s3:PutObject", "s3:ListBucket", "s3:DeleteObject"
-"""The permissions that requests take, as S3 calls them."""
 
 _BUFFER_BYTES = 4 << 20
 _ONE_PUT_BYTES = 1 << 30
@@ -309,12 +306,12 @@ class _Ranges(io.RawIOBase):
 async def _attempted(
     url: str, call: Callable[[], Awaitable[T]], needs: str, *, long: bool = False
 ) -> T:
-    """As `attempt`; unless it may be long, each call has a time, which grows."""
+    """As `attempt`; each call has a time, which grows and is longer for those that may be long."""
     pauses = _Pauses()
     patience = settings().attempt_seconds
     while True:
         try:
-            limit = None if long else min(patience, pauses.left + 1)
+            limit = LONG * patience if long else min(patience, pauses.left + 1)
             return await asyncio.wait_for(call(), limit)
         except Exception as error:  # noqa: BLE001  raised again unless it will pass
             pause = pauses.after(typed(url, error, needs), error)
@@ -351,6 +348,8 @@ class _Pauses:
 BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
 TOLD_SECONDS = 10.0
+LONG = 20
+"""Times as long as others, a call may take that lists many objects or writes a large one."""
 
 
 def _by_one_request(url: str) -> dict[str, Any]:

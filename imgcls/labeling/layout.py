@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -24,6 +24,8 @@ TASK_CPUS = 0.05
 """CPU share of a roll-up task: it must start however busy the workers are."""
 WORKER_CPUS = 0.9
 """CPU share of a one-core worker, so that ten of them leave a core for Ray's tasks."""
+WORTH_ROWS = 128
+"""To start a worker costs a core 4 s: fewer rows are done sooner by those that are there."""
 GPU_WORKER_CPUS = 0.5
 """CPU share of a worker that feeds a GPU; it must be free on the GPU's own machine."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
@@ -60,6 +62,10 @@ class Layout:
     threads: int
     batch_size: int
     reasons: tuple[str, ...]
+
+    def for_rows(self, rows: int) -> Layout:
+        """The layout with no more workers than have something to do while another one starts."""
+        return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
 
 
 def plan_layout(nodes: Sequence[Node], config: ScaleConfig) -> Layout:

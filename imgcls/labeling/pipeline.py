@@ -71,7 +71,7 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
         "fn_constructor_args": (spec, layout.threads),
     }
     if not layout.worker_gpus:
-        model["runtime_env"] = keep_memory()
+        model["runtime_env"] = keep_memory() or None
     if layout.name == "cpu":
         return [lambda dataset: dataset.map_batches(LabelWorker, **model)]
     first = prepare_task if layout.name == "gpu" else fetch_task

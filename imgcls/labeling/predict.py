@@ -361,6 +361,8 @@ class _Run:
     ) -> Iterator[int]:
         if not todo:
             return
+        if self.config.scale.workers is None:
+            layout = layout.for_rows(total - done)
         progress = Progress(total, done, self.config.progress_seconds)
         try:
             receipts = pipeline.run(spec, layout, todo)
@@ -548,14 +550,14 @@ def _resumable(output: str) -> Iterator[None]:
         yield
     except Interrupted as error:
         raise Interrupted(f"{error}; {again}") from None
-    except StorageError as error:
-        raise type(error)(f"{error}; {again}") from error
-    except ray.exceptions.RayError as error:
+    except ray.exceptions.RayError as error:  # which may be an error of ours by class as well
         cause = cluster.cause_of(error)
         if isinstance(cause, ImgclsError):
             raise type(cause)(f"{_first_line(cause)}; {again}") from error
         name = type(cause).__name__
         raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
+    except StorageError as error:
+        raise type(error)(f"{error}; {again}") from error
 
 
 def _first_line(error: BaseException) -> str:

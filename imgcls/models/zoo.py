@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from imgcls.data import storage
+from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Interpolation, Preprocess
 from imgcls.errors import BundleError, StorageError
 from imgcls.models.bundle import Architecture, Source

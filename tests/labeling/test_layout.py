@@ -202,3 +202,9 @@ def test_without_wishes_no_core_and_no_gpu_that_can_work_is_left_out(nodes: list
     else:
         slots = (min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes)
         assert layout.workers == sum(slots)
+
+
+def test_few_rows_start_few_workers() -> None:
+    layout = plan_layout([Node(8, 0)], ScaleConfig())
+    workers = [layout.for_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
+    assert workers == [1, 1, 1, 2, 8, layout.workers]
