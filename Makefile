@@ -34,8 +34,7 @@ test-slow: venv  ## what takes too long for every change
 	$(BIN)/pytest -m slow --timeout 1200
 
 test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_TEST_S3_ENDPOINT names
-	$(BIN)/pytest -m "not chaos" tests/data/test_storage_s3.py tests/data/test_stores.py \
-		tests/data/test_listing.py tests/e2e/test_s3.py
+	$(BIN)/pytest -m "not chaos" -k "s3 or test_stores or test_listing" --timeout 1200
 
 bench: venv  ## measure labelling, training and evaluation on this machine
 	$(BIN)/python -m benchmarks.labeling

@@ -7,7 +7,7 @@ Measured over the same photographs, in turn, in one run, and reported as medians
   reading    objects per second, and CPU milliseconds per object, of: our reads ahead; pyarrow's S3
              file system in as many threads; s3fs one by one; the disk
   listing    `imgcls manifest build` of a million objects under 100 prefixes
-  planning   `--since`: a million rows against a million known ones, as many of them new as --new
+  planning   `--since`: rows that --nights nights of a million labelled, and --new new ones
 The store is a small HTTP server in a process of its own that keeps the objects in memory and adds
 `--delay` seconds to every answer; it speaks as much S3 as reading and listing take.
 """
@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import statistics
 import tempfile
 import time
@@ -37,10 +38,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.labeling import CORES, SAMPLE, make_bundle, measure_imgcls
+from tests.evaluation.runs import commit
 
 BUCKET = "photos"
 IN_FLIGHT = 16
 PREFIXES = 100
+A_NIGHT = 1_000_000
 
 
 def main() -> None:
@@ -64,7 +67,8 @@ def main() -> None:
         folder = Path(name)
         read(files, options, measured)
         label(files, folder, options, measured)
-        listing_and_planning(folder, options)
+        listing(folder)
+        planning(folder, options)
     disk, store = (statistics.median(measured[f"labelling from {w}"]) for w in ("disk", "store"))
     print(f"\nlabelling from the store / from disk   {store / disk:.2f}   (at least 0.90)")
 
@@ -75,7 +79,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--delay", type=float, default=0.02, help="seconds added to every answer")
     parser.add_argument("--listed", type=int, default=1_000_000, help="objects to list")
-    parser.add_argument("--new", type=int, default=10_000, help="of the rows that are planned")
+    parser.add_argument("--nights", type=int, default=1, help="millions of rows that are known")
+    parser.add_argument("--new", type=int, default=10_000, help="rows that are not")
     parser.add_argument("--images", type=Path, default=SAMPLE)
     options = parser.parse_args()
     if not options.images.is_dir():
@@ -159,11 +164,8 @@ def label(
             note(measured, f"labelling from {where}", steady)
 
 
-def listing_and_planning(folder: Path, options: argparse.Namespace) -> None:
+def listing(folder: Path) -> None:
     from imgcls.data.listing import BuildConfig, build_manifest
-    from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.labeling.since import SinceConfig, only_new
-    from tests.evaluation.runs import commit
 
     start = time.perf_counter()
     output = str(folder / "listed")
@@ -171,18 +173,60 @@ def listing_and_planning(folder: Path, options: argparse.Namespace) -> None:
     took = time.perf_counter() - start
     print(f"  listing {count:,} objects: {took:.1f} s, {1e6 * took / count:.1f} s a million")
 
-    manifest = open_manifest(ManifestConfig(path=output))
-    known = pq.read_table(output).slice(options.new)
-    status = pa.DictionaryArray.from_arrays(np.zeros(known.num_rows, np.int32), ["ok"])
-    commit(folder / "night", known.append_column("status", status), group_rows=65_536)
-    del known
-    start = time.perf_counter()
-    since = SinceConfig(path=str(folder / "night"))
-    found = only_new(manifest, since, output="", bundle_sha256="b" * 64, relabel=False)
-    new = sum(batch.num_rows for batch in found.batches())
-    took = time.perf_counter() - start
-    print(f"  planning {count:,} rows, {new:,} of them new: {took:.1f} s")
+
+def planning(folder: Path, options: argparse.Namespace) -> None:
+    """A manifest of what `--nights` nights of a million rows have labelled, and some new rows."""
+    labels, manifest = folder / "labels", folder / "manifest"
+    manifest.mkdir()
+    status = pa.DictionaryArray.from_arrays(np.zeros(A_NIGHT, np.int32), ["ok"])
+    for night in range(options.nights):
+        rows = listed_rows(night * A_NIGHT, A_NIGHT)
+        pq.write_table(rows, manifest / f"{night:04d}.parquet")
+        commit(
+            labels / f"night={night:04d}", rows.append_column("status", status), group_rows=65_536
+        )
+    pq.write_table(
+        listed_rows(options.nights * A_NIGHT, options.new),
+        manifest / f"{options.nights:04d}.parquet",
+    )
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=plan, args=(labels, manifest, theirs))
+    process.start()
+    new, took, memory = ours.recv()
+    process.join()
+    print(
+        f"  planning {options.nights:,} million rows, {new:,} of them new: {took:.1f} s, "
+        f"{memory:,} MB of memory at most"
+    )
     assert new == options.new
+
+
+def plan(labels: Path, manifest: Path, told: Connection) -> None:
+    from imgcls.data.manifest import ManifestConfig, open_manifest
+    from imgcls.labeling.since import SinceConfig, only_new
+
+    start = time.perf_counter()
+    found = only_new(
+        open_manifest(ManifestConfig(path=str(manifest))), SinceConfig(path=str(labels)),
+        output="", bundle_sha256="b" * 64, relabel=False,
+    )  # fmt: skip
+    new = sum(batch.num_rows for batch in found.batches())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    told.send((new, time.perf_counter() - start, memory))
+
+
+def listed_rows(first: int, count: int) -> pa.Table:
+    """Rows as `imgcls manifest build` writes them."""
+    numbers = range(first, first + count)
+    return pa.table(
+        {
+            "path": [f"s3://{BUCKET}-many/{n % PREFIXES:03d}/{n:09d}.jpg" for n in numbers],
+            "size": pa.array(np.full(count, 110_000)),
+            "mtime": pa.array(np.full(count, 1_790_000_000_000_000), pa.timestamp("us", "UTC")),
+            "etag": [f"{n:032x}" for n in numbers],
+        }
+    )
 
 
 # ---------------------------------------------------------------------------- the store

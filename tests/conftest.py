@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from upath import UPath
 
 from tests.processes import RayCluster
+from tests.s3 import bucket, environment, serving, url
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("IMGCLS_SHARED", REPOSITORY.parent / "shared"))
@@ -71,36 +73,68 @@ def write_manifest(path: Path, rows: Sequence[tuple[str, ...]], header: Sequence
     return path
 
 
-@pytest.fixture
-def colours(tmp_path: Path) -> Callable[[int], Path]:
-    """Draws N coloured images and a labelled manifest of them."""
+def save(image: Image.Image, file: Path, **options: Any) -> None:
+    """Write a picture, in the format that the name says, to a disk or a store."""
+    with file.open("wb") as stream:
+        image.save(stream, Image.registered_extensions()[file.suffix], **options)
 
-    def make(count: int) -> Path:
-        folder = tmp_path / "images"
-        folder.mkdir(exist_ok=True)
+
+def copied(source: Path, target: Path) -> Path:
+    """A folder and all in it, on a disk or a store."""
+    for file in source.rglob("*"):
+        if file.is_file():
+            to = target / file.relative_to(source).as_posix()
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(file.read_bytes())
+    return target
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest) -> Path:
+    """An empty folder on disk, and one on an object store: what holds here holds there."""
+    if request.param == "disk":
+        return UPath(request.getfixturevalue("tmp_path"))
+    request.getfixturevalue("s3")
+    return UPath(url("place"), use_listings_cache=False)
+
+
+@pytest.fixture
+def placed_bundle(place: Path, colour_bundle: Path) -> Path:
+    """`colour_bundle`, where everything else is."""
+    return copied(colour_bundle, place / "bundle")
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Callable[..., Path]:
+    """Draws N coloured images and a labelled manifest of them, in a folder of the test's own."""
+
+    def make(count: int, place: Path = tmp_path) -> Path:
+        folder = place / "images"
+        folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for i in range(count):
             name = list(COLOURS)[i % len(COLOURS)]
             file = folder / f"{i:05d}.jpg"
-            draw(name, seed=i).save(file, quality=90)
+            save(draw(name, seed=i), file, quality=90)
             rows.append((f"images/{file.name}", name, f"camera {i % 2}"))
-        return write_manifest(tmp_path / "manifest.csv", rows, ("path", "label", "camera"))
+        return write_manifest(place / "manifest.csv", rows, ("path", "label", "camera"))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A Ray cluster with two logical CPUs in processes of its own, for jobs run as commands."""
-    with RayCluster.start(cpus=2) as running:
+def cluster(endpoint: str) -> Iterator[RayCluster]:
+    """A Ray cluster with two logical CPUs in processes of its own, for jobs run as commands.
+
+    Its machines know the way to the object store, as those of a real one do.
+    """
+    with RayCluster.start(cpus=2, env=environment(endpoint)) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """Where an S3 store answers."""
-    from tests.s3 import serving
-
     with serving() as url:
         yield url
 
@@ -108,7 +142,5 @@ def endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty bucket as a client of its own, for all that this test starts."""
-    from tests.s3 import bucket
-
     with bucket(endpoint, monkeypatch) as client:
         yield client

@@ -36,7 +36,14 @@ class RayCluster:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, cpus: int, gpus: int = 0, *, dashboard: bool = False) -> Iterator[RayCluster]:
+    def start(
+        cls,
+        cpus: int,
+        gpus: int = 0,
+        *,
+        dashboard: bool = False,
+        env: dict[str, str] | None = None,
+    ) -> Iterator[RayCluster]:
         # Ray's socket paths must stay below 107 characters, so not pytest's own folder
         folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
         port, dashboard_port = free_port(), free_port()
@@ -47,7 +54,11 @@ class RayCluster:
             f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
         )
         running = cls(f"127.0.0.1:{port}", process, folder)
         running.dashboard = f"http://127.0.0.1:{dashboard_port}" if dashboard else None
@@ -137,7 +148,7 @@ def started(
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 60, every: float = 0.05) -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 60, every: float = 0.2) -> None:
     """Poll until the condition holds; TimeoutError when it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():

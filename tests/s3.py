@@ -6,9 +6,13 @@ A real store also needs AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import threading
-from collections.abc import Iterator
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
@@ -19,30 +23,41 @@ from werkzeug.serving import make_server
 
 from imgcls.data import stores
 
+REPOSITORY = Path(__file__).parent.parent
 BUCKET = "imgcls-tests"
 REAL = os.environ.get("IMGCLS_TEST_S3_ENDPOINT")
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[str]:
-    """The endpoint. It answers one request at a time: moto's create-if-absent is open to races."""
+    """The endpoint; moto has a process of its own."""
     if REAL is not None:
         yield REAL
         return
+    command = [sys.executable, "-m", "tests.s3"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def serve() -> None:
+    """Answers one request at a time: moto's create-if-absent is open to races."""
     application = DomainDispatcherApplication(create_backend_app)
     server = make_server("127.0.0.1", 0, application, threaded=False)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
 
 
-@contextlib.contextmanager
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty bucket, seen as another client sees it; the environment leads all others there."""
-    settings = {
+def environment(endpoint: str) -> dict[str, str]:
+    """What leads every client to the store, and to no other."""
+    return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"] if REAL else "key-of-moto",
         "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"] if REAL else "hush-of-moto",
@@ -51,6 +66,12 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
+
+
+@contextlib.contextmanager
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty bucket, seen as another client sees it; the environment leads all others there."""
+    settings = environment(endpoint)
     for key in list(os.environ):
         if key.startswith("AWS_"):
             monkeypatch.delenv(key)
@@ -64,6 +85,46 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for key in keys(client):
         client.delete_object(Bucket=BUCKET, Key=key)
     client.delete_bucket(Bucket=BUCKET)
+
+
+@contextlib.contextmanager
+def checking_permissions(endpoint: str) -> Iterator[None]:
+    """Within it, moto asks who it is and whether they may, as a real store always does."""
+
+    def check_after(requests: str) -> None:
+        if REAL is None:
+            request = urllib.request.Request(
+                f"{endpoint}/moto-api/reset-auth",
+                data=requests.encode(),
+                headers={"Content-Type": "text/plain"},
+            )
+            urllib.request.urlopen(request).close()
+
+    check_after("0")
+    try:
+        yield
+    finally:
+        check_after("inf")
+
+
+@contextlib.contextmanager
+def user(endpoint: str, allowed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, the environment's credentials are of somebody who may do this and no more."""
+    iam = boto3.client("iam", endpoint_url=endpoint)
+    iam.create_user(UserName="somebody")
+    statement = {"Effect": "Allow", "Action": list(allowed), "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    iam.put_user_policy(UserName="somebody", PolicyName="only", PolicyDocument=policy)
+    key = iam.create_access_key(UserName="somebody")["AccessKey"]
+    with monkeypatch.context() as changed:
+        changed.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        changed.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        forget_connections()
+        yield
+    forget_connections()
+    iam.delete_access_key(UserName="somebody", AccessKeyId=key["AccessKeyId"])
+    iam.delete_user_policy(UserName="somebody", PolicyName="only")
+    iam.delete_user(UserName="somebody")
 
 
 def forget_connections() -> None:
@@ -80,3 +141,7 @@ def keys(client: Any, prefix: str = "") -> list[str]:
     """All keys below a prefix."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
     return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
+if __name__ == "__main__":
+    serve()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +14,14 @@ import pytest
 
 from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ManifestError, StorageCredentials, StorageError, StorageMissing
-from tests.s3 import BUCKET, REAL, forget_connections, keys, url
+from imgcls.errors import (
+    ManifestError,
+    StorageCredentials,
+    StorageError,
+    StorageForbidden,
+    StorageMissing,
+)
+from tests.s3 import BUCKET, REAL, checking_permissions, forget_connections, keys, url, user
 
 
 def fails(kind: type[StorageError], call: Callable[[], object]) -> str:
@@ -84,32 +89,50 @@ def test_wrong_or_no_credentials_are_forbidden_at_once(
     s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.write(url("x"), b"kept")
-
-    def require_credentials(after: str) -> None:
-        if REAL is not None:
-            return
-        request = urllib.request.Request(
-            f"{endpoint}/moto-api/reset-auth",
-            data=after.encode(),
-            headers={"Content-Type": "text/plain"},
-        )
-        urllib.request.urlopen(request).close()
-
-    require_credentials("0")
     with monkeypatch.context() as changed:
         changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         forget_connections()
-        try:
+        with checking_permissions(endpoint):
             assert "access is refused" in fails(StorageCredentials, lambda: storage.read(url("x")))
             fails(StorageCredentials, lambda: storage.write(url("y"), b""))
             fails(StorageCredentials, lambda: storage.create(url("y"), b""))
-        finally:
-            require_credentials("inf")
         changed.delenv("AWS_ACCESS_KEY_ID")
         changed.delenv("AWS_SECRET_ACCESS_KEY")
         forget_connections()
         message = fails(StorageCredentials, lambda: storage.read(url("x")))
         assert "Unable to locate credentials" in message
+
+
+@pytest.mark.skipif(REAL is not None, reason="makes users by moto's IAM")
+@pytest.mark.parametrize(
+    ("allowed", "denied"),
+    [
+        (("s3:GetObject",), {"list": "s3:ListBucket", "write": "s3:PutObject"}),
+        (("s3:ListBucket",), {"read": "s3:GetObject", "create": "s3:PutObject"}),
+        (("s3:PutObject",), {"read": "s3:GetObject", "list": "s3:ListBucket"}),
+    ],
+)
+def test_the_permission_that_is_missing_is_named(
+    s3: Any,
+    endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: tuple[str, ...],
+    denied: dict[str, str],
+) -> None:
+    s3.put_object(Bucket=BUCKET, Key="in/x", Body=b"kept")
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: storage.read(url("in/x")),
+        "list": lambda: storage.names(url("in")),
+        "write": lambda: storage.write(url("y"), b""),
+        "create": lambda: storage.create(url("z"), b""),
+    }
+    needs = dict(zip(calls, ("s3:GetObject", "s3:ListBucket", *2 * ["s3:PutObject"]), strict=True))
+    with user(endpoint, allowed, monkeypatch), checking_permissions(endpoint):
+        for name, call in calls.items():
+            if name in denied:
+                assert f"it takes the permission {denied[name]}" in fails(StorageForbidden, call)
+            elif needs[name] in allowed:
+                call()
 
 
 def test_of_many_rivals_one_creates_an_object(s3: Any) -> None:

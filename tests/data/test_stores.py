@@ -179,7 +179,7 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
     words: str,
 ) -> None:  # fmt: skip
     made = list(objects(s3, 2))
-    proxy = network({}, deadline_seconds=0.5)
+    proxy = network({}, deadline_seconds=1.5, attempt_seconds=10)
     answer = refusal(status, code, "So says the store.")
     for before in (False, True):
         if before:

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 
 def table(output: Path) -> pa.Table:
     """All predictions, sorted by row."""
-    return pq.read_table(output / "predictions").sort_by("row")
+    return parquet(output / "predictions").sort_by("row")
+
+
+def parquet(path: Path) -> pa.Table:
+    """A file, or a folder of them, on a disk or a store."""
+    there = UPath(path)
+    return pq.read_table(there.path, filesystem=there.fs)
 
 
 def success(output: Path) -> dict[str, object]:

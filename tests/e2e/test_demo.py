@@ -28,9 +28,7 @@ def named_paths(text: str) -> list[Path]:
 
 
 @pytest.mark.timeout(900)
-def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
-    cluster: RayCluster, tmp_path: Path
-) -> None:
+def test_the_demo_reads_digits_and_names_what_it_made(cluster: RayCluster, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     done = imgcls("demo", "--output", folder, env=cluster.environment())
     assert done.returncode == 0, done.stderr
@@ -41,13 +39,19 @@ def test_the_demo_reads_digits_names_what_it_made_and_can_be_run_again(
     assert len(paths) == 8
     assert all(path.exists() for path in paths), paths
 
-    first = success(predictions)
-    less = ("--epochs", 1, "--num-workers", 1)
-    again = imgcls("demo", "--output", folder, *less, env=cluster.environment())
-    assert again.returncode == 0, again.stderr
-    assert named_paths(again.stdout) == paths
-    assert_exactly_once(predictions, 359)
-    assert success(predictions)["bundle_sha256"] != first["bundle_sha256"]
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_can_be_run_again(cluster: RayCluster, tmp_path: Path) -> None:
+    predictions = tmp_path / "demo" / "predictions"
+    bundles = set()
+    for epochs in (1, 2):
+        less = ("--epochs", epochs, "--num-workers", 1)
+        done = imgcls("demo", "--output", tmp_path / "demo", *less, env=cluster.environment())
+        assert done.returncode == 0, done.stderr
+        assert_exactly_once(predictions, 359)
+        bundles.add(success(predictions)["bundle_sha256"])
+    assert len(bundles) == 2
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

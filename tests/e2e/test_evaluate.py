@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from imgcls.models.bundle import load_bundle
 from tests.conftest import COLOURS, write_manifest
-from tests.e2e.outputs import assert_exactly_once, success, table
+from tests.e2e.outputs import assert_exactly_once, parquet, success, table
 from tests.processes import RayCluster, imgcls
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,14 +18,14 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture
 def judged(
-    cluster: RayCluster, tmp_path: Path, colour_bundle: Path, colours: Callable[[int], Path]
+    cluster: RayCluster, place: Path, placed_bundle: Path, colours: Callable[..., Path]
 ) -> tuple[Path, Path]:
     """A manifest with one missing image, labelled and judged at once; the manifest, the output."""
-    manifest = colours(60)
-    (tmp_path / "images" / "00007.jpg").unlink()
-    output = tmp_path / "out"
+    manifest = colours(60, place)
+    (place / "images" / "00007.jpg").unlink()
+    output = place / "out"
     done = imgcls(
-        *("evaluate", "--manifest", manifest, "--model", colour_bundle, "--output", output),
+        *("evaluate", "--manifest", manifest, "--model", placed_bundle, "--output", output),
         *("--slice-by", "camera", "--max-error-rate", "0.05"),
         env=cluster.environment(),
     )
@@ -35,7 +34,7 @@ def judged(
 
 
 def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from_there(
-    judged: tuple[Path, Path], cluster: RayCluster, tmp_path: Path, colour_bundle: Path
+    judged: tuple[Path, Path], cluster: RayCluster, place: Path, placed_bundle: Path
 ) -> None:
     manifest, output = judged
     assert_exactly_once(output, 60)
@@ -45,13 +44,13 @@ def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from
     assert told["metrics"]["accuracy"]["value"] == pytest.approx(sum(right) / 59)
     assert told["metrics"]["status_missing"]["value"] == 1
     assert "auroc_macro" in told["metrics"]
-    slices = pq.read_table(output / "metrics" / "slices.parquet").to_pylist()
+    slices = parquet(output / "metrics" / "slices.parquet").to_pylist()
     assert {row["value"]: row["rows"] for row in slices} == {"camera 0": 30, "camera 1": 30}
     assert success(output)["rows"] == 60
 
-    calibrated = tmp_path / "calibrated"
+    calibrated = place / "calibrated"
     done = imgcls(
-        *("calibrate", "--model", colour_bundle, "--predictions", output),
+        *("calibrate", "--model", placed_bundle, "--predictions", output),
         *("--output", calibrated, "--target-precision", 0.3),
     )
     assert done.returncode == 0, done.stderr
@@ -59,7 +58,7 @@ def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from
     assert made.temperature != 1.0
 
     # the threshold that was chosen is what labelling accepts by
-    again = tmp_path / "again"
+    again = place / "again"
     done = imgcls(
         *("predict", "--manifest", manifest, "--model", calibrated, "--output", again),
         *("--max-error-rate", "0.05"),
@@ -76,25 +75,25 @@ def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from
 
 
 def test_labels_that_come_later_judge_without_touching_the_run(
-    judged: tuple[Path, Path], tmp_path: Path
+    judged: tuple[Path, Path], place: Path
 ) -> None:
     _, output = judged
     rows = [(r["path"], r["predicted_label"]) for r in table(output).to_pylist() if r["row"] != 7]
     others = {name: list(COLOURS)[i - 1] for i, name in enumerate(COLOURS)}
-    late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    late = write_manifest(place / "late.csv", rows, ("path", "label"))
     wrong = write_manifest(
-        tmp_path / "wrong.csv", [(path, others[label]) for path, label in rows], ("path", "label")
+        place / "wrong.csv", [(path, others[label]) for path, label in rows], ("path", "label")
     )
     for labels, expected in ((late, 1.0), (wrong, 0.0)):
         done = imgcls(
             *("evaluate", "--predictions", output, "--labels", labels),
-            *("--output", tmp_path / labels.stem),
+            *("--output", place / labels.stem),
         )
         assert done.returncode == 0, done.stderr
-        told = json.loads((tmp_path / labels.stem / "summary.json").read_text())
+        told = json.loads((place / labels.stem / "summary.json").read_text())
         assert told["metrics"]["accuracy"]["value"] == expected
     assert not (output / "late").exists()
 
-    blind = imgcls("evaluate", "--predictions", tmp_path / "late")
+    blind = imgcls("evaluate", "--predictions", place / "late")
     assert blind.returncode == 2
     assert "holds no labelling run" in blind.stderr

@@ -13,20 +13,17 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow as pa
 import pytest
 
-from tests.conftest import draw, write_manifest
+from tests.conftest import copied, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
-from tests.e2e.test_s3 import fetched
 from tests.processes import RayCluster, imgcls, kill_family, started, wait_for
-from tests.s3 import BUCKET, keys, url
 
 ROWS, CHUNKS, PARTS = 480, 60, 4
 
@@ -43,7 +40,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                           ("path", "label", "id"))  # fmt: skip
 
 
-def arguments(manifest: Path | str, bundle: Path | str, output: Path | str) -> list[object]:
+def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
     return [
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
         *("--chunk-rows", 8, "--part-rows", 120, "--max-error-rate", 0.1, "--lease-seconds", 5),
@@ -62,6 +59,24 @@ def reference(
     return assert_exactly_once(output, ROWS)
 
 
+@pytest.fixture
+def there(photographs: Path, colour_bundle: Path, place: Path) -> tuple[Path, Path, Path]:
+    """Manifest, bundle and output, all on a disk or all on a store."""
+    if isinstance(place, os.PathLike):
+        return photographs, colour_bundle, place / "out"
+    manifest = copied(photographs.parent, place / "photographs") / photographs.name
+    return manifest, copied(colour_bundle, place / "bundle"), place / "out"
+
+
+def assert_as_left_alone(output: Path, reference: pa.Table) -> None:
+    """The same table, but for where errors say that the images are; nothing lies about."""
+    found = assert_exactly_once(output, ROWS)
+    if isinstance(output, os.PathLike):
+        assert found.equals(reference)
+    assert found.drop_columns(["error"]).equals(reference.drop_columns(["error"]))
+    assert not [name for name in names_of(output) if name.startswith(("_staging", "_lease"))]
+
+
 @dataclass(frozen=True)
 class Kill:
     """Whom to kill: so many seconds after `chunks` more chunks have become durable."""
@@ -71,38 +86,30 @@ class Kill:
     delay: float
 
 
-Listing = Callable[[], list[str]]
-"""Tells the names of the files below an output folder."""
+def names_of(output: Path) -> list[str]:
+    """The files below an output folder."""
+    names = (file.relative_to(output).as_posix() for file in output.rglob("*"))
+    return [name for name in names if name.endswith((".parquet", "_SUCCESS"))]
 
 
-def on_disk(output: Path) -> Listing:
-    return lambda: (
-        [str(p.relative_to(output)) for p in output.rglob("*.parquet")]
-        + [p.name for p in output.glob("_SUCCESS")]
-    )
-
-
-def kill_and_restart(
-    manifest: Path | str, bundle: Path | str, output: Path | str, listing: Listing,
-    kills: list[Kill],
-) -> list[str]:  # fmt: skip
+def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kill]) -> list[str]:
     """Start the command, kill as told, start again; then let it end. Returns what each kill met."""
     met = []
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
         for kill in kills:
-            before = durable(listing())
+            before = durable(names_of(output))
             with started(*arguments(manifest, bundle, output), env=cluster.environment()) as driver:
-                until_durable(listing, before + kill.chunks)
+                until_durable(output, before + kill.chunks)
                 time.sleep(kill.delay)
-                met.append(f"{kill.target} at {durable(listing())} of {CHUNKS} chunks")
+                met.append(f"{kill.target} at {durable(names_of(output))} of {CHUNKS} chunks")
                 if kill.target == "driver":
                     driver.kill()
                 elif kill.target == "worker":
                     killed = cluster.workers("ray::Map")[:1]
                     for worker in killed:
                         worker.kill()
-                    until_durable(listing, durable(listing()) + 4 if killed else 0)
+                    until_durable(output, durable(names_of(output)) + 4 if killed else 0)
                     driver.kill()
                 else:
                     cluster.kill()
@@ -113,9 +120,9 @@ def kill_and_restart(
     return met
 
 
-def until_durable(listing: Listing, chunks: int) -> None:
+def until_durable(output: Path, chunks: int) -> None:
     def reached() -> bool:
-        names = listing()
+        names = names_of(output)
         return durable(names) >= min(CHUNKS, chunks) or "_SUCCESS" in names
 
     wait_for(reached, timeout=300)
@@ -130,89 +137,67 @@ def durable(names: list[str]) -> int:
     return sum(part not in rolled for part in found) + len(parts) * CHUNKS // PARTS
 
 
+@pytest.mark.parametrize(
+    ("place", "targets"),
+    [("disk", ("driver", "cluster")), ("s3", ("worker", "driver"))],
+    indirect=["place"],
+)
 def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
-    photographs: Path, colour_bundle: Path, reference: pa.Table, tmp_path: Path
+    there: tuple[Path, Path, Path], reference: pa.Table, targets: tuple[str, ...]
 ) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    kills = [
-        Kill(target, rng.randrange(1, 15), rng.uniform(0, 0.5))
-        for target in ("driver", "worker", "cluster", "driver", "worker")
-    ]
-    output = tmp_path / "out"
-    met = kill_and_restart(photographs, colour_bundle, output, on_disk(output), kills)
+    kills = [Kill(target, rng.randrange(1, 15), rng.uniform(0, 0.5)) for target in targets]
+    met = kill_and_restart(*there, kills)
     print(f"seed {seed}:", *met, sep="\n  ")
-    assert assert_exactly_once(output, ROWS).equals(reference)
+    assert_as_left_alone(there[2], reference)
 
 
-def random_kills(rng: random.Random, target: str, count: int) -> list[Kill]:
+TARGETS = ("driver", "worker", "cluster", "driver", "worker")
+
+
+def random_kills(rng: random.Random, targets: Sequence[str]) -> list[Kill]:
     """Half of them strike in the first seconds: start-up, planning and resuming."""
     return [
         Kill(target, 0, rng.uniform(0.2, 9))
         if rng.random() < 0.5
         else Kill(target, rng.randrange(1, 40), rng.uniform(0, 1))
-        for _ in range(count)
+        for target in targets
     ]
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("target", ["driver", "worker", "cluster"])
+@pytest.mark.parametrize("targets", [("driver",), ("worker",), ("cluster",), TARGETS])
 def test_twenty_kills_at_random_moments(
-    target: str, photographs: Path, colour_bundle: Path, reference: pa.Table, tmp_path: Path
+    targets: tuple[str, ...], there: tuple[Path, Path, Path], reference: pa.Table
 ) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
+    manifest, bundle, output = there
     met: list[str] = []
     rounds = 0
     while len(met) < 20:
-        kills = random_kills(rng, target, min(5, 20 - len(met)))
+        kills = random_kills(rng, [targets[i % len(targets)] for i in range(5)])
         rounds += 1
-        output = tmp_path / f"out-{rounds}"
-        met += kill_and_restart(photographs, colour_bundle, output, on_disk(output), kills)
-        assert assert_exactly_once(output, ROWS).equals(reference)
+        output = output.parent / f"out-{rounds}"
+        met += kill_and_restart(manifest, bundle, output, kills)
+        assert_as_left_alone(output, reference)
     print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
 
 
-@pytest.mark.chaos
-def test_twenty_kills_at_random_moments_with_everything_on_s3(
-    photographs: Path, colour_bundle: Path, reference: pa.Table, s3: Any, tmp_path: Path
-) -> None:
-    for file in (*photographs.parent.iterdir(), *colour_bundle.iterdir()):
-        s3.upload_file(str(file), BUCKET, f"{file.parent.name}/{file.name}")
-    manifest = url(f"{photographs.parent.name}/{photographs.name}")
-    bundle = url(colour_bundle.name)
-    seed = random.randrange(10**6)
-    rng = random.Random(seed)
-    met: list[str] = []
-    rounds = 0
-    while len(met) < 20:
-        kills = [
-            kill
-            for target in ("driver", "worker", "cluster", "driver", "worker")
-            for kill in random_kills(rng, target, 1)
-        ]
-        rounds += 1
-        output = f"out-{rounds}"
-
-        def listing(prefix: str = f"{output}/") -> list[str]:
-            return [key.removeprefix(prefix) for key in keys(s3, prefix)]
-
-        met += kill_and_restart(manifest, bundle, url(output), listing, kills)
-        found = assert_exactly_once(fetched(s3, output, tmp_path), ROWS)
-        assert found.drop_columns(["error"]).equals(reference.drop_columns(["error"]))
-        assert not [name for name in listing() if name.startswith(("_staging", "_lease"))]
-    print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "place"), [(signal.SIGTERM, "disk"), (signal.SIGINT, "s3")], indirect=["place"]
+)
 def test_a_stopped_run_ends_cleanly_and_resumes(
-    number: signal.Signals, photographs: Path, colour_bundle: Path, reference: pa.Table,
-    cluster: RayCluster, tmp_path: Path,
-) -> None:  # fmt: skip
-    output = tmp_path / "out"
-    command = arguments(photographs, colour_bundle, output)
+    number: signal.Signals,
+    there: tuple[Path, Path, Path],
+    reference: pa.Table,
+    cluster: RayCluster,
+) -> None:
+    output = there[2]
+    command = arguments(*there)
     with started(*command, env=cluster.environment()) as driver:
-        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 3)
+        until_durable(output, 3)
         driver.send_signal(number)
         _, err = driver.communicate(timeout=30)
     assert driver.returncode == 1
@@ -222,14 +207,14 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
     again = imgcls(*command, env=cluster.environment())
     assert again.returncode == 0, again.stderr
     assert "rows are done" in again.stdout
-    assert assert_exactly_once(output, ROWS).equals(reference)
+    assert_as_left_alone(output, reference)
 
 
 def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
-    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+    there: tuple[Path, Path, Path], reference: pa.Table, cluster: RayCluster
 ) -> None:
-    output = tmp_path / "out"
-    command = arguments(photographs, colour_bundle, output)
+    output = there[2]
+    command = arguments(*there)
     env = cluster.environment()
     with started(*command, env=env) as one, started(*command, env=env) as two:
         ended = {name: p.communicate(timeout=240) for name, p in (("one", one), ("two", two))}
@@ -237,30 +222,33 @@ def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
     assert codes == [0, 2], ended
     refused = ended["one" if one.returncode == 2 else "two"][1]
     assert "is at work on it" in refused
-    assert assert_exactly_once(output, ROWS).equals(reference)
+    assert_as_left_alone(output, reference)
 
 
+@pytest.mark.parametrize(
+    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
+)
 def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
-    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+    there: tuple[Path, Path, Path], reference: pa.Table, cluster: RayCluster
 ) -> None:
-    output = tmp_path / "out"
-    command = arguments(photographs, colour_bundle, output)
+    output = there[2]
+    command = arguments(*there)
     # a Ray session of its own: a stopped driver keeps the CPUs of the cluster that it is on
     with started(*command) as zombie:
-        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 3)
+        until_durable(output, 3)
         os.kill(zombie.pid, signal.SIGSTOP)
         for record in (output / "_lease").iterdir():
             # as if the holder were on a machine that cannot be asked whether it is alive
             record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))
         heir = imgcls(*command, env=cluster.environment())
         assert heir.returncode == 0, heir.stderr
-        committed_table = assert_exactly_once(output, ROWS)
+        assert_as_left_alone(output, reference)
+        committed_table = table(output)
         os.kill(zombie.pid, signal.SIGCONT)
         _, err = zombie.communicate(timeout=60)
     assert zombie.returncode == 1
     assert "the lease on the output was lost" in err
-    assert committed_table.equals(reference)
-    assert table(output).equals(reference)
+    assert table(output).equals(committed_table)
     assert committed(output)
 
 
@@ -303,10 +291,10 @@ def test_a_private_ray_session_ends_with_its_driver(
     with started(*arguments(photographs, colour_bundle, output)) as driver:
         wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 1)
         children = psutil.Process(driver.pid).children(recursive=True)
+        servers = [p for p in children if p.name() in ("raylet", "gcs_server")]
         driver.kill()
         driver.wait()
-    servers = [p for p in children if p.pid != driver.pid]
-    _, alive = psutil.wait_procs(servers, timeout=30)
-    assert not [p for p in alive if p.name() in ("raylet", "gcs_server")]
-    for process in alive:
+    gone, alive = psutil.wait_procs(servers, timeout=30)
+    assert (len(gone), alive) == (2, [])
+    for process in children:
         kill_family(process.pid)

@@ -7,27 +7,27 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.conftest import COLOURS, draw
+from tests.conftest import COLOURS, draw, save
 from tests.e2e.outputs import assert_exactly_once
 from tests.processes import RayCluster, imgcls
 
 
 def test_a_folder_per_class_is_a_labelled_manifest(
-    cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+    cluster: RayCluster, placed_bundle: Path, place: Path
 ) -> None:
-    tree = tmp_path / "tree"
+    tree = place / "tree"
     for i in range(12):
         name = list(COLOURS)[i % 3]
         file = tree / name / "deep er" / f"{i:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        draw(name, seed=i).save(file)
+        save(draw(name, seed=i), file)
     (tree / "red" / "notes.txt").write_text("no image")
     done = imgcls(
-        *("predict", "--manifest", tree, "--model", colour_bundle, "--output", tmp_path / "out"),
+        *("predict", "--manifest", tree, "--model", placed_bundle, "--output", place / "out"),
         env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
-    found = assert_exactly_once(tmp_path / "out", 12)
+    found = assert_exactly_once(place / "out", 12)
     paths = found["path"].to_pylist()
     assert paths == sorted(paths)
     assert found["label"].to_pylist() == [path.partition("/")[0] for path in paths]
@@ -36,10 +36,10 @@ def test_a_folder_per_class_is_a_labelled_manifest(
 
 
 def test_a_glob_of_parquet_files_with_columns_of_other_names_is_labelled_in_order(
-    cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+    cluster: RayCluster, placed_bundle: Path, place: Path
 ) -> None:
     for i in range(12):
-        draw("red", seed=i).save(tmp_path / f"{i}.jpg")
+        save(draw("red", seed=i), place / f"{i}.jpg")
     whole = pa.table(
         {
             "id": pa.array(range(12), pa.int16()),
@@ -48,15 +48,16 @@ def test_a_glob_of_parquet_files_with_columns_of_other_names_is_labelled_in_orde
         }
     )
     for start in (8, 0, 4):
-        pq.write_table(whole.slice(start, 4), tmp_path / f"night-{start:02d}.parquet")
+        with (place / f"night-{start:02d}.parquet").open("wb") as stream:
+            pq.write_table(whole.slice(start, 4), stream)
     done = imgcls(
-        *("predict", "--manifest", tmp_path / "night-*.parquet", "--manifest.path-column", "image"),
-        *("--manifest.label-column", "colour", "--model", colour_bundle),
-        *("--output", tmp_path / "out"),
+        *("predict", "--manifest", place / "night-*.parquet", "--manifest.path-column", "image"),
+        *("--manifest.label-column", "colour", "--model", placed_bundle),
+        *("--output", place / "out"),
         env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
-    found = assert_exactly_once(tmp_path / "out", 12)
+    found = assert_exactly_once(place / "out", 12)
     assert found["id"].to_pylist() == list(range(12))
     assert found["image"].to_pylist() == whole["image"].to_pylist()
     assert found.schema.field("image").type == whole.schema.field("image").type

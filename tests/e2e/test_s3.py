@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,11 @@ import pytest
 from tests.conftest import write_manifest
 from tests.data.test_stores import MIX
 from tests.e2e.outputs import assert_exactly_once
-from tests.faults import KINDS, Proxy
-from tests.processes import imgcls, started, wait_for
+from tests.faults import KINDS, Proxy, refusal
+from tests.processes import RayCluster, imgcls, started, wait_for
 from tests.s3 import BUCKET, keys, url
 
 pytestmark = pytest.mark.timeout(900)
-LOCAL = {"RAY_ADDRESS": "local"}
 
 
 def body(s3: Any, key: str) -> bytes:
@@ -30,9 +30,9 @@ def body(s3: Any, key: str) -> bytes:
 
 
 def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
-    s3: Any, tmp_path: Path, colours: Callable[[int], Path]
+    cluster: RayCluster, s3: Any, tmp_path: Path, colours: Callable[..., Path]
 ) -> None:
-    manifest = colours(60)
+    manifest, env = colours(60), cluster.environment()
     for file in (manifest, *(tmp_path / "images").iterdir()):
         s3.upload_file(str(file), BUCKET, str(file.relative_to(tmp_path)))
     train = (
@@ -40,12 +40,14 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
         *("--model.name", "small_cnn", "--model.options", "{width: 8}", "--epochs", 16),
         *("--batch-size", 10, "--augment", "none"),
     )
-    with started(*train, env=LOCAL) as process:
-        wait_for(lambda: any("_train/state-000002." in key for key in keys(s3)), 240)
+    with started(*train, env=env) as process:
+        wait_for(
+            lambda: any("_train/state-000002." in key for key in keys(s3, "bundle/")), 240, every=1
+        )
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert "bundle/bundle.json" not in keys(s3)
-    done = imgcls(*train, env=LOCAL)
+    done = imgcls(*train, env=env)
     assert done.returncode == 0, done.stderr
     assert "going on: epoch " in done.stdout
     assert {"bundle/bundle.json", "bundle/model.safetensors"} <= set(keys(s3))
@@ -55,7 +57,7 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     done = imgcls(
         *("evaluate", "--manifest", url("manifest.csv"), "--model", url("bundle")),
         *("--output", url("out"), "--slice-by", "camera"),
-        env=LOCAL,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     written = set(keys(s3, "out/"))
@@ -77,6 +79,35 @@ def fetched(s3: Any, prefix: str, folder: Path) -> Path:
     return folder / prefix
 
 
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
+    endpoint: str, place: Path, colours: Callable[..., Path], placed_bundle: Path
+) -> None:
+    """No row is written off for it: whose turn it was, is labelled by the run that goes on."""
+    manifest = colours(60, place)
+    given = iter(range(10_000))
+
+    def expired(head: str) -> bytes | None:
+        if not re.match(r"GET \S+/images/", head) or next(given) < 20:
+            return None
+        return refusal(400, "ExpiredToken", "The provided token has expired.")
+
+    with Proxy(endpoint).running() as proxy:
+        words = (
+            *("predict", "--manifest", manifest, "--model", placed_bundle, "--chunk-rows", 5),
+            *("--output", place / "out"),
+        )
+        proxy.says = expired
+        first = imgcls(*words, "--storage.endpoint-url", proxy.url)
+        assert first.returncode == 1, first.stderr
+        assert "access is refused (ExpiredToken); check the credentials" in first.stderr
+        assert "run the same command again to go on from there" in first.stderr
+    again = imgcls(*words)
+    assert again.returncode == 0, again.stderr
+    assert "of 60 rows are done" in again.stdout
+    assert set(assert_exactly_once(place / "out", 60)["status"].to_pylist()) == {"ok"}
+
+
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_network_that_fails_changes_no_row(
     s3: Any,
@@ -88,7 +119,7 @@ def test_a_network_that_fails_changes_no_row(
     seed: int,
 ) -> None:
     """Everything on S3 behind the fault proxy, against the same images labelled from disk."""
-    manifest = colours(120)
+    manifest = colours(80)
     gone = [("images/gone-1.jpg", "red"), ("images/gone-2.jpg", "blue")]
     lines = [tuple(line.split(",")[:2]) for line in manifest.read_text().splitlines()[1:]]
     manifest = write_manifest(tmp_path / "manifest.csv", [*lines, *gone], ("path", "label"))
@@ -103,7 +134,7 @@ def test_a_network_that_fails_changes_no_row(
         *("--output", tmp_path / "disk", *settings),
     )
     assert quiet.returncode == 0, quiet.stderr
-    expected = assert_exactly_once(tmp_path / "disk", 122)
+    expected = assert_exactly_once(tmp_path / "disk", 82)
 
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with Proxy(endpoint, MIX, seed=seed).running() as proxy:
@@ -111,14 +142,14 @@ def test_a_network_that_fails_changes_no_row(
             run = imgcls(
                 *("predict", "--manifest", url("manifest.csv"), "--model", url("bundle")),
                 *("--output", url("out"), *settings, "--storage.endpoint-url", proxy.url),
-                *("--storage.attempt-seconds", 2, "--lease-seconds", 10),
+                *("--storage.attempt-seconds", 1, "--lease-seconds", 10),
             )
             assert run.returncode in (0, 1), run.stderr
             if run.returncode == 0:
                 break
     assert run.returncode == 0, run.stderr
     assert set(proxy.met) == set(KINDS)
-    found = assert_exactly_once(fetched(s3, "out", tmp_path), 122)
+    found = assert_exactly_once(fetched(s3, "out", tmp_path), 82)
     assert found.drop_columns(["error"]).equals(expected.drop_columns(["error"]))
     stored = body(s3, "out/_run.json").decode()
     for hidden in (proxy.url, os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):

@@ -10,7 +10,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,13 +21,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 from PIL import Image
-from safetensors.torch import load_file
+from upath import UPath
 
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints, Standing
-from tests.conftest import write_manifest
+from tests.conftest import copied, save, write_manifest
+from tests.e2e.outputs import parquet
 from tests.processes import BIN, RayCluster, imgcls, kill_family, started, wait_for
+from tests.s3 import bucket, url
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -39,16 +41,34 @@ PATIENCE = 240
 """Seconds for anything to happen on a machine that has other things to do."""
 
 
+@pytest.fixture(scope="module", params=[pytest.param("disk", marks=pytest.mark.slow), "s3"])
+def place(
+    request: pytest.FixtureRequest, endpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Where everything is: a folder on disk, or on an object store."""
+    if request.param == "disk":
+        yield UPath(tmp_path_factory.mktemp("place"))
+        return
+    with pytest.MonkeyPatch.context() as patch, bucket(endpoint, patch):
+        yield UPath(url("place"), use_listings_cache=False)
+
+
+@pytest.fixture
+def output(place: Path, request: pytest.FixtureRequest) -> Path:
+    return place / request.node.name.partition("[")[0] / "bundle"
+
+
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(place: Path) -> Path:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    folder = tmp_path_factory.mktemp("digits")
+    folder = place / "digits"
+    folder.mkdir()
     rows = []
     for i in np.random.default_rng(0).permutation(len(data.target))[: ROWS + VAL_ROWS]:
         pixels = (data.images[i] * 255 / 16).round().astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        save(Image.fromarray(pixels), folder / f"{i}.png")
         rows.append((f"{i}.png", str(data.target[i])))
     write_manifest(folder / "train.csv", rows[:ROWS], ("path", "label"))
     write_manifest(folder / "val.csv", rows[ROWS:], ("path", "label"))
@@ -74,9 +94,9 @@ def left_alone(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> 
 
 
 @pytest.fixture(scope="module")
-def reference(digits: Path, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(digits: Path, cluster: RayCluster, place: Path) -> Path:
     """The bundle of a run that nobody disturbed."""
-    return left_alone(digits, tmp_path_factory.mktemp("reference") / "bundle", cluster, EPOCHS)
+    return left_alone(digits, place / "reference" / "bundle", cluster, EPOCHS)
 
 
 def standing(output: Path) -> Standing:
@@ -116,7 +136,7 @@ class Command:
 
     def until_epoch(self, output: Path, epochs: int) -> None:
         """Wait until so many epochs are saved."""
-        wait_for(lambda: learnt(output) >= epochs or self.has_ended, PATIENCE)
+        wait_for(lambda: learnt(output) >= epochs or self.has_ended, PATIENCE, every=0.5)
         assert not self.has_ended, self.errors
 
     @property
@@ -140,7 +160,9 @@ def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
     """A whole bundle, the same curves, the same weights, nothing of the way there."""
     names = {path.name for path in output.iterdir()}
     assert names == {path.name for path in reference.iterdir()}
-    here, there = (pd.read_parquet(folder / "history.parquet") for folder in (output, reference))
+    here, there = (
+        parquet(folder / "history.parquet").to_pandas() for folder in (output, reference)
+    )
     assert here.epoch.tolist() == there.epoch.tolist()
     assert set(here.train_rows) == {ROWS}
     assert set(here.val_rows) == {VAL_ROWS}
@@ -148,12 +170,16 @@ def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
         np.testing.assert_allclose(here[column], there[column], rtol=1e-4, err_msg=column)
     for column in ("train_accuracy", "val_accuracy"):
         np.testing.assert_allclose(here[column], there[column], atol=2 / VAL_ROWS, err_msg=column)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, reference))
+    ours, theirs = (
+        safetensors.torch.load((folder / "model.safetensors").read_bytes())
+        for folder in (output, reference)
+    )
     for key in theirs:
         np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-4, err_msg=key)
-    rows = pd.read_csv(digits / "val.csv", dtype=str)
+    with (digits / "val.csv").open() as stream:
+        rows = pd.read_csv(stream, dtype=str)
     classifier = Classifier.load(str(output), precision="fp32")
-    predictions = classifier.predict([digits / path for path in rows.path])
+    predictions = classifier.predict([str(digits / path) for path in rows.path])
     right = sum(p.label == label for p, label in zip(predictions, rows.label, strict=True))
     best = there.val_accuracy[there.val_loss.idxmin()]
     assert right / VAL_ROWS == pytest.approx(best, abs=2 / VAL_ROWS)
@@ -161,9 +187,8 @@ def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
-    digits: Path, reference: Path, cluster: RayCluster, tmp_path: Path
+    digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:
-    output = tmp_path / "bundle"
     with Command.running(arguments(digits, output), cluster) as command:
         command.until_epoch(output, 2)
         workers = cluster.workers("RayTrainWorker")
@@ -180,9 +205,9 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
 
 
 @pytest.fixture(scope="module")
-def broken_off(digits: Path, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def broken_off(digits: Path, cluster: RayCluster, place: Path) -> Path:
     """The output of a run whose driver was killed between two epochs, or within one."""
-    output = tmp_path_factory.mktemp("broken-off") / "bundle"
+    output = place / "broken-off" / "bundle"
     with Command.running(arguments(digits, output), cluster) as command:
         command.until_epoch(output, 2)
         command.process.kill()
@@ -194,10 +219,9 @@ def broken_off(digits: Path, cluster: RayCluster, tmp_path_factory: pytest.TempP
 
 
 def test_a_killed_driver_loses_no_epoch(
-    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, tmp_path: Path
+    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
 ) -> None:
-    output = tmp_path / "bundle"
-    shutil.copytree(broken_off, output)
+    copied(broken_off, output)
     done = learnt(output)
     leftover = output / "_train" / "ray" / "0123456789ab"
     leftover.mkdir(parents=True)
@@ -210,9 +234,8 @@ def test_a_killed_driver_loses_no_epoch(
 
 
 def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
-    digits: Path, reference: Path, cluster: RayCluster, tmp_path: Path
+    digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:
-    output = tmp_path / "bundle"
     with Command.running(arguments(digits, output), cluster) as command:
         command.until_epoch(output, 2)
         command.process.send_signal(signal.SIGTERM)
@@ -236,10 +259,9 @@ def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
 
 
 def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
-    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, tmp_path: Path
+    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
 ) -> None:
-    output = tmp_path / "bundle"
-    shutil.copytree(broken_off, output)
+    copied(broken_off, output)
     newest, before, *_ = Checkpoints(str(output)).saved()
     state = output / "_train" / f"state-{newest.number:06d}.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
@@ -275,9 +297,8 @@ def machine(cluster: RayCluster, cpus: int) -> Iterator[subprocess.Popen[bytes]]
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
-    digits: Path, tmp_path: Path
+    digits: Path, output: Path
 ) -> None:
-    output = tmp_path / "bundle"
     epochs = 400
     words = [*arguments(digits, output, epochs), "--scale.num-workers", "[1, 2]"]
 
@@ -306,16 +327,15 @@ def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, output: Path) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     print(f"seed {seed}", flush=True)
-    output = tmp_path / "bundle"
     targets = ["driver", "worker", "cluster", "driver", "worker", "cluster"]
     rng.shuffle(targets)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
-        alone = left_alone(digits, tmp_path / "alone", cluster, LONG)
+        alone = left_alone(digits, output.parent / "alone", cluster, LONG)
         began = time.monotonic()
         words = arguments(digits, output, LONG)
         for target in targets:
