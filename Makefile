@@ -16,9 +16,8 @@ venv: $(STAMP)  ## create .venv and install the package with its development too
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
-	@echo "installing imgcls[dev,demo,bench] into .venv (the first time takes minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[dev,demo,bench]'
+	@echo "installing imgcls[dev,demo] into .venv (the first time takes minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
 demo: venv  ## train, label and measure on a small data set, on this machine
@@ -36,7 +35,8 @@ test-slow: venv  ## what takes too long for every change
 test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_TEST_S3_ENDPOINT names
 	$(BIN)/pytest -m "not chaos" -k "s3 or test_stores or test_listing" --timeout 1200
 
-bench: venv  ## measure labelling, training and evaluation on this machine
+bench: venv  ## measure this machine's limits, labelling beside other tools, training, evaluation
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.labeling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.evaluation

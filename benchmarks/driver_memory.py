@@ -86,7 +86,7 @@ class SimulatedWorker:
 
 
 def child(rows: int) -> None:
-    from benchmarks.labeling import make_bundle
+    from benchmarks.workloads import make_bundle
     from imgcls.data.manifest import ManifestConfig
     from imgcls.labeling import pipeline
     from imgcls.labeling.predict import PredictConfig, predict

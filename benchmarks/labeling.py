@@ -1,71 +1,104 @@
-"""Labelling speed beside this machine's limit and the pattern that Ray Data's documentation shows.
+"""Labelling speed beside this machine's limits, and beside the tools that people use otherwise.
 
-    python benchmarks/labeling.py [--rows 4000] [--repeats 3] [--images FOLDER]
+    python -m benchmarks.labeling [--models resnet18] [--images imagenet] [--rows 4000]
+                                  [--repeats 3] [--peers all]
 
-Three things are measured over the same images, in turn, in one run, and reported as medians:
-  limit   decode and forward in bare processes, one per core, no Ray, no files written
-  imgcls  `imgcls predict` as a user runs it; with start-up, and after it
-  ray     the documented Ray Data pattern: map with Pillow and float32 tensors, then a float32 actor
-The model is ResNet-18 at 224 with random weights; what it predicts does not matter here.
+Over the same files, in turn, in one run, and reported as medians, in images per second:
+  limits  decoding alone by each route, the network alone, both together, in bare processes
+  imgcls  `imgcls predict` as a user runs it; the whole command, and after start-up
+  peers   Ray Data, Daft, timm, a DataLoader loop and Hugging Face's pipeline, each as documented
+          and tuned to the same precision; the whole program, from its imports to its output
+The networks have random weights: what they predict does not matter here. Prints a table, and leaves
+a bar chart and a Parquet file with a description of the machine in bench-results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import datetime
+import importlib.metadata
 import json
-import multiprocessing
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-CORES = len(os.sched_getaffinity(0))
-SAMPLE = (
-    Path(os.environ.get("IMGCLS_SHARED", Path(__file__).parents[2] / "shared"))
-    / "data"
-    / "imagenet-sample"
-    / "images"
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks import limits, peers
+from benchmarks.workloads import (
+    CORES,
+    KINDS,
+    SAMPLE,
+    make_bundle,
+    make_images,
+    mean_size,
+    read_manifest,
+    write_manifest,
 )
+
+RESULTS = Path("bench-results")
+LIMIT, STEADY, WHOLE = "limit: both", "imgcls, after start-up", "imgcls, whole job"
 
 
 def main() -> None:
     options = parse()
-    print(f"{platform.processor() or platform.machine()}, {CORES} cores; {options.rows:,} rows")
     with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as name:
-        folder = Path(name)
-        manifest = write_manifest(folder, options.images, options.rows)
-        bundle = make_bundle(folder, options.model)
-        measured: dict[str, list[float]] = {}
-        for repeat in range(options.repeats):
-            limit = measure_limit(bundle, manifest)
-            whole, steady = measure_imgcls(bundle, manifest, folder / f"out-{repeat}")
-            note(measured, "limit: decode + forward in bare processes", limit)
-            note(measured, "imgcls, after start-up", steady)
-            note(measured, "imgcls, whole job", whole)
-            if repeat < options.peer_repeats:
-                peer = measure_ray_data(options.model, manifest, folder / f"ray-{repeat}")
-                note(measured, "documented Ray Data pattern, whole job", peer)
-    report(measured)
+        for model in options.models:
+            for kind in options.images:
+                folder = Path(name) / f"{model}-{kind}"
+                folder.mkdir()
+                measure(model, kind, folder, options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", default=["resnet18"])
+    parser.add_argument("--images", nargs="+", default=["imagenet"], choices=KINDS)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-repeats", type=int, default=1, help="the pattern takes minutes")
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--images", type=Path, default=SAMPLE)
+    parser.add_argument("--peers", nargs="*", default=["all"], help="all, or names of peers")
+    parser.add_argument("--peer-repeats", type=int, default=1, help="some take minutes")
+    parser.add_argument("--source", type=Path, default=SAMPLE, help="a folder of photographs")
     options = parser.parse_args()
-    if not options.images.is_dir():
-        parser.error(f"no folder {options.images}; name one of photographs with --images")
+    if not options.source.is_dir():
+        parser.error(f"no folder {options.source}; name one of photographs with --source")
+    unknown = set(options.peers) - {"all", *peers.PEERS}
+    if unknown:
+        parser.error(f"no peer {unknown.pop()!r}; there are {', '.join(peers.PEERS)}")
     return options
+
+
+def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) -> None:
+    images = make_images(kind, options.source, folder)
+    manifest = write_manifest(folder, images, options.rows)
+    bundle = make_bundle(folder, model)
+    print(
+        f"{model}, {kind} images of {mean_size(images) / 1000:.0f} KB, {options.rows:,} rows; "
+        f"{processor()}, {CORES} cores",
+        flush=True,
+    )
+    names = list(peers.PEERS) if "all" in options.peers else options.peers
+    measured: dict[str, list[float]] = {}
+    for repeat in range(options.repeats):
+        for what in limits.WHAT:
+            if repeat and what != "both":
+                continue
+            note(measured, f"limit: {what}", limits.measure(what, bundle, manifest))
+        whole, steady = measure_imgcls(bundle, manifest, folder / f"out-{repeat}")
+        note(measured, STEADY, steady)
+        note(measured, WHOLE, whole)
+        for name in names if repeat < options.peer_repeats else ():
+            rate = measure_peer(name, model, manifest, folder / f"{name}-{repeat}")
+            if rate is not None:
+                note(measured, name, rate)
+    report(measured)
+    keep(measured, model, kind, options.rows)
 
 
 def note(measured: dict[str, list[float]], name: str, value: float) -> None:
@@ -75,79 +108,63 @@ def note(measured: dict[str, list[float]], name: str, value: float) -> None:
 
 def report(measured: dict[str, list[float]]) -> None:
     medians = {name: statistics.median(values) for name, values in measured.items()}
-    limit, steady, whole, *peer = medians.values()
-    print(f"\n{'median':<47} {'images/s':>10} {'of limit':>10}")
+    limit, whole = medians[LIMIT], medians[WHOLE]
+    print(f"\n{'median':<35} {'images/s':>10} {'of the limit':>13} {'imgcls is':>11}")
     for name, value in medians.items():
-        print(f"{name:<47} {value:>10.1f} {value / limit:>10.0%}")
-    print(f"\nimgcls after start-up / limit           {steady / limit:.2f}   (at least 0.80)")
-    if peer:
-        print(f"imgcls whole job / documented pattern    {whole / peer[0]:.2f}   (at least 3.5)")
+        ratio = f"{whole / value:9.2f} x" if name in peers.PEERS else ""
+        print(f"{name:<35} {value:>10.1f} {value / limit:>13.0%} {ratio:>11}")
+    print("imgcls as a whole job beside each peer as a whole program\n", flush=True)
 
 
-def write_manifest(folder: Path, images: Path, rows: int) -> Path:
-    files = sorted(str(p.absolute()) for p in images.rglob("*") if p.is_file())
-    manifest = folder / "manifest.csv"
-    with manifest.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["path"])
-        writer.writerows([files[i % len(files)]] for i in range(rows))
-    return manifest
-
-
-def make_bundle(folder: Path, model: str) -> Path:
-    import torch
-
-    from imgcls.models import zoo
-    from imgcls.models.bundle import BundleSpec, save_bundle
-
-    torch.manual_seed(0)
-    architecture = zoo.architecture(model)
-    spec = BundleSpec(
-        architecture=architecture,
-        classes=[f"class {i}" for i in range(1000)],
-        preprocess=zoo.default_preprocess(architecture),
+def keep(measured: dict[str, list[float]], model: str, kind: str, rows: int) -> None:
+    """A Parquet file of all measurements and a bar chart of their medians."""
+    RESULTS.mkdir(exist_ok=True)
+    machine = {
+        "processor": processor(), "cores": CORES, "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("ray", "torch", "torchvision")},
+    }  # fmt: skip
+    table = pa.table(
+        {
+            "name": [name for name, values in measured.items() for _ in values],
+            "images_per_second": [value for values in measured.values() for value in values],
+        }
     )
-    save_bundle(str(folder / "bundle"), spec, zoo.build(architecture, 1000).state_dict())
-    return folder / "bundle"
+    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    told = {"model": model, "images": kind, "rows": rows, "measured": stamp, **machine}
+    table = table.replace_schema_metadata({"imgcls.benchmark": json.dumps(told)})
+    place = RESULTS / f"labeling-{model}-{kind}"
+    pq.write_table(table, place.with_suffix(".parquet"))
+    draw(measured, f"{model}, {kind} images, {CORES} cores", place.with_suffix(".png"))
+    print(f"kept in {place}.parquet and .png\n")
 
 
-def measure_limit(bundle: Path, manifest: Path) -> float:
-    """Images per second of one bare process per core, start-up and warm-up left out."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(CORES + 1)
-    arguments = [(bundle, manifest, index, barrier) for index in range(CORES)]
-    processes = [context.Process(target=bare_worker, args=a) for a in arguments]
-    for process in processes:
-        process.start()
-    barrier.wait()
-    start = time.perf_counter()
-    for process in processes:
-        process.join()
-    return sum(1 for _ in manifest.open()) / (time.perf_counter() - start)
+def draw(measured: dict[str, list[float]], title: str, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    shown = {
+        name: statistics.median(values)
+        for name, values in measured.items()
+        if "alone" not in name and not name.startswith(("limit: decode", "limit: forward"))
+    }
+    figure = Figure(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
+    axis = figure.subplots()
+    colours = [
+        "0.6" if name == LIMIT else "tab:blue" if name.startswith("imgcls") else "tab:orange"
+        for name in shown
+    ]
+    bars = axis.barh(list(shown), list(shown.values()), color=colours)
+    axis.bar_label(bars, fmt="%.0f", padding=3)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set(xlabel="images per second", title=title)
+    figure.savefig(file, dpi=120)
 
 
-def bare_worker(bundle: Path, manifest: Path, index: int, barrier: Barrier) -> None:
-    import numpy as np
-    import torch
-
-    from imgcls.data import images
-    from imgcls.models.classifier import Classifier
-
-    torch.set_num_threads(1)
-    classifier = Classifier.load(str(bundle))
-    with manifest.open(newline="") as stream:
-        paths = [row["path"] for row in csv.DictReader(stream)][index::CORES]
-
-    def run(batch: list[str]) -> None:
-        pixels = [
-            images.decode(Path(path).read_bytes(), classifier.preprocess)[0] for path in batch
-        ]
-        classifier.classify(np.stack(pixels))
-
-    run(paths[:32])
-    barrier.wait()
-    for start in range(0, len(paths), 32):
-        run(paths[start : start + 32])
+def processor() -> str:
+    with Path("/proc/cpuinfo").open() as stream:
+        names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def measure_imgcls(bundle: Path, manifest: Path, output: Path) -> tuple[float, float]:
@@ -163,47 +180,17 @@ def measure_imgcls(bundle: Path, manifest: Path, output: Path) -> tuple[float, f
     return success["rows"] / whole, success["steady_images_per_second"]
 
 
-def measure_ray_data(model: str, manifest: Path, output: Path) -> float:
+def measure_peer(name: str, model: str, manifest: Path, output: Path) -> float | None:
+    """Images per second of a peer's whole program; None, and a line, when it did not end well."""
+    command = [sys.executable, "-m", "benchmarks.peers", name, model, str(manifest), str(output)]
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--ray-data", model, str(manifest), str(output)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return sum(1 for _ in manifest.open()) / (time.perf_counter() - start)
-
-
-def ray_data_pattern(model: str, manifest: str, output: str) -> None:
-    """Offline image classification as docs.ray.io shows it, written for one machine of CPUs."""
-    import numpy as np
-    import ray
-    import torch
-    import torchvision
-    from PIL import Image
-
-    transform = torchvision.models.get_model_weights(model).DEFAULT.transforms()
-
-    def preprocess(row: dict[str, Any]) -> dict[str, Any]:
-        image = Image.open(row["path"]).convert("RGB")
-        return {"path": row["path"], "image": transform(image).numpy()}
-
-    class Predictor:
-        def __init__(self) -> None:
-            self.model = torchvision.models.get_model(model, weights=None).eval()
-
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            with torch.inference_mode():
-                logits = self.model(torch.from_numpy(np.stack(batch["image"])))
-            return {"path": batch["path"], "predicted": logits.argmax(1).numpy()}
-
-    ray.init(num_cpus=CORES, include_dashboard=False)
-    (
-        ray.data.read_csv(manifest)
-        .map(preprocess)
-        .map_batches(Predictor, compute=ray.data.ActorPoolStrategy(size=1), batch_size=32)
-        .write_parquet(output)
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    took = time.perf_counter() - start
+    if done.returncode:
+        print(f"  {name:<45} failed: {(done.stderr.strip() or '?').splitlines()[-1]}", flush=True)
+        return None
+    return len(read_manifest(manifest)) / took
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--ray-data"]:
-        ray_data_pattern(*sys.argv[2:])
-    else:
-        main()
+    main()

@@ -37,7 +37,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.labeling import CORES, SAMPLE, make_bundle, measure_imgcls
+from benchmarks.labeling import measure_imgcls
+from benchmarks.workloads import CORES, SAMPLE, make_bundle
 from tests.evaluation.runs import commit
 
 BUCKET = "photos"

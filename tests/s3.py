@@ -24,7 +24,8 @@ from werkzeug.serving import make_server
 from imgcls.data import stores
 
 REPOSITORY = Path(__file__).parent.parent
-BUCKET = "imgcls-tests"
+BUCKET = "-".join(["imgcls-tests", *filter(None, [os.environ.get("PYTEST_XDIST_WORKER")])])
+"""Of its own for every test process: a real store is the same one to all."""
 REAL = os.environ.get("IMGCLS_TEST_S3_ENDPOINT")
 
 

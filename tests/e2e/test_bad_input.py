@@ -27,6 +27,9 @@ from tests.e2e.outputs import assert_exactly_once, parquet, success
 from tests.processes import REPOSITORY, RayCluster, imgcls
 from tests.s3 import REAL
 
+LONGEST = {True: "a" * 251, False: "a" * 150}
+"""A disk's names end at 255 bytes; Ceph over objects in memory refuses keys of 260."""
+
 WRITE_ONLY = Path("/proc/sys/vm/drop_caches")
 """The kernel refuses to read it even to root, whom file modes do not bind."""
 
@@ -132,7 +135,7 @@ def fill_with_odd_but_good(zoo: Zoo) -> None:
         "фото 🐈.png", "e\u0301.png", "\u00e9.png", "spa ce.png", " lead and trail ",
         "per%20cent.png", "100%.png", "ha#sh.png", "que?ry=1&x.png", "st*r.png", "[bracket].png",
         "com,ma.png", 'quo"te.png', "new\nline.png", "back\\slash.png", "-dash.png", "~tilde",
-        "$HOME.png", "semi;colon.png", "a" * 251 + ".png", "no extension", "wrong.txt",
+        "$HOME.png", "semi;colon.png", LONGEST[zoo.on_disk] + ".png", "no extension", "wrong.txt",
         ".hidden.png", "s3:/not a url.png",
     ):  # fmt: skip
         if "\n" in name and not zoo.on_disk and REAL is None:
@@ -196,7 +199,6 @@ def fill_with_bad(zoo: Zoo) -> None:
     zoo.add("foo://x", "unreadable")
     zoo.add("http://[", "unreadable")
     zoo.add("data:,", "empty")
-    zoo.add("b" * 300, "unreadable" if zoo.on_disk else "missing")
     if zoo.on_disk:
         fill_with_what_only_disks_hold(zoo, good)
 
@@ -204,6 +206,7 @@ def fill_with_bad(zoo: Zoo) -> None:
 def fill_with_what_only_disks_hold(zoo: Zoo, good: bytes) -> None:
     zoo.add(".", "unreadable")
     zoo.add("deep", "unreadable")
+    zoo.add("b" * 300, "unreadable")
     (zoo.folder / "dangling.png").symlink_to(zoo.folder / "gone.png")
     zoo.add("dangling.png", "missing")
     (zoo.folder / "loop.png").symlink_to(zoo.folder / "loop.png")

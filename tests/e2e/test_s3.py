@@ -29,6 +29,7 @@ def body(s3: Any, key: str) -> bytes:
     return data
 
 
+@pytest.mark.slow  # its parts are tested elsewhere; this is the whole way in one bucket
 def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     cluster: RayCluster, s3: Any, tmp_path: Path, colours: Callable[..., Path]
 ) -> None:
@@ -81,7 +82,11 @@ def fetched(s3: Any, prefix: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
-    endpoint: str, place: Path, colours: Callable[..., Path], placed_bundle: Path
+    endpoint: str,
+    cluster: RayCluster,
+    place: Path,
+    colours: Callable[..., Path],
+    placed_bundle: Path,
 ) -> None:
     """No row is written off for it: whose turn it was, is labelled by the run that goes on."""
     manifest = colours(60, place)
@@ -98,11 +103,11 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
             *("--output", place / "out"),
         )
         proxy.says = expired
-        first = imgcls(*words, "--storage.endpoint-url", proxy.url)
+        first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr
         assert "run the same command again to go on from there" in first.stderr
-    again = imgcls(*words)
+    again = imgcls(*words, env=cluster.environment())
     assert again.returncode == 0, again.stderr
     assert "of 60 rows are done" in again.stdout
     assert set(assert_exactly_once(place / "out", 60)["status"].to_pylist()) == {"ok"}
