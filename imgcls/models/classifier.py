@@ -22,6 +22,7 @@ from imgcls.data.images import Pixels
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_weights
+from imgcls.models.fold import folded
 from imgcls.models.normalise import Normalise
 
 
@@ -75,7 +76,7 @@ class Classifier:
             first = " ".join(str(error).split())[:300]
             raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
         self._dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        network = network.eval().to(self.device, self._dtype)
+        network = folded(network.eval()).to(self.device, self._dtype)
         self._network = network.to(memory_format=torch.channels_last)
         if self.precision == "bf16":
             _finish_in_fp32(self._network)

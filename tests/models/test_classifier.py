@@ -22,7 +22,7 @@ from imgcls.data import images
 from imgcls.errors import BundleError, NotAnImage, StorageMissing
 from imgcls.models import classifier as classifier_module
 from imgcls.models import zoo
-from imgcls.models.bundle import BundleSpec, save_bundle
+from imgcls.models.bundle import BundleSpec, load_weights, save_bundle
 from imgcls.models.classifier import Classifier, choose_precision, top_k_of
 from tests.conftest import COLOURS, draw
 
@@ -65,7 +65,7 @@ def plain(
     network = zoo.build(spec.architecture, len(spec.classes)).eval()
     network.load_state_dict(
         {k: v.float() if v.is_floating_point() else v
-         for k, v in classifier._network.state_dict().items()}
+         for k, v in load_weights(classifier.bundle).items()}
     )  # fmt: skip
     inputs = normalize(
         torch.from_numpy(batch).float() / 255, spec.preprocess.mean, spec.preprocess.std
@@ -271,7 +271,7 @@ def test_an_image_that_cannot_be_used_is_an_error_here(small: Classifier, tmp_pa
 
 def test_a_bundle_whose_weights_do_not_fit_is_refused(tmp_path: Path, small: Classifier) -> None:
     spec = small.bundle.spec.model_copy(update={"classes": ["a", "b"]})
-    save_bundle(str(tmp_path / "b"), spec, small._network.state_dict())
+    save_bundle(str(tmp_path / "b"), spec, load_weights(small.bundle))
     with pytest.raises(BundleError, match=r"the weights do not fit: .*head"):
         Classifier.load(str(tmp_path / "b"))
 
