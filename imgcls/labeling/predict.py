@@ -332,6 +332,7 @@ class _Run:
         added = names.prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
+            embedding=_embedding_width(self.bundle) if spec.embeddings else None,
         )
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
@@ -481,6 +482,13 @@ class _Counting:
                 self._counting.discard(task)
                 if part is not None and book is not None:
                     book.rolled_up(part)
+
+
+def _embedding_width(bundle: Bundle) -> int:
+    from imgcls.models import zoo  # and torch, which no other step of the driver needs
+
+    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
+    return zoo.embedding_width(network)
 
 
 def dated(output: str, date: datetime.date | None) -> str:

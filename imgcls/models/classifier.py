@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -92,9 +92,7 @@ class Classifier:
     @property
     def embedding_width(self) -> int:
         """E, the length of an embedding."""
-        _, head = zoo.head(self._network)
-        width = head.in_features if isinstance(head, nn.Linear) else head.in_channels
-        return cast(int, width)
+        return zoo.embedding_width(self._network)
 
     @classmethod
     def load(cls, url: str, **options: Any) -> Classifier:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -230,6 +230,13 @@ def head(network: nn.Module) -> tuple[str, nn.Module]:
     if not candidates:
         raise BundleError(f"{type(network).__name__}: no final linear or convolution layer found")
     return candidates[-1]
+
+
+def embedding_width(network: nn.Module) -> int:
+    """E, the length of the network's embedding."""
+    _, layer = head(network)
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return cast(int, width)
 
 
 def _outputs(module: nn.Module) -> int | None:

@@ -52,12 +52,6 @@ class Head:
     val_error: float
 
 
-def width(network: nn.Module) -> int:
-    """E, the length of an embedding."""
-    _, head = zoo.head(network)
-    return head.in_features if isinstance(head, nn.Linear) else cast("nn.Conv2d", head).in_channels
-
-
 @torch.no_grad()
 def features(learner: Learner, batches: Iterator[Batch], views: int) -> Features:
     """Inputs of the head, averaged over space, for a worker's share of a split.
@@ -69,7 +63,7 @@ def features(learner: Learner, batches: Iterator[Batch], views: int) -> Features
     gentle = Augment(AugmentConfig(preset="light"), size=size, num_classes=1)
     _, head = zoo.head(network)
     caught: list[torch.Tensor] = []
-    found = [torch.zeros(0, width(network), device=learner.place.device)]
+    found = [torch.zeros(0, zoo.embedding_width(network), device=learner.place.device)]
     labels = [torch.zeros(0, dtype=torch.int64, device=learner.place.device)]
     hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:

@@ -77,6 +77,15 @@ def test_every_row_is_labelled_and_the_columns_come_through(
     assert again.returncode == 0
     assert "committed before" in again.stdout
 
+    quiet = place / "quiet"
+    nothing = predict(
+        *(*arguments[:4], "--output", quiet, "--since", output),
+        *("--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4),
+    )
+    assert nothing.returncode == 0, nothing.stderr
+    assert parquet(quiet / "predictions").num_rows == 0
+    assert parquet(quiet / "predictions").schema == found.schema
+
     other = predict(*arguments, "--top-k", 3)
     assert other.returncode == 2
     assert "settings.top_k: 2 then, 3 now" in other.stderr
