@@ -126,6 +126,9 @@ def run(name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"imgcls {name}: stopped", file=sys.stderr, flush=True)
         return 1
+    finally:
+        if "imgcls.cluster" in sys.modules:
+            sys.modules["imgcls.cluster"].leave()
     return 0
 
 

@@ -7,6 +7,7 @@ what `RAY_ADDRESS` and `RAY_AUTH_MODE` say is obeyed and never changed here.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import queue
@@ -47,15 +48,33 @@ def connect() -> None:
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = _address()
-    with _hushed(), _keeping_memory() if address == "local" else contextlib.nullcontext():
+    private = address == "local"
+    # Ray Data imports it next; Ray's own processes take two seconds to start in the meantime
+    threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
+    with _hushed(), _keeping_memory() if private else contextlib.nullcontext():
         ray.init(
             address,
             logging_level=logging.WARNING,
             log_to_driver=False,
             include_dashboard=False,
         )
+    _Session.private = private
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+
+
+def leave() -> None:
+    """End the private session that `connect` has started; a cluster that was joined stays.
+
+    At the interpreter's exit Ray does so too, a second and a half later: it waits for messages that
+    are shown nowhere here, and for its autoscaler, which in a private session has nothing to do and
+    does not heed SIGTERM.
+    """
+    if _Session.private and ray.is_initialized():
+        node: Any = ray._private.worker._global_node
+        node.kill_monitor(check_alive=False)
+        ray.shutdown()
+    _Session.private = False
 
 
 def keep_memory() -> dict[str, Any]:
@@ -69,13 +88,13 @@ def keep_memory() -> dict[str, Any]:
     Empty in a private session that `connect` has started: all its processes are like that, and
     those that wait for work need not be started anew.
     """
-    if _Session.keeps_memory:
+    if _Session.private:
         return {}
     return {"env_vars": {name: os.environ.get(name, value) for name, value in _GLIBC.items()}}
 
 
 class _Session:
-    keeps_memory = False
+    private = False
 
 
 @contextlib.contextmanager
@@ -88,7 +107,6 @@ def _keeping_memory() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
-    _Session.keeps_memory = True
 
 
 _GLIBC = {

@@ -36,7 +36,7 @@ def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
     # each chunk's result leaves its worker at once, not when the block that it came in is done
     context.target_max_block_size = 1
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_arrow(blocks_of(work, layout.workers))
+        dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
         for stage in _stages(spec, layout, len(work)):
             dataset = stage(dataset)
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -36,7 +36,7 @@ from imgcls.errors import (
     StorageForbidden,
     StorageMissing,
 )
-from imgcls.labeling import finish, gates, ledger, pipeline
+from imgcls.labeling import finish, gates, ledger
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
 from imgcls.labeling.ledger import Ledger
@@ -364,6 +364,10 @@ class _Run:
             return
         if self.config.scale.workers is None:
             layout = layout.for_rows(total - done)
+        from imgcls.labeling import (
+            pipeline,  # and Ray Data: half a second, only where there is work
+        )
+
         progress = Progress(total, done, self.config.progress_seconds)
         try:
             receipts = pipeline.run(spec, layout, todo)

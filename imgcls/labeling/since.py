@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -104,6 +103,8 @@ class Keys:
     """Tables on disk of which rows are known, and which of them is the newest of its image."""
 
     def __init__(self, folder: str) -> None:
+        import duckdb  # a tenth of a second, only where it is asked for
+
         self.db = duckdb.connect(str(Path(folder) / "keys.duckdb"))
         self.db.execute(f"SET memory_limit = '{_MEMORY}'")
         self.db.execute(f"SET temp_directory = '{folder}/spilled'")

@@ -23,6 +23,7 @@ from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_weights
 from imgcls.models.fold import folded
+from imgcls.models.fuse import fused
 from imgcls.models.normalise import Normalise
 
 
@@ -78,6 +79,9 @@ class Classifier:
         self._dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         network = folded(network.eval()).to(self.device, self._dtype)
         self._network = network.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu" and not compile:
+            _, last = zoo.head(self._network)
+            self._network = fused(self._network, self.preprocess.crop, spare=last)
         if self.precision == "bf16":
             _finish_in_fp32(self._network)
         self._normalise = Normalise(self.preprocess, self.device)

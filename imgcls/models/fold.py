@@ -18,9 +18,8 @@ def folded(network: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    try:
-        traced = fx.symbolic_trace(network)
-    except Exception:  # noqa: BLE001  whatever its code raises when it meets no tensor
+    traced = followed(network)
+    if traced is None:
         return network
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
@@ -35,6 +34,16 @@ def folded(network: nn.Module) -> nn.Module:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def followed(network: nn.Module) -> fx.GraphModule | None:
+    """The network as a graph of its steps; None when that depends on what it is shown."""
+    if isinstance(network, fx.GraphModule):
+        return network
+    try:
+        return fx.symbolic_trace(network)
+    except Exception:  # noqa: BLE001  whatever its code raises when it meets no tensor
+        return None
 
 
 def _folds_into(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

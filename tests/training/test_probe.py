@@ -182,7 +182,7 @@ def batches(side: int = SIDE) -> list[Batch]:
 def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
     made = learner(build())
     found = probe.features(made, iter(batches()), 1)
-    assert tuple(found.inputs.shape) == (7, probe.width(made.network))
+    assert tuple(found.inputs.shape) == (7, zoo.embedding_width(made.network))
     assert found.labels.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
     _, head = zoo.head(made.network)
     made.judged.eval()
@@ -222,7 +222,7 @@ def test_a_worker_without_an_image_has_no_features() -> None:
         yield batches()[1]
 
     found = probe.features(made, nothing(), 2)
-    assert tuple(found.inputs.shape) == (0, probe.width(made.network))
+    assert tuple(found.inputs.shape) == (0, zoo.embedding_width(made.network))
     assert len(found.labels) == 0
 
 
@@ -230,7 +230,7 @@ def test_a_worker_without_an_image_has_no_features() -> None:
 def test_an_installed_head_is_the_networks_own(build: Any) -> None:
     made = learner(build())
     found = probe.features(made, iter(batches()), 1)
-    width = probe.width(made.network)
+    width = zoo.embedding_width(made.network)
     head = Head(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
     probe.install(made.network, head)
     made.network.eval()
