@@ -41,7 +41,6 @@ class Node:
 
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a private one on this machine."""
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
     # Ray's core prints a false alarm for every actor pool; what matters reaches us as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if ray.is_initialized():
@@ -61,6 +60,11 @@ def connect() -> None:
     _Session.private = private
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+
+
+def hush_data() -> None:
+    """Have Ray Data raise its errors without logging them too; once it is imported, not before."""
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def leave() -> None:

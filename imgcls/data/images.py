@@ -69,8 +69,8 @@ def decode(
     """Decode one image to the model's input size.
 
     data: the file's bytes
-    Returns (3, crop, crop) uint8 RGB, and the (width, height) in pixels that a viewer would show,
-    before resizing and after EXIF orientation.
+    Returns (3, crop, crop) uint8 RGB, channels last in memory, and the (width, height) in pixels
+    that a viewer would show, before resizing and after EXIF orientation.
     Raises EmptyImage, TruncatedImage, NotAnImage, ImageTooLarge or ImageError.
     """
     image, orientation, shown = _read_header(data, max_pixels)
@@ -246,7 +246,7 @@ def _resized_pillow(
         _PILLOW_FILTER[spec.interpolation],
         box=(x[0], y[0], x[1], y[1]),
     )
-    return _placed(np.asarray(kept).transpose(2, 0, 1), resized, spec)
+    return _placed(np.asarray(kept), resized, spec)
 
 
 def _span(
@@ -269,7 +269,7 @@ def _resized_tensor(tensor: torch.Tensor, shown: tuple[int, int], spec: Preproce
     resized = target_size(shown, spec)
     (left, top, right, bottom), _ = _window(resized, spec)
     kept = _interpolated(tensor, resized, spec)[:, top:bottom, left:right]
-    return _placed(kept.numpy(), resized, spec)
+    return _placed(kept.permute(1, 2, 0).numpy(), resized, spec)
 
 
 def _resized_on_device(
@@ -290,8 +290,10 @@ def _interpolated(tensor: torch.Tensor, size: tuple[int, int], spec: Preprocess)
         return tensor
     # CPUs resize bytes as they are; CUDA has the antialiased kernel for floats only
     source = tensor if tensor.device.type == "cpu" else tensor.float()
+    # the first dimension is made where torch sees by its stride that channels are last
+    source = source.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
-        source[None], (height, width), mode=spec.interpolation, antialias=True, align_corners=False
+        source, (height, width), mode=spec.interpolation, antialias=True, align_corners=False
     )[0]
     return resized if resized.dtype == torch.uint8 else resized.round().clamp(0, 255).byte()
 
@@ -312,12 +314,13 @@ def _window(
 
 
 def _placed(pixels: Pixels, resized: tuple[int, int], spec: Preprocess) -> Pixels:
-    if pixels.shape[1:] == (spec.crop, spec.crop):
-        return np.ascontiguousarray(pixels)
+    """(3, crop, crop), channels last in memory, from (H, W, 3)."""
+    if pixels.shape[:2] == (spec.crop, spec.crop):
+        return np.array(pixels).transpose(2, 0, 1)
     _, (x, y) = _window(resized, spec)
-    canvas = np.zeros((3, spec.crop, spec.crop), np.uint8)
-    canvas[:, y : y + pixels.shape[1], x : x + pixels.shape[2]] = pixels
-    return canvas
+    canvas = np.zeros((spec.crop, spec.crop, 3), np.uint8)
+    canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+    return canvas.transpose(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -379,8 +382,6 @@ def _looks_like(data: bytes) -> str:
     return f"the bytes begin with {data[:8]!r}"
 
 
-def stack(images: Sequence[Pixels], spec: Preprocess) -> Pixels:
-    """(N, 3, crop, crop) uint8 from decoded images; N may be 0."""
-    if not images:
-        return np.empty((0, 3, spec.crop, spec.crop), np.uint8)
-    return np.stack(images)
+def stack(images: Sequence[Pixels]) -> Pixels:
+    """(N, 3, crop, crop) uint8, channels last in memory, from N decoded images; N at least 1."""
+    return np.stack([pixels.transpose(1, 2, 0) for pixels in images]).transpose(0, 3, 1, 2)

@@ -47,9 +47,10 @@ def count(run: Run, wanted: Wanted, late: LateLabels | None = None) -> Tally:
 
 
 def _on_the_cluster(run: Run, wanted: Wanted, pieces: list[Piece]) -> Iterator[Tally]:
-    import ray
+    import ray.data
 
     cluster.connect()
+    cluster.hush_data()
     started = time.monotonic()
     work = stores.carried(_counted, run, wanted)
     context = ray.data.DataContext.get_current()

@@ -41,11 +41,12 @@ Blob = bytes | StorageError
 class Prepared:
     """What became of N rows' images before the model: pixels of the good ones, reasons of the rest.
 
-    pixels: uint8 (3, crop, crop) of each ok row, in row order; tensors where a GPU decoded them
+    pixels: uint8 (K, crop, crop, 3) of the K ok rows, in row order; where a GPU decoded them, a
+        list of tensors (3, crop, crop)
     status, error, width, height: one entry per row; width and height are null unless ok
     """
 
-    pixels: list[Pixels] | list[torch.Tensor] = field(default_factory=list)
+    pixels: Pixels | list[torch.Tensor] = field(default_factory=list)
     status: list[str] = field(default_factory=list)
     error: list[str | None] = field(default_factory=list)
     width: list[int | None] = field(default_factory=list)
@@ -111,7 +112,9 @@ def prepare_all(
     """Fetch and decode all rows of a chunk on CPUs, for a GPU to classify."""
     prepared = Prepared()
     blobs = fetch(spec, rows)
-    prepared.pixels = list(_decoded(spec, blobs, preprocess, prepared, seconds))
+    decoded = list(_decoded(spec, blobs, preprocess, prepared, seconds))
+    if decoded:
+        prepared.pixels = images.stack(decoded).transpose(0, 2, 3, 1)
     return prepared
 
 
@@ -168,11 +171,11 @@ def label(
         batch.append(pixels)
         if len(batch) == spec.batch_size:
             with _timed(seconds, "classify"):
-                head.run(np.stack(batch))
+                head.run(images.stack(batch))
             batch.clear()
     if batch:
         with _timed(seconds, "classify"):
-            head.run(np.stack(batch))
+            head.run(images.stack(batch))
     return _table(spec, classifier, rows, work, prepared, head)
 
 
@@ -197,9 +200,8 @@ def commit(spec: WorkSpec, work: Work, table: pa.Table, seconds: Seconds) -> Non
         storage.write(_url(spec, work), sink.getvalue())
 
 
-def _stacked(pixels: list[Pixels] | list[torch.Tensor]) -> Pixels | torch.Tensor:
-    first = pixels[0]
-    return torch.stack(pixels) if isinstance(first, torch.Tensor) else np.stack(pixels)  # type: ignore[arg-type]
+def _stacked(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
+    return torch.stack(pixels) if isinstance(pixels, list) else pixels.transpose(0, 3, 1, 2)
 
 
 class _Head:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 
 from imgcls import output as names
-from imgcls.cluster import keep_memory
+from imgcls.cluster import hush_data, keep_memory
 from imgcls.data import stores
 from imgcls.errors import BundleError
 from imgcls.labeling.layout import WORKER_CPUS, Layout
@@ -30,6 +30,7 @@ MAX_BLOCK_CHUNKS = 256
 
 def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
     """Do the work on the cluster; yields each chunk once it is durable, in any order."""
+    hush_data()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True

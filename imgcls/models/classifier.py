@@ -132,7 +132,7 @@ class Classifier:
         ]
         if not pixels:
             return []
-        scores = self.classify(np.stack(pixels)).scores
+        scores = self.classify(images.stack(pixels)).scores
         top, values = top_k_of(scores, top_k)
         return [
             Prediction(

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
+from imgcls.cluster import hush_data
 from imgcls.data import stores
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
@@ -58,11 +59,12 @@ def decode_images(rows: pa.Table, views: Views, *, cpus: float) -> Decoded:
         split = rows.filter(pc.equal(rows.column("held"), held))
         size = max(1, min(block_rows(views.of_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
+    hush_data()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         decoded = (
-            ray.data.from_arrow(chunks)
+            ray.data.from_blocks(chunks)
             .map_batches(stores.carried(decode_chunk, views=views), batch_format="pyarrow")
             .materialize()
         )

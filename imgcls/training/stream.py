@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
+from imgcls.cluster import hush_data
 from imgcls.data import stores
 from imgcls.training.deal import Rows
 from imgcls.training.ingest import (
@@ -87,6 +88,7 @@ class StreamedSet:
         decode = stores.carried(
             _decode_places, table=self._source.rows, wanted=wanted, views=self._source.views
         )
+        hush_data()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True

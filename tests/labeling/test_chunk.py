@@ -180,9 +180,8 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
     classes = ["a", "b", "c", "d", "e"]
     oracle: Any = SimpleNamespace(classes=classes, classify=lambda _, **__: Scores(scores))
-    prepared = Prepared(
-        [np.zeros((3, 1, 1), np.uint8)] * 6, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6
-    )
+    pixels = np.zeros((6, 1, 1, 3), np.uint8)
+    prepared = Prepared(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
     thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
     spec = bare(
         6, label_column="label", top_k=top_k, batch_size=6, thresholds=tuple(thresholds.values())
