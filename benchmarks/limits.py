@@ -19,12 +19,17 @@ from benchmarks.workloads import CORES, read_manifest
 from imgcls.cluster import keep_memory
 
 BATCH = 32
-WHAT = ("both", "forward", "decode", "decode by torchvision", "decode by Pillow")
-"""What is measured: all of it, the network alone, and ways to decode:
+WHAT = (
+    *("both", "forward", "decode"),
+    *("both by torchvision", "forward by torchvision", "decode by torchvision"),
+    "decode by Pillow",
+)
+"""What is measured: the network alone, decoding alone, and both, each by several routes:
 
-decode                  ours, with JPEGs scaled in the frequency domain
-decode by torchvision   whole, then torchvision's antialiased resize of tensors
-decode by Pillow        whole, then the model's documented transforms
+ours            JPEGs scaled in the frequency domain; the network with its convolutions fused
+by torchvision  JPEGs decoded whole, torchvision's antialiased resize of tensors; its network as it
+                is, at the same precision and channels last
+by Pillow       JPEGs decoded whole, then the model's documented transforms
 """
 
 
@@ -53,29 +58,55 @@ def measure(what: str, bundle: Path, manifest: Path) -> float:
 
 
 def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier) -> None:
-    import numpy as np
     import torch
 
+    from imgcls.data import images
     from imgcls.models.classifier import Classifier
 
     torch.set_num_threads(1)
     classifier = Classifier.load(str(bundle))
     paths = read_manifest(manifest)[index::CORES]
     decode = _decoder(what, classifier)
-    fixed = np.stack([decode(Path(path).read_bytes()) for path in paths[:BATCH]])
+    by_us = " by " not in what
+    classify = classifier.classify if by_us else _plainly(classifier)
+    stack: Callable[[Any], Any] = images.stack if by_us else torch.stack
+    forward_alone, decode_alone = what.startswith("forward"), what.startswith("decode")
+    fixed = stack([decode(Path(path).read_bytes()) for path in paths[:BATCH]])
 
     def run(batch: list[str]) -> None:
-        if what == "forward":
-            classifier.classify(fixed[: len(batch)])
+        if forward_alone:
+            classify(fixed[: len(batch)])
             return
         pixels = [decode(Path(path).read_bytes()) for path in batch]
-        if what == "both":
-            classifier.classify(np.stack(pixels))
+        if not decode_alone:
+            classify(stack(pixels))
 
     run(paths[:BATCH])
     barrier.wait()
     for start in range(0, len(paths), BATCH):
         run(paths[start : start + BATCH])
+
+
+def _plainly(classifier: Any) -> Callable[[Any], Any]:
+    """The same network as torchvision has it, and (N, 3, H, W) uint8 through it."""
+    import torch
+
+    from imgcls.models import zoo
+    from imgcls.models.bundle import load_weights
+
+    bundle, spec = classifier.bundle, classifier.preprocess
+    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes)).eval()
+    network.load_state_dict(load_weights(bundle))
+    dtype = torch.bfloat16 if classifier.precision == "bf16" else torch.float32
+    network = network.to(dtype).to(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+
+    @torch.inference_mode()
+    def classify(batch: Any) -> Any:
+        inputs = batch.contiguous(memory_format=torch.channels_last).float().div_(255)
+        return network(inputs.sub_(mean).div_(std).to(dtype)).float().softmax(1).numpy()
+
+    return classify
 
 
 def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
@@ -91,7 +122,7 @@ def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
         name = classifier.bundle.spec.architecture.name
         transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         return lambda data: transforms(Image.open(io.BytesIO(data)).convert("RGB"))
-    if what == "decode by torchvision":
+    if what.endswith("by torchvision"):
         resize = v2.Compose([v2.Resize(spec.resize, antialias=True), v2.CenterCrop(spec.crop)])
 
         def whole(data: bytes) -> Any:

@@ -80,7 +80,7 @@ def daft(model: str, manifest: Path, output: Path, *, tuned: bool = False) -> No
 
         def __call__(self, images: Any) -> Any:
             found = [transform(Image.fromarray(np.asarray(image))) for image in images.to_pylist()]
-            return self.predict(torch.stack(found)).tolist()
+            return self.predict(torch.stack(found)).tolist() if found else []  # some are empty
 
     class LoadAndClassify:
         def __init__(self) -> None:
@@ -89,7 +89,7 @@ def daft(model: str, manifest: Path, output: Path, *, tuned: bool = False) -> No
 
         def __call__(self, paths: Any) -> Any:
             found = [transform(load(path)) for path in paths.to_pylist()]
-            return self.predict(torch.stack(found)).tolist()
+            return self.predict(torch.stack(found)).tolist() if found else []
 
     rows = df.read_csv(str(manifest))
     batches: dict[str, Any] = {"return_dtype": df.DataType.int64(), "batch_size": BATCH}

@@ -8,6 +8,7 @@ does it; a part that exists is never written again by a first pass.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Ledger:
     output: str
     plan: Plan
     parts: set[int]
-    chunks: set[int]  # staged, of parts that are not rolled up yet
+    chunks: dict[int, set[int]]  # staged, by part, of parts that are not rolled up yet
 
     @classmethod
     def read(cls, output: str, plan: Plan) -> Ledger:
@@ -44,14 +45,14 @@ class Ledger:
         valid = {layout.part_name(part): part for part in range(plan.parts)}
         present = storage.names(storage.join(output, layout.PREDICTIONS))
         parts = {valid[name] for name in present if name in valid}
-        chunks = set()
+        chunks: dict[int, set[int]] = {}
         with contextlib.suppress(StorageMissing):
             for path in storage.walk(storage.join(output, layout.STAGING)):
                 name = path.rpartition("/")[2]
                 if name.startswith("chunk-") and name.endswith(f".{plan.run_id}.parquet"):
                     chunk = int(name[len("chunk-") :].partition(".")[0])
                     if plan.part_of(chunk) not in parts:
-                        chunks.add(chunk)
+                        chunks.setdefault(plan.part_of(chunk), set()).add(chunk)
         return cls(output, plan, parts, chunks)
 
     @property
@@ -61,7 +62,8 @@ class Ledger:
             for part in self.parts
             for chunk in self.plan.chunks_of(part)
         )
-        return rolled + sum(len(self.plan.rows_of(chunk)) for chunk in self.chunks)
+        staged = itertools.chain.from_iterable(self.chunks.values())
+        return rolled + sum(len(self.plan.rows_of(chunk)) for chunk in staged)
 
     def missing(self) -> list[Work]:
         """The chunks still to be done, in order."""
@@ -70,13 +72,13 @@ class Ledger:
             for part in range(self.plan.parts)
             if part not in self.parts
             for chunk in self.plan.chunks_of(part)
-            if chunk not in self.chunks
+            if chunk not in self.chunks.get(part, ())
         ]
 
     def add(self, chunk: int) -> int | None:
         """Note a chunk; the part that it completes, if any."""
-        self.chunks.add(chunk)
         part = self.plan.part_of(chunk)
+        self.chunks.setdefault(part, set()).add(chunk)
         return part if self._complete(part) else None
 
     def complete_parts(self) -> list[int]:
@@ -86,11 +88,11 @@ class Ledger:
     def rolled_up(self, part: int) -> None:
         """Note a part that is durable, and drop its chunks."""
         self.parts.add(part)
-        self.chunks -= set(self.plan.chunks_of(part))
+        self.chunks.pop(part, None)
         storage.remove(layout.staged_folder(self.output, part))
 
     def _complete(self, part: int) -> bool:
-        return all(chunk in self.chunks for chunk in self.plan.chunks_of(part))
+        return len(self.chunks.get(part, ())) == len(self.plan.chunks_of(part))
 
 
 def roll_up(

@@ -1,0 +1,130 @@
+"""Where the seconds before the first prediction go: every process of a small job, and its time.
+
+    python -m benchmarks.startup [--rows 400] [--model resnet18]
+
+Runs `imgcls predict` with chunks of 32 rows and looks at its processes ten times a second: when
+each was there first, and the processor time that it had used when the first prediction was durable
+and in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.workloads import SAMPLE, make_bundle, write_manifest
+
+NAMES = {
+    "raylet/raylet": "Ray: raylet",
+    "gcs_server": "Ray: global control store",
+    "monitor.py": "Ray: autoscaler",
+    "dashboard.py": "Ray: dashboard",
+    "dashboard/agent.py": "Ray: dashboard agent",
+    "DashboardAgent": "Ray: dashboard agent",
+    "RuntimeEnvAgent": "Ray: runtime environment agent",
+    "runtime_env/agent": "Ray: runtime environment agent",
+    "log_monitor.py": "Ray: log monitor",
+    "_StatsActor": "Ray Data: statistics",
+    "AutoscalingCoordinator": "Ray Data: autoscaling",
+    "ActorLocationTracker": "Ray Data: places of actors",
+    "MapWorker": "worker",
+    "imgcls.cli": "driver",
+}
+
+
+@dataclass
+class Seen:
+    """A process: when it was there first, what it is, and the processor seconds that it has used.
+
+    at_first: those until the first prediction was durable
+    """
+
+    since: float
+    name: str
+    used: float
+    at_first: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--model", default="resnet18")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="imgcls-startup-") as name:
+        folder = Path(name)
+        command = [
+            *(sys.executable, "-m", "imgcls.cli", "predict"),
+            *("--manifest", str(write_manifest(folder, SAMPLE, options.rows))),
+            *("--model", str(make_bundle(folder, options.model))),
+            *("--output", str(folder / "out"), "--chunk-rows", "32"),
+        ]
+        watch(command, folder / "out")
+
+
+def watch(command: list[str], output: Path) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
+    start = time.perf_counter()
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    marks: list[tuple[float, str]] = []
+
+    def listen() -> None:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if line.startswith(("plan", "committed")):
+                marks.append((time.perf_counter() - start, line.split()[0]))
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    seen: dict[int, Seen] = {}
+    first = None
+    while job.poll() is None:
+        now = time.perf_counter() - start
+        look(job.pid, seen, now)
+        if first is None and any(output.glob("_staging/part-00000/chunk-*.parquet")):
+            first = now
+            for process in seen.values():
+                process.at_first = process.used
+        time.sleep(0.1)
+    thread.join()
+    marks += [(first or 0.0, "first predictions durable"), (time.perf_counter() - start, "exit")]
+    print("seconds after the command")
+    for moment, what in sorted(marks):
+        print(f"  {moment:6.1f}  {what}")
+    print("\nthere from   processor seconds   by the end   process")
+    for process in sorted(seen.values(), key=lambda each: each.since):
+        print(
+            f"{process.since:10.1f} {process.at_first:19.2f} {process.used:12.2f}   {process.name}"
+        )
+    total = sum(process.at_first for process in seen.values())
+    print(f"{'':10} {total:19.2f}                in all, until the first prediction")
+
+
+def look(pid: int, seen: dict[int, Seen], now: float) -> None:
+    try:
+        job = psutil.Process(pid)
+        processes = [job, *job.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            times, words = process.cpu_times(), " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        used = times.user + times.system
+        entry = seen.setdefault(process.pid, Seen(now, "", used))
+        entry.used = used
+        known = [name for sign, name in NAMES.items() if sign in words]
+        entry.name = known[0] if known else entry.name or words[:60]
+
+
+if __name__ == "__main__":
+    main()
