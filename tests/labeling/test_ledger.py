@@ -226,7 +226,7 @@ def test_files_that_are_not_of_this_run_are_not_taken_for_its_work(run: Run) -> 
     for name in ("part-00001.parquet.bak", ".part-00001.parquet.0a1b2c3d4e5f.tmp", "part-99999"):
         (predictions_ / name).write_bytes(b"x")
     book = Ledger.read(run.output, run.plan)
-    assert (book.parts, book.chunks) == (set(), {0})
+    assert (book.parts, book.chunks) == (set(), {0: {0}})
 
 
 # ------------------------------------------------------------------ rows that failed
