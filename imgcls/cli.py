@@ -104,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, argv: Sequence[str]) -> int:
     """Run one job with its options; the scripts in jobs/ are this and nothing more."""
+    code = _run(name, argv)
+    if "imgcls.cluster" in sys.modules:
+        sys.modules["imgcls.cluster"].leave(code)
+    return code
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     try:
         module = importlib.import_module(command.module)
@@ -126,9 +133,6 @@ def run(name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"imgcls {name}: stopped", file=sys.stderr, flush=True)
         return 1
-    finally:
-        if "imgcls.cluster" in sys.modules:
-            sys.modules["imgcls.cluster"].leave()
     return 0
 
 

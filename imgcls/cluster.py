@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import ray
 
@@ -67,13 +67,19 @@ def hush_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def leave() -> None:
+def leave(exit_code: int) -> None:
     """End the private session that `connect` has started; a cluster that was joined stays.
 
     At the interpreter's exit Ray does so too, a second and a half later: it waits for messages that
     are shown nowhere here, and for its autoscaler, which in a private session has nothing to do and
     does not heed SIGTERM.
+    Where a run was broken off, a thread may still be within Ray's native code, which does not
+    survive a shutdown: the process then ends here, with `exit_code`, and the session ends with it.
     """
+    if any(thread.is_alive() for thread in _Session.threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     if _Session.private and ray.is_initialized():
         node: Any = ray._private.worker._global_node
         node.kill_monitor(check_alive=False)
@@ -99,6 +105,7 @@ def keep_memory() -> dict[str, Any]:
 
 class _Session:
     private = False
+    threads: ClassVar[list[threading.Thread]] = []
 
 
 @contextlib.contextmanager
@@ -251,7 +258,9 @@ def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T 
         except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
             ready.put((None, error))
 
-    threading.Thread(target=consume, name="consume", daemon=True).start()
+    thread = threading.Thread(target=consume, name="consume", daemon=True)
+    _Session.threads.append(thread)
+    thread.start()
     try:
         while True:
             interruption.check()
@@ -267,3 +276,4 @@ def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T 
             yield item
     finally:
         stop.set()
+        thread.join(timeout=1)  # it has come to its end, or is within Ray and cannot be called back

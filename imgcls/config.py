@@ -15,7 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from imgcls.errors import ConfigError
@@ -30,6 +37,9 @@ def _names(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_names)]
 """Names such as those of columns."""
+
+UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A share or a probability."""
 
 
 class Section(BaseModel):

@@ -5,6 +5,7 @@ Brings labelling and evaluation together, which do not know each other.
 
 from __future__ import annotations
 
+from imgcls.config import UnitFloat
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -14,7 +15,7 @@ from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge, write
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.predict import PredictConfig, predict
 from imgcls.metrics import tables
-from imgcls.models.bundle import Precision, UnitFloat
+from imgcls.models.bundle import Precision
 from imgcls.output import PREDICTION_COLUMNS
 
 

@@ -114,6 +114,12 @@ def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:
         storage.write(join(folder, f"{name}.parquet"), sink.getvalue())
 
 
+def keep_run(output: str, run: Mapping[str, Any]) -> None:
+    """Write `_run.json`: what the run is, and what it has decided."""
+    body = json.dumps({"format_version": FORMAT_VERSION, **run}, indent=2) + "\n"
+    storage.write(storage.join(output, RUN), body.encode())
+
+
 def load_run(output: str) -> dict[str, Any] | None:
     """`_run.json` of an output folder; None when there is none."""
     url = storage.join(output, RUN)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -22,6 +23,9 @@ from tests.s3 import bucket, environment, serving, url
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("IMGCLS_SHARED", REPOSITORY.parent / "shared"))
+hypothesis.settings.register_profile("imgcls", deadline=None)
+hypothesis.settings.load_profile("imgcls")
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 

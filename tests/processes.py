@@ -135,7 +135,7 @@ def started(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "RAY_ADDRESS": "local", **(env or {})},
+        env={**os.environ, "RAY_ADDRESS": "local", "PYTHONFAULTHANDLER": "1", **(env or {})},
     )
     children: list[psutil.Process] = []
     try:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import ray.data
@@ -81,11 +82,11 @@ assert cluster.keep_memory() == {}
 assert ray.get(ray.remote(faults_of_a_batch).remote()) < 100
 started = psutil.Process().children(recursive=True)
 assert len(started) > 3
-cluster.leave()
+cluster.leave(0)
 assert not ray.is_initialized()
 _, left = psutil.wait_procs(started, timeout=10)
 assert not left
-cluster.leave()
+cluster.leave(0)
 """
 
 
@@ -94,9 +95,40 @@ import ray
 from imgcls import cluster
 ray.init("local")
 cluster.connect()
-cluster.leave()
+cluster.leave(0)
 assert ray.is_initialized()
 """
+
+
+BROKEN_OFF = """
+import time, psutil, ray
+from imgcls import cluster
+cluster.connect()
+started = [p.pid for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
+def results():
+    yield "first"
+    ray.get(ray.remote(lambda: time.sleep(600)).remote())
+interruption = cluster.Interruption()
+for _ in cluster.in_background(results(), interruption):
+    break
+print(*started, flush=True)
+cluster.leave(7)
+print("not reached")
+"""
+
+
+def test_a_run_that_is_broken_off_ends_with_a_thread_of_its_own_still_in_ray() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN_OFF],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+    )
+    assert done.returncode == 7, done.stderr
+    (servers,) = done.stdout.splitlines()
+    left = [psutil.Process(int(pid)) for pid in servers.split() if psutil.pid_exists(int(pid))]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
 
 
 @pytest.mark.parametrize("script", [PRIVATE, JOINED])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -180,7 +180,6 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier_ones(tmp_
     assert found.threshold == Job().threshold
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a.yaml", "b.yaml", "line"]), max_size=6, unique=True))
 def test_precedence_holds_key_by_key(
     tmp_path_factory: pytest.TempPathFactory, layers: list[str]
@@ -411,7 +410,6 @@ _TEXT = st.text(
 )
 
 
-@settings(deadline=None)
 @given(
     name=_TEXT.filter(lambda text: text != "forbidden"),
     tags=st.lists(_TEXT, max_size=4),
@@ -435,7 +433,6 @@ def test_any_configuration_survives_print_config(
     assert load("--config", file) == job
 
 
-@settings(deadline=None)
 @given(name=_TEXT.filter(lambda text: text not in ("forbidden", "null", "none", "None")))
 def test_any_text_can_be_given_on_the_command_line(name: str) -> None:
     if name[:1] not in ("[", "{"):

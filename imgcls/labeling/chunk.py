@@ -32,7 +32,7 @@ from imgcls.errors import (
 )
 from imgcls.labeling.work import Seconds, Work, WorkSpec
 from imgcls.metrics.columns import class_codes, own_scores
-from imgcls.models.classifier import Classifier, top_k_of
+from imgcls.models.classifier import Classifier, Pending, top_k_of
 
 Blob = bytes | StorageError
 
@@ -154,9 +154,10 @@ def classify_prepared(
 ) -> pa.Table:
     """Run the model over prepared pixels; the second half of the layouts with GPUs."""
     head = _Head(spec, classifier)
-    for start in range(0, len(prepared.pixels), spec.batch_size):
-        with _timed(seconds, "classify"):
+    with _timed(seconds, "classify"):
+        for start in range(0, len(prepared.pixels), spec.batch_size):
             head.run(_stacked(prepared.pixels[start : start + spec.batch_size]))
+        head.wait(seconds)
     return _table(spec, classifier, rows, work, prepared, head)
 
 
@@ -173,9 +174,10 @@ def label(
             with _timed(seconds, "classify"):
                 head.run(images.stack(batch))
             batch.clear()
-    if batch:
-        with _timed(seconds, "classify"):
+    with _timed(seconds, "classify"):
+        if batch:
             head.run(images.stack(batch))
+        head.wait(seconds)
     return _table(spec, classifier, rows, work, prepared, head)
 
 
@@ -210,14 +212,23 @@ class _Head:
     def __init__(self, spec: WorkSpec, classifier: Classifier) -> None:
         self._spec = spec
         self._classifier = classifier
+        self._pending: list[Pending] = []
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
 
     def run(self, batch: Pixels | torch.Tensor) -> None:
-        result = self._classifier.classify(batch, embeddings=self._spec.embeddings)
-        self.scores.append(result.scores)
-        if result.embedding is not None:
-            self.embeddings.append(result.embedding)
+        """Hand a batch to the device; a GPU works on it while the next one is made ready."""
+        self._pending.append(self._classifier.submit(batch, embeddings=self._spec.embeddings))
+
+    def wait(self, seconds: Seconds) -> None:
+        """Have the scores of all batches, and the time that a GPU took for them."""
+        for pending in self._pending:
+            result = pending.get()
+            self.scores.append(result.scores)
+            if result.embedding is not None:
+                self.embeddings.append(result.embedding)
+            seconds.gpu += pending.busy_seconds()
+        self._pending.clear()
 
 
 class _timed:  # noqa: N801  a context manager that reads as a word

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from imgcls.cluster import Node
-from imgcls.config import Section
+from imgcls.config import Section, UnitFloat
 from imgcls.errors import ResourcesError
 
 LayoutName = Literal["cpu", "gpu", "gpu_decode"]
@@ -42,7 +42,9 @@ class ScaleConfig(Section):
     fetches: PositiveInt = 16
     """Reads under way per worker."""
     batch_size: PositiveInt | None = None
-    """Images per forward pass; 32 on CPUs, 128 on GPUs."""
+    """Images per forward pass; 32 on CPUs, measured on GPUs, or 128 for a short run."""
+    host_share: UnitFloat | None = None
+    """Share of the images that CPUs decode where GPUs do too; measured, or 0 for a short run."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Layout:
     workers:        model workers (Ray actors), each with worker_cpus and worker_gpus
     decoders:       tasks that may decode (gpu) or fetch (gpu_decode) at a time, one CPU share each
     threads:        compute threads of a model worker
+    host_share:     share of the chunks whose images are decoded on CPUs
     """
 
     name: LayoutName
@@ -61,6 +64,7 @@ class Layout:
     decoders: int
     threads: int
     batch_size: int
+    host_share: float
     reasons: tuple[str, ...]
 
     def for_rows(self, rows: int) -> Layout:
@@ -122,6 +126,7 @@ def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
         decoders=0,
         threads=1,
         batch_size=config.batch_size or 32,
+        host_share=1.0,
         reasons=(
             why,
             f"{workers} workers x {WORKER_CPUS:g} CPU leave "
@@ -159,7 +164,7 @@ def _gpu_layout(
             f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
             "--scale.layout cpu"
         )
-    doing = "fetch" if name == "gpu_decode" else "fetch and decode"
+    doing = "fetch" if name == "gpu_decode" and not config.host_share else "fetch and decode"
     idle = gpus - workers if config.workers is None else 0
     return Layout(
         name=name,
@@ -169,6 +174,7 @@ def _gpu_layout(
         decoders=decoders,
         threads=1,
         batch_size=config.batch_size or 128,
+        host_share=(config.host_share or 0.0) if name == "gpu_decode" else 1.0,
         reasons=(
             why,
             f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",

@@ -7,6 +7,7 @@ were under way. The stages, and torch with them, are imported in the workers alo
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import socket
@@ -26,6 +27,10 @@ from imgcls.models.bundle import load_bundle, read_description
 
 MAX_BLOCK_CHUNKS = 256
 """Chunks that a worker is handed at a time at most. A block costs the driver 40 KB and 4 ms."""
+
+GPU_CHUNKS = 2
+"""Chunks that a GPU worker has in hand: one is decoded or committed while the other is classified.
+"""
 
 
 def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
@@ -75,18 +80,16 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
         model["runtime_env"] = keep_memory() or None
     if layout.name == "cpu":
         return [lambda dataset: dataset.map_batches(LabelWorker, **model)]
-    first = prepare_task if layout.name == "gpu" else fetch_task
-    second = PreparedWorker if layout.name == "gpu" else FetchedWorker
     return [
         lambda dataset: dataset.map_batches(
-            first,
+            ready_task,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=WORKER_CPUS,
-            fn_args=(spec,),
+            fn_args=(spec, layout.host_share),
             compute=ray.data.TaskPoolStrategy(size=layout.decoders),
         ),
-        lambda dataset: dataset.map_batches(second, **model),
+        lambda dataset: dataset.map_batches(GpuWorker, max_concurrency=GPU_CHUNKS, **model),
     ]
 
 
@@ -114,6 +117,7 @@ class _ModelWorker:
             bundle,
             precision=spec.precision,  # type: ignore[arg-type]
             compile=spec.compile,
+            batch_size=spec.batch_size,
         )
 
     def _finish(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
@@ -140,55 +144,42 @@ class LabelWorker(_ModelWorker):
         return self._finish(work, table, seconds)
 
 
-class PreparedWorker(_ModelWorker):
-    """The GPU layout: pixels come ready from tasks on CPUs."""
+class GpuWorker(_ModelWorker):
+    """The layouts with GPUs: pixels come ready from tasks on CPUs, or bytes to decode here."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work, prepared, seconds = _only(batch, "prepared")
+        work, ready, seconds = _only(batch, "ready")
         rows = self._stages.rows_of(self._spec, work)
+        if isinstance(ready, list):
+            ready = self._stages.prepare_on_device(self._spec, ready, self._classifier, seconds)
         table = self._stages.classify_prepared(
-            self._spec, self._classifier, rows, work, prepared, seconds
+            self._spec, self._classifier, rows, work, ready, seconds
         )
         return self._finish(work, table, seconds)
 
 
-class FetchedWorker(_ModelWorker):
-    """The layout for GPUs that decode: bytes come from tasks on CPUs."""
-
-    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work, blobs, seconds = _only(batch, "fetched")
-        rows = self._stages.rows_of(self._spec, work)
-        prepared = self._stages.prepare_on_device(self._spec, blobs, self._classifier, seconds)
-        table = self._stages.classify_prepared(
-            self._spec, self._classifier, rows, work, prepared, seconds
-        )
-        return self._finish(work, table, seconds)
-
-
-def prepare_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
-    """The GPU layout's first half: fetch and decode a chunk."""
-    import torch
-
-    from imgcls.labeling import chunk as stages
-
-    stores.use(spec.storage)
-    torch.set_num_threads(1)
-    work: Work = _only(batch, "work")
-    seconds = Seconds()
-    preprocess = read_description(spec.bundle_url).spec.preprocess
-    prepared = stages.prepare_all(spec, stages.rows_of(spec, work), preprocess, seconds)
-    return {"prepared": [pickle.dumps((work, prepared, seconds), protocol=5)]}
-
-
-def fetch_task(batch: pa.Table, spec: WorkSpec) -> dict[str, list[bytes]]:
-    """The first half where GPUs decode: fetch a chunk."""
+def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, list[bytes]]:
+    """The first half where there are GPUs: fetch a chunk, and decode it unless a GPU is to."""
     from imgcls.labeling import chunk as stages
 
     stores.use(spec.storage)
     work: Work = _only(batch, "work")
-    seconds = Seconds()
-    blobs = list(stages.fetch(spec, stages.rows_of(spec, work)))
-    return {"fetched": [pickle.dumps((work, blobs, seconds), protocol=5)]}
+    rows, seconds = stages.rows_of(spec, work), Seconds()
+    ready: Any
+    if is_for_host(work.chunk, host_share):
+        import torch
+
+        torch.set_num_threads(1)
+        preprocess = read_description(spec.bundle_url).spec.preprocess
+        ready = stages.prepare_all(spec, rows, preprocess, seconds)
+    else:
+        ready = list(stages.fetch(spec, rows))
+    return {"ready": [pickle.dumps((work, ready, seconds), protocol=5)]}
+
+
+def is_for_host(chunk: int, share: float) -> bool:
+    """Whether this chunk is of the share that CPUs decode: the same every time, evenly spread."""
+    return math.floor((chunk + 1) * share) > math.floor(chunk * share)
 
 
 def _only(batch: pa.Table, column: str) -> Any:

@@ -124,13 +124,12 @@ def make_plan(
     labels.finish()
     plan = Plan(identity.run_id(), writer.rows, chunk, part)
     run = {
-        "format_version": layout.FORMAT_VERSION,
         "identity": asdict(identity),
         "plan": asdict(plan),
         "provenance": dict(provenance),
         "classes": classes,
     }
-    storage.write(storage.join(output, layout.RUN), (json.dumps(run, indent=2) + "\n").encode())
+    layout.keep_run(output, run)
     return plan
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -20,7 +21,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imgcls import cluster
 from imgcls import output as names
-from imgcls.config import Section
+from imgcls.config import Section, UnitFloat
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -36,7 +37,7 @@ from imgcls.errors import (
     StorageForbidden,
     StorageMissing,
 )
-from imgcls.labeling import finish, gates, ledger
+from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
 from imgcls.labeling.ledger import Ledger
@@ -49,10 +50,11 @@ from imgcls.labeling.plan import (
 )
 from imgcls.labeling.progress import Progress
 from imgcls.labeling.since import SinceConfig, only_new
+from imgcls.labeling.trial import Choice
 from imgcls.labeling.work import Work, WorkSpec
 from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.metrics import PredictionCounts, tables
-from imgcls.models.bundle import Bundle, Precision, UnitFloat, load_bundle
+from imgcls.models.bundle import Bundle, Precision, load_bundle
 from imgcls.provenance import provenance
 from imgcls.runs import open_run
 
@@ -98,8 +100,8 @@ class PredictConfig(Section):
     """Label only so many rows from the start of the manifest."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively."""
-    compile: bool = False
-    """Compile the model; pays back on long runs."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the model; auto: where a trial before a long run finds that it pays."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
     chunk_rows: PositiveInt | None = None
@@ -206,19 +208,19 @@ class _Run:
         layout = plan_layout(cluster.nodes(), config.scale)
         for reason in layout.reasons:
             print(f"layout  {reason}", flush=True)
-        self.plan = plan_of(stored) if stored is not None else self._make_plan(layout)
+        self.plan = plan_of(stored) if stored is not None else self._make_plan()
         self.resumed = stored is not None
         run = names.load_run(self.output)
         assert run is not None
-        spec = self._spec(run)
+        layout, choice = self._tried(run, layout)
+        spec = self._spec(run, choice)
         counts = self._first_pass(spec, layout)
         if config.retry_errors and self.resumed:
             counts = self._retry(spec, layout) or counts
         return self._commit(run, counts)
 
     def _check_same(self, stored: dict[str, Any]) -> None:
-        settings = self._settings(stored["identity"]["settings"]["batch_size"])
-        differences = self._identity(settings).differences(stored["identity"])
+        differences = self._identity().differences(stored["identity"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
             raise OutputError(
@@ -226,15 +228,14 @@ class _Run:
                 "give another --output, or start over with --overwrite"
             )
 
-    def _make_plan(self, layout: Layout) -> Plan:
+    def _make_plan(self) -> Plan:
         config, classes = self.config, self.bundle.spec.classes
-        identity = self._identity(self._settings(layout.batch_size))
         row_bytes = 128 + 2 * len(classes) * config.scores + 8192 * config.embeddings
         try:
             plan = make_plan(
                 self.output,
                 self.manifest,
-                identity,
+                self._identity(),
                 chunk_rows=config.chunk_rows,
                 part_rows=config.part_rows,
                 row_bytes=row_bytes,
@@ -253,7 +254,7 @@ class _Run:
         )
         return plan
 
-    def _settings(self, batch_size: int) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What changes results, or how they are cut into files."""
         config = self.config
         threshold = self.bundle.spec.threshold if config.threshold is None else config.threshold
@@ -265,13 +266,13 @@ class _Run:
             "limit": config.limit,
             "precision": config.precision,
             "compile": config.compile,
-            "batch_size": config.scale.batch_size or batch_size,
+            "batch_size": config.scale.batch_size,
             "max_pixels": config.max_pixels,
             "chunk_rows": config.chunk_rows,
             "part_rows": config.part_rows,
         }
 
-    def _identity(self, settings: dict[str, Any]) -> Identity:
+    def _identity(self) -> Identity:
         manifest = self.manifest
         return Identity(
             manifest={
@@ -281,10 +282,38 @@ class _Run:
                 "root": manifest.root,
             },
             bundle={"sha256": self.bundle.sha256},
-            settings=settings,
+            settings=self._settings(),
         )
 
-    def _spec(self, run: dict[str, Any]) -> WorkSpec:
+    def _tried(self, run: dict[str, Any], layout: Layout) -> tuple[Layout, Choice]:
+        """What the run chose when it began, or chooses now: by a trial, where it is a long one."""
+        config = self.config
+        kept = Choice(**run["chosen"]) if "chosen" in run else None
+        choice = kept or Choice(layout.batch_size, config.compile == "yes")
+        asked = trial.question(config.scale, config.compile, layout, self.plan.rows, kept)
+        if asked is not None:
+            case = trial.Case(
+                bundle_url=storage.absolute(self.bundle.url),
+                precision=config.precision,
+                rows=self.plan.rows // layout.workers,
+                urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
+                storage=stores.settings(),
+            )
+            answer = trial.ask(asked, case, layout, self.interruption)
+            if kept is None:
+                decided, reasons = trial.choose(answer, case.rows)
+                choice = replace(decided, compile=decided.compile or choice.compile)
+                for reason in reasons:
+                    print(f"trial   {reason}", flush=True)
+            if asked.decode:
+                layout, reason = trial.split(answer, layout, choice)
+                print(f"trial   {reason}", flush=True)
+        if kept is None:
+            run["chosen"] = asdict(choice)
+            names.keep_run(self.output, run)
+        return layout, choice
+
+    def _spec(self, run: dict[str, Any], choice: Choice) -> WorkSpec:
         settings, manifest = run["identity"]["settings"], self.manifest
         return WorkSpec(
             output=self.output,
@@ -299,8 +328,8 @@ class _Run:
             scores=settings["scores"],
             embeddings=settings["embeddings"],
             precision=settings["precision"],
-            compile=settings["compile"],
-            batch_size=settings["batch_size"],
+            compile=choice.compile,
+            batch_size=choice.batch_size,
             max_pixels=settings["max_pixels"],
             fetches=self.config.scale.fetches,
             storage=stores.settings(),
@@ -511,14 +540,22 @@ def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) ->
         )
 
 
+def _urls(manifest: Manifest) -> Iterator[str]:
+    """Where the first images of a manifest are."""
+    head = next(manifest.batches(), None)
+    paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
+    for path in paths:
+        url = manifest.resolve(path)
+        if url is not None:
+            yield url
+
+
 def _check_images(manifest: Manifest) -> None:
     """Try the first image on a store, before work starts that could only fail.
 
     Raises RequestError when the credentials are refused, or there is no such bucket.
     """
-    head = next(manifest.batches(), None)
-    paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
-    url = next((manifest.resolve(path) for path in paths if path is not None), None)
+    url = next(_urls(manifest), None)
     if url is None or storage.is_local(url):
         return
     try:

@@ -25,7 +25,7 @@ class Progress:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._seconds = Seconds()
-        self._recent = [(time.monotonic(), done)]
+        self._recent = [(time.monotonic(), done, 0.0)]
         self._workers: set[str] = set()
         self._steady_from: tuple[float, int] | None = None
         self._said = time.monotonic()
@@ -39,7 +39,7 @@ class Progress:
         if self._steady_from is None and done.worker in self._workers:
             self._steady_from = (now, self._done)
         self._workers.add(done.worker)
-        self._recent.append((now, self._done))
+        self._recent.append((now, self._done, self._seconds.gpu))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
         if now - self._said >= (0.2 if self._live else self._every):
@@ -68,14 +68,21 @@ class Progress:
         """Images per second from a worker's second chunk on: what start-up does not weigh on."""
         if self._steady_from is None or self._recent[-1][1] == self._steady_from[1]:
             return None
-        (start, before), (now, after) = self._steady_from, self._recent[-1]
+        (start, before), (now, after, _) = self._steady_from, self._recent[-1]
         return (after - before) / (now - start)
 
     @property
     def rate(self) -> float:
         """Images per second of late."""
-        (start, before), (now, after) = self._recent[0], self._recent[-1]
+        (start, before, _), (now, after, _) = self._recent[0], self._recent[-1]
         return (after - before) / (now - start) if now > start else 0.0
+
+    @property
+    def gpu_busy(self) -> float:
+        """Share of late that the workers' GPUs were at forward passes; 0 without GPUs."""
+        (start, _, before), (now, _, after) = self._recent[0], self._recent[-1]
+        spent = (now - start) * len(self._workers)
+        return min(1.0, (after - before) / spent) if spent > 0 else 0.0
 
     def line(self) -> str:
         """One line that tells how far the run is."""
@@ -91,7 +98,10 @@ class Progress:
         ]
         if left is not None:
             parts.append(f"ETA {_duration(left)}")
-        spent = {name: value for name, value in self._seconds.as_dict().items() if value > 0}
+        if self._seconds.gpu:
+            parts.append(f"GPU busy {self.gpu_busy:.0%}")
+        stages = self._seconds.as_dict() | {"gpu": 0.0}
+        spent = {name: value for name, value in stages.items() if value > 0}
         if spent:
             slowest = max(spent, key=lambda name: spent[name])
             parts.append(

@@ -50,12 +50,16 @@ class Work:
 
 @dataclass
 class Seconds:
-    """Wall time that a worker spent in each stage of a chunk."""
+    """Wall time that a worker spent in each stage of a chunk; `gpu` is no stage of its own.
+
+    gpu: time that a GPU was busy with the forward passes
+    """
 
     fetch: float = 0.0
     prepare: float = 0.0
     classify: float = 0.0
     commit: float = 0.0
+    gpu: float = 0.0
 
     def plus(self, more: Seconds) -> Seconds:
         """Stage times added up."""

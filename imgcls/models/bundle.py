@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import PositiveFloat, ValidationError, field_validator, model_validator
 
-from imgcls.config import Section
+from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError, StorageError
@@ -29,7 +29,6 @@ DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 Source = Literal["torchvision", "imgcls"]
 Precision = Literal["auto", "fp32", "bf16"]
 

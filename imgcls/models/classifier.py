@@ -24,6 +24,7 @@ from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_weights
 from imgcls.models.fold import folded
 from imgcls.models.fuse import fused
+from imgcls.models.gpu import Download, Replayed, Stopwatch
 from imgcls.models.normalise import Normalise
 
 
@@ -37,6 +38,27 @@ class Scores:
 
     scores: npt.NDArray[np.float32]
     embedding: npt.NDArray[np.float32] | None = None
+
+
+class Pending:
+    """Scores that a GPU may still be working on."""
+
+    def __init__(
+        self, scores: torch.Tensor, embedding: torch.Tensor | None, watch: Stopwatch
+    ) -> None:
+        watch.stop()
+        self._watch = watch
+        self._scores = Download(scores)
+        self._embedding = None if embedding is None else Download(embedding)
+
+    def get(self) -> Scores:
+        """The scores; waits for them."""
+        embedding = None if self._embedding is None else self._embedding.get().numpy()
+        return Scores(self._scores.get().numpy(), embedding)
+
+    def busy_seconds(self) -> float:
+        """Time that a GPU worked on them; 0 on a CPU. Waits for the end."""
+        return self._watch.seconds()
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Classifier:
 
     precision: `auto` takes bf16 where the hardware multiplies it natively, else fp32;
         `self.precision` is what was taken and `self.precision_reason` says why
+    batch_size: on a GPU, the size of most batches, for which kernels are recorded and replayed
     """
 
     def __init__(
@@ -64,6 +87,7 @@ class Classifier:
         precision: Precision = "auto",
         device: str | torch.device | None = None,
         compile: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         self.bundle = bundle
         self.classes = bundle.spec.classes
@@ -92,6 +116,8 @@ class Classifier:
             self._scaling = (pair[0], pair[1])
         self._thresholds = np.array(bundle.spec.class_thresholds(), np.float32)
         self._forward = torch.compile(self._network) if compile else self._network
+        if self.device.type == "cuda" and batch_size is not None:
+            self._forward = self._replayed(batch_size)
 
     @property
     def embedding_width(self) -> int:
@@ -106,16 +132,21 @@ class Classifier:
         """
         return cls(load_bundle(url), **options)
 
-    @torch.inference_mode()
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
-        logits, features = self._run(batch, embeddings)
+        return self.submit(batch, embeddings=embeddings).get()
+
+    @torch.inference_mode()
+    def submit(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Pending:
+        """As `classify`, without waiting for a GPU to be done."""
+        pixels = self._normalise.upload(batch)
+        watch = Stopwatch(self.device)
+        logits, features = self._run(pixels, embeddings)
         logits = logits.float() / self.bundle.spec.temperature
         if self._scaling is not None:
             logits = torch.log_softmax(logits, dim=1) * self._scaling[0] + self._scaling[1]
-        scores = torch.softmax(logits, dim=1)
-        embedding = None if features is None else features.float().cpu().numpy()
-        return Scores(scores.cpu().numpy(), embedding)
+        embedding = None if features is None else features.float()
+        return Pending(torch.softmax(logits, dim=1), embedding, watch)
 
     def predict(
         self, images_: Sequence[str | os.PathLike[str] | bytes], *, top_k: int = 5
@@ -145,10 +176,16 @@ class Classifier:
             for best, value in zip(top, values, strict=True)
         ]
 
+    @torch.inference_mode()
+    def _replayed(self, batch_size: int) -> Replayed:
+        crop = self.preprocess.crop
+        example = torch.empty((batch_size, 3, crop, crop), dtype=self._dtype, device=self.device)
+        return Replayed(self._forward, example.to(memory_format=torch.channels_last))
+
     def _run(
-        self, batch: Pixels | torch.Tensor, embeddings: bool
+        self, pixels: torch.Tensor, embeddings: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = self._normalise(batch).to(self._dtype)
+        inputs = self._normalise(pixels).to(self._dtype)
         if not embeddings:
             return self._forward(inputs), None
         caught: list[torch.Tensor] = []

@@ -6,6 +6,7 @@ import torch
 
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
+from imgcls.models.gpu import Uploads
 
 
 class Normalise:
@@ -17,13 +18,18 @@ class Normalise:
         mean = torch.tensor(preprocess.mean, device=device)
         self._scale = 1 / (255 * std)
         self._shift = -mean / std
+        self._uploads = Uploads(device) if device.type == "cuda" else None
+
+    def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) uint8, a tensor on any device, as a tensor on this one."""
+        pixels = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
+        if self._uploads is None or pixels.device.type != "cpu":
+            return pixels.to(self._device)
+        return self._uploads(pixels)
 
     def __call__(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8, a tensor on any device, to float32 on this one, channels last."""
-        inputs = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
-        if self._device.type == "cuda" and inputs.device.type == "cpu":
-            inputs = inputs.pin_memory().to(self._device, non_blocking=True)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = self.upload(batch).contiguous(memory_format=torch.channels_last)
         count, channels, height, width = inputs.shape
         # a row of pixels at a time: along three channels alone nothing can be vectorised
         rows = inputs.permute(0, 2, 3, 1).reshape(count * height, width * channels)

@@ -14,12 +14,11 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from imgcls.config import Section
+from imgcls.config import Section, UnitFloat
 from imgcls.training.layers import Group
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "one_cycle", "step", "constant"]
-UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
 ONE_CYCLE_MOMENTUM = (0.85, 0.95)

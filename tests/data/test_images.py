@@ -316,7 +316,6 @@ def test_the_resized_length_is_rounded_as_torchvision_does(
     assert target_size((width, height), spec) == tuple(reversed(expected))
 
 
-@settings(deadline=None)
 @given(
     width=st.integers(1, 90), height=st.integers(1, 90), crop=st.integers(1, 40),
     margin=st.integers(0, 20), mode=st.sampled_from(["crop", "pad", "squash"]),
@@ -537,13 +536,13 @@ def _mutated(draw: Any) -> bytes:
     return bytes(data)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(data=_mutated())
 def test_damaged_files_are_pixels_or_an_image_error(data: bytes) -> None:
     decodes_or_is_refused(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=300), name=st.sampled_from(["", *FILES]), kept=st.integers(0, 64))
 def test_random_bytes_are_an_image_error(data: bytes, name: str, kept: int) -> None:
     start = FILES[name][:kept] if name else b""
@@ -551,7 +550,7 @@ def test_random_bytes_are_an_image_error(data: bytes, name: str, kept: int) -> N
 
 
 @pytest.mark.chaos
-@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20_000, suppress_health_check=list(HealthCheck))
 @given(data=_mutated())
 def test_twenty_thousand_damaged_files_are_pixels_or_an_image_error(data: bytes) -> None:
     decodes_or_is_refused(data)

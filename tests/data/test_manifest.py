@@ -219,7 +219,7 @@ def _tables(draw: Any) -> tuple[list[str], list[list[str | None]]]:
     return names, draw(st.lists(row, max_size=8))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     table=_tables(),
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
@@ -251,7 +251,7 @@ def test_whatever_csv_writer_writes_comes_back_equal(
     assert [[row[name] for name in names] for row in found] == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     table=_tables(),
     group=st.integers(1, 5),
@@ -653,7 +653,7 @@ def test_labels_that_are_no_names_are_refused(labels: pa.Array) -> None:
 # ------------------------------------------------------------------------------ fingerprints
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_a_fingerprint_changes_with_any_byte_of_the_table(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

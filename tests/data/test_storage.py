@@ -174,7 +174,7 @@ def test_any_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
         assert storage.names(folder) == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=4000))
 def test_any_bytes_come_back(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = str(tmp_path_factory.getbasetemp() / "bytes")
@@ -355,7 +355,7 @@ def test_a_full_disk_is_said_to_be_full_and_keeps_what_it_had(tiny_disk: Path) -
 # ------------------------------------------------------------------ reading ahead
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     present=st.lists(st.sampled_from(["yes", "missing", "null", "folder"]), max_size=40),
     in_flight=st.integers(1, 8),

@@ -246,7 +246,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
         committed_table = table(output)
         os.kill(zombie.pid, signal.SIGCONT)
         _, err = zombie.communicate(timeout=60)
-    assert zombie.returncode == 1
+    assert zombie.returncode == 1, err
     assert "the lease on the output was lost" in err
     assert table(output).equals(committed_table)
     assert committed(output)

@@ -151,17 +151,18 @@ def test_unlabelled_folders_get_counts_and_a_confidence_histogram(
 
 
 @pytest.mark.parametrize(
-    ("layout", "place"),
+    ("layout", "host_share", "place"),
     [
-        ("gpu", "disk"),
-        ("gpu_decode", "s3"),
-        pytest.param("gpu", "s3", marks=pytest.mark.slow),
-        pytest.param("gpu_decode", "disk", marks=pytest.mark.slow),
+        ("gpu", 1, "disk"),
+        ("gpu_decode", 0.5, "s3"),
+        pytest.param("gpu", 1, "s3", marks=pytest.mark.slow),
+        pytest.param("gpu_decode", 0, "disk", marks=pytest.mark.slow),
     ],
     indirect=["place"],
 )
 def test_the_gpu_layouts_write_the_same_table(
     layout: str,
+    host_share: float,
     cluster: RayCluster,
     colours: Callable[..., Path],
     placed_bundle: Path,
@@ -177,7 +178,8 @@ def test_the_gpu_layouts_write_the_same_table(
     assert plain.returncode == 0, plain.stderr
     with RayCluster.start(cpus=2, gpus=1) as logical:
         env = logical.environment()
-        done = imgcls(*base, "--output", place / layout, "--scale.layout", layout, env=env)
+        asked = ("--scale.layout", layout, "--scale.host-share", host_share)
+        done = imgcls(*base, "--output", place / layout, *asked, env=env)
         assert done.returncode == 0, done.stderr
     assert "model workers on GPUs" in done.stdout
     assert table(place / layout).equals(table(place / "cpu"))

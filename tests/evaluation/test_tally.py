@@ -48,7 +48,7 @@ def rounded(values: Any) -> Any:
     return round(values, 6) if isinstance(values, float) else values
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(0, 200), max_size=4),
     seed=st.integers(0, 50),

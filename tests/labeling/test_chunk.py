@@ -26,7 +26,8 @@ from imgcls.labeling import chunk
 from imgcls.labeling.chunk import Prepared
 from imgcls.labeling.plan import Plan
 from imgcls.labeling.work import Seconds, Work, WorkSpec
-from imgcls.models.classifier import Classifier, Scores
+from imgcls.models.classifier import Classifier, Pending
+from imgcls.models.gpu import Stopwatch
 from tests.conftest import draw
 from tests.labeling.runs import CLASSES, manifest_of, plan_at, spec_of
 
@@ -179,7 +180,8 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
 ) -> None:
     """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
     classes = ["a", "b", "c", "d", "e"]
-    oracle: Any = SimpleNamespace(classes=classes, classify=lambda _, **__: Scores(scores))
+    pending = Pending(torch.from_numpy(scores), None, Stopwatch(torch.device("cpu")))
+    oracle: Any = SimpleNamespace(classes=classes, submit=lambda _, **__: pending)
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
     prepared = Prepared(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
     thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
@@ -334,7 +336,7 @@ def test_images_of_every_kind_are_good_before_they_are_damaged(classifier: Class
     assert set(assert_a_row_each(classifier, paths)) == {"ok"}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(paths=PATHS)
 def test_any_text_in_the_path_column_gives_a_row(
     classifier: Classifier, paths: list[str | None]
@@ -342,14 +344,14 @@ def test_any_text_in_the_path_column_gives_a_row(
     assert_a_row_each(classifier, paths)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_images_give_a_row(classifier: Classifier, seed: int) -> None:
     check_mutated_images(classifier, seed)
 
 
 @pytest.mark.chaos
-@settings(deadline=None, max_examples=5000)
+@settings(max_examples=5000)
 @given(paths=PATHS)
 def test_any_text_in_the_path_column_gives_a_row_at_length(
     classifier: Classifier, paths: list[str | None]
@@ -358,7 +360,7 @@ def test_any_text_in_the_path_column_gives_a_row_at_length(
 
 
 @pytest.mark.chaos
-@settings(deadline=None, max_examples=5000)
+@settings(max_examples=5000)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_images_give_a_row_at_length(classifier: Classifier, seed: int) -> None:
     check_mutated_images(classifier, seed)

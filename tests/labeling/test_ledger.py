@@ -268,7 +268,7 @@ def test_what_a_broken_off_retry_left_behind_is_dropped(run: Run) -> None:
     assert not any(run.staged(part).exists() for part in range(run.plan.parts))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 60),
     chunk_rows=st.integers(3, 40),

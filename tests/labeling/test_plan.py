@@ -56,7 +56,7 @@ def shards(output: Path) -> list[pq.ParquetFile]:
 # ------------------------------------------------------------------ cutting
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 400),
     chunk_rows=st.none() | st.integers(1, 500),

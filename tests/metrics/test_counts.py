@@ -94,7 +94,7 @@ def test_a_row_without_a_label_score_or_rank_is_left_out_of_their_means(make_pre
     assert counts.rank_counts[:3].tolist() == [1, 1, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), rows=st.integers(0, 60))
 def test_any_partition_merged_in_any_order_equals_the_whole(make_predictions, data, seed, rows):
     table = make_predictions(rows, CLASSES, seed=seed, failed=0.2, unlabelled=0.2, unknown=0.2)

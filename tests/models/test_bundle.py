@@ -92,7 +92,7 @@ def test_a_bundle_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     classes=st.lists(
         _TEXT, min_size=1, max_size=5, unique=True
@@ -158,7 +158,7 @@ def test_the_card_says_what_the_model_is() -> None:
 # ------------------------------------------------------------------ what is refused
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), file=st.sampled_from(FILES))
 def test_any_changed_byte_is_noticed(
     pristine: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, file: str

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms.functional import normalize
@@ -206,7 +206,6 @@ def test_the_temperature_divides_the_logits(small: Classifier, temperature: floa
     )
 
 
-@settings(deadline=None)
 @given(
     scores=st.lists(
         st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=4, max_size=4), max_size=6

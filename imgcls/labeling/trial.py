@@ -1,0 +1,259 @@
+"""Before a long run, what a worker can do is measured; what follows is decided by it, and said.
+
+The measuring is done on a worker of the very kind that will do the work; the deciding is arithmetic
+on what it found. A short run is over before a trial would have paid: it takes what the layout says.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+
+from imgcls.cluster import Interruption, keep_memory
+from imgcls.data import storage, stores
+from imgcls.data.stores import StorageConfig
+from imgcls.errors import ImageError, StorageError
+from imgcls.labeling.layout import Layout, LayoutName, ScaleConfig
+from imgcls.models.bundle import load_bundle
+
+if TYPE_CHECKING:
+    from imgcls.data.preprocess import Preprocess
+    from imgcls.models.classifier import Classifier
+
+WORTH_ROWS = {"cpu": 20_000, "gpu": 200_000, "gpu_decode": 200_000}
+"""Rows per worker from which a trial is worth the half minute that it takes."""
+WORTH_COMPILING = 600.0
+"""Seconds of forward passes, per worker, from which compiling is tried."""
+GPU_BATCHES = (64, 128, 256)
+"""Batch sizes that are tried on a GPU."""
+NEAR = 0.97
+"""The smallest batch within this share of the fastest is taken: it needs the least memory."""
+EDGE = 0.05
+"""A share of the decoding that is smaller than this is not worth being split off."""
+IMAGES = 64
+"""Images that decoding is tried on."""
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to measure.
+
+    batch_sizes: to try
+    compile:     whether to try a compiled network too
+    decode:      whether to time decoding, by the host and by the device
+    """
+
+    batch_sizes: tuple[int, ...]
+    compile: bool
+    decode: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to measure it on.
+
+    rows: that each worker will do
+    urls: images from the start of the manifest
+    """
+
+    bundle_url: str
+    precision: str
+    rows: int
+    urls: tuple[str, ...]
+    storage: StorageConfig
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was measured on one worker, in images per second.
+
+    forward:         by batch size
+    compiled:        at `compiled_at` rows a batch; None where it was not tried
+    compile_seconds: that the first pass took
+    host_decode:     of one core; None without images
+    device_decode:   in bulk on the worker's device; None without images
+    """
+
+    forward: dict[int, float]
+    compiled: float | None = None
+    compile_seconds: float = 0.0
+    host_decode: float | None = None
+    device_decode: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What changes results and was decided by measurement, or without one; kept with the run."""
+
+    batch_size: int
+    compile: bool
+
+
+def question(
+    config: ScaleConfig,
+    compile: Literal["auto", "yes", "no"],
+    layout: Layout,
+    rows: int,
+    kept: Choice | None,
+) -> Question | None:
+    """What is open and worth measuring before so many rows; None when nothing is.
+
+    kept: what this run chose when it began
+    """
+    if rows < WORTH_ROWS[layout.name] * layout.workers:
+        return None
+    gpu = layout.name != "cpu"
+    decode = gpu and config.layout == "auto" and config.host_share is None
+    if kept is not None:
+        return Question((kept.batch_size,), False, decode) if decode else None
+    open_size = gpu and config.batch_size is None
+    asked = Question(GPU_BATCHES if open_size else (layout.batch_size,), compile == "auto", decode)
+    return asked if open_size or asked.compile or decode else None
+
+
+def ask(asked: Question, case: Case, layout: Layout, interruption: Interruption) -> Answer:
+    """Have a worker of the layout's kind measure it."""
+    task = ray.remote(
+        num_cpus=layout.worker_cpus,
+        num_gpus=layout.worker_gpus,
+        runtime_env=keep_memory() if layout.name == "cpu" else {},
+    )(measure).remote(asked, case, layout.threads)
+    while not ray.wait([task], timeout=0.2)[0]:
+        interruption.check()
+    answer: Answer = ray.get(task)
+    return answer
+
+
+def measure(asked: Question, case: Case, threads: int) -> Answer:
+    """Try the bundle's network, and decoding, on this process's device."""
+    import torch
+
+    from imgcls.models.classifier import Classifier
+
+    stores.use(case.storage)
+    torch.set_num_threads(threads)
+    bundle = load_bundle(case.bundle_url)
+    precision: Any = case.precision
+    side = bundle.spec.preprocess.crop
+    pixels = torch.randint(0, 256, (max(asked.batch_sizes), 3, side, side), dtype=torch.uint8)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+
+    def rate(classifier: Classifier, size: int) -> float:
+        return size * _per_second(lambda: classifier.classify(pixels[:size]))
+
+    plain = Classifier(bundle, precision=precision)
+    forward = {}
+    for size in asked.batch_sizes:
+        if plain.device.type == "cuda":
+            plain = Classifier(bundle, precision=precision, batch_size=size)
+        forward[size] = rate(plain, size)
+    best = batch_of(forward)
+    answer = Answer(forward)
+    if asked.compile and case.rows / forward[best] > WORTH_COMPILING:
+        start = time.perf_counter()
+        compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
+        compiled.classify(pixels[:best])
+        took = time.perf_counter() - start
+        answer = replace(answer, compiled=rate(compiled, best), compile_seconds=took)
+    return _with_decoding(answer, case.urls, plain) if asked.decode else answer
+
+
+def batch_of(forward: dict[int, float]) -> int:
+    """The smallest batch size that is as fast as any, or nearly."""
+    fastest = max(forward.values())
+    return min(size for size, rate in forward.items() if rate >= NEAR * fastest)
+
+
+def choose(answer: Answer, rows: int) -> tuple[Choice, tuple[str, ...]]:
+    """Batch size and compiling, for workers that do so many rows each; and why."""
+    size = batch_of(answer.forward)
+    plain = answer.forward[size]
+    tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(answer.forward.items()))
+    reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
+    if answer.compiled is None:
+        return Choice(size, False), tuple(reasons)
+    saved = rows * (1 / plain - 1 / answer.compiled) - answer.compile_seconds
+    pays = saved > answer.compile_seconds
+    reasons.append(
+        f"compiled {answer.compiled:,.0f} images/s instead of {plain:,.0f}, after "
+        f"{answer.compile_seconds:.0f} s: over {rows:,} rows a worker "
+        f"{'saves' if saved > 0 else 'loses'} {abs(saved):,.0f} s; "
+        f"{'compiled' if pays else 'not compiled'}"
+    )
+    return Choice(size, pays), tuple(reasons)
+
+
+def split(answer: Answer, layout: Layout, choice: Choice) -> tuple[Layout, str]:
+    """The layout with the decoding shared out between CPUs and GPUs as fast as they are; and why.
+
+    With D images/s decoded by all CPUs, n GPUs that decode g and classify f images/s each, and a
+    share s decoded on CPUs, the CPUs allow D / s images/s and the GPUs n / ((1 - s) / g + 1 / f):
+    the share at which both are the same.
+    """
+    if answer.host_decode is None or answer.device_decode is None:
+        return layout, "decoding: none of the first images can be read; as it was"
+    plain = answer.forward[choice.batch_size]
+    f = answer.compiled if choice.compile and answer.compiled is not None else plain
+    g, hosts = answer.device_decode, layout.decoders * answer.host_decode
+    share = hosts * (1 / g + 1 / f) / (layout.workers + hosts / g)
+    share = 0.0 if share < EDGE else 1.0 if share > 1 - EDGE else round(share, 2)
+    why = (
+        f"decoding: {answer.host_decode:,.0f} images/s a core, {layout.decoders} of them, and "
+        f"{g:,.0f} a GPU beside {f:,.0f} forward: {share:.0%} of it on CPUs"
+    )
+    name: LayoutName = "gpu" if share == 1 else "gpu_decode"
+    return replace(layout, name=name, host_share=share), why
+
+
+def _with_decoding(answer: Answer, urls: Sequence[str], classifier: Classifier) -> Answer:
+    import torch
+
+    from imgcls.data import images
+
+    blobs = _readable(urls, classifier.preprocess)
+    if not blobs:
+        return answer
+
+    def on_the_host() -> None:
+        for blob in blobs:
+            images.decode(blob, classifier.preprocess)
+
+    def on_the_device() -> None:
+        images.decode_batch(blobs, classifier.preprocess, device=classifier.device)
+        if classifier.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return replace(
+        answer,
+        host_decode=len(blobs) * _per_second(on_the_host),
+        device_decode=len(blobs) * _per_second(on_the_device),
+    )
+
+
+def _readable(urls: Sequence[str], preprocess: Preprocess) -> list[bytes]:
+    from imgcls.data import images
+
+    blobs = []
+    for url in urls:
+        try:
+            blob = storage.read(url)
+            images.decode(blob, preprocess)
+        except (StorageError, ImageError):
+            continue  # a row with a reason, once it is its turn
+        blobs.append(blob)
+    return blobs
+
+
+def _per_second(work: Callable[[], object]) -> float:
+    """How often a thing can be done in a second, after it was done once."""
+    work()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < _SECONDS:
+        work()
+        done += 1
+    return done / (time.perf_counter() - start)
