@@ -74,6 +74,12 @@ COMMANDS = {
         "ImportConfig",
         "import_model",
     ),
+    "model quantise": Command(
+        "make a bundle that can be run in int8, and tell what that costs",
+        "imgcls.evaluation.quantise",
+        "QuantiseConfig",
+        "quantise",
+    ),
     "model list": Command(
         "list the architectures", "imgcls.models.importing", "ListConfig", "list_models"
     ),

@@ -54,7 +54,7 @@ from imgcls.labeling.trial import Choice
 from imgcls.labeling.work import Work, WorkSpec
 from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
 from imgcls.metrics import PredictionCounts, tables
-from imgcls.models.bundle import Bundle, Precision, load_bundle
+from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle
 from imgcls.provenance import provenance
 from imgcls.runs import open_run
 
@@ -153,6 +153,10 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
             bundle_sha256=bundle.sha256,
             relabel=config.relabel,
         )
+    if config.precision == "int8":
+        if config.compile == "yes":
+            raise RequestError("compile: a network in int8 is not compiled; give one of the two")
+        print(f"int8    {int8_of(bundle).cost()}", flush=True)
     _check_columns(manifest, config, bundle)
     _check_images(listed)
     _check_output(output, config)
@@ -290,7 +294,8 @@ class _Run:
         config = self.config
         kept = Choice(**run["chosen"]) if "chosen" in run else None
         choice = kept or Choice(layout.batch_size, config.compile == "yes")
-        asked = trial.question(config.scale, config.compile, layout, self.plan.rows, kept)
+        may_compile = "no" if config.precision == "int8" else config.compile
+        asked = trial.question(config.scale, may_compile, layout, self.plan.rows, kept)
         if asked is not None:
             case = trial.Case(
                 bundle_url=storage.absolute(self.bundle.url),

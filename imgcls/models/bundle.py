@@ -30,7 +30,7 @@ WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
 Source = Literal["torchvision", "imgcls"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class Architecture(Section):
@@ -51,6 +51,30 @@ class VectorScaling(Section):
     bias: list[float]
 
 
+class Int8(Section):
+    """What running in int8 needs and costs."""
+
+    ranges: dict[str, dict[str, tuple[float, float]]]
+    """The least and the largest value seen by each convolution; see `models.quantise`."""
+    calibration_images: int
+    """Images that they were seen on."""
+    judged_images: int
+    """Other images, that the cost is told on."""
+    agreement: UnitFloat
+    """Share of these whose label is the same as in fp32."""
+    accuracy: UnitFloat | None = None
+    """Share of the labelled ones that are right."""
+    accuracy_fp32: UnitFloat | None = None
+    """The same in fp32."""
+
+    def cost(self) -> str:
+        """What int8 changes, in words."""
+        words = f"{self.agreement:.1%} of {self.judged_images:,} images labelled as in fp32"
+        if self.accuracy is not None and self.accuracy_fp32 is not None:
+            words += f"; accuracy {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"
+        return words
+
+
 class BundleSpec(Section):
     """What `bundle.json` says."""
 
@@ -66,6 +90,8 @@ class BundleSpec(Section):
     """A prediction is accepted when its confidence is at least this."""
     thresholds: dict[str, UnitFloat] = {}
     """In place of `threshold`, for predictions of these classes."""
+    int8: Int8 | None = None
+    """For `precision int8`; made by `imgcls model quantise`."""
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
 
@@ -125,6 +151,16 @@ def load_bundle(url: str) -> Bundle:
     bundle = read_description(url)
     _verified_weights(bundle)
     return bundle
+
+
+def int8_of(bundle: Bundle) -> Int8:
+    """What running a bundle in int8 needs; raises BundleError when that was not prepared."""
+    if bundle.spec.int8 is None:
+        raise BundleError(
+            f"bundle {bundle.url}: has not been prepared for int8; make one that is with "
+            f"`imgcls model quantise --model {bundle.url} --manifest FILE --output NEW`"
+        )
+    return bundle.spec.int8
 
 
 def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +19,14 @@ from torch import nn
 
 from imgcls.data import images, storage
 from imgcls.data.images import Pixels
-from imgcls.errors import BundleError
-from imgcls.models import zoo
-from imgcls.models.bundle import Bundle, Precision, load_bundle, load_weights
+from imgcls.errors import BundleError, RequestError
+from imgcls.models import quantise, zoo
+from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
 from imgcls.models.fold import folded
 from imgcls.models.fuse import fused
 from imgcls.models.gpu import Download, Replayed, Stopwatch
 from imgcls.models.normalise import Normalise
+from imgcls.models.quantise import Ranges
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,14 @@ class Classifier:
         self.preprocess = bundle.spec.preprocess
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision, self.precision_reason = choose_precision(precision, self.device)
-        network = zoo.build(bundle.spec.architecture, len(self.classes))
-        try:
-            network.load_state_dict(load_weights(bundle))
-        except RuntimeError as error:
-            first = " ".join(str(error).split())[:300]
-            raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
-        self._dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        network = folded(network.eval()).to(self.device, self._dtype)
-        self._network = network.to(memory_format=torch.channels_last)
-        if self.device.type == "cpu" and not compile:
-            _, last = zoo.head(self._network)
+        self._dtype = _floating(self.precision, self.device)
+        self._network = _loaded(bundle, self.device, self._dtype)
+        _, last = zoo.head(self._network)
+        if self.precision == "int8":
+            self._network = _in_int8(self._network, bundle, last)
+        elif self.device.type == "cpu" and not compile:
             self._network = fused(self._network, self.preprocess.crop, spare=last)
-        if self.precision == "bf16":
+        if self._dtype == torch.bfloat16:
             _finish_in_fp32(self._network)
         self._normalise = Normalise(self.preprocess, self.device)
         scaling = bundle.spec.vector_scaling
@@ -115,6 +111,7 @@ class Classifier:
             pair = torch.tensor([scaling.scale, scaling.bias], device=self.device)
             self._scaling = (pair[0], pair[1])
         self._thresholds = np.array(bundle.spec.class_thresholds(), np.float32)
+        compile = compile and self.precision != "int8"
         self._forward = torch.compile(self._network) if compile else self._network
         if self.device.type == "cuda" and batch_size is not None:
             self._forward = self._replayed(batch_size)
@@ -217,10 +214,38 @@ def top_k_of(
     return order, np.take_along_axis(scores, order, axis=1)
 
 
+def observe(bundle: Bundle, batches: Iterable[Pixels]) -> Ranges:
+    """What the convolutions of a bundle's network see, for int8.
+
+    batches: (N, 3, crop, crop) uint8 RGB
+    Raises BundleError when it has none that could be quantised.
+    """
+    device = torch.device("cpu")
+    dtype = _floating("auto", device)
+    network = _loaded(bundle, device, dtype)
+    normalise = Normalise(bundle.spec.preprocess, device)
+    inputs = (normalise(batch).to(dtype) for batch in batches)
+    side = bundle.spec.preprocess.crop
+    try:
+        return quantise.observe(network, side, spare=zoo.head(network)[1], batches=inputs)
+    except ValueError as error:
+        raise BundleError(f"bundle {bundle.url}: int8: {error}") from error
+
+
 def choose_precision(
     wanted: Precision, device: torch.device
-) -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision to run at on a device, and why."""
+) -> tuple[Literal["fp32", "bf16", "int8"], str]:
+    """The precision to run at on a device, and why.
+
+    Raises RequestError for int8 on a GPU, or on a CPU that does not multiply it.
+    """
+    if wanted == "int8" and device.type != "cpu":
+        raise RequestError("precision int8: is for CPUs; a GPU does better with bf16, or auto")
+    if wanted == "int8" and not _cpu_flags() & _INT8_FLAGS:
+        raise RequestError(
+            f"precision int8: this CPU has none of {', '.join(sorted(_INT8_FLAGS))}, without which "
+            "sums overflow; say --precision auto"
+        )
     if wanted != "auto":
         return wanted, "as asked"
     if device.type == "cuda":
@@ -231,6 +256,32 @@ def choose_precision(
         if flag in flags:
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
+
+
+def _loaded(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The bundle's network in eval mode, its batch norms folded, channels last."""
+    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
+    try:
+        network.load_state_dict(load_weights(bundle))
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
+    return folded(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def _in_int8(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:
+    ranges = int8_of(bundle).ranges
+    try:
+        return quantise.quantised(network, bundle.spec.preprocess.crop, spare=last, ranges=ranges)
+    except ValueError as error:
+        raise BundleError(f"bundle {bundle.url}: int8: {error}; quantise it anew") from error
+
+
+def _floating(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of what is not quantised."""
+    if precision in ("auto", "int8"):
+        precision, _ = choose_precision("auto", device)
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _finish_in_fp32(network: nn.Module) -> None:
@@ -246,6 +297,9 @@ def _finish_in_fp32(network: nn.Module) -> None:
         head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     else:
         head.register_forward_hook(lambda _, args, output: output.float())
+
+
+_INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
 
 
 def _cpu_flags() -> set[str]:

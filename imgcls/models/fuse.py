@@ -36,34 +36,51 @@ _SUMS = (operator.add, operator.iadd, torch.add)
 class FusedConv2d(nn.Module):
     """act(conv(x) + residual), the activation and the residual where there are any.
 
-    The weights are packed for this processor: neither saved nor moved from here on.
+    name:       of the convolution in the network
+    source:     the convolution, until it is packed
+    input_size: that its weights are laid out for, [N, C, H, W]
+    Once packed for this processor the weights are neither saved nor moved.
     """
 
     def __init__(
-        self, source: nn.Conv2d, input_size: list[int], activation: str, scalars: tuple[float, ...]
+        self,
+        name: str,
+        source: nn.Conv2d,
+        input_size: list[int],
+        activation: str,
+        scalars: tuple[float, ...],
     ) -> None:
         super().__init__()
-        self._layout = (list(source.padding), list(source.stride), list(source.dilation))
+        self.name = name
+        self.source: nn.Conv2d | None = source
+        self.input_size = input_size
+        self.activation = activation
+        self.scalars = list(scalars)
+        self.layout = (list(source.padding), list(source.stride), list(source.dilation))
+
+    def pack(self) -> None:
+        """Lay the weights out for this processor."""
+        source = self.source
+        assert source is not None
         self._groups = source.groups
         self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-            source.weight.detach(), *self._layout, source.groups, input_size
+            source.weight.detach(), *self.layout, source.groups, self.input_size
         )
         self._bias = None if source.bias is None else source.bias.detach()
-        self._activation = activation
-        self._scalars = list(scalars)
+        self.source = None
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor:
         """x: (N, C, H, W), residual: as the result, which takes its memory if `in_place`."""
-        setting = (self._weight, self._bias, *self._layout, self._groups)
+        setting = (self._weight, self._bias, *self.layout, self._groups)
         done: torch.Tensor
         if residual is None:
             done = torch.ops.mkldnn._convolution_pointwise(
-                x, *setting, self._activation, self._scalars, None
+                x, *setting, self.activation, self.scalars, None
             )
             return done
-        after = (None if self._activation == "none" else self._activation, self._scalars, None)
+        after = (None if self.activation == "none" else self.activation, self.scalars, None)
         if in_place:
             done = torch.ops.mkldnn._convolution_pointwise_.binary(
                 residual, x, *setting, "add", None, *after
@@ -82,10 +99,26 @@ def fused(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
     side:    pixels of an input's height and width
     spare:   a layer that stays as it is
     """
+    graph = placed(network, side, spare=spare)
+    if graph is None:
+        return network
+    packed(graph)
+    return graph
+
+
+def packed(graph: fx.GraphModule) -> None:
+    """Make the fused convolutions of a graph ready to be run."""
+    for module in graph.modules():
+        if isinstance(module, FusedConv2d):
+            module.pack()
+
+
+def placed(network: nn.Module, side: int, *, spare: nn.Module) -> fx.GraphModule | None:
+    """The network's graph with fused convolutions that are not yet packed; None without any."""
     graph = followed(network) if torch.backends.mkldnn.is_available() else None
     convolutions = [module for module in network.modules() if _fits(module)]
     if graph is None or not convolutions:
-        return network
+        return None
     weight: torch.Tensor = next(convolutions[0].parameters())
     sizes = _Sizes(graph)
     with torch.inference_mode():
@@ -105,12 +138,12 @@ def fused(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
         activation: tuple[str, tuple[float, ...]] = ("none", ())
         if len(last.users) == 1:
             (follower,) = last.users
-            kind = _kind(follower, modules)
+            kind = kind_of(follower, modules)
             if kind in _ACTIVATIONS:
                 activation, last = _ACTIVATIONS[kind], follower
         size = [NOMINAL_BATCH, *sizes.of[node.args[0]][1:]]
         name = f"fused_{number}"
-        graph.add_module(name, FusedConv2d(module, size, *activation))
+        graph.add_module(name, FusedConv2d(str(node.target), module, size, *activation))
         modules[name] = graph.get_submodule(name)
         with graph.graph.inserting_after(last):
             made = graph.graph.call_module(name, inputs)
@@ -152,13 +185,13 @@ def _drop_idle(graph: fx.GraphModule) -> None:
     """Take out what only training knows: dropout, and blocks left out at random."""
     modules = dict(graph.named_modules())
     for node in list(graph.graph.nodes):
-        kind = _kind(node, modules)
+        kind = kind_of(node, modules)
         if kind in (nn.Dropout, nn.Identity, torchvision.ops.stochastic_depth):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
 
 
-def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
     """A layer's class, a function, or None."""
     if node.op == "call_module":
         return type(modules[str(node.target)])
@@ -184,6 +217,6 @@ def _is_done_with(
     """Whether nothing reads a tensor, or what shares its memory, after the step `at`."""
     fresh = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
     users = [user for user in residual.users if user is not at]
-    return _kind(residual, modules) in fresh and all(
-        order[user] < order[at] and _kind(user, modules) in fresh for user in users
+    return kind_of(residual, modules) in fresh and all(
+        order[user] < order[at] and kind_of(user, modules) in fresh for user in users
     )

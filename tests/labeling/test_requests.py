@@ -15,15 +15,22 @@ from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
 
 
-def refused(tmp_path: Path, bundle: Path, image: str) -> str:
+def refused(tmp_path: Path, bundle: Path, image: str, **more: str) -> str:
     manifest = write_manifest(tmp_path / "manifest.csv", [(image,)], ("path",))
     output = tmp_path / "out"
-    asked = {"manifest": str(manifest), "model": str(bundle), "output": str(output)}
+    asked = {"manifest": str(manifest), "model": str(bundle), "output": str(output), **more}
     with pytest.raises(RequestError) as caught:
         predict(build(PredictConfig, asked))
     assert not ray.is_initialized()
     assert not output.exists()
     return str(caught.value)
+
+
+def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
+    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
+    assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
+    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="yes")
+    assert "int8 is not compiled; give one of the two" in told
 
 
 def test_a_bucket_that_is_not_there_is_refused(
