@@ -3,7 +3,7 @@
     python -m benchmarks.agreement [--images imagenet 12mp png]
 
 The reference decodes with Pillow, resizes and crops with torchvision's documented transforms, and
-runs the network as torchvision builds it in float32. Over the sample's photographs as they are,
+runs the network as torchvision builds it in float32. int8 has seen every other photograph before. Over the sample's photographs as they are,
 enlarged to 12 megapixels and encoded anew, and as PNG, it prints for each route and precision:
   agree    share of images whose label is the reference's
   sure     the same, of images whose reference score is above 0.5
@@ -17,6 +17,7 @@ import argparse
 import io
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def squeezenet() -> Any:
 
 
 def compare(kind: str, bundle: Any) -> None:
-    from imgcls.models.classifier import Classifier
+    from imgcls.models.bundle import Int8
+    from imgcls.models.classifier import Classifier, observe
 
     decoders = routes(bundle.spec.preprocess)
     inputs: dict[str, list[Any]] = {name: [] for name in decoders}
@@ -74,8 +76,17 @@ def compare(kind: str, bundle: Any) -> None:
     for name, pixels in inputs.items():
         stacked = np.stack(pixels)
         apart = np.abs(stacked.astype(int) - np.stack(inputs["Pillow"])).mean((1, 2, 3))
-        for precision in ("fp32", "bf16"):
-            classifier = Classifier(bundle, precision=precision, device="cpu")
+        shown = stacked[::2]
+        batches = (shown[i : i + BATCH] for i in range(0, len(shown), BATCH))
+        told = Int8(
+            ranges=observe(bundle, batches),
+            calibration_images=len(shown),
+            judged_images=0,
+            agreement=0,
+        )
+        prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
+        for precision in ("fp32", "bf16", "int8"):
+            classifier = Classifier(prepared, precision=precision, device="cpu")
             found = np.concatenate(
                 [
                     classifier.classify(stacked[i : i + BATCH]).scores

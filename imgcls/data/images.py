@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from imgcls.data import reduced as reduced_images
 from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
@@ -218,7 +219,7 @@ def _decode_jpeg(
     margin = (math.ceil(wanted[0] * DCT_MARGIN), math.ceil(wanted[1] * DCT_MARGIN))
     if image.size[0] >= 2 * margin[0] and image.size[1] >= 2 * margin[1]:
         image.draft("RGB", margin)
-        return _resized_pillow(_oriented(_to_rgb(image), orientation), shown, spec, orientation)
+        return _resized_reduced(_oriented(_to_rgb(image), orientation), shown, spec, orientation)
     tensor = torchvision.io.decode_jpeg(
         torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
     )
@@ -229,24 +230,35 @@ def _decode_jpeg(
     return _resized_tensor(upright, shown, spec)
 
 
-def _resized_pillow(
-    image: Image.Image, shown: tuple[int, int], spec: Preprocess, turned: int = 1
-) -> Pixels:
-    """Resize and crop in one pass: only the pixels that are kept are computed.
+def _resized_pillow(image: Image.Image, shown: tuple[int, int], spec: Preprocess) -> Pixels:
+    """Resize and crop an upright image in one pass: only the pixels that are kept are computed."""
+    resized = target_size(shown, spec)
+    (left, top, right, bottom), _ = _window(resized, spec)
+    x, y = shown[0] / resized[0], shown[1] / resized[1]
+    kept = image.resize(
+        (right - left, bottom - top),
+        _PILLOW_FILTER[spec.interpolation],
+        box=(left * x, top * y, min(shown[0], right * x), min(shown[1], bottom * y)),
+    )
+    return _placed(np.asarray(kept), resized, spec)
 
-    image: upright, at full size or at the 1/2, 1/4 or 1/8 that libjpeg decoded
+
+def _resized_reduced(
+    image: Image.Image, shown: tuple[int, int], spec: Preprocess, turned: int
+) -> Pixels:
+    """The same of an image that libjpeg decoded at 1/2, 1/4 or 1/8.
+
     turned: the EXIF orientation that was undone after decoding
     """
     resized = target_size(shown, spec)
     (left, top, right, bottom), _ = _window(resized, spec)
     x = _span(left, right, resized[0], image.size[0], shown[0], mirrored=turned in (2, 3, 6, 7))
     y = _span(top, bottom, resized[1], image.size[1], shown[1], mirrored=turned in (3, 4, 7, 8))
-    kept = image.resize(
-        (right - left, bottom - top),
-        _PILLOW_FILTER[spec.interpolation],
-        box=(x[0], y[0], x[1], y[1]),
-    )
-    return _placed(np.asarray(kept), resized, spec)
+    kept = reduced_images.resize(
+        np.asarray(image), (right - left, bottom - top), (x[0], y[0], x[1], y[1]),
+        spec.interpolation,
+    )  # fmt: skip
+    return _placed(kept, resized, spec)
 
 
 def _span(

@@ -14,6 +14,7 @@ from imgcls.evaluation.quantise import QuantiseConfig, quantise
 from imgcls.models import classifier as classifier_module
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
+from imgcls.models.importing import ImportConfig, import_model
 from tests.conftest import COLOURS
 
 pytestmark = pytest.mark.skipif(
@@ -85,3 +86,23 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     (tmp_path / "there" / "bundle.json").write_text("{}")
     with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
         quantise(order(manifest, colour_bundle, tmp_path / "there"))
+
+
+@pytest.mark.shared
+def test_real_weights_say_nearly_the_same_of_real_photographs(shared: Path, tmp_path: Path) -> None:
+    weights = shared / "weights"
+    config = ImportConfig(
+        arch="squeezenet1_0",
+        weights=str(weights / "squeezenet1_0-imagenet.pth"),
+        classes=str(weights / "imagenet-classes.txt"),
+        output=str(tmp_path / "bundle"),
+    )
+    import_model(config)
+    manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
+    told = quantise(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
+    assert told is not None
+    assert told.judged_images == 167
+    assert told.agreement > 0.9  # 158 of 167 were the same when this was written
+    assert told.accuracy is not None
+    assert told.accuracy_fp32 is not None
+    assert abs(told.accuracy - told.accuracy_fp32) < 0.03

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
+from torchvision import transforms
 from torchvision.transforms.functional import normalize
 
 from imgcls.data import images
@@ -368,3 +371,39 @@ def test_bf16_and_fp32_agree_on_the_label(sample: dict[str, Any]) -> None:
     assert same.mean() >= BF16_AGREEMENT
     sure = sample["fp32"].max(1) > 0.5
     assert same[sure].all()
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
+    shared: Path, tmp_path: Path
+) -> None:
+    """Decoded at a fraction of their size, beside Pillow's full decode; see also benchmarks."""
+    architecture = zoo.architecture("squeezenet1_0")
+    weights = str(shared / "weights" / "squeezenet1_0-imagenet.pth")
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=[f"class {i}" for i in range(1000)],
+        preprocess=zoo.default_preprocess(architecture),
+    )
+    save_bundle(str(tmp_path / "bundle"), spec, zoo.load_weights(weights, architecture))
+    classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
+    steps = transforms.Compose(
+        [transforms.Resize(spec.preprocess.resize), transforms.CenterCrop(spec.preprocess.crop)]
+    )
+    files = sorted((shared / "data" / "imagenet-sample" / "images").rglob("*.*"))[::7]
+    whole, scaled = [], []
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        by = (12e6 / (image.width * image.height)) ** 0.5
+        large = image.resize((round(image.width * by), round(image.height * by)))
+        sink = io.BytesIO()
+        large.save(sink, "JPEG", quality=90)
+        reference = steps(Image.open(io.BytesIO(sink.getvalue())).convert("RGB"))
+        whole.append(np.asarray(reference).transpose(2, 0, 1))
+        scaled.append(images.decode(sink.getvalue(), spec.preprocess)[0])
+    expected = classifier.classify(images.stack(whole)).scores
+    found = classifier.classify(images.stack(scaled)).scores
+    assert len(files) > 40
+    assert (found.argmax(1) == expected.argmax(1)).sum() >= len(files) - 1
+    assert np.abs(found - expected).max() < 0.15

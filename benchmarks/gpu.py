@@ -1,0 +1,140 @@
+"""A GPU's limits, and how near the stages of the GPU layouts come to them; needs CUDA, not Ray.
+
+    python -m benchmarks.gpu [--models resnet50 vit_b_16] [--rows 4096] [--source FOLDER]
+
+For each model, in images per second of this machine's first GPU, medians of three:
+  forward   pixels that are on the device already, launched kernel by kernel, and as a recorded
+            graph, by batch size; compiled too
+  upload    the same from the host's memory, batches handed over without waiting
+  nvJPEG    photographs decoded and resized in bulk on the device
+  decode    the same by one core of the host
+  chunks    nvJPEG and the forward pass of whole chunks in two threads, as a worker does them: beside
+            it what the slower of the two would allow, and what both in turn would
+A check comes first: the same labels by every route, scores no further apart than 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workloads import SAMPLE, make_bundle, photographs
+
+BATCHES = (64, 128, 256, 512)
+CHUNK = 256
+REPEATS = 3
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", default=["resnet50", "vit_b_16"])
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--source", type=Path, default=SAMPLE)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    blobs = [file.read_bytes() for file in photographs(options.source)]
+    with tempfile.TemporaryDirectory(prefix="imgcls-gpu-") as folder:
+        for model in options.models:
+            measure(str(make_bundle(Path(folder), model)), model, blobs, options.rows)
+
+
+def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
+    import torch
+
+    from imgcls.data import images
+    from imgcls.models.classifier import Classifier
+
+    def say(what: str, rate: float) -> None:
+        print(f"  {what:<34} {rate:10,.0f} images/s", flush=True)
+
+    print(model)
+    plain = Classifier.load(bundle)
+    pixels = np.stack([images.decode(blob, plain.preprocess)[0] for blob in blobs[:CHUNK]])
+    check(plain, bundle, pixels)
+    best, fastest = plain, 0.0
+    for size in BATCHES:
+        batch = torch.from_numpy(np.resize(pixels, (size, *pixels.shape[1:]))).cuda()
+        graph = Classifier.load(bundle, batch_size=size)
+        say(f"forward, {size} by kernels", rate(lambda b=batch: classify(plain, b, rows), rows))  # type: ignore[misc]
+        replayed = rate(lambda g=graph, b=batch: classify(g, b, rows), rows)  # type: ignore[misc]
+        say(f"forward, {size} as a graph", replayed)
+        if replayed > fastest:
+            best, fastest = graph, replayed
+    size = CHUNK
+    compiled = Classifier.load(bundle, batch_size=size, compile=True)
+    batch = torch.from_numpy(np.resize(pixels, (size, *pixels.shape[1:]))).cuda()
+    say(f"forward, {size} compiled, graph", rate(lambda: classify(compiled, batch, rows), rows))
+    host = np.resize(pixels, (CHUNK, *pixels.shape[1:]))
+    say("upload and forward", rate(lambda: classify(best, host, rows), rows))
+
+    def on_the_device(count: int) -> None:
+        for start in range(0, count, CHUNK):
+            some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
+            images.decode_batch(some, plain.preprocess, device=plain.device)
+        torch.cuda.synchronize()
+
+    def on_the_host(count: int) -> None:
+        for i in range(count):
+            images.decode(blobs[i % len(blobs)], plain.preprocess)
+
+    def chunks(count: int) -> None:
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(one_chunk, range(0, count, CHUNK)))
+
+    def one_chunk(start: int) -> None:
+        some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
+        found = images.decode_batch(some, plain.preprocess, device=plain.device)
+        best.classify(torch.stack([each[0] for each in found if isinstance(each, tuple)]))
+
+    decoding = rate(lambda: on_the_device(rows), rows)
+    say("nvJPEG", decoding)
+    say("decode, one core", rate(lambda: on_the_host(1000), 1000))
+    say("chunks, two threads", rate(lambda: chunks(rows), rows))
+    say("  the slower of the two allows", min(decoding, fastest))
+    say("  both in turn allow", 1 / (1 / decoding + 1 / fastest))
+
+
+def check(plain: Any, bundle: str, pixels: Any) -> None:
+    from imgcls.models.classifier import Classifier
+
+    expected = plain.classify(pixels).scores
+    for options in ({"batch_size": 64}, {"batch_size": 64, "compile": True}):
+        classifier = Classifier.load(bundle, **options)
+        found = np.concatenate(
+            [classifier.classify(pixels[i : i + 64]).scores for i in range(0, len(pixels), 64)]
+        )
+        if np.abs(found - expected).max() > 0.01:
+            raise SystemExit(f"{options}: scores differ by {np.abs(found - expected).max():.3f}")
+
+
+def classify(classifier: Any, batch: Any, rows: int) -> None:
+    """Batches one after the other, none waited for but the last ones."""
+    pending = [classifier.submit(batch) for _ in range(0, rows, len(batch))]
+    for each in pending:
+        each.get()
+
+
+def rate(work: Callable[[], None], count: int) -> float:
+    work()
+    taken = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return count / statistics.median(taken)
+
+
+if __name__ == "__main__":
+    main()
