@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-s3 test-chaos bench lint format clean
+.PHONY: help venv demo test test-slow test-s3 test-chaos test-gpu bench bench-more lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,19 @@ bench: venv  ## measure this machine's limits, labelling beside other tools, tra
 	$(BIN)/python -m benchmarks.labeling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.evaluation
+
+bench-more: venv  ## other models and kinds of images, agreement, start-up, growth: an hour and a half
+	$(BIN)/python -m benchmarks.labeling --peers --models resnet50 squeezenet1_1 mobilenet_v3_small vit_b_16
+	$(BIN)/python -m benchmarks.labeling --peers --images 12mp small png
+	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.scale work
+	$(BIN)/python -m benchmarks.scale plan --rows 10000 100000 1000000 10000000
+	$(BIN)/python -m benchmarks.scale resume
+	$(BIN)/python -m benchmarks.scale nodes
+
+test-gpu: venv  ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: venv  ## style, types and the layers between packages
 	$(BIN)/ruff check .

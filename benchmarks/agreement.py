@@ -3,8 +3,9 @@
     python -m benchmarks.agreement [--images imagenet 12mp png]
 
 The reference decodes with Pillow, resizes and crops with torchvision's documented transforms, and
-runs the network as torchvision builds it in float32. int8 has seen every other photograph before. Over the sample's photographs as they are,
-enlarged to 12 megapixels and encoded anew, and as PNG, it prints for each route and precision:
+runs the network as torchvision builds it in float32. Over the sample's photographs as they are,
+enlarged to 12 megapixels and encoded anew, and as PNG, it prints for each route and precision (of
+int8, every other photograph was seen before):
   agree    share of images whose label is the reference's
   sure     the same, of images whose reference score is above 0.5
   score    the largest difference of the winning label's score

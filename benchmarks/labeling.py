@@ -43,6 +43,8 @@ from benchmarks.workloads import (
 )
 
 RESULTS = Path("bench-results")
+PATIENCE = 1200
+"""Seconds that a peer may take."""
 LIMIT, PLAIN = "limit: both", "limit: both by torchvision"
 STEADY, WHOLE = "imgcls, after start-up", "imgcls, whole job"
 
@@ -194,7 +196,13 @@ def measure_peer(name: str, model: str, manifest: Path, output: Path) -> float |
     """Images per second of a peer's whole program; None, and a line, when it did not end well."""
     command = [sys.executable, "-m", "benchmarks.peers", name, model, str(manifest), str(output)]
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        print(f"  {name:<45} gave up after {PATIENCE} s", flush=True)
+        return None
     took = time.perf_counter() - start
     if done.returncode:
         print(f"  {name:<45} failed: {(done.stderr.strip() or '?').splitlines()[-1]}", flush=True)

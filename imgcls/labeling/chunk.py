@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,9 +74,13 @@ def rows_of(spec: WorkSpec, work: Work) -> pa.Table:
         return work.rows
     part = spec.plan.part_of(work.chunk)
     group = work.chunk - spec.plan.chunks_of(part).start
-    shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
-    table: pa.Table = shard.read_row_group(group)
+    with _READING:  # one file handle for the threads of a worker
+        shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
+        table: pa.Table = shard.read_row_group(group)
     return table
+
+
+_READING = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)

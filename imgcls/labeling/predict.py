@@ -99,8 +99,8 @@ class PredictConfig(Section):
     limit: PositiveInt | None = None
     """Label only so many rows from the start of the manifest."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware has it natively."""
-    compile: Literal["auto", "yes", "no"] = "auto"
+    """auto: bf16 where the hardware has it natively. int8: by a bundle prepared for it, on CPUs."""
+    compile: Literal["auto", "always", "never"] = "auto"
     """Compile the model; auto: where a trial before a long run finds that it pays."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
@@ -154,7 +154,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
             relabel=config.relabel,
         )
     if config.precision == "int8":
-        if config.compile == "yes":
+        if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         print(f"int8    {int8_of(bundle).cost()}", flush=True)
     _check_columns(manifest, config, bundle)
@@ -293,8 +293,8 @@ class _Run:
         """What the run chose when it began, or chooses now: by a trial, where it is a long one."""
         config = self.config
         kept = Choice(**run["chosen"]) if "chosen" in run else None
-        choice = kept or Choice(layout.batch_size, config.compile == "yes")
-        may_compile = "no" if config.precision == "int8" else config.compile
+        choice = kept or Choice(layout.batch_size, config.compile == "always")
+        may_compile = "never" if config.precision == "int8" else config.compile
         asked = trial.question(config.scale, may_compile, layout, self.plan.rows, kept)
         if asked is not None:
             case = trial.Case(

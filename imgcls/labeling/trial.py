@@ -96,7 +96,7 @@ class Choice:
 
 def question(
     config: ScaleConfig,
-    compile: Literal["auto", "yes", "no"],
+    compile: Literal["auto", "always", "never"],
     layout: Layout,
     rows: int,
     kept: Choice | None,

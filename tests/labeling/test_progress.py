@@ -130,3 +130,13 @@ def test_a_run_without_a_rate_yet_promises_no_end(clock: Clock) -> None:
     bar.add(done(10))  # in no time at all
     assert "ETA" not in bar.line()
     assert "0.0 images/s" in bar.line()
+
+
+def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
+    bar = Progress(1000, 0, every=5, stream=io.StringIO())
+    for worker in ("a/1", "b/1"):
+        clock.now += 1
+        bar.add(done(10, worker=worker, classify=0.9, gpu=0.6))
+    assert bar.gpu_busy == pytest.approx(1.2 / (2 * 2))
+    assert "GPU busy 30%" in bar.line()
+    assert "bottleneck classify (100% of time)" in bar.line()

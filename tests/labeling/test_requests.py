@@ -29,7 +29,7 @@ def refused(tmp_path: Path, bundle: Path, image: str, **more: str) -> str:
 def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
     told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
     assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
-    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="yes")
+    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
     assert "int8 is not compiled; give one of the two" in told
 
 

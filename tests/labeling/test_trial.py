@@ -32,13 +32,13 @@ def test_a_short_run_tries_nothing(layout: Layout, rows: int) -> None:
 def test_what_is_tried_is_what_nobody_has_said() -> None:
     said = ScaleConfig(batch_size=96, host_share=0.5)
     assert trial.question(ScaleConfig(), "auto", CPUS, LONG, None) == Question((32,), True, False)
-    assert trial.question(ScaleConfig(), "no", CPUS, LONG, None) is None
-    assert trial.question(ScaleConfig(), "yes", GPUS, LONG, None) == Question(
+    assert trial.question(ScaleConfig(), "never", CPUS, LONG, None) is None
+    assert trial.question(ScaleConfig(), "always", GPUS, LONG, None) == Question(
         trial.GPU_BATCHES, False, True
     )
     given = plan_layout([Node(cpus=16, gpus=2, accelerator="H200")], said)
     assert trial.question(said, "auto", given, LONG, None) == Question((96,), True, False)
-    assert trial.question(said, "no", given, LONG, None) is None
+    assert trial.question(said, "never", given, LONG, None) is None
 
 
 def test_a_run_that_goes_on_keeps_what_changes_its_results() -> None:
