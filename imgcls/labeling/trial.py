@@ -73,8 +73,9 @@ class Answer:
     """What was measured on one worker, in images per second.
 
     forward:         by batch size
-    compiled:        at `compiled_at` rows a batch; None where it was not tried
+    compiled:        at the batch size that is taken; None where it was not tried, or failed
     compile_seconds: that the first pass took
+    compile_failure: why it could not be compiled, as on a machine without a C++ compiler
     host_decode:     of one core; None without images
     device_decode:   in bulk on the worker's device; None without images
     """
@@ -82,6 +83,7 @@ class Answer:
     forward: dict[int, float]
     compiled: float | None = None
     compile_seconds: float = 0.0
+    compile_failure: str | None = None
     host_decode: float | None = None
     device_decode: float | None = None
 
@@ -156,10 +158,14 @@ def measure(asked: Question, case: Case, threads: int) -> Answer:
     answer = Answer(forward)
     if asked.compile and case.rows / forward[best] > WORTH_COMPILING:
         start = time.perf_counter()
-        compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
-        compiled.classify(pixels[:best])
-        took = time.perf_counter() - start
-        answer = replace(answer, compiled=rate(compiled, best), compile_seconds=took)
+        try:
+            compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
+            compiled.classify(pixels[:best])
+        except Exception as error:  # noqa: BLE001  whatever a compiler raises: nobody asked for it
+            answer = replace(answer, compile_failure=str(error).strip().partition("\n")[0])
+        else:
+            took = time.perf_counter() - start
+            answer = replace(answer, compiled=rate(compiled, best), compile_seconds=took)
     return _with_decoding(answer, case.urls, plain) if asked.decode else answer
 
 
@@ -175,6 +181,8 @@ def choose(answer: Answer, rows: int) -> tuple[Choice, tuple[str, ...]]:
     plain = answer.forward[size]
     tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(answer.forward.items()))
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
+    if answer.compile_failure is not None:
+        reasons.append(f"not compiled: {answer.compile_failure}")
     if answer.compiled is None:
         return Choice(size, False), tuple(reasons)
     saved = rows * (1 / plain - 1 / answer.compiled) - answer.compile_seconds

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from imgcls.cluster import Node
 from imgcls.data.stores import StorageConfig
@@ -74,6 +75,20 @@ def test_a_network_is_compiled_where_that_pays_back_twice(
     choice, reasons = trial.choose(answer, rows)
     assert choice.compile == end.endswith("; compiled")
     assert reasons[1].endswith(f"over {rows:,} rows a worker {end}")
+
+
+def test_a_network_that_cannot_be_compiled_is_run_as_it_is(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(network: object) -> object:
+        raise RuntimeError("No working C++ compiler found\nadvice")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    case = Case(str(colour_bundle), "fp32", LONG, (), StorageConfig())
+    answer = trial.measure(Question((8,), True, False), case, 1)
+    choice, reasons = trial.choose(answer, LONG)
+    assert choice == Choice(8, False)
+    assert reasons[1] == "not compiled: No working C++ compiler found"
 
 
 def test_cpus_and_gpus_share_the_decoding_so_that_neither_waits() -> None:
