@@ -17,19 +17,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.data import storage, stores
+from imgcls.data import stores
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import OutputError, RequestError
+from imgcls.errors import RequestError
 from imgcls.evaluation.count import tables
 from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
 from imgcls.metrics.selective import SelectiveCounts, Threshold
 from imgcls.models.bundle import (
-    DESCRIPTION,
     Bundle,
     BundleSpec,
     VectorScaling,
+    check_new,
     load_bundle,
     load_weights,
     save_bundle,
@@ -103,14 +103,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)
-    if storage.absolute(config.output) == storage.absolute(config.model):
-        raise RequestError(
-            "output: is the bundle itself, which others may be using; name a new one"
-        )
-    if storage.exists(storage.join(config.output, DESCRIPTION)) and not config.overwrite:
-        raise OutputError(
-            f"output {config.output}: holds a bundle already; say --overwrite to replace it"
-        )
+    check_new(config.output, overwrite=config.overwrite, source=config.model)
     if config.method == "vector" and bundle.spec.vector_scaling is not None:
         raise RequestError(
             f"{bundle.url}: is vector-scaled already; calibrate the bundle that it was made from"

@@ -20,10 +20,17 @@ from imgcls.data import images, storage, stores
 from imgcls.data.images import Pixels
 from imgcls.data.manifest import Manifest, ManifestConfig, labels_as_text, open_manifest
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import ImageError, OutputError, RequestError, StorageError
+from imgcls.errors import ImageError, RequestError, StorageError
 from imgcls.metrics.columns import class_codes
 from imgcls.metrics.intervals import wilson_interval
-from imgcls.models.bundle import DESCRIPTION, Bundle, Int8, load_bundle, load_weights, save_bundle
+from imgcls.models.bundle import (
+    Bundle,
+    Int8,
+    check_new,
+    load_bundle,
+    load_weights,
+    save_bundle,
+)
 from imgcls.models.classifier import Classifier, observe
 
 BATCH = 32
@@ -55,14 +62,7 @@ def quantise(config: QuantiseConfig) -> Bundle:
     """
     stores.use(config.storage)
     bundle = load_bundle(config.model)
-    if storage.absolute(config.output) == storage.absolute(config.model):
-        raise RequestError(
-            "output: is the bundle itself, which others may be using; name a new one"
-        )
-    if storage.exists(storage.join(config.output, DESCRIPTION)) and not config.overwrite:
-        raise OutputError(
-            f"output {config.output}: holds a bundle already; say --overwrite to replace it"
-        )
+    check_new(config.output, overwrite=config.overwrite, source=config.model)
     pixels, codes = _read(open_manifest(config.manifest), bundle, config.images)
     if len(pixels) < 2 * LEAST_IMAGES:
         raise RequestError(

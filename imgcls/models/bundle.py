@@ -19,7 +19,7 @@ from pydantic import PositiveFloat, ValidationError, field_validator, model_vali
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import BundleError, StorageError
+from imgcls.errors import BundleError, OutputError, RequestError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +141,20 @@ class Bundle:
     spec: BundleSpec
     weights_sha256: str
     sha256: str
+
+
+def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
+    """Refuse a place for a bundle where one is that others may be using.
+
+    source: the bundle that the new one is made from
+    Raises RequestError when that is the place itself, OutputError when a bundle is there already.
+    """
+    if source is not None and storage.absolute(url) == storage.absolute(source):
+        raise RequestError(
+            "output: is the bundle itself, which others may be using; name a new one"
+        )
+    if storage.exists(storage.join(url, DESCRIPTION)) and not overwrite:
+        raise OutputError(f"output {url}: holds a bundle already; say --overwrite to replace it")
 
 
 def load_bundle(url: str) -> Bundle:

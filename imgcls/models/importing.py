@@ -10,9 +10,9 @@ from imgcls.config import Section
 from imgcls.data import storage, stores
 from imgcls.data.preprocess import Preprocess
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import BundleError, ConfigError, OutputError, StorageError
+from imgcls.errors import BundleError, ConfigError, StorageError
 from imgcls.models import zoo
-from imgcls.models.bundle import DESCRIPTION, Bundle, BundleSpec, class_list, save_bundle
+from imgcls.models.bundle import Bundle, BundleSpec, check_new, class_list, save_bundle
 
 
 class ImportConfig(Section):
@@ -53,8 +53,7 @@ def import_model(config: ImportConfig) -> Bundle:
     architecture = zoo.architecture(config.arch, config.options)
     architecture = zoo.pretrained_options(architecture, config.weights)
     output = storage.absolute(config.output)
-    if storage.exists(storage.join(output, DESCRIPTION)) and not config.overwrite:
-        raise OutputError(f"output {output}: holds a bundle already; say --overwrite to replace it")
+    check_new(output, overwrite=config.overwrite)
     try:
         text = storage.read(config.classes).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
