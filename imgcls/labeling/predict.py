@@ -305,18 +305,17 @@ class _Run:
                 storage=stores.settings(),
             )
             answer = trial.ask(asked, case, layout, self.interruption)
-            if kept is None:
-                decided, reasons = trial.choose(answer, case.rows)
-                choice = replace(decided, compile=decided.compile or choice.compile)
-                for reason in reasons:
-                    print(f"trial   {reason}", flush=True)
+            decided, reasons = trial.choose(answer, case.rows)
+            choice = replace(decided, compile=decided.compile or choice.compile)
+            for reason in reasons:
+                print(f"trial   {reason}", flush=True)
             if asked.decode:
-                layout, reason = trial.split(answer, layout, choice)
+                choice, reason = trial.split(answer, layout, choice)
                 print(f"trial   {reason}", flush=True)
         if kept is None:
             run["chosen"] = asdict(choice)
             names.keep_run(self.output, run)
-        return layout, choice
+        return trial.with_share(layout, choice), choice
 
     def _spec(self, run: dict[str, Any], choice: Choice) -> WorkSpec:
         settings, manifest = run["identity"]["settings"], self.manifest

@@ -90,10 +90,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Choice:
-    """What changes results and was decided by measurement, or without one; kept with the run."""
+    """What changes results and was decided by measurement, or without one; kept with the run.
+
+    host_share: of the images, decoded on CPUs for GPUs; None where the layout says
+    """
 
     batch_size: int
     compile: bool
+    host_share: float | None = None
 
 
 def question(
@@ -105,14 +109,12 @@ def question(
 ) -> Question | None:
     """What is open and worth measuring before so many rows; None when nothing is.
 
-    kept: what this run chose when it began
+    kept: what this run chose when it began, and stays with
     """
-    if rows < WORTH_ROWS[layout.name] * layout.workers:
+    if kept is not None or rows < WORTH_ROWS[layout.name] * layout.workers:
         return None
     gpu = layout.name != "cpu"
     decode = gpu and config.layout == "auto" and config.host_share is None
-    if kept is not None:
-        return Question((kept.batch_size,), False, decode) if decode else None
     open_size = gpu and config.batch_size is None
     asked = Question(GPU_BATCHES if open_size else (layout.batch_size,), compile == "auto", decode)
     return asked if open_size or asked.compile or decode else None
@@ -196,15 +198,15 @@ def choose(answer: Answer, rows: int) -> tuple[Choice, tuple[str, ...]]:
     return Choice(size, pays), tuple(reasons)
 
 
-def split(answer: Answer, layout: Layout, choice: Choice) -> tuple[Layout, str]:
-    """The layout with the decoding shared out between CPUs and GPUs as fast as they are; and why.
+def split(answer: Answer, layout: Layout, choice: Choice) -> tuple[Choice, str]:
+    """The choice with the decoding shared out between CPUs and GPUs as fast as they are; and why.
 
     With D images/s decoded by all CPUs, n GPUs that decode g and classify f images/s each, and a
     share s decoded on CPUs, the CPUs allow D / s images/s and the GPUs n / ((1 - s) / g + 1 / f):
     the share at which both are the same.
     """
     if answer.host_decode is None or answer.device_decode is None:
-        return layout, "decoding: none of the first images can be read; as it was"
+        return choice, "decoding: none of the first images can be read; as it was"
     plain = answer.forward[choice.batch_size]
     f = answer.compiled if choice.compile and answer.compiled is not None else plain
     g, hosts = answer.device_decode, layout.decoders * answer.host_decode
@@ -214,8 +216,15 @@ def split(answer: Answer, layout: Layout, choice: Choice) -> tuple[Layout, str]:
         f"decoding: {answer.host_decode:,.0f} images/s a core, {layout.decoders} of them, and "
         f"{g:,.0f} a GPU beside {f:,.0f} forward: {share:.0%} of it on CPUs"
     )
-    name: LayoutName = "gpu" if share == 1 else "gpu_decode"
-    return replace(layout, name=name, host_share=share), why
+    return replace(choice, host_share=share), why
+
+
+def with_share(layout: Layout, choice: Choice) -> Layout:
+    """The layout in which the decoding is shared out as chosen."""
+    if layout.name == "cpu" or choice.host_share is None:
+        return layout
+    name: LayoutName = "gpu" if choice.host_share == 1 else "gpu_decode"
+    return replace(layout, name=name, host_share=choice.host_share)
 
 
 def _with_decoding(answer: Answer, urls: Sequence[str], classifier: Classifier) -> Answer:

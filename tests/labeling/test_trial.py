@@ -45,7 +45,11 @@ def test_what_is_tried_is_what_nobody_has_said() -> None:
 def test_a_run_that_goes_on_keeps_what_changes_its_results() -> None:
     kept = Choice(64, True)
     assert trial.question(ScaleConfig(), "auto", CPUS, LONG, kept) is None
-    assert trial.question(ScaleConfig(), "auto", GPUS, LONG, kept) == Question((64,), False, True)
+    assert trial.question(ScaleConfig(), "auto", GPUS, LONG, kept) is None
+    assert trial.with_share(GPUS, kept) == GPUS
+    shared = trial.with_share(GPUS, Choice(64, True, 0.3))
+    assert (shared.name, shared.host_share) == ("gpu_decode", 0.3)
+    assert trial.with_share(CPUS, Choice(64, True, 0.3)) == CPUS
 
 
 # ------------------------------------------------------------------ what follows
@@ -93,7 +97,8 @@ def test_a_network_that_cannot_be_compiled_is_run_as_it_is(
 
 def test_cpus_and_gpus_share_the_decoding_so_that_neither_waits() -> None:
     answer = Answer({128: 4000}, host_decode=100, device_decode=2000)
-    layout, why = trial.split(answer, GPUS, Choice(128, False))
+    choice, why = trial.split(answer, GPUS, Choice(128, False))
+    layout = trial.with_share(GPUS, choice)
     share = layout.host_share
     by_cpus = layout.decoders * 100 / share
     by_gpus = layout.workers / ((1 - share) / 2000 + 1 / 4000)
@@ -106,13 +111,14 @@ def test_cpus_and_gpus_share_the_decoding_so_that_neither_waits() -> None:
 @pytest.mark.parametrize(("host", "name", "share"), [(1e5, "gpu", 1.0), (1, "gpu_decode", 0.0)])
 def test_a_side_that_is_too_slow_to_help_is_left_out(host: float, name: str, share: float) -> None:
     answer = Answer({128: 4000}, host_decode=host, device_decode=2000)
-    layout, _ = trial.split(answer, GPUS, Choice(128, False))
+    choice, _ = trial.split(answer, GPUS, Choice(128, False))
+    layout = trial.with_share(GPUS, choice)
     assert (layout.name, layout.host_share) == (name, share)
 
 
 def test_without_an_image_that_can_be_read_the_layout_stays() -> None:
-    layout, why = trial.split(Answer({128: 4000}), GPUS, Choice(128, False))
-    assert layout == GPUS
+    choice, why = trial.split(Answer({128: 4000}), GPUS, Choice(128, False))
+    assert trial.with_share(GPUS, choice) == GPUS
     assert "none of the first images" in why
 
 
