@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-s3 test-chaos test-gpu bench bench-more lint format clean
+.PHONY: help venv demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed file
 
 test-slow: venv  ## what takes too long for every change
 	$(BIN)/pytest -m slow --timeout 1200
+
+test-cluster: venv  ## machines that are lost, come and are cut off, for minutes
+	$(BIN)/pytest -m cluster -s --timeout 1800
 
 test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_TEST_S3_ENDPOINT names
 	$(BIN)/pytest -m "not chaos" -k "s3 or test_stores or test_listing" --timeout 1200

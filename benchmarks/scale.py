@@ -107,7 +107,8 @@ def in_a_process(what: str, rows: int, folder: Path, **more: Any) -> dict[str, A
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    told: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line[:1] == "{"))
     told["memory"] = told.pop("kilobytes") / 1024
     return told
 
@@ -159,7 +160,7 @@ def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
         clock.append(time.perf_counter())
         raise BrokenOff
 
-    real: Any = pipeline.run
+    real: Any = pipeline.Pipeline.receipts
     replace(stop)
     with contextlib.suppress(BrokenOff):
         predict(config)
@@ -218,7 +219,7 @@ def over_nodes(rows: int, folder: str, nodes: int) -> dict[str, Any]:
     place.mkdir()
     simulate()
     chunks: collections.Counter[str] = collections.Counter()
-    real: Any = pipeline.run
+    real: Any = pipeline.Pipeline.receipts
 
     def counted(*given: Any) -> Any:
         for receipt in real(*given):
@@ -274,11 +275,11 @@ def draw(folder: Path) -> list[str]:
     return sorted(str(path) for path in target.iterdir())
 
 
-def replace(run: Any) -> None:
-    """Have the driver call this where it would hand out work."""
+def replace(receipts: Any) -> None:
+    """Have the driver call this where it would have work done."""
     from imgcls.labeling import pipeline
 
-    pipeline.run = run
+    pipeline.Pipeline.receipts = receipts  # type: ignore[method-assign]
 
 
 def simulate() -> None:
@@ -301,14 +302,14 @@ class SimulatedWorker:
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         from imgcls.labeling import chunk
-        from imgcls.labeling.work import Done, Seconds
+        from imgcls.labeling.work import Done, Spent
 
         work = pickle.loads(batch.column("work")[0].as_py())
         rows = chunk.rows_of(self._spec, work).num_rows
-        seconds = Seconds()
+        seconds = Spent()
         table = made_up(self._spec.plan.rows_of(work.chunk).start, rows, self._classes)
         chunk.commit(self._spec, work, table, seconds)
-        done = Done(work, rows, 0, seconds, "simulated", self._name)
+        done = Done(work, rows, {"ok": rows}, seconds, "simulated", self._name)
         return {"done": [pickle.dumps(done)]}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import queue
 import re
@@ -23,6 +24,7 @@ from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from imgcls import errors
 from imgcls.errors import ImgclsError, Interrupted
@@ -32,11 +34,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Node:
-    """One machine's logical resources and the accelerator it names, as Ray knows them."""
+    """One machine's logical resources and the accelerator it names, as Ray knows them.
+
+    store_bytes: of its object store
+    """
 
     cpus: float
     gpus: float
     accelerator: str | None = None
+    id: str = ""
+    store_bytes: float = math.inf
 
 
 def connect() -> None:
@@ -175,8 +182,25 @@ def nodes() -> list[Node]:
         if node.get("Alive") and (cpus or gpus):
             prefix = "accelerator_type:"
             names = [key[len(prefix) :] for key in resources if key.startswith(prefix)]
-            found.append(Node(cpus, gpus, names[0] if names else None))
+            store = float(resources.get("object_store_memory", math.inf))
+            found.append(Node(cpus, gpus, names[0] if names else None, node["NodeID"], store))
     return found
+
+
+def is_private() -> bool:
+    """Whether the session was started by `connect`: no machine will join it."""
+    return _Session.private
+
+
+def most_nodes() -> list[Node] | None:
+    """What an autoscaling cluster may grow to, taken together; None where it does not say."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config()
+    return None if not most else [Node(most.get("CPU", 0), most.get("GPU", 0))]
+
+
+def ask_for(bundles: list[dict[str, float]]) -> None:
+    """Ask the autoscaler, where there is one, for machines that hold these; [] takes it back."""
+    request_resources(bundles=bundles)
 
 
 @contextlib.contextmanager

@@ -113,3 +113,9 @@ class ImageTooLarge(ImageError):
     """The header announces more pixels than allowed."""
 
     status = "too_large"
+
+
+class CrashingImage(ImageError):
+    """A worker died or hung at it."""
+
+    status = "crashed"

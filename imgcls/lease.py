@@ -23,6 +23,8 @@ from imgcls.errors import OutputBusy, OutputError, RunFailed, StorageError, Stor
 
 FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
+_BEATS = 5
+"""Renewals in a term."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Lease:
                 os.rmdir(storage.local_path(self._folder))
 
     def _keep(self) -> None:
-        while not self._stop.wait(self._term / 5):
+        while not self._stop.wait(self._term / _BEATS):
             try:
                 if _latest(self._folder) != self._number:
                     self._lost = "another driver has taken over"
@@ -126,8 +128,36 @@ class Lease:
                 "machine": process.machine,
                 "pid": process.pid,
                 "started": process.started,
+                "term": self._term,
             }
         ).encode()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has the lease on an output, and whether it was heard of."""
+
+    host: str
+    pid: int
+    alive: bool
+
+
+def holder(output: str) -> Holder | None:
+    """The driver that has an output: seen at once on its own machine, else heard within seconds."""
+    folder = storage.join(output, FOLDER)
+    number = _latest(folder)
+    first = _read(folder, number) if number else None
+    if first is None:
+        return None
+    dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
+    if dead is None:
+        deadline = time.monotonic() + first["term"] / _BEATS * 2
+        now: dict[str, Any] | None = first
+        while now == first and time.monotonic() < deadline:
+            time.sleep(0.5)
+            now = _read(folder, number)
+        dead = now is None or now == first
+    return Holder(first["host"], first["pid"], not dead)
 
 
 def _check_exclusive(record: str) -> None:

@@ -2,6 +2,7 @@
 
 out/_run.json                    what the run is; written before any work
 out/_lease/                      who works on it now
+out/_progress.json               how far its driver was when it last said so; gone in the end
 out/_staging/manifest/           the manifest, cut into one shard per part
 out/_staging/part-00000/         finished chunks of a part
 out/predictions/part-00000.parquet
@@ -11,6 +12,8 @@ out/_SUCCESS                     written last
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import io
 import json
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ RUN = "_run.json"
 STAGING = "_staging"
 PREDICTIONS = "predictions"
 METRICS = "metrics"
+PROGRESS = "_progress.json"
 SUCCESS = "_SUCCESS"
 
 OK = "ok"
@@ -118,6 +122,20 @@ def keep_run(output: str, run: Mapping[str, Any]) -> None:
     """Write `_run.json`: what the run is, and what it has decided."""
     body = json.dumps({"format_version": FORMAT_VERSION, **run}, indent=2) + "\n"
     storage.write(storage.join(output, RUN), body.encode())
+
+
+def keep_progress(output: str, fields: Mapping[str, Any]) -> None:
+    """Write `_progress.json`."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    storage.write(storage.join(output, PROGRESS), json.dumps({**fields, "time": now}).encode())
+
+
+def load_progress(output: str) -> dict[str, Any] | None:
+    """`_progress.json` of an output folder; None when there is none."""
+    with contextlib.suppress(StorageMissing, ValueError):
+        fields: dict[str, Any] = json.loads(storage.read(storage.join(output, PROGRESS)))
+        return fields
+    return None
 
 
 def load_run(output: str) -> dict[str, Any] | None:

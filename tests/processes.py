@@ -90,6 +90,32 @@ class RayCluster:
         raise TimeoutError("the Ray head did not start")
 
 
+@contextlib.contextmanager
+def machine(
+    cluster: RayCluster, cpus: int, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One more node of a cluster, that it knows of; killed in the end, if it was not before."""
+    command = [
+        *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
+        *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
+        "--object-store-memory=200000000",
+    ]
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            command,
+            stdout=told,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+        )
+        try:
+            wait_for(lambda: b"Ray runtime started" in os.pread(told.fileno(), 1 << 16, 0), 60)
+            yield process
+        finally:
+            kill_family(process.pid)
+            process.wait()
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -10,8 +10,9 @@ import functools
 import io
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from imgcls.data import images, manifest, storage
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import (
+    CrashingImage,
     ImageError,
     StorageError,
     StorageForbidden,
@@ -31,11 +33,17 @@ from imgcls.errors import (
     StorageThrottled,
     StorageUnavailable,
 )
-from imgcls.labeling.work import Seconds, Work, WorkSpec
+from imgcls.labeling.work import Spent, Work, WorkSpec
 from imgcls.metrics.columns import class_codes, own_scores
 from imgcls.models.classifier import Classifier, Pending, top_k_of
 
-Blob = bytes | StorageError
+Blob = bytes | StorageError | ImageError
+Beat = Callable[[], None]
+NOTHING: Mapping[int, str] = MappingProxyType({})
+
+
+def _silent() -> None:
+    pass
 
 
 @dataclass
@@ -89,11 +97,17 @@ def _open_shard(url: str, run_id: str) -> pq.ParquetFile:
     return pq.ParquetFile(storage.open_read(url), pre_buffer=False)
 
 
-def fetch(spec: WorkSpec, rows: pa.Table) -> Iterator[Blob]:
-    """Each row's bytes or why they cannot be had, reads running ahead of the consumer."""
+def fetch(spec: WorkSpec, rows: pa.Table, crashed: Mapping[int, str] = NOTHING) -> Iterator[Blob]:
+    """Each row's bytes or why they cannot be had, reads running ahead of the consumer.
+
+    crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
+    """
     paths = rows.column(spec.path_column).to_pylist()
-    urls = (manifest.resolve(path, spec.root) for path in paths)
-    return storage.read_ahead(urls, spec.fetches)
+    urls = (manifest.resolve(path, spec.root) for i, path in enumerate(paths) if i not in crashed)
+    blobs = storage.read_ahead(urls, spec.fetches)
+    if not crashed:
+        return blobs
+    return (CrashingImage(crashed[i]) if i in crashed else next(blobs) for i in range(len(paths)))
 
 
 def prepare(
@@ -101,7 +115,7 @@ def prepare(
 ) -> Pixels | None:
     """Decode one row's image, noting its status; the pixels when it is good."""
     try:
-        if isinstance(blob, StorageError):
+        if not isinstance(blob, bytes):
             raise blob
         pixels, size = images.decode(blob, preprocess, max_pixels=max_pixels)
     except (StorageError, ImageError) as error:
@@ -112,23 +126,28 @@ def prepare(
 
 
 def prepare_all(
-    spec: WorkSpec, rows: pa.Table, preprocess: Preprocess, seconds: Seconds
+    spec: WorkSpec,
+    rows: pa.Table,
+    preprocess: Preprocess,
+    spent: Spent,
+    crashed: Mapping[int, str] = NOTHING,
+    beat: Beat = _silent,
 ) -> Prepared:
     """Fetch and decode all rows of a chunk on CPUs, for a GPU to classify."""
     prepared = Prepared()
-    blobs = fetch(spec, rows)
-    decoded = list(_decoded(spec, blobs, preprocess, prepared, seconds))
+    blobs = fetch(spec, rows, crashed)
+    decoded = list(_decoded(spec, blobs, preprocess, prepared, spent, beat))
     if decoded:
         prepared.pixels = images.stack(decoded).transpose(0, 2, 3, 1)
     return prepared
 
 
 def prepare_on_device(
-    spec: WorkSpec, blobs: Sequence[Blob], classifier: Classifier, seconds: Seconds
+    spec: WorkSpec, blobs: Sequence[Blob], classifier: Classifier, spent: Spent
 ) -> Prepared:
     """Decode fetched rows in bulk on the classifier's device, where the pixels stay."""
     prepared = Prepared()
-    with _timed(seconds, "prepare"):
+    with _timed(spent, "prepare"):
         decoded = iter(
             images.decode_batch(
                 [blob for blob in blobs if isinstance(blob, bytes)],
@@ -139,7 +158,8 @@ def prepare_on_device(
         )
         pixels: list[torch.Tensor] = []
         for blob in blobs:
-            result = blob if isinstance(blob, StorageError) else next(decoded)
+            result = next(decoded) if isinstance(blob, bytes) else blob
+            spent.bytes += len(blob) if isinstance(blob, bytes) else 0
             if isinstance(result, tuple):
                 pixels.append(result[0])
                 prepared.note(result[1])
@@ -155,34 +175,44 @@ def classify_prepared(
     rows: pa.Table,
     work: Work,
     prepared: Prepared,
-    seconds: Seconds,
+    spent: Spent,
 ) -> pa.Table:
     """Run the model over prepared pixels; the second half of the layouts with GPUs."""
     head = _Head(spec, classifier)
-    with _timed(seconds, "classify"):
+    with _timed(spent, "classify"):
         for start in range(0, len(prepared.pixels), spec.batch_size):
             head.run(_stacked(prepared.pixels[start : start + spec.batch_size]))
-        head.wait(seconds)
+        head.wait(spent)
     return _table(spec, classifier, rows, work, prepared, head)
 
 
 def label(
-    spec: WorkSpec, classifier: Classifier, rows: pa.Table, work: Work, seconds: Seconds
+    spec: WorkSpec,
+    classifier: Classifier,
+    rows: pa.Table,
+    work: Work,
+    spent: Spent,
+    crashed: Mapping[int, str] = NOTHING,
+    beat: Beat = _silent,
 ) -> pa.Table:
-    """Fetch, decode and classify a chunk, holding one batch of pixels at a time."""
+    """Fetch, decode and classify a chunk, holding one batch of pixels at a time.
+
+    beat: called after each row, to tell that it goes on
+    """
     prepared = Prepared()
     head = _Head(spec, classifier)
     batch: list[Pixels] = []
-    for pixels in _decoded(spec, fetch(spec, rows), classifier.preprocess, prepared, seconds):
+    blobs = fetch(spec, rows, crashed)
+    for pixels in _decoded(spec, blobs, classifier.preprocess, prepared, spent, beat):
         batch.append(pixels)
         if len(batch) == spec.batch_size:
-            with _timed(seconds, "classify"):
+            with _timed(spent, "classify"):
                 head.run(images.stack(batch))
             batch.clear()
-    with _timed(seconds, "classify"):
+    with _timed(spent, "classify"):
         if batch:
             head.run(images.stack(batch))
-        head.wait(seconds)
+        head.wait(spent)
     return _table(spec, classifier, rows, work, prepared, head)
 
 
@@ -199,9 +229,9 @@ def _url(spec: WorkSpec, work: Work) -> str:
     return name(spec.output, spec.plan.part_of(work.chunk), work.chunk, spec.plan.run_id)
 
 
-def commit(spec: WorkSpec, work: Work, table: pa.Table, seconds: Seconds) -> None:
+def commit(spec: WorkSpec, work: Work, table: pa.Table, spent: Spent) -> None:
     """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
-    with _timed(seconds, "commit"):
+    with _timed(spent, "commit"):
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         storage.write(_url(spec, work), sink.getvalue())
@@ -225,20 +255,20 @@ class _Head:
         """Hand a batch to the device; a GPU works on it while the next one is made ready."""
         self._pending.append(self._classifier.submit(batch, embeddings=self._spec.embeddings))
 
-    def wait(self, seconds: Seconds) -> None:
+    def wait(self, spent: Spent) -> None:
         """Have the scores of all batches, and the time that a GPU took for them."""
         for pending in self._pending:
             result = pending.get()
             self.scores.append(result.scores)
             if result.embedding is not None:
                 self.embeddings.append(result.embedding)
-            seconds.gpu += pending.busy_seconds()
+            spent.gpu += pending.busy_seconds()
         self._pending.clear()
 
 
 class _timed:  # noqa: N801  a context manager that reads as a word
-    def __init__(self, seconds: Seconds, stage: str) -> None:
-        self._seconds = seconds
+    def __init__(self, spent: Spent, stage: str) -> None:
+        self._seconds = spent
         self._stage = stage
 
     def __enter__(self) -> None:
@@ -254,16 +284,20 @@ def _decoded(
     blobs: Iterator[Blob],
     preprocess: Preprocess,
     prepared: Prepared,
-    seconds: Seconds,
+    spent: Spent,
+    beat: Beat,
 ) -> Iterator[Pixels]:
     end = object()
     while True:
-        with _timed(seconds, "fetch"):
+        with _timed(spent, "fetch"):
             blob = next(blobs, end)
         if blob is end:
             return
-        with _timed(seconds, "prepare"):
+        with _timed(spent, "prepare"):
             pixels = prepare(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
+        if isinstance(blob, bytes):
+            spent.bytes += len(blob)
+        beat()
         if pixels is not None:
             yield pixels
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.errors import ImgclsError, StorageMissing, TooManyErrors
+from imgcls.log import tell
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.drift import drift
 from imgcls.runs import Run, stream
 
 ErrorStatus = Literal[
     "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
-    "too_large", "unreadable",
+    "too_large", "unreadable", "crashed",
 ]  # fmt: skip
 
 
@@ -51,10 +52,11 @@ def check_drift(
     moved = drift(counts, then)
     layout.write_tables(storage.join(output, layout.METRICS), {"drift": moved})
     for row in moved.to_pylist():
-        print(
-            f"drift   {row['of']}: PSI {row['psi']:.4f}, Jensen-Shannon "
+        tell(
+            "drift",
+            f"{row['of']}: PSI {row['psi']:.4f}, Jensen-Shannon "
             f"{row['jensen_shannon']:.4f} bits, from {reference.url}",
-            flush=True,
+            **row,
         )
         if max_psi is not None and row["psi"] > max_psi:
             raise TooManyErrors(
@@ -85,4 +87,4 @@ def told_in_json(url: str, output: str) -> Iterator[None]:
         try:
             storage.write(url, body)
         except ImgclsError as error:
-            print(f"note: summary_json cannot be written: {error}", flush=True)
+            tell("note", f"summary_json cannot be written: {error}")

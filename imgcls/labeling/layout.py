@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.cluster import Node
 from imgcls.config import Section, UnitFloat
@@ -28,6 +28,10 @@ WORTH_ROWS = 128
 """To start a worker costs a core 4 s: fewer rows are done sooner by those that are there."""
 GPU_WORKER_CPUS = 0.5
 """CPU share of a worker that feeds a GPU; it must be free on the GPU's own machine."""
+STORE_SHARE = 0.5
+"""Share of the object store that decoded images may take: Ray starts to spill at 0.8."""
+STORED_CHUNKS = 5
+"""Chunks that a decoding task may have in the object store: four finished, and one to come."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
@@ -45,6 +49,12 @@ class ScaleConfig(Section):
     """Images per forward pass; 32 on CPUs, measured on GPUs, or 128 for a short run."""
     host_share: UnitFloat | None = None
     """Share of the images that CPUs decode where GPUs do too; measured, or 0 for a short run."""
+    crash_retries: NonNegativeInt = 1
+    """Workers that a chunk may kill, beside the first, before its images are tried one by one."""
+    hang_seconds: PositiveFloat = 600.0
+    """A worker that has done no image for so long is ended, and another takes its place."""
+    wait_seconds: PositiveFloat = 1800.0
+    """To wait for machines or workers at most."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,10 @@ class Layout:
         return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
 
 
-def plan_layout(nodes: Sequence[Node], config: ScaleConfig) -> Layout:
+def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Layout:
     """Choose and size a layout for a cluster.
 
+    chunk_bytes: of a chunk's pixels, on their way from CPUs to GPUs
     Raises ResourcesError, with the arithmetic, when what was asked for does not fit.
     """
     cpus = sum(node.cpus for node in nodes)
@@ -87,7 +98,7 @@ def plan_layout(nodes: Sequence[Node], config: ScaleConfig) -> Layout:
     name, why = _choose(nodes, config, cpus, gpus)
     if name == "cpu":
         return _cpu_layout(nodes, config, why)
-    return _gpu_layout(name, nodes, config, gpus, why)
+    return _gpu_layout(name, nodes, config, gpus, why, chunk_bytes)
 
 
 def _choose(
@@ -136,7 +147,12 @@ def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
 
 
 def _gpu_layout(
-    name: LayoutName, nodes: Sequence[Node], config: ScaleConfig, gpus: int, why: str
+    name: LayoutName,
+    nodes: Sequence[Node],
+    config: ScaleConfig,
+    gpus: int,
+    why: str,
+    chunk_bytes: int,
 ) -> Layout:
     slots = [min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes]
     workers = config.workers or sum(slots)
@@ -164,6 +180,7 @@ def _gpu_layout(
             f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
             "--scale.layout cpu"
         )
+    decoders, storing = _stored(nodes, decoders, chunk_bytes)
     doing = "fetch" if name == "gpu_decode" and not config.host_share else "fetch and decode"
     idle = gpus - workers if config.workers is None else 0
     return Layout(
@@ -178,6 +195,26 @@ def _gpu_layout(
         reasons=(
             why,
             f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",
+            *([storing] if storing else []),
             *([f"{idle} GPUs stay idle for want of CPUs beside them"] if idle else []),
         ),
+    )
+
+
+def _stored(nodes: Sequence[Node], decoders: int, chunk_bytes: int) -> tuple[int, str]:
+    """Decoding tasks whose pixels the object stores hold, and how that was reckoned."""
+    room = STORE_SHARE * sum(node.store_bytes for node in nodes)
+    each = STORED_CHUNKS * chunk_bytes
+    if not each or math.isinf(room):
+        return decoders, ""
+    if room < each:
+        raise ResourcesError(
+            f"a task that decodes has up to {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB "
+            f"in the object store, of which {room / 1e6:,.0f} MB may be used: give a smaller "
+            "--chunk-rows, or start Ray with a larger --object-store-memory"
+        )
+    fit = min(decoders, math.floor(room / each))
+    return fit, (
+        f"{fit} x {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB take "
+        f"{fit * each / 1e9:.1f} of the {room / 1e9:.1f} GB of object store that they may"
     )

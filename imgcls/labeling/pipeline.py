@@ -7,6 +7,7 @@ were under way. The stages, and torch with them, are imported in the workers alo
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import pickle
@@ -15,14 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
+import ray
 import ray.data
 
-from imgcls import output as names
 from imgcls.cluster import hush_data, keep_memory
 from imgcls.data import stores
-from imgcls.errors import BundleError
+from imgcls.errors import BundleError, CrashingImage, RunFailed
+from imgcls.labeling.attempts import STARTS, Attempt
 from imgcls.labeling.layout import WORKER_CPUS, Layout, LayoutName
-from imgcls.labeling.work import Done, Seconds, Work, WorkSpec
+from imgcls.labeling.work import Done, Spent, Work, WorkSpec
 from imgcls.models.bundle import load_bundle, read_description
 
 MAX_BLOCK_CHUNKS = 256
@@ -40,23 +42,35 @@ some hundred bytes; where there is, pixels of a chunk.
 """
 
 
-def run(spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> Iterator[Done]:
-    """Do the work on the cluster; yields each chunk once it is durable, in any order."""
-    hush_data()
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    # each chunk's result leaves its worker at once, not when the block that it came in is done
-    context.target_max_block_size = 1
-    context._max_num_blocks_in_streaming_gen_buffer = AHEAD[layout.name]
-    with ray.data.DataContext.current(context):
-        dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
-        for stage in _stages(spec, layout, len(work)):
-            dataset = stage(dataset)
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+class Pipeline:
+    """Work laid out on the cluster; one that was stopped may be followed by another."""
+
+    def __init__(self, spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> None:
+        hush_data()
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.raise_original_map_exception = True
+        # each chunk's result leaves its worker at once, not when the block that it came in is done
+        context.target_max_block_size = 1
+        context._max_num_blocks_in_streaming_gen_buffer = AHEAD[layout.name]
+        with ray.data.DataContext.current(context):
+            dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
+            for stage in _stages(spec, layout, len(work)):
+                dataset = stage(dataset)
+        self._dataset = dataset
+
+    def receipts(self) -> Iterator[Done]:
+        """Do the work; yields each chunk once it is durable, in any order, until it is stopped."""
+        for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             assert isinstance(batch, pa.Table)
             for payload in batch.column("done").to_pylist():
                 yield pickle.loads(payload)
+
+    def stop(self) -> None:
+        """Take the workers away, whatever they are at, and have `receipts` come to its end."""
+        executor: Any = self._dataset._current_executor
+        if executor is not None:
+            executor.shutdown(force=True)
 
 
 def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:
@@ -110,6 +124,13 @@ class _ModelWorker:
         from imgcls.labeling import chunk
         from imgcls.models.classifier import Classifier
 
+        start = Attempt(spec.session, f"start-{_actor_id()}", "starting a worker")
+        if start.deaths >= STARTS:
+            raise RunFailed(
+                f"{start.deaths} processes in turn died before they had the model, the last on "
+                f"{socket.gethostname()}; find out why in Ray's logs there (a signal, no memory "
+                "left)"
+            )
         stores.use(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
@@ -127,14 +148,23 @@ class _ModelWorker:
             compile=spec.compile,
             batch_size=spec.batch_size,
         )
+        start.end()
 
-    def _finish(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
-        self._stages.commit(self._spec, work, table, seconds)
-        return self._receipt(work, table, seconds)
-
-    def _receipt(self, work: Work, table: pa.Table, seconds: Seconds) -> dict[str, list[bytes]]:
-        errors = sum(1 for status in table.column("status").to_pylist() if status != names.OK)
-        done = Done(work, table.num_rows, errors, seconds, self._classifier.precision, self._name)
+    def _done(
+        self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt
+    ) -> dict[str, list[bytes]]:
+        """Receipt for a chunk that is durable."""
+        attempt.end()
+        status = collections.Counter(table.column("status").to_pylist())
+        done = Done(
+            work=work,
+            rows=table.num_rows,
+            status=dict(status),
+            spent=spent,
+            precision=self._classifier.precision,
+            worker=self._name,
+            deaths=attempt.deaths,
+        )
         return {"done": [pickle.dumps(done)]}
 
 
@@ -143,27 +173,42 @@ class LabelWorker(_ModelWorker):
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         work: Work = _only(batch, "work")
-        seconds = Seconds()
-        table = self._stages.committed(self._spec, work)
-        if table is not None:
-            return self._receipt(work, table, seconds)
-        rows = self._stages.rows_of(self._spec, work)
-        table = self._stages.label(self._spec, self._classifier, rows, work, seconds)
-        return self._finish(work, table, seconds)
+        spec, stages, spent = self._spec, self._stages, Spent()
+        attempt = Attempt.at(spec, work, "label")
+        table = stages.committed(spec, work)
+        if table is None:
+            rows = stages.rows_of(spec, work)
+            for row in attempt.suspects(rows.num_rows):
+                alone = rows.slice(row, 1)
+                stages.label(spec, self._classifier, alone, Work(work.chunk), Spent())
+            table = stages.label(
+                spec, self._classifier, rows, work, spent, attempt.crashed, attempt.beat
+            )
+            stages.commit(spec, work, table, spent)
+        return self._done(work, table, spent, attempt)
 
 
 class GpuWorker(_ModelWorker):
     """The layouts with GPUs: pixels come ready from tasks on CPUs, or bytes to decode here."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work, ready, seconds = _only(batch, "ready")
-        rows = self._stages.rows_of(self._spec, work)
+        work, ready, spent = _only(batch, "ready")
+        spec, stages = self._spec, self._stages
+        attempt = Attempt.at(spec, work, "classify")
+        rows = stages.rows_of(spec, work)
         if isinstance(ready, list):
-            ready = self._stages.prepare_on_device(self._spec, ready, self._classifier, seconds)
-        table = self._stages.classify_prepared(
-            self._spec, self._classifier, rows, work, ready, seconds
-        )
-        return self._finish(work, table, seconds)
+            for row in attempt.suspects(rows.num_rows):
+                stages.prepare_on_device(spec, ready[row : row + 1], self._classifier, Spent())
+            blobs = [
+                CrashingImage(attempt.crashed[row]) if row in attempt.crashed else blob
+                for row, blob in enumerate(ready)
+            ]
+            ready = stages.prepare_on_device(spec, blobs, self._classifier, spent)
+        else:
+            attempt.check()
+        table = stages.classify_prepared(spec, self._classifier, rows, work, ready, spent)
+        stages.commit(spec, work, table, spent)
+        return self._done(work, table, spent, attempt)
 
 
 def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, list[bytes]]:
@@ -172,22 +217,30 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
 
     stores.use(spec.storage)
     work: Work = _only(batch, "work")
-    rows, seconds = stages.rows_of(spec, work), Seconds()
+    rows, spent = stages.rows_of(spec, work), Spent()
+    attempt = Attempt.at(spec, work, "prepare")
     ready: Any
     if is_for_host(work.chunk, host_share):
         import torch
 
         torch.set_num_threads(1)
         preprocess = read_description(spec.bundle_url).spec.preprocess
-        ready = stages.prepare_all(spec, rows, preprocess, seconds)
+        for row in attempt.suspects(rows.num_rows):
+            stages.prepare_all(spec, rows.slice(row, 1), preprocess, Spent())
+        ready = stages.prepare_all(spec, rows, preprocess, spent, attempt.crashed, attempt.beat)
     else:
         ready = list(stages.fetch(spec, rows))
-    return {"ready": [pickle.dumps((work, ready, seconds), protocol=5)]}
+    attempt.end()
+    return {"ready": [pickle.dumps((work, ready, spent), protocol=5)]}
 
 
 def is_for_host(chunk: int, share: float) -> bool:
     """Whether this chunk is of the share that CPUs decode: the same every time, evenly spread."""
     return math.floor((chunk + 1) * share) > math.floor(chunk * share)
+
+
+def _actor_id() -> str:
+    return str(ray.get_runtime_context().get_actor_id())
 
 
 def _only(batch: pa.Table, column: str) -> Any:

@@ -8,6 +8,7 @@ changes nothing. Promises bounded memory and that a resumed run is the same run 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, labels_as_text
 from imgcls.errors import ManifestError
+from imgcls.log import tell
 
 LARGE_CHUNK = 256
 SMALL_MANIFEST = 32 * LARGE_CHUNK
@@ -128,6 +130,7 @@ def make_plan(
         "plan": asdict(plan),
         "provenance": dict(provenance),
         "classes": classes,
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     layout.keep_run(output, run)
     return plan
@@ -279,8 +282,8 @@ class _LabelCheck:
                 f"model has {shown}, {len(classes)} in all); use the bundle trained on these "
                 "classes, or name another --manifest.label-column"
             )
-        print(
-            f"note: {self._unknown:,} labels are not classes of the model ({examples}); such rows "
+        tell(
+            "note",
+            f"{self._unknown:,} labels are not classes of the model ({examples}); such rows "
             "are labelled, and counted apart in the metrics",
-            flush=True,
         )

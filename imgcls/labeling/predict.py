@@ -19,13 +19,14 @@ import pyarrow as pa
 import ray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from imgcls import cluster
+from imgcls import cluster, log
 from imgcls import output as names
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
+    CrashingImage,
     ImgclsError,
     Interrupted,
     ManifestError,
@@ -39,9 +40,11 @@ from imgcls.errors import (
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
-from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig, plan_layout
+from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
+from imgcls.labeling.passes import Passes, fitted
 from imgcls.labeling.plan import (
+    LARGE_CHUNK,
     Identity,
     Plan,
     make_plan,
@@ -50,9 +53,11 @@ from imgcls.labeling.plan import (
 )
 from imgcls.labeling.progress import Progress
 from imgcls.labeling.since import SinceConfig, only_new
+from imgcls.labeling.telemetry import Telemetry
 from imgcls.labeling.trial import Choice
-from imgcls.labeling.work import Work, WorkSpec
+from imgcls.labeling.work import Done, Work, WorkSpec
 from imgcls.lease import DEFAULT_TERM_SECONDS, Lease
+from imgcls.log import LogFormat, tell
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle
 from imgcls.provenance import provenance
@@ -110,6 +115,8 @@ class PredictConfig(Section):
     """Rows per final file at most; fewer when they would exceed 128 MB."""
     progress_seconds: PositiveFloat = 5.0
     """How often a job log gets a line."""
+    log: LogFormat = "text"
+    """json: an object a line, with the run, and for each chunk its worker, rows and times."""
     lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
     """A driver unheard of for so long is taken to be dead."""
     scale: ScaleConfig = ScaleConfig()
@@ -132,6 +139,7 @@ def predict(config: PredictConfig) -> PredictResult:
     TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
     broke off (run it again to resume).
     """
+    log.use(config.log)
     stores.use(config.storage)
     output = storage.absolute(dated(config.output, config.date))
     if config.summary_json is None:
@@ -156,7 +164,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
     if config.precision == "int8":
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
-        print(f"int8    {int8_of(bundle).cost()}", flush=True)
+        tell("int8", int8_of(bundle).cost())
     _check_columns(manifest, config, bundle)
     _check_images(listed)
     _check_output(output, config)
@@ -206,18 +214,19 @@ class _Run:
             if self._committed() and not config.retry_errors:
                 rows = plan_of(stored).rows
                 storage.remove(storage.join(self.output, names.STAGING))  # of a kill at the end
-                print(f"{self.output}: committed before, {rows:,} rows; nothing to do")
+                tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         cluster.connect()
-        layout = plan_layout(cluster.nodes(), config.scale)
+        layout = fitted(config.scale, self.interruption, self._chunk_bytes())
         for reason in layout.reasons:
-            print(f"layout  {reason}", flush=True)
+            tell("layout", reason)
         self.plan = plan_of(stored) if stored is not None else self._make_plan()
         self.resumed = stored is not None
         run = names.load_run(self.output)
         assert run is not None
-        layout, choice = self._tried(run, layout)
-        spec = self._spec(run, choice)
+        log.use(config.log, run_id=self.plan.run_id)
+        layout, self.choice = self._tried(run, layout)
+        spec = self._spec(run, self.choice)
         counts = self._first_pass(spec, layout)
         if config.retry_errors and self.resumed:
             counts = self._retry(spec, layout) or counts
@@ -251,10 +260,11 @@ class _Run:
         except RequestError:
             storage.remove(storage.join(self.output, names.STAGING))
             raise
-        print(
-            f"plan    {plan.rows:,} rows in {plan.chunks:,} chunks of {plan.chunk_rows}, "
+        tell(
+            "plan",
+            f"{plan.rows:,} rows in {plan.chunks:,} chunks of {plan.chunk_rows}, "
             f"{plan.parts:,} final {'file' if plan.parts == 1 else 'files'}",
-            flush=True,
+            **asdict(plan),
         )
         return plan
 
@@ -308,10 +318,10 @@ class _Run:
             decided, reasons = trial.choose(answer, case.rows)
             choice = replace(decided, compile=decided.compile or choice.compile)
             for reason in reasons:
-                print(f"trial   {reason}", flush=True)
+                tell("trial", reason)
             if asked.decode:
                 choice, reason = trial.split(answer, layout, choice)
-                print(f"trial   {reason}", flush=True)
+                tell("trial", reason)
         if kept is None:
             run["chosen"] = asdict(choice)
             names.keep_run(self.output, run)
@@ -337,7 +347,14 @@ class _Run:
             max_pixels=settings["max_pixels"],
             fetches=self.config.scale.fetches,
             storage=stores.settings(),
+            session="",  # each pass has its own
+            crash_retries=self.config.scale.crash_retries,
         )
+
+    def _chunk_bytes(self) -> int:
+        """Of a chunk's pixels, at most."""
+        side = self.bundle.spec.preprocess.crop
+        return 3 * side * side * (self.config.chunk_rows or LARGE_CHUNK)
 
     def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
         """Do every chunk that is not durable, roll parts up as they complete, count them all."""
@@ -346,7 +363,7 @@ class _Run:
         if len(book.parts) < self.plan.parts:
             restore_shards(self.output, self.manifest, self.plan)
         if book.rows_done:
-            print(f"resume  {book.rows_done:,} of {self.plan.rows:,} rows are done", flush=True)
+            tell("resume", f"{book.rows_done:,} of {self.plan.rows:,} rows are done")
         counting = _Counting(self, spec)
         for part in sorted(book.parts):
             counting.count(part)
@@ -377,7 +394,7 @@ class _Run:
         if not todo:
             return None
         rows = sum(len(work.offsets or ()) for work in todo)
-        print(f"retry   {rows:,} rows that failed before", flush=True)
+        tell("retry", f"{rows:,} rows that failed before")
         storage.remove(storage.join(self.output, names.SUCCESS))
         for _ in self._work(spec, layout, todo, rows, 0):
             pass
@@ -395,27 +412,34 @@ class _Run:
     ) -> Iterator[int]:
         if not todo:
             return
-        if self.config.scale.workers is None:
-            layout = layout.for_rows(total - done)
-        from imgcls.labeling import (
-            pipeline,  # and Ray Data: half a second, only where there is work
+        passes = Passes(
+            spec,
+            self.config.scale,
+            self.interruption,
+            lambda fits: trial.with_share(fits, self.choice),
+            self._chunk_bytes(),
         )
-
-        progress = Progress(total, done, self.config.progress_seconds)
+        telemetry = Telemetry(self.plan.run_id)
+        progress, kept = Progress(total, done, self.config.progress_seconds), time.monotonic()
         try:
-            receipts = pipeline.run(spec, layout, todo)
-            for receipt in cluster.in_background(receipts, self.interruption):
+            for receipt in passes.receipts(layout, todo):
                 if receipt is None:
                     progress.tick()
                     continue
                 self.precision.add(receipt.precision)
                 progress.add(receipt)
+                telemetry.add(receipt)
+                _tell_chunk(receipt)
                 self.lease.check()
                 yield receipt.work.chunk
+                if time.monotonic() - kept > KEEP_SECONDS:
+                    kept = time.monotonic()
+                    telemetry.show(progress.fields())
+                    names.keep_progress(self.output, progress.fields())
         finally:
             progress.close()
             self.steady_rate = progress.steady_rate
-            for stage, spent in progress.seconds.as_dict().items():
+            for stage, spent in progress.spent.seconds().items():
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
 
     def _committed(self) -> bool:
@@ -436,7 +460,11 @@ class _Run:
             top_k=self.config.top_k,
             path_column=self.manifest.path_column,
         )
-        print(tables.format_summary(summary), flush=True)
+        if log.is_json():
+            for row in summary.to_pylist():
+                tell("metric", f"{row['metric']} {row['value']}", **row)
+        else:
+            print(tables.format_summary(summary), flush=True)
         gates.check_errors(
             self.output, counts, self.config.max_error_rate, self.config.max_error_rates
         )
@@ -454,10 +482,37 @@ class _Run:
             precision=sorted(self.precision),
         )
         storage.remove(storage.join(self.output, names.STAGING))
-        print(f"committed  {counts.rows:,} rows: {self.output}", flush=True)
+        storage.remove(storage.join(self.output, names.PROGRESS))
+        tell("committed", f"{counts.rows:,} rows: {self.output}", rows=counts.rows)
         return PredictResult(self.output, counts.rows, counts)
 
 
+def _tell_chunk(done: Done) -> None:
+    """What a log system or a worried person wants of a chunk that has come back."""
+    if done.deaths:
+        crashed = done.status.get(CrashingImage.status, 0)
+        tell(
+            "watch",
+            f"chunk {done.work.chunk}: {done.deaths} workers died at it or were lost; it is done, "
+            f"{crashed} of its rows {CrashingImage.status}",
+        )
+    if log.is_json():
+        seconds = {name: round(value, 3) for name, value in done.spent.seconds().items()}
+        tell(
+            "chunk",
+            f"chunk {done.work.chunk} is durable",
+            chunk=done.work.chunk,
+            worker=done.worker,
+            node=done.worker.partition("/")[0],
+            rows=done.rows,
+            status=done.status,
+            deaths=done.deaths,
+            seconds=seconds,
+        )
+
+
+KEEP_SECONDS = 10.0
+"""So often the output is told how far the run is."""
 OWN_ROWS = 50_000
 """So few rows the driver counts by itself, sooner than Ray has a process ready for it."""
 
@@ -570,7 +625,7 @@ def _check_images(manifest: Manifest) -> None:
         if str(error).endswith("no such bucket"):
             raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
     except StorageForbidden as error:
-        print(f"note: the first image: {error}", flush=True)
+        tell("note", f"the first image: {error}")
     except StorageError:
         return  # a row like any other
 
@@ -591,7 +646,14 @@ def _check_output(output: str, config: PredictConfig) -> None:
 
 def _clear(output: str) -> None:
     """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
-    for name in (names.SUCCESS, names.PREDICTIONS, names.METRICS, names.STAGING, names.RUN):
+    for name in (
+        names.SUCCESS,
+        names.PREDICTIONS,
+        names.METRICS,
+        names.STAGING,
+        names.PROGRESS,
+        names.RUN,
+    ):
         storage.remove(storage.join(output, name))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
-from imgcls.labeling.work import Done, Seconds
+from imgcls.labeling.work import Done, Spent
+from imgcls.log import is_json, tell
+from imgcls.output import OK
 
 _WINDOW_SECONDS = 30.0
 
@@ -20,11 +23,11 @@ class Progress:
     def __init__(self, total: int, done: int, every: float, stream: TextIO | None = None) -> None:
         self._total = total
         self._done = done
-        self._errors = 0
+        self._status: collections.Counter[str] = collections.Counter()
         self._every = every
         self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._seconds = Seconds()
+        self._live = self._stream.isatty() and not is_json()
+        self._spent = Spent()
         self._recent = [(time.monotonic(), done, 0.0)]
         self._workers: set[str] = set()
         self._steady_from: tuple[float, int] | None = None
@@ -33,13 +36,13 @@ class Progress:
     def add(self, done: Done) -> None:
         """Note a chunk; says something when it is time to."""
         self._done += done.rows
-        self._errors += done.errors
-        self._seconds = self._seconds.plus(done.seconds)
+        self._status.update(done.status)
+        self._spent = self._spent.plus(done.spent)
         now = time.monotonic()
         if self._steady_from is None and done.worker in self._workers:
             self._steady_from = (now, self._done)
         self._workers.add(done.worker)
-        self._recent.append((now, self._done, self._seconds.gpu))
+        self._recent.append((now, self._done, self._spent.gpu))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
         if now - self._said >= (0.2 if self._live else self._every):
@@ -59,9 +62,9 @@ class Progress:
             self._stream.flush()
 
     @property
-    def seconds(self) -> Seconds:
+    def spent(self) -> Spent:
         """Time spent in each stage, over all workers."""
-        return self._seconds
+        return self._spent
 
     @property
     def steady_rate(self) -> float | None:
@@ -84,23 +87,45 @@ class Progress:
         spent = (now - start) * len(self._workers)
         return min(1.0, (after - before) / spent) if spent > 0 else 0.0
 
+    @property
+    def errors(self) -> int:
+        """Rows of this driver's that are not ok."""
+        return self._status.total() - self._status[OK]
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self._total - self._done) / self.rate if self.rate else None
+
+    def fields(self) -> dict[str, Any]:
+        """How far the run is, for machines."""
+        return {
+            "rows_done": self._done,
+            "rows": self._total,
+            "images_per_second": round(self.rate, 2),
+            "seconds_left": self.seconds_left and round(self.seconds_left, 1),
+            "status": dict(sorted(self._status.items())),
+            "workers": len(self._workers),
+            "gpu_busy": round(self.gpu_busy, 3) if self._spent.gpu else None,
+            "stage_seconds": {k: round(v, 3) for k, v in self._spent.seconds().items()},
+        }
+
     def line(self) -> str:
         """One line that tells how far the run is."""
         if len(self._recent) == 1:
-            waited = _duration(time.monotonic() - self._recent[0][0])
+            waited = duration(time.monotonic() - self._recent[0][0])
             return f"{self._done:,}/{self._total:,} rows  starting workers ({waited})"
         share = self._done / self._total if self._total else 1.0
-        left = (self._total - self._done) / self.rate if self.rate else None
+        left = self.seconds_left
         parts = [
             f"{self._done:,}/{self._total:,} rows ({share:.1%})",
             f"{self.rate:,.1f} images/s",
-            f"{self._errors:,} errors",
+            f"{self.errors:,} errors",
         ]
         if left is not None:
-            parts.append(f"ETA {_duration(left)}")
-        if self._seconds.gpu:
+            parts.append(f"ETA {duration(left)}")
+        if self._spent.gpu:
             parts.append(f"GPU busy {self.gpu_busy:.0%}")
-        stages = self._seconds.as_dict() | {"gpu": 0.0}
+        stages = self._spent.seconds() | {"gpu": 0.0}
         spent = {name: value for name, value in stages.items() if value > 0}
         if spent:
             slowest = max(spent, key=lambda name: spent[name])
@@ -112,7 +137,7 @@ class Progress:
     def _say(self, now: float) -> None:
         self._said = now
         if not self._live:
-            print(f"labelling  {self.line()}", file=self._stream, flush=True)
+            tell("labelling", self.line(), self._stream, **(self.fields() if is_json() else {}))
             return
         width = 24
         filled = int(width * self._done / self._total) if self._total else width
@@ -121,7 +146,7 @@ class Progress:
         self._stream.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     whole = int(seconds + 0.5)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

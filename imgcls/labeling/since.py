@@ -24,6 +24,7 @@ from imgcls.config import Names, Section
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, resolved
 from imgcls.errors import ManifestError, OutputError, StorageMissing
+from imgcls.log import tell
 from imgcls.runs import Run, open_run, stream
 
 USUAL_VERSIONS = ("etag", "size", "mtime", "version")
@@ -65,9 +66,10 @@ def only_new(
         digest.update(f"{len(text)}:{text}".encode())
     others = sum(run.bundle_sha256 != bundle_sha256 for run in runs)
     if others and not relabel:
-        print(
-            f"note: {others:,} of {len(runs):,} earlier runs are of another bundle; their rows "
-            "stay as they are, say --relabel to label them again"
+        tell(
+            "note",
+            f"{others:,} of {len(runs):,} earlier runs are of another bundle; their rows "
+            "stay as they are, say --relabel to label them again",
         )
     return dataclasses.replace(
         manifest,
@@ -232,7 +234,7 @@ def _new_rows(
         counted = dict(keys.db.execute("SELECT why, count(*) FROM todo GROUP BY why").fetchall())
         known = counted.pop("", 0)
         told = ", ".join(f"{rows:,} {why}" for why, rows in sorted(counted.items()))
-        print(f"since   {told or 'nothing new'}; {known:,} rows stay as they are", flush=True)
+        tell("since", f"{told or 'nothing new'}; {known:,} rows stay as they are")
         places = keys.numbers("SELECT nth FROM todo WHERE why <> '' ORDER BY nth")
         tables = (pa.Table.from_batches([batch]) for batch in manifest.batches())
         for table in chosen(tables, places):

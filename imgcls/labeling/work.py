@@ -11,11 +11,17 @@ import pyarrow as pa
 
 from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Plan
+from imgcls.output import OK
 
 
 @dataclass(frozen=True)
 class WorkSpec:
-    """All that a worker must know to do any chunk of a run."""
+    """All that a worker must know to do any chunk of a run.
+
+    session:       a name that no other driver's pass over the run has
+    crash_retries: workers that a chunk may kill, beside the first, before its images are tried
+                   one by one
+    """
 
     output: str
     plan: Plan
@@ -34,6 +40,8 @@ class WorkSpec:
     max_pixels: int
     fetches: int
     storage: StorageConfig
+    session: str
+    crash_retries: int
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,10 @@ class Work:
 
 
 @dataclass
-class Seconds:
-    """Wall time that a worker spent in each stage of a chunk; `gpu` is no stage of its own.
+class Spent:
+    """What a chunk took of a worker: wall seconds in each stage, and bytes of images read.
 
-    gpu: time that a GPU was busy with the forward passes
+    gpu: seconds that a GPU was busy with the forward passes; no stage of its own
     """
 
     fetch: float = 0.0
@@ -60,24 +68,33 @@ class Seconds:
     classify: float = 0.0
     commit: float = 0.0
     gpu: float = 0.0
+    bytes: int = 0
 
-    def plus(self, more: Seconds) -> Seconds:
-        """Stage times added up."""
-        return Seconds(
-            *(a + b for a, b in zip(self.as_dict().values(), more.as_dict().values(), strict=True))
-        )
+    def plus(self, more: Spent) -> Spent:
+        """Both added up."""
+        return Spent(**{name: value + getattr(more, name) for name, value in asdict(self).items()})
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def seconds(self) -> dict[str, float]:
+        """By stage, and of the GPU."""
+        return {name: value for name, value in asdict(self).items() if name != "bytes"}
 
 
 @dataclass(frozen=True)
 class Done:
-    """A chunk that is durable: what became of its rows, and the time each stage took."""
+    """A chunk that is durable: what became of its rows, and the time each stage took.
+
+    status: rows by status
+    deaths: workers that it has cost
+    """
 
     work: Work
     rows: int
-    errors: int
-    seconds: Seconds
+    status: dict[str, int]
+    spent: Spent
     precision: str
     worker: str
+    deaths: int = 0
+
+    @property
+    def errors(self) -> int:
+        return self.rows - self.status.get(OK, 0)

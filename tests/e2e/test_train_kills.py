@@ -7,12 +7,10 @@ drawn from a seed that is printed, so that a failure can be run again.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints, Standing
 from tests.conftest import copied, save, write_manifest
 from tests.e2e.outputs import parquet
-from tests.processes import BIN, RayCluster, imgcls, kill_family, started, wait_for
+from tests.processes import RayCluster, imgcls, kill_family, machine, started, wait_for
 from tests.s3 import bucket, url
 
 pytestmark = pytest.mark.timeout(600)
@@ -272,26 +270,6 @@ def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
         assert command.end() == 0, command.errors
     assert command.went_on() == [(before.standing.epoch, before.standing.step)]
     assert_as_left_alone(output, reference, digits)
-
-
-@contextlib.contextmanager
-def machine(cluster: RayCluster, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
-    """One more node of a cluster, that it knows of; killed in the end, if it was not before."""
-    command = [
-        *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
-        *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
-        "--object-store-memory=200000000",
-    ]
-    with tempfile.TemporaryFile() as told:
-        process = subprocess.Popen(
-            command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            wait_for(lambda: b"Ray runtime started" in os.pread(told.fileno(), 1 << 16, 0), 60)
-            yield process
-        finally:
-            kill_family(process.pid)
-            process.wait()
 
 
 @pytest.mark.slow

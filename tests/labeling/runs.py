@@ -82,6 +82,8 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         max_pixels=100_000_000,
         fetches=4,
         storage=StorageConfig(),
+        session="a-test",
+        crash_retries=1,
     )
     return dataclasses.replace(spec, **changes)
 

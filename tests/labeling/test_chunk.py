@@ -25,7 +25,7 @@ from imgcls.data.stores import StorageConfig
 from imgcls.labeling import chunk
 from imgcls.labeling.chunk import Prepared
 from imgcls.labeling.plan import Plan
-from imgcls.labeling.work import Seconds, Work, WorkSpec
+from imgcls.labeling.work import Spent, Work, WorkSpec
 from imgcls.models.classifier import Classifier, Pending
 from imgcls.models.gpu import Stopwatch
 from tests.conftest import draw
@@ -70,7 +70,7 @@ def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> WorkSpec
 
 
 def labelled(spec: WorkSpec, classifier: Classifier, work: Work) -> pa.Table:
-    return chunk.label(spec, classifier, chunk.rows_of(spec, work), work, Seconds())
+    return chunk.label(spec, classifier, chunk.rows_of(spec, work), work, Spent())
 
 
 # ------------------------------------------------------------------ one chunk
@@ -107,7 +107,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
         fresh = Classifier.load(str(colour_bundle), precision="fp32")
         for number in range(3):
             work = Work(number)
-            chunk.commit(spec, work, labelled(spec, fresh, work), Seconds())
+            chunk.commit(spec, work, labelled(spec, fresh, work), Spent())
         staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
         written.append({path.name: path.read_bytes() for path in staged})
         assert len(written[-1]) == 3
@@ -120,7 +120,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     spec: WorkSpec, classifier: Classifier, work: Work, batch_size: int
 ) -> None:
     spec = chunk_with(spec, batch_size=batch_size)
-    rows, seconds = chunk.rows_of(spec, work), Seconds()
+    rows, seconds = chunk.rows_of(spec, work), Spent()
     fused = chunk.label(spec, classifier, rows, work, seconds)
     prepared = chunk.prepare_all(spec, rows, classifier.preprocess, seconds)
     split = chunk.classify_prepared(spec, classifier, rows, work, prepared, seconds)
@@ -144,7 +144,7 @@ def test_a_retry_does_its_rows_alone_and_without_the_manifest(
     table = labelled(spec, classifier, work)
     assert table["row"].to_pylist() == [9, 11]
     assert table["status"].to_pylist() == ["ok", "ok"]
-    chunk.commit(spec, work, table, Seconds())
+    chunk.commit(spec, work, table, Spent())
     [file] = (tmp_path / "out" / "_staging" / "part-00000").iterdir()
     assert file.name == f"retry-00000001.{spec.plan.run_id}.parquet"
 
@@ -189,7 +189,7 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
         6, label_column="label", top_k=top_k, batch_size=6, thresholds=tuple(thresholds.values())
     )
     rows = pa.table({"path": ["p"] * 6, "label": pa.array(labels, pa.string())})
-    table = chunk.classify_prepared(spec, oracle, rows, Work(0), prepared, Seconds())
+    table = chunk.classify_prepared(spec, oracle, rows, Work(0), prepared, Spent())
     for row, label, score in zip(table.to_pylist(), labels, scores, strict=True):
         if label not in classes:
             assert row["label_rank"] is row["label_score"] is None
@@ -214,7 +214,7 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
         "root": os.path.dirname(__file__),
         "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
         "precision": "fp32", "compile": False, "batch_size": 4, "max_pixels": 1_000_000,
-        "fetches": 4, "storage": StorageConfig(),
+        "fetches": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
     }  # fmt: skip
     return WorkSpec(**{**values, **changes})
 
@@ -222,7 +222,7 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
 def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> list[str]:
     """Label a manifest of these paths; the statuses, after checking that each has its row."""
     rows = pa.table({"path": pa.array(paths, pa.string())})
-    table = chunk.label(bare(len(paths)), classifier, rows, Work(0), Seconds())
+    table = chunk.label(bare(len(paths)), classifier, rows, Work(0), Spent())
     table.validate(full=True)
     assert table.schema.equals(layout.prediction_schema(labelled=False))
     assert table["row"].to_pylist() == list(range(len(paths)))
@@ -364,3 +364,24 @@ def test_any_text_in_the_path_column_gives_a_row_at_length(
 @given(seed=st.integers(0, 2**32))
 def test_damaged_images_give_a_row_at_length(classifier: Classifier, seed: int) -> None:
     check_mutated_images(classifier, seed)
+
+
+def test_a_row_that_is_known_to_crash_is_left_alone(spec: WorkSpec, classifier: Classifier) -> None:
+    work = Work(0)
+    rows = chunk.rows_of(spec, work)
+    whole = chunk.label(spec, classifier, rows, work, Spent())
+    without = chunk.label(spec, classifier, rows, work, Spent(), {1: "it died of it"})
+    assert without["status"].to_pylist()[1] == "crashed"
+    assert without["error"].to_pylist()[1] == "it died of it"
+    assert without["predicted_label"].to_pylist()[1] is None
+    others = [row for row in range(rows.num_rows) if row != 1]
+    assert without["status"].take(others).to_pylist() == whole["status"].take(others).to_pylist()
+    assert without["row"].to_pylist() == whole["row"].to_pylist()
+
+
+def test_what_was_read_is_counted_in_bytes(spec: WorkSpec, classifier: Classifier) -> None:
+    work, spent = Work(0), Spent()
+    rows = chunk.rows_of(spec, work)
+    chunk.label(spec, classifier, rows, work, spent)
+    blobs = [blob for blob in chunk.fetch(spec, rows) if isinstance(blob, bytes)]
+    assert spent.bytes == sum(len(blob) for blob in blobs) > 0

@@ -208,3 +208,31 @@ def test_few_rows_start_few_workers() -> None:
     layout = plan_layout([Node(8, 0)], ScaleConfig())
     workers = [layout.for_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
     assert workers == [1, 1, 1, 2, 8, layout.workers]
+
+
+# ------------------------------------------------------------------ the object store
+
+
+def test_no_more_tasks_decode_than_the_object_store_holds_the_pixels_of() -> None:
+    node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=4e9)
+    wide = plan_layout([node], ScaleConfig(), chunk_bytes=1_000_000)
+    narrow = plan_layout([node], ScaleConfig(), chunk_bytes=38_535_168)
+    assert narrow.decoders == 10 < wide.decoders
+    assert narrow.reasons[-1] == (
+        "10 x 5 chunks of 39 MB take 1.9 of the 2.0 GB of object store that they may"
+    )
+
+
+def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic() -> None:
+    node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=1e8)
+    with pytest.raises(ResourcesError) as caught:
+        plan_layout([node], ScaleConfig(), chunk_bytes=38_535_168)
+    assert str(caught.value) == (
+        "a task that decodes has up to 5 chunks of 39 MB in the object store, of which 50 MB may "
+        "be used: give a smaller --chunk-rows, or start Ray with a larger --object-store-memory"
+    )
+
+
+def test_on_cpus_alone_no_pixels_pass_through_the_object_store() -> None:
+    layout = plan_layout([Node(4, 0, store_bytes=1.0)], ScaleConfig(), chunk_bytes=38_535_168)
+    assert layout.name == "cpu"

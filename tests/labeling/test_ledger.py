@@ -20,7 +20,7 @@ from imgcls.labeling import chunk as stages
 from imgcls.labeling import ledger
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.plan import Plan
-from imgcls.labeling.work import Seconds, Work, WorkSpec
+from imgcls.labeling.work import Spent, Work, WorkSpec
 from imgcls.metrics import PredictionCounts
 from tests.labeling.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
 
@@ -57,7 +57,7 @@ class Run:
 
     def commit(self, chunk: int, table: pa.Table, offsets: Sequence[int] | None = None) -> None:
         work = Work(chunk, None if offsets is None else tuple(offsets))
-        stages.commit(self.spec, work, table, Seconds())
+        stages.commit(self.spec, work, table, Spent())
 
     def label(self, chunks: Sequence[int] | None = None, **options: Any) -> None:
         """Commit drawn predictions of some chunks, or of all."""

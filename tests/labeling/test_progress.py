@@ -8,7 +8,7 @@ import pytest
 
 from imgcls.labeling import progress
 from imgcls.labeling.progress import Progress
-from imgcls.labeling.work import Done, Seconds, Work
+from imgcls.labeling.work import Done, Spent, Work
 
 
 class Clock:
@@ -28,7 +28,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> Done:
-    return Done(Work(0), rows, errors, Seconds(**seconds), "fp32", worker)
+    status = {"ok": rows - errors, "missing": errors}
+    return Done(Work(0), rows, status, Spent(**seconds), "fp32", worker)
 
 
 def test_a_log_gets_a_line_now_and_then_and_not_with_every_chunk(clock: Clock) -> None:
@@ -122,7 +123,7 @@ def test_the_stage_that_takes_longest_is_named_with_its_share(clock: Clock) -> N
     bar.add(done(10, fetch=1.0, prepare=4.0, classify=1.0))
     bar.add(done(10, fetch=3.0, classify=1.0, commit=0.5))
     assert "bottleneck fetch (38% of time)" in bar.line()
-    assert bar.seconds == Seconds(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
+    assert bar.spent == Spent(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
 
 
 def test_a_run_without_a_rate_yet_promises_no_end(clock: Clock) -> None:

@@ -1,0 +1,175 @@
+"""Who is at which chunk, noted in Ray's key-value store: what has killed a worker is known by it.
+
+A worker notes what it begins, and strikes it out when that is durable. A note that is there already
+is of a worker that died at the chunk, or was lost with its machine. When a chunk has cost more
+workers than allowed, its rows are tried one at a time, each noted first: a row that a worker dies
+at is `crashed`, and the chunk is done without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+from imgcls.errors import RunFailed
+from imgcls.labeling.work import Work, WorkSpec
+
+NAMESPACE = "imgcls"
+BEAT_SECONDS = 1.0
+"""So often a worker tells at most that it goes on."""
+HOPELESS_ROWS = 8
+"""When so many rows in turn kill their worker, each alone, it is not the images."""
+TRIES = 3
+"""So often a worker may die without an image that explains it."""
+_LOOK = "find out why in Ray's logs on its machine (a signal, no memory left), then resume"
+STARTS = 3
+"""So often a worker may die before it has its model."""
+CRASHED = "the worker died or hung each time it came to this image, also with no other beside it"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a worker is at.
+
+    what:    as people read it
+    deaths:  workers that this has cost so far
+    beats:   grows while it goes on
+    row:     the row that is tried alone, counted from the first of the chunk; None before that
+    crashed: rows that killed their worker when they were tried alone
+    """
+
+    what: str
+    worker: str
+    node: str
+    pid: int
+    deaths: int = 0
+    beats: int = 0
+    row: int | None = None
+    crashed: tuple[int, ...] = field(default=())
+
+
+def notes(session: str) -> dict[str, Note]:
+    """All that is being worked on, by key."""
+    found = {}
+    for key in internal_kv._internal_kv_list(f"{session}/", namespace=NAMESPACE):
+        text = key.decode()
+        note = _read(text)
+        if note is not None:
+            found[text] = note
+    return found
+
+
+def forget(session: str) -> None:
+    """Strike out all notes of a session that has ended."""
+    internal_kv._internal_kv_del(f"{session}/", del_by_prefix=True, namespace=NAMESPACE)
+
+
+class Attempt:
+    """One worker's pass over a piece of work; ended when that is durable.
+
+    deaths: workers that it has cost before
+    """
+
+    @classmethod
+    def at(cls, spec: WorkSpec, work: Work, stage: str) -> Attempt:
+        """At a stage of a chunk."""
+        rows = spec.plan.rows_of(work.chunk)
+        what = f"chunk {work.chunk} (rows {rows.start:,} to {rows.stop - 1:,})"
+        return cls(spec.session, f"{stage}-{work.chunk}", what, spec.crash_retries)
+
+    def __init__(self, session: str, name: str, what: str, retries: int = 0) -> None:
+        self._key = f"{session}/{name}"
+        self._retries = retries
+        before = _read(self._key)
+        context = ray.get_runtime_context()
+        self._note = Note(
+            what=what,
+            worker=f"{socket.gethostname()}/{os.getpid()}",
+            node=context.get_node_id(),
+            pid=os.getpid(),
+        )
+        self._from = 0
+        if before is not None:
+            crashed = before.crashed
+            if before.row is not None:
+                crashed = (*crashed, before.row)
+                self._from = before.row + 1
+            self._note = replace(
+                self._note,
+                deaths=before.deaths + 1,
+                beats=before.beats + 1,
+                row=before.row,
+                crashed=crashed,
+            )
+        self._put()
+
+    @property
+    def deaths(self) -> int:
+        return self._note.deaths
+
+    @property
+    def crashed(self) -> dict[int, str]:
+        """What to say of the rows that are to be left out."""
+        return dict.fromkeys(self._note.crashed, CRASHED)
+
+    def beat(self) -> None:
+        """Tell that it goes on; cheap enough for every row."""
+        if time.monotonic() - self._told >= BEAT_SECONDS:
+            self._note = replace(self._note, beats=self._note.beats + 1)
+            self._put()
+
+    def check(self) -> None:
+        """Raise RunFailed when it has cost more workers than its images explain."""
+        note = self._note
+        if note.deaths - len(note.crashed) > self._retries + TRIES:
+            raise RunFailed(
+                f"{note.what}: {note.deaths} workers died at it, although each of its images alone "
+                f"is survived; {_LOOK}"
+            )
+        if len(note.crashed) >= HOPELESS_ROWS and note.crashed == tuple(range(len(note.crashed))):
+            raise RunFailed(
+                f"{note.what}: {note.deaths} workers died at it, the last {HOPELESS_ROWS} each at "
+                f"a single image, so it is not the images; {_LOOK}"
+            )
+
+    def suspects(self, rows: int) -> Iterator[int]:
+        """The rows that must be tried alone, if any, each noted before it is yielded.
+
+        Raises RunFailed when it is not the images that workers die of.
+        """
+        if self.deaths <= self._retries:
+            return
+        self.check()
+        for row in range(self._from, rows):
+            if row in self._note.crashed:
+                continue
+            self._note = replace(self._note, row=row, beats=self._note.beats + 1)
+            self._put()
+            yield row
+        self._note = replace(self._note, row=None)
+        self._put()
+
+    def end(self) -> None:
+        """It is durable."""
+        internal_kv._internal_kv_del(self._key, namespace=NAMESPACE)
+
+    def _put(self) -> None:
+        self._told = time.monotonic()
+        value = json.dumps(asdict(self._note))
+        internal_kv._internal_kv_put(self._key, value, namespace=NAMESPACE)
+
+
+def _read(key: str) -> Note | None:
+    value: Any = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+    if value is None:
+        return None
+    fields = json.loads(value)
+    return Note(**{**fields, "crashed": tuple(fields["crashed"])})

@@ -1,0 +1,261 @@
+"""Work handed to the cluster until none is left, however the cluster changes meanwhile.
+
+A pass is one pipeline, laid out for the machines that are there. Ray restarts the workers of a lost
+machine wherever there is room; where there is none their chunks would wait for ever, and machines
+that come would stand idle. So a pass is broken off, and the next one laid out anew, when nobody
+goes on any more, or when what has come is worth a new start.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import ray
+
+from imgcls import cluster
+from imgcls.cluster import Interruption, Node
+from imgcls.errors import ResourcesError, RunFailed
+from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
+from imgcls.labeling.work import Done, Work, WorkSpec
+from imgcls.log import tell
+
+SETTLE_SECONDS = 15.0
+"""What comes and goes is left alone for so long: machines seldom do so alone."""
+WORTH_SECONDS = 60.0
+"""A new start must save so much: it costs a worker's start, and the chunks under way."""
+IDLE_SECONDS = 30.0
+"""After which waiting is said: workers take a while to start."""
+_LOOK_SECONDS = 2.0
+_SAY_SECONDS = 5.0
+
+
+def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
+    """The layout for the machines that are there; waits for them where more may come.
+
+    Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
+    """
+    started = said = time.monotonic()
+    asked = False
+    while True:
+        nodes = cluster.nodes()
+        try:
+            return plan_layout(nodes, scale, chunk_bytes)
+        except ResourcesError as error:
+            most = cluster.most_nodes()
+            if cluster.is_private() or (most is None and nodes):
+                raise
+            if not asked:
+                if most is not None:
+                    plan_layout(most, scale, chunk_bytes)
+                cluster.ask_for(_wanted(scale))
+                asked = True
+            waited = time.monotonic() - started
+            if waited > scale.wait_seconds:
+                raise ResourcesError(
+                    f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
+                ) from None
+            if waited < 1 or time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                tell(
+                    "waiting",
+                    f"for machines: {error} ({waited:.0f} of at most {scale.wait_seconds:.0f} s)",
+                )
+            interruption.check()
+            time.sleep(0.5)
+
+
+def _wanted(scale: ScaleConfig) -> list[dict[str, float]]:
+    """What to ask an autoscaler for, before there is a worker that waits for it."""
+    each = {"CPU": 1.0} if scale.layout in ("auto", "cpu") else {"CPU": 1.0, "GPU": 1.0}
+    return [each] * (scale.workers or 1)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides whether a pass goes on.
+
+    before, now:  the machines when the pass began, and now
+    steady:       seconds since they last changed
+    idle:         seconds since a worker was last seen to go on
+    rows_left:    to be done
+    rate:         rows per second in this pass; None before the first
+    hang_seconds: after which a worker counts as hanging
+    """
+
+    before: Sequence[Node]
+    now: Sequence[Node]
+    steady: float
+    idle: float
+    rows_left: int
+    rate: float | None
+    hang_seconds: float
+
+
+def reason_to_replan(it: Situation, layout: Layout, fit: Callable[[], Layout | None]) -> str | None:
+    """Why the pass should be broken off and laid out anew, if it should.
+
+    fit: the layout for the machines that are there now; None when nothing fits
+    """
+    ids = {node.id for node in it.now}
+    lost = sum(1 for node in it.before if node.id not in ids)
+    if it.steady < SETTLE_SECONDS:
+        return None
+    if lost and it.idle > SETTLE_SECONDS:
+        return f"{lost} of {len(it.before)} machines are gone, and no worker goes on"
+    if it.rate is not None and it.idle > it.hang_seconds + SETTLE_SECONDS:
+        # not within a chunk: that would be seen to by the watch
+        return f"no worker has gone on for {it.idle:.0f} s"
+    came = len(it.now) - (len(it.before) - lost)
+    if not came or it.rate is None:
+        return None
+    fits = fit()
+    if fits is None or fits.workers <= layout.workers:
+        return None
+    saved = it.rows_left / it.rate * (1 - layout.workers / fits.workers)
+    if saved < WORTH_SECONDS:
+        return None
+    return f"{came} machines have come: {fits.workers} workers instead of {layout.workers}"
+
+
+class Passes:
+    """The passes over a run's work.
+
+    wider: the layout for the machines that are there, with what the run has chosen for itself
+    """
+
+    def __init__(
+        self,
+        spec: WorkSpec,
+        scale: ScaleConfig,
+        interruption: Interruption,
+        wider: Callable[[Layout], Layout],
+        chunk_bytes: int,
+    ) -> None:
+        self._spec = spec
+        self._scale = scale
+        self._interruption = interruption
+        self._wider = wider
+        self._chunk_bytes = chunk_bytes
+        self._said = 0.0
+
+    def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
+        """Each chunk once it is durable, and None at times when nothing has come.
+
+        Raises RunFailed when no worker goes on for `scale.wait_seconds`.
+        """
+        left = {work.chunk: work for work in todo}
+        while left:
+            if self._scale.workers is None:
+                layout = layout.for_rows(sum(self._rows(work) for work in left.values()))
+            why = yield from self._one(layout, left)
+            if not left:
+                return
+            if why is None:
+                raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
+            tell("layout", f"{why}: laid out anew")
+            layout = self._wider(fitted(self._scale, self._interruption, self._chunk_bytes))
+            for reason in layout.reasons:
+                tell("layout", reason)
+
+    def _one(
+        self, layout: Layout, left: dict[int, Work]
+    ) -> Generator[Done | None, None, str | None]:
+        """One pass; returns why it was broken off, if it was."""
+        # Ray Data takes half a second to import: only where there is work
+        from imgcls.labeling.pipeline import Pipeline
+        from imgcls.labeling.watch import Watch
+
+        spec = replace(self._spec, session=secrets.token_hex(8))
+        watch = Watch(spec.session, self._scale.hang_seconds)
+        machines = _Machines()
+        pipeline = Pipeline(spec, layout, list(left.values()))
+        why: str | None = None
+        rows, first = 0, 0.0
+        try:
+            for receipt in cluster.in_background(pipeline.receipts(), self._interruption):
+                for line in watch.look():
+                    tell("watch", line)
+                if receipt is not None and receipt.work.chunk in left:
+                    watch.note_receipt()
+                    first = first or time.monotonic()
+                    rows += receipt.rows
+                    del left[receipt.work.chunk]
+                    yield receipt
+                else:
+                    yield None
+                if why is None and machines.due():
+                    spent = time.monotonic() - first
+                    it = machines.situation(
+                        hang_seconds=self._scale.hang_seconds,
+                        idle=watch.idle_seconds,
+                        rows_left=sum(self._rows(work) for work in left.values()),
+                        rate=rows / spent if first and spent > 1 else None,
+                    )
+                    why = reason_to_replan(it, layout, self._fit)
+                    if why is not None:
+                        pipeline.stop()
+                    self._check_waiting(it, layout)
+        finally:
+            watch.close()
+        return why
+
+    def _rows(self, work: Work) -> int:
+        if work.offsets is not None:
+            return len(work.offsets)
+        return len(self._spec.plan.rows_of(work.chunk))
+
+    def _fit(self) -> Layout | None:
+        try:
+            return plan_layout(cluster.nodes(), self._scale, self._chunk_bytes)
+        except ResourcesError:
+            return None
+
+    def _check_waiting(self, it: Situation, layout: Layout) -> None:
+        if it.idle > self._scale.wait_seconds:
+            raise RunFailed(
+                f"no worker has gone on for {it.idle:.0f} s (scale.wait_seconds): {layout.workers} "
+                f"of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} GPU each are wanted; "
+                f"{_has(it.now)}"
+            )
+        if it.idle > IDLE_SECONDS and time.monotonic() - self._said > _SAY_SECONDS:
+            self._said = time.monotonic()
+            tell(
+                "waiting",
+                f"for workers, of which none has gone on for {it.idle:.0f} of at most "
+                f"{self._scale.wait_seconds:.0f} s; {_has(it.now)}",
+            )
+
+
+class _Machines:
+    """The machines of the cluster, looked at now and then."""
+
+    def __init__(self) -> None:
+        self._before = self._now = cluster.nodes()
+        self._changed = self._looked = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to look again."""
+        return time.monotonic() - self._looked > _LOOK_SECONDS
+
+    def situation(
+        self, *, idle: float, rows_left: int, rate: float | None, hang_seconds: float
+    ) -> Situation:
+        self._looked = time.monotonic()
+        now = cluster.nodes()
+        if {node.id for node in now} != {node.id for node in self._now}:
+            self._changed = self._looked
+        self._now = now
+        steady = self._looked - self._changed
+        return Situation(self._before, now, steady, idle, rows_left, rate, hang_seconds)
+
+
+def _has(nodes: Sequence[Node]) -> str:
+    free = ray.available_resources()
+    return (
+        f"the cluster has {len(nodes)} machines with {sum(node.cpus for node in nodes):g} CPUs and "
+        f"{sum(node.gpus for node in nodes):g} GPUs, of which {free.get('CPU', 0):g} and "
+        f"{free.get('GPU', 0):g} are free"
+    )

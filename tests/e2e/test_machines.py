@@ -1,0 +1,364 @@
+"""Many machines, of which some are lost, some come, some hang: all on one host, as real raylets.
+
+What a worker dies of is put into it from outside, by a start-up hook of Python's own: the process
+gets a real signal while it reads an image with a mark in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import COLOURS, draw, write_manifest
+from tests.e2e.outputs import assert_exactly_once, committed, table
+from tests.processes import (
+    BIN,
+    RayCluster,
+    family,
+    imgcls,
+    kill_family,
+    machine,
+    started,
+    title,
+    wait_for,
+)
+
+pytestmark = pytest.mark.timeout(900)
+
+POISON = b"imgcls-test-poison"
+HOOK = f"""
+    import os, signal
+    from PIL import Image
+
+    real = Image.open
+
+    def deadly(stream, *more, **named):
+        if {POISON!r} in stream.getvalue():
+            os.kill(os.getpid(), getattr(signal, os.environ["IMGCLS_TEST_POISON"]))
+        return real(stream, *more, **named)
+
+    Image.open = deadly
+"""
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+    """The environment of machines on which an image with the mark sends its reader a signal."""
+    folder = tmp_path / "hook"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(HOOK))
+    return lambda name: {"PYTHONPATH": str(folder), "IMGCLS_TEST_POISON": name}
+
+
+def photographs(folder: Path, count: int, size: tuple[int, int] = (800, 600)) -> Path:
+    """A manifest of so many rows, of twelve images that take a while to decode."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(12):
+        draw(list(COLOURS)[i % 3], size, seed=i).save(folder / f"{i}.jpg")
+    rows = [(f"{i % 12}.jpg", str(i)) for i in range(count)]
+    return write_manifest(folder / "m.csv", rows, ("path", "id"))
+
+
+def words(manifest: Path, bundle: Path, output: Path, *more: object) -> list[object]:
+    return [
+        *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
+        *("--max-error-rate", 0.1, "--progress-seconds", 2, *more),
+    ]
+
+
+def durable(output: Path) -> int:
+    """Chunks that are there, those in finished parts counted as none."""
+    return len(list(output.glob("_staging/part-*/chunk-*.parquet")))
+
+
+@contextlib.contextmanager
+def machines(
+    count: int, env: dict[str, str] | None = None
+) -> Iterator[tuple[RayCluster, list[subprocess.Popen[bytes]]]]:
+    """A head without CPUs, and so many machines of one CPU each."""
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(RayCluster.start(cpus=0, env=env))
+        yield cluster, [stack.enter_context(machine(cluster, 1, env)) for _ in range(count)]
+
+
+# ------------------------------------------------------------------ an image that kills
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
+    name: str, tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
+) -> None:
+    manifest = photographs(tmp_path / "images", 200, (64, 48))
+    bad = (tmp_path / "images" / "0.jpg").read_bytes() + POISON
+    (tmp_path / "images" / "bad.jpg").write_bytes(bad)
+    lines = manifest.read_text().splitlines()
+    lines[1 + 77] = "bad.jpg,77"
+    manifest.write_text("\n".join(lines) + "\n")
+    output = tmp_path / "out"
+    with RayCluster.start(cpus=2, env=poisoned(name)) as cluster:
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
+        done = imgcls(*order, env=cluster.environment(), timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = assert_exactly_once(output, 200)
+    status = found["status"].to_pylist()
+    assert [row for row in range(200) if status[row] != "ok"] == [77]
+    assert status[77] == "crashed"
+    assert "died or hung" in found["error"].to_pylist()[77]
+    told = re.search(r"watch   chunk 1: (\d+) workers died .* 1 of its rows crashed", done.stdout)
+    assert told is not None, done.stdout
+    assert 2 <= int(told[1]) <= 1 + math.log2(64) + 1
+
+
+def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
+    tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
+) -> None:
+    manifest = photographs(tmp_path / "images", 12, (64, 48))
+    for image in (tmp_path / "images").glob("*.jpg"):
+        image.write_bytes(image.read_bytes() + POISON)
+    with RayCluster.start(cpus=2, env=poisoned("SIGKILL")) as cluster:
+        order = words(manifest, colour_bundle, tmp_path / "out", "--scale.crash-retries", 0)
+        done = imgcls(*order, env=cluster.environment(), timeout=400)
+    assert done.returncode == 1
+    assert "chunk 0 (rows 0 to 11)" in done.stderr
+    assert "it is not the images" in done.stderr
+
+
+# ------------------------------------------------------------------ a worker that hangs
+
+
+def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
+    with RayCluster.start(cpus=2) as cluster:
+        order = words(
+            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.hang-seconds", 5,
+        )  # fmt: skip
+        with started(*order, env=cluster.environment()) as driver:
+            wait_for(lambda: durable(output) > 2)
+            stopped = cluster.workers("ray::Map")[0]
+            stopped.send_signal(signal.SIGSTOP)
+            out, err = driver.communicate(timeout=300)
+            assert driver.returncode == 0, err
+            assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+    # between two chunks it is at none; then nobody goes on in the end, and it is laid out anew
+    said = r"watch   chunk \d+ \(rows .*\): no image done for \d+ s by|no worker has gone on for"
+    assert re.search(said, out) is not None, out
+    assert_exactly_once(output, 400)
+
+
+# ------------------------------------------------------------------ machines that go and come
+
+
+def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 600), tmp_path / "out"
+    with machines(2) as (cluster, (lost, _)):
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+        with started(*order, env=cluster.environment()) as driver:
+            wait_for(lambda: durable(output) > 3)
+            kill_family(lost.pid)
+            _, err = driver.communicate(timeout=200)
+            assert driver.returncode == 0, err
+    assert_exactly_once(output, 600)
+
+
+def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
+    with machines(1) as (cluster, (lost,)):
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+        with started(*order, env=cluster.environment()) as driver:
+            wait_for(lambda: durable(output) > 3)
+            kill_family(lost.pid)
+            time.sleep(30)
+            with machine(cluster, 1):
+                out, err = driver.communicate(timeout=200)
+                assert driver.returncode == 0, err
+    assert "1 of 1 machines are gone, and no worker goes on: laid out anew" in out
+    assert "waiting  for machines: the cluster has 0 CPUs" in out
+    assert_exactly_once(output, 300)
+
+
+def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 40), tmp_path / "out"
+    with RayCluster.start(cpus=0) as cluster:
+        order = words(manifest, colour_bundle, output)
+        told = imgcls(*order, "--scale.wait-seconds", 3, env=cluster.environment())
+        assert told.returncode == 2
+        assert "the cluster has 0 CPUs" in told.stderr
+        assert "waited 3 s for machines" in told.stderr
+        with started(*order, env=cluster.environment()) as driver:
+            time.sleep(8)
+            with machine(cluster, 1):
+                out, err = driver.communicate(timeout=200)
+                assert driver.returncode == 0, err
+    assert "waiting  for machines: the cluster has 0 CPUs" in out
+    assert_exactly_once(output, 40)
+
+
+# ------------------------------------------------------------------ long
+
+
+@pytest.mark.cluster
+def test_machines_removed_and_added_five_times_change_nothing(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest = photographs(tmp_path / "images", 3000)
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    order = words(manifest, colour_bundle, tmp_path / "alone", "--chunk-rows", 16)
+    with RayCluster.start(cpus=2) as cluster:
+        assert imgcls(*order, env=cluster.environment()).returncode == 0
+    alone = assert_exactly_once(tmp_path / "alone", 3000)
+    output = tmp_path / "out"
+    order = words(manifest, colour_bundle, output, "--chunk-rows", 16)
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(RayCluster.start(cpus=0))
+        there = [stack.enter_context(machine(cluster, 1)) for _ in range(3)]
+        with started(*order, env=cluster.environment()) as driver:
+            for step in range(5):
+                wanted = durable(output) + rng.randrange(5, 15)
+                wait_for(lambda n=wanted: durable(output) >= n or committed(output), 200)
+                lost = there.pop(rng.randrange(len(there)))
+                kill_family(lost.pid)
+                print(f"  machine {step} lost at {durable(output)} of 188 chunks")
+                time.sleep(rng.uniform(0, 3))
+                there.append(stack.enter_context(machine(cluster, 1)))
+            out, err = driver.communicate(timeout=600)
+            assert driver.returncode == 0, err
+    print(out)
+    assert assert_exactly_once(output, 3000).equals(alone)
+
+
+# ------------------------------------------------------------------ hosts of their own
+
+
+class Hosts:
+    """Network namespaces on one bridge, each as a host with an address of its own."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._bridge = f"ib{os.getpid() % 10000}"
+        run("ip", "link", "add", self._bridge, "type", "bridge")
+        stack.callback(run, "ip", "link", "del", self._bridge)
+        run("ip", "link", "set", self._bridge, "up")
+
+    def add(self, number: int) -> str:
+        """A host; returns its name."""
+        name, cable = f"{self._bridge}h{number}", f"{self._bridge}c{number}"
+        run("ip", "netns", "add", name)
+        self._stack.callback(run, "ip", "netns", "del", name)
+        run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        run("ip", "link", "set", cable, "master", self._bridge, "up")
+        for words in (
+            f"addr add {self.address(number)}/24 dev eth0",
+            "link set eth0 up",
+            "link set lo up",
+        ):
+            run("ip", "-n", name, *words.split())
+        return name
+
+    def cut_off(self, number: int) -> None:
+        run("ip", "link", "set", f"{self._bridge}c{number}", "down")
+
+    def address(self, number: int) -> str:
+        return f"10.177.0.{number}"
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def raylet(host: str, address: str, *more: str, folder: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start` on a host."""
+    command = [
+        *("ip", "netns", "exec", host, str(BIN / "ray"), "start", "--block"),
+        *("--disable-usage-stats", f"--node-ip-address={address}", *more),
+        "--object-store-memory=200000000",
+    ]
+    with open(f"{folder}/{host}.log", "wb") as told:
+        process = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+    try:
+        log = Path(told.name)
+        wait_for(lambda: b"Ray runtime started" in log.read_bytes(), 60)
+        yield process
+    finally:
+        kill_family(process.pid)
+        process.wait()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_a_host_that_is_cut_off_is_done_without_and_what_it_writes_late_changes_nothing(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 1200), tmp_path / "out"
+    order = words(manifest, colour_bundle, tmp_path / "alone", "--chunk-rows", 8)
+    assert imgcls(*order).returncode == 0
+    folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        hosts = Hosts(stack)
+        head = hosts.add(1)
+        stack.enter_context(
+            raylet(
+                head,
+                hosts.address(1),
+                "--head",
+                "--port=6399",
+                "--num-cpus=0",
+                f"--temp-dir={folder}",
+                "--include-dashboard=false",
+                folder=folder,
+            )
+        )
+        there = {}
+        for number in (2, 3):
+            name, joined = hosts.add(number), f"--address={hosts.address(1)}:6399"
+            there[number] = stack.enter_context(
+                raylet(name, hosts.address(number), joined, "--num-cpus=1", folder=folder)
+            )
+        command = [
+            *("ip", "netns", "exec", head, str(BIN / "imgcls")),
+            *map(str, words(manifest, colour_bundle, output, "--chunk-rows", 8)),
+        ]
+        environment = {**os.environ, "RAY_ADDRESS": f"{hosts.address(1)}:6399"}
+        driver = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        stack.callback(kill_family, driver.pid)
+        wait_for(lambda: durable(output) > 10, 120)
+        (zombie,) = (p for p in family(there[3].pid) if "ray::Map" in title(p))
+        zombie.send_signal(signal.SIGSTOP)  # in the middle of a chunk
+        hosts.cut_off(3)
+        _, err = driver.communicate(timeout=600)
+        assert driver.returncode == 0, err
+        found = assert_exactly_once(output, 1200)
+        before = (output / "_SUCCESS").read_bytes()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            zombie.send_signal(signal.SIGCONT)
+        time.sleep(5)
+        assert table(output).equals(found)
+        assert (output / "_SUCCESS").read_bytes() == before
+    assert found.equals(table(tmp_path / "alone"))
