@@ -29,8 +29,17 @@ COMMANDS = {
     "train": Command(
         "train a model, write a bundle", "imgcls.training.train", "TrainConfig", "train"
     ),
+    "tune": Command(
+        "search the best settings of a training", "imgcls.training.tune", "TuneConfig", "tune"
+    ),
     "predict": Command(
         "label every image of a manifest", "imgcls.labeling.predict", "PredictConfig", "predict"
+    ),
+    "status": Command(
+        "tell how far a labelling run is, from its output alone",
+        "imgcls.labeling.status",
+        "StatusConfig",
+        "status",
     ),
     "evaluate": Command(
         "judge predictions: metrics with intervals, slices, a report",

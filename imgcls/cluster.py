@@ -94,6 +94,11 @@ def leave(exit_code: int) -> None:
     _Session.private = False
 
 
+def calls_ray(thread: threading.Thread) -> None:
+    """Note a thread that may be within Ray's native code when the process is to end."""
+    _Session.threads.append(thread)
+
+
 def keep_memory() -> dict[str, Any]:
     """The runtime environment of processes that compute on a CPU: what they free, they keep.
 
@@ -237,12 +242,16 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
+        self._why: str | None = None
+
+    def ask(self, why: str) -> None:
+        """Have `check` raise, for a reason other than a signal."""
+        self._why = why
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self._signal is not None:
-            raise Interrupted(f"stopped by {self._signal.name}")
+        """Raise Interrupted if a signal has come, or it was asked for."""
+        if self._why is not None:
+            raise Interrupted(f"stopped by {self._why}")
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Interruption]:
@@ -259,8 +268,8 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is None:
-            self._signal = signal.Signals(number)
+        if self._why is None:
+            self._why = signal.Signals(number).name
             self.check()
 
 
@@ -283,7 +292,7 @@ def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T 
             ready.put((None, error))
 
     thread = threading.Thread(target=consume, name="consume", daemon=True)
-    _Session.threads.append(thread)
+    calls_ray(thread)
     thread.start()
     try:
         while True:

@@ -48,7 +48,7 @@ def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) ->
     """
     # a new name each time: Ray's own record of a killed run may be cut short, and is not needed
     folder = storage.join(work.config.output, FOLDER, "ray")
-    path, file_system = _storage(folder)
+    path, file_system = ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     elastic = workers.fewest < workers.most
     loop: Any = stores.carried(run_worker)
@@ -129,8 +129,8 @@ def with_remedy(line: str) -> str:
     return f"{line}; give a smaller batch_size, or a larger scale.accumulate"
 
 
-def _storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
-    """Where Ray Train keeps its notes; through fsspec, as all other files of this package."""
+def ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    """Where Ray keeps its notes; through fsspec, as all other files of this package."""
     if storage.is_local(folder):
         return folder, None
     file_system, path = stores.store(folder)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -57,8 +57,26 @@ class TrainResult:
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the trials of a search have in common.
+
+    images: decoded once, for those that see them alike; None where each decodes its own
+    told:   called with each epoch of a trial, in a thread of its own
+    interruption: by which the trial is stopped
+    """
+
+    images: Decoded | None
+    told: Callable[[Epoch], None]
+    interruption: Interruption
+
+
 def run(
-    task: Task, checkpoints: Checkpoints, lease: Lease, interruption: Interruption
+    task: Task,
+    checkpoints: Checkpoints,
+    lease: Lease,
+    interruption: Interruption,
+    shared: Shared | None = None,
 ) -> TrainResult:
     """Decode, train and publish; see `train` for what it raises."""
     begun = time.monotonic()
@@ -71,7 +89,9 @@ def run(
     cached = fits if config.data.cache is None else config.data.cache
     announce(task, workers, views, cached=cached)
     images: Decoded | Streamed
-    if cached:
+    if shared is not None and shared.images is not None and shared.images.views == views:
+        images = shared.images
+    elif cached:
         cpus = sum(node.cpus for node in nodes)
         images = awaited(started(lambda: decode(task, views, cpus)), interruption)
     else:
@@ -98,6 +118,8 @@ def run(
         def told(epoch: Epoch) -> None:
             tracking.epoch(epoch.epoch, _numbers(epoch))
             _keep_trackers(checkpoints, tracking)
+            if shared is not None:
+                shared.told(epoch)
 
         with followed_board(config.epochs, told) as board:
             outcome = fit(work, workers, board, interruption)

@@ -8,7 +8,7 @@ driver alone, for workers have no use for matplotlib.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -203,3 +203,65 @@ def _rendered(figure: Figure, name: str) -> dict[str, bytes]:
         figure.savefig(sink, format=format, metadata=metadata)
         files[f"{name}.{format}"] = sink.getvalue()
     return files
+
+
+def parallel_coordinates(
+    results: pd.DataFrame, axes: Mapping[str, bool], by: str
+) -> dict[str, bytes]:
+    """The trials of a search as lines over its axes, as `trials.png` and `trials.svg`.
+
+    results: one row per trial, the best first; the columns in `axes`, and `by`
+    axes:    whether the axis of a column is logarithmic
+    by:      the column that says how good a trial is; it is the last axis, and the colour
+    Source: Inselberg, The plane with parallel coordinates, The Visual Computer 1985.
+    """
+    names = [*axes, by]
+    shown = results[np.isfinite(_values(results, by))]
+    places = {name: _places(shown[name], log=axes.get(name, False)) for name in names}
+    with matplotlib.rc_context(_STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+        figure = Figure(figsize=(max(5.0, 1.9 * len(names)), 4.2), dpi=DPI, layout=layout)
+        axis = figure.subplots()
+        worst_first = range(len(shown) - 1, -1, -1)
+        for rank in worst_first:
+            share = rank / max(1, len(shown) - 1)
+            axis.plot(
+                range(len(names)),
+                [places[name][0][rank] for name in names],
+                color=VAL if rank == 0 else _BLUES(0.9 - 0.65 * share),
+                linewidth=2.6 if rank == 0 else 1.4,
+                marker="o",
+                markersize=3.5,
+                label="best" if rank == 0 else None,
+            )
+        for place, name in enumerate(names):
+            axis.axvline(place, color=GREY, linewidth=0.8, zorder=0)
+            for at, text in places[name][1]:
+                axis.annotate(text, (place, at), (3, 3), textcoords="offset points", fontsize=8)
+        axis.set_xticks(range(len(names)), names)
+        axis.set_xlim(-0.2, len(names) - 0.6)
+        axis.set_ylim(-0.04, 1.06)
+        axis.set_yticks([])
+        axis.grid(visible=False)
+        axis.spines["left"].set_visible(False)
+        axis.set_title(f"{len(shown)} trials, the darker the better")
+        if len(shown):
+            axis.legend(loc="upper left", bbox_to_anchor=(0.0, -0.08))
+        return _rendered(figure, "trials")
+
+
+_BLUES = matplotlib.colormaps["Blues"]
+
+
+def _places(column: pd.Series, *, log: bool) -> tuple[Floats, list[tuple[float, str]]]:
+    """Where values lie between 0 and 1 on their axis, and what is written there."""
+    values: Any = pd.to_numeric(column, errors="coerce")
+    if values.isna().any() or column.map(type).eq(bool).any():
+        names = sorted({str(value) for value in column})
+        at = {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
+        return np.array([at[str(value)] for value in column]), [(at[n], n) for n in names]
+    scaled = np.log(values.to_numpy(float)) if log else values.to_numpy(float)
+    low, high = (scaled.min(), scaled.max()) if len(scaled) else (0.0, 1.0)
+    span = high - low or 1.0
+    ends = [(0.0, f"{values.min():.3g}"), (1.0, f"{values.max():.3g}")] if len(scaled) else []
+    return (scaled - low) / span, ends if high > low else ends[:1]

@@ -26,7 +26,7 @@ from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.deal import steps_per_epoch
 from imgcls.training.examples import DataConfig, Examples, read_examples
-from imgcls.training.job import TrainResult, run
+from imgcls.training.job import Shared, TrainResult, run
 from imgcls.training.loss import class_weights
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim import OptimConfig
@@ -47,12 +47,15 @@ __all__ = [
 ]
 
 
-def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
+def train(
+    config: TrainConfig | None = None, /, *, shared: Shared | None = None, **settings: Any
+) -> TrainResult:
     """Train a network and write its bundle; prints what was decided and a line per epoch.
 
     config:   the whole request, or else
     settings: its keys, as in `train(data="photos/", output="bundle", model="resnet18", epochs=3)`,
         nested or dotted (`**{"optim.lr": 1e-3}`)
+    shared:   of a trial, what it has in common with the others of a search
     Raises a RequestError before anything starts, TooManyErrors when too many images cannot be
     decoded, RunFailed when workers fail beyond replacing or the loss ceases to be finite. The same
     command goes on from the last saved state.
@@ -60,7 +63,7 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     config = build(TrainConfig, settings) if config is None else config
     stores.use(config.storage)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
-    task = _settled(config)
+    task = settled(config)
     config = task.config
     _check_writable(config)
     finished = _finished(task)
@@ -70,13 +73,14 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     try:
         checkpoints = _claim(task)
         cluster.connect()
-        with cluster.Interruption().watched() as interruption, cluster.unwrapped():
-            return run(task, checkpoints, lease, interruption)
+        interruption = cluster.Interruption() if shared is None else shared.interruption
+        with interruption.watched(), cluster.unwrapped():
+            return run(task, checkpoints, lease, interruption, shared)
     finally:
         lease.release()
 
 
-def _settled(config: TrainConfig) -> Task:
+def settled(config: TrainConfig) -> Task:
     """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
     examples = read_examples(config.data)
     strategy = settle(config.strategy, pretrained=config.model.weights is not None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from imgcls.cluster import Interruption
+from imgcls.cluster import Interruption, calls_ray
 
 T = TypeVar("T")
 
@@ -26,7 +26,9 @@ def started(call: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
             future.set_exception(error)
 
-    threading.Thread(target=run, name="call", daemon=True).start()
+    thread = threading.Thread(target=run, name="call", daemon=True)
+    calls_ray(thread)
+    thread.start()
     return future
 
 

@@ -98,7 +98,7 @@ def machines(
 # ------------------------------------------------------------------ an image that kills
 
 
-@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGSEGV", pytest.param("SIGKILL", marks=pytest.mark.cluster)])
 def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     name: str, tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
 ) -> None:
@@ -123,6 +123,7 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     assert 2 <= int(told[1]) <= 1 + math.log2(64) + 1
 
 
+@pytest.mark.cluster
 def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
     tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
 ) -> None:
@@ -164,6 +165,7 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
 # ------------------------------------------------------------------ machines that go and come
 
 
+@pytest.mark.cluster
 def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
     assert_exactly_once(output, 600)
 
 
+@pytest.mark.cluster
 def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
     tmp_path: Path, colour_bundle: Path
 ) -> None:

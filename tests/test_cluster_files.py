@@ -1,0 +1,110 @@
+"""The files that start clusters, checked by Ray's own code; and the dashboard, by our metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()
+
+
+def prepared(text: str) -> dict[str, Any]:
+    config: dict[str, Any] = prepare_config(yaml.safe_load(text))
+    validate_config(config)
+    return config
+
+
+def test_the_aws_file_is_what_ray_takes() -> None:
+    config = prepared((REPOSITORY / "cluster.yaml").read_text())
+    types = config["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["gpu_spot"]["priority"] > types["gpu_on_demand"].get("priority", 0)
+    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    workers = {name: group for name, group in types.items() if name != "head"}
+    assert all(group["node_config"]["IamInstanceProfile"]["Name"] for group in workers.values())
+    starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
+    (rule,) = config["provider"]["security_group"]["IpPermissions"]
+    assert rule["IpRanges"] != [{"CidrIp": "0.0.0.0/0"}]
+
+
+def test_the_aws_file_names_the_versions_that_the_tests_run_with() -> None:
+    text = (REPOSITORY / "cluster.yaml").read_text()
+    (named,) = re.findall(r"ray\[[a-z,]+\]==([\d.]+)", text)
+    assert named == ray.__version__
+    constraints = (REPOSITORY / "constraints.txt").read_text()
+    assert f"ray=={named}" in constraints
+
+
+def test_the_file_for_ones_own_machines_is_what_ray_takes() -> None:
+    (text,) = re.findall(r"```yaml\n(cluster_name.*?)```", PAGE, re.DOTALL)
+    config = prepared(text)
+    assert config["provider"]["worker_ips"]
+    assert config["max_workers"] == len(config["provider"]["worker_ips"])
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name: str) -> None:
+    manifest = yaml.safe_load((REPOSITORY / "kuberay" / f"{name}.yaml").read_text())
+    assert manifest["apiVersion"] == "ray.io/v1"
+    spec = manifest["spec"] if name == "raycluster" else manifest["spec"]["rayClusterSpec"]
+    assert spec["rayVersion"] == ray.__version__
+    cluster = {"metadata": {"name": "x", "namespace": "y"}, "spec": spec}
+    config = kuberay._derive_autoscaling_config_from_ray_cr(cluster)
+    types = config["available_node_types"]
+    head = types.pop(config["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    assert types["cpu"]["resources"]["CPU"] == 16
+    if name == "raycluster":
+        assert types["gpu"]["resources"]["GPU"] == 1
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_the_dashboard_draws_metrics_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imgcls.labeling import telemetry
+
+    made: dict[str, tuple[str, set[str]]] = {}
+
+    def noted(kind: str) -> Any:
+        class Metric:
+            def __init__(self, name: str, *, tag_keys: tuple[str, ...], **_: Any) -> None:
+                made[name] = (kind, set(tag_keys))
+
+            def set_default_tags(self, tags: dict[str, str]) -> None: ...
+
+        return Metric
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(telemetry, kind, noted(kind))
+    telemetry.Telemetry("a-run")
+    endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_sum", "_count", "_bucket"]}
+    exported = {
+        f"ray_{name}{ending}": tags | ({"le"} if kind == "Histogram" else set())
+        for name, (kind, tags) in made.items()
+        for ending in endings[kind]
+    }
+    board = json.loads((REPOSITORY / "docs" / "grafana-dashboard.json").read_text())
+    drawn = set()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            for metric in re.findall(r"ray_imgcls_\w+", target["expr"]):
+                assert metric in exported, panel["title"]
+                drawn.add(metric.removesuffix("_total"))
+                tags = set(re.findall(r"by \(([\w, ]+)\)", target["expr"]))
+                named = {tag for group in tags for tag in group.split(", ")}
+                assert named <= exported[metric], panel["title"]
+    for name, (kind, _) in made.items():
+        assert f"ray_{name}" in " ".join(drawn), name
+        assert f"`ray_{name}{'_total' if kind == 'Counter' else ''}`" in PAGE
