@@ -20,6 +20,7 @@ from typing import Any
 
 from imgcls.data import storage
 from imgcls.errors import OutputBusy, OutputError, RunFailed, StorageError, StorageMissing
+from imgcls.log import tell
 
 FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
@@ -179,10 +180,7 @@ def _wait_until_free(folder: str, number: int, term: float) -> bool:
     if dead is not None:
         return dead
     deadline = time.monotonic() + term
-    print(
-        f"waiting up to {term:.0f} s: {first['host']} held this output, is it still alive?",
-        flush=True,
-    )
+    tell("lease", f"waiting up to {term:.0f} s: {first['host']} held this output, is it alive?")
     while time.monotonic() < deadline:
         time.sleep(min(0.5, term / 20))
         now = _read(folder, number)

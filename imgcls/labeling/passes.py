@@ -139,7 +139,7 @@ class Passes:
         self._interruption = interruption
         self._wider = wider
         self._chunk_bytes = chunk_bytes
-        self._said = 0.0
+        self._patience = Patience(scale.wait_seconds)
 
     def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
         """Each chunk once it is durable, and None at times when nothing has come.
@@ -173,6 +173,7 @@ class Passes:
         machines = _Machines()
         pipeline = Pipeline(spec, layout, list(left.values()))
         why: str | None = None
+        rows_left = sum(self._rows(work) for work in left.values())
         rows, first = 0, 0.0
         try:
             for receipt in cluster.in_background(pipeline.receipts(), self._interruption):
@@ -182,6 +183,7 @@ class Passes:
                     watch.note_receipt()
                     first = first or time.monotonic()
                     rows += receipt.rows
+                    rows_left -= receipt.rows
                     del left[receipt.work.chunk]
                     yield receipt
                 else:
@@ -191,7 +193,7 @@ class Passes:
                     it = machines.situation(
                         hang_seconds=self._scale.hang_seconds,
                         idle=watch.idle_seconds,
-                        rows_left=sum(self._rows(work) for work in left.values()),
+                        rows_left=rows_left,
                         rate=rows / spent if first and spent > 1 else None,
                     )
                     why = reason_to_replan(it, layout, self._fit)
@@ -214,18 +216,31 @@ class Passes:
             return None
 
     def _check_waiting(self, it: Situation, layout: Layout) -> None:
-        if it.idle > self._scale.wait_seconds:
+        self._patience.spend(
+            it.idle,
+            f"{layout.workers} workers of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} "
+            "GPU each",
+        )
+
+
+class Patience:
+    """How long to wait for what the cluster may have no room for; says that it waits."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._said = 0.0
+
+    def spend(self, waited: float, what: str) -> None:
+        """Called often while nothing comes; raises RunFailed when it has taken too long."""
+        if waited > self._seconds:
             raise RunFailed(
-                f"no worker has gone on for {it.idle:.0f} s (scale.wait_seconds): {layout.workers} "
-                f"of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} GPU each are wanted; "
-                f"{_has(it.now)}"
+                f"nothing has come for {waited:.0f} s (scale.wait_seconds) of {what}; {_has()}"
             )
-        if it.idle > IDLE_SECONDS and time.monotonic() - self._said > _SAY_SECONDS:
+        if waited > IDLE_SECONDS and time.monotonic() - self._said > _SAY_SECONDS:
             self._said = time.monotonic()
             tell(
                 "waiting",
-                f"for workers, of which none has gone on for {it.idle:.0f} of at most "
-                f"{self._scale.wait_seconds:.0f} s; {_has(it.now)}",
+                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; {_has()}",
             )
 
 
@@ -252,8 +267,8 @@ class _Machines:
         return Situation(self._before, now, steady, idle, rows_left, rate, hang_seconds)
 
 
-def _has(nodes: Sequence[Node]) -> str:
-    free = ray.available_resources()
+def _has() -> str:
+    nodes, free = cluster.nodes(), ray.available_resources()
     return (
         f"the cluster has {len(nodes)} machines with {sum(node.cpus for node in nodes):g} CPUs and "
         f"{sum(node.gpus for node in nodes):g} GPUs, of which {free.get('CPU', 0):g} and "

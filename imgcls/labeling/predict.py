@@ -42,7 +42,7 @@ from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
-from imgcls.labeling.passes import Passes, fitted
+from imgcls.labeling.passes import Passes, Patience, fitted
 from imgcls.labeling.plan import (
     LARGE_CHUNK,
     Identity,
@@ -217,7 +217,8 @@ class _Run:
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         cluster.connect()
-        layout = fitted(config.scale, self.interruption, self._chunk_bytes())
+        self.chunk_bytes = self._chunk_bytes()
+        layout = fitted(config.scale, self.interruption, self.chunk_bytes)
         for reason in layout.reasons:
             tell("layout", reason)
         self.plan = plan_of(stored) if stored is not None else self._make_plan()
@@ -314,7 +315,14 @@ class _Run:
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
             )
-            answer = trial.ask(asked, case, layout, self.interruption)
+            patience = Patience(config.scale.wait_seconds)
+            answer = trial.ask(
+                asked,
+                case,
+                layout,
+                self.interruption,
+                lambda waited: patience.spend(waited, "a worker's trial"),
+            )
             decided, reasons = trial.choose(answer, case.rows)
             choice = replace(decided, compile=decided.compile or choice.compile)
             for reason in reasons:
@@ -352,9 +360,13 @@ class _Run:
         )
 
     def _chunk_bytes(self) -> int:
-        """Of a chunk's pixels, at most."""
+        """What a chunk takes on its way to a GPU: its pixels, or its files where those are more."""
         side = self.bundle.spec.preprocess.crop
-        return 3 * side * side * (self.config.chunk_rows or LARGE_CHUNK)
+        each = 3 * side * side
+        if any(node.gpus for node in cluster.nodes()):
+            sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
+            each = max(each, sum(sizes) // max(1, len(sizes)))
+        return each * (self.config.chunk_rows or LARGE_CHUNK)
 
     def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
         """Do every chunk that is not durable, roll parts up as they complete, count them all."""
@@ -417,7 +429,7 @@ class _Run:
             self.config.scale,
             self.interruption,
             lambda fits: trial.with_share(fits, self.choice),
-            self._chunk_bytes(),
+            self.chunk_bytes,
         )
         telemetry = Telemetry(self.plan.run_id)
         progress, kept = Progress(total, done, self.config.progress_seconds), time.monotonic()
@@ -513,6 +525,8 @@ def _tell_chunk(done: Done) -> None:
 
 KEEP_SECONDS = 10.0
 """So often the output is told how far the run is."""
+MEASURED_FILES = 16
+"""From the start of the manifest, to know how large the images are."""
 OWN_ROWS = 50_000
 """So few rows the driver counts by itself, sooner than Ray has a process ready for it."""
 
@@ -562,12 +576,16 @@ class _Counting:
         return self._total
 
     def _collect(self, book: Ledger | None, *, wait: bool) -> None:
+        patience, last = Patience(self._run.config.scale.wait_seconds), time.monotonic()
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
             ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)
             self._run.interruption.check()
             if not ready and not wait:
                 return
+            if ready:
+                last = time.monotonic()
+            patience.spend(time.monotonic() - last, f"{len(pending)} parts that are rolled up")
             for task in ready:
                 self._total += ray.get(task)
                 part = self._rolling.pop(task, None)
@@ -607,6 +625,14 @@ def _urls(manifest: Manifest) -> Iterator[str]:
         url = manifest.resolve(path)
         if url is not None:
             yield url
+
+
+def _size(url: str) -> int:
+    """Bytes of an image; none of one that cannot be had, which is a row like any other."""
+    try:
+        return storage.size(url)
+    except StorageError:
+        return 0
 
 
 def _check_images(manifest: Manifest) -> None:

@@ -120,8 +120,18 @@ def question(
     return asked if open_size or asked.compile or decode else None
 
 
-def ask(asked: Question, case: Case, layout: Layout, interruption: Interruption) -> Answer:
-    """Have a worker of the layout's kind measure it."""
+def ask(
+    asked: Question,
+    case: Case,
+    layout: Layout,
+    interruption: Interruption,
+    waiting: Callable[[float], None],
+) -> Answer:
+    """Have a worker of the layout's kind measure it.
+
+    waiting: called with the seconds that have passed, while there is no answer
+    """
+    begun = time.monotonic()
     task = ray.remote(
         num_cpus=layout.worker_cpus,
         num_gpus=layout.worker_gpus,
@@ -129,6 +139,7 @@ def ask(asked: Question, case: Case, layout: Layout, interruption: Interruption)
     )(measure).remote(asked, case, layout.threads)
     while not ray.wait([task], timeout=0.2)[0]:
         interruption.check()
+        waiting(time.monotonic() - begun)
     answer: Answer = ray.get(task)
     return answer
 
