@@ -302,7 +302,7 @@ def test_a_plain_png_is_what_torchvision_makes_of_its_pixels(mode: str) -> None:
     tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     resized = Resize(SPEC.resize, antialias=True)(tensor)
     away = np.abs(pixels.astype(int) - CenterCrop(SPEC.crop)(resized).numpy())
-    assert (away.max() <= 1, away.mean() < 0.02) == (True, True)
+    assert (away.max() <= 1, away.mean() < 0.1) == (True, True)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 99])
