@@ -89,7 +89,13 @@ def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:
 
 def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
     workers = min(layout.workers, chunks)
-    pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
+    at_a_time = GPU_CHUNKS if layout.worker_gpus else 1
+    pool = ray.data.ActorPoolStrategy(
+        size=workers,
+        max_tasks_in_flight_per_actor=2,
+        max_concurrent_calls_per_actor=at_a_time,
+        enable_true_multi_threading=at_a_time > 1,
+    )
     model: dict[str, Any] = {
         "compute": pool,
         "batch_size": 1,
@@ -111,7 +117,7 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
             fn_args=(spec, layout.host_share),
             compute=ray.data.TaskPoolStrategy(size=layout.decoders),
         ),
-        lambda dataset: dataset.map_batches(GpuWorker, max_concurrency=GPU_CHUNKS, **model),
+        lambda dataset: dataset.map_batches(GpuWorker, **model),
     ]
 
 

@@ -189,10 +189,12 @@ def _searcher(config: TuneConfig, mode: str) -> Any:
     if config.tune.search == "random":
         return ray_tune.search.BasicVariantGenerator(random_state=config.tune.seed)
     try:
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         return OptunaSearch(metric=config.best_by, mode=mode, seed=config.tune.seed)
-    except (ImportError, AssertionError) as error:
+    except ImportError as error:
         raise RequestError(
             "tune.search optuna: is not installed; pip install 'imgcls[optuna]', or say "
             "--tune.search random"

@@ -86,7 +86,8 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
 
 
 def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: Path) -> None:
-    words = [*job(tmp_path, trials=2, concurrent=1, scheduler="fifo"), "--epochs", 2]
+    settings = {"trials": 2, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
+    words = [*job(tmp_path, **settings), "--epochs", 2]
     with RayCluster.start(cpus=2) as cluster:
         with started(*words, env=cluster.environment()) as command:
             wait_for(lambda: len(list((tmp_path / "out").glob("trials/*/bundle.json"))) > 0, 240)
