@@ -61,7 +61,7 @@ def look(output: str) -> dict[str, Any]:
         "output": output,
         "run_id": plan.run_id,
         "rows": plan.rows,
-        "began": run["began"],
+        "began": run.get("began"),
     }
     success = _success(output)
     if success is not None:

@@ -109,6 +109,10 @@ class TuneConfig(TrainConfig):
     """Search the best settings of a training: its keys, and what to try."""
 
     tune: SearchConfig = SearchConfig()
+    output: str
+    """The folder to write: trials/, results.parquet, plots/ and the best bundle, best/."""
+    overwrite: bool = False
+    """Throw away the search that is there."""
 
 
 def settings_of(config: TuneConfig, values: dict[str, Any], output: str) -> TrainConfig:
