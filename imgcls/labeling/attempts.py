@@ -2,8 +2,8 @@
 
 A worker notes what it begins, and strikes it out when that is durable. A note that is there already
 is of a worker that died at the chunk, or was lost with its machine. When a chunk has cost more
-workers than allowed, its rows are tried one at a time, each noted first: a row that a worker dies
-at is `crashed`, and the chunk is done without it.
+workers than allowed, its rows are tried one at a time, each noted first: a row that two workers die
+at is `crashed`, and the chunk is done without it. (Two, for a worker may be killed a moment late.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from imgcls.labeling.work import Work, WorkSpec
 NAMESPACE = "imgcls"
 BEAT_SECONDS = 1.0
 """So often a worker tells at most that it goes on."""
-HOPELESS_ROWS = 8
-"""When so many rows in turn kill their worker, each alone, it is not the images."""
+HOPELESS_ROWS = 4
+"""When so many rows kill their workers, from the first on, it is not the images."""
+TRIES_ALONE = 2
+"""Workers that must die at an image alone for it to be `crashed`."""
 TRIES = 3
 """So often a worker may die without an image that explains it."""
 _LOOK = "find out why in Ray's logs on its machine (a signal, no memory left), then resume"
@@ -43,7 +45,8 @@ class Note:
     deaths:  workers that this has cost so far
     beats:   grows while it goes on
     row:     the row that is tried alone, counted from the first of the chunk; None before that
-    crashed: rows that killed their worker when they were tried alone
+    tries:   workers that have died at that row
+    crashed: rows that killed both workers that tried them alone
     """
 
     what: str
@@ -53,6 +56,7 @@ class Note:
     deaths: int = 0
     beats: int = 0
     row: int | None = None
+    tries: int = 0
     crashed: tuple[int, ...] = field(default=())
 
 
@@ -96,17 +100,19 @@ class Attempt:
             node=context.get_node_id(),
             pid=os.getpid(),
         )
-        self._from = 0
+        self._from, self._tries = 0, 0
         if before is not None:
             crashed = before.crashed
             if before.row is not None:
-                crashed = (*crashed, before.row)
-                self._from = before.row + 1
+                self._from, self._tries = before.row, before.tries + 1
+                if self._tries == TRIES_ALONE:
+                    crashed = (*crashed, before.row)
             self._note = replace(
                 self._note,
                 deaths=before.deaths + 1,
                 beats=before.beats + 1,
                 row=before.row,
+                tries=self._tries,
                 crashed=crashed,
             )
         self._put()
@@ -129,15 +135,15 @@ class Attempt:
     def check(self) -> None:
         """Raise RunFailed when it has cost more workers than its images explain."""
         note = self._note
-        if note.deaths - len(note.crashed) > self._retries + TRIES:
+        if note.deaths - TRIES_ALONE * len(note.crashed) > self._retries + TRIES:
             raise RunFailed(
                 f"{note.what}: {note.deaths} workers died at it, although each of its images alone "
                 f"is survived; {_LOOK}"
             )
         if len(note.crashed) >= HOPELESS_ROWS and note.crashed == tuple(range(len(note.crashed))):
             raise RunFailed(
-                f"{note.what}: {note.deaths} workers died at it, the last {HOPELESS_ROWS} each at "
-                f"a single image, so it is not the images; {_LOOK}"
+                f"{note.what}: {note.deaths} workers died at it, most of them at a single image, "
+                f"whichever it was, so it is not the images; {_LOOK}"
             )
 
     def suspects(self, rows: int) -> Iterator[int]:
@@ -151,10 +157,11 @@ class Attempt:
         for row in range(self._from, rows):
             if row in self._note.crashed:
                 continue
-            self._note = replace(self._note, row=row, beats=self._note.beats + 1)
+            tries = self._tries if row == self._from else 0
+            self._note = replace(self._note, row=row, tries=tries, beats=self._note.beats + 1)
             self._put()
             yield row
-        self._note = replace(self._note, row=None)
+        self._note = replace(self._note, row=None, tries=0)
         self._put()
 
     def end(self) -> None:

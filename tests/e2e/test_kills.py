@@ -13,6 +13,8 @@ import re
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +227,32 @@ def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
     assert_as_left_alone(output, reference)
 
 
+def stop_between_requests(pid: int) -> None:
+    """SIGSTOP, at a moment when the process keeps the test's object store from no other request.
+
+    The store does one request at a time, and would wait for the rest of a stopped client's.
+    """
+    for _ in range(20):
+        os.kill(pid, signal.SIGSTOP)
+        if answers(os.environ.get("AWS_ENDPOINT_URL")):
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.1)
+    raise TimeoutError("the object store does not answer")
+
+
+def answers(endpoint: str | None) -> bool:
+    if endpoint is None:
+        return True
+    try:
+        urllib.request.urlopen(endpoint, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # it wants a signature
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
 )
@@ -236,7 +264,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
     # a Ray session of its own: a stopped driver keeps the CPUs of the cluster that it is on
     with started(*command) as zombie:
         until_durable(output, 3)
-        os.kill(zombie.pid, signal.SIGSTOP)
+        stop_between_requests(zombie.pid)
         for record in (output / "_lease").iterdir():
             # as if the holder were on a machine that cannot be asked whether it is alive
             record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))

@@ -49,6 +49,7 @@ HOOK = f"""
     def deadly(stream, *more, **named):
         if {POISON!r} in stream.getvalue():
             os.kill(os.getpid(), getattr(signal, os.environ["IMGCLS_TEST_POISON"]))
+            signal.pause()  # another thread may be the one that dies of it
         return real(stream, *more, **named)
 
     Image.open = deadly

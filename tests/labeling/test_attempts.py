@@ -9,7 +9,7 @@ import ray
 
 from imgcls.errors import RunFailed
 from imgcls.labeling import attempts
-from imgcls.labeling.attempts import HOPELESS_ROWS, TRIES, Attempt
+from imgcls.labeling.attempts import HOPELESS_ROWS, TRIES, TRIES_ALONE, Attempt
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +45,34 @@ def test_a_chunk_is_done_as_a_whole_until_it_has_cost_too_many_workers(session: 
     assert list(begun(session, retries=1).suspects(4)) == [0, 1, 2, 3]
 
 
-def test_the_row_that_a_worker_dies_at_alone_is_crashed_and_the_others_are_not_tried_again(
+def test_a_row_that_two_workers_die_at_alone_is_crashed_and_the_others_are_not_tried_again(
     session: str,
 ) -> None:
     begun(session, retries=0)
     rows = begun(session, retries=0).suspects(6)
     assert [next(rows) for _ in range(3)] == [0, 1, 2]  # and dies at row 2
     third = begun(session, retries=0)
-    assert list(third.crashed) == [2]
-    assert list(third.suspects(6)) == [3, 4, 5]
-    third.end()
+    assert list(third.crashed) == []
+    assert next(third.suspects(6)) == 2  # and dies again
+    fourth = begun(session, retries=0)
+    assert list(fourth.crashed) == [2]
+    assert list(fourth.suspects(6)) == [3, 4, 5]
+    fourth.end()
+
+
+def test_a_row_that_is_survived_when_tried_again_was_not_to_blame(session: str) -> None:
+    begun(session, retries=0)
+    for row in begun(session, retries=0).suspects(4):
+        if row == 2:
+            break
+    again = begun(session, retries=0)
+    assert list(again.suspects(4)) == [2, 3]
+    assert again.crashed == {}
 
 
 def test_a_chunk_may_have_several_such_rows(session: str) -> None:
     begun(session, retries=0)
-    for bad in (1, 4):
+    for bad in (1, 1, 4, 4):
         for row in begun(session, retries=0).suspects(6):
             if row == bad:
                 break
@@ -71,8 +84,9 @@ def test_a_chunk_may_have_several_such_rows(session: str) -> None:
 def test_when_the_first_images_all_kill_it_is_not_the_images(session: str) -> None:
     begun(session, retries=0)
     for row in range(HOPELESS_ROWS):
-        assert next(begun(session, retries=0).suspects(100)) == row
-    with pytest.raises(RunFailed, match=r"chunk 3 .* last 8 each at a single image"):
+        for _ in range(TRIES_ALONE):
+            assert next(begun(session, retries=0).suspects(100)) == row
+    with pytest.raises(RunFailed, match=r"chunk 3 .* whichever it was, so it is not the images"):
         next(begun(session, retries=0).suspects(100))
 
 
