@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from imgcls.training.plots import curves, lr_range, smoothed
+from imgcls.training.plots import curves, lr_range, parallel_coordinates, smoothed
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAN = math.nan
@@ -165,3 +165,21 @@ def test_drawing_leaves_the_global_state_alone() -> None:
         "assert after == before\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_trials_of_a_search_are_lines_over_its_axes() -> None:
+    results = pd.DataFrame(
+        {
+            "optim.lr": [1e-3, 1e-1, 1e-5],
+            "augment.preset": ["none", "light", "none"],
+            "val_loss": [0.3, 1.2, np.nan],
+        }
+    )
+    axes = {"optim.lr": True, "augment.preset": False}
+    files = parallel_coordinates(results, axes, "val_loss")
+    assert files == parallel_coordinates(results, axes, "val_loss")  # the same bytes each time
+    text = files["trials.svg"].decode()
+    for word in ("optim.lr", "augment.preset", "val_loss", "none", "light", "0.001", "2 trials"):
+        assert word in text
+    assert "1e-05" not in text  # of a trial that came to nothing
+    assert files["trials.png"].startswith(b"\x89PNG")
