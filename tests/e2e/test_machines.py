@@ -65,12 +65,14 @@ def poisoned(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     return lambda name: {"PYTHONPATH": str(folder), "IMGCLS_TEST_POISON": name}
 
 
-def photographs(folder: Path, count: int, size: tuple[int, int] = (800, 600)) -> Path:
+def photographs(
+    folder: Path, count: int, size: tuple[int, int] = (800, 600), suffix: str = "jpg"
+) -> Path:
     """A manifest of so many rows, of twelve images that take a while to decode."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(12):
-        draw(list(COLOURS)[i % 3], size, seed=i).save(folder / f"{i}.jpg")
-    rows = [(f"{i % 12}.jpg", str(i)) for i in range(count)]
+        draw(list(COLOURS)[i % 3], size, seed=i).save(folder / f"{i}.{suffix}")
+    rows = [(f"{i % 12}.{suffix}", str(i)) for i in range(count)]
     return write_manifest(folder / "m.csv", rows, ("path", "id"))
 
 
@@ -226,7 +228,7 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
 def test_machines_removed_and_added_five_times_change_nothing(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
-    manifest = photographs(tmp_path / "images", 3000)
+    manifest = photographs(tmp_path / "images", 3000, (1200, 900), "png")
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
