@@ -225,6 +225,22 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
 
 
 @pytest.mark.cluster
+def test_a_machine_that_comes_is_taken_in_where_that_saves_more_than_it_costs(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 8000, (1200, 900), "png"), tmp_path / "out"
+    with machines(1) as (cluster, _):
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 16)
+        with started(*order, env=cluster.environment()) as driver:
+            wait_for(lambda: durable(output) > 20, 120)
+            with machine(cluster, 1):
+                out, err = driver.communicate(timeout=800)
+                assert driver.returncode == 0, err
+    assert "1 machines have come: 2 workers instead of 1: laid out anew" in out
+    assert_exactly_once(output, 8000)
+
+
+@pytest.mark.cluster
 def test_machines_removed_and_added_five_times_change_nothing(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
