@@ -202,6 +202,7 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
     assert_exactly_once(output, 300)
 
 
+@pytest.mark.cluster
 def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
     tmp_path: Path, colour_bundle: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
     assert "8 trials of batch_size, optim.lr; 2 at a time" in out
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: Path) -> None:
     settings = {"trials": 2, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
     words = [*job(tmp_path, **settings), "--epochs", 2]
