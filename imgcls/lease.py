@@ -152,12 +152,8 @@ def holder(output: str) -> Holder | None:
         return None
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is None:
-        deadline = time.monotonic() + first["term"] / _BEATS * 2
-        now: dict[str, Any] | None = first
-        while now == first and time.monotonic() < deadline:
-            time.sleep(0.5)
-            now = _read(folder, number)
-        dead = now is None or now == first
+        term = first.get("term", DEFAULT_TERM_SECONDS)
+        dead = _falls_silent(folder, number, first, 2 * term / _BEATS)
     return Holder(first["host"], first["pid"], not dead)
 
 
@@ -179,10 +175,15 @@ def _wait_until_free(folder: str, number: int, term: float) -> bool:
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is not None:
         return dead
-    deadline = time.monotonic() + term
     tell("lease", f"waiting up to {term:.0f} s: {first['host']} held this output, is it alive?")
+    return _falls_silent(folder, number, first, term)
+
+
+def _falls_silent(folder: str, number: int, first: dict[str, Any], seconds: float) -> bool:
+    """Whether a holder gives up its lease, or is not heard of for so long."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        time.sleep(min(0.5, term / 20))
+        time.sleep(min(0.5, seconds / 20))
         now = _read(folder, number)
         if now is None or _latest(folder) != number:
             return now is None

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -57,7 +57,7 @@ class Note:
     beats: int = 0
     row: int | None = None
     tries: int = 0
-    crashed: tuple[int, ...] = field(default=())
+    crashed: tuple[int, ...] = ()
 
 
 def notes(session: str) -> dict[str, Note]:

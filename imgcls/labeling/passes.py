@@ -37,34 +37,39 @@ def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> 
 
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
     """
-    started = said = time.monotonic()
     asked = False
-    while True:
-        nodes = cluster.nodes()
-        try:
-            return plan_layout(nodes, scale, chunk_bytes)
-        except ResourcesError as error:
-            most = cluster.most_nodes()
-            if cluster.is_private() or (most is None and nodes):
-                raise
-            if not asked:
-                if most is not None:
-                    plan_layout(most, scale, chunk_bytes)
-                cluster.ask_for(_wanted(scale))
-                asked = True
-            waited = time.monotonic() - started
-            if waited > scale.wait_seconds:
-                raise ResourcesError(
-                    f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
-                ) from None
-            if waited < 1 or time.monotonic() - said > _SAY_SECONDS:
-                said = time.monotonic()
-                tell(
-                    "waiting",
-                    f"for machines: {error} ({waited:.0f} of at most {scale.wait_seconds:.0f} s)",
-                )
+    try:
+        started = said = time.monotonic()
+        while True:
+            nodes = cluster.nodes()
+            try:
+                return plan_layout(nodes, scale, chunk_bytes)
+            except ResourcesError as error:
+                most = cluster.most_nodes()
+                if cluster.is_private() or (most is None and nodes):
+                    raise
+                if not asked:
+                    if most is not None:
+                        plan_layout(most, scale, chunk_bytes)
+                    cluster.ask_for(_wanted(scale))
+                    asked = True
+                waited = time.monotonic() - started
+                if waited > scale.wait_seconds:
+                    raise ResourcesError(
+                        f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
+                    ) from None
+                if waited < 1 or time.monotonic() - said > _SAY_SECONDS:
+                    said = time.monotonic()
+                    tell(
+                        "waiting",
+                        f"for machines: {error} ({waited:.0f} of at most "
+                        f"{scale.wait_seconds:.0f} s)",
+                    )
             interruption.check()
             time.sleep(0.5)
+    finally:
+        if asked:
+            cluster.ask_for([])  # else the machines would be kept when the run has ended
 
 
 def _wanted(scale: ScaleConfig) -> list[dict[str, float]]:
@@ -156,7 +161,11 @@ class Passes:
             if why is None:
                 raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
             tell("layout", f"{why}: laid out anew")
-            layout = self._wider(fitted(self._scale, self._interruption, self._chunk_bytes))
+            try:
+                fits = fitted(self._scale, self._interruption, self._chunk_bytes)
+            except ResourcesError as error:  # of a run that is under way
+                raise RunFailed(f"{error}; what is done is kept") from error
+            layout = self._wider(fits)
             for reason in layout.reasons:
                 tell("layout", reason)
 

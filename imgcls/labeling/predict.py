@@ -213,7 +213,7 @@ class _Run:
             self._check_same(stored)
             if self._committed() and not config.retry_errors:
                 rows = plan_of(stored).rows
-                storage.remove(storage.join(self.output, names.STAGING))  # of a kill at the end
+                _tidy(self.output)  # after a kill at the end
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         cluster.connect()
@@ -448,6 +448,7 @@ class _Run:
                     kept = time.monotonic()
                     telemetry.show(progress.fields())
                     names.keep_progress(self.output, progress.fields())
+            telemetry.show(progress.fields())  # else a gauge stays at what was left before
         finally:
             progress.close()
             self.steady_rate = progress.steady_rate
@@ -493,8 +494,7 @@ class _Run:
             steady_rate=self.steady_rate,
             precision=sorted(self.precision),
         )
-        storage.remove(storage.join(self.output, names.STAGING))
-        storage.remove(storage.join(self.output, names.PROGRESS))
+        _tidy(self.output)
         tell("committed", f"{counts.rows:,} rows: {self.output}", rows=counts.rows)
         return PredictResult(self.output, counts.rows, counts)
 
@@ -668,6 +668,12 @@ def _check_output(output: str, config: PredictConfig) -> None:
             f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "
             "resumed; give another --output, or start over with --overwrite"
         )
+
+
+def _tidy(output: str) -> None:
+    """Remove what a committed run needs no more."""
+    for name in (names.STAGING, names.PROGRESS):
+        storage.remove(storage.join(output, name))
 
 
 def _clear(output: str) -> None:

@@ -207,8 +207,8 @@ def _scheduler(config: TuneConfig) -> Any:
         return ray_tune.schedulers.FIFOScheduler()
     return ray_tune.schedulers.ASHAScheduler(
         time_attr="epoch",
-        max_t=config.epochs
-        + 1,  # after the last epoch a trial writes its bundle, and ends by itself
+        # after the last epoch a trial writes its bundle, and ends by itself
+        max_t=config.epochs + 1,
         grace_period=asha.grace,
         reduction_factor=asha.reduction,
     )
