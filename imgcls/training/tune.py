@@ -161,7 +161,7 @@ def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
     if storage.exists(storage.join(state, "tuner.pkl")):
         print("search: goes on where it was broken off", flush=True)
         return ray_tune.Tuner.restore(
-            f"{path}/{STATE}", trainable, storage_filesystem=file_system, resume_unfinished=True
+            f"{path}/{STATE}", trainable, storage_filesystem=file_system, restart_errored=True
         )
     return ray_tune.Tuner(
         trainable,
@@ -170,8 +170,8 @@ def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
             metric=config.best_by,
             mode=mode,
             num_samples=search.trials,
-            max_concurrent_trials=at_a_time,
-            search_alg=_searcher(config, mode),
+            max_concurrent_trials=None if search.search == "random" else at_a_time,
+            search_alg=_searcher(config, mode, at_a_time),
             scheduler=_scheduler(config),
         ),
         run_config=ray_tune.RunConfig(
@@ -185,9 +185,12 @@ def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
     )
 
 
-def _searcher(config: TuneConfig, mode: str) -> Any:
+def _searcher(config: TuneConfig, mode: str, at_a_time: int) -> Any:
     if config.tune.search == "random":
-        return ray_tune.search.BasicVariantGenerator(random_state=config.tune.seed)
+        # of which Tune ignores max_concurrent_trials
+        return ray_tune.search.BasicVariantGenerator(
+            random_state=config.tune.seed, max_concurrent=at_a_time
+        )
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -272,6 +275,12 @@ class _Lines(ray_tune.Callback):
         self._by = config.best_by
         self._ended = 0
         self._trials = config.tune.trials
+
+    def get_state(self) -> dict[str, Any]:
+        return {"ended": self._ended}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._ended = state["ended"]
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._tell(trial, "ended")

@@ -30,6 +30,12 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayCluster]:
+    with takes_jobs() as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def takes_jobs() -> Iterator[RayCluster]:
     """A cluster that takes jobs; `python` in their entrypoints is this virtual environment's."""
     # Ray's agent, which starts jobs, has one port by default: clusters side by side would fight
     port, dashboard, agent, client = (free_port() for _ in range(4))
@@ -204,6 +210,47 @@ def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
     assert status(head, "again") == "SUCCEEDED"
     assert set(assert_exactly_once(output, 65)["status"].to_pylist()) == {"ok"}
     assert not (output / "_lease").exists()
+
+
+@pytest.mark.cluster
+def test_when_the_head_is_lost_the_job_goes_on_submitted_to_the_next_one(
+    checkout: Path, colour_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with held_image() as (url, let_go):
+        rows = [*coloured(tmp_path, 64), (url, "red")]
+        manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label"))
+        command = (
+            *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
+            *("--manifest", manifest, "--model", colour_bundle, "--output", output),
+        )
+        with takes_jobs() as lost:
+            first = submit(lost, checkout, "nightly", *command, wait=False)
+            assert first.returncode == 0, first.stdout
+            wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) == 8, timeout=120)
+            lost.kill()
+        assert not committed(output)
+        let_go.set()
+        with takes_jobs() as following:
+            again = submit(following, checkout, "nightly", *command)
+    assert again.returncode == 0, again.stdout
+    assert "64 of 65 rows are done" in again.stdout
+    assert set(assert_exactly_once(output, 65)["status"].to_pylist()) == {"ok"}
+
+
+@pytest.mark.cluster
+def test_the_search_job_keeps_the_best_bundle(
+    head: RayCluster, checkout: Path, tmp_path: Path
+) -> None:
+    train, _ = demo.write_digits(tmp_path)
+    done = submit(
+        *(head, checkout, "search", "python", "jobs/tune.py", "--config", "jobs/tune.yaml"),
+        *("--data.train", train, "--output", tmp_path / "out", "--epochs", 1),
+        *("--model.options.width", 4, "--tune.trials", 2),
+    )
+    assert done.returncode == 0, done.stdout
+    assert status(head, "search") == "SUCCEEDED"
+    assert load_bundle(str(tmp_path / "out" / "best")).spec.classes == list("0123456789")
 
 
 def test_the_training_job_writes_a_bundle(head: RayCluster, checkout: Path, tmp_path: Path) -> None:

@@ -67,19 +67,21 @@ def assert_searched(tmp_path: Path, trials: int) -> pd.DataFrame:
 
 @pytest.mark.slow
 def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) -> None:
-    at_a_time = []
+    workers, at_a_time = [], []
     with (
         RayCluster.start(cpus=2) as cluster,
         started(*job(tmp_path, trials=8), env=cluster.environment()) as command,
     ):
         while command.poll() is None:
-            at_a_time.append(len(cluster.workers("ray::RayTrainWorker")))
+            workers.append(len(cluster.workers("ray::RayTrainWorker")))
+            at_a_time.append(len(cluster.workers("ray::Trial")))
             time.sleep(0.3)
         out, err = command.communicate()
         assert command.returncode == 0, err
     print(out)
     table = assert_searched(tmp_path, 8)
-    assert max(at_a_time) <= 2
+    assert max(workers) == 2
+    assert max(at_a_time) == 2
     # fewer epochs than 8 x 3: those that fell behind were stopped
     assert table["epochs"].sum() < 8 * 3
     assert "8 trials of batch_size, optim.lr; 2 at a time" in out
@@ -87,7 +89,7 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: Path) -> None:
-    settings = {"trials": 2, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
+    settings = {"trials": 4, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
     words = [*job(tmp_path, **settings), "--epochs", 2]
     with RayCluster.start(cpus=2) as cluster:
         with started(*words, env=cluster.environment()) as command:
@@ -99,8 +101,10 @@ def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: 
         done = imgcls(*words, env=cluster.environment(), timeout=400)
         assert done.returncode == 0, done.stderr
         assert "goes on where it was broken off" in done.stdout
+        assert "trial 4/4" in done.stdout
+        assert "trial 1/4" not in done.stdout
     table = results(tmp_path)
-    assert len(table) == 2
+    assert len(table) == 4
     assert first <= set(table["trial"])
     assert (table["epochs"] == 2).all()
     for name, when in written.items():
