@@ -12,7 +12,6 @@ Routes, all compared in tests with the reference (Pillow decode, `Resize`, `Cent
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import re
@@ -80,10 +79,10 @@ def decode(
     try:
         if _is_plain_jpeg(image):
             return _decode_jpeg(data, image, orientation, shown, spec), shown
-        if _is_plain_png(image, data) and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
-            with contextlib.suppress(RuntimeError):  # Pillow knows what is wrong with it
-                return _resized_tensor(_decode_png(data), shown, spec), shown
         rgb = _oriented(_to_rgb(image), orientation)
+        if _is_plain_png(image, data) and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
+            tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+            return _resized_tensor(tensor, shown, spec), shown
         return _resized_pillow(rgb, shown, spec), shown
     except ImageError:
         raise
@@ -182,9 +181,11 @@ def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
 
 
 def _is_plain_png(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether libpng gives the pixels as meant: 8 bits, grey or RGB, in one piece, upright.
+    """Whether a PNG is as it shows: 8 bits, grey or RGB, in one piece, upright.
 
     Pillow decodes a PNG to see whether EXIF data come after its pixels; here its chunks are walked.
+    The pixels are left to Pillow nonetheless: torchvision's decoder ends the whole process at
+    damage that libpng notices within them.
     Source: Portable Network Graphics specification, third edition, sections 5.3 and 11.2.
     """
     if image.format != "PNG" or data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[28]:
@@ -202,14 +203,8 @@ def _is_plain_png(image: ImageFile.ImageFile, data: bytes) -> bool:
 
 
 _PNG_MORE = (b"eXIf", b"tRNS", b"acTL", b"iCCP")
-"""Chunks that may turn, see through or move the picture, or that libpng grumbles about."""
+"""Chunks that may turn, see through, move or colour the picture."""
 _PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
-
-
-def _decode_png(data: bytes) -> torch.Tensor:
-    return torchvision.io.decode_png(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
-    )
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

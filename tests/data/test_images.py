@@ -614,3 +614,21 @@ def test_threads_decode_as_one_after_the_other() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(outcome, files)) == serial
     assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damage_within_the_pixels_ends_in_an_error_and_never_in_a_dead_process(kind: str) -> None:
+    """torchvision's PNG decoder did the latter: whoever decodes must survive any bytes."""
+    whole = encoded(drawn(150, 110), kind)
+    rng = np.random.default_rng(0)
+    ends = set()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(40, len(whole), 4):
+            damaged[place] = rng.integers(256)
+        try:
+            decode(bytes(damaged), SPEC)
+            ends.add("decoded")
+        except ImageError as error:
+            ends.add(error.status)
+    assert ends <= {"decoded", "truncated", "unreadable", "not_an_image", "too_large"}
