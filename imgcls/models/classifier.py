@@ -104,6 +104,7 @@ class Classifier:
             self._network = fused(self._network, self.preprocess.crop, spare=last)
         if self._dtype == torch.bfloat16:
             _finish_in_fp32(self._network)
+        _keep_small_batches_exact(self._network)
         self._normalise = Normalise(self.preprocess, self.device)
         scaling = bundle.spec.vector_scaling
         self._scaling = None
@@ -139,7 +140,7 @@ class Classifier:
         pixels = self._normalise.upload(batch)
         watch = Stopwatch(self.device)
         logits, features = self._run(pixels, embeddings)
-        logits = logits.float() / self.bundle.spec.temperature
+        logits = logits[: len(pixels)].float() / self.bundle.spec.temperature
         if self._scaling is not None:
             logits = torch.log_softmax(logits, dim=1) * self._scaling[0] + self._scaling[1]
         embedding = None if features is None else features.float()
@@ -160,17 +161,31 @@ class Classifier:
         ]
         if not pixels:
             return []
-        scores = self.classify(images.stack(pixels)).scores
+        return self.ranked(self.classify(images.stack(pixels)).scores, top_k=top_k)
+
+    def ranked(
+        self,
+        scores: npt.NDArray[np.float32],
+        *,
+        top_k: int = 5,
+        threshold: float | None = None,
+    ) -> list[Prediction]:
+        """What (N, C) scores say of N images.
+
+        threshold: takes the place of the bundle's
+        """
         top, values = top_k_of(scores, top_k)
+        needed = self._thresholds if threshold is None else np.full(len(self.classes), threshold)
+        reached = values[:, 0] >= needed.astype(np.float32)[top[:, 0]]
         return [
             Prediction(
                 label=self.classes[best[0]],
                 confidence=float(value[0]),
-                accepted=bool(value[0] >= self._thresholds[best[0]]),
+                accepted=bool(accepted),
                 topk_labels=[self.classes[i] for i in best],
                 topk_scores=[float(v) for v in value],
             )
-            for best, value in zip(top, values, strict=True)
+            for best, value, accepted in zip(top, values, reached, strict=True)
         ]
 
     @torch.inference_mode()
@@ -198,7 +213,7 @@ class Classifier:
             logits = self._network(inputs)
         finally:
             hook.remove()
-        features = caught[-1]
+        features = caught[-1][: len(pixels)]
         return logits, features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 
@@ -297,6 +312,23 @@ def _finish_in_fp32(network: nn.Module) -> None:
         head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     else:
         head.register_forward_hook(lambda _, args, output: output.float())
+
+
+def _keep_small_batches_exact(network: nn.Module) -> None:
+    """Have a Linear head see at least four rows, of which the last ones may be of no image.
+
+    Three or fewer take another path through the matrix product, which adds up in another order:
+    the last bit of an image's scores would depend on what it is classified with.
+    """
+    _, head = zoo.head(network)
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(lambda _, args: (_of_four(args[0]),))
+
+
+def _of_four(rows: torch.Tensor) -> torch.Tensor:
+    if rows.dim() != 2 or len(rows) >= 4:
+        return rows
+    return nn.functional.pad(rows, (0, 0, 0, 4 - len(rows)))
 
 
 _INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
