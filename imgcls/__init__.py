@@ -9,10 +9,11 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Classifier": "imgcls.models.classifier",
+    "Client": "imgcls.client",
     "load_bundle": "imgcls.models.bundle",
     "train": "imgcls.training.train",
 }
-__all__ = ["Classifier", "__version__", "load_bundle", "train"]
+__all__ = ["Classifier", "Client", "__version__", "load_bundle", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,6 +65,15 @@ COMMANDS = {
         "ReportConfig",
         "report",
     ),
+    "serve": Command(
+        "label images over HTTP, with a page to try it on",
+        "imgcls.serving.serve",
+        "ServeConfig",
+        "serve",
+    ),
+    "key new": Command(
+        "make an API key for `serve`", "imgcls.serving.keys", "NewKeyConfig", "new_key"
+    ),
     "history compact": Command(
         "merge many runs into one table with the newest row of each image",
         "imgcls.labeling.history",

@@ -169,6 +169,20 @@ def test_an_image_scores_alone_as_it_does_among_others(small: Classifier) -> Non
         np.testing.assert_allclose(alone.embedding[0], together.embedding[i], atol=1e-5)
 
 
+def test_in_bf16_the_size_of_a_batch_changes_no_bit(tmp_path: Path) -> None:
+    """What is served one by one is what the nightly run writes."""
+    if choose_precision("auto", torch.device("cpu"))[0] != "bf16":
+        pytest.skip("this CPU has no bfloat16 instructions")
+    for name in ("small_cnn", "resnet18"):
+        folder = bundle_of(tmp_path / name, name)
+        classifier = Classifier.load(str(folder), precision="bf16", device="cpu")
+        batch = random_batch(classifier, 8)
+        together = classifier.classify(batch).scores
+        for size in (1, 2, 3, 5):
+            apart = [classifier.classify(batch[i : i + size]).scores for i in range(0, 8, size)]
+            np.testing.assert_array_equal(np.concatenate(apart), together)
+
+
 def test_the_same_batch_scores_the_same_bytes_every_time(small: Classifier) -> None:
     batch = random_batch(small, 4)
     scores = {small.classify(batch).scores.tobytes() for _ in range(3)}

@@ -1,0 +1,143 @@
+"""A client of `imgcls serve`: images in, rows out, patient where the service asks for patience.
+
+Needs no torch and no Ray, so it can be used where neither is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import requests
+
+from imgcls.errors import RequestError, RunFailed
+
+Image = str | os.PathLike[str] | bytes
+_AGAIN = (429, 503)
+
+
+class ServiceError(RunFailed):
+    """The service refused a request or could not be reached.
+
+    status: of HTTP; None when there was no answer
+    kind:   the last word of the problem's type, e.g. truncated, key_unknown, busy
+    """
+
+    def __init__(self, message: str, status: int | None = None, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+class Client:
+    """Asks one service.
+
+    url:             where it is, e.g. http://127.0.0.1:8000
+    key:             an API key; IMGCLS_API_KEY in the environment when not given
+    timeout_seconds: for one answer
+    patience_seconds: a service that is busy is asked again for so long
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout_seconds: float = 120.0,
+        patience_seconds: float = 60.0,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._timeout = timeout_seconds
+        self._patience = patience_seconds
+        self._session = requests.Session()
+        key = key or os.environ.get("IMGCLS_API_KEY")
+        if key is not None:
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._session.close()
+
+    def predict(
+        self,
+        images: Image | Sequence[Image],
+        *,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        embeddings: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Label image files, given as paths or bytes; one row each, in the columns of a table.
+
+        A bad image among several is a row with its `status` and `error`.
+        Raises ServiceError when the request is refused, so also for one bad image alone.
+        """
+        if isinstance(images, (str, bytes, os.PathLike)):
+            images = [images]
+        if not images:
+            raise RequestError("predict: no image was given")
+        files = [("image", _file(image)) for image in images]
+        asked = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings or None}
+        params = {name: value for name, value in asked.items() if value is not None}
+        rows: list[dict[str, Any]] = self._ask(
+            "POST", "/v1/predict", files=files, params=params
+        ).json()["predictions"]
+        return rows
+
+    def model(self) -> dict[str, Any]:
+        """Classes, preprocessing, thresholds and metrics of the model that answers."""
+        described: dict[str, Any] = self._ask("GET", "/v1/model").json()
+        return described
+
+    def reload(self) -> None:
+        """Have the service load its bundle again; needs a key with the scope admin."""
+        self._ask("POST", "/v1/model/reload")
+
+    def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                response = self._session.request(
+                    method, self._url + path, timeout=self._timeout, **options
+                )
+            except requests.RequestException as error:
+                raise ServiceError(f"{self._url}: {error}") from error
+            if response.ok:
+                return response
+            wait = float(response.headers.get("Retry-After", "inf"))
+            if response.status_code not in _AGAIN or time.monotonic() + wait > deadline:
+                raise _error(response)
+            # else all who were told to wait come again at once
+            time.sleep(wait * random.uniform(1.0, 1.5))
+
+
+def _file(image: Image) -> tuple[str, bytes]:
+    if isinstance(image, bytes):
+        return "image", image
+    path = os.fspath(image)
+    try:
+        with open(path, "rb") as file:
+            return os.path.basename(path), file.read()
+    except OSError as error:
+        raise RequestError(f"image {path}: {error.strerror or error}") from error
+
+
+def _error(response: requests.Response) -> ServiceError:
+    try:
+        problem = response.json()
+        kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])
+    except (ValueError, KeyError, TypeError):
+        kind, detail = "", response.text[:200]
+    return ServiceError(
+        f"{response.url}: {response.status_code} {response.reason}: {detail}",
+        response.status_code,
+        kind,
+    )

@@ -1,0 +1,410 @@
+"""The HTTP interface: routes, who may take them, and what every answer carries.
+
+Knows nothing of Ray: an ASGI application around a `Service`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Annotated, Any, Protocol
+
+from fastapi import FastAPI, Query, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from imgcls import __version__
+from imgcls.errors import ImageError
+from imgcls.output import OK
+from imgcls.serving import page
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.keys import Key, Keyring
+from imgcls.serving.keys import Scope as KeyScope
+from imgcls.serving.limits import Pocket
+from imgcls.serving.problems import MEDIA_TYPE, Problem, of_image, of_status
+from imgcls.serving.service import Service, Wanted
+from imgcls.serving.uploads import Spool, received
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+_bearer = HTTPBearer(auto_error=False, description="An API key.")
+_header = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+Header = Annotated[str | None, Security(_header)]
+
+
+class Row(BaseModel):
+    """One image, in the columns of a labelling run."""
+
+    row: int
+    """Its place in the request."""
+    name: str | None
+    """The file name that came with it."""
+    predicted_label: str | None
+    confidence: float | None
+    accepted: bool
+    topk_labels: list[str] | None
+    topk_scores: list[float] | None
+    width: int | None
+    height: int | None
+    status: str
+    error: str | None
+    embedding: list[float] | None = None
+
+
+class Answer(BaseModel):
+    """What `POST /v1/predict` says."""
+
+    model: str
+    """SHA-256 of the bundle that it comes from."""
+    predictions: list[Row]
+
+
+class Description(BaseModel):
+    """What `GET /v1/model` says."""
+
+    sha256: str
+    architecture: dict[str, Any]
+    classes: list[str]
+    preprocess: dict[str, Any]
+    temperature: float
+    threshold: float
+    thresholds: dict[str, float]
+    precision: str
+    embedding_width: int
+    metrics: dict[str, float]
+
+
+class Details(BaseModel):
+    """A problem (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class Reloading(BaseModel):
+    """What `POST /v1/model/reload` says."""
+
+    reload: int = Field(description="Counts the requests to load the model again.")
+
+
+class Shared(Protocol):
+    """What the replicas of a service have in common."""
+
+    async def reload(self) -> int:
+        """Have all replicas load their bundle again."""
+
+    async def metrics(self) -> bytes:
+        """The counts of all replicas, as Prometheus reads them."""
+
+
+class Door:
+    """What an application needs beside its service; `draining` is set when the end is near."""
+
+    def __init__(self, keys: Keyring | None, pocket: Pocket, shared: Shared) -> None:
+        self.keys = keys
+        self.pocket = pocket
+        self.shared = shared
+        self.draining = False
+
+    def enter(self, presented: str | None, scope: KeyScope, request: Request) -> Key | None:
+        """Whose key was presented; None where keys are not asked for.
+
+        Raises the Problem of who may not enter.
+        """
+        if self.keys is None:
+            _check_local(request)
+            return None
+        if not presented:
+            raise Problem(401, "key_missing", "send an API key: Authorization: Bearer KEY")
+        key = self.keys.find(presented)
+        if key is None:
+            raise Problem(401, "key_unknown", "this API key is not known, or is no longer good")
+        request.state.key = key.name
+        if scope not in key.scopes:
+            raise Problem(403, "scope_missing", f"this API key has no scope {scope!r}")
+        return key
+
+    async def pay(self, key: Key | None, images: int) -> None:
+        """Count images against a key's rate; raises a Problem when it has sent too many."""
+        if key is None or key.images_per_minute is None:
+            return
+        wait = await self.pocket.spend(key.name, key.images_per_minute, images)
+        if wait:
+            raise Problem(
+                429,
+                "too_many_requests",
+                f"this API key may send {key.images_per_minute:g} images a minute",
+                retry_after=wait,
+            )
+
+
+def _check_local(request: Request) -> None:
+    """Without keys only this machine may ask, by its own name: a web page from elsewhere that has
+    its name point here (DNS rebinding) does not pass."""
+    client = request.client.host if request.client else ""
+    host = request.headers.get("host", "")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if client not in ("127.0.0.1", "::1") or name not in _LOCAL_HOSTS:
+        raise Problem(
+            403, "keys_needed", "without API keys it can be asked from its own machine only"
+        )
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
+    for status, text in {
+        400: "The request is malformed.",
+        401: "No API key, or one that is not known.",
+        403: "The API key has not the scope that this needs.",
+    }.items()
+}
+_PREDICT_ERRORS: dict[int | str, dict[str, Any]] = _ERRORS | {
+    status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
+    for status, text in {
+        408: "The body did not arrive in time.",
+        413: "Too many bytes, pixels or images.",
+        415: "Not an image, or a body of another kind.",
+        422: "The one image is truncated, empty or damaged.",
+        429: "The API key has sent too many images; see Retry-After.",
+        503: "Too much is waiting; see Retry-After.",
+    }.items()
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "One image as it is, or several as the files of a form.",
+        "content": {
+            "application/octet-stream": _BINARY,
+            "image/jpeg": _BINARY,
+            "image/png": _BINARY,
+            "image/webp": _BINARY,
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "image": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string", "format": "binary"},
+                        }
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
+    """The application; `config` gives what cannot change while it runs."""
+    app = FastAPI(
+        title="imgcls",
+        version=__version__,
+        summary="Labels images with one model.",
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    spool = Spool(config.limits.spool_bytes)
+
+    def presented(bearer: HTTPAuthorizationCredentials | None, header: str | None) -> str | None:
+        return bearer.credentials if bearer is not None else header
+
+    @app.post(
+        "/v1/predict",
+        response_model=Answer,
+        responses=_PREDICT_ERRORS,
+        openapi_extra=_BODY,
+        summary="Label images",
+    )
+    async def predict(
+        request: Request,
+        bearer: Bearer,
+        header: Header,
+        top_k: Annotated[int | None, Query(ge=1, le=1000, description="Labels per image.")] = None,
+        threshold: Annotated[
+            float | None,
+            Query(ge=0, le=1, description="Confidence to be accepted with, for the model's own."),
+        ] = None,
+        embeddings: Annotated[bool, Query(description="The final layer's input too.")] = False,
+    ) -> Response:
+        key = door.enter(presented(bearer, header), "predict", request)
+        service.check_room()
+        await door.pay(key, 1)
+        wanted = Wanted(
+            top_k or service.config.top_k,
+            service.config.threshold if threshold is None else threshold,
+            embeddings,
+        )
+        model = service.model.sha256
+        async with received(request, service.config.limits, spool) as uploads:
+            if len(uploads) > 1:
+                await door.pay(key, len(uploads) - 1)
+            rows = await service.predict(uploads, wanted)
+        if len(rows) == 1 and rows[0]["status"] != OK:
+            raise _problem_of(rows[0])
+        return JSONResponse({"model": model, "predictions": rows})
+
+    @app.get(
+        "/v1/model", response_model=Description, responses=_ERRORS, summary="Describe the model"
+    )
+    async def model(request: Request, bearer: Bearer, header: Header) -> Response:
+        door.enter(presented(bearer, header), "predict", request)
+        return JSONResponse(service.model.described())
+
+    @app.post(
+        "/v1/model/reload",
+        status_code=202,
+        response_model=Reloading,
+        responses=_ERRORS,
+        summary="Load the bundle again, from where it is configured to be",
+    )
+    async def reload(request: Request, bearer: Bearer, header: Header) -> Response:
+        door.enter(presented(bearer, header), "admin", request)
+        return JSONResponse({"reload": await door.shared.reload()}, 202)
+
+    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse, summary="Metrics")
+    async def metrics(request: Request, bearer: Bearer, header: Header) -> Response:
+        door.enter(presented(bearer, header), "admin", request)
+        return Response(
+            await door.shared.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether it is alive")
+    async def healthz() -> str:
+        return "ok"
+
+    @app.get(
+        "/readyz",
+        response_class=PlainTextResponse,
+        responses={503: _ERRORS[400] | {"description": "It is about to end."}},
+        summary="Whether it takes requests",
+    )
+    async def readyz() -> str:
+        if door.draining:
+            raise Problem(503, "draining", "about to end; ask another", retry_after=5)
+        return "ok"
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page.HTML, headers={"Content-Security-Policy": page.POLICY})
+
+    _handle_errors(app)
+    guarded: ASGIApp = _Guard(app, service, config)
+    if config.http.cors_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=config.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
+    return guarded
+
+
+def _problem_of(row: dict[str, Any]) -> Problem:
+    error = ImageError(row["error"])
+    error.status = row["status"]
+    return of_image(error)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(Problem)
+    async def of_problem(request: Request, problem: Problem) -> Response:
+        return problem.response()
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        response = of_status(error.status_code).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def of_validation(request: Request, error: RequestValidationError) -> Response:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}"
+            for item in error.errors()
+        )
+        return Problem(400, "invalid_parameter", wrong[:500]).response()
+
+
+class _Guard:
+    """Around every request: counts it, and sends with its answer what browsers should mind."""
+
+    def __init__(self, app: ASGIApp, service: Service, config: ServeConfig) -> None:
+        self._app = app
+        self._service = service
+        self._most = config.limits.body_bytes
+        self._headers = [
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"no-referrer"),
+            (b"cross-origin-opener-policy", b"same-origin"),
+            (b"cache-control", b"no-store"),
+        ]
+        if config.http.certificate is not None:
+            self._headers.append((b"strict-transport-security", b"max-age=31536000"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 500
+        started = False
+        endless = self._may_be_endless(scope)
+
+        async def heard() -> Message:
+            nonlocal endless
+            message = await receive()
+            if not message.get("more_body", False):
+                endless = False
+            return message
+
+        async def guarded(message: Message) -> None:
+            nonlocal status, started
+            if message["type"] == "http.response.start":
+                status, started = message["status"], True
+                present = {name for name, _ in message["headers"]}
+                added = [*self._headers]
+                if b"content-security-policy" not in present:
+                    added.append((b"content-security-policy", _NOTHING))
+                if endless:  # else the server would go on reading what nobody wants
+                    added.append((b"connection", b"close"))
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        try:
+            await self._app(scope, heard, guarded)
+        except Exception:
+            logger.exception("a request failed")
+            if started:
+                raise
+            problem = Problem(500, "internal_error", "this is a defect; the log has more")
+            await problem.response()(scope, receive, guarded)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            telemetry = self._service.telemetry
+            telemetry.requests.labels(
+                route=route, status=str(status), key=scope.get("state", {}).get("key", "")
+            ).inc()
+            telemetry.seconds.labels(route=route).observe(time.perf_counter() - began)
+
+    def _may_be_endless(self, scope: Scope) -> bool:
+        """Whether a body is to come that is longer than any is allowed to be, or may be."""
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        known = length.isdigit() and int(length) <= self._most
+        return b"transfer-encoding" in headers or not known
+
+
+_NOTHING = b"default-src 'none'; frame-ancestors 'none'"

@@ -1,0 +1,141 @@
+"""The settings of `imgcls serve`, each section beside the others; checked before Ray starts."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.stores import StorageConfig
+from imgcls.log import LogFormat
+from imgcls.models.bundle import Precision
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+MIB = 1 << 20
+
+
+class HttpConfig(Section):
+    """Where it listens."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; other than this machine's own only with keys."""
+    port: Port = 8000
+    certificate: str | None = None
+    """PEM file of the TLS certificate and its chain; with it, https instead of http."""
+    private_key: str | None = None
+    """PEM file of the certificate's private key."""
+    cors_origins: Names = []
+    """Web pages from elsewhere that may ask, e.g. https://app.example.com; none by default."""
+    request_seconds: PositiveFloat = 120.0
+    """A request that is not answered for so long is given up."""
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key belong together: give both, or neither")
+        return self
+
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class KeysConfig(Section):
+    """Who may ask."""
+
+    shorthand: ClassVar[str | None] = "file"
+
+    file: str | None = None
+    """A YAML file of API keys, as `imgcls key new` makes it; read again when it changes."""
+    env: str | None = None
+    """An environment variable that holds the text of such a file."""
+    refresh_seconds: PositiveFloat = 2.0
+    """How often the file is looked at."""
+
+    def are_given(self) -> bool:
+        return self.file is not None or self.env is not None
+
+
+class LimitsConfig(Section):
+    """What a request may be."""
+
+    image_bytes: PositiveInt = 20 * MIB
+    """Of one image file."""
+    body_bytes: PositiveInt = 64 * MIB
+    """Of a request with several."""
+    images: PositiveInt = 64
+    """In one request."""
+    pixels: PositiveInt = 100_000_000
+    """Of one image, as its header says; as in labelling."""
+    upload_seconds: PositiveFloat = 60.0
+    """A body that has not arrived after so long is refused."""
+    spool_bytes: PositiveInt = 2 << 30
+    """Of all bodies that are arriving or waiting, per replica; on disk where one is above 1 MiB."""
+    waiting_images: PositiveInt = 256
+    """That wait for the model, per replica; more are refused with 503 and Retry-After."""
+
+
+class BatchConfig(Section):
+    """How requests are put together for the network."""
+
+    size: PositiveInt = 16
+    """Images per forward pass at most."""
+    wait_ms: NonNegativeFloat = 2.0
+    """To wait for more images when there is less than a full batch."""
+
+
+class ReplicaConfig(Section):
+    """How many processes answer, and when there are more of them."""
+
+    shorthand: ClassVar[str | None] = "least"
+
+    least: PositiveInt | None = None
+    """One per GPU, or per CPU where there is none, when not given."""
+    most: PositiveInt | None = None
+    """Above `least`: more are started as requests queue up, and ended when they do not."""
+    cpus: PositiveFloat | None = None
+    """Of each replica; its network and its decoding share them. Chosen from what there is."""
+    target_requests: PositiveInt = 16
+    """Under way per replica, that the number of replicas is steered to."""
+    drain_seconds: NonNegativeFloat = 5.0
+    """Between the end being announced at /readyz and the door being shut."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.most is not None and self.most < (self.least or 1):
+            raise ValueError(f"most {self.most} is below least {self.least or 1}")
+        return self
+
+
+class ServeConfig(Section):
+    """Settings of `imgcls serve`."""
+
+    model: str
+    """The bundle (folder or URL)."""
+    http: HttpConfig = HttpConfig()
+    keys: KeysConfig = KeysConfig()
+    limits: LimitsConfig = LimitsConfig()
+    batch: BatchConfig = BatchConfig()
+    replicas: ReplicaConfig = ReplicaConfig()
+    precision: Precision = "auto"
+    """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
+    top_k: PositiveInt = 5
+    """Labels per image, if a request does not say."""
+    threshold: UnitFloat | None = None
+    """A prediction is accepted when its confidence reaches it; the bundle's own if not given."""
+    storage: StorageConfig = StorageConfig()
+    detach: bool = False
+    """On a cluster: leave it serving and come back. Said again, it changes what is serving."""
+    log: LogFormat = "text"
+    """json: one object a line."""
+
+    def for_replicas(self) -> dict[str, Any]:
+        """As JSON, for Ray Serve to hand to every replica."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,312 @@
+"""Ray Serve's side: replicas that answer, and one hub that they have in common.
+
+A replica's settings come as its user config, so that a changed bundle or limit is taken up by the
+replicas that are there, without a moment in which nobody answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
+
+from imgcls import cluster
+from imgcls import config as configuration
+from imgcls.data import stores
+from imgcls.errors import ImgclsError
+from imgcls.models.bundle import load_bundle
+from imgcls.serving import keys
+from imgcls.serving.api import Door, build_app
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.keys import Key, Keyring
+from imgcls.serving.limits import Pocket, Purse
+from imgcls.serving.replicas import Replicas, plan_replicas
+from imgcls.serving.service import Batched, Item, Model, Run, Scored, Service
+from imgcls.serving.telemetry import Sample, Telemetry, Totals
+
+APPLICATION = "imgcls"
+HUB = "hub"
+ENDPOINT = "endpoint"
+BEAT_SECONDS = 1.0
+ONGOING = 1024
+"""Requests under way per replica: slow uploads are many, and wait here and not at the door."""
+QUEUED = 256
+"""Requests that wait at each door for a replica that takes one more."""
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a replica says of itself every second.
+
+    sha256: of the bundle that it answers with
+    error:  why it could not take up another
+    """
+
+    replica: str
+    samples: list[Sample]
+    sha256: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a replica is told in return."""
+
+    reload: int
+    draining: bool
+
+
+@serve.deployment(
+    name=HUB,
+    num_replicas=1,
+    max_ongoing_requests=1000,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=2,
+)
+class Hub:
+    """What all replicas share: rates, counts, and orders. Lost, it is started anew, and forgets."""
+
+    def __init__(self) -> None:
+        self._purse = Purse()
+        self._totals = Totals()
+        self._models: dict[str, tuple[str, str | None]] = {}
+        self._reload = 0
+        self._draining = False
+
+    async def take(
+        self, name: str, per_second: float, need: int, ahead: float
+    ) -> tuple[float, float]:
+        return self._purse.take(name, per_second, need, ahead)
+
+    async def report(self, report: Report) -> Orders:
+        self._totals.report(report.replica, report.samples)
+        self._models[report.replica] = report.sha256, report.error
+        return Orders(self._reload, self._draining)
+
+    async def models(self) -> list[tuple[str, str | None]]:
+        """Of every replica that is there: its bundle, and what kept it from another."""
+        there = self._totals.names()
+        return [said for replica, said in self._models.items() if replica in there]
+
+    async def reload(self) -> int:
+        self._reload += 1
+        return self._reload
+
+    async def drain(self) -> None:
+        self._draining = True
+
+    async def metrics(self) -> bytes:
+        return self._totals.text()
+
+
+class _Hub:
+    """The hub as a replica sees it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def take(
+        self, name: str, per_second: float, need: int, ahead: float
+    ) -> tuple[float, float]:
+        taken: tuple[float, float] = await self._handle.take.remote(name, per_second, need, ahead)
+        return taken
+
+    async def report(self, report: Report) -> Orders:
+        orders: Orders = await self._handle.report.remote(report)
+        return orders
+
+    async def reload(self) -> int:
+        count: int = await self._handle.reload.remote()
+        return count
+
+    async def metrics(self) -> bytes:
+        text: bytes = await self._handle.metrics.remote()
+        return text
+
+
+@serve.deployment(name=ENDPOINT)
+@serve.ingress()
+class Endpoint:
+    """One replica. `reconfigure` gives it its settings: before the first request, and whenever
+    they change."""
+
+    def __init__(self, hub: DeploymentHandle, threads: int) -> None:
+        self._hub = _Hub(hub)
+        self._threads = threads
+        self._telemetry = Telemetry()
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._reloads: int | None = None
+        self._error: str | None = None
+        self._service: Service | None = None
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        async def app(scope: ASGIScope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "lifespan":
+                await self._app(scope, receive, send)
+                return
+            for moment in ("startup", "shutdown"):  # it begins before there are settings
+                await receive()
+                await send({"type": f"lifespan.{moment}.complete"})
+
+        return app
+
+    async def reconfigure(self, settings: Mapping[str, Any]) -> None:
+        """Take up settings; the bundle is loaded before the old one is let go."""
+        config = ServeConfig.model_validate(settings["config"])
+        fixed = [Key.model_validate(key) for key in settings["keys"]]
+        stores.use(config.storage)
+        if self._service is None:
+            self._begin(await asyncio.to_thread(self._load, config), config)
+        else:
+            await self._take_up(config)
+        assert self._service is not None
+        self._config = config
+        ring = Keyring(config.keys.file, fixed) if config.keys.are_given() else None
+        self._door = Door(ring, Pocket(self._hub.take), self._hub)
+        self._app = build_app(self._service, self._door, config)
+
+    def _load(self, config: ServeConfig) -> Model:
+        import torch
+
+        torch.set_num_threads(self._threads)
+        return Model.load(config)
+
+    def _begin(self, model: Model, config: ServeConfig) -> None:
+        self._service = Service(
+            config, model, _batched(config), self._telemetry, decoders=self._threads
+        )
+        self._config = config
+        self._tasks = [
+            asyncio.create_task(self._beat()),
+            asyncio.create_task(self._look_at_keys()),
+        ]
+
+    async def _take_up(self, config: ServeConfig) -> None:
+        """Change the model in use; one that cannot be loaded leaves the old one in place."""
+        assert self._service is not None
+        try:
+            await self._service.swap(config)
+            self._error = None
+        except ImgclsError as error:
+            self._error = str(error)
+            logger.error("the model stays as it was: %s", error)
+
+    async def _beat(self) -> None:
+        """Tell the hub how it goes, and do what it says."""
+        while True:
+            with contextlib.suppress(ray.exceptions.RayError):  # a hub that is started anew
+                assert self._service is not None
+                self._telemetry.waiting.set(self._service.waiting)
+                orders = await self._hub.report(
+                    Report(
+                        self._name,
+                        self._telemetry.samples(),
+                        self._service.model.sha256,
+                        self._error,
+                    )
+                )
+                self._door.draining = orders.draining
+                if self._reloads is not None and orders.reload > self._reloads:
+                    await self._take_up(self._config)
+                self._reloads = orders.reload
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _look_at_keys(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.keys.refresh_seconds)
+            if self._door.keys is None:
+                continue
+            try:
+                await asyncio.to_thread(self._door.keys.refresh)
+            except ImgclsError as error:
+                logger.error("the API keys stay as they were: %s", error)
+
+
+def _batched(config: ServeConfig) -> Batched:
+    def make(run: Run) -> Any:
+        @serve.batch(
+            max_batch_size=config.batch.size,
+            batch_wait_timeout_s=config.batch.wait_ms / 1000,
+            max_concurrent_batches=2,  # one is put together while the other is in the network
+        )
+        async def classify(items: list[Item]) -> list[Scored]:
+            return await run(items)
+
+        return classify
+
+    return make
+
+
+def application(config: ServeConfig, fixed: list[Key], replicas: Replicas) -> serve.Application:
+    """The application for Ray Serve.
+
+    fixed: keys beside those of `config.keys.file`
+    """
+    options: dict[str, Any] = {"num_replicas": replicas.least}
+    if replicas.most > replicas.least:
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=replicas.least,
+                max_replicas=replicas.most,
+                target_ongoing_requests=config.replicas.target_requests,
+            )
+        }
+    endpoint = Endpoint.options(  # type: ignore[attr-defined]
+        **options,
+        user_config={
+            "config": config.for_replicas(),
+            "keys": [key.model_dump(mode="json") for key in fixed],
+        },
+        ray_actor_options={
+            "num_cpus": replicas.cpus,
+            "num_gpus": replicas.gpus,
+            "runtime_env": cluster.keep_memory(),
+        },
+        max_ongoing_requests=ONGOING,
+        max_queued_requests=QUEUED,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=config.http.request_seconds,
+    )
+    bound: serve.Application = endpoint.bind(Hub.bind(), replicas.threads)  # type: ignore[attr-defined]
+    return bound
+
+
+def build(settings: dict[str, Any]) -> serve.Application:
+    """The application of a Serve config file: `import_path: imgcls.serving.deploy:build`.
+
+    settings: `args` in that file, in the form of `imgcls serve --config`
+    Raises ConfigError, BundleError or ResourcesError before anything is changed.
+    """
+    config = configuration.build(ServeConfig, settings)
+    stores.use(config.storage)
+    fixed = checked(config)
+    replicas = plan_replicas(
+        cluster.nodes(), config.replicas, may_grow=cluster.most_nodes() is not None
+    )
+    return application(config, fixed, replicas)
+
+
+def checked(config: ServeConfig) -> list[Key]:
+    """What can be found wrong before anything starts; returns the keys that stand in no file.
+
+    Raises RequestError or BundleError.
+    """
+    fixed = keys.from_environment(config.keys.env) if config.keys.env is not None else []
+    Keyring(config.keys.file, fixed)
+    load_bundle(config.model)
+    return fixed

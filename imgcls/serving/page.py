@@ -1,0 +1,38 @@
+"""The page to try the model on: one static file, which may load nothing but what it holds itself.
+
+Its policy names the hashes of its own script and style, so that nothing else runs, whatever a file
+name or a class name may contain.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import re
+
+HTML = (
+    importlib.resources.files("imgcls.serving").joinpath("templates/page.html").read_text("utf-8")
+)
+
+
+def _hashes(element: str) -> str:
+    """The hash of each such element's text. Source: Content Security Policy 3, section 2.3.1."""
+    texts = re.findall(rf"<{element}>(.*?)</{element}>", HTML, re.DOTALL)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        f"script-src {_hashes('script')}",
+        f"style-src {_hashes('style')}",
+        "img-src blob: data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""The Content-Security-Policy to send it with."""

@@ -1,0 +1,81 @@
+"""What goes wrong in a request, as problem details (RFC 9457).
+
+A bad image has the status that it has in the table of a labelling run; the HTTP status follows.
+"""
+
+from __future__ import annotations
+
+import http
+import math
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from imgcls.errors import ImageError
+
+MEDIA_TYPE = "application/problem+json"
+_TYPES = "urn:imgcls:problem:"
+
+_OF_IMAGES = {"not_an_image": 415, "too_large": 413}
+"""HTTP status by status of an image; 422 for all the others."""
+
+
+class Problem(Exception):
+    """A request that cannot be answered as it was meant.
+
+    kind:        names the type of problem; stays the same in all versions
+    retry_after: whole seconds after which it may be tried again
+    """
+
+    def __init__(
+        self, status: int, kind: str, detail: str, *, retry_after: int | None = None, **more: Any
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.retry_after = retry_after
+        self.more = more
+
+    def response(self) -> JSONResponse:
+        """As it goes over the wire."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = 'Bearer realm="imgcls"'
+        body = {
+            "type": f"{_TYPES}{self.kind}",
+            "title": self.kind.replace("_", " "),
+            "status": self.status,
+            "detail": self.detail,
+            **self.more,
+        }
+        return JSONResponse(body, self.status, headers, MEDIA_TYPE)
+
+
+def of_image(error: ImageError) -> Problem:
+    """The problem of a request whose one image cannot be used."""
+    return Problem(_OF_IMAGES.get(error.status, 422), error.status, str(error))
+
+
+def of_status(status: int, detail: str | None = None) -> Problem:
+    """A problem that needs no more than HTTP's own words."""
+    phrase = http.HTTPStatus(status).phrase
+    return Problem(status, phrase.lower().replace(" ", "_"), detail or phrase)
+
+
+def too_many_bytes(limit: int) -> Problem:
+    return Problem(
+        413, "too_many_bytes", f"the body has more than {limit:,} bytes, which is the most here"
+    )
+
+
+def busy(seconds: float) -> Problem:
+    """No room for more images now."""
+    return Problem(
+        503,
+        "busy",
+        "as many images as may wait are waiting; try again later",
+        retry_after=max(1, math.ceil(seconds)),
+    )

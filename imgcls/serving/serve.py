@@ -1,0 +1,192 @@
+"""`serve`: the endpoint on this machine or on a cluster, until it is told to stop.
+
+On a cluster with `--detach` it is left serving, and the same command changes what is serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from typing import Any
+
+import ray
+
+from imgcls import cluster, log
+from imgcls.cluster import Interruption
+from imgcls.data import storage, stores
+from imgcls.errors import Interrupted, RequestError, ResourcesError, RunFailed
+from imgcls.log import tell
+from imgcls.models.bundle import read_description
+from imgcls.serving.config import HttpConfig, ServeConfig
+from imgcls.serving.deploy import APPLICATION, HUB, application, checked
+from imgcls.serving.replicas import plan_replicas
+
+TAKE_UP_SECONDS = 300.0
+"""For replicas that are there to load another bundle."""
+
+
+def serve(config: ServeConfig) -> None:
+    """Label images over HTTP, with a page to try it on, until SIGTERM or Ctrl-C.
+
+    Raises a RequestError before anything starts, RunFailed when replicas do not start.
+    """
+    log.use(config.log)
+    config = config.model_copy(update={"model": storage.absolute(config.model)})
+    stores.use(config.storage)
+    _check_http(config)
+    fixed = checked(config)
+    with Interruption().watched() as interruption:
+        cluster.connect()
+        if config.detach and cluster.is_private():
+            raise RequestError(
+                "detach: there is no cluster to leave it on; `ray start --head` first, or set "
+                "RAY_ADDRESS"
+            )
+        replicas = plan_replicas(
+            cluster.nodes(), config.replicas, may_grow=cluster.most_nodes() is not None
+        )
+        tell("layout", replicas.reason)
+        _start(config)
+        from ray import serve as ray_serve
+
+        try:
+            app = application(config, fixed, replicas)
+            ray_serve.run(app, name=APPLICATION, route_prefix="/")
+            interruption.check()
+            _wait_until_taken_up(config, interruption)
+            scheme = "https" if config.http.certificate else "http"
+            url = f"{scheme}://{config.http.host}:{config.http.port}/"
+            tell("ready", f"{url} serves {config.model}", url=url)
+            if config.detach:
+                return
+            while True:
+                interruption.check()
+                time.sleep(0.2)
+        except Interrupted:
+            _stop(config)
+        except RuntimeError as error:  # what Ray Serve raises of replicas that do not start
+            why = _why() or _words(error)
+            _stop(config, at_once=True)
+            raise RunFailed(f"the service did not start: {why}") from error
+
+
+def _check_http(config: ServeConfig) -> None:
+    if not config.http.is_loopback() and not config.keys.are_given():
+        raise RequestError(
+            f"http.host {config.http.host}: anyone who reaches it could use it; give --keys FILE "
+            "(`imgcls key new --file FILE --name NAME` makes one), or listen on 127.0.0.1"
+        )
+    for name in ("certificate", "private_key"):
+        file = getattr(config.http, name)
+        if file is not None and not os.path.isfile(file):
+            raise RequestError(f"http.{name} {file}: no such file; give a PEM file")
+
+
+def _start(config: ServeConfig) -> None:
+    """Start Ray Serve's doors, or find those that are there to be the same."""
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions, ProxyLocation
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    there = _doors()
+    wanted = (config.http.host, config.http.port)
+    if there is not None and there != wanted:
+        raise RequestError(
+            f"http: Ray Serve on this cluster listens on {there[0]}:{there[1]} already; say "
+            f"--http.host {there[0]} --http.port {there[1]}, or stop it with `serve shutdown`"
+        )
+    if there is None and cluster.is_private():
+        _check_free(config.http)
+    ray_serve.start(
+        proxy_location=ProxyLocation.EveryNode,
+        http_options=HTTPOptions(
+            host=config.http.host,
+            port=config.http.port,
+            request_timeout_s=config.http.request_seconds,
+            ssl_certfile=config.http.certificate,
+            ssl_keyfile=config.http.private_key,
+        ),
+    )
+
+
+def _doors() -> tuple[str, int] | None:
+    """Where Ray Serve listens on this cluster; None when it does not run."""
+    from ray import serve as ray_serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        client: Any = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
+    except RayServeException:
+        return None
+    if client is None:
+        return None
+    options = ray.get(client._controller.get_http_config.remote())
+    return options.host, options.port
+
+
+def _check_free(http: HttpConfig) -> None:
+    import socket
+
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            raise RequestError(
+                f"http.port {http.port}: {error.strerror or error}; give another --http.port, or "
+                "another --http.host"
+            ) from error
+
+
+def _wait_until_taken_up(config: ServeConfig, interruption: Interruption) -> None:
+    """Wait until all replicas answer with the bundle that was asked for."""
+    from ray import serve as ray_serve
+
+    hub = ray_serve.get_deployment_handle(HUB, APPLICATION)
+    sha256 = read_description(config.model).sha256
+    deadline = time.monotonic() + TAKE_UP_SECONDS
+    while True:
+        interruption.check()
+        said = hub.models.remote().result(timeout_s=60)
+        if said and all(found == sha256 for found, _ in said):
+            return
+        errors = [error for _, error in said if error is not None]
+        if errors:
+            raise RunFailed(f"the service goes on with the model that it had: {errors[0]}")
+        if time.monotonic() > deadline:
+            raise ResourcesError("replicas have not taken up the model")
+        time.sleep(0.2)
+
+
+def _stop(config: ServeConfig, *, at_once: bool = False) -> None:
+    """Say at /readyz that the end is near, answer what is under way, and end."""
+    from ray import serve as ray_serve
+
+    if not at_once and config.replicas.drain_seconds:
+        tell("stop", f"draining for {config.replicas.drain_seconds:g} s")
+        hub = ray_serve.get_deployment_handle(HUB, APPLICATION)
+        hub.drain.remote().result(timeout_s=30)
+        time.sleep(config.replicas.drain_seconds)
+    ray_serve.delete(APPLICATION)
+    if cluster.is_private():
+        ray_serve.shutdown()
+    tell("stop", "every request was answered")
+
+
+def _why() -> str | None:
+    """The last line of what a replica that did not start had to say."""
+    from ray import serve as ray_serve
+
+    application_ = ray_serve.status().applications.get(APPLICATION)
+    for deployment in application_.deployments.values() if application_ else ():
+        lines = [line for line in deployment.message.splitlines() if re.match(r"\w[\w.]*: ", line)]
+        if lines:
+            return lines[-1]
+    return None
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

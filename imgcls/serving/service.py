@@ -1,0 +1,240 @@
+"""Images in, rows out: decoding in threads, forward passes over whatever is waiting together.
+
+Owns the model in use and its change while requests go on. Uses the same decoding, network,
+temperature and thresholds as labelling does, so that a row here is the row of the table there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from imgcls.data import images
+from imgcls.data.images import Pixels
+from imgcls.errors import ImageError, ImageTooLarge
+from imgcls.models.bundle import load_bundle
+from imgcls.models.classifier import Classifier, Prediction
+from imgcls.output import OK
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.problems import busy
+from imgcls.serving.telemetry import Telemetry
+from imgcls.serving.uploads import Upload
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks of each of its images."""
+
+    top_k: int
+    threshold: float | None = None
+    embeddings: bool = False
+
+
+class Model:
+    """A bundle that is ready to answer: loaded, and its network run once at either batch size."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.sha256 = classifier.bundle.sha256
+
+    @classmethod
+    def load(cls, config: ServeConfig) -> Model:
+        """Raises BundleError when the bundle is missing or damaged."""
+        bundle = load_bundle(config.model)
+        on_gpu = torch.cuda.is_available()
+        classifier = Classifier(
+            bundle, precision=config.precision, batch_size=config.batch.size if on_gpu else None
+        )
+        crop = bundle.spec.preprocess.crop
+        for count in (1, config.batch.size):
+            blank = np.zeros((count, crop, crop, 3), np.uint8).transpose(0, 3, 1, 2)
+            classifier.classify(blank, embeddings=count == 1)
+        return cls(classifier)
+
+    def described(self) -> dict[str, Any]:
+        """What anyone with a key may know of it."""
+        spec = self.classifier.bundle.spec
+        return {
+            "sha256": self.sha256,
+            "architecture": spec.architecture.model_dump(mode="json"),
+            "classes": spec.classes,
+            "preprocess": spec.preprocess.model_dump(mode="json"),
+            "temperature": spec.temperature,
+            "threshold": spec.threshold,
+            "thresholds": spec.thresholds,
+            "precision": self.classifier.precision,
+            "embedding_width": self.classifier.embedding_width,
+            "metrics": spec.metrics,
+        }
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image on its way through the network."""
+
+    model: Model
+    pixels: Pixels
+    embedding: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """scores: (C,) float32; embedding: (E,) float32, None unless asked for"""
+
+    scores: np.ndarray[Any, np.dtype[np.float32]]
+    embedding: np.ndarray[Any, np.dtype[np.float32]] | None
+
+
+Run = Callable[[list[Item]], Awaitable[list[Scored]]]
+Batched = Callable[[Run], Callable[[Item], Awaitable[Scored]]]
+
+
+class Service:
+    """Answers requests with one model at a time.
+
+    batched:  makes of a function of many items one of a single item, which puts them together
+    decoders: threads that decode
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: Model,
+        batched: Batched,
+        telemetry: Telemetry,
+        *,
+        decoders: int,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.telemetry = telemetry
+        self._decoders = ThreadPoolExecutor(decoders, "decode")
+        self._runner = ThreadPoolExecutor(1, "classify")
+        self._classify = batched(self._run)
+        self._waiting = 0
+        self._image_seconds = 0.05
+        self._swapping = asyncio.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Images that have been let in and not answered."""
+        return self._waiting
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise the Problem of a service that has more to do than it may keep waiting."""
+        if self._waiting + count > self.config.limits.waiting_images:
+            raise busy(self._waiting * self._image_seconds)
+
+    async def predict(self, uploads: Sequence[Upload], wanted: Wanted) -> list[dict[str, Any]]:
+        """One row per image, in the columns of a labelling run.
+
+        Raises a Problem when they cannot be taken in now.
+        """
+        self.check_room(len(uploads))
+        model = self.model
+        self._waiting += len(uploads)
+        began = time.perf_counter()
+        try:
+            rows = await asyncio.gather(*(self._row(model, item, wanted) for item in uploads))
+        finally:
+            self._waiting -= len(uploads)
+        # what an image takes of this replica, for who is told to come again
+        spent = (time.perf_counter() - began) / (self._waiting + len(uploads))
+        self._image_seconds += 0.05 * (spent - self._image_seconds)
+        for place, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
+            row["row"], row["name"] = place, upload.name
+            self.telemetry.images.labels(status=row["status"]).inc()
+        return rows
+
+    async def swap(self, config: ServeConfig) -> bool:
+        """Answer with the bundle that is now at `config.model`; the old one does so until then.
+
+        Returns whether it was another. Raises BundleError, and then keeps the old one.
+        """
+        async with self._swapping:
+            loop = asyncio.get_running_loop()
+            model = await loop.run_in_executor(None, Model.load, config)
+            changed = model.sha256 != self.model.sha256
+            self.config, self.model = config, model
+            return changed
+
+    async def _row(self, model: Model, upload: Upload, wanted: Wanted) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        decode = functools.partial(self._decode, model, upload)
+        try:
+            pixels, (width, height) = await loop.run_in_executor(self._decoders, decode)
+        except ImageError as error:
+            return _row(None, status=error.status, error=str(error))
+        scored = await self._classify(Item(model, pixels, wanted.embeddings))
+        prediction = model.classifier.ranked(
+            scored.scores[None], top_k=wanted.top_k, threshold=wanted.threshold
+        )[0]
+        row = _row(prediction, width=width, height=height)
+        if scored.embedding is not None:
+            row["embedding"] = scored.embedding.tolist()
+        return row
+
+    def _decode(self, model: Model, upload: Upload) -> tuple[Pixels, tuple[int, int]]:
+        limits = self.config.limits
+        if upload.size > limits.image_bytes:
+            raise ImageTooLarge(
+                f"{upload.size:,} bytes, more than image_bytes {limits.image_bytes:,}"
+            )
+        with self.telemetry.stage("decode"):
+            return images.decode(
+                upload.read(), model.classifier.preprocess, max_pixels=limits.pixels
+            )
+
+    async def _run(self, items: list[Item]) -> list[Scored]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._runner, self._forward, items)
+
+    def _forward(self, items: list[Item]) -> list[Scored]:
+        """Batches of one model each: while it changes, both are asked for."""
+        results: dict[int, Scored] = {}
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for place, item in enumerate(items):
+            groups.setdefault((item.model.sha256, item.embedding), []).append(place)
+        for places in groups.values():
+            first = items[places[0]]
+            self.telemetry.batch.observe(len(places))
+            with self.telemetry.stage("classify"):
+                said = first.model.classifier.classify(
+                    images.stack([items[place].pixels for place in places]),
+                    embeddings=first.embedding,
+                )
+            for i, place in enumerate(places):
+                embedding = None if said.embedding is None else said.embedding[i]
+                results[place] = Scored(said.scores[i], embedding)
+        return [results[place] for place in range(len(items))]
+
+
+def _row(
+    prediction: Prediction | None,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    status: str = OK,
+    error: str | None = None,
+) -> dict[str, Any]:
+    return {
+        "row": 0,
+        "name": None,
+        "predicted_label": None if prediction is None else prediction.label,
+        "confidence": None if prediction is None else prediction.confidence,
+        "accepted": prediction is not None and prediction.accepted,
+        "topk_labels": None if prediction is None else prediction.topk_labels,
+        "topk_scores": None if prediction is None else prediction.topk_scores,
+        "width": width,
+        "height": height,
+        "status": status,
+        "error": error,
+    }

@@ -1,0 +1,144 @@
+"""Prometheus metrics of a service with many replicas, as if it were one.
+
+Each replica counts for itself and reports now and then; `Totals` adds up what all of them said,
+those included that are gone: a counter never goes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+
+Sample = tuple[str, str, str, str, tuple[tuple[str, str], ...], float]
+"""Family, its help and type, sample, its labels, value."""
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Telemetry:
+    """What one replica counts."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "imgcls_requests",
+            "Requests answered.",
+            ["route", "status", "key"],
+            registry=self._registry,
+        )
+        self.seconds = Histogram(
+            "imgcls_request_seconds",
+            "From the headers of a request to its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.images = Counter(
+            "imgcls_images", "Images answered.", ["status"], registry=self._registry
+        )
+        self.batch = Histogram(
+            "imgcls_batch_images",
+            "Images per forward pass.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=self._registry,
+        )
+        self._stage = Histogram(
+            "imgcls_stage_seconds",
+            "Time of a thread, per image decoded and per batch classified.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.waiting = Gauge(
+            "imgcls_waiting_images", "Images let in and not answered.", registry=self._registry
+        )
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time within it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stage.labels(stage=name).observe(time.perf_counter() - began)
+
+    def samples(self) -> list[Sample]:
+        """All counts since the replica began."""
+        return [
+            (
+                family.name,
+                family.documentation,
+                family.type,
+                sample.name,
+                tuple(sorted(sample.labels.items())),
+                sample.value,
+            )
+            for family in self._registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        ]
+
+
+class Totals:
+    """What all replicas have counted.
+
+    silent_seconds: a replica that was not heard of for so long is gone
+    """
+
+    def __init__(
+        self, silent_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._silent = silent_seconds
+        self._clock = clock
+        self._said: dict[str, tuple[float, list[Sample]]] = {}
+        self._gone: list[Sample] = []
+
+    def report(self, replica: str, samples: list[Sample]) -> None:
+        """Take down what a replica has counted since it began."""
+        self._said[replica] = self._clock(), samples
+
+    def names(self) -> set[str]:
+        """The replicas that were heard of lately."""
+        self._bury()
+        return set(self._said)
+
+    def collect(self) -> list[Metric]:
+        """The families of all, summed up; gauges of those only that are there."""
+        self._bury()
+        families: dict[str, Metric] = {}
+        totals: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
+        for samples in (self._gone, *(samples for _, samples in self._said.values())):
+            for name, text, kind, sample, labels, value in samples:
+                families.setdefault(name, Metric(name, text, kind))
+                place = name, sample, labels
+                totals[place] = totals.get(place, 0.0) + value
+        for (name, sample, labels), value in totals.items():
+            families[name].add_sample(sample, dict(labels), value)
+        replicas = Metric("imgcls_replicas", "Replicas that are there.", "gauge")
+        replicas.add_sample("imgcls_replicas", {}, len(self._said))
+        return [*families.values(), replicas]
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
+
+    def _bury(self) -> None:
+        now = self._clock()
+        for replica, (when, samples) in list(self._said.items()):
+            if now - when > self._silent:
+                del self._said[replica]
+                self._gone = _added(self._gone, [s for s in samples if s[2] != "gauge"])
+
+
+def _added(one: list[Sample], other: list[Sample]) -> list[Sample]:
+    totals: dict[tuple[str, str, str, str, tuple[tuple[str, str], ...]], float] = {}
+    for *place, value in (*one, *other):
+        key = tuple(place)
+        totals[key] = totals.get(key, 0.0) + value  # type: ignore[index,arg-type]
+    return [(*key, value) for key, value in totals.items()]

@@ -1,0 +1,92 @@
+"""The HTTP application in this process, behind a real server on a real port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from imgcls import config as configuration
+from imgcls.serving.api import Door, build_app
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.keys import Keyring
+from imgcls.serving.limits import Pocket, Purse
+from imgcls.serving.service import Item, Model, Run, Scored, Service
+from imgcls.serving.telemetry import Telemetry, Totals
+from tests.processes import free_port, wait_for
+
+
+def one_by_one(run: Run) -> Callable[[Item], Awaitable[Scored]]:
+    """Each image is a batch."""
+
+    async def classify(item: Item) -> Scored:
+        return (await run([item]))[0]
+
+    return classify
+
+
+@dataclass
+class Running:
+    """A server under way. Beside Ray Serve, what it lacks is several replicas."""
+
+    url: str
+    port: int
+    service: Service
+    door: Door
+    reloads: int = 0
+
+    async def reload(self) -> int:
+        self.reloads += 1
+        return self.reloads
+
+    async def metrics(self) -> bytes:
+        totals = Totals()
+        totals.report("this", self.service.telemetry.samples())
+        return totals.text()
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
+    """Serve a bundle; settings as dotted keys, `__` for the dot."""
+    dotted = {name.replace("__", "."): value for name, value in settings.items()}
+    config = configuration.build(ServeConfig, {"model": str(bundle), **dotted})
+    purse = Purse()
+
+    async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
+        return purse.take(name, per_second, need, ahead)
+
+    ring = Keyring(config.keys.file) if config.keys.are_given() else None
+    port = free_port()
+    began = threading.Event()
+    running: list[Running] = []
+    servers: list[uvicorn.Server] = []
+
+    async def run() -> None:
+        service = Service(config, Model.load(config), one_by_one, Telemetry(), decoders=1)
+        door = Door(ring, Pocket(take), None)  # type: ignore[arg-type]
+        mine = Running(f"http://127.0.0.1:{port}", port, service, door)
+        door.shared = mine
+        app = build_app(service, door, config)
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=port, lifespan="off", log_level="warning", access_log=False)
+        )
+        running.append(mine)
+        servers.append(server)
+        began.set()
+        await server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    assert began.wait(60)
+    wait_for(lambda: servers[0].started, 30)
+    try:
+        yield running[0]
+    finally:
+        servers[0].should_exit = True
+        thread.join(30)

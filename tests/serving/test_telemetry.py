@@ -1,0 +1,54 @@
+"""Counts of many replicas as if they were one."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from imgcls.serving.telemetry import Telemetry, Totals
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def values(totals: Totals) -> dict[str, float]:
+    return {
+        sample.name + "".join(sorted(f" {k}={v}" for k, v in sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(totals.text().decode())
+        for sample in family.samples
+    }
+
+
+def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
+    clock = Clock()
+    totals = Totals(silent_seconds=10, clock=clock)
+    one, other = Telemetry(), Telemetry()
+    one.images.labels(status="ok").inc(3)
+    one.batch.observe(3)
+    one.waiting.set(5)
+    other.images.labels(status="ok").inc(4)
+    other.images.labels(status="truncated").inc()
+    other.waiting.set(1)
+    totals.report("one", one.samples())
+    totals.report("other", other.samples())
+    totals.report("one", one.samples())  # counts since it began, not since it last spoke
+    said = values(totals)
+    assert said["imgcls_images_total status=ok"] == 7
+    assert said["imgcls_images_total status=truncated"] == 1
+    assert said["imgcls_batch_images_count"] == 1
+    assert said["imgcls_waiting_images"] == 6
+    assert said["imgcls_replicas"] == 2
+
+    clock.now = 8
+    totals.report("other", other.samples())
+    clock.now = 12
+    said = values(totals)
+    assert said["imgcls_images_total status=ok"] == 7
+    assert said["imgcls_batch_images_count"] == 1
+    assert said["imgcls_waiting_images"] == 1
+    assert said["imgcls_replicas"] == 1
+    assert totals.names() == {"other"}
