@@ -5,6 +5,7 @@ Knows nothing of Ray: an ASGI application around a `Service`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import Annotated, Any, Protocol
@@ -16,6 +17,7 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from imgcls import __version__
@@ -385,6 +387,11 @@ class _Guard:
 
         try:
             await self._app(scope, heard, guarded)
+        except ClientDisconnect:
+            status = _HUNG_UP
+        except asyncio.CancelledError:
+            status = status if started else _HUNG_UP
+            raise
         except Exception:
             logger.exception("a request failed")
             if started:
@@ -407,4 +414,6 @@ class _Guard:
         return b"transfer-encoding" in headers or not known
 
 
+_HUNG_UP = 499
+"""In the counts, for who did not wait for an answer; nginx' number."""
 _NOTHING = b"default-src 'none'; frame-ancestors 'none'"

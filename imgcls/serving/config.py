@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -26,6 +26,8 @@ class HttpConfig(Section):
     """PEM file of the TLS certificate and its chain; with it, https instead of http."""
     private_key: str | None = None
     """PEM file of the certificate's private key."""
+    door: Literal["python", "haproxy"] = "python"
+    """What Ray Serve listens with. haproxy: much faster, without TLS; see docs/serving.md."""
     cors_origins: Names = []
     """Web pages from elsewhere that may ask, e.g. https://app.example.com; none by default."""
     request_seconds: PositiveFloat = 120.0
@@ -35,6 +37,8 @@ class HttpConfig(Section):
     def _check_tls(self) -> Self:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key belong together: give both, or neither")
+        if self.door == "haproxy" and self.certificate is not None:
+            raise ValueError("door haproxy has no TLS in Ray Serve; say python, or end TLS before")
         return self
 
     def is_loopback(self) -> bool:
@@ -82,15 +86,6 @@ class LimitsConfig(Section):
     """That wait for the model, per replica; more are refused with 503 and Retry-After."""
 
 
-class BatchConfig(Section):
-    """How requests are put together for the network."""
-
-    size: PositiveInt = 16
-    """Images per forward pass at most."""
-    wait_ms: NonNegativeFloat = 2.0
-    """To wait for more images when there is less than a full batch."""
-
-
 class ReplicaConfig(Section):
     """How many processes answer, and when there are more of them."""
 
@@ -122,8 +117,9 @@ class ServeConfig(Section):
     http: HttpConfig = HttpConfig()
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()
-    batch: BatchConfig = BatchConfig()
     replicas: ReplicaConfig = ReplicaConfig()
+    batch_size: PositiveInt = 16
+    """Images per forward pass at most: those that wait when the network is free."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
     top_k: PositiveInt = 5

@@ -31,7 +31,7 @@ from imgcls.serving.config import ServeConfig
 from imgcls.serving.keys import Key, Keyring
 from imgcls.serving.limits import Pocket, Purse
 from imgcls.serving.replicas import Replicas, plan_replicas
-from imgcls.serving.service import Batched, Item, Model, Run, Scored, Service
+from imgcls.serving.service import Model, Service
 from imgcls.serving.telemetry import Sample, Telemetry, Totals
 
 APPLICATION = "imgcls"
@@ -184,9 +184,7 @@ class Endpoint:
         return Model.load(config)
 
     def _begin(self, model: Model, config: ServeConfig) -> None:
-        self._service = Service(
-            config, model, _batched(config), self._telemetry, decoders=self._threads
-        )
+        self._service = Service(config, model, self._telemetry, decoders=self._threads)
         self._config = config
         self._tasks = [
             asyncio.create_task(self._beat()),
@@ -232,21 +230,6 @@ class Endpoint:
                 await asyncio.to_thread(self._door.keys.refresh)
             except ImgclsError as error:
                 logger.error("the API keys stay as they were: %s", error)
-
-
-def _batched(config: ServeConfig) -> Batched:
-    def make(run: Run) -> Any:
-        @serve.batch(
-            max_batch_size=config.batch.size,
-            batch_wait_timeout_s=config.batch.wait_ms / 1000,
-            max_concurrent_batches=2,  # one is put together while the other is in the network
-        )
-        async def classify(items: list[Item]) -> list[Scored]:
-            return await run(items)
-
-        return classify
-
-    return make
 
 
 def application(config: ServeConfig, fixed: list[Key], replicas: Replicas) -> serve.Application:

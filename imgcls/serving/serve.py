@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 from typing import Any
 
@@ -38,6 +39,7 @@ def serve(config: ServeConfig) -> None:
     _check_http(config)
     fixed = checked(config)
     with Interruption().watched() as interruption:
+        _set_up(config.http)
         cluster.connect()
         if config.detach and cluster.is_private():
             raise RequestError(
@@ -84,6 +86,29 @@ def _check_http(config: ServeConfig) -> None:
             raise RequestError(f"http.{name} {file}: no such file; give a PEM file")
 
 
+def _set_up(http: HttpConfig) -> None:
+    """What processes of Ray Serve find in their environment, where this one starts them.
+
+    Its replicas do nothing on their event loop that would keep it busy, so they need no other one.
+    """
+    wanted = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    if http.door == "haproxy":
+        wanted |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        }
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _start(config: ServeConfig) -> None:
     """Start Ray Serve's doors, or find those that are there to be the same."""
     from ray import serve as ray_serve
@@ -127,8 +152,6 @@ def _doors() -> tuple[str, int] | None:
 
 
 def _check_free(http: HttpConfig) -> None:
-    import socket
-
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

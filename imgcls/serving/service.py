@@ -7,9 +7,8 @@ temperature and thresholds as labelling does, so that a row here is the row of t
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from imgcls.errors import ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
 from imgcls.output import OK
+from imgcls.serving.batches import Batches
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.problems import busy
 from imgcls.serving.telemetry import Telemetry
@@ -51,10 +51,10 @@ class Model:
         bundle = load_bundle(config.model)
         on_gpu = torch.cuda.is_available()
         classifier = Classifier(
-            bundle, precision=config.precision, batch_size=config.batch.size if on_gpu else None
+            bundle, precision=config.precision, batch_size=config.batch_size if on_gpu else None
         )
         crop = bundle.spec.preprocess.crop
-        for count in (1, config.batch.size):
+        for count in (1, config.batch_size):
             blank = np.zeros((count, crop, crop, 3), np.uint8).transpose(0, 3, 1, 2)
             classifier.classify(blank, embeddings=count == 1)
         return cls(classifier)
@@ -93,32 +93,20 @@ class Scored:
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
 
 
-Run = Callable[[list[Item]], Awaitable[list[Scored]]]
-Batched = Callable[[Run], Callable[[Item], Awaitable[Scored]]]
-
-
 class Service:
     """Answers requests with one model at a time.
 
-    batched:  makes of a function of many items one of a single item, which puts them together
     decoders: threads that decode
     """
 
     def __init__(
-        self,
-        config: ServeConfig,
-        model: Model,
-        batched: Batched,
-        telemetry: Telemetry,
-        *,
-        decoders: int,
+        self, config: ServeConfig, model: Model, telemetry: Telemetry, *, decoders: int
     ) -> None:
         self.config = config
         self.model = model
         self.telemetry = telemetry
         self._decoders = ThreadPoolExecutor(decoders, "decode")
-        self._runner = ThreadPoolExecutor(1, "classify")
-        self._classify = batched(self._run)
+        self._batches: Batches[Item, Scored] = Batches(self._forward, config.batch_size)
         self._waiting = 0
         self._image_seconds = 0.05
         self._swapping = asyncio.Lock()
@@ -164,16 +152,22 @@ class Service:
             model = await loop.run_in_executor(None, Model.load, config)
             changed = model.sha256 != self.model.sha256
             self.config, self.model = config, model
+            self._batches.size = config.batch_size
             return changed
 
     async def _row(self, model: Model, upload: Upload, wanted: Wanted) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-        decode = functools.partial(self._decode, model, upload)
+        scores: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+
+        def decode() -> tuple[int, int]:
+            pixels, shown = self._decode(model, upload)
+            self._batches.put(Item(model, pixels, wanted.embeddings), scores)
+            return shown
+
         try:
-            pixels, (width, height) = await loop.run_in_executor(self._decoders, decode)
+            width, height = await asyncio.wrap_future(self._decoders.submit(decode))
         except ImageError as error:
             return _row(None, status=error.status, error=str(error))
-        scored = await self._classify(Item(model, pixels, wanted.embeddings))
+        scored = await scores
         prediction = model.classifier.ranked(
             scored.scores[None], top_k=wanted.top_k, threshold=wanted.threshold
         )[0]
@@ -193,11 +187,7 @@ class Service:
                 upload.read(), model.classifier.preprocess, max_pixels=limits.pixels
             )
 
-    async def _run(self, items: list[Item]) -> list[Scored]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._runner, self._forward, items)
-
-    def _forward(self, items: list[Item]) -> list[Scored]:
+    def _forward(self, items: Sequence[Item]) -> list[Scored]:
         """Batches of one model each: while it changes, both are asked for."""
         results: dict[int, Scored] = {}
         groups: dict[tuple[str, bool], list[int]] = {}

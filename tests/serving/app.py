@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,9 @@ from imgcls.serving.api import Door, build_app
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.keys import Keyring
 from imgcls.serving.limits import Pocket, Purse
-from imgcls.serving.service import Item, Model, Run, Scored, Service
+from imgcls.serving.service import Model, Service
 from imgcls.serving.telemetry import Telemetry, Totals
 from tests.processes import free_port, wait_for
-
-
-def one_by_one(run: Run) -> Callable[[Item], Awaitable[Scored]]:
-    """Each image is a batch."""
-
-    async def classify(item: Item) -> Scored:
-        return (await run([item]))[0]
-
-    return classify
 
 
 @dataclass
@@ -68,7 +59,7 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:
-        service = Service(config, Model.load(config), one_by_one, Telemetry(), decoders=1)
+        service = Service(config, Model.load(config), Telemetry(), decoders=1)
         door = Door(ring, Pocket(take), None)  # type: ignore[arg-type]
         mine = Running(f"http://127.0.0.1:{port}", port, service, door)
         door.shared = mine
