@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -120,6 +121,15 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def service_port() -> int:
+    """A free port that no connection is given: else Ray's processes may take it meanwhile."""
+    while True:
+        port = random.randint(15_000, 29_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def family(pid: int) -> list[psutil.Process]:

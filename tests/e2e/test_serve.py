@@ -1,0 +1,572 @@
+"""`imgcls serve` as it is meant to be run: Ray Serve, HTTP, a browser, real signals."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import requests
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from imgcls.client import Client, ServiceError
+from imgcls.config import build
+from imgcls.models.bundle import read_description
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.keys import NewKeyConfig, new_key
+from tests.browser import opened
+from tests.conftest import draw, write_manifest
+from tests.e2e.test_jobs import takes_jobs
+from tests.processes import (
+    REPOSITORY,
+    RayCluster,
+    family,
+    imgcls,
+    service_port,
+    started,
+    title,
+    wait_for,
+)
+from tests.serving.test_api import jpeg
+
+pytestmark = pytest.mark.timeout(600)
+
+COLUMNS = [
+    *("predicted_label", "confidence", "accepted", "topk_labels", "topk_scores"),
+    *("width", "height", "status", "error"),
+]
+
+
+@dataclass
+class Served:
+    """A service in processes of its own, and the keys to it."""
+
+    url: str
+    process: subprocess.Popen[str]
+    bundle: Path
+    keys: Path
+    predict: str
+    admin: str
+    told: Path
+
+    def replicas(self) -> list[psutil.Process]:
+        return [p for p in family(self.process.pid) if "ServeReplica:imgcls:endpoint" in title(p)]
+
+    def client(self, key: str | None = None) -> Client:
+        return Client(self.url, key or self.predict)
+
+
+@contextlib.contextmanager
+def served(tmp_path: Path, bundle: Path, *options: object, replicas: int = 1) -> Iterator[Served]:
+    """`imgcls serve` on a copy of a bundle; its replicas share two logical CPUs."""
+    copy = tmp_path / "served"
+    shutil.copytree(bundle, copy)
+    keys = tmp_path / "keys.yaml"
+    predict, admin = (
+        new_key(build(NewKeyConfig, {"file": str(keys), "name": name, "scopes": [name]}))
+        for name in ("predict", "admin")
+    )
+    port = service_port()
+    command = [
+        *("serve", "--config", REPOSITORY / "jobs" / "serve.yaml", "--model", copy),
+        *("--keys", keys, "--http.port", port, "--replicas.least", replicas),
+        *("--replicas.cpus", 1, "--keys.refresh-seconds", 0.3, "--replicas.drain-seconds", 1),
+        *options,
+    ]
+    told = tmp_path / "told.txt"
+    with started(*command) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+
+        def listen() -> None:
+            for line in process.stdout or ():
+                lines.append(line)
+                told.write_text("".join(lines))
+
+        threading.Thread(target=listen, daemon=True).start()
+        wait_for(
+            lambda: any(line.startswith("ready") for line in lines) or process.poll() is not None,
+            180,
+        )
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        yield Served(f"http://127.0.0.1:{port}", process, copy, keys, predict, admin, told)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, colour_bundle: Path) -> Iterator[Served]:
+    with served(tmp_path_factory.mktemp("serve"), colour_bundle, replicas=2) as running:
+        yield running
+
+
+def rows_of_a_job(tmp_path: Path, bundle: Path, manifest: Path) -> list[dict[str, Any]]:
+    """What a labelling run writes of a manifest."""
+    output = tmp_path / "labels"
+    done = imgcls(
+        *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
+        *("--max-error-rate", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(output / "predictions")
+    rows: list[dict[str, Any]] = table.sort_by("row").select(["path", *COLUMNS]).to_pylist()
+    return rows
+
+
+def assert_same_as_the_job(client: Client, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Row by row, each image sent alone: the same words, and the same bits."""
+    for row in rows:
+        data = (folder / row.pop("path")).read_bytes()
+        if row["status"] == "ok":
+            (found,) = client.predict(data)
+            assert {name: found[name] for name in COLUMNS} == row
+        else:
+            with pytest.raises(ServiceError) as caught:
+                client.predict(data)
+            assert caught.value.kind == row["status"]
+            assert row["error"] in str(caught.value)
+
+
+def test_the_endpoint_and_the_nightly_table_agree_bit_for_bit(
+    service: Served, tmp_path: Path
+) -> None:
+    rows = []
+    for i in range(20):
+        draw(("red", "green", "blue")[i % 3], (80 + i, 60), i).save(tmp_path / f"{i}.jpg")
+        rows.append((f"{i}.jpg",))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:700])
+    (tmp_path / "text.jpg").write_text("no image")
+    manifest = write_manifest(tmp_path / "m.csv", [*rows, ("cut.jpg",), ("text.jpg",)], ("path",))
+    written = rows_of_a_job(tmp_path, service.bundle, manifest)
+    with service.client() as client:
+        assert_same_as_the_job(client, tmp_path, written)
+
+
+@pytest.mark.slow
+def test_real_photographs_get_the_labels_of_the_job(shared: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "squeezenet"
+    done = imgcls(
+        *("model", "import", "--arch", "squeezenet1_0", "--output", bundle),
+        *("--weights", shared / "weights" / "squeezenet1_0-imagenet.pth"),
+        *("--classes", shared / "weights" / "imagenet-classes.txt"),
+    )
+    assert done.returncode == 0, done.stderr
+    folder = shared / "data" / "imagenet-sample"
+    rows = rows_of_a_job(tmp_path, bundle, folder / "manifest.csv")
+    assert len(rows) == 334
+    with served(tmp_path, bundle) as running, running.client() as client:
+        assert_same_as_the_job(client, folder, rows)
+
+
+def test_many_at_once_are_answered_and_counted(service: Served) -> None:
+    answers: list[str] = []
+
+    def ask(seed: int) -> None:
+        with service.client() as client:
+            for i in range(10):
+                (row,) = client.predict(jpeg("green", seed * 10 + i))
+                answers.append(row["status"])
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == ["ok"] * 80
+    headers = {"Authorization": f"Bearer {service.admin}"}
+
+    def counted() -> dict[str, float]:
+        text = requests.get(f"{service.url}/metrics", headers=headers, timeout=30).text
+        lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
+
+    wait_for(lambda: counted().get('imgcls_images_total{status="ok"}', 0) >= 80, 30)
+    found = counted()
+    assert found["imgcls_replicas"] == 2
+    assert found["imgcls_batch_images_sum"] >= 80
+
+
+def test_keys_are_made_and_taken_back_without_a_restart(service: Served) -> None:
+    secret = new_key(build(NewKeyConfig, {"file": str(service.keys), "name": "visitor"}))
+
+    def enters(key: str) -> bool:
+        answers = {
+            requests.get(
+                f"{service.url}/v1/model", headers={"X-API-Key": key}, timeout=30
+            ).status_code
+            for _ in range(6)
+        }
+        return answers == {200}
+
+    wait_for(lambda: enters(secret), 20)
+    text = service.keys.read_text()
+    service.keys.write_text(text[: text.index("- name: visitor")])
+    wait_for(lambda: not enters(secret), 20)
+    assert enters(service.predict)
+    service.keys.write_text("- name: [")  # an edit that went wrong locks nobody out
+    time.sleep(1)
+    assert enters(service.predict)
+    service.keys.write_text(text)
+
+
+def test_the_page_labels_what_is_dropped_on_it(service: Served, tmp_path: Path) -> None:
+    for name in ("red", "green"):
+        draw(name, (320, 240)).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "red.jpg").read_bytes()[:900])
+    with opened(service.url) as page:
+        cards = page.page.locator("#results > li")
+
+        def settled(count: int) -> None:
+            cards.nth(count - 1).wait_for()
+            page.page.wait_for_function(
+                "() => ![...document.querySelectorAll('.label')].some(e => e.textContent === '…')"
+            )
+
+        drop(page.page, [tmp_path / "red.jpg", tmp_path / "green.jpg"])
+        settled(2)
+        assert cards.nth(0).locator(".badge").inner_text() == "key missing"
+        assert "send an API key" in page.page.locator("#message").inner_text()
+        page.screenshot("serve-no-key")
+
+        page.page.fill("#key", service.predict + "x")
+        page.page.locator("#files").set_input_files(str(tmp_path / "red.jpg"))
+        settled(3)
+        assert cards.nth(0).locator(".badge").inner_text() == "key unknown"
+
+        page.page.click("#clear")
+        page.page.fill("#key", service.predict)
+        page.page.locator("#key").blur()
+        page.page.wait_for_function(
+            "() => document.querySelector('#about').textContent.includes('3 classes')"
+        )
+        drop(page.page, [tmp_path / "red.jpg", tmp_path / "green.jpg"])
+        settled(2)
+        for place in (0, 1):
+            card = cards.nth(place)
+            assert card.locator(".label").inner_text() in ("red", "green", "blue")
+            assert card.locator(".badge").inner_text() == "accepted"
+            assert card.locator("progress").count() == 3
+            assert card.locator(".took").inner_text().endswith(" ms")
+            assert "accepted" in str(card.locator("img").get_attribute("alt"))
+        page.page.fill("#threshold", "1")
+        page.page.locator("#files").set_input_files(
+            [str(tmp_path / "broken.jpg"), str(tmp_path / "green.jpg")]
+        )
+        settled(4)
+        badges = [cards.nth(place).locator(".badge").inner_text() for place in (0, 1)]
+        assert sorted(badges) == ["abstained", "truncated"]
+        assert "3 images labelled, 1 not" in page.page.locator("#message").inner_text()
+        page.screenshot("serve")
+        assert page.page.evaluate("() => localStorage.length") == 0
+        assert page.page.evaluate("() => document.cookie") == ""
+        assert {url.split("?")[0] for url in page.requests if not url.startswith("blob:")} <= {
+            f"{service.url}/", f"{service.url}/v1/model", f"{service.url}/v1/predict", "data:,",
+        }  # fmt: skip
+        wrong = [text for text in page.errors if "401" not in text and "422" not in text]
+        assert wrong == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "dark")])
+def test_the_page_fits_a_phone_and_a_dark_room(
+    service: Served, tmp_path: Path, width: int, scheme: str
+) -> None:
+    draw("blue", (640, 480)).save(tmp_path / "blue.jpg")
+    with opened(service.url, width=width, height=844, scheme=scheme) as page:
+        page.page.fill("#key", service.predict)
+        page.page.locator("#files").set_input_files(str(tmp_path / "blue.jpg"))
+        page.page.locator("#results .badge").wait_for()
+        page.screenshot(f"serve-{width}-{scheme}")
+        assert page.page.evaluate("() => document.documentElement.scrollWidth") <= width
+        # everything can be reached with the keyboard alone
+        page.page.focus("#key")
+        reached = []
+        for _ in range(5):
+            page.page.keyboard.press("Tab")
+            reached.append(page.page.evaluate("() => document.activeElement.id"))
+        assert reached == ["top_k", "threshold", "files", "camera", "clear"]
+
+
+def drop(page: Any, files: list[Path]) -> None:
+    """Drop files on a page, as a person does with a mouse."""
+    contents = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
+    transfer = page.evaluate_handle(
+        """(files) => {
+            const transfer = new DataTransfer();
+            for (const [name, data] of files) {
+                const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+                transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+            }
+            return transfer;
+        }""",
+        contents,
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+
+
+class Asking:
+    """Somebody who asks again and again, and notes what went wrong."""
+
+    def __init__(self, service: Served) -> None:
+        self._service = service
+        self._stop = threading.Event()
+        self.models: list[str] = []
+        self.failed: list[str] = []
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Asking:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        headers = {"X-API-Key": self._service.predict, "Content-Type": "image/jpeg"}
+        data = jpeg()
+        while not self._stop.is_set():
+            try:
+                response = requests.post(
+                    f"{self._service.url}/v1/predict", data, headers=headers, timeout=60
+                )
+                if response.ok:
+                    self.models.append(response.json()["model"])
+                else:
+                    self.failed.append(f"{response.status_code} {response.text}")
+            except requests.RequestException as error:
+                self.failed.append(str(error))
+
+
+def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
+    before = read_description(str(service.bundle)).sha256
+    old = service.bundle.with_name("old")
+    shutil.copytree(service.bundle, old)
+    processes = {process.pid for process in service.replicas()}
+    with Asking(service) as asking:
+        wait_for(lambda: len(asking.models) > 5, 60)
+        recalibrate(service.bundle)
+        after = read_description(str(service.bundle)).sha256
+        service.client(service.admin).reload()
+        wait_for(lambda: set(asking.models[-20:]) == {after}, 60)
+        (service.bundle / "model.safetensors").write_bytes(b"damaged")
+        service.client(service.admin).reload()
+        time.sleep(3)
+        assert set(asking.models[-20:]) == {after}  # what cannot be loaded changes nothing
+    assert asking.failed == []
+    assert set(asking.models) == {before, after}
+    assert {process.pid for process in service.replicas()} == processes
+    shutil.rmtree(service.bundle)
+    shutil.copytree(old, service.bundle)
+    service.client(service.admin).reload()
+
+
+def recalibrate(bundle: Path) -> None:
+    """Give a bundle another temperature, and with it another hash."""
+    from imgcls.models.bundle import load_bundle, load_weights, save_bundle
+
+    loaded = load_bundle(str(bundle))
+    spec = loaded.spec.model_copy(update={"temperature": loaded.spec.temperature * 2})
+    save_bundle(str(bundle), spec, load_weights(loaded))
+
+
+def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(service: Served) -> None:
+    wait_for(lambda: len(service.replicas()) == 2, 60)
+    victim = service.replicas()[0]
+    with Asking(service) as asking:
+        wait_for(lambda: len(asking.models) > 5, 60)
+        victim.send_signal(signal.SIGKILL)
+        wait_for(lambda: len(service.replicas()) == 2 and victim not in service.replicas(), 90)
+        before = len(asking.models)
+        wait_for(lambda: len(asking.models) > before + 20, 60)
+    # one request was under way at most
+    assert len(asking.failed) <= 1, asking.failed
+
+
+def test_no_key_is_in_any_log(service: Served) -> None:
+    with service.client() as client:
+        client.predict(jpeg())
+    requests.get(
+        f"{service.url}/v1/model?key={service.predict[:10]}",
+        headers={"X-API-Key": "imgcls_wrong_" + "w" * 20},
+        timeout=30,
+    )
+    session = Path("/tmp/ray/session_latest").resolve()
+    for process in service.replicas():
+        with contextlib.suppress(psutil.Error):
+            for file in process.open_files():
+                if "/session_" in file.path:
+                    session = Path(file.path[: file.path.index("/logs/")])
+    texts = {file: file.read_bytes() for file in (session / "logs").rglob("*") if file.is_file()}
+    assert any(b"POST " in text for text in texts.values())
+    for secret in (service.predict, service.admin, "imgcls_wrong_" + "w" * 20):
+        assert [file for file, text in texts.items() if secret.encode() in text] == []
+        assert secret not in service.told.read_text()
+
+
+def test_who_is_told_to_stop_answers_what_is_under_way(colour_bundle: Path, tmp_path: Path) -> None:
+    with served(tmp_path, colour_bundle, "--replicas.drain-seconds", 3) as running:
+        body = jpeg()
+        head = (
+            f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {running.predict}\r\n"
+            f"Content-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        port = int(running.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 60) as slow:
+            slow.sendall(head.encode() + body[:100])
+            time.sleep(1)
+            running.process.send_signal(signal.SIGTERM)
+            wait_for(
+                lambda: requests.get(f"{running.url}/readyz", timeout=10).status_code == 503, 20
+            )
+            assert requests.get(f"{running.url}/healthz", timeout=10).status_code == 200
+            time.sleep(3)
+            slow.sendall(body[100:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert running.process.wait(60) == 0
+        assert "every request was answered" in running.told.read_text()
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    def refused(*options: object) -> str:
+        done = imgcls("serve", "--model", colour_bundle, *options)
+        assert done.returncode == 2, done.stdout + done.stderr
+        return done.stderr
+
+    assert "no such file" in refused("--model", tmp_path / "none")
+    assert "anyone who reaches it could use it" in refused("--http.host", "0.0.0.0")
+    assert "`imgcls key new --file" in refused("--keys", tmp_path / "keys.yaml")
+    assert "give a PEM file" in refused(
+        "--http.certificate", tmp_path / "c.pem", "--http.private-key", tmp_path / "k.pem"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"http.port {port}: Address already in use" in refused("--http.port", port)
+    assert "replicas.least 9: each takes" in refused(
+        "--replicas.least", 9, "--replicas.cpus", 4, "--http.port", service_port()
+    )
+
+
+@pytest.mark.slow
+def test_tls_is_an_option(colour_bundle: Path, tmp_path: Path) -> None:
+    files = tmp_path / "c.pem", tmp_path / "k.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-out", str(files[0]), "-keyout", str(files[1])],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    options = ("--http.certificate", files[0], "--http.private-key", files[1])
+    with served(tmp_path, colour_bundle, *options) as running:
+        response = requests.get(
+            f"{running.url.replace('http:', 'https:')}/healthz", verify=str(files[0]), timeout=30
+        )
+        assert response.text == "ok"
+        assert response.headers["Strict-Transport-Security"]
+
+
+@pytest.mark.slow
+def test_the_other_door_answers_as_the_first_one_does(colour_bundle: Path, tmp_path: Path) -> None:
+    with served(tmp_path, colour_bundle, "--http.door", "haproxy") as running:
+        with running.client() as client:
+            (row,) = client.predict(jpeg())
+            assert row["status"] == "ok"
+            with pytest.raises(ServiceError, match="begin with"):
+                client.predict(b"no image")
+        response = requests.get(f"{running.url}/v1/model", timeout=30)
+        assert response.status_code == 401
+
+
+# ---------------------------------------------------------------------- on a cluster
+
+
+def deployed_file(tmp_path: Path, **changes: object) -> Path:
+    """serve.yaml as it is shipped, but for what it says to change."""
+    body = yaml.safe_load((REPOSITORY / "serve.yaml").read_text())
+    body["http_options"]["port"] = changes.pop("port")
+    body["applications"][0]["args"].update(changes)
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(body))
+    return file
+
+
+def test_the_shipped_serve_file_is_one_that_ray_takes() -> None:
+    body = yaml.safe_load((REPOSITORY / "serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(body)
+    (application,) = schema.applications
+    build(ServeConfig, application.args)
+    assert schema.http_options.host == "127.0.0.1"
+
+
+@pytest.mark.cluster
+def test_a_deployed_file_serves_and_a_changed_one_is_taken_up(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(colour_bundle, other)
+    recalibrate(other)
+    port = service_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def model() -> str | None:
+        with contextlib.suppress(requests.RequestException, ValueError, KeyError):
+            return str(requests.get(f"{url}/v1/model", timeout=5).json()["sha256"])
+        return None
+
+    def deploy(cluster: RayCluster, bundle: Path) -> None:
+        file = deployed_file(tmp_path, port=port, model=str(bundle), replicas={"least": 1})
+        env = {"RAY_DASHBOARD_ADDRESS": str(cluster.dashboard), "PYTHONPATH": str(REPOSITORY)}
+        with started("deploy", file, command="serve", env=env) as process:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, out + err
+
+    with takes_jobs() as cluster:
+        deploy(cluster, colour_bundle)
+        wait_for(lambda: model() == read_description(str(colour_bundle)).sha256, 180)
+        deploy(cluster, other)
+        wait_for(lambda: model() == read_description(str(other)).sha256, 120)
+
+
+@pytest.mark.cluster
+def test_what_is_left_serving_is_changed_by_the_same_command(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(colour_bundle, other)
+    recalibrate(other)
+    port = service_port()
+
+    def serve(bundle: Path) -> str:
+        done = imgcls(
+            *("serve", "--model", bundle, "--http.port", port, "--replicas.least", 1, "--detach"),
+            env=cluster.environment(),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "ready" in done.stdout
+        said: dict[str, Any] = requests.get(f"http://127.0.0.1:{port}/v1/model", timeout=30).json()
+        return str(said["sha256"])
+
+    with RayCluster.start(cpus=2) as cluster:
+        assert serve(colour_bundle) == read_description(str(colour_bundle)).sha256
+        assert serve(other) == read_description(str(other)).sha256
+        damaged = tmp_path / "damaged"
+        shutil.copytree(other, damaged)
+        (damaged / "model.safetensors").write_bytes(b"")
+        done = imgcls("serve", "--model", damaged, "--detach", env=cluster.environment())
+        assert done.returncode == 2
+        said = requests.get(f"http://127.0.0.1:{port}/v1/model", timeout=30).json()
+        assert said["sha256"] == read_description(str(other)).sha256
