@@ -141,7 +141,10 @@ def durable(names: list[str]) -> int:
 
 @pytest.mark.parametrize(
     ("place", "targets"),
-    [("disk", ("driver", "cluster")), ("s3", ("worker", "driver"))],
+    [
+        pytest.param("disk", ("driver", "cluster"), marks=pytest.mark.slow),
+        ("s3", ("worker", "driver")),
+    ],
     indirect=["place"],
 )
 def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
@@ -188,7 +191,9 @@ def test_twenty_kills_at_random_moments(
 
 
 @pytest.mark.parametrize(
-    ("number", "place"), [(signal.SIGTERM, "disk"), (signal.SIGINT, "s3")], indirect=["place"]
+    ("number", "place"),
+    [pytest.param(signal.SIGTERM, "disk", marks=pytest.mark.slow), (signal.SIGINT, "s3")],
+    indirect=["place"],
 )
 def test_a_stopped_run_ends_cleanly_and_resumes(
     number: signal.Signals,

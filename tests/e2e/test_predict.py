@@ -33,6 +33,9 @@ def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[st
     return run
 
 
+@pytest.mark.parametrize(
+    "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
 def test_every_row_is_labelled_and_the_columns_come_through(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],
@@ -153,7 +156,7 @@ def test_unlabelled_folders_get_counts_and_a_confidence_histogram(
 @pytest.mark.parametrize(
     ("layout", "host_share", "place"),
     [
-        ("gpu", 1, "disk"),
+        pytest.param("gpu", 1, "disk", marks=pytest.mark.slow),
         ("gpu_decode", 0.5, "s3"),
         pytest.param("gpu", 1, "s3", marks=pytest.mark.slow),
         pytest.param("gpu_decode", 0, "disk", marks=pytest.mark.slow),
@@ -185,6 +188,9 @@ def test_the_gpu_layouts_write_the_same_table(
     assert table(place / layout).equals(table(place / "cpu"))
 
 
+@pytest.mark.parametrize(
+    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
+)
 def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],

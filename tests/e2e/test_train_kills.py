@@ -231,6 +231,7 @@ def test_a_killed_driver_loses_no_epoch(
     assert_as_left_alone(output, reference, digits)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
     digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:
@@ -256,6 +257,7 @@ def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
     assert_as_left_alone(output, reference, digits)
 
 
+@pytest.mark.slow
 def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
     digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
 ) -> None:

@@ -298,6 +298,7 @@ def test_a_probe_learns_other_classes_with_the_head_alone(
     assert abs(correct - result.best.val_accuracy * VAL_ROWS) <= 2
 
 
+@pytest.mark.slow
 def test_weights_are_finetuned_from_where_they_are(
     trained: TrainResult, digits: Path, tmp_path: Path
 ) -> None:
@@ -342,6 +343,7 @@ def test_from_weights_the_head_is_fitted_first_and_then_all_is_finetuned(
     assert made["strategy"] == "probe_then_finetune"
 
 
+@pytest.mark.slow
 def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
     two_cpus: None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,6 +364,7 @@ def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
     assert list(output.glob("_train/*")) == []
 
 
+@pytest.mark.slow
 def test_epochs_without_an_improvement_end_the_training(
     two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
@@ -377,6 +380,7 @@ def test_epochs_without_an_improvement_end_the_training(
     assert Classifier.load(result.bundle).classes == ["blue", "green", "red"]
 
 
+@pytest.mark.slow
 def test_a_class_without_a_validation_image_is_told(
     two_cpus: None,
     tmp_path: Path,
@@ -420,6 +424,7 @@ def test_images_decoded_anew_in_every_epoch_teach_the_same_as_cached_ones(
         assert streamed.val_loss == pytest.approx(cached.val_loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
     two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
