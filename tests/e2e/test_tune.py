@@ -74,7 +74,7 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
     ):
         while command.poll() is None:
             workers.append(len(cluster.workers("ray::RayTrainWorker")))
-            at_a_time.append(len(cluster.workers("ray::Trial")))
+            at_a_time.append(len(cluster.workers("ray::ResourceTrainable")))
             time.sleep(0.3)
         out, err = command.communicate()
         assert command.returncode == 0, err

@@ -1,0 +1,262 @@
+"""The endpoint under load, beside the classifier alone and beside an endpoint as people write it.
+
+    python -m benchmarks.serving [--clients 64] [--seconds 60] [--model resnet18] [--repeats 3]
+
+Clients in a process of their own send photographs, each the next one when it has its answer. In
+turn: `Classifier.predict` in one process over batches of 16, `imgcls serve` with either door, and a
+plain FastAPI application with torch, one forward pass per request in FastAPI's thread pool. Prints
+images per second, what share of the classifier alone that is, latencies, statuses, batch sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import multiprocessing as mp
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workloads import SAMPLE, make_bundle, photographs
+
+CLIENTS, SECONDS = 64, 60
+WARM_SECONDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--clients", type=int, default=CLIENTS)
+    parser.add_argument("--seconds", type=int, default=SECONDS)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.plain:
+        plain(options.plain, options.port)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        bundle = make_bundle(Path(name), options.model)
+        files = [str(file) for file in photographs(SAMPLE)]
+        rates: dict[str, list[float]] = {}
+        for _ in range(options.repeats):
+            alone = alone_of(str(bundle), files, options.seconds)
+            note(rates, "Classifier alone, batches of 16, one process", alone)
+            for door in ("python", "haproxy"):
+                with imgcls(bundle, door) as port:
+                    told = load(port, files, options)
+                    note(rates, f"imgcls serve, door {door}", told["rate"])
+                    tell(told, batches(port))
+            with plainly(options.model) as port:
+                told = load(port, files, options)
+                note(rates, "FastAPI + torch, as people write it", told["rate"])
+                tell(told, None)
+        first = statistics.median(rates["Classifier alone, batches of 16, one process"])
+        print(f"\nmedians of {options.repeats}, {options.clients} clients, {options.model}")
+        for what, values in rates.items():
+            median = statistics.median(values)
+            print(f"  {what:<46} {median:7.1f} images/s  {median / first:5.0%}")
+
+
+def note(rates: dict[str, list[float]], what: str, rate: float) -> None:
+    rates.setdefault(what, []).append(rate)
+    print(f"{what:<46} {rate:7.1f} images/s", flush=True)
+
+
+def tell(told: dict[str, Any], batch: str | None) -> None:
+    print(
+        f"    p50 {told['p50']:.0f} ms  p99 {told['p99']:.0f} ms  statuses {told['statuses']}"
+        + (f"  images per forward pass {batch}" if batch else ""),
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def alone_of(bundle: str, files: list[str], seconds: float) -> float:
+    """The classifier, fed with bytes, in one process that may use all cores."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_alone, (bundle, files, seconds))
+
+
+def _alone(bundle: str, files: list[str], seconds: float) -> float:
+    from imgcls.models.classifier import Classifier
+
+    classifier = Classifier.load(bundle)
+    blobs = [Path(file).read_bytes() for file in files]
+    classifier.predict(blobs[:16])
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = done % (len(blobs) - 16)
+        done += len(classifier.predict(blobs[start : start + 16]))
+    return done / (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def imgcls(bundle: Path, door: str) -> Iterator[int]:
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "imgcls.cli", "serve", "--model", str(bundle)),
+        *("--http.port", str(port), "--http.door", door, "--replicas.drain-seconds", "0"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            until_ready(f"http://127.0.0.1:{port}/readyz")
+            yield port
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(120)
+
+
+@contextlib.contextmanager
+def plainly(model: str) -> Iterator[int]:
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "benchmarks.serving"),
+        *("--plain", model, "--port", str(port)),
+    ]
+    with subprocess.Popen(command) as process:
+        try:
+            until_ready(f"http://127.0.0.1:{port}/readyz")
+            yield port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def plain(model: str, port: int) -> None:
+    """What tutorials show: one request, one Pillow image, one forward pass."""
+    import io
+
+    import torch
+    import torchvision
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from PIL import Image
+    from torchvision import transforms
+
+    network = torchvision.models.get_model(model, weights=None, num_classes=1000).eval()
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    app = FastAPI()
+
+    def label(data: bytes) -> dict[str, Any]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        with torch.inference_mode():
+            scores = network(prepare(image)[None]).softmax(1)[0]
+        values, places = scores.topk(5)
+        return {"labels": places.tolist(), "scores": values.tolist()}
+
+    @app.post("/v1/predict")
+    async def predict(request: Request) -> dict[str, Any]:
+        return await asyncio.to_thread(label, await request.body())
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return Response("ok")
+
+    predict.__annotations__["request"] = Request
+    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+
+
+# ---------------------------------------------------------------------- the clients
+
+
+def load(port: int, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What clients in another process see of `options.seconds`, after some to warm up."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_load, (port, files, options.clients, options.seconds))
+
+
+def _load(port: int, files: list[str], clients: int, seconds: float) -> dict[str, Any]:
+    blobs = [Path(file).read_bytes() for file in files]
+    latencies: list[float] = []
+    statuses: Counter[int] = Counter()
+    begun = time.perf_counter() + WARM_SECONDS
+    end = begun + seconds
+
+    async def client(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        place = number
+        while time.perf_counter() < end:
+            data = blobs[place % len(blobs)]
+            place += clients
+            sent = time.perf_counter()
+            writer.write(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(data)
+            )
+            writer.write(data)
+            await writer.drain()
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+            await reader.readexactly(int(length[1]) if length else 0)
+            got = time.perf_counter()
+            if sent >= begun and got < end:
+                latencies.append(got - sent)
+                statuses[int(head[9:12])] += 1
+        writer.close()
+
+    async def run() -> None:
+        await asyncio.gather(*(client(number) for number in range(clients)))
+
+    asyncio.run(run())
+    latencies.sort()
+    return {
+        "rate": statuses[200] / seconds,
+        "p50": 1000 * latencies[len(latencies) // 2],
+        "p99": 1000 * latencies[int(len(latencies) * 0.99)],
+        "statuses": dict(statuses),
+    }
+
+
+def batches(port: int) -> str:
+    """Forward passes by their size, as the service counts them itself."""
+    time.sleep(2)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        text = response.read().decode()
+    found = re.findall(r'imgcls_batch_images_bucket\{le="([\d.]+)"\} ([\d.e+]+)', text)
+    sizes, before = {}, 0.0
+    for size, count in found:
+        if float(count) > before:
+            sizes[f"<={float(size):g}"] = int(float(count) - before)
+        before = float(count)
+    return json.dumps(sizes)
+
+
+def until_ready(url: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"{url} does not answer")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
