@@ -30,12 +30,12 @@ from imgcls.errors import ConfigError
 S = TypeVar("S", bound="Section")
 
 
-def _names(value: Any) -> Any:
+def names(value: Any) -> Any:
     """`camera,site` as on a command line, or a list."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Names = Annotated[list[str], BeforeValidator(_names)]
+Names = Annotated[list[str], BeforeValidator(names)]
 """Names such as those of columns."""
 
 UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -17,14 +17,15 @@ from collections import Counter
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, StringConstraints, ValidationError
+from pydantic import BeforeValidator, Field, PositiveFloat, StringConstraints, ValidationError
 
-from imgcls.config import Section
+from imgcls.config import Section, names
 from imgcls.data import storage
 from imgcls.data.stores import StorageConfig, use
 from imgcls.errors import RequestError, StorageMissing
 
 Scope = Literal["predict", "admin"]
+Scopes = Annotated[list[Scope], BeforeValidator(names)]
 
 _PREFIX = "imgcls_"
 """By which programs that look for leaked secrets know one."""
@@ -37,7 +38,7 @@ class Key(Section):
     """Whose it is; stands in metrics and logs."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Hex digest of the key."""
-    scopes: list[Scope] = ["predict"]
+    scopes: Scopes = ["predict"]
     """predict: label images, describe the model. admin: metrics, load the model again."""
     images_per_minute: PositiveFloat | None = None
     """How many images it may send; as many as it likes if not given."""
@@ -134,7 +135,7 @@ class NewKeyConfig(Section):
     """The YAML file to add it to (path or URL); made when it is not there."""
     name: str
     """Whose it is."""
-    scopes: list[Scope] = ["predict"]
+    scopes: Scopes = ["predict"]
     """predict, admin, or both."""
     images_per_minute: PositiveFloat | None = None
     """How many images it may send."""

@@ -21,7 +21,7 @@ def made(file: Path, name: str = "nightly", **settings: object) -> str:
 def test_a_new_key_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "keys.yaml"
     one = made(file)
-    other = made(file, "ops", scopes=["predict", "admin"], images_per_minute=60, days=1)
+    other = made(file, "ops", scopes="predict,admin", images_per_minute=60, days=1)
     text = file.read_text()
     assert one not in text
     assert other not in text
