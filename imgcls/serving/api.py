@@ -21,7 +21,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from imgcls import __version__
-from imgcls.errors import ImageError
 from imgcls.output import OK
 from imgcls.serving import page
 from imgcls.serving.config import ServeConfig
@@ -161,25 +160,31 @@ def _check_local(request: Request) -> None:
         )
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
-    for status, text in {
+def _problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """For the description of a route: which problems it answers with, by HTTP status."""
+    return {
+        status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
+        for status, text in texts.items()
+    }
+
+
+_ERRORS = _problems(
+    {
         400: "The request is malformed.",
         401: "No API key, or one that is not known.",
         403: "The API key has not the scope that this needs.",
-    }.items()
-}
-_PREDICT_ERRORS: dict[int | str, dict[str, Any]] = _ERRORS | {
-    status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
-    for status, text in {
+    }
+)
+_PREDICT_ERRORS = _ERRORS | _problems(
+    {
         408: "The body did not arrive in time.",
         413: "Too many bytes, pixels or images.",
         415: "Not an image, or a body of another kind.",
         422: "The one image is truncated, empty or damaged.",
         429: "The API key has sent too many images; see Retry-After.",
         503: "Too much is waiting; see Retry-After.",
-    }.items()
-}
+    }
+)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
@@ -254,7 +259,7 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
                 await door.pay(key, len(uploads) - 1)
             rows = await service.predict(uploads, wanted)
         if len(rows) == 1 and rows[0]["status"] != OK:
-            raise _problem_of(rows[0])
+            raise of_image(rows[0]["status"], rows[0]["error"])
         return JSONResponse({"model": model, "predictions": rows})
 
     @app.get(
@@ -289,7 +294,7 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
     @app.get(
         "/readyz",
         response_class=PlainTextResponse,
-        responses={503: _ERRORS[400] | {"description": "It is about to end."}},
+        responses=_problems({503: "It is about to end."}),
         summary="Whether it takes requests",
     )
     async def readyz() -> str:
@@ -312,12 +317,6 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
             expose_headers=["Retry-After"],
         )
     return guarded
-
-
-def _problem_of(row: dict[str, Any]) -> Problem:
-    error = ImageError(row["error"])
-    error.status = row["status"]
-    return of_image(error)
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -11,8 +11,6 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from imgcls.errors import ImageError
-
 MEDIA_TYPE = "application/problem+json"
 _TYPES = "urn:imgcls:problem:"
 
@@ -54,9 +52,9 @@ class Problem(Exception):
         return JSONResponse(body, self.status, headers, MEDIA_TYPE)
 
 
-def of_image(error: ImageError) -> Problem:
-    """The problem of a request whose one image cannot be used."""
-    return Problem(_OF_IMAGES.get(error.status, 422), error.status, str(error))
+def of_image(status: str, error: str) -> Problem:
+    """The problem of a request whose one image cannot be used, in the words of its row."""
+    return Problem(_OF_IMAGES.get(status, 422), status, error)
 
 
 def of_status(status: int, detail: str | None = None) -> Problem:

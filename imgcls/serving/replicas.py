@@ -40,22 +40,23 @@ def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: boo
     if gpus:
         least = config.least or math.floor(gpus)
         each = config.cpus or max(0.5, math.floor(cpus / max(gpus, least)))
-        unit, reason = 1.0, f"{gpus:g} GPUs: a replica for each"
+        gpus_each, reason = 1.0, f"{gpus:g} GPUs: a replica for each"
         fit = min(math.floor(gpus), math.floor(cpus / each + 1e-6))
     else:
         least = config.least or max(1, min(MOST_BY_DEFAULT, math.floor(cpus)))
         each = config.cpus or max(1.0, float(math.floor(cpus / least)))
-        unit, reason = 0.0, f"no GPU among {cpus:g} CPUs"
+        gpus_each, reason = 0.0, f"no GPU among {cpus:g} CPUs"
         fit = sum(math.floor(node.cpus / each + 1e-6) for node in nodes)
     if least > fit and not may_grow:
+        takes = f"{each:g} CPUs" + (" and a GPU" if gpus else "")
+        there = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ResourcesError(
-            f"replicas.least {least}: each takes {each:g} CPUs{' and a GPU' if unit else ''}, and "
-            f"of {cpus:g} CPUs{f' and {gpus:g} GPUs' if unit else ''} {fit} fit; give fewer, or "
-            "fewer replicas.cpus"
+            f"replicas.least {least}: each takes {takes}, and of {there} {fit} fit; give fewer, "
+            "or fewer replicas.cpus"
         )
     most = max(least, config.most or least)
     threads = max(1, math.floor(each))
     count = f"{least}" if most == least else f"{least} to {most}"
     return Replicas(
-        least, most, each, unit, threads, f"{reason}; {count} replicas, each with {each:g}"
+        least, most, each, gpus_each, threads, f"{reason}; {count} replicas, each with {each:g}"
     )

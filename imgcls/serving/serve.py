@@ -13,6 +13,9 @@ import time
 from typing import Any
 
 import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from imgcls import cluster, log
 from imgcls.cluster import Interruption
@@ -51,8 +54,6 @@ def serve(config: ServeConfig) -> None:
         )
         tell("layout", replicas.reason)
         _start(config)
-        from ray import serve as ray_serve
-
         try:
             app = application(config, fixed, replicas)
             ray_serve.run(app, name=APPLICATION, route_prefix="/")
@@ -111,8 +112,6 @@ def _free_port() -> int:
 
 def _start(config: ServeConfig) -> None:
     """Start Ray Serve's doors, or find those that are there to be the same."""
-    from ray import serve as ray_serve
-    from ray.serve.config import HTTPOptions, ProxyLocation
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     there = _doors()
@@ -138,8 +137,6 @@ def _start(config: ServeConfig) -> None:
 
 def _doors() -> tuple[str, int] | None:
     """Where Ray Serve listens on this cluster; None when it does not run."""
-    from ray import serve as ray_serve
-    from ray.serve.exceptions import RayServeException
 
     try:
         client: Any = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
@@ -166,7 +163,6 @@ def _check_free(http: HttpConfig) -> None:
 
 def _wait_until_taken_up(config: ServeConfig, interruption: Interruption) -> None:
     """Wait until all replicas answer with the bundle that was asked for."""
-    from ray import serve as ray_serve
 
     hub = ray_serve.get_deployment_handle(HUB, APPLICATION)
     sha256 = read_description(config.model).sha256
@@ -186,7 +182,6 @@ def _wait_until_taken_up(config: ServeConfig, interruption: Interruption) -> Non
 
 def _stop(config: ServeConfig, *, at_once: bool = False) -> None:
     """Say at /readyz that the end is near, answer what is under way, and end."""
-    from ray import serve as ray_serve
 
     if not at_once and config.replicas.drain_seconds:
         tell("stop", f"draining for {config.replicas.drain_seconds:g} s")
@@ -201,7 +196,6 @@ def _stop(config: ServeConfig, *, at_once: bool = False) -> None:
 
 def _why() -> str | None:
     """The last line of what a replica that did not start had to say."""
-    from ray import serve as ray_serve
 
     application_ = ray_serve.status().applications.get(APPLICATION)
     for deployment in application_.deployments.values() if application_ else ():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
@@ -110,14 +111,10 @@ class Totals:
         """The families of all, summed up; gauges of those only that are there."""
         self._bury()
         families: dict[str, Metric] = {}
-        totals: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
-        for samples in (self._gone, *(samples for _, samples in self._said.values())):
-            for name, text, kind, sample, labels, value in samples:
-                families.setdefault(name, Metric(name, text, kind))
-                place = name, sample, labels
-                totals[place] = totals.get(place, 0.0) + value
-        for (name, sample, labels), value in totals.items():
-            families[name].add_sample(sample, dict(labels), value)
+        there = (samples for _, samples in self._said.values())
+        for name, text, kind, sample, labels, value in _added(self._gone, *there):
+            family = families.setdefault(name, Metric(name, text, kind))
+            family.add_sample(sample, dict(labels), value)
         replicas = Metric("imgcls_replicas", "Replicas that are there.", "gauge")
         replicas.add_sample("imgcls_replicas", {}, len(self._said))
         return [*families.values(), replicas]
@@ -136,9 +133,10 @@ class Totals:
                 self._gone = _added(self._gone, [s for s in samples if s[2] != "gauge"])
 
 
-def _added(one: list[Sample], other: list[Sample]) -> list[Sample]:
-    totals: dict[tuple[str, str, str, str, tuple[tuple[str, str], ...]], float] = {}
-    for *place, value in (*one, *other):
-        key = tuple(place)
-        totals[key] = totals.get(key, 0.0) + value  # type: ignore[index,arg-type]
-    return [(*key, value) for key, value in totals.items()]
+def _added(*lists: list[Sample]) -> list[Sample]:
+    """The samples of all lists, those of the same name and labels as one."""
+    totals: dict[Sample, float] = {}
+    for sample in chain.from_iterable(lists):
+        place = (*sample[:-1], 0.0)
+        totals[place] = totals.get(place, 0.0) + sample[-1]
+    return [(*place[:-1], value) for place, value in totals.items()]

@@ -157,12 +157,26 @@ def held_image() -> Iterator[tuple[str, threading.Event]]:
             server.shutdown()
 
 
-def coloured(folder: Path, count: int) -> list[tuple[str, str]]:
-    rows = []
-    for i in range(count):
-        draw("red", seed=i).save(folder / f"{i}.jpg")
-        rows.append((f"{i}.jpg", "red"))
-    return rows
+@contextlib.contextmanager
+def held_midway(
+    folder: Path, bundle: Path, output: Path
+) -> Iterator[tuple[tuple[object, ...], threading.Event]]:
+    """A labelling command over 65 rows whose last chunk has to wait for the event."""
+    with held_image() as (url, let_go):
+        rows = []
+        for i in range(64):
+            draw("red", seed=i).save(folder / f"{i}.jpg")
+            rows.append((f"{i}.jpg", "red"))
+        manifest = write_manifest(folder / "m.csv", [*rows, (url, "red")], ("path", "label"))
+        command = (
+            *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
+            *("--manifest", manifest, "--model", bundle, "--output", output),
+        )
+        yield command, let_go
+
+
+def all_but_the_last(output: Path) -> bool:
+    return len(list(output.glob("_staging/part-*/chunk-*"))) == 8
 
 
 def test_a_wrong_request_fails_the_job_and_says_why(
@@ -188,16 +202,10 @@ def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
     head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with held_image() as (url, let_go):
-        rows = [*coloured(tmp_path, 64), (url, "red")]
-        manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label"))
-        command = (
-            *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
-            *("--manifest", manifest, "--model", colour_bundle, "--output", output),
-        )
+    with held_midway(tmp_path, colour_bundle, output) as (command, let_go):
         first = submit(head, checkout, "first", *command, wait=False)
         assert first.returncode == 0, first.stdout
-        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) == 8, timeout=120)
+        wait_for(lambda: all_but_the_last(output), timeout=120)
         stopped = ray_job(head, "stop", "first")
         assert stopped.returncode == 0, stopped.stdout
         assert status(head, "first") == "STOPPED"
@@ -217,17 +225,11 @@ def test_when_the_head_is_lost_the_job_goes_on_submitted_to_the_next_one(
     checkout: Path, colour_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with held_image() as (url, let_go):
-        rows = [*coloured(tmp_path, 64), (url, "red")]
-        manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label"))
-        command = (
-            *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
-            *("--manifest", manifest, "--model", colour_bundle, "--output", output),
-        )
+    with held_midway(tmp_path, colour_bundle, output) as (command, let_go):
         with takes_jobs() as lost:
             first = submit(lost, checkout, "nightly", *command, wait=False)
             assert first.returncode == 0, first.stdout
-            wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) == 8, timeout=120)
+            wait_for(lambda: all_but_the_last(output), timeout=120)
             lost.kill()
         assert not committed(output)
         let_go.set()

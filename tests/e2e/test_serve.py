@@ -371,6 +371,14 @@ def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
     service.client(service.admin).reload()
 
 
+def another(tmp_path: Path, bundle: Path) -> Path:
+    """A copy of a bundle that has another hash."""
+    copy = tmp_path / "other"
+    shutil.copytree(bundle, copy)
+    recalibrate(copy)
+    return copy
+
+
 def recalibrate(bundle: Path) -> None:
     """Give a bundle another temperature, and with it another hash."""
     from imgcls.models.bundle import load_bundle, load_weights, save_bundle
@@ -516,9 +524,7 @@ def test_the_shipped_serve_file_is_one_that_ray_takes() -> None:
 def test_a_deployed_file_serves_and_a_changed_one_is_taken_up(
     colour_bundle: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(colour_bundle, other)
-    recalibrate(other)
+    other = another(tmp_path, colour_bundle)
     port = service_port()
     url = f"http://127.0.0.1:{port}"
 
@@ -545,9 +551,7 @@ def test_a_deployed_file_serves_and_a_changed_one_is_taken_up(
 def test_what_is_left_serving_is_changed_by_the_same_command(
     colour_bundle: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(colour_bundle, other)
-    recalibrate(other)
+    other = another(tmp_path, colour_bundle)
     port = service_port()
 
     def serve(bundle: Path) -> str:
