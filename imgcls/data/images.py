@@ -18,6 +18,7 @@ import re
 import struct
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -134,20 +135,36 @@ def decode_batch(
     return [result for result in results if result is not None]
 
 
-def thumbnail(data: bytes, side: int) -> Image.Image:
-    """A small RGB picture of an image file, upright, at most `side` pixels wide and high.
+@dataclass(frozen=True)
+class Picture:
+    """A small picture of an image file, and what its header says.
+
+    image:       RGB, upright
+    format:      as Pillow names it
+    shown:       (width, height) in pixels that a viewer would show
+    orientation: EXIF, 1 to 8
+    """
+
+    image: Image.Image
+    format: str
+    shown: tuple[int, int]
+    orientation: int
+
+
+def picture(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """A picture of an image file at most `side` pixels wide and high.
 
     Raises as `decode` does.
     """
-    image = _open(data)
-    orientation = _orientation(image)
+    image, orientation, shown = _read_header(data, max_pixels)
+    kind = image.format or ""
     try:
         image.draft("RGB", (side, side))
         rgb = _oriented(_to_rgb(image), orientation)
         rgb.thumbnail((side, side))
-        return rgb
     except Exception as error:
         raise _image_error(error, data) from error
+    return Picture(rgb, kind, shown, orientation)
 
 
 def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:

@@ -6,11 +6,11 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from imgcls.data import storage
+from imgcls.data import images, storage
 from imgcls.data.manifest import resolve
-from imgcls.errors import StorageError
+from imgcls.errors import ImageError, StorageError
 
 SIDE = 132
 _QUALITY = 72
@@ -26,10 +26,8 @@ def _thumbnail(blob: bytes | StorageError) -> str | None:
     if isinstance(blob, StorageError):
         return None
     try:
-        with Image.open(io.BytesIO(blob)) as image:
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        upright = images.picture(blob, 2 * SIDE).image
+    except ImageError:
         return None
     if max(upright.size) < SIDE // 2:
         factor = SIDE // max(upright.size)

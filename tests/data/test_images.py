@@ -22,7 +22,7 @@ from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from imgcls.data import images
-from imgcls.data.images import decode, decode_batch, target_size, thumbnail
+from imgcls.data.images import decode, decode_batch, picture, target_size
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
 from tests.data.pictures import (
@@ -321,8 +321,8 @@ def test_broken_exif_says_nothing_about_the_pixels() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
-def test_a_thumbnail_is_upright_and_no_larger_than_asked(orientation: int, format: str) -> None:
-    small = thumbnail(stored(drawn(900, 600), format, orientation), 96)
+def test_a_picture_is_upright_and_no_larger_than_asked(orientation: int, format: str) -> None:
+    small = picture(stored(drawn(900, 600), format, orientation), 96).image
     assert small.mode == "RGB"
     assert small.size == (96, 64)
     assert difference(np.asarray(small), np.asarray(drawn(900, 600).resize((96, 64)))) < 3
@@ -432,7 +432,7 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
 
 
 def test_a_file_without_bytes_is_empty() -> None:
-    for call in (lambda: decode(b"", SPEC), lambda: thumbnail(b"", 64)):
+    for call in (lambda: decode(b"", SPEC), lambda: picture(b"", 64)):
         with pytest.raises(EmptyImage, match="no bytes") as caught:
             call()
         assert caught.value.status == "empty"
@@ -459,7 +459,7 @@ def test_a_file_without_bytes_is_empty() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
-    for call in (lambda: decode(data, SPEC), lambda: thumbnail(data, 64)):
+    for call in (lambda: decode(data, SPEC), lambda: picture(data, 64)):
         with pytest.raises(NotAnImage, match="PNG, WebP, GIF, BMP and TIFF are read") as caught:
             call()
         assert caught.value.status == "not_an_image"
@@ -513,7 +513,7 @@ def test_a_cut_off_file_is_said_to_be_so_with_its_size() -> None:
     with pytest.raises(ImageError, match="begins as a PNG does, but its header"):
         decode(FILES["png"][:10], SPEC)
     with pytest.raises(ImageError):
-        thumbnail(data, 64)
+        picture(data, 64)
 
 
 STATUSES = {"empty", "truncated", "not_an_image", "too_large", "unreadable"}
@@ -531,7 +531,7 @@ def decodes_or_is_refused(data: bytes) -> None:
         assert pixels.dtype == np.uint8
         assert 0 < width * height <= 4_000_000
     try:
-        small = thumbnail(data, 20)
+        small = picture(data, 20).image
     except ImageError:
         return
     assert max(small.size) <= 20

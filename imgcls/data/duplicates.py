@@ -1,0 +1,127 @@
+"""Images that are nearly the same, found among millions by their perceptual hashes.
+
+Owns the search for close hashes, near-linear in their number, and the groups that pairs make. What
+a hash is made of is `facts`' business; reading the images is not done here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+SHARED_BYTES = 3
+"""Bytes of the first word that two hashes must have in common to be compared, of its 8."""
+WINDOW = 16
+"""Hashes that share them with many others are compared with so many that come next in order."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows that look alike: pairs enough to hold every group of them together.
+
+    first, second: (P,) int64, first < second
+    distance:      (P,) int16, bits that differ
+    mirrored:      (P,) bool, whether one is like the other's mirror image
+    """
+
+    first: Rows
+    second: Rows
+    distance: npt.NDArray[np.int16]
+    mirrored: Flags
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+class Groups:
+    """Rows put together by pairs, as they come (union-find, a whole array at a time)."""
+
+    def __init__(self, count: int) -> None:
+        self.root: Rows = np.arange(count)
+        """(N,) int64: the first row of each row's group."""
+
+    def join(self, first: Rows, second: Rows) -> None:
+        """Put the groups of first[i] and second[i] together, for all i."""
+        while True:
+            one, other = self.root[first], self.root[second]
+            apart = one != other
+            if not apart.any():
+                return
+            first, second = first[apart], second[apart]
+            low = np.minimum(one[apart], other[apart])
+            np.minimum.at(self.root, np.maximum(one[apart], other[apart]), low)
+            while True:
+                further = self.root[self.root]
+                if np.array_equal(further, self.root):
+                    break
+                self.root = further
+
+
+def near_pairs(hashes: Hashes, mirror: Hashes, *, most: int) -> Pairs:
+    """Find hashes that differ in few bits, also when one of the two images is mirrored.
+
+    hashes: (N, W) uint64, the steadiest bits in the first word
+    mirror: (W,) uint64, the bits that change when an image is mirrored
+    most:   bits in which the two of a pair may differ
+
+    Two hashes are compared where they have 3 bytes of the first word in common: always when they
+    differ in at most 5 of its bits, for these are in at most 5 of 8 bytes, and mostly when in some
+    more. A pair whose rows others hold together already is left out.
+    Source: Manku, Jain and Das Sarma, WWW 2007 (tables of permuted hashes).
+    """
+    count = len(hashes)
+    both = np.concatenate([hashes, hashes ^ mirror])
+    groups = Groups(count)
+    found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]] = []
+    for order, key in _tables(both[:, 0]):
+        for step in range(1, WINDOW + 1):
+            at = np.flatnonzero(key[step:] == key[:-step])
+            if not at.size:
+                break
+            one, other = order[at], order[at + step]
+            # of two mirrored ones the originals are compared
+            new = (groups.root[one % count] != groups.root[other % count]) & (
+                (one < count) | (other < count)
+            )
+            one, other = one[new], other[new]
+            distance = np.bitwise_count(both[one] ^ both[other]).sum(axis=1, dtype=np.int16)
+            close = distance <= most
+            one, other, distance = one[close], other[close], distance[close]
+            mirrored = (one < count) != (other < count)
+            one, other = one % count, other % count
+            groups.join(one, other)
+            found.append((np.minimum(one, other), np.maximum(one, other), distance, mirrored))
+    return _once(found, count)
+
+
+def _tables(words: npt.NDArray[np.uint64]) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
+    """For each choice of shared bytes: the words in an order in which those that share them are
+    neighbours, and by their other bytes within; the shared bytes in that order."""
+    columns = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 8)
+    for shared in itertools.combinations(range(8), SHARED_BYTES):
+        others = [byte for byte in range(8) if byte not in shared]
+        permuted = np.ascontiguousarray(columns[:, [*shared, *others]]).view(">u8").ravel()
+        permuted = permuted.astype(np.uint64)
+        order = np.argsort(permuted)
+        yield order, permuted[order] >> np.uint64(8 * (8 - SHARED_BYTES))
+
+
+def _once(found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]], count: int) -> Pairs:
+    """Each pair once, at its smallest distance."""
+    if not found:
+        none = np.empty(0, np.int64)
+        return Pairs(none, none, np.empty(0, np.int16), np.empty(0, np.bool_))
+    first, second, distance, mirrored = (np.concatenate(each) for each in zip(*found, strict=True))
+    order = np.lexsort((mirrored, distance, second, first))
+    first, second = first[order], second[order]
+    new = np.ones(len(first), np.bool_)
+    new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    return Pairs(first[new], second[new], distance[order][new], mirrored[order][new])
