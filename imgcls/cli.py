@@ -86,6 +86,12 @@ COMMANDS = {
         "BuildConfig",
         "build_manifest",
     ),
+    "manifest check": Command(
+        "find bad images, copies, leaks and labels that look mistaken",
+        "imgcls.checking",
+        "CheckConfig",
+        "check",
+    ),
     "model import": Command(
         "make a bundle from plain weights",
         "imgcls.models.importing",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +72,8 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
     dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
-    `--no-embeddings`, `--options.width 8` into a map), or the model's positional ones without a
-    key. `--help` and `--print-config` print and
-    exit 0.
+    `--no-embeddings`, `--options.width 8` into a map, `--against A B` into a list), or the model's
+    positional ones without a key. `--help` and `--print-config` print and exit 0.
     Raises ConfigError that lists every problem with its dotted path.
     """
     if any(arg in ("-h", "--help") for arg in argv):
@@ -227,6 +227,11 @@ def _is_bool(annotation: Any) -> bool:
     return False
 
 
+def _is_list(annotation: Any) -> bool:
+    arguments = typing.get_args(annotation)
+    return typing.get_origin(annotation) in (list, tuple) or any(map(_is_list, arguments))
+
+
 def _parse(
     model: type[Section], argv: Sequence[str], problems: list[str]
 ) -> tuple[list[str], list[tuple[str, Any]], bool]:
@@ -235,7 +240,7 @@ def _parse(
     files: list[str] = []
     overrides: list[tuple[str, Any]] = []
     print_config = False
-    unnamed = iter(model.positional)
+    unnamed = list(model.positional)
     position = 0
     while position < len(argv):
         argument = argv[position]
@@ -244,11 +249,10 @@ def _parse(
             print_config = True
             continue
         if not argument.startswith("--") or argument == "--":
-            place = next(unnamed, None)
-            if place is None:
-                problems.append(f"{argument!r}: options are written --KEY VALUE")
+            if unnamed:
+                overrides.append((unnamed.pop(0), argument))
             else:
-                overrides.append((place, argument))
+                problems.append(f"{argument!r}: options are written --KEY VALUE")
             continue
         name, equals, value = argument[2:].partition("=")
         key = name.replace("-", "_")
@@ -271,6 +275,10 @@ def _parse(
                 value, position = typing.cast(str, following), position + 1
         if key == "config":
             files.append(value)
+        elif field is not None and _is_list(field.annotation) and not equals and not unnamed:
+            more = list(itertools.takewhile(lambda word: not _is_option(word), argv[position:]))
+            position += len(more)
+            overrides.append((key, [value, *more] if more else _value(value)))
         else:
             overrides.append((key, value if value in _choices(field) else _value(value)))
     return files, overrides, print_config

@@ -57,6 +57,12 @@ class TooManyErrors(ImgclsError):
     exit_code = 3
 
 
+class IssuesFound(ImgclsError):
+    """A data set has issues that it must not have."""
+
+    exit_code = 3
+
+
 class StorageError(RunFailed):
     """Reading or writing a file failed."""
 

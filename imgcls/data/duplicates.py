@@ -65,11 +65,11 @@ class Groups:
                 self.root = further
 
 
-def near_pairs(hashes: Hashes, mirror: Hashes, *, most: int) -> Pairs:
-    """Find hashes that differ in few bits, also when one of the two images is mirrored.
+def near_pairs(hashes: Hashes, mirror: Hashes | None, *, most: int) -> Pairs:
+    """Find hashes that differ in few bits, also when one of two images is mirrored.
 
     hashes: (N, W) uint64, the steadiest bits in the first word
-    mirror: (W,) uint64, the bits that change when an image is mirrored
+    mirror: (W,) uint64, the bits that change when an image is mirrored; None not to look for that
     most:   bits in which the two of a pair may differ
 
     Two hashes are compared where they have 3 bytes of the first word in common: always when they
@@ -78,7 +78,7 @@ def near_pairs(hashes: Hashes, mirror: Hashes, *, most: int) -> Pairs:
     Source: Manku, Jain and Das Sarma, WWW 2007 (tables of permuted hashes).
     """
     count = len(hashes)
-    both = np.concatenate([hashes, hashes ^ mirror])
+    both = hashes if mirror is None else np.concatenate([hashes, hashes ^ mirror])
     groups = Groups(count)
     found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]] = []
     for order, key in _tables(both[:, 0]):

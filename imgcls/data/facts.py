@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from PIL import Image
 
 from imgcls.data import images
@@ -20,6 +22,21 @@ SIDE = 256
 HASH_SIDE = 32
 HASH_BITS = 256
 DIGEST_BYTES = 16
+FIELDS = (
+    pa.field("format", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("orientation", pa.int8()),
+    pa.field("digest", pa.binary(DIGEST_BYTES)),
+    pa.field("hash", pa.binary(HASH_BITS // 8)),
+    pa.field("dark", pa.float32()),
+    pa.field("bright", pa.float32()),
+    pa.field("contrast", pa.float32()),
+    pa.field("entropy", pa.float32()),
+    pa.field("sharpness", pa.float32()),
+    pa.field("colour", pa.float32()),
+)
+"""The columns that `Facts` fill in a table."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,10 @@ class Facts:
     entropy: float
     sharpness: float
     colour: float
+
+    def columns(self) -> dict[str, Any]:
+        """By the names of `FIELDS`."""
+        return vars(self) | {"hash": self.hash.tobytes()}
 
 
 def facts_of(data: bytes, *, max_pixels: int = images.MAX_PIXELS) -> Facts:
@@ -101,7 +122,7 @@ def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
     return np.packbits(spectrum[_ROWS, _COLUMNS] > 0)
 
 
-def _laplacian(luma: npt.NDArray[np.float32]) -> float:
+def _laplacian(luma: npt.NDArray[Any]) -> float:
     """Standard deviation of the four-neighbour Laplacian; 0 of what is too small to have one."""
     if min(luma.shape) < 3:
         return 0.0

@@ -10,19 +10,19 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import jinja2
 import pyarrow as pa
 import yaml
 
 from imgcls.config import Section
 from imgcls.data import storage, stores
 from imgcls.data.stores import StorageConfig
+from imgcls.data.thumbnails import thumbnails
 from imgcls.errors import RequestError
 from imgcls.evaluation import charts, confusion
 from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge
-from imgcls.evaluation.thumbnails import thumbnails
 from imgcls.metrics import tables
 from imgcls.models.bundle import DESCRIPTION, Bundle, read_description
+from imgcls.pages import rendered
 
 REPORT = "report.html"
 CLASSES_SHOWN = 1_000
@@ -98,7 +98,7 @@ def of_run(evaluation: Evaluation) -> str:
         shown["coverage"] = charts.coverage(evaluation.curve)
     shown |= _galleries(evaluation)
     shown["sections"] = list(_sections(shown))
-    return _render("run.html.j2", shown)
+    return rendered("imgcls.evaluation", "run.html.j2", shown)
 
 
 def of_training(bundle: Bundle) -> str:
@@ -128,7 +128,8 @@ def of_training(bundle: Bundle) -> str:
         ("classes", f"{len(spec.classes):,}"),
         *((name, json.dumps(value)) for name, value in _scalars(spec.provenance)),
     ]
-    return _render(
+    return rendered(
+        "imgcls.evaluation",
         "training.html.j2",
         {
             "title": f"{_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
@@ -297,11 +298,3 @@ def _percent(value: float | None) -> str:
 
 def _name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2] or url
-
-
-def _render(template: str, shown: dict[str, Any]) -> str:
-    loader = jinja2.PackageLoader("imgcls.evaluation")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template(template).render(shown)

@@ -20,7 +20,7 @@ import ray
 from ray.experimental import internal_kv
 
 from imgcls.errors import RunFailed
-from imgcls.labeling.work import Work, WorkSpec
+from imgcls.labeling.work import RunSpec, Work
 
 NAMESPACE = "imgcls"
 BEAT_SECONDS = 1.0
@@ -83,7 +83,7 @@ class Attempt:
     """
 
     @classmethod
-    def at(cls, spec: WorkSpec, work: Work, stage: str) -> Attempt:
+    def at(cls, spec: RunSpec, work: Work, stage: str) -> Attempt:
         """At a stage of a chunk."""
         rows = spec.plan.rows_of(work.chunk)
         what = f"chunk {work.chunk} (rows {rows.start:,} to {rows.stop - 1:,})"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -33,7 +32,7 @@ from imgcls.errors import (
     StorageThrottled,
     StorageUnavailable,
 )
-from imgcls.labeling.work import Spent, Work, WorkSpec
+from imgcls.labeling.work import RunSpec, Spent, Work, WorkSpec
 from imgcls.metrics.columns import class_codes, own_scores
 from imgcls.models.classifier import Classifier, Pending, top_k_of
 
@@ -70,13 +69,13 @@ class Prepared:
 
     def note_error(self, error: StorageError | ImageError) -> None:
         """A row without an image that can be used."""
-        self.status.append(_status(error))
+        self.status.append(status_of(error))
         self.error.append(str(error))
         self.width.append(None)
         self.height.append(None)
 
 
-def rows_of(spec: WorkSpec, work: Work) -> pa.Table:
+def rows_of(spec: RunSpec, work: Work) -> pa.Table:
     """The manifest columns of a chunk's rows, read from its shard."""
     if work.rows is not None:
         return work.rows
@@ -97,7 +96,7 @@ def _open_shard(url: str, run_id: str) -> pq.ParquetFile:
     return pq.ParquetFile(storage.open_read(url), pre_buffer=False)
 
 
-def fetch(spec: WorkSpec, rows: pa.Table, crashed: Mapping[int, str] = NOTHING) -> Iterator[Blob]:
+def fetch(spec: RunSpec, rows: pa.Table, crashed: Mapping[int, str] = NOTHING) -> Iterator[Blob]:
     """Each row's bytes or why they cannot be had, reads running ahead of the consumer.
 
     crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
@@ -147,7 +146,7 @@ def prepare_on_device(
 ) -> Prepared:
     """Decode fetched rows in bulk on the classifier's device, where the pixels stay."""
     prepared = Prepared()
-    with _timed(spent, "prepare"):
+    with spent.stage("prepare"):
         decoded = iter(
             images.decode_batch(
                 [blob for blob in blobs if isinstance(blob, bytes)],
@@ -179,7 +178,7 @@ def classify_prepared(
 ) -> pa.Table:
     """Run the model over prepared pixels; the second half of the layouts with GPUs."""
     head = _Head(spec, classifier)
-    with _timed(spent, "classify"):
+    with spent.stage("classify"):
         for start in range(0, len(prepared.pixels), spec.batch_size):
             head.run(_stacked(prepared.pixels[start : start + spec.batch_size]))
         head.wait(spent)
@@ -206,17 +205,17 @@ def label(
     for pixels in _decoded(spec, blobs, classifier.preprocess, prepared, spent, beat):
         batch.append(pixels)
         if len(batch) == spec.batch_size:
-            with _timed(spent, "classify"):
+            with spent.stage("classify"):
                 head.run(images.stack(batch))
             batch.clear()
-    with _timed(spent, "classify"):
+    with spent.stage("classify"):
         if batch:
             head.run(images.stack(batch))
         head.wait(spent)
     return _table(spec, classifier, rows, work, prepared, head)
 
 
-def committed(spec: WorkSpec, work: Work) -> pa.Table | None:
+def committed(spec: RunSpec, work: Work) -> pa.Table | None:
     """The statuses of a chunk that is durable: a lost worker's block is done anew."""
     url = _url(spec, work)
     if not storage.exists(url):
@@ -224,14 +223,14 @@ def committed(spec: WorkSpec, work: Work) -> pa.Table | None:
     return pq.read_table(storage.open_read(url), columns=["status"])
 
 
-def _url(spec: WorkSpec, work: Work) -> str:
+def _url(spec: RunSpec, work: Work) -> str:
     name = layout.chunk_url if work.offsets is None else layout.retry_url
     return name(spec.output, spec.plan.part_of(work.chunk), work.chunk, spec.plan.run_id)
 
 
-def commit(spec: WorkSpec, work: Work, table: pa.Table, spent: Spent) -> None:
+def commit(spec: RunSpec, work: Work, table: pa.Table, spent: Spent) -> None:
     """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
-    with _timed(spent, "commit"):
+    with spent.stage("commit"):
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         storage.write(_url(spec, work), sink.getvalue())
@@ -266,19 +265,6 @@ class _Head:
         self._pending.clear()
 
 
-class _timed:  # noqa: N801  a context manager that reads as a word
-    def __init__(self, spent: Spent, stage: str) -> None:
-        self._seconds = spent
-        self._stage = stage
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._start
-        setattr(self._seconds, self._stage, getattr(self._seconds, self._stage) + spent)
-
-
 def _decoded(
     spec: WorkSpec,
     blobs: Iterator[Blob],
@@ -289,11 +275,11 @@ def _decoded(
 ) -> Iterator[Pixels]:
     end = object()
     while True:
-        with _timed(spent, "fetch"):
+        with spent.stage("fetch"):
             blob = next(blobs, end)
         if blob is end:
             return
-        with _timed(spent, "prepare"):
+        with spent.stage("prepare"):
             pixels = prepare(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
         if isinstance(blob, bytes):
             spent.bytes += len(blob)
@@ -302,7 +288,8 @@ def _decoded(
             yield pixels
 
 
-def _status(error: StorageError | ImageError) -> str:
+def status_of(error: StorageError | ImageError) -> str:
+    """The status of a row whose image cannot be had or used."""
     if isinstance(error, ImageError):
         return error.status
     if isinstance(error, StorageMissing):

@@ -8,6 +8,7 @@ goes on any more, or when what has come is worth a new start.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,9 +18,10 @@ import ray
 
 from imgcls import cluster
 from imgcls.cluster import Interruption, Node
-from imgcls.errors import ResourcesError, RunFailed
+from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
 from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
-from imgcls.labeling.work import Done, Work, WorkSpec
+from imgcls.labeling.work import Done, RunSpec, Work
+from imgcls.lease import Lease
 from imgcls.log import tell
 
 SETTLE_SECONDS = 15.0
@@ -133,7 +135,7 @@ class Passes:
 
     def __init__(
         self,
-        spec: WorkSpec,
+        spec: RunSpec,
         scale: ScaleConfig,
         interruption: Interruption,
         wider: Callable[[Layout], Layout],
@@ -283,3 +285,36 @@ def _has() -> str:
         f"{sum(node.gpus for node in nodes):g} GPUs, of which {free.get('CPU', 0):g} and "
         f"{free.get('GPU', 0):g} are free"
     )
+
+
+@contextlib.contextmanager
+def resumable(output: str, lease: Lease) -> Iterator[None]:
+    """Turn what Ray wraps around an error, and an interruption, into what the user must know.
+
+    What goes wrong when another driver has taken over is of no account: that is said instead.
+    """
+    again = f"what is done is kept in {output}; run the same command again to go on from there"
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(f"{error}; {again}") from None
+    except ray.exceptions.RayError as error:  # which may be an error of ours by class as well
+        _check_lease(lease)
+        cause = cluster.cause_of(error)
+        if isinstance(cause, ImgclsError):
+            raise type(cause)(f"{_first_line(cause)}; {again}") from error
+        name = type(cause).__name__
+        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
+    except StorageError as error:
+        _check_lease(lease)
+        raise type(error)(f"{error}; {again}") from error
+
+
+def _check_lease(lease: Lease) -> None:
+    with contextlib.suppress(StorageError):
+        lease.check()
+
+
+def _first_line(error: BaseException) -> str:
+    """An error's own words, without the advice that Ray adds below them."""
+    return (str(error).strip() or "no message").splitlines()[0]

@@ -8,6 +8,7 @@ were under way. The stages, and torch with them, are imported in the workers alo
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import os
 import pickle
@@ -24,8 +25,8 @@ from imgcls.data import stores
 from imgcls.errors import BundleError, CrashingImage, RunFailed
 from imgcls.labeling.attempts import STARTS, Attempt
 from imgcls.labeling.layout import WORKER_CPUS, Layout, LayoutName
-from imgcls.labeling.work import Done, Spent, Work, WorkSpec
-from imgcls.models.bundle import load_bundle, read_description
+from imgcls.labeling.work import Done, ExamineSpec, RunSpec, Spent, Work, WorkSpec
+from imgcls.models.bundle import Bundle, load_bundle, read_description
 
 MAX_BLOCK_CHUNKS = 256
 """Chunks that a worker is handed at a time at most. A block costs the driver 40 KB and 4 ms."""
@@ -45,7 +46,7 @@ some hundred bytes; where there is, pixels of a chunk.
 class Pipeline:
     """Work laid out on the cluster; one that was stopped may be followed by another."""
 
-    def __init__(self, spec: WorkSpec, layout: Layout, work: Sequence[Work]) -> None:
+    def __init__(self, spec: RunSpec, layout: Layout, work: Sequence[Work]) -> None:
         hush_data()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
@@ -87,7 +88,7 @@ def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:
     return blocks
 
 
-def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
+def _stages(spec: RunSpec, layout: Layout, chunks: int) -> list[Any]:
     workers = min(layout.workers, chunks)
     at_a_time = GPU_CHUNKS if layout.worker_gpus else 1
     pool = ray.data.ActorPoolStrategy(
@@ -107,7 +108,8 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
     if not layout.worker_gpus:
         model["runtime_env"] = keep_memory() or None
     if layout.name == "cpu":
-        return [lambda dataset: dataset.map_batches(LabelWorker, **model)]
+        worker = ExamineWorker if isinstance(spec, ExamineSpec) else LabelWorker
+        return [lambda dataset: dataset.map_batches(worker, **model)]
     return [
         lambda dataset: dataset.map_batches(
             ready_task,
@@ -121,14 +123,13 @@ def _stages(spec: WorkSpec, layout: Layout, chunks: int) -> list[Any]:
     ]
 
 
-class _ModelWorker:
-    """A process that holds the model; what it is handed differs between the layouts."""
+class _Worker:
+    """A process that does chunks; what it is handed differs between the layouts."""
 
-    def __init__(self, spec: WorkSpec, threads: int) -> None:
+    _precision: str
+
+    def __init__(self, spec: RunSpec, threads: int) -> None:
         import torch
-
-        from imgcls.labeling import chunk
-        from imgcls.models.classifier import Classifier
 
         start = Attempt(spec.session, f"start-{_actor_id()}", "starting a worker")
         if start.deaths >= STARTS:
@@ -140,21 +141,12 @@ class _ModelWorker:
         stores.use(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
-        self._stages = chunk
-        self._spec = spec
-        bundle = load_bundle(spec.bundle_url)
-        if bundle.sha256 != spec.bundle_sha256:
-            raise BundleError(
-                f"bundle {spec.bundle_url}: changed while the run was under way; restore it, or "
-                "start over with --overwrite"
-            )
-        self._classifier = Classifier(
-            bundle,
-            precision=spec.precision,  # type: ignore[arg-type]
-            compile=spec.compile,
-            batch_size=spec.batch_size,
-        )
+        self._load(spec)
         start.end()
+
+    def _load(self, spec: Any) -> None:
+        """Have what its chunks need, and `_precision`, what a model of it runs in."""
+        raise NotImplementedError
 
     def _done(
         self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt
@@ -167,11 +159,39 @@ class _ModelWorker:
             rows=table.num_rows,
             status=dict(status),
             spent=spent,
-            precision=self._classifier.precision,
+            precision=self._precision,
             worker=self._name,
             deaths=attempt.deaths,
         )
         return {"done": [pickle.dumps(done)]}
+
+
+class _ModelWorker(_Worker):
+    """One that labels."""
+
+    def _load(self, spec: WorkSpec) -> None:
+        from imgcls.labeling import chunk
+        from imgcls.models.classifier import Classifier
+
+        self._stages = chunk
+        self._spec = spec
+        self._classifier = Classifier(
+            _bundle(spec.bundle_url, spec.bundle_sha256),
+            precision=spec.precision,  # type: ignore[arg-type]
+            compile=spec.compile,
+            batch_size=spec.batch_size,
+        )
+        self._precision = self._classifier.precision
+
+
+def _bundle(url: str, sha256: str | None) -> Bundle:
+    bundle = load_bundle(url)
+    if bundle.sha256 != sha256:
+        raise BundleError(
+            f"bundle {url}: changed while the run was under way; restore it, or start over with "
+            "--overwrite"
+        )
+    return bundle
 
 
 class LabelWorker(_ModelWorker):
@@ -190,6 +210,35 @@ class LabelWorker(_ModelWorker):
             table = stages.label(
                 spec, self._classifier, rows, work, spent, attempt.crashed, attempt.beat
             )
+            stages.commit(spec, work, table, spent)
+        return self._done(work, table, spent, attempt)
+
+
+class ExamineWorker(_Worker):
+    """Tells what images are like, in one process per core."""
+
+    def _load(self, spec: ExamineSpec) -> None:
+        from imgcls.labeling import chunk, looks
+        from imgcls.models.classifier import Classifier
+
+        self._stages, self._looks = chunk, looks
+        self._spec = spec
+        self._classifier = None
+        if spec.bundle_url is not None:
+            self._classifier = Classifier(_bundle(spec.bundle_url, spec.bundle_sha256))
+        self._precision = "" if self._classifier is None else self._classifier.precision
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        work: Work = _only(batch, "work")
+        spec, stages, spent = self._spec, self._stages, Spent()
+        attempt = Attempt.at(spec, work, "examine")
+        table = stages.committed(spec, work)
+        if table is None:
+            rows = stages.rows_of(spec, work)
+            look = functools.partial(self._looks.look, spec, self._classifier)
+            for row in attempt.suspects(rows.num_rows):
+                look(rows.slice(row, 1), Work(work.chunk), Spent())
+            table = look(rows, work, spent, attempt.crashed, attempt.beat)
             stages.commit(spec, work, table, spent)
         return self._done(work, table, spent, attempt)
 

@@ -101,7 +101,7 @@ def make_plan(
     row_bytes: int,
     limit: int | None,
     provenance: Mapping[str, Any],
-    classes: list[str],
+    classes: list[str] | None,
     may_be_empty: bool = False,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
@@ -110,6 +110,7 @@ def make_plan(
     part_rows:  rows of a final file at most
     row_bytes:  bytes that a prediction row is expected to take in Parquet
     limit:      rows to take from the start of the manifest
+    classes:    of the model that is to label, if there is one
     Raises ManifestError when it has no row, or labels of which no one is a class of the model.
     """
     head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
@@ -118,18 +119,20 @@ def make_plan(
     largest = min(part_rows, max(1, PART_BYTES // row_bytes))
     chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))
     part = largest // chunk * chunk
-    labels = _LabelCheck(manifest, classes)
+    labels = None if classes is None else _LabelCheck(manifest, classes)
     with _ShardWriter(output, manifest.schema, chunk, part) as writer:
         for table in itertools.chain((head,), rest):
-            labels.see(table)
+            if labels is not None:
+                labels.see(table)
             writer.add(table)
-    labels.finish()
+    if labels is not None:
+        labels.finish()
     plan = Plan(identity.run_id(), writer.rows, chunk, part)
     run = {
         "identity": asdict(identity),
         "plan": asdict(plan),
         "provenance": dict(provenance),
-        "classes": classes,
+        "classes": classes or [],
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     layout.keep_run(output, run)

@@ -7,7 +7,6 @@ same command.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import itertools
 import time
@@ -27,8 +26,6 @@ from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     CrashingImage,
-    ImgclsError,
-    Interrupted,
     ManifestError,
     OutputError,
     RequestError,
@@ -42,7 +39,7 @@ from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
-from imgcls.labeling.passes import Passes, Patience, fitted
+from imgcls.labeling.passes import Passes, Patience, fitted, resumable
 from imgcls.labeling.plan import (
     LARGE_CHUNK,
     Identity,
@@ -171,7 +168,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output, config.lease_seconds)
         try:
-            with _resumable(output):
+            with resumable(output, lease):
                 run = _Run(config, output, manifest, bundle, lease, interruption, started)
                 return run.run()
         finally:
@@ -687,26 +684,3 @@ def _clear(output: str) -> None:
         names.RUN,
     ):
         storage.remove(storage.join(output, name))
-
-
-@contextlib.contextmanager
-def _resumable(output: str) -> Iterator[None]:
-    """Turn what Ray wraps around an error, and an interruption, into what the user must know."""
-    again = f"what is done is kept in {output}; run the same command again to go on from there"
-    try:
-        yield
-    except Interrupted as error:
-        raise Interrupted(f"{error}; {again}") from None
-    except ray.exceptions.RayError as error:  # which may be an error of ours by class as well
-        cause = cluster.cause_of(error)
-        if isinstance(cause, ImgclsError):
-            raise type(cause)(f"{_first_line(cause)}; {again}") from error
-        name = type(cause).__name__
-        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
-    except StorageError as error:
-        raise type(error)(f"{error}; {again}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's own words, without the advice that Ray adds below them."""
-    return (str(error).strip() or "no message").splitlines()[0]

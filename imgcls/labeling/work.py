@@ -5,6 +5,9 @@ Light on purpose: the driver of a run imports no torch.
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -14,9 +17,9 @@ from imgcls.labeling.plan import Plan
 from imgcls.output import OK
 
 
-@dataclass(frozen=True)
-class WorkSpec:
-    """All that a worker must know to do any chunk of a run.
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a worker must know to do any chunk of any run.
 
     session:       a name that no other driver's pass over the run has
     crash_retries: workers that a chunk may kill, beside the first, before its images are tried
@@ -25,23 +28,37 @@ class WorkSpec:
 
     output: str
     plan: Plan
-    bundle_url: str
-    bundle_sha256: str
     path_column: str
-    label_column: str | None
     root: str
-    top_k: int
-    thresholds: tuple[float, ...]
-    scores: bool
-    embeddings: bool
-    precision: str
-    compile: bool
     batch_size: int
     max_pixels: int
     fetches: int
     storage: StorageConfig
     session: str
     crash_retries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkSpec(RunSpec):
+    """What it must know to label."""
+
+    bundle_url: str
+    bundle_sha256: str
+    label_column: str | None
+    top_k: int
+    thresholds: tuple[float, ...]
+    scores: bool
+    embeddings: bool
+    precision: str
+    compile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamineSpec(RunSpec):
+    """What it must know to tell what images are like; with a bundle, their embeddings too."""
+
+    bundle_url: str | None
+    bundle_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,15 @@ class Spent:
     commit: float = 0.0
     gpu: float = 0.0
     bytes: int = 0
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time within it as that of a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - began)
 
     def plus(self, more: Spent) -> Spent:
         """Both added up."""

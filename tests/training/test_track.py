@@ -605,6 +605,7 @@ def test_wandb_without_a_key_is_refused_with_the_remedy(
         check(TrackConfig(wandb="pets"), "/out")
 
 
+@pytest.mark.slow  # how long wandb takes to give up is its own affair: seconds, or minutes
 def test_a_wandb_server_that_does_not_answer_is_refused(tmp_path: Path) -> None:
     """In a process of its own: within ours, wandb's end would be waited for, for minutes."""
     if importlib.util.find_spec("wandb") is None:

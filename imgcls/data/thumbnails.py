@@ -1,4 +1,4 @@
-"""Small pictures of the images that a report shows, read as labelling reads them."""
+"""Small pictures of images for a page, read as labelling reads them."""
 
 from __future__ import annotations
 

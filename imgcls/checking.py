@@ -1,0 +1,245 @@
+"""The check of a data set: every image looked at, then all of them compared; findings and a page.
+
+Brings labelling's passes over images and the room that judges them together, which do not know each
+other.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat
+
+from imgcls import cluster
+from imgcls.config import Names, Section, names
+from imgcls.data import storage, stores
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
+from imgcls.errors import ConfigError, IssuesFound, OutputError, StorageError
+from imgcls.labeling.examine import Examined, examine
+from imgcls.labeling.layout import ScaleConfig
+from imgcls.labeling.passes import resumable
+from imgcls.lease import Lease
+from imgcls.log import tell
+from imgcls.models.bundle import load_bundle
+from imgcls.quality import copies, labels, page, rules
+from imgcls.quality.copies import CopiesConfig
+from imgcls.quality.findings import COPIES, Finding, Issue, table_of
+from imgcls.quality.images import Images, gathered
+from imgcls.quality.labels import LabelsConfig
+from imgcls.quality.rules import RulesConfig
+
+LOOKS = "_looks"
+ISSUES_FILE = "issues.parquet"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+CLEAN = "clean.parquet"
+
+Issues = Annotated[list[Issue], BeforeValidator(names)]
+
+
+class CheckConfig(Section):
+    """Check a data set: bad images, copies, leaks between manifests, labels that look mistaken."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """What to check."""
+    against: Names = []
+    """Other manifests, such as of the test set: what is in both is a leak."""
+    model: str | None = None
+    """A bundle: its embeddings find more copies, outliers and labels that look mistaken."""
+    output: str
+    """The folder to write; with drop, NAME.parquet is the clean manifest, and NAME the folder."""
+    drop: Issues = []
+    """Write the manifest without rows that have these issues; of copies the first is kept."""
+    fail_on: Issues = []
+    """Exit with 3 when there is one of these."""
+    rules: RulesConfig = RulesConfig()
+    copies: CopiesConfig = CopiesConfig()
+    labels: LabelsConfig = LabelsConfig()
+    gallery: NonNegativeInt = 24
+    """Images shown per issue."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Images with more pixels are refused from their header."""
+    overwrite: bool = False
+    """Throw away what is in the output folder and start over."""
+    progress_seconds: PositiveFloat = 5.0
+    """How often a job log gets a line."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+def check(config: CheckConfig) -> pa.Table:
+    """Check a data set; returns its issues (`findings.SCHEMA`), the worst first.
+
+    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
+    (run it again to resume), IssuesFound for what `fail_on` names.
+    """
+    stores.use(config.storage)
+    output, clean = _outputs(config)
+    manifests = [open_manifest(each) for each in _manifests(config)]
+    bundle = None if config.model is None else load_bundle(config.model)
+    _check_output(output, config)
+    with cluster.Interruption().watched() as interruption:
+        lease = Lease.acquire(output)
+        try:
+            if config.overwrite:
+                _clear(output)
+            with resumable(output, lease):
+                cluster.connect()
+                examined = [
+                    examine(
+                        manifest,
+                        storage.join(output, LOOKS, str(number)),
+                        bundle=bundle,
+                        max_pixels=config.max_pixels,
+                        scale=config.scale,
+                        progress_seconds=config.progress_seconds,
+                        lease=lease,
+                        interruption=interruption,
+                    )
+                    for number, manifest in enumerate(manifests)
+                ]
+            images = gathered((each.manifest, each.tables()) for each in examined)
+            findings = [each for each in _findings(images, config) if len(each.at)]
+            issues = table_of(images, findings)
+            lease.check()
+            _write(output, images, findings, issues, config)
+            if clean is not None:
+                _write_clean(clean, images, findings, examined[0], config.drop)
+        finally:
+            lease.release()
+    tell("report", storage.join(output, REPORT))
+    _gate(findings, images, config.fail_on)
+    return issues
+
+
+def _findings(images: Images, config: CheckConfig) -> Iterator[Finding]:
+    yield from rules.judged(images, config.rules)
+    yield from copies.found(images, config.copies)
+    yield from labels.suspected(images, config.labels)
+
+
+def _outputs(config: CheckConfig) -> tuple[str, str | None]:
+    """The folder of the check, and the file of the clean manifest."""
+    output = storage.absolute(config.output).rstrip("/")
+    if output.endswith(".parquet"):
+        if not config.drop:
+            raise ConfigError(
+                f"output {config.output}: is a file, and without --drop there is no manifest to "
+                "write to it; give a folder, or say what to drop"
+            )
+        return output.removesuffix(".parquet"), output
+    return output, storage.join(output, CLEAN) if config.drop else None
+
+
+def _manifests(config: CheckConfig) -> Iterator[ManifestConfig]:
+    yield config.manifest
+    for path in config.against:
+        yield config.manifest.model_copy(update={"path": path, "format": "auto", "root": None})
+
+
+def _check_output(output: str, config: CheckConfig) -> None:
+    try:
+        storage.check_writable(output)
+    except StorageError as error:
+        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+    others = set(storage.names(output)) - {LOOKS, ISSUES_FILE, SUMMARY, REPORT, CLEAN, "_lease"}
+    if others:
+        raise OutputError(
+            f"output {output}: holds other files ({min(others)}); give another --output"
+        )
+
+
+def _clear(output: str) -> None:
+    for name in (REPORT, SUMMARY, ISSUES_FILE, CLEAN, LOOKS):
+        storage.remove(storage.join(output, name))
+
+
+def _write(
+    output: str,
+    images: Images,
+    findings: Sequence[Finding],
+    issues: pa.Table,
+    config: CheckConfig,
+) -> None:
+    _write_table(storage.join(output, ISSUES_FILE), issues)
+    summary = _summary(images, findings)
+    storage.write(storage.join(output, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
+    storage.write(
+        storage.join(output, REPORT),
+        page.of_check(images, findings, summary, config.gallery).encode(),
+    )
+    for name, count in summary["issues"].items():
+        tell("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
+
+
+def _summary(images: Images, findings: Sequence[Finding]) -> dict[str, Any]:
+    rows = np.bincount(images.manifest, minlength=len(images.manifests))
+    return {
+        "manifests": [
+            {"manifest": name, "rows": int(count)}
+            for name, count in zip(images.manifests, rows, strict=True)
+        ],
+        "issues": {finding.issue: len(finding.at) for finding in findings},
+    }
+
+
+def _write_clean(
+    clean: str,
+    images: Images,
+    findings: Sequence[Finding],
+    examined: Examined,
+    drop: Sequence[Issue],
+) -> None:
+    """The checked manifest without what is to be dropped, its paths whole."""
+    dropped = np.zeros(len(images), bool)
+    for finding in findings:
+        if finding.issue not in drop:
+            continue
+        at = finding.at
+        if finding.issue in COPIES and finding.group is not None:
+            # the first of each group stays; where a manifest that this is held against has one,
+            # none of them has to go
+            own = at[images.own[at]]
+            group = finding.group[images.own[at]]
+            _, first = np.unique(group, return_index=True)
+            at = np.delete(own, first)
+        dropped[at] = True
+    kept = ~dropped[images.own]
+    manifest = examined.manifest
+    rows = pa.concat_tables(rows for rows, _ in examined.tables())
+    place = rows.schema.get_field_index(manifest.path_column)
+    whole = images.path.slice(0, rows.num_rows)
+    rows = rows.set_column(place, manifest.path_column, whole).filter(pa.array(kept))
+    _write_table(clean, rows)
+    tell(
+        "clean",
+        f"{rows.num_rows:,} of {len(kept):,} rows are kept: {clean}",
+        rows=rows.num_rows,
+        dropped=len(kept) - rows.num_rows,
+    )
+
+
+def _write_table(url: str, table: pa.Table) -> None:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write(url, sink.getvalue())
+
+
+def _gate(findings: Sequence[Finding], images: Images, fail_on: Sequence[Issue]) -> None:
+    found = []
+    for finding in findings:
+        count = int(images.own[finding.at].sum())
+        if finding.issue in fail_on and count:
+            first = images.path[int(finding.at[0])].as_py()
+            found.append(f"{count:,} images with {finding.issue}, such as {first}")
+    if found:
+        raise IssuesFound(f"{'; '.join(found)} (--fail-on {','.join(fail_on)})")

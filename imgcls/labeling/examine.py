@@ -1,0 +1,138 @@
+"""Examining a manifest's images: facts of each row, by the same passes over the same chunks.
+
+Survives what labelling survives, and is resumed as that is: what stands in `_staging` is not done
+again. Nothing is labelled or rolled up; the facts are read where the workers wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import cluster
+from imgcls import output as names
+from imgcls.data import storage, stores
+from imgcls.data.manifest import Manifest
+from imgcls.errors import OutputError
+from imgcls.labeling.layout import ScaleConfig
+from imgcls.labeling.ledger import Ledger
+from imgcls.labeling.passes import Passes, fitted
+from imgcls.labeling.plan import Identity, Plan, make_plan, plan_of, restore_shards
+from imgcls.labeling.progress import Progress
+from imgcls.labeling.work import ExamineSpec
+from imgcls.lease import Lease
+from imgcls.log import tell
+from imgcls.models.bundle import Bundle
+from imgcls.provenance import provenance
+
+PART_ROWS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A manifest whose images have all been looked at."""
+
+    output: str
+    manifest: Manifest
+    plan: Plan
+
+    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
+        for part in range(self.plan.parts):
+            with storage.open_read(names.shard_url(self.output, part)) as stream:
+                shard = pq.ParquetFile(stream)
+                for group, chunk in enumerate(self.plan.chunks_of(part)):
+                    url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
+                    with storage.open_read(url) as file:
+                        facts = pq.read_table(file)
+                    yield shard.read_row_group(group), facts
+
+
+def examine(
+    manifest: Manifest,
+    output: str,
+    *,
+    bundle: Bundle | None,
+    max_pixels: int,
+    scale: ScaleConfig,
+    progress_seconds: float,
+    lease: Lease,
+    interruption: cluster.Interruption,
+) -> Examined:
+    """Look at every image of a manifest that has not been looked at in an earlier run.
+
+    output: a folder of its own; Ray is connected to already
+    bundle: have its embeddings too
+    Raises OutputError when the folder holds another run, RunFailed when it broke off.
+    """
+    identity = Identity(
+        manifest={
+            "fingerprint": manifest.fingerprint(),
+            "path_column": manifest.path_column,
+            "root": manifest.root,
+        },
+        bundle={"sha256": None if bundle is None else bundle.sha256},
+        settings={"max_pixels": max_pixels},
+    )
+    stored = names.load_run(output)
+    if stored is not None:
+        lines = "\n".join(f"  {line}" for line in identity.differences(stored["identity"]))
+        if lines:
+            raise OutputError(
+                f"output {output}: was made of something else:\n{lines}\n"
+                "give another --output, or start over with --overwrite"
+            )
+    plan = (
+        plan_of(stored)
+        if stored is not None
+        else make_plan(
+            output,
+            manifest,
+            identity,
+            chunk_rows=None,
+            part_rows=PART_ROWS,
+            row_bytes=128,
+            limit=None,
+            provenance=provenance({}),
+            classes=None,
+        )
+    )
+    book = Ledger.read(output, plan)
+    restore_shards(output, manifest, plan)
+    if book.rows_done:
+        tell("resume", f"{book.rows_done:,} of {plan.rows:,} rows are done")
+    todo = book.missing()
+    if todo:
+        scale = scale.model_copy(update={"layout": "cpu"})
+        layout = fitted(scale, interruption, 0)
+        for reason in layout.reasons:
+            tell("layout", reason)
+        spec = ExamineSpec(
+            output=output,
+            plan=plan,
+            path_column=manifest.path_column,
+            root=manifest.root,
+            batch_size=layout.batch_size,
+            max_pixels=max_pixels,
+            fetches=scale.fetches,
+            storage=stores.settings(),
+            session="",  # each pass has its own
+            crash_retries=scale.crash_retries,
+            bundle_url=None if bundle is None else storage.absolute(bundle.url),
+            bundle_sha256=None if bundle is None else bundle.sha256,
+        )
+        progress = Progress(plan.rows, book.rows_done, progress_seconds)
+        try:
+            passes = Passes(spec, scale, interruption, lambda fits: fits, 0)
+            for receipt in passes.receipts(layout, todo):
+                lease.check()
+                if receipt is None:
+                    progress.tick()
+                else:
+                    progress.add(receipt)
+        finally:
+            progress.close()
+    return Examined(output, manifest, plan)

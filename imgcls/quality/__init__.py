@@ -1,0 +1,1 @@
+"""What is wrong with a data set: bad images, copies, leaks, labels that look mistaken."""
