@@ -79,14 +79,13 @@ def facts_of(data: bytes, *, max_pixels: int = images.MAX_PIXELS) -> Facts:
     Raises an ImageError as `images.decode` does.
     """
     opened = images.picture(data, SIDE, max_pixels=max_pixels)
-    rgb = np.asarray(opened.image, np.float32) / 255
+    red, green, blue = (np.asarray(band) for band in opened.image.split())
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     grey = opened.image.convert("L")
     luma = np.asarray(grey, np.float32) / 255
-    dark, bright = np.percentile(luma, (5, 95))
-    counts = np.bincount(np.asarray(grey).ravel(), minlength=256)
-    share = counts[counts > 0] / luma.size
+    shades = np.bincount(np.asarray(grey).ravel(), minlength=256) / luma.size
+    there = shades[shades > 0]
     contrast = float(luma.std())
-    spread = rgb.max(axis=2) - rgb.min(axis=2)
     return Facts(
         format=opened.format,
         width=opened.shown[0],
@@ -94,12 +93,12 @@ def facts_of(data: bytes, *, max_pixels: int = images.MAX_PIXELS) -> Facts:
         orientation=opened.orientation,
         digest=digest_of(data),
         hash=perceptual_hash(grey),
-        dark=float(dark),
-        bright=float(bright),
+        dark=_percentile(shades, 5),
+        bright=_percentile(shades, 95),
         contrast=contrast,
-        entropy=float(-(share * np.log2(share)).sum()),
+        entropy=float(-(there * np.log2(there)).sum()),
         sharpness=_laplacian(luma) / contrast if contrast else 0.0,
-        colour=float(np.percentile(spread, 95)),
+        colour=_percentile(np.bincount(spread.ravel(), minlength=256) / spread.size, 95),
     )
 
 
@@ -120,6 +119,11 @@ def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
     pixels = np.asarray(small, np.float32)
     spectrum = _COSINES @ pixels @ _COSINES.T
     return np.packbits(spectrum[_ROWS, _COLUMNS] > 0)
+
+
+def _percentile(shares: npt.NDArray[Any], percent: float) -> float:
+    """Of values from 0 to 255, given the share of each; returned from 0 to 1."""
+    return float(np.searchsorted(shares.cumsum(), percent / 100 - 1e-9)) / 255
 
 
 def _laplacian(luma: npt.NDArray[Any]) -> float:

@@ -19,6 +19,8 @@ from imgcls.quality.findings import Finding
 from imgcls.quality.images import Floats, Images, Ints
 
 BLOCK = 4096
+DECAYS = (0.003, 0.03, 0.3)
+"""Weight decays of the probe, of which the one that fits unseen labels best is taken."""
 
 
 class LabelsConfig(Section):
@@ -28,8 +30,6 @@ class LabelsConfig(Section):
     """Parts of the data, each judged by a probe of the others."""
     probe_images: PositiveInt = 50_000
     """A probe learns from so many at most."""
-    weight_decay: PositiveFloat = 1e-4
-    """Of a probe."""
     min_margin: UnitFloat = 0.0
     """Label errors: the likeliest class must be likelier than the label by more than this."""
     neighbours: PositiveInt = 10
@@ -85,29 +85,42 @@ def out_of_fold(
 
     unit:  (N, E) float32, embeddings of length 1
     label: (N,) int64
-    Folds are drawn with the seed; each holds its share of every class.
+    Folds are drawn with the seed; each holds its share of every class. Of `DECAYS` the one with the
+    lowest log loss over all folds is taken.
     """
+    mean, spread = unit.mean(axis=0), unit.std() or 1.0
+    inputs = torch.from_numpy((unit - mean) / spread)
+    rows = np.arange(len(label))
+    best, least = np.empty((0, classes), np.float32), np.inf
+    for decay in DECAYS:
+        scores = _judged(inputs, label, classes, decay, config)
+        loss = -np.log(np.maximum(scores[rows, label], 1e-12)).mean()
+        if loss < least:
+            best, least = scores, loss
+    return best
+
+
+def _judged(
+    inputs: torch.Tensor, label: Ints, classes: int, decay: float, config: LabelsConfig
+) -> npt.NDArray[np.float32]:
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(label))
     order = order[np.argsort(label[order], kind="stable")]
     fold = np.empty(len(label), np.int64)
     fold[order] = np.arange(len(label)) % config.folds
     scores = np.empty((len(label), classes), np.float32)
-    mean = unit.mean(axis=0)
-    spread = unit.std() or 1.0
-    inputs = torch.from_numpy((unit - mean) / spread)
     for number in range(config.folds):
         learn = np.flatnonzero(fold != number)
         if len(learn) > config.probe_images:
             learn = rng.choice(learn, config.probe_images, replace=False)
-        weight, bias = _probe(inputs[learn], torch.from_numpy(label[learn]), classes, config)
+        weight, bias = _probe(inputs[learn], torch.from_numpy(label[learn]), classes, decay)
         held = np.flatnonzero(fold == number)
         scores[held] = torch.softmax(inputs[held] @ weight + bias, dim=1).numpy()
     return scores
 
 
 def _probe(
-    inputs: torch.Tensor, label: torch.Tensor, classes: int, config: LabelsConfig
+    inputs: torch.Tensor, label: torch.Tensor, classes: int, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (E, C) and bias (C,) of a multinomial logistic regression."""
     weight = torch.zeros(inputs.shape[1], classes, requires_grad=True)
@@ -117,7 +130,7 @@ def _probe(
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
         value = torch.nn.functional.cross_entropy(inputs @ weight + bias, label)
-        value = value + config.weight_decay * inputs.shape[1] * weight.square().mean() * classes
+        value = value + decay * weight.square().sum()
         value.backward()
         return value
 
