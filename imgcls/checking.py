@@ -6,27 +6,21 @@ other.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, NonNegativeInt
 
-from imgcls import cluster
-from imgcls.config import Names, Section, names
+from imgcls.config import Names, names
 from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.stores import StorageConfig
-from imgcls.errors import ConfigError, IssuesFound, OutputError, StorageError
-from imgcls.labeling.examine import Examined, examine
-from imgcls.labeling.layout import ScaleConfig
-from imgcls.labeling.passes import resumable
-from imgcls.lease import Lease
+from imgcls.errors import ConfigError, IssuesFound
+from imgcls.labeling.examine import Examined
 from imgcls.log import tell
+from imgcls.looking import LookConfig, looked, with_whole_paths, write_table
 from imgcls.models.bundle import load_bundle
 from imgcls.quality import copies, labels, page, rules
 from imgcls.quality.copies import CopiesConfig
@@ -35,7 +29,6 @@ from imgcls.quality.images import Images, gathered
 from imgcls.quality.labels import LabelsConfig
 from imgcls.quality.rules import RulesConfig
 
-LOOKS = "_looks"
 ISSUES_FILE = "issues.parquet"
 SUMMARY = "summary.json"
 REPORT = "report.html"
@@ -44,13 +37,9 @@ CLEAN = "clean.parquet"
 Issues = Annotated[list[Issue], BeforeValidator(names)]
 
 
-class CheckConfig(Section):
+class CheckConfig(LookConfig):
     """Check a data set: bad images, copies, leaks between manifests, labels that look mistaken."""
 
-    positional: ClassVar[tuple[str, ...]] = ("manifest",)
-
-    manifest: ManifestConfig
-    """What to check."""
     against: Names = []
     """Other manifests, such as of the test set: what is in both is a leak."""
     model: str | None = None
@@ -66,14 +55,6 @@ class CheckConfig(Section):
     labels: LabelsConfig = LabelsConfig()
     gallery: NonNegativeInt = 24
     """Images shown per issue."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Images with more pixels are refused from their header."""
-    overwrite: bool = False
-    """Throw away what is in the output folder and start over."""
-    progress_seconds: PositiveFloat = 5.0
-    """How often a job log gets a line."""
-    scale: ScaleConfig = ScaleConfig()
-    storage: StorageConfig = StorageConfig()
 
 
 def check(config: CheckConfig) -> pa.Table:
@@ -86,36 +67,15 @@ def check(config: CheckConfig) -> pa.Table:
     output, clean = _outputs(config)
     manifests = [open_manifest(each) for each in _manifests(config)]
     bundle = None if config.model is None else load_bundle(config.model)
-    _check_output(output, config)
-    with cluster.Interruption().watched() as interruption:
-        lease = Lease.acquire(output)
-        try:
-            if config.overwrite:
-                _clear(output)
-            with resumable(output, lease):
-                cluster.connect()
-                examined = [
-                    examine(
-                        manifest,
-                        storage.join(output, LOOKS, str(number)),
-                        bundle=bundle,
-                        max_pixels=config.max_pixels,
-                        scale=config.scale,
-                        progress_seconds=config.progress_seconds,
-                        lease=lease,
-                        interruption=interruption,
-                    )
-                    for number, manifest in enumerate(manifests)
-                ]
-            images = gathered((each.manifest, each.tables()) for each in examined)
-            findings = [each for each in _findings(images, config) if len(each.at)]
-            issues = table_of(images, findings)
-            lease.check()
-            _write(output, images, findings, issues, config)
-            if clean is not None:
-                _write_clean(clean, images, findings, examined[0], config.drop)
-        finally:
-            lease.release()
+    results = (REPORT, SUMMARY, ISSUES_FILE, CLEAN)
+    with looked(config, output, manifests, bundle=bundle, results=results) as (examined, lease):
+        images = gathered((each.manifest, each.tables()) for each in examined)
+        findings = [each for each in _findings(images, config) if len(each.at)]
+        issues = table_of(images, findings)
+        lease.check()
+        _write(output, images, findings, issues, config)
+        if clean is not None:
+            _write_clean(clean, images, findings, examined[0], config.drop)
     tell("report", storage.join(output, REPORT))
     _gate(findings, images, config.fail_on)
     return issues
@@ -146,23 +106,6 @@ def _manifests(config: CheckConfig) -> Iterator[ManifestConfig]:
         yield config.manifest.model_copy(update={"path": path, "format": "auto", "root": None})
 
 
-def _check_output(output: str, config: CheckConfig) -> None:
-    try:
-        storage.check_writable(output)
-    except StorageError as error:
-        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
-    others = set(storage.names(output)) - {LOOKS, ISSUES_FILE, SUMMARY, REPORT, CLEAN, "_lease"}
-    if others:
-        raise OutputError(
-            f"output {output}: holds other files ({min(others)}); give another --output"
-        )
-
-
-def _clear(output: str) -> None:
-    for name in (REPORT, SUMMARY, ISSUES_FILE, CLEAN, LOOKS):
-        storage.remove(storage.join(output, name))
-
-
 def _write(
     output: str,
     images: Images,
@@ -170,7 +113,7 @@ def _write(
     issues: pa.Table,
     config: CheckConfig,
 ) -> None:
-    _write_table(storage.join(output, ISSUES_FILE), issues)
+    write_table(storage.join(output, ISSUES_FILE), issues)
     summary = _summary(images, findings)
     storage.write(storage.join(output, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     storage.write(
@@ -214,24 +157,15 @@ def _write_clean(
             at = np.delete(own, first)
         dropped[at] = True
     kept = ~dropped[images.own]
-    manifest = examined.manifest
     rows = pa.concat_tables(rows for rows, _ in examined.tables())
-    place = rows.schema.get_field_index(manifest.path_column)
-    whole = images.path.slice(0, rows.num_rows)
-    rows = rows.set_column(place, manifest.path_column, whole).filter(pa.array(kept))
-    _write_table(clean, rows)
+    rows = with_whole_paths(examined.manifest, rows).filter(pa.array(kept))
+    write_table(clean, rows)
     tell(
         "clean",
         f"{rows.num_rows:,} of {len(kept):,} rows are kept: {clean}",
         rows=rows.num_rows,
         dropped=len(kept) - rows.num_rows,
     )
-
-
-def _write_table(url: str, table: pa.Table) -> None:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write(url, sink.getvalue())
 
 
 def _gate(findings: Sequence[Finding], images: Images, fail_on: Sequence[Issue]) -> None:

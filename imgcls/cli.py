@@ -82,9 +82,21 @@ COMMANDS = {
     ),
     "manifest build": Command(
         "list a folder or a bucket into a manifest",
-        "imgcls.data.listing",
-        "BuildConfig",
-        "build_manifest",
+        "imgcls.describing",
+        "ManifestBuildConfig",
+        "build",
+    ),
+    "manifest stats": Command(
+        "tell what a data set is made of, with a contact sheet per class",
+        "imgcls.describing",
+        "StatsConfig",
+        "stats",
+    ),
+    "manifest split": Command(
+        "split a manifest into train, val and test, or into folds",
+        "imgcls.data.splitting",
+        "SplitConfig",
+        "split",
     ),
     "manifest check": Command(
         "find bad images, copies, leaks and labels that look mistaken",

@@ -1,0 +1,172 @@
+"""Manifests that say what their images are, and what a data set is made of.
+
+`manifest build` lists a folder or takes a table in another shape, and looks at every image if asked
+to; `manifest stats` counts.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from imgcls.data import listing, storage, stores
+from imgcls.data.listing import BuildConfig
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.errors import ConfigError, ManifestError, OutputError
+from imgcls.labeling.layout import ScaleConfig
+from imgcls.log import tell
+from imgcls.looking import LOOKS, LookConfig, looked, with_whole_paths, write_table
+from imgcls.quality import summary
+from imgcls.quality.images import gathered
+
+NUMBERS = "stats.json"
+PAGE = "stats.html"
+MANIFEST = "manifest.parquet"
+LISTED_HERE = "_listing"
+FACTS = ("status", "bytes", "format", "width", "height", "digest")
+
+
+class ManifestBuildConfig(BuildConfig):
+    """List a folder or a bucket into a manifest, or take a glob or a table in another shape."""
+
+    path_column: str = "path"
+    """Of a table: the column that holds paths; it is named path in the manifest."""
+    label_column: str | None = None
+    """Of a table: the column that holds class names; it is named label in the manifest."""
+    contents: bool = False
+    """Read every image: status, bytes, format, width, height and digest (BLAKE2b) as columns."""
+    perceptual: bool = False
+    """With contents: the perceptual hash too."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """With contents: images with more pixels are refused from their header."""
+    scale: ScaleConfig = ScaleConfig()
+    """With contents."""
+
+
+def build(config: ManifestBuildConfig) -> int:
+    """Make a manifest; returns its rows.
+
+    A folder or prefix is listed as `listing.build_manifest` does. A glob or a table (CSV, Parquet)
+    comes through with its columns, whole paths, and `path` and `label` under these names. With
+    `contents` every image is looked at, and what can be told of it is added.
+    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
+    (run it again to resume).
+    """
+    stores.use(config.storage)
+    output = storage.absolute(config.output)
+    listed = storage.is_folder(config.source) and not _is_table(config.source)
+    if config.perceptual and not config.contents:
+        raise ConfigError("perceptual: needs every image to be read; say --contents too")
+    if listed and not config.contents:
+        return listing.build_manifest(config)
+    target = storage.join(output, MANIFEST)
+    if storage.exists(target) and not config.overwrite:
+        raise OutputError(
+            f"output {output}: holds a manifest already; say --overwrite, or give another --output"
+        )
+    source = config.source
+    if listed:
+        source = storage.join(output, LISTED_HERE)
+        given = BuildConfig(**config.model_dump(include=set(BuildConfig.model_fields)))
+        listing.build_manifest(given.model_copy(update={"output": source, "overwrite": True}))
+    manifest = open_manifest(
+        ManifestConfig(
+            path=source, path_column=config.path_column, label_column=config.label_column
+        )
+    )
+    rows = _described(config, output, manifest) if config.contents else _plain(manifest)
+    write_table(target, _renamed(manifest, rows))
+    for name in (LOOKS, LISTED_HERE):
+        storage.remove(storage.join(output, name))
+    tell("manifest", f"{rows.num_rows:,} images: {output}", rows=rows.num_rows)
+    return rows.num_rows
+
+
+class StatsConfig(LookConfig):
+    """Tell what a data set is made of: classes, sizes, formats, a contact sheet per class."""
+
+    sheet: NonNegativeInt = 12
+    """Images on the contact sheet of a class."""
+    sheets: PositiveInt = 50
+    """Classes that have one, the largest first."""
+    seed: int = 0
+    """Which images are on them."""
+
+
+def stats(config: StatsConfig) -> dict[str, Any]:
+    """Look at every image and tell what there is; returns the numbers of stats.json.
+
+    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
+    (run it again to resume).
+    """
+    stores.use(config.storage)
+    output = storage.absolute(config.output)
+    manifest = open_manifest(config.manifest)
+    with looked(config, output, [manifest], results=(NUMBERS, PAGE)) as ([examined], lease):
+        images = gathered([(manifest, examined.tables())])
+        told = summary.numbers(images)
+        lease.check()
+        body = json.dumps(told, indent=2) + "\n"
+        storage.write(storage.join(output, NUMBERS), body.encode())
+        text = summary.page(
+            images, told, shown=config.sheet, classes=config.sheets, seed=config.seed
+        )
+        storage.write(storage.join(output, PAGE), text.encode())
+    good = told["status"].get("ok", 0)
+    tell("stats", f"{told['rows']:,} rows, {good:,} images, {len(told['classes']):,} classes")
+    tell("stats", storage.join(output, PAGE))
+    return told
+
+
+def _described(config: ManifestBuildConfig, output: str, manifest: Manifest) -> pa.Table:
+    """The rows with what can be told of their images."""
+    look = LookConfig(
+        manifest=ManifestConfig(path=manifest.source),
+        output=output,
+        max_pixels=config.max_pixels,
+        scale=config.scale,
+        storage=config.storage,
+    )
+    facts = [*FACTS, *(["hash"] if config.perceptual else [])]
+    tables = []
+    with looked(look, output, [manifest], results=(MANIFEST, LISTED_HERE)) as ([examined], _):
+        for rows, table in examined.tables():
+            for name in facts:
+                column = table.column(name)
+                if pa.types.is_fixed_size_binary(column.type):
+                    column = pa.chunked_array([_as_hex(column)])
+                taken = rows.schema.get_field_index(name)
+                rows = rows.remove_column(taken) if taken >= 0 else rows
+                rows = rows.append_column(name, column)
+            tables.append(rows)
+    return pa.concat_tables(tables)
+
+
+def _plain(manifest: Manifest) -> pa.Table:
+    return pa.Table.from_batches(manifest.batches(), manifest.schema)
+
+
+def _renamed(manifest: Manifest, rows: pa.Table) -> pa.Table:
+    """With whole paths, in a column `path`, and labels in `label`, whatever they were called."""
+    rows = with_whole_paths(manifest, rows)
+    wanted = {manifest.path_column: "path", manifest.label_column: "label"}
+    names = [wanted.get(name, name) for name in rows.schema.names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ManifestError(
+            f"manifest {manifest.source}: has another column {twice!r}; rename it, since the one "
+            "that was asked for takes that name"
+        )
+    return rows.rename_columns(names)
+
+
+def _as_hex(column: pa.ChunkedArray) -> pa.Array:
+    return pa.array([None if each is None else each.hex() for each in column.to_pylist()])
+
+
+def _is_table(source: str) -> bool:
+    """Whether a folder holds tables and no images."""
+    return any(name.endswith((".parquet", ".csv")) for name in storage.names(source))

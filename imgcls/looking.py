@@ -1,0 +1,113 @@
+"""Every image of some manifests looked at, into a folder: how checks and descriptions begin."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, PositiveFloat
+
+from imgcls import cluster
+from imgcls.config import Section
+from imgcls.data import storage
+from imgcls.data.manifest import Manifest, ManifestConfig, resolved
+from imgcls.data.stores import StorageConfig
+from imgcls.errors import OutputError, StorageError
+from imgcls.labeling.examine import Examined, examine
+from imgcls.labeling.layout import ScaleConfig
+from imgcls.labeling.passes import resumable
+from imgcls.lease import FOLDER as LEASE
+from imgcls.lease import Lease
+from imgcls.models.bundle import Bundle
+
+LOOKS = "_looks"
+
+
+class LookConfig(Section):
+    """What to look at, and how."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The images."""
+    output: str
+    """The folder to write."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Images with more pixels are refused from their header."""
+    overwrite: bool = False
+    """Throw away what is in the output folder and start over."""
+    progress_seconds: PositiveFloat = 5.0
+    """How often a job log gets a line."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+@contextlib.contextmanager
+def looked(
+    config: LookConfig,
+    output: str,
+    manifests: Sequence[Manifest],
+    *,
+    bundle: Bundle | None = None,
+    results: Sequence[str],
+) -> Iterator[tuple[list[Examined], Lease]]:
+    """Look at all images that an earlier run into the same folder has not looked at.
+
+    results: the names of what is to be written to the folder while its lease is held
+    Raises OutputError when the folder holds anything else.
+    """
+    _check_output(output, results)
+    with cluster.Interruption().watched() as interruption:
+        lease = Lease.acquire(output)
+        try:
+            if config.overwrite:
+                for name in (*results, LOOKS):
+                    storage.remove(storage.join(output, name))
+            with resumable(output, lease):
+                cluster.connect()
+                examined = [
+                    examine(
+                        manifest,
+                        storage.join(output, LOOKS, str(number)),
+                        bundle=bundle,
+                        max_pixels=config.max_pixels,
+                        scale=config.scale,
+                        progress_seconds=config.progress_seconds,
+                        lease=lease,
+                        interruption=interruption,
+                    )
+                    for number, manifest in enumerate(manifests)
+                ]
+            yield examined, lease
+        finally:
+            lease.release()
+
+
+def _check_output(output: str, results: Sequence[str]) -> None:
+    try:
+        storage.check_writable(output)
+    except StorageError as error:
+        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+    others = set(storage.names(output)) - {LOOKS, LEASE, *results}
+    if others:
+        raise OutputError(
+            f"output {output}: holds other files ({min(others)}); give another --output"
+        )
+
+
+def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
+    """Rows of a manifest that may be stored elsewhere: no path begins at the manifest's folder."""
+    place = rows.schema.get_field_index(manifest.path_column)
+    whole = resolved(rows.column(manifest.path_column), manifest.root)
+    return rows.set_column(place, manifest.path_column, whole)
+
+
+def write_table(url: str, table: pa.Table) -> None:
+    """Whole or not at all."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write(url, sink.getvalue())
