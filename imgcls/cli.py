@@ -119,6 +119,12 @@ COMMANDS = {
     "model list": Command(
         "list the architectures", "imgcls.models.importing", "ListConfig", "list_models"
     ),
+    "export": Command(
+        "write a bundle as ONNX, a torch.export program or TorchScript",
+        "imgcls.models.export",
+        "ExportConfig",
+        "export",
+    ),
     "demo": Command(
         "train on handwritten digits, label the test set", "imgcls.demo", "DemoConfig", "demo"
     ),

@@ -96,7 +96,7 @@ class Classifier:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision, self.precision_reason = choose_precision(precision, self.device)
         self._dtype = _floating(self.precision, self.device)
-        self._network = _loaded(bundle, self.device, self._dtype)
+        self._network = network_of(bundle, self.device, self._dtype)
         _, last = zoo.head(self._network)
         if self.precision == "int8":
             self._network = _in_int8(self._network, bundle, last)
@@ -237,7 +237,7 @@ def observe(bundle: Bundle, batches: Iterable[Pixels]) -> Ranges:
     """
     device = torch.device("cpu")
     dtype = _floating("auto", device)
-    network = _loaded(bundle, device, dtype)
+    network = network_of(bundle, device, dtype)
     normalise = Normalise(bundle.spec.preprocess, device)
     inputs = (normalise(batch).to(dtype) for batch in batches)
     side = bundle.spec.preprocess.crop
@@ -273,7 +273,7 @@ def choose_precision(
     return "fp32", "the CPU has no bfloat16 instructions"
 
 
-def _loaded(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def network_of(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The bundle's network in eval mode, its batch norms folded, channels last."""
     network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
     try:

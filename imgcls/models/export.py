@@ -1,0 +1,353 @@
+"""A bundle handed on to those without imgcls: ONNX, a `torch.export` program, TorchScript.
+
+Owns the folder: what is exported takes pixels and gives calibrated scores, so that nobody has to
+normalise or divide by a temperature; a description, a model card and an example lie beside it. Each
+file is run once before it is promised, and how far its scores are from ours is stated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import BeforeValidator, PositiveInt
+from torch import nn
+
+from imgcls.config import Section, names
+from imgcls.data import images, storage, stores
+from imgcls.data.images import Pixels
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
+from imgcls.errors import ImageError, OutputError, RequestError, RunFailed, StorageError
+from imgcls.models.bundle import CARD, Bundle, BundleSpec, load_bundle
+from imgcls.models.classifier import Classifier, network_of
+
+Format = Literal["onnx", "program", "torchscript"]
+FILES: dict[Format, str] = {"onnx": "model.onnx", "program": "model.pt2", "torchscript": "model.ts"}
+DESCRIPTION = "model.json"
+EXAMPLE = "example.py"
+MADE_UP = 16
+"""Images drawn to compare by, where none are given."""
+CLEAR = 0.01
+"""Labels must be the same where the best score is ahead of the next by this."""
+
+
+class ExportConfig(Section):
+    """Write a bundle as files that run without imgcls."""
+
+    model: str
+    """The bundle."""
+    output: str
+    """The folder to write."""
+    formats: Annotated[list[Format], BeforeValidator(names)] = ["onnx"]
+    """onnx: for ONNX Runtime and others. program: torch.export. torchscript: for old hosts."""
+    images: ManifestConfig | None = None
+    """Images to compare the scores by; drawn ones when not given."""
+    most_images: PositiveInt = 64
+    """So many of them, from the first on."""
+    overwrite: bool = False
+    """Replace an export that is there."""
+    storage: StorageConfig = StorageConfig()
+
+
+class Portable(nn.Module):
+    """A bundle from pixels to scores, in float32."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    class_scale: torch.Tensor
+    class_bias: torch.Tensor
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        spec = bundle.spec
+        std = torch.tensor(spec.preprocess.std).view(1, 3, 1, 1)
+        mean = torch.tensor(spec.preprocess.mean).view(1, 3, 1, 1)
+        self.network = network_of(bundle, torch.device("cpu"), torch.float32)
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+        self.temperature = spec.temperature
+        self.scaled = spec.vector_scaling is not None
+        if spec.vector_scaling is not None:
+            self.register_buffer("class_scale", torch.tensor(spec.vector_scaling.scale))
+            self.register_buffer("class_bias", torch.tensor(spec.vector_scaling.bias))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 3, crop, crop) uint8 RGB to (N, C) float32 scores that sum to 1."""
+        logits = self.network(pixels.to(torch.float32) * self.scale + self.shift)
+        logits = logits / self.temperature
+        if self.scaled:
+            logits = torch.log_softmax(logits, dim=1) * self.class_scale + self.class_bias
+        return torch.softmax(logits, dim=1)
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a bundle in other formats; returns what model.json says of them.
+
+    Raises RequestError where a format's package is not installed or the bundle is not whole,
+    OutputError where the folder holds something, RunFailed when a format cannot express the network
+    or gives other labels.
+    """
+    stores.use(config.storage)
+    bundle = load_bundle(config.model)
+    _check_packages(config.formats)
+    output = storage.absolute(config.output)
+    if storage.names(output) and not config.overwrite:
+        raise OutputError(
+            f"output {output}: holds {storage.names(output)[0]}; give another --output, or say "
+            "--overwrite"
+        )
+    pixels = _pixels(bundle, config)
+    expected = Classifier(bundle, precision="fp32", device="cpu").classify(pixels).scores
+    portable = Portable(bundle).eval()
+    made: dict[str, Any] = {}
+    for format in config.formats:
+        data, run = _MAKERS[format](portable, bundle.spec.preprocess.crop)
+        made[FILES[format]] = compared(format, expected, run(pixels))
+        storage.write(storage.join(output, FILES[format]), data)
+        told = made[FILES[format]]
+        print(
+            f"{FILES[format]:<12} {len(data) / 1e6:,.1f} MB; of {told['images']} images all have "
+            f"the same label, scores differ by {told['largest_difference']:.1e} at most",
+            flush=True,
+        )
+    described = _description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
+    texts = {
+        DESCRIPTION: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
+        CARD: _card(bundle),
+    }
+    if "onnx" in config.formats:
+        texts[EXAMPLE] = example(bundle.spec)
+    for name, text in texts.items():
+        storage.write(storage.join(output, name), text.encode())
+    print(f"export       {output}", flush=True)
+    return described
+
+
+def compared(
+    format: str, expected: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+) -> dict[str, Any]:
+    """How far scores are from those expected; raises RunFailed when a label is another.
+
+    Both (N, C). A label counts where it is ahead by `CLEAR`.
+    """
+    ahead = np.sort(expected, axis=1)
+    clear = ahead[:, -1] - ahead[:, -2] > CLEAR if expected.shape[1] > 1 else np.ones(len(expected))
+    same = expected.argmax(axis=1) == scores.argmax(axis=1)
+    largest = float(np.abs(expected - scores).max())
+    if (~same & clear.astype(bool)).any() or not np.isfinite(largest):
+        raise RunFailed(
+            f"{format}: {int((~same).sum())} of {len(same)} images got another label, and scores "
+            f"differ by up to {largest:.3f}; the format does not express this network"
+        )
+    return {"images": len(same), "largest_difference": largest}
+
+
+Run = Callable[[Pixels], npt.NDArray[np.float32]]
+
+
+def _onnx(portable: Portable, crop: int) -> tuple[bytes, Run]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        with _said_plainly("onnx"):
+            torch.onnx.export(
+                portable,
+                (_example(crop),),
+                file,
+                dynamo=True,
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+                input_names=["pixels"],
+                output_names=["scores"],
+                external_data=False,
+                verbose=False,
+            )
+        data = file.read_bytes()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return data, lambda pixels: session.run(None, {"pixels": np.ascontiguousarray(pixels)})[0]
+
+
+def _program(portable: Portable, crop: int) -> tuple[bytes, Run]:
+    sink = io.BytesIO()
+    with _said_plainly("program"):
+        program = torch.export.export(
+            portable,
+            (_example(crop),),
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+        )
+        torch.export.save(program, sink)
+        loaded = torch.export.load(io.BytesIO(sink.getvalue())).module()
+    return sink.getvalue(), lambda pixels: _numbers(loaded, pixels)
+
+
+def _torchscript(portable: Portable, crop: int) -> tuple[bytes, Run]:
+    sink = io.BytesIO()
+    with _said_plainly("torchscript"), torch.inference_mode():
+        traced = torch.jit.trace(portable, _example(crop), check_trace=False)
+        torch.jit.save(traced, sink)
+        loaded = torch.jit.load(io.BytesIO(sink.getvalue()))
+    return sink.getvalue(), lambda pixels: _numbers(loaded, pixels)
+
+
+_MAKERS: dict[Format, Callable[[Portable, int], tuple[bytes, Run]]] = {
+    "onnx": _onnx,
+    "program": _program,
+    "torchscript": _torchscript,
+}
+
+
+@contextlib.contextmanager
+def _said_plainly(format: str) -> Iterator[None]:
+    """What an exporter cannot do, in one line that names the format; no advice to its authors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunFailed(
+                f"{format}: torch cannot write this network so: {first}; leave the format out of "
+                "--formats"
+            ) from error
+
+
+def _example(crop: int) -> torch.Tensor:
+    return torch.zeros(2, 3, crop, crop, dtype=torch.uint8)
+
+
+@torch.inference_mode()
+def _numbers(module: Any, pixels: Pixels) -> npt.NDArray[np.float32]:
+    scores: npt.NDArray[np.float32] = module(torch.from_numpy(pixels)).numpy()
+    return scores
+
+
+def _check_packages(formats: list[Format]) -> None:
+    if not formats:
+        raise RequestError("formats: is empty; name onnx, program or torchscript")
+    needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise RequestError(
+                f"formats: onnx needs the package {package}; pip install 'imgcls[export]', or "
+                "leave it out of --formats"
+            )
+
+
+def _pixels(bundle: Bundle, config: ExportConfig) -> Pixels:
+    """(N, 3, crop, crop) uint8: the images to compare by."""
+    if config.images is None:
+        return _drawn(bundle.spec.preprocess.crop)
+    pixels = list(islice(_decoded(bundle, config.images), config.most_images))
+    if not pixels:
+        raise RequestError(
+            f"images {config.images.path}: none of the first could be read; give others, or leave "
+            "--images out"
+        )
+    return images.stack(pixels)
+
+
+def _decoded(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
+    manifest = open_manifest(config)
+    for batch in manifest.batches():
+        paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
+        for blob in storage.read_ahead(manifest.resolve(path) for path in paths):
+            if isinstance(blob, StorageError):
+                continue
+            try:
+                yield images.decode(blob, bundle.spec.preprocess)[0]
+            except ImageError:
+                continue
+
+
+def _drawn(crop: int) -> Pixels:
+    """Soft spots of colour, the same every time."""
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.random((MADE_UP, 3, 6, 6), dtype=np.float32))
+    soft = torch.nn.functional.interpolate(coarse, (crop, crop), mode="bicubic").clamp(0, 1)
+    return (255 * soft).round().to(torch.uint8).numpy()
+
+
+def _description(spec: BundleSpec) -> dict[str, Any]:
+    pre = spec.preprocess
+    return {
+        "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", 3, pre.crop, pre.crop]},
+        "output": {"name": "scores", "dtype": "float32", "shape": ["batch", len(spec.classes)]},
+        "preprocess": pre.model_dump(mode="json", include={"resize", "crop", "interpolation"})
+        | {"mode": pre.mode},
+        "classes": spec.classes,
+        "threshold": spec.threshold,
+        "thresholds": spec.thresholds,
+        "architecture": spec.architecture.model_dump(mode="json"),
+    }
+
+
+def _card(bundle: Bundle) -> str:
+    text = storage.read(storage.join(bundle.url, CARD)).decode()
+    return (
+        f"{text.rstrip()}\n\n## As exported\n\n"
+        "The files here take `pixels`, uint8 RGB of the size that `model.json` names, and give "
+        "calibrated `scores`: they normalise by themselves. `model.json` also says how images are "
+        "resized, which class each score is of, and how far the scores are from imgcls' own.\n\n"
+        "    python example.py IMAGE\n"
+    )
+
+
+def example(spec: BundleSpec) -> str:
+    """A script that labels an image with model.onnx and needs no imgcls."""
+    fit = _FIT[spec.preprocess.mode].strip("\n")
+    return _EXAMPLE.format(fit=fit.format(filter=spec.preprocess.interpolation.upper()))
+
+
+_EXAMPLE = '''\
+"""python example.py IMAGE: label an image. Needs onnxruntime, numpy and pillow."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+here = pathlib.Path(__file__).parent
+model = json.loads((here / "model.json").read_text())
+resize, crop = model["preprocess"]["resize"], model["preprocess"]["crop"]
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+{fit}
+pixels = np.asarray(image, np.uint8).transpose(2, 0, 1)[None]
+session = onnxruntime.InferenceSession(here / "model.onnx")
+scores = session.run(None, {{"pixels": pixels}})[0][0]
+for place in scores.argsort()[::-1][:5]:
+    print(f"{{scores[place]:.4f}}  {{model['classes'][place]}}")
+'''
+_FIT = {
+    "crop": """
+short = min(image.size)
+image = image.resize([int(resize * side / short) for side in image.size], Image.{filter})
+left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
+image = image.crop((left, top, left + crop, top + crop))
+""",
+    "squash": """
+image = image.resize((crop, crop), Image.{filter})
+""",
+    "pad": """
+scale = crop / max(image.size)
+image = image.resize([max(1, round(side * scale)) for side in image.size], Image.{filter})
+square = Image.new("RGB", (crop, crop))
+square.paste(image, ((crop - image.width) // 2, (crop - image.height) // 2))
+image = square
+""",
+}
