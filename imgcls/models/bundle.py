@@ -29,7 +29,7 @@ DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-Source = Literal["torchvision", "imgcls"]
+Source = Literal["torchvision", "timm", "imgcls"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 

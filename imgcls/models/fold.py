@@ -41,9 +41,17 @@ def followed(network: nn.Module) -> fx.GraphModule | None:
     if isinstance(network, fx.GraphModule):
         return network
     try:
-        return fx.symbolic_trace(network)
+        return fx.GraphModule(network, _Tracer().trace(network))
     except Exception:  # noqa: BLE001  whatever its code raises when it meets no tensor
         return None
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers whole that others have derived from torch's: timm's Linear is one of them."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        layer = isinstance(module, (nn.Linear, nn.Conv2d))
+        return layer or super().is_leaf_module(module, name)
 
 
 def _folds_into(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""Networks by name: any torchvision classifier and the small CNN, with or without weights.
+"""Networks by name: any torchvision classifier, timm's, the small CNN, with or without weights.
 
 Owns the names, the class-list-sized head, where weights come from and the preprocessing that suits
 them. Promises that weights either fit or are refused with the keys that do not.
@@ -18,6 +18,7 @@ from imgcls.data import storage
 from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Interpolation, Preprocess
 from imgcls.errors import BundleError, StorageError
+from imgcls.models import timm_networks
 from imgcls.models.bundle import Architecture, Source
 from imgcls.models.small_cnn import SmallCNN
 
@@ -27,12 +28,16 @@ _SMALL_CNN_PREPROCESS = Preprocess(
 
 
 def names() -> list[str]:
-    """Every name that `build` takes."""
+    """Every name that `build` takes, but for timm's own after `timm:`."""
     return ["small_cnn", *torchvision.models.list_models(module=torchvision.models)]
 
 
 def architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of that name; raises BundleError that suggests the nearest names."""
+    if name.startswith(timm_networks.PREFIX):
+        own = name.removeprefix(timm_networks.PREFIX)
+        timm_networks.check_name(own)
+        return Architecture(source="timm", name=own, options=dict(options or {}))
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
@@ -50,7 +55,9 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
     try:
         if architecture.source == "imgcls":
             return SmallCNN(num_classes, **options)
-        if architecture.name in ("inception_v3", "googlenet"):
+        if architecture.source == "timm":
+            return timm_networks.build(architecture.name, num_classes, options)
+        if _is_torchvisions(architecture, "inception_v3", "googlenet"):
             options.setdefault("init_weights", True)
         head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
         network = torchvision.models.get_model(
@@ -77,7 +84,11 @@ def trainable(architecture: Architecture) -> Architecture:
 
 
 def _is_squeezenet(architecture: Architecture) -> bool:
-    return architecture.name.startswith("squeezenet")
+    return _is_torchvisions(architecture, "squeezenet")
+
+
+def _is_torchvisions(architecture: Architecture, *beginnings: str) -> bool:
+    return architecture.source == "torchvision" and architecture.name.startswith(beginnings)
 
 
 def default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
@@ -87,6 +98,8 @@ def default_preprocess(architecture: Architecture, weights: str | None = None) -
     """
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
+    if architecture.source == "timm":
+        return timm_networks.preprocess(architecture.name)
     known = torchvision.models.get_model_weights(architecture.name)
     name = "DEFAULT" if weights == "torchvision" else weights
     member = known[name] if name in known.__members__ else next(iter(known))
@@ -109,19 +122,22 @@ def pretrained_options(architecture: Architecture, weights: str | None = None) -
     weights: as for `default_preprocess`
     """
     options: dict[str, Any] = {}
-    if architecture.name in ("inception_v3", "googlenet"):
+    if _is_torchvisions(architecture, "inception_v3", "googlenet"):
         options = {"transform_input": True, "aux_logits": True}
-    elif architecture.name.startswith("vit_"):
+    elif _is_torchvisions(architecture, "vit_"):
         options = {"image_size": default_preprocess(architecture, weights).crop}
     return architecture.model_copy(update={"options": {**options, **architecture.options}})
 
 
 def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """A state dict from a file (`.safetensors`, or `.pth` read with weights_only) or torchvision.
+    """A state dict from a file (`.safetensors`, or `.pth` read with weights_only), or the library.
 
-    weights: a path or URL, or `torchvision` for its default, or a name such as `IMAGENET1K_V1`
+    weights: a path or URL, or `torchvision` for its default, or a name such as `IMAGENET1K_V1`, or
+        `timm` for the weights that timm has of one of its networks
     Raises BundleError when they cannot be had.
     """
+    if architecture.source == "timm" and weights == "timm":
+        return timm_networks.pretrained(architecture.name)
     known = (
         torchvision.models.get_model_weights(architecture.name)
         if architecture.source == "torchvision"

@@ -1,0 +1,80 @@
+"""Networks of timm, where that is installed: by name, with the preprocessing of their own config.
+
+The only place that knows timm; the zoo asks here for what begins with `timm:`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from imgcls.data.preprocess import Interpolation, Preprocess, ResizeMode
+from imgcls.errors import BundleError
+
+PREFIX = "timm:"
+_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+def check_name(name: str) -> None:
+    """Raise a BundleError with the nearest names where timm has none such."""
+    timm = _timm()
+    known = timm.list_models()
+    base = name.partition(".")[0]
+    if base in known:
+        return
+    near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
+    names = " or ".join(f"{PREFIX}{each}" for each in near)
+    hint = f"did you mean {names}?" if near else "see timm.list_models()"
+    raise BundleError(f"model {PREFIX}{name}: timm {timm.__version__} has no such network; {hint}")
+
+
+def build(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """The network with random weights; raises what timm does for a wrong option."""
+    network: nn.Module = _timm().create_model(
+        name, pretrained=False, num_classes=num_classes, **options
+    )
+    return network
+
+
+def preprocess(name: str) -> Preprocess:
+    """What timm does to images for the weights that it has of that name."""
+    from timm.data import resolve_data_config
+
+    timm = _timm()
+    said = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    crop = int(said["input_size"][-1])
+    interpolation: Interpolation = "bilinear" if said["interpolation"] == "bilinear" else "bicubic"
+    return Preprocess(
+        resize=max(crop, int(crop / said["crop_pct"])),
+        crop=crop,
+        interpolation=interpolation,
+        mode=_MODES[said["crop_mode"]],
+        mean=tuple(said["mean"]),
+        std=tuple(said["std"]),
+    )
+
+
+def pretrained(name: str) -> dict[str, torch.Tensor]:
+    """The state dict of timm's own weights, downloaded if need be; raises BundleError."""
+    try:
+        return dict(_timm().create_model(name, pretrained=True).state_dict())
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BundleError(
+            f"model.weights timm: {name} could not be had ({first}); give the path of a weights "
+            "file"
+        ) from error
+
+
+def _timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise BundleError(f"model {PREFIX}...: needs timm; pip install 'imgcls[timm]'") from error
+    module: ModuleType = timm
+    return module
