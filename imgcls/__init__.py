@@ -8,16 +8,29 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Classifier": "imgcls.models.classifier",
-    "Client": "imgcls.client",
-    "load_bundle": "imgcls.models.bundle",
-    "train": "imgcls.training.train",
+    "Classifier": ("imgcls.models.classifier", "Classifier"),
+    "Client": ("imgcls.client", "Client"),
+    "check": ("imgcls.checking", "check"),
+    "evaluate": ("imgcls.evaluating", "evaluate"),
+    "label": ("imgcls.labeling.predict", "predict"),
+    "load_bundle": ("imgcls.models.bundle", "load_bundle"),
+    "train": ("imgcls.training.train", "train"),
 }
-__all__ = ["Classifier", "Client", "__version__", "load_bundle", "train"]
+__all__ = [
+    "Classifier",
+    "Client",
+    "__version__",
+    "check",
+    "evaluate",
+    "label",
+    "load_bundle",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import the heavy names on first use, so that `import imgcls` stays quick."""
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module, attribute = _LAZY[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, NonNegativeInt
 
-from imgcls.config import Names, names
+from imgcls.config import Names, build, names
 from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, IssuesFound
@@ -57,12 +57,15 @@ class CheckConfig(LookConfig):
     """Images shown per issue."""
 
 
-def check(config: CheckConfig) -> pa.Table:
+def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     """Check a data set; returns its issues (`findings.SCHEMA`), the worst first.
 
+    config:   the whole request, or else
+    settings: its keys, as in `check(manifest="train.csv", against="test.csv", output="out")`
     Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
     (run it again to resume), IssuesFound for what `fail_on` names.
     """
+    config = build(CheckConfig, settings) if config is None else config
     stores.use(config.storage)
     output, clean = _outputs(config)
     manifests = [open_manifest(each) for each in _manifests(config)]

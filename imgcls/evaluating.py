@@ -5,7 +5,9 @@ Brings labelling and evaluation together, which do not know each other.
 
 from __future__ import annotations
 
-from imgcls.config import UnitFloat
+from typing import Any
+
+from imgcls.config import UnitFloat, build
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -43,11 +45,14 @@ class EvaluateConfig(JudgeConfig):
     storage: StorageConfig = StorageConfig()
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evaluation:
     """Judge predictions, or label a manifest and judge what came of it.
 
+    config:   the whole request, or else
+    settings: its keys, as in `evaluate(predictions="out")`
     Raises RequestError when something is wrong with what was asked; what `predict` raises.
     """
+    config = build(EvaluateConfig, settings) if config is None else config
     stores.use(config.storage)
     source = _source(config)
     output = storage.absolute(config.output or source)

@@ -91,6 +91,19 @@ def decode(
         raise _image_error(error, data) from error
 
 
+def prepared(image: Image.Image, spec: Preprocess) -> Pixels:
+    """A Pillow image at the model's input size: (3, crop, crop) uint8 RGB, channels last in memory.
+
+    Its EXIF orientation is heeded. Raises an ImageError where it cannot be read.
+    """
+    orientation = _orientation(image)
+    try:
+        rgb = _oriented(_to_rgb(image), orientation)
+        return _resized_pillow(rgb, rgb.size, spec)
+    except Exception as error:
+        raise _image_error(error, b"") from error
+
+
 def decode_batch(
     blobs: Sequence[bytes],
     spec: Preprocess,

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import ray
@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imgcls import cluster, log
 from imgcls import output as names
-from imgcls.config import Section, UnitFloat
+from imgcls.config import Section, UnitFloat, build
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -59,6 +59,9 @@ from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle
 from imgcls.provenance import provenance
 from imgcls.runs import open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class PredictConfig(Section):
@@ -128,14 +131,29 @@ class PredictResult:
     rows: int
     counts: PredictionCounts | None
 
+    def frame(self) -> pd.DataFrame:
+        """The table as pandas has it, all of it in memory: one row per manifest row, in order."""
+        import pandas as pd
 
-def predict(config: PredictConfig) -> PredictResult:
+        parts = storage.names(storage.join(self.output, names.PREDICTIONS))
+        frames = []
+        for part in sorted(parts):
+            with storage.open_read(storage.join(self.output, names.PREDICTIONS, part)) as stream:
+                frames.append(pd.read_parquet(stream))
+        return pd.concat(frames, ignore_index=True)
+
+
+def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictResult:
     """Label a manifest with a bundle and commit the table.
 
+    config:   the whole request, or else
+    settings: its keys, as in `label(manifest="photos.csv", model="bundle", output="out")`, nested
+        or dotted (`**{"scale.workers": 2}`)
     Raises RequestError when something is wrong with what was asked (nothing was started),
     TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
     broke off (run it again to resume).
     """
+    config = build(PredictConfig, settings) if config is None else config
     log.use(config.log)
     stores.use(config.storage)
     output = storage.absolute(dated(config.output, config.date))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 
 from imgcls.data import images, storage
@@ -22,6 +23,7 @@ from imgcls.data.images import Pixels
 from imgcls.errors import BundleError, RequestError
 from imgcls.models import quantise, zoo
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
+from imgcls.models.cards import Source, card
 from imgcls.models.fold import folded
 from imgcls.models.fuse import fused
 from imgcls.models.gpu import Download, Replayed, Stopwatch
@@ -64,13 +66,32 @@ class Pending:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: labels and scores of the top k, best first."""
+    """The answer for one image: labels and scores of the top k, best first.
+
+    source: the image as it was given, for a notebook to show it
+    """
 
     label: str
     confidence: float
     accepted: bool
     topk_labels: list[str]
     topk_scores: list[float]
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return card(self.source, self.topk_labels, self.topk_scores, self.accepted)
+
+
+class Predictions(list[Prediction]):
+    """Predictions in the order of their images; a notebook shows them as pictures with bars."""
+
+    def _repr_html_(self) -> str:
+        shown = "".join(prediction._repr_html_() for prediction in self[:MOST_SHOWN])
+        more = len(self) - MOST_SHOWN
+        return shown + (f"<p>and {more:,} more</p>" if more > 0 else "")
+
+
+MOST_SHOWN = 24
 
 
 class Classifier:
@@ -147,21 +168,32 @@ class Classifier:
         return Pending(torch.softmax(logits, dim=1), embedding, watch)
 
     def predict(
-        self, images_: Sequence[str | os.PathLike[str] | bytes], *, top_k: int = 5
-    ) -> list[Prediction]:
-        """Label image files given as paths, URLs or bytes.
+        self, images_: Source | Sequence[Source], *, top_k: int = 5, batch_size: int = 32
+    ) -> Predictions:
+        """Label images given as paths, URLs, bytes of a file, or Pillow images; one, or several.
 
+        The files of one batch are in memory at a time. A Pillow image is resized by Pillow, a file
+        by what is fastest for it: their last bits may differ.
         Raises StorageError or ImageError for the first one that cannot be used.
         """
-        pixels = [
-            images.decode(
-                item if isinstance(item, bytes) else storage.read(os.fspath(item)), self.preprocess
-            )[0]
-            for item in images_
-        ]
-        if not pixels:
-            return []
-        return self.ranked(self.classify(images.stack(pixels)).scores, top_k=top_k)
+        one = isinstance(images_, (str, bytes, os.PathLike, Image.Image))
+        given: Sequence[Any] = [images_] if one else images_  # type: ignore[assignment]
+        found = Predictions()
+        for start in range(0, len(given), batch_size):
+            batch = given[start : start + batch_size]
+            pixels = images.stack([self._prepared(item) for item in batch])
+            ranked = self.ranked(self.classify(pixels).scores, top_k=top_k)
+            found += [
+                replace(prediction, source=item)
+                for prediction, item in zip(ranked, batch, strict=True)
+            ]
+        return found
+
+    def _prepared(self, item: Source) -> Pixels:
+        if isinstance(item, Image.Image):
+            return images.prepared(item, self.preprocess)
+        data = item if isinstance(item, bytes) else storage.read(os.fspath(item))
+        return images.decode(data, self.preprocess)[0]
 
     def ranked(
         self,

@@ -1,0 +1,56 @@
+"""Predictions as a notebook shows them: each picture with the bars of its best labels."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+
+from PIL import Image
+
+from imgcls.data import images, storage
+from imgcls.errors import ImageError, StorageError
+
+SIDE = 128
+Source = str | os.PathLike[str] | bytes | Image.Image
+
+
+def card(
+    source: Source | None, labels: Sequence[str], scores: Sequence[float], accepted: bool
+) -> str:
+    """HTML of one image: the picture where it can still be had, and its labels with their bars."""
+    picture = _picture(source)
+    shown = f'<img src="{picture}" alt="" style="max-height:{SIDE}px">' if picture else ""
+    name = "" if source is None or isinstance(source, (bytes, Image.Image)) else os.fspath(source)
+    bars = "".join(
+        f'<div style="display:flex;gap:8px"><span style="flex:1">{html.escape(label)}</span>'
+        f"<span>{score:.1%}</span></div>"
+        f'<progress max="1" value="{score:.4f}" style="width:100%"></progress>'
+        for label, score in zip(labels, scores, strict=True)
+    )
+    word = "accepted" if accepted else "abstained"
+    return (
+        '<div style="display:inline-block;vertical-align:top;width:190px;margin:4px;padding:8px;'
+        'border:1px solid #8888;border-radius:8px;font:13px sans-serif">'
+        f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}"
+        f'<div style="opacity:.6;overflow-wrap:anywhere">{html.escape(name)}</div></div>'
+    )
+
+
+def _picture(source: Source | None) -> str | None:
+    if source is None:
+        return None
+    try:
+        if isinstance(source, Image.Image):
+            small = source.convert("RGB")
+            small.thumbnail((SIDE, SIDE))
+        else:
+            data = source if isinstance(source, bytes) else storage.read(os.fspath(source))
+            small = images.picture(data, SIDE).image
+    except (ImageError, StorageError):
+        return None
+    sink = io.BytesIO()
+    small.save(sink, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
