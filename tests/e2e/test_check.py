@@ -1,0 +1,193 @@
+"""`manifest check`, `stats` and `build` as they are run: real Ray, files on disk and on S3."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.browser import opened
+from tests.conftest import save, write_manifest
+from tests.processes import RayCluster, imgcls, started, wait_for
+from tests.quality.test_check import picture
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def data_set(folder: Path) -> tuple[Path, Path]:
+    """Train and test manifests with known faults: 44 and 10 images."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    train = []
+    for i in range(40):
+        save(picture(i), images / f"{i}.jpg", quality=90)
+        train.append((f"images/{i}.jpg", "even" if i % 2 == 0 else "odd"))
+    (images / "copy.jpg").write_bytes((images / "0.jpg").read_bytes())
+    save(picture(1), images / "resaved.jpg", quality=40)
+    (images / "cut.jpg").write_bytes((images / "2.jpg").read_bytes()[:2000])
+    save(Image.new("RGB", (320, 240)), images / "black.jpg")
+    train += [(f"images/{name}.jpg", "even") for name in ("copy", "resaved", "cut", "black")]
+    test = []
+    for i in range(100, 109):
+        save(picture(i), images / f"{i}.jpg", quality=90)
+        test.append((f"images/{i}.jpg", "odd"))
+    save(picture(7).resize((160, 120)), images / "leaked.jpg", quality=80)
+    test.append(("images/leaked.jpg", "odd"))
+    header = ("path", "label")
+    return write_manifest(folder / "train.csv", train, header), write_manifest(
+        folder / "test.csv", test, header
+    )
+
+
+def issues_in(output: Path) -> dict[str, list[int]]:
+    with (output / "issues.parquet").open("rb") as stream:
+        table = pq.read_table(stream)
+    found: dict[str, list[int]] = {}
+    for row in table.to_pylist():
+        if row["manifest"].endswith("train.csv"):
+            found.setdefault(row["issue"], []).append(row["row"])
+    return {issue: sorted(rows) for issue, rows in found.items()}
+
+
+def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
+    place: Path, cluster: RayCluster
+) -> None:
+    train, test = data_set(place)
+    clean = place / "clean.parquet"
+    done = imgcls(
+        *("manifest", "check", train, "--against", test, "--output", clean),
+        *("--drop", "exact-duplicates,unreadable,leakage", "--fail-on", "leakage"),
+        env=cluster.environment(),
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "1 images with leakage, such as " in done.stderr
+    assert issues_in(place / "clean") == {
+        "exact-duplicates": [0, 40],
+        "near-duplicates": [1, 41],
+        "leakage": [7],
+        "label-conflict": [1, 41],
+        "unreadable": [42],
+        "near-black": [43],
+    }
+    with clean.open("rb") as stream:
+        kept = pq.read_table(stream).column("path").to_pylist()
+    assert len(kept) == 41
+    assert not [p for p in kept if p.endswith(("/7.jpg", "/copy.jpg", "/cut.jpg"))]
+    assert all((path.endswith(f"images/{Path(path).name}") and "://" in path) or path[0] == "/"
+               for path in kept)  # fmt: skip
+    # the clean manifest is one like any other
+    again = imgcls(
+        *("manifest", "check", clean, "--against", test, "--output", place / "again"),
+        *("--fail-on", "leakage,exact-duplicates,unreadable"),
+        env=cluster.environment(),
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_a_check_that_is_killed_goes_on_where_it_was(tmp_path: Path, cluster: RayCluster) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        save(picture(i).resize((2400, 1800)), images / f"{i}.png")
+    rows = [(f"images/{i % 8}.png",) for i in range(400)]
+    manifest, output = write_manifest(tmp_path / "m.csv", rows, ("path",)), tmp_path / "out"
+    order = ("manifest", "check", manifest, "--output", output)
+    staged = "_looks/0/_staging/part-*/chunk-*"
+    with started(*order, env=cluster.environment()) as driver:
+        wait_for(lambda: len(list(output.glob(staged))) >= 2, 120)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    there = {file.name: file.stat().st_mtime_ns for file in output.glob(staged)}
+    assert not (output / "issues.parquet").exists()
+    done = imgcls(*order, env=cluster.environment())
+    assert done.returncode == 0, done.stderr
+    assert " of 400 rows are done" in done.stdout
+    after = {file.name: file.stat().st_mtime_ns for file in output.glob(staged)}
+    assert there.items() <= after.items()
+    assert issues_in_all(output, "exact-duplicates") == 400
+
+
+def issues_in_all(output: Path, issue: str) -> int:
+    return json.loads((output / "summary.json").read_text())["issues"][issue]
+
+
+def test_the_page_of_a_check_shows_what_was_found(
+    tmp_path: Path, cluster: RayCluster, colour_bundle: Path
+) -> None:
+    train, test = data_set(tmp_path)
+    done = imgcls(
+        *("manifest", "check", train, "--against", test, "--output", tmp_path / "out"),
+        *("--model", colour_bundle),
+        env=cluster.environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    with opened(f"file://{tmp_path}/out/report.html") as page:
+        text = page.page.inner_text("main")
+        for words in ("44 rows checked", "near-duplicates", "leakage", "label-error", "unreadable"):
+            assert words in text
+        assert page.page.locator("#leakage ~ ul img").first.get_attribute("src")
+        page.screenshot("check")
+        assert page.errors == []
+        assert all(url.startswith(("file:", "data:")) for url in page.requests)
+
+
+def test_a_data_set_is_described_in_numbers_and_pictures(
+    tmp_path: Path, cluster: RayCluster
+) -> None:
+    train, _ = data_set(tmp_path)
+    output = tmp_path / "stats"
+    done = imgcls("manifest", "stats", train, "--output", output, env=cluster.environment())
+    assert done.returncode == 0, done.stderr
+    told = json.loads((output / "stats.json").read_text())
+    assert told["status"] == {"ok": 43, "truncated": 1}
+    assert told["classes"] == {"even": 24, "odd": 20}
+    assert told["formats"] == {"JPEG": 43}
+    assert told["width"]["50"] == 320
+    with opened(f"file://{output}/stats.html") as page:
+        assert page.page.locator("h2", has_text="even").count() == 1
+        assert page.page.locator("ul.gallery img").count() == 24
+        page.screenshot("stats")
+        assert page.errors == []
+
+
+def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayCluster) -> None:
+    data_set(place)
+    output = place / "built"
+    done = imgcls(
+        *("manifest", "build", place / "images", "--output", output),
+        *("--contents", "--perceptual"),
+        env=cluster.environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (output / "manifest.parquet").open("rb") as stream:
+        rows = {Path(row["path"]).name: row for row in pq.read_table(stream).to_pylist()}
+    assert len(rows) == 54
+    assert rows["0.jpg"]["digest"] == rows["copy.jpg"]["digest"] != rows["1.jpg"]["digest"]
+    assert (rows["0.jpg"]["format"], rows["0.jpg"]["width"], rows["0.jpg"]["height"]) == (
+        "JPEG", 320, 240,
+    )  # fmt: skip
+    assert (rows["cut.jpg"]["status"], rows["cut.jpg"]["width"]) == ("truncated", None)
+    assert len(rows["0.jpg"]["hash"]) == 64
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.parquet"]
+    done = imgcls(
+        "manifest", "split", output, "--output", place / "split", env=cluster.environment()
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_table_in_another_shape_becomes_a_manifest(tmp_path: Path) -> None:
+    rows = [("a.jpg", "cat", "x"), ("b.jpg", "dog", "y")]
+    table = write_manifest(tmp_path / "t.csv", rows, ("file", "species", "site"))
+    output = tmp_path / "out"
+    done = imgcls(
+        *("manifest", "build", table, "--path-column", "file", "--label-column", "species"),
+        *("--output", output),
+    )
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(output / "manifest.parquet").to_pylist() == [
+        {"path": str(tmp_path / name), "label": label, "site": site} for name, label, site in rows
+    ]

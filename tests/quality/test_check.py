@@ -1,0 +1,251 @@
+"""What the rules, the comparison of all images and the probe find, on images drawn for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from imgcls.config import build
+from imgcls.data.facts import Facts, facts_of
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.errors import ImageError
+from imgcls.labeling.looks import schema
+from imgcls.quality import copies, labels, rules
+from imgcls.quality.copies import CopiesConfig
+from imgcls.quality.findings import ISSUES, Finding, table_of
+from imgcls.quality.images import Images, gathered
+from imgcls.quality.labels import LabelsConfig
+from imgcls.quality.page import MEANING, of_check
+from imgcls.quality.rules import RulesConfig
+from tests.conftest import write_manifest
+from tests.data.pictures import drawn, encoded
+
+Row = tuple[str, bytes, str | None]
+
+
+def images_of(folder: Path, *manifests: list[Row], embeddings: np.ndarray | None = None) -> Images:
+    """Manifests of (name, file, label), looked at as a worker does."""
+    sources = []
+    start = 0
+    for number, rows in enumerate(manifests):
+        file = write_manifest(
+            folder / f"m{number}.csv", [(name, label or "") for name, _, label in rows],
+            ("path", "label"),
+        )  # fmt: skip
+        manifest = open_manifest(ManifestConfig(path=str(file)))
+        told = []
+        for row, (_, data, _) in enumerate(rows):
+            try:
+                told.append({"row": row, "status": "ok", **facts_of(data).columns()})
+            except ImageError as error:
+                told.append({"row": row, "status": error.status, "error": str(error)})
+            if embeddings is not None:
+                told[-1]["embedding"] = embeddings[start + row].astype(np.float16)
+        start += len(rows)
+        width = None if embeddings is None else embeddings.shape[1]
+        facts = pa.Table.from_pylist(told, schema=schema(width))
+        table = pa_csv.read_csv(
+            file, convert_options=pa_csv.ConvertOptions(strings_can_be_null=True)
+        )
+        sources.append((manifest, [(table, facts)]))
+    return gathered(sources)
+
+
+def picture(seed: int) -> Image.Image:
+    """One of many that look nothing like each other."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    return coarse.resize((320, 240), Image.Resampling.NEAREST)
+
+
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+    return encoded(image, "JPEG", quality=quality)
+
+
+def named(findings: list[Finding]) -> dict[str, list[int]]:
+    return {finding.issue: finding.at.tolist() for finding in findings if len(finding.at)}
+
+
+def test_each_rule_finds_what_it_is_for(tmp_path: Path) -> None:
+    good = drawn(320, 240)
+    rows: list[Row] = [(f"good{i}.jpg", jpeg(picture(i)), None) for i in range(20)]
+    bad = {
+        "unreadable": ("cut.jpg", jpeg(good)[:3000]),
+        "wrong-extension": ("png.jpg", encoded(good, "PNG")),
+        "tiny": ("tiny.png", encoded(good.resize((12, 9)), "PNG")),
+        "extreme-aspect": ("long.jpg", jpeg(drawn(900, 100))),
+        "odd-size": ("huge.jpg", jpeg(drawn(2400, 1800))),
+        "near-black": ("black.jpg", jpeg(Image.new("RGB", (320, 240), (4, 4, 6)))),
+        "near-white": ("white.jpg", jpeg(Image.new("RGB", (320, 240), (252, 252, 252)))),
+        "low-information": ("plain.jpg", jpeg(Image.new("RGB", (320, 240), (90, 140, 60)))),
+        "blurry": ("blurry.jpg", jpeg(good.filter(ImageFilter.GaussianBlur(12)))),
+        "greyscale": ("grey.jpg", jpeg(good.convert("L"))),
+        "rotated": ("turned.jpg", encoded(drawn(240, 320), "JPEG", orientation=6)),
+    }
+    rows += [(name, data, None) for name, data in bad.values()]
+    images = images_of(tmp_path, rows)
+    found = named(list(rules.judged(images, RulesConfig())))
+    places = {issue: 20 + number for number, issue in enumerate(bad)}
+    assert found.pop("odd-size") == [places["tiny"], places["odd-size"]]
+    assert found.pop("tiny") == [places["tiny"]]
+    # a plain picture has no colour of its own either
+    assert places["greyscale"] in found.pop("greyscale")
+    assert found == {
+        issue: [place]
+        for issue, place in places.items()
+        if issue not in ("odd-size", "tiny", "greyscale")
+    }
+
+
+def test_greyscale_is_no_issue_where_it_is_common(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i).convert("L")), None) for i in range(10)]
+    found = named(list(rules.judged(images_of(tmp_path, rows), RulesConfig())))
+    assert "greyscale" not in found
+
+
+def test_copies_are_found_by_bytes_and_by_looks(tmp_path: Path) -> None:
+    originals = [picture(i) for i in range(12)]
+    rows: list[Row] = [(f"{i}.jpg", jpeg(image), None) for i, image in enumerate(originals)]
+    rows += [("copy.jpg", jpeg(originals[0]), None)]
+    rows += [
+        ("resaved.jpg", jpeg(originals[1], 40), None),
+        ("small.jpg", jpeg(originals[2].resize((160, 120))), None),
+        ("mirrored.jpg", jpeg(ImageOps.mirror(originals[3])), None),
+        ("copy of resaved.jpg", jpeg(originals[1], 40), None),
+    ]
+    rows += [("broken.jpg", b"\xff\xd8\xff", None), ("broken too.jpg", b"\xff\xd8\xff", None)]
+    found = {f.issue: f for f in copies.found(images_of(tmp_path, rows), CopiesConfig())}
+    exact, near = found["exact-duplicates"], found["near-duplicates"]
+    assert dict(zip(exact.at.tolist(), exact.group.tolist(), strict=True)) == {  # type: ignore[union-attr]
+        0: 0, 12: 0, 13: 13, 16: 13,
+    }  # fmt: skip
+    assert dict(zip(near.at.tolist(), near.group.tolist(), strict=True)) == {  # type: ignore[union-attr]
+        1: 1, 13: 1, 16: 1, 2: 2, 14: 2, 3: 3, 15: 3,
+    }  # fmt: skip
+    assert "1 of 3 in its group, of which the first is " in near.detail[0]
+    assert not len(found["leakage"].at)
+    assert not len(found["label-conflict"].at)
+
+
+def test_plain_pictures_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        (f"{i}.png", encoded(Image.new("RGB", (64, 64), (i, 2 * i, 90)), "PNG"), None)
+        for i in range(10)
+    ]
+    assert named(list(copies.found(images_of(tmp_path, rows), CopiesConfig()))) == {}
+
+
+def test_what_another_manifest_has_too_is_a_leak(tmp_path: Path) -> None:
+    train: list[Row] = [(f"a{i}.jpg", jpeg(picture(i)), "x") for i in range(8)]
+    test: list[Row] = [("b0.jpg", jpeg(picture(3)), "x"), ("b1.jpg", jpeg(picture(5), 50), "y")]
+    test += [("b2.jpg", jpeg(picture(20)), "x"), ("b3.jpg", jpeg(picture(20)), "x")]
+    found = {f.issue: f for f in copies.found(images_of(tmp_path, train, test), CopiesConfig())}
+    leak = found["leakage"]
+    assert leak.at.tolist() == [3, 5]
+    assert leak.detail[0] == f"also in {tmp_path}/m1.csv: {tmp_path}/b0.jpg"
+    # the same picture as x and as y
+    assert found["label-conflict"].at.tolist() == [5, 9]
+    assert "'x', among copies labelled x, y" in found["label-conflict"].detail[0]
+
+
+def clusters(seed: int, count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings around a centre per class, and their classes."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((classes, 32)) * 1.5
+    label = np.arange(count) % classes
+    return centres[label] + rng.standard_normal((count, 32)), label
+
+
+def labelled(tmp_path: Path, vectors: np.ndarray, label: np.ndarray) -> Images:
+    data = jpeg(picture(0))
+    rows: list[Row] = [(f"{i}.jpg", data, f"class {c}") for i, c in enumerate(label.tolist())]
+    return images_of(tmp_path, rows, embeddings=vectors)
+
+
+def test_flipped_labels_are_ranked_first(tmp_path: Path) -> None:
+    vectors, label = clusters(0, 600)
+    rng = np.random.default_rng(1)
+    wrong = rng.choice(600, 30, replace=False)
+    given = label.copy()
+    given[wrong] = (label[wrong] + 1) % 3
+    images = labelled(tmp_path, vectors, given)
+    (finding, *_) = labels.suspected(images, LabelsConfig())
+    assert finding.issue == "label-error"
+    first = finding.at[finding.order()][:60]
+    assert len(set(first.tolist()) & set(wrong.tolist())) >= 27
+    assert (finding.score[finding.order()][:-1] >= finding.score[finding.order()][1:]).all()
+    assert "looks like 'class " in finding.detail[0]
+
+
+def test_an_image_unlike_all_others_is_an_outlier(tmp_path: Path) -> None:
+    vectors, label = clusters(0, 300)
+    vectors[[7, 90]] = -20 * vectors[[7, 90]] + 50 * np.eye(32)[:2]
+    found = named(list(labels.suspected(labelled(tmp_path, vectors, label), LabelsConfig())))
+    assert {7, 90} <= set(found["outlier"])
+    assert len(found["outlier"]) < 10
+
+
+def test_alike_to_the_model_is_similar(tmp_path: Path) -> None:
+    vectors, _ = clusters(0, 400, classes=400)
+    vectors[300] = 1.001 * vectors[5]
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i)), None) for i in range(400)]
+    images = images_of(tmp_path, rows, embeddings=vectors)
+    found = named(list(copies.found(images, CopiesConfig(similar=0.97))))
+    assert found == {"similar": [5, 300]}
+
+
+def test_without_a_model_labels_are_not_judged(tmp_path: Path) -> None:
+    images = images_of(tmp_path, [("a.jpg", jpeg(picture(0)), "x"), ("b.jpg", b"", "y")])
+    assert list(labels.suspected(images, LabelsConfig())) == []
+
+
+def test_the_table_has_the_worst_first_and_groups_together(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i)), "x" if i else None) for i in range(5)]
+    images = images_of(tmp_path, rows)
+    findings = [
+        Finding(
+            "near-duplicates",
+            np.array([0, 1, 2, 3]),
+            np.array([0.2, 0.9, 0.3, 0.1], np.float32),
+            ["a", "b", "c", "d"],
+            np.array([0, 1, 0, 1]),
+        )
+    ]
+    table = table_of(images, findings)
+    assert table.column("row").to_pylist() == [1, 3, 0, 2]
+    assert table.column("group").to_pylist() == [1, 1, 0, 0]
+    assert table.column("label").to_pylist() == ["x", "x", None, "x"]
+    assert table.column("detail").to_pylist() == ["b", "d", "a", "c"]
+
+
+def test_every_issue_is_explained_on_the_page() -> None:
+    assert set(MEANING) == set(ISSUES)
+
+
+def test_names_from_a_manifest_are_text_on_the_page(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>.jpg"
+    images = images_of(tmp_path, [(name, b"nothing", "<b>x</b>")])
+    findings = [f for f in rules.judged(images, RulesConfig()) if len(f.at)]
+    summary = {"manifests": [{"manifest": "<i>m</i>", "rows": 1}]}
+    page = of_check(images, findings, summary, 24)
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;.jpg" in page
+    assert "<i>m</i>" not in page
+
+
+def test_facts_and_columns_have_the_same_names() -> None:
+    names = {field.name for field in schema(None)} - {"row", "status", "error", "bytes"}
+    assert names == set(Facts.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("issue", ISSUES)
+def test_issues_can_be_named_where_rows_are_dropped(issue: str) -> None:
+    from imgcls.checking import CheckConfig
+
+    config = build(CheckConfig, {"manifest": "m.csv", "output": "o", "drop": f"tiny,{issue}"})
+    assert config.drop == ["tiny", issue]
