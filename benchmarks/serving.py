@@ -188,41 +188,73 @@ def load(port: int, files: list[str], options: argparse.Namespace) -> dict[str, 
 
 
 def _load(port: int, files: list[str], clients: int, seconds: float) -> dict[str, Any]:
-    blobs = [Path(file).read_bytes() for file in files]
+    requests = []
+    for file in files:
+        data = Path(file).read_bytes()
+        head = (
+            "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n"
+        )
+        requests.append(head.encode() + data)
     latencies: list[float] = []
-    statuses: Counter[int] = Counter()
+    statuses: Counter[str] = Counter()
     begun = time.perf_counter() + WARM_SECONDS
     end = begun + seconds
 
-    async def client(number: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        place = number
-        while time.perf_counter() < end:
-            data = blobs[place % len(blobs)]
-            place += clients
-            sent = time.perf_counter()
-            writer.write(
-                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(data)
-            )
-            writer.write(data)
-            await writer.drain()
-            head = await reader.readuntil(b"\r\n\r\n")
+    class Client(asyncio.Protocol):
+        """Sends a photograph, waits for the answer, sends the next."""
+
+        def __init__(self, number: int) -> None:
+            self.place = number
+            self.gone = asyncio.get_running_loop().create_future()
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            self.transport = transport
+            self.send()
+
+        def send(self) -> None:
+            self.sent, self.answer = time.perf_counter(), b""
+            if self.sent >= end:
+                self.transport.close()
+                return
+            self.transport.write(requests[self.place % len(requests)])
+            self.place += clients
+
+        def data_received(self, data: bytes) -> None:
+            self.answer += data
+            head, found, body = self.answer.partition(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-            await reader.readexactly(int(length[1]) if length else 0)
+            if not found or len(body) < int(length[1] if length else 0):
+                return
+            self.count(head[9:12].decode())
+            self.send()
+
+        def count(self, status: str) -> None:
             got = time.perf_counter()
-            if sent >= begun and got < end:
-                latencies.append(got - sent)
-                statuses[int(head[9:12])] += 1
-        writer.close()
+            if self.sent >= begun and got < end:
+                latencies.append(got - self.sent)
+                statuses[status] += 1
+
+        def connection_lost(self, error: Exception | None) -> None:
+            if self.sent < end:
+                self.count("closed")
+            self.gone.set_result(None)
 
     async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def client(number: int) -> None:
+            while time.perf_counter() < end:
+                _, one = await loop.create_connection(lambda: Client(number), "127.0.0.1", port)
+                await one.gone
+
         await asyncio.gather(*(client(number) for number in range(clients)))
 
     asyncio.run(run())
     latencies.sort()
     return {
-        "rate": statuses[200] / seconds,
+        "rate": statuses["200"] / seconds,
         "p50": 1000 * latencies[len(latencies) // 2],
         "p99": 1000 * latencies[int(len(latencies) * 0.99)],
         "statuses": dict(statuses),

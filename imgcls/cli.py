@@ -17,116 +17,164 @@ from imgcls.errors import ImgclsError, Interrupted
 
 @dataclass(frozen=True)
 class Command:
-    """A job: where its configuration and its function are, and what it is for."""
+    """A job: where its configuration and its function are, what it is for, and a call of it.
+
+    example: can be run after `imgcls demo`, where the repository is
+    """
 
     summary: str
     module: str
     config: str
     function: str
+    example: str
 
 
 COMMANDS = {
     "train": Command(
-        "train a model, write a bundle", "imgcls.training.train", "TrainConfig", "train"
+        "train a model, write a bundle",
+        "imgcls.training.train",
+        "TrainConfig",
+        "train",
+        "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs "
+        "2 --output demo/small",
     ),
     "tune": Command(
-        "search the best settings of a training", "imgcls.training.tune", "TuneConfig", "tune"
+        "search the best settings of a training",
+        "imgcls.training.tune",
+        "TuneConfig",
+        "tune",
+        "imgcls tune --config jobs/tune.yaml --data.train demo/digits-train.csv "
+        "--tune.trials 2 --epochs 1 --output demo/search",
     ),
     "predict": Command(
-        "label every image of a manifest", "imgcls.labeling.predict", "PredictConfig", "predict"
+        "label every image of a manifest",
+        "imgcls.labeling.predict",
+        "PredictConfig",
+        "predict",
+        "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
+        "demo/labels --scores --embeddings",
     ),
     "status": Command(
         "tell how far a labelling run is, from its output alone",
         "imgcls.labeling.status",
         "StatusConfig",
         "status",
+        "imgcls status demo/labels",
     ),
     "evaluate": Command(
         "judge predictions: metrics with intervals, slices, a report",
         "imgcls.evaluating",
         "EvaluateConfig",
         "evaluate",
+        "imgcls evaluate --predictions demo/labels",
     ),
     "compare": Command(
         "tell which of two runs is better, and where",
         "imgcls.evaluation.compare",
         "CompareConfig",
         "compare",
+        "imgcls compare demo/predictions demo/labels",
     ),
     "calibrate": Command(
         "make confidence trustworthy and choose thresholds, into a new bundle",
         "imgcls.evaluation.calibrate",
         "CalibrateConfig",
         "calibrate",
+        "imgcls calibrate --model demo/bundle --predictions demo/labels --output demo/calibrated",
     ),
     "report": Command(
         "write report.html for a run or a trained bundle",
         "imgcls.evaluation.report",
         "ReportConfig",
         "report",
+        "imgcls report demo/bundle",
     ),
     "serve": Command(
         "label images over HTTP, with a page to try it on",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",
+        "imgcls serve --model demo/bundle",
     ),
     "key new": Command(
-        "make an API key for `serve`", "imgcls.serving.keys", "NewKeyConfig", "new_key"
+        "make an API key for `serve`",
+        "imgcls.serving.keys",
+        "NewKeyConfig",
+        "new_key",
+        "imgcls key new --file demo/keys.yaml --name me",
     ),
     "history compact": Command(
         "merge many runs into one table with the newest row of each image",
         "imgcls.labeling.history",
         "CompactConfig",
         "compact",
+        "imgcls history compact demo/labels --output demo/latest",
     ),
     "manifest build": Command(
         "list a folder or a bucket into a manifest",
         "imgcls.describing",
         "ManifestBuildConfig",
         "build",
+        "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
     "manifest stats": Command(
         "tell what a data set is made of, with a contact sheet per class",
         "imgcls.describing",
         "StatsConfig",
         "stats",
+        "imgcls manifest stats demo/digits-train.csv --output demo/stats",
     ),
     "manifest split": Command(
         "split a manifest into train, val and test, or into folds",
         "imgcls.data.splitting",
         "SplitConfig",
         "split",
+        "imgcls manifest split demo/digits-train.csv --output demo/split",
     ),
     "manifest check": Command(
         "find bad images, copies, leaks and labels that look mistaken",
         "imgcls.checking",
         "CheckConfig",
         "check",
+        "imgcls manifest check demo/digits-train.csv --against demo/digits-test.csv "
+        "--output demo/check",
     ),
     "model import": Command(
         "make a bundle from plain weights",
         "imgcls.models.importing",
         "ImportConfig",
         "import_model",
+        "imgcls model import --arch resnet18 --weights resnet18.pth --classes "
+        "imagenet.txt --output imagenet",
     ),
     "model quantise": Command(
         "make a bundle that can be run in int8, and tell what that costs",
         "imgcls.evaluation.quantise",
         "QuantiseConfig",
         "quantise",
+        "imgcls model quantise --model demo/bundle --manifest demo/digits-train.csv "
+        "--output demo/int8",
     ),
     "model list": Command(
-        "list the architectures", "imgcls.models.importing", "ListConfig", "list_models"
+        "list the architectures",
+        "imgcls.models.importing",
+        "ListConfig",
+        "list_models",
+        "imgcls model list --contains resnet",
     ),
     "export": Command(
         "write a bundle as ONNX, a torch.export program or TorchScript",
         "imgcls.models.export",
         "ExportConfig",
         "export",
+        "imgcls export --model demo/bundle --output demo/exported",
     ),
     "demo": Command(
-        "train on handwritten digits, label the test set", "imgcls.demo", "DemoConfig", "demo"
+        "train on handwritten digits, label the test set",
+        "imgcls.demo",
+        "DemoConfig",
+        "demo",
+        "imgcls demo",
     ),
 }
 
@@ -167,6 +215,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
             getattr(module, command.config),
             argv,
             prog=f"imgcls {name}",
+            example=command.example,
             description=(function.__doc__ or command.summary).strip().splitlines()[0],
         )
         function(settings)

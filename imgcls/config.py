@@ -13,6 +13,7 @@ import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
@@ -67,7 +68,32 @@ class Section(BaseModel):
         return value
 
 
-def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "") -> S:
+@dataclass(frozen=True)
+class Key:
+    """A key as people are told of it; `name` in dotted form, with dashes."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def keys(model: type[Section]) -> Iterator[Key]:
+    """Every key that may be given, in the order in which they are declared."""
+    for key, field, section in _leaves(model):
+        if key == section:
+            continue
+        default = f"default {_show(field.get_default(call_default_factory=True))}"
+        if field.is_required():
+            owner = _optional_owner(model, key)
+            default = "required" if owner is None else f"required where {owner} is given"
+        meaning = " ".join((field.description or "").split())
+        yield Key(_dashed(key), _type_name(field.annotation), default, meaning)
+
+
+def load(
+    model: type[S], argv: Sequence[str], *, prog: str, description: str = "", example: str = ""
+) -> S:
     """Build `model` from the command line `argv`.
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
@@ -77,7 +103,7 @@ def load(model: type[S], argv: Sequence[str], *, prog: str, description: str = "
     Raises ConfigError that lists every problem with its dotted path.
     """
     if any(arg in ("-h", "--help") for arg in argv):
-        print(help_text(model, prog=prog, description=description))
+        print(help_text(model, prog=prog, description=description, example=example))
         raise SystemExit(0)
     problems: list[str] = []
     files, overrides, print_config = _parse(model, argv, problems)
@@ -122,28 +148,23 @@ def dump(config: Section) -> str:
     return text
 
 
-def help_text(model: type[Section], *, prog: str, description: str = "") -> str:
+def help_text(model: type[Section], *, prog: str, description: str = "", example: str = "") -> str:
     """The `--help` page: every dotted key with its type, default and meaning."""
     unnamed = "".join(f"{name.upper()} " for name in model.positional)
     lines = [f"usage: {prog} {unnamed}[--config FILE.yaml] [--KEY VALUE ...]", ""]
     if description:
         lines += [description, ""]
+    if example:
+        lines += [f"example: {example}", ""]
     lines += [
         "  --config FILE.yaml    read settings from a file; the command line wins over it",
         "  --print-config        print the resolved settings as YAML and stop",
         "",
     ]
-    for key, field, section in _leaves(model):
-        if key == section:
-            continue
-        default = f"default {_show(field.get_default(call_default_factory=True))}"
-        if field.is_required():
-            owner = _optional_owner(model, key)
-            default = "required" if owner is None else f"required where {owner} is given"
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"  --{_dashed(key)} {_type_name(field.annotation)}  ({default})")
-        if meaning:
-            lines.append(f"      {meaning}")
+    for key in keys(model):
+        lines.append(f"  --{key.name} {key.type}  ({key.default})")
+        if key.meaning:
+            lines.append(f"      {key.meaning}")
     return "\n".join(lines)
 
 

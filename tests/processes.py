@@ -153,17 +153,23 @@ def kill_family(pid: int) -> None:
 
 
 def imgcls(
-    *arguments: object, env: dict[str, str] | None = None, timeout: float = 240
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    timeout: float = 240,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the `imgcls` command to its end; its whole family is gone afterwards."""
-    with started(*arguments, env=env) as process:
+    with started(*arguments, env=env, cwd=cwd) as process:
         out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @contextlib.contextmanager
 def started(
-    *arguments: object, env: dict[str, str] | None = None, command: str = "imgcls"
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    command: str = "imgcls",
+    cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """An `imgcls` command under way."""
     process = subprocess.Popen(
@@ -171,6 +177,7 @@ def started(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
         env={**os.environ, "RAY_ADDRESS": "local", "PYTHONFAULTHANDLER": "1", **(env or {})},
     )
     children: list[psutil.Process] = []

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imgcls import config
-from imgcls.cli import COMMANDS
+from imgcls import config, reference
+from imgcls.cli import COMMANDS, main
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -62,3 +62,28 @@ def test_what_schedulers_are_given_is_well_formed() -> None:
         assert shlex.split(entry)[1] == "--config"
     minute, hour, *rest = re.search(r"^ {4}(\d+ \d+ \* \* \*)", text, re.MULTILINE)[1].split()  # type: ignore[index]
     assert (0 <= int(minute) < 60, 0 <= int(hour) < 24, rest) == (True, True, ["*"] * 3)
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    written = (REPOSITORY / "docs" / "reference.md").read_text()
+    assert written == reference.page(), "run python -m imgcls.reference > docs/reference.md"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_that_it_takes(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    words = shlex.split(command.example)
+    assert words[0] == "imgcls"
+    assert words[1 : 1 + len(name.split())] == name.split()
+    model = getattr(importlib.import_module(command.module), command.config)
+    config.load(model, words[1 + len(name.split()) :], prog=f"imgcls {name}")
+    assert main([*name.split(), "--help"]) == 0
+    assert f"example: {command.example}\n" in capsys.readouterr().out
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in text, page.name

@@ -84,7 +84,7 @@ def judged(images: Images, rules: RulesConfig) -> Iterator[Finding]:
         ok & ~flat,
         _told("sharpness {:.3f}", sharpness),
     )
-    yield _greyscale(images, rules)
+    yield _greyscale(images, rules, ok & ~flat)
     turned = images.number("orientation")
     yield _where(
         "rotated",
@@ -130,11 +130,9 @@ def _odd_size(images: Images, area: Floats, rules: RulesConfig, sizes: list[str]
     return _above("odd-size", factor, rules.odd_size, ok, told)
 
 
-def _greyscale(images: Images, rules: RulesConfig) -> Finding:
-    colour = images.number("colour")
-    grey = images.ok & (colour < rules.grey_colour)
-    among = images.ok.sum()
-    share = grey.sum() / among if among else 0.0
+def _greyscale(images: Images, rules: RulesConfig, among: Flags) -> Finding:
+    grey = among & (images.number("colour") < rules.grey_colour)
+    share = grey.sum() / among.sum() if among.any() else 0.0
     if share > rules.max_grey_share:
         grey = np.zeros_like(grey)
     told = [f"without colour, as {share:.1%} of the images"] * len(images)

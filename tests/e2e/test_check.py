@@ -67,7 +67,7 @@ def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
     assert "1 images with leakage, such as " in done.stderr
     assert issues_in(place / "clean") == {
         "exact-duplicates": [0, 40],
-        "near-duplicates": [1, 41],
+        "near-duplicates": [1, 7, 41],
         "leakage": [7],
         "label-conflict": [1, 41],
         "unreadable": [42],

@@ -1,0 +1,56 @@
+"""How the search for near duplicates grows: random hashes, some of them copies with a few bits off.
+
+    python -m benchmarks.duplicates [--hashes 10000 100000 1000000] [--copies 0.05] [--bits 0.02]
+
+Each size in a process of its own; prints seconds, peak memory and the share of the copies found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing as mp
+import resource
+import time
+
+import numpy as np
+
+SIZES = (10_000, 100_000, 1_000_000)
+MOST = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--hashes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--copies", type=float, default=0.05)
+    parser.add_argument("--bits", type=float, default=0.02)
+    options = parser.parse_args()
+    print(f"{'hashes':>10}  {'seconds':>8}  {'peak MB':>8}  {'found':>7}")
+    for count in options.hashes:
+        with mp.get_context("spawn").Pool(1) as pool:
+            seconds, peak, found = pool.apply(measured, (count, options.copies, options.bits))
+        print(f"{count:>10,}  {seconds:>8.2f}  {peak:>8,.0f}  {found:>7.2%}", flush=True)
+
+
+def measured(count: int, copies: float, bits: float) -> tuple[float, float, float]:
+    """Seconds, peak MB of the process, and the share of the copies that are found."""
+    from imgcls.data.duplicates import near_pairs
+
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
+    planted = int(count * copies)
+    source = rng.choice(count // 2, planted, replace=False)
+    target = count // 2 + rng.choice(count - count // 2, planted, replace=False)
+    noise = np.packbits(rng.random((planted, 256)) < bits, axis=1).view(np.uint64)
+    hashes[target] = hashes[source] ^ noise
+    mirror = rng.integers(0, 2**64, 4, dtype=np.uint64)
+    began = time.perf_counter()
+    pairs = near_pairs(hashes, mirror, most=MOST)
+    seconds = time.perf_counter() - began
+    told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    wanted = set(zip(source.tolist(), target.tolist(), strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds, peak, len(told & wanted) / planted
+
+
+if __name__ == "__main__":
+    main()
