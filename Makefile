@@ -53,6 +53,8 @@ bench-more: venv  ## other models and kinds of images, agreement, start-up, grow
 	$(BIN)/python -m benchmarks.scale plan --rows 10000 100000 1000000 10000000
 	$(BIN)/python -m benchmarks.scale resume
 	$(BIN)/python -m benchmarks.scale nodes
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.duplicates
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/pytest -m gpu

@@ -166,15 +166,16 @@ def plain(model: str, port: int) -> None:
         values, places = scores.topk(5)
         return {"labels": places.tolist(), "scores": values.tolist()}
 
-    @app.post("/v1/predict")
     async def predict(request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(label, await request.body())
+
+    predict.__annotations__["request"] = Request  # a name of this function, which FastAPI seeks
+    app.post("/v1/predict")(predict)
 
     @app.get("/readyz")
     async def readyz() -> Response:
         return Response("ok")
 
-    predict.__annotations__["request"] = Request
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
 
 

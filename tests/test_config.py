@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from imgcls import cli, config
+from imgcls.checking import CheckConfig
 from imgcls.config import Section
 from imgcls.errors import ConfigError, RequestError
 from imgcls.evaluating import EvaluateConfig
@@ -586,3 +587,26 @@ def test_positional_keys_may_go_without_their_names(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         config.load(CompareConfig, ["--help"], prog="imgcls compare")
     assert "usage: imgcls compare RUN_A RUN_B [--config" in capsys.readouterr().out
+
+
+def test_a_list_is_given_word_by_word_or_with_commas() -> None:
+    def against(*words: str) -> list[str]:
+        return config.load(CheckConfig, ["m.csv", "--output", "o", *words], prog="check").against
+
+    assert against("--against", "a.csv", "b.csv") == ["a.csv", "b.csv"]
+    assert against("--against", "a.csv,b.csv") == ["a.csv", "b.csv"]
+    assert against("--against", "a.csv") == ["a.csv"]
+    assert against("--against=a.csv") == ["a.csv"]
+    assert against("--against", "a.csv", "b.csv", "--overwrite") == ["a.csv", "b.csv"]
+    # what may still be a positional one is not swallowed
+    loaded = config.load(
+        CheckConfig, ["--against", "a.csv", "m.csv", "--output", "o"], prog="check"
+    )
+    assert (loaded.manifest.path, loaded.against) == ("m.csv", ["a.csv"])
+
+
+def test_keys_are_told_with_their_types_and_meanings() -> None:
+    told = {key.name: key for key in config.keys(CheckConfig)}
+    assert told["output"].default == "required"
+    assert told["gallery"].default == "default 24"
+    assert told["rules.min-sharpness"].meaning.startswith("Blurry: ")

@@ -155,8 +155,10 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
     try:
         data = storage.read(weights)
     except StorageError as error:
-        choices = ", ".join(["torchvision", *(known.__members__ if known is not None else ())])
-        raise BundleError(f"model.weights: {error}; give a file, or one of {choices}") from error
+        own = [] if architecture.source == "imgcls" else [architecture.source]
+        choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
+        also = f", or one of {choices}" if choices else ""
+        raise BundleError(f"model.weights: {error}; give a file{also}") from error
     if weights.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load

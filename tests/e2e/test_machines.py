@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from imgcls.data.images import decode
@@ -107,13 +108,7 @@ def machines(
 def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     name: str, tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
 ) -> None:
-    manifest = photographs(tmp_path / "images", 200, (64, 48))
-    bad = (tmp_path / "images" / "0.jpg").read_bytes() + POISON
-    (tmp_path / "images" / "bad.jpg").write_bytes(bad)
-    lines = manifest.read_text().splitlines()
-    lines[1 + 77] = "bad.jpg,77"
-    manifest.write_text("\n".join(lines) + "\n")
-    output = tmp_path / "out"
+    manifest, output = with_poison(tmp_path / "images"), tmp_path / "out"
     with RayCluster.start(cpus=2, env=poisoned(name)) as cluster:
         order = words(manifest, colour_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
@@ -126,6 +121,31 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     told = re.search(r"watch   chunk 1: (\d+) workers died .* 1 of its rows crashed", done.stdout)
     assert told is not None, done.stdout
     assert 2 <= int(told[1]) <= 1 + math.log2(64) + 1
+
+
+def with_poison(folder: Path) -> Path:
+    """A manifest of 200 small images, of which row 77 kills who reads it."""
+    manifest = photographs(folder, 200, (64, 48))
+    (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes() + POISON)
+    lines = manifest.read_text().splitlines()
+    lines[1 + 77] = "bad.jpg,77"
+    manifest.write_text("\n".join(lines) + "\n")
+    return manifest
+
+
+@pytest.mark.cluster
+def test_a_check_survives_an_image_that_kills_its_worker(
+    tmp_path: Path, poisoned: Callable[[str], dict[str, str]]
+) -> None:
+    manifest, output = with_poison(tmp_path / "images"), tmp_path / "out"
+    with RayCluster.start(cpus=2, env=poisoned("SIGSEGV")) as cluster:
+        order = ("manifest", "check", manifest, "--output", output, "--scale.workers", 1)
+        done = imgcls(*order, env=cluster.environment(), timeout=400)
+    assert done.returncode == 0, done.stderr
+    issues = pq.read_table(output / "issues.parquet").to_pylist()
+    (found,) = [row for row in issues if row["issue"] == "unreadable"]
+    assert found["row"] == 77
+    assert found["detail"].startswith("crashed: the worker died or hung")
 
 
 @pytest.mark.cluster

@@ -140,7 +140,7 @@ def test_a_class_list_that_does_not_fit_is_refused(
     ("changes", "told"),
     [
         ({"arch": "smal_cnn"}, "no such architecture; did you mean small_cnn"),
-        ({"weights": "none.pth"}, "none.pth: no such file; give a file, or one of torchvision"),
+        ({"weights": "none.pth"}, "none.pth: no such file; give a file"),
         ({"options.width": 8}, "features.0.0.weight: the file has (4, 3, 3, 3), the network (8,"),
         ({"options.nonsense": 1}, "unexpected keyword argument 'nonsense'"),
         ({"crop": 64}, "resize (32) must be at least crop (64); give --resize 64"),

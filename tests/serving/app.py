@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,3 +82,9 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
     finally:
         servers[0].should_exit = True
         thread.join(30)
+
+
+if __name__ == "__main__":
+    with serving(Path(sys.argv[1])) as served:
+        print(served.url, flush=True)
+        sys.stdin.read()

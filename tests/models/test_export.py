@@ -1,0 +1,127 @@
+"""Exported files give the scores of the classifier, without it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imgcls.config import build
+from imgcls.errors import OutputError, RequestError, RunFailed
+from imgcls.models import zoo
+from imgcls.models.bundle import BundleSpec, VectorScaling, save_bundle
+from imgcls.models.classifier import Classifier
+from imgcls.models.export import ExportConfig, compared, export
+from tests.conftest import draw
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def asked(bundle: Path, output: Path, **more: object) -> ExportConfig:
+    return build(ExportConfig, {"model": str(bundle), "output": str(output), **more})
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
+def test_every_format_gives_the_classifiers_scores(
+    tmp_path: Path, mode: Any, colour_bundle: Path
+) -> None:
+    architecture = zoo.architecture("small_cnn", {"width": 8})
+    torch.manual_seed(1)
+    network = zoo.build(architecture, 3)
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=["red", "green", "blue"],
+        preprocess=zoo.default_preprocess(architecture).model_copy(
+            update={"mode": mode, "resize": 40}
+        ),
+        temperature=0.05,
+        vector_scaling=VectorScaling(scale=[1.0, 1.3, 0.7], bias=[0.1, -0.2, 0.0]),
+        thresholds={"red": 0.5},
+    )
+    save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
+    output = tmp_path / "out"
+    told = export(asked(tmp_path / "bundle", output, formats="onnx,program,torchscript"))
+    assert set(told["files"]) == {"model.onnx", "model.pt2", "model.ts"}
+    assert all(each["largest_difference"] < 1e-5 for each in told["files"].values())
+    # any number of images at a time
+    session = onnxruntime.InferenceSession(output / "model.onnx")
+    classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
+    for count in (1, 5):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+        scores = session.run(None, {"pixels": pixels})[0]
+        assert scores == pytest.approx(classifier.classify(pixels).scores, abs=1e-5)
+    # the example, somewhere else, with nothing of ours
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(output, moved)
+    draw("green", (90, 60)).save(tmp_path / "image.png")
+    done = subprocess.run(
+        [sys.executable, "-I", moved / "example.py", tmp_path / "image.png"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (expected,) = classifier.predict([tmp_path / "image.png"], top_k=3)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for _, name in lines] == expected.topk_labels
+    assert [float(score) for score, _ in lines] == pytest.approx(expected.topk_scores, abs=0.02)
+    assert json.loads((moved / "model.json").read_text())["thresholds"] == {"red": 0.5}
+    assert "imgcls" not in (moved / "example.py").read_text()
+    assert "## As exported" in (moved / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["squeezenet1_1", "mobilenet_v3_small", pytest.param("vit_b_16", marks=pytest.mark.slow)],
+)
+def test_networks_of_other_kinds_can_be_exported(tmp_path: Path, name: str) -> None:
+    architecture = zoo.architecture(name)
+    torch.manual_seed(0)
+    network = zoo.build(architecture, 4)
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=list("abcd"),
+        preprocess=zoo.default_preprocess(architecture),
+    )
+    save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
+    told = export(asked(tmp_path / "bundle", tmp_path / "out"))
+    assert told["files"]["model.onnx"]["largest_difference"] < 1e-4
+
+
+def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for seed in range(6):
+        draw("red", seed=seed).save(tmp_path / "images" / f"{seed}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    told = export(asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images")))
+    assert told["files"]["model.onnx"]["images"] == 6
+
+
+def test_other_labels_are_not_passed_off_as_the_same() -> None:
+    expected = np.array([[0.7, 0.3], [0.4, 0.6]], np.float32)
+    assert compared("onnx", expected, expected + 1e-6)["images"] == 2
+    with pytest.raises(RunFailed, match="1 of 2 images got another label"):
+        compared("onnx", expected, expected[:, ::-1] * [[1], [0]] + expected * [[0], [1]])
+    close = np.array([[0.5001, 0.4999]], np.float32)
+    assert compared("onnx", close, close[:, ::-1])["images"] == 1
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(RequestError, match="is empty"):
+        export(asked(colour_bundle, output, formats=[]))
+    with pytest.raises(RequestError, match="no such file or folder"):
+        export(asked(colour_bundle, output, images=str(tmp_path / "none")))
+    assert not output.exists()
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds mine\.txt"):
+        export(asked(colour_bundle, output))

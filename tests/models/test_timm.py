@@ -1,0 +1,79 @@
+"""timm's networks: the same scores as timm gives, the preprocessing of its own configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imgcls.errors import BundleError
+from imgcls.models import zoo
+from imgcls.models.bundle import BundleSpec, save_bundle
+from imgcls.models.classifier import Classifier
+
+timm = pytest.importorskip("timm")
+
+NETWORKS = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_conv_small"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scores_and_embeddings_are_timms(name: str, tmp_path: Path) -> None:
+    architecture = zoo.architecture(f"timm:{name}")
+    torch.manual_seed(0)
+    network = zoo.build(architecture, 7).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    preprocess = zoo.default_preprocess(architecture)
+    spec = BundleSpec(architecture=architecture, classes=list("abcdefg"), preprocess=preprocess)
+    save_bundle(str(tmp_path), spec, network.state_dict())
+    crop = preprocess.crop
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, crop, crop), dtype=np.uint8)
+    found = Classifier.load(str(tmp_path), precision="fp32", device="cpu").classify(
+        pixels, embeddings=True
+    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    with torch.inference_mode():
+        inputs = (torch.from_numpy(pixels) / 255 - mean) / std
+        expected = network(inputs).softmax(dim=1)
+        embedding = network.forward_head(network.forward_features(inputs), pre_logits=True)  # type: ignore[operator]
+    assert found.scores == pytest.approx(expected.numpy(), abs=1e-5)
+    assert found.embedding == pytest.approx(embedding.numpy(), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "xception41", "beit_base_patch16_224"])
+def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
+    from timm.data import create_transform, resolve_data_config
+
+    said = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    resize, crop = create_transform(**said).transforms[:2]
+    preprocess = zoo.default_preprocess(zoo.architecture(f"timm:{name}"))
+    assert (preprocess.resize, preprocess.crop) == (
+        resize.size if isinstance(resize.size, int) else resize.size[0],
+        crop.size[0],
+    )
+    assert resize.interpolation.value == preprocess.interpolation
+    assert preprocess.mean == pytest.approx(said["mean"])
+
+
+def test_a_name_that_timm_has_not_is_refused_with_the_nearest() -> None:
+    with pytest.raises(BundleError, match=r"did you mean .*timm:resnet18"):
+        zoo.architecture("timm:resnet_18")
+    with pytest.raises(BundleError, match=r"timm:convnext_tiny|no such architecture"):
+        zoo.architecture("convnext_tinyy")
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    architecture = zoo.architecture("timm:resnet18")
+    network = zoo.build(architecture, 5)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    state = zoo.load_weights(str(tmp_path / "weights.pth"), architecture)
+    assert zoo.fit_weights(zoo.build(architecture, 3), state, replace_head=True) == [
+        "fc.weight",
+        "fc.bias",
+    ]
+    with pytest.raises(BundleError, match="give a file, or one of timm"):
+        zoo.load_weights(str(tmp_path / "none.pth"), architecture)
