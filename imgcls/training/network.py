@@ -28,9 +28,9 @@ class ModelConfig(Section):
     shorthand: ClassVar[str | None] = "name"
 
     name: str = "resnet18"
-    """small_cnn, or any torchvision classifier; see `imgcls model list`."""
+    """small_cnn, any torchvision classifier (`imgcls model list`), or timm's as timm:NAME."""
     weights: str | None = None
-    """A .safetensors or .pth file, `torchvision`, or a name like IMAGENET1K_V1; random if none."""
+    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1; random if none."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None

@@ -25,6 +25,7 @@ from ray import tune as ray_tune
 from imgcls import cluster
 from imgcls.cluster import Interruption
 from imgcls.data import storage, stores
+from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION
@@ -70,7 +71,7 @@ def tune(config: TuneConfig) -> TuneResult:
     same command goes on with a search that was broken off.
     """
     stores.use(config.storage)
-    config = config.model_copy(update={"output": storage.absolute(config.output)})
+    config = _with_whole_paths(config)
     check_space(config)
     task = training.settled(settings_of(config, {}, config.output))
     with cluster.Interruption().watched() as interruption:
@@ -81,6 +82,30 @@ def tune(config: TuneConfig) -> TuneResult:
             return _search(config, task, interruption)
         finally:
             lease.release()
+
+
+def _with_whole_paths(config: TuneConfig) -> TuneConfig:
+    """The same from any working directory: Ray Tune runs each trial in one of its own."""
+
+    def whole(manifest: ManifestConfig | None) -> ManifestConfig | None:
+        if manifest is None:
+            return None
+        root = None if manifest.root is None else storage.absolute(manifest.root)
+        return manifest.model_copy(update={"path": storage.absolute(manifest.path), "root": root})
+
+    data = config.data.model_copy(
+        update={"train": whole(config.data.train), "val": whole(config.data.val)}
+    )
+    weights = config.model.weights
+    if weights is not None and storage.exists(weights):
+        weights = storage.absolute(weights)
+    return config.model_copy(
+        update={
+            "output": storage.absolute(config.output),
+            "data": data,
+            "model": config.model.model_copy(update={"weights": weights}),
+        }
+    )
 
 
 def _claim(config: TuneConfig) -> None:

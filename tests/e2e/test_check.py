@@ -18,6 +18,11 @@ from tests.quality.test_check import picture
 pytestmark = pytest.mark.timeout(600)
 
 
+ON_BOTH = pytest.mark.parametrize(
+    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
+)
+
+
 def data_set(folder: Path) -> tuple[Path, Path]:
     """Train and test manifests with known faults: 44 and 10 images."""
     images = folder / "images"
@@ -53,6 +58,7 @@ def issues_in(output: Path) -> dict[str, list[int]]:
     return {issue: sorted(rows) for issue, rows in found.items()}
 
 
+@ON_BOTH
 def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
     place: Path, cluster: RayCluster
 ) -> None:
@@ -154,6 +160,7 @@ def test_a_data_set_is_described_in_numbers_and_pictures(
         assert page.errors == []
 
 
+@ON_BOTH
 def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayCluster) -> None:
     data_set(place)
     output = place / "built"

@@ -98,7 +98,9 @@ def blocks() -> Iterator[tuple[str, int, str]]:
             yield page.stem, number, text
 
 
-@pytest.mark.parametrize(("page", "number", "text"), blocks(), ids=lambda part: str(part)[:12])
+@pytest.mark.parametrize(
+    ("page", "number", "text"), list(blocks()), ids=lambda part: str(part)[:12]
+)
 def test_the_python_on_a_page_can_be_run(
     after_the_demo: Demonstrated, page: str, number: int, text: str
 ) -> None:
