@@ -46,7 +46,7 @@ def after_the_demo(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
         (folder / name).symlink_to(REPOSITORY / name)
     for name in COLOURS:
         (folder / "photos" / name).mkdir(parents=True)
-        for seed in range(12):
+        for seed in range(30):
             draw(name, seed=seed).save(folder / "photos" / name / f"{seed}.jpg")
     for name in ("cat", "dog"):
         draw("red", (64, 64)).save(folder / f"{name}.jpg")
