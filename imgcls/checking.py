@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, NonNegativeInt
 
 from imgcls.config import Names, build, names
 from imgcls.data import storage, stores
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ConfigError, IssuesFound
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.labeling.examine import Examined
 from imgcls.log import tell
 from imgcls.looking import LookConfig, looked, with_whole_paths, write_table
@@ -25,7 +25,7 @@ from imgcls.models.bundle import load_bundle
 from imgcls.quality import copies, labels, page, rules
 from imgcls.quality.copies import CopiesConfig
 from imgcls.quality.findings import COPIES, Finding, Issue, table_of
-from imgcls.quality.images import Images, gathered
+from imgcls.quality.images import Flags, Images, gathered
 from imgcls.quality.labels import LabelsConfig
 from imgcls.quality.rules import RulesConfig
 
@@ -69,10 +69,12 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     stores.use(config.storage)
     output, clean = _outputs(config)
     manifests = [open_manifest(each) for each in _manifests(config)]
+    _check_clean(clean, output, manifests, config.overwrite)
     bundle = None if config.model is None else load_bundle(config.model)
     results = (REPORT, SUMMARY, ISSUES_FILE, CLEAN)
     with looked(config, output, manifests, bundle=bundle, results=results) as (examined, lease):
         images = gathered((each.manifest, each.tables()) for each in examined)
+        _check_readable(images)
         findings = [each for each in _findings(images, config) if len(each.at)]
         issues = table_of(images, findings)
         lease.check()
@@ -82,6 +84,17 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     tell("report", storage.join(output, REPORT))
     _gate(findings, images, config.fail_on)
     return issues
+
+
+def _check_readable(images: Images) -> None:
+    """Raise a ManifestError where a leak could not be seen: nothing of a manifest can be read."""
+    for number, name in enumerate(images.manifests[1:], 1):
+        mine = np.flatnonzero(images.manifest == number)
+        if not images.ok[mine].any():
+            error = images.facts.column("error")[int(mine[0])].as_py()
+            raise ManifestError(
+                f"against {name}: not one of its images can be read ({error}); see to its paths"
+            )
 
 
 def _findings(images: Images, config: CheckConfig) -> Iterator[Finding]:
@@ -103,10 +116,27 @@ def _outputs(config: CheckConfig) -> tuple[str, str | None]:
     return output, storage.join(output, CLEAN) if config.drop else None
 
 
+def _check_clean(
+    clean: str | None, output: str, manifests: Sequence[Manifest], overwrite: bool
+) -> None:
+    """Refuse to replace a table that is no earlier check's."""
+    if clean is None or not storage.exists(clean):
+        return
+    if clean in [storage.absolute(manifest.source) for manifest in manifests]:
+        raise OutputError(f"output {clean}: is a manifest of this check; give another --output")
+    if not overwrite and not storage.exists(storage.join(output, SUMMARY)):
+        raise OutputError(
+            f"output {clean}: is there already; give another --output, or say --overwrite"
+        )
+
+
 def _manifests(config: CheckConfig) -> Iterator[ManifestConfig]:
     yield config.manifest
     for path in config.against:
-        yield config.manifest.model_copy(update={"path": path, "format": "auto", "root": None})
+        changes: dict[str, Any] = {"path": path, "format": "auto"}
+        if storage.is_folder(path):
+            changes["root"] = None
+        yield config.manifest.model_copy(update=changes)
 
 
 def _write(
@@ -146,20 +176,7 @@ def _write_clean(
     drop: Sequence[Issue],
 ) -> None:
     """The checked manifest without what is to be dropped, its paths whole."""
-    dropped = np.zeros(len(images), bool)
-    for finding in findings:
-        if finding.issue not in drop:
-            continue
-        at = finding.at
-        if finding.issue in COPIES and finding.group is not None:
-            # the first of each group stays; where a manifest that this is held against has one,
-            # none of them has to go
-            own = at[images.own[at]]
-            group = finding.group[images.own[at]]
-            _, first = np.unique(group, return_index=True)
-            at = np.delete(own, first)
-        dropped[at] = True
-    kept = ~dropped[images.own]
+    kept = ~dropped(images, findings, drop)[images.own]
     rows = pa.concat_tables(rows for rows, _ in examined.tables())
     rows = with_whole_paths(examined.manifest, rows).filter(pa.array(kept))
     write_table(clean, rows)
@@ -169,6 +186,22 @@ def _write_clean(
         rows=rows.num_rows,
         dropped=len(kept) - rows.num_rows,
     )
+
+
+def dropped(images: Images, findings: Sequence[Finding], drop: Sequence[Issue]) -> Flags:
+    """(N,) bool: the images that have to go for the issues of `drop`."""
+    gone = np.zeros(len(images), bool)
+    # of copies one stays that is not to go for anything else, so these come last
+    for finding in sorted(findings, key=lambda finding: finding.issue in COPIES):
+        if finding.issue not in drop:
+            continue
+        at = finding.at
+        if finding.issue in COPIES and finding.group is not None:
+            there = images.own[at] & ~gone[at]
+            _, first = np.unique(finding.group[there], return_index=True)
+            at = np.delete(at[there], first)
+        gone[at] = True
+    return gone
 
 
 def _gate(findings: Sequence[Finding], images: Images, fail_on: Sequence[Issue]) -> None:

@@ -294,9 +294,11 @@ def _parse(
                 continue
             else:
                 value, position = typing.cast(str, following), position + 1
+        if key.partition(".")[0] in unnamed:
+            unnamed.remove(key.partition(".")[0])
         if key == "config":
             files.append(value)
-        elif field is not None and _is_list(field.annotation) and not equals and not unnamed:
+        elif field is not None and _is_list(field.annotation) and not equals:
             more = list(itertools.takewhile(lambda word: not _is_option(word), argv[position:]))
             position += len(more)
             overrides.append((key, [value, *more] if more else _value(value)))

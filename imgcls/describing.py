@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imgcls.data import listing, storage, stores
+from imgcls.data.formats import LISTED, is_image_name
 from imgcls.data.listing import BuildConfig
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError
@@ -70,8 +71,11 @@ def build(config: ManifestBuildConfig) -> int:
     source = config.source
     if listed:
         source = storage.join(output, LISTED_HERE)
-        given = BuildConfig(**config.model_dump(include=set(BuildConfig.model_fields)))
-        listing.build_manifest(given.model_copy(update={"output": source, "overwrite": True}))
+        if config.overwrite:
+            storage.remove(source)
+        if not storage.exists(storage.join(source, LISTED)):  # a resumed run has its own
+            given = BuildConfig(**config.model_dump(include=set(BuildConfig.model_fields)))
+            listing.build_manifest(given.model_copy(update={"output": source, "overwrite": False}))
     manifest = open_manifest(
         ManifestConfig(
             path=source, path_column=config.path_column, label_column=config.label_column
@@ -127,12 +131,14 @@ def _described(config: ManifestBuildConfig, output: str, manifest: Manifest) -> 
         manifest=ManifestConfig(path=manifest.source),
         output=output,
         max_pixels=config.max_pixels,
+        overwrite=config.overwrite,
         scale=config.scale,
         storage=config.storage,
     )
     facts = [*FACTS, *(["hash"] if config.perceptual else [])]
     tables = []
-    with looked(look, output, [manifest], results=(MANIFEST, LISTED_HERE)) as ([examined], _):
+    kept = (MANIFEST,)
+    with looked(look, output, [manifest], results=kept, beside=(LISTED_HERE,)) as ([examined], _):
         for rows, table in examined.tables():
             for name in facts:
                 column = table.column(name)
@@ -164,9 +170,13 @@ def _renamed(manifest: Manifest, rows: pa.Table) -> pa.Table:
 
 
 def _as_hex(column: pa.ChunkedArray) -> pa.Array:
-    return pa.array([None if each is None else each.hex() for each in column.to_pylist()])
+    texts = [None if each is None else each.hex() for each in column.to_pylist()]
+    return pa.array(texts, pa.string())
 
 
 def _is_table(source: str) -> bool:
     """Whether a folder holds tables and no images."""
-    return any(name.endswith((".parquet", ".csv")) for name in storage.names(source))
+    if not any(name.lower().endswith((".parquet", ".csv")) for name in storage.names(source)):
+        return False
+    pages = storage.pages(source, deep=True)
+    return not any(is_image_name(file.path) for page in pages for file in page.files)

@@ -54,13 +54,15 @@ def looked(
     *,
     bundle: Bundle | None = None,
     results: Sequence[str],
+    beside: Sequence[str] = (),
 ) -> Iterator[tuple[list[Examined], Lease]]:
     """Look at all images that an earlier run into the same folder has not looked at.
 
     results: the names of what is to be written to the folder while its lease is held
+    beside:  of what else may be there, and is left alone
     Raises OutputError when the folder holds anything else.
     """
-    _check_output(output, results)
+    _check_output(output, (*results, *beside))
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output)
         try:

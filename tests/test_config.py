@@ -598,11 +598,15 @@ def test_a_list_is_given_word_by_word_or_with_commas() -> None:
     assert against("--against", "a.csv") == ["a.csv"]
     assert against("--against=a.csv") == ["a.csv"]
     assert against("--against", "a.csv", "b.csv", "--overwrite") == ["a.csv", "b.csv"]
-    # what may still be a positional one is not swallowed
-    loaded = config.load(
-        CheckConfig, ["--against", "a.csv", "m.csv", "--output", "o"], prog="check"
-    )
-    assert (loaded.manifest.path, loaded.against) == ("m.csv", ["a.csv"])
+    # a list takes all words that follow, and what goes without a name stands before it
+    words = ["--manifest", "m.csv", "--output", "o", "--against", "a.csv", "b.csv"]
+    for order in (words, [*words[4:], *words[:4]]):
+        loaded = config.load(CheckConfig, order, prog="check")
+        assert (loaded.manifest.path, loaded.against) == ("m.csv", ["a.csv", "b.csv"])
+    with pytest.raises(ConfigError, match="manifest: is required"):
+        config.load(CheckConfig, ["--against", "a.csv", "m.csv", "--output", "o"], prog="check")
+    with pytest.raises(ConfigError, match=r"'n\.csv': options are written"):
+        config.load(CheckConfig, ["--manifest", "m.csv", "n.csv", "--output", "o"], prog="check")
 
 
 def test_keys_are_told_with_their_types_and_meanings() -> None:

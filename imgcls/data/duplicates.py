@@ -7,7 +7,7 @@ a hash is made of is `facts`' business; reading the images is not done here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +65,19 @@ class Groups:
                 self.root = further
 
 
-def near_pairs(hashes: Hashes, mirror: Hashes | None, *, most: int) -> Pairs:
+def near_pairs(
+    hashes: Hashes,
+    mirror: Hashes | None,
+    *,
+    most: int,
+    alike: Callable[[Rows, Rows], Flags] | None = None,
+) -> Pairs:
     """Find hashes that differ in few bits, also when one of two images is mirrored.
 
     hashes: (N, W) uint64, the steadiest bits in the first word
     mirror: (W,) uint64, the bits that change when an image is mirrored; None not to look for that
     most:   bits in which the two of a pair may differ
+    alike:  says of rows (P,) and rows (P,) which pairs are ones indeed, where bits tell less
 
     Two hashes are compared where they have 3 bytes of the first word in common: always when they
     differ in at most 5 of its bits, for these are in at most 5 of 8 bytes, and mostly when in some
@@ -94,6 +101,8 @@ def near_pairs(hashes: Hashes, mirror: Hashes | None, *, most: int) -> Pairs:
             one, other = one[new], other[new]
             distance = np.bitwise_count(both[one] ^ both[other]).sum(axis=1, dtype=np.int16)
             close = distance <= most
+            if alike is not None:
+                close[close] = alike(one[close] % count, other[close] % count)
             one, other, distance = one[close], other[close], distance[close]
             mirrored = (one < count) != (other < count)
             one, other = one % count, other % count

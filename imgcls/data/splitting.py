@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -28,7 +29,13 @@ from imgcls.data.manifest import (
     resolved,
 )
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import ConfigError, ManifestError, OutputError, StorageError
+from imgcls.errors import (
+    ConfigError,
+    ManifestError,
+    OutputError,
+    StorageError,
+    StorageMissing,
+)
 from imgcls.log import tell
 
 CONTENT = "content"
@@ -79,18 +86,23 @@ def split(config: SplitConfig) -> dict[str, int]:
     shares = _shares(config)
     files = files_of(config)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
-    _check_output(output, ours, config.overwrite)
+    stale = _check_output(output, ours, config.overwrite) - ours
     counts: dict[str, Counter[str]] = {part: Counter() for part in shares}
     with _Writers(output, files) as writers:
         for batch in manifest.batches():
             table = pa.Table.from_batches([batch])
-            parts = parts_of(list(_keys(manifest, table, config)), shares, config.seed)
+            first = sum(count.total() for count in counts.values())
+            parts = parts_of(list(_keys(manifest, table, first, config)), shares, config.seed)
             table = _with_whole_paths(manifest, table)
             labels = _labels(manifest, table)
             for part in shares:
                 mask = [each == part for each in parts]
                 writers.add(part, table.filter(pa.array(mask, pa.bool_())))
                 counts[part].update(label for label, here in zip(labels, mask, strict=True) if here)
+    if not any(count.total() for count in counts.values()):
+        raise ManifestError(f"manifest {manifest.source}: has no row; nothing to split")
+    for name in stale:
+        storage.remove(storage.join(output, name))
     _tell(counts, shares, output)
     return {part: count.total() for part, count in counts.items()}
 
@@ -138,14 +150,17 @@ def _shares(config: SplitConfig) -> dict[str, float]:
     return dict(config.parts)
 
 
-def _keys(manifest: Manifest, table: pa.Table, config: SplitConfig) -> Iterator[bytes]:
-    """What the rows that stay together have in common."""
+def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) -> Iterator[bytes]:
+    """What the rows that stay together have in common.
+
+    first: the manifest's row that the table begins with
+    """
     if config.by != CONTENT:
         for row, text in enumerate(labels_as_text(table.column(config.by)).to_pylist()):
             if text is None:
                 raise ManifestError(
-                    f"manifest {manifest.source}: row {row} has no {config.by!r}, so it is not "
-                    "known what it belongs to; fill it in, or leave the row out"
+                    f"manifest {manifest.source}: row {first + row:,} has no {config.by!r}, so it "
+                    "is not known what it belongs to; fill it in, or leave the row out"
                 )
             yield text.encode()
         return
@@ -181,14 +196,18 @@ def _labels(manifest: Manifest, table: pa.Table) -> list[str]:
     return [NO_LABEL if label is None else label for label in text]
 
 
-def _check_output(output: str, ours: set[str], overwrite: bool) -> None:
-    there = set(storage.names(output))
-    others = sorted(there - ours)
+def _check_output(output: str, ours: set[str], overwrite: bool) -> set[str]:
+    """Refuse a folder that holds something else; returns what an earlier split has left there."""
+    there = set()
+    with contextlib.suppress(StorageMissing):
+        there = {path.partition("/")[0] for path in storage.walk(output)}
+    others = sorted(name for name in there - ours if not re.fullmatch(r"fold-\d+", name))
     if others or (there and not overwrite):
         remedy = "" if others else ", or say --overwrite"
         raise OutputError(
             f"output {output}: holds {min(others or there)}; give another --output{remedy}"
         )
+    return there
 
 
 class _Writers:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import yaml
 from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
@@ -123,6 +124,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
             f"the same label, scores differ by {told['largest_difference']:.1e} at most",
             flush=True,
         )
+    for name in (*FILES.values(), EXAMPLE):
+        if name not in made:
+            storage.remove(storage.join(output, name))
     described = _description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
     texts = {
         DESCRIPTION: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
@@ -295,9 +299,14 @@ def _description(spec: BundleSpec) -> dict[str, Any]:
 
 
 def _card(bundle: Bundle) -> str:
-    text = storage.read(storage.join(bundle.url, CARD)).decode()
+    """The bundle's own card, with the front matter that the Hugging Face hub reads."""
+    text = storage.read(storage.join(bundle.url, CARD)).decode().rstrip()
+    if not text.startswith("---\n"):
+        tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
+        front = {"pipeline_tag": "image-classification", "library_name": "onnx", "tags": tags}
+        text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}"
     return (
-        f"{text.rstrip()}\n\n## As exported\n\n"
+        f"{text}\n\n## As exported\n\n"
         "The files here take `pixels`, uint8 RGB of the size that `model.json` names, and give "
         "calibrated `scores`: they normalise by themselves. `model.json` also says how images are "
         "resized, which class each score is of, and how far the scores are from imgcls' own.\n\n"

@@ -24,8 +24,14 @@ def check_name(name: str) -> None:
     """Raise a BundleError with the nearest names where timm has none such."""
     timm = _timm()
     known = timm.list_models()
-    base = name.partition(".")[0]
+    base, _, tag = name.partition(".")
     if base in known:
+        tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
+        if tag and tag not in tags:
+            raise BundleError(
+                f"model {PREFIX}{name}: timm {timm.__version__} has no weights {tag!r} of {base} "
+                f"({', '.join(tags) or 'none at all'}); leave the tag out, or give one of these"
+            )
         return
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
     names = " or ".join(f"{PREFIX}{each}" for each in near)
@@ -45,8 +51,8 @@ def preprocess(name: str) -> Preprocess:
     """What timm does to images for the weights that it has of that name."""
     from timm.data import resolve_data_config
 
-    timm = _timm()
-    said = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    known = _timm().get_pretrained_cfg(name)
+    said = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
     crop = int(said["input_size"][-1])
     interpolation: Interpolation = "bilinear" if said["interpolation"] == "bilinear" else "bicubic"
     return Preprocess(

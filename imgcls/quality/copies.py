@@ -19,6 +19,7 @@ from imgcls.data.facts import DIGEST_BYTES, HASH_BITS, MIRROR
 from imgcls.quality.findings import Finding, Issue
 from imgcls.quality.images import Floats, Images, Ints
 
+BLOCK = 65_536
 _PLANES = 256
 """Random planes that tell which embeddings may be alike."""
 
@@ -91,10 +92,18 @@ def _similar(images: Images, near: Ints, config: CopiesConfig) -> tuple[Ints, Fl
     # the angle between two vectors is the share of random planes that part them, times pi
     expected = np.arccos(config.similar) / np.pi * _PLANES
     most = int(expected + 4 * np.sqrt(expected)) + 16
-    pairs = near_pairs(words, None, most=most)
-    cosine = (unit[pairs.first] * unit[pairs.second]).sum(axis=1)
-    close = cosine >= config.similar
-    first, second = one_each[pairs.first[close]], one_each[pairs.second[close]]
+
+    def cosine(one: Ints, other: Ints) -> Floats:
+        found = np.empty(len(one), np.float32)
+        for start in range(0, len(one), BLOCK):
+            block = slice(start, start + BLOCK)
+            found[block] = np.einsum("ij,ij->i", unit[one[block]], unit[other[block]])
+        return found
+
+    pairs = near_pairs(
+        words, None, most=most, alike=lambda one, other: cosine(one, other) >= config.similar
+    )
+    first, second = one_each[pairs.first], one_each[pairs.second]
     groups = Groups(len(images))
     groups.join(first, second)
     there = near >= 0
@@ -102,7 +111,7 @@ def _similar(images: Images, near: Ints, config: CopiesConfig) -> tuple[Ints, Fl
     root[there] = groups.root[near[there]]
     highest = np.zeros(len(images), np.float32)
     for side in (first, second):
-        np.maximum.at(highest, side, cosine[close])
+        np.maximum.at(highest, side, cosine(pairs.first, pairs.second))
     highest[there] = highest[near[there]]
     return np.where(there, root, -1), highest
 

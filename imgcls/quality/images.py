@@ -55,8 +55,8 @@ class Images:
         return self.manifest == 0
 
     def number(self, name: str) -> Floats:
-        """(N,) float32: a fact; NaN where it is null."""
-        return self.facts.column(name).cast(pa.float32()).to_numpy().astype(np.float32)
+        """(N,) float64: a fact; NaN where it is null."""
+        return np.asarray(self.facts.column(name).cast(pa.float64(), safe=False).to_numpy())
 
     def words(self, name: str, width: int) -> npt.NDArray[np.uint8]:
         """(N, width) uint8: a fact of `width` bytes; zeros where it is null."""

@@ -47,6 +47,9 @@ def suspected(images: Images, config: LabelsConfig) -> Iterator[Finding]:
         return
     unit = normalised(np.nan_to_num(images.embedding))
     labelled = images.ok & (images.label >= 0)
+    # of the only image of a class no probe of the others can know
+    alone = np.bincount(images.label[labelled], minlength=len(images.classes)) < 2
+    labelled[labelled] = ~alone[images.label[labelled]]
     if len(np.unique(images.label[labelled])) > 1:
         yield _label_errors(images, unit, np.flatnonzero(labelled), config)
     yield _outliers(unit, np.flatnonzero(images.ok), config)

@@ -46,19 +46,20 @@ def page(images: Images, told: dict[str, Any], *, shown: int, classes: int, seed
     rng = np.random.default_rng(seed)
     ok = images.ok
     names = {name: number for number, name in enumerate(images.classes)}
-    groups = [(name, ok & (images.label == names[name])) for name in told["classes"]]
+    groups = list(told["classes"])
     if told["labelled"] < len(images):
-        groups.append((UNNAMED, ok & (images.label < 0)))
+        names[UNNAMED] = -1
+        groups.append(UNNAMED)
     sheets = []
-    for name, mask in groups[:classes]:
-        at = np.flatnonzero(mask)
+    for name in groups[:classes]:
+        at = np.flatnonzero(ok & (images.label == names[name]))
         drawn = np.sort(rng.choice(at, min(shown, len(at)), replace=False))
         paths = [images.path[int(place)].as_py() for place in drawn]
         pictures = [
             {"image": image, "path": path}
             for image, path in zip(thumbnails(paths, ""), paths, strict=True)
         ]
-        sheets.append({"name": name, "count": int(mask.sum()), "pictures": pictures})
+        sheets.append({"name": name, "count": len(at), "pictures": pictures})
     return rendered(
         "imgcls.quality",
         "stats.html.j2",

@@ -167,3 +167,28 @@ def test_a_class_that_a_part_lacks_is_told(
     with pytest.raises(OutputError, match="--overwrite"):
         split(asked(manifest, tmp_path / "out"))
     split(asked(manifest, tmp_path / "out", overwrite=True))
+
+
+def test_an_earlier_split_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    manifest, output = photographs(tmp_path, 60), tmp_path / "out"
+    split(asked(manifest, output, folds=4, by="patient"))
+    with pytest.raises(OutputError, match="--overwrite"):
+        split(asked(manifest, output, folds=2, by="patient"))
+    with pytest.raises(ManifestError, match="'site'"):
+        split(asked(manifest, output, folds=2, by="site", overwrite=True))
+    assert len(list(output.iterdir())) == 4
+    split(asked(manifest, output, folds=2, by="patient", overwrite=True))
+    assert sorted(path.name for path in output.iterdir()) == ["fold-0", "fold-1"]
+
+
+def test_a_manifest_without_a_row_is_refused(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.csv", [], ("path", "label"))
+    with pytest.raises(ManifestError, match="has no row"):
+        split(asked(manifest, tmp_path / "out"))
+
+
+def test_the_row_without_a_group_is_named(tmp_path: Path) -> None:
+    rows = [(f"{i}.png", "p" if i != 20_000 else "") for i in range(20_010)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "patient"))
+    with pytest.raises(ManifestError, match="row 20,000 has no 'patient'"):
+        split(asked(manifest, tmp_path / "out", by="patient"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from imgcls.config import build
 from imgcls.errors import OutputError, RequestError, RunFailed
@@ -73,7 +74,9 @@ def test_every_format_gives_the_classifiers_scores(
     assert [float(score) for score, _ in lines] == pytest.approx(expected.topk_scores, abs=0.02)
     assert json.loads((moved / "model.json").read_text())["thresholds"] == {"red": 0.5}
     assert "imgcls" not in (moved / "example.py").read_text()
-    assert "## As exported" in (moved / "README.md").read_text()
+    _, front, text = (moved / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "image-classification"
+    assert "## As exported" in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,15 @@ import pyarrow.csv as pa_csv
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
+from imgcls.checking import dropped
 from imgcls.config import build
 from imgcls.data.facts import Facts, facts_of
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ImageError
 from imgcls.labeling.looks import schema
-from imgcls.quality import copies, labels, rules
+from imgcls.quality import copies, labels, rules, summary
 from imgcls.quality.copies import CopiesConfig
-from imgcls.quality.findings import ISSUES, Finding, table_of
+from imgcls.quality.findings import ISSUES, Finding, Issue, table_of
 from imgcls.quality.images import Images, gathered
 from imgcls.quality.labels import LabelsConfig
 from imgcls.quality.page import MEANING, of_check
@@ -245,3 +247,48 @@ def test_issues_can_be_named_where_rows_are_dropped(issue: str) -> None:
 
     config = build(CheckConfig, {"manifest": "m.csv", "output": "o", "drop": f"tiny,{issue}"})
     assert config.drop == ["tiny", issue]
+
+
+def test_the_only_image_of_a_class_is_not_judged(tmp_path: Path) -> None:
+    vectors, label = clusters(0, 90)
+    label = label.copy()
+    label[5] = 3
+    found = list(labels.suspected(labelled(tmp_path, vectors, label), LabelsConfig()))
+    assert 5 not in found[0].at
+
+
+def test_every_pair_that_is_alike_is_found_in_a_crowd(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((8, 64))
+    vectors = (centres[np.arange(400) % 8] + 0.33 * rng.standard_normal((400, 64))) * 3
+    vectors[200:220] = vectors[:20] + 0.05 * rng.standard_normal((20, 64))
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i)), None) for i in range(400)]
+    images = images_of(tmp_path, rows, embeddings=vectors)
+    (finding,) = [f for f in copies.found(images, CopiesConfig(similar=0.99)) if len(f.at)]
+    groups = dict(zip(finding.at.tolist(), finding.group.tolist(), strict=True))  # type: ignore[union-attr]
+    together = [groups.get(i) == groups.get(200 + i) is not None for i in range(20)]
+    assert sum(together) >= 18
+
+
+def test_large_files_and_large_classes_are_described(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i)), f"c{i % 3}") for i in range(9)]
+    images = images_of(tmp_path, rows)
+    place = images.facts.schema.get_field_index("bytes")
+    sizes = pa.array([20_000_001] + [None] + [10] * 7, pa.int64())
+    images = replace(images, facts=images.facts.set_column(place, "bytes", sizes))
+    told = summary.numbers(images)
+    assert told["total_bytes"] == 20_000_071
+    shown = summary.page(images, told, shown=2, classes=2, seed=0)
+    assert shown.count("<li>") == 4
+    assert "1 more classes have no sheet" in shown
+
+
+@pytest.mark.parametrize("drop", [["tiny", "near-duplicates"], ["near-duplicates", "tiny"]])
+def test_of_copies_one_stays_that_has_nothing_else_wrong(tmp_path: Path, drop: list[Issue]) -> None:
+    images = images_of(tmp_path, [(f"{i}.jpg", jpeg(picture(i)), None) for i in range(4)])
+    one = np.ones(3, np.float32)
+    findings = [
+        Finding("near-duplicates", np.array([0, 1, 2]), one, ["", "", ""], np.array([0, 0, 0])),
+        Finding("tiny", np.array([0]), one[:1], [""]),
+    ]
+    assert np.flatnonzero(dropped(images, findings, drop)).tolist() == [0, 2]
