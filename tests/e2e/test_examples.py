@@ -51,7 +51,7 @@ def after_the_demo(demonstrated: Demonstrated, tmp_path: Path) -> Demonstrated:
 def demonstrated(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Demonstrated:
     folder = tmp_path_factory.mktemp("repository")
     for name in ("jobs", "manifests"):
-        (folder / name).symlink_to(REPOSITORY / name)
+        shutil.copytree(REPOSITORY / name, folder / name)
     for name in COLOURS:
         (folder / "photos" / name).mkdir(parents=True)
         for seed in range(30):
