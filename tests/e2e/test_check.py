@@ -94,6 +94,7 @@ def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
     assert again.returncode == 0, again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_a_check_that_is_killed_goes_on_where_it_was(tmp_path: Path, cluster: RayCluster) -> None:
     images = tmp_path / "images"
     images.mkdir()

@@ -153,3 +153,23 @@ def test_the_python_on_a_page_can_be_run(
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_what_a_shell_is_told_to_ask_the_endpoint_is_answered(
+    after_the_demo: Demonstrated,
+) -> None:
+    there = after_the_demo
+    (page,) = (each for each in PAGES if each.stem == "serving")
+    (block,) = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    with served(there, "serve", "--model", "demo/bundle"):
+        done = subprocess.run(
+            ["bash", "-euc", block.replace("curl ", "curl --silent --fail-with-body ")],
+            cwd=there.folder,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('"predictions":') == 2
+    assert '"classes":["0","1"' in done.stdout
