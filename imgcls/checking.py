@@ -16,12 +16,13 @@ from pydantic import BeforeValidator, NonNegativeInt
 
 from imgcls.config import Names, build, names
 from imgcls.data import storage, stores
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_whole_paths
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.labeling.examine import Examined
 from imgcls.log import tell
-from imgcls.looking import LookConfig, looked, with_whole_paths, write_table
+from imgcls.looking import LookConfig, looked
 from imgcls.models.bundle import load_bundle
+from imgcls.output import write_table
 from imgcls.quality import copies, labels, page, rules
 from imgcls.quality.copies import CopiesConfig
 from imgcls.quality.findings import COPIES, Finding, Issue, table_of
@@ -177,7 +178,7 @@ def _write_clean(
 ) -> None:
     """The checked manifest without what is to be dropped, its paths whole."""
     kept = ~dropped(images, findings, drop)[images.own]
-    rows = pa.concat_tables(rows for rows, _ in examined.tables())
+    rows = pa.concat_tables(examined.rows())
     rows = with_whole_paths(examined.manifest, rows).filter(pa.array(kept))
     write_table(clean, rows)
     tell(

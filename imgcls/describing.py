@@ -15,11 +15,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from imgcls.data import listing, storage, stores
 from imgcls.data.formats import LISTED, is_image_name
 from imgcls.data.listing import BuildConfig
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_whole_paths
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.log import tell
-from imgcls.looking import LOOKS, LookConfig, looked, with_whole_paths, write_table
+from imgcls.looking import LOOKS, LookConfig, looked
+from imgcls.output import write_table
 from imgcls.quality import summary
 from imgcls.quality.images import gathered
 

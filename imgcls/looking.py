@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat
 
 from imgcls import cluster
 from imgcls.config import Section
 from imgcls.data import storage
-from imgcls.data.manifest import Manifest, ManifestConfig, resolved
+from imgcls.data.manifest import Manifest, ManifestConfig
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, StorageError
 from imgcls.labeling.examine import Examined, examine
@@ -99,17 +96,3 @@ def _check_output(output: str, results: Sequence[str]) -> None:
         raise OutputError(
             f"output {output}: holds other files ({min(others)}); give another --output"
         )
-
-
-def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
-    """Rows of a manifest that may be stored elsewhere: no path begins at the manifest's folder."""
-    place = rows.schema.get_field_index(manifest.path_column)
-    whole = resolved(rows.column(manifest.path_column), manifest.root)
-    return rows.set_column(place, manifest.path_column, whole)
-
-
-def write_table(url: str, table: pa.Table) -> None:
-    """Whole or not at all."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write(url, sink.getvalue())

@@ -113,9 +113,14 @@ def prediction_schema(
 def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:
     """Write each table as `NAME.parquet`, whole or not at all."""
     for name, table in tables.items():
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        storage.write(join(folder, f"{name}.parquet"), sink.getvalue())
+        write_table(join(folder, f"{name}.parquet"), table, compression="snappy")
+
+
+def write_table(url: str, table: pa.Table, *, compression: str = "zstd") -> None:
+    """Write a Parquet file, whole or not at all."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression=compression)
+    storage.write(url, sink.getvalue())
 
 
 def keep_run(output: str, run: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ def near_pairs(
             one, other = one % count, other % count
             groups.join(one, other)
             found.append((np.minimum(one, other), np.maximum(one, other), distance, mirrored))
-    return _once(found, count)
+    return _once(found)
 
 
 def _tables(words: npt.NDArray[np.uint64]) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
@@ -123,7 +123,7 @@ def _tables(words: npt.NDArray[np.uint64]) -> Iterator[tuple[Rows, npt.NDArray[n
         yield order, permuted[order] >> np.uint64(8 * (8 - SHARED_BYTES))
 
 
-def _once(found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]], count: int) -> Pairs:
+def _once(found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]]) -> Pairs:
     """Each pair once, at its smallest distance."""
     if not found:
         none = np.empty(0, np.int64)

@@ -105,6 +105,13 @@ def resolved(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     return pc.if_else(whole, text, below)
 
 
+def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
+    """Rows of a manifest that may be stored elsewhere: no path begins at the manifest's folder."""
+    place = rows.schema.get_field_index(manifest.path_column)
+    whole = resolved(rows.column(manifest.path_column), manifest.root)
+    return rows.set_column(place, manifest.path_column, whole)
+
+
 def open_manifest(config: ManifestConfig) -> Manifest:
     """Find out what the manifest is and check its columns, without reading its rows.
 

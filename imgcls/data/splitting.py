@@ -26,7 +26,7 @@ from imgcls.data.manifest import (
     ManifestConfig,
     labels_as_text,
     open_manifest,
-    resolved,
+    with_whole_paths,
 )
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
@@ -93,7 +93,7 @@ def split(config: SplitConfig) -> dict[str, int]:
             table = pa.Table.from_batches([batch])
             first = sum(count.total() for count in counts.values())
             parts = parts_of(list(_keys(manifest, table, first, config)), shares, config.seed)
-            table = _with_whole_paths(manifest, table)
+            table = with_whole_paths(manifest, table)
             labels = _labels(manifest, table)
             for part in shares:
                 mask = [each == part for each in parts]
@@ -179,14 +179,6 @@ def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) 
                 "rows out with `imgcls manifest check --drop unreadable`, or split --by a column"
             )
         yield digest_of(blob).hex().encode()
-
-
-def _with_whole_paths(manifest: Manifest, table: pa.Table) -> pa.Table:
-    place = table.schema.get_field_index(manifest.path_column)
-    field = pa.field(manifest.path_column, pa.large_string())
-    return table.set_column(
-        place, field, resolved(table.column(manifest.path_column), manifest.root)
-    )
 
 
 def _labels(manifest: Manifest, table: pa.Table) -> list[str]:

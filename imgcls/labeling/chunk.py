@@ -7,7 +7,6 @@ and every layout composes the same ones: same batches, same bytes out. Nothing h
 from __future__ import annotations
 
 import functools
-import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,9 +230,7 @@ def _url(spec: RunSpec, work: Work) -> str:
 def commit(spec: RunSpec, work: Work, table: pa.Table, spent: Spent) -> None:
     """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
     with spent.stage("commit"):
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        storage.write(_url(spec, work), sink.getvalue())
+        layout.write_table(_url(spec, work), table)
 
 
 def _stacked(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:

@@ -39,16 +39,21 @@ class Examined:
     manifest: Manifest
     plan: Plan
 
-    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
-        """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
+    def rows(self) -> Iterator[pa.Table]:
+        """The manifest's rows, chunk by chunk, in order."""
         for part in range(self.plan.parts):
             with storage.open_read(names.shard_url(self.output, part)) as stream:
                 shard = pq.ParquetFile(stream)
-                for group, chunk in enumerate(self.plan.chunks_of(part)):
-                    url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
-                    with storage.open_read(url) as file:
-                        facts = pq.read_table(file)
-                    yield shard.read_row_group(group), facts
+                for group in range(len(self.plan.chunks_of(part))):
+                    yield shard.read_row_group(group)
+
+    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
+        for chunk, rows in enumerate(self.rows()):
+            part = self.plan.part_of(chunk)
+            url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
+            with storage.open_read(url) as file:
+                yield rows, pq.read_table(file)
 
 
 def examine(

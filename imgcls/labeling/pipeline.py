@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -131,6 +131,8 @@ class _Worker:
     def __init__(self, spec: RunSpec, threads: int) -> None:
         import torch
 
+        from imgcls.labeling import chunk
+
         start = Attempt(spec.session, f"start-{_actor_id()}", "starting a worker")
         if start.deaths >= STARTS:
             raise RunFailed(
@@ -141,12 +143,33 @@ class _Worker:
         stores.use(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
+        self._stages = chunk
+        self._spec: Any = spec
         self._load(spec)
         start.end()
 
     def _load(self, spec: Any) -> None:
         """Have what its chunks need, and `_precision`, what a model of it runs in."""
         raise NotImplementedError
+
+    def _whole(
+        self, batch: pa.Table, stage: str, make: Callable[..., pa.Table]
+    ) -> dict[str, list[bytes]]:
+        """Do a chunk from its rows to its table, unless it is durable already.
+
+        make: of rows, their work and where to count the time, a table; also of one row alone
+        """
+        work: Work = _only(batch, "work")
+        spec, stages, spent = self._spec, self._stages, Spent()
+        attempt = Attempt.at(spec, work, stage)
+        table = stages.committed(spec, work)
+        if table is None:
+            rows = stages.rows_of(spec, work)
+            for row in attempt.suspects(rows.num_rows):
+                make(rows.slice(row, 1), Work(work.chunk), Spent())
+            table = make(rows, work, spent, attempt.crashed, attempt.beat)
+            stages.commit(spec, work, table, spent)
+        return self._done(work, table, spent, attempt)
 
     def _done(
         self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt
@@ -170,11 +193,8 @@ class _ModelWorker(_Worker):
     """One that labels."""
 
     def _load(self, spec: WorkSpec) -> None:
-        from imgcls.labeling import chunk
         from imgcls.models.classifier import Classifier
 
-        self._stages = chunk
-        self._spec = spec
         self._classifier = Classifier(
             _bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
@@ -198,49 +218,26 @@ class LabelWorker(_ModelWorker):
     """The CPU layout: all stages in one process per core."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work: Work = _only(batch, "work")
-        spec, stages, spent = self._spec, self._stages, Spent()
-        attempt = Attempt.at(spec, work, "label")
-        table = stages.committed(spec, work)
-        if table is None:
-            rows = stages.rows_of(spec, work)
-            for row in attempt.suspects(rows.num_rows):
-                alone = rows.slice(row, 1)
-                stages.label(spec, self._classifier, alone, Work(work.chunk), Spent())
-            table = stages.label(
-                spec, self._classifier, rows, work, spent, attempt.crashed, attempt.beat
-            )
-            stages.commit(spec, work, table, spent)
-        return self._done(work, table, spent, attempt)
+        label = functools.partial(self._stages.label, self._spec, self._classifier)
+        return self._whole(batch, "label", label)
 
 
 class ExamineWorker(_Worker):
     """Tells what images are like, in one process per core."""
 
     def _load(self, spec: ExamineSpec) -> None:
-        from imgcls.labeling import chunk, looks
+        from imgcls.labeling import looks
         from imgcls.models.classifier import Classifier
 
-        self._stages, self._looks = chunk, looks
-        self._spec = spec
+        self._looks = looks
         self._classifier = None
         if spec.bundle_url is not None:
             self._classifier = Classifier(_bundle(spec.bundle_url, spec.bundle_sha256))
         self._precision = "" if self._classifier is None else self._classifier.precision
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work: Work = _only(batch, "work")
-        spec, stages, spent = self._spec, self._stages, Spent()
-        attempt = Attempt.at(spec, work, "examine")
-        table = stages.committed(spec, work)
-        if table is None:
-            rows = stages.rows_of(spec, work)
-            look = functools.partial(self._looks.look, spec, self._classifier)
-            for row in attempt.suspects(rows.num_rows):
-                look(rows.slice(row, 1), Work(work.chunk), Spent())
-            table = look(rows, work, spent, attempt.crashed, attempt.beat)
-            stages.commit(spec, work, table, spent)
-        return self._done(work, table, spent, attempt)
+        look = functools.partial(self._looks.look, self._spec, self._classifier)
+        return self._whole(batch, "examine", look)
 
 
 class GpuWorker(_ModelWorker):
