@@ -23,6 +23,7 @@ from imgcls.errors import RunFailed
 from imgcls.labeling.work import RunSpec, Work
 
 NAMESPACE = "imgcls"
+_WORKERS = "workers-of-"
 BEAT_SECONDS = 1.0
 """So often a worker tells at most that it goes on."""
 HOPELESS_ROWS = 4
@@ -63,17 +64,35 @@ class Note:
 def notes(session: str) -> dict[str, Note]:
     """All that is being worked on, by key."""
     found = {}
-    for key in internal_kv._internal_kv_list(f"{session}/", namespace=NAMESPACE):
-        text = key.decode()
+    for text in _keys(f"{session}/"):
         note = _read(text)
         if note is not None:
             found[text] = note
     return found
 
 
+def enlist(session: str) -> None:
+    """Tell where this worker is: it is to be found also when it hangs and is at no chunk."""
+    context = ray.get_runtime_context()
+    place = json.dumps([context.get_node_id(), os.getpid()])
+    # a restarted actor takes the place of the one that died
+    key = f"{_WORKERS}{session}/{context.get_actor_id()}"
+    internal_kv._internal_kv_put(key, place, namespace=NAMESPACE)
+
+
+def enlisted(session: str) -> list[tuple[str, int]]:
+    """Node and process of each worker."""
+    found: list[Any] = [
+        internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+        for key in _keys(f"{_WORKERS}{session}/")
+    ]
+    return [tuple(json.loads(place)) for place in found if place is not None]
+
+
 def forget(session: str) -> None:
-    """Strike out all notes of a session that has ended."""
-    internal_kv._internal_kv_del(f"{session}/", del_by_prefix=True, namespace=NAMESPACE)
+    """Strike out all that is noted of a session that has ended."""
+    for prefix in (f"{session}/", f"{_WORKERS}{session}/"):
+        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
 
 
 class Attempt:
@@ -172,6 +191,10 @@ class Attempt:
         self._told = time.monotonic()
         value = json.dumps(asdict(self._note))
         internal_kv._internal_kv_put(self._key, value, namespace=NAMESPACE)
+
+
+def _keys(prefix: str) -> list[str]:
+    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
 
 
 def _read(key: str) -> Note | None:

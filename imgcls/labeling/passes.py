@@ -211,6 +211,8 @@ class Passes:
                     if why is not None:
                         pipeline.stop()
                     self._check_waiting(it, layout)
+            if why is not None:
+                watch.end_workers()
         finally:
             watch.close()
         return why

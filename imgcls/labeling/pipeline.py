@@ -23,7 +23,7 @@ import ray.data
 from imgcls.cluster import hush_data, keep_memory
 from imgcls.data import stores
 from imgcls.errors import BundleError, CrashingImage, RunFailed
-from imgcls.labeling.attempts import STARTS, Attempt
+from imgcls.labeling.attempts import STARTS, Attempt, enlist
 from imgcls.labeling.layout import WORKER_CPUS, Layout, LayoutName
 from imgcls.labeling.work import Done, ExamineSpec, RunSpec, Spent, Work, WorkSpec
 from imgcls.models.bundle import Bundle, load_bundle, read_description
@@ -133,6 +133,7 @@ class _Worker:
 
         from imgcls.labeling import chunk
 
+        enlist(spec.session)
         start = Attempt(spec.session, f"start-{_actor_id()}", "starting a worker")
         if start.deaths >= STARTS:
             raise RunFailed(

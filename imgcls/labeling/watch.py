@@ -22,6 +22,8 @@ from imgcls.labeling.attempts import Note
 _LOOKS = 4
 """So often in the time after which a worker hangs."""
 _MOST_SECONDS = 5.0
+_END_SECONDS = 10.0
+"""To wait at most until workers have ended."""
 
 
 class Watch:
@@ -60,7 +62,7 @@ class Watch:
             hung = now - before[1]
             if hung > self._limit and (note.node, note.pid) not in self._ending:
                 self._ending.add((note.node, note.pid))
-                _end(note)
+                _end(note.node, note.pid)
                 at = f", row {note.row} of them alone" if note.row is not None else ""
                 told.append(
                     f"{note.what}{at}: no image done for {hung:.0f} s by worker {note.worker}; it "
@@ -78,16 +80,26 @@ class Watch:
         """A chunk has come back: somebody goes on."""
         self._moved = time.monotonic()
 
+    def end_workers(self) -> None:
+        """End those of a pass that was broken off, one that hangs and is at no chunk included.
+
+        Ray takes seconds to see that one does not go of itself, and so long it holds its memory,
+        a GPU's too, that the next one needs.
+        """
+        ended = [_end(node, pid) for node, pid in attempts.enlisted(self._session)]
+        if ended:
+            ray.wait(ended, num_returns=len(ended), timeout=_END_SECONDS)
+
     def close(self) -> None:
         """The pass has ended."""
         attempts.forget(self._session)
 
 
-def _end(note: Note) -> None:
+def _end(node: str, pid: int) -> ray.ObjectRef:
     """Kill a worker on its machine; where the machine is gone, so is the worker."""
-    there = NodeAffinitySchedulingStrategy(note.node, soft=False)
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
     kill: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
-    kill.options(scheduling_strategy=there).remote(note.pid)
+    return kill.options(scheduling_strategy=there).remote(pid)
 
 
 def _kill(pid: int) -> None:

@@ -187,6 +187,58 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
     assert_exactly_once(output, 400)
 
 
+@pytest.mark.cluster
+def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
+    stopped = tmp_path / "stopped"
+    with RayCluster.start(cpus=2, env=stopping(tmp_path / "hook", stopped)) as cluster:
+        order = words(
+            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.hang-seconds", 5,
+        )  # fmt: skip
+        done = imgcls(*order, env=cluster.environment(), timeout=300)
+        assert done.returncode == 0, done.stderr
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert psutil.Process(int(stopped.read_text())).status() == psutil.STATUS_ZOMBIE
+    assert re.search(r"no worker has gone on for \d+ s: laid out anew", done.stdout) is not None
+    assert_exactly_once(output, 400)
+
+
+def stopping(folder: Path, stopped: Path) -> dict[str, str]:
+    """The environment of machines on which the first worker to end a chunk stops, at none."""
+    hook = f"""
+        import os, signal, sys
+        from importlib.machinery import PathFinder
+
+        class Stopping:
+            def find_spec(self, name, path=None, target=None):
+                if name != "imgcls.labeling.attempts":
+                    return None
+                spec = PathFinder.find_spec(name, path)
+                execute = spec.loader.exec_module
+                spec.loader.exec_module = lambda module: (execute(module), patch(module))
+                return spec
+
+        def patch(module):
+            end = module.Attempt.end
+
+            def stop(attempt):
+                end(attempt)
+                if "/label-" in attempt._key and not os.path.exists({str(stopped)!r}):
+                    with open({str(stopped)!r}, "w") as file:
+                        file.write(str(os.getpid()))
+                    os.kill(os.getpid(), signal.SIGSTOP)
+
+            module.Attempt.end = stop
+
+        sys.meta_path.insert(0, Stopping())
+    """
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
+    return {"PYTHONPATH": str(folder)}
+
+
 # ------------------------------------------------------------------ machines that go and come
 
 

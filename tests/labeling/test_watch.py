@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -46,3 +49,26 @@ def test_a_worker_that_hangs_is_ended_and_one_that_goes_on_is_not(session: str) 
     ray.cancel(working, force=True)
     watch.close()
     assert attempts.notes(session) == {}
+
+
+class Idle:
+    """A worker that is at no chunk."""
+
+    def __init__(self, session: str) -> None:
+        attempts.enlist(session)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_a_worker_that_hangs_at_no_chunk_is_ended_with_the_pass(session: str) -> None:
+    kind: Any = ray.remote(num_cpus=0.5)(Idle)
+    actor = kind.remote(session)
+    worker = psutil.Process(ray.get(actor.pid.remote(), timeout=60))
+    worker.send_signal(signal.SIGSTOP)
+    watch = Watch(session, 3.0)
+    watch.end_workers()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running()
+    watch.close()
+    assert attempts.enlisted(session) == []
