@@ -11,18 +11,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import requests
-import torch
 
 from imgcls.cli import COMMANDS
-from imgcls.models import zoo
-from tests.conftest import COLOURS, draw
-from tests.processes import REPOSITORY, RayCluster, imgcls, started, wait_for
-from tests.test_docs import PAGES, commands
+from tests.e2e.conftest import Demonstrated
+from tests.processes import imgcls, started, wait_for
+from tests.test_docs import PAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,39 +30,11 @@ ELSEWHERE = {"nightly": "is a DAG for Airflow"}
 """Pages whose Python is for other programs."""
 
 
-@dataclass(frozen=True)
-class Demonstrated:
-    """A folder in which the demo was run, and a cluster."""
-
-    folder: Path
-    environment: dict[str, str]
-
-
 @pytest.fixture
 def after_the_demo(demonstrated: Demonstrated, tmp_path: Path) -> Demonstrated:
     """A folder of the test's own in which the demo was run."""
     folder = shutil.copytree(demonstrated.folder, tmp_path / "repository", symlinks=True)
     return replace(demonstrated, folder=folder)
-
-
-@pytest.fixture(scope="module")
-def demonstrated(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Demonstrated:
-    folder = tmp_path_factory.mktemp("repository")
-    for name in ("jobs", "manifests"):
-        shutil.copytree(REPOSITORY / name, folder / name)
-    for name in COLOURS:
-        (folder / "photos" / name).mkdir(parents=True)
-        for seed in range(30):
-            draw(name, seed=seed).save(folder / "photos" / name / f"{seed}.jpg")
-    for name in ("cat", "dog"):
-        draw("red", (64, 64)).save(folder / f"{name}.jpg")
-    network = zoo.build(zoo.architecture("resnet18"), 3)
-    torch.save(network.state_dict(), folder / "resnet18.pth")
-    (folder / "imagenet.txt").write_text("\n".join(COLOURS))
-    environment = cluster.environment()
-    done = imgcls("demo", "--epochs", 2, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return Demonstrated(folder, environment)
 
 
 def test_the_example_of_every_command_can_be_run(after_the_demo: Demonstrated) -> None:
@@ -97,30 +67,6 @@ def served(there: Demonstrated, *words: str) -> Iterator[str]:
         yield url
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-
-
-PLACEHOLDER = re.compile(r"[A-Z_]{1,}|.*(s3://|\.\.\.|imagenet-sample|yesterday|late\.csv).*")
-"""Words that stand for something of the reader's."""
-RUN = ("README", "data", "export")
-"""Pages whose commands go on from the demo."""
-
-
-@pytest.mark.parametrize("page", RUN)
-def test_the_commands_of_a_page_can_be_run(after_the_demo: Demonstrated, page: str) -> None:
-    there = after_the_demo
-    (path,) = (each for each in PAGES if each.stem == page)
-    ran = 0
-    for name, words in commands(path):
-        needs_more = any(PLACEHOLDER.fullmatch(word) for word in words)
-        # a server is started by other tests, a hub is not to be had here, int8 not everywhere
-        if needs_more or name in ("serve", "model quantise") or "--model.weights" in words:
-            continue
-        if any(word in ("bundle", "calibrated") for word in words):
-            continue
-        done = imgcls(*name.split(), *words, env=there.environment, cwd=there.folder, timeout=400)
-        assert done.returncode == 0, (name, words, done.stdout, done.stderr)
-        ran += 1
-    assert ran >= 1
 
 
 def blocks() -> Iterator[tuple[str, int, str]]:
