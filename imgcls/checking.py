@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pydantic import BeforeValidator, NonNegativeInt
 
 from imgcls.config import Names, build, names
 from imgcls.data import storage, stores
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_whole_paths
+from imgcls.data.manifest import Manifest, open_manifest, with_whole_paths
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.labeling.examine import Examined
 from imgcls.log import tell
@@ -25,9 +26,10 @@ from imgcls.models.bundle import load_bundle
 from imgcls.output import write_table
 from imgcls.quality import copies, labels, page, rules
 from imgcls.quality.copies import CopiesConfig
-from imgcls.quality.findings import COPIES, Finding, Issue, table_of
-from imgcls.quality.images import Flags, Images, gathered
+from imgcls.quality.findings import COPIES, OF_A_MODEL, Alike, Finding, Issue, table_of
+from imgcls.quality.images import Flags, Images, Ints, gathered
 from imgcls.quality.labels import LabelsConfig
+from imgcls.quality.likeness import members
 from imgcls.quality.rules import RulesConfig
 
 ISSUES_FILE = "issues.parquet"
@@ -68,8 +70,9 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     """
     config = build(CheckConfig, settings) if config is None else config
     stores.use(config.storage)
+    _check_asked(config)
     output, clean = _outputs(config)
-    manifests = [open_manifest(each) for each in _manifests(config)]
+    manifests = list(_manifests(config))
     _check_clean(clean, output, manifests, config.overwrite)
     bundle = None if config.model is None else load_bundle(config.model)
     results = (REPORT, SUMMARY, ISSUES_FILE, CLEAN)
@@ -87,14 +90,27 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     return issues
 
 
+def _check_asked(config: CheckConfig) -> None:
+    """Raise a ConfigError for issues that are to have consequences and cannot be seen."""
+    for key, issues in (("drop", config.drop), ("fail_on", config.fail_on)):
+        for issue in issues:
+            if issue == "leakage" and not config.against:
+                raise ConfigError(f"{key}: leakage is seen beside another manifest; say --against")
+            if issue in OF_A_MODEL and config.model is None:
+                raise ConfigError(f"{key}: {issue} is seen by a model; say --model BUNDLE")
+
+
 def _check_readable(images: Images) -> None:
     """Raise a ManifestError where a leak could not be seen: nothing of a manifest can be read."""
-    for number, name in enumerate(images.manifests[1:], 1):
+    if len(images.manifests) == 1:
+        return
+    for number, name in enumerate(images.manifests):
         mine = np.flatnonzero(images.manifest == number)
         if not images.ok[mine].any():
             error = images.facts.column("error")[int(mine[0])].as_py()
+            what = "against" if number else "manifest"
             raise ManifestError(
-                f"against {name}: not one of its images can be read ({error}); see to its paths"
+                f"{what} {name}: not one of its images can be read ({error}); see to its paths"
             )
 
 
@@ -131,13 +147,18 @@ def _check_clean(
         )
 
 
-def _manifests(config: CheckConfig) -> Iterator[ManifestConfig]:
-    yield config.manifest
+def _manifests(config: CheckConfig) -> Iterator[Manifest]:
+    """The checked one, and those beside it, of which labels may stand in another column."""
+    yield open_manifest(config.manifest)
     for path in config.against:
-        changes: dict[str, Any] = {"path": path, "format": "auto"}
+        changes: dict[str, Any] = {"path": path, "format": "auto", "label_column": None}
         if storage.is_folder(path):
             changes["root"] = None
-        yield config.manifest.model_copy(update=changes)
+        manifest = open_manifest(config.manifest.model_copy(update=changes))
+        named = config.manifest.label_column
+        if named in manifest.schema.names:
+            manifest = replace(manifest, label_column=named)
+        yield manifest
 
 
 def _write(
@@ -199,10 +220,22 @@ def dropped(images: Images, findings: Sequence[Finding], drop: Sequence[Issue]) 
         at = finding.at
         if finding.issue in COPIES and finding.group is not None:
             there = images.own[at] & ~gone[at]
-            _, first = np.unique(finding.group[there], return_index=True)
-            at = np.delete(at[there], first)
+            at = _copies(at[there], finding.group[there], finding.alike)
         gone[at] = True
     return gone
+
+
+def _copies(at: Ints, group: Ints, alike: Alike | None) -> Ints:
+    """Those of each group that are alike to one before them which stays."""
+    found = [np.empty(0, np.int64)]
+    for places in members(group):
+        rest = at[places]
+        while len(rest) > 1:
+            first, rest = rest[:1], rest[1:]
+            copy = np.ones(len(rest), bool) if alike is None else alike(first, rest)[0]
+            found.append(rest[copy])
+            rest = rest[~copy]
+    return np.concatenate(found)
 
 
 def _gate(findings: Sequence[Finding], images: Images, fail_on: Sequence[Issue]) -> None:

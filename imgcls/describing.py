@@ -7,6 +7,7 @@ to; `manifest stats` counts.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_w
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.log import tell
-from imgcls.looking import LOOKS, LookConfig, looked
+from imgcls.looking import LookConfig, looked
 from imgcls.output import write_table
 from imgcls.quality import summary
 from imgcls.quality.images import gathered
@@ -64,6 +65,11 @@ def build(config: ManifestBuildConfig) -> int:
         raise ConfigError("perceptual: needs every image to be read; say --contents too")
     if listed and not config.contents:
         return listing.build_manifest(config)
+    if config.labels and not listed:
+        raise ConfigError(
+            f"labels: {config.source} is no folder with one per class; give the folder, or name a "
+            "table's column with --label-column"
+        )
     target = storage.join(output, MANIFEST)
     if storage.exists(target) and not config.overwrite:
         raise OutputError(
@@ -82,12 +88,13 @@ def build(config: ManifestBuildConfig) -> int:
             path=source, path_column=config.path_column, label_column=config.label_column
         )
     )
-    rows = _described(config, output, manifest) if config.contents else _plain(manifest)
-    write_table(target, _renamed(manifest, rows))
-    for name in (LOOKS, LISTED_HERE):
-        storage.remove(storage.join(output, name))
-    tell("manifest", f"{rows.num_rows:,} images: {output}", rows=rows.num_rows)
-    return rows.num_rows
+    if config.contents:
+        count = _describe(config, output, manifest)
+    else:
+        count = _write(target, manifest, _plain(manifest))
+    storage.remove(storage.join(output, LISTED_HERE))
+    tell("manifest", f"{count:,} images: {output}", rows=count)
+    return count
 
 
 class StatsConfig(LookConfig):
@@ -126,8 +133,10 @@ def stats(config: StatsConfig) -> dict[str, Any]:
     return told
 
 
-def _described(config: ManifestBuildConfig, output: str, manifest: Manifest) -> pa.Table:
-    """The rows with what can be told of their images."""
+def _describe(config: ManifestBuildConfig, output: str, manifest: Manifest) -> int:
+    """Write the rows with what can be told of their images; returns how many."""
+    facts = [*FACTS, *(["hash"] if config.perceptual else [])]
+    _check_columns(manifest, facts)
     look = LookConfig(
         manifest=ManifestConfig(path=manifest.source),
         output=output,
@@ -136,7 +145,6 @@ def _described(config: ManifestBuildConfig, output: str, manifest: Manifest) -> 
         scale=config.scale,
         storage=config.storage,
     )
-    facts = [*FACTS, *(["hash"] if config.perceptual else [])]
     tables = []
     kept = (MANIFEST,)
     with looked(look, output, [manifest], results=kept, beside=(LISTED_HERE,)) as ([examined], _):
@@ -149,7 +157,25 @@ def _described(config: ManifestBuildConfig, output: str, manifest: Manifest) -> 
                 rows = rows.remove_column(taken) if taken >= 0 else rows
                 rows = rows.append_column(name, column)
             tables.append(rows)
-    return pa.concat_tables(tables)
+        return _write(storage.join(output, MANIFEST), manifest, pa.concat_tables(tables))
+
+
+def _check_columns(manifest: Manifest, facts: Sequence[str]) -> None:
+    """Raise a ManifestError where facts would take the place of a column of the user's own."""
+    names = manifest.schema.names
+    if set(FACTS) <= set(names):  # described before
+        return
+    taken = [name for name in facts if name in names]
+    if taken:
+        raise ManifestError(
+            f"manifest {manifest.source}: has a column {taken[0]!r}, which --contents writes; "
+            "rename it"
+        )
+
+
+def _write(target: str, manifest: Manifest, rows: pa.Table) -> int:
+    write_table(target, _renamed(manifest, rows))
+    return rows.num_rows
 
 
 def _plain(manifest: Manifest) -> pa.Table:

@@ -60,6 +60,8 @@ def looked(
     Raises OutputError when the folder holds anything else.
     """
     _check_output(output, (*results, *beside))
+    if config.overwrite:
+        _check_inputs(output, results, manifests)
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output)
         try:
@@ -82,8 +84,22 @@ def looked(
                     for number, manifest in enumerate(manifests)
                 ]
             yield examined, lease
+            # asked again it looks again: images may have been mended
+            storage.remove(storage.join(output, LOOKS))
         finally:
             lease.release()
+
+
+def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise an OutputError where starting over would remove what is to be read."""
+    going = {storage.join(output, name) for name in results}
+    for manifest in manifests:
+        read = going.intersection(storage.absolute(file) for file in manifest.files)
+        if read:
+            raise OutputError(
+                f"output {output}: --overwrite would remove {min(read)}, which is to be read; give "
+                "another --output"
+            )
 
 
 def _check_output(output: str, results: Sequence[str]) -> None:

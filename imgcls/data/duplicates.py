@@ -17,8 +17,6 @@ Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-SHARED_BYTES = 3
-"""Bytes of the first word that two hashes must have in common to be compared, of its 8."""
 WINDOW = 16
 """Hashes that share them with many others are compared with so many that come next in order."""
 
@@ -71,6 +69,8 @@ def near_pairs(
     *,
     most: int,
     alike: Callable[[Rows, Rows], Flags] | None = None,
+    shared: int = 3,
+    words: int = 1,
 ) -> Pairs:
     """Find hashes that differ in few bits, also when one of two images is mirrored.
 
@@ -78,17 +78,19 @@ def near_pairs(
     mirror: (W,) uint64, the bits that change when an image is mirrored; None not to look for that
     most:   bits in which the two of a pair may differ
     alike:  says of rows (P,) and rows (P,) which pairs are ones indeed, where bits tell less
+    shared: bytes, of the 8 of a word, that two hashes must have in common to be compared
+    words:  of how many words, from the first on, one must have them in common
 
-    Two hashes are compared where they have 3 bytes of the first word in common: always when they
-    differ in at most 5 of its bits, for these are in at most 5 of 8 bytes, and mostly when in some
-    more. A pair whose rows others hold together already is left out.
+    With 3 shared bytes of one word two hashes are always compared when they differ in at most 5 of
+    its bits, for these are in at most 5 of 8 bytes, and mostly when in some more. A pair whose rows
+    others hold together already is left out.
     Source: Manku, Jain and Das Sarma, WWW 2007 (tables of permuted hashes).
     """
     count = len(hashes)
     both = hashes if mirror is None else np.concatenate([hashes, hashes ^ mirror])
     groups = Groups(count)
     found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]] = []
-    for order, key in _tables(both[:, 0]):
+    for order, key in _tables(both[:, :words], shared):
         for step in range(1, WINDOW + 1):
             at = np.flatnonzero(key[step:] == key[:-step])
             if not at.size:
@@ -111,16 +113,17 @@ def near_pairs(
     return _once(found)
 
 
-def _tables(words: npt.NDArray[np.uint64]) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
-    """For each choice of shared bytes: the words in an order in which those that share them are
-    neighbours, and by their other bytes within; the shared bytes in that order."""
-    columns = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 8)
-    for shared in itertools.combinations(range(8), SHARED_BYTES):
-        others = [byte for byte in range(8) if byte not in shared]
-        permuted = np.ascontiguousarray(columns[:, [*shared, *others]]).view(">u8").ravel()
-        permuted = permuted.astype(np.uint64)
-        order = np.argsort(permuted)
-        yield order, permuted[order] >> np.uint64(8 * (8 - SHARED_BYTES))
+def _tables(words: Hashes, shared: int) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
+    """For each choice of shared bytes of a word: its rows in an order in which those that share
+    them are neighbours, and by their other bytes within; the shared bytes in that order."""
+    for word in words.T:
+        columns = np.ascontiguousarray(word).view(np.uint8).reshape(-1, 8)
+        for chosen in itertools.combinations(range(8), shared):
+            others = [byte for byte in range(8) if byte not in chosen]
+            permuted = np.ascontiguousarray(columns[:, [*chosen, *others]]).view(">u8").ravel()
+            permuted = permuted.astype(np.uint64)
+            order = np.argsort(permuted)
+            yield order, permuted[order] >> np.uint64(8 * (8 - shared))
 
 
 def _once(found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]]) -> Pairs:

@@ -22,6 +22,9 @@ SIDE = 256
 HASH_SIDE = 32
 HASH_BITS = 256
 DIGEST_BYTES = 16
+_NOTHING = 0.01
+"""A frequency counts as absent below this share of the root mean square of all: in graphics with
+symmetries most are, and their signs are those of rounding errors."""
 FIELDS = (
     pa.field("format", pa.string()),
     pa.field("width", pa.int32()),
@@ -117,8 +120,8 @@ def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
     """
     small = picture.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32)
-    spectrum = _COSINES @ pixels @ _COSINES.T
-    return np.packbits(spectrum[_ROWS, _COLUMNS] > 0)
+    spectrum = (_COSINES @ pixels @ _COSINES.T)[_ROWS, _COLUMNS]
+    return np.packbits(spectrum > _NOTHING * np.sqrt(np.square(spectrum).mean()))
 
 
 def _percentile(shares: npt.NDArray[Any], percent: float) -> float:

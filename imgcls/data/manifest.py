@@ -65,6 +65,7 @@ class Manifest:
     schema:       Arrow schema of the columns as they came
     path_column:  name of the column of image paths
     label_column: name of the column of class names, None when unlabelled
+    files:        the tables that it is read from; none of a folder or glob of images
     """
 
     source: str
@@ -73,6 +74,7 @@ class Manifest:
     path_column: str
     label_column: str | None
     root: str
+    files: tuple[str, ...]
     _batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
     _digest: Callable[[], str] = field(repr=False)
 
@@ -216,6 +218,7 @@ def _open_table(config: ManifestConfig, format: str, files: list[str]) -> Manife
         path_column=config.path_column,
         label_column=_label_column(config, schema),
         root=storage.absolute(config.root or folder),
+        files=tuple(files),
         _batches=batches,
         _digest=lambda: _digest_files(files),
     )
@@ -437,6 +440,7 @@ def _open_listing(config: ManifestConfig, format: str, files: list[str]) -> Mani
         path_column=config.path_column,
         label_column=label_column,
         root=root,
+        files=(),
         _batches=batches,
         _digest=lambda: _digest_listing(paths(), root),
     )

@@ -164,21 +164,27 @@ def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) 
                 )
             yield text.encode()
         return
-    if DIGEST in table.schema.names and not table.column(DIGEST).null_count:
-        for digest in table.column(DIGEST).cast(pa.string()).to_pylist():
-            yield digest.encode()
-        return
-    urls = [
+    paths = table.column(manifest.path_column).cast(pa.string()).to_pylist()
+    digests: list[str | None] = [None] * len(paths)
+    if DIGEST in table.schema.names:
+        digests = table.column(DIGEST).cast(pa.string()).to_pylist()
+    unknown = [
         manifest.resolve(path)
-        for path in table.column(manifest.path_column).cast(pa.string()).to_pylist()
+        for path, digest in zip(paths, digests, strict=True)
+        if digest is None
     ]
-    for url, blob in zip(urls, storage.read_ahead(urls), strict=True):
-        if isinstance(blob, StorageError):
-            raise ManifestError(
-                f"manifest {manifest.source}: {url or 'a row without a path'}: {blob}; take such "
-                "rows out with `imgcls manifest check --drop unreadable`, or split --by a column"
-            )
-        yield digest_of(blob).hex().encode()
+    blobs = zip(unknown, storage.read_ahead(unknown), strict=True)
+    for digest in digests:
+        if digest is None:
+            url, blob = next(blobs)
+            if isinstance(blob, StorageError):
+                raise ManifestError(
+                    f"manifest {manifest.source}: {url or 'a row without a path'}: {blob}; take "
+                    "such rows out with `imgcls manifest check --drop unreadable`, or split --by a "
+                    "column"
+                )
+            digest = digest_of(blob).hex()
+        yield digest.encode()
 
 
 def _labels(manifest: Manifest, table: pa.Table) -> list[str]:

@@ -13,7 +13,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -120,8 +120,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
         storage.write(storage.join(output, FILES[format]), data)
         told = made[FILES[format]]
         print(
-            f"{FILES[format]:<12} {len(data) / 1e6:,.1f} MB; of {told['images']} images all have "
-            f"the same label, scores differ by {told['largest_difference']:.1e} at most",
+            f"{FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {told['same_label']} of "
+            f"{told['images']} images have the same label, scores differ by "
+            f"{told['largest_difference']:.1e} at most",
             flush=True,
         )
     for name in (*FILES.values(), EXAMPLE):
@@ -130,7 +131,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     described = _description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
     texts = {
         DESCRIPTION: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
-        CARD: _card(bundle),
+        CARD: _card(bundle, config.formats),
     }
     if "onnx" in config.formats:
         texts[EXAMPLE] = example(bundle.spec)
@@ -156,7 +157,7 @@ def compared(
             f"{format}: {int((~same).sum())} of {len(same)} images got another label, and scores "
             f"differ by up to {largest:.3f}; the format does not express this network"
         )
-    return {"images": len(same), "largest_difference": largest}
+    return {"images": len(same), "same_label": int(same.sum()), "largest_difference": largest}
 
 
 Run = Callable[[Pixels], npt.NDArray[np.float32]]
@@ -298,20 +299,21 @@ def _description(spec: BundleSpec) -> dict[str, Any]:
     }
 
 
-def _card(bundle: Bundle) -> str:
+def _card(bundle: Bundle, formats: Sequence[Format]) -> str:
     """The bundle's own card, with the front matter that the Hugging Face hub reads."""
     text = storage.read(storage.join(bundle.url, CARD)).decode().rstrip()
     if not text.startswith("---\n"):
         tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
-        front = {"pipeline_tag": "image-classification", "library_name": "onnx", "tags": tags}
+        library = "onnx" if "onnx" in formats else "pytorch"
+        front = {"pipeline_tag": "image-classification", "library_name": library, "tags": tags}
         text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}"
-    return (
+    text = (
         f"{text}\n\n## As exported\n\n"
         "The files here take `pixels`, uint8 RGB of the size that `model.json` names, and give "
         "calibrated `scores`: they normalise by themselves. `model.json` also says how images are "
-        "resized, which class each score is of, and how far the scores are from imgcls' own.\n\n"
-        "    python example.py IMAGE\n"
+        "resized, which class each score is of, and how far the scores are from imgcls' own.\n"
     )
+    return text + ("\n    python example.py IMAGE\n" if "onnx" in formats else "")
 
 
 def example(spec: BundleSpec) -> str:
@@ -332,9 +334,14 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 here = pathlib.Path(__file__).parent
-model = json.loads((here / "model.json").read_text())
+model = json.loads((here / "model.json").read_text(encoding="utf-8"))
 resize, crop = model["preprocess"]["resize"], model["preprocess"]["crop"]
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+if image.mode.startswith("I"):  # 16 bits
+    image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+if image.has_transparency_data:
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+image = image.convert("RGB")
 {fit}
 pixels = np.asarray(image, np.uint8).transpose(2, 0, 1)[None]
 session = onnxruntime.InferenceSession(here / "model.onnx")

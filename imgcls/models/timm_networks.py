@@ -48,18 +48,28 @@ def build(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
 
 
 def preprocess(name: str) -> Preprocess:
-    """What timm does to images for the weights that it has of that name."""
+    """What timm does to images for the weights that it has of that name.
+
+    Raises a BundleError where `Preprocess` cannot say it.
+    """
     from timm.data import resolve_data_config
 
     known = _timm().get_pretrained_cfg(name)
     said = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
     crop = int(said["input_size"][-1])
+    mode = _MODES[said["crop_mode"]]
+    if mode != "crop" and said["crop_pct"] < 1:
+        raise BundleError(
+            f"model {PREFIX}{name}: its weights are for images that are made to fit "
+            f"{int(crop / said['crop_pct'])} pixels and then cropped to {crop}, which is not to be "
+            "had here; give another network"
+        )
     interpolation: Interpolation = "bilinear" if said["interpolation"] == "bilinear" else "bicubic"
     return Preprocess(
         resize=max(crop, int(crop / said["crop_pct"])),
         crop=crop,
         interpolation=interpolation,
-        mode=_MODES[said["crop_mode"]],
+        mode=mode,
         mean=tuple(said["mean"]),
         std=tuple(said["std"]),
     )

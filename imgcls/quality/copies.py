@@ -1,7 +1,7 @@
 """Images that are there more than once: the same bytes, the same picture, or much alike.
 
 Owns the groups, and what follows from them: leaks between manifests, and copies that were given
-different labels.
+different labels. These are said of images that are alike themselves, not of all in a group.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
 from imgcls.config import Section, UnitFloat
-from imgcls.data.duplicates import Groups, near_pairs
-from imgcls.data.facts import DIGEST_BYTES, HASH_BITS, MIRROR
-from imgcls.quality.findings import Finding, Issue
-from imgcls.quality.images import Floats, Images, Ints
+from imgcls.data.duplicates import Groups, Pairs, near_pairs
+from imgcls.data.facts import HASH_BITS, MIRROR
+from imgcls.quality.findings import Alike, Finding, Issue
+from imgcls.quality.images import Flags, Floats, Images, Ints
+from imgcls.quality.likeness import Likeness, members, normalised
 
 BLOCK = 65_536
 _PLANES = 256
@@ -31,6 +31,8 @@ class CopiesConfig(Section):
     """Near duplicates: bits of the perceptual hash, of 256, in which they differ at most."""
     min_contrast: UnitFloat = 0.02
     """Images with less have no perceptual hash that says anything."""
+    min_side: PositiveInt = 24
+    """Nor have images whose shorter side has fewer pixels: their frequencies are too few."""
     similar: UnitFloat = 0.95
     """With a model: the cosine between the embeddings of images that are alike."""
     seed: PositiveInt = 1
@@ -38,38 +40,37 @@ class CopiesConfig(Section):
 
 def found(images: Images, config: CopiesConfig) -> Iterator[Finding]:
     """Groups of copies, and what follows from them."""
-    exact = _exact(images)
-    near, bits = _near(images, exact, config)
-    yield from _grouped("exact-duplicates", images, exact, np.ones(len(images), np.float32))
-    mixed = _mixed(near, exact)
+    likeness = Likeness(
+        images,
+        min_contrast=config.min_contrast,
+        min_side=config.min_side,
+        near_bits=config.near_bits,
+        similar=config.similar,
+    )
+    exact = likeness.exact
+    near, bits = _near(likeness, config)
+    yield from _grouped(
+        "exact-duplicates", images, exact, np.ones(len(images), np.float32), likeness.same
+    )
+    several = np.where(_mixed(near, exact), near, -1)
     score = 1 - bits.astype(np.float32) / HASH_BITS
-    yield from _grouped("near-duplicates", images, np.where(mixed, near, -1), score)
-    groups = near
+    yield from _grouped("near-duplicates", images, several, score, likeness.near)
     if images.embedding is not None:
         groups, cosine = _similar(images, near, config)
         more = np.where(_mixed(groups, near), groups, -1)
-        yield from _grouped("similar", images, more, cosine)
-    yield from _leaks(images, groups)
-    yield from _conflicts(images, groups)
+        yield from _grouped("similar", images, more, cosine, likeness.similar)
+    yield _leaks(images, near, likeness)
+    yield _conflicts(images, near, likeness)
 
 
-def _exact(images: Images) -> Ints:
-    """(N,) int64: the first place with the same bytes; -1 where there is no image."""
-    digests = images.words("digest", DIGEST_BYTES).view(np.uint64)
-    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
-    return np.where(images.ok, first[inverse.ravel()], -1)
-
-
-def _near(images: Images, exact: Ints, config: CopiesConfig) -> tuple[Ints, Ints]:
+def _near(likeness: Likeness, config: CopiesConfig) -> tuple[Ints, Ints]:
     """Each image's group, and in how many bits it differs from the closest found in it."""
-    places = np.arange(len(images))
-    known = (exact == places) & (images.number("contrast") >= config.min_contrast)
-    one_each = np.flatnonzero(known)
-    hashes = images.words("hash", HASH_BITS // 8)[one_each].copy().view(np.uint64)
-    pairs = near_pairs(hashes, MIRROR.view(np.uint64), most=config.near_bits)
-    groups = Groups(len(images))
+    exact = likeness.exact
+    one_each = np.flatnonzero(likeness.hashed & (exact == np.arange(len(exact))))
+    pairs = near_pairs(likeness.hashes[one_each], MIRROR.view(np.uint64), most=config.near_bits)
+    groups = Groups(len(exact))
     groups.join(one_each[pairs.first], one_each[pairs.second])
-    bits = np.full(len(images), HASH_BITS, np.int64)
+    bits = np.full(len(exact), HASH_BITS, np.int64)
     for side in (pairs.first, pairs.second):
         np.minimum.at(bits, one_each[side], pairs.distance)
     there = exact >= 0
@@ -82,27 +83,9 @@ def _near(images: Images, exact: Ints, config: CopiesConfig) -> tuple[Ints, Ints
 def _similar(images: Images, near: Ints, config: CopiesConfig) -> tuple[Ints, Floats]:
     """Near-duplicate groups joined where embeddings say so, and each image's highest cosine."""
     assert images.embedding is not None
-    places = np.arange(len(images))
-    one_each = np.flatnonzero(near == places)
+    one_each = np.flatnonzero(near == np.arange(len(images)))
     unit = normalised(images.embedding[one_each])
-    rng = np.random.default_rng(config.seed)
-    planes = rng.standard_normal((unit.shape[1], _PLANES)).astype(np.float32)
-    sides = (unit - unit.mean(axis=0)) @ planes > 0
-    words = np.packbits(sides, axis=1).view(np.uint64)
-    # the angle between two vectors is the share of random planes that part them, times pi
-    expected = np.arccos(config.similar) / np.pi * _PLANES
-    most = int(expected + 4 * np.sqrt(expected)) + 16
-
-    def cosine(one: Ints, other: Ints) -> Floats:
-        found = np.empty(len(one), np.float32)
-        for start in range(0, len(one), BLOCK):
-            block = slice(start, start + BLOCK)
-            found[block] = np.einsum("ij,ij->i", unit[one[block]], unit[other[block]])
-        return found
-
-    pairs = near_pairs(
-        words, None, most=most, alike=lambda one, other: cosine(one, other) >= config.similar
-    )
+    pairs = similar_pairs(unit, config)
     first, second = one_each[pairs.first], one_each[pairs.second]
     groups = Groups(len(images))
     groups.join(first, second)
@@ -111,19 +94,45 @@ def _similar(images: Images, near: Ints, config: CopiesConfig) -> tuple[Ints, Fl
     root[there] = groups.root[near[there]]
     highest = np.zeros(len(images), np.float32)
     for side in (first, second):
-        np.maximum.at(highest, side, cosine(pairs.first, pairs.second))
+        np.maximum.at(highest, side, _cosine(unit, pairs.first, pairs.second))
     highest[there] = highest[near[there]]
     return np.where(there, root, -1), highest
 
 
-def normalised(embedding: npt.NDArray[np.float16]) -> Floats:
-    """Vectors of length 1, float32."""
-    vectors = embedding.astype(np.float32)
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(length, 1e-12)
+def similar_pairs(unit: Floats, config: CopiesConfig) -> Pairs:
+    """Pairs with a cosine of `config.similar` and more; a few near that limit are missed.
+
+    unit: (N, E) float32, vectors of length 1
+    Source: sides of random planes, Charikar, STOC 2002.
+    """
+    rng = np.random.default_rng(config.seed)
+    planes = rng.standard_normal((unit.shape[1], _PLANES)).astype(np.float32)
+    mean = unit.mean(axis=0)
+    words = np.packbits((unit - mean) @ planes > 0, axis=1).view(np.uint64)
+    # the angle between two vectors is the share of random planes that part them, times pi; it is
+    # wider when what all have in common is taken away
+    common = min(float(mean @ mean), 0.99)
+    angle = np.arccos(max((config.similar - common) / (1 - common), -1.0))
+    expected = angle / np.pi * _PLANES
+    return near_pairs(
+        words,
+        None,
+        most=int(expected + 4 * np.sqrt(expected)) + 16,
+        alike=lambda one, other: _cosine(unit, one, other) >= config.similar,
+        shared=2,
+        words=words.shape[1],
+    )
 
 
-def _mixed(groups: Ints, finer: Ints) -> npt.NDArray[np.bool_]:
+def _cosine(unit: Floats, one: Ints, other: Ints) -> Floats:
+    found = np.empty(len(one), np.float32)
+    for start in range(0, len(one), BLOCK):
+        block = slice(start, start + BLOCK)
+        found[block] = np.einsum("ij,ij->i", unit[one[block]], unit[other[block]])
+    return found
+
+
+def _mixed(groups: Ints, finer: Ints) -> Flags:
     """Whether an image's group holds more than one of the finer groups."""
     there = groups >= 0
     if not there.any():
@@ -133,7 +142,9 @@ def _mixed(groups: Ints, finer: Ints) -> npt.NDArray[np.bool_]:
     return there & (counts[np.maximum(groups, 0) % len(counts)] > 1)
 
 
-def _grouped(issue: Issue, images: Images, groups: Ints, score: Floats) -> Iterator[Finding]:
+def _grouped(
+    issue: Issue, images: Images, groups: Ints, score: Floats, alike: Alike
+) -> Iterator[Finding]:
     """Every image whose group has others, with what they are copies of."""
     there = groups >= 0
     sizes = np.bincount(groups[there], minlength=len(images))
@@ -144,39 +155,45 @@ def _grouped(issue: Issue, images: Images, groups: Ints, score: Floats) -> Itera
         f"1 of {sizes[group]} in its group, of which the first is {name}"
         for group, name in zip(groups[at].tolist(), first, strict=True)
     ]
-    yield Finding(issue, at, score[at], detail, groups[at])
+    yield Finding(issue, at, score[at], detail, groups[at], alike)
 
 
-def _leaks(images: Images, groups: Ints) -> Iterator[Finding]:
-    """Images of the checked manifest that another one has as well."""
-    there = groups >= 0
-    elsewhere = np.zeros(len(images), bool)
-    elsewhere[groups[there & ~images.own]] = True
-    at = np.flatnonzero(there & images.own & elsewhere[np.maximum(groups, 0)])
-    of: dict[int, int] = {}
-    for place in np.flatnonzero(there & ~images.own).tolist():
-        of.setdefault(int(groups[place]), place)
-    detail = []
-    for group in groups[at].tolist():
-        other = of[group]
-        detail.append(
-            f"also in {images.manifests[images.manifest[other]]}: {images.path[other].as_py()}"
-        )
-    yield Finding("leakage", at, np.ones(len(at), np.float32), detail, groups[at])
-
-
-def _conflicts(images: Images, groups: Ints) -> Iterator[Finding]:
-    """Copies that do not have the same label."""
-    named = (groups >= 0) & (images.label >= 0)
-    mixed = np.zeros(len(images), bool)
-    mixed[named] = _mixed(groups[named], images.label[named])
-    at = np.flatnonzero(mixed)
-    said: dict[int, set[str]] = {}
-    for place in at.tolist():
-        said.setdefault(int(groups[place]), set()).add(images.classes[images.label[place]])
+def _leaks(images: Images, groups: Ints, likeness: Likeness) -> Finding:
+    """Images of the checked manifest that another one has as well: the same bytes or picture."""
+    least = np.full(len(images), HASH_BITS, np.int64)
+    of = np.full(len(images), -1)
+    for group in members(groups):
+        own = images.own[group]
+        if own.all() or not own.any():
+            continue
+        others = group[~own]
+        for block, bits in likeness.blocks(group[own], others):
+            least[block] = bits.min(axis=1)
+            of[block] = others[bits.argmin(axis=1)]
+    at = np.flatnonzero((of >= 0) & (least <= likeness.near_bits))
+    names = images.path.take(pa.array(of[at])).to_pylist()
     detail = [
-        f"{images.classes[images.label[place]]!r}, among copies labelled "
-        f"{', '.join(sorted(said[int(groups[place])]))}"
-        for place in at.tolist()
+        f"also in {images.manifests[manifest]}: {name}"
+        for manifest, name in zip(images.manifest[of[at]].tolist(), names, strict=True)
     ]
-    yield Finding("label-conflict", at, np.ones(len(at), np.float32), detail, groups[at])
+    score = (1 - least[at] / HASH_BITS).astype(np.float32)
+    return Finding("leakage", at, score, detail, groups[at])
+
+
+def _conflicts(images: Images, groups: Ints, likeness: Likeness) -> Finding:
+    """Copies that do not have the same label."""
+    at, detail = [], []
+    for group in members(np.where(images.label >= 0, groups, -1)):
+        label = images.label[group]
+        if (label == label[0]).all():
+            continue
+        for block, bits in likeness.blocks(group, group):
+            alike = bits <= likeness.near_bits
+            for place, row in zip(block.tolist(), alike, strict=True):
+                said = sorted({images.classes[each] for each in np.unique(label[row])})
+                if len(said) > 1:
+                    at.append(place)
+                    own = images.classes[images.label[place]]
+                    detail.append(f"{own!r}, among copies labelled {', '.join(said)}")
+    places = np.array(at, np.int64)
+    return Finding("label-conflict", places, np.ones(len(at), np.float32), detail, groups[places])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
-from imgcls.quality.images import Floats, Images, Ints
+from imgcls.quality.images import Flags, Floats, Images, Ints
 
 Issue = Literal[
     "unreadable",
@@ -35,6 +35,12 @@ ISSUES: tuple[Issue, ...] = get_args(Issue)
 COPIES: tuple[Issue, ...] = ("exact-duplicates", "near-duplicates", "similar")
 """Issues of groups, of which one image is to be kept."""
 
+OF_A_MODEL: tuple[Issue, ...] = ("similar", "label-error", "outlier")
+"""Issues that embeddings show."""
+
+Alike = Callable[[Ints, Ints], Flags]
+"""Of places (K,) and (M,): (K, M) bool, which of the ones are copies of which of the others."""
+
 SCHEMA = pa.schema(
     [
         pa.field("manifest", pa.string(), nullable=False),
@@ -57,6 +63,7 @@ class Finding:
     score:  (K,) float32 in [0, 1], 1 the worst
     group:  (K,) int64, the same for images that belong together; None where each is by itself
     detail: what was found of each, for people
+    alike:  of copies, which are so themselves; a group may hold others together
     """
 
     issue: Issue
@@ -64,6 +71,7 @@ class Finding:
     score: Floats
     detail: Sequence[str]
     group: Ints | None = None
+    alike: Alike | None = None
 
     def order(self) -> Ints:
         """(K,) int64: the worst first; images of a group stay together, at their worst."""

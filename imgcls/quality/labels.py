@@ -14,9 +14,9 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.config import Section, UnitFloat
-from imgcls.quality.copies import normalised
 from imgcls.quality.findings import Finding
 from imgcls.quality.images import Floats, Images, Ints
+from imgcls.quality.likeness import normalised
 
 BLOCK = 4096
 DECAYS = (0.003, 0.03, 0.3)
@@ -29,7 +29,7 @@ class LabelsConfig(Section):
     folds: int = Field(default=5, ge=2, le=20)
     """Parts of the data, each judged by a probe of the others."""
     probe_images: PositiveInt = 50_000
-    """A probe learns from so many at most."""
+    """A probe learns from about so many at most; of a class with few images, from all of them."""
     min_margin: UnitFloat = 0.0
     """Label errors: the likeliest class must be likelier than the label by more than this."""
     neighbours: PositiveInt = 10
@@ -115,11 +115,21 @@ def _judged(
     for number in range(config.folds):
         learn = np.flatnonzero(fold != number)
         if len(learn) > config.probe_images:
-            learn = rng.choice(learn, config.probe_images, replace=False)
+            learn = _sampled(learn, label, config.probe_images, rng)
         weight, bias = _probe(inputs[learn], torch.from_numpy(label[learn]), classes, decay)
         held = np.flatnonzero(fold == number)
         scores[held] = torch.softmax(inputs[held] @ weight + bias, dim=1).numpy()
     return scores
+
+
+def _sampled(at: Ints, label: Ints, count: int, rng: np.random.Generator, least: int = 20) -> Ints:
+    """So many of the places: as many of each class as its share, but `least` where it has them."""
+    order = rng.permutation(at)
+    order = order[np.argsort(label[order], kind="stable")]
+    sizes = np.bincount(label[order])
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    wanted = np.minimum(sizes, np.maximum(least, sizes * count // len(order)))
+    return order[place < np.repeat(wanted, sizes)]
 
 
 def _probe(

@@ -6,7 +6,7 @@ The limits were set on photographs (docs/data.md has the figures); each is a key
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,6 +15,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from imgcls.config import Section, UnitFloat
 from imgcls.quality.findings import Finding, Issue
 from imgcls.quality.images import Flags, Floats, Images
+
+Tell = Callable[[int], str]
+"""What to say of the image at a place; asked of those that are found alone."""
 
 _EXTENSIONS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
@@ -57,11 +60,14 @@ def judged(images: Images, rules: RulesConfig) -> Iterator[Finding]:
     yield _wrong_extension(images)
     width, height = images.number("width"), images.number("height")
     short, long = np.fmin(width, height), np.fmax(width, height)
-    sizes = [f"{w:.0f}x{h:.0f} pixels" for w, h in zip(width, height, strict=True)]
+
+    def sizes(place: int) -> str:
+        return f"{width[place]:.0f}x{height[place]:.0f} pixels"
+
     yield _below("tiny", short, rules.tiny_pixels, ok, sizes)
     aspect = long / short
     yield _above("extreme-aspect", aspect, rules.max_aspect, ok, sizes)
-    yield _odd_size(images, width * height, rules, sizes)
+    yield _odd_size(ok, width * height, rules, sizes)
     bright, dark = images.number("bright"), images.number("dark")
     black, white = bright < rules.black, dark > rules.white
     yield _where("near-black", black & ok, 1 - bright, _told("95 % is darker than {:.2f}", bright))
@@ -112,7 +118,7 @@ def _wrong_extension(images: Images) -> Finding:
     for place, (path, format) in enumerate(zip(images.path.to_pylist(), formats, strict=True)):
         if path is None or format not in _EXTENSIONS:
             continue
-        name = urlsplit(path).path if "://" in path else path
+        name = urlsplit(path).path if path.startswith(("http://", "https://")) else path
         extension = posixpath.splitext(name)[1].lstrip(".").lower()
         if extension and extension not in _EXTENSIONS[format]:
             at.append(place)
@@ -120,14 +126,18 @@ def _wrong_extension(images: Images) -> Finding:
     return Finding("wrong-extension", np.array(at, np.int64), np.ones(len(at), np.float32), detail)
 
 
-def _odd_size(images: Images, area: Floats, rules: RulesConfig, sizes: list[str]) -> Finding:
-    ok = images.ok
+def _odd_size(ok: Flags, area: Floats, rules: RulesConfig, sizes: Tell) -> Finding:
     if not ok.any():
         return _where("odd-size", ok, area, sizes)
     median = float(np.median(area[ok]))
     factor = np.maximum(area / median, median / area)
-    told = [f"{size}; half of the images have up to {median:,.0f}" for size in sizes]
-    return _above("odd-size", factor, rules.odd_size, ok, told)
+    return _above(
+        "odd-size",
+        factor,
+        rules.odd_size,
+        ok,
+        lambda place: f"{sizes(place)}; half of the images have up to {median:,.0f}",
+    )
 
 
 def _greyscale(images: Images, rules: RulesConfig, among: Flags) -> Finding:
@@ -135,24 +145,24 @@ def _greyscale(images: Images, rules: RulesConfig, among: Flags) -> Finding:
     share = grey.sum() / among.sum() if among.any() else 0.0
     if share > rules.max_grey_share:
         grey = np.zeros_like(grey)
-    told = [f"without colour, as {share:.1%} of the images"] * len(images)
-    return _where("greyscale", grey, np.full(len(images), 0.5, np.float32), told)
+    told = f"without colour, as {share:.1%} of the images"
+    return _where("greyscale", grey, np.full(len(images), 0.5, np.float32), lambda place: told)
 
 
-def _where(issue: Issue, flags: Flags, score: Floats, detail: list[str]) -> Finding:
+def _where(issue: Issue, flags: Flags, score: Floats, detail: Tell) -> Finding:
     at = np.flatnonzero(flags)
-    return Finding(issue, at, score[at].astype(np.float32), [detail[i] for i in at])
+    return Finding(issue, at, score[at].astype(np.float32), [detail(i) for i in at.tolist()])
 
 
-def _below(issue: Issue, value: Floats, limit: float, among: Flags, detail: list[str]) -> Finding:
+def _below(issue: Issue, value: Floats, limit: float, among: Flags, detail: Tell) -> Finding:
     score = 1 - np.nan_to_num(value) / limit if limit else np.zeros_like(value)
     return _where(issue, among & (value < limit), score, detail)
 
 
-def _above(issue: Issue, value: Floats, limit: float, among: Flags, detail: list[str]) -> Finding:
+def _above(issue: Issue, value: Floats, limit: float, among: Flags, detail: Tell) -> Finding:
     with np.errstate(invalid="ignore"):
         return _where(issue, among & (value > limit), 1 - limit / value, detail)
 
 
-def _told(text: str, values: Floats) -> list[str]:
-    return [text.format(value) for value in values]
+def _told(text: str, values: Floats) -> Tell:
+    return lambda place: text.format(values[place])

@@ -48,7 +48,7 @@ def test_a_picture_that_was_changed_a_little_keeps_its_hash(change: object) -> N
 
 def test_mirroring_changes_known_bits_of_the_hash() -> None:
     image = drawn(512, 320)
-    assert bits(perceptual_hash(image), perceptual_hash(ImageOps.mirror(image)) ^ MIRROR) <= 2
+    assert bits(perceptual_hash(image), perceptual_hash(ImageOps.mirror(image)) ^ MIRROR) <= 8
     assert bits(perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))) > 80
 
 

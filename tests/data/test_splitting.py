@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -136,6 +137,16 @@ def test_digests_of_a_manifest_are_used_and_no_image_is_read(tmp_path: Path) -> 
     for row in rows_of(tmp_path / "out").values():
         found[row["digest"]].add(row["part"])
     assert all(len(parts) == 1 for parts in found.values())
+
+
+def test_only_images_without_a_digest_are_read(tmp_path: Path) -> None:
+    (tmp_path / "here.png").write_bytes(b"bytes")
+    rows = pa.table({"path": ["gone.png", "here.png"], "digest": ["00ff", None]})
+    pq.write_table(rows, tmp_path / "m.parquet")
+    config = build(
+        SplitConfig, {"manifest": str(tmp_path / "m.parquet"), "output": str(tmp_path / "split")}
+    )
+    assert sum(split(config).values()) == 2
 
 
 def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from imgcls.config import build
 from imgcls.errors import OutputError, RequestError, RunFailed
@@ -28,6 +29,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def asked(bundle: Path, output: Path, **more: object) -> ExportConfig:
     return build(ExportConfig, {"model": str(bundle), "output": str(output), **more})
+
+
+def pictures(folder: Path) -> list[Path]:
+    """As they come: plain, transparent over hidden colours, of 16 bits, turned by EXIF."""
+    plain = draw("green", (90, 60))
+    see_through = draw("red", (90, 60)).convert("RGBA")
+    see_through.putalpha(Image.linear_gradient("L").resize((90, 60)))
+    deep = Image.fromarray(np.linspace(0, 40_000, 90 * 60).reshape(60, 90).astype(np.uint16))
+    turned = Image.Exif()
+    turned[274] = 6
+    files = [folder / f"{name}.png" for name in ("plain", "see-through", "deep", "turned")]
+    for file, image in zip(files, (plain, see_through, deep, plain), strict=True):
+        image.save(file, **({"exif": turned} if file.stem == "turned" else {}))
+    return files
 
 
 @pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
@@ -62,16 +77,16 @@ def test_every_format_gives_the_classifiers_scores(
     # the example, somewhere else, with nothing of ours
     moved = tmp_path / "elsewhere"
     shutil.copytree(output, moved)
-    draw("green", (90, 60)).save(tmp_path / "image.png")
-    done = subprocess.run(
-        [sys.executable, "-I", moved / "example.py", tmp_path / "image.png"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (expected,) = classifier.predict([tmp_path / "image.png"], top_k=3)
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for _, name in lines] == expected.topk_labels
-    assert [float(score) for score, _ in lines] == pytest.approx(expected.topk_scores, abs=0.02)
+    for image in pictures(tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-I", moved / "example.py", image],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (expected,) = classifier.predict([image], top_k=3)
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert [name for _, name in lines] == expected.topk_labels, image
+        assert [float(score) for score, _ in lines] == pytest.approx(expected.topk_scores, abs=0.02)
     assert json.loads((moved / "model.json").read_text())["thresholds"] == {"red": 0.5}
     assert "imgcls" not in (moved / "example.py").read_text()
     _, front, text = (moved / "README.md").read_text().split("---\n", 2)

@@ -59,6 +59,12 @@ def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
     assert preprocess.mean == pytest.approx(said["mean"])
 
 
+def test_preprocessing_that_cannot_be_said_is_refused() -> None:
+    name = "timm:vit_medium_patch16_gap_384"
+    with pytest.raises(BundleError, match="made to fit 404 pixels and then cropped to 384"):
+        zoo.default_preprocess(zoo.architecture(name))
+
+
 def test_a_name_that_timm_has_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(BundleError, match=r"did you mean .*timm:resnet18"):
         zoo.architecture("timm:resnet_18")

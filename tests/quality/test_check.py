@@ -9,19 +9,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from sklearn.datasets import load_digits
 
-from imgcls.checking import dropped
+from imgcls import describing
+from imgcls.checking import CheckConfig, _manifests, check, dropped
 from imgcls.config import build
 from imgcls.data.facts import Facts, facts_of
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ImageError
+from imgcls.describing import ManifestBuildConfig
+from imgcls.errors import ConfigError, ImageError, ManifestError, OutputError
 from imgcls.labeling.looks import schema
+from imgcls.output import write_table
 from imgcls.quality import copies, labels, rules, summary
-from imgcls.quality.copies import CopiesConfig
+from imgcls.quality.copies import CopiesConfig, similar_pairs
 from imgcls.quality.findings import ISSUES, Finding, Issue, table_of
 from imgcls.quality.images import Images, gathered
-from imgcls.quality.labels import LabelsConfig
+from imgcls.quality.labels import LabelsConfig, _sampled
+from imgcls.quality.likeness import normalised
 from imgcls.quality.page import MEANING, of_check
 from imgcls.quality.rules import RulesConfig
 from tests.conftest import write_manifest
@@ -151,6 +156,65 @@ def test_what_another_manifest_has_too_is_a_leak(tmp_path: Path) -> None:
     assert "'x', among copies labelled x, y" in found["label-conflict"].detail[0]
 
 
+def scene(steps: int) -> list[Image.Image]:
+    """Frames of which each is like the next, and the first unlike the last."""
+    first, last = picture(0), picture(1)
+    return [Image.blend(first, last, step / (steps - 1)) for step in range(steps)]
+
+
+def test_what_holds_a_scene_together_makes_no_leak_of_its_ends(tmp_path: Path) -> None:
+    frames = [(f"{i}.jpg", jpeg(frame), "x") for i, frame in enumerate(scene(9))]
+    images = images_of(tmp_path, frames[:8], [("end.jpg", frames[8][1], "y")])
+    found = {f.issue: f for f in copies.found(images, CopiesConfig())}
+    assert found["near-duplicates"].at.tolist() == list(range(9))
+    leaked = found["leakage"].at.tolist()
+    assert 7 in leaked
+    assert 0 not in leaked
+    assert found["label-conflict"].at.tolist() == [*leaked, 8]
+
+
+def test_of_a_scene_stay_frames_that_are_not_alike(tmp_path: Path) -> None:
+    frames = [(f"{i}.jpg", jpeg(frame), None) for i, frame in enumerate(scene(9))]
+    images = images_of(tmp_path, frames)
+    findings = list(copies.found(images, CopiesConfig()))
+    gone = dropped(images, findings, ["near-duplicates"])
+    kept = np.flatnonzero(~gone)
+    (near,) = (f for f in findings if f.issue == "near-duplicates")
+    assert near.alike is not None
+    assert 2 <= len(kept) < 9
+    assert near.alike(kept, kept).sum() == len(kept)
+    assert near.alike(np.flatnonzero(gone), kept).any(axis=1).all()
+
+
+def test_images_of_few_pixels_are_copies_by_their_bytes_alone(tmp_path: Path) -> None:
+    digits = load_digits().images[:200].astype(np.uint8) * 16
+    rows: list[Row] = [
+        (f"{i}.png", encoded(Image.fromarray(digit), "PNG"), None) for i, digit in enumerate(digits)
+    ]
+    found = named(list(copies.found(images_of(tmp_path, rows, [rows[3]]), CopiesConfig())))
+    assert found == {"exact-duplicates": [3, 200], "leakage": [3]}
+
+
+def test_drawings_with_symmetries_are_found_saved_again(tmp_path: Path) -> None:
+    drawings = []
+    for kind in ("ellipse", "rectangle", "line"):
+        image = Image.new("RGB", (400, 400), "white")
+        shape = getattr(ImageDraw.Draw(image), kind)
+        shape((100, 140, 300, 260), fill="navy", **({"width": 40} if kind == "line" else {}))
+        drawings.append(image)
+    rows: list[Row] = [
+        (f"{i}.png", encoded(image, "PNG"), None) for i, image in enumerate(drawings)
+    ]
+    rows += [
+        (f"{i}.jpg", jpeg(image.resize((200, 200)), 50), None) for i, image in enumerate(drawings)
+    ]
+    found = {f.issue: f for f in copies.found(images_of(tmp_path, rows), CopiesConfig())}
+    near = found["near-duplicates"]
+    assert dict(zip(near.at.tolist(), near.group.tolist(), strict=True)) == {  # type: ignore[union-attr]
+        0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2,
+    }  # fmt: skip
+
+
 def clusters(seed: int, count: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings around a centre per class, and their classes."""
     rng = np.random.default_rng(seed)
@@ -243,8 +307,6 @@ def test_facts_and_columns_have_the_same_names() -> None:
 
 @pytest.mark.parametrize("issue", ISSUES)
 def test_issues_can_be_named_where_rows_are_dropped(issue: str) -> None:
-    from imgcls.checking import CheckConfig
-
     config = build(CheckConfig, {"manifest": "m.csv", "output": "o", "drop": f"tiny,{issue}"})
     assert config.drop == ["tiny", issue]
 
@@ -268,6 +330,106 @@ def test_every_pair_that_is_alike_is_found_in_a_crowd(tmp_path: Path) -> None:
     groups = dict(zip(finding.at.tolist(), finding.group.tolist(), strict=True))  # type: ignore[union-attr]
     together = [groups.get(i) == groups.get(200 + i) is not None for i in range(20)]
     assert sum(together) >= 18
+
+
+@pytest.mark.parametrize(("cosine", "wanted"), [(0.955, 0.9), (0.97, 0.95), (0.99, 0.99)])
+def test_pairs_near_the_limit_are_found_whatever_all_have_in_common(
+    cosine: float, wanted: float
+) -> None:
+    rng = np.random.default_rng(0)
+    common = np.zeros(256)
+    common[0] = 1
+    own = rng.standard_normal((2000, 256))
+    own[:, 0] = 0
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    apart = rng.standard_normal((2000, 256))
+    apart[:, 0] = 0
+    apart -= (apart * own).sum(axis=1, keepdims=True) * own
+    apart /= np.linalg.norm(apart, axis=1, keepdims=True)
+    turn = np.arccos(2 * cosine - 1)  # half of the length is common to all
+    vectors = np.concatenate([common + own, common + np.cos(turn) * own + np.sin(turn) * apart])
+    found = similar_pairs(normalised(vectors), CopiesConfig(similar=0.95))
+    told = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert len(told & {(i, 2000 + i) for i in range(2000)}) >= wanted * 2000
+
+
+def test_classes_with_few_images_are_learnt_from_whole() -> None:
+    label = np.repeat([0, 1, 2], [5000, 5000, 7])
+    taken = _sampled(np.arange(len(label)), label, 1000, np.random.default_rng(0))
+    assert np.bincount(label[taken]).tolist() == [499, 499, 7]
+    assert len(np.unique(taken)) == len(taken)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"fail_on": "leakage"}, "say --against"),
+        ({"drop": "leakage"}, "say --against"),
+        ({"fail_on": "label-error"}, "say --model BUNDLE"),
+        ({"drop": "similar"}, "say --model BUNDLE"),
+    ],
+)
+def test_a_gate_that_could_not_see_is_refused(
+    tmp_path: Path, asked: dict[str, str], words: str
+) -> None:
+    write_manifest(tmp_path / "m.csv", [("a.jpg",)], ("path",))
+    with pytest.raises(ConfigError, match=words):
+        check(manifest=str(tmp_path / "m.csv"), output=str(tmp_path / "out"), **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_starting_over_removes_nothing_that_is_to_be_read(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_table(str(out / "clean.parquet"), pa.table({"path": ["a.jpg"]}))
+    with pytest.raises(OutputError, match=r"would remove .*clean\.parquet"):
+        check(manifest=str(out / "clean.parquet"), output=str(out), overwrite=True)
+    assert (out / "clean.parquet").exists()
+    (out / "clean.parquet").rename(out / "manifest.parquet")
+    with pytest.raises(OutputError, match=r"would remove .*manifest\.parquet"):
+        describe(source=str(out), output=str(out), contents=True, overwrite=True)
+    assert (out / "manifest.parquet").exists()
+
+
+def describe(**settings: object) -> int:
+    return describing.build(build(ManifestBuildConfig, settings))
+
+
+def test_columns_of_the_users_own_are_not_replaced_by_facts(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    write_manifest(table, [("a.jpg", "sold")], ("path", "status"))
+    with pytest.raises(ManifestError, match="has a column 'status', which --contents writes"):
+        describe(source=str(table), output=str(tmp_path / "out"), contents=True)
+    with pytest.raises(ManifestError, match="has a column 'status', which --contents writes"):
+        describe(
+            source=str(table), label_column="status", output=str(tmp_path / "out"), contents=True
+        )
+
+
+def test_labels_are_not_promised_where_there_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.jpg").write_bytes(jpeg(picture(0)))
+    with pytest.raises(ConfigError, match="is no folder with one per class"):
+        describe(source=f"{tmp_path}/*/*.jpg", labels=True, output=str(tmp_path / "out"))
+
+
+def test_labels_of_another_manifest_may_stand_in_another_column(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "train.csv", [("a.jpg", "cat")], ("path", "species"))
+    write_manifest(tmp_path / "test.csv", [("b.jpg", "dog")], ("path", "label"))
+    config = build(
+        CheckConfig,
+        {
+            "manifest": {"path": str(tmp_path / "train.csv"), "label_column": "species"},
+            "against": [str(tmp_path / "test.csv"), str(tmp_path / "train.csv")],
+            "output": str(tmp_path / "out"),
+        },
+    )
+    assert [each.label_column for each in _manifests(config)] == ["species", "label", "species"]
+
+
+def test_a_name_in_a_bucket_may_have_any_sign_in_it(tmp_path: Path) -> None:
+    images = images_of(tmp_path, [("s3://b/cat #1?.png", jpeg(picture(0)), None)])
+    assert named(list(rules.judged(images, RulesConfig())))["wrong-extension"] == [0]
 
 
 def test_large_files_and_large_classes_are_described(tmp_path: Path) -> None:
