@@ -70,7 +70,7 @@ def near_pairs(
     most: int,
     alike: Callable[[Rows, Rows], Flags] | None = None,
     shared: int = 3,
-    words: int = 1,
+    words: int = 2,
 ) -> Pairs:
     """Find hashes that differ in few bits, also when one of two images is mirrored.
 
