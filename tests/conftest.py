@@ -29,6 +29,14 @@ hypothesis.settings.load_profile("imgcls")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
+LONG = ("e2e", "training")
+"""Folders of which files take minutes: begun first, they leave no process waiting for the last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real photographs and weights; tests that need them skip where they are absent."""

@@ -142,8 +142,8 @@ def _buckets(there: Demonstrated, endpoint: str) -> Iterator[None]:
     ).resource("s3", endpoint_url=endpoint)
     buckets = [client.create_bucket(Bucket=name) for name in ("photos", "models")]
     try:
-        for file in (there.folder / "photos").rglob("*.jpg"):
-            buckets[0].upload_file(str(file), f"incoming/{file.parent.name}/{file.name}")
+        for number, file in enumerate(sorted((there.folder / "photos").rglob("*.jpg"))):
+            buckets[0].upload_file(str(file), f"incoming/{number}.jpg")
         for file in (there.folder / "demo" / "bundle").rglob("*"):
             if file.is_file():
                 name = file.relative_to(there.folder / "demo" / "bundle")
