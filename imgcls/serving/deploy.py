@@ -23,11 +23,12 @@ from starlette.types import Scope as ASGIScope
 from imgcls import cluster
 from imgcls import config as configuration
 from imgcls.data import stores
-from imgcls.errors import ImgclsError
+from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle
 from imgcls.serving import keys
-from imgcls.serving.api import Door, build_app
+from imgcls.serving.api import build_app
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.door import Door
 from imgcls.serving.keys import Key, Keyring
 from imgcls.serving.limits import Pocket, Purse
 from imgcls.serving.replicas import Replicas, plan_replicas
@@ -174,7 +175,8 @@ class Endpoint:
         assert self._service is not None
         self._config = config
         ring = Keyring(config.keys.file, fixed) if config.keys.are_given() else None
-        self._door = Door(ring, Pocket(self._hub.take), self._hub)
+        origins = config.http.cors_origins
+        self._door = Door(ring, Pocket(self._hub.take), self._hub, origins)
         self._app = build_app(self._service, self._door, config)
 
     def _load(self, config: ServeConfig) -> Model:
@@ -230,6 +232,8 @@ class Endpoint:
                 await asyncio.to_thread(self._door.keys.refresh)
             except ImgclsError as error:
                 logger.error("the API keys stay as they were: %s", error)
+            except Exception:  # a key that leaked must be gone whatever went wrong the last time
+                logger.exception("the API keys stay as they were; they are looked at again")
 
 
 def application(config: ServeConfig, fixed: list[Key], replicas: Replicas) -> serve.Application:
@@ -290,6 +294,10 @@ def checked(config: ServeConfig) -> list[Key]:
     Raises RequestError or BundleError.
     """
     fixed = keys.from_environment(config.keys.env) if config.keys.env is not None else []
-    Keyring(config.keys.file, fixed)
+    if config.keys.are_given() and Keyring(config.keys.file, fixed).is_empty():
+        raise RequestError(
+            f"keys.file {config.keys.file}: holds no key; `imgcls key new --file "
+            f"{config.keys.file} --name NAME` makes one"
+        )
     load_bundle(config.model)
     return fixed

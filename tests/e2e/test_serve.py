@@ -214,10 +214,14 @@ def test_keys_are_made_and_taken_back_without_a_restart(service: Served) -> None
     service.keys.write_text(text[: text.index("- name: visitor")])
     wait_for(lambda: not enters(secret), 20)
     assert enters(service.predict)
-    service.keys.write_text("- name: [")  # an edit that went wrong locks nobody out
-    time.sleep(1)
-    assert enters(service.predict)
+    for wrong in ("- name: [", "- name: x\n  expires: 2027-02-30"):
+        service.keys.write_text(wrong)  # an edit that went wrong locks nobody out
+        time.sleep(1)
+        assert enters(service.predict)
+    service.keys.write_text("[]")  # and does not keep the last keys from being taken back
+    wait_for(lambda: not enters(service.predict), 20)
     service.keys.write_text(text)
+    wait_for(lambda: enters(service.predict), 20)
 
 
 def test_the_page_labels_what_is_dropped_on_it(service: Served, tmp_path: Path) -> None:

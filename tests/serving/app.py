@@ -14,8 +14,9 @@ from typing import Any
 import uvicorn
 
 from imgcls import config as configuration
-from imgcls.serving.api import Door, build_app
+from imgcls.serving.api import build_app
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.door import Door
 from imgcls.serving.keys import Keyring
 from imgcls.serving.limits import Pocket, Purse
 from imgcls.serving.service import Model, Service
@@ -61,7 +62,7 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
 
     async def run() -> None:
         service = Service(config, Model.load(config), Telemetry(), decoders=1)
-        door = Door(ring, Pocket(take), None)  # type: ignore[arg-type]
+        door = Door(ring, Pocket(take), None, config.http.cors_origins)  # type: ignore[arg-type]
         mine = Running(f"http://127.0.0.1:{port}", port, service, door)
         door.shared = mine
         app = build_app(service, door, config)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -28,6 +30,7 @@ from imgcls.config import build
 from imgcls.models.classifier import Classifier
 from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.conftest import REPOSITORY, draw
+from tests.processes import service_port, wait_for
 from tests.serving.app import Running, serving
 
 
@@ -337,6 +340,81 @@ def test_without_keys_only_this_machine_may_ask_by_its_own_name(server: Running)
     ):
         response = requests.get(f"{server.url}/v1/model", headers={"Host": host}, timeout=10)
         assert response.status_code == status, host
+
+
+@pytest.mark.parametrize(
+    "header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP"]
+)
+def test_without_keys_nothing_passes_that_a_proxy_asks_for_somebody(
+    server: Running, header: str
+) -> None:
+    response = requests.get(f"{server.url}/v1/model", headers={header: "127.0.0.1"}, timeout=10)
+    refused(response, 403, "keys_needed")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+    ],
+)
+def test_without_keys_no_page_from_elsewhere_has_a_browser_ask(
+    server: Running, headers: dict[str, str], status: int
+) -> None:
+    form = {"image": ("red.jpg", jpeg())}
+    response = requests.post(f"{server.url}/v1/predict", files=form, headers=headers, timeout=30)
+    assert response.status_code == status
+    before = server.reloads
+    url = f"{server.url}/v1/model/reload"
+    assert requests.post(url, headers=headers, timeout=10).status_code in (status, status + 2)
+    assert server.reloads == before + (status == 200)
+
+
+def test_a_documented_nginx_opens_nothing_where_there_are_no_keys(
+    server: Running, tmp_path: Path
+) -> None:
+    """Whatever name it is asked by: it is on this machine, and asks for who is not."""
+    if shutil.which("nginx") is None:
+        pytest.skip("no nginx: apt-get install nginx")
+    port = service_port()
+    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
+    block = block.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    block = block.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    block = re.sub(r"\n +ssl_.*", "", block)
+    folders = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error.log;\n"
+        f"events {{}}\nhttp {{ access_log off; {folders} {block} }}\n"
+    )
+    with subprocess.Popen(["nginx", "-e", f"{tmp_path}/error.log", "-c", config]) as nginx:
+        try:
+            url = f"http://127.0.0.1:{port}/healthz"
+            wait_for(lambda: answers(url), 30)
+            for host in ("labels.example.com", "localhost", "127.0.0.1"):
+                response = requests.get(
+                    f"http://127.0.0.1:{port}/v1/model", headers={"Host": host}, timeout=10
+                )
+                refused(response, 403, "keys_needed")
+        finally:
+            nginx.terminate()
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(url, timeout=10).status_code == 200
+    return False
 
 
 # ---------------------------------------------------------------------- too much, too slow
