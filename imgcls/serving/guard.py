@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.problems import Problem
+from imgcls.serving.problems import NOTHING, SAFE_HEADERS, Problem, may_be_endless
 from imgcls.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,7 @@ class Guard:
         self._service = service
         self._most = config.limits.body_bytes
         self._headers = [
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"no-referrer"),
-            (b"cross-origin-opener-policy", b"same-origin"),
-            (b"cache-control", b"no-store"),
+            (name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()
         ]
         if config.http.certificate is not None:
             self._headers.append((b"strict-transport-security", b"max-age=31536000"))
@@ -39,7 +36,7 @@ class Guard:
         began = time.perf_counter()
         status = 500
         started = False
-        endless = self._may_be_endless(scope)
+        endless = may_be_endless(scope, self._most)
 
         async def heard() -> Message:
             nonlocal endless
@@ -55,7 +52,7 @@ class Guard:
                 present = {name for name, _ in message["headers"]}
                 added = [*self._headers]
                 if b"content-security-policy" not in present:
-                    added.append((b"content-security-policy", _NOTHING))
+                    added.append((b"content-security-policy", NOTHING.encode()))
                 if endless:  # else the server would go on reading what nobody wants
                     added.append((b"connection", b"close"))
                 message = {**message, "headers": [*message["headers"], *added]}
@@ -82,14 +79,6 @@ class Guard:
             ).inc()
             telemetry.seconds.labels(route=route).observe(time.perf_counter() - began)
 
-    def _may_be_endless(self, scope: Scope) -> bool:
-        """Whether a body is to come that is longer than any is allowed to be, or may be."""
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        known = length.isdigit() and int(length) <= self._most
-        return b"transfer-encoding" in headers or not known
-
 
 _HUNG_UP = 499
 """In the counts, for who did not wait for an answer; nginx' number."""
-_NOTHING = b"default-src 'none'; frame-ancestors 'none'"

@@ -23,6 +23,7 @@ from imgcls.data import storage, stores
 from imgcls.errors import Interrupted, RequestError, ResourcesError, RunFailed
 from imgcls.log import tell
 from imgcls.models.bundle import read_description
+from imgcls.serving import gate
 from imgcls.serving.config import HttpConfig, ServeConfig
 from imgcls.serving.deploy import APPLICATION, HUB, application, checked
 from imgcls.serving.replicas import plan_replicas
@@ -42,7 +43,7 @@ def serve(config: ServeConfig) -> None:
     _check_http(config)
     fixed = checked(config)
     with Interruption().watched() as interruption:
-        _set_up(config.http)
+        _set_up(config)
         cluster.connect()
         if config.detach and cluster.is_private():
             raise RequestError(
@@ -87,21 +88,29 @@ def _check_http(config: ServeConfig) -> None:
             raise RequestError(f"http.{name} {file}: no such file; give a PEM file")
 
 
-def _set_up(http: HttpConfig) -> None:
+def _set_up(config: ServeConfig) -> None:
     """What processes of Ray Serve find in their environment, where this one starts them.
 
     Its replicas do nothing on their event loop that would keep it busy, so they need no other one.
     """
-    wanted = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-    if http.door == "haproxy":
+    limits = config.limits
+    wanted = {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": gate.CALLBACK,
+    }
+    if config.http.door == "haproxy":
         wanted |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    largest = max(limits.body_bytes, limits.image_bytes)
+    os.environ.update(gate.settings(largest, limits.door_bytes))
 
 
 def _free_port() -> int:

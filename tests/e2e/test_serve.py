@@ -65,6 +65,11 @@ class Served:
     def replicas(self) -> list[psutil.Process]:
         return [p for p in family(self.process.pid) if "ServeReplica:imgcls:endpoint" in title(p)]
 
+    def others(self, name: str) -> psutil.Process:
+        """The one process of Ray Serve, beside replicas, that has `name` in its title."""
+        (found,) = (p for p in family(self.process.pid) if name in title(p))
+        return found
+
     def client(self, key: str | None = None) -> Client:
         return Client(self.url, key or self.predict)
 
@@ -107,7 +112,8 @@ def served(tmp_path: Path, bundle: Path, *options: object, replicas: int = 1) ->
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, colour_bundle: Path) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("serve"), colour_bundle, replicas=2) as running:
+    folder, bounds = tmp_path_factory.mktemp("serve"), ("--limits.body-bytes", 16 << 20)
+    with served(folder, colour_bundle, *bounds, replicas=2) as running:
         yield running
 
 
@@ -403,6 +409,37 @@ def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(service: Ser
         wait_for(lambda: len(asking.models) > before + 20, 60)
     # one request was under way at most
     assert len(asking.failed) <= 1, asking.failed
+
+
+def test_an_endless_body_of_anybody_is_in_nobodys_memory(service: Served) -> None:
+    """Not even while no replica is there to refuse it."""
+    port = int(service.url.rpartition(":")[2])
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    block = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    sent, said = 0, b""
+    door = service.others("ProxyActor")
+    replicas = service.replicas()
+    before = door.memory_info().rss
+    for replica in replicas:
+        replica.suspend()
+    try:
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(head)
+                while sent < 1 << 30:
+                    connection.sendall(block)
+                    sent += 1 << 20
+            with contextlib.suppress(ConnectionError):
+                while more := connection.recv(65536):
+                    said += more
+    finally:
+        for replica in replicas:
+            replica.resume()
+    assert said.startswith(b"HTTP/1.1 413 ")
+    assert b"application/problem+json" in said
+    assert door.memory_info().rss - before < 64 << 20
+    with service.client() as client:
+        assert client.predict(jpeg())[0]["status"] == "ok"
 
 
 def test_no_key_is_in_any_log(service: Served) -> None:
