@@ -22,7 +22,7 @@ from imgcls.serving import page
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.door import Door
 from imgcls.serving.guard import Guard
-from imgcls.serving.problems import MEDIA_TYPE, Problem, of_image, of_status
+from imgcls.serving.problems import MEDIA_TYPE, Problem, defect, of_image, of_status
 from imgcls.serving.service import Service, Wanted
 from imgcls.serving.uploads import Spool, received
 
@@ -182,21 +182,20 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
             service.config.threshold if threshold is None else threshold,
             embeddings,
         )
-        model = service.model.sha256
         async with received(request, service.config.limits, spool) as uploads:
             if len(uploads) > 1:
                 await door.pay(key, len(uploads) - 1)
-            rows = await service.predict(uploads, wanted)
+            model, rows = await service.predict(uploads, wanted)
         if len(rows) == 1 and rows[0]["status"] != OK:
             raise of_image(rows[0]["status"], rows[0]["error"])
-        return JSONResponse({"model": model, "predictions": rows})
+        return JSONResponse({"model": model.sha256, "predictions": rows})
 
     @app.get(
         "/v1/model", response_model=Description, responses=_ERRORS, summary="Describe the model"
     )
     async def model(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "predict", request)
-        return JSONResponse(service.model.described())
+        return JSONResponse(service.described())
 
     @app.post(
         "/v1/model/reload",
@@ -258,6 +257,10 @@ def _handle_errors(app: FastAPI) -> None:
         response = of_status(error.status_code).response()
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(Exception)  # it goes on to the guard, which logs it
+    async def of_defect(request: Request, error: Exception) -> Response:
+        return defect().response()
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> Response:

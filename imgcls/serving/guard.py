@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.problems import NOTHING, SAFE_HEADERS, Problem, may_be_endless
+from imgcls.serving.problems import NOTHING, SAFE_HEADERS, defect, may_be_endless
 from imgcls.serving.service import Service
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Guard:
             return
         began = time.perf_counter()
         status = 500
-        started = False
+        started = ended = False
         endless = may_be_endless(scope, self._most)
 
         async def heard() -> Message:
@@ -46,7 +46,7 @@ class Guard:
             return message
 
         async def guarded(message: Message) -> None:
-            nonlocal status, started
+            nonlocal status, started, ended
             if message["type"] == "http.response.start":
                 status, started = message["status"], True
                 present = {name for name, _ in message["headers"]}
@@ -56,6 +56,8 @@ class Guard:
                 if endless:  # else the server would go on reading what nobody wants
                     added.append((b"connection", b"close"))
                 message = {**message, "headers": [*message["headers"], *added]}
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -67,10 +69,10 @@ class Guard:
             raise
         except Exception:
             logger.exception("a request failed")
-            if started:
+            if started and not ended:
                 raise
-            problem = Problem(500, "internal_error", "this is a defect; the log has more")
-            await problem.response()(scope, receive, guarded)
+            if not started:
+                await defect().response()(scope, receive, guarded)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             telemetry = self._service.telemetry

@@ -74,6 +74,10 @@ def of_status(status: int, detail: str | None = None) -> Problem:
     return Problem(status, phrase.lower().replace(" ", "_"), detail or phrase)
 
 
+def defect() -> Problem:
+    return Problem(500, "internal_error", "this is a defect; the log has more")
+
+
 def too_many_bytes(limit: int) -> Problem:
     return Problem(
         413, "too_many_bytes", f"the body has more than {limit:,} bytes, which is the most here"

@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
-from imgcls.models.bundle import read_description
+from imgcls.models.bundle import load_bundle, read_description
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.browser import opened
@@ -40,6 +40,7 @@ from tests.processes import (
     title,
     wait_for,
 )
+from tests.serving.app import recalibrate, saved_anew
 from tests.serving.test_api import jpeg
 
 pytestmark = pytest.mark.timeout(600)
@@ -325,27 +326,33 @@ def drop(page: Any, files: list[Path]) -> None:
 
 
 class Asking:
-    """Somebody who asks again and again, and notes what went wrong."""
+    """People who ask again and again, each alone, and note what went wrong.
 
-    def __init__(self, service: Served) -> None:
+    failed: when it was asked, when it went wrong, and what was said
+    """
+
+    def __init__(self, service: Served, people: int = 1) -> None:
         self._service = service
         self._stop = threading.Event()
         self.models: list[str] = []
-        self.failed: list[str] = []
-        self._thread = threading.Thread(target=self._ask)
+        self.failed: list[tuple[float, float, str]] = []
+        self._threads = [threading.Thread(target=self._ask) for _ in range(people)]
 
     def __enter__(self) -> Asking:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _ask(self) -> None:
         headers = {"X-API-Key": self._service.predict, "Content-Type": "image/jpeg"}
         data = jpeg()
         while not self._stop.is_set():
+            began, said = time.monotonic(), ""
             try:
                 response = requests.post(
                     f"{self._service.url}/v1/predict", data, headers=headers, timeout=60
@@ -353,9 +360,12 @@ class Asking:
                 if response.ok:
                     self.models.append(response.json()["model"])
                 else:
-                    self.failed.append(f"{response.status_code} {response.text}")
+                    kind = response.headers["Content-Type"]
+                    said = f"{response.status_code} {kind} {response.text}"
             except requests.RequestException as error:
-                self.failed.append(str(error))
+                said = str(error)
+            if said:
+                self.failed.append((began, time.monotonic(), said))
 
 
 def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
@@ -369,16 +379,24 @@ def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
         after = read_description(str(service.bundle)).sha256
         service.client(service.admin).reload()
         wait_for(lambda: set(asking.models[-20:]) == {after}, 60)
+        # what cannot be loaded changes nothing, nor does what there is no memory for
+        huge = load_bundle(str(service.bundle)).spec.preprocess
+        huge = huge.model_copy(update={"resize": 10_000_000, "crop": 10_000_000})
+        saved_anew(service.bundle, preprocess=huge)
+        service.client(service.admin).reload()
+        time.sleep(3)
         (service.bundle / "model.safetensors").write_bytes(b"damaged")
         service.client(service.admin).reload()
         time.sleep(3)
-        assert set(asking.models[-20:]) == {after}  # what cannot be loaded changes nothing
+        assert set(asking.models[-20:]) == {after}
     assert asking.failed == []
     assert set(asking.models) == {before, after}
     assert {process.pid for process in service.replicas()} == processes
     shutil.rmtree(service.bundle)
     shutil.copytree(old, service.bundle)
     service.client(service.admin).reload()
+    with service.client() as client:
+        wait_for(lambda: {client.model()["sha256"] for _ in range(8)} == {before}, 60)
 
 
 def another(tmp_path: Path, bundle: Path) -> Path:
@@ -389,26 +407,57 @@ def another(tmp_path: Path, bundle: Path) -> Path:
     return copy
 
 
-def recalibrate(bundle: Path) -> None:
-    """Give a bundle another temperature, and with it another hash."""
-    from imgcls.models.bundle import load_bundle, load_weights, save_bundle
-
-    loaded = load_bundle(str(bundle))
-    spec = loaded.spec.model_copy(update={"temperature": loaded.spec.temperature * 2})
-    save_bundle(str(bundle), spec, load_weights(loaded))
-
-
 def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(service: Served) -> None:
     wait_for(lambda: len(service.replicas()) == 2, 60)
     victim = service.replicas()[0]
-    with Asking(service) as asking:
-        wait_for(lambda: len(asking.models) > 5, 60)
+    with Asking(service, people=6) as asking:
+        wait_for(lambda: len(asking.models) > 30, 60)
+        killed = time.monotonic()
         victim.send_signal(signal.SIGKILL)
+        before = len(asking.models)
+        wait_for(lambda: len(asking.models) > before + 30, 60)  # of the other one
         wait_for(lambda: len(service.replicas()) == 2 and victim not in service.replicas(), 90)
         before = len(asking.models)
-        wait_for(lambda: len(asking.models) > before + 20, 60)
-    # one request was under way at most
-    assert len(asking.failed) <= 1, asking.failed
+        wait_for(lambda: len(asking.models) > before + 60, 60)
+    # what was under way, one of each at most, and it is told so at once
+    assert len(asking.failed) <= 6, asking.failed
+    for began, ended, said in asking.failed:
+        assert began <= killed, said
+        assert ended <= killed + 20, said
+        assert said.startswith("500 application/problem+json"), said
+
+
+def test_what_the_replicas_share_is_started_anew_and_nobody_is_told_of_a_defect(
+    service: Served,
+) -> None:
+    headers = {"Authorization": f"Bearer {service.admin}"}
+    with service.client() as client:
+        before = client.model()["sha256"]
+        service.others("ServeReplica:imgcls:hub").send_signal(signal.SIGKILL)
+        refused = []
+
+        def counted() -> bool:
+            response = requests.get(f"{service.url}/metrics", headers=headers, timeout=60)
+            if response.status_code != 200:
+                refused.append((response.status_code, response.headers.get("Retry-After")))
+            # both report again, and what they have counted since they began
+            return "imgcls_replicas 2.0" in response.text
+
+        wait_for(counted, 60)
+        assert set(refused) <= {(503, "2")}
+        # and both hear what is asked for now
+
+        def reloaded(sha256: str) -> None:
+            service.client(service.admin).reload()
+            wait_for(lambda: {client.model()["sha256"] for _ in range(8)} == {sha256}, 60)
+
+        old = service.bundle.with_name("before")
+        shutil.copytree(service.bundle, old)
+        recalibrate(service.bundle)
+        reloaded(read_description(str(service.bundle)).sha256)
+        shutil.rmtree(service.bundle)
+        shutil.copytree(old, service.bundle)
+        reloaded(before)
 
 
 def test_an_endless_body_of_anybody_is_in_nobodys_memory(service: Served) -> None:

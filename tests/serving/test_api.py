@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -31,7 +32,7 @@ from imgcls.models.classifier import Classifier
 from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.conftest import REPOSITORY, draw
 from tests.processes import service_port, wait_for
-from tests.serving.app import Running, serving
+from tests.serving.app import Running, recalibrate, serving
 
 
 def jpeg(name: str = "red", seed: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -178,6 +179,48 @@ def test_the_model_is_described(server: Running) -> None:
         assert (response.status_code, response.text) == (200, "ok")
 
 
+def test_the_threshold_in_force_is_the_one_described(colour_bundle: Path) -> None:
+    with serving(colour_bundle, threshold=0.99) as running, Client(running.url) as client:
+        said = client.model()
+        assert (said["threshold"], said["thresholds"]) == (0.99, {})
+        assert client.predict(jpeg())[0]["accepted"] is False
+
+
+def test_an_answer_names_the_model_that_it_comes_from(colour_bundle: Path, tmp_path: Path) -> None:
+    """Though another one was there when the request began."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(colour_bundle, bundle)
+    with serving(bundle) as running:
+        before = running.service.model.sha256
+        body = jpeg()
+        with socket.create_connection(("127.0.0.1", running.port), 30) as connection:
+            connection.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n"
+                b"Expect: 100-continue\r\n\r\n" % len(body)
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the body
+            recalibrate(bundle)
+            swap = running.service.swap(running.service.config)
+            assert asyncio.run_coroutine_threadsafe(swap, running.loop).result(60)
+            connection.sendall(body)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    after = running.service.model.sha256
+    assert before != after
+    assert after.encode() in answer
+    assert before.encode() not in answer
+
+
+def test_a_defect_is_a_problem_too(colour_bundle: Path) -> None:
+    with serving(colour_bundle) as running:
+        running.service._batches._run = lambda items: [None] * len(items)
+        response = post(running, jpeg())
+        refused(response, 500, "internal_error")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        # and the connection is good for the next one
+        assert requests.get(f"{running.url}/healthz", timeout=10).status_code == 200
+
+
 def test_what_is_draining_says_so_and_still_answers(server: Running) -> None:
     server.door.draining = True
     try:
@@ -239,6 +282,18 @@ def test_a_path_or_url_in_a_form_is_never_opened(server: Running) -> None:
         0
     ]
     assert row["status"] == "ok"
+
+
+def test_a_file_name_that_is_no_text_is_told_back_as_far_as_it_is(server: Running) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="\\ud800.jpg"\r\n\r\n'
+        + jpeg()
+        + b"\r\n--x--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    response = post(server, body, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.json()["predictions"][0]["name"] == "?.jpg"
 
 
 def test_too_many_images_are_refused_and_a_large_one_is_a_row(server: Running) -> None:
