@@ -308,6 +308,69 @@ def test_the_page_fits_a_phone_and_a_dark_room(
         assert reached == ["top_k", "threshold", "files", "camera", "clear"]
 
 
+def test_what_is_cleared_on_the_page_is_not_sent_and_not_counted(
+    service: Served, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.jpg" for i in range(12)]
+    for file in files:
+        draw("red").save(file)
+    with opened(service.url) as page:
+        page.page.fill("#key", service.predict)
+        page.page.locator("#key").blur()
+        page.page.wait_for_function(
+            "() => document.getElementById('about').textContent.includes('classes')"
+        )
+        replicas = service.replicas()
+        for replica in replicas:
+            replica.suspend()
+        try:
+            page.page.locator("#files").set_input_files([str(file) for file in files])
+            page.page.locator("#results > li").nth(11).wait_for()
+            page.page.click("#clear")
+        finally:
+            for replica in replicas:
+                replica.resume()
+        page.page.locator("#files").set_input_files(str(files[0]))
+        page.page.locator("#results .badge").wait_for()
+        assert page.page.locator("#message").inner_text() == "1 image labelled"
+        asked = [url for url in page.requests if "/v1/predict" in url]
+        assert len(asked) == 4 + 1
+
+
+def test_the_page_says_that_a_key_is_none(service: Served, tmp_path: Path) -> None:
+    draw("red").save(tmp_path / "red.jpg")
+    with opened(service.url) as page:
+        page.page.fill("#key", service.predict + " → ops")
+        page.page.locator("#files").set_input_files(str(tmp_path / "red.jpg"))
+        badge = page.page.locator("#results .badge")
+        badge.wait_for()
+        assert badge.inner_text() == "key malformed"
+        assert "copy it again" in page.page.locator("#message").inner_text()
+        assert not any("/v1/predict" in url for url in page.requests)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_where_to_fill_in_something_can_be_seen(service: Served, scheme: str) -> None:
+    """At a contrast of 3 to 1. Source: WCAG 2.2, 1.4.11 and its definition of contrast."""
+    colours = """(id) => [[document.getElementById(id), "borderTopColor"],
+        [document.getElementById(id), "backgroundColor"], [document.body, "backgroundColor"]]
+        .map(([element, name]) => getComputedStyle(element)[name].match(/\\d+/g).map(Number))"""
+
+    def luminance(colour: list[int]) -> float:
+        parts = [value / 255 for value in colour]
+        red, green, blue = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    with opened(service.url, scheme=scheme) as page:
+        for name in ("key", "top_k", "threshold", "drop"):
+            edge, *grounds = (luminance(each) for each in page.page.evaluate(colours, name))
+            for ground in grounds:
+                darker, lighter = sorted((edge, ground))
+                assert (lighter + 0.05) / (darker + 0.05) >= 3, name
+
+
 def drop(page: Any, files: list[Path]) -> None:
     """Drop files on a page, as a person does with a mouse."""
     contents = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
