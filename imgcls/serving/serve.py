@@ -57,49 +57,59 @@ def serve(config: ServeConfig) -> None:
         )
         tell("layout", replicas.reason)
         _start(config)
-        found = (
-            APPLICATION in ray_serve.status().applications
-        )  # what others need is not ours to end
-        ready = False
+        found = APPLICATION in ray_serve.status().applications
+        asked = uuid.uuid4().hex
         try:
-            asked = uuid.uuid4().hex
-            app = application(config, fixed, replicas, asked)
-            ray_serve.run(app, name=APPLICATION, route_prefix="/")
+            ray_serve.run(
+                application(config, fixed, replicas, asked), name=APPLICATION, route_prefix="/"
+            )
             interruption.check()
             _wait_until_taken_up(asked, interruption)
-            scheme = "https" if config.http.certificate else "http"
-            url = f"{scheme}://{config.http.host}:{config.http.port}/"
-            ready = True
-            tell("ready", f"{url} serves {config.model}", url=url)
-            if config.detach:
-                return
-            while True:
-                interruption.check()
-                time.sleep(0.2)
-        except Interrupted as error:
-            if found and not ready:
-                raise Interrupted(
-                    f"{error}, before every replica had taken it up; the service goes on, and the "
-                    "same command goes on with the change"
-                ) from error
-            if found:
-                tell("stop", "the service goes on, as it did before; `serve shutdown` ends it")
-                return
-            if ready:
-                _drain(config)
-            _end()
-            tell("stop", "every request was answered")
-            if config.detach:
-                raise
-        except RuntimeError as error:  # what Ray Serve raises of replicas that do not start
-            why = _why() or _words(error)
-            if found:
-                raise RunFailed(
-                    f"the change did not come into force, and the service that was there was left: "
-                    f"{why}; the command that started it undoes the change"
-                ) from error
-            _end()
-            raise RunFailed(f"the service did not start: {why}") from error
+        except (Interrupted, RuntimeError) as error:
+            _give_up(error, config, found)
+            return
+        _stay(config, found, interruption)
+
+
+def _give_up(error: Interrupted | RuntimeError, config: ServeConfig, found: bool) -> None:
+    """Undo a start that came to nothing; a service that was there before is not ours to end."""
+    if isinstance(error, Interrupted):
+        if found:
+            raise Interrupted(
+                f"{error}, before every replica had taken it up; the service goes on, and the same "
+                "command goes on with the change"
+            ) from error
+        _end()
+        if config.detach:
+            raise error
+        return
+    why = _why() or _words(error)  # what Ray Serve raises of replicas that do not start
+    if found:
+        raise RunFailed(
+            f"the change did not come into force, and the service that was there was left: {why}; "
+            "the command that started it undoes the change"
+        ) from error
+    _end()
+    raise RunFailed(f"the service did not start: {why}") from error
+
+
+def _stay(config: ServeConfig, found: bool, interruption: Interruption) -> None:
+    """Say that it is ready; if not detached, wait to be told to stop, and end what was started."""
+    scheme = "https" if config.http.certificate else "http"
+    url = f"{scheme}://{config.http.host}:{config.http.port}/"
+    try:
+        tell("ready", f"{url} serves {config.model}", url=url)
+        while not config.detach:
+            interruption.check()
+            time.sleep(0.2)
+        return
+    except Interrupted:
+        if found:
+            tell("stop", "the service goes on, as it did before; `serve shutdown` ends it")
+            return
+    _drain(config)
+    _end()
+    tell("stop", "every request was answered")
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
