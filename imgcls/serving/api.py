@@ -104,6 +104,7 @@ _ERRORS = _problems(
         403: "The API key has not the scope that this needs.",
     }
 )
+_SHARED_ERRORS = _ERRORS | _problems({503: "A part is being started anew; see Retry-After."})
 _PREDICT_ERRORS = _ERRORS | _problems(
     {
         408: "The body did not arrive in time.",
@@ -201,14 +202,19 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
         "/v1/model/reload",
         status_code=202,
         response_model=Reloading,
-        responses=_ERRORS,
+        responses=_SHARED_ERRORS,
         summary="Load the bundle again, from where it is configured to be",
     )
     async def reload(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "admin", request)
         return JSONResponse({"reload": await door.shared.reload()}, 202)
 
-    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse, summary="Metrics")
+    @app.get(
+        "/metrics",
+        responses=_SHARED_ERRORS,
+        response_class=PlainTextResponse,
+        summary="Metrics",
+    )
     async def metrics(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "admin", request)
         return Response(

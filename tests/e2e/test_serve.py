@@ -42,6 +42,7 @@ from tests.processes import (
 )
 from tests.serving.app import recalibrate, saved_anew
 from tests.serving.test_api import jpeg
+from tests.serving.test_gate import announced
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -650,6 +651,13 @@ def test_the_other_door_answers_as_the_first_one_does(colour_bundle: Path, tmp_p
                 client.predict(b"no image")
         response = requests.get(f"{running.url}/v1/model", timeout=30)
         assert response.status_code == 401
+        port = int(running.url.rpartition(":")[2])
+        assert announced(port, 65 << 20).startswith("http/1.1 413 ")  # of anybody, by the gate
+        # what else it listens on is on free ports: two services are not in each other's way
+        (door,) = (p for p in family(running.process.pid) if p.name() == "haproxy")
+        ports = {each.laddr.port for each in door.net_connections() if each.status == "LISTEN"}
+        assert len(ports) == 3
+        assert not ports & {8404, 9101}
 
 
 # ---------------------------------------------------------------------- on a cluster

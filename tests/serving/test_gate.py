@@ -56,14 +56,22 @@ def standing(app: ASGIApp) -> Iterator[tuple[int, Gate]]:
         thread.join(30)
 
 
-def sent(port: int, body: bytes, *, chunked: bool = True) -> socket.socket:
+def sent(port: int, body: bytes) -> socket.socket:
     """A request with some of its body, of which more is to come."""
     connection = socket.create_connection(("127.0.0.1", port), 30)
-    kind = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body) + 1}"
-    connection.sendall(f"POST / HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n".encode())
+    connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
     with contextlib.suppress(ConnectionError):  # it was answered before all was sent
-        connection.sendall(f"{len(body):x}\r\n".encode() + body + b"\r\n" if chunked else body)
+        connection.sendall(f"{len(body):x}\r\n".encode() + body + b"\r\n")
     return connection
+
+
+def announced(port: int, count: int) -> str:
+    """What is said to a body of so many bytes, of which none has come."""
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % count
+        )
+        return answer(connection)
 
 
 def answer(connection: socket.socket) -> str:
@@ -91,8 +99,7 @@ def test_a_body_without_an_end_is_not_read_to_it() -> None:
 def test_what_is_announced_to_be_too_long_gets_no_further() -> None:
     app = Greedy()
     with standing(app) as (port, _):
-        with sent(port, bytes(BODY), chunked=False) as connection:
-            assert answer(connection).startswith("http/1.1 413 ")
+        assert announced(port, BODY + 1).startswith("http/1.1 413 ")
         assert app.scopes == []
 
 
