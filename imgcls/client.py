@@ -5,13 +5,18 @@ Needs no torch and no Ray, so it can be used where neither is installed.
 
 from __future__ import annotations
 
+import datetime
+import email.utils
+import math
 import os
 import random
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, Self
 
 import requests
+import requests.auth
 
 from imgcls.errors import RequestError, RunFailed
 
@@ -53,9 +58,8 @@ class Client:
         self._timeout = timeout_seconds
         self._patience = patience_seconds
         self._session = requests.Session()
-        key = key or os.environ.get("IMGCLS_API_KEY")
-        if key is not None:
-            self._session.headers["Authorization"] = f"Bearer {key}"
+        # not a header of the session: a password in ~/.netrc would take its place
+        self._session.auth = _Bearer(key or os.environ.get("IMGCLS_API_KEY"))
 
     def __enter__(self) -> Self:
         return self
@@ -112,11 +116,39 @@ class Client:
                 raise ServiceError(f"{self._url}: {error}") from error
             if response.ok:
                 return response
-            wait = float(response.headers.get("Retry-After", "inf"))
+            wait = _seconds(response.headers.get("Retry-After", ""))
             if response.status_code not in _AGAIN or time.monotonic() + wait > deadline:
                 raise _error(response)
             # else all who were told to wait come again at once
-            time.sleep(wait * random.uniform(1.0, 1.5))
+            time.sleep(max(wait, 0.1) * random.uniform(1.0, 1.5))
+
+
+class _Bearer(requests.auth.AuthBase):
+    """Gives requests an API key, and nothing else to authenticate with."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+def _seconds(retry_after: str) -> float:
+    """How long a Retry-After asks to wait; for ever when it makes no sense.
+
+    It is a number of seconds or a date. Source: RFC 9110, section 10.2.3.
+    """
+    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
+        return float(retry_after)
+    try:
+        when = email.utils.parsedate_to_datetime(retry_after)
+    except ValueError:
+        return math.inf
+    if when.tzinfo is None:  # as -0000 is read: UTC, and nothing said of where
+        when = when.replace(tzinfo=datetime.UTC)
+    return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def _file(image: Image) -> tuple[str, bytes]:

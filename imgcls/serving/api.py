@@ -5,10 +5,7 @@ Knows nothing of Ray: an ASGI application around a `Service`.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -17,23 +14,18 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.output import OK
 from imgcls.serving import page
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.keys import Key, Keyring
-from imgcls.serving.keys import Scope as KeyScope
-from imgcls.serving.limits import Pocket
-from imgcls.serving.problems import MEDIA_TYPE, Problem, of_image, of_status
+from imgcls.serving.door import Door
+from imgcls.serving.guard import Guard
+from imgcls.serving.problems import MEDIA_TYPE, Problem, defect, of_image, of_status
 from imgcls.serving.service import Service, Wanted
 from imgcls.serving.uploads import Spool, received
 
-logger = logging.getLogger(__name__)
-
-_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _bearer = HTTPBearer(auto_error=False, description="An API key.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
@@ -97,69 +89,6 @@ class Reloading(BaseModel):
     reload: int = Field(description="Counts the requests to load the model again.")
 
 
-class Shared(Protocol):
-    """What the replicas of a service have in common."""
-
-    async def reload(self) -> int:
-        """Have all replicas load their bundle again."""
-
-    async def metrics(self) -> bytes:
-        """The counts of all replicas, as Prometheus reads them."""
-
-
-class Door:
-    """What an application needs beside its service; `draining` is set when the end is near."""
-
-    def __init__(self, keys: Keyring | None, pocket: Pocket, shared: Shared) -> None:
-        self.keys = keys
-        self.pocket = pocket
-        self.shared = shared
-        self.draining = False
-
-    def enter(self, presented: str | None, scope: KeyScope, request: Request) -> Key | None:
-        """Whose key was presented; None where keys are not asked for.
-
-        Raises the Problem of who may not enter.
-        """
-        if self.keys is None:
-            _check_local(request)
-            return None
-        if not presented:
-            raise Problem(401, "key_missing", "send an API key: Authorization: Bearer KEY")
-        key = self.keys.find(presented)
-        if key is None:
-            raise Problem(401, "key_unknown", "this API key is not known, or is no longer good")
-        request.state.key = key.name
-        if scope not in key.scopes:
-            raise Problem(403, "scope_missing", f"this API key has no scope {scope!r}")
-        return key
-
-    async def pay(self, key: Key | None, images: int) -> None:
-        """Count images against a key's rate; raises a Problem when it has sent too many."""
-        if key is None or key.images_per_minute is None:
-            return
-        wait = await self.pocket.spend(key.name, key.images_per_minute, images)
-        if wait:
-            raise Problem(
-                429,
-                "too_many_requests",
-                f"this API key may send {key.images_per_minute:g} images a minute",
-                retry_after=wait,
-            )
-
-
-def _check_local(request: Request) -> None:
-    """Without keys only this machine may ask, by its own name: a web page from elsewhere that has
-    its name point here (DNS rebinding) does not pass."""
-    client = request.client.host if request.client else ""
-    host = request.headers.get("host", "")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    if client not in ("127.0.0.1", "::1") or name not in _LOCAL_HOSTS:
-        raise Problem(
-            403, "keys_needed", "without API keys it can be asked from its own machine only"
-        )
-
-
 def _problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
     """For the description of a route: which problems it answers with, by HTTP status."""
     return {
@@ -175,6 +104,7 @@ _ERRORS = _problems(
         403: "The API key has not the scope that this needs.",
     }
 )
+_SHARED_ERRORS = _ERRORS | _problems({503: "A part is being started anew; see Retry-After."})
 _PREDICT_ERRORS = _ERRORS | _problems(
     {
         408: "The body did not arrive in time.",
@@ -253,34 +183,38 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
             service.config.threshold if threshold is None else threshold,
             embeddings,
         )
-        model = service.model.sha256
         async with received(request, service.config.limits, spool) as uploads:
             if len(uploads) > 1:
                 await door.pay(key, len(uploads) - 1)
-            rows = await service.predict(uploads, wanted)
+            model, rows = await service.predict(uploads, wanted)
         if len(rows) == 1 and rows[0]["status"] != OK:
             raise of_image(rows[0]["status"], rows[0]["error"])
-        return JSONResponse({"model": model, "predictions": rows})
+        return JSONResponse({"model": model.sha256, "predictions": rows})
 
     @app.get(
         "/v1/model", response_model=Description, responses=_ERRORS, summary="Describe the model"
     )
     async def model(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "predict", request)
-        return JSONResponse(service.model.described())
+        return JSONResponse(service.described())
 
     @app.post(
         "/v1/model/reload",
         status_code=202,
         response_model=Reloading,
-        responses=_ERRORS,
+        responses=_SHARED_ERRORS,
         summary="Load the bundle again, from where it is configured to be",
     )
     async def reload(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "admin", request)
         return JSONResponse({"reload": await door.shared.reload()}, 202)
 
-    @app.get("/metrics", responses=_ERRORS, response_class=PlainTextResponse, summary="Metrics")
+    @app.get(
+        "/metrics",
+        responses=_SHARED_ERRORS,
+        response_class=PlainTextResponse,
+        summary="Metrics",
+    )
     async def metrics(request: Request, bearer: Bearer, header: Header) -> Response:
         door.enter(presented(bearer, header), "admin", request)
         return Response(
@@ -307,7 +241,7 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
         return HTMLResponse(page.HTML, headers={"Content-Security-Policy": page.POLICY})
 
     _handle_errors(app)
-    guarded: ASGIApp = _Guard(app, service, config)
+    guarded: ASGIApp = Guard(app, service, config)
     if config.http.cors_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -330,6 +264,10 @@ def _handle_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(Exception)  # it goes on to the guard, which logs it
+    async def of_defect(request: Request, error: Exception) -> Response:
+        return defect().response()
+
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> Response:
         wrong = "; ".join(
@@ -337,82 +275,3 @@ def _handle_errors(app: FastAPI) -> None:
             for item in error.errors()
         )
         return Problem(400, "invalid_parameter", wrong[:500]).response()
-
-
-class _Guard:
-    """Around every request: counts it, and sends with its answer what browsers should mind."""
-
-    def __init__(self, app: ASGIApp, service: Service, config: ServeConfig) -> None:
-        self._app = app
-        self._service = service
-        self._most = config.limits.body_bytes
-        self._headers = [
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"no-referrer"),
-            (b"cross-origin-opener-policy", b"same-origin"),
-            (b"cache-control", b"no-store"),
-        ]
-        if config.http.certificate is not None:
-            self._headers.append((b"strict-transport-security", b"max-age=31536000"))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        status = 500
-        started = False
-        endless = self._may_be_endless(scope)
-
-        async def heard() -> Message:
-            nonlocal endless
-            message = await receive()
-            if not message.get("more_body", False):
-                endless = False
-            return message
-
-        async def guarded(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
-                status, started = message["status"], True
-                present = {name for name, _ in message["headers"]}
-                added = [*self._headers]
-                if b"content-security-policy" not in present:
-                    added.append((b"content-security-policy", _NOTHING))
-                if endless:  # else the server would go on reading what nobody wants
-                    added.append((b"connection", b"close"))
-                message = {**message, "headers": [*message["headers"], *added]}
-            await send(message)
-
-        try:
-            await self._app(scope, heard, guarded)
-        except ClientDisconnect:
-            status = _HUNG_UP
-        except asyncio.CancelledError:
-            status = status if started else _HUNG_UP
-            raise
-        except Exception:
-            logger.exception("a request failed")
-            if started:
-                raise
-            problem = Problem(500, "internal_error", "this is a defect; the log has more")
-            await problem.response()(scope, receive, guarded)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            telemetry = self._service.telemetry
-            telemetry.requests.labels(
-                route=route, status=str(status), key=scope.get("state", {}).get("key", "")
-            ).inc()
-            telemetry.seconds.labels(route=route).observe(time.perf_counter() - began)
-
-    def _may_be_endless(self, scope: Scope) -> bool:
-        """Whether a body is to come that is longer than any is allowed to be, or may be."""
-        headers = dict(scope["headers"])
-        length = headers.get(b"content-length", b"0")
-        known = length.isdigit() and int(length) <= self._most
-        return b"transfer-encoding" in headers or not known
-
-
-_HUNG_UP = 499
-"""In the counts, for who did not wait for an answer; nginx' number."""
-_NOTHING = b"default-src 'none'; frame-ancestors 'none'"

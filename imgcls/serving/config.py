@@ -82,6 +82,8 @@ class LimitsConfig(Section):
     """A body that has not arrived after so long is refused."""
     spool_bytes: PositiveInt = 2 << 30
     """Of all bodies that are arriving or waiting, per replica; on disk where one is above 1 MiB."""
+    door_bytes: PositiveInt = 512 * MIB
+    """Of all bodies that came in by a door and are not answered; in Ray Serve's memory."""
     waiting_images: PositiveInt = 256
     """That wait for the model, per replica; more are refused with 503 and Retry-After."""
 

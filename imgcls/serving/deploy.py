@@ -1,4 +1,4 @@
-"""Ray Serve's side: replicas that answer, and one hub that they have in common.
+"""Ray Serve's side: replicas that answer, and how many of them there are.
 
 A replica's settings come as its user config, so that a changed bundle or limit is taken up by the
 replicas that are there, without a moment in which nobody answers.
@@ -10,10 +10,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
@@ -23,19 +21,21 @@ from starlette.types import Scope as ASGIScope
 from imgcls import cluster
 from imgcls import config as configuration
 from imgcls.data import stores
-from imgcls.errors import ImgclsError
-from imgcls.models.bundle import load_bundle
+from imgcls.errors import ImgclsError, RequestError
+from imgcls.models.bundle import load_bundle, read_description
 from imgcls.serving import keys
-from imgcls.serving.api import Door, build_app
+from imgcls.serving.api import build_app
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.door import Door
+from imgcls.serving.hub import Hub, Line, Report
 from imgcls.serving.keys import Key, Keyring
-from imgcls.serving.limits import Pocket, Purse
+from imgcls.serving.limits import Pocket
+from imgcls.serving.problems import Problem
 from imgcls.serving.replicas import Replicas, plan_replicas
 from imgcls.serving.service import Model, Service
-from imgcls.serving.telemetry import Sample, Telemetry, Totals
+from imgcls.serving.telemetry import Telemetry
 
 APPLICATION = "imgcls"
-HUB = "hub"
 ENDPOINT = "endpoint"
 BEAT_SECONDS = 1.0
 ONGOING = 1024
@@ -46,96 +46,6 @@ QUEUED = 256
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a replica says of itself every second.
-
-    sha256: of the bundle that it answers with
-    error:  why it could not take up another
-    """
-
-    replica: str
-    samples: list[Sample]
-    sha256: str
-    error: str | None
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a replica is told in return."""
-
-    reload: int
-    draining: bool
-
-
-@serve.deployment(
-    name=HUB,
-    num_replicas=1,
-    max_ongoing_requests=1000,
-    ray_actor_options={"num_cpus": 0},
-    health_check_period_s=2,
-)
-class Hub:
-    """What all replicas share: rates, counts, and orders. Lost, it is started anew, and forgets."""
-
-    def __init__(self) -> None:
-        self._purse = Purse()
-        self._totals = Totals()
-        self._models: dict[str, tuple[str, str | None]] = {}
-        self._reload = 0
-        self._draining = False
-
-    async def take(
-        self, name: str, per_second: float, need: int, ahead: float
-    ) -> tuple[float, float]:
-        return self._purse.take(name, per_second, need, ahead)
-
-    async def report(self, report: Report) -> Orders:
-        self._totals.report(report.replica, report.samples)
-        self._models[report.replica] = report.sha256, report.error
-        return Orders(self._reload, self._draining)
-
-    async def models(self) -> list[tuple[str, str | None]]:
-        """Of every replica that is there: its bundle, and what kept it from another."""
-        there = self._totals.names()
-        return [said for replica, said in self._models.items() if replica in there]
-
-    async def reload(self) -> int:
-        self._reload += 1
-        return self._reload
-
-    async def drain(self) -> None:
-        self._draining = True
-
-    async def metrics(self) -> bytes:
-        return self._totals.text()
-
-
-class _Hub:
-    """The hub as a replica sees it."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def take(
-        self, name: str, per_second: float, need: int, ahead: float
-    ) -> tuple[float, float]:
-        taken: tuple[float, float] = await self._handle.take.remote(name, per_second, need, ahead)
-        return taken
-
-    async def report(self, report: Report) -> Orders:
-        orders: Orders = await self._handle.report.remote(report)
-        return orders
-
-    async def reload(self) -> int:
-        count: int = await self._handle.reload.remote()
-        return count
-
-    async def metrics(self) -> bytes:
-        text: bytes = await self._handle.metrics.remote()
-        return text
-
-
 @serve.deployment(name=ENDPOINT)
 @serve.ingress()
 class Endpoint:
@@ -143,11 +53,13 @@ class Endpoint:
     they change."""
 
     def __init__(self, hub: DeploymentHandle, threads: int) -> None:
-        self._hub = _Hub(hub)
+        self._hub = Line(hub)
         self._threads = threads
         self._telemetry = Telemetry()
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._reloads: int | None = None
+        self._reloads = 0
+        self._reload = asyncio.Event()
+        self._asked = ""
         self._error: str | None = None
         self._service: Service | None = None
 
@@ -167,14 +79,18 @@ class Endpoint:
         config = ServeConfig.model_validate(settings["config"])
         fixed = [Key.model_validate(key) for key in settings["keys"]]
         stores.use(config.storage)
-        if self._service is None:
-            self._begin(await asyncio.to_thread(self._load, config), config)
-        else:
-            await self._take_up(config)
-        assert self._service is not None
         self._config = config
+        if self._service is None:
+            with contextlib.suppress(Problem):  # no hub yet, so nobody has asked for anything
+                self._reloads = (await self._hub.orders()).reload  # before there is what may be old
+            self._begin(await asyncio.to_thread(self._load, config), config)
+            self._asked = settings["asked"]
+        else:
+            await self._take_up(config, settings["asked"])
+        assert self._service is not None
         ring = Keyring(config.keys.file, fixed) if config.keys.are_given() else None
-        self._door = Door(ring, Pocket(self._hub.take), self._hub)
+        origins = config.http.cors_origins
+        self._door = Door(ring, Pocket(self._hub.take), self._hub, origins)
         self._app = build_app(self._service, self._door, config)
 
     def _load(self, config: ServeConfig) -> Model:
@@ -185,41 +101,60 @@ class Endpoint:
 
     def _begin(self, model: Model, config: ServeConfig) -> None:
         self._service = Service(config, model, self._telemetry, decoders=self._threads)
-        self._config = config
         self._tasks = [
-            asyncio.create_task(self._beat()),
-            asyncio.create_task(self._look_at_keys()),
+            asyncio.create_task(work())
+            for work in (self._beat, self._load_again, self._look_at_keys)
         ]
 
-    async def _take_up(self, config: ServeConfig) -> None:
+    async def _take_up(self, config: ServeConfig, asked: str) -> None:
         """Change the model in use; one that cannot be loaded leaves the old one in place."""
         assert self._service is not None
+        error: str | None = None
         try:
             await self._service.swap(config)
-            self._error = None
-        except ImgclsError as error:
-            self._error = str(error)
+        except ImgclsError as problem:
+            error = str(problem)
             logger.error("the model stays as it was: %s", error)
+        except Exception as problem:  # no memory for two of them, say: one goes on
+            error = f"{type(problem).__name__}: {problem}"
+            logger.exception("the model stays as it was")
+        self._asked, self._error = asked, error
 
     async def _beat(self) -> None:
-        """Tell the hub how it goes, and do what it says."""
+        """Tell the hub how it goes, and hear what it says; nothing that goes wrong ends that."""
         while True:
-            with contextlib.suppress(ray.exceptions.RayError):  # a hub that is started anew
-                assert self._service is not None
-                self._telemetry.waiting.set(self._service.waiting)
-                orders = await self._hub.report(
-                    Report(
-                        self._name,
-                        self._telemetry.samples(),
-                        self._service.model.sha256,
-                        self._error,
-                    )
-                )
-                self._door.draining = orders.draining
-                if self._reloads is not None and orders.reload > self._reloads:
-                    await self._take_up(self._config)
-                self._reloads = orders.reload
+            try:
+                await self._report()
+            except Problem as problem:  # a hub that is started anew
+                logger.info("no report: %s", problem)
+            except Exception:  # without reports a replica counts as gone, and hears of no reload
+                logger.exception("a report to the hub failed")
             await asyncio.sleep(BEAT_SECONDS)
+
+    async def _report(self) -> None:
+        assert self._service is not None
+        self._telemetry.waiting.set(self._service.waiting)
+        orders = await self._hub.report(
+            Report(
+                self._name,
+                self._telemetry.samples(),
+                self._service.model.sha256,
+                self._asked,
+                self._error,
+            )
+        )
+        self._door.draining = orders.draining
+        before = self._reloads if orders.reload >= self._reloads else 0  # a new hub counts anew
+        if orders.reload > before:
+            self._reload.set()
+        self._reloads = orders.reload
+
+    async def _load_again(self) -> None:
+        """Whenever that was asked for; beside `_beat`, which must not be silent for so long."""
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            await self._take_up(self._config, self._asked)
 
     async def _look_at_keys(self) -> None:
         while True:
@@ -230,12 +165,17 @@ class Endpoint:
                 await asyncio.to_thread(self._door.keys.refresh)
             except ImgclsError as error:
                 logger.error("the API keys stay as they were: %s", error)
+            except Exception:  # a key that leaked must be gone whatever went wrong the last time
+                logger.exception("the API keys stay as they were; they are looked at again")
 
 
-def application(config: ServeConfig, fixed: list[Key], replicas: Replicas) -> serve.Application:
+def application(
+    config: ServeConfig, fixed: list[Key], replicas: Replicas, asked: str
+) -> serve.Application:
     """The application for Ray Serve.
 
     fixed: keys beside those of `config.keys.file`
+    asked: replicas that are there load the bundle again when it is another than before
     """
     options: dict[str, Any] = {"num_replicas": replicas.least}
     if replicas.most > replicas.least:
@@ -251,6 +191,7 @@ def application(config: ServeConfig, fixed: list[Key], replicas: Replicas) -> se
         user_config={
             "config": config.for_replicas(),
             "keys": [key.model_dump(mode="json") for key in fixed],
+            "asked": asked,
         },
         ray_actor_options={
             "num_cpus": replicas.cpus,
@@ -281,7 +222,7 @@ def build(settings: dict[str, Any]) -> serve.Application:
     replicas = plan_replicas(
         cluster.nodes(), config.replicas, may_grow=cluster.most_nodes() is not None
     )
-    return application(config, fixed, replicas)
+    return application(config, fixed, replicas, read_description(config.model).sha256)
 
 
 def checked(config: ServeConfig) -> list[Key]:
@@ -290,6 +231,10 @@ def checked(config: ServeConfig) -> list[Key]:
     Raises RequestError or BundleError.
     """
     fixed = keys.from_environment(config.keys.env) if config.keys.env is not None else []
-    Keyring(config.keys.file, fixed)
+    if config.keys.are_given() and Keyring(config.keys.file, fixed).is_empty():
+        raise RequestError(
+            f"keys.file {config.keys.file}: holds no key; `imgcls key new --file "
+            f"{config.keys.file} --name NAME` makes one"
+        )
     load_bundle(config.model)
     return fixed

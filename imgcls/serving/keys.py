@@ -54,6 +54,9 @@ class Keyring:
     """The keys that are accepted now.
 
     url: the file they stand in; `keys` are those that stand elsewhere and do not change
+
+    A file without records is one whose last key was taken back: nobody enters. One that is gone or
+    broken is no decision of anybody's, so a refresh then leaves what there was.
     """
 
     def __init__(self, url: str | None, keys: list[Key] | None = None) -> None:
@@ -70,6 +73,10 @@ class Keyring:
                 found = key
         return None if found is None or found.is_expired() else found
 
+    def is_empty(self) -> bool:
+        """Whether there is no key to enter with."""
+        return not self._keys
+
     def refresh(self) -> None:
         """Read the file again; raises as the constructor does, and then keeps what was there."""
         self._keys = self._read()
@@ -84,10 +91,10 @@ class Keyring:
                 f"keys.file {self._url}: no such file; `imgcls key new --file {self._url} --name "
                 "NAME` makes it, with a first key"
             ) from error
-        return [*self._fixed, *parse(text, f"keys.file {self._url}")]
+        return [*self._fixed, *parse(text, f"keys.file {self._url}", may_be_empty=True)]
 
 
-def parse(text: str, place: str) -> list[Key]:
+def parse(text: str, place: str, *, may_be_empty: bool = False) -> list[Key]:
     """The records of a YAML list.
 
     Raises RequestError, which begins with `place`, when they are none or not well-formed. No value
@@ -98,7 +105,13 @@ def parse(text: str, place: str) -> list[Key]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
-        raise RequestError(f"{place}: is no YAML{where}") from None
+        raise RequestError(f"{place}: is no YAML{where}; correct it") from None
+    except ValueError:  # the 30th of February, say
+        raise RequestError(
+            f"{place}: holds a date or a number that there is none of; correct it"
+        ) from None
+    if may_be_empty and (records is None or records == []):
+        return []
     if not isinstance(records, list) or not records:
         raise RequestError(f"{place}: holds no key; `imgcls key new` makes one")
     keys = []
@@ -153,7 +166,8 @@ def new_key(config: NewKeyConfig) -> str:
     place = f"keys.file {config.file}"
     try:
         text = storage.read(config.file).decode("utf-8", "replace")
-        there = [key.name for key in parse(text, place)]
+        there = [key.name for key in parse(text, place, may_be_empty=True)]
+        text = _HEAD if yaml.safe_load(text) == [] else text
     except StorageMissing:
         text, there = _HEAD, []
     if config.name in there:

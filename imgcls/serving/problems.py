@@ -10,9 +10,20 @@ import math
 from typing import Any
 
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 _TYPES = "urn:imgcls:problem:"
+
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""What browsers should mind with every answer."""
+NOTHING = "default-src 'none'; frame-ancestors 'none'"
+"""The Content-Security-Policy of all but the page."""
 
 _OF_IMAGES = {"not_an_image": 415, "too_large": 413}
 """HTTP status by status of an image; 422 for all the others."""
@@ -63,6 +74,10 @@ def of_status(status: int, detail: str | None = None) -> Problem:
     return Problem(status, phrase.lower().replace(" ", "_"), detail or phrase)
 
 
+def defect() -> Problem:
+    return Problem(500, "internal_error", "this is a defect; the log has more")
+
+
 def too_many_bytes(limit: int) -> Problem:
     return Problem(
         413, "too_many_bytes", f"the body has more than {limit:,} bytes, which is the most here"
@@ -77,3 +92,14 @@ def busy(seconds: float) -> Problem:
         "as many images as may wait are waiting; try again later",
         retry_after=max(1, math.ceil(seconds)),
     )
+
+
+def may_be_endless(scope: Scope, most: int) -> bool:
+    """Whether a body was announced that is longer than any is allowed to be, or may be.
+
+    The server would go on reading it after the answer, unless the connection is closed.
+    """
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    known = length.isdigit() and int(length) <= most
+    return b"transfer-encoding" in headers or not known

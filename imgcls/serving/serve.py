@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from typing import Any
 
 import ray
@@ -19,12 +20,14 @@ from ray.serve.exceptions import RayServeException
 
 from imgcls import cluster, log
 from imgcls.cluster import Interruption
+from imgcls.config import Section
 from imgcls.data import storage, stores
 from imgcls.errors import Interrupted, RequestError, ResourcesError, RunFailed
 from imgcls.log import tell
-from imgcls.models.bundle import read_description
+from imgcls.serving import gate
 from imgcls.serving.config import HttpConfig, ServeConfig
-from imgcls.serving.deploy import APPLICATION, HUB, application, checked
+from imgcls.serving.deploy import APPLICATION, application, checked
+from imgcls.serving.hub import HUB
 from imgcls.serving.replicas import plan_replicas
 
 TAKE_UP_SECONDS = 300.0
@@ -37,12 +40,12 @@ def serve(config: ServeConfig) -> None:
     Raises a RequestError before anything starts, RunFailed when replicas do not start.
     """
     log.use(config.log)
-    config = config.model_copy(update={"model": storage.absolute(config.model)})
+    config = _absolute(config)
     stores.use(config.storage)
     _check_http(config)
     fixed = checked(config)
     with Interruption().watched() as interruption:
-        _set_up(config.http)
+        _set_up(config)
         cluster.connect()
         if config.detach and cluster.is_private():
             raise RequestError(
@@ -54,25 +57,73 @@ def serve(config: ServeConfig) -> None:
         )
         tell("layout", replicas.reason)
         _start(config)
+        found = APPLICATION in ray_serve.status().applications
+        asked = uuid.uuid4().hex
         try:
-            app = application(config, fixed, replicas)
-            ray_serve.run(app, name=APPLICATION, route_prefix="/")
+            ray_serve.run(
+                application(config, fixed, replicas, asked), name=APPLICATION, route_prefix="/"
+            )
             interruption.check()
-            _wait_until_taken_up(config, interruption)
-            scheme = "https" if config.http.certificate else "http"
-            url = f"{scheme}://{config.http.host}:{config.http.port}/"
-            tell("ready", f"{url} serves {config.model}", url=url)
-            if config.detach:
-                return
-            while True:
-                interruption.check()
-                time.sleep(0.2)
-        except Interrupted:
-            _stop(config)
-        except RuntimeError as error:  # what Ray Serve raises of replicas that do not start
-            why = _why() or _words(error)
-            _stop(config, at_once=True)
-            raise RunFailed(f"the service did not start: {why}") from error
+            _wait_until_taken_up(asked, interruption)
+        except (Interrupted, RuntimeError) as error:
+            _give_up(error, config, found)
+            return
+        _stay(config, found, interruption)
+
+
+def _give_up(error: Interrupted | RuntimeError, config: ServeConfig, found: bool) -> None:
+    """Undo a start that came to nothing; a service that was there before is not ours to end."""
+    if isinstance(error, Interrupted):
+        if found:
+            raise Interrupted(
+                f"{error}, before every replica had taken it up; the service goes on, and the same "
+                "command goes on with the change"
+            ) from error
+        _end()
+        if config.detach:
+            raise error
+        return
+    why = _why() or _words(error)  # what Ray Serve raises of replicas that do not start
+    if found:
+        raise RunFailed(
+            f"the change did not come into force, and the service that was there was left: {why}; "
+            "the command that started it undoes the change"
+        ) from error
+    _end()
+    raise RunFailed(f"the service did not start: {why}") from error
+
+
+def _stay(config: ServeConfig, found: bool, interruption: Interruption) -> None:
+    """Say that it is ready; if not detached, wait to be told to stop, and end what was started."""
+    scheme = "https" if config.http.certificate else "http"
+    url = f"{scheme}://{config.http.host}:{config.http.port}/"
+    try:
+        tell("ready", f"{url} serves {config.model}", url=url)
+        while not config.detach:
+            interruption.check()
+            time.sleep(0.2)
+        return
+    except Interrupted:
+        if found:
+            tell("stop", "the service goes on, as it did before; `serve shutdown` ends it")
+            return
+    _drain(config)
+    _end()
+    tell("stop", "every request was answered")
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """Settings that name the same files in processes with another working directory."""
+
+    def whole(section: Section, *names: str) -> dict[str, str]:
+        values = ((name, getattr(section, name)) for name in names)
+        return {name: storage.absolute(value) for name, value in values if value is not None}
+
+    files = {
+        "keys": config.keys.model_copy(update=whole(config.keys, "file")),
+        "http": config.http.model_copy(update=whole(config.http, "certificate", "private_key")),
+    }
+    return config.model_copy(update={**whole(config, "model"), **files})
 
 
 def _check_http(config: ServeConfig) -> None:
@@ -87,21 +138,29 @@ def _check_http(config: ServeConfig) -> None:
             raise RequestError(f"http.{name} {file}: no such file; give a PEM file")
 
 
-def _set_up(http: HttpConfig) -> None:
+def _set_up(config: ServeConfig) -> None:
     """What processes of Ray Serve find in their environment, where this one starts them.
 
     Its replicas do nothing on their event loop that would keep it busy, so they need no other one.
     """
-    wanted = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
-    if http.door == "haproxy":
+    limits = config.limits
+    wanted = {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": gate.CALLBACK,
+    }
+    if config.http.door == "haproxy":
         wanted |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
         }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    largest = max(limits.body_bytes, limits.image_bytes)
+    os.environ.update(gate.settings(largest, limits.door_bytes))
 
 
 def _free_port() -> int:
@@ -161,37 +220,40 @@ def _check_free(http: HttpConfig) -> None:
             ) from error
 
 
-def _wait_until_taken_up(config: ServeConfig, interruption: Interruption) -> None:
-    """Wait until all replicas answer with the bundle that was asked for."""
+def _wait_until_taken_up(asked: str, interruption: Interruption) -> None:
+    """Wait until all replicas have taken up what was asked for, under that name."""
 
     hub = ray_serve.get_deployment_handle(HUB, APPLICATION)
-    sha256 = read_description(config.model).sha256
     deadline = time.monotonic() + TAKE_UP_SECONDS
     while True:
         interruption.check()
-        said = hub.models.remote().result(timeout_s=60)
-        if said and all(found == sha256 for found, _ in said):
-            return
-        errors = [error for _, error in said if error is not None]
+        reports = hub.reports.remote().result(timeout_s=60)
+        errors = [said.error for said in reports if said.asked == asked and said.error is not None]
         if errors:
             raise RunFailed(f"the service goes on with the model that it had: {errors[0]}")
+        if reports and all(said.asked == asked for said in reports):
+            return
         if time.monotonic() > deadline:
             raise ResourcesError("replicas have not taken up the model")
         time.sleep(0.2)
 
 
-def _stop(config: ServeConfig, *, at_once: bool = False) -> None:
-    """Say at /readyz that the end is near, answer what is under way, and end."""
+def _drain(config: ServeConfig) -> None:
+    """Say at /readyz that the end is near, while requests still come in."""
 
-    if not at_once and config.replicas.drain_seconds:
+    if config.replicas.drain_seconds:
         tell("stop", f"draining for {config.replicas.drain_seconds:g} s")
         hub = ray_serve.get_deployment_handle(HUB, APPLICATION)
         hub.drain.remote().result(timeout_s=30)
         time.sleep(config.replicas.drain_seconds)
+
+
+def _end() -> None:
+    """End the replicas when they have answered what is under way."""
+
     ray_serve.delete(APPLICATION)
     if cluster.is_private():
         ray_serve.shutdown()
-    tell("stop", "every request was answered")
 
 
 def _why() -> str | None:

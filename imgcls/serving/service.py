@@ -59,8 +59,11 @@ class Model:
             classifier.classify(blank, embeddings=count == 1)
         return cls(classifier)
 
-    def described(self) -> dict[str, Any]:
-        """What anyone with a key may know of it."""
+    def described(self, threshold: float | None) -> dict[str, Any]:
+        """What anyone with a key may know of it.
+
+        threshold: takes the place of the bundle's own, and of those of its classes
+        """
         spec = self.classifier.bundle.spec
         return {
             "sha256": self.sha256,
@@ -68,8 +71,8 @@ class Model:
             "classes": spec.classes,
             "preprocess": spec.preprocess.model_dump(mode="json"),
             "temperature": spec.temperature,
-            "threshold": spec.threshold,
-            "thresholds": spec.thresholds,
+            "threshold": spec.threshold if threshold is None else threshold,
+            "thresholds": spec.thresholds if threshold is None else {},
             "precision": self.classifier.precision,
             "embedding_width": self.classifier.embedding_width,
             "metrics": spec.metrics,
@@ -121,8 +124,14 @@ class Service:
         if self._waiting + count > self.config.limits.waiting_images:
             raise busy(self._waiting * self._image_seconds)
 
-    async def predict(self, uploads: Sequence[Upload], wanted: Wanted) -> list[dict[str, Any]]:
-        """One row per image, in the columns of a labelling run.
+    def described(self) -> dict[str, Any]:
+        """The model in use, with the threshold in force."""
+        return self.model.described(self.config.threshold)
+
+    async def predict(
+        self, uploads: Sequence[Upload], wanted: Wanted
+    ) -> tuple[Model, list[dict[str, Any]]]:
+        """One row per image, in the columns of a labelling run, and the model that they come from.
 
         Raises a Problem when they cannot be taken in now.
         """
@@ -140,7 +149,7 @@ class Service:
         for place, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
             row["row"], row["name"] = place, upload.name
             self.telemetry.images.labels(status=row["status"]).inc()
-        return rows
+        return model, rows
 
     async def swap(self, config: ServeConfig) -> bool:
         """Answer with the bundle that is now at `config.model`; the old one does so until then.

@@ -88,12 +88,17 @@ class Totals:
     """What all replicas have counted.
 
     silent_seconds: a replica that was not heard of for so long is gone
+    forget_seconds: and does not come back after so long; until then it would be known again
     """
 
     def __init__(
-        self, silent_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
+        self,
+        silent_seconds: float = 10.0,
+        forget_seconds: float = 3600.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._silent = silent_seconds
+        self._forget = forget_seconds
         self._clock = clock
         self._said: dict[str, tuple[float, list[Sample]]] = {}
         self._gone: list[Sample] = []
@@ -104,19 +109,23 @@ class Totals:
 
     def names(self) -> set[str]:
         """The replicas that were heard of lately."""
-        self._bury()
-        return set(self._said)
+        now = self._clock()
+        return {name for name, (when, _) in self._said.items() if now - when <= self._silent}
 
     def collect(self) -> list[Metric]:
         """The families of all, summed up; gauges of those only that are there."""
         self._bury()
+        names = self.names()
         families: dict[str, Metric] = {}
-        there = (samples for _, samples in self._said.values())
-        for name, text, kind, sample, labels, value in _added(self._gone, *there):
+        said = (
+            samples if name in names else _counters(samples)
+            for name, (_, samples) in self._said.items()
+        )
+        for name, text, kind, sample, labels, value in _added(self._gone, *said):
             family = families.setdefault(name, Metric(name, text, kind))
             family.add_sample(sample, dict(labels), value)
         replicas = Metric("imgcls_replicas", "Replicas that are there.", "gauge")
-        replicas.add_sample("imgcls_replicas", {}, len(self._said))
+        replicas.add_sample("imgcls_replicas", {}, len(names))
         return [*families.values(), replicas]
 
     def text(self) -> bytes:
@@ -128,9 +137,13 @@ class Totals:
     def _bury(self) -> None:
         now = self._clock()
         for replica, (when, samples) in list(self._said.items()):
-            if now - when > self._silent:
+            if now - when > self._forget:
                 del self._said[replica]
-                self._gone = _added(self._gone, [s for s in samples if s[2] != "gauge"])
+                self._gone = _added(self._gone, _counters(samples))
+
+
+def _counters(samples: list[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample[2] != "gauge"]
 
 
 def _added(*lists: list[Sample]) -> list[Sample]:

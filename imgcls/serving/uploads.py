@@ -150,7 +150,12 @@ async def _form(request: Request, body: _Body, limits: LimitsConfig) -> list[Upl
     except (KeyError, UnicodeError, LookupError):
         raise Problem(400, "malformed_form", "multipart/form-data: without a boundary") from None
     return [
-        Upload(part.file, part.size or 0, part.filename)
+        Upload(part.file, part.size or 0, _sayable(part.filename))
         for _, part in form.multi_items()
         if isinstance(part, UploadFile)
     ]
+
+
+def _sayable(name: str | None) -> str | None:
+    """A name without what cannot be told back: in some charsets half a character may be one."""
+    return None if name is None else name.encode("utf-8", "replace").decode("utf-8")

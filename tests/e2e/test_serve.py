@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
-from imgcls.models.bundle import read_description
+from imgcls.models.bundle import load_bundle, read_description
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.browser import opened
@@ -40,7 +40,9 @@ from tests.processes import (
     title,
     wait_for,
 )
+from tests.serving.app import recalibrate, saved_anew
 from tests.serving.test_api import jpeg
+from tests.serving.test_gate import announced
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -64,6 +66,11 @@ class Served:
 
     def replicas(self) -> list[psutil.Process]:
         return [p for p in family(self.process.pid) if "ServeReplica:imgcls:endpoint" in title(p)]
+
+    def others(self, name: str) -> psutil.Process:
+        """The one process of Ray Serve, beside replicas, that has `name` in its title."""
+        (found,) = (p for p in family(self.process.pid) if name in title(p))
+        return found
 
     def client(self, key: str | None = None) -> Client:
         return Client(self.url, key or self.predict)
@@ -107,7 +114,8 @@ def served(tmp_path: Path, bundle: Path, *options: object, replicas: int = 1) ->
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, colour_bundle: Path) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("serve"), colour_bundle, replicas=2) as running:
+    folder, bounds = tmp_path_factory.mktemp("serve"), ("--limits.body-bytes", 16 << 20)
+    with served(folder, colour_bundle, *bounds, replicas=2) as running:
         yield running
 
 
@@ -214,10 +222,14 @@ def test_keys_are_made_and_taken_back_without_a_restart(service: Served) -> None
     service.keys.write_text(text[: text.index("- name: visitor")])
     wait_for(lambda: not enters(secret), 20)
     assert enters(service.predict)
-    service.keys.write_text("- name: [")  # an edit that went wrong locks nobody out
-    time.sleep(1)
-    assert enters(service.predict)
+    for wrong in ("- name: [", "- name: x\n  expires: 2027-02-30"):
+        service.keys.write_text(wrong)  # an edit that went wrong locks nobody out
+        time.sleep(1)
+        assert enters(service.predict)
+    service.keys.write_text("[]")  # and does not keep the last keys from being taken back
+    wait_for(lambda: not enters(service.predict), 20)
     service.keys.write_text(text)
+    wait_for(lambda: enters(service.predict), 20)
 
 
 def test_the_page_labels_what_is_dropped_on_it(service: Served, tmp_path: Path) -> None:
@@ -297,6 +309,69 @@ def test_the_page_fits_a_phone_and_a_dark_room(
         assert reached == ["top_k", "threshold", "files", "camera", "clear"]
 
 
+def test_what_is_cleared_on_the_page_is_not_sent_and_not_counted(
+    service: Served, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.jpg" for i in range(12)]
+    for file in files:
+        draw("red").save(file)
+    with opened(service.url) as page:
+        page.page.fill("#key", service.predict)
+        page.page.locator("#key").blur()
+        page.page.wait_for_function(
+            "() => document.getElementById('about').textContent.includes('classes')"
+        )
+        replicas = service.replicas()
+        for replica in replicas:
+            replica.suspend()
+        try:
+            page.page.locator("#files").set_input_files([str(file) for file in files])
+            page.page.locator("#results > li").nth(11).wait_for()
+            page.page.click("#clear")
+        finally:
+            for replica in replicas:
+                replica.resume()
+        page.page.locator("#files").set_input_files(str(files[0]))
+        page.page.locator("#results .badge").wait_for()
+        assert page.page.locator("#message").inner_text() == "1 image labelled"
+        asked = [url for url in page.requests if "/v1/predict" in url]
+        assert len(asked) == 4 + 1
+
+
+def test_the_page_says_that_a_key_is_none(service: Served, tmp_path: Path) -> None:
+    draw("red").save(tmp_path / "red.jpg")
+    with opened(service.url) as page:
+        page.page.fill("#key", service.predict + " → ops")
+        page.page.locator("#files").set_input_files(str(tmp_path / "red.jpg"))
+        badge = page.page.locator("#results .badge")
+        badge.wait_for()
+        assert badge.inner_text() == "key malformed"
+        assert "copy it again" in page.page.locator("#message").inner_text()
+        assert not any("/v1/predict" in url for url in page.requests)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_where_to_fill_in_something_can_be_seen(service: Served, scheme: str) -> None:
+    """At a contrast of 3 to 1. Source: WCAG 2.2, 1.4.11 and its definition of contrast."""
+    colours = """(id) => [[document.getElementById(id), "borderTopColor"],
+        [document.getElementById(id), "backgroundColor"], [document.body, "backgroundColor"]]
+        .map(([element, name]) => getComputedStyle(element)[name].match(/\\d+/g).map(Number))"""
+
+    def luminance(colour: list[int]) -> float:
+        parts = [value / 255 for value in colour]
+        red, green, blue = (
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    with opened(service.url, scheme=scheme) as page:
+        for name in ("key", "top_k", "threshold", "drop"):
+            edge, *grounds = (luminance(each) for each in page.page.evaluate(colours, name))
+            for ground in grounds:
+                darker, lighter = sorted((edge, ground))
+                assert (lighter + 0.05) / (darker + 0.05) >= 3, name
+
+
 def drop(page: Any, files: list[Path]) -> None:
     """Drop files on a page, as a person does with a mouse."""
     contents = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
@@ -315,27 +390,33 @@ def drop(page: Any, files: list[Path]) -> None:
 
 
 class Asking:
-    """Somebody who asks again and again, and notes what went wrong."""
+    """People who ask again and again, each alone, and note what went wrong.
 
-    def __init__(self, service: Served) -> None:
+    failed: when it was asked, when it went wrong, and what was said
+    """
+
+    def __init__(self, service: Served, people: int = 1) -> None:
         self._service = service
         self._stop = threading.Event()
         self.models: list[str] = []
-        self.failed: list[str] = []
-        self._thread = threading.Thread(target=self._ask)
+        self.failed: list[tuple[float, float, str]] = []
+        self._threads = [threading.Thread(target=self._ask) for _ in range(people)]
 
     def __enter__(self) -> Asking:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _ask(self) -> None:
         headers = {"X-API-Key": self._service.predict, "Content-Type": "image/jpeg"}
         data = jpeg()
         while not self._stop.is_set():
+            began, said = time.monotonic(), ""
             try:
                 response = requests.post(
                     f"{self._service.url}/v1/predict", data, headers=headers, timeout=60
@@ -343,9 +424,12 @@ class Asking:
                 if response.ok:
                     self.models.append(response.json()["model"])
                 else:
-                    self.failed.append(f"{response.status_code} {response.text}")
+                    kind = response.headers["Content-Type"]
+                    said = f"{response.status_code} {kind} {response.text}"
             except requests.RequestException as error:
-                self.failed.append(str(error))
+                said = str(error)
+            if said:
+                self.failed.append((began, time.monotonic(), said))
 
 
 def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
@@ -359,16 +443,24 @@ def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
         after = read_description(str(service.bundle)).sha256
         service.client(service.admin).reload()
         wait_for(lambda: set(asking.models[-20:]) == {after}, 60)
+        # what cannot be loaded changes nothing, nor does what there is no memory for
+        huge = load_bundle(str(service.bundle)).spec.preprocess
+        huge = huge.model_copy(update={"resize": 10_000_000, "crop": 10_000_000})
+        saved_anew(service.bundle, preprocess=huge)
+        service.client(service.admin).reload()
+        time.sleep(3)
         (service.bundle / "model.safetensors").write_bytes(b"damaged")
         service.client(service.admin).reload()
         time.sleep(3)
-        assert set(asking.models[-20:]) == {after}  # what cannot be loaded changes nothing
+        assert set(asking.models[-20:]) == {after}
     assert asking.failed == []
     assert set(asking.models) == {before, after}
     assert {process.pid for process in service.replicas()} == processes
     shutil.rmtree(service.bundle)
     shutil.copytree(old, service.bundle)
     service.client(service.admin).reload()
+    with service.client() as client:
+        wait_for(lambda: {client.model()["sha256"] for _ in range(8)} == {before}, 60)
 
 
 def another(tmp_path: Path, bundle: Path) -> Path:
@@ -379,26 +471,88 @@ def another(tmp_path: Path, bundle: Path) -> Path:
     return copy
 
 
-def recalibrate(bundle: Path) -> None:
-    """Give a bundle another temperature, and with it another hash."""
-    from imgcls.models.bundle import load_bundle, load_weights, save_bundle
-
-    loaded = load_bundle(str(bundle))
-    spec = loaded.spec.model_copy(update={"temperature": loaded.spec.temperature * 2})
-    save_bundle(str(bundle), spec, load_weights(loaded))
-
-
 def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(service: Served) -> None:
     wait_for(lambda: len(service.replicas()) == 2, 60)
     victim = service.replicas()[0]
-    with Asking(service) as asking:
-        wait_for(lambda: len(asking.models) > 5, 60)
+    with Asking(service, people=6) as asking:
+        wait_for(lambda: len(asking.models) > 30, 60)
+        killed = time.monotonic()
         victim.send_signal(signal.SIGKILL)
+        before = len(asking.models)
+        wait_for(lambda: len(asking.models) > before + 30, 60)  # of the other one
         wait_for(lambda: len(service.replicas()) == 2 and victim not in service.replicas(), 90)
         before = len(asking.models)
-        wait_for(lambda: len(asking.models) > before + 20, 60)
-    # one request was under way at most
-    assert len(asking.failed) <= 1, asking.failed
+        wait_for(lambda: len(asking.models) > before + 60, 60)
+    # what was under way, one of each at most, and it is told so at once
+    assert len(asking.failed) <= 6, asking.failed
+    for began, ended, said in asking.failed:
+        assert began <= killed, said
+        assert ended <= killed + 20, said
+        assert said.startswith("500 application/problem+json"), said
+
+
+def test_what_the_replicas_share_is_started_anew_and_nobody_is_told_of_a_defect(
+    service: Served,
+) -> None:
+    headers = {"Authorization": f"Bearer {service.admin}"}
+    with service.client() as client:
+        before = client.model()["sha256"]
+        service.others("ServeReplica:imgcls:hub").send_signal(signal.SIGKILL)
+        refused = []
+
+        def counted() -> bool:
+            response = requests.get(f"{service.url}/metrics", headers=headers, timeout=60)
+            if response.status_code != 200:
+                refused.append((response.status_code, response.headers.get("Retry-After")))
+            # both report again, and what they have counted since they began
+            return "imgcls_replicas 2.0" in response.text
+
+        wait_for(counted, 60)
+        assert set(refused) <= {(503, "2")}
+        # and both hear what is asked for now
+
+        def reloaded(sha256: str) -> None:
+            service.client(service.admin).reload()
+            wait_for(lambda: {client.model()["sha256"] for _ in range(8)} == {sha256}, 60)
+
+        old = service.bundle.with_name("before")
+        shutil.copytree(service.bundle, old)
+        recalibrate(service.bundle)
+        reloaded(read_description(str(service.bundle)).sha256)
+        shutil.rmtree(service.bundle)
+        shutil.copytree(old, service.bundle)
+        reloaded(before)
+
+
+def test_an_endless_body_of_anybody_is_in_nobodys_memory(service: Served) -> None:
+    """Not even while no replica is there to refuse it."""
+    port = int(service.url.rpartition(":")[2])
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    block = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    sent, said = 0, b""
+    door = service.others("ProxyActor")
+    replicas = service.replicas()
+    before = door.memory_info().rss
+    for replica in replicas:
+        replica.suspend()
+    try:
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(head)
+                while sent < 1 << 30:
+                    connection.sendall(block)
+                    sent += 1 << 20
+            with contextlib.suppress(ConnectionError):
+                while more := connection.recv(65536):
+                    said += more
+    finally:
+        for replica in replicas:
+            replica.resume()
+    assert said.startswith(b"HTTP/1.1 413 ")
+    assert b"application/problem+json" in said
+    assert door.memory_info().rss - before < 64 << 20
+    with service.client() as client:
+        assert client.predict(jpeg())[0]["status"] == "ok"
 
 
 def test_no_key_is_in_any_log(service: Served) -> None:
@@ -497,6 +651,13 @@ def test_the_other_door_answers_as_the_first_one_does(colour_bundle: Path, tmp_p
                 client.predict(b"no image")
         response = requests.get(f"{running.url}/v1/model", timeout=30)
         assert response.status_code == 401
+        port = int(running.url.rpartition(":")[2])
+        assert announced(port, 65 << 20).startswith("http/1.1 413 ")  # of anybody, by the gate
+        # what else it listens on is on free ports: two services are not in each other's way
+        (door,) = (p for p in family(running.process.pid) if p.name() == "haproxy")
+        ports = {each.laddr.port for each in door.net_connections() if each.status == "LISTEN"}
+        assert len(ports) == 3
+        assert not ports & {8404, 9101}
 
 
 # ---------------------------------------------------------------------- on a cluster

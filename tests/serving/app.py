@@ -14,8 +14,10 @@ from typing import Any
 import uvicorn
 
 from imgcls import config as configuration
-from imgcls.serving.api import Door, build_app
+from imgcls.models.bundle import load_bundle, load_weights, save_bundle
+from imgcls.serving.api import build_app
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.door import Door
 from imgcls.serving.keys import Keyring
 from imgcls.serving.limits import Pocket, Purse
 from imgcls.serving.service import Model, Service
@@ -31,6 +33,7 @@ class Running:
     port: int
     service: Service
     door: Door
+    loop: asyncio.AbstractEventLoop
     reloads: int = 0
 
     async def reload(self) -> int:
@@ -61,8 +64,9 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
 
     async def run() -> None:
         service = Service(config, Model.load(config), Telemetry(), decoders=1)
-        door = Door(ring, Pocket(take), None)  # type: ignore[arg-type]
-        mine = Running(f"http://127.0.0.1:{port}", port, service, door)
+        door = Door(ring, Pocket(take), None, config.http.cors_origins)  # type: ignore[arg-type]
+        url, loop = f"http://127.0.0.1:{port}", asyncio.get_running_loop()
+        mine = Running(url, port, service, door, loop)
         door.shared = mine
         app = build_app(service, door, config)
         server = uvicorn.Server(
@@ -82,6 +86,18 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
     finally:
         servers[0].should_exit = True
         thread.join(30)
+
+
+def recalibrate(bundle: Path) -> None:
+    """Give a bundle another temperature, and with it another hash."""
+    spec = load_bundle(str(bundle)).spec
+    saved_anew(bundle, temperature=spec.temperature * 2)
+
+
+def saved_anew(bundle: Path, **changes: object) -> None:
+    """Change what a bundle says of its network, whether or not that can be."""
+    loaded = load_bundle(str(bundle))
+    save_bundle(str(bundle), loaded.spec.model_copy(update=changes), load_weights(loaded))
 
 
 if __name__ == "__main__":

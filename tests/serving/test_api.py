@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -28,7 +31,8 @@ from imgcls.config import build
 from imgcls.models.classifier import Classifier
 from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.conftest import REPOSITORY, draw
-from tests.serving.app import Running, serving
+from tests.processes import service_port, wait_for
+from tests.serving.app import Running, recalibrate, serving
 
 
 def jpeg(name: str = "red", seed: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -175,6 +179,48 @@ def test_the_model_is_described(server: Running) -> None:
         assert (response.status_code, response.text) == (200, "ok")
 
 
+def test_the_threshold_in_force_is_the_one_described(colour_bundle: Path) -> None:
+    with serving(colour_bundle, threshold=0.99) as running, Client(running.url) as client:
+        said = client.model()
+        assert (said["threshold"], said["thresholds"]) == (0.99, {})
+        assert client.predict(jpeg())[0]["accepted"] is False
+
+
+def test_an_answer_names_the_model_that_it_comes_from(colour_bundle: Path, tmp_path: Path) -> None:
+    """Though another one was there when the request began."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(colour_bundle, bundle)
+    with serving(bundle) as running:
+        before = running.service.model.sha256
+        body = jpeg()
+        with socket.create_connection(("127.0.0.1", running.port), 30) as connection:
+            connection.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                b"Content-Type: image/jpeg\r\nContent-Length: %d\r\n"
+                b"Expect: 100-continue\r\n\r\n" % len(body)
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the body
+            recalibrate(bundle)
+            swap = running.service.swap(running.service.config)
+            assert asyncio.run_coroutine_threadsafe(swap, running.loop).result(60)
+            connection.sendall(body)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    after = running.service.model.sha256
+    assert before != after
+    assert after.encode() in answer
+    assert before.encode() not in answer
+
+
+def test_a_defect_is_a_problem_too(colour_bundle: Path) -> None:
+    with serving(colour_bundle) as running:
+        running.service._batches._run = lambda items: [None] * len(items)
+        response = post(running, jpeg())
+        refused(response, 500, "internal_error")
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        # and the connection is good for the next one
+        assert requests.get(f"{running.url}/healthz", timeout=10).status_code == 200
+
+
 def test_what_is_draining_says_so_and_still_answers(server: Running) -> None:
     server.door.draining = True
     try:
@@ -236,6 +282,18 @@ def test_a_path_or_url_in_a_form_is_never_opened(server: Running) -> None:
         0
     ]
     assert row["status"] == "ok"
+
+
+def test_a_file_name_that_is_no_text_is_told_back_as_far_as_it_is(server: Running) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="\\ud800.jpg"\r\n\r\n'
+        + jpeg()
+        + b"\r\n--x--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    response = post(server, body, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.json()["predictions"][0]["name"] == "?.jpg"
 
 
 def test_too_many_images_are_refused_and_a_large_one_is_a_row(server: Running) -> None:
@@ -337,6 +395,81 @@ def test_without_keys_only_this_machine_may_ask_by_its_own_name(server: Running)
     ):
         response = requests.get(f"{server.url}/v1/model", headers={"Host": host}, timeout=10)
         assert response.status_code == status, host
+
+
+@pytest.mark.parametrize(
+    "header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP"]
+)
+def test_without_keys_nothing_passes_that_a_proxy_asks_for_somebody(
+    server: Running, header: str
+) -> None:
+    response = requests.get(f"{server.url}/v1/model", headers={header: "127.0.0.1"}, timeout=10)
+    refused(response, 403, "keys_needed")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "http://localhost.evil.example"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://127.0.0.1:8000", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+    ],
+)
+def test_without_keys_no_page_from_elsewhere_has_a_browser_ask(
+    server: Running, headers: dict[str, str], status: int
+) -> None:
+    form = {"image": ("red.jpg", jpeg())}
+    response = requests.post(f"{server.url}/v1/predict", files=form, headers=headers, timeout=30)
+    assert response.status_code == status
+    before = server.reloads
+    url = f"{server.url}/v1/model/reload"
+    assert requests.post(url, headers=headers, timeout=10).status_code in (status, status + 2)
+    assert server.reloads == before + (status == 200)
+
+
+def test_a_documented_nginx_opens_nothing_where_there_are_no_keys(
+    server: Running, tmp_path: Path
+) -> None:
+    """Whatever name it is asked by: it is on this machine, and asks for who is not."""
+    if shutil.which("nginx") is None:
+        pytest.skip("no nginx: apt-get install nginx")
+    port = service_port()
+    text = (REPOSITORY / "docs" / "serving.md").read_text()
+    (block,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
+    block = block.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    block = block.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    block = re.sub(r"\n +ssl_.*", "", block)
+    folders = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};\n"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = tmp_path / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error.log;\n"
+        f"events {{}}\nhttp {{ access_log off; {folders} {block} }}\n"
+    )
+    with subprocess.Popen(["nginx", "-e", f"{tmp_path}/error.log", "-c", config]) as nginx:
+        try:
+            url = f"http://127.0.0.1:{port}/healthz"
+            wait_for(lambda: answers(url), 30)
+            for host in ("labels.example.com", "localhost", "127.0.0.1"):
+                response = requests.get(
+                    f"http://127.0.0.1:{port}/v1/model", headers={"Host": host}, timeout=10
+                )
+                refused(response, 403, "keys_needed")
+        finally:
+            nginx.terminate()
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(url, timeout=10).status_code == 200
+    return False
 
 
 # ---------------------------------------------------------------------- too much, too slow

@@ -11,6 +11,8 @@ import pytest
 from imgcls.config import build
 from imgcls.errors import RequestError
 from imgcls.serving import keys
+from imgcls.serving.config import ServeConfig
+from imgcls.serving.deploy import checked
 from imgcls.serving.keys import Key, Keyring, NewKeyConfig, new_key, parse
 
 
@@ -69,6 +71,33 @@ def test_a_file_that_is_broken_by_an_edit_leaves_the_keys_as_they_were(tmp_path:
     assert ring.find(secret) is not None
 
 
+@pytest.mark.parametrize("left", ["", "# nobody\n", "[]\n"])
+def test_the_last_key_can_be_taken_back_and_another_one_made(tmp_path: Path, left: str) -> None:
+    file = tmp_path / "keys.yaml"
+    secret = made(file)
+    ring = Keyring(str(file))
+    file.write_text(left)
+    ring.refresh()
+    assert ring.find(secret) is None
+    assert ring.is_empty()
+    another = made(file)
+    ring.refresh()
+    assert ring.find(secret) is None
+    assert ring.find(another) is not None
+
+
+def test_a_service_is_not_started_with_keys_of_which_there_are_none(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("# nobody\n")
+    config = build(ServeConfig, {"model": str(colour_bundle), "keys": str(file)})
+    with pytest.raises(RequestError, match=r"holds no key; `imgcls key new --file"):
+        checked(config)
+    made(file)
+    assert checked(config) == []
+
+
 def test_an_expired_key_is_not_found() -> None:
     digest = hashlib.sha256(b"old").hexdigest()
     today = datetime.datetime.now(datetime.UTC).date()
@@ -86,6 +115,7 @@ def test_an_expired_key_is_not_found() -> None:
         ("- name: a b\n  sha256: " + "0" * 64, "key 1: name: String should match"),
         ("- name: x\n  sha256: imgcls_secret", "key 1: sha256: String should match"),
         ("- name: x\n  sha256: " + "a" * 64 + "\n  scopes: [root]", "key 1: scopes.0"),
+        ("- name: x\n  expires: 2027-02-30", "a date or a number that there is none of"),
         (f"- {{name: x, sha256: {'a' * 64}}}\n- {{name: x, sha256: {'b' * 64}}}", "named 'x'"),
     ],
 )

@@ -52,3 +52,20 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     assert said["imgcls_waiting_images"] == 1
     assert said["imgcls_replicas"] == 1
     assert totals.names() == {"other"}
+
+
+def test_a_replica_that_was_silent_for_a_while_counts_once() -> None:
+    clock = Clock()
+    totals = Totals(silent_seconds=10, forget_seconds=100, clock=clock)
+    one = Telemetry()
+    one.images.labels(status="ok").inc(5)
+    for now in (0, 30, 60):
+        clock.now = now
+        totals.report("one", one.samples())
+        clock.now = now + 15
+        assert totals.names() == set()
+        assert values(totals)["imgcls_images_total status=ok"] == 5
+    clock.now = 1000
+    for _ in range(2):
+        assert values(totals)["imgcls_images_total status=ok"] == 5
+    assert "imgcls_waiting_images" not in values(totals)

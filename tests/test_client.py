@@ -1,0 +1,89 @@
+"""The client against a server that says what it is told to say."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls.client import Client, ServiceError
+
+
+@dataclass
+class Told:
+    """What was asked with which key, and with what the next requests are to be answered."""
+
+    url: str = ""
+    keys: list[str | None] = field(default_factory=list)
+    answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+
+
+@pytest.fixture
+def server() -> Iterator[Told]:
+    told = Told()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told.keys.append(self.headers["Authorization"])
+            status, headers = told.answers.pop(0) if told.answers else (200, {})
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(json.dumps({"sha256": "0"}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        told.url = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield told
+        running.shutdown()
+        thread.join()
+
+
+def date(seconds: float) -> str:
+    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return email.utils.format_datetime(when, usegmt=True)
+
+
+@pytest.mark.parametrize("after", ["0", "1", date(-60), date(1), date(1).replace("GMT", "-0000")])
+def test_who_is_told_when_to_come_again_does_so(server: Told, after: str) -> None:
+    server.answers = [(503, {"Retry-After": after}), (429, {"Retry-After": after})]
+    with Client(server.url) as client:
+        assert client.model() == {"sha256": "0"}
+    assert len(server.keys) == 3
+
+
+@pytest.mark.parametrize("after", ["", "soon", "-5", "nan", "1e3", "9" * 400, date(3600), "3600"])
+def test_what_is_too_late_or_makes_no_sense_is_not_waited_for(server: Told, after: str) -> None:
+    server.answers = [(503, {"Retry-After": after})]
+    with Client(server.url) as client, pytest.raises(ServiceError, match="503"):
+        client.model()
+    assert len(server.keys) == 1
+
+
+def test_no_password_of_this_machine_takes_the_place_of_the_key(
+    server: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "netrc"
+    file.write_text("machine 127.0.0.1 login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(file))
+    monkeypatch.delenv("IMGCLS_API_KEY", raising=False)
+    for key in ("imgcls_x", None):
+        with Client(server.url, key) as client:
+            client.model()
+    monkeypatch.setenv("IMGCLS_API_KEY", "imgcls_y")
+    with Client(server.url) as client:
+        client.model()
+    assert server.keys == ["Bearer imgcls_x", None, "Bearer imgcls_y"]
