@@ -199,7 +199,7 @@ class Passes:
                     yield receipt
                 else:
                     yield None
-                if why is None and machines.due():
+                if machines.due():
                     spent = time.monotonic() - first
                     it = machines.situation(
                         hang_seconds=self._scale.hang_seconds,
@@ -207,7 +207,7 @@ class Passes:
                         rows_left=rows_left,
                         rate=rows / spent if first and spent > 1 else None,
                     )
-                    why = reason_to_replan(it, layout, self._fit)
+                    why = why or reason_to_replan(it, layout, self._fit)
                     if why is not None:
                         pipeline.stop()
                     self._check_waiting(it, layout)

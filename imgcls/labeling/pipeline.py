@@ -12,13 +12,15 @@ import functools
 import math
 import os
 import pickle
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from imgcls.cluster import hush_data, keep_memory
 from imgcls.data import stores
@@ -43,17 +45,34 @@ some hundred bytes; where there is, pixels of a chunk.
 """
 
 
+class _Begun(ExecutionCallback):
+    """Tells a pipeline what executes it, before the first result; Ray Data itself tells it after.
+
+    Ray Data makes it, by its class, so the two find each other by a name in the pipeline's context.
+    """
+
+    KEY: ClassVar[str] = "imgcls.pipeline"
+    executors: ClassVar[dict[str, Any]] = {}
+
+    def before_execution_starts(self, executor: Any) -> None:
+        self.executors[executor._data_context.get_config(self.KEY)] = executor
+
+
 class Pipeline:
     """Work laid out on the cluster; one that was stopped may be followed by another."""
 
     def __init__(self, spec: RunSpec, layout: Layout, work: Sequence[Work]) -> None:
         hush_data()
+        self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.raise_original_map_exception = True
         # each chunk's result leaves its worker at once, not when the block that it came in is done
         context.target_max_block_size = 1
         context._max_num_blocks_in_streaming_gen_buffer = AHEAD[layout.name]
+        context.execution_no_progress_timeout_s = -1  # how long to wait is said by `scale`
+        context.set_config(_Begun.KEY, self._name)
+        context.custom_execution_callback_classes.append(_Begun)
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
             for stage in _stages(spec, layout, len(work)):
@@ -62,14 +81,20 @@ class Pipeline:
 
     def receipts(self) -> Iterator[Done]:
         """Do the work; yields each chunk once it is durable, in any order, until it is stopped."""
-        for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(batch, pa.Table)
-            for payload in batch.column("done").to_pylist():
-                yield pickle.loads(payload)
+        try:
+            for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                assert isinstance(batch, pa.Table)
+                for payload in batch.column("done").to_pylist():
+                    yield pickle.loads(payload)
+        finally:
+            _Begun.executors.pop(self._name, None)
 
     def stop(self) -> None:
-        """Take the workers away, whatever they are at, and have `receipts` come to its end."""
-        executor: Any = self._dataset._current_executor
+        """Take the workers away, whatever they are at, and have `receipts` come to its end.
+
+        To be called again until it has: without effect in the moment before Ray Data begins.
+        """
+        executor = _Begun.executors.get(self._name)
         if executor is not None:
             executor.shutdown(force=True)
 

@@ -258,15 +258,19 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("chunks", [0, 4])
 def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
-    tmp_path: Path, colour_bundle: Path
+    chunks: int, tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
     with machines(1) as (cluster, (lost,)):
         order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
         with started(*order, env=cluster.environment()) as driver:
-            wait_for(lambda: durable(output) > 3)
+            # its worker has begun to load the model
+            wait_for(lambda: any("ray::Map" in title(p) for p in family(lost.pid)), every=0.05)
+            wait_for(lambda: durable(output) >= chunks)
             kill_family(lost.pid)
+            assert chunks or not durable(output)
             time.sleep(30)
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
