@@ -99,7 +99,9 @@ def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
-        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        # a token in the containers alone would be unknown to the autoscaler and the submitter
+        assert "env" not in container
+    assert spec["authOptions"] == {"mode": "token"}
 
 
 def test_the_dashboard_draws_metrics_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
