@@ -32,6 +32,8 @@ STORE_SHARE = 0.5
 """Share of the object store that decoded images may take: Ray starts to spill at 0.8."""
 STORED_CHUNKS = 5
 """Chunks that a decoding task may have in the object store: four finished, and one to come."""
+GPU_SAVES = 0.5
+"""Share of the time that GPUs save at least where there were none: most of it is forward passes."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
@@ -80,6 +82,25 @@ class Layout:
     def for_rows(self, rows: int) -> Layout:
         """The layout with no more workers than have something to do while another one starts."""
         return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
+
+    @property
+    def size(self) -> str:
+        """How large it is, as people read it."""
+        if not self.worker_gpus:
+            return f"{self.workers} workers"
+        return f"{self.workers} GPU workers and {self.decoders} tasks for them"
+
+    def saves(self, other: Layout) -> float:
+        """Share of the other layout's time that this one is taken to save; 0 when it is no larger.
+
+        One with GPUs is larger than one without; of those with, what has more model workers, and
+        of as many, what has more tasks that decode for them.
+        """
+        if bool(self.worker_gpus) != bool(other.worker_gpus):
+            return GPU_SAVES if self.worker_gpus else 0.0
+        if self.workers != other.workers:
+            return max(0.0, 1 - other.workers / self.workers)
+        return max(0.0, 1 - other.decoders / self.decoders) if self.decoders else 0.0
 
 
 def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Layout:

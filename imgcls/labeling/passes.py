@@ -9,6 +9,7 @@ goes on any more, or when what has come is worth a new start.
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -119,12 +120,10 @@ def reason_to_replan(it: Situation, layout: Layout, fit: Callable[[], Layout | N
     if not came or it.rate is None:
         return None
     fits = fit()
-    if fits is None or fits.workers <= layout.workers:
+    if fits is None or it.rows_left / it.rate * fits.saves(layout) < WORTH_SECONDS:
         return None
-    saved = it.rows_left / it.rate * (1 - layout.workers / fits.workers)
-    if saved < WORTH_SECONDS:
-        return None
-    return f"{came} machines have come: {fits.workers} workers instead of {layout.workers}"
+    before = layout.size if fits.worker_gpus else layout.workers
+    return f"{came} machines have come: {fits.size} instead of {before}"
 
 
 class Passes:
@@ -155,8 +154,7 @@ class Passes:
         """
         left = {work.chunk: work for work in todo}
         while left:
-            if self._scale.workers is None:
-                layout = layout.for_rows(sum(self._rows(work) for work in left.values()))
+            layout = self._sized(layout, sum(self._rows(work) for work in left.values()))
             why = yield from self._one(layout, left)
             if not left:
                 return
@@ -207,7 +205,9 @@ class Passes:
                         rows_left=rows_left,
                         rate=rows / spent if first and spent > 1 else None,
                     )
-                    why = why or reason_to_replan(it, layout, self._fit)
+                    why = why or reason_to_replan(
+                        it, layout, functools.partial(self._fit, rows_left)
+                    )
                     if why is not None:
                         pipeline.stop()
                     self._check_waiting(it, layout)
@@ -222,11 +222,15 @@ class Passes:
             return len(work.offsets)
         return len(self._spec.plan.rows_of(work.chunk))
 
-    def _fit(self) -> Layout | None:
+    def _fit(self, rows: int) -> Layout | None:
         try:
-            return plan_layout(cluster.nodes(), self._scale, self._chunk_bytes)
+            return self._sized(plan_layout(cluster.nodes(), self._scale, self._chunk_bytes), rows)
         except ResourcesError:
             return None
+
+    def _sized(self, layout: Layout, rows: int) -> Layout:
+        """For so many rows, unless the number of workers was asked for."""
+        return layout if self._scale.workers is not None else layout.for_rows(rows)
 
     def _check_waiting(self, it: Situation, layout: Layout) -> None:
         self._patience.spend(
