@@ -35,9 +35,12 @@ _LOOK_SECONDS = 2.0
 _SAY_SECONDS = 5.0
 
 
-def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
+def fitted(
+    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int, *, under_way: bool = False
+) -> Layout:
     """The layout for the machines that are there; waits for them where more may come.
 
+    under_way: it has fitted before, so that what it lacks was lost, and may be replaced
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
     """
     asked = False
@@ -49,7 +52,7 @@ def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> 
                 return plan_layout(nodes, scale, chunk_bytes)
             except ResourcesError as error:
                 most = cluster.most_nodes()
-                if cluster.is_private() or (most is None and nodes):
+                if cluster.is_private() or (most is None and nodes and not under_way):
                     raise
                 if not asked:
                     if most is not None:
@@ -162,7 +165,7 @@ class Passes:
                 raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
             tell("layout", f"{why}: laid out anew")
             try:
-                fits = fitted(self._scale, self._interruption, self._chunk_bytes)
+                fits = fitted(self._scale, self._interruption, self._chunk_bytes, under_way=True)
             except ResourcesError as error:  # of a run that is under way
                 raise RunFailed(f"{error}; what is done is kept") from error
             layout = self._wider(fits)
