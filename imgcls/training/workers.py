@@ -132,6 +132,28 @@ def decoding_cpus(nodes: Sequence[Node], workers: Workers) -> float:
     return left
 
 
+def trials_that_fit(nodes: Sequence[Node], workers: Workers, *, cached: bool) -> int:
+    """Trainings that the machines hold beside each other, none waiting for another's CPUs.
+
+    cached: images are decoded before; else each training needs a whole CPU more, to decode
+    """
+    most = _places(nodes, workers.cpus, workers.gpus) // workers.most
+    for trials in range(most, 1, -1):
+        if cached or _spare_cores(nodes, workers, trials * workers.most) >= trials:
+            return trials
+    return 1
+
+
+def _spare_cores(nodes: Sequence[Node], workers: Workers, count: int) -> int:
+    """Whole CPUs that are left beside so many workers, one machine filled before the next."""
+    spare = 0
+    for node in nodes:
+        here = min(count, _places([node], workers.cpus, workers.gpus))
+        count -= here
+        spare += math.floor(node.cpus - here * workers.cpus + 1e-6)
+    return spare
+
+
 def _places(nodes: Sequence[Node], cpus: float, gpus: int) -> int:
     """Workers that the machines hold, each worker whole on one of them."""
     return sum(
