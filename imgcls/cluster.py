@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -27,9 +28,15 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from imgcls import errors
-from imgcls.errors import ImgclsError, Interrupted
+from imgcls.errors import ImgclsError, Interrupted, RunFailed
+from imgcls.log import tell
 
 T = TypeVar("T")
+
+IDLE_SECONDS = 30.0
+"""After which waiting is said: workers take a while to start."""
+SAY_SECONDS = 5.0
+"""And so often then."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,41 @@ def most_nodes() -> list[Node] | None:
 def ask_for(bundles: list[dict[str, float]]) -> None:
     """Ask the autoscaler, where there is one, for machines that hold these; [] takes it back."""
     request_resources(bundles=bundles)
+
+
+def is_alive(actor: Any) -> bool:
+    """Whether an actor's process is there, as far as Ray knows."""
+    return bool(ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE")
+
+
+class Patience:
+    """How long to wait for what the cluster may have no room for; says that it waits."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._said = 0.0
+
+    def spend(self, waited: float, what: str) -> None:
+        """Called often while nothing comes; raises RunFailed when it has taken too long."""
+        if waited > self._seconds:
+            raise RunFailed(
+                f"nothing has come for {waited:.0f} s (scale.wait_seconds) of {what}; {_has()}"
+            )
+        if waited > IDLE_SECONDS and time.monotonic() - self._said > SAY_SECONDS:
+            self._said = time.monotonic()
+            tell(
+                "waiting",
+                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; {_has()}",
+            )
+
+
+def _has() -> str:
+    there, free = nodes(), ray.available_resources()
+    return (
+        f"the cluster has {len(there)} machines with {sum(node.cpus for node in there):g} CPUs and "
+        f"{sum(node.gpus for node in there):g} GPUs, of which {free.get('CPU', 0):g} and "
+        f"{free.get('GPU', 0):g} are free"
+    )
 
 
 @contextlib.contextmanager

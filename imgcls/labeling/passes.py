@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from imgcls import cluster
-from imgcls.cluster import Interruption, Node
+from imgcls.cluster import SAY_SECONDS, Interruption, Node, Patience
 from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
 from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
 from imgcls.labeling.work import Done, RunSpec, Work
@@ -29,10 +29,7 @@ SETTLE_SECONDS = 15.0
 """What comes and goes is left alone for so long: machines seldom do so alone."""
 WORTH_SECONDS = 60.0
 """A new start must save so much: it costs a worker's start, and the chunks under way."""
-IDLE_SECONDS = 30.0
-"""After which waiting is said: workers take a while to start."""
 _LOOK_SECONDS = 2.0
-_SAY_SECONDS = 5.0
 
 
 def fitted(
@@ -64,7 +61,7 @@ def fitted(
                     raise ResourcesError(
                         f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
                     ) from None
-                if waited < 1 or time.monotonic() - said > _SAY_SECONDS:
+                if waited < 1 or time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
                     tell(
                         "waiting",
@@ -243,27 +240,6 @@ class Passes:
         )
 
 
-class Patience:
-    """How long to wait for what the cluster may have no room for; says that it waits."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._said = 0.0
-
-    def spend(self, waited: float, what: str) -> None:
-        """Called often while nothing comes; raises RunFailed when it has taken too long."""
-        if waited > self._seconds:
-            raise RunFailed(
-                f"nothing has come for {waited:.0f} s (scale.wait_seconds) of {what}; {_has()}"
-            )
-        if waited > IDLE_SECONDS and time.monotonic() - self._said > _SAY_SECONDS:
-            self._said = time.monotonic()
-            tell(
-                "waiting",
-                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; {_has()}",
-            )
-
-
 class _Machines:
     """The machines of the cluster, looked at now and then."""
 
@@ -285,15 +261,6 @@ class _Machines:
         self._now = now
         steady = self._looked - self._changed
         return Situation(self._before, now, steady, idle, rows_left, rate, hang_seconds)
-
-
-def _has() -> str:
-    nodes, free = cluster.nodes(), ray.available_resources()
-    return (
-        f"the cluster has {len(nodes)} machines with {sum(node.cpus for node in nodes):g} CPUs and "
-        f"{sum(node.gpus for node in nodes):g} GPUs, of which {free.get('CPU', 0):g} and "
-        f"{free.get('GPU', 0):g} are free"
-    )
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
-from imgcls.labeling.passes import Passes, Patience, fitted, resumable
+from imgcls.labeling.passes import Passes, fitted, resumable
 from imgcls.labeling.plan import (
     LARGE_CHUNK,
     Identity,
@@ -330,7 +330,7 @@ class _Run:
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
             )
-            patience = Patience(config.scale.wait_seconds)
+            patience = cluster.Patience(config.scale.wait_seconds)
             answer = trial.ask(
                 asked,
                 case,
@@ -591,7 +591,7 @@ class _Counting:
         return self._total
 
     def _collect(self, book: Ledger | None, *, wait: bool) -> None:
-        patience, last = Patience(self._run.config.scale.wait_seconds), time.monotonic()
+        patience, last = cluster.Patience(self._run.config.scale.wait_seconds), time.monotonic()
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
             ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)

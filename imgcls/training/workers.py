@@ -36,6 +36,8 @@ class ScaleConfig(Section):
     """torch.compile the network; pays on long runs."""
     max_failures: NonNegativeInt = 8
     """Times that lost workers are replaced before the run is given up."""
+    wait_seconds: PositiveFloat = 1800.0
+    """To wait for machines or workers at most."""
 
     @model_validator(mode="after")
     def _check(self) -> ScaleConfig:

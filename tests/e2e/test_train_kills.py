@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 import safetensors.torch
 from PIL import Image
 from upath import UPath
@@ -272,6 +274,35 @@ def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
         assert command.end() == 0, command.errors
     assert command.went_on() == [(before.standing.epoch, before.standing.step)]
     assert_as_left_alone(output, reference, digits)
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_be_had_are_waited_for_aloud_and_not_for_ever(
+    digits: Path, output: Path
+) -> None:
+    words = [*arguments(digits, output), "--scale.num-workers", 1, "--scale.cpus-per-worker", 2]
+    with RayCluster.start(cpus=2) as cluster:
+        ray.init(cluster.address, log_to_driver=False)
+        try:
+            kind: Any = ray.remote(num_cpus=1)(Busy)
+            other = kind.remote()  # of another job's
+            ray.get(other.there.remote())
+            done = imgcls(
+                *words, "--scale.wait-seconds", 40, env=cluster.environment(), timeout=PATIENCE
+            )
+        finally:
+            ray.shutdown()
+    assert done.returncode == 1
+    told = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
+    assert re.search(told, done.stdout), done.stdout
+    assert "(scale.wait_seconds) of training workers" in done.stderr
+    assert not is_finished(output)
+
+
+class Busy:
+    """An actor that holds what it reserves."""
+
+    def there(self) -> None: ...
 
 
 @pytest.mark.slow
