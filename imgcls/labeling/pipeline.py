@@ -198,9 +198,12 @@ class _Worker:
         return self._done(work, table, spent, attempt)
 
     def _done(
-        self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt
+        self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt, deaths: int = 0
     ) -> dict[str, list[bytes]]:
-        """Receipt for a chunk that is durable."""
+        """Receipt for a chunk that is durable.
+
+        deaths: workers that it has cost in the stage before
+        """
         attempt.end()
         status = collections.Counter(table.column("status").to_pylist())
         done = Done(
@@ -210,7 +213,7 @@ class _Worker:
             spent=spent,
             precision=self._precision,
             worker=self._name,
-            deaths=attempt.deaths,
+            deaths=deaths + attempt.deaths,
         )
         return {"done": [pickle.dumps(done)]}
 
@@ -270,7 +273,7 @@ class GpuWorker(_ModelWorker):
     """The layouts with GPUs: pixels come ready from tasks on CPUs, or bytes to decode here."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work, ready, spent = _only(batch, "ready")
+        work, ready, spent, deaths = _only(batch, "ready")
         spec, stages = self._spec, self._stages
         attempt = Attempt.at(spec, work, "classify")
         rows = stages.rows_of(spec, work)
@@ -286,7 +289,7 @@ class GpuWorker(_ModelWorker):
             attempt.check()
         table = stages.classify_prepared(spec, self._classifier, rows, work, ready, spent)
         stages.commit(spec, work, table, spent)
-        return self._done(work, table, spent, attempt)
+        return self._done(work, table, spent, attempt, deaths)
 
 
 def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, list[bytes]]:
@@ -309,7 +312,7 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
     else:
         ready = list(stages.fetch(spec, rows))
     attempt.end()
-    return {"ready": [pickle.dumps((work, ready, spent), protocol=5)]}
+    return {"ready": [pickle.dumps((work, ready, spent, attempt.deaths), protocol=5)]}
 
 
 def is_for_host(chunk: int, share: float) -> bool:

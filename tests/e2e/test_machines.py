@@ -65,7 +65,7 @@ def poisoned(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     folder = tmp_path / "hook"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(HOOK))
-    return lambda name: {"PYTHONPATH": str(folder), "IMGCLS_TEST_POISON": name}
+    return lambda name: {**with_hook(folder), "IMGCLS_TEST_POISON": name}
 
 
 def photographs(
@@ -104,12 +104,23 @@ def machines(
 # ------------------------------------------------------------------ an image that kills
 
 
-@pytest.mark.parametrize("name", ["SIGSEGV", pytest.param("SIGKILL", marks=pytest.mark.cluster)])
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("SIGSEGV", 0),
+        pytest.param("SIGKILL", 0, marks=pytest.mark.cluster),
+        pytest.param("SIGSEGV", 1, marks=pytest.mark.cluster),
+    ],
+)
 def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
-    name: str, tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
+    name: str,
+    gpus: int,
+    tmp_path: Path,
+    colour_bundle: Path,
+    poisoned: Callable[[str], dict[str, str]],
 ) -> None:
     manifest, output = with_poison(tmp_path / "images"), tmp_path / "out"
-    with RayCluster.start(cpus=2, env=poisoned(name)) as cluster:
+    with RayCluster.start(cpus=2, gpus=gpus, env=poisoned(name)) as cluster:
         order = words(manifest, colour_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 0, done.stderr
@@ -236,7 +247,12 @@ def stopping(folder: Path, stopped: Path) -> dict[str, str]:
     """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
-    return {"PYTHONPATH": str(folder)}
+    return with_hook(folder)
+
+
+def with_hook(folder: Path) -> dict[str, str]:
+    """The environment of machines whose Pythons begin with what is in a folder."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 # ------------------------------------------------------------------ machines that go and come
