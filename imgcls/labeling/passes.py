@@ -32,13 +32,26 @@ WORTH_SECONDS = 60.0
 _LOOK_SECONDS = 2.0
 
 
-def fitted(
-    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int, *, under_way: bool = False
-) -> Layout:
+def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
     """The layout for the machines that are there; waits for them where more may come.
 
-    under_way: it has fitted before, so that what it lacks was lost, and may be replaced
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
+    """
+    fitting = _fitting(scale, interruption, chunk_bytes)
+    while True:
+        try:
+            next(fitting)
+        except StopIteration as found:
+            layout: Layout = found.value
+            return layout
+
+
+def _fitting(
+    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int, *, under_way: bool = False
+) -> Generator[None, None, Layout]:
+    """As `fitted`, in steps of half a second.
+
+    under_way: it has fitted before, so that what it lacks was lost, and may be replaced
     """
     asked = False
     try:
@@ -70,6 +83,7 @@ def fitted(
                     )
             interruption.check()
             time.sleep(0.5)
+            yield
     finally:
         if asked:
             cluster.ask_for([])  # else the machines would be kept when the run has ended
@@ -162,7 +176,9 @@ class Passes:
                 raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
             tell("layout", f"{why}: laid out anew")
             try:
-                fits = fitted(self._scale, self._interruption, self._chunk_bytes, under_way=True)
+                fits = yield from _fitting(
+                    self._scale, self._interruption, self._chunk_bytes, under_way=True
+                )
             except ResourcesError as error:  # of a run that is under way
                 raise RunFailed(f"{error}; what is done is kept") from error
             layout = self._wider(fits)

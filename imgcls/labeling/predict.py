@@ -223,6 +223,8 @@ class _Run:
         config = self.config
         if config.overwrite:
             _clear(self.output)
+        # how fast the driver before was is not how fast this one is
+        storage.remove(storage.join(self.output, names.PROGRESS))
         stored = names.load_run(self.output)
         if stored is not None:
             self._check_same(stored)
@@ -452,15 +454,16 @@ class _Run:
             for receipt in passes.receipts(layout, todo):
                 if receipt is None:
                     progress.tick()
-                    continue
-                self.precision.add(receipt.precision)
-                progress.add(receipt)
-                telemetry.add(receipt)
-                _tell_chunk(receipt)
-                self.lease.check()
-                yield receipt.work.chunk
+                else:
+                    self.precision.add(receipt.precision)
+                    progress.add(receipt)
+                    telemetry.add(receipt)
+                    _tell_chunk(receipt)
+                    self.lease.check()
+                    yield receipt.work.chunk
                 if time.monotonic() - kept > KEEP_SECONDS:
                     kept = time.monotonic()
+                    self.lease.check()
                     telemetry.show(progress.fields())
                     names.keep_progress(self.output, progress.fields())
             telemetry.show(progress.fields())  # else a gauge stays at what was left before

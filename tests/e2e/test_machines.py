@@ -7,6 +7,7 @@ gets a real signal while it reads an image with a mark in it.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -288,6 +289,8 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
             kill_family(lost.pid)
             assert chunks or not durable(output)
             time.sleep(30)
+            # also while nothing comes it tells how far it is
+            assert json.loads((output / "_progress.json").read_bytes())["rows"] == 300
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err

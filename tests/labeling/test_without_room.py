@@ -16,7 +16,7 @@ from imgcls import cluster
 from imgcls.cluster import Interruption, Node
 from imgcls.errors import ResourcesError
 from imgcls.labeling.layout import ScaleConfig, plan_layout
-from imgcls.labeling.passes import fitted
+from imgcls.labeling.passes import _fitting, fitted
 from imgcls.labeling.pipeline import Pipeline
 from imgcls.labeling.work import Work
 from tests.labeling.runs import manifest_of, plan_at, spec_of
@@ -56,5 +56,5 @@ def test_what_a_run_has_lost_is_waited_for_and_what_was_never_there_is_not(
     assert str(caught.value).endswith("give at most 1")
     assert capsys.readouterr().out == ""
     with pytest.raises(ResourcesError, match=r"waited 1 s for machines, as scale\.wait_seconds"):
-        fitted(scale, Interruption(), 0, under_way=True)
+        list(_fitting(scale, Interruption(), 0, under_way=True))
     assert capsys.readouterr().out.startswith("waiting  for machines: scale.workers 2")
