@@ -34,6 +34,9 @@ STORED_CHUNKS = 5
 """Chunks that a decoding task may have in the object store: four finished, and one to come."""
 GPU_SAVES = 0.5
 """Share of the time that GPUs save at least where there were none: most of it is forward passes."""
+STORE_WAITS = 3
+"""So often a worker may wait for a store before it has an image done: to see whether the chunk is
+there, for its rows, and for the image."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
@@ -54,7 +57,10 @@ class ScaleConfig(Section):
     crash_retries: NonNegativeInt = 1
     """Workers that a chunk may kill, beside the first, before its images are tried one by one."""
     hang_seconds: PositiveFloat = 600.0
-    """A worker that has done no image for so long is ended, and another takes its place."""
+    """A worker that has done no image for so long is ended, and another takes its place.
+
+    With a store, more than three times storage.deadline_seconds: waiting for it is no hanging.
+    """
     wait_seconds: PositiveFloat = 1800.0
     """To wait for machines or workers at most."""
 

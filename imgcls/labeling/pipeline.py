@@ -310,7 +310,10 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
             stages.prepare_all(spec, rows.slice(row, 1), preprocess, Spent())
         ready = stages.prepare_all(spec, rows, preprocess, spent, attempt.crashed, attempt.beat)
     else:
-        ready = list(stages.fetch(spec, rows))
+        ready = []
+        for blob in stages.fetch(spec, rows):
+            ready.append(blob)
+            attempt.beat()
     attempt.end()
     return {"ready": [pickle.dumps((work, ready, spent, attempt.deaths), protocol=5)]}
 

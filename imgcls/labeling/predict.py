@@ -37,7 +37,7 @@ from imgcls.errors import (
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
-from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
+from imgcls.labeling.layout import STORE_WAITS, TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.passes import Passes, fitted, resumable
 from imgcls.labeling.plan import (
@@ -181,6 +181,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
     _check_columns(manifest, config, bundle)
+    _check_patience(config, output, listed)
     _check_images(listed)
     _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
@@ -632,6 +633,22 @@ def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) ->
         raise ManifestError(
             f"manifest {manifest.source}: column {taken[0]!r} is one that labelling writes; rename "
             f"it in the manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+        )
+
+
+def _check_patience(config: PredictConfig, output: str, manifest: Manifest) -> None:
+    """Raise RequestError where a worker that waits for a store would be taken to hang."""
+    waits = STORE_WAITS * config.storage.deadline_seconds
+    if config.scale.hang_seconds > waits:
+        return
+    places = (output, storage.absolute(config.model), *itertools.islice(_urls(manifest), 1))
+    remote = next((place for place in places if not storage.is_local(place)), None)
+    if remote is not None:
+        raise RequestError(
+            f"scale.hang_seconds {config.scale.hang_seconds:g}: for {remote} a worker may wait "
+            f"{STORE_WAITS} x {config.storage.deadline_seconds:g} s (storage.deadline_seconds) "
+            "before it has an image done, and would be ended although it does not hang; give more "
+            f"than {waits:g}, or a smaller --storage.deadline-seconds"
         )
 
 
