@@ -199,15 +199,15 @@ def _gpu_layout(
         node.cpus - min(slot, workers) * GPU_WORKER_CPUS
         for node, slot in zip(nodes, slots, strict=True)
     ]
-    decoders = sum(max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left)
-    if decoders < 1:
+    places = [max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left]
+    if sum(places) < 1:
         raise ResourcesError(
             f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
             f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
             f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
             "--scale.layout cpu"
         )
-    decoders, storing = _stored(nodes, decoders, chunk_bytes)
+    decoders, storing = _stored(nodes, places, chunk_bytes)
     doing = "fetch" if name == "gpu_decode" and not config.host_share else "fetch and decode"
     idle = gpus - workers if config.workers is None else 0
     return Layout(
@@ -228,20 +228,37 @@ def _gpu_layout(
     )
 
 
-def _stored(nodes: Sequence[Node], decoders: int, chunk_bytes: int) -> tuple[int, str]:
-    """Decoding tasks whose pixels the object stores hold, and how that was reckoned."""
-    room = STORE_SHARE * sum(node.store_bytes for node in nodes)
+def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> tuple[int, str]:
+    """Decoding tasks whose pixels the object stores hold, and how that was reckoned.
+
+    Ray shares tasks out by CPUs, and a task's pixels lie where it runs: so the machine with the
+    least store for its CPUs says which share of all places may be taken.
+
+    places: of tasks on each machine
+    """
     each = STORED_CHUNKS * chunk_bytes
-    if not each or math.isinf(room):
-        return decoders, ""
-    if room < each:
+    rooms = [
+        (STORE_SHARE * node.store_bytes, count)
+        for node, count in zip(nodes, places, strict=True)
+        if count
+    ]
+    if not each or any(math.isinf(room) for room, _ in rooms):
+        return sum(places), ""
+    largest = max(room for room, _ in rooms)
+    if largest < each:
         raise ResourcesError(
             f"a task that decodes has up to {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB "
-            f"in the object store, of which {room / 1e6:,.0f} MB may be used: give a smaller "
+            f"in the object store, of which {largest / 1e6:,.0f} MB may be used: give a smaller "
             "--chunk-rows, or start Ray with a larger --object-store-memory"
         )
-    fit = min(decoders, math.floor(room / each))
-    return fit, (
+    room, count = min(rooms, key=lambda machine: machine[0] / machine[1])
+    share = min(1.0, room / each / count)
+    fit = max(1, math.floor(share * sum(places) + 1e-6))
+    reckoned = (
         f"{fit} x {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB take "
-        f"{fit * each / 1e9:.1f} of the {room / 1e9:.1f} GB of object store that they may"
+        f"{fit * each / 1e9:.1f} of the {sum(room for room, _ in rooms) / 1e9:.1f} GB of object "
+        "store that they may"
     )
+    if share < 1 and len(rooms) > 1:
+        reckoned += f"; a machine with {room / 1e9:.1f} GB for {count} such tasks sets the limit"
+    return fit, reckoned

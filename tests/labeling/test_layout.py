@@ -223,6 +223,20 @@ def test_no_more_tasks_decode_than_the_object_store_holds_the_pixels_of() -> Non
     )
 
 
+def test_a_machine_with_many_cpus_and_a_small_object_store_sets_the_limit() -> None:
+    gpu = Node(cpus=16, gpus=1, accelerator="T4", store_bytes=40e9)
+    alike = plan_layout([gpu, gpu], ScaleConfig(), chunk_bytes=38_535_168)
+    assert alike.decoders == 34  # all of them
+    small = Node(cpus=64, gpus=0, store_bytes=4e9)
+    layout = plan_layout([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
+    # of the small one's 71 tasks its store holds 10, so of all 88 twelve may decode
+    assert layout.decoders == 12
+    assert layout.reasons[-1] == (
+        "12 x 5 chunks of 39 MB take 2.3 of the 22.0 GB of object store that they may; a machine "
+        "with 2.0 GB for 71 such tasks sets the limit"
+    )
+
+
 def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic() -> None:
     node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=1e8)
     with pytest.raises(ResourcesError) as caught:
