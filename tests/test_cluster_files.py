@@ -16,6 +16,7 @@ from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from imgcls.cluster import Node, nodes_of
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()
@@ -65,6 +66,18 @@ def test_the_aws_machines_have_all_that_the_package_depends_on() -> None:
     (install,) = (line for line in config["setup_commands"] if "torch" in line)
     installed = names(shlex.split(install.partition("-constraints.txt ")[2]))
     assert installed == names(project["dependencies"])
+
+
+def test_what_the_aws_machines_may_grow_to_is_read_from_the_file_as_ray_fills_it_in() -> None:
+    config = prepared((REPOSITORY / "cluster.yaml").read_text())
+    types = config["available_node_types"]
+    types["cpu"]["resources"] = {"CPU": 16, "memory": 1}  # by AWS's own table of instance types
+    for name in ("gpu_spot", "gpu_on_demand"):
+        types[name]["resources"] = {"CPU": 16, "GPU": 1, "accelerator_type:L4": 1, "memory": 1}
+    # machines on demand stand in for those of the spot market
+    assert nodes_of(config) == [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
+    types["gpu_on_demand"]["priority"] = types["gpu_spot"]["priority"]
+    assert nodes_of(config) == [Node(16, 1, "L4")] * 8 + [Node(16, 0)] * 4  # 12 in all
 
 
 def test_the_aws_file_names_the_versions_that_the_tests_run_with() -> None:

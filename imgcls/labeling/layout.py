@@ -128,6 +128,43 @@ def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0
     return _gpu_layout(name, nodes, config, gpus, why, chunk_bytes)
 
 
+def first_bundles(
+    most: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
+) -> list[dict[str, float]]:
+    """What to ask an autoscaler for when nothing fits: the least that a layout can begin with.
+
+    most: the machines that may come; None where that is not known
+    """
+    gpus = config.layout in ("gpu", "gpu_decode")
+    if most is not None:
+        gpus = plan_layout(most, config, chunk_bytes).worker_gpus > 0
+    if not gpus:
+        return [{"CPU": 1.0}] * (config.workers or 1)
+    return [{"CPU": GPU_WORKER_CPUS, "GPU": 1.0}] * (config.workers or 1) + [{"CPU": 1.0}]
+
+
+def machines_for(
+    most: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
+) -> list[Node]:
+    """Of the machines that may come those that a layout over all of them takes for so many rows.
+
+    Raises ResourcesError when not even all of them hold what was asked for.
+    """
+    layout = plan_layout(most, config, chunk_bytes)
+    workers = config.workers or layout.for_rows(rows).workers
+    cores = workers
+    if layout.worker_gpus:
+        cores = min(layout.decoders, max(1, math.ceil(rows / WORTH_ROWS)))
+    taken = []
+    for node in sorted(most, key=lambda node: -node.gpus):
+        slots = math.floor(node.gpus) if layout.worker_gpus else 0
+        if (slots and workers > 0) or cores > 0:
+            taken.append(node)
+            workers -= slots
+            cores -= math.floor(node.cpus - slots * GPU_WORKER_CPUS)
+    return taken
+
+
 def _choose(
     nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: int
 ) -> tuple[LayoutName, str]:

@@ -8,6 +8,7 @@ goes on any more, or when what has come is worth a new start.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import secrets
@@ -18,9 +19,9 @@ from dataclasses import dataclass, replace
 import ray
 
 from imgcls import cluster
-from imgcls.cluster import SAY_SECONDS, Interruption, Node, Patience
+from imgcls.cluster import Interruption, Node, Patience
 from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
-from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
+from imgcls.labeling.layout import Layout, ScaleConfig, first_bundles, machines_for, plan_layout
 from imgcls.labeling.work import Done, RunSpec, Work
 from imgcls.lease import Lease
 from imgcls.log import tell
@@ -33,66 +34,27 @@ _LOOK_SECONDS = 2.0
 
 
 def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
-    """The layout for the machines that are there; waits for them where more may come.
+    """The layout for the machines that are there; waits for the first where more may come.
 
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
     """
-    fitting = _fitting(scale, interruption, chunk_bytes)
-    while True:
-        try:
-            next(fitting)
-        except StopIteration as found:
-            layout: Layout = found.value
-            return layout
+    return cluster.fitted(
+        lambda nodes: plan_layout(nodes, scale, chunk_bytes),
+        lambda most: first_bundles(most, scale, chunk_bytes),
+        scale.wait_seconds,
+        interruption,
+    )
 
 
-def _fitting(
-    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int, *, under_way: bool = False
-) -> Generator[None, None, Layout]:
-    """As `fitted`, in steps of half a second.
-
-    under_way: it has fitted before, so that what it lacks was lost, and may be replaced
-    """
-    asked = False
-    try:
-        started = said = time.monotonic()
-        while True:
-            nodes = cluster.nodes()
-            try:
-                return plan_layout(nodes, scale, chunk_bytes)
-            except ResourcesError as error:
-                most = cluster.most_nodes()
-                if cluster.is_private() or (most is None and nodes and not under_way):
-                    raise
-                if not asked:
-                    if most is not None:
-                        plan_layout(most, scale, chunk_bytes)
-                    cluster.ask_for(_wanted(scale))
-                    asked = True
-                waited = time.monotonic() - started
-                if waited > scale.wait_seconds:
-                    raise ResourcesError(
-                        f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
-                    ) from None
-                if waited < 1 or time.monotonic() - said > SAY_SECONDS:
-                    said = time.monotonic()
-                    tell(
-                        "waiting",
-                        f"for machines: {error} ({waited:.0f} of at most "
-                        f"{scale.wait_seconds:.0f} s)",
-                    )
-            interruption.check()
-            time.sleep(0.5)
-            yield
-    finally:
-        if asked:
-            cluster.ask_for([])  # else the machines would be kept when the run has ended
-
-
-def _wanted(scale: ScaleConfig) -> list[dict[str, float]]:
-    """What to ask an autoscaler for, before there is a worker that waits for it."""
-    each = {"CPU": 1.0} if scale.layout in ("auto", "cpu") else {"CPU": 1.0, "GPU": 1.0}
-    return [each] * (scale.workers or 1)
+def missing(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, float]]:
+    """Each machine that is wanted and not there, as what it has."""
+    left = collections.Counter((node.cpus, node.gpus) for node in wanted)
+    left.subtract((node.cpus, node.gpus) for node in there)
+    return [
+        {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        for (cpus, gpus), count in left.items()
+        for _ in range(count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -160,6 +122,7 @@ class Passes:
         self._wider = wider
         self._chunk_bytes = chunk_bytes
         self._patience = Patience(scale.wait_seconds)
+        self._most = None if cluster.is_private() else cluster.most_nodes()
 
     def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
         """Each chunk once it is durable, and None at times when nothing has come.
@@ -167,23 +130,51 @@ class Passes:
         Raises RunFailed when no worker goes on for `scale.wait_seconds`.
         """
         left = {work.chunk: work for work in todo}
-        while left:
-            layout = self._sized(layout, sum(self._rows(work) for work in left.values()))
-            why = yield from self._one(layout, left)
-            if not left:
-                return
-            if why is None:
-                raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
-            tell("layout", f"{why}: laid out anew")
-            try:
-                fits = yield from _fitting(
-                    self._scale, self._interruption, self._chunk_bytes, under_way=True
+        try:
+            while left:
+                layout = self._sized(layout, self._rows_of(left))
+                why = yield from self._one(layout, left)
+                if not left:
+                    return
+                if why is None:
+                    raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
+                tell("layout", f"{why}: laid out anew")
+                layout = self._wider((yield from self._anew()))
+                for reason in layout.reasons:
+                    tell("layout", reason)
+        finally:
+            cluster.give_back()
+
+    def _ask(self, rows: int) -> None:
+        """Ask for all machines that so many rows are worth, where it is known what may come.
+
+        Once the workers are at work: one that is not there yet leaves its machine to be taken for
+        what was asked for.
+        """
+        if self._most is None:
+            return
+        with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
+            wanted = machines_for(self._most, self._scale, self._chunk_bytes, rows)
+            cluster.keep_asking(missing(wanted, cluster.nodes()))
+
+    def _anew(self) -> Generator[None, None, Layout]:
+        """The layout for the machines that are there after some were lost, or have come."""
+        scale, chunk_bytes = self._scale, self._chunk_bytes
+        try:
+            return (
+                yield from cluster.fitting(
+                    lambda nodes: plan_layout(nodes, scale, chunk_bytes),
+                    lambda most: first_bundles(most, scale, chunk_bytes),
+                    scale.wait_seconds,
+                    self._interruption,
+                    under_way=True,
                 )
-            except ResourcesError as error:  # of a run that is under way
-                raise RunFailed(f"{error}; what is done is kept") from error
-            layout = self._wider(fits)
-            for reason in layout.reasons:
-                tell("layout", reason)
+            )
+        except ResourcesError as error:  # of a run that is under way
+            raise RunFailed(f"{error}; what is done is kept") from error
+
+    def _rows_of(self, left: dict[int, Work]) -> int:
+        return sum(self._rows(work) for work in left.values())
 
     def _one(
         self, layout: Layout, left: dict[int, Work]
@@ -198,7 +189,7 @@ class Passes:
         machines = _Machines()
         pipeline = Pipeline(spec, layout, list(left.values()))
         why: str | None = None
-        rows_left = sum(self._rows(work) for work in left.values())
+        rows_left = self._rows_of(left)
         rows, first = 0, 0.0
         try:
             for receipt in cluster.in_background(pipeline.receipts(), self._interruption):
@@ -214,6 +205,8 @@ class Passes:
                 else:
                     yield None
                 if machines.due():
+                    if first:
+                        self._ask(rows_left)
                     spent = time.monotonic() - first
                     it = machines.situation(
                         hang_seconds=self._scale.hang_seconds,

@@ -191,6 +191,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
                 run = _Run(config, output, manifest, bundle, lease, interruption, started)
                 return run.run()
         finally:
+            cluster.give_back()
             lease.release()
 
 
@@ -381,7 +382,8 @@ class _Run:
         """What a chunk takes on its way to a GPU: its pixels, or its files where those are more."""
         side = self.bundle.spec.preprocess.crop
         each = 3 * side * side
-        if any(node.gpus for node in cluster.nodes()):
+        may_come = [] if cluster.is_private() else cluster.most_nodes() or []
+        if any(node.gpus for node in [*cluster.nodes(), *may_come]):
             sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
             each = max(each, sum(sizes) // max(1, len(sizes)))
         return each * (self.config.chunk_rows or LARGE_CHUNK)

@@ -39,7 +39,7 @@ from imgcls.training.prepare import Task, decode
 from imgcls.training.progress import Epoch
 from imgcls.training.search import TuneConfig, check_space, settings_of
 from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import Workers, fits_store, plan_workers, trials_that_fit
+from imgcls.training.workers import Workers, awaited_workers, fits_store, trials_that_fit
 
 TRIALS = "trials"
 BEST = "best"
@@ -81,6 +81,7 @@ def tune(config: TuneConfig) -> TuneResult:
             cluster.connect()
             return _search(config, task, interruption)
         finally:
+            cluster.give_back()
             lease.release()
 
 
@@ -131,8 +132,8 @@ def _claim(config: TuneConfig) -> None:
 
 
 def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneResult:
+    workers = awaited_workers(config.scale, interruption)
     nodes = cluster.nodes()
-    workers = plan_workers(nodes, config.scale)
     views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
     cached = fits_store(views.bytes_of(task.examples.rows), store_bytes())
     cpus = sum(node.cpus for node in nodes)

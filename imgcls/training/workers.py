@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from imgcls.cluster import Node
+from imgcls import cluster
+from imgcls.cluster import Interruption, Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
 
@@ -105,6 +106,30 @@ def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
             "scale.cpus_per_worker, or add machines"
         )
     return workers
+
+
+def awaited_workers(config: ScaleConfig, interruption: Interruption) -> Workers:
+    """The workers on the machines that are there; waits for machines where more may come.
+
+    Raises ResourcesError as `plan_workers` does, when it will not fit, or did not in
+    `scale.wait_seconds`.
+    """
+    return cluster.fitted(
+        lambda nodes: plan_workers(nodes, config),
+        lambda most: bundles(most, config),
+        config.wait_seconds,
+        interruption,
+    )
+
+
+def bundles(most: Sequence[Node] | None, config: ScaleConfig) -> list[dict[str, float]]:
+    """What to ask an autoscaler for, by the machines that may come; None: that is not known."""
+    count, gpus = config.smallest, int(config.use_gpu or False)
+    if most is not None:
+        workers = plan_workers(most, config)
+        count, gpus = workers.count, workers.gpus
+    each = {"CPU": config.cpus_per_worker} | ({"GPU": float(gpus)} if gpus else {})
+    return [each] * count
 
 
 def fits_store(needed: int, capacity: int) -> bool:

@@ -24,6 +24,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.util import placement_group_table
 
 from imgcls.data.images import decode
 from imgcls.data.preprocess import Preprocess
@@ -317,6 +319,47 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
                 assert driver.returncode == 0, err
     assert "waiting  for machines: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 40)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("job", ["predict", "train"])
+def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is_worth(
+    job: str, tmp_path: Path, colour_bundle: Path, colours: Callable[..., Path]
+) -> None:
+    """The test is the autoscaler, on a head such as `ray up` leaves behind."""
+    group = {"resources": {"CPU": 1}, "max_workers": 2}
+    groups = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "cpu": group}
+    config = {"available_node_types": groups, "head_node_type": "head", "max_workers": 2}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    output = tmp_path / "out"
+    if job == "predict":
+        manifest = photographs(tmp_path / "images", 600)
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+    else:
+        order = ["train", "--data.train", colours(60), "--output", output, "--epochs", 1]
+
+    def asked() -> list[dict[str, float]]:
+        waiting = [g for g in placement_group_table().values() if g["state"] == "PENDING"]
+        return [bundle for g in waiting for bundle in g["bundles"].values()]
+
+    with RayCluster.start(cpus=0) as cluster:
+        ray.init(cluster.address, log_to_driver=False)
+        try:
+            environment = {**cluster.environment(), "HOME": str(tmp_path)}
+            with started(*order, env=environment) as driver:
+                wait_for(lambda: asked() == [{"CPU": 1}], 120)
+                with machine(cluster, 1):
+                    wait_for(lambda: asked() == [], 120)
+                    if job == "predict":
+                        wait_for(lambda: asked() == [{"CPU": 1}], 120)  # and one more
+                    out, err = driver.communicate(timeout=300)
+                    assert driver.returncode == 0, err
+            assert "waiting  for machines: " in out
+            wait_for(lambda: asked() == [])
+        finally:
+            ray.shutdown()
+    if job == "predict":
+        assert_exactly_once(output, 600)
 
 
 # ------------------------------------------------------------------ long

@@ -8,7 +8,7 @@ import pytest
 
 from imgcls.cluster import Node
 from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
-from imgcls.labeling.passes import SETTLE_SECONDS, Situation, reason_to_replan
+from imgcls.labeling.passes import SETTLE_SECONDS, Situation, missing, reason_to_replan
 
 A, B, C = (Node(2, 0, id=name) for name in "abc")
 
@@ -78,3 +78,12 @@ def test_machines_that_keep_coming_are_waited_for() -> None:
 
 def test_before_the_first_rows_nobody_knows_what_would_be_saved() -> None:
     assert reason(now=(A, B, C), rate=None) is None
+
+
+def test_what_is_missing_is_what_is_wanted_and_not_there() -> None:
+    gpu, cpu = Node(4, 1, "L4"), Node(2, 0)
+    assert missing([gpu, gpu, cpu], [Node(2, 0, id="x"), Node(4, 1, "L4", "y")]) == [
+        {"CPU": 4, "GPU": 1}
+    ]
+    assert missing([cpu], [cpu, cpu, gpu]) == []
+    assert missing([], []) == []
