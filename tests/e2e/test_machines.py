@@ -337,6 +337,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
         order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
     else:
         order = ["train", "--data.train", colours(60), "--output", output, "--epochs", 1]
+        order += ["--model.name", "small_cnn", "--batch-size", 16]
 
     def asked() -> list[dict[str, float]]:
         waiting = [g for g in placement_group_table().values() if g["state"] == "PENDING"]
