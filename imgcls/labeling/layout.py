@@ -156,9 +156,10 @@ def machines_for(
     if layout.worker_gpus:
         cores = min(layout.decoders, max(1, math.ceil(rows / WORTH_ROWS)))
     taken = []
-    for node in sorted(most, key=lambda node: -node.gpus):
+    by_need = sorted(most, key=lambda node: -node.gpus if layout.worker_gpus else node.gpus)
+    for node in by_need:
         slots = math.floor(node.gpus) if layout.worker_gpus else 0
-        if (slots and workers > 0) or cores > 0:
+        if workers > 0 if slots else cores > 0:
             taken.append(node)
             workers -= slots
             cores -= math.floor(node.cpus - slots * GPU_WORKER_CPUS)

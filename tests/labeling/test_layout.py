@@ -281,5 +281,6 @@ def test_no_more_machines_are_asked_for_than_there_are_rows_for() -> None:
     assert wanted(1) == [gpu]
     assert wanted(300) == [gpu] * 3
     assert wanted(128 * 70) == [gpu] * 4 + [cpu]
-    assert wanted(10**6, workers=1) == [gpu] * 4 + [cpu] * 8  # all of them decode
-    assert wanted(128 * 20, layout="cpu") == [gpu, gpu]
+    assert wanted(10**6, workers=1) == [gpu] + [cpu] * 8  # no GPU for its cores alone
+    assert wanted(128 * 20, layout="cpu") == [cpu, cpu]
+    assert wanted(128 * 150, layout="cpu") == [cpu] * 8 + [gpu] * 2
