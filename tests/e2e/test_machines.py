@@ -333,7 +333,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
     (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
     output = tmp_path / "out"
     if job == "predict":
-        manifest = photographs(tmp_path / "images", 600)
+        manifest = photographs(tmp_path / "images", 3000)
         order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
     else:
         order = ["train", "--data.train", colours(60), "--output", output, "--epochs", 1]
@@ -360,7 +360,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
         finally:
             ray.shutdown()
     if job == "predict":
-        assert_exactly_once(output, 600)
+        assert_exactly_once(output, 3000)
 
 
 # ------------------------------------------------------------------ long
