@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shlex
+import tomllib
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from imgcls.cluster import Node, nodes_of
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()
@@ -33,8 +38,46 @@ def test_the_aws_file_is_what_ray_takes() -> None:
     assert all(group["node_config"]["IamInstanceProfile"]["Name"] for group in workers.values())
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
-    (rule,) = config["provider"]["security_group"]["IpPermissions"]
-    assert rule["IpRanges"] != [{"CidrIp": "0.0.0.0/0"}]
+
+
+def test_nobody_is_let_into_the_aws_machines_but_by_a_group_of_ones_own() -> None:
+    config = prepared((REPOSITORY / "cluster.yaml").read_text())
+    given = copy.deepcopy(config["available_node_types"])
+    assert {tuple(group["node_config"]["SecurityGroupIds"]) for group in given.values()} == {
+        ("sg-00000000000000000",)
+    }
+    # to a group that it makes or finds by name, Ray adds SSH from everywhere
+    assert "security_group" not in config["provider"]
+    left = aws._configure_security_group(config)
+    assert left["available_node_types"] == given
+    assert aws._create_default_ssh_inbound_rules()[0]["IpRanges"] == [{"CidrIp": "0.0.0.0/0"}]
+    section = PAGE.partition("\n## AWS\n")[2].partition("\n## ")[0]
+    rules = re.findall(r"authorize-security-group-ingress .*?\n(?:  .*\n)?", section)
+    assert len(rules) == 2
+    assert all("0.0.0.0" not in rule for rule in rules)
+
+
+def test_the_aws_machines_have_all_that_the_package_depends_on() -> None:
+    def names(words: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=]", word)[0].lower() for word in words}
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    config = prepared((REPOSITORY / "cluster.yaml").read_text())
+    (install,) = (line for line in config["setup_commands"] if "torch" in line)
+    installed = names(shlex.split(install.partition("-constraints.txt ")[2]))
+    assert installed == names(project["dependencies"])
+
+
+def test_what_the_aws_machines_may_grow_to_is_read_from_the_file_as_ray_fills_it_in() -> None:
+    config = prepared((REPOSITORY / "cluster.yaml").read_text())
+    types = config["available_node_types"]
+    types["cpu"]["resources"] = {"CPU": 16, "memory": 1}  # by AWS's own table of instance types
+    for name in ("gpu_spot", "gpu_on_demand"):
+        types[name]["resources"] = {"CPU": 16, "GPU": 1, "accelerator_type:L4": 1, "memory": 1}
+    # machines on demand stand in for those of the spot market
+    assert nodes_of(config) == [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
+    types["gpu_on_demand"]["priority"] = types["gpu_spot"]["priority"]
+    assert nodes_of(config) == [Node(16, 1, "L4")] * 8 + [Node(16, 0)] * 4  # 12 in all
 
 
 def test_the_aws_file_names_the_versions_that_the_tests_run_with() -> None:
@@ -69,7 +112,9 @@ def test_what_kubernetes_is_given_is_a_cluster_as_rays_autoscaler_reads_it(name:
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
-        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        # a token in the containers alone would be unknown to the autoscaler and the submitter
+        assert "env" not in container
+    assert spec["authOptions"] == {"mode": "token"}
 
 
 def test_the_dashboard_draws_metrics_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

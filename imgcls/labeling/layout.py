@@ -32,6 +32,11 @@ STORE_SHARE = 0.5
 """Share of the object store that decoded images may take: Ray starts to spill at 0.8."""
 STORED_CHUNKS = 5
 """Chunks that a decoding task may have in the object store: four finished, and one to come."""
+GPU_SAVES = 0.5
+"""Share of the time that GPUs save at least where there were none: most of it is forward passes."""
+STORE_WAITS = 3
+"""So often a worker may wait for a store before it has an image done: to see whether the chunk is
+there, for its rows, and for the image."""
 HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
@@ -52,7 +57,10 @@ class ScaleConfig(Section):
     crash_retries: NonNegativeInt = 1
     """Workers that a chunk may kill, beside the first, before its images are tried one by one."""
     hang_seconds: PositiveFloat = 600.0
-    """A worker that has done no image for so long is ended, and another takes its place."""
+    """A worker that has done no image for so long is ended, and another takes its place.
+
+    With a store, more than three times storage.deadline_seconds: waiting for it is no hanging.
+    """
     wait_seconds: PositiveFloat = 1800.0
     """To wait for machines or workers at most."""
 
@@ -81,6 +89,25 @@ class Layout:
         """The layout with no more workers than have something to do while another one starts."""
         return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
 
+    @property
+    def size(self) -> str:
+        """How large it is, as people read it."""
+        if not self.worker_gpus:
+            return f"{self.workers} workers"
+        return f"{self.workers} GPU workers and {self.decoders} tasks for them"
+
+    def saves(self, other: Layout) -> float:
+        """Share of the other layout's time that this one is taken to save; 0 when it is no larger.
+
+        One with GPUs is larger than one without; of those with, what has more model workers, and
+        of as many, what has more tasks that decode for them.
+        """
+        if bool(self.worker_gpus) != bool(other.worker_gpus):
+            return GPU_SAVES if self.worker_gpus else 0.0
+        if self.workers != other.workers:
+            return max(0.0, 1 - other.workers / self.workers)
+        return max(0.0, 1 - other.decoders / self.decoders) if self.decoders else 0.0
+
 
 def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Layout:
     """Choose and size a layout for a cluster.
@@ -99,6 +126,44 @@ def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0
     if name == "cpu":
         return _cpu_layout(nodes, config, why)
     return _gpu_layout(name, nodes, config, gpus, why, chunk_bytes)
+
+
+def first_bundles(
+    most: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
+) -> list[dict[str, float]]:
+    """What to ask an autoscaler for when nothing fits: the least that a layout can begin with.
+
+    most: the machines that may come; None where that is not known
+    """
+    gpus = config.layout in ("gpu", "gpu_decode")
+    if most is not None:
+        gpus = plan_layout(most, config, chunk_bytes).worker_gpus > 0
+    if not gpus:
+        return [{"CPU": 1.0}] * (config.workers or 1)
+    return [{"CPU": GPU_WORKER_CPUS, "GPU": 1.0}] * (config.workers or 1) + [{"CPU": 1.0}]
+
+
+def machines_for(
+    most: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
+) -> list[Node]:
+    """Of the machines that may come those that a layout over all of them takes for so many rows.
+
+    Raises ResourcesError when not even all of them hold what was asked for.
+    """
+    layout = plan_layout(most, config, chunk_bytes)
+    workers = config.workers or layout.for_rows(rows).workers
+    cores = workers
+    if layout.worker_gpus:
+        cores = min(layout.decoders, max(1, math.ceil(rows / WORTH_ROWS)))
+    taken = []
+    by_need = sorted(most, key=lambda node: -node.gpus if layout.worker_gpus else node.gpus)
+    for node in by_need:
+        slots = math.floor(node.gpus) if layout.worker_gpus else 0
+        if workers > 0 if slots else cores > 0:
+            taken.append(node)
+            workers -= slots
+            cores -= math.floor(node.cpus - slots * GPU_WORKER_CPUS)
+    return taken
 
 
 def _choose(
@@ -172,15 +237,15 @@ def _gpu_layout(
         node.cpus - min(slot, workers) * GPU_WORKER_CPUS
         for node, slot in zip(nodes, slots, strict=True)
     ]
-    decoders = sum(max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left)
-    if decoders < 1:
+    places = [max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left]
+    if sum(places) < 1:
         raise ResourcesError(
             f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
             f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
             f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
             "--scale.layout cpu"
         )
-    decoders, storing = _stored(nodes, decoders, chunk_bytes)
+    decoders, storing = _stored(nodes, places, chunk_bytes)
     doing = "fetch" if name == "gpu_decode" and not config.host_share else "fetch and decode"
     idle = gpus - workers if config.workers is None else 0
     return Layout(
@@ -201,20 +266,37 @@ def _gpu_layout(
     )
 
 
-def _stored(nodes: Sequence[Node], decoders: int, chunk_bytes: int) -> tuple[int, str]:
-    """Decoding tasks whose pixels the object stores hold, and how that was reckoned."""
-    room = STORE_SHARE * sum(node.store_bytes for node in nodes)
+def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> tuple[int, str]:
+    """Decoding tasks whose pixels the object stores hold, and how that was reckoned.
+
+    Ray shares tasks out by CPUs, and a task's pixels lie where it runs: so the machine with the
+    least store for its CPUs says which share of all places may be taken.
+
+    places: of tasks on each machine
+    """
     each = STORED_CHUNKS * chunk_bytes
-    if not each or math.isinf(room):
-        return decoders, ""
-    if room < each:
+    rooms = [
+        (STORE_SHARE * node.store_bytes, count)
+        for node, count in zip(nodes, places, strict=True)
+        if count
+    ]
+    if not each or any(math.isinf(room) for room, _ in rooms):
+        return sum(places), ""
+    largest = max(room for room, _ in rooms)
+    if largest < each:
         raise ResourcesError(
             f"a task that decodes has up to {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB "
-            f"in the object store, of which {room / 1e6:,.0f} MB may be used: give a smaller "
+            f"in the object store, of which {largest / 1e6:,.0f} MB may be used: give a smaller "
             "--chunk-rows, or start Ray with a larger --object-store-memory"
         )
-    fit = min(decoders, math.floor(room / each))
-    return fit, (
+    room, count = min(rooms, key=lambda machine: machine[0] / machine[1])
+    share = min(1.0, room / each / count)
+    fit = max(1, math.floor(share * sum(places) + 1e-6))
+    reckoned = (
         f"{fit} x {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB take "
-        f"{fit * each / 1e9:.1f} of the {room / 1e9:.1f} GB of object store that they may"
+        f"{fit * each / 1e9:.1f} of the {sum(room for room, _ in rooms) / 1e9:.1f} GB of object "
+        "store that they may"
     )
+    if share < 1 and len(rooms) > 1:
+        reckoned += f"; a machine with {room / 1e9:.1f} GB for {count} such tasks sets the limit"
+    return fit, reckoned

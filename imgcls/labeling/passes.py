@@ -8,7 +8,9 @@ goes on any more, or when what has come is worth a new start.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,9 +19,9 @@ from dataclasses import dataclass, replace
 import ray
 
 from imgcls import cluster
-from imgcls.cluster import Interruption, Node
+from imgcls.cluster import Interruption, Node, Patience
 from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
-from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
+from imgcls.labeling.layout import Layout, ScaleConfig, first_bundles, machines_for, plan_layout
 from imgcls.labeling.work import Done, RunSpec, Work
 from imgcls.lease import Lease
 from imgcls.log import tell
@@ -28,56 +30,31 @@ SETTLE_SECONDS = 15.0
 """What comes and goes is left alone for so long: machines seldom do so alone."""
 WORTH_SECONDS = 60.0
 """A new start must save so much: it costs a worker's start, and the chunks under way."""
-IDLE_SECONDS = 30.0
-"""After which waiting is said: workers take a while to start."""
 _LOOK_SECONDS = 2.0
-_SAY_SECONDS = 5.0
 
 
 def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
-    """The layout for the machines that are there; waits for them where more may come.
+    """The layout for the machines that are there; waits for the first where more may come.
 
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
     """
-    asked = False
-    try:
-        started = said = time.monotonic()
-        while True:
-            nodes = cluster.nodes()
-            try:
-                return plan_layout(nodes, scale, chunk_bytes)
-            except ResourcesError as error:
-                most = cluster.most_nodes()
-                if cluster.is_private() or (most is None and nodes):
-                    raise
-                if not asked:
-                    if most is not None:
-                        plan_layout(most, scale, chunk_bytes)
-                    cluster.ask_for(_wanted(scale))
-                    asked = True
-                waited = time.monotonic() - started
-                if waited > scale.wait_seconds:
-                    raise ResourcesError(
-                        f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
-                    ) from None
-                if waited < 1 or time.monotonic() - said > _SAY_SECONDS:
-                    said = time.monotonic()
-                    tell(
-                        "waiting",
-                        f"for machines: {error} ({waited:.0f} of at most "
-                        f"{scale.wait_seconds:.0f} s)",
-                    )
-            interruption.check()
-            time.sleep(0.5)
-    finally:
-        if asked:
-            cluster.ask_for([])  # else the machines would be kept when the run has ended
+    return cluster.fitted(
+        lambda nodes: plan_layout(nodes, scale, chunk_bytes),
+        lambda most: first_bundles(most, scale, chunk_bytes),
+        scale.wait_seconds,
+        interruption,
+    )
 
 
-def _wanted(scale: ScaleConfig) -> list[dict[str, float]]:
-    """What to ask an autoscaler for, before there is a worker that waits for it."""
-    each = {"CPU": 1.0} if scale.layout in ("auto", "cpu") else {"CPU": 1.0, "GPU": 1.0}
-    return [each] * (scale.workers or 1)
+def missing(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, float]]:
+    """Each machine that is wanted and not there, as what it has."""
+    left = collections.Counter((node.cpus, node.gpus) for node in wanted)
+    left.subtract((node.cpus, node.gpus) for node in there)
+    return [
+        {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        for (cpus, gpus), count in left.items()
+        for _ in range(count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -119,12 +96,10 @@ def reason_to_replan(it: Situation, layout: Layout, fit: Callable[[], Layout | N
     if not came or it.rate is None:
         return None
     fits = fit()
-    if fits is None or fits.workers <= layout.workers:
+    if fits is None or it.rows_left / it.rate * fits.saves(layout) < WORTH_SECONDS:
         return None
-    saved = it.rows_left / it.rate * (1 - layout.workers / fits.workers)
-    if saved < WORTH_SECONDS:
-        return None
-    return f"{came} machines have come: {fits.workers} workers instead of {layout.workers}"
+    before = layout.size if fits.worker_gpus else layout.workers
+    return f"{came} machines have come: {fits.size} instead of {before}"
 
 
 class Passes:
@@ -147,6 +122,7 @@ class Passes:
         self._wider = wider
         self._chunk_bytes = chunk_bytes
         self._patience = Patience(scale.wait_seconds)
+        self._most = None if cluster.is_private() else cluster.most_nodes()
 
     def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
         """Each chunk once it is durable, and None at times when nothing has come.
@@ -154,22 +130,51 @@ class Passes:
         Raises RunFailed when no worker goes on for `scale.wait_seconds`.
         """
         left = {work.chunk: work for work in todo}
-        while left:
-            if self._scale.workers is None:
-                layout = layout.for_rows(sum(self._rows(work) for work in left.values()))
-            why = yield from self._one(layout, left)
-            if not left:
-                return
-            if why is None:
-                raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
-            tell("layout", f"{why}: laid out anew")
-            try:
-                fits = fitted(self._scale, self._interruption, self._chunk_bytes)
-            except ResourcesError as error:  # of a run that is under way
-                raise RunFailed(f"{error}; what is done is kept") from error
-            layout = self._wider(fits)
-            for reason in layout.reasons:
-                tell("layout", reason)
+        try:
+            while left:
+                layout = self._sized(layout, self._rows_of(left))
+                why = yield from self._one(layout, left)
+                if not left:
+                    return
+                if why is None:
+                    raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
+                tell("layout", f"{why}: laid out anew")
+                layout = self._wider((yield from self._anew()))
+                for reason in layout.reasons:
+                    tell("layout", reason)
+        finally:
+            cluster.give_back()
+
+    def _ask(self, rows: int) -> None:
+        """Ask for all machines that so many rows are worth, where it is known what may come.
+
+        Once the workers are at work: one that is not there yet leaves its machine to be taken for
+        what was asked for.
+        """
+        if self._most is None:
+            return
+        with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
+            wanted = machines_for(self._most, self._scale, self._chunk_bytes, rows)
+            cluster.keep_asking(missing(wanted, cluster.nodes()))
+
+    def _anew(self) -> Generator[None, None, Layout]:
+        """The layout for the machines that are there after some were lost, or have come."""
+        scale, chunk_bytes = self._scale, self._chunk_bytes
+        try:
+            return (
+                yield from cluster.fitting(
+                    lambda nodes: plan_layout(nodes, scale, chunk_bytes),
+                    lambda most: first_bundles(most, scale, chunk_bytes),
+                    scale.wait_seconds,
+                    self._interruption,
+                    under_way=True,
+                )
+            )
+        except ResourcesError as error:  # of a run that is under way
+            raise RunFailed(f"{error}; what is done is kept") from error
+
+    def _rows_of(self, left: dict[int, Work]) -> int:
+        return sum(self._rows(work) for work in left.values())
 
     def _one(
         self, layout: Layout, left: dict[int, Work]
@@ -184,7 +189,7 @@ class Passes:
         machines = _Machines()
         pipeline = Pipeline(spec, layout, list(left.values()))
         why: str | None = None
-        rows_left = sum(self._rows(work) for work in left.values())
+        rows_left = self._rows_of(left)
         rows, first = 0, 0.0
         try:
             for receipt in cluster.in_background(pipeline.receipts(), self._interruption):
@@ -199,7 +204,9 @@ class Passes:
                     yield receipt
                 else:
                     yield None
-                if why is None and machines.due():
+                if machines.due():
+                    if first:
+                        self._ask(rows_left)
                     spent = time.monotonic() - first
                     it = machines.situation(
                         hang_seconds=self._scale.hang_seconds,
@@ -207,7 +214,9 @@ class Passes:
                         rows_left=rows_left,
                         rate=rows / spent if first and spent > 1 else None,
                     )
-                    why = reason_to_replan(it, layout, self._fit)
+                    why = why or reason_to_replan(
+                        it, layout, functools.partial(self._fit, rows_left)
+                    )
                     if why is not None:
                         pipeline.stop()
                     self._check_waiting(it, layout)
@@ -222,11 +231,15 @@ class Passes:
             return len(work.offsets)
         return len(self._spec.plan.rows_of(work.chunk))
 
-    def _fit(self) -> Layout | None:
+    def _fit(self, rows: int) -> Layout | None:
         try:
-            return plan_layout(cluster.nodes(), self._scale, self._chunk_bytes)
+            return self._sized(plan_layout(cluster.nodes(), self._scale, self._chunk_bytes), rows)
         except ResourcesError:
             return None
+
+    def _sized(self, layout: Layout, rows: int) -> Layout:
+        """For so many rows, unless the number of workers was asked for."""
+        return layout if self._scale.workers is not None else layout.for_rows(rows)
 
     def _check_waiting(self, it: Situation, layout: Layout) -> None:
         self._patience.spend(
@@ -234,27 +247,6 @@ class Passes:
             f"{layout.workers} workers of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} "
             "GPU each",
         )
-
-
-class Patience:
-    """How long to wait for what the cluster may have no room for; says that it waits."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._said = 0.0
-
-    def spend(self, waited: float, what: str) -> None:
-        """Called often while nothing comes; raises RunFailed when it has taken too long."""
-        if waited > self._seconds:
-            raise RunFailed(
-                f"nothing has come for {waited:.0f} s (scale.wait_seconds) of {what}; {_has()}"
-            )
-        if waited > IDLE_SECONDS and time.monotonic() - self._said > _SAY_SECONDS:
-            self._said = time.monotonic()
-            tell(
-                "waiting",
-                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; {_has()}",
-            )
 
 
 class _Machines:
@@ -278,15 +270,6 @@ class _Machines:
         self._now = now
         steady = self._looked - self._changed
         return Situation(self._before, now, steady, idle, rows_left, rate, hang_seconds)
-
-
-def _has() -> str:
-    nodes, free = cluster.nodes(), ray.available_resources()
-    return (
-        f"the cluster has {len(nodes)} machines with {sum(node.cpus for node in nodes):g} CPUs and "
-        f"{sum(node.gpus for node in nodes):g} GPUs, of which {free.get('CPU', 0):g} and "
-        f"{free.get('GPU', 0):g} are free"
-    )
 
 
 @contextlib.contextmanager

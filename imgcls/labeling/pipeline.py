@@ -12,13 +12,15 @@ import functools
 import math
 import os
 import pickle
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from imgcls.cluster import hush_data, keep_memory
 from imgcls.data import stores
@@ -43,17 +45,34 @@ some hundred bytes; where there is, pixels of a chunk.
 """
 
 
+class _Begun(ExecutionCallback):
+    """Tells a pipeline what executes it, before the first result; Ray Data itself tells it after.
+
+    Ray Data makes it, by its class, so the two find each other by a name in the pipeline's context.
+    """
+
+    KEY: ClassVar[str] = "imgcls.pipeline"
+    executors: ClassVar[dict[str, Any]] = {}
+
+    def before_execution_starts(self, executor: Any) -> None:
+        self.executors[executor._data_context.get_config(self.KEY)] = executor
+
+
 class Pipeline:
     """Work laid out on the cluster; one that was stopped may be followed by another."""
 
     def __init__(self, spec: RunSpec, layout: Layout, work: Sequence[Work]) -> None:
         hush_data()
+        self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.raise_original_map_exception = True
         # each chunk's result leaves its worker at once, not when the block that it came in is done
         context.target_max_block_size = 1
         context._max_num_blocks_in_streaming_gen_buffer = AHEAD[layout.name]
+        context.execution_no_progress_timeout_s = -1  # how long to wait is said by `scale`
+        context.set_config(_Begun.KEY, self._name)
+        context.custom_execution_callback_classes.append(_Begun)
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
             for stage in _stages(spec, layout, len(work)):
@@ -62,14 +81,20 @@ class Pipeline:
 
     def receipts(self) -> Iterator[Done]:
         """Do the work; yields each chunk once it is durable, in any order, until it is stopped."""
-        for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(batch, pa.Table)
-            for payload in batch.column("done").to_pylist():
-                yield pickle.loads(payload)
+        try:
+            for batch in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                assert isinstance(batch, pa.Table)
+                for payload in batch.column("done").to_pylist():
+                    yield pickle.loads(payload)
+        finally:
+            _Begun.executors.pop(self._name, None)
 
     def stop(self) -> None:
-        """Take the workers away, whatever they are at, and have `receipts` come to its end."""
-        executor: Any = self._dataset._current_executor
+        """Take the workers away, whatever they are at, and have `receipts` come to its end.
+
+        To be called again until it has: without effect in the moment before Ray Data begins.
+        """
+        executor = _Begun.executors.get(self._name)
         if executor is not None:
             executor.shutdown(force=True)
 
@@ -173,9 +198,12 @@ class _Worker:
         return self._done(work, table, spent, attempt)
 
     def _done(
-        self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt
+        self, work: Work, table: pa.Table, spent: Spent, attempt: Attempt, deaths: int = 0
     ) -> dict[str, list[bytes]]:
-        """Receipt for a chunk that is durable."""
+        """Receipt for a chunk that is durable.
+
+        deaths: workers that it has cost in the stage before
+        """
         attempt.end()
         status = collections.Counter(table.column("status").to_pylist())
         done = Done(
@@ -185,7 +213,7 @@ class _Worker:
             spent=spent,
             precision=self._precision,
             worker=self._name,
-            deaths=attempt.deaths,
+            deaths=deaths + attempt.deaths,
         )
         return {"done": [pickle.dumps(done)]}
 
@@ -245,7 +273,7 @@ class GpuWorker(_ModelWorker):
     """The layouts with GPUs: pixels come ready from tasks on CPUs, or bytes to decode here."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        work, ready, spent = _only(batch, "ready")
+        work, ready, spent, deaths = _only(batch, "ready")
         spec, stages = self._spec, self._stages
         attempt = Attempt.at(spec, work, "classify")
         rows = stages.rows_of(spec, work)
@@ -261,7 +289,7 @@ class GpuWorker(_ModelWorker):
             attempt.check()
         table = stages.classify_prepared(spec, self._classifier, rows, work, ready, spent)
         stages.commit(spec, work, table, spent)
-        return self._done(work, table, spent, attempt)
+        return self._done(work, table, spent, attempt, deaths)
 
 
 def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, list[bytes]]:
@@ -282,9 +310,12 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
             stages.prepare_all(spec, rows.slice(row, 1), preprocess, Spent())
         ready = stages.prepare_all(spec, rows, preprocess, spent, attempt.crashed, attempt.beat)
     else:
-        ready = list(stages.fetch(spec, rows))
+        ready = []
+        for blob in stages.fetch(spec, rows):
+            ready.append(blob)
+            attempt.beat()
     attempt.end()
-    return {"ready": [pickle.dumps((work, ready, spent), protocol=5)]}
+    return {"ready": [pickle.dumps((work, ready, spent, attempt.deaths), protocol=5)]}
 
 
 def is_for_host(chunk: int, share: float) -> bool:

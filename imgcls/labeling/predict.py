@@ -37,9 +37,9 @@ from imgcls.errors import (
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
-from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
+from imgcls.labeling.layout import STORE_WAITS, TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
-from imgcls.labeling.passes import Passes, Patience, fitted, resumable
+from imgcls.labeling.passes import Passes, fitted, resumable
 from imgcls.labeling.plan import (
     LARGE_CHUNK,
     Identity,
@@ -181,6 +181,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
     _check_columns(manifest, config, bundle)
+    _check_patience(config, output, listed)
     _check_images(listed)
     _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
@@ -190,6 +191,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
                 run = _Run(config, output, manifest, bundle, lease, interruption, started)
                 return run.run()
         finally:
+            cluster.give_back()
             lease.release()
 
 
@@ -223,6 +225,8 @@ class _Run:
         config = self.config
         if config.overwrite:
             _clear(self.output)
+        # how fast the driver before was is not how fast this one is
+        storage.remove(storage.join(self.output, names.PROGRESS))
         stored = names.load_run(self.output)
         if stored is not None:
             self._check_same(stored)
@@ -330,7 +334,7 @@ class _Run:
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
             )
-            patience = Patience(config.scale.wait_seconds)
+            patience = cluster.Patience(config.scale.wait_seconds)
             answer = trial.ask(
                 asked,
                 case,
@@ -378,7 +382,8 @@ class _Run:
         """What a chunk takes on its way to a GPU: its pixels, or its files where those are more."""
         side = self.bundle.spec.preprocess.crop
         each = 3 * side * side
-        if any(node.gpus for node in cluster.nodes()):
+        may_come = [] if cluster.is_private() else cluster.most_nodes() or []
+        if any(node.gpus for node in [*cluster.nodes(), *may_come]):
             sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
             each = max(each, sum(sizes) // max(1, len(sizes)))
         return each * (self.config.chunk_rows or LARGE_CHUNK)
@@ -452,15 +457,16 @@ class _Run:
             for receipt in passes.receipts(layout, todo):
                 if receipt is None:
                     progress.tick()
-                    continue
-                self.precision.add(receipt.precision)
-                progress.add(receipt)
-                telemetry.add(receipt)
-                _tell_chunk(receipt)
-                self.lease.check()
-                yield receipt.work.chunk
+                else:
+                    self.precision.add(receipt.precision)
+                    progress.add(receipt)
+                    telemetry.add(receipt)
+                    _tell_chunk(receipt)
+                    self.lease.check()
+                    yield receipt.work.chunk
                 if time.monotonic() - kept > KEEP_SECONDS:
                     kept = time.monotonic()
+                    self.lease.check()
                     telemetry.show(progress.fields())
                     names.keep_progress(self.output, progress.fields())
             telemetry.show(progress.fields())  # else a gauge stays at what was left before
@@ -591,7 +597,7 @@ class _Counting:
         return self._total
 
     def _collect(self, book: Ledger | None, *, wait: bool) -> None:
-        patience, last = Patience(self._run.config.scale.wait_seconds), time.monotonic()
+        patience, last = cluster.Patience(self._run.config.scale.wait_seconds), time.monotonic()
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
             ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)
@@ -629,6 +635,22 @@ def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) ->
         raise ManifestError(
             f"manifest {manifest.source}: column {taken[0]!r} is one that labelling writes; rename "
             f"it in the manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+        )
+
+
+def _check_patience(config: PredictConfig, output: str, manifest: Manifest) -> None:
+    """Raise RequestError where a worker that waits for a store would be taken to hang."""
+    waits = STORE_WAITS * config.storage.deadline_seconds
+    if config.scale.hang_seconds > waits:
+        return
+    places = (output, storage.absolute(config.model), *itertools.islice(_urls(manifest), 1))
+    remote = next((place for place in places if not storage.is_local(place)), None)
+    if remote is not None:
+        raise RequestError(
+            f"scale.hang_seconds {config.scale.hang_seconds:g}: for {remote} a worker may wait "
+            f"{STORE_WAITS} x {config.storage.deadline_seconds:g} s (storage.deadline_seconds) "
+            "before it has an image done, and would be ended although it does not hang; give more "
+            f"than {waits:g}, or a smaller --storage.deadline-seconds"
         )
 
 

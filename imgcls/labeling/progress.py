@@ -29,7 +29,7 @@ class Progress:
         self._live = self._stream.isatty() and not is_json()
         self._spent = Spent()
         self._recent = [(time.monotonic(), done, 0.0)]
-        self._workers: set[str] = set()
+        self._workers: dict[str, float] = {}  # until when each counts as there
         self._steady_from: tuple[float, int] | None = None
         self._said = time.monotonic()
 
@@ -41,7 +41,8 @@ class Progress:
         now = time.monotonic()
         if self._steady_from is None and done.worker in self._workers:
             self._steady_from = (now, self._done)
-        self._workers.add(done.worker)
+        stages = done.spent.seconds() | {"gpu": 0.0}
+        self._workers[done.worker] = now + max(_WINDOW_SECONDS, 2 * sum(stages.values()))
         self._recent.append((now, self._done, self._spent.gpu))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
@@ -76,15 +77,23 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images per second of late."""
-        (start, before, _), (now, after, _) = self._recent[0], self._recent[-1]
-        return (after - before) / (now - start) if now > start else 0.0
+        """Images per second of late; falls while nothing comes for longer than that."""
+        (start, before, _), (last, after, _) = self._recent[0], self._recent[-1]
+        now = time.monotonic()
+        end = now if now - last > max(_WINDOW_SECONDS, last - start) else last
+        return (after - before) / (end - start) if end > start else 0.0
+
+    @property
+    def workers(self) -> int:
+        """Workers that have done a chunk of late: one that was lost or replaced is none."""
+        now = time.monotonic()
+        return sum(1 for until in self._workers.values() if until >= now)
 
     @property
     def gpu_busy(self) -> float:
         """Share of late that the workers' GPUs were at forward passes; 0 without GPUs."""
         (start, _, before), (now, _, after) = self._recent[0], self._recent[-1]
-        spent = (now - start) * len(self._workers)
+        spent = (now - start) * self.workers
         return min(1.0, (after - before) / spent) if spent > 0 else 0.0
 
     @property
@@ -104,7 +113,7 @@ class Progress:
             "images_per_second": round(self.rate, 2),
             "seconds_left": self.seconds_left and round(self.seconds_left, 1),
             "status": dict(sorted(self._status.items())),
-            "workers": len(self._workers),
+            "workers": self.workers,
             "gpu_busy": round(self.gpu_busy, 3) if self._spent.gpu else None,
             "stage_seconds": {k: round(v, 3) for k, v in self._spent.seconds().items()},
         }

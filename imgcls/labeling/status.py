@@ -22,6 +22,7 @@ from imgcls.errors import OutputError, StorageMissing
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.plan import Plan, plan_of
 from imgcls.labeling.progress import duration
+from imgcls.lease import Holder
 
 _READS = 16
 
@@ -51,10 +52,14 @@ def status(config: StatusConfig) -> dict[str, Any]:
 def look(output: str) -> dict[str, Any]:
     """What an output folder says of its run.
 
-    state: committed; running; waiting (for a driver: it was stopped, or died)
+    state: committed; starting (its driver waits for machines, or plans); running; waiting (for a
+        driver: it was stopped, or died)
     """
     run = layout.load_run(output)
     if run is None:
+        holder = lease.holder(output)
+        if holder is not None and holder.alive:
+            return {"output": output, "state": "starting", "driver": _driver(holder)}
         raise OutputError(f"output {output}: holds no {layout.RUN}, so no labelling run began here")
     plan = plan_of(run)
     told: dict[str, Any] = {
@@ -78,7 +83,7 @@ def look(output: str) -> dict[str, Any]:
     book = Ledger.read(output, plan)
     told |= {
         "state": "running" if alive else "waiting",
-        "driver": f"{holder.host}, process {holder.pid}" if holder is not None else None,
+        "driver": _driver(holder) if holder is not None else None,
         "rows_done": book.rows_done,
         "files_done": len(book.parts),
         "files": plan.parts,
@@ -91,6 +96,10 @@ def look(output: str) -> dict[str, Any]:
         if alive and rate:
             told["seconds_left"] = round((plan.rows - book.rows_done) / rate, 1)
     return told
+
+
+def _driver(holder: Holder) -> str:
+    return f"{holder.host}, process {holder.pid}"
 
 
 def _success(output: str) -> dict[str, Any] | None:
@@ -127,6 +136,11 @@ def _count(url: str) -> collections.Counter[str]:
 
 
 def _words(told: dict[str, Any]) -> str:
+    if told["state"] == "starting":
+        return (
+            f"run        {told['output']}\n"
+            f"state      starting on {told['driver']}: it waits for machines, or reads the manifest"
+        )
     rows, done = told["rows"], told["rows_done"]
     lines = [f"run        {told['run_id']}, {rows:,} rows: {told['output']}"]
     if told["state"] == "committed":

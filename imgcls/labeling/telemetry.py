@@ -40,7 +40,7 @@ class Telemetry:
         self._died = made(Counter, "imgcls_workers_died", "Workers that died or were lost at work")
         self._rows_left = made(Gauge, "imgcls_rows_left", "Rows of the manifest still to be done")
         self._rate = made(Gauge, "imgcls_images_per_second", "Images labelled a second, of late")
-        self._workers = made(Gauge, "imgcls_workers", "Workers that have done a chunk")
+        self._workers = made(Gauge, "imgcls_workers", "Workers that have done a chunk of late")
         self._gpu_busy = made(
             Gauge, "imgcls_gpu_busy", "Share of late that the GPUs were at forward passes"
         )

@@ -1,13 +1,16 @@
 """Ray Train around the workers: starts them, waits, and turns what went wrong into one error.
 
 Owns Ray Train's settings. Lost workers are replaced and go on from the last saved state, which is
-ours (see `checkpoints`); every failure that remains is a RunFailed or a ResourcesError.
+ours (see `checkpoints`); while none is to be had it is said; every failure that remains is a
+RunFailed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -19,12 +22,12 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from imgcls.cluster import Interruption, keep_memory
+from imgcls.cluster import Interruption, Patience, is_alive, keep_memory
 from imgcls.data import storage, stores
-from imgcls.errors import Interrupted, ResourcesError, RunFailed
+from imgcls.errors import Interrupted, RunFailed
 from imgcls.training.checkpoints import FOLDER
 from imgcls.training.loop import Outcome, Work
-from imgcls.training.waiting import awaited, started
+from imgcls.training.waiting import started
 from imgcls.training.worker import LOST_TOUCH, run_worker
 from imgcls.training.workers import Workers
 
@@ -32,10 +35,12 @@ from imgcls.training.workers import Workers
 _train: Any = ray.train
 
 START_ATTEMPTS = 5
-"""Times that Ray waits a minute for the workers' CPUs before the run is given up."""
+"""Times that workers may fail to start, beside those that Ray waits a minute for their CPUs."""
 SAVE_SECONDS = 60
 """Time for an interrupted run to save; what is left then ends with this process."""
 STOP_SECONDS = 10
+LOOK_SECONDS = 2.0
+"""So often the driver looks whether a worker is there."""
 POLL_SECONDS = 0.5
 """Ray's default of 2 would hold back epochs that are shorter: it takes one report per poll."""
 
@@ -43,10 +48,11 @@ POLL_SECONDS = 0.5
 def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) -> Outcome:
     """Train until the workers end, replacing those that are lost.
 
-    Raises Interrupted after a signal, when the workers have saved; RunFailed; ResourcesError when
-    the workers cannot be had.
+    Raises Interrupted after a signal, when the workers have saved; RunFailed, also when no worker
+    is to be had for `scale.wait_seconds`.
     """
     # a new name each time: Ray's own record of a killed run may be cut short, and is not needed
+    scale = work.config.scale
     folder = storage.join(work.config.output, FOLDER, "ray")
     path, file_system = ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
@@ -65,8 +71,8 @@ def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) ->
             storage_path=path,
             storage_filesystem=file_system,
             failure_config=_train.FailureConfig(
-                max_failures=work.config.scale.max_failures,
-                controller_failure_limit=START_ATTEMPTS - 1,
+                max_failures=scale.max_failures,
+                controller_failure_limit=START_ATTEMPTS + math.ceil(scale.wait_seconds / 60),
             ),
             logging_config=_train.LoggingConfig(log_level="ERROR"),
             worker_runtime_env=keep_memory(),
@@ -74,24 +80,52 @@ def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) ->
     )
     try:
         with _environment("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS)):
-            outcome = _awaited(started(trainer.fit), board, interruption)
+            team = _Team(board, str(workers), scale.wait_seconds)
+            outcome = _awaited(started(trainer.fit), board, team, interruption)
     finally:
         storage.remove(folder)
     return outcome
 
 
-def _awaited(run: Future[Any], board: Any, interruption: Interruption) -> Outcome:
+class _Team:
+    """The workers as the driver sees them: whether any is there, and for how long none was."""
+
+    def __init__(self, board: Any, wanted: str, wait_seconds: float) -> None:
+        self._board = board
+        self._wanted = f"training workers, {wanted}"
+        self._patience = Patience(wait_seconds)
+        self._seen = self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """Say when none is there; raises RunFailed when that takes too long. To be called often."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        if any(is_alive(worker) for worker in ray.get(self._board.workers.remote())):
+            self._seen = now
+        self._patience.spend(now - self._seen, self._wanted)
+
+
+def _awaited(run: Future[Any], board: Any, team: _Team, interruption: Interruption) -> Outcome:
     try:
-        result = awaited(run, interruption)
+        while not wait([run], timeout=0.2).done:
+            interruption.check()
+            team.look()
+        result = run.result()
+    except RunFailed as failure:
+        # Ray Train goes on trying, and has no way to be told: a worker that comes ends at once
+        board.fail.remote(str(failure))
+        raise
     except Interrupted as interrupted:
         raise _stopped(run, board, interrupted) from None
     except ray.train.WorkerGroupError as error:
         raise RunFailed(told(error)) from error
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            raise ResourcesError(
-                f"the training workers were not to be had in {START_ATTEMPTS} minutes; another job "
-                "may hold the cluster's CPUs or GPUs (see `ray status`)"
+            raise RunFailed(
+                "the training workers were not to be had, time and again; another job may hold the "
+                "cluster's CPUs or GPUs (see `ray status`)"
             ) from error
         raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
     outcome: Outcome = result.return_value

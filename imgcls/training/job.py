@@ -34,7 +34,7 @@ from imgcls.training.progress import Epoch, followed_board
 from imgcls.training.publish import publish
 from imgcls.training.stream import Streamed
 from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import Workers, decoding_cpus, fits_store, plan_workers
+from imgcls.training.workers import Workers, awaited_workers, decoding_cpus, fits_store
 
 TRACKERS = "trackers.json"
 
@@ -80,9 +80,23 @@ def run(
 ) -> TrainResult:
     """Decode, train and publish; see `train` for what it raises."""
     begun = time.monotonic()
-    config = task.config
-    nodes = cluster.nodes()
-    workers = plan_workers(nodes, config.scale)
+    try:
+        workers = awaited_workers(task.config.scale, interruption)
+        return _run(task, workers, checkpoints, lease, interruption, shared, begun)
+    finally:
+        cluster.give_back()
+
+
+def _run(
+    task: Task,
+    workers: Workers,
+    checkpoints: Checkpoints,
+    lease: Lease,
+    interruption: Interruption,
+    shared: Shared | None,
+    begun: float,
+) -> TrainResult:
+    config, nodes = task.config, cluster.nodes()
     views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
     rows = task.examples.rows
     fits = fits_store(views.bytes_of(rows), store_bytes())

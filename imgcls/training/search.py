@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -103,6 +104,12 @@ class SearchConfig(Section):
     """Trials at a time; as many as the machines hold."""
     seed: NonNegativeInt = 0
     """Of the values that are drawn."""
+
+    @property
+    def total(self) -> int:
+        """Trainings in all: each combination of the grids' values, `trials` times over."""
+        grids = (axis.grid for axis in self.space.values() if axis.grid is not None)
+        return self.trials * math.prod(len(values) for values in grids)
 
 
 class TuneConfig(TrainConfig):

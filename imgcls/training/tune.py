@@ -14,7 +14,7 @@ import math
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import pandas as pd
 from ray import tune as ray_tune
 
 from imgcls import cluster
-from imgcls.cluster import Interruption
+from imgcls.cluster import Interruption, Node
 from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
@@ -39,7 +39,7 @@ from imgcls.training.prepare import Task, decode
 from imgcls.training.progress import Epoch
 from imgcls.training.search import TuneConfig, check_space, settings_of
 from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import Workers, fits_store, plan_workers
+from imgcls.training.workers import Workers, awaited_workers, fits_store, trials_that_fit
 
 TRIALS = "trials"
 BEST = "best"
@@ -81,6 +81,7 @@ def tune(config: TuneConfig) -> TuneResult:
             cluster.connect()
             return _search(config, task, interruption)
         finally:
+            cluster.give_back()
             lease.release()
 
 
@@ -131,14 +132,14 @@ def _claim(config: TuneConfig) -> None:
 
 
 def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneResult:
+    workers = awaited_workers(config.scale, interruption)
     nodes = cluster.nodes()
-    workers = plan_workers(nodes, config.scale)
     views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
     cached = fits_store(views.bytes_of(task.examples.rows), store_bytes())
     cpus = sum(node.cpus for node in nodes)
-    at_a_time = concurrent(config, workers, cpus, sum(node.gpus for node in nodes), cached=cached)
+    at_a_time = concurrent(config, workers, nodes, cached=cached)
     print(
-        f"search: {config.tune.trials} trials of {', '.join(config.tune.space)}; {at_a_time} at a "
+        f"search: {config.tune.total} trials of {', '.join(config.tune.space)}; {at_a_time} at a "
         f"time, each {workers}, of {cpus:g} CPUs",
         flush=True,
     )
@@ -151,26 +152,22 @@ def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneR
     return _concluded(config, grid)
 
 
-def concurrent(
-    config: TuneConfig, workers: Workers, cpus: float, gpus: float, *, cached: bool
-) -> int:
+def concurrent(config: TuneConfig, workers: Workers, nodes: Sequence[Node], *, cached: bool) -> int:
     """Trials at a time whose workers the machines hold; none that would wait for another's CPUs.
 
     cached: images are decoded before; else each trial needs a CPU more, to decode
     Raises RequestError when more are asked for than fit.
     """
-    each = workers.most * workers.cpus + (0 if cached else 1)
-    fit = math.floor(cpus / each + 1e-6)
-    if workers.gpus:
-        fit = min(fit, math.floor(gpus / workers.most))
-    fit = max(1, fit)
+    fit = trials_that_fit(nodes, workers, cached=cached)
     wanted = config.tune.concurrent
     if wanted is not None and wanted > fit:
+        each = workers.most * workers.cpus + (0 if cached else 1)
         raise RequestError(
-            f"tune.concurrent {wanted}: each trial takes {each:g} CPUs of {cpus:g}, so at most "
-            f"{fit} fit; give fewer, or a smaller scale.cpus_per_worker"
+            f"tune.concurrent {wanted}: each trial takes {each:g} CPUs of "
+            f"{sum(node.cpus for node in nodes):g}, so at most {fit} fit; give fewer, or a smaller "
+            "scale.cpus_per_worker"
         )
-    return min(fit, wanted or fit, config.tune.trials)
+    return min(fit, wanted or fit, config.tune.total)
 
 
 def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
@@ -299,7 +296,7 @@ class _Lines(ray_tune.Callback):
         self._epochs = config.epochs
         self._by = config.best_by
         self._ended = 0
-        self._trials = config.tune.trials
+        self._trials = config.tune.total
 
     def get_state(self) -> dict[str, Any]:
         return {"ended": self._ended}

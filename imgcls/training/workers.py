@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from imgcls.cluster import Node
+from imgcls import cluster
+from imgcls.cluster import Interruption, Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
 
@@ -36,6 +37,8 @@ class ScaleConfig(Section):
     """torch.compile the network; pays on long runs."""
     max_failures: NonNegativeInt = 8
     """Times that lost workers are replaced before the run is given up."""
+    wait_seconds: PositiveFloat = 1800.0
+    """To wait for machines or workers at most."""
 
     @model_validator(mode="after")
     def _check(self) -> ScaleConfig:
@@ -105,6 +108,30 @@ def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
     return workers
 
 
+def awaited_workers(config: ScaleConfig, interruption: Interruption) -> Workers:
+    """The workers on the machines that are there; waits for machines where more may come.
+
+    Raises ResourcesError as `plan_workers` does, when it will not fit, or did not in
+    `scale.wait_seconds`.
+    """
+    return cluster.fitted(
+        lambda nodes: plan_workers(nodes, config),
+        lambda most: bundles(most, config),
+        config.wait_seconds,
+        interruption,
+    )
+
+
+def bundles(most: Sequence[Node] | None, config: ScaleConfig) -> list[dict[str, float]]:
+    """What to ask an autoscaler for, by the machines that may come; None: that is not known."""
+    count, gpus = config.smallest, int(config.use_gpu or False)
+    if most is not None:
+        workers = plan_workers(most, config)
+        count, gpus = workers.count, workers.gpus
+    each = {"CPU": config.cpus_per_worker} | ({"GPU": float(gpus)} if gpus else {})
+    return [each] * count
+
+
 def fits_store(needed: int, capacity: int) -> bool:
     """Whether decoded images may all be kept.
 
@@ -130,6 +157,28 @@ def decoding_cpus(nodes: Sequence[Node], workers: Workers) -> float:
             "--object-store-memory"
         )
     return left
+
+
+def trials_that_fit(nodes: Sequence[Node], workers: Workers, *, cached: bool) -> int:
+    """Trainings that the machines hold beside each other, none waiting for another's CPUs.
+
+    cached: images are decoded before; else each training needs a whole CPU more, to decode
+    """
+    most = _places(nodes, workers.cpus, workers.gpus) // workers.most
+    for trials in range(most, 1, -1):
+        if cached or _spare_cores(nodes, workers, trials * workers.most) >= trials:
+            return trials
+    return 1
+
+
+def _spare_cores(nodes: Sequence[Node], workers: Workers, count: int) -> int:
+    """Whole CPUs that are left beside so many workers, one machine filled before the next."""
+    spare = 0
+    for node in nodes:
+        here = min(count, _places([node], workers.cpus, workers.gpus))
+        count -= here
+        spare += math.floor(node.cpus - here * workers.cpus + 1e-6)
+    return spare
 
 
 def _places(nodes: Sequence[Node], cpus: float, gpus: int) -> int:

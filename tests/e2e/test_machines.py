@@ -7,6 +7,7 @@ gets a real signal while it reads an image with a mark in it.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -23,6 +24,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.util import placement_group_table
 
 from imgcls.data.images import decode
 from imgcls.data.preprocess import Preprocess
@@ -65,7 +68,7 @@ def poisoned(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     folder = tmp_path / "hook"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(HOOK))
-    return lambda name: {"PYTHONPATH": str(folder), "IMGCLS_TEST_POISON": name}
+    return lambda name: {**with_hook(folder), "IMGCLS_TEST_POISON": name}
 
 
 def photographs(
@@ -104,12 +107,23 @@ def machines(
 # ------------------------------------------------------------------ an image that kills
 
 
-@pytest.mark.parametrize("name", ["SIGSEGV", pytest.param("SIGKILL", marks=pytest.mark.cluster)])
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [
+        ("SIGSEGV", 0),
+        pytest.param("SIGKILL", 0, marks=pytest.mark.cluster),
+        pytest.param("SIGSEGV", 1, marks=pytest.mark.cluster),
+    ],
+)
 def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
-    name: str, tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
+    name: str,
+    gpus: int,
+    tmp_path: Path,
+    colour_bundle: Path,
+    poisoned: Callable[[str], dict[str, str]],
 ) -> None:
     manifest, output = with_poison(tmp_path / "images"), tmp_path / "out"
-    with RayCluster.start(cpus=2, env=poisoned(name)) as cluster:
+    with RayCluster.start(cpus=2, gpus=gpus, env=poisoned(name)) as cluster:
         order = words(manifest, colour_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 0, done.stderr
@@ -236,7 +250,12 @@ def stopping(folder: Path, stopped: Path) -> dict[str, str]:
     """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(textwrap.dedent(hook))
-    return {"PYTHONPATH": str(folder)}
+    return with_hook(folder)
+
+
+def with_hook(folder: Path) -> dict[str, str]:
+    """The environment of machines whose Pythons begin with what is in a folder."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 # ------------------------------------------------------------------ machines that go and come
@@ -258,16 +277,22 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("chunks", [0, 4])
 def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
-    tmp_path: Path, colour_bundle: Path
+    chunks: int, tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
     with machines(1) as (cluster, (lost,)):
         order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
         with started(*order, env=cluster.environment()) as driver:
-            wait_for(lambda: durable(output) > 3)
+            # its worker has begun to load the model
+            wait_for(lambda: any("ray::Map" in title(p) for p in family(lost.pid)), every=0.05)
+            wait_for(lambda: durable(output) >= chunks)
             kill_family(lost.pid)
+            assert chunks or not durable(output)
             time.sleep(30)
+            # also while nothing comes it tells how far it is
+            assert json.loads((output / "_progress.json").read_bytes())["rows"] == 300
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err
@@ -294,6 +319,48 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
                 assert driver.returncode == 0, err
     assert "waiting  for machines: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 40)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("job", ["predict", "train"])
+def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is_worth(
+    job: str, tmp_path: Path, colour_bundle: Path, colours: Callable[..., Path]
+) -> None:
+    """The test is the autoscaler, on a head such as `ray up` leaves behind."""
+    group = {"resources": {"CPU": 1}, "max_workers": 2}
+    groups = {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "cpu": group}
+    config = {"available_node_types": groups, "head_node_type": "head", "max_workers": 2}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
+    output = tmp_path / "out"
+    if job == "predict":
+        manifest = photographs(tmp_path / "images", 3000)
+        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+    else:
+        order = ["train", "--data.train", colours(60), "--output", output, "--epochs", 1]
+        order += ["--model.name", "small_cnn", "--batch-size", 16]
+
+    def asked() -> list[dict[str, float]]:
+        waiting = [g for g in placement_group_table().values() if g["state"] == "PENDING"]
+        return [bundle for g in waiting for bundle in g["bundles"].values()]
+
+    with RayCluster.start(cpus=0) as cluster:
+        ray.init(cluster.address, log_to_driver=False)
+        try:
+            environment = {**cluster.environment(), "HOME": str(tmp_path)}
+            with started(*order, env=environment) as driver:
+                wait_for(lambda: asked() == [{"CPU": 1}], 120)
+                with machine(cluster, 1):
+                    wait_for(lambda: asked() == [], 120)
+                    if job == "predict":
+                        wait_for(lambda: asked() == [{"CPU": 1}], 120)  # and one more
+                    out, err = driver.communicate(timeout=300)
+                    assert driver.returncode == 0, err
+            assert "waiting  for machines: " in out
+            wait_for(lambda: asked() == [])
+        finally:
+            ray.shutdown()
+    if job == "predict":
+        assert_exactly_once(output, 3000)
 
 
 # ------------------------------------------------------------------ long

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from imgcls import output as names
 from tests.processes import RayCluster, imgcls, started, wait_for
 
 
@@ -60,7 +61,14 @@ def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
     dead = status()
     assert dead["state"] == "waiting"
     assert "driver" in dead
-    assert imgcls(*order, env=cluster.environment()).returncode == 0
+    names.keep_progress(str(output), {"images_per_second": 123456.0})
+    with started(*order, env=cluster.environment()) as driver:
+        told = output / "_progress.json"
+        wait_for(lambda: not told.exists() or "123456" not in told.read_text())
+        assert not (output / "_SUCCESS").exists()
+        assert status().get("images_per_second") != 123456.0
+        driver.communicate(timeout=200)
+        assert driver.returncode == 0
     ended = status()
     assert (ended["state"], ended["rows_done"]) == ("committed", 400)
     assert ended["status"] == {"ok": 400}

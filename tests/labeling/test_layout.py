@@ -20,6 +20,8 @@ from imgcls.labeling.layout import (
     WORKER_CPUS,
     Layout,
     ScaleConfig,
+    first_bundles,
+    machines_for,
     plan_layout,
 )
 
@@ -223,6 +225,20 @@ def test_no_more_tasks_decode_than_the_object_store_holds_the_pixels_of() -> Non
     )
 
 
+def test_a_machine_with_many_cpus_and_a_small_object_store_sets_the_limit() -> None:
+    gpu = Node(cpus=16, gpus=1, accelerator="T4", store_bytes=40e9)
+    alike = plan_layout([gpu, gpu], ScaleConfig(), chunk_bytes=38_535_168)
+    assert alike.decoders == 34  # all of them
+    small = Node(cpus=64, gpus=0, store_bytes=4e9)
+    layout = plan_layout([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
+    # of the small one's 71 tasks its store holds 10, so of all 88 twelve may decode
+    assert layout.decoders == 12
+    assert layout.reasons[-1] == (
+        "12 x 5 chunks of 39 MB take 2.3 of the 22.0 GB of object store that they may; a machine "
+        "with 2.0 GB for 71 such tasks sets the limit"
+    )
+
+
 def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic() -> None:
     node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=1e8)
     with pytest.raises(ResourcesError) as caught:
@@ -236,3 +252,35 @@ def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic()
 def test_on_cpus_alone_no_pixels_pass_through_the_object_store() -> None:
     layout = plan_layout([Node(4, 0, store_bytes=1.0)], ScaleConfig(), chunk_bytes=38_535_168)
     assert layout.name == "cpu"
+
+
+# ------------------------------------------------------------------ machines that may come
+
+
+def test_the_least_to_begin_with_is_a_gpu_where_there_may_be_one() -> None:
+    may_come = [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
+    gpu, core = {"CPU": GPU_WORKER_CPUS, "GPU": 1.0}, {"CPU": 1.0}
+    assert first_bundles(may_come, ScaleConfig(), 0) == [gpu, core]
+    assert first_bundles(may_come, ScaleConfig(workers=2), 0) == [gpu, gpu, core]
+    assert first_bundles(may_come, ScaleConfig(layout="cpu"), 0) == [core]
+    with pytest.raises(ResourcesError, match="the cluster has 4; give at most 4"):
+        first_bundles(may_come, ScaleConfig(workers=5), 0)
+    # where nobody says what may come, it is as was said
+    assert first_bundles(None, ScaleConfig(), 0) == [core]
+    assert first_bundles(None, ScaleConfig(layout="gpu", workers=2), 0) == [gpu, gpu, core]
+
+
+def test_no_more_machines_are_asked_for_than_there_are_rows_for() -> None:
+    gpu, cpu = Node(16, 1, "L4"), Node(16, 0)
+    may_come = [cpu] * 8 + [gpu] * 4
+
+    def wanted(rows: int, **scale: object) -> list[Node]:
+        return machines_for(may_come, ScaleConfig.model_validate(scale), 0, rows)
+
+    assert wanted(10**6) == [gpu] * 4 + [cpu] * 8
+    assert wanted(1) == [gpu]
+    assert wanted(300) == [gpu] * 3
+    assert wanted(128 * 70) == [gpu] * 4 + [cpu]
+    assert wanted(10**6, workers=1) == [gpu] + [cpu] * 8  # no GPU for its cores alone
+    assert wanted(128 * 20, layout="cpu") == [cpu, cpu]
+    assert wanted(128 * 150, layout="cpu") == [cpu] * 8 + [gpu] * 2

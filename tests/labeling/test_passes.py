@@ -8,7 +8,7 @@ import pytest
 
 from imgcls.cluster import Node
 from imgcls.labeling.layout import Layout, ScaleConfig, plan_layout
-from imgcls.labeling.passes import SETTLE_SECONDS, Situation, reason_to_replan
+from imgcls.labeling.passes import SETTLE_SECONDS, Situation, missing, reason_to_replan
 
 A, B, C = (Node(2, 0, id=name) for name in "abc")
 
@@ -52,6 +52,22 @@ def test_a_machine_that_comes_is_taken_in_where_that_saves_a_minute() -> None:
     assert reason(now=(A, B, C), rows_left=10_000) is None
 
 
+def test_gpus_that_come_to_cpus_alone_are_taken_in_and_cpus_that_come_to_gpus() -> None:
+    cpus, gpu = tuple(Node(16, 0, id=f"c{i}") for i in range(8)), Node(16, 1, "T4", "g")
+    why = reason(before=cpus, now=(*cpus, gpu))
+    assert why == (
+        "1 machines have come: 1 GPU workers and 153 tasks for them instead of 128 workers"
+    )
+    assert reason(before=cpus, now=(*cpus, gpu), rows_left=10_000) is None
+    why = reason(before=(gpu,), now=(gpu, *cpus[:1]))
+    assert why is not None
+    assert why.endswith(
+        "1 GPU workers and 34 tasks for them instead of 1 GPU workers and 17 tasks for them"
+    )
+    # a machine with a GPU in place of which only one without has come
+    assert reason(before=(gpu,), now=cpus) is None
+
+
 def test_a_machine_in_place_of_a_lost_one_is_no_reason() -> None:
     assert reason(now=(A, C)) is None
 
@@ -62,3 +78,12 @@ def test_machines_that_keep_coming_are_waited_for() -> None:
 
 def test_before_the_first_rows_nobody_knows_what_would_be_saved() -> None:
     assert reason(now=(A, B, C), rate=None) is None
+
+
+def test_what_is_missing_is_what_is_wanted_and_not_there() -> None:
+    gpu, cpu = Node(4, 1, "L4"), Node(2, 0)
+    assert missing([gpu, gpu, cpu], [Node(2, 0, id="x"), Node(4, 1, "L4", "y")]) == [
+        {"CPU": 4, "GPU": 1}
+    ]
+    assert missing([cpu], [cpu, cpu, gpu]) == []
+    assert missing([], []) == []

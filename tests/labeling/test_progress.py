@@ -141,3 +141,38 @@ def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
     assert bar.gpu_busy == pytest.approx(1.2 / (2 * 2))
     assert "GPU busy 30%" in bar.line()
     assert "bottleneck classify (100% of time)" in bar.line()
+
+
+def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    for worker in ("a/1", "a/2"):  # the second in place of the first
+        for _ in range(40):
+            clock.now += 1
+            bar.add(done(10, worker=worker, classify=0.9, gpu=0.8))
+    assert bar.workers == 1
+    assert bar.gpu_busy == pytest.approx(0.8, rel=0.05)
+
+
+def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    clock.now += 60
+    bar.add(done(10, worker="a/1", classify=50.0, gpu=30.0))
+    clock.now += 60
+    bar.add(done(10, worker="b/1", classify=50.0, gpu=30.0))
+    assert bar.workers == 2
+    assert bar.gpu_busy == pytest.approx(60 / (120 * 2))
+
+
+def test_a_run_that_comes_to_a_stop_loses_its_rate(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    for _ in range(40):
+        clock.now += 1
+        bar.add(done(20))
+    assert bar.rate == pytest.approx(20, rel=0.05)
+    clock.now += 25  # as it may be between two chunks
+    assert bar.rate == pytest.approx(20, rel=0.05)
+    clock.now += 275
+    assert bar.rate < 2
+    left = bar.seconds_left
+    assert left is not None
+    assert left > 10 * (10_000 - 800) / 20

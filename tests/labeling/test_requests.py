@@ -15,7 +15,7 @@ from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
 
 
-def refused(tmp_path: Path, bundle: Path, image: str, **more: str) -> str:
+def refused(tmp_path: Path, bundle: Path, image: str, **more: object) -> str:
     manifest = write_manifest(tmp_path / "manifest.csv", [(image,)], ("path",))
     output = tmp_path / "out"
     asked = {"manifest": str(manifest), "model": str(bundle), "output": str(output), **more}
@@ -31,6 +31,14 @@ def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bun
     assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
     told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
     assert "int8 is not compiled; give one of the two" in told
+
+
+def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.hang_seconds": 180})
+    assert told.startswith("scale.hang_seconds 180: for s3://b/a.jpg a worker may wait 3 x 60 s")
+    assert "give more than 180, or a smaller --storage.deadline-seconds" in told
 
 
 def test_a_bucket_that_is_not_there_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,4 +67,19 @@ def test_it_is_told_in_words_and_in_json(begun: Path, capsys: pytest.CaptureFixt
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds no _run\.json, so no labelling run began here"):
+        look(str(tmp_path))
+
+
+def test_a_run_that_waits_for_machines_is_seen_before_there_is_a_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = Lease.acquire(str(tmp_path), 5)
+    try:
+        status(StatusConfig(output=str(tmp_path)))
+        told = look(str(tmp_path))
+    finally:
+        lease.release()
+    assert told["state"] == "starting"
+    assert f"process {os.getpid()}: it waits for machines" in capsys.readouterr().out
+    with pytest.raises(OutputError, match="no labelling run began here"):
         look(str(tmp_path))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray import tune as ray_tune
 
+from imgcls.cluster import Node
 from imgcls.config import build
 from imgcls.errors import ConfigError, RequestError
 from imgcls.training.search import Axis, TuneConfig, check_space, settings_of
@@ -83,11 +84,32 @@ def test_a_trial_is_the_training_with_the_drawn_values() -> None:
 def test_no_more_trials_run_at_a_time_than_the_cpus_hold() -> None:
     config = order({"epochs": {"choice": [1, 2]}}, trials=20)
     one, two = Workers(1, 1.0, 0, 1, 1), Workers(2, 1.0, 0, 2, 2)
-    assert concurrent(config, one, cpus=8, gpus=0, cached=True) == 8
-    assert concurrent(config, one, cpus=8, gpus=0, cached=False) == 4  # each decodes as well
-    assert concurrent(config, two, cpus=8, gpus=0, cached=True) == 4
-    assert concurrent(config, Workers(1, 1.0, 1, 1, 1), cpus=8, gpus=2, cached=True) == 2
+    eight = [Node(8, 0)]
+    assert concurrent(config, one, eight, cached=True) == 8
+    assert concurrent(config, one, eight, cached=False) == 4  # each decodes as well
+    assert concurrent(config, two, eight, cached=True) == 4
+    assert concurrent(config, Workers(1, 1.0, 1, 1, 1), [Node(8, 2)], cached=True) == 2
     few = order({"epochs": {"choice": [1, 2]}}, trials=3)
-    assert concurrent(few, one, cpus=8, gpus=0, cached=True) == 3
+    assert concurrent(few, one, eight, cached=True) == 3
     with pytest.raises(RequestError, match=r"each trial takes 2 CPUs of 4, so at most 2 fit"):
-        concurrent(order({}, concurrent=3), two, cpus=4, gpus=0, cached=True)
+        concurrent(order({}, concurrent=3), two, [Node(4, 0)], cached=True)
+
+
+def test_no_trial_is_counted_on_that_would_have_to_be_split_between_machines() -> None:
+    config = order({"epochs": {"choice": [1, 2]}}, trials=20)
+    large = Workers(1, 12.0, 0, 1, 1)
+    assert concurrent(config, large, [Node(16, 0)] * 3, cached=True) == 3
+    assert concurrent(config, large, [Node(16, 0)] * 3, cached=False) == 3
+    # half a core is left on each of two machines, and no task decodes in halves
+    assert concurrent(config, Workers(1, 1.5, 0, 1, 1), [Node(2, 0)] * 2, cached=False) == 1
+    # the workers of one trial may lie on different machines
+    assert concurrent(config, Workers(2, 12.0, 0, 2, 2), [Node(16, 0)] * 4, cached=True) == 2
+
+
+def test_a_grid_is_as_many_trials_as_it_has_values() -> None:
+    grids = {"optim.lr": {"grid": [0.1] * 12}, "epochs": {"grid": [1, 2]}}
+    one = Workers(1, 1.0, 0, 1, 1)
+    config = order({**grids, "batch_size": {"choice": [32, 64]}}, trials=2)
+    assert config.tune.total == 2 * 12 * 2
+    assert concurrent(config, one, [Node(60, 0)], cached=True) == 48
+    assert order({"epochs": {"choice": [1, 2]}}, trials=3).tune.total == 3

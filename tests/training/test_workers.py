@@ -10,6 +10,7 @@ from imgcls.errors import ConfigError, ResourcesError
 from imgcls.training.workers import (
     ScaleConfig,
     Workers,
+    bundles,
     decoding_cpus,
     fits_store,
     plan_workers,
@@ -122,3 +123,16 @@ def test_no_cpu_left_to_decode_is_refused_with_what_would_leave_one() -> None:
     ):
         decoding_cpus(LAPTOP, workers)
     assert decoding_cpus(LAPTOP, Workers(2, 0.5, 0, 2, 2)) == 1
+
+
+# ------------------------------------------------------------------ machines that may come
+
+
+def test_what_is_asked_of_an_autoscaler_is_what_the_workers_would_reserve() -> None:
+    may_come = [Node(16, 1)] * 2 + [Node(16, 0)] * 8
+    assert bundles(may_come, ScaleConfig(num_workers=2)) == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert bundles(may_come, ScaleConfig(num_workers=3, cpus_per_worker=4)) == [{"CPU": 4.0}] * 3
+    assert bundles(may_come, ScaleConfig(num_workers=(1, 40), use_gpu=False)) == [{"CPU": 1.0}] * 40
+    # where nobody says what may come: no more than it cannot do without
+    assert bundles(None, ScaleConfig(num_workers=(1, 40))) == [{"CPU": 1.0}]
+    assert bundles(None, ScaleConfig(use_gpu=True)) == [{"CPU": 1.0, "GPU": 1.0}]

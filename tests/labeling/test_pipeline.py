@@ -1,0 +1,42 @@
+"""The stages of the layouts with GPUs, called by hand in one process, on a CPU."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.labeling.attempts import Attempt
+from imgcls.labeling.pipeline import GpuWorker, ready_task
+from imgcls.labeling.work import Done, Work
+from imgcls.models.bundle import load_bundle
+from tests.labeling.runs import plan_at, spec_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("host_share", [1.0, 0.0])
+def test_workers_that_died_in_either_stage_are_told_of_with_the_chunk(
+    host_share: float, colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    output = tmp_path / "out"
+    plan = plan_at(output, manifest, classes=load_bundle(str(colour_bundle)).spec.classes)
+    sha256 = load_bundle(str(colour_bundle)).sha256
+    spec = spec_of(output, plan, manifest, str(colour_bundle), bundle_sha256=sha256)
+    for stage in ("prepare", "prepare", "classify"):
+        Attempt.at(spec, Work(0), stage)  # and its worker dies
+    ready = ready_task(pa.table({"work": [pickle.dumps(Work(0))]}), spec, host_share)
+    receipt = GpuWorker(spec, 1)(pa.table(ready))
+    done: Done = pickle.loads(receipt["done"][0])
+    assert (done.rows, done.status, done.deaths) == (4, {"ok": 4}, 3)
