@@ -16,7 +16,8 @@ from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from imgcls.cluster import Node, nodes_of
+from imgcls.cluster import Node
+from imgcls.machines import nodes_of
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "cluster.md").read_text()

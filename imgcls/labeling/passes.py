@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from imgcls import cluster
-from imgcls.cluster import Interruption, Node, Patience
+from imgcls import cluster, machines
+from imgcls.cluster import Interruption, Node
 from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
 from imgcls.labeling.layout import Layout, ScaleConfig, first_bundles, machines_for, plan_layout
 from imgcls.labeling.work import Done, RunSpec, Work
 from imgcls.lease import Lease
 from imgcls.log import tell
+from imgcls.machines import Patience
 
 SETTLE_SECONDS = 15.0
 """What comes and goes is left alone for so long: machines seldom do so alone."""
@@ -38,7 +39,7 @@ def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> 
 
     Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
     """
-    return cluster.fitted(
+    return machines.fitted(
         lambda nodes: plan_layout(nodes, scale, chunk_bytes),
         lambda most: first_bundles(most, scale, chunk_bytes),
         scale.wait_seconds,
@@ -122,7 +123,7 @@ class Passes:
         self._wider = wider
         self._chunk_bytes = chunk_bytes
         self._patience = Patience(scale.wait_seconds)
-        self._most = None if cluster.is_private() else cluster.most_nodes()
+        self._most = None if cluster.is_private() else machines.most_nodes()
 
     def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
         """Each chunk once it is durable, and None at times when nothing has come.
@@ -143,7 +144,7 @@ class Passes:
                 for reason in layout.reasons:
                     tell("layout", reason)
         finally:
-            cluster.give_back()
+            machines.give_back()
 
     def _ask(self, rows: int) -> None:
         """Ask for all machines that so many rows are worth, where it is known what may come.
@@ -155,14 +156,14 @@ class Passes:
             return
         with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
             wanted = machines_for(self._most, self._scale, self._chunk_bytes, rows)
-            cluster.keep_asking(missing(wanted, cluster.nodes()))
+            machines.keep_asking(missing(wanted, cluster.nodes()))
 
     def _anew(self) -> Generator[None, None, Layout]:
         """The layout for the machines that are there after some were lost, or have come."""
         scale, chunk_bytes = self._scale, self._chunk_bytes
         try:
             return (
-                yield from cluster.fitting(
+                yield from machines.fitting(
                     lambda nodes: plan_layout(nodes, scale, chunk_bytes),
                     lambda most: first_bundles(most, scale, chunk_bytes),
                     scale.wait_seconds,
@@ -186,7 +187,7 @@ class Passes:
 
         spec = replace(self._spec, session=secrets.token_hex(8))
         watch = Watch(spec.session, self._scale.hang_seconds)
-        machines = _Machines()
+        there = _Machines()
         pipeline = Pipeline(spec, layout, list(left.values()))
         why: str | None = None
         rows_left = self._rows_of(left)
@@ -204,11 +205,11 @@ class Passes:
                     yield receipt
                 else:
                     yield None
-                if machines.due():
+                if there.due():
                     if first:
                         self._ask(rows_left)
                     spent = time.monotonic() - first
-                    it = machines.situation(
+                    it = there.situation(
                         hang_seconds=self._scale.hang_seconds,
                         idle=watch.idle_seconds,
                         rows_left=rows_left,

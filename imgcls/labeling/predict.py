@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from imgcls import cluster, log
+from imgcls import cluster, log, machines
 from imgcls import output as names
 from imgcls.config import Section, UnitFloat, build
 from imgcls.data import storage, stores
@@ -191,7 +191,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
                 run = _Run(config, output, manifest, bundle, lease, interruption, started)
                 return run.run()
         finally:
-            cluster.give_back()
+            machines.give_back()
             lease.release()
 
 
@@ -334,7 +334,7 @@ class _Run:
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
             )
-            patience = cluster.Patience(config.scale.wait_seconds)
+            patience = machines.Patience(config.scale.wait_seconds)
             answer = trial.ask(
                 asked,
                 case,
@@ -382,7 +382,7 @@ class _Run:
         """What a chunk takes on its way to a GPU: its pixels, or its files where those are more."""
         side = self.bundle.spec.preprocess.crop
         each = 3 * side * side
-        may_come = [] if cluster.is_private() else cluster.most_nodes() or []
+        may_come = [] if cluster.is_private() else machines.most_nodes() or []
         if any(node.gpus for node in [*cluster.nodes(), *may_come]):
             sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
             each = max(each, sum(sizes) // max(1, len(sizes)))
@@ -597,7 +597,7 @@ class _Counting:
         return self._total
 
     def _collect(self, book: Ledger | None, *, wait: bool) -> None:
-        patience, last = cluster.Patience(self._run.config.scale.wait_seconds), time.monotonic()
+        patience, last = machines.Patience(self._run.config.scale.wait_seconds), time.monotonic()
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
             ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from imgcls import cluster
+from imgcls import cluster, machines
 from imgcls import config as configuration
 from imgcls.data import stores
 from imgcls.errors import ImgclsError, RequestError
@@ -220,7 +220,7 @@ def build(settings: dict[str, Any]) -> serve.Application:
     stores.use(config.storage)
     fixed = checked(config)
     replicas = plan_replicas(
-        cluster.nodes(), config.replicas, may_grow=cluster.most_nodes() is not None
+        cluster.nodes(), config.replicas, may_grow=machines.most_nodes() is not None
     )
     return application(config, fixed, replicas, read_description(config.model).sha256)
 

@@ -18,7 +18,7 @@ from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
-from imgcls import cluster, log
+from imgcls import cluster, log, machines
 from imgcls.cluster import Interruption
 from imgcls.config import Section
 from imgcls.data import storage, stores
@@ -53,7 +53,7 @@ def serve(config: ServeConfig) -> None:
                 "RAY_ADDRESS"
             )
         replicas = plan_replicas(
-            cluster.nodes(), config.replicas, may_grow=cluster.most_nodes() is not None
+            cluster.nodes(), config.replicas, may_grow=machines.most_nodes() is not None
         )
         tell("layout", replicas.reason)
         _start(config)

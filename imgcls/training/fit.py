@@ -22,9 +22,10 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from imgcls.cluster import Interruption, Patience, is_alive, keep_memory
+from imgcls.cluster import Interruption, is_alive, keep_memory
 from imgcls.data import storage, stores
 from imgcls.errors import Interrupted, RunFailed
+from imgcls.machines import Patience
 from imgcls.training.checkpoints import FOLDER
 from imgcls.training.loop import Outcome, Work
 from imgcls.training.waiting import started

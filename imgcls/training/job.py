@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import ray
 
-from imgcls import cluster
+from imgcls import cluster, machines
 from imgcls.cluster import Interruption
 from imgcls.data import storage
 from imgcls.errors import RunFailed, StorageMissing
@@ -84,7 +84,7 @@ def run(
         workers = awaited_workers(task.config.scale, interruption)
         return _run(task, workers, checkpoints, lease, interruption, shared, begun)
     finally:
-        cluster.give_back()
+        machines.give_back()
 
 
 def _run(

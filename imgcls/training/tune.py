@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
-from imgcls import cluster
+from imgcls import cluster, machines
 from imgcls.cluster import Interruption, Node
 from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig
@@ -81,7 +81,7 @@ def tune(config: TuneConfig) -> TuneResult:
             cluster.connect()
             return _search(config, task, interruption)
         finally:
-            cluster.give_back()
+            machines.give_back()
             lease.release()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from imgcls import cluster
+from imgcls import machines
 from imgcls.cluster import Interruption, Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
@@ -114,7 +114,7 @@ def awaited_workers(config: ScaleConfig, interruption: Interruption) -> Workers:
     Raises ResourcesError as `plan_workers` does, when it will not fit, or did not in
     `scale.wait_seconds`.
     """
-    return cluster.fitted(
+    return machines.fitted(
         lambda nodes: plan_workers(nodes, config),
         lambda most: bundles(most, config),
         config.wait_seconds,

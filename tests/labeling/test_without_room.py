@@ -14,7 +14,7 @@ import ray
 import ray.data
 from ray.util import placement_group_table
 
-from imgcls import cluster
+from imgcls import cluster, machines
 from imgcls.cluster import Interruption, Node
 from imgcls.errors import ResourcesError
 from imgcls.labeling.layout import ScaleConfig, first_bundles, machines_for, plan_layout
@@ -58,7 +58,7 @@ def test_what_a_run_has_lost_is_waited_for_and_what_was_never_there_is_not(
         fitted(scale, Interruption(), 0)
     assert str(caught.value).endswith("give at most 1")
     assert capsys.readouterr().out == ""
-    steps = cluster.fitting(
+    steps = machines.fitting(
         lambda nodes: plan_layout(nodes, scale),
         lambda most: first_bundles(most, scale, 0),
         scale.wait_seconds,
@@ -88,14 +88,14 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"available_node_types": groups, "head_node_type": "head", "max_workers": 4}
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(json.dumps(config))
-    monkeypatch.setattr(cluster, "LAUNCHED", str(file))
+    monkeypatch.setattr(machines, "LAUNCHED", str(file))
 
 
 def test_the_first_machine_is_asked_for_until_it_is_there_or_nobody_waits_any_more(
     launched: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scale = ScaleConfig(layout="gpu", wait_seconds=1)
-    steps = cluster.fitting(
+    steps = machines.fitting(
         lambda nodes: plan_layout(nodes, scale),
         lambda most: first_bundles(most, scale, 0),
         60,
@@ -114,17 +114,17 @@ def test_the_first_machine_is_asked_for_until_it_is_there_or_nobody_waits_any_mo
 def test_while_there_is_work_what_may_come_is_asked_for_and_what_has_come_is_let_go(
     launched: None,
 ) -> None:
-    may_come = cluster.most_nodes()
+    may_come = machines.most_nodes()
     assert may_come is not None
     whole = {"CPU": 4, "GPU": 1}
     assert missing(machines_for(may_come, ScaleConfig(), 0, 200), cluster.nodes()) == [whole] * 2
-    cluster.keep_asking([whole, whole])
+    machines.keep_asking([whole, whole])
     wait_for(lambda: asked_for() == [whole, whole])
-    cluster.keep_asking([whole])
+    machines.keep_asking([whole])
     wait_for(lambda: asked_for() == [whole])
-    cluster.keep_asking([{"CPU": 1}, whole])  # the first of which is there
+    machines.keep_asking([{"CPU": 1}, whole])  # the first of which is there
     wait_for(lambda: asked_for() == [whole])
-    cluster.keep_asking([whole])
+    machines.keep_asking([whole])
     wait_for(lambda: ray.available_resources().get("CPU") == 1)
-    cluster.give_back()
+    machines.give_back()
     wait_for(lambda: asked_for() == [])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from imgcls import cluster
+from imgcls import machines
 from imgcls.errors import RunFailed
 from imgcls.training import fit
 from imgcls.training.progress import followed_board
@@ -35,7 +35,7 @@ def session() -> Iterator[None]:
 def test_while_a_worker_is_there_nothing_is_waited_for_and_without_one_not_for_ever(
     session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "IDLE_SECONDS", 0)
+    monkeypatch.setattr(machines, "IDLE_SECONDS", 0)
     monkeypatch.setattr(fit, "LOOK_SECONDS", 0.2)
     kind: Any = ray.remote(num_cpus=0)(Worker)
     worker = kind.remote()
