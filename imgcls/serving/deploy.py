@@ -134,6 +134,7 @@ class Endpoint:
     async def _report(self) -> None:
         assert self._service is not None
         self._telemetry.waiting.set(self._service.waiting)
+        self._telemetry.answers_with(self._service.model.sha256)
         orders = await self._hub.report(
             Report(
                 self._name,

@@ -57,6 +57,17 @@ class Telemetry:
         self.waiting = Gauge(
             "imgcls_waiting_images", "Images let in and not answered.", registry=self._registry
         )
+        self._model = Gauge(
+            "imgcls_model_replicas",
+            "Replicas that answer with the bundle of this hash.",
+            ["sha256"],
+            registry=self._registry,
+        )
+
+    def answers_with(self, sha256: str) -> None:
+        """Tell of the bundle in use."""
+        self._model.clear()
+        self._model.labels(sha256=sha256).set(1)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import asyncio, sys
 import imgcls
@@ -29,6 +31,7 @@ asyncio.run(cell())
 """
 
 
+@pytest.mark.slow
 def test_training_works_in_a_notebook_without_a_cluster(
     tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:

@@ -186,6 +186,7 @@ def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
     assert right / VAL_ROWS > 0.9
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
     digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:

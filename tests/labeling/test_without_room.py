@@ -25,6 +25,12 @@ from tests.labeling.runs import manifest_of, plan_at, spec_of
 from tests.processes import wait_for
 
 
+@pytest.fixture(autouse=True)
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session is one that machines may join, whatever tests before this one have started."""
+    monkeypatch.setattr(cluster._Session, "private", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_core() -> Iterator[None]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)

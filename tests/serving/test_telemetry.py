@@ -33,6 +33,9 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     other.images.labels(status="ok").inc(4)
     other.images.labels(status="truncated").inc()
     other.waiting.set(1)
+    one.answers_with("old")
+    for sha256 in ("old", "new"):
+        other.answers_with(sha256)
     totals.report("one", one.samples())
     totals.report("other", other.samples())
     totals.report("one", one.samples())  # counts since it began, not since it last spoke
@@ -42,6 +45,8 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     assert said["imgcls_batch_images_count"] == 1
     assert said["imgcls_waiting_images"] == 6
     assert said["imgcls_replicas"] == 2
+    assert said["imgcls_model_replicas sha256=old"] == 1
+    assert said["imgcls_model_replicas sha256=new"] == 1
 
     clock.now = 8
     totals.report("other", other.samples())
@@ -51,6 +56,7 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     assert said["imgcls_batch_images_count"] == 1
     assert said["imgcls_waiting_images"] == 1
     assert said["imgcls_replicas"] == 1
+    assert "imgcls_model_replicas sha256=old" not in said
     assert totals.names() == {"other"}
 
 
