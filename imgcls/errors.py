@@ -79,6 +79,14 @@ class StorageCredentials(StorageForbidden):
     """Credentials are wrong, missing or expired: whatever is asked for will be refused."""
 
 
+class StorageClockSkew(StorageCredentials):
+    """This machine's clock is too far from the store's, which refuses every signed request."""
+
+
+class StorageTooLarge(StorageError):
+    """The file has more bytes than the limit; none beyond the limit were read."""
+
+
 class StorageFull(StorageError):
     """No space is left."""
 

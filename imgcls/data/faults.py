@@ -5,43 +5,85 @@ Tells what will pass from what will not, and a store that asks for patience from
 
 from __future__ import annotations
 
+import datetime
+import email.utils
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from imgcls.errors import (
+    StorageClockSkew,
     StorageCredentials,
     StorageError,
     StorageForbidden,
     StorageFull,
     StorageMissing,
     StorageThrottled,
+    StorageTooLarge,
     StorageUnavailable,
 )
 
 GET, PUT, LIST, DELETE = "s3:GetObject", "s3:PutObject", "s3:ListBucket", "s3:DeleteObject"
 """The permissions that requests take, as S3 calls them."""
+_PERMISSIONS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+    "az": "azure",
+    "abfs": "azure",
+    "abfss": "azure",
+}
+_NAMED = {
+    "gcs": {
+        GET: "storage.objects.get",
+        PUT: "storage.objects.create",
+        LIST: "storage.objects.list",
+        DELETE: "storage.objects.delete",
+    },
+    "azure": {
+        GET: "Storage Blob Data Reader",
+        LIST: "Storage Blob Data Reader",
+        PUT: "Storage Blob Data Contributor",
+        DELETE: "Storage Blob Data Contributor",
+    },
+}
+"""What other stores call them; Azure has roles."""
 
 _THROTTLED_CODES = frozenset(
     "SlowDown Throttling ThrottlingException ThrottledException RequestThrottled TooManyRequests "
-    "RequestLimitExceeded BandwidthLimitExceeded 503 429".split()
+    "RequestLimitExceeded BandwidthLimitExceeded ServerBusy 503 429".split()
 )
 _PASSING_CODES = frozenset(
-    "RequestTimeout RequestTimeTooSkewed InternalError ServiceUnavailable 500 502 504 "
+    "RequestTimeout InternalError ServiceUnavailable OperationTimedOut 408 500 502 504 "
     # a body that was damaged on its way to the store
     "BadDigest IncompleteBody XAmzContentSHA256Mismatch "
     # two at once on one name: whoever tries again finds it there
-    "ConditionalRequestConflict OperationAborted".split()
+    "ConditionalRequestConflict OperationAborted "
+    # the object was replaced while it was read in pieces
+    "ConditionNotMet".split()
 )
 _CREDENTIAL_CODES = frozenset(
     "InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken ExpiredTokenException InvalidToken "
-    "RequestExpired TokenRefreshRequired InvalidClientTokenId UnrecognizedClientException".split()
+    "RequestExpired TokenRefreshRequired InvalidClientTokenId UnrecognizedClientException "
+    "AuthenticationFailed InvalidAuthenticationInfo NoAuthenticationInformation".split()
 )
 _CREDENTIAL_ERRORS = frozenset(
     "NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError "
-    "SSOTokenLoadError UnauthorizedSSOTokenError NoAuthTokenError ProfileNotFound".split()
+    "SSOTokenLoadError UnauthorizedSSOTokenError NoAuthTokenError ProfileNotFound "
+    # of Google's and Azure's client libraries
+    "DefaultCredentialsError RefreshError ClientAuthenticationError "
+    "CredentialUnavailableError".split()
 )
+_CLOCK_CODES = frozenset("RequestTimeTooSkewed RequestInTheFuture".split())
 _FORBIDDEN_CODES = frozenset("AccessDenied AllAccessDisabled 401 403 Forbidden".split())
-_MISSING_CODES = frozenset("NoSuchKey NoSuchBucket 404 NotFound".split())
+_MISSING_CODES = frozenset(
+    "NoSuchKey NoSuchBucket 404 410 NotFound BlobNotFound ContainerNotFound".split()
+)
+_NO_CONTAINER = frozenset("NoSuchBucket ContainerNotFound".split())
+_SIGNED = ("gs", "gcs", "az", "abfs", "abfss", "adl")
+"""Stores whose 401 is about the credentials; a web server's may be about one page."""
 _REDIRECTED_CODES = frozenset(
     "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException "
     "301 307".split()
@@ -57,19 +99,26 @@ def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
     if isinstance(error, StorageError):
         return error
     if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
-        what = "bucket" if code == "NoSuchBucket" else "file"
+        what = "bucket" if code in _NO_CONTAINER else "file"
         return StorageMissing(f"{place}: no such {what}")
-    if code in _CREDENTIAL_CODES or any(name in _CREDENTIAL_ERRORS for name in _names(error)):
+    if code in _CLOCK_CODES:
+        return StorageClockSkew(
+            f"{place}: the store refuses every request, because this machine's clock is "
+            f"{_clock_error(error)}; synchronize the clock (NTP), then run the same command again"
+        )
+    if (
+        code in _CREDENTIAL_CODES
+        or (code == "401" and url.partition(":")[0] in _SIGNED)
+        or any(name in _CREDENTIAL_ERRORS for name in _names(error))
+    ):
         return StorageCredentials(
             f"{place}: access is refused ({reason(error)}); check the credentials, which come from "
             "the environment, the profile or the machine's role"
         )
     if code == "InvalidObjectState":
         return StorageError(f"{place}: is archived; have the store restore it first")
-    if isinstance(error, PermissionError) or code in _FORBIDDEN_CODES:
-        remedy = f"; it takes the permission {needs}" if needs and "://" in url else ""
-        if remedy and needs == GET:
-            remedy += f" (or the file is missing, which a store says only to who has {LIST})"
+    if isinstance(error, PermissionError) or code in _FORBIDDEN_CODES or _is_refusal(error):
+        remedy = _permission(url, needs)
         return StorageForbidden(f"{place}: access is refused ({reason(error)}){remedy}")
     if code in _REDIRECTED_CODES:
         region = _region_of(error)
@@ -86,13 +135,52 @@ def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
     return StorageError(f"{place}: {reason(error)}")
 
 
+def too_large(url: str, limit: int | None, size: int | None = None) -> StorageTooLarge:
+    """The error of a file with more than `limit` bytes; size: bytes that it has, where known."""
+    found = f"has {size:,} bytes, more" if size is not None else "has more bytes"
+    return StorageTooLarge(
+        f"{short(url)}: {found} than the limit of {limit:,}; raise --max-bytes to read it"
+    )
+
+
 def code_of(error: BaseException | None) -> str:
-    """The store's own code for an error, also below what s3fs made of it; empty when unknown."""
+    """The store's own code for an error, also below what a driver made of it; empty when unknown.
+
+    For stores without codes, the HTTP status.
+    """
     for each in _chain(error):
         response = getattr(each, "response", None)
-        if isinstance(response, dict):
+        if isinstance(response, dict):  # botocore
             return str(response.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "status", ""))
+    for each in _chain(error):
+        named = getattr(each, "error_code", None)  # Azure: an enumeration of strings
+        if named:
+            return str(getattr(named, "value", named))
+        # aiohttp and Azure; a `code` means an HTTP status to gcsfs alone
+        own = ("code",) if type(each).__module__.startswith("gcsfs") else ()
+        for attribute in ("status", "status_code", *own):
+            status = getattr(each, attribute, None)
+            if isinstance(status, int):
+                return str(status)
+            if isinstance(status, str) and status.isdigit():
+                return status
+    return ""
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that a store asks to wait before the next request; None when it asks for none.
+
+    Source: RFC 9110, section 10.2.3: seconds, or a date, which is compared with the answer's own
+    date because this machine's clock may be wrong.
+    """
+    headers = _headers(error)
+    asked = headers.get("retry-after", "").strip()
+    if not asked:
+        return None
+    if asked.isdigit():
+        return float(asked)
+    until, now = _date(asked), _date(headers.get("date", ""))
+    return None if until is None else max(0.0, until - (time.time() if now is None else now))
 
 
 def reason(error: BaseException) -> str:
@@ -109,14 +197,63 @@ def short(url: str) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    if error is not None:
+    while error is not None:
         yield error
-        if error.__cause__ is not None:
-            yield error.__cause__
+        error = error.__cause__
+
+
+def _headers(error: BaseException) -> dict[str, str]:
+    """The header fields of the answer that an error comes from, names in lower case."""
+    for each in _chain(error):
+        response: Any = getattr(each, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        else:
+            found = getattr(each, "headers", None) or getattr(response, "headers", None)
+        if isinstance(found, Mapping):
+            return {str(name).lower(): str(value) for name, value in found.items()}
+    return {}
+
+
+def _date(text: str) -> float | None:
+    """Seconds since the epoch of an HTTP date."""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except ValueError:
+        return None
+
+
+def _clock_error(error: BaseException) -> str:
+    told = _date(_headers(error).get("date", ""))
+    if told is None:
+        return "wrong"
+    seconds = round(time.time() - told)
+    off = datetime.timedelta(seconds=abs(seconds))
+    return f"{off} {'ahead of' if seconds > 0 else 'behind'} the store's"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether gcsfs means a 403, for which it has neither a class nor a code."""
+    return type(error) is OSError and str(error).startswith("Forbidden: ")
 
 
 def _names(error: BaseException) -> Iterator[str]:
     return (type(each).__name__ for each in _chain(error))
+
+
+def _permission(url: str, needs: str) -> str:
+    """What a refused request takes, as the store calls it; nothing for a disk."""
+    protocol = url.partition(":")[0]
+    if protocol in ("http", "https"):
+        return "; a signed URL may have expired"
+    family = _PERMISSIONS.get(protocol)
+    if family is None or not needs:
+        return ""
+    name = _NAMED.get(family, {}).get(needs, needs)
+    remedy = f"; it takes the {'role' if family == 'azure' else 'permission'} {name}"
+    if needs == GET and family == "s3":
+        remedy += f" (or the file is missing, which a store says only to who has {LIST})"
+    return remedy
 
 
 def _region_of(error: BaseException) -> str:
@@ -140,4 +277,5 @@ def _is_passing(error: BaseException) -> bool:
     if isinstance(error, ValueError) or type(error).__name__ == "ParamValidationError":
         return False
     module = type(error).__module__.partition(".")[0]
-    return module in ("aiohttp", "botocore", "aiobotocore", "urllib3") and not code_of(error)
+    known = ("aiohttp", "botocore", "aiobotocore", "urllib3", "azure", "requests")
+    return module in known and not code_of(error)

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imgcls.data.faults import too_large
+from imgcls.data.readahead import WHOLE, Allowance
 from imgcls.errors import StorageUnavailable
 
 
@@ -38,7 +40,7 @@ class Reader:
         self._sent: dict[str, Any] = {}
         self._client: Any = None
 
-    async def read(self, path: str, doubted: set[str]) -> bytes:
+    async def read(self, path: str, doubted: set[str], allowance: Allowance = WHOLE) -> bytes:
         """An object's bytes, held against its checksum, or else its ETag.
 
         path: bucket/key, with ?versionId=... for another version than the latest
@@ -46,12 +48,13 @@ class Reader:
         An ETag is the MD5 of most objects, but a store need not keep to that: bytes that come twice
         alike are taken for what is stored, which is what `doubted` remembers between attempts.
 
-        Raises StorageUnavailable for bytes that are not what is stored, and what botocore raises
-        when it has an answer that is no object.
+        Raises StorageUnavailable for bytes that are not what is stored, StorageTooLarge or NoRoom
+        before more is read than is allowed, and what botocore raises when it has an answer that is
+        no object.
         """
         path, _, version = path.partition("?versionId=")
         bucket, key, _ = self._fs.split_path(path)
-        data, headers = await self._get(bucket, key, version)
+        data, headers = await self._get(bucket, key, version, allowance)
         told = _checksum(headers)
         if told is not None:
             damaged = zlib.crc32(data) != told
@@ -63,12 +66,14 @@ class Reader:
             raise StorageUnavailable(f"s3://{path}: arrived damaged (not as its checksum says)")
         return data
 
-    async def _get(self, bucket: str, key: str, version: str) -> tuple[bytes, Mapping[str, str]]:
+    async def _get(
+        self, bucket: str, key: str, version: str, allowance: Allowance
+    ) -> tuple[bytes, Mapping[str, str]]:
         await self._fs.set_session()
         client = await self._fs.get_s3(bucket)
         asked = self._buckets.get(bucket)
         if asked is not None:
-            answer = await _ask(client, asked, key, version)
+            answer = await _ask(client, asked, bucket, key, version, allowance)
             if answer is not None:
                 return answer
         known = bucket in self._buckets
@@ -77,25 +82,31 @@ class Reader:
             self._client = client
         more = {"VersionId": version} if version else {}
         response = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, **more)
+        headers = response["ResponseMetadata"]["HTTPHeaders"]
         async with response["Body"] as body:
-            data: bytes = await body.read()
+            try:
+                data = await _within(f"s3://{bucket}/{key}", body.raw_stream, headers, allowance)
+            except BaseException:
+                body.raw_stream.close()
+                raise
         if known:
             self._buckets[bucket] = None  # the long way has an answer where the short one had none
         elif bucket not in self._buckets:
             self._buckets[bucket] = _asked_as(self._sent, key)
             self._sent.clear()
-        return data, response["ResponseMetadata"]["HTTPHeaders"]
+        return data, headers
 
     def _note(self, request: Any, **_: Any) -> None:
         self._sent[request.url] = request.headers
 
 
 async def _ask(
-    client: Any, asked: _Asked, key: str, version: str
+    client: Any, asked: _Asked, bucket: str, key: str, version: str, allowance: Allowance
 ) -> tuple[bytes, Mapping[str, str]] | None:
     """The object and the answer's headers; None when botocore is to ask, which knows more answers.
 
-    Raises botocore's ClientError when the object is refused or missing, or the store in trouble.
+    Raises botocore's ClientError when the object is refused or missing, or the store in trouble,
+    StorageTooLarge and NoRoom.
     """
     from botocore.awsrequest import AWSRequest
     from botocore.exceptions import ClientError
@@ -107,10 +118,15 @@ async def _ask(
         signer = await client._request_signer.get_auth_instance("s3", asked.region, "s3v4")
         signer.add_auth(request)
     answer = await client._endpoint.http_session.send(request.prepare())
-    data: bytes = await answer.content
     status = answer.status_code
     if status == 200:
-        return data, answer.headers
+        try:
+            body = await _within(f"s3://{bucket}/{key}", answer.raw, answer.headers, allowance)
+        except BaseException:
+            answer.raw.close()  # what is left of the body is not wanted
+            raise
+        return body, answer.headers
+    data: bytes = await answer.content
     code, message = _CODE.search(data), _MESSAGE.search(data)
     if code is None or (status < 500 and status not in (403, 404)):
         return None
@@ -118,7 +134,27 @@ async def _ask(
         "Code": code[1].decode(errors="replace"),
         "Message": message[1].decode(errors="replace") if message else "",
     }
-    raise ClientError({"Error": told, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+    metadata = {"HTTPStatusCode": status, "HTTPHeaders": answer.headers}
+    raise ClientError({"Error": told, "ResponseMetadata": metadata}, "GetObject")
+
+
+async def _within(url: str, answer: Any, headers: Mapping[str, str], allowance: Allowance) -> bytes:
+    """A body, if it is no longer than allowed: by its Content-Length, else counted as it comes."""
+    told = headers.get("content-length", "")
+    if told.isdigit():
+        if allowance.exceeded_by(int(told)):
+            raise too_large(url, allowance.max_bytes, int(told))
+        allowance.reserve(int(told))
+        whole: bytes = await answer.read()
+        return whole
+    parts, total = [], 0
+    while part := await answer.content.read(_PIECE):
+        total += len(part)
+        if allowance.exceeded_by(total):
+            raise too_large(url, allowance.max_bytes)
+        allowance.reserve(total)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _asked_as(sent: Mapping[str, Any], key: str) -> _Asked | None:
@@ -160,6 +196,7 @@ def _md5(headers: Mapping[str, str], *, otherwise: str) -> str:
     return found[1] if found is not None and _CUSTOMER_KEY not in headers else otherwise
 
 
+_PIECE = 1 << 16
 _KEPT_HEADERS = ("x-amz-request-payer", "x-amz-checksum-mode", "user-agent")
 _CUSTOMER_KEY = "x-amz-server-side-encryption-customer-algorithm"
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]*/([^/,]+)/s3/aws4_request,")

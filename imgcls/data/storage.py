@@ -21,11 +21,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar, cast
 
-from imgcls.data import faults, stores
+from imgcls.data import disk, faults, store_listing, stores
+from imgcls.data.readahead import Allowance, Budget, NoRoom
 from imgcls.data.stores import File, Page
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 T = TypeVar("T")
+
+MAX_BYTES = 100_000_000
+"""Largest image file that is read, unless another limit is set."""
+READ_AHEAD_BYTES = 256_000_000
+"""Bytes of images that one `read_ahead` holds at most, beside the file that is next."""
 
 _DISK_SECONDS = 5.0
 _MAGIC = re.compile(r"[*?\[]")
@@ -84,7 +90,7 @@ def size(url: str) -> int:
 
 
 def read(url: str) -> bytes:
-    """The whole file.
+    """The whole of a file of our own, however large: a bundle, a manifest, a record.
 
     Raises StorageMissing, StorageForbidden, StorageUnavailable (after retries) or StorageError.
     """
@@ -93,24 +99,45 @@ def read(url: str) -> bytes:
     return stores.get(url)
 
 
-def read_ahead(urls: Iterable[str | None], in_flight: int = 16) -> Iterator[bytes | StorageError]:
-    """Each file's bytes or its error, in order, with `in_flight` reads under way.
+def read_image(url: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """A user's file, read no further than `max_bytes`.
 
+    Raises as `read` does, StorageTooLarge for a larger file, and StorageError for what is no
+    regular file, such as a FIFO or a device.
+    """
+    return _read_within(url, Allowance(max_bytes))
+
+
+def read_ahead(
+    urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_BYTES
+) -> Iterator[bytes | StorageError]:
+    """Each image file's bytes or its error, in order, with `in_flight` reads under way.
+
+    max_bytes: of one file; a larger one comes back as StorageTooLarge
+
+    Whatever the files are, it holds at most READ_AHEAD_BYTES + 2 * max_bytes: those that wait, the
+    next one, and the one that is put together from its pieces.
     A None stands for a row without a path and comes back as StorageMissing. Raises
     StorageCredentials, which is no file's own error.
     """
     waiting: deque[Future[bytes]] = deque()
+    budget, taken = Budget(READ_AHEAD_BYTES), 0
     with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
         try:
-            for url in urls:
-                waiting.append(_begun(url, pool))
+            for number, url in enumerate(urls):
+                waiting.append(_begun(url, pool, Allowance(max_bytes, budget, number)))
                 if len(waiting) >= in_flight:
                     yield _outcome(waiting.popleft())
+                    budget.release(taken)
+                    taken += 1
             while waiting:
                 yield _outcome(waiting.popleft())
+                budget.release(taken)
+                taken += 1
         finally:
             for future in waiting:
                 future.cancel()
+            budget.close()
 
 
 def open_read(url: str) -> IO[bytes]:
@@ -132,19 +159,8 @@ def write(url: str, data: bytes) -> None:
 def create(url: str, data: bytes) -> bool:
     """Write a file only if there is none: True if this call made it, atomically among rivals."""
     if is_local(url):
-        path = local_path(url)
-        temporary = _temporary(path)
-        try:
-            with translated(url):
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                _write_durably(temporary, data)
-                with contextlib.suppress(FileExistsError):
-                    os.link(temporary, path)
-                    return True
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with translated(url):
+            return disk.create(local_path(url), data)
     return stores.create(url, data)
 
 
@@ -156,7 +172,7 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
             yield stream
         return
     path = local_path(url)
-    temporary = _temporary(path)
+    temporary = disk.temporary_name(path)
     try:
         with translated(url):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -176,7 +192,8 @@ def names(folder: str) -> list[str]:
     if is_local(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                return sorted(e.name for e in entries if e.is_file() and not _is_temporary(e.name))
+                files = (_text(e.name) for e in entries if e.is_file())
+                return sorted(name for name in files if not disk.is_temporary(name))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -188,10 +205,10 @@ def find(pattern: str) -> list[str]:
     """Sorted files that match a glob such as `nightly/*.parquet` or `s3://b/x/**/*.jpg`."""
     if is_local(pattern):
         found = local_glob.glob(local_path(pattern), recursive=True)
-        return sorted(f for f in found if os.path.isfile(f))
-    fs, _ = stores.store(pattern)
+        return sorted(_text(f) for f in found if os.path.isfile(f))
     matches = stores.ask(pattern, "glob", needs=faults.LIST, long=True, detail=True)
-    return sorted(fs.unstrip_protocol(f) for f, info in matches.items() if info["type"] == "file")
+    files = (path for path, info in matches.items() if info["type"] == "file")
+    return sorted(stores.url_of(pattern, path) for path in files)
 
 
 def walk(folder: str) -> Iterator[str]:
@@ -200,7 +217,7 @@ def walk(folder: str) -> Iterator[str]:
     Hidden files and folders are passed over; links are followed, but not back up.
     """
     if is_local(folder):
-        yield from _walk_local(local_path(folder), "")
+        yield from map(_text, _walk_local(local_path(folder), ""))
         return
     prefix = folder.rstrip("/") + "/"
     below = (file.path.removeprefix(prefix).split("/") for file in _listed(folder, deep=True))
@@ -212,7 +229,7 @@ def walk(folder: str) -> Iterator[str]:
 def _listed(folder: str, *, deep: bool) -> Iterator[File]:
     """The files of a store's folder, of which there are none if there is no such folder."""
     with contextlib.suppress(StorageMissing):
-        for page in stores.pages(folder, deep=deep):
+        for page in store_listing.pages(folder, deep=deep):
             yield from page.files
 
 
@@ -223,7 +240,7 @@ def pages(url: str, *, deep: bool) -> Iterator[Page]:
     is an empty one.
     """
     if not is_local(url):
-        yield from stores.pages(url, deep=deep)
+        yield from store_listing.pages(url, deep=deep)
         return
     root = local_path(url)
     names: Iterator[str]
@@ -242,9 +259,9 @@ def _local_file(path: str) -> File:
     try:
         found = os.stat(path)
     except OSError:
-        return File(path, None, None, None)  # a dead link is a row, and fails as a row
+        return File(_text(path), None, None, None)  # a dead link is a row, and fails as a row
     mtime = datetime.datetime.fromtimestamp(found.st_mtime_ns // 1000 / 1e6, datetime.UTC)
-    return File(path, found.st_size, mtime, None)
+    return File(_text(path), found.st_size, mtime, None)
 
 
 def remove(url: str) -> None:
@@ -257,11 +274,11 @@ def remove(url: str) -> None:
             else:
                 os.unlink(path)
         return
-    fs, path = stores.store(url)
+    _, path = stores.store(url)
     with contextlib.suppress(StorageMissing):
         if _MAGIC.search(path):  # fsspec would take the name for a pattern, and remove others too
             for file in stores.ask(url, "find", needs=faults.LIST, long=True):
-                stores.ask(fs.unstrip_protocol(file), "rm_file", needs=faults.DELETE)
+                stores.ask(stores.url_of(url, file), "rm_file", needs=faults.DELETE)
         else:
             stores.ask(url, "rm", needs=faults.DELETE, long=True, recursive=True)
 
@@ -275,7 +292,7 @@ def sweep(folder: str, older_than: float = 0.0) -> None:
         return
     with contextlib.suppress(FileNotFoundError), os.scandir(local_path(folder)) as entries:
         for entry in entries:
-            if _is_temporary(entry.name) and time.time() - entry.stat().st_mtime >= older_than:
+            if disk.is_temporary(entry.name) and time.time() - entry.stat().st_mtime >= older_than:
                 os.unlink(entry.path)
 
 
@@ -319,22 +336,41 @@ def _read_local(path: str) -> bytes:
         return stream.readall()
 
 
+def _read_within(url: str, allowance: Allowance) -> bytes:
+    """Read a file as far as is allowed, waiting where other reads hold what it takes."""
+    while True:
+        try:
+            if is_local(url):
+                return _locally(url, lambda: disk.read(local_path(url), allowance))
+            return stores.get(url, allowance)
+        except NoRoom as full:
+            allowance.admission(full.total).result()
+
+
+def _text(name: str) -> str:
+    """A name as text: bytes that are not UTF-8, which no table can hold, become U+FFFD.
+
+    Such a file is a row, and fails as a row: it is not found by that name.
+    """
+    return name if name.isprintable() else os.fsencode(name).decode("utf-8", "replace")
+
+
 def _locally(url: str, call: Callable[[], T]) -> T:
     """As `stores.attempt`, but a disk that does not answer soon will not."""
     return stores.attempt(url, call, seconds=_DISK_SECONDS)
 
 
-def _begun(url: str | None, pool: ThreadPoolExecutor) -> Future[bytes]:
+def _begun(url: str | None, pool: ThreadPoolExecutor, allowance: Allowance) -> Future[bytes]:
     """A read under way: by the store's own loop where it can, else in a thread."""
     try:
         if url is None:
             raise StorageMissing("the path is null")
-        asked = None if is_local(url) else stores.start_get(url)
+        asked = None if is_local(url) else stores.start_get(url, allowance)
     except StorageError as error:
         failed: Future[bytes] = Future()
         failed.set_exception(error)
         return failed
-    return pool.submit(read, url) if asked is None else asked
+    return pool.submit(_read_within, url, allowance) if asked is None else asked
 
 
 def _outcome(reading: Future[bytes]) -> bytes | StorageError:
@@ -344,19 +380,3 @@ def _outcome(reading: Future[bytes]) -> bytes | StorageError:
         raise
     except StorageError as error:
         return error
-
-
-def _write_durably(path: str, data: bytes) -> None:
-    with open(path, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _temporary(path: str) -> str:
-    folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")

@@ -1,8 +1,8 @@
-"""Object stores behind one door: S3 by s3fs, and whatever else fsspec knows.
+"""Object stores and web servers: S3, GCS, Azure, HTTP, and whatever else fsspec knows.
 
 Owns how stores are reached, retries against a deadline, concurrent reads with an outcome for each
 object, whole-object writes and create-if-absent. What it promises: an object arrives whole and as
-it was stored or not at all, and is written by one request. Local files never come here.
+it was stored or not at all, and never more of it than allowed. Local files never come here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, PositiveInt
 
 from imgcls.config import Section
-from imgcls.data.faults import GET, LIST, PUT, code_of, reason, short, typed
+from imgcls.data import azure, gcs, http
+from imgcls.data.faults import GET, PUT, code_of, reason, retry_after, short, too_large, typed
+from imgcls.data.readahead import WHOLE, Allowance, NoRoom
 from imgcls.data.s3 import Reader
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
@@ -32,9 +34,12 @@ T = TypeVar("T")
 
 _BUFFER_BYTES = 4 << 20
 _ONE_PUT_BYTES = 1 << 30
-_S3 = ("s3", "s3a")
-_ATOMIC_CREATE = (*_S3, "gs", "gcs")
-"""Stores whose driver creates an object only where there is none, atomically."""
+S3 = ("s3", "s3a")
+GCS = ("gs", "gcs")
+AZURE = ("az", "abfs", "abfss")
+HTTP = ("http", "https")
+BUCKETS = (*S3, *GCS, *AZURE)
+"""Stores of named objects in buckets or containers, which create an object atomically."""
 
 
 class StorageConfig(Section):
@@ -51,9 +56,18 @@ class StorageConfig(Section):
     requester_pays: bool = False
     """Agree to pay for requests to buckets that ask for it."""
     attempt_seconds: PositiveFloat = 15.0
-    """A request that says nothing for so long is made again."""
+    """Timeout of one request attempt, in seconds."""
     deadline_seconds: PositiveFloat = 60.0
-    """What passing faults keep from succeeding for so long is given up."""
+    """Total time to retry a request after transient errors, in seconds."""
+    host_requests: PositiveInt = 64
+    """Maximum concurrent requests to one HTTP host, over all workers of a run."""
+    user_agent: str = "imgcls"
+    """User-Agent header of HTTP requests; some hosts require a contact address in it."""
+
+    def shared_by(self, processes: int) -> StorageConfig:
+        """The settings of each of several processes, which together keep the limit per host."""
+        share = max(1, self.host_requests // max(1, processes))
+        return self.model_copy(update={"host_requests": share})
 
 
 class _Process:
@@ -89,8 +103,9 @@ def store(url: str) -> tuple[Any, str]:
     """
     protocol = protocol_of(url)
     try:
-        fs = _file_system(protocol, settings())
-        return fs, fs._strip_protocol(url)
+        account = azure.account_of(url) if protocol in AZURE else None
+        fs = _file_system(protocol, settings(), account)
+        return fs, fs._strip_protocol(http.request_url(url) if protocol in HTTP else url)
     except Exception as error:  # whatever a driver raises that is not installed or not configured
         refused = typed(url, error)
         if type(refused) is not StorageError:
@@ -104,6 +119,15 @@ def protocol_of(url: str) -> str:
     return url.partition(":")[0]
 
 
+def url_of(url: str, path: str) -> str:
+    """The URL of a path that the file system of `url` has named, written as `url` is."""
+    protocol = protocol_of(url)
+    if protocol not in BUCKETS:
+        return f"{protocol}://{path}" if "://" not in path else path
+    bucket = url.partition("://")[2].partition("/")[0]
+    return f"{protocol}://{bucket}/{path.partition('/')[2]}"
+
+
 def attempt(url: str, call: Callable[[], T], needs: str = "", seconds: float | None = None) -> T:
     """Call, translating errors; passing faults are tried again, backing off, until the deadline.
 
@@ -114,6 +138,8 @@ def attempt(url: str, call: Callable[[], T], needs: str = "", seconds: float | N
     while True:
         try:
             return call()
+        except NoRoom:
+            raise
         except Exception as error:  # noqa: BLE001  raised again unless it will pass
             time.sleep(pauses.after(typed(url, error, needs), error))
 
@@ -128,27 +154,83 @@ def ask(url: str, method: str, *arguments: Any, needs: str, long: bool = False, 
     if not fs.async_impl:
         return attempt(url, lambda: getattr(fs, method)(path, *arguments, **more), needs)
     call = functools.partial(getattr(fs, f"_{method}"), path, *arguments, **more)
-    asked = _attempted(url, call, needs, long=long)
+    asked = attempted(url, call, needs, long=long)
     return asyncio.run_coroutine_threadsafe(asked, fs.loop).result()
 
 
-def get(url: str) -> bytes:
-    """A whole object."""
-    asked = start_get(url)
-    return bytes(ask(url, "cat_file", needs=GET)) if asked is None else asked.result()
+def get(url: str, allowance: Allowance = WHOLE) -> bytes:
+    """A whole object, if it has no more bytes than allowed.
+
+    Raises StorageTooLarge, and NoRoom where other reads hold what it takes.
+    """
+    asked = start_get(url, allowance)
+    if asked is not None:
+        return asked.result()
+    if allowance.max_bytes is None:
+        return bytes(ask(url, "cat_file", needs=GET))
+    fs, path = store(url)
+    return attempt(url, lambda: _opened(url, fs, path, allowance), GET)
 
 
-def start_get(url: str) -> Future[bytes] | None:
+def start_get(url: str, allowance: Allowance = WHOLE) -> Future[bytes] | None:
     """Ask for an object and go on; None where the driver can only be waited for."""
     fs, path = store(url)
     if not fs.async_impl:
         return None
-    protocol = protocol_of(url)
-    if protocol in _S3:
-        read = functools.partial(_reader(protocol, settings()).read, path, set())
+    return asyncio.run_coroutine_threadsafe(_got(url, fs, path, allowance), fs.loop)
+
+
+async def _got(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
+    protocol, host = protocol_of(url), None
+    read: Callable[[str], Awaitable[bytes]]
+    if protocol in S3:
+        doubted: set[str] = set()
+        s3 = _reader(protocol, settings())
+        read = lambda path: s3.read(path, doubted, allowance)  # noqa: E731
+    elif protocol in HTTP:
+        web = _web(settings())
+        host = web.host(url)
+        read = lambda _: web.read(url, allowance)  # noqa: E731
     else:
-        read = functools.partial(fs._cat_file, path)
-    return asyncio.run_coroutine_threadsafe(_attempted(url, read, GET), fs.loop)
+        by = gcs.read if protocol in GCS else azure.read if protocol in AZURE else _any_read
+        read = functools.partial(by, fs, allowance=allowance)
+    try:
+        return await attempted(url, lambda: read(path), GET, host=host, allowance=allowance)
+    except StorageMissing:
+        # to a store ./ is a part of a name like any other; on a disk it means nothing
+        plain = path.replace("/./", "/")
+        if protocol not in BUCKETS or plain == path:
+            raise
+        return await attempted(url, lambda: read(plain), GET, allowance=allowance)
+
+
+async def _any_read(fs: Any, path: str, allowance: Allowance) -> bytes:
+    """An object by a driver that knows no more than fsspec asks of it."""
+    limit = allowance.max_bytes
+    if limit is None:
+        return bytes(await fs._cat_file(path))
+    size = (await fs._info(path)).get("size")
+    if size is not None and size > limit:
+        raise too_large(fs.unstrip_protocol(path), limit, size)
+    allowance.reserve(limit if size is None else size)
+    data = bytes(await fs._cat_file(path, start=0, end=limit + 1 if size is None else size))
+    if len(data) > limit:
+        raise too_large(fs.unstrip_protocol(path), limit)
+    return data
+
+
+def _opened(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
+    """As `_any_read`, by a driver that can only be waited for."""
+    assert allowance.max_bytes is not None
+    with fs.open(path, "rb") as stream:
+        size = getattr(stream, "size", None)
+        if size is not None and allowance.exceeded_by(size):
+            raise too_large(url, allowance.max_bytes, size)
+        allowance.reserve(allowance.max_bytes if size is None else size)
+        data = bytes(stream.read(allowance.max_bytes + 1))
+    if allowance.exceeded_by(len(data)):
+        raise too_large(url, allowance.max_bytes)
+    return data
 
 
 def put(url: str, data: bytes) -> None:
@@ -162,7 +244,7 @@ def create(url: str, data: bytes) -> bool:
     Raises StorageError for a store that cannot do so atomically.
     """
     protocol = protocol_of(url)
-    if protocol not in _ATOMIC_CREATE:
+    if protocol not in BUCKETS:
         raise StorageError(
             f"{short(url)}: {protocol}:// cannot create a file only where there is none, which "
             "keeps two drivers apart; give an output on S3, GCS or a disk"
@@ -204,7 +286,10 @@ def reading(url: str) -> IO[bytes]:
 
 @dataclass(frozen=True)
 class File:
-    """A file as a listing tells it: its URL, bytes, time in UTC and ETag, None where not known."""
+    """A file as a listing has it: URL, bytes, time in UTC and version, None where not known.
+
+    etag: the ETag of S3 and Azure, the generation of GCS: another one whenever it is replaced
+    """
 
     path: str
     size: int | None
@@ -218,47 +303,6 @@ class Page:
 
     folders: list[str]
     files: list[File]
-
-
-def pages(url: str, *, deep: bool) -> Iterator[Page]:
-    """What lies in a folder, a page at a time: files and folders, or, if `deep`, all files."""
-    fs, path = store(url)
-    root = url[: len(url) - len(path)] if url.endswith(path) else f"{protocol_of(url)}://"
-    if protocol_of(url) not in _S3:
-        method = "find" if deep else "ls"
-        found = ask(url, method, needs=LIST, long=True, detail=True)
-        infos = list(found.values()) if isinstance(found, dict) else found
-        yield Page(
-            [f"{root}{i['name'].rstrip('/')}" for i in infos if i["type"] == "directory"],
-            [
-                File(f"{root}{i['name']}", i.get("size"), None, None)
-                for i in infos
-                if i["type"] == "file"
-            ],
-        )
-        return
-    bucket, key, _ = fs.split_path(path)
-    request = {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key else ""}
-    if not deep:
-        request["Delimiter"] = "/"
-    while True:
-        call = functools.partial(fs._call_s3, "list_objects_v2", **request)
-        asked = _attempted(url, call, LIST)
-        answer = asyncio.run_coroutine_threadsafe(asked, fs.loop).result()
-        yield _page_of(answer, f"{root}{bucket}/")
-        if not answer.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = answer["NextContinuationToken"]
-
-
-def _page_of(answer: dict[str, Any], bucket: str) -> Page:
-    folders = [f"{bucket}{each['Prefix'].rstrip('/')}" for each in answer.get("CommonPrefixes", [])]
-    files = [
-        File(f"{bucket}{each['Key']}", each["Size"], each["LastModified"], each["ETag"].strip('"'))
-        for each in answer.get("Contents", [])
-        if not each["Key"].endswith("/")
-    ]
-    return Page(folders, files)
 
 
 class _Ranges(io.RawIOBase):
@@ -303,16 +347,34 @@ class _Ranges(io.RawIOBase):
         return attempt(self._url, whole, GET)
 
 
-async def _attempted(
-    url: str, call: Callable[[], Awaitable[T]], needs: str, *, long: bool = False
+async def attempted(
+    url: str,
+    call: Callable[[], Awaitable[T]],
+    needs: str,
+    *,
+    long: bool = False,
+    host: http.Host | None = None,
+    allowance: Allowance = WHOLE,
 ) -> T:
-    """As `attempt`; each call has a time, which grows and is longer for those that may be long."""
+    """As `attempt`; each call has a time, which grows and is longer for those that may be long.
+
+    host:      to wait for, outside that time, before each attempt
+    allowance: that the call may wait for, likewise
+    """
     pauses = _Pauses()
     patience = settings().attempt_seconds
     while True:
         try:
-            limit = LONG * patience if long else min(patience, pauses.left + 1)
-            return await asyncio.wait_for(call(), limit)
+            async with contextlib.AsyncExitStack() as held:
+                if host is not None:
+                    turn = host.turn(url, pauses.deadline)
+                    pauses.excuse(await held.enter_async_context(turn))
+                limit = LONG * patience if long else min(patience, pauses.left + 1)
+                return await asyncio.wait_for(call(), limit)
+        except NoRoom as full:
+            began = time.monotonic()
+            await asyncio.wrap_future(allowance.admission(full.total))
+            pauses.excuse(time.monotonic() - began)
         except Exception as error:  # noqa: BLE001  raised again unless it will pass
             pause = pauses.after(typed(url, error, needs), error)
             patience *= 2
@@ -320,22 +382,28 @@ async def _attempted(
 
 
 class _Pauses:
-    """Times between attempts, doubling with jitter, that end at a deadline."""
+    """Times between attempts, doubling with jitter or as the store asks, that end at a deadline."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._start = time.monotonic()
-        self._deadline = self._start + (seconds or settings().deadline_seconds)
+        self.deadline = self._start + (seconds or settings().deadline_seconds)
         self._count = 0
         self._told = False
 
     @property
     def left(self) -> float:
-        return self._deadline - time.monotonic()
+        return self.deadline - time.monotonic()
+
+    def excuse(self, seconds: float) -> None:
+        """Leave out time that was spent waiting for other requests of our own."""
+        self._start += seconds
+        self.deadline += seconds
 
     def after(self, error: StorageError, cause: Exception) -> float:
         """Seconds to wait after an error; raises it when it will not pass, or not in time."""
         pause = min(BACKOFF_SECONDS * 2**self._count, MAX_BACKOFF_SECONDS)
         pause *= random.uniform(0.5, 1.5)
+        pause = max(pause, retry_after(cause) or 0.0)
         self._count += 1
         if not isinstance(error, StorageUnavailable) or pause > self.left:
             raise error from (cause if cause is not error else None)
@@ -354,7 +422,7 @@ LONG = 20
 
 def _by_one_request(url: str) -> dict[str, Any]:
     """What keeps s3fs from cutting an object into parts."""
-    return {"chunksize": _ONE_PUT_BYTES} if protocol_of(url) in _S3 else {}
+    return {"chunksize": _ONE_PUT_BYTES} if protocol_of(url) in S3 else {}
 
 
 @functools.cache
@@ -363,11 +431,26 @@ def _reader(protocol: str, settings: StorageConfig) -> Reader:
 
 
 @functools.cache
-def _file_system(protocol: str, settings: StorageConfig) -> Any:
+def _web(settings: StorageConfig) -> http.Reader:
+    return http.Reader(settings.host_requests, settings.user_agent, settings.attempt_seconds)
+
+
+@functools.cache
+def _file_system(protocol: str, settings: StorageConfig, account: str | None = None) -> Any:
     import fsspec
 
     # a cached listing would hide what other processes have written since
-    if protocol not in _S3:
+    if protocol in GCS:
+        anon = {"token": "anon"} if settings.anon else {}
+        return gcs.file_system(requester_pays=settings.requester_pays, **anon)
+    if protocol in AZURE:
+        return azure.file_system(account, anon=settings.anon, seconds=settings.attempt_seconds)
+    if protocol in HTTP:
+        client = {"headers": {"User-Agent": settings.user_agent}, "requote_redirect_url": False}
+        return fsspec.filesystem(
+            protocol, use_listings_cache=False, encoded=True, client_kwargs=client
+        )
+    if protocol not in S3:
         return fsspec.filesystem(protocol, use_listings_cache=False)
     fs = fsspec.filesystem(
         protocol,

@@ -493,7 +493,7 @@ def test_a_lasting_fault_is_given_up_at_the_deadline(
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(404, StorageMissing), (403, StorageForbidden), (410, StorageError)]
+    ("status", "kind"), [(404, StorageMissing), (410, StorageMissing), (403, StorageForbidden)]
 )
 def test_a_refusal_is_not_tried_again(
     server: Server, status: int, kind: type[StorageError]

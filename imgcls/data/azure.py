@@ -1,0 +1,119 @@
+"""Azure Blob Storage by adlfs: bounded reads, listings by page, names taken as they are.
+
+Azure's client retries by itself, for minutes and without a word; here a request is made once, and
+whether it is made again is decided as for every other store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from imgcls.data.faults import too_large
+from imgcls.data.readahead import Allowance
+from imgcls.errors import StorageError
+
+PAGE = 1000
+FIRST_BYTES = 4 << 20
+"""Of a blob, read with the request that tells its size; most photographs are no larger."""
+_PART_BYTES = 32 << 20
+_HOSTS = (".dfs.core.windows.net", ".blob.core.windows.net")
+
+
+def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
+    """adlfs without retries of its own.
+
+    account: as a URL names it; None for that of the environment (AZURE_STORAGE_ACCOUNT_NAME,
+        AZURE_STORAGE_CONNECTION_STRING)
+    seconds: without an answer, after which a request has failed
+    """
+    from azure.storage.blob.aio import BlobServiceClient
+
+    named = {"account_name": account} if account else {}
+    fs = _class()(use_listings_cache=False, anon=anon or None, **named)
+    usual = fs.service_client
+    fs.service_client = BlobServiceClient(
+        usual.url,
+        credential=usual.credential,
+        retry_total=0,
+        connection_timeout=seconds,
+        read_timeout=seconds,
+        max_single_get_size=FIRST_BYTES,
+        max_chunk_get_size=_PART_BYTES,
+    )
+    return fs
+
+
+@functools.cache
+def _class() -> Any:
+    from adlfs import AzureBlobFileSystem
+
+    class _Azure(AzureBlobFileSystem):  # type: ignore[misc]
+        @classmethod
+        def _strip_protocol(cls, path: Any) -> Any:
+            """container/name; adlfs itself takes # and ? in a name for marks of a URL."""
+            if isinstance(path, list):
+                return [cls._strip_protocol(each) for each in path]
+            container, separator, name = path.rpartition("://")[2].partition("/")
+            return container.partition("@")[0] + separator + name.rstrip("/")
+
+        def split_path(self, path: str, *_: Any, **__: Any) -> tuple[str, str, None]:
+            container, _, name = self._strip_protocol(path).lstrip("/").partition("/")
+            return container, name, None
+
+    return _Azure
+
+
+def account_of(url: str) -> str | None:
+    """The account in abfs://container@account.dfs.core.windows.net/name; None without one."""
+    host = url.partition("://")[2].partition("/")[0].partition("@")[2]
+    suffix = next((each for each in _HOSTS if host.endswith(each)), None)
+    if host and suffix is None:
+        raise StorageError(f"{url}: the host {host} is no Azure storage account")
+    return host.removesuffix(suffix) if suffix else None
+
+
+async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
+    """A blob's bytes; in several requests, for the same version of it, if it is large.
+
+    Raises StorageTooLarge and NoRoom before more is read than is allowed.
+    """
+    container, name, _ = fs.split_path(path)
+    allowance.reserve(FIRST_BYTES)
+    async with fs.service_client.get_blob_client(container, name) as blob:
+        stream = await blob.download_blob(max_concurrency=1)
+        if allowance.exceeded_by(stream.size):
+            raise too_large(f"az://{path}", allowance.max_bytes, stream.size)
+        allowance.reserve(stream.size)
+        data: bytes = await stream.readall()
+        return data
+
+
+async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> tuple[list[Any], Any]:
+    """A page of a listing, and the token of the next one; items without a size are folders.
+
+    path: container/prefix, of a folder
+    """
+    container, name, _ = fs.split_path(path)
+    prefix = f"{name.rstrip('/')}/" if name else None
+    async with fs.service_client.get_container_client(container) as client:
+        if deep:
+            found = client.list_blobs(name_starts_with=prefix, include=["metadata"])
+        else:
+            found = client.walk_blobs(prefix, include=["metadata"], delimiter="/")
+        pages = found.by_page(continuation_token=token)
+        with contextlib.suppress(StopAsyncIteration):
+            items = [each async for each in await anext(pages)]
+            return items, pages.continuation_token
+        return [], None
+
+
+def files_of(items: list[Any]) -> Iterator[Any]:
+    """Those of a page's items that are files: not the marks that stand for folders."""
+    for item in items:
+        marks = item.get("metadata") or {}
+        folder = any(marks.get(mark) == "true" for mark in ("is_directory", "hdi_isfolder"))
+        if item.get("size") is not None and not folder:
+            yield item

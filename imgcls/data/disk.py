@@ -1,0 +1,121 @@
+"""Files of this machine: bounded reads of regular files, and exclusive creation.
+
+Promises that a read never blocks on what is not a file (a FIFO, a device, a socket), takes no more
+memory than it was allowed, and that of several rivals exactly one creates a file, also on a file
+system without hard links.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+
+from imgcls.data.faults import too_large
+from imgcls.data.readahead import Allowance
+from imgcls.errors import StorageError
+
+_UNKNOWN_STEP = 1 << 20
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What link(2) fails with where there are no hard links: SMB, exFAT, FUSE object stores."""
+
+
+def read(path: str, allowance: Allowance) -> bytes:
+    """A regular file's bytes.
+
+    Raises StorageTooLarge for more than the allowance, before they are read where the size is
+    known, StorageError for what is no regular file, OSError as the operating system does, and
+    NoRoom.
+    """
+    found = os.stat(path)  # before it is opened: to open a FIFO or a device has effects of its own
+    kind = stat.S_IFMT(found.st_mode)
+    if kind in _KINDS:
+        raise StorageError(f"{path}: is {_KINDS[kind]}, not a regular file")
+    if allowance.exceeded_by(found.st_size):
+        raise too_large(path, allowance.max_bytes, found.st_size)
+    allowance.reserve(found.st_size)
+    # not to block, should a FIFO have taken the file's place meanwhile
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        data = os.read(file, found.st_size + 1)
+        if not (more := os.read(file, _UNKNOWN_STEP)):
+            return data
+        # it has grown, or it is one of those whose size is not known before, as in /proc
+        parts, total = [data], len(data)
+        while more:
+            parts.append(more)
+            total += len(more)
+            if allowance.exceeded_by(total):
+                raise too_large(path, allowance.max_bytes)
+            allowance.reserve(total)
+            more = os.read(file, _UNKNOWN_STEP)
+        return b"".join(parts)
+    finally:
+        os.close(file)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Write a file only if there is none: True if this call made it, whole and durable.
+
+    The finished file gets its name by a hard link. Where the file system has no hard links the name
+    is claimed with O_CREAT | O_EXCL, which is as exclusive, and the finished file then replaces the
+    empty one: others see it empty or whole, and a writer killed in between leaves it empty.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        write_durably(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _claim(path, temporary)
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _claim(path: str, finished: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(finished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+    return True
+
+
+def write_durably(path: str, data: bytes) -> None:
+    """Write a file and have it on the disk, not only in memory, when this returns."""
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def temporary_name(path: str) -> str:
+    """A name beside `path` for what is not finished yet."""
+    folder, name = os.path.split(path)
+    # in bytes a name may have 255; cut so that no character of several bytes is halved
+    stem = os.fsencode(name)[:100].decode("utf-8", "ignore")
+    return os.path.join(folder, f".{stem}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")

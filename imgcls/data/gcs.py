@@ -1,0 +1,125 @@
+"""Google Cloud Storage by gcsfs: bounded reads held against their checksum, and listings by page.
+
+gcsfs retries by itself, for a minute and without a word; here a request is made once, and whether
+it is made again is decided as for every other store.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from typing import Any
+
+from imgcls.data.faults import too_large
+from imgcls.data.readahead import Allowance
+from imgcls.errors import StorageUnavailable
+
+PAGE = 1000
+_PIECE = 1 << 16
+
+
+def file_system(**options: Any) -> Any:
+    """gcsfs, with a failed answer's header fields on its error, and no retries of its own."""
+    # not the class that fsspec finds for gs://, which asks another API what kind each bucket is of
+    return _class()(use_listings_cache=False, **options)
+
+
+@functools.cache
+def _class() -> Any:
+    from gcsfs.core import GCSFileSystem
+    from gcsfs.retry import validate_response
+
+    class _GCS(GCSFileSystem):  # type: ignore[misc]
+        async def _request(
+            self, method: str, path: str, *args: Any, headers: Any = None, json: Any = None,
+            data: Any = None, cache_type: Any = None, cache_source: Any = None, **params: Any,
+        ) -> tuple[int, Any, Any, bytes]:  # fmt: skip
+            await self._set_session()
+            async with self.session.request(
+                method=method,
+                url=self._format_path(path, args),
+                params=self._get_params(params),
+                json=json,
+                headers=self._get_headers(headers),
+                data=data,
+            ) as answer:
+                content = await answer.read()
+                try:
+                    validate_response(answer.status, content, path, args)
+                except Exception as error:
+                    error.headers = answer.headers  # type: ignore[attr-defined]
+                    raise
+                return answer.status, answer.headers, answer.request_info, content
+
+    return _GCS
+
+
+async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
+    """An object's bytes, held against the MD5 that the store gives for those of one piece.
+
+    Raises StorageTooLarge and NoRoom before more is read than is allowed, StorageUnavailable for
+    bytes that are not what is stored, and aiohttp's ClientResponseError for any other answer.
+    """
+    import yarl
+    from aiohttp import ClientResponseError
+
+    await fs._set_session()
+    request = fs.session.get(
+        yarl.URL(fs.url(path), encoded=True).update_query(fs._get_params({})),
+        headers=fs._get_headers({"Accept-Encoding": "gzip"}),  # else the store unpacks what it has
+    )
+    async with request as answer:
+        if answer.status != 200:
+            raise ClientResponseError(
+                answer.request_info, (), status=answer.status, message=answer.reason or "",
+                headers=answer.headers,
+            )  # fmt: skip
+        length = answer.content_length
+        if length is not None and allowance.exceeded_by(length):
+            raise too_large(f"gs://{path}", allowance.max_bytes, length)
+        allowance.reserve(length or 0)
+        parts, total = [], 0
+        async for part in answer.content.iter_chunked(_PIECE):
+            total += len(part)
+            if allowance.exceeded_by(total):
+                raise too_large(f"gs://{path}", allowance.max_bytes)
+            if length is None or total > length:
+                allowance.reserve(total)
+            parts.append(part)
+        data = b"".join(parts)
+        told = _md5(answer.headers)
+        packed = "Content-Encoding" in answer.headers
+        if told is not None and not packed and told != _digest(data):
+            raise StorageUnavailable(f"gs://{path}: arrived damaged (not as its checksum says)")
+        return data
+
+
+async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> dict[str, Any]:
+    """A page of a listing: `items` and `prefixes` as the JSON API has them, and `nextPageToken`.
+
+    path: bucket/prefix, of a folder
+    """
+    bucket, key, _ = fs.split_path(path)
+    answer: dict[str, Any] = await fs._call_list_objects(
+        bucket,
+        prefix=f"{key.rstrip('/')}/" if key else None,
+        delimiter=None if deep else "/",
+        maxResults=PAGE,
+        pageToken=token,
+    )
+    return answer
+
+
+def _digest(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _md5(headers: Any) -> str | None:
+    """The MD5 among the checksums of an answer, in base64; objects composed of others have none."""
+    for field in headers.getall("x-goog-hash", []):
+        for each in field.split(","):
+            name, _, value = each.strip().partition("=")
+            if name == "md5":
+                return str(value)
+    return None

@@ -1,0 +1,184 @@
+"""Reading images from web servers: bounded, byte-exact URLs, polite.
+
+A URL is sent as it is in the manifest, because a signed one is void after any re-encoding. One
+process has at most `host_requests` requests under way to a host, and none before the time that the
+host has named in a Retry-After.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import urllib.parse
+import weakref
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from imgcls.data.faults import code_of, retry_after, short, too_large
+from imgcls.data.readahead import Allowance
+from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 10
+_PIECE = 1 << 16
+"""Bytes that are taken from a connection, or out of a compressed body, at a time."""
+_ASKS_FOR_PATIENCE = ("429", "503")
+
+
+class Reader:
+    """Reads whole files over HTTP; lives in one event loop."""
+
+    def __init__(self, host_requests: int, user_agent: str, connect_seconds: float) -> None:
+        self._host_requests = host_requests
+        self._user_agent = user_agent
+        self._connect_seconds = connect_seconds
+        self._hosts: dict[str, Host] = {}
+        self._session: Any = None
+
+    def host(self, url: str) -> Host:
+        """The server of a URL, by scheme, name and port."""
+        scheme, _, rest = url.partition("://")
+        name = f"{scheme}://{rest.partition('/')[0].partition('?')[0].rpartition('@')[2]}".lower()
+        return self._hosts.setdefault(name, Host(name, self._host_requests))
+
+    async def read(self, url: str, allowance: Allowance) -> bytes:
+        """A file's bytes, decompressed where the server compressed them for the way.
+
+        Raises StorageTooLarge, NoRoom, StorageUnavailable for an answer that breaks off, and
+        aiohttp's errors, with the answer's header fields, for any other answer than the file.
+        """
+        import aiohttp
+        import yarl
+        from fsspec.implementations.http import HTTPFileSystem
+
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_seconds),
+                headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+            loop = asyncio.get_running_loop()
+            weakref.finalize(self, HTTPFileSystem.close_session, loop, self._session)
+        place = url
+        for _ in range(_MOST_REDIRECTS):
+            target = yarl.URL(request_url(place), encoded=True)
+            async with self._session.get(target, allow_redirects=False) as answer:
+                if answer.status not in _REDIRECTS or "Location" not in answer.headers:
+                    return await self._body(url, answer, allowance)
+                location = answer.headers["Location"]
+            whole = location.startswith(("http://", "https://"))
+            place = location if whole else urllib.parse.urljoin(place, location)
+            if not place.startswith(("http://", "https://")):
+                raise StorageError(f"{short(url)}: is redirected to {short(place)}, no web URL")
+        raise StorageError(f"{short(url)}: is redirected more than {_MOST_REDIRECTS} times")
+
+    async def _body(self, url: str, answer: Any, allowance: Allowance) -> bytes:
+        from aiohttp import ClientResponseError
+
+        if answer.status != 200:
+            error = ClientResponseError(
+                answer.request_info, (), status=answer.status, message=answer.reason or "",
+                headers=answer.headers,
+            )  # fmt: skip
+            self.host(url).heed(error)
+            raise error
+        coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+        length = answer.content_length  # of what is sent, and so a lower bound on what it holds
+        if length is not None and allowance.exceeded_by(length):
+            raise too_large(url, allowance.max_bytes, length if coding == "identity" else None)
+        allowance.reserve(length or 0)
+        parts, total = [], 0
+        async for part in _decoded(url, coding, answer.content.iter_chunked(_PIECE)):
+            total += len(part)
+            if allowance.exceeded_by(total):
+                raise too_large(url, allowance.max_bytes)
+            if length is None or total > length:
+                allowance.reserve(total)
+            parts.append(part)
+        return b"".join(parts)
+
+
+class Host:
+    """A server: who may ask it now."""
+
+    def __init__(self, name: str, requests: int) -> None:
+        self._name = name
+        self._turns = asyncio.Semaphore(requests)
+        self._not_before = 0.0
+        self._asked = 0.0
+
+    def heed(self, error: BaseException) -> None:
+        """Note for how long a server asks to be left alone."""
+        asked = retry_after(error) if code_of(error) in _ASKS_FOR_PATIENCE else None
+        if asked is not None:
+            self._not_before = max(self._not_before, time.monotonic() + asked)
+            self._asked = asked
+
+    @contextlib.asynccontextmanager
+    async def turn(self, url: str, deadline: float) -> AsyncIterator[float]:
+        """Wait for one of the host's turns and hold it; yields the seconds spent in the queue.
+
+        deadline: of the request, by time.monotonic, not counting those seconds
+        Raises StorageThrottled, without a request, if the host must be left alone for longer.
+        """
+        began = time.monotonic()
+        async with self._turns:
+            queued = time.monotonic() - began
+            while (pause := self._not_before - time.monotonic()) > 0:
+                if time.monotonic() + pause > deadline + queued:
+                    raise StorageThrottled(
+                        f"{short(url)}: {self._name} asks for no request for {self._asked:.0f} s "
+                        "(Retry-After), which is longer than the retry time; rerun with "
+                        "--retry-errors later, or raise --storage.deadline-seconds"
+                    )
+                await asyncio.sleep(pause)
+            yield queued
+
+
+def request_url(url: str) -> str:
+    """A URL with each character as it is, save those that no request may hold.
+
+    White space, control characters and what is not ASCII are percent-encoded as UTF-8, a host name
+    outside ASCII by IDNA. Everything else is left alone: %2F is not /, + is not %20.
+    """
+    scheme, _, rest = url.partition("://")
+    end = next((i for i, letter in enumerate(rest) if letter in "/?#"), len(rest))
+    host, path = rest[:end], rest[end:]
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    if not path.startswith("/"):
+        path = "/" + path
+    kept = "".join(
+        letter
+        if "!" <= letter <= "~"
+        else urllib.parse.quote(letter, safe="", errors="surrogateescape")
+        for letter in path
+    )
+    return f"{scheme}://{host}{kept}"
+
+
+async def _decoded(url: str, coding: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A body as it was before it was compressed for the way, in pieces of bounded size.
+
+    Raises StorageUnavailable for one that breaks off, StorageError for an unknown coding.
+    """
+    if coding in ("identity", ""):
+        async for piece in pieces:
+            yield piece
+        return
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise StorageError(f"{short(url)}: came with the unknown Content-Encoding {coding!r}")
+    unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32 if coding != "deflate" else 15)
+    try:
+        async for piece in pieces:
+            while piece:
+                yield unpack.decompress(piece, _PIECE)
+                piece = unpack.unconsumed_tail
+    except zlib.error as error:
+        raise StorageUnavailable(f"{short(url)}: arrived damaged ({error})") from error
+    if not unpack.eof:
+        raise StorageUnavailable(f"{short(url)}: broke off within its {coding} encoding")

@@ -1,0 +1,110 @@
+"""Byte budget of reads that run ahead of their consumer.
+
+Each read reserves the bytes it is about to hold before it takes memory for them, and keeps them
+until the consumer has finished with its result. The oldest read is always admitted, whatever the
+others hold, so that results which are consumed in order cannot block each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+
+class Budget:
+    """At most `size` bytes held by all reads together, the oldest one not counted.
+
+    Reads are numbered 0, 1, 2 ... in the order in which their results are consumed. With a limit of
+    M bytes per read, `size` + M bytes are held at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held: dict[int, int] = {}
+        self._waiting: dict[int, tuple[int, Future[None]]] = {}
+        self._oldest = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def fits(self, read: int, total: int) -> bool:
+        """Reserve `total` bytes for a read, including what it holds already; False if it must wait.
+
+        Does not block.
+        """
+        with self._lock:
+            return self._take(read, total)
+
+    def admission(self, read: int, total: int) -> Future[None]:
+        """A future that is done once `total` bytes are reserved for a read."""
+        admitted: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                admitted.cancel()
+            elif self._take(read, total):
+                admitted.set_result(None)
+            else:
+                self._waiting[read] = (total, admitted)
+        return admitted
+
+    def release(self, read: int) -> None:
+        """Free what a read holds; the next one becomes the oldest."""
+        with self._lock:
+            self._held.pop(read, None)
+            self._oldest = read + 1
+            for waiting in sorted(self._waiting):
+                total, admitted = self._waiting[waiting]
+                if self._take(waiting, total):
+                    del self._waiting[waiting]
+                    if admitted.set_running_or_notify_cancel():
+                        admitted.set_result(None)
+
+    def close(self) -> None:
+        """Cancel the reads that wait, and those that would have to."""
+        with self._lock:
+            self._closed = True
+            for _, admitted in self._waiting.values():
+                admitted.cancel()
+            self._waiting.clear()
+
+    def _take(self, read: int, total: int) -> bool:
+        others = sum(self._held.values()) - self._held.get(read, 0)
+        if read > self._oldest and others + total > self._size:
+            return False
+        self._held[read] = total
+        return True
+
+
+class NoRoom(Exception):
+    """A read must wait until `total` bytes can be reserved for it."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total)
+        self.total = total
+
+
+class Allowance:
+    """What one read may take: at most `max_bytes`, reserved from a shared budget if there is one.
+
+    max_bytes: None for a file of our own, which is read whole
+    """
+
+    def __init__(self, max_bytes: int | None, budget: Budget | None = None, read: int = 0) -> None:
+        self.max_bytes = max_bytes
+        self._budget = budget
+        self._read = read
+
+    def exceeded_by(self, size: int) -> bool:
+        return self.max_bytes is not None and size > self.max_bytes
+
+    def reserve(self, total: int) -> None:
+        """Reserve bytes before they are read; raises NoRoom where other reads hold too many."""
+        if self._budget is not None and not self._budget.fits(self._read, total):
+            raise NoRoom(total)
+
+    def admission(self, total: int) -> Future[None]:
+        """Done once `total` bytes are reserved."""
+        assert self._budget is not None
+        return self._budget.admission(self._read, total)
+
+
+WHOLE = Allowance(None)
