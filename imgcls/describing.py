@@ -17,6 +17,7 @@ from imgcls.data import listing, storage, stores
 from imgcls.data.formats import LISTED, is_image_name
 from imgcls.data.listing import BuildConfig
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_whole_paths
+from imgcls.data.storage import MAX_BYTES
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.log import tell
@@ -45,6 +46,8 @@ class ManifestBuildConfig(BuildConfig):
     """With contents: the perceptual hash too."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """With contents: images with more pixels are refused from their header."""
+    max_bytes: PositiveInt = MAX_BYTES
+    """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
     scale: ScaleConfig = ScaleConfig()
     """With contents."""
 
@@ -141,6 +144,7 @@ def _describe(config: ManifestBuildConfig, output: str, manifest: Manifest) -> i
         manifest=ManifestConfig(path=manifest.source),
         output=output,
         max_pixels=config.max_pixels,
+        max_bytes=config.max_bytes,
         overwrite=config.overwrite,
         scale=config.scale,
         storage=config.storage,

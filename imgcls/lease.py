@@ -148,7 +148,7 @@ def holder(output: str) -> Holder | None:
     folder = storage.join(output, FOLDER)
     number = _latest(folder)
     first = _read(folder, number) if number else None
-    if first is None:
+    if not first:
         return None
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is None:
@@ -172,6 +172,8 @@ def _wait_until_free(folder: str, number: int, term: float) -> bool:
     first = _read(folder, number)
     if first is None:
         return True
+    if not first:
+        return _falls_silent(folder, number, first, term)
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is not None:
         return dead
@@ -201,9 +203,10 @@ def _busy(output: str, record: dict[str, Any] | None) -> str:
 
 
 def _read(folder: str, number: int) -> dict[str, Any] | None:
+    """A holder's record; {} for one that is being created, or was when its driver was killed."""
     url = _record(folder, number)
     try:
-        record: dict[str, Any] = json.loads(storage.read(url))
+        record: dict[str, Any] = json.loads(storage.read(url) or b"{}")
         return record
     except StorageMissing:
         return None

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls import cluster
 from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, ManifestConfig
+from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, StorageError
 from imgcls.labeling.examine import Examined, examine
@@ -35,6 +36,8 @@ class LookConfig(Section):
     """The folder to write."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
+    max_bytes: PositiveInt = MAX_BYTES
+    """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
     overwrite: bool = False
     """Throw away what is in the output folder and start over."""
     progress_seconds: PositiveFloat = 5.0
@@ -76,6 +79,7 @@ def looked(
                         storage.join(output, LOOKS, str(number)),
                         bundle=bundle,
                         max_pixels=config.max_pixels,
+                        max_bytes=config.max_bytes,
                         scale=config.scale,
                         progress_seconds=config.progress_seconds,
                         lease=lease,

@@ -50,7 +50,7 @@ def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
 def _class() -> Any:
     from adlfs import AzureBlobFileSystem
 
-    class _Azure(AzureBlobFileSystem):  # type: ignore[misc]
+    class _Azure(AzureBlobFileSystem):
         @classmethod
         def _strip_protocol(cls, path: Any) -> Any:
             """container/name; adlfs itself takes # and ? in a name for marks of a URL."""

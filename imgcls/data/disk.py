@@ -37,6 +37,8 @@ def read(path: str, allowance: Allowance) -> bytes:
     """
     found = os.stat(path)  # before it is opened: to open a FIFO or a device has effects of its own
     kind = stat.S_IFMT(found.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if kind in _KINDS:
         raise StorageError(f"{path}: is {_KINDS[kind]}, not a regular file")
     if allowance.exceeded_by(found.st_size):

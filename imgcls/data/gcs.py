@@ -30,7 +30,7 @@ def _class() -> Any:
     from gcsfs.core import GCSFileSystem
     from gcsfs.retry import validate_response
 
-    class _GCS(GCSFileSystem):  # type: ignore[misc]
+    class _GCS(GCSFileSystem):
         async def _request(
             self, method: str, path: str, *args: Any, headers: Any = None, json: Any = None,
             data: Any = None, cache_type: Any = None, cache_source: Any = None, **params: Any,

@@ -25,10 +25,12 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import (
     CrashingImage,
     ImageError,
+    ImageTooLarge,
     StorageError,
     StorageForbidden,
     StorageMissing,
     StorageThrottled,
+    StorageTooLarge,
     StorageUnavailable,
 )
 from imgcls.labeling.work import RunSpec, Spent, Work, WorkSpec
@@ -102,7 +104,7 @@ def fetch(spec: RunSpec, rows: pa.Table, crashed: Mapping[int, str] = NOTHING) -
     """
     paths = rows.column(spec.path_column).to_pylist()
     urls = (manifest.resolve(path, spec.root) for i, path in enumerate(paths) if i not in crashed)
-    blobs = storage.read_ahead(urls, spec.fetches)
+    blobs = storage.read_ahead(urls, spec.fetches, spec.max_bytes)
     if not crashed:
         return blobs
     return (CrashingImage(crashed[i]) if i in crashed else next(blobs) for i in range(len(paths)))
@@ -291,6 +293,8 @@ def status_of(error: StorageError | ImageError) -> str:
         return error.status
     if isinstance(error, StorageMissing):
         return "missing"
+    if isinstance(error, StorageTooLarge):
+        return ImageTooLarge.status
     if isinstance(error, StorageForbidden):
         return "forbidden"
     if isinstance(error, StorageThrottled):

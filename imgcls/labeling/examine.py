@@ -56,12 +56,21 @@ class Examined:
                 yield rows, pq.read_table(file)
 
 
+def _is_on_web(manifest: Manifest) -> bool:
+    """Whether the images are on web servers, by the first one."""
+    head = next(manifest.batches(), None)
+    first = head.column(manifest.path_column)[0].as_py() if head else None
+    url = manifest.resolve(None if first is None else str(first))
+    return url is not None and stores.protocol_of(url) in stores.HTTP
+
+
 def examine(
     manifest: Manifest,
     output: str,
     *,
     bundle: Bundle | None,
     max_pixels: int,
+    max_bytes: int,
     scale: ScaleConfig,
     progress_seconds: float,
     lease: Lease,
@@ -80,7 +89,7 @@ def examine(
             "root": manifest.root,
         },
         bundle={"sha256": None if bundle is None else bundle.sha256},
-        settings={"max_pixels": max_pixels},
+        settings={"max_pixels": max_pixels, "max_bytes": max_bytes},
     )
     stored = names.load_run(output)
     if stored is not None:
@@ -122,10 +131,12 @@ def examine(
             root=manifest.root,
             batch_size=layout.batch_size,
             max_pixels=max_pixels,
+            max_bytes=max_bytes,
             fetches=scale.fetches,
             storage=stores.settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
+            on_web=_is_on_web(manifest),
             bundle_url=None if bundle is None else storage.absolute(bundle.url),
             bundle_sha256=None if bundle is None else bundle.sha256,
         )

@@ -89,6 +89,17 @@ class Layout:
         """The layout with no more workers than have something to do while another one starts."""
         return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
 
+    def with_readers(self, most: int) -> Layout:
+        """The layout with no more processes that read images than `most`."""
+        if self.worker_gpus:
+            return replace(self, decoders=min(self.decoders, most))
+        return replace(self, workers=min(self.workers, most))
+
+    @property
+    def readers(self) -> int:
+        """Processes that read images at a time."""
+        return self.decoders if self.worker_gpus else self.workers
+
     @property
     def size(self) -> str:
         """How large it is, as people read it."""

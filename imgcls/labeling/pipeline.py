@@ -15,6 +15,7 @@ import pickle
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -36,6 +37,9 @@ MAX_BLOCK_CHUNKS = 256
 GPU_CHUNKS = 2
 """Chunks that a GPU worker has in hand: one is decoded or committed while the other is classified.
 """
+
+FILE_BYTES = 512_000_000
+"""Files of a chunk, in bytes, that are sent to a GPU at most; CPUs decode a chunk with more."""
 
 AHEAD: dict[LayoutName, int] = {"cpu": MAX_BLOCK_CHUNKS, "gpu": 4, "gpu_decode": 4}
 """Results that a stage may be ahead of the driver, which looks at them ten times a second.
@@ -63,6 +67,10 @@ class Pipeline:
 
     def __init__(self, spec: RunSpec, layout: Layout, work: Sequence[Work]) -> None:
         hush_data()
+        if spec.on_web:
+            layout = layout.with_readers(spec.storage.host_requests)
+        layout = replace(layout, workers=min(layout.workers, len(work)))
+        spec = replace(spec, storage=spec.storage.shared_by(layout.readers))
         self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
@@ -75,7 +83,7 @@ class Pipeline:
         context.custom_execution_callback_classes.append(_Begun)
         with ray.data.DataContext.current(context):
             dataset = ray.data.from_blocks(blocks_of(work, layout.workers))
-            for stage in _stages(spec, layout, len(work)):
+            for stage in _stages(spec, layout):
                 dataset = stage(dataset)
         self._dataset = dataset
 
@@ -113,11 +121,10 @@ def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:
     return blocks
 
 
-def _stages(spec: RunSpec, layout: Layout, chunks: int) -> list[Any]:
-    workers = min(layout.workers, chunks)
+def _stages(spec: RunSpec, layout: Layout) -> list[Any]:
     at_a_time = GPU_CHUNKS if layout.worker_gpus else 1
     pool = ray.data.ActorPoolStrategy(
-        size=workers,
+        size=layout.workers,
         max_tasks_in_flight_per_actor=2,
         max_concurrent_calls_per_actor=at_a_time,
         enable_true_multi_threading=at_a_time > 1,
@@ -300,8 +307,10 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
     work: Work = _only(batch, "work")
     rows, spent = stages.rows_of(spec, work), Spent()
     attempt = Attempt.at(spec, work, "prepare")
-    ready: Any
-    if is_for_host(work.chunk, host_share):
+    ready: Any = None
+    if not is_for_host(work.chunk, host_share):
+        ready = _fetched(stages.fetch(spec, rows), attempt)
+    if ready is None:
         import torch
 
         torch.set_num_threads(1)
@@ -309,13 +318,20 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
         for row in attempt.suspects(rows.num_rows):
             stages.prepare_all(spec, rows.slice(row, 1), preprocess, Spent())
         ready = stages.prepare_all(spec, rows, preprocess, spent, attempt.crashed, attempt.beat)
-    else:
-        ready = []
-        for blob in stages.fetch(spec, rows):
-            ready.append(blob)
-            attempt.beat()
     attempt.end()
     return {"ready": [pickle.dumps((work, ready, spent, attempt.deaths), protocol=5)]}
+
+
+def _fetched(blobs: Iterator[Any], attempt: Attempt) -> list[Any] | None:
+    """A chunk's files for a GPU to decode; None where they have more than FILE_BYTES."""
+    fetched, size = [], 0
+    for blob in blobs:
+        size += len(blob) if isinstance(blob, bytes) else 0
+        if size > FILE_BYTES:
+            return None
+        fetched.append(blob)
+        attempt.beat()
+    return fetched
 
 
 def is_for_host(chunk: int, share: float) -> bool:

@@ -23,6 +23,7 @@ from imgcls import output as names
 from imgcls.config import Section, UnitFloat, build
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     CrashingImage,
@@ -109,6 +110,8 @@ class PredictConfig(Section):
     """Compile the model; auto: where a trial before a long run finds that it pays."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
+    max_bytes: PositiveInt = MAX_BYTES
+    """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
     chunk_rows: PositiveInt | None = None
     """Rows per unit of work; chosen from the size of the manifest when not given."""
     part_rows: PositiveInt = 1_000_000
@@ -182,7 +185,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
         tell("int8", int8_of(bundle).cost())
     _check_columns(manifest, config, bundle)
     _check_patience(config, output, listed)
-    _check_images(listed)
+    _check_images(listed, config.max_bytes)
     _check_output(output, config)
     with cluster.Interruption().watched() as interruption:
         lease = Lease.acquire(output, config.lease_seconds)
@@ -302,6 +305,7 @@ class _Run:
             "compile": config.compile,
             "batch_size": config.scale.batch_size,
             "max_pixels": config.max_pixels,
+            "max_bytes": config.max_bytes,
             "chunk_rows": config.chunk_rows,
             "part_rows": config.part_rows,
         }
@@ -333,6 +337,7 @@ class _Run:
                 rows=self.plan.rows // layout.workers,
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
+                max_bytes=config.max_bytes,
             )
             patience = machines.Patience(config.scale.wait_seconds)
             answer = trial.ask(
@@ -372,10 +377,12 @@ class _Run:
             compile=choice.compile,
             batch_size=choice.batch_size,
             max_pixels=settings["max_pixels"],
+            max_bytes=settings["max_bytes"],
             fetches=self.config.scale.fetches,
             storage=stores.settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
+            on_web=_is_on_web(manifest),
         )
 
     def _chunk_bytes(self) -> int:
@@ -385,7 +392,8 @@ class _Run:
         may_come = [] if cluster.is_private() else machines.most_nodes() or []
         if any(node.gpus for node in [*cluster.nodes(), *may_come]):
             sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
-            each = max(each, sum(sizes) // max(1, len(sizes)))
+            read = [size for size in sizes if size <= self.config.max_bytes]
+            each = max(each, sum(read) // max(1, len(read)))
         return each * (self.config.chunk_rows or LARGE_CHUNK)
 
     def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
@@ -477,7 +485,9 @@ class _Run:
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
 
     def _committed(self) -> bool:
-        return storage.exists(storage.join(self.output, names.SUCCESS))
+        mark = storage.join(self.output, names.SUCCESS)
+        # empty where a driver was killed while it created it, on a disk without hard links
+        return storage.exists(mark) and storage.size(mark) > 0
 
     def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
         """Check the table against the manifest, write the metrics, pass the gate, mark success."""
@@ -664,6 +674,11 @@ def _urls(manifest: Manifest) -> Iterator[str]:
             yield url
 
 
+def _is_on_web(manifest: Manifest) -> bool:
+    """Whether the images are on web servers, by the first one."""
+    return stores.protocol_of(next(_urls(manifest), "")) in stores.HTTP
+
+
 def _size(url: str) -> int:
     """Bytes of an image; none of one that cannot be had, which is a row like any other."""
     try:
@@ -672,7 +687,7 @@ def _size(url: str) -> int:
         return 0
 
 
-def _check_images(manifest: Manifest) -> None:
+def _check_images(manifest: Manifest, max_bytes: int) -> None:
     """Try the first image on a store, before work starts that could only fail.
 
     Raises RequestError when the credentials are refused, or there is no such bucket.
@@ -681,7 +696,7 @@ def _check_images(manifest: Manifest) -> None:
     if url is None or storage.is_local(url):
         return
     try:
-        storage.read(url)
+        storage.read_image(url, max_bytes)
     except StorageCredentials as error:
         raise RequestError(f"the first image: {error}") from error
     except StorageMissing as error:

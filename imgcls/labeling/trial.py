@@ -7,7 +7,7 @@ on what it found. A short run is over before a trial would have paid: it takes w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ import ray
 
 from imgcls.cluster import Interruption, keep_memory
 from imgcls.data import storage, stores
+from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import ImageError, StorageError
 from imgcls.labeling.layout import Layout, LayoutName, ScaleConfig
@@ -66,6 +67,7 @@ class Case:
     rows: int
     urls: tuple[str, ...]
     storage: StorageConfig
+    max_bytes: int = MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def measure(asked: Question, case: Case, threads: int) -> Answer:
         else:
             took = time.perf_counter() - start
             answer = replace(answer, compiled=rate(compiled, best), compile_seconds=took)
-    return _with_decoding(answer, case.urls, plain) if asked.decode else answer
+    return _with_decoding(answer, case, plain) if asked.decode else answer
 
 
 def batch_of(forward: dict[int, float]) -> int:
@@ -238,12 +240,12 @@ def with_share(layout: Layout, choice: Choice) -> Layout:
     return replace(layout, name=name, host_share=choice.host_share)
 
 
-def _with_decoding(answer: Answer, urls: Sequence[str], classifier: Classifier) -> Answer:
+def _with_decoding(answer: Answer, case: Case, classifier: Classifier) -> Answer:
     import torch
 
     from imgcls.data import images
 
-    blobs = _readable(urls, classifier.preprocess)
+    blobs = _readable(case, classifier.preprocess)
     if not blobs:
         return answer
 
@@ -263,13 +265,13 @@ def _with_decoding(answer: Answer, urls: Sequence[str], classifier: Classifier) 
     )
 
 
-def _readable(urls: Sequence[str], preprocess: Preprocess) -> list[bytes]:
+def _readable(case: Case, preprocess: Preprocess) -> list[bytes]:
     from imgcls.data import images
 
     blobs = []
-    for url in urls:
+    for url in case.urls:
         try:
-            blob = storage.read(url)
+            blob = storage.read_image(url, case.max_bytes)
             images.decode(blob, preprocess)
         except (StorageError, ImageError):
             continue  # a row with a reason, once it is its turn

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Plan
 from imgcls.output import OK
@@ -24,6 +25,7 @@ class RunSpec:
     session:       a name that no other driver's pass over the run has
     crash_retries: workers that a chunk may kill, beside the first, before its images are tried
                    one by one
+    on_web:        whether images are on web servers, which limits how many workers read
     """
 
     output: str
@@ -32,10 +34,12 @@ class RunSpec:
     root: str
     batch_size: int
     max_pixels: int
+    max_bytes: int = MAX_BYTES
     fetches: int
     storage: StorageConfig
     session: str
     crash_retries: int
+    on_web: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

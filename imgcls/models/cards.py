@@ -47,7 +47,7 @@ def _picture(source: Source | None) -> str | None:
             small = source.convert("RGB")
             small.thumbnail((SIDE, SIDE))
         else:
-            data = source if isinstance(source, bytes) else storage.read(os.fspath(source))
+            data = source if isinstance(source, bytes) else storage.read_image(os.fspath(source))
             small = images.picture(data, SIDE).image
     except (ImageError, StorageError):
         return None

@@ -192,7 +192,7 @@ class Classifier:
     def _prepared(self, item: Source) -> Pixels:
         if isinstance(item, Image.Image):
             return images.prepared(item, self.preprocess)
-        data = item if isinstance(item, bytes) else storage.read(os.fspath(item))
+        data = item if isinstance(item, bytes) else storage.read_image(os.fspath(item))
         return images.decode(data, self.preprocess)[0]
 
     def ranked(

@@ -80,6 +80,7 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         compile=False,
         batch_size=8,
         max_pixels=100_000_000,
+        max_bytes=100_000_000,
         fetches=4,
         storage=StorageConfig(),
         session="a-test",
