@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from imgcls.data import stores
+from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError
 from imgcls.evaluation.count import tables
@@ -163,7 +164,8 @@ def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> Hel
         for table in tables(run, piece, list(dict.fromkeys(names))):
             if late is not None:
                 table = late.judge(table)
-            code = class_codes(table[label_column], run.classes)
+            text = labels_as_text(table[label_column])
+            code = class_codes(pa.chunked_array([text]), run.classes)
             ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
             at = np.flatnonzero((code >= 0) & ok)
             at = at[(seen + np.arange(len(at))) % every == 0]

@@ -1,7 +1,8 @@
 """Which of two runs is better, and where: may tonight's model replace yesterday's.
 
 Both runs label the same images; their rows are put side by side in row order, or joined by a
-column. Only rows with a label and a prediction of both are judged.
+column. Only rows with predictions of both runs and a label that is a class of both models are
+judged, as in `evaluate`; the others are counted.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Comparison:
     per_class: label, rows, accuracy_a, accuracy_b, difference, only_a, only_b, p_value
     slices:    slice_by, value, then as per_class
     differing: rows where the predictions differ, those that one alone gets right first
+    unknown_label: rows with predictions of both whose label is not a class of both models
     """
 
     both: Paired
@@ -89,6 +91,7 @@ class Comparison:
     slices: pa.Table
     differing: pa.Table
     different: int
+    unknown_label: int
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -123,7 +126,7 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     if config.on is not None:
         for run in (a, b):
             run.check_columns([config.on], "on")
-    judge = _Judge(a, config)
+    judge = _Judge(a, b, config)
     pairs = _joined(a, b, judge, config.on) if config.on is not None else _aligned(a, b, judge)
     for left, right in pairs:
         judge.see(left, right)
@@ -133,8 +136,9 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
 class _Judge:
     """Counts what the pairs of rows come to."""
 
-    def __init__(self, a: Run, config: CompareConfig) -> None:
+    def __init__(self, a: Run, b: Run, config: CompareConfig) -> None:
         self.a = a
+        self.known = pa.array(sorted(set(a.classes) & set(b.classes)), pa.string())
         self.slice_by = list(config.slice_by)
         column, self.late = judging_labels(a, config.labels, config.on, required=True)
         assert column is not None
@@ -142,7 +146,7 @@ class _Judge:
         self.groups: dict[tuple[str, str], np.ndarray] = {}
         self.total = np.zeros(4, np.int64)
         self.differing: list[pa.Table] = []
-        self.different = 0
+        self.different = self.unknown_label = 0
 
     @property
     def columns(self) -> list[str]:
@@ -161,7 +165,9 @@ class _Judge:
             pc.equal(left["status"].cast(pa.string()), OK),
             pc.equal(right["status"].cast(pa.string()), OK),
         )
-        judged = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
+        labelled = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
+        judged = labelled & np.asarray(pc.is_in(label, value_set=self.known))
+        self.unknown_label += int((labelled & ~judged).sum())
         right_a, right_b = (
             np.asarray(pc.fill_null(pc.equal(each, label), False)) & judged for each in said
         )
@@ -199,7 +205,9 @@ class _Judge:
         rows = neither + only_b + only_a + both
         if rows == 0:
             raise RequestError(
-                f"{self.a.url}: no row has a label and predictions of both runs; nothing to compare"
+                f"{self.a.url}: no row has predictions of both runs and a label that is a class of "
+                f"both models ({self.unknown_label:,} rows have another label); check the labels, "
+                "or pass --labels TABLE"
             )
         differing = pa.concat_tables(self.differing) if self.differing else _NO_DIFFERENCE
         order = {"a": 0, "b": 1, "both": 2, "neither": 2}
@@ -215,6 +223,7 @@ class _Judge:
             self._table(classes=False),
             differing.drop_columns(["rank"]),
             self.different,
+            self.unknown_label,
         )
 
     def _group(self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray) -> None:
@@ -316,6 +325,11 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
         f"{both.rows:,} rows judged; predictions differ on {comparison.different:,}: "
         f"{both.only_a:,} only A has right, {both.only_b:,} only B"
     )
+    if comparison.unknown_label:
+        print(
+            f"note: {comparison.unknown_label:,} more rows have a label that is not a class of "
+            "both models; they are not counted"
+        )
     if comparison.different > comparison.differing.num_rows:
         print(
             f"note: {comparison.differing.num_rows:,} of them are kept, the first by row; those "
@@ -347,6 +361,7 @@ def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
         "run_a": a.url,
         "run_b": b.url,
         "rows": both.rows,
+        "unknown_label": comparison.unknown_label,
         "accuracy_a": comparison.correct_a / both.rows,
         "accuracy_b": comparison.correct_b / both.rows,
         "difference": {"value": both.difference, "lower": both.lower, "upper": both.upper},

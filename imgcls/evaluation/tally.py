@@ -176,7 +176,8 @@ def _with_text_labels(table: pa.Table, label_column: str | None) -> pa.Table:
     if label_column is None:
         return table
     labels = table[label_column]
-    if pa.types.is_dictionary(labels.type) or pa.types.is_string(labels.type):
+    kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
+    if pa.types.is_string(kind):
         return table
     index = table.schema.get_field_index(label_column)
     return table.set_column(index, label_column, labels_as_text(labels))
