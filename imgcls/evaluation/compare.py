@@ -23,7 +23,7 @@ from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import LabelsConfig, judging_labels
+from imgcls.evaluation.labels import JOINED, LabelsConfig, judging_labels, keys_of
 from imgcls.evaluation.tally import NO_VALUE
 from imgcls.metrics.agreement import Paired, mcnemar
 from imgcls.output import OK, write_tables
@@ -117,7 +117,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
-    a.check_slices(config.slice_by)
+    a.check_slices([n for n in config.slice_by if config.labels is None or n != JOINED])
     if config.on is None and a.manifest_fingerprint != b.manifest_fingerprint:
         raise RequestError(
             f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
@@ -125,7 +125,7 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
         )
     if config.on is not None:
         for run in (a, b):
-            run.check_columns([config.on], "on")
+            run.check_key(config.on)
     judge = _Judge(a, b, config)
     pairs = _joined(a, b, judge, config.on) if config.on is not None else _aligned(a, b, judge)
     for left, right in pairs:
@@ -153,7 +153,8 @@ class _Judge:
         """Of run a."""
         mine = self.late.needed if self.late is not None else [self.label_column]
         shown = ["row", self.a.path_column, "predicted_label", "confidence", "status"]
-        return list(dict.fromkeys([*shown, *mine, *self.slice_by]))
+        sliced = [n for n in self.slice_by if self.late is None or n != JOINED]
+        return list(dict.fromkeys([*shown, *mine, *sliced]))
 
     def see(self, left: pa.Table, right: pa.Table) -> None:
         """Rows of both runs, of the same images in the same order."""
@@ -284,14 +285,15 @@ def _joined(a: Run, b: Run, judge: _Judge, on: str) -> Iterator[tuple[pa.Table, 
 
     columns = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
     held = pa.concat_tables(_stream(b, columns)).unify_dictionaries()
-    index = pd.Index(held[on].cast(pa.string()).to_pandas())
+    held = held.filter(pc.is_valid(held[on]))  # a row without a key is no row of the other run
+    index = pd.Index(keys_of(held[on]).to_pandas())
     if index.has_duplicates:
         key = index[index.duplicated()][0]
         raise RequestError(f"{b.url}: {on} {key!r} stands there twice; join on another column")
     seen = 0
     used = np.zeros(len(index), bool)
     for left in _stream(a, list(dict.fromkeys([*judge.columns, on]))):
-        place = index.get_indexer(left[on].cast(pa.string()).to_pandas())
+        place = index.get_indexer(keys_of(left[on]).to_pandas())
         hit = np.flatnonzero(place >= 0)
         taken = place[hit]
         if used[taken].any() or len(np.unique(taken)) < len(taken):
