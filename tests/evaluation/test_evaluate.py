@@ -22,7 +22,12 @@ from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.evaluation import count as counting
 from imgcls.evaluation.compare import CompareConfig, compare
 from imgcls.evaluation.evaluate import JudgeConfig, judge
+from imgcls.evaluation.evaluate import _more as more_metrics
 from imgcls.evaluation.labels import LabelsConfig
+from imgcls.evaluation.tally import Tally, Wanted
+from imgcls.metrics import tables
+from imgcls.metrics.intervals import wilson_interval
+from imgcls.metrics.tables import Metric
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -137,6 +142,81 @@ def test_labels_that_came_later_make_slices(tmp_path: Path) -> None:
     )
     counted = {row["value"]: row["rows"] for row in compared.slices.to_pylist()}
     assert counted == dict(Counter(table["label"].to_pylist()))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_right_rows_alone_have_possible_intervals(tmp_path: Path, rows: int) -> None:
+    table = drawn(rows, 1, sharpness=100.0)
+    found = judge(str(commit(tmp_path / "out", table)), JudgeConfig(), need_labels=True)
+    assert found.tally.counts.correct == rows
+    highest = {"log_loss": np.inf, "brier_score": 2.0}
+    for metric in found.metrics:
+        if metric.interval is not None:
+            low, high = metric.interval
+            lowest = -1.0 if metric.name in ("matthews_correlation", "cohens_kappa") else 0.0
+            assert lowest <= low <= metric.value <= high <= highest.get(metric.name, 1.0)
+            assert high - low > 1 / (rows + 100), metric.name
+    area = found.value("area_under_risk_coverage")
+    assert area is not None
+    assert area.interval == pytest.approx((0, 1 - wilson_interval(rows, rows)[0]))
+
+
+def population(rng: np.random.Generator, rows: int, prior: list[float], skill: float) -> Tally:
+    """A run of a model of some skill, classes drawn by `prior`."""
+    size, names = len(prior), np.array([f"c{i}" for i in range(len(prior))])
+    truth = rng.choice(size, rows, p=prior)
+    logits = 2 * rng.normal(size=(rows, size))
+    logits[np.arange(rows), truth] += skill
+    scores = np.exp(logits - logits.max(1, keepdims=True))
+    scores = (scores / scores.sum(1, keepdims=True)).astype(np.float16)
+    exact = scores.astype(np.float32)
+    tally = Tally(Wanted(tuple(names), "label", scores=True))
+    table = pa.table(
+        {
+            "label": names[truth],
+            "predicted_label": names[exact.argmax(1)],
+            "confidence": exact.max(1),
+            "accepted": np.ones(rows, bool),
+            "label_score": exact[np.arange(rows), truth],
+            "label_rank": pa.array(np.ones(rows), pa.int32()),
+            "status": ["ok"] * rows,
+            "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), size),
+        }
+    )
+    tally.add(table, 0, 0)
+    return tally
+
+
+def of_tally(tally: Tally, resamples: int) -> list[Metric]:
+    return [*tables.metrics(tally.counts, top_k=1, resamples=resamples), *more_metrics(tally)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "prior", "skill"),
+    [
+        (20, [0.5, 0.5], 6.0),
+        (300, [0.7, 0.3], 2.0),
+        (300, [0.5, 0.3, 0.2], 3.0),
+        (200, [0.95, 0.05], 6.0),
+    ],
+)
+def test_intervals_hold_the_truth_in_nine_of_ten_runs_or_more(
+    rows: int, prior: list[float], skill: float
+) -> None:
+    rng = np.random.default_rng(7)
+    large = of_tally(population(rng, 400_000, prior, skill), 0)
+    truth = {each.name: each.value for each in large}
+    held: dict[str, list[bool]] = {}
+    for _ in range(150):
+        for each in of_tally(population(rng, rows, prior, skill), 60):
+            if each.interval is not None and truth[each.name] not in (0.0, 1.0):
+                low, high = each.interval
+                held.setdefault(each.name, []).append(low <= truth[each.name] <= high)
+    # 95 % less three standard deviations of 150 runs
+    short = {name: np.mean(hits) for name, hits in held.items() if np.mean(hits) < 0.897}
+    assert not short
+    assert len(held) >= 15
 
 
 def test_worst_mistakes_and_contradicted_labels_are_found(tmp_path: Path) -> None:
