@@ -18,15 +18,17 @@ import socket
 import sys
 import tempfile
 import threading
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
+import grpc
 import ray
 
 from imgcls import errors
-from imgcls.errors import ImgclsError, Interrupted
+from imgcls.errors import ImgclsError, Interrupted, RequestError, RunFailed
 
 T = TypeVar("T")
 
@@ -46,7 +48,10 @@ class Node:
 
 
 def connect() -> None:
-    """Join the cluster this job was submitted to, or start a private one on this machine."""
+    """Join the cluster this job was submitted to, or start a private one on this machine.
+
+    Raises RunFailed within seconds when the cluster that RAY_ADDRESS names does not answer.
+    """
     # Ray's core prints a false alarm for every actor pool; what matters reaches us as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if ray.is_initialized():
@@ -146,8 +151,11 @@ def _address() -> str | None:
     `ray.init` then tries that address for minutes.
     """
     named = os.environ.get("RAY_ADDRESS")
+    if named == "local":
+        return "local"
     if named:
-        return "local" if named == "local" else None
+        check_reachable(named)
+        return None
     last: Any = ray._private.utils.read_ray_address()
     if last is None:
         return "local"
@@ -157,6 +165,72 @@ def _address() -> str | None:
             return None
     except (OSError, ValueError):
         return "local"
+
+
+def check_reachable(address: str) -> None:
+    """Raise where no cluster answers at what RAY_ADDRESS says, which `ray.init` tries for minutes.
+
+    address: `auto`, host:port or ray://host:port; another scheme is left to Ray
+    Raises RunFailed when nothing answers: the cluster may be back later. Raises RequestError when
+    the address cannot be one.
+    """
+    place = f"RAY_ADDRESS={address}"
+    if address.startswith(("http://", "https://")):
+        raise RequestError(
+            f"{place}: is the address of a dashboard, which `ray job submit` takes. Set "
+            "RAY_ADDRESS to the head node's host:port (6379 by default), or unset it"
+        )
+    found = address.removeprefix("ray://")
+    if "://" in found:
+        return
+    if address == "auto":
+        try:
+            found = ray._private.services.canonicalize_bootstrap_address_or_die("auto")
+        except ConnectionError as error:
+            raise RunFailed(
+                f"{place}: no Ray cluster runs on this machine. Start one with `ray start --head`, "
+                "set RAY_ADDRESS to the host:port of another, or unset it"
+            ) from error
+    host, port = _host_and_port(found, 10001 if address.startswith("ray://") else None, place)
+    why = _why_no_answer(host, port)
+    if why is not None:
+        raise RunFailed(
+            f"{place}: no Ray cluster answers at {host}:{port} ({why}). Start the cluster, correct "
+            "RAY_ADDRESS, or unset it to run on this machine"
+        )
+
+
+def _host_and_port(address: str, default: int | None, place: str) -> tuple[str, int]:
+    try:
+        parts = urllib.parse.urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port or default
+    except ValueError:
+        host = port = None
+    if not host or port is None:
+        raise RequestError(
+            f"{place}: is not an address. Use host:port, ray://host:port, auto or local"
+        )
+    return host, port
+
+
+def _why_no_answer(host: str, port: int) -> str | None:
+    """Why no gRPC server answers there within `_ANSWER_SECONDS`; None when one does."""
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return None  # the certificates are Ray's to check
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            return f"the port is open, but no Ray server answered in {_ANSWER_SECONDS} s"
+    return None
+
+
+_ANSWER_SECONDS = 10
 
 
 @contextlib.contextmanager

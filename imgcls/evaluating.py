@@ -14,11 +14,13 @@ from imgcls.data.stores import StorageConfig
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge, write
+from imgcls.evaluation.labels import JOINED
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.models.bundle import Precision
-from imgcls.output import PREDICTION_COLUMNS
+from imgcls.output import prediction_schema
+from imgcls.runs import is_plain
 
 
 class EvaluateConfig(JudgeConfig):
@@ -111,14 +113,22 @@ def _source(config: EvaluateConfig) -> str:
 def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
     """Raise RequestError for what could only be refused after labelling everything."""
     names = manifest.schema.names
-    wanted = [("slice_by", name) for name in config.slice_by]
+    joined = [JOINED] if config.labels is not None else []
+    wanted = [("slice_by", name) for name in config.slice_by if name not in joined]
     if config.on is not None:
         wanted.append(("on", config.on))
+    added = prediction_schema(labelled=True, scores=1, embedding=1)
+    kinds = {field.name: field.type for schema in (added, manifest.schema) for field in schema}
     for option, name in wanted:
-        if name not in names and name not in PREDICTION_COLUMNS:
+        if name not in kinds:
             raise ManifestError(
                 f"{option}: manifest {manifest.source} has no column {name!r} (found: "
                 f"{', '.join(names)})"
+            )
+        if not is_plain(kinds[name]):
+            raise ManifestError(
+                f"{option}: column {name!r} of manifest {manifest.source} is {kinds[name]}; pass "
+                "a column of plain values, such as text, numbers or dates"
             )
     if config.labels is None and manifest.label_column is None:
         raise ManifestError(

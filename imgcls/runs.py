@@ -74,12 +74,19 @@ class Run:
         """Raise RequestError when a column to slice by is missing, or holds no plain values."""
         self.check_columns(names, "slice_by")
         for name in names:
-            kind = self.schema.field(name).type
-            if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-                raise RequestError(
-                    f"slice_by: column {name!r} is {kind}; slices are for plain values such as a "
-                    "camera or a site"
-                )
+            self._check_plain(name, "slice_by", "slices are for plain values such as a camera")
+
+    def check_key(self, name: str) -> None:
+        """Raise RequestError when a column to join by is missing, or holds no plain values."""
+        self.check_columns([name], "on")
+        self._check_plain(name, "on", "rows are joined by plain values such as a path or a number")
+
+    def _check_plain(self, name: str, option: str, use: str) -> None:
+        kind = self.schema.field(name).type
+        if not is_plain(kind):
+            raise RequestError(
+                f"{option}: {self.url}: column {name!r} is {kind}; {use}. Pass another column"
+            )
 
     def check_bundle(self, bundle: Bundle) -> None:
         """Raise RequestError when another bundle made these predictions."""
@@ -108,13 +115,32 @@ class Run:
         return pieces
 
 
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether values of a type are text, numbers or times, which can be grouped and joined by."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    refused = ("is_nested", "is_binary", "is_large_binary", "is_binary_view", "is_interval")
+    return not (
+        any(getattr(pa.types, check)(kind) for check in refused)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table whose string views are strings: Arrow can neither take nor filter views."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+    return table
+
+
 def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterator[pa.Table]:
     """Columns of a whole run in row order, batch by batch."""
     for url in run.files:
         with storage.open_read(url) as opened:
             file = pq.ParquetFile(opened)
             for batch in file.iter_batches(batch_rows, columns=list(names)):
-                yield pa.Table.from_batches([batch])
+                yield without_views(pa.Table.from_batches([batch]))
 
 
 def open_run(url: str) -> Run:

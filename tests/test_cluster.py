@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,8 +16,11 @@ import pytest
 import ray
 import ray.data
 
-from imgcls.cluster import keep_memory, unwrapped
-from imgcls.errors import StorageCredentials
+from imgcls import cluster
+from imgcls.cluster import check_reachable, keep_memory, unwrapped
+from imgcls.errors import RequestError, RunFailed, StorageCredentials
+from tests.conftest import draw
+from tests.processes import imgcls as run_imgcls
 
 
 def faults_of_a_batch() -> int:
@@ -51,6 +56,73 @@ def session() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_gone_is_named(scheme: str, closed_port: int) -> None:
+    address = f"{scheme}127.0.0.1:{closed_port}"
+    told = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
+    with pytest.raises(RunFailed, match=told) as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 1  # it may be back later
+
+
+def test_a_port_that_does_not_answer_is_no_cluster(
+    silent_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 1)
+    with pytest.raises(RunFailed, match="the port is open, but no Ray server answered in 1 s"):
+        check_reachable(f"127.0.0.1:{silent_port}")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("head", "is not an address"),
+        ("head:port", "is not an address"),
+        ("http://head:8265", "is the address of a dashboard"),
+    ],
+)
+def test_what_cannot_be_an_address_is_a_wrong_request(address: str, told: str) -> None:
+    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {told}") as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 2
+
+
+def test_a_name_without_an_address_is_no_cluster() -> None:
+    with pytest.raises(RunFailed, match=r"no Ray cluster answers at no-such-host\.invalid:6379"):
+        check_reachable("no-such-host.invalid:6379")
+
+
+def test_a_cluster_that_is_there_is_reached(session: None) -> None:
+    check_reachable(ray.get_runtime_context().gcs_address)
+
+
+def test_a_command_ends_when_its_cluster_is_gone(
+    closed_port: int, colour_bundle: Path, tmp_path: Path
+) -> None:
+    draw("red").save(tmp_path / "red.png")
+    done = run_imgcls(
+        "predict", "--manifest", tmp_path, "--model", colour_bundle, "--output", tmp_path / "out",
+        env={"RAY_ADDRESS": f"127.0.0.1:{closed_port}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"no Ray cluster answers at 127.0.0.1:{closed_port}" in done.stderr
+    assert not (tmp_path / "out" / "_run.json").exists()
 
 
 def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(session: None) -> None:

@@ -114,16 +114,17 @@ def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
     return rows.set_column(place, manifest.path_column, whole)
 
 
-def open_manifest(config: ManifestConfig) -> Manifest:
+def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
     """Find out what the manifest is and check its columns, without reading its rows.
 
+    any_key: the path column is a key to join by, of any type; no path is read from it
     Raises ManifestError when there is nothing there, the format is unclear or a column is missing.
     """
     try:
         files, format = _locate(config)
         if format in ("tree", "images"):
             return _open_listing(config, format, files)
-        return _open_table(config, format, files)
+        return _open_table(config, format, files, any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest {config.path}: {error}") from error
 
@@ -193,7 +194,9 @@ def _format_of(config: ManifestConfig, files: list[str]) -> str:
     )
 
 
-def _open_table(config: ManifestConfig, format: str, files: list[str]) -> Manifest:
+def _open_table(
+    config: ManifestConfig, format: str, files: list[str], *, any_key: bool
+) -> Manifest:
     read_schema = _csv_schema if format == "csv" else _parquet_schema
     read_batches = _csv_batches if format == "csv" else _parquet_batches
     schema = read_schema(config, files[0])
@@ -204,7 +207,7 @@ def _open_table(config: ManifestConfig, format: str, files: list[str]) -> Manife
                 f"manifest {file}: {_difference(other, schema)} {files[0]}; give tables of one "
                 "shape"
             )
-    _check_columns(config, schema)
+    _check_columns(config, schema, any_key=any_key)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
@@ -232,7 +235,7 @@ def _difference(schema: pa.Schema, first: pa.Schema) -> str:
     return f"its column {mine.name!r} is {kinds[0]}, and {kinds[1]} in"
 
 
-def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
+def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) -> None:
     names = schema.names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -249,7 +252,7 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any(check(kind) for check in is_text):
+    if not any_key and not any(check(kind) for check in is_text):
         raise ManifestError(
             f"manifest {config.path}: column {config.path_column!r} is {kind}, not text; "
             "name the column of paths with --manifest.path-column"

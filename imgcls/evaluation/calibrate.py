@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from imgcls.data import stores
+from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError
 from imgcls.evaluation.count import tables
@@ -26,6 +27,7 @@ from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
 from imgcls.metrics.selective import SelectiveCounts, Threshold
 from imgcls.models.bundle import (
+    NEVER,
     Bundle,
     BundleSpec,
     VectorScaling,
@@ -162,7 +164,8 @@ def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> Hel
         for table in tables(run, piece, list(dict.fromkeys(names))):
             if late is not None:
                 table = late.judge(table)
-            code = class_codes(table[label_column], run.classes)
+            text = labels_as_text(table[label_column])
+            code = class_codes(pa.chunked_array([text]), run.classes)
             ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
             at = np.flatnonzero((code >= 0) & ok)
             at = at[(seen + np.arange(len(at))) % every == 0]
@@ -335,13 +338,13 @@ def _with_thresholds(
         return spec if keep else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
     if not config.per_class:
         return spec.model_copy(update={"threshold": thresholds[0].threshold, "thresholds": {}})
-    # a class whose predictions cannot be trusted so far is not accepted
     chosen = {
-        each.label: 1.0 if each.threshold is None else each.threshold
+        each.label: NEVER if each.threshold is None else each.threshold
         for each in thresholds
         if each.label is not None
     }
-    return spec.model_copy(update={"threshold": max(chosen.values()), "thresholds": chosen})
+    strictest = max((value for value in chosen.values() if value < NEVER), default=NEVER)
+    return spec.model_copy(update={"threshold": strictest, "thresholds": chosen})
 
 
 def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
@@ -372,7 +375,8 @@ def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: in
             f"note: {len(never):,} of {len(result.thresholds):,} classes never reach the target "
             f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted"
         )
-    if config.target_precision is None and bundle.spec.threshold and config.method != "none":
+    changed = bundle.spec.threshold or bundle.spec.thresholds
+    if config.target_precision is None and changed and config.method != "none":
         print(
             "note: the old threshold was for other confidences and is 0 now; see --target-precision"
         )

@@ -1,7 +1,8 @@
 """Which of two runs is better, and where: may tonight's model replace yesterday's.
 
 Both runs label the same images; their rows are put side by side in row order, or joined by a
-column. Only rows with a label and a prediction of both are judged.
+column. Only rows with predictions of both runs and a label that is a class of both models are
+judged, as in `evaluate`; the others are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import LabelsConfig, judging_labels
+from imgcls.evaluation.labels import JOINED, LabelsConfig, judging_labels, keys_of
 from imgcls.evaluation.tally import NO_VALUE
 from imgcls.metrics.agreement import Paired, mcnemar
 from imgcls.output import OK, write_tables
@@ -80,6 +81,7 @@ class Comparison:
     per_class: label, rows, accuracy_a, accuracy_b, difference, only_a, only_b, p_value
     slices:    slice_by, value, then as per_class
     differing: rows where the predictions differ, those that one alone gets right first
+    unknown_label: rows with predictions of both whose label is not a class of both models
     """
 
     both: Paired
@@ -89,6 +91,7 @@ class Comparison:
     slices: pa.Table
     differing: pa.Table
     different: int
+    unknown_label: int
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -114,7 +117,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
-    a.check_slices(config.slice_by)
+    a.check_slices([n for n in config.slice_by if config.labels is None or n != JOINED])
     if config.on is None and a.manifest_fingerprint != b.manifest_fingerprint:
         raise RequestError(
             f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
@@ -122,8 +125,8 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
         )
     if config.on is not None:
         for run in (a, b):
-            run.check_columns([config.on], "on")
-    judge = _Judge(a, config)
+            run.check_key(config.on)
+    judge = _Judge(a, b, config)
     pairs = _joined(a, b, judge, config.on) if config.on is not None else _aligned(a, b, judge)
     for left, right in pairs:
         judge.see(left, right)
@@ -133,8 +136,9 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
 class _Judge:
     """Counts what the pairs of rows come to."""
 
-    def __init__(self, a: Run, config: CompareConfig) -> None:
+    def __init__(self, a: Run, b: Run, config: CompareConfig) -> None:
         self.a = a
+        self.known = pa.array(sorted(set(a.classes) & set(b.classes)), pa.string())
         self.slice_by = list(config.slice_by)
         column, self.late = judging_labels(a, config.labels, config.on, required=True)
         assert column is not None
@@ -142,14 +146,15 @@ class _Judge:
         self.groups: dict[tuple[str, str], np.ndarray] = {}
         self.total = np.zeros(4, np.int64)
         self.differing: list[pa.Table] = []
-        self.different = 0
+        self.different = self.unknown_label = 0
 
     @property
     def columns(self) -> list[str]:
         """Of run a."""
         mine = self.late.needed if self.late is not None else [self.label_column]
         shown = ["row", self.a.path_column, "predicted_label", "confidence", "status"]
-        return list(dict.fromkeys([*shown, *mine, *self.slice_by]))
+        sliced = [n for n in self.slice_by if self.late is None or n != JOINED]
+        return list(dict.fromkeys([*shown, *mine, *sliced]))
 
     def see(self, left: pa.Table, right: pa.Table) -> None:
         """Rows of both runs, of the same images in the same order."""
@@ -161,7 +166,9 @@ class _Judge:
             pc.equal(left["status"].cast(pa.string()), OK),
             pc.equal(right["status"].cast(pa.string()), OK),
         )
-        judged = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
+        labelled = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
+        judged = labelled & np.asarray(pc.is_in(label, value_set=self.known))
+        self.unknown_label += int((labelled & ~judged).sum())
         right_a, right_b = (
             np.asarray(pc.fill_null(pc.equal(each, label), False)) & judged for each in said
         )
@@ -199,7 +206,9 @@ class _Judge:
         rows = neither + only_b + only_a + both
         if rows == 0:
             raise RequestError(
-                f"{self.a.url}: no row has a label and predictions of both runs; nothing to compare"
+                f"{self.a.url}: no row has predictions of both runs and a label that is a class of "
+                f"both models ({self.unknown_label:,} rows have another label); check the labels, "
+                "or pass --labels TABLE"
             )
         differing = pa.concat_tables(self.differing) if self.differing else _NO_DIFFERENCE
         order = {"a": 0, "b": 1, "both": 2, "neither": 2}
@@ -215,6 +224,7 @@ class _Judge:
             self._table(classes=False),
             differing.drop_columns(["rank"]),
             self.different,
+            self.unknown_label,
         )
 
     def _group(self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray) -> None:
@@ -275,14 +285,15 @@ def _joined(a: Run, b: Run, judge: _Judge, on: str) -> Iterator[tuple[pa.Table, 
 
     columns = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
     held = pa.concat_tables(_stream(b, columns)).unify_dictionaries()
-    index = pd.Index(held[on].cast(pa.string()).to_pandas())
+    held = held.filter(pc.is_valid(held[on]))  # a row without a key is no row of the other run
+    index = pd.Index(keys_of(held[on]).to_pandas())
     if index.has_duplicates:
         key = index[index.duplicated()][0]
         raise RequestError(f"{b.url}: {on} {key!r} stands there twice; join on another column")
     seen = 0
     used = np.zeros(len(index), bool)
     for left in _stream(a, list(dict.fromkeys([*judge.columns, on]))):
-        place = index.get_indexer(left[on].cast(pa.string()).to_pandas())
+        place = index.get_indexer(keys_of(left[on]).to_pandas())
         hit = np.flatnonzero(place >= 0)
         taken = place[hit]
         if used[taken].any() or len(np.unique(taken)) < len(taken):
@@ -316,6 +327,11 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
         f"{both.rows:,} rows judged; predictions differ on {comparison.different:,}: "
         f"{both.only_a:,} only A has right, {both.only_b:,} only B"
     )
+    if comparison.unknown_label:
+        print(
+            f"note: {comparison.unknown_label:,} more rows have a label that is not a class of "
+            "both models; they are not counted"
+        )
     if comparison.different > comparison.differing.num_rows:
         print(
             f"note: {comparison.differing.num_rows:,} of them are kept, the first by row; those "
@@ -347,6 +363,7 @@ def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
         "run_a": a.url,
         "run_b": b.url,
         "rows": both.rows,
+        "unknown_label": comparison.unknown_label,
         "accuracy_a": comparison.correct_a / both.rows,
         "accuracy_b": comparison.correct_b / both.rows,
         "difference": {"value": both.difference, "lower": both.lower, "upper": both.upper},

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from imgcls import cluster
 from imgcls.data import storage, stores
-from imgcls.evaluation.labels import LateLabels
+from imgcls.evaluation.labels import JOINED, LateLabels
 from imgcls.evaluation.tally import Tally, Wanted
-from imgcls.runs import Piece, Run
+from imgcls.runs import Piece, Run, without_views
 
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144
@@ -87,7 +87,7 @@ def columns(wanted: Wanted, late: LateLabels | None = None) -> list[str]:
     """The columns that a tally needs, of a run whose labels may come from elsewhere."""
     names = ["predicted_label", "confidence", "accepted", "status", *wanted.slice_by]
     if late is not None:
-        names += late.needed
+        names = [name for name in names if name != JOINED] + late.needed
     elif wanted.label_column is not None:
         names += [wanted.label_column, "label_score", "label_rank"]
     if wanted.scores:
@@ -108,4 +108,4 @@ def tables(run: Run, piece: Piece, names: list[str]) -> Iterator[pa.Table]:
     with storage.open_read(run.files[piece.file]) as stream:
         file = pq.ParquetFile(stream, read_dictionary=text)
         for batch in file.iter_batches(rows, row_groups=list(piece.groups), columns=names):
-            yield pa.Table.from_batches([batch])
+            yield without_views(pa.Table.from_batches([batch]))

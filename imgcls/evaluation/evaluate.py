@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from imgcls import output as layout
@@ -20,18 +21,22 @@ from imgcls.data import storage
 from imgcls.errors import RequestError
 from imgcls.evaluation import rows as kept_rows
 from imgcls.evaluation.count import count
-from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
+from imgcls.evaluation.labels import JOINED, JoinConfig, LateLabels, judging_labels
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.metrics import tables
-from imgcls.metrics.discrimination import ScoreCounts, brier, discrimination
+from imgcls.metrics.discrimination import MOST_BRIER, ScoreCounts, brier, discrimination
 from imgcls.metrics.discrimination import table as discrimination_table
 from imgcls.metrics.intervals import (
+    Z_95,
+    around,
+    auroc_limits,
     bootstrap_intervals,
-    clipped,
-    mean_interval,
+    joined,
+    nonnegative_mean_interval,
     wilson_interval,
+    wilson_limits,
 )
-from imgcls.metrics.selective import area_under_risk_coverage, curve
+from imgcls.metrics.selective import RIGHT, WRONG, area_under_risk_coverage, curve
 from imgcls.metrics.tables import Metric
 from imgcls.runs import Run, open_run
 
@@ -85,7 +90,7 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
     """
     run = open_run(url)
     label_column, late = judging_labels(run, config.labels, config.on, required=need_labels)
-    run.check_slices(config.slice_by)
+    run.check_slices([n for n in config.slice_by if late is None or n != JOINED])
     wanted = Wanted(
         classes=run.classes,
         label_column=label_column,
@@ -165,35 +170,48 @@ def _more(tally: Tally) -> Iterator[Metric]:
     found = _area(cells)
     drawn = bootstrap_intervals([cells], _area)
     for name, area in found.items():
-        interval = clipped(drawn.get(name), 0.0, 1.0)
+        interval = joined(drawn.get(name), _area_limits(cells), low=0.0, high=1.0)
         yield Metric(name, area, "mean error over all coverages", interval)
     counts = tally.scores
     if counts is None or not counts.rows:
         return
     score = brier(counts)
     if score is not None:
-        spread = mean_interval(counts.brier_sum, counts.brier_square_sum, counts.rows)
-        yield Metric("brier_score", score, "mean squared distance from the truth", spread)
+        low, high = nonnegative_mean_interval(
+            counts.brier_sum, counts.brier_square_sum, counts.rows, MOST_BRIER
+        )
+        interval = (low, min(high, MOST_BRIER))
+        yield Metric("brier_score", score, "mean squared distance from the truth", interval)
     ranks = discrimination(counts)
     if not np.isfinite(ranks.auroc).any():
         return
-    drawn = bootstrap_intervals(
-        [counts.own, counts.other],
-        lambda own, other: _ranking(counts, own, other),
-        resamples=100,
-    )
-    for name, values, bounds, what in (
-        ("auroc_macro", ranks.auroc, ranks.auroc_bound, "mean over classes, each against the rest"),
+    known = np.isfinite(ranks.auroc)
+    positives, negatives = counts.own.sum(1)[known], counts.other.sum(1)[known]
+    ranked = ranks.average_precision[known]
+    spreads = _ranking_spreads(counts, known)
+    for name, values, bounds, ends in (
+        (
+            "auroc_macro",
+            ranks.auroc[known],
+            ranks.auroc_bound[known],
+            auroc_limits(ranks.auroc[known], positives, negatives),
+        ),
+        # the limits of a share of the positives: Boyd, Eng, Page, "Area under the Precision-Recall
+        # Curve: Point Estimates and Confidence Intervals", ECML 2013, with Wilson's interval
         (
             "average_precision_macro",
-            ranks.average_precision,
-            ranks.average_precision_bound,
-            "mean over classes, each against the rest",
+            ranked,
+            ranks.average_precision_bound[known],
+            wilson_limits(ranked * positives, positives),
         ),
     ):
-        bound = float(np.nanmean(bounds))
+        value, bound = float(values.mean()), float(bounds.mean())
+        what = "mean over classes, each against the rest"
         told = f"; bins can move it by {bound:.1e}" if bound else ""
-        yield Metric(name, float(np.nanmean(values)), what + told, clipped(drawn[name], 0.0, 1.0))
+        edge = around(value, (values - ends[0]) / len(values), (ends[1] - values) / len(values))
+        spread = spreads[name]
+        interval = joined((value - spread, value + spread), edge, low=0.0, high=1.0)
+        yield Metric(name, value, what + told, interval)
 
 
 def _area(cells: Any) -> dict[str, float]:
@@ -201,12 +219,49 @@ def _area(cells: Any) -> dict[str, float]:
     return {} if area is None else {"area_under_risk_coverage": area}
 
 
-def _ranking(counts: ScoreCounts, own: Any, other: Any) -> dict[str, float]:
-    found = discrimination(ScoreCounts(counts.classes, own, other, counts.rows, 0.0, 0.0))
-    return {
-        "auroc_macro": float(np.nanmean(found.auroc)),
-        "average_precision_macro": float(np.nanmean(found.average_precision)),
-    }
+def _area_limits(cells: Any) -> tuple[float, float]:
+    """The area with as many wrong rows as the Wilson limits of the error rate have, spread as seen.
+
+    More of them are taken from the right rows of every confidence alike.
+    """
+    right, wrong = cells[RIGHT].astype(float), cells[WRONG].astype(float)
+    rows, errors = right.sum() + wrong.sum(), wrong.sum()
+    least, most = wilson_interval(errors, int(rows))
+    fewer = wrong * (least * rows / errors) if errors else wrong
+    more = wrong + right * ((most * rows - errors) / right.sum()) if right.sum() else wrong
+    ends = [_area(np.stack([right + wrong - each, each])) for each in (fewer, more)]
+    low, high = (end["area_under_risk_coverage"] for end in ends)
+    return low, high
+
+
+def _ranking_spreads(
+    counts: ScoreCounts, known: NDArray[np.bool_], resamples: int = 50
+) -> dict[str, float]:
+    """Half the width of the 95 % intervals of the two macro means over the `known` (C,) classes.
+
+    A row is one of its own class and one of the others for every other class. So rows are drawn
+    anew twice: as those of the class, which differ from class to class, so that the variances of
+    the classes add up; and as the others, which are nearly the same rows for all classes, so that
+    their standard deviations add up. The two are taken as dependent, too.
+    """
+    rng = np.random.default_rng(0)
+    names = {"auroc_macro": "auroc", "average_precision_macro": "average_precision"}
+    drawn: dict[tuple[str, bool], list[Any]] = {}
+    for _ in range(resamples):
+        for own in (True, False):
+            cells = rng.poisson(counts.own if own else counts.other)
+            pair = (cells, counts.other) if own else (counts.own, cells)
+            found = discrimination(ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0))
+            for name, field in names.items():
+                drawn.setdefault((name, own), []).append(getattr(found, field)[known])
+    spreads = {}
+    for name in names:
+        # a class that was not drawn has no value
+        of_own, of_others = (np.nanvar(drawn[name, own], axis=0) for own in (True, False))
+        spreads[name] = Z_95 * float(
+            np.sqrt(of_own.sum()) / known.sum() + np.sqrt(of_others).mean()
+        )
+    return spreads
 
 
 def _left_out(run: Run, tally: Tally, late: LateLabels | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest
 from imgcls.errors import RequestError
 from imgcls.metrics.columns import class_codes, own_scores, score_rows
 from imgcls.output import OK
-from imgcls.runs import Run
+from imgcls.runs import Run, is_plain
 
 JOINED = "label"
 """The column that judged tables carry the joined label in."""
@@ -74,17 +74,21 @@ class LateLabels:
         """Read the labels. Raises RequestError when the table or a key is not usable."""
         self.place = f"labels {config.path}"
         self.on = on
-        run.check_columns([on], "on")
+        run.check_key(on)
         self.classes = run.classes
         self.needed = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
         manifest = open_manifest(
-            ManifestConfig(path=config.path, path_column=on, label_column=config.column)
+            ManifestConfig(path=config.path, path_column=on, label_column=config.column),
+            any_key=True,
         )
+        kind = manifest.schema.field(on).type
+        if not is_plain(kind):
+            raise RequestError(f"{self.place}: column {on!r} is {kind}, which cannot be joined by")
         batches = [batch.select([on, config.column]) for batch in manifest.batches()]
         if not batches:
             raise RequestError(f"{self.place}: has no row")
         table = pa.Table.from_batches(batches)
-        self.keys = table[on].combine_chunks().cast(pa.large_string())
+        self.keys = keys_of(table[on])
         labels = labels_as_text(table[config.column]).cast(pa.string())
         self.labels = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
         self._order, self._hashes = _hashed(self.keys)
@@ -97,8 +101,7 @@ class LateLabels:
         A rank below the top k is given as k + 1, which is all that a top-k accuracy asks.
         Raises RequestError when two rows of the predictions have one key.
         """
-        keys = table[self.on].combine_chunks().cast(pa.large_string())
-        found = self._find(keys)
+        found = self._find(keys_of(table[self.on]))
         hit = found >= 0
         taken = found[hit]
         if self.used[taken].any() or len(np.unique(taken)) < len(taken):
@@ -116,9 +119,7 @@ class LateLabels:
 
     def looked_up(self, table: pa.Table) -> pa.Table:
         """As `judge`, of rows that were judged before."""
-        return self._joined(
-            table, self._find(table[self.on].combine_chunks().cast(pa.large_string()))
-        )
+        return self._joined(table, self._find(keys_of(table[self.on])))
 
     def _joined(self, table: pa.Table, found: np.ndarray) -> pa.Table:
         hit = found >= 0
@@ -180,6 +181,25 @@ class LateLabels:
             raise RequestError(
                 f"{self.place}: {self.on} {key!r} stands there twice; give one label for each"
             )
+
+
+def keys_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column to join by as large strings: equal values of any two types have equal text.
+
+    Whole floats and decimals are written as integers, dates as midnight, times in microseconds.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    kind = array.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        array = array.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
+    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        values = [
+            None if v is None or v != v else int(v) if v % 1 == 0 else v for v in array.to_pylist()
+        ]
+        return pa.array([None if v is None else str(v) for v in values], pa.large_string())
+    return array.cast(pa.large_string())
 
 
 def _hashed(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from imgcls.data import storage
 from imgcls.evaluation.labels import JOINED, LateLabels
 from imgcls.evaluation.tally import Tally, TopRows
-from imgcls.runs import Run
+from imgcls.runs import Run, without_views
 
 _SHOWN = ("row", "predicted_label", "confidence", "topk_labels", "topk_scores", "width", "height")
 
@@ -39,7 +39,7 @@ def fetch(
     places = np.concatenate([kept.place for kept in lists])
     found = [
         _of_part(run.files[file], names, places[files == file]) for file in np.unique(files)
-    ] or [pa.schema([run.schema.field(name) for name in names]).empty_table()]
+    ] or [without_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
     table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
     if late is not None:
         table = late.looked_up(table)
@@ -84,7 +84,7 @@ def _of_part(url: str, names: list[str], places: np.ndarray) -> pa.Table:
             end = start + file.metadata.row_group(group).num_rows
             here = wanted[(wanted >= start) & (wanted < end)] - start
             if len(here):
-                taken.append(file.read_row_group(group, columns=names).take(here))
+                taken.append(without_views(file.read_row_group(group, columns=names)).take(here))
             start = end
     back = np.empty_like(order)
     back[order] = np.arange(len(order))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from imgcls.data.manifest import labels_as_text
 from imgcls.errors import RequestError
 from imgcls.metrics import PredictionCounts
-from imgcls.metrics.columns import Floats, Ints, OkRows, read_ok_rows, score_rows
+from imgcls.metrics.columns import JUDGED_COLUMNS, Floats, Ints, OkRows, read_ok_rows, score_rows
 from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.selective import SelectiveCounts
 
@@ -148,7 +148,8 @@ class Tally:
         text = pc.fill_null(labels_as_text(table[column]), NO_VALUE).dictionary_encode()
         code = text.indices.to_numpy()
         order = np.argsort(code, kind="stable")
-        needed = [n for n in table.schema.names if n not in ("scores", *self.wanted.slice_by)]
+        judged = (*JUDGED_COLUMNS, self.wanted.label_column)
+        needed = [n for n in table.schema.names if n in judged]
         ordered = table.select(needed).take(order)
         ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
         for value, end, start in zip(
@@ -176,7 +177,8 @@ def _with_text_labels(table: pa.Table, label_column: str | None) -> pa.Table:
     if label_column is None:
         return table
     labels = table[label_column]
-    if pa.types.is_dictionary(labels.type) or pa.types.is_string(labels.type):
+    kind = labels.type.value_type if pa.types.is_dictionary(labels.type) else labels.type
+    if pa.types.is_string(kind):
         return table
     index = table.schema.get_field_index(label_column)
     return table.set_column(index, label_column, labels_as_text(labels))

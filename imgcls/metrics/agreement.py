@@ -21,6 +21,8 @@ def matthews(support: NDArray[Any], predicted: NDArray[Any], correct: float) -> 
     support, predicted: (C,) rows by label and by prediction; correct: rows on the diagonal
     Source: Gorodkin, Computational Biology and Chemistry 28 (2004); as sklearn's matthews_corrcoef.
     """
+    # as floats: in int64 the product of two squares overflows above 55,000 rows
+    support, predicted = support.astype(np.float64), predicted.astype(np.float64)
     rows = support.sum()
     covariance = correct * rows - (support * predicted).sum()
     spread = (rows**2 - (predicted**2).sum()) * (rows**2 - (support**2).sum())
@@ -33,6 +35,7 @@ def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float)
     Source: Cohen, Educational and Psychological Measurement 20 (1960); as sklearn's
     cohen_kappa_score without weights.
     """
+    support, predicted = support.astype(np.float64), predicted.astype(np.float64)
     rows = support.sum()
     chance = (support * predicted).sum() / rows**2
     return float((correct / rows - chance) / (1 - chance)) if chance < 1 else None

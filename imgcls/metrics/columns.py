@@ -20,6 +20,10 @@ from imgcls.metrics.calibration import ROUNDING
 # Codes beside the class indices 0..C-1.
 UNKNOWN, NULL = -1, -2
 
+PREDICTED_COLUMNS = ("predicted_label", "confidence", "accepted", "status")
+JUDGED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
+"""Columns that `read_ok_rows` reads beside the label column; the last two with labels only."""
+
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -131,9 +135,9 @@ def own_scores(scores: NDArray[AnyFloat], code: Ints) -> tuple[NDArray[AnyFloat]
 
 
 def _judged_columns(table: pa.Table | pa.RecordBatch, label_column: str | None) -> pa.Table:
-    needed = ["predicted_label", "confidence", "accepted", "status"]
+    needed = list(PREDICTED_COLUMNS)
     if label_column is not None:
-        needed += [label_column, "label_score", "label_rank"]
+        needed += [label_column, *JUDGED_COLUMNS[len(PREDICTED_COLUMNS) :]]
     if missing := [name for name in needed if name not in table.schema.names]:
         raise ValueError(
             f"the predictions table has no column {', '.join(missing)}"

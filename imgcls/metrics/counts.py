@@ -25,7 +25,7 @@ CORRECT, WRONG, UNJUDGED = 0, 1, 2
 
 # A label whose score underflowed to 0 would make the mean log loss of a million rows infinite, and
 # JSON has no infinity. At this floor such a row costs 27.6 nats: heavy, but finite.
-_SCORE_FLOOR = 1e-12
+SCORE_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class PredictionCounts:
         )
         rank = np.minimum(rows.label_rank, MAX_RANK + 1) - 1
         scored = rows.label_score[~np.isnan(rows.label_score)]
-        loss = -np.log(np.clip(scored, _SCORE_FLOOR, 1.0))
+        loss = -np.log(np.clip(scored, SCORE_FLOOR, 1.0))
         return cls(
             classes=names,
             status=rows.status,

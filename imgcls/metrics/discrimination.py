@@ -21,6 +21,8 @@ _ONE = 0x3C00  # the bits of 1.0 in float16; a softmax has nothing above, but fo
 EXACT_CLASSES = 64
 """Up to so many classes every float16 has a bin of its own."""
 _BLOCK_SCORES = 4_000_000
+MOST_BRIER = 2.0
+"""The Brier score of a row whose whole score is on a wrong class."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from imgcls.metrics import limits
 from imgcls.metrics.agreement import cohens_kappa, matthews
 from imgcls.metrics.calibration import bin_edges, ece_by_chance, ece_from_bins, mce_from_bins
 from imgcls.metrics.columns import Bools, Floats, Ints
-from imgcls.metrics.counts import CORRECT, MAX_RANK, WRONG, PredictionCounts
+from imgcls.metrics.counts import CORRECT, MAX_RANK, SCORE_FLOOR, WRONG, PredictionCounts
 from imgcls.metrics.intervals import (
     bootstrap_intervals,
-    clipped,
-    mean_interval,
+    joined,
+    nonnegative_mean_interval,
     wilson_interval,
 )
 
@@ -63,7 +64,8 @@ def metrics(counts: PredictionCounts, *, top_k: int, resamples: int = 200) -> li
     f1_macro average over the classes that occur among labelled rows as label or as prediction,
     balanced_accuracy over those that occur as label, the weighted ones by label frequency: as
     scikit-learn does with labels=(those classes) and zero_division=0. Intervals are 95 % ones:
-    Wilson's for shares of rows, the normal one for log_loss, else of Poisson bootstrap resamples.
+    Wilson's for shares of rows, `nonnegative_mean_interval` for log_loss, else that of Poisson
+    bootstrap resamples joined with the one of `limits`, which has a width also where all is right.
     Raises ValueError when top_k is not in 1..20, the depth that counts keep.
     """
     if not 1 <= top_k <= MAX_RANK:
@@ -217,27 +219,44 @@ def _label_metrics(counts: PredictionCounts, top_k: int, resamples: int) -> Iter
         lambda cells: _of_confusion(counts, cells),
         resamples=resamples,
     )
+    edges = limits.of_confusion(*label_counts(counts), found)
     for name, description in _OF_CONFUSION.items():
         if name in found:
-            low = -1.0 if name in _PLAIN else 0.0
-            yield Metric(name, found[name], description, clipped(drawn.get(name), low, 1.0))
+            # f1_micro is a share of rows, like accuracy
+            inner = drawn.get(name) if name != "f1_micro" else edges[name]
+            interval = joined(inner, edges[name], low=-1.0 if name in _PLAIN else 0.0, high=1.0)
+            yield Metric(name, found[name], description, interval)
     if counts.log_loss_rows:
         rows, total = counts.log_loss_rows, counts.log_loss_sum
-        interval = mean_interval(total, counts.log_loss_square_sum, rows)
+        interval = nonnegative_mean_interval(
+            total, counts.log_loss_square_sum, rows, _loss_of_a_mistake(counts)
+        )
         what = "mean -log of the label's score, in nats"
         yield Metric("log_loss", total / rows, what, interval)
     found = _of_bins(counts, counts.bin_counts)
     drawn = bootstrap_intervals(
         [counts.bin_counts], lambda cells: _of_bins(counts, cells), resamples=resamples
     )
-    for name, description in _OF_BINS.items():
-        yield Metric(name, found[name], description, clipped(drawn.get(name), 0.0, 1.0))
     judged = [CORRECT, WRONG]
-    chance = ece_by_chance(
-        count=counts.bin_counts[judged].sum(axis=0),
-        confidence_sum=counts.bin_confidence[judged].sum(axis=0),
-    )
+    count = counts.bin_counts[judged].sum(axis=0)
+    confidence = counts.bin_confidence[judged].sum(axis=0)
+    chance = ece_by_chance(count=count, confidence_sum=confidence)
+    both = limits.of_bins(count, confidence, counts.bin_counts[CORRECT], chance)
+    for (name, description), edge in zip(_OF_BINS.items(), both, strict=True):
+        interval = joined(drawn.get(name), edge, low=0.0, high=1.0)
+        yield Metric(name, found[name], description, interval)
     yield Metric("ece_by_chance", chance, "of a calibrated model on as many rows")
+
+
+def _loss_of_a_mistake(counts: PredictionCounts) -> float:
+    """Log loss, in nats, of a wrong row of the mean confidence, the rest shared by other classes.
+
+    What log loss may have missed where no row is wrong.
+    """
+    judged = [CORRECT, WRONG]
+    mean = counts.bin_confidence[judged].sum() / counts.bin_counts[judged].sum()
+    rest = (1 - mean) / max(1, len(counts.classes) - 1)
+    return float(-np.log(np.clip(rest, SCORE_FLOOR, 1.0)))
 
 
 _OF_CONFUSION = {

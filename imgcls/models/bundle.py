@@ -12,9 +12,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    PositiveFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+NEVER = 2.0
+"""The threshold of a class whose predictions are never accepted: above any confidence, rounding
+included, and a plain number, so that whoever compares `score >= threshold` gets it right."""
 DESCRIPTION = "bundle.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
@@ -75,6 +84,15 @@ class Int8(Section):
         return words
 
 
+def _threshold(value: float) -> float:
+    if not (0 <= value <= 1 or value == NEVER):
+        raise ValueError(f"{value:g} is not between 0 and 1, nor {NEVER:g} (never accept)")
+    return value
+
+
+Threshold = Annotated[float, AfterValidator(_threshold)]
+
+
 class BundleSpec(Section):
     """What `bundle.json` says."""
 
@@ -86,9 +104,9 @@ class BundleSpec(Section):
     """Logits are divided by this before the softmax."""
     vector_scaling: VectorScaling | None = None
     """Done to the log of the softmax, if at all, and another softmax to that."""
-    threshold: UnitFloat = 0.0
-    """A prediction is accepted when its confidence is at least this."""
-    thresholds: dict[str, UnitFloat] = {}
+    threshold: Threshold = 0.0
+    """A prediction is accepted when its confidence is at least this; `NEVER` accepts none."""
+    thresholds: dict[str, Threshold] = {}
     """In place of `threshold`, for predictions of these classes."""
     int8: Int8 | None = None
     """For `precision int8`; made by `imgcls model quantise`."""
@@ -233,7 +251,21 @@ def read_description(url: str) -> Bundle:
         spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})
     except ValidationError as error:
         raise BundleError(f"{place}: {error.errors()[0]['msg']}") from error
+    spec = _with_never(spec)
     return Bundle(url=url, spec=spec, weights_sha256=weights_sha256, sha256=stated)
+
+
+def _with_never(spec: BundleSpec) -> BundleSpec:
+    """A spec whose classes that never reach their target precision are never accepted.
+
+    `calibrate` used to give them 1.0, which a confidence of exactly 1 reaches. It never chose 1.0
+    for any other class: the grid of thresholds ends below.
+    """
+    made_by = spec.provenance.get("calibration")
+    if not isinstance(made_by, dict) or made_by.get("target_precision") is None:
+        return spec
+    chosen = {name: NEVER if value == 1.0 else value for name, value in spec.thresholds.items()}
+    return spec.model_copy(update={"thresholds": chosen})
 
 
 def class_list(text: str, source: str) -> list[str]:
@@ -283,7 +315,7 @@ def card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
         "",
         f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
         f"mean {list(pre.mean)}, std {list(pre.std)}.",
-        f"{_calibration(spec)}, acceptance threshold {_threshold(spec)}.",
+        f"{_calibration(spec)}, acceptance threshold {_acceptance(spec)}.",
     ]
 
 
@@ -292,11 +324,20 @@ def _calibration(spec: BundleSpec) -> str:
     return f"{scaled}{'t' if scaled else 'T'}emperature {spec.temperature:g}"
 
 
-def _threshold(spec: BundleSpec) -> str:
-    if not spec.thresholds:
-        return f"{spec.threshold:g}"
-    chosen = spec.class_thresholds()
-    return f"per class, {min(chosen):g} to {max(chosen):g}"
+def _acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
+    chosen = dict(zip(spec.classes, spec.class_thresholds(), strict=True))
+    reached = [value for value in chosen.values() if value < NEVER]
+    never = [plain(name) for name, value in chosen.items() if value == NEVER]
+    if not reached:
+        return "none: no prediction is accepted"
+    text = f"{spec.threshold:g}"
+    if spec.thresholds:
+        text = f"per class, {min(reached):g} to {max(reached):g}"
+    if never:
+        beyond = len(never) - most_classes
+        more = f" and {beyond:,} more" if beyond > 0 else ""
+        text += f"; never accepted: {', '.join(never[:most_classes])}{more}"
+    return text
 
 
 def card_usage() -> list[str]:

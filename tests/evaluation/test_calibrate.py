@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from imgcls.evaluation.calibrate import (
 )
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
-from imgcls.models.bundle import Bundle, BundleSpec, load_bundle, save_bundle
+from imgcls.models.bundle import NEVER, Bundle, BundleSpec, load_bundle, save_bundle
 from imgcls.models.classifier import Classifier
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -163,12 +164,38 @@ def test_per_class_thresholds_are_obeyed_and_hopeless_classes_are_not_accepted(
     changes = {"target_precision": 0.7, "per_class": True, "method": "none"}
     result = calibrate(request(bundle, run, **changes))
     thresholds = result.bundle.spec.class_thresholds()
-    assert thresholds[CLASSES.index("eel")] == 1.0
+    assert thresholds[CLASSES.index("eel")] == NEVER > 1
     assert all(0 < t < 1 for t in thresholds[:4])
     assert result.bundle.spec.temperature == 2.0
     assert "1 of 5 classes never reach the target (eel)" in capsys.readouterr().out
     classifier = Classifier(result.bundle, precision="fp32")
     np.testing.assert_allclose(classifier._thresholds, thresholds)
+    certain = np.eye(5, dtype=np.float32)  # a confidence of exactly 1 for each class
+    accepted = [each.accepted for each in classifier.ranked(certain)]
+    assert accepted == [True, True, True, True, False]
+    # what others compare with: the strictest threshold that was reached, and valid JSON
+    assert result.bundle.spec.threshold == max(thresholds[:4])
+    stored = json.loads((Path(result.bundle.url) / "bundle.json").read_text())
+    assert stored["thresholds"]["eel"] == NEVER
+    assert "never accepted: eel." in (Path(result.bundle.url) / "README.md").read_text()
+
+
+def test_without_a_class_that_reaches_the_target_nothing_is_accepted(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    table = drawn(600, 2, sharpness=2.0)
+    said = table["predicted_label"].to_pylist()
+    wrong = [CLASSES[(CLASSES.index(name) + 1) % 5] for name in said]
+    index = table.schema.get_field_index("label")
+    table = table.set_column(index, "label", pa.array(wrong, pa.string()))
+    run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
+    changes = {"target_precision": 0.9, "per_class": True, "method": "none"}
+    made = calibrate(request(bundle, run, **changes)).bundle
+    assert made.spec.threshold == NEVER
+    ranked = Classifier(made, precision="fp32").ranked(np.eye(5, dtype=np.float32))
+    assert not any(each.accepted for each in ranked)
+    card = (Path(made.url) / "README.md").read_text()
+    assert "acceptance threshold none: no prediction is accepted." in card
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.compare import CompareConfig, compare, points
+from imgcls.evaluation.evaluate import JudgeConfig, judge
 from imgcls.evaluation.labels import LabelsConfig
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
@@ -68,6 +69,50 @@ def test_the_verdict_and_every_difference_are_those_of_the_rows(
     assert (rows.right == "a").sum() == found.both.only_a
     told = json.loads((output / "summary.json").read_text())
     assert told["only_a"] == found.both.only_a
+
+
+def test_a_run_has_the_accuracy_that_evaluate_gives_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = drawn(1000, 5, failed=0.05, unlabelled=0.1, unknown=0.3)
+    run = commit(tmp_path / "a", table)
+    config = CompareConfig(
+        run_a=str(run), run_b=str(run), slice_by=["camera"], output=str(tmp_path / "c")
+    )
+    compared = compare(config)
+    evaluated = judge(str(run), JudgeConfig(slice_by=["camera"]), need_labels=True)
+    counts = evaluated.tally.counts
+    assert counts.unknown_label > 200
+    assert compared.unknown_label == counts.unknown_label
+    assert (compared.both.rows, compared.correct_a) == (counts.labelled, counts.correct)
+    assert f"note: {counts.unknown_label} more rows have a label" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert stored["accuracy_a"] == pytest.approx(counts.correct / counts.labelled)
+    assert stored["unknown_label"] == counts.unknown_label
+    assert set(compared.per_class["label"].to_pylist()) == set(CLASSES)
+    by_camera = {row["value"]: row["accuracy"] for row in evaluated.slices.to_pylist()}
+    for row in compared.slices.to_pylist():
+        assert row["accuracy_a"] == row["accuracy_b"] == pytest.approx(by_camera[row["value"]])
+
+
+def test_models_of_other_classes_are_judged_on_the_classes_of_both(tmp_path: Path) -> None:
+    table = drawn(600, 6)
+    run_a = commit(tmp_path / "a", table)
+    index = table.schema.get_field_index("predicted_label")
+    said = [name if name != "eel" else "dog" for name in table["predicted_label"].to_pylist()]
+    smaller = table.set_column(index, "predicted_label", pa.array(said, pa.string()))
+    run_b = commit(tmp_path / "b", smaller, classes=CLASSES[:4])
+    labels = table["label"].to_pylist()
+    predicted = table["predicted_label"].to_pylist()
+    for pair in ((run_a, run_b), (run_b, run_a)):
+        found = compare(CompareConfig(run_a=str(pair[0]), run_b=str(pair[1])))
+        assert found.unknown_label == labels.count("eel")
+        assert found.both.rows == 600 - labels.count("eel")
+        correct = {
+            run_a: sum(p == name != "eel" for p, name in zip(predicted, labels, strict=True)),
+            run_b: sum(p == name != "eel" for p, name in zip(said, labels, strict=True)),
+        }
+        assert [found.correct_a, found.correct_b] == [correct[run] for run in pair]
 
 
 def test_the_gate_fails_only_beyond_what_is_allowed(tmp_path: Path) -> None:

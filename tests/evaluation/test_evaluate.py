@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,14 @@ from imgcls.config import build
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.evaluation import count as counting
+from imgcls.evaluation.compare import CompareConfig, compare
 from imgcls.evaluation.evaluate import JudgeConfig, judge
+from imgcls.evaluation.evaluate import _more as more_metrics
 from imgcls.evaluation.labels import LabelsConfig
+from imgcls.evaluation.tally import Tally, Wanted
+from imgcls.metrics import tables
+from imgcls.metrics.intervals import wilson_interval
+from imgcls.metrics.tables import Metric
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -98,6 +106,117 @@ def test_a_slice_has_the_numbers_of_its_rows_alone(table: pa.Table, run: Path) -
         f1 = sk.f1_score(mine.label, mine.predicted_label, average="macro")
         assert each.f1_macro == pytest.approx(f1)
     assert not slices.small.any()
+
+
+def test_columns_that_labeling_adds_make_slices_too(table: pa.Table, run: Path) -> None:
+    names = ["label", "predicted_label", "status", "accepted"]
+    found = judge(str(run), JudgeConfig(slice_by=names), need_labels=True)
+    slices = found.slices.to_pandas()
+    rows, all_rows = judged(table), table.to_pandas()
+    for name in names:
+        mine = slices[slices.slice_by == name].set_index("value")
+        values = all_rows[name].map(lambda v: str(v).lower() if isinstance(v, bool) else v)
+        assert mine.rows.to_dict() == values.fillna("(none)").value_counts().to_dict()
+        of_slice = rows.assign(value=values).groupby("value")
+        accuracy = of_slice.apply(lambda part: (part.label == part.predicted_label).mean())
+        assert mine.accuracy.dropna().to_dict() == pytest.approx(accuracy.to_dict())
+        assert mine.labelled.to_dict() == {
+            value: int((rows.assign(value=values).value == value).sum()) for value in mine.index
+        }
+    assert slices[slices.value == "missing"].error_rate.tolist() == [1.0]
+
+
+def test_labels_that_came_later_make_slices(tmp_path: Path) -> None:
+    table = drawn(300, 1)
+    blind = table.drop_columns(["label", "label_score", "label_rank"])
+    run = commit(tmp_path / "blind", blind, label_column=None)
+    rows = list(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
+    late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
+    labels = LabelsConfig(path=str(late))
+    config = JudgeConfig(labels=labels, slice_by=["label"])
+    slices = judge(str(run), config, need_labels=True).slices
+    counted = dict(zip(slices["value"].to_pylist(), slices["labelled"].to_pylist(), strict=True))
+    assert counted == dict(Counter(table["label"].to_pylist()))
+    compared = compare(
+        CompareConfig(run_a=str(run), run_b=str(run), labels=labels, slice_by=["label"])
+    )
+    counted = {row["value"]: row["rows"] for row in compared.slices.to_pylist()}
+    assert counted == dict(Counter(table["label"].to_pylist()))
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_right_rows_alone_have_possible_intervals(tmp_path: Path, rows: int) -> None:
+    table = drawn(rows, 1, sharpness=100.0)
+    found = judge(str(commit(tmp_path / "out", table)), JudgeConfig(), need_labels=True)
+    assert found.tally.counts.correct == rows
+    highest = {"log_loss": np.inf, "brier_score": 2.0}
+    for metric in found.metrics:
+        if metric.interval is not None:
+            low, high = metric.interval
+            lowest = -1.0 if metric.name in ("matthews_correlation", "cohens_kappa") else 0.0
+            assert lowest <= low <= metric.value <= high <= highest.get(metric.name, 1.0)
+            assert high - low > 1 / (rows + 100), metric.name
+    area = found.value("area_under_risk_coverage")
+    assert area is not None
+    assert area.interval == pytest.approx((0, 1 - wilson_interval(rows, rows)[0]))
+
+
+def population(rng: np.random.Generator, rows: int, prior: list[float], skill: float) -> Tally:
+    """A run of a model of some skill, classes drawn by `prior`."""
+    size, names = len(prior), np.array([f"c{i}" for i in range(len(prior))])
+    truth = rng.choice(size, rows, p=prior)
+    logits = 2 * rng.normal(size=(rows, size))
+    logits[np.arange(rows), truth] += skill
+    scores = np.exp(logits - logits.max(1, keepdims=True))
+    scores = (scores / scores.sum(1, keepdims=True)).astype(np.float16)
+    exact = scores.astype(np.float32)
+    tally = Tally(Wanted(tuple(names), "label", scores=True))
+    table = pa.table(
+        {
+            "label": names[truth],
+            "predicted_label": names[exact.argmax(1)],
+            "confidence": exact.max(1),
+            "accepted": np.ones(rows, bool),
+            "label_score": exact[np.arange(rows), truth],
+            "label_rank": pa.array(np.ones(rows), pa.int32()),
+            "status": ["ok"] * rows,
+            "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), size),
+        }
+    )
+    tally.add(table, 0, 0)
+    return tally
+
+
+def of_tally(tally: Tally, resamples: int) -> list[Metric]:
+    return [*tables.metrics(tally.counts, top_k=1, resamples=resamples), *more_metrics(tally)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "prior", "skill"),
+    [
+        (20, [0.5, 0.5], 6.0),
+        (300, [0.7, 0.3], 2.0),
+        (300, [0.5, 0.3, 0.2], 3.0),
+        (200, [0.95, 0.05], 6.0),
+    ],
+)
+def test_intervals_hold_the_truth_in_nine_of_ten_runs_or_more(
+    rows: int, prior: list[float], skill: float
+) -> None:
+    rng = np.random.default_rng(7)
+    large = of_tally(population(rng, 400_000, prior, skill), 0)
+    truth = {each.name: each.value for each in large}
+    held: dict[str, list[bool]] = {}
+    for _ in range(150):
+        for each in of_tally(population(rng, rows, prior, skill), 60):
+            if each.interval is not None and truth[each.name] not in (0.0, 1.0):
+                low, high = each.interval
+                held.setdefault(each.name, []).append(low <= truth[each.name] <= high)
+    # 95 % less three standard deviations of 150 runs
+    short = {name: np.mean(hits) for name, hits in held.items() if np.mean(hits) < 0.897}
+    assert not short
+    assert len(held) >= 15
 
 
 def test_worst_mistakes_and_contradicted_labels_are_found(tmp_path: Path) -> None:
@@ -189,6 +308,54 @@ def test_a_join_that_matches_nothing_or_twice_is_refused(
         judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
 
 
+KEYS = {
+    "int32": pa.array(range(40), pa.int32()),
+    "uint64": pa.array(range(40), pa.uint64()),
+    "double": pa.array(range(40), pa.float64()),
+    "decimal": pa.array(range(40), pa.decimal128(10, 0)),
+    "string": pa.array([str(i) for i in range(40)]),
+    "string_view": pa.array([str(i) for i in range(40)], pa.string_view()),
+    "category": pa.array([str(i) for i in range(40)]).dictionary_encode(),
+}
+TIMES = {
+    "ms": pa.array([i * 86_400_000 for i in range(40)], pa.timestamp("ms")),
+    "us": pa.array([i * 86_400_000_000 for i in range(40)], pa.timestamp("us")),
+    "date": pa.array(range(40), pa.date32()),
+}
+
+
+@pytest.mark.parametrize("kinds", [KEYS, TIMES], ids=["numbers", "times"])
+def test_keys_of_different_types_join_by_value(tmp_path: Path, kinds: dict[str, pa.Array]) -> None:
+    table = drawn(40, scores=False)
+    labels = ["eel"] * 39 + ["ant"]
+    runs = {
+        name: str(commit(tmp_path / name, table.append_column("key", keys), fingerprint=name))
+        for name, keys in kinds.items()
+    }
+    for mine, theirs in itertools.product(kinds, kinds):
+        late = tmp_path / f"{theirs}.parquet"
+        pq.write_table(pa.table({"key": kinds[theirs], "truth": labels}), late)
+        config = JudgeConfig(labels=LabelsConfig(path=str(late), column="truth"), on="key")
+        found = judge(runs[mine], config, need_labels=True)
+        support = dict(zip(CLASSES, found.per_class["support"].to_pylist(), strict=True))
+        assert support == {"ant": 1, "bee": 0, "cat": 0, "dog": 0, "eel": 39}
+        if mine != theirs:
+            compared = compare(CompareConfig(run_a=runs[mine], run_b=runs[theirs], on="key"))
+            assert (compared.both.rows, compared.different) == (40, 0)
+
+
+def test_a_key_without_plain_values_is_refused(tmp_path: Path, run: Path) -> None:
+    late = tmp_path / "late.parquet"
+    pq.write_table(pa.table({"camera": [["a"]], "label": ["ant"]}), late)
+    for on, told in (
+        ("topk_labels", "on: .* column 'topk_labels' is list"),
+        ("camera", "is list<"),
+    ):
+        config = JudgeConfig(labels=LabelsConfig(path=str(late)), on=on)
+        with pytest.raises(RequestError, match=told):
+            judge(str(run), config, need_labels=True)
+
+
 def test_a_row_without_a_key_has_no_label(tmp_path: Path) -> None:
     table = drawn(40)
     paths = [None if row % 4 == 0 else path for row, path in enumerate(table["path"].to_pylist())]
@@ -268,6 +435,11 @@ def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], to
     ("header", "settings", "told"),
     [
         (("path", "label"), {"slice_by": "site"}, "slice_by: .* no column 'site' .found: path, la"),
+        (
+            ("path", "label"),
+            {"slice_by": "scores"},
+            "column 'scores' of .* is fixed_size_list",
+        ),
         (("path", "label"), {"labels": "l.csv", "on": "key"}, "on: .* no column 'key' .found: pa"),
         (("path", "truth"), {}, "no label column to judge by; name it with --manifest.label-col"),
     ],

@@ -30,6 +30,18 @@ def test_single_numbers_of_a_confusion_matrix_are_scikit_learns(
         assert kappa == pytest.approx(cohen_kappa_score(label, predicted), abs=1e-9)
 
 
+@pytest.mark.parametrize("times", [1, 10**3, 10**6])
+def test_single_numbers_do_not_depend_on_the_number_of_rows(times: int) -> None:
+    label = np.repeat([0, 0, 1, 1, 2, 2], [480, 120, 250, 50, 90, 10])
+    predicted = np.repeat([0, 1, 1, 2, 2, 0], [480, 120, 250, 50, 90, 10])
+    support, said = np.bincount(label) * times, np.bincount(predicted) * times
+    correct = int((label == predicted).sum()) * times
+    assert matthews(support, said, correct) == pytest.approx(matthews_corrcoef(label, predicted))
+    assert cohens_kappa(support, said, correct) == pytest.approx(
+        cohen_kappa_score(label, predicted)
+    )
+
+
 @given(only_a=st.integers(0, 300), only_b=st.integers(0, 300), both=st.integers(1, 1000))
 def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, both: int) -> None:
     found = mcnemar(only_a + only_b + both, only_a, only_b)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from imgcls.metrics.intervals import (
+    Z_95,
+    around,
+    auroc_limits,
     bootstrap_intervals,
-    clipped,
-    mean_interval,
+    joined,
+    nonnegative_mean_interval,
     wilson_interval,
+    wilson_limits,
 )
 
 
@@ -60,10 +64,53 @@ def test_the_bootstrap_finds_the_interval_that_is_known() -> None:
     assert bootstrap_intervals([counts], share, resamples=0) == {}
 
 
-def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+def test_many_shares_have_the_limits_of_each() -> None:
+    correct, rows = np.array([81, 15, 0, 1, 20, 0]), np.array([263, 148, 20, 29, 20, 0])
+    lower, upper = wilson_limits(correct, rows)
+    for place, (right, of) in enumerate(zip(correct, rows, strict=True)):
+        assert (lower[place], upper[place]) == pytest.approx(wilson_interval(right, of))
+
+
+def test_one_share_keeps_its_limits_and_several_add_up_their_squares() -> None:
+    assert around(0.9, np.array([0.2]), np.array([0.05])) == pytest.approx((0.7, 0.95))
+    low, high = around(0.9, np.array([0.03, 0.04]), np.array([0.0, 0.0]))
+    assert (low, high) == pytest.approx((0.85, 0.9))
+
+
+def test_the_interval_of_a_mean_is_that_of_its_log() -> None:
     values = np.random.default_rng(0).exponential(size=500)
-    low, high = mean_interval(values.sum(), (values**2).sum(), 500)
-    spread = 1.96 * values.std() / math.sqrt(500)
-    assert (low, high) == pytest.approx((values.mean() - spread, values.mean() + spread), abs=1e-4)
-    assert clipped((-0.1, 1.2), 0.0, 1.0) == (0.0, 1.0)
-    assert clipped(None, 0.0, 1.0) is None
+    low, high = nonnegative_mean_interval(values.sum(), (values**2).sum(), 500, 1.0)
+    factor = math.exp(Z_95 * values.std() / math.sqrt(500) / values.mean())
+    assert (low, high) == pytest.approx((values.mean() / factor, values.mean() * factor))
+
+
+def test_equal_values_are_no_certainty_of_the_mean() -> None:
+    # as z^2 more rows would have it, none of which was seen: 5 nats each, or 0
+    more = Z_95**2
+    low, high = nonnegative_mean_interval(20 * 0.05, 20 * 0.05**2, 20, 5.0)
+    assert (low, high) == pytest.approx((1 / (20 + more), (1 + 5 * more) / (20 + more)))
+    low, high = nonnegative_mean_interval(0.0, 0.0, 1, 2.0)
+    assert (low, high) == pytest.approx((0.0, 2 * more / (1 + more)))
+
+
+def test_the_limits_of_an_auroc_solve_newcombes_equation() -> None:
+    auroc, positives, negatives = np.array([0.8, 1.0, 0.5]), np.array([30, 10, 5]), np.array(
+        [50, 10, 95]
+    )  # fmt: skip
+    for ends in auroc_limits(auroc, positives, negatives):
+        for true, seen, m, n in zip(ends, auroc, positives, negatives, strict=True):
+            if true == seen:
+                continue  # the upper limit of 1 is 1
+            star = (m + n) / 2 - 1
+            more = 1 + star * (1 - true) / (2 - true) + star * true / (1 + true)
+            spread = Z_95 * math.sqrt(true * (1 - true) * more / (m * n))
+            assert abs(true - seen) == pytest.approx(spread, abs=1e-9)
+    lower, upper = auroc_limits(auroc, positives, negatives)
+    assert (lower < auroc).all()
+    assert (0 < lower[1] < 0.9, upper[1]) == (True, 1.0)
+
+
+def test_joined_intervals_hold_all_and_stay_within_what_can_be() -> None:
+    assert joined((0.2, 0.4), (0.3, 0.6), low=0.0, high=1.0) == (0.2, 0.6)
+    assert joined((-0.1, 1.2), (0.3, 0.6), low=0.0, high=1.0) == (0.0, 1.0)
+    assert joined(None, (0.3, 0.6), low=0.0, high=1.0) is None

@@ -22,6 +22,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError, RequestError, StorageError
 from imgcls.models import zoo
 from imgcls.models.bundle import (
+    NEVER,
     BundleSpec,
     class_list,
     load_bundle,
@@ -242,6 +243,8 @@ def test_a_bundle_of_another_format_is_refused_by_its_version(bundle: Path, vers
         {"temperature": 0},
         {"threshold": 1.5},
         {"thresholds": {"no class": 0.5}},
+        {"thresholds": {"cat": 1.5}},
+        {"thresholds": {"cat": float("nan")}},
         {"vector_scaling": {"scale": [1.0], "bias": [0.0]}},
         {"surprise": 1},
         {"architecture": {"source": "pickle", "name": "x"}},
@@ -338,3 +341,21 @@ def test_each_class_has_the_threshold_that_was_chosen_for_it_or_the_common_one()
     assert spec.class_thresholds() == [0.5, 0.9]
     assert spec.class_thresholds(0.7) == [0.7, 0.7]
     assert "acceptance threshold per class, 0.5 to 0.9" in model_card(spec)
+
+
+def test_a_class_that_is_never_accepted_is_named_on_the_card() -> None:
+    spec = spec_of(["cat", "dog"], threshold=0.5, thresholds={"cat": 0.9, "dog": NEVER})
+    assert spec.class_thresholds() == [0.9, NEVER]
+    assert "acceptance threshold per class, 0.9 to 0.9; never accepted: dog." in model_card(spec)
+
+
+def test_the_hopeless_classes_of_older_calibrations_are_never_accepted(tmp_path: Path) -> None:
+    thresholds = {"cat": 1.0, "dog": 0.75}
+    made_by = {"calibration": {"target_precision": 0.95}}
+    network = zoo.build(spec_of(["cat", "dog"]).architecture, 2)
+    found = {}
+    for name, provenance in (("calibrated", made_by), ("by hand", {})):
+        spec = spec_of(["cat", "dog"], thresholds=thresholds, provenance=provenance)
+        save_bundle(str(tmp_path / name), spec, network.state_dict())
+        found[name] = load_bundle(str(tmp_path / name)).spec.class_thresholds()
+    assert found == {"calibrated": [NEVER, 0.75], "by hand": [1.0, 0.75]}
