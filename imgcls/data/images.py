@@ -5,8 +5,8 @@ image, EXIF orientation, colour modes and the resize; promises uint8 RGB of a fi
 ImageError. Normalising is left to the classifier, on the device.
 
 Routes, all compared in tests with the reference (Pillow decode, `Resize`, `CenterCrop`):
-  dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8 (Pillow's draft)
-  torchvision any other JPEG: libjpeg-turbo through torchvision.io
+  dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8
+  torchvision any other JPEG: decoded whole by libjpeg, resized by torch
   pillow      everything else
 """
 
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from imgcls.data import jpeg
 from imgcls.data import reduced as reduced_images
 from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Preprocess
@@ -42,6 +43,7 @@ LARGEST_RESIZE = 4_000_000
 # `catch_warnings` around each image would mix up the filters of threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+_JPEG = ("JPEG", "MPO")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = {
     "a JPEG": rb"\xff\xd8\xff",
@@ -80,6 +82,8 @@ def decode(
     try:
         if _is_plain_jpeg(image):
             return _decode_jpeg(data, image, orientation, shown, spec), shown
+        if image.format in _JPEG:
+            image = _open(jpeg.checked(data))
         rgb = _oriented(_to_rgb(image), orientation)
         if _is_plain_png(image, data) and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
             tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
@@ -98,8 +102,10 @@ def prepared(image: Image.Image, spec: Preprocess) -> Pixels:
     """
     orientation = _orientation(image)
     try:
-        rgb = _oriented(_to_rgb(image), orientation)
+        rgb = _oriented(_to_rgb(_checked_jpeg(image)), orientation)
         return _resized_pillow(rgb, rgb.size, spec)
+    except ImageError:
+        raise
     except Exception as error:
         raise _image_error(error, b"") from error
 
@@ -172,9 +178,15 @@ def picture(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
     image, orientation, shown = _read_header(data, max_pixels)
     kind = image.format or ""
     try:
-        image.draft("RGB", (side, side))
-        rgb = _oriented(_to_rgb(image), orientation)
+        if _is_plain_jpeg(image):
+            factor = _largest_factor(image.size, (side, side))
+            rgb = Image.fromarray(jpeg.decode(data, factor))
+        else:
+            rgb = _to_rgb(_open(jpeg.checked(data)) if kind in _JPEG else image)
+        rgb = _oriented(rgb, orientation)
         rgb.thumbnail((side, side))
+    except ImageError:
+        raise
     except Exception as error:
         raise _image_error(error, data) from error
     return Picture(rgb, kind, shown, orientation)
@@ -207,7 +219,22 @@ def _read_header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int
 
 def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
     """Whether libjpeg gives the pixels as meant; MPO is a phone's JPEG with a depth map."""
-    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+    return image.format in _JPEG and image.mode in ("L", "RGB")
+
+
+def _checked_jpeg(image: Image.Image) -> Image.Image:
+    """The image itself; a JPEG file that Pillow has not decoded yet is checked and opened again."""
+    unread = isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None
+    if not unread or image.format not in _JPEG or image.tell() != 0:
+        return image
+    image.fp.seek(0)
+    return _open(jpeg.checked(image.fp.read()))
+
+
+def _largest_factor(size: tuple[int, int], needed: tuple[int, int]) -> jpeg.Factor:
+    """The largest factor by which an image can be reduced and stay at least `needed` large."""
+    possible = min(size[0] // needed[0], size[1] // needed[1])
+    return 8 if possible >= 8 else 4 if possible >= 4 else 2 if possible >= 2 else 1
 
 
 def _is_plain_png(image: ImageFile.ImageFile, data: bytes) -> bool:
@@ -278,13 +305,11 @@ def _decode_jpeg(
     resized = target_size(shown, spec)
     wanted = (resized[1], resized[0]) if orientation >= 5 else resized
     margin = (math.ceil(wanted[0] * DCT_MARGIN), math.ceil(wanted[1] * DCT_MARGIN))
-    if image.size[0] >= 2 * margin[0] and image.size[1] >= 2 * margin[1]:
-        image.draft("RGB", margin)
-        return _resized_reduced(_oriented(_to_rgb(image), orientation), shown, spec, orientation)
-    tensor = torchvision.io.decode_jpeg(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.RGB
-    )
+    factor = _largest_factor(image.size, margin)
+    tensor = torch.from_numpy(jpeg.decode(data, factor)).permute(2, 0, 1)
     upright = _oriented_tensor(tensor, orientation)
+    if factor > 1:
+        return _resized_reduced(upright, shown, spec, orientation)
     if resized[0] * resized[1] > LARGEST_RESIZE:
         rgb = Image.fromarray(upright.permute(1, 2, 0).contiguous().numpy())
         return _resized_pillow(rgb, shown, spec)
@@ -305,18 +330,20 @@ def _resized_pillow(image: Image.Image, shown: tuple[int, int], spec: Preprocess
 
 
 def _resized_reduced(
-    image: Image.Image, shown: tuple[int, int], spec: Preprocess, turned: int
+    tensor: torch.Tensor, shown: tuple[int, int], spec: Preprocess, turned: int
 ) -> Pixels:
-    """The same of an image that libjpeg decoded at 1/2, 1/4 or 1/8.
+    """The same of an upright image, (3, H, W), that libjpeg decoded at 1/2, 1/4 or 1/8.
 
     turned: the EXIF orientation that was undone after decoding
     """
     resized = target_size(shown, spec)
     (left, top, right, bottom), _ = _window(resized, spec)
-    x = _span(left, right, resized[0], image.size[0], shown[0], mirrored=turned in (2, 3, 6, 7))
-    y = _span(top, bottom, resized[1], image.size[1], shown[1], mirrored=turned in (3, 4, 7, 8))
+    image = tensor.permute(1, 2, 0).numpy()
+    height, width = image.shape[:2]
+    x = _span(left, right, resized[0], width, shown[0], mirrored=turned in (2, 3, 6, 7))
+    y = _span(top, bottom, resized[1], height, shown[1], mirrored=turned in (3, 4, 7, 8))
     kept = reduced_images.resize(
-        np.asarray(image), (right - left, bottom - top), (x[0], y[0], x[1], y[1]),
+        image, (right - left, bottom - top), (x[0], y[0], x[1], y[1]),
         spec.interpolation,
     )  # fmt: skip
     return _placed(kept, resized, spec)
