@@ -198,7 +198,6 @@ def test_a_file_that_is_no_csv_is_refused(put: Put) -> None:
     assert "is empty" in refused(put("\n\n\n"))
     assert "holds binary data, not CSV" in refused(put(b"PAR1\x00\x00\x15\x04,\x00\n"))
     assert "the header cannot be read" in refused(put("path," + "x" * 200_000 + "\na,b\n"))
-    assert "straddling" in refused(put("path,label\na," + "x" * (20 << 20) + "\n"))
 
 
 # Parsed by Arrow, told from the header by Python: any text in any column must come back equal
@@ -387,10 +386,10 @@ def test_a_path_column_that_is_no_text_is_refused(tmp_path: Path, paths: pa.Arra
     ("other", "told"),
     [
         (_pets(extra=[1, 2, 3]), "its columns (path, label, extra) differ from (path, label)"),
-        (_pets().select(["label", "path"]), "its columns (label, path) differ from (path, label)"),
+        (_pets().select(["path"]), "its columns (path) differ from (path, label)"),
         (_pets(label=[1, 2, 3]), "its column 'label' is int64, and string in"),
     ],
-    ids=["more", "order", "type"],
+    ids=["more", "fewer", "type"],
 )
 def test_tables_of_different_shapes_are_refused_by_name(
     tmp_path: Path, other: pa.Table, told: str
