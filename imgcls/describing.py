@@ -165,7 +165,8 @@ def _check_columns(manifest: Manifest, facts: Sequence[str]) -> None:
     names = manifest.schema.names
     if set(FACTS) <= set(names):  # described before
         return
-    taken = [name for name in facts if name in names]
+    written = {name.casefold() for name in facts}  # many readers ignore case
+    taken = [name for name in names if name.casefold() in written]
     if taken:
         raise ManifestError(
             f"manifest {manifest.source}: has a column {taken[0]!r}, which --contents writes; "

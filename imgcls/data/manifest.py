@@ -316,12 +316,22 @@ def _parquet_batches(file: str) -> Iterator[pa.RecordBatch]:
                 batch.validate(full=True)  # Parquet's readers let text pass that is not UTF-8
                 yield batch
     except pa.ArrowNotImplementedError as error:
-        raise ManifestError(
-            f"manifest {file}: has a column of a type that cannot be read ({_tidy(error)}); leave "
-            "it out, or write it as another type"
-        ) from error
+        raise ManifestError(_unreadable(file, error)) from error
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"manifest {file}: {_tidy(error)}; the file is damaged") from error
+
+
+def _unreadable(file: str, error: pa.ArrowException) -> str:
+    nested = [
+        field.name
+        for field in pq.read_schema(storage.open_read(file))
+        if pa.types.is_nested(field.type) and "dictionary" in str(field.type)
+    ]
+    named = f", such as {nested[0]!r} (a dictionary inside a list, struct or map)" if nested else ""
+    return (
+        f"manifest {file}: has a column of a type that cannot be read{named} ({_tidy(error)}); "
+        "leave it out, or write it as another type"
+    )
 
 
 def _open_parquet(file: str) -> pq.ParquetFile:
@@ -463,9 +473,9 @@ def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     normalized to NFC, since macOS decomposes the accents of folder names, and a label of nothing
     but spaces is null.
     """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
     if pa.types.is_floating(array.type):
         values: list[Any] = array.to_pylist()
         return pa.array(

@@ -108,6 +108,8 @@ def conform(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     if column.type.equals(kind):
         return column
+    if kinds.is_null(column.type):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
     if kinds.is_dictionary(column.type) and kinds.is_dictionary(kind):
         chunks = [
             pa.DictionaryArray.from_arrays(
