@@ -139,7 +139,7 @@ def _in_folder(url: str, format: str) -> Found:
             f"manifest {url}: is a Delta Lake table, whose files may hold deleted rows; export its "
             "rows to Parquet, and give the exported files"
         )
-    tables = _tables(here)
+    tables = tables_in(here)
     if format == "auto":
         _refuse_two_kinds(url, here, tables)
     chosen = format if format != "auto" else next(iter(tables), None)
@@ -168,7 +168,7 @@ def _folders(url: str) -> list[str]:
     return [name for name in found if not is_hidden(name)]
 
 
-def _tables(names: Iterable[str]) -> dict[str, list[str]]:
+def tables_in(names: Iterable[str]) -> dict[str, list[str]]:
     """Table files by format; a .txt file in a folder may be anything."""
     tables: dict[str, list[str]] = {}
     for name in names:
@@ -205,7 +205,7 @@ def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -
             "images --manifest.format tree (a folder per class) or --manifest.format images "
             "(unlabeled)"
         )
-    below = _first(url, lambda path: "/" in path and kind in _tables([path.rpartition("/")[2]]))
+    below = _first(url, lambda path: "/" in path and kind in tables_in([path.rpartition("/")[2]]))
     if below is not None:
         tell(
             "note",
