@@ -180,7 +180,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
-    _check_columns(manifest, config, bundle)
+    _check_columns(manifest)
     _check_patience(config, output, listed)
     _check_images(listed)
     _check_output(output, config)
@@ -629,7 +629,7 @@ def dated(output: str, date: datetime.date | None) -> str:
     )
 
 
-def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) -> None:
+def _check_columns(manifest: Manifest) -> None:
     """Refuse columns that would replace one that is written, or hide one from some readers.
 
     DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.

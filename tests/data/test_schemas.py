@@ -1,4 +1,4 @@
-"""Schemas of several tables: what fits is unified without loss, what does not is refused by name."""
+"""Schemas of several tables: unified without loss, or refused by name."""
 
 from __future__ import annotations
 
