@@ -14,6 +14,7 @@ import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from imgcls.data import listing, storage, stores
+from imgcls.data.discovery import tables_in
 from imgcls.data.formats import LISTED, is_image_name
 from imgcls.data.listing import BuildConfig
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest, with_whole_paths
@@ -169,7 +170,8 @@ def _check_columns(manifest: Manifest, facts: Sequence[str]) -> None:
     names = manifest.schema.names
     if set(FACTS) <= set(names):  # described before
         return
-    taken = [name for name in facts if name in names]
+    written = {name.casefold() for name in facts}  # many readers ignore case
+    taken = [name for name in names if name.casefold() in written]
     if taken:
         raise ManifestError(
             f"manifest {manifest.source}: has a column {taken[0]!r}, which --contents writes; "
@@ -207,7 +209,7 @@ def _as_hex(column: pa.ChunkedArray) -> pa.Array:
 
 def _is_table(source: str) -> bool:
     """Whether a folder holds tables and no images."""
-    if not any(name.lower().endswith((".parquet", ".csv")) for name in storage.names(source)):
+    if not tables_in(storage.names(source)):
         return False
     pages = storage.pages(source, deep=True)
     return not any(is_image_name(file.path) for page in pages for file in page.files)

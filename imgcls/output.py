@@ -53,6 +53,9 @@ PREDICTION_COLUMNS = (
     "error",
 )
 
+PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
+"""Columns that `history compact` adds to the rows of many runs."""
+
 
 def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"

@@ -12,3 +12,15 @@ EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif"
 
 def is_image_name(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
+
+
+SYSTEM_FOLDERS = frozenset((
+    "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found", "__macosx",
+    "$recycle.bin", "system volume information",
+))  # fmt: skip
+"""Folders that file systems, NAS devices and archives make themselves, in lower case."""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder name is hidden, or one that no user made."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS

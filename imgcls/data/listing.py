@@ -11,6 +11,7 @@ import json
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, ClassVar
@@ -21,9 +22,10 @@ from pydantic import PositiveInt
 
 from imgcls.config import Section
 from imgcls.data import storage, stores
+from imgcls.data.discovery import described, suffix_of, tell_skipped
 from imgcls.data.formats import LISTED as DONE
 from imgcls.data.formats import LISTING as PLAN
-from imgcls.data.formats import is_image_name
+from imgcls.data.formats import is_hidden, is_image_name
 from imgcls.data.stores import File, StorageConfig
 from imgcls.errors import OutputError, RequestError
 
@@ -61,14 +63,17 @@ def build_manifest(config: BuildConfig) -> int:
     stores.use(config.storage)
     started = time.monotonic()
     output, source = storage.absolute(config.output), storage.absolute(config.source).rstrip("/")
-    groups = _plan(config, source, output)
+    skipped: Counter[str] = Counter()
+    groups = _plan(config, source, output, skipped)
     parts = [_part(output, at) for at in range(len(groups) + 1)]
     there = set(storage.names(output))
     todo = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in there]
     if len(parts) - len(todo) > 1:
         print(f"resume  {len(parts) - len(todo):,} of {len(parts):,} groups are listed")
     with ThreadPoolExecutor(config.listings, thread_name_prefix="list") as pool:
-        tasks = [pool.submit(_list, groups[at - 1], parts[at], source, config) for at in todo]
+        tasks = [
+            pool.submit(_list, groups[at - 1], parts[at], source, config, skipped) for at in todo
+        ]
         listed = 0
         try:
             for task in as_completed(tasks):
@@ -83,14 +88,18 @@ def build_manifest(config: BuildConfig) -> int:
     if rows == 0:
         for name in _ours(output):
             storage.remove(storage.join(output, name))
-        raise RequestError(f"{source}: no image below it; nothing to list")
+        raise RequestError(
+            f"{source}: no image below it; nothing to list"
+            + (f" (passed over {described(skipped)})" if skipped else "")
+        )
+    tell_skipped(source, skipped, "their names are not those of images")
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
     storage.write(storage.join(output, DONE), (json.dumps(body, indent=2) + "\n").encode())
     print(f"manifest   {rows:,} images: {output}", flush=True)
     return rows
 
 
-def _plan(config: BuildConfig, source: str, output: str) -> list[list[str]]:
+def _plan(config: BuildConfig, source: str, output: str, skipped: Counter[str]) -> list[list[str]]:
     """Groups of folders to list with all below them; an unfinished listing keeps its own.
 
     What lies above these folders is listed on the way down, into the first part.
@@ -115,7 +124,7 @@ def _plan(config: BuildConfig, source: str, output: str) -> list[list[str]]:
             )
         if first.rpartition("/")[2] in ours:
             return [list(group) for group in stored["groups"]]
-    with _Part.written(first, source, config.labels) as top:
+    with _Part.written(first, source, config.labels, skipped) as top:
         folders = _descend(top, source, config.listings)
         size = -(-len(folders) // _GROUPS) or 1
         groups = [folders[start : start + size] for start in range(0, len(folders), size)]
@@ -129,10 +138,12 @@ def _descend(top: _Part, source: str, listings: int) -> list[str]:
 
     def level(folder: str) -> list[str]:
         below: list[str] = []
+        bundle = False
         for page in storage.pages(folder, deep=False):
             top.add(page.files)
-            below += page.folders
-        return below
+            below += [each for each in page.folders if not is_hidden(each.rpartition("/")[2])]
+            bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
+        return [each for each in below if not (bundle and each.endswith("/plots"))]
 
     folders = [source]
     for _ in range(_DEPTH):
@@ -143,36 +154,54 @@ def _descend(top: _Part, source: str, listings: int) -> list[str]:
     return folders
 
 
-def _list(group: Sequence[str], part: str, source: str, config: BuildConfig) -> int:
-    with _Part.written(part, source, config.labels) as writer:
+def _list(
+    group: Sequence[str], part: str, source: str, config: BuildConfig, skipped: Counter[str]
+) -> int:
+    with _Part.written(part, source, config.labels, skipped) as writer:
         for folder in group:
+            plots: set[str] = set()  # of bundles, whose plots are no images of a data set
             for page in storage.pages(folder, deep=True):
-                writer.add(page.files)
+                plots |= {
+                    file.path.removesuffix("bundle.json") + "plots/"
+                    for file in page.files
+                    if file.path.endswith("/bundle.json")
+                }
+                writer.add([f for f in page.files if not f.path.startswith(tuple(plots))])
     return writer.rows
 
 
 class _Part:
-    """A Parquet file of the manifest in the making; several threads may add to it."""
+    """A Parquet file of the manifest in the making; several threads may add to it.
 
-    def __init__(self, writer: pq.ParquetWriter, source: str) -> None:
+    skipped: counts, by suffix, the files of all parts that are passed over
+    """
+
+    def __init__(self, writer: pq.ParquetWriter, source: str, skipped: Counter[str]) -> None:
         self.rows = 0
-        self._writer, self._source = writer, source
+        self._writer, self._source, self._skipped = writer, source, skipped
         self._pending: list[File] = []
         self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
-    def written(cls, url: str, source: str, labels: bool) -> Iterator[_Part]:
+    def written(cls, url: str, source: str, labels: bool, skipped: Counter[str]) -> Iterator[_Part]:
         label = [pa.field("label", pa.string())] if labels else []
         schema = pa.schema([*_SCHEMA, *label])
         with storage.open_write(url) as stream, pq.ParquetWriter(stream, schema) as writer:
-            part = cls(writer, source)
+            part = cls(writer, source, skipped)
             yield part
             part._flush()
 
     def add(self, files: Sequence[File]) -> None:
         with self._lock:
-            self._pending += [f for f in files if _is_wanted(f.path[len(self._source) :])]
+            for file in files:
+                path = file.path[len(self._source) :]
+                if any(is_hidden(name) for name in path.split("/")):
+                    continue
+                if is_image_name(path):
+                    self._pending.append(file)
+                else:
+                    self._skipped[suffix_of(path)] += 1
             if len(self._pending) >= _ROWS:
                 self._flush()
 
@@ -190,10 +219,6 @@ def _ours(output: str) -> list[str]:
     """The names in the output folder that a listing gives to its files."""
     own = re.compile(rf"part-\d{{5}}\.parquet|{re.escape(PLAN)}|{DONE}")
     return [name for name in storage.names(output) if own.fullmatch(name)]
-
-
-def _is_wanted(path: str) -> bool:
-    return is_image_name(path) and "/." not in path
 
 
 def _table(files: Sequence[File], source: str, schema: pa.Schema) -> pa.Table:

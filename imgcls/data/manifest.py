@@ -1,40 +1,35 @@
 """Manifests: any table or folder of images, read as one stream of Arrow record batches.
 
-Owns the formats (CSV, Parquet, one folder per class, a folder or glob of images), column names and
-path resolution; promises bounded memory, every row in file order, columns as they came, and a
+Owns column names, labels and path resolution; `discovery` finds the files and `csv_reader` parses
+CSV. Promises bounded memory, every row in file order, columns as they came, and a
 ManifestError that names the place. What the paths lead to is not looked at here.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from imgcls.config import Section
-from imgcls.data import storage
-from imgcls.data.formats import LISTED, LISTING, is_image_name
+from imgcls.data import csv_reader, storage
+from imgcls.data.csv_reader import Dialect
+from imgcls.data.discovery import Found, described, find_manifest, images_below, tell_skipped
+from imgcls.data.formats import is_image_name
+from imgcls.data.schemas import conform, unify_schemas
 from imgcls.errors import ManifestError, StorageError
+from imgcls.log import tell
 
 BATCH_ROWS = 16_384
-_CSV_BLOCK_BYTES = 8 << 20
-_TABLE_SUFFIXES = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
 
 
 class ManifestConfig(Section):
@@ -51,11 +46,13 @@ class ManifestConfig(Section):
     label_column: str | None = None
     """The column that holds class names; `label` when there is one."""
     root: str | None = None
-    """Where relative paths start; the manifest's own folder when not given."""
+    """Where relative paths start; the folder of the table they are in when not given."""
     delimiter: str | None = None
     """CSV delimiter; told from the header line when not given."""
     encoding: str = "utf-8"
     """CSV text encoding."""
+    escape: str | None = None
+    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +89,45 @@ class Manifest:
 
 
 def resolve(path: str | None, root: str) -> str | None:
-    """`path` itself when absolute or a URL, else below `root`; None for a null path."""
+    """`path` itself when absolute or a URL, else below `root`; None for a null path.
+
+    On a store `./` and `../` are resolved here, since a key is not a path to it.
+    """
     if path is None or storage.is_url(path) or os.path.isabs(path):
         return path
+    if not storage.is_local(root) and _DOTS.search(path):
+        return _without_dots(path, root)
     return storage.join(root, path)
+
+
+_DOTS = re.compile(r"(^|/)\.\.?(/|$)")
+
+
+def _without_dots(path: str, root: str) -> str:
+    scheme, _, rest = root.rstrip("/").partition("://")
+    bucket, *folders = rest.split("/")
+    for part in path.split("/"):
+        if part == ".." and folders:
+            folders.pop()
+        elif part not in (".", ".."):
+            folders.append(part)
+    return f"{scheme}://{'/'.join([bucket, *folders])}"
 
 
 def resolved(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     """`resolve` of a whole column of paths, as large strings."""
     text = paths.cast(pa.large_string())
-    whole = pc.match_substring_regex(text, r"^(/|[A-Za-z0-9+]+://|data:)")
+    if not storage.is_local(root) and pc.any(pc.match_substring_regex(text, _DOTS.pattern)).as_py():
+        return pa.chunked_array(
+            [pa.array([resolve(path, root) for path in text.to_pylist()], pa.large_string())]
+        )
+    whole = pc.match_substring_regex(text, _WHOLE)
     start = pa.scalar(root.rstrip("/"), pa.large_string())
     below = pc.binary_join_element_wise(start, text, pa.scalar("/", pa.large_string()))
     return pc.if_else(whole, text, below)
+
+
+_WHOLE = r"^(/|[A-Za-z0-9+]+://|data:)"
 
 
 def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
@@ -121,132 +144,111 @@ def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
     Raises ManifestError when there is nothing there, the format is unclear or a column is missing.
     """
     try:
-        files, format = _locate(config)
-        if format in ("tree", "images"):
-            return _open_listing(config, format, files)
-        return _open_table(config, format, files, any_key=any_key)
+        found = find_manifest(config.path, config.format)
+        if found.format in ("tree", "images"):
+            return _open_listing(config, found)
+        return _open_table(config, found, any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest {config.path}: {error}") from error
 
 
-def _locate(config: ManifestConfig) -> tuple[list[str], str]:
-    """The files of a manifest and its format."""
-    url = config.path
-    if storage.is_folder(url):
-        return _locate_in_folder(config)
-    if config.format == "tree":
-        raise ManifestError(f"manifest {url}: is no folder; a tree is a folder with one per class")
-    if storage.exists(url):
-        return [url], _format_of(config, [url])
-    if re.search(r"[*?\[]", url):
-        files = storage.find(url)
-        if not files:
-            raise ManifestError(f"manifest {url}: no file matches; check the pattern")
-        return files, _format_of(config, files)
-    where = f"relative to {os.getcwd()}" if storage.is_local(url) and not os.path.isabs(url) else ""
-    raise ManifestError(
-        f"manifest {url}: no such file or folder {where}".rstrip()
-        + "; give a CSV or Parquet file, a glob, or a folder of images"
-    )
+def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manifest:
+    files = found.files
+    dialect = Dialect(config.delimiter, config.encoding, config.escape)
 
+    def own_schema(file: str) -> pa.Schema:
+        if found.format == "csv":
+            return csv_reader.read_header(file, dialect).schema
+        return _parquet_schema(file)
 
-def _locate_in_folder(config: ManifestConfig) -> tuple[list[str], str]:
-    url = config.path
-    if config.format in ("tree", "images"):
-        return [], config.format
-    here = storage.names(url)
-    if LISTING in here and LISTED not in here:
-        raise ManifestError(
-            f"manifest {url}: its listing was broken off; run `imgcls manifest build` again, which "
-            "goes on where it stopped"
-        )
-    for suffix, format in ((".parquet", "parquet"), (".csv", "csv")):
-        tables = [storage.join(url, n) for n in here if n.lower().endswith(suffix)]
-        if tables and config.format in ("auto", format):
-            return tables, format
-    if config.format != "auto":
-        raise ManifestError(f"manifest {url}: the folder holds no {config.format} file")
-    top = next((name for name in here if is_image_name(name)), None)
-    if top is None:
-        return [], "tree"
-    below = next((p for p in storage.walk(url) if "/" in p and is_image_name(p)), None)
-    if below is not None:
-        raise ManifestError(
-            f"manifest {url}: has images beside its folders ({top!r}) and in them ({below!r}); say "
-            "--manifest.format images to take all of them, unlabelled, or move those beside the "
-            "folders into one for --manifest.format tree"
-        )
-    return [], "images"
+    def partition(file: str, schema: pa.Schema) -> dict[str, str | None]:
+        """The values in the file's folder names that are no columns of its own."""
+        values = found.partitions.get(file, {})
+        return {name: value for name, value in values.items() if name not in schema.names}
 
+    def file_schemas() -> Iterator[tuple[str, pa.Schema]]:
+        for file in files:
+            own = own_schema(file)
+            _check_doubled(file, own)
+            added = [pa.field(name, pa.string()) for name in partition(file, own)]
+            yield file, pa.schema([*own, *added])
 
-def _format_of(config: ManifestConfig, files: list[str]) -> str:
-    if config.format != "auto":
-        return config.format
-    suffixes = {os.path.splitext(file)[1].lower() for file in files}
-    formats = {_TABLE_SUFFIXES.get(suffix) for suffix in suffixes}
-    if formats == {"csv"} or formats == {"parquet"}:
-        return str(formats.pop())
-    if all(is_image_name(file) for file in files):
-        return "images"
-    raise ManifestError(
-        f"manifest {config.path}: cannot tell the format from {', '.join(sorted(suffixes))!r}; "
-        "say --manifest.format csv, parquet or images"
-    )
-
-
-def _open_table(
-    config: ManifestConfig, format: str, files: list[str], *, any_key: bool
-) -> Manifest:
-    read_schema = _csv_schema if format == "csv" else _parquet_schema
-    read_batches = _csv_batches if format == "csv" else _parquet_batches
-    schema = read_schema(config, files[0])
-    for file in files[1:]:
-        other = read_schema(config, file)
-        if not other.equals(schema):
-            raise ManifestError(
-                f"manifest {file}: {_difference(other, schema)} {files[0]}; give tables of one "
-                "shape"
-            )
+    schema = unify_schemas(file_schemas(), "manifest")
     _check_columns(config, schema, any_key=any_key)
+    folders = {folder_of(file) for file in files}
+    own_folders = config.root is None and not found.partitions and len(folders) > 1
+    place = schema.get_field_index(config.path_column)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
-            yield from read_batches(config, file, schema)
+            own = (
+                csv_reader.read_batches(file, dialect)
+                if found.format == "csv"
+                else _parquet_batches(file)
+            )
+            for batch in own:
+                if batch.schema.equals(schema) and not own_folders:
+                    yield batch
+                    continue
+                table = pa.Table.from_batches([batch])
+                for name, value in partition(file, batch.schema).items():
+                    column = pa.array([value] * table.num_rows, pa.string())
+                    table = table.append_column(name, column)
+                table = conform(table, schema, f"manifest {file}")
+                if own_folders:
+                    table = _with_own_folder(table, place, folder_of(file))
+                yield from table.combine_chunks().to_batches()
 
-    folder = storage.parent(files[0])
     return Manifest(
         source=config.path,
-        format=format,
+        format=found.format,
         schema=schema,
         path_column=config.path_column,
         label_column=_label_column(config, schema),
-        root=storage.absolute(config.root or folder),
+        root=storage.absolute(config.root or _root_of(found)),
         files=tuple(files),
         _batches=batches,
         _digest=lambda: _digest_files(files),
     )
 
 
-def _difference(schema: pa.Schema, first: pa.Schema) -> str:
-    if schema.names != first.names:
-        return f"its columns ({_listed(schema)}) differ from ({_listed(first)}) in"
-    mine, theirs = next((a, b) for a, b in zip(schema, first, strict=True) if not a.equals(b))
-    kinds = [f"{f.type}" if f.nullable else f"{f.type} not null" for f in (mine, theirs)]
-    return f"its column {mine.name!r} is {kinds[0]}, and {kinds[1]} in"
+def folder_of(file: str) -> str:
+    """The folder of a table; the query of a signed URL is no part of it."""
+    if file.startswith(("http://", "https://")):
+        file = file.partition("?")[0]
+    return storage.parent(file)
 
 
-def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) -> None:
+def _root_of(found: Found) -> str:
+    if found.partitions and found.folder is not None:
+        return found.folder
+    return folder_of(found.files[0])
+
+
+def _with_own_folder(table: pa.Table, place: int, folder: str) -> pa.Table:
+    """The relative paths of a table made whole, of several whose folders differ."""
+    field, paths = table.schema.field(place), table.column(place)
+    if pc.all(pc.match_substring_regex(paths.cast(pa.large_string()), _WHOLE)).as_py():
+        return table
+    return table.set_column(place, field, resolved(paths, folder).cast(field.type))
+
+
+def _check_doubled(file: str, schema: pa.Schema) -> None:
     names = schema.names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ManifestError(
-            f"manifest {config.path}: column {doubled[0]!r} stands there twice; rename one"
+            f"manifest {file}: column {doubled[0]!r} stands there twice; rename one"
         )
+
+
+def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) -> None:
+    names = schema.names
     for option, name in (("path", config.path_column), ("label", config.label_column)):
         if name is not None and name not in names:
             raise ManifestError(
                 f"manifest {config.path}: no column {name!r} (found: {_listed(schema)}); "
-                f"name it with --manifest.{option}-column"
+                f"name it with --manifest.{option}-column{_hint(name, names)}"
             )
     kind = schema.field(config.path_column).type
     if pa.types.is_dictionary(kind):
@@ -259,131 +261,90 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) 
         )
 
 
+def _hint(name: str, names: list[str]) -> str:
+    """What else may be meant where a column is not found."""
+    if len(names) == 1 and name in re.split(r"\W+", names[0]):
+        return f", or the delimiter of {names[0]!r} with --manifest.delimiter"
+    spaced = next((each for each in names if each != name and each.strip() == name), None)
+    return "" if spaced is None else f"; {_spaces(spaced)}"
+
+
+def _spaces(name: str) -> str:
+    return (
+        f"the name {name!r} has spaces around it: remove the spaces beside the delimiters, in the "
+        "header and in the rows"
+    )
+
+
 def _label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
     if config.label_column is not None:
         return config.label_column
-    return "label" if "label" in schema.names else None
+    if "label" in schema.names:
+        return "label"
+    for name in schema.names:
+        if name.strip() == "label":
+            raise ManifestError(
+                f"manifest {config.path}: {_spaces(name)}; or pass --manifest.label-column {name!r}"
+            )
+        if name.strip().lower() == "label":
+            tell(
+                "note",
+                f"manifest {config.path}: column {name!r} is not read as labels; pass "
+                f"--manifest.label-column {name!r} if it holds them",
+            )
+    return None
 
 
 def _listed(schema: pa.Schema) -> str:
     return ", ".join(schema.names) or "none"
 
 
-# CSV: every column is text as it came. Guessing types from the first block would turn 007 into 7
-# and break off at the first row that does not fit the guess.
-
-
-def _csv_header(config: ManifestConfig, file: str) -> tuple[list[str], str, str]:
-    """Column names, delimiter and encoding."""
-    with storage.open_read(file) as stream:
-        head = stream.read(1 << 20)
-    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else config.encoding
+def _parquet_schema(file: str) -> pa.Schema:
+    parquet = _open_parquet(file)
     try:
-        text = head.decode(encoding, errors="ignore" if len(head) == 1 << 20 else "strict")
-    except (UnicodeDecodeError, LookupError) as error:
+        return parquet.schema_arrow.remove_metadata()
+    except pa.ArrowException as error:
         raise ManifestError(
-            f"manifest {file}: not {encoding} text ({error}); say --manifest.encoding"
+            f"manifest {file}: has a column of a type that cannot be read ({_tidy(error)}); leave "
+            "it out, or write it as another type"
         ) from error
-    text = text.lstrip("\ufeff\r\n")
-    first_line = text.partition("\n")[0]
-    if not first_line.strip():
-        raise ManifestError(f"manifest {file}: is empty; the first line must name the columns")
-    if "\x00" in first_line:
-        raise ManifestError(
-            f"manifest {file}: holds binary data, not CSV; say --manifest.format parquet if it is"
-        )
-    delimiter = config.delimiter or _delimiter(first_line)
-    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
-        raise ManifestError(
-            f"manifest.delimiter: {delimiter!r} must be one ASCII character, as , or ; or a tab"
-        )
-    try:
-        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except csv.Error as error:
-        raise ManifestError(f"manifest {file}: the header cannot be read: {error}") from error
-    return names, delimiter, encoding
 
 
-def _delimiter(header: str) -> str:
-    unquoted = re.sub(r'"[^"]*"', "", header)
-    counts = {mark: unquoted.count(mark) for mark in (",", ";", "\t", "|")}
-    best = max(counts, key=lambda mark: counts[mark])
-    return best if counts[best] else ","
-
-
-def _csv_schema(config: ManifestConfig, file: str) -> pa.Schema:
-    names, _, _ = _csv_header(config, file)
-    return pa.schema([(name, pa.string()) for name in names])
-
-
-def _csv_batches(config: ManifestConfig, file: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    _, delimiter, encoding = _csv_header(config, file)
-    place = f"manifest {file}"
-    with storage.open_read(file) as stream:
-        try:
-            reader = pa_csv.open_csv(
-                stream,
-                read_options=pa_csv.ReadOptions(
-                    block_size=_CSV_BLOCK_BYTES,
-                    use_threads=False,
-                    encoding=encoding,
-                ),
-                parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types=schema,
-                    null_values=[""],
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=False,
-                ),
-            )
-            last = ""
-            for batch in reader:
-                if batch.num_rows:
-                    last = batch.column(batch.num_columns - 1)[-1].as_py() or ""
-                    yield batch
-        except pa.ArrowInvalid as error:
-            if "Empty CSV" in str(error):
-                return
-            remedy = (
-                "say --manifest.encoding"
-                if "UTF8" in str(error)
-                else "mend the row, or quote values that hold the delimiter"
-            )
-            raise ManifestError(f"{place}: {_tidy(error)}; {remedy}") from error
-        except (UnicodeDecodeError, OSError) as error:
-            raise ManifestError(f"{place}: {_tidy(error)}; say --manifest.encoding") from error
-        if any(mark in last for mark in "\r\n") and not _ends_quoted(stream):
-            raise ManifestError(
-                f"{place}: a quote is opened and never closed before {_tidy(last)!r}; close it, or "
-                "double it where it is part of a value"
-            )
-
-
-def _ends_quoted(stream: IO[bytes]) -> bool:
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - 64))
-    return stream.read().rstrip(b"\r\n\0").endswith(b'"')  # \0: of UTF-16
-
-
-def _parquet_schema(config: ManifestConfig, file: str) -> pa.Schema:
-    return _open_parquet(file).schema_arrow.remove_metadata()
-
-
-def _parquet_batches(
-    config: ManifestConfig, file: str, schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: str) -> Iterator[pa.RecordBatch]:
     try:
         for batch in _open_parquet(file).iter_batches(batch_size=BATCH_ROWS):
             if batch.num_rows:
                 batch.validate(full=True)  # Parquet's readers let text pass that is not UTF-8
                 yield batch
+    except pa.ArrowNotImplementedError as error:
+        raise ManifestError(_unreadable(file, error)) from error
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"manifest {file}: {_tidy(error)}; the file is damaged") from error
 
 
+def _unreadable(file: str, error: pa.ArrowException) -> str:
+    nested = [
+        field.name
+        for field in pq.read_schema(storage.open_read(file))
+        if pa.types.is_nested(field.type) and "dictionary" in str(field.type)
+    ]
+    named = f", such as {nested[0]!r} (a dictionary inside a list, struct or map)" if nested else ""
+    return (
+        f"manifest {file}: has a column of a type that cannot be read{named} ({_tidy(error)}); "
+        "leave it out, or write it as another type"
+    )
+
+
 def _open_parquet(file: str) -> pq.ParquetFile:
+    stream = storage.open_read(file)
+    with storage.translated(file):
+        head = stream.read(32)
+        stream.seek(0)
+    what = csv_reader.foreign_format(head)
+    if what is not None and not head.startswith(b"PAR1"):
+        raise ManifestError(f"manifest {file}: is no Parquet file but {what}")
     try:
-        return pq.ParquetFile(storage.open_read(file), pre_buffer=False)
+        return pq.ParquetFile(stream, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(
             f"manifest {file}: not a Parquet file, or a damaged one ({_tidy(error)}); if it is "
@@ -395,7 +356,7 @@ def _tidy(text: object) -> str:
     return " ".join(str(text).split())[:300]
 
 
-def _digest_files(files: list[str]) -> str:
+def _digest_files(files: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with storage.open_read(file) as stream:
@@ -408,20 +369,44 @@ def _digest_files(files: list[str]) -> str:
 # Listings: a folder per class, a folder of images, or a glob of images.
 
 
-def _open_listing(config: ManifestConfig, format: str, files: list[str]) -> Manifest:
-    labelled = format == "tree"
+def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
+    labelled = found.format == "tree"
     columns = [(config.path_column, pa.string())]
     label_column = (config.label_column or "label") if labelled else None
     if label_column is not None:
         columns.append((label_column, pa.string()))
     schema = pa.schema(columns)
-    root = (
-        storage.absolute(config.root or config.path) if not files else storage.absolute(os.curdir)
-    )
+    if len(set(schema.names)) < len(schema.names):
+        raise ManifestError(
+            f"manifest {config.path}: path_column and label_column are both "
+            f"{config.path_column!r}; name two columns"
+        )
+    here = config.path if found.folder is not None else os.curdir
+    root = storage.absolute(config.root or here if found.folder is not None else here)
+    counted = False
 
     def paths() -> Iterator[str]:
-        found = files or storage.walk(config.path)
-        return (_as_text(config, path) for path in found if is_image_name(path))
+        nonlocal counted
+        skipped: Counter[str] = Counter()
+        images = (
+            images_below(config.path, skipped)
+            if found.folder is not None
+            else (file for file in found.files if is_image_name(file))
+        )
+        none = True
+        for path in images:
+            none = False
+            yield _as_text(config, path)
+        if none:
+            raise ManifestError(
+                f"manifest {config.path}: no image in it"
+                + (f" (passed over {described(skipped)})" if skipped else "")
+                + "; expected files like *.jpg or *.png, or one folder of them per class; images "
+                "with other names can be listed in a CSV"
+            )
+        if not counted:
+            counted = True
+            tell_skipped(config.path, skipped, "their names are not those of images")
 
     def batches() -> Iterator[pa.RecordBatch]:
         listing = paths()
@@ -431,14 +416,10 @@ def _open_listing(config: ManifestConfig, format: str, files: list[str]) -> Mani
                 arrays.append(pa.array([_class_of(config, path) for path in chunk], pa.string()))
             yield pa.record_batch(arrays, schema=schema)
 
-    if next(paths(), None) is None:
-        raise ManifestError(
-            f"manifest {config.path}: no image in it; expected files like *.jpg or *.png, or one "
-            "folder of them per class"
-        )
+    next(paths())
     return Manifest(
         source=config.path,
-        format=format,
+        format=found.format,
         schema=schema,
         path_column=config.path_column,
         label_column=label_column,
@@ -489,11 +470,13 @@ def _size(place: str) -> int:
 def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A label column of any type as strings to be matched with class names; nulls stay null.
 
-    Whole floats lose their point, since pandas turns integer labels with a gap into 3.0.
+    Whole floats lose their point, since pandas turns integer labels with a gap into 3.0. Text is
+    normalized to NFC, since macOS decomposes the accents of folder names, and a label of nothing
+    but spaces is null.
     """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
     if pa.types.is_floating(array.type):
         values: list[Any] = array.to_pylist()
         return pa.array(
@@ -504,9 +487,47 @@ def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
             pa.string(),
         )
     try:
-        return array.cast(pa.string())
+        text = array.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ManifestError(
             f"labels of type {array.type} cannot be read as class names; name another "
             "--manifest.label-column"
         ) from error
+    blank = pc.equal(pc.utf8_trim_whitespace(text), "")
+    return pc.if_else(blank, None, pc.utf8_normalize(text, form="NFC"))
+
+
+def alike_labels(counts: Mapping[str, int], classes: Iterable[str] = ()) -> list[str]:
+    """Labels that differ only by case, spaces or compatibility forms, as text with their counts.
+
+    counts:  rows by label, as `labels_as_text` gives them
+    classes: of a model; given some, only labels that are not among them and are like one of them
+    """
+    known = set(classes)
+    groups: dict[str, set[str]] = {}
+    for name in {*counts, *known}:
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(key, set()).add(name)
+    told = []
+    for group in groups.values():
+        if len(group) > 1 and (not known or (group & known and group - known)):
+            shown = [
+                f"{name!r} ({counts[name]:,} {'row' if counts[name] == 1 else 'rows'})"
+                if name in counts
+                else f"class {name!r}"
+                for name in sorted(group)
+            ]
+            told.append(" and ".join(shown))
+    return sorted(told)
+
+
+def tell_alike_labels(place: str, counts: Mapping[str, int], classes: Iterable[str] = ()) -> None:
+    """Log labels that are probably one class written in several ways."""
+    alike = alike_labels(counts, classes)
+    if alike:
+        more = f", and {len(alike) - 5} more" if len(alike) > 5 else ""
+        tell(
+            "note",
+            f"{place}: labels that differ only by case or spaces are different classes: "
+            f"{'; '.join(alike[:5])}{more}",
+        )

@@ -26,6 +26,7 @@ from imgcls.data.manifest import (
     ManifestConfig,
     labels_as_text,
     open_manifest,
+    tell_alike_labels,
     with_whole_paths,
 )
 from imgcls.data.stores import StorageConfig
@@ -103,6 +104,9 @@ def split(config: SplitConfig) -> dict[str, int]:
         raise ManifestError(f"manifest {manifest.source}: has no row; nothing to split")
     for name in stale:
         storage.remove(storage.join(output, name))
+    labels_of_all = sum(counts.values(), Counter())
+    del labels_of_all[NO_LABEL]
+    tell_alike_labels(f"manifest {manifest.source}", labels_of_all)
     _tell(counts, shares, output)
     return {part: count.total() for part, count in counts.items()}
 

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar, cast
 
 from imgcls.data import disk, faults, store_listing, stores
+from imgcls.data.formats import is_hidden
 from imgcls.data.readahead import Allowance, Budget, NoRoom
 from imgcls.data.stores import File, Page
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
@@ -214,7 +215,8 @@ def find(pattern: str) -> list[str]:
 def walk(folder: str) -> Iterator[str]:
     """Files below a folder as paths relative to it, '/'-separated, in sorted order, streamed.
 
-    Hidden files and folders are passed over; links are followed, but not back up.
+    Hidden files and folders, and those of the system such as lost+found, are passed over; links are
+    followed, but not back up.
     """
     if is_local(folder):
         yield from map(_text, _walk_local(local_path(folder), ""))
@@ -222,7 +224,7 @@ def walk(folder: str) -> Iterator[str]:
     prefix = folder.rstrip("/") + "/"
     below = (file.path.removeprefix(prefix).split("/") for file in _listed(folder, deep=True))
     for parts in sorted(below):
-        if not any(part.startswith(".") for part in parts):
+        if not any(is_hidden(part) for part in parts):
             yield "/".join(parts)
 
 
@@ -248,7 +250,7 @@ def pages(url: str, *, deep: bool) -> Iterator[Page]:
         names = _walk_local(root, "")
     else:
         with translated(url), os.scandir(root) as entries:
-            found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+            found = sorted((e.name, e.is_dir()) for e in entries if not is_hidden(e.name))
         yield Page([join(root, name) for name, is_dir in found if is_dir], [])
         names = (name for name, is_dir in found if not is_dir)
     while chunk := [_local_file(join(root, name)) for name in itertools.islice(names, 1000)]:
@@ -322,7 +324,7 @@ def _walk_local(
         if identity in above:
             return  # a link back to where we came from
         with os.scandir(folder) as scan:
-            entries = sorted((e.name, e.is_dir()) for e in scan if not e.name.startswith("."))
+            entries = sorted((e.name, e.is_dir()) for e in scan if not is_hidden(e.name))
     for name, is_dir in entries:
         relative = f"{prefix}/{name}" if prefix else name
         if is_dir:

@@ -166,7 +166,8 @@ class LateLabels:
         names = table["topk_labels"].combine_chunks()
         width = pc.max(pc.list_value_length(names)).as_py() or 0
         parent = pc.list_parent_indices(names).to_numpy()
-        same = pc.equal(pc.list_flatten(names), label.take(pa.array(parent)))
+        listed = pc.utf8_normalize(pc.list_flatten(names), form="NFC")  # as labels are
+        same = pc.equal(listed, label.take(pa.array(parent)))
         at = np.flatnonzero(pc.fill_null(same, False).to_numpy(zero_copy_only=False))
         rank[:] = width + 1
         rank[parent[at]] = at - np.searchsorted(parent, parent[at]) + 1

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import labels_as_text
+from imgcls.data.schemas import conform, widened
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.labeling.plan import Plan
 from imgcls.labeling.work import Work
@@ -203,6 +204,7 @@ def _joined(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
         shard = pq.ParquetFile(stream)
         for group, chunk in enumerate(plan.chunks_of(part)):
             rows = shard.read_row_group(group)
+            rows = conform(rows, widened(rows.schema), layout.shard_url(output, part))
             with storage.open_read(layout.chunk_url(output, part, chunk, plan.run_id)) as file:
                 predicted = pq.read_table(file)
             for name in predicted.schema.names:
@@ -216,6 +218,7 @@ def _with_retries(
     with storage.open_read(target) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(batch_size=_GROUP_ROWS):
             table = pa.Table.from_batches([batch])
+            table = conform(table, widened(table.schema), target)
             here = table.column("row").to_numpy()
             position = np.searchsorted(here, rows)
             inside = (position < len(here)) & (here[np.minimum(position, len(here) - 1)] == rows)

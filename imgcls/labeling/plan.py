@@ -12,6 +12,8 @@ import datetime
 import hashlib
 import itertools
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 
 from imgcls import output as layout
 from imgcls.data import storage
-from imgcls.data.manifest import Manifest, labels_as_text
+from imgcls.data.manifest import Manifest, labels_as_text, tell_alike_labels
 from imgcls.errors import ManifestError
 from imgcls.log import tell
 
@@ -251,9 +253,8 @@ class _LabelCheck:
 
     def __init__(self, manifest: Manifest, classes: list[str]) -> None:
         self._manifest = manifest
-        self._classes = set(classes)
-        self._examples: list[str] = []
-        self._unknown = 0
+        self._classes = {unicodedata.normalize("NFC", name) for name in classes}
+        self._strangers: Counter[str] = Counter()
         self._known = 0
 
     def see(self, table: pa.Table) -> None:
@@ -268,25 +269,31 @@ class _LabelCheck:
             if name in self._classes:
                 self._known += count
                 continue
-            self._unknown += count
-            if len(self._examples) < 3 and name not in self._examples:
-                self._examples.append(name)
+            self._strangers[name] += count
 
     def finish(self) -> None:
-        if not self._unknown:
+        if not self._strangers:
             return
-        examples = ", ".join(repr(name) for name in self._examples)
+        examples = ", ".join(repr(name) for name in list(self._strangers)[:3])
         if not self._known:
             classes = sorted(self._classes)
             shown = ", ".join(repr(name) for name in classes[:3])
+            if self._manifest.format == "tree":
+                raise ManifestError(
+                    f"manifest {self._manifest.source}: not one of its folders is named as a class "
+                    f"of the model (found {examples}; the model has {shown}, {len(classes)} in "
+                    "all); pass --manifest.format images to label all images below it, or use the "
+                    "bundle trained on these classes"
+                )
             raise ManifestError(
                 f"manifest {self._manifest.source}: not one label in column "
                 f"{self._manifest.label_column!r} is a class of the model (found {examples}; the "
                 f"model has {shown}, {len(classes)} in all); use the bundle trained on these "
                 "classes, or name another --manifest.label-column"
             )
+        tell_alike_labels(f"manifest {self._manifest.source}", self._strangers, self._classes)
         tell(
             "note",
-            f"{self._unknown:,} labels are not classes of the model ({examples}); such rows "
-            "are labelled, and counted apart in the metrics",
+            f"{self._strangers.total():,} labels are not classes of the model ({examples}); such "
+            "rows are labelled, and counted apart in the metrics",
         )

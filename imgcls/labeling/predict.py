@@ -183,7 +183,7 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
-    _check_columns(manifest, config, bundle)
+    _check_columns(manifest)
     _check_patience(config, output, listed)
     _check_images(listed, config.max_bytes)
     _check_output(output, config)
@@ -639,13 +639,35 @@ def dated(output: str, date: datetime.date | None) -> str:
     )
 
 
-def _check_columns(manifest: Manifest, config: PredictConfig, bundle: Bundle) -> None:
-    taken = [name for name in manifest.schema.names if name in names.PREDICTION_COLUMNS]
-    if taken:
-        raise ManifestError(
-            f"manifest {manifest.source}: column {taken[0]!r} is one that labelling writes; rename "
-            f"it in the manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
-        )
+def _check_columns(manifest: Manifest) -> None:
+    """Refuse columns that would replace one that is written, or hide one from some readers.
+
+    DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.
+    """
+    place = f"manifest {manifest.source}"
+    written = {name.casefold(): name for name in names.PREDICTION_COLUMNS}
+    added = {name.casefold(): name for name in names.PROVENANCE_COLUMNS}
+    seen: dict[str, str] = {}
+    for name in manifest.schema.names:
+        key = name.casefold()
+        if key in written:
+            case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
+            raise ManifestError(
+                f"{place}: column {name!r} is one that labelling writes{case}; rename it in the "
+                f"manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+            )
+        if key in added:
+            raise ManifestError(
+                f"{place}: column {name!r} is one that `imgcls history compact` writes, for the "
+                f"run a row is of; rename it in the manifest, or leave it out (compact writes "
+                f"{', '.join(names.PROVENANCE_COLUMNS)})"
+            )
+        if key in seen:
+            raise ManifestError(
+                f"{place}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
+                "Spark and others ignore; rename one"
+            )
+        seen[key] = name
 
 
 def _check_patience(config: PredictConfig, output: str, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifest import Manifest, labels_as_text, resolved
+from imgcls.data.manifest import Manifest, labels_as_text, resolved, tell_alike_labels
 from imgcls.output import OK
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -88,6 +88,9 @@ def gathered(
     table = pa.concat_tables(facts)
     label = pa.chunked_array([c for part in columns["label"] for c in part.chunks], pa.string())
     encoded = label.combine_chunks().dictionary_encode()
+    counts = {each["values"]: each["counts"] for each in pc.value_counts(label).to_pylist()}
+    counts.pop(None, None)
+    tell_alike_labels(", ".join(f"manifest {name}" for name in names), counts)
     return Images(
         manifests=names,
         manifest=np.concatenate(of),

@@ -8,6 +8,7 @@ the paths lead to is looked at by `ingest`.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,13 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from imgcls.config import Section
-from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest, resolve
+from imgcls.data.manifest import (
+    ManifestConfig,
+    labels_as_text,
+    open_manifest,
+    resolve,
+    tell_alike_labels,
+)
 from imgcls.errors import ManifestError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.string())])
@@ -47,6 +54,8 @@ class DataConfig(Section):
     @field_validator("classes")
     @classmethod
     def _check_classes(cls, classes: list[str] | None) -> list[str] | None:
+        if classes is not None:  # as labels are normalized
+            classes = [unicodedata.normalize("NFC", name) for name in classes]
         if classes is not None and len(set(classes)) < len(classes):
             doubled = next(name for name in classes if classes.count(name) > 1)
             raise ValueError(f"class {doubled!r} stands there twice; class names must differ")
@@ -101,7 +110,9 @@ def read_examples(config: DataConfig) -> Examples:
     class has nothing to train on, or there is nothing to train or validate on.
     """
     train, root, source = _read(config.train, "data.train")
-    classes = config.classes or sorted(set(train.column("label").to_pylist()))
+    counts = Counter(train.column("label").to_pylist())
+    tell_alike_labels(f"data.train {source.manifest}", counts)
+    classes = config.classes or sorted(counts)
     sources = {"data.train": source}
     if len(classes) < 2:
         raise ManifestError(

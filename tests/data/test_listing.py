@@ -73,6 +73,30 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
         build_manifest(BuildConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
 
 
+def test_what_a_listing_passes_over_is_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "photos"
+    for name in ("a/1.jpg", "a/notes.txt", "b/2.jpg", "b/2.xyz", "b/README", "@eaDir/3.jpg",
+                 "lost+found/4.jpg", "old/bundle.json", "old/plots/c.png", "b/.5.txt"):  # fmt: skip
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    for listings in (1, 16):  # few folders are listed as they are, many are descended into
+        output = str(tmp_path / f"manifest-{listings}")
+        build_manifest(BuildConfig(source=str(source), output=output, listings=listings))
+        assert sorted(row["path"] for row in rows_of(output)) == [
+            f"{source}/a/1.jpg",
+            f"{source}/b/2.jpg",
+        ]
+    told = capsys.readouterr().out
+    for count in ("1 .txt", "1 .xyz", "1 (no suffix)", "1 .json"):
+        assert told.count(count) == 2
+    (source / "a" / "1.jpg").unlink()
+    (source / "b" / "2.jpg").unlink()
+    with pytest.raises(RequestError, match=r"no image below it; .* \(passed over 4 files: "):
+        build_manifest(BuildConfig(source=str(source), output=str(tmp_path / "none")))
+
+
 def test_a_listing_that_was_broken_off_goes_on(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest, resolve
+from imgcls.data.manifest import (
+    ManifestConfig,
+    alike_labels,
+    labels_as_text,
+    open_manifest,
+    resolve,
+    resolved,
+)
 from imgcls.errors import ManifestError, RequestError
 
 
@@ -198,7 +206,6 @@ def test_a_file_that_is_no_csv_is_refused(put: Put) -> None:
     assert "is empty" in refused(put("\n\n\n"))
     assert "holds binary data, not CSV" in refused(put(b"PAR1\x00\x00\x15\x04,\x00\n"))
     assert "the header cannot be read" in refused(put("path," + "x" * 200_000 + "\na,b\n"))
-    assert "straddling" in refused(put("path,label\na," + "x" * (20 << 20) + "\n"))
 
 
 # Parsed by Arrow, told from the header by Python: any text in any column must come back equal
@@ -387,10 +394,10 @@ def test_a_path_column_that_is_no_text_is_refused(tmp_path: Path, paths: pa.Arra
     ("other", "told"),
     [
         (_pets(extra=[1, 2, 3]), "its columns (path, label, extra) differ from (path, label)"),
-        (_pets().select(["label", "path"]), "its columns (label, path) differ from (path, label)"),
+        (_pets().select(["path"]), "its columns (path) differ from (path, label)"),
         (_pets(label=[1, 2, 3]), "its column 'label' is int64, and string in"),
     ],
-    ids=["more", "order", "type"],
+    ids=["more", "fewer", "type"],
 )
 def test_tables_of_different_shapes_are_refused_by_name(
     tmp_path: Path, other: pa.Table, told: str
@@ -400,6 +407,39 @@ def test_tables_of_different_shapes_are_refused_by_name(
     message = refused(tmp_path)
     assert message.startswith(f"manifest {tmp_path / 'b.parquet'}: {told}")
     assert str(tmp_path / "a.parquet") in message
+
+
+def test_tables_of_one_shape_may_differ_in_order_and_width(tmp_path: Path) -> None:
+    pq.write_table(
+        _pets(note=pa.nulls(3), n=pa.array([1, 2, 3], pa.int8())), tmp_path / "a.parquet"
+    )
+    other = _pets(3, note=["x", None, "z"], n=[2**40, None, 5]).select(
+        ["n", "note", "label", "path"]
+    )
+    pq.write_table(other, tmp_path / "b.parquet")
+    manifest = open_at(tmp_path)
+    assert manifest.schema.names == ["path", "label", "note", "n"]
+    found = rows_of(tmp_path)
+    assert [row["note"] for row in found] == [None, None, None, "x", None, "z"]
+    assert [row["n"] for row in found] == [1, 2, 3, 2**40, None, 5]
+    assert [row["path"] for row in found] == [f"{i}.jpg" for i in range(6)]
+
+
+def test_another_format_named_parquet_is_refused_by_its_name(tmp_path: Path) -> None:
+    feather.write_feather(_pets(), str(tmp_path / "a.parquet"), compression="uncompressed")
+    assert "is no Parquet file but an Arrow IPC (Feather) file; convert it to Parquet" in refused(
+        tmp_path / "a.parquet"
+    )
+
+
+def test_a_dictionary_in_a_list_that_arrow_cannot_read_is_refused_by_column(tmp_path: Path) -> None:
+    words = pa.array([f"w{i % 9}" for i in range(100)]).dictionary_encode()
+    lists = pa.ListArray.from_arrays(pa.array(range(101), pa.int32()), words)
+    table = pa.table({"path": [f"{i}.jpg" for i in range(100)], "tags": lists})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+    message = refused(tmp_path / "a.parquet")
+    assert "such as 'tags' (a dictionary inside a list, struct or map)" in message
+    assert "leave it out, or write it as another type" in message
 
 
 def test_metadata_is_no_difference_between_tables(tmp_path: Path) -> None:
@@ -613,7 +653,110 @@ def test_absolute_paths_and_urls_stay_as_they_are(path: str) -> None:
     assert resolve(path, "s3://other/root") == path
 
 
+def test_paths_of_a_glob_start_at_the_folder_of_their_own_file(put: Put, tmp_path: Path) -> None:
+    put("path,day\n0001.png,mon\n/data/a.png,mon\n,mon\n", "days/monday/m.csv")
+    put("path,day\n0001.png,tue\nsub/b.png,tue\ns3://b/c.png,tue\n", "days/tuesday/m.csv")
+    found = open_at(f"{tmp_path}/days/*/m.csv")
+    paths = [row["path"] for row in rows_of(f"{tmp_path}/days/*/m.csv")]
+    assert [found.resolve(path) for path in paths] == [
+        f"{tmp_path}/days/monday/0001.png",
+        "/data/a.png",
+        None,
+        f"{tmp_path}/days/tuesday/0001.png",
+        f"{tmp_path}/days/tuesday/sub/b.png",
+        "s3://b/c.png",
+    ]
+    assert found.root == f"{tmp_path}/days/monday"  # a run over absolute paths can be resumed
+    given = open_at(f"{tmp_path}/days/*/m.csv", root="/images")
+    assert given.resolve(next(iter(given.batches()))["path"][0].as_py()) == "/images/0001.png"
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_the_type_of_paths_in_several_folders_is_kept(tmp_path: Path, kind: pa.DataType) -> None:
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        paths = pa.array(["1.png", "2.png"]).cast(kind)
+        pq.write_table(pa.table({"path": paths}), tmp_path / day / "m.parquet")
+    assert open_at(f"{tmp_path}/*/*.parquet").schema.field("path").type == kind
+    assert [row["path"] for row in rows_of(f"{tmp_path}/*/*.parquet")] == [
+        f"{tmp_path}/{day}/{n}.png" for day in ("monday", "tuesday") for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("./a.jpg", "s3://bucket/lists/a.jpg"),
+        ("../a.jpg", "s3://bucket/a.jpg"),
+        ("x/./y/../a.jpg", "s3://bucket/lists/x/a.jpg"),
+        ("../../../a.jpg", "s3://bucket/a.jpg"),
+        ("x//a.jpg", "s3://bucket/lists/x//a.jpg"),
+        ("..a/.b.jpg", "s3://bucket/lists/..a/.b.jpg"),
+        ("s3://bucket/./a.jpg", "s3://bucket/./a.jpg"),
+        ("/data/./a.jpg", "/data/./a.jpg"),
+        ("a b%20#?.jpg", "s3://bucket/lists/a b%20#?.jpg"),
+        ("https://h/a.jpg?sig=a%2Fb+c%3D", "https://h/a.jpg?sig=a%2Fb+c%3D"),
+    ],
+)
+def test_dots_in_a_relative_path_are_resolved_on_a_store(path: str, place: str) -> None:
+    assert resolve(path, "s3://bucket/lists") == place
+    column = pa.chunked_array([[path, "b.jpg", None]])
+    assert resolved(column, "s3://bucket/lists").to_pylist() == [
+        place, "s3://bucket/lists/b.jpg", None,
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------ labels
+
+
+def test_a_label_column_whose_name_has_spaces_is_not_passed_over(put: Put) -> None:
+    path = put("path, label\nx.png, cat\n")
+    assert refused(path) == (
+        f"manifest {path}: the name ' label' has spaces around it: remove the spaces beside the "
+        "delimiters, in the header and in the rows; or pass --manifest.label-column ' label'"
+    )
+    assert open_at(path, label_column=" label").label_column == " label"
+    assert "the name ' path' has spaces around it" in refused(put("label, path\ncat, x\n"))
+
+
+def test_a_column_named_label_in_capitals_is_named_but_not_taken(
+    put: Put, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert open_at(put("path,Label\nx.png,cat\n")).label_column is None
+    assert "column 'Label' is not read as labels; pass --manifest.label-column 'Label'" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_option_for_a_delimiter_is_named_where_it_was_not_found(put: Put) -> None:
+    assert "or the delimiter of 'path:label' with --manifest.delimiter" in refused(
+        put("path:label\nx.png:cat\n")
+    )
+
+
+def test_decomposed_letters_and_blanks_are_one_label_and_none() -> None:
+    labels = pa.array(["caf\u00e9", "cafe\u0301", " ", "", "\u3000", " x", None])
+    assert labels_as_text(labels).to_pylist() == ["caf\u00e9"] * 2 + [None] * 3 + [" x", None]
+    wide = pa.chunked_array(
+        [
+            pa.DictionaryArray.from_arrays(
+                pa.array(range(100), pa.int8()), [f"{n}-{i}" for i in range(100)]
+            )
+            for n in range(3)
+        ]
+    )
+    assert labels_as_text(wide).to_pylist() == [f"{n}-{i}" for n in range(3) for i in range(100)]
+
+
+def test_labels_that_differ_only_by_case_or_spaces_are_found_with_their_counts() -> None:
+    counts = {"cat": 120, "Cat": 3, "cat ": 1, "dog": 5, "ﬁsh": 2, "fish": 2}
+    assert alike_labels(counts) == [
+        "'Cat' (3 rows) and 'cat' (120 rows) and 'cat ' (1 row)",
+        "'fish' (2 rows) and 'ﬁsh' (2 rows)",
+    ]
+    assert alike_labels({"Dog": 2, "bird": 1}, ["dog", "cat", "Cat"]) == [
+        "'Dog' (2 rows) and class 'dog'"
+    ]
 
 
 @pytest.mark.parametrize(

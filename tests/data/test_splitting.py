@@ -203,3 +203,12 @@ def test_the_row_without_a_group_is_named(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "patient"))
     with pytest.raises(ManifestError, match="row 20,000 has no 'patient'"):
         split(asked(manifest, tmp_path / "out", by="patient"))
+
+
+def test_spellings_of_one_class_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(f"{i}.png", "cat" if i % 3 else "Cat ", str(i)) for i in range(30)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label", "group"))
+    split(asked(manifest, tmp_path / "out", by="group"))
+    assert "'Cat ' (10 rows) and 'cat' (20 rows)" in capsys.readouterr().out

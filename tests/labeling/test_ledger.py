@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data.manifest import Manifest
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.labeling import chunk as stages
 from imgcls.labeling import ledger
@@ -110,6 +110,40 @@ def test_a_part_is_its_manifest_rows_and_their_predictions_in_order(
     assert found.schema.field("status").type == pa.dictionary(pa.int32(), pa.string())
     metadata = pq.ParquetFile(run.part(0)).schema_arrow.metadata
     assert metadata[b"imgcls.run"] == run.plan.run_id.encode()
+
+
+def test_dictionaries_of_8_bits_come_through_with_the_values_of_all_shards(tmp_path: Path) -> None:
+    shards, wanted = tmp_path / "shards", []
+    shards.mkdir()
+    for shard in range(3):
+        names = pa.array([f"site {shard}-{i}" for i in range(100)])
+        codes = pa.array([i % 100 for i in range(200)], pa.int8())
+        sites = pa.DictionaryArray.from_arrays(codes, names)
+        wanted += sites.to_pylist()
+        table = pa.table({"path": [f"{i}.jpg" for i in range(200)], "site": sites})
+        pq.write_table(table, shards / f"{shard}.parquet")
+    manifest = open_manifest(ManifestConfig(path=str(shards)))
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=64, part_rows=512)
+    run = Run(tmp_path, manifest, table, plan, spec_of(tmp_path / "out", plan, manifest, ""))
+    run.label()
+    for part in range(plan.parts):
+        ledger.roll_up(run.output, plan, part, None, CLASSES)
+    assert run.read()["site"].to_pylist() == wanted
+
+
+def test_shards_that_were_planned_with_8_bits_are_rolled_up(tmp_path: Path) -> None:
+    run = Run.planned(tmp_path, 300, chunk_rows=100, part_rows=300)
+    shard = Path(run.output) / "_staging" / "manifest" / "part-00000.parquet"
+    schema = pa.schema([("path", pa.string()), ("site", pa.dictionary(pa.int8(), pa.string()))])
+    with pq.ParquetWriter(shard, schema) as writer:
+        for group in range(3):
+            names = pa.array([f"{group}-{i}" for i in range(100)])
+            sites = pa.DictionaryArray.from_arrays(pa.array(range(100), pa.int8()), names)
+            writer.write_table(pa.table({"path": ["a"] * 100, "site": sites}, schema=schema))
+    run.label()
+    ledger.roll_up(run.output, run.plan, 0, None, CLASSES)
+    wanted = [f"{group}-{i}" for group in range(3) for i in range(100)]
+    assert run.read()["site"].to_pylist() == wanted
 
 
 def test_counting_a_part_anew_gives_the_counts_of_its_roll_up(run: Run) -> None:

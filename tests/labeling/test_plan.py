@@ -245,6 +245,24 @@ def test_labels_of_another_model_are_refused_and_a_few_strangers_are_noted(
     assert "note: 10 labels are not classes of the model ('red')" in capsys.readouterr().out
 
 
+def test_labels_like_a_class_are_named_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.table({"path": [*"abcde"], "label": ["Red", "red ", "Red", "cafe\u0301", "red"]})
+    plan_at(tmp_path / "out", manifest_of(tmp_path, table), classes=["red", "caf\u00e9"])
+    told = capsys.readouterr().out
+    assert "'Red' (2 rows) and class 'red' and 'red ' (1 row)" in told
+    assert "note: 3 labels are not classes of the model ('Red', 'red ')" in told
+
+
+def test_folders_that_are_no_classes_are_refused_with_the_way_to_label_them(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "camera 1").mkdir(parents=True)
+    (tmp_path / "photos" / "camera 1" / "a.jpg").touch()
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "photos")))
+    with pytest.raises(ManifestError, match=r"pass --manifest\.format images to label all images"):
+        plan_at(tmp_path / "out", manifest)
+
+
 def test_labels_that_are_numbers_match_classes_by_their_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

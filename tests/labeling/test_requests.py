@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from imgcls.config import build
+from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import RequestError
-from imgcls.labeling.predict import PredictConfig, predict
+from imgcls.labeling.predict import PredictConfig, _check_columns, predict
 from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
 
@@ -39,6 +40,35 @@ def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
     told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.hang_seconds": 180})
     assert told.startswith("scale.hang_seconds 180: for s3://b/a.jpg a worker may wait 3 x 60 s")
     assert "give more than 180, or a smaller --storage.deadline-seconds" in told
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("path,Status", "column 'Status' is one that labelling writes (as 'status'; case is"),
+        ("path,status", "column 'status' is one that labelling writes; rename it"),
+        ("path,TopK_Labels", "column 'TopK_Labels' is one that labelling writes (as 'topk_labels'"),
+        ("path,run", "column 'run' is one that `imgcls history compact` writes"),
+        ("path,Run", "column 'Run' is one that `imgcls history compact` writes"),
+        ("path,bundle_sha256", "column 'bundle_sha256' is one that `imgcls history compact`"),
+        ("path,labelled_at", "column 'labelled_at' is one that `imgcls history compact`"),
+        ("path,site,Site", "columns 'site' and 'Site' differ only by case"),
+        ("path,Path", "columns 'path' and 'Path' differ only by case"),
+    ],
+)
+def test_columns_that_would_hide_others_are_refused(
+    tmp_path: Path, colour_bundle: Path, columns: str, message: str
+) -> None:
+    names = tuple(columns.split(","))
+    manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * len(names)], names)
+    told = refused(tmp_path, colour_bundle, "a.jpg", manifest=str(manifest))
+    assert told.startswith(f"manifest {manifest}: {message}")
+
+
+def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> None:
+    columns = ("path", "run_id", "running", "stat us", "label", "hash")
+    manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * 6], columns)
+    _check_columns(open_manifest(ManifestConfig(path=str(manifest))))
 
 
 def test_a_bucket_that_is_not_there_is_refused(

@@ -146,3 +146,20 @@ def test_whether_images_are_kept_can_be_said_or_left_open(
     assert config.cache is cache
     assert config.sampling == "natural"
     assert config.train.path == "m.csv"
+
+
+def test_spellings_of_one_class_are_named_and_decomposed_ones_are_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*rows_of("cat", "caf\u00e9"), ("x.png", "Cat"), ("y.png", "cafe\u0301")]
+    examples = read(tmp_path, rows)
+    assert examples.classes == ["Cat", "caf\u00e9", "cat"]
+    assert "'Cat' (1 row) and 'cat' (10 rows)" in capsys.readouterr().out
+    named = read(tmp_path, rows_of("cat", "caf\u00e9"), classes=["cat", "cafe\u0301"])
+    assert named.classes == ["cat", "caf\u00e9"]
+
+
+@pytest.mark.parametrize("blank", [" ", "\u3000", "\t "])
+def test_a_blank_label_is_no_class(tmp_path: Path, blank: str) -> None:
+    with pytest.raises(ManifestError, match=r"row 20 \('x.png'\) has no label in column 'label'"):
+        read(tmp_path, [*rows_of("cat", "dog"), ("x.png", blank)])

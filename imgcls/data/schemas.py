@@ -1,0 +1,200 @@
+"""Arrow schemas of several tables, unified into one schema that can hold the rows of all of them.
+
+Used wherever files are read as one table: the shards of a manifest, the parts of a run, the runs of
+a history. A column that is null in one file, a dictionary with 8-bit indices or an int32 beside an
+int64 is converted without loss; types that do not fit together are refused by file and column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.types as kinds
+
+from imgcls.errors import ManifestError
+
+
+def widened(schema: pa.Schema) -> pa.Schema:
+    """The schema with every dictionary able to hold the values of any number of files.
+
+    8-bit and 16-bit indices become int32: pandas writes int8 for up to 127 categories, and the
+    categories of two files together may be more. A dictionary inside a list, struct or map becomes
+    its plain values, since Arrow cannot unify such dictionaries.
+    """
+    fields = []
+    for field in schema:
+        wide = _widened(field.type)
+        fields.append(field if wide.equals(field.type) else field.with_type(wide))
+    return pa.schema(fields)
+
+
+def unify_schemas(
+    schemas: Iterable[tuple[str, pa.Schema]], what: str, *, optional: bool = False
+) -> pa.Schema:
+    """The schema that holds the columns of all tables, in the order of the first one.
+
+    schemas:  (place, schema) of each table; the place is named in an error
+    what:     what the tables are, as errors begin with it, such as "manifest"
+    optional: whether a column may be absent from some tables; it is then null for their rows
+    Null becomes any other type; integers, floats, decimals, strings and times become the wider
+    type; a dictionary beside plain values becomes plain values.
+    Raises ManifestError that names the column, both types and both places where types do not fit,
+    or where a column is absent.
+    """
+    pairs = iter(schemas)
+    first_place, first = next(pairs)
+    common = last = widened(first)
+    places = dict.fromkeys(common.names, first_place)
+    for place, schema in pairs:
+        other = widened(schema)
+        if other.equals(last):
+            continue
+        last = other
+        if not optional and set(other.names) != set(common.names):
+            raise ManifestError(
+                f"{what} {place}: its columns ({_listed(other)}) differ from ({_listed(common)}) "
+                f"in {first_place}; give tables of one shape"
+            )
+        for field in other:
+            at = common.get_field_index(field.name)
+            if at < 0:
+                common = common.append(field.with_nullable(True))
+                places[field.name] = place
+                continue
+            known = common.field(at)
+            kind = _common_type(known.type, field.type)
+            if kind is None:
+                raise ManifestError(
+                    f"{what} {place}: its column {field.name!r} is {field.type}, and {known.type} "
+                    f"in {places[field.name]}; give tables of one shape"
+                )
+            if kinds.is_null(known.type):
+                places[field.name] = place
+            nullable = known.nullable or field.nullable
+            common = common.set(at, known.with_type(kind).with_nullable(nullable))
+        for name in set(common.names) - set(other.names):
+            at = common.get_field_index(name)
+            common = common.set(at, common.field(at).with_nullable(True))
+    return common
+
+
+def conform(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
+    """The table with exactly the columns of a unified schema, in its order and types.
+
+    place: names the table in an error
+    A column that the table does not have is null. Raises ManifestError where a value does not fit,
+    such as an integer above 2**53 in a column that is float64 in another file.
+    """
+    if table.schema.equals(schema):
+        return table
+    columns = []
+    for field in schema:
+        at = table.schema.get_field_index(field.name)
+        if at < 0:
+            columns.append(pa.chunked_array([pa.nulls(table.num_rows, field.type)]))
+            continue
+        try:
+            columns.append(_cast(table.column(at), field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ManifestError(
+                f"{place}: column {field.name!r} is {table.schema.field(at).type} and cannot be "
+                f"read as {field.type}, as other files require ({error}); write it as one type in "
+                "all files"
+            ) from error
+    return pa.table(columns, schema=schema)
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if column.type.equals(kind):
+        return column
+    if kinds.is_null(column.type):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    if kinds.is_dictionary(column.type) and kinds.is_dictionary(kind):
+        chunks = [
+            pa.DictionaryArray.from_arrays(
+                chunk.indices.cast(kind.index_type),
+                chunk.dictionary.cast(kind.value_type),
+                ordered=kind.ordered,
+            )
+            for chunk in column.chunks
+        ]
+        return pa.chunked_array(chunks, kind)
+    return column.cast(kind)
+
+
+def _widened(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
+    if kinds.is_dictionary(kind):
+        if inside:
+            return _widened(kind.value_type, inside=True)
+        narrow = kind.index_type.bit_width < 32
+        index = pa.int32() if narrow else kind.index_type
+        return pa.dictionary(index, kind.value_type, ordered=kind.ordered)
+    if kinds.is_struct(kind):
+        return pa.struct([_field(field) for field in kind])
+    if kinds.is_map(kind):
+        return pa.map_(_field(kind.key_field), _field(kind.item_field), kind.keys_sorted)
+    if kinds.is_fixed_size_list(kind):
+        return pa.list_(_field(kind.value_field), kind.list_size)
+    if kinds.is_large_list(kind):
+        return pa.large_list(_field(kind.value_field))
+    if kinds.is_list(kind):
+        return pa.list_(_field(kind.value_field))
+    return kind
+
+
+def _field(field: pa.Field) -> pa.Field:
+    return field.with_type(_widened(field.type, inside=True))
+
+
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """A type that holds the values of both without loss; None where there is none."""
+    if one.equals(other):
+        return one
+    if kinds.is_null(one) or kinds.is_null(other):
+        return other if kinds.is_null(one) else one
+    if kinds.is_dictionary(one) != kinds.is_dictionary(other):
+        one, other = _values(one), _values(other)
+        return one if one.equals(other) else _common_type(one, other)
+    if _is_text(one) and _is_text(other):
+        large = kinds.is_large_string(one) or kinds.is_large_string(other)
+        return pa.large_string() if large else pa.string()
+    if _is_text(one) != _is_text(other):
+        return None  # Arrow would read text as bytes
+    if kinds.is_decimal(one) and kinds.is_floating(other):
+        return None  # not every decimal is a float
+    if kinds.is_floating(one) and kinds.is_decimal(other):
+        return None
+    if kinds.is_timestamp(one) and kinds.is_timestamp(other) and one.tz and other.tz:
+        # an instant is the same in every time zone
+        tz = one.tz if one.tz == other.tz else "UTC"
+        one, other = pa.timestamp(one.unit, tz), pa.timestamp(other.unit, tz)
+    if {one, other} <= _INTEGERS and pa.uint64() in (one, other) and one != other:
+        signed = other if one == pa.uint64() else one
+        return None if kinds.is_signed_integer(signed) else pa.uint64()
+    try:
+        both = [pa.schema([("column", kind)]) for kind in (one, other)]
+        return pa.unify_schemas(both, promote_options="permissive").field(0).type
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        return None
+
+
+_INTEGERS = {
+    pa.int8(), pa.int16(), pa.int32(), pa.int64(),
+    pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(),
+}  # fmt: skip
+
+
+def _values(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if kinds.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    values = _values(kind)
+    return bool(
+        kinds.is_string(values) or kinds.is_large_string(values) or kinds.is_string_view(values)
+    )
+
+
+def _listed(schema: pa.Schema) -> str:
+    return ", ".join(schema.names)
