@@ -197,19 +197,25 @@ class Series:
         day = date_of(self.date) + (f".{number}" if number > 1 else "")
         return storage.absolute(self.template.replace("{date}", day))
 
-    def last(self) -> tuple[str, dict[str, Any] | None]:
-        """The newest folder that holds a run, with its `_run.json`; the first if there is none."""
-        number, described = 1, layout.load_run(self.place(1))
-        while "{date}" in self.template and described is not None:
-            after = layout.load_run(self.place(number + 1))
-            if after is None:
+    @property
+    def dated(self) -> bool:
+        """Whether the output names a date, so that there may be further folders."""
+        return "{date}" in self.template
+
+    def runs(self) -> list[tuple[str, dict[str, Any]]]:
+        """The folders that hold a run, oldest first, with its `_run.json`."""
+        found: list[tuple[str, dict[str, Any]]] = []
+        while not found or self.dated:
+            place = self.place(len(found) + 1)
+            described = layout.load_run(place)
+            if described is None:
                 break
-            number, described = number + 1, after
-        return self.place(number), described
+            found.append((place, described))
+        return found
 
     def after(self, place: str) -> str:
         """The next folder; raises OutputError when the output names no date."""
-        if "{date}" not in self.template:
+        if not self.dated:
             raise OutputError(
                 f"output {place}: holds another run, of other rows; write {{date}} in --output, as "
                 "in labels/date={date}, so that each run gets a folder of its own"

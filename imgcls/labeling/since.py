@@ -193,6 +193,11 @@ class Comparison:
             request.manifest, _batches=self._batches, _digest=request.digest
         )
 
+    @property
+    def nights(self) -> Nights:
+        """The earlier runs."""
+        return self._request.nights
+
     def __enter__(self) -> Comparison:
         return self
 
