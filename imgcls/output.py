@@ -7,6 +7,7 @@ out/_staging/manifest/           the manifest, cut into one shard per part
 out/_staging/part-00000/         finished chunks of a part
 out/predictions/part-00000.parquet
 out/metrics/*.parquet
+out/_since/*.parquet             with --since: images deleted, known to be broken, failed before
 out/_SUCCESS                     written last
 """
 
@@ -83,12 +84,17 @@ def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
 
 
 def prediction_schema(
-    *, labelled: bool, scores: int | None = None, embedding: int | None = None
+    *,
+    labelled: bool,
+    scores: int | None = None,
+    scores_type: str = "float32",
+    embedding: int | None = None,
 ) -> pa.Schema:
     """Columns that labelling adds to a manifest.
 
-    scores:    number of classes when every class's score is asked for
-    embedding: width of the embedding when it is asked for
+    scores:      number of classes when every class's score is asked for
+    scores_type: float32, or float16, which Spark cannot read
+    embedding:   width of the embedding when it is asked for
     """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
@@ -101,7 +107,8 @@ def prediction_schema(
     if labelled:
         fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
     if scores is not None:
-        fields.append(pa.field("scores", pa.list_(pa.float16(), scores)))
+        kind = pa.float16() if scores_type == "float16" else pa.float32()
+        fields.append(pa.field("scores", pa.list_(kind, scores)))
     if embedding is not None:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
     fields += [

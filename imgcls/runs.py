@@ -40,6 +40,7 @@ class Run:
     files:   URLs of its parts, in row order
     classes: the class names of the bundle that made it, in its order
     schema:  of the predictions, manifest columns included
+    success, described: `_SUCCESS` and `_run.json` as they were written
     """
 
     url: str
@@ -55,6 +56,12 @@ class Run:
     schema: pa.Schema
     provenance: dict[str, Any]
     success: dict[str, Any]
+    described: dict[str, Any]
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The runs that a compacted history was made of; none of a labeling run."""
+        return tuple(self.described["identity"].get("merged", ()))
 
     @property
     def has_scores(self) -> bool:
@@ -143,6 +150,13 @@ def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterato
                 yield without_views(pa.Table.from_batches([batch]))
 
 
+def _damaged_mark(url: str, why: str) -> str:
+    return (
+        f"{storage.join(url, layout.SUCCESS)}: is damaged, or another tool wrote over it ({why}); "
+        "remove it and rerun `imgcls predict` with the same --output, which commits the run again"
+    )
+
+
 def open_run(url: str) -> Run:
     """Open the output folder of `imgcls predict`.
 
@@ -163,7 +177,9 @@ def open_run(url: str) -> Run:
             "which goes on where it stopped"
         ) from error
     except ValueError as error:
-        raise OutputError(f"{url}: {layout.SUCCESS} is damaged ({error})") from error
+        raise OutputError(_damaged_mark(url, str(error))) from error
+    if not isinstance(success, dict) or "files" not in success:
+        raise OutputError(_damaged_mark(url, "it names no files"))
     folder = storage.join(url, layout.PREDICTIONS)
     names = sorted(success["files"])
     missing = sorted(set(names) - set(storage.names(folder)))
@@ -192,4 +208,5 @@ def open_run(url: str) -> Run:
         schema=schema,
         provenance=described["provenance"],
         success=success,
+        described=described,
     )

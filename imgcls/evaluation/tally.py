@@ -138,7 +138,8 @@ class Tally:
 
     def _count_scores(self, table: pa.Table, rows: OkRows, counts: ScoreCounts) -> None:
         judged = rows.label >= 0
-        scores = score_rows(table["scores"], rows.place[judged])
+        # counted in bins of float16
+        scores = score_rows(table["scores"], rows.place[judged]).astype(np.float16)
         try:
             self.scores = counts + ScoreCounts.of(scores, rows.label[judged], counts.classes)
         except ValueError as error:

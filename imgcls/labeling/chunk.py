@@ -317,6 +317,7 @@ def _table(
     schema = layout.prediction_schema(
         labelled=spec.label_column is not None,
         scores=len(classes) if spec.scores else None,
+        scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,
     )
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
@@ -340,7 +341,7 @@ def _table(
     if spec.label_column is not None:
         columns |= _label_columns(rows.column(spec.label_column), classes, scores, ok)
     if spec.scores:
-        flat = pa.array(scores.astype(np.float16).ravel())
+        flat = pa.array(scores.astype(spec.scores_type).ravel())
         columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes)).take(place)
     if spec.embeddings:
         width = classifier.embedding_width

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
 
 from imgcls import output as layout
 from imgcls.data import storage
-from imgcls.errors import ImgclsError, StorageMissing, TooManyErrors
+from imgcls.errors import ImgclsError, TooManyErrors
+from imgcls.labeling import ledger
+from imgcls.labeling.plan import Plan
+from imgcls.labeling.since import failed_before
+from imgcls.labeling.status import look
 from imgcls.log import tell
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.drift import drift
@@ -22,23 +30,57 @@ ErrorStatus = Literal[
 
 
 def check_errors(
-    output: str, counts: PredictionCounts, allowed: float, by_status: Mapping[ErrorStatus, float]
+    output: str,
+    counts: PredictionCounts,
+    allowed: float,
+    by_status: Mapping[ErrorStatus, float],
+    *,
+    max_errors: int = 0,
+    repeated: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise TooManyErrors when more rows failed than allowed, of a status or of all others."""
-    rows = max(1, counts.rows)
+    """Raise TooManyErrors when more rows failed than allowed, of a status or of all others.
+
+    max_errors: failed rows that are allowed whatever share of the rows they are, those of
+        `by_status` apart
+    repeated:   failed rows by status whose image had failed before; they are not counted
+    """
+    repeated = repeated or {}
+    old = sum(repeated.values())
+    rows = counts.rows - old
     judged = [
-        (f"rows are {status}", counts.status.get(status, 0), limit, f"--max-error-rates.{status}")
+        (
+            f"rows are {status}",
+            counts.status.get(status, 0) - repeated.get(status, 0),
+            limit,
+            0,
+            f"--max-error-rates.{status}",
+        )
         for status, limit in by_status.items()
     ]
-    others = counts.error_rows - sum(failed for _, failed, _, _ in judged)
-    judged.append(("rows failed", others, allowed, "--max-error-rate"))
-    for what, failed, limit, option in judged:
-        if failed / rows > limit:
+    others = counts.error_rows - old - sum(failed for _, failed, _, _, _ in judged)
+    judged.append(("rows failed", others, allowed, max_errors, "--max-error-rate"))
+    for what, failed, limit, free, option in judged:
+        share = failed / max(1, rows)
+        if share > limit and failed > free:
+            also = f" or {free:,} rows" if free else ""
+            before = f", not counting {old:,} that had failed before" if old else ""
             raise TooManyErrors(
-                f"output {output}: {failed:,} of {counts.rows:,} {what} ({failed / rows:.2%}, "
-                f"allowed {limit:.2%}), so the run is not committed; see metrics/errors.parquet, "
-                f"then run again with --retry-errors, or with a higher {option}"
+                f"output {output}: {failed:,} of {rows:,} {what} ({share:.2%}, "
+                f"allowed {limit:.2%}{also}){before}, so the run is not committed; see "
+                f"metrics/errors.parquet, then run again with --retry-errors, or with a higher "
+                f"{option}"
             )
+
+
+def repeated_failures(output: str, plan: Plan, path_column: str) -> Counter[str]:
+    """Failed rows of a run, by status, whose image had failed before in the same version."""
+    before = failed_before(output)
+    counted: Counter[str] = Counter()
+    if len(before):
+        for failed in ledger.failures(output, plan, path_column):
+            known = failed.filter(pa.array(np.isin(failed["row"].to_numpy(), before)))
+            counted.update(known["status"].cast(pa.string()).to_pylist())
+    return counted
 
 
 def check_drift(
@@ -68,14 +110,17 @@ def check_drift(
 
 
 @contextlib.contextmanager
-def told_in_json(url: str, output: str) -> Iterator[None]:
-    """Write how the block ended: exit_code, output, error, and what the run's _SUCCESS says."""
-    told: dict[str, Any] = {"exit_code": 0, "output": output, "error": None}
+def told_in_json(url: str | None, output: str) -> Iterator[list[str]]:
+    """Write how the block ended, whatever the exit code; see `docs/nightly.md` for the keys.
+
+    url: of the file; None writes nothing
+    Yields a list to which the block adds the output folder of each run that it works on or finds
+    committed; without one, `output` is looked at.
+    """
+    outputs: list[str] = []
+    told: dict[str, Any] = {"exit_code": 0, "error": None}
     try:
-        yield
-        with contextlib.suppress(StorageMissing):
-            success = json.loads(storage.read(storage.join(output, layout.SUCCESS)))
-            told |= {name: success[name] for name in ("rows", "status", "seconds", "committed")}
+        yield outputs
     except ImgclsError as error:
         told |= {"exit_code": error.exit_code, "error": str(error)}
         raise
@@ -83,8 +128,45 @@ def told_in_json(url: str, output: str) -> Iterator[None]:
         told |= {"exit_code": 1, "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        body = (json.dumps(told, indent=2) + "\n").encode()
-        try:
-            storage.write(url, body)
-        except ImgclsError as error:
-            tell("note", f"summary_json cannot be written: {error}")
+        if url is not None:
+            write_summary(
+                url, told, outputs or ([] if told["exit_code"] == 2 else [output]), output
+            )
+
+
+def write_summary(
+    url: str, told: Mapping[str, Any], outputs: Sequence[str] = (), output: str | None = None
+) -> None:
+    """Write `--summary-json`: how a command ended, and what its runs came to."""
+    body: dict[str, Any] = {
+        **told,
+        "output": outputs[-1] if outputs else output,
+        "outputs": list(outputs),
+        "state": None,
+        "rows": 0,
+        "rows_done": 0,
+        "status": {},
+        "since": None,
+        "seconds": None,
+        "committed": None,
+    }
+    status: Counter[str] = Counter()
+    try:
+        for each in outputs:
+            found = look(each)
+            body["rows"] += found.get("rows", 0)
+            body["rows_done"] += found.get("rows_done", 0)
+            status.update(found.get("status", {}))
+            body |= {
+                "state": found["state"],
+                "since": (layout.load_run(each) or {}).get("since"),
+                "committed": found.get("committed"),
+                "seconds": found.get("seconds"),
+            }
+        body["status"] = dict(sorted(status.items()))
+    except ImgclsError as error:
+        tell("note", f"summary_json: the output cannot be read: {error}")
+    try:
+        storage.write(url, (json.dumps(body, indent=2) + "\n").encode())
+    except ImgclsError as error:
+        tell("note", f"summary_json cannot be written: {error}")

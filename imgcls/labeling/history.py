@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -22,8 +23,10 @@ from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig, open_manifest, resolved
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, RequestError
+from imgcls.labeling.keys import Keys, chosen, numbered
+from imgcls.labeling.nights import find_nights, origins
 from imgcls.labeling.plan import PART_BYTES
-from imgcls.labeling.since import Keys, chosen, earlier_runs
+from imgcls.labeling.schemas import cast_table, common_schema
 from imgcls.lease import Lease
 from imgcls.provenance import provenance
 from imgcls.runs import Run, stream
@@ -42,7 +45,9 @@ class CompactConfig(Section):
     output: str
     """The folder to write."""
     manifest: ManifestConfig | None = None
-    """Keep only the images that it lists: those that were deleted are dropped."""
+    """Keep only the images that this manifest lists."""
+    keep_deleted: bool = False
+    """Keep the rows of images that a later night found to be deleted."""
     overwrite: bool = False
     """Replace the table that is there."""
     storage: StorageConfig = StorageConfig()
@@ -52,27 +57,33 @@ def compact(config: CompactConfig) -> str:
     """Write the newest row of every image; returns the output folder.
 
     The columns are those of all runs together, null where a run had none, with the path made
-    whole, and `run`, `bundle_sha256` and `labelled_at` (of the commit, ISO 8601) added.
+    whole, and `run`, `bundle_sha256` and `labelled_at` (of the commit, ISO 8601) added; columns of
+    these names that a manifest brought give way to them. Which row is the newest is decided by the
+    order of the nights, see `nights`. Images that a later night found to be deleted are left out.
     Raises RequestError when there is no run, or columns of one name do not fit together.
     """
     stores.use(config.storage)
     output = storage.absolute(config.output)
-    runs = earlier_runs(config.source, but=output)
+    runs = find_nights(config.source, but=output).committed
     if not runs:
         raise RequestError(f"{config.source}: holds no committed run; nothing to merge")
-    schema = _common_schema(runs)
+    schema = _schema(runs)
     lease = Lease.acquire(output)
     try:
         _clear(output, config)
         _describe(output, runs, config)
         with tempfile.TemporaryDirectory(prefix="imgcls-history-") as folder:
             keys = Keys(folder)
-            rows = _write(output, schema, _newest(keys, runs, config.manifest), lease)
+            deleted = _find_newest(keys, runs, config)
+            status: Counter[str] = Counter()
+            rows = _write(output, schema, _newest(keys, runs), lease, status)
+            keys.db.close()
         lease.check()
-        _mark(output, runs, rows)
+        _mark(output, runs, rows, status)
     finally:
         lease.release()
-    print(f"history    {rows:,} images of {len(runs):,} runs: {output}", flush=True)
+    left_out = f", {deleted:,} deleted images left out (--keep-deleted)" if deleted else ""
+    print(f"history    {rows:,} images of {len(runs):,} runs{left_out}: {output}", flush=True)
     return output
 
 
@@ -92,25 +103,35 @@ def _clear(output: str, config: CompactConfig) -> None:
         storage.remove(storage.join(output, name))
 
 
-def _newest(keys: Keys, runs: Sequence[Run], listed: ManifestConfig | None) -> Iterator[pa.Table]:
-    """The newest rows, night by night, with their run."""
-    for night, run in enumerate(runs, 1):
-        keys.know(run, night, [], None)
+def _find_newest(keys: Keys, runs: Sequence[Run], config: CompactConfig) -> int:
+    """Make the table of the newest rows; returns how many images are left out as deleted."""
+    nights = numbered(runs)
+    for source, run in enumerate(runs):
+        keys.know(run, source, nights)
+        if not config.keep_deleted:
+            keys.know_deleted(run, nights)
     only = ""
-    if listed is not None:
-        keys.ask(open_manifest(listed), [])
+    if config.manifest is not None:
+        keys.ask(open_manifest(config.manifest))
         only = "AND place IN (SELECT place FROM asked)"
     # of one night the first row of an image; a null path is no image
+    rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
     keys.db.execute(
-        "CREATE TABLE newest AS SELECT max((night << 40) - nth) AS best FROM known "
-        f"WHERE place IS NOT NULL {only} GROUP BY place"
+        "CREATE TABLE newest AS SELECT place, arg_max(source, rank) AS source, "
+        f"arg_max(nth, rank) AS nth, max(night) AS night FROM (SELECT *, {rank} AS rank FROM known "
+        f"WHERE place IS NOT NULL {only}) GROUP BY place"
     )
-    for night, run in enumerate(runs, 1):
-        top = night << 40
-        places = keys.numbers(
-            f"SELECT {top} - best AS nth FROM newest WHERE best <= {top} AND "
-            f"best > {(night - 1) << 40} ORDER BY nth"
-        )
+    gone = keys.db.execute(
+        "DELETE FROM newest n USING (SELECT place, max(night) AS night FROM gone GROUP BY place) g "
+        "WHERE g.place = n.place AND g.night > n.night"
+    ).fetchone()
+    return int(gone[0]) if gone else 0
+
+
+def _newest(keys: Keys, runs: Sequence[Run]) -> Iterator[pa.Table]:
+    """The newest rows, night by night, with their run."""
+    for source, run in enumerate(runs):
+        places = keys.numbers(f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth")
         for table in chosen(stream(run, run.schema.names), places):
             yield _with_origin(table, run)
 
@@ -119,36 +140,51 @@ def _with_origin(table: pa.Table, run: Run) -> pa.Table:
     at = table.schema.get_field_index(run.path_column)
     whole = resolved(table[run.path_column], run.root).cast(pa.string())
     table = table.set_column(at, run.path_column, whole)
+    if run.merged:  # its rows have their origin already
+        return table
+    table = table.drop_columns(_in_the_way(run))
     values = (run.url, run.bundle_sha256, run.success["committed"])
     for name, value in zip(_ADDED, values, strict=True):
-        if name not in table.schema.names:  # it may be of a compacted history already
-            table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table
 
 
-def _common_schema(runs: Sequence[Run]) -> pa.Schema:
+def _in_the_way(run: Run) -> list[str]:
+    """Columns of a labeling run named like those that are added; readers ignore case."""
+    return [name for name in run.schema.names if name.lower() in _ADDED and not run.merged]
+
+
+def _schema(runs: Sequence[Run]) -> pa.Schema:
     paths = {run.path_column for run in runs}
     if len(paths) > 1:
         raise RequestError(
             f"{runs[0].url} and others name the path column differently ({', '.join(sorted(paths))}"
             "); merge runs of one kind of manifest"
         )
-    fields: dict[str, pa.Field] = {}
-    for run in reversed(runs):
-        for field in run.schema:
-            known = fields.setdefault(field.name, field.with_nullable(True))
-            if known.type != field.type and field.name != run.path_column:
-                raise RequestError(
-                    f"{run.url}: column {field.name!r} is {field.type}, and {known.type} in later "
-                    "runs; merge runs of one kind of manifest and bundle"
-                )
-    fields[runs[-1].path_column] = pa.field(runs[-1].path_column, pa.string())
-    added = [pa.field(name, kind) for name, kind in _ADDED.items() if name not in fields]
-    return pa.schema([*fields.values(), *added])
+    schemas = []
+    for run in runs:
+        schema = run.schema.set(
+            run.schema.get_field_index(run.path_column), pa.field(run.path_column, pa.string())
+        )
+        for name in _in_the_way(run):
+            schema = schema.remove(schema.get_field_index(name))
+        schemas.append(schema)
+    try:
+        common = common_schema(schemas, [run.url for run in runs])
+    except TypeError as error:
+        raise RequestError(f"{error}; merge runs of one kind of manifest and bundle") from error
+    fields = [field for field in common if field.name not in _ADDED]
+    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in _ADDED.items())])
 
 
-def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], lease: Lease) -> int:
-    """Write parts of about 128 MB; returns the rows."""
+def _write(
+    output: str,
+    schema: pa.Schema,
+    tables: Iterator[pa.Table],
+    lease: Lease,
+    status: Counter[str],
+) -> int:
+    """Write parts of about 128 MB, counting rows by status; returns the rows."""
     rows = part = size = 0
     pending: list[pa.Table] = []
 
@@ -165,7 +201,9 @@ def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], lease: Le
 
     for table in tables:
         rows += table.num_rows
-        pending.append(_cast(table, schema))
+        pending.append(_fitted(table, schema))
+        for pair in pending[-1]["status"].value_counts().to_pylist():
+            status[pair["values"]] += pair["counts"]
         size += pending[-1].nbytes
         if size >= PART_BYTES:
             flush()
@@ -174,16 +212,15 @@ def _write(output: str, schema: pa.Schema, tables: Iterator[pa.Table], lease: Le
     return rows
 
 
-def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    return pa.table(
-        [
-            table[field.name].cast(field.type)
-            if field.name in table.schema.names
-            else pa.nulls(table.num_rows, field.type)
-            for field in schema
-        ],
-        schema=schema,
-    )
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    try:
+        return cast_table(table, schema)
+    except pa.ArrowInvalid as error:
+        run = table["run"][0].as_py()
+        raise RequestError(
+            f"{run}: a value does not fit the type of its column in other runs ({error}); merge "
+            "runs of one kind of manifest"
+        ) from error
 
 
 def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
@@ -191,7 +228,12 @@ def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
     run = layout.load_run(last.url)
     assert run is not None
     run["identity"]["manifest"] |= {"root": "/"}
-    run["identity"]["merged"] = [each.url for each in runs]
+    orders = {url: order for each in runs for url, order in origins(each).items()}
+    run["identity"]["merged"] = list(orders)
+    run["origins"] = orders
+    run["sequence"] = max(order[0] for order in orders.values())
+    for name in ("since", "refused"):
+        run.pop(name, None)
     # what made the newest rows is what a report asks for
     own = {"compact": config.model_dump(mode="json", exclude={"storage"})}
     run["provenance"] = provenance(last.provenance["config"] | own)
@@ -199,16 +241,16 @@ def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
     storage.write(storage.join(output, layout.RUN), body)
 
 
-def _mark(output: str, runs: Sequence[Run], rows: int) -> None:
+def _mark(output: str, runs: Sequence[Run], rows: int, status: Counter[str]) -> None:
     last = runs[-1]
     folder = storage.join(output, layout.PREDICTIONS)
     files = {name: storage.size(storage.join(folder, name)) for name in storage.names(folder)}
     body = last.success | {
         "rows": rows,
-        "status": {},
+        "status": dict(sorted(status.items())),
         "files": files,
         "merged": len(runs),
-        "labelled_until": last.success["committed"],
+        "labelled_until": last.success.get("labelled_until", last.success["committed"]),
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if not storage.create(

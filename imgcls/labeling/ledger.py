@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,15 +141,18 @@ def count(table: pa.Table, label_column: str | None, classes: Sequence[str]) -> 
     return PredictionCounts.of(table, label_column=label_column, classes=classes)
 
 
-def failed_rows(output: str, plan: Plan, columns: Sequence[str]) -> list[Work]:
+def failed_rows(
+    output: str, plan: Plan, columns: Sequence[str], statuses: Collection[str] | None = None
+) -> list[Work]:
     """The rows of rolled-up parts whose status is not ok, as work, chunk by chunk.
 
-    columns: the manifest's path and label columns, which the work takes along
+    columns:  the manifest's path and label columns, which the work takes along
+    statuses: take only rows of these
     """
     work: list[Work] = []
     for part in range(plan.parts):
         failed = pa.concat_tables(
-            batch.filter(_not_ok(batch))
+            batch.filter(_not_ok(batch) if statuses is None else _has_status(batch, statuses))
             for batch in _rows_with(output, part, ["row", "status", *columns])
         )
         chunks = failed.column("row").to_numpy() // plan.chunk_rows
@@ -191,6 +194,10 @@ def failures(output: str, plan: Plan, path_column: str) -> Iterator[pa.Table]:
 
 def _not_ok(table: pa.Table) -> pa.ChunkedArray:
     return pc.not_equal(table.column("status").cast(pa.string()), layout.OK)
+
+
+def _has_status(table: pa.Table, statuses: Collection[str]) -> pa.ChunkedArray:
+    return pc.is_in(table.column("status").cast(pa.string()), value_set=pa.array(sorted(statuses)))
 
 
 def _rows_with(output: str, part: int, columns: list[str]) -> Iterator[pa.Table]:

@@ -105,6 +105,7 @@ def make_plan(
     provenance: Mapping[str, Any],
     classes: list[str] | None,
     may_be_empty: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
 
@@ -113,6 +114,7 @@ def make_plan(
     row_bytes:  bytes that a prediction row is expected to take in Parquet
     limit:      rows to take from the start of the manifest
     classes:    of the model that is to label, if there is one
+    notes:      more entries of `_run.json`
     Raises ManifestError when it has no row, or labels of which no one is a class of the model.
     """
     head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
@@ -136,6 +138,7 @@ def make_plan(
         "provenance": dict(provenance),
         "classes": classes or [],
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **(notes or {}),
     }
     layout.keep_run(output, run)
     return plan

@@ -8,15 +8,16 @@ same command.
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import ray
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls import cluster, log, machines
 from imgcls import output as names
@@ -35,11 +36,16 @@ from imgcls.errors import (
     StorageError,
     StorageForbidden,
     StorageMissing,
+    TooManyErrors,
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
+from imgcls.labeling.keys import FOLDER as SINCE_FOLDER
+from imgcls.labeling.keys import TRANSIENT
 from imgcls.labeling.layout import STORE_WAITS, TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
+from imgcls.labeling.nightly import Job, NightRequest, label_new, planned_manifest
+from imgcls.labeling.nights import Series, date_of, next_sequence
 from imgcls.labeling.passes import Passes, fitted, resumable
 from imgcls.labeling.plan import (
     LARGE_CHUNK,
@@ -50,7 +56,7 @@ from imgcls.labeling.plan import (
     restore_shards,
 )
 from imgcls.labeling.progress import Progress
-from imgcls.labeling.since import SinceConfig, only_new
+from imgcls.labeling.since import SinceConfig
 from imgcls.labeling.telemetry import Telemetry
 from imgcls.labeling.trial import Choice
 from imgcls.labeling.work import Done, Work, WorkSpec
@@ -81,9 +87,13 @@ class PredictConfig(Section):
     embeddings: bool = False
     """Also write the input of the model's final layer."""
     scores: bool = False
-    """Also write every class's score (float16)."""
+    """Also write every class's score."""
+    scores_type: Literal["float32", "float16"] = "float32"
+    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
     max_error_rate: UnitFloat = 0.01
-    """Commit only if at most this share of the rows failed."""
+    """Commit only if at most this share of the rows failed; with since, of those that are new."""
+    max_errors: NonNegativeInt | None = None
+    """Failed rows allowed whatever their share; default: 10 with since, else 0."""
     max_error_rates: dict[ErrorStatus, UnitFloat] = {}
     """Shares for a status of its own, e.g. missing: 0.05; it does not count above then."""
     reference: str | None = None
@@ -96,6 +106,8 @@ class PredictConfig(Section):
     """Label only what is new, changed or failed since these runs: one run, or a folder of them."""
     relabel: bool = False
     """With since: label again what another bundle has labelled."""
+    retry_failed: bool = False
+    """With since: try again images that are known to be broken, though they have not changed."""
     date: datetime.date | None = None
     """What {date} in output stands for, today in UTC if none; an earlier day's run goes on so."""
     retry_errors: bool = False
@@ -160,42 +172,78 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     log.use(config.log)
     stores.use(config.storage)
     output = storage.absolute(dated(config.output, config.date))
-    if config.summary_json is None:
-        return _predict(config, output)
-    with gates.told_in_json(config.summary_json, output):
-        return _predict(config, output)
+    with (
+        gates.told_in_json(config.summary_json, output) as outputs,
+        cluster.Interruption().watched() as interruption,
+    ):
+        return _predict(config, output, interruption, outputs)
 
 
-def _predict(config: PredictConfig, output: str) -> PredictResult:
-    started = time.monotonic()
-    manifest = open_manifest(config.manifest)
+def _predict(
+    config: PredictConfig, output: str, interruption: cluster.Interruption, outputs: list[str]
+) -> PredictResult:
+    listed = open_manifest(config.manifest)
+    listed = replace(listed, _digest=functools.cache(listed.fingerprint))
     bundle = load_bundle(config.model)
-    listed = manifest
-    if config.since is not None:
-        manifest = only_new(
-            listed,
-            config.since,
-            output=output,
-            bundle_sha256=bundle.sha256,
-            relabel=config.relabel,
-        )
     if config.precision == "int8":
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
-    _check_columns(manifest)
+    _check_columns(listed)
     _check_patience(config, output, listed)
     _check_images(listed, config.max_bytes)
-    _check_output(output, config)
-    with cluster.Interruption().watched() as interruption:
-        lease = Lease.acquire(output, config.lease_seconds)
+
+    def label(job: Job) -> PredictResult:
+        _check_output(job.output, config)
+        outputs.append(job.output)
+        started = time.monotonic()
+        lease = Lease.acquire(job.output, config.lease_seconds)
         try:
-            with resumable(output, lease):
-                run = _Run(config, output, manifest, bundle, lease, interruption, started)
+            with resumable(job.output, lease):
+                run = _Run(config, job, bundle, lease, interruption, started)
                 return run.run()
         finally:
             machines.give_back()
             lease.release()
+
+    def committed(place: str, rows: int) -> PredictResult:
+        outputs.append(place)
+        _tidy(place)  # after a kill at the end
+        return PredictResult(place, rows, None)
+
+    if config.since is None:
+        return label(Job(output, listed, notes={"sequence": next_sequence(output, None)}))
+    request = NightRequest(
+        series=Series(config.output, config.date),
+        since=config.since,
+        listed=listed,
+        bundle_sha256=bundle.sha256,
+        settings=settings_of(config, bundle),
+        relabel=config.relabel,
+        retry_failed=config.retry_failed,
+        retry_errors=config.retry_errors,
+        overwrite=config.overwrite,
+    )
+    return label_new(request, label, committed)
+
+
+def settings_of(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
+    """What changes results, or how they are cut into files."""
+    threshold = bundle.spec.threshold if config.threshold is None else config.threshold
+    return {
+        "top_k": config.top_k,
+        "threshold": threshold,
+        "embeddings": config.embeddings,
+        "scores": config.scores_type if config.scores else False,
+        "limit": config.limit,
+        "precision": config.precision,
+        "compile": config.compile,
+        "batch_size": config.scale.batch_size,
+        "max_pixels": config.max_pixels,
+        "max_bytes": config.max_bytes,
+        "chunk_rows": config.chunk_rows,
+        "part_rows": config.part_rows,
+    }
 
 
 class _Run:
@@ -204,16 +252,16 @@ class _Run:
     def __init__(
         self,
         config: PredictConfig,
-        output: str,
-        manifest: Manifest,
+        job: Job,
         bundle: Bundle,
         lease: Lease,
         interruption: cluster.Interruption,
         started: float,
     ) -> None:
         self.config = config
-        self.output = output
-        self.manifest = manifest
+        self.job = job
+        self.output = job.output
+        self.manifest = job.manifest
         self.bundle = bundle
         self.lease = lease
         self.interruption = interruption
@@ -251,8 +299,11 @@ class _Run:
         layout, self.choice = self._tried(run, layout)
         spec = self._spec(run, self.choice)
         counts = self._first_pass(spec, layout)
-        if config.retry_errors and self.resumed:
-            counts = self._retry(spec, layout) or counts
+        if self.resumed and config.retry_errors:
+            counts = self._retry(spec, layout, None) or counts
+        elif self.resumed and config.since is not None and "refused" in run:
+            # it is asked for again after a gate refused it: what may have passed is tried again
+            counts = self._retry(spec, layout, TRANSIENT) or counts
         return self._commit(run, counts)
 
     def _check_same(self, stored: dict[str, Any]) -> None:
@@ -266,8 +317,12 @@ class _Run:
 
     def _make_plan(self) -> Plan:
         config, classes = self.config, self.bundle.spec.classes
-        row_bytes = 128 + 2 * len(classes) * config.scores + 8192 * config.embeddings
+        score_bytes = 2 if config.scores_type == "float16" else 4
+        row_bytes = 128 + score_bytes * len(classes) * config.scores + 8192 * config.embeddings
+        comparison = self.job.comparison
         try:
+            if comparison is not None:
+                comparison.write(self.output)
             plan = make_plan(
                 self.output,
                 self.manifest,
@@ -279,6 +334,7 @@ class _Run:
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
+                notes=self.job.notes,
             )
         except RequestError:
             storage.remove(storage.join(self.output, names.STAGING))
@@ -289,26 +345,12 @@ class _Run:
             f"{plan.parts:,} final {'file' if plan.parts == 1 else 'files'}",
             **asdict(plan),
         )
+        if comparison is not None:
+            run = names.load_run(self.output)
+            assert run is not None
+            self.manifest = planned_manifest(self.output, run, self.manifest)
+            comparison.close()
         return plan
-
-    def _settings(self) -> dict[str, Any]:
-        """What changes results, or how they are cut into files."""
-        config = self.config
-        threshold = self.bundle.spec.threshold if config.threshold is None else config.threshold
-        return {
-            "top_k": config.top_k,
-            "threshold": threshold,
-            "embeddings": config.embeddings,
-            "scores": config.scores,
-            "limit": config.limit,
-            "precision": config.precision,
-            "compile": config.compile,
-            "batch_size": config.scale.batch_size,
-            "max_pixels": config.max_pixels,
-            "max_bytes": config.max_bytes,
-            "chunk_rows": config.chunk_rows,
-            "part_rows": config.part_rows,
-        }
 
     def _identity(self) -> Identity:
         manifest = self.manifest
@@ -320,7 +362,7 @@ class _Run:
                 "root": manifest.root,
             },
             bundle={"sha256": self.bundle.sha256},
-            settings=self._settings(),
+            settings=settings_of(self.config, self.bundle),
         )
 
     def _tried(self, run: dict[str, Any], layout: Layout) -> tuple[Layout, Choice]:
@@ -371,7 +413,8 @@ class _Run:
             root=manifest.root,
             top_k=settings["top_k"],
             thresholds=tuple(self.bundle.spec.class_thresholds(self.config.threshold)),
-            scores=settings["scores"],
+            scores=bool(settings["scores"]),
+            scores_type=settings["scores"] or "float32",
             embeddings=settings["embeddings"],
             precision=settings["precision"],
             compile=choice.compile,
@@ -422,15 +465,18 @@ class _Run:
         added = names.prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
+            scores_type=spec.scores_type,
             embedding=_embedding_width(self.bundle) if spec.embeddings else None,
         )
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
-    def _retry(self, spec: WorkSpec, layout: Layout) -> PredictionCounts | None:
-        """Do the failed rows again and exchange the parts that held them."""
+    def _retry(
+        self, spec: WorkSpec, layout: Layout, statuses: Collection[str] | None
+    ) -> PredictionCounts | None:
+        """Do failed rows, all or those of some statuses, again; exchange the parts they are in."""
         ledger.drop_retries(self.output, self.plan)
         labelled = (spec.label_column,) if spec.label_column is not None else ()
-        todo = ledger.failed_rows(self.output, self.plan, [spec.path_column, *labelled])
+        todo = ledger.failed_rows(self.output, self.plan, [spec.path_column, *labelled], statuses)
         if not todo:
             return None
         rows = sum(len(work.offsets or ()) for work in todo)
@@ -509,9 +555,7 @@ class _Run:
                 tell("metric", f"{row['metric']} {row['value']}", **row)
         else:
             print(tables.format_summary(summary), flush=True)
-        gates.check_errors(
-            self.output, counts, self.config.max_error_rate, self.config.max_error_rates
-        )
+        self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
         for folder in (names.PREDICTIONS, names.METRICS, ""):
@@ -528,6 +572,29 @@ class _Run:
         _tidy(self.output)
         tell("committed", f"{counts.rows:,} rows: {self.output}", rows=counts.rows)
         return PredictResult(self.output, counts.rows, counts)
+
+    def _check_errors(self, run: dict[str, Any], counts: PredictionCounts) -> None:
+        """Pass the gate on failed rows, or note in the run that it did not."""
+        config = self.config
+        allowed = config.max_errors
+        if allowed is None:
+            allowed = 0 if config.since is None else DEFAULT_MAX_ERRORS
+        repeated = gates.repeated_failures(self.output, self.plan, self.manifest.path_column)
+        try:
+            gates.check_errors(
+                self.output,
+                counts,
+                config.max_error_rate,
+                config.max_error_rates,
+                max_errors=allowed,
+                repeated=repeated,
+            )
+        except TooManyErrors as error:
+            names.keep_run(self.output, run | {"refused": str(error)})
+            raise
+        if "refused" in run:
+            del run["refused"]
+            names.keep_run(self.output, run)
 
 
 def _tell_chunk(done: Done) -> None:
@@ -554,6 +621,8 @@ def _tell_chunk(done: Done) -> None:
         )
 
 
+DEFAULT_MAX_ERRORS = 10
+"""With --since: a night may be so small that one broken image is a large share of it."""
 KEEP_SECONDS = 10.0
 """So often the output is told how far the run is."""
 MEASURED_FILES = 16
@@ -634,9 +703,7 @@ def _embedding_width(bundle: Bundle) -> int:
 
 def dated(output: str, date: datetime.date | None) -> str:
     """The output folder with {date} written out as YYYY-MM-DD."""
-    return output.replace(
-        "{date}", (date or datetime.datetime.now(datetime.UTC).date()).isoformat()
-    )
+    return output.replace("{date}", date_of(date))
 
 
 def _check_columns(manifest: Manifest) -> None:
@@ -758,6 +825,7 @@ def _clear(output: str) -> None:
         names.METRICS,
         names.STAGING,
         names.PROGRESS,
+        SINCE_FOLDER,
         names.RUN,
     ):
         storage.remove(storage.join(output, name))

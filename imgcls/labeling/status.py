@@ -53,7 +53,8 @@ def look(output: str) -> dict[str, Any]:
     """What an output folder says of its run.
 
     state: committed; starting (its driver waits for machines, or plans); running; waiting (for a
-        driver: it was stopped, or died)
+        driver: it was stopped, or died); refused (all rows are labeled, a gate kept it from being
+        committed)
     """
     run = layout.load_run(output)
     if run is None:
@@ -75,18 +76,20 @@ def look(output: str) -> dict[str, Any]:
             "rows_done": success["rows"],
             "status": success["status"],
             "committed": success["committed"],
+            "seconds": success["seconds"],
             "wall_seconds": success["seconds"]["wall"],
-            "images_per_second": success["steady_images_per_second"],
+            "images_per_second": success.get("steady_images_per_second"),
         }
     holder = lease.holder(output)
     alive = holder is not None and holder.alive
     book = Ledger.read(output, plan)
     told |= {
-        "state": "running" if alive else "waiting",
+        "state": "running" if alive else "refused" if "refused" in run else "waiting",
         "driver": _driver(holder) if holder is not None else None,
         "rows_done": book.rows_done,
         "files_done": len(book.parts),
         "files": plan.parts,
+        "refused": None if alive else run.get("refused"),
         "status": _statuses(output, plan, book),
     }
     progress = layout.load_progress(output)
@@ -149,6 +152,8 @@ def _words(told: dict[str, Any]) -> str:
         )
     elif told["state"] == "running":
         lines.append(f"state      running on {told['driver']}")
+    elif told["state"] == "refused":
+        lines.append(f"state      finished, not committed: {told['refused']}")
     else:
         died = f": {told['driver']} died or was cut off" if told["driver"] else ""
         lines.append(f"state      nobody is at work{died}; the same command goes on from here")

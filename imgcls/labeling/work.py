@@ -52,6 +52,7 @@ class WorkSpec(RunSpec):
     top_k: int
     thresholds: tuple[float, ...]
     scores: bool
+    scores_type: str = "float32"
     embeddings: bool
     precision: str
     compile: bool

@@ -110,15 +110,16 @@ def _name_codes(values: pa.Array, names: pa.Array) -> Ints:
     return codes
 
 
-def score_rows(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.float16]:
-    """(M, C) float16 scores of the rows at `rows` (M,), none of them null.
+def score_rows(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.floating[Any]]:
+    """(M, C) scores of the rows at `rows` (M,), none of them null, in the type they are stored in.
 
-    column: fixed-size lists of C float16, null where a row has no prediction
+    column: fixed-size lists of C float32 or float16, null where a row has no prediction
     """
     lists = column.combine_chunks()
     values, width = lists.values, lists.type.list_size
+    kind = np.dtype(values.type.to_pandas_dtype())
     # the buffer itself: nulls take room in it, and Arrow would copy all to hand them over
-    flat = np.frombuffer(values.buffers()[1], np.float16)[values.offset :]
+    flat = np.frombuffer(values.buffers()[1], kind)[values.offset :]
     every = flat[: len(flat) // width * width].reshape(-1, width)
     return np.asarray(every[lists.offset + rows])
 

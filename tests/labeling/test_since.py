@@ -50,13 +50,22 @@ def manifest_of(folder: Path, paths: Sequence[str | None], **columns: Any) -> An
     return open_manifest(ManifestConfig(path=str(file)))
 
 
-def asked(manifest: Any, since: Path, *, relabel: bool = False, **config: Any) -> list[str | None]:
+def asked(
+    manifest: Any,
+    since: Path,
+    *,
+    relabel: bool = False,
+    retry_failed: bool = False,
+    output: Path | None = None,
+    **config: Any,
+) -> list[str | None]:
     found = only_new(
         manifest,
         SinceConfig(path=str(since), **config),
-        output=str(since / "tonight"),
+        output=str(output or since / "tonight"),
         bundle_sha256=NEW,
         relabel=relabel,
+        retry_failed=retry_failed,
     )
     return [path for batch in found.batches() for path in batch.column("path").to_pylist()]
 
@@ -122,7 +131,7 @@ def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, ["/a"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(OutputError, match="holds no committed run; give the output"):
-        asked(manifest, tmp_path / "empty")
+        asked(manifest, tmp_path / "empty", output=tmp_path / "elsewhere")
     night(tmp_path / "out", ["/a"])
     with pytest.raises(ManifestError, match=r"no column 'sha' \(found: path\)"):
         asked(manifest, tmp_path / "out", version=["sha"])

@@ -1,0 +1,193 @@
+"""What `predict --since` does each time it is called: finish what was started, label what is new.
+
+The same command may run any number of times a night, after a kill, and for an older date. An
+unfinished run is resumed with the rows of its own plan, whatever the manifest lists by now. What
+the manifest lists beyond that goes into a further folder beside it (`date=2026-11-27.2`), and a
+manifest that was labeled already is recognized. How a run is executed is left to the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import output as layout
+from imgcls.data import storage
+from imgcls.data.manifest import Manifest
+from imgcls.errors import TooManyErrors
+from imgcls.labeling.nights import Series, Unfinished, next_sequence
+from imgcls.labeling.plan import Identity, plan_of
+from imgcls.labeling.since import Comparison, SinceConfig, SinceRequest
+from imgcls.log import tell
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A run to start or to resume.
+
+    comparison: where the manifest's rows come from when the run is to be planned
+    notes:      what `_run.json` is to hold beside the plan
+    """
+
+    output: str
+    manifest: Manifest
+    comparison: Comparison | None = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NightRequest:
+    """What one `predict --since` asks for.
+
+    settings: those that change results; see `Identity`
+    """
+
+    series: Series
+    since: SinceConfig
+    listed: Manifest
+    bundle_sha256: str
+    settings: dict[str, Any]
+    relabel: bool
+    retry_failed: bool
+    retry_errors: bool
+    overwrite: bool
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """How a stored run differs from this request, its rows apart."""
+        identity = stored["identity"]
+        own = Identity(identity["manifest"], {"sha256": self.bundle_sha256}, self.settings)
+        return own.differences(identity)
+
+    def lists_the_same(self, stored: Mapping[str, Any]) -> bool:
+        """Whether a run was planned from this very manifest, to the same end."""
+        since = stored.get("since", {})
+        listed = since.get("listed", stored["identity"]["manifest"]["fingerprint"])
+        same = bool(listed == self.listed.fingerprint())
+        return same and bool(since.get("relabel", False)) >= self.relabel
+
+    def compare(self, output: str) -> Comparison:
+        """Compare the manifest with all runs but the one in `output`."""
+        return Comparison(
+            SinceRequest.of(
+                self.listed,
+                self.since,
+                output=output,
+                bundle_sha256=self.bundle_sha256,
+                relabel=self.relabel,
+                retry_failed=self.retry_failed,
+            )
+        )
+
+
+def label_new(
+    request: NightRequest, label: Callable[[Job], T], committed: Callable[[str, int], T]
+) -> T:
+    """Label what a manifest has that earlier runs lack; returns the newest run's result.
+
+    label:     executes a job and commits it
+    committed: the result of a run, of so many rows, that was committed before
+    Raises OutputError when the output holds another run and names no date.
+    """
+    series = request.series
+    if request.overwrite:
+        return _label_rest(request, series.place(1), label)
+    stored = series.runs()
+    if not stored:
+        return _label_rest(request, series.place(1), label)
+    place, described = stored[-1]
+    result: T | None = None
+    if request.retry_errors:
+        return label(Job(place, planned_manifest(place, described, request.listed)))
+    if not storage.exists(storage.join(place, layout.SUCCESS)):
+        if not Unfinished(place, described).has_shards:
+            # a start-over that was broken off: there is no plan to resume
+            return _label_rest(request, place, label, replan=True)
+        if series.dated and (differences := request.differences(described)):
+            lines = "; ".join(differences)
+            tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")
+        else:
+            try:
+                result = label(Job(place, planned_manifest(place, described, request.listed)))
+            except TooManyErrors as error:
+                if request.lists_the_same(described) or not series.dated:
+                    raise
+                tell("note", f"{error}. It is left as it is: the manifest lists other rows by now")
+            if result is not None and request.lists_the_same(described):
+                return result
+    else:
+        for each, run in stored:
+            done = storage.exists(storage.join(each, layout.SUCCESS))
+            same = request.lists_the_same(run) and not request.differences(run)
+            if done and same and not request.retry_failed:
+                rows = plan_of(run).rows
+                tell("committed", f"{each}: committed before, {rows:,} rows; nothing to do")
+                return committed(each, rows)
+    with request.compare("") as comparison:
+        comparison.tell()
+        if not comparison.rows and not comparison.deleted:
+            rows = plan_of(described).rows
+            tell("committed", f"{place}: nothing new since; no further run")
+            return result if result is not None else committed(place, rows)
+        return label(_job(request, series.after(place), comparison))
+
+
+def _label_rest(
+    request: NightRequest, output: str, label: Callable[[Job], T], *, replan: bool = False
+) -> T:
+    with request.compare(output) as comparison:
+        comparison.tell()
+        if replan:
+            storage.remove(storage.join(output, layout.RUN))
+        return label(_job(request, output, comparison))
+
+
+def _job(request: NightRequest, output: str, comparison: Comparison) -> Job:
+    notes = {
+        "sequence": next_sequence(output, comparison.nights),
+        "since": {
+            "listed": request.listed.fingerprint(),
+            "relabel": request.relabel,
+            "retry_failed": request.retry_failed,
+            **comparison.facts(),
+        },
+    }
+    return Job(output, comparison.manifest, comparison, notes)
+
+
+def planned_manifest(output: str, described: Mapping[str, Any], listed: Manifest) -> Manifest:
+    """The rows of a run as it was planned: from its shards, or from its table once it is committed.
+
+    listed: has the columns, where the run has no row
+    """
+    identity, plan = described["identity"]["manifest"], plan_of(described)
+    files = [layout.shard_url(output, part) for part in range(plan.parts)]
+    names: list[str] | None = None
+    if files and not storage.exists(files[0]):
+        files = [layout.part_url(output, part) for part in range(plan.parts)]
+    schema = listed.schema
+    if files:
+        with storage.open_read(files[0]) as stream:
+            stored = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
+        names = [name for name in stored.names if name not in layout.PREDICTION_COLUMNS]
+        schema = pa.schema([stored.field(name) for name in names])
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            with storage.open_read(file) as stream:
+                yield from pq.ParquetFile(stream).iter_batches(columns=names)
+
+    return dataclasses.replace(
+        listed,
+        schema=schema,
+        path_column=identity["path_column"],
+        label_column=identity["label_column"],
+        root=identity["root"],
+        _batches=batches,
+        _digest=lambda: str(identity["fingerprint"]),
+    )
