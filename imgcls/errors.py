@@ -129,6 +129,12 @@ class ImageTooLarge(ImageError):
     status = "too_large"
 
 
+class NotFinite(ImageError):
+    """The network gives NaN or infinity for the image."""
+
+    status = "not_finite"
+
+
 class CrashingImage(ImageError):
     """A worker died or hung at it."""
 

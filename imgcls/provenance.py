@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import platform
 import subprocess
@@ -10,7 +11,11 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import imgcls
+
 PACKAGES = ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
+_MODULES = {"pillow": "PIL"}
+"""Import names of packages that are imported under another name."""
 
 
 def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -35,6 +40,22 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
         elif old != new:
             lines.append(f"{prefix}{key}: {old!r} then, {new!r} now")
     return lines
+
+
+def _version(package: str) -> str:
+    """The version of the code that runs.
+
+    A checkout that is not pip-installed (as `ray job submit --working-dir` leaves it) has no
+    package metadata, and one put before an installed imgcls on the path would get the metadata of
+    the other. Builds under another distribution name (pillow-simd) have no metadata either.
+    """
+    if package == "imgcls":
+        return imgcls.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        module = importlib.import_module(_MODULES.get(package, package))
+        return str(module.__version__)
 
 
 def _git_commit() -> str | None:

@@ -77,6 +77,44 @@ def colour_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small CNN of finite weights whose first logit is infinite for a white image only."""
+    import torch
+
+    from imgcls.data import images
+    from imgcls.models import zoo
+    from imgcls.models.bundle import BundleSpec, save_bundle
+
+    folder = tmp_path_factory.mktemp("overflowing") / "bundle"
+    architecture = zoo.architecture("small_cnn", {"width": 8})
+    preprocess = zoo.default_preprocess(architecture)
+    torch.manual_seed(0)
+    network = zoo.build(architecture, len(COLOURS)).eval()
+    *_, norm = (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    _, head = zoo.head(network)
+    shown = [draw(name, seed=seed) for seed, name in enumerate(COLOURS)]
+    shown.append(Image.new("RGB", (64, 48), "white"))
+    pixels = torch.from_numpy(images.stack([images.prepared(image, preprocess) for image in shown]))
+    inputs = (pixels / 255 - 0.5) / 0.25  # the mean and deviation of the small CNN
+    with torch.no_grad():
+        norm.weight.mul_(1e4)
+        caught: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        network(inputs)
+        hook.remove()
+        features = caught[0].flatten(1)
+        white, others = features[-1], features[:-1].amax(0)
+        place = int((white / others.clamp_min(1e-3)).argmax())
+        middle = float((white[place] + others[place]) / 2)
+        head.weight.zero_()
+        head.weight[0, place] = torch.finfo(torch.float32).max / middle
+        head.bias.zero_()
+    spec = BundleSpec(architecture=architecture, classes=list(COLOURS), preprocess=preprocess)
+    save_bundle(str(folder), spec, network.state_dict())
+    return folder
+
+
 def write_manifest(path: Path, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

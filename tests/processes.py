@@ -170,14 +170,19 @@ def started(
     env: dict[str, str] | None = None,
     command: str = "imgcls",
     cwd: Path | None = None,
+    start_new_session: bool = False,
 ) -> Iterator[subprocess.Popen[str]]:
-    """An `imgcls` command under way."""
+    """An `imgcls` command under way.
+
+    start_new_session: in a process group of its own, which can then be signaled as a whole
+    """
     process = subprocess.Popen(
         [str(BIN / command), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
+        start_new_session=start_new_session,
         env={**os.environ, "RAY_ADDRESS": "local", "PYTHONFAULTHANDLER": "1", **(env or {})},
     )
     children: list[psutil.Process] = []

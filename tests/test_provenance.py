@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+import imgcls
 from imgcls.provenance import PACKAGES, differences, provenance
+from tests.conftest import REPOSITORY
 
 
 def test_a_record_names_what_ran_and_is_ready_for_json() -> None:
@@ -15,6 +24,39 @@ def test_a_record_names_what_ran_and_is_ready_for_json() -> None:
     assert record["config"] == config
     assert set(record["versions"]) == set(PACKAGES)
     assert {"created", "git_commit", "host", "python"} <= set(record)
+
+
+def test_the_version_in_the_code_is_that_of_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert imgcls.__version__ == project["version"]
+
+
+def test_a_checkout_that_is_not_installed_has_a_record_too(tmp_path: Path) -> None:
+    """As `ray job submit --working-dir` runs it: on PYTHONPATH, and without package metadata."""
+    shutil.copytree(REPOSITORY / "imgcls", tmp_path / "checkout" / "imgcls")
+    # what pip installed, without the metadata of imgcls and of pillow
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    installed = Path(metadata.distribution("ray").locate_file(""))
+    for entry in installed.iterdir():
+        if not entry.name.lower().startswith(("imgcls", "__editable__.imgcls", "pillow-")):
+            (packages / entry.name).symlink_to(entry)
+    code = (
+        "import json; from imgcls.provenance import provenance; "
+        "print(json.dumps(provenance({})['versions']))"
+    )
+    path = os.pathsep.join([str(tmp_path / "checkout"), str(packages)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],  # -S: without the installed packages
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    others = {name: metadata.version(name) for name in PACKAGES if name != "imgcls"}
+    assert json.loads(done.stdout) == {"imgcls": imgcls.__version__} | others
 
 
 @pytest.mark.parametrize(

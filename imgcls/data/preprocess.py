@@ -5,6 +5,7 @@ Kept apart from `images` so that reading a bundle's description imports no torch
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import PositiveInt, model_validator
@@ -35,6 +36,8 @@ class Preprocess(Section):
     def _check(self) -> Preprocess:
         if self.resize < self.crop:
             raise ValueError(f"resize ({self.resize}) must be at least crop ({self.crop})")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} must be positive")
+        if not (min(self.std) > 0 and all(map(math.isfinite, (*self.mean, *self.std)))):
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} must be finite numbers, std above 0"
+            )
         return self

@@ -20,7 +20,7 @@ from imgcls.data import images, storage, stores
 from imgcls.data.images import Pixels
 from imgcls.data.manifest import Manifest, ManifestConfig, labels_as_text, open_manifest
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import ImageError, RequestError, StorageError
+from imgcls.errors import BundleError, ImageError, RequestError, StorageError
 from imgcls.metrics.columns import class_codes
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
@@ -142,6 +142,12 @@ def _batches(pixels: Sequence[Pixels]) -> Iterator[Pixels]:
 
 
 def _labels(classifier: Classifier, pixels: Sequence[Pixels]) -> NDArray[np.int64]:
-    return np.concatenate(
-        [classifier.classify(batch).scores.argmax(1) for batch in _batches(pixels)]
-    )
+    """(N,) class indices; raises BundleError where the network gives NaN or infinity."""
+    scored = [classifier.classify(batch) for batch in _batches(pixels)]
+    bad = sum(int((~batch.finite).sum()) for batch in scored)
+    if bad:
+        raise BundleError(
+            f"bundle {classifier.bundle.url}: its network gives NaN or infinity for {bad:,} of "
+            f"{len(pixels):,} images in {classifier.precision}; it cannot be quantized by them"
+        )
+    return np.concatenate([batch.scores.argmax(1) for batch in scored])

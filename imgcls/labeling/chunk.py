@@ -248,6 +248,7 @@ class _Head:
         self._pending: list[Pending] = []
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
+        self.finite: list[npt.NDArray[np.bool_]] = []
 
     def run(self, batch: Pixels | torch.Tensor) -> None:
         """Hand a batch to the device; a GPU works on it while the next one is made ready."""
@@ -257,9 +258,11 @@ class _Head:
         """Have the scores of all batches, and the time that a GPU took for them."""
         for pending in self._pending:
             result = pending.get()
-            self.scores.append(result.scores)
+            finite = result.finite
+            self.finite.append(finite)
+            self.scores.append(result.scores[finite])
             if result.embedding is not None:
-                self.embeddings.append(result.embedding)
+                self.embeddings.append(result.embedding[finite])
             spent.gpu += pending.busy_seconds()
         self._pending.clear()
 
@@ -321,6 +324,7 @@ def _table(
         embedding=classifier.embedding_width if spec.embeddings else None,
     )
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
+    _note_not_finite(prepared, head, classifier)
     # place[i] is the row of `scores` that belongs to row i; a null where there is none
     ok = np.array([status == layout.OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
@@ -354,6 +358,18 @@ def _table(
     columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
     columns["error"] = pa.array(prepared.error, pa.string())
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _note_not_finite(prepared: Prepared, head: _Head, classifier: Classifier) -> None:
+    """Give the rows without finite scores, which `head` left out, an error instead of a label."""
+    finite = np.concatenate([np.empty(0, bool), *head.finite])
+    if finite.all():
+        return
+    error = classifier.not_finite()
+    good = [row for row, status in enumerate(prepared.status) if status == layout.OK]
+    for row in np.array(good)[~finite]:
+        prepared.status[row], prepared.error[row] = error.status, str(error)
+        prepared.width[row] = prepared.height[row] = None
 
 
 def _lists(values: pa.Array, width: int) -> pa.ListArray:

@@ -74,6 +74,9 @@ def look(
     with spent.stage("classify"):
         vectors = embeddings.all()
     for told, vector in zip(looks, vectors, strict=True):
+        if classifier is not None and told["status"] == layout.OK and vector is None:
+            failure = classifier.not_finite()
+            told |= {"status": failure.status, "error": str(failure)}
         told["embedding"] = vector
     return pa.Table.from_pylist(looks, schema=columns)
 
@@ -87,13 +90,16 @@ def _look(spec: ExamineSpec, blob: Blob, embeddings: _Embeddings) -> dict[str, A
 
 
 class _Embeddings:
-    """The embeddings of a chunk's images, a batch at a time; None for each without a model."""
+    """The embeddings of a chunk's images, a batch at a time; None for each without a model.
+
+    None also for an image that the model gives NaN or infinity for.
+    """
 
     def __init__(self, classifier: Classifier | None, batch_size: int) -> None:
         self._classifier = classifier
         self._batch_size = batch_size
         self._batch: list[Pixels] = []
-        self._vectors: list[npt.NDArray[np.float16]] = []
+        self._vectors: list[npt.NDArray[np.float16] | None] = []
         self._there: list[bool] = []
 
     def add(self, data: bytes, max_pixels: int) -> None:
@@ -110,14 +116,17 @@ class _Embeddings:
     def all(self) -> list[npt.NDArray[np.float16] | None]:
         if self._batch:
             self._run()
-        vectors: Iterator[npt.NDArray[np.float16]] = iter(self._vectors)
+        vectors: Iterator[npt.NDArray[np.float16] | None] = iter(self._vectors)
         return [next(vectors) if there else None for there in self._there]
 
     def _run(self) -> None:
         assert self._classifier is not None
         said = self._classifier.classify(images.stack(self._batch), embeddings=True)
         assert said.embedding is not None
-        self._vectors.extend(said.embedding.astype(np.float16))
+        self._vectors.extend(
+            vector if finite else None
+            for vector, finite in zip(said.embedding.astype(np.float16), said.finite, strict=True)
+        )
         self._batch.clear()
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    PositiveFloat,
+    Field,
+    FiniteFloat,
     ValidationError,
     field_validator,
     model_validator,
@@ -26,6 +27,7 @@ from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError
+from imgcls.models.finite import check_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +58,14 @@ class Architecture(Section):
 class VectorScaling(Section):
     """Calibration of each class apart: of the log of each score, times scale plus bias."""
 
-    scale: list[float]
-    bias: list[float]
+    scale: list[FiniteFloat]
+    bias: list[FiniteFloat]
 
 
 class Int8(Section):
     """What running in int8 needs and costs."""
 
-    ranges: dict[str, dict[str, tuple[float, float]]]
+    ranges: dict[str, dict[str, tuple[FiniteFloat, FiniteFloat]]]
     """The least and the largest value seen by each convolution; see `models.quantise`."""
     calibration_images: int
     """Images that they were seen on."""
@@ -100,7 +102,7 @@ class BundleSpec(Section):
     architecture: Architecture
     classes: list[str]
     preprocess: Preprocess
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     """Logits are divided by this before the softmax."""
     vector_scaling: VectorScaling | None = None
     """Done to the log of the softmax, if at all, and another softmax to that."""
@@ -178,7 +180,8 @@ def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
 def load_bundle(url: str) -> Bundle:
     """Read a bundle's description and verify every byte of it and of the weights.
 
-    Raises BundleError that says what is missing, damaged or unknown.
+    Raises BundleError that says what is missing, damaged or unknown, or which tensor holds NaN or
+    infinity.
     """
     bundle = read_description(url)
     _verified_weights(bundle)
@@ -196,7 +199,7 @@ def int8_of(bundle: Bundle) -> Int8:
 
 
 def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
-    """The bundle's state dict; raises BundleError when the bytes are not those described."""
+    """The bundle's state dict; raises BundleError as `load_bundle` does for the weights."""
     from safetensors.torch import load
 
     return dict(load(_verified_weights(bundle)))
@@ -208,11 +211,13 @@ def save_bundle(
     """Write a bundle folder, the description last.
 
     card: the text of README.md; the plain `model_card` if none
-    Raises StorageError when the folder cannot be written.
+    Raises BundleError when a tensor holds NaN or infinity, StorageError when the folder cannot be
+    written.
     """
     from safetensors.torch import save
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+    check_safetensors(data, f"bundle {url}: the weights to write")
     storage.write(storage.join(url, WEIGHTS), data)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _digest(body)
@@ -364,6 +369,7 @@ def _verified_weights(bundle: Bundle) -> bytes:
             f"bundle {bundle.url}: {WEIGHTS} has SHA-256 {found[:12]}..., expected "
             f"{bundle.weights_sha256[:12]}...; the file is damaged, copy the bundle again"
         )
+    check_safetensors(data, f"bundle {bundle.url}: {WEIGHTS}")
     return data
 
 

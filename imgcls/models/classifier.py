@@ -6,6 +6,7 @@ manifests or Ray; labelling, evaluation and serving all go through it, so they a
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from torch import nn
 
 from imgcls.data import images, storage
 from imgcls.data.images import Pixels
-from imgcls.errors import BundleError, RequestError
+from imgcls.errors import BundleError, NotFinite, RequestError
 from imgcls.models import quantise, zoo
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
 from imgcls.models.cards import Source, card
@@ -35,12 +36,22 @@ from imgcls.models.quantise import Ranges
 class Scores:
     """What the network says of N images.
 
-    scores:    (N, C) float32, softmax of the logits over the temperature, in class order
+    scores:    (N, C) float32, softmax of the logits over the temperature, in class order; all NaN
+        for an image whose logits are not all finite (see `finite`)
     embedding: (N, E) float32 input of the final layer, averaged over space; None unless asked for
     """
 
     scores: npt.NDArray[np.float32]
     embedding: npt.NDArray[np.float32] | None = None
+
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool: whether the network gave numbers for an image.
+
+        Sound weights can still overflow in one of the layers for an image, above all in half
+        precision. Such a row must not be given a label.
+        """
+        return ~np.isnan(self.scores[:, 0])
 
 
 class Pending:
@@ -165,7 +176,18 @@ class Classifier:
         if self._scaling is not None:
             logits = torch.log_softmax(logits, dim=1) * self._scaling[0] + self._scaling[1]
         embedding = None if features is None else features.float()
-        return Pending(torch.softmax(logits, dim=1), embedding, watch)
+        # softmax alone would turn a logit of minus infinity into a score of 0
+        finite = torch.isfinite(logits).all(dim=1, keepdim=True)
+        scores = torch.softmax(logits, dim=1).where(finite, math.nan)
+        return Pending(scores, embedding, watch)
+
+    def not_finite(self) -> NotFinite:
+        """The error of an image that the network gives no numbers for."""
+        remedy = "" if self.precision == "fp32" else "; run it with --precision fp32"
+        return NotFinite(
+            f"the network of {self.bundle.url} gives NaN or infinity for this image in "
+            f"{self.precision}{remedy}"
+        )
 
     def predict(
         self, images_: Source | Sequence[Source], *, top_k: int = 5, batch_size: int = 32
@@ -174,7 +196,8 @@ class Classifier:
 
         The files of one batch are in memory at a time. A Pillow image is resized by Pillow, a file
         by what is fastest for it: their last bits may differ.
-        Raises StorageError or ImageError for the first one that cannot be used.
+        Raises StorageError or ImageError for the first one that cannot be used, and NotFinite, an
+        ImageError, for one that the network gives NaN or infinity for.
         """
         one = isinstance(images_, (str, bytes, os.PathLike, Image.Image))
         given: Sequence[Any] = [images_] if one else images_  # type: ignore[assignment]
@@ -182,7 +205,12 @@ class Classifier:
         for start in range(0, len(given), batch_size):
             batch = given[start : start + batch_size]
             pixels = images.stack([self._prepared(item) for item in batch])
-            ranked = self.ranked(self.classify(pixels).scores, top_k=top_k)
+            scored = self.classify(pixels)
+            for item, finite in zip(batch, scored.finite, strict=True):
+                if not finite:
+                    name = os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image"
+                    raise NotFinite(f"{name}: {self.not_finite()}")
+            ranked = self.ranked(scored.scores, top_k=top_k)
             found += [
                 replace(prediction, source=item)
                 for prediction, item in zip(ranked, batch, strict=True)

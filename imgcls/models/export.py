@@ -31,7 +31,14 @@ from imgcls.data import images, storage, stores
 from imgcls.data.images import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import ImageError, OutputError, RequestError, RunFailed, StorageError
+from imgcls.errors import (
+    BundleError,
+    ImageError,
+    OutputError,
+    RequestError,
+    RunFailed,
+    StorageError,
+)
 from imgcls.models.bundle import CARD, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, network_of
 
@@ -97,9 +104,9 @@ class Portable(nn.Module):
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write a bundle in other formats; returns what model.json says of them.
 
-    Raises RequestError where a format's package is not installed or the bundle is not whole,
-    OutputError where the folder holds something, RunFailed when a format cannot express the network
-    or gives other labels.
+    Raises RequestError where a format's package is not installed, the bundle is not whole or its
+    network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
+    express the network or gives other labels.
     """
     stores.use(config.storage)
     bundle = load_bundle(config.model)
@@ -111,7 +118,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
             "--overwrite"
         )
     pixels = _pixels(bundle, config)
-    expected = Classifier(bundle, precision="fp32", device="cpu").classify(pixels).scores
+    scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)
+    if not scored.finite.all():
+        raise BundleError(
+            f"bundle {config.model}: its network gives NaN or infinity for "
+            f"{int((~scored.finite).sum())} of {len(scored.finite)} images in fp32; train it again"
+        )
+    expected = scored.scores
     portable = Portable(bundle).eval()
     made: dict[str, Any] = {}
     for format in config.formats:

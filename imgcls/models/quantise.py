@@ -9,6 +9,7 @@ Integer-Arithmetic-Only Inference, 2018, section 2.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -217,11 +218,16 @@ class _Watch(fx.Interpreter):
         self._seen.setdefault((name, what), []).append((float(low), float(high)))
 
     def ranges(self) -> Ranges:
-        """The mean, over the batches, of each one's least and largest value."""
+        """The mean, over the batches, of each one's least and largest value.
+
+        Raises ValueError when one of them is NaN or infinite.
+        """
         found: Ranges = {}
         for (name, what), extremes in self._seen.items():
             lows, highs = zip(*extremes, strict=True)
             low, high = sum(lows) / len(lows), sum(highs) / len(highs)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"the values of {name!r} are NaN or infinite for some image")
             found.setdefault(name, {})[what] = (low, high)
         return found
 

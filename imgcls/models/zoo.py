@@ -20,6 +20,7 @@ from imgcls.data.preprocess import Interpolation, Preprocess
 from imgcls.errors import BundleError, StorageError
 from imgcls.models import timm_networks
 from imgcls.models.bundle import Architecture, Source
+from imgcls.models.finite import check_tensors
 from imgcls.models.small_cnn import SmallCNN
 
 _SMALL_CNN_PREPROCESS = Preprocess(
@@ -187,7 +188,9 @@ def _state_dict(weights: str, state: Any) -> dict[str, torch.Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise BundleError(f"model.weights {weights}: holds no state dict of tensors")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    check_tensors(state, f"model.weights {weights}")
+    return state
 
 
 def fit_weights(

@@ -177,6 +177,9 @@ class Service:
         except ImageError as error:
             return _row(None, status=error.status, error=str(error))
         scored = await scores
+        if np.isnan(scored.scores).any():
+            failure = model.classifier.not_finite()
+            return _row(None, status=failure.status, error=str(failure))
         prediction = model.classifier.ranked(
             scored.scores[None], top_k=wanted.top_k, threshold=wanted.threshold
         )[0]

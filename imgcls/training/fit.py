@@ -114,12 +114,12 @@ def _awaited(run: Future[Any], board: Any, team: _Team, interruption: Interrupti
             interruption.check()
             team.look()
         result = run.result()
+    except Interrupted as interrupted:  # a RunFailed too, so it must be caught before
+        raise _stopped(run, board, interrupted) from None
     except RunFailed as failure:
         # Ray Train goes on trying, and has no way to be told: a worker that comes ends at once
         board.fail.remote(str(failure))
         raise
-    except Interrupted as interrupted:
-        raise _stopped(run, board, interrupted) from None
     except ray.train.WorkerGroupError as error:
         raise RunFailed(told(error)) from error
     except ray.train.ControllerError as error:
@@ -140,7 +140,12 @@ def _stopped(run: Future[Any], board: Any, interrupted: Interrupted) -> Interrup
     board.stop.remote()
     wait([run], timeout=SAVE_SECONDS)
     if run.done() and run.exception() is None:
-        return Interrupted(f"{interrupted}; all is saved, and the same command goes on from here")
+        outcome: Outcome | None = run.result().return_value
+        if outcome is None or outcome.kind is None:
+            return Interrupted(
+                f"{interrupted}; all is saved, and the same command goes on from here"
+            )
+        return Interrupted(f"{interrupted}; the training had failed: {outcome.problem}")
     with contextlib.suppress(ray.exceptions.RayError):
         for worker in ray.get(board.workers.remote(), timeout=STOP_SECONDS):
             ray.kill(worker)

@@ -30,7 +30,7 @@ from imgcls.training.loop import Outcome, Work
 from imgcls.training.lr_range import steepest
 from imgcls.training.plots import lr_range, smoothed
 from imgcls.training.prepare import SAMPLES, Task, announce, decode, draw_samples, too_many
-from imgcls.training.progress import Epoch, followed_board
+from imgcls.training.progress import Epoch, followed_board, probe_note
 from imgcls.training.publish import publish
 from imgcls.training.stream import Streamed
 from imgcls.training.waiting import awaited, started
@@ -266,6 +266,10 @@ def _publish(
         validation=examples.manifest(held=True),
         samples=SAMPLES,
     )
+    assert config.optim.lr is not None
+    note = probe_note(outcome.history, best, lr=config.optim.lr)
+    if note is not None:
+        print(f"note: {note}", flush=True)
     print(
         f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {config.output}",
         flush=True,

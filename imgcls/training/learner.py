@@ -85,6 +85,12 @@ class Learner:
         self.optimizer = optimizer(network, groups, config.optim, batch_size=config.batch_size)
         self._scaler = torch.amp.GradScaler(place.device.type, enabled=place.precision == "fp16")
         self._moving: set[str] | None = None
+        self._norms = [
+            module
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        self._held: list[nn.Module] = []
 
     def free(self, epoch: int) -> None:
         """Let the parameters move whose turn it is; gradients of others are not computed."""
@@ -94,6 +100,7 @@ class Learner:
         self._moving = moving
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name in moving)
+        self._held = strategy.held_norms(self.network, self._strategy, self.config.finetune, moving)
         # running statistics are averaged before each evaluation instead of copied at each step
         self._parallel: nn.Module = (
             _parallel(self.network, **{_SYNC_BUFFERS: False})
@@ -199,8 +206,11 @@ class Learner:
 
         A worker whose images all failed takes part with nothing, or the others would wait for it.
         """
-        # blanks would enter the running statistics
-        self.network.train(len(batch.labels) > 0)
+        self.network.train()
+        # blanks must not enter the running statistics; auxiliary heads still get their gradients,
+        # which the other workers wait for
+        for norm in self._held if len(batch.labels) else self._norms:
+            norm.eval()
         if len(batch.labels):
             return self.pixels(batch.pixels), self.labels(batch.labels), 1.0
         shape = (2, 3, self._size, self._size)

@@ -21,6 +21,7 @@ from torch import nn
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import Architecture
+from imgcls.models.finite import find_not_finite
 from imgcls.training import probe, strategy
 from imgcls.training.cache import Decoded
 from imgcls.training.checkpoints import Checkpoints, Standing
@@ -230,6 +231,10 @@ class Trainer:
         for name, value in (("train_loss", totals.loss), ("val_loss", verdict.loss)):
             if not math.isfinite(value):
                 raise Ended(kind="diverged", problem=f"{name} is {value} in epoch {number}")
+        # an infinite running variance, for one, leaves the losses finite
+        for name in find_not_finite(self.learner.judged.state_dict()):
+            problem = f"the tensor {name!r} holds NaN or infinity in epoch {number}"
+            raise Ended(kind="diverged", problem=problem)
         self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + verdict.rows)
         seconds = (totals.wait + totals.compute) / self.workers
         return Epoch(
@@ -318,6 +323,14 @@ class Trainer:
         train = probe.features(self.learner, beating(self.train), views)
         val = probe.features(self.learner, beating(self.val), 1)
         computed = time.perf_counter()
+        overflowed = probe.count_not_finite(train) + probe.count_not_finite(val)
+        if overflowed:
+            remedy = "" if self.place.precision == "fp32" else "; run it with --precision fp32"
+            raise Ended(
+                kind="failed",
+                problem=f"the features of {overflowed:,} views of images are NaN or infinite in "
+                f"{self.place.precision}{remedy}, or start from other model.weights",
+            )
         head = probe.fit(
             train,
             val,

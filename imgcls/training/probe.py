@@ -87,6 +87,12 @@ def features(learner: Learner, batches: Iterator[Batch], views: int) -> Features
     return Features(torch.cat(found), torch.cat(labels))
 
 
+def count_not_finite(split: Features) -> int:
+    """Rows of all workers whose features hold NaN or infinity; every worker must call it."""
+    bad = (~torch.isfinite(split.inputs)).any(1).sum()
+    return int(_sum(bad))
+
+
 def fit(
     train: Features,
     val: Features,

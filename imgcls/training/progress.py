@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +79,36 @@ class Epoch:
         if by == "val_loss":
             return self.val_loss < other.val_loss
         return (self.val_accuracy, -self.val_loss) > (other.val_accuracy, -other.val_loss)
+
+
+def probe_note(history: Sequence[Epoch], best: Epoch, *, lr: float) -> str | None:
+    """What to say of a fine-tuning that ended no better than the linear probe it began with.
+
+    best: the epoch whose weights are kept
+    lr:   optim.lr
+    """
+    probe, last = history[0], history[-1]
+    if probe.phase != "probe" or len(history) == 1:
+        return None
+    remedy = (
+        "Fine-tuning on few images overfits, or moves the weights too far: lower optim.lr "
+        f"({lr:g}), freeze lower layers (finetune.unfreeze_every), add images, or keep the probe "
+        "alone (--strategy probe)"
+    )
+    if best.phase == "probe":
+        return (
+            f"no epoch was better than the probe; the bundle holds the probe (val acc "
+            f"{probe.val_accuracy:.1%}, loss {probe.val_loss:.3f}; after the last epoch "
+            f"{last.val_accuracy:.1%}, loss {last.val_loss:.3f}). {remedy}"
+        )
+    if best.val_accuracy < probe.val_accuracy:
+        return (
+            f"{best.name} has a better loss than the probe ({best.val_loss:.3f}, the probe "
+            f"{probe.val_loss:.3f}), but a lower val acc ({best.val_accuracy:.1%}, the probe "
+            f"{probe.val_accuracy:.1%}); pass --best-by val_accuracy to keep the more accurate "
+            f"one. {remedy}"
+        )
+    return None
 
 
 class Board:

@@ -84,7 +84,11 @@ def settled(config: TrainConfig) -> Task:
     """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
     examples = read_examples(config.data)
     strategy = settle(config.strategy, pretrained=config.model.weights is not None)
-    share = _smallest_share(config, examples.count(held=False))
+    rows = examples.count(held=False)
+    if config.batch_size > rows:
+        print(f"note: batch_size is lowered from {config.batch_size} to the {rows} training images")
+        config = config.model_copy(update={"batch_size": rows})
+    share = _smallest_share(config, rows)
     weights = class_weights(config.loss, examples.classes, examples.per_class(held=False))
     architecture, preprocess = networks.describe(config.model)
     if config.optim.lr is None:
@@ -111,18 +115,17 @@ def settled(config: TrainConfig) -> Task:
 def _smallest_share(config: TrainConfig, rows: int) -> int:
     """Rows that a worker has at least in each part of a step, after checking that there are any."""
     workers, parts = config.scale.largest, config.scale.accumulate
-    if config.batch_size < workers * parts:
-        what = f"scale.num_workers {workers}" + (
-            f" times scale.accumulate {parts}" if parts > 1 else ""
+    what = f"scale.num_workers {workers}" + (
+        f" times scale.accumulate {parts}" if parts > 1 else ""
+    )
+    if rows < workers * parts:
+        raise RequestError(
+            f"data.train: {rows} training images are fewer than {what}; lower them, or add images"
         )
+    if config.batch_size < workers * parts:
         raise RequestError(
             f"batch_size {config.batch_size}: leaves some of {what} without an image; give at "
             f"least {workers * parts}"
-        )
-    if config.batch_size > rows:
-        raise RequestError(
-            f"batch_size {config.batch_size}: is larger than the training set of {rows} images; "
-            f"give at most {rows}"
         )
     share = rows // steps_per_epoch(rows, config.batch_size, workers) // workers
     return max(1, share // parts)

@@ -385,3 +385,38 @@ def test_what_was_read_is_counted_in_bytes(spec: WorkSpec, classifier: Classifie
     chunk.label(spec, classifier, rows, work, spent)
     blobs = [blob for blob in chunk.fetch(spec, rows) if isinstance(blob, bytes)]
     assert spent.bytes == sum(len(blob) for blob in blobs) > 0
+
+
+def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_theirs(
+    tmp_path: Path, overflowing_bundle: Path
+) -> None:
+    classifier = Classifier.load(str(overflowing_bundle), precision="fp32", device="cpu")
+    for name in ("red", "green", "blue"):
+        draw(name).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "white.png")
+    paths = ["red.png", "white.png", "absent.png", "green.png", "white.png", "blue.png"]
+    table = pa.table({"path": paths, "label": ["red"] * 6})
+    manifest = manifest_of(tmp_path, table)
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
+    wide = {"scores": True, "embeddings": True, "batch_size": 2}
+    spec = spec_of(tmp_path / "out", plan, manifest, str(overflowing_bundle), **wide)
+    rows = labelled(spec, classifier, Work(0)).to_pylist()
+    statuses = ["ok", "not_finite", "missing", "ok", "not_finite", "ok"]
+    assert [row["status"] for row in rows] == statuses
+    alone = classifier.predict([draw(name) for name in ("red", "green", "blue")])
+    good = [row for row in rows if row["status"] == "ok"]
+    assert [row["confidence"] for row in good] == pytest.approx([p.confidence for p in alone])
+    assert [row["predicted_label"] for row in good] == [p.label for p in alone]
+    for row in rows:
+        if row["status"] == "not_finite":
+            told = f"the network of {overflowing_bundle} gives NaN or infinity for this image"
+            assert row["error"] == f"{told} in fp32"
+            kept = {"row", "accepted", "status", "error"}
+            assert not any(value is not None for key, value in row.items() if key not in kept)
+            assert row["accepted"] is False
+    # the layout with GPUs composes the same stages
+    prepared = chunk.prepare_all(spec, chunk.rows_of(spec, Work(0)), classifier.preprocess, Spent())
+    halves = chunk.classify_prepared(
+        spec, classifier, chunk.rows_of(spec, Work(0)), Work(0), prepared, Spent()
+    )
+    assert halves.to_pylist() == rows

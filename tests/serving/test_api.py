@@ -636,3 +636,18 @@ def test_twenty_thousand_damaged_pictures_leave_no_trace(colour_bundle: Path) ->
     told = ", ".join(f"{memory[at] >> 20} MiB after {at:,}" for at in range(0, 20_000, 2_500))
     print(f"{told}, {memory[-1] >> 20} MiB after {len(memory):,}")
     assert memory[-1] - memory[5_000] < 32 << 20
+
+
+def test_an_image_without_finite_scores_is_an_error(overflowing_bundle: Path) -> None:
+    sink = io.BytesIO()
+    Image.new("RGB", (64, 48), "white").save(sink, "PNG")
+    with serving(overflowing_bundle, precision="fp32") as running:
+        files = [("image", ("red.jpg", jpeg())), ("image", ("white.png", sink.getvalue()))]
+        answer = requests.post(f"{running.url}/v1/predict", files=files, timeout=30)
+    assert answer.status_code == 200, answer.text
+    red, white = answer.json()["predictions"]
+    assert (red["status"], white["status"]) == ("ok", "not_finite")
+    assert "gives NaN or infinity for this image" in white["error"]
+    assert white["predicted_label"] is None
+    assert white["confidence"] is None
+    assert white["accepted"] is False

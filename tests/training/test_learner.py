@@ -21,6 +21,7 @@ from imgcls.training.deal import deal
 from imgcls.training.ingest import Batch
 from imgcls.training.learner import Learner, Place
 from imgcls.training.optim import set_rates
+from imgcls.training.strategy import Strategy
 from tests.training.team import Team
 
 CLASSES, ROWS, SIDE = 4, 37, 8
@@ -297,6 +298,63 @@ def test_frozen_layers_stay_where_they_are_and_get_no_gradient() -> None:
         seen.append({name for name, change in moved(made, before).items() if change.any()})
     everything_ = {name for name, _ in network.named_parameters()}
     assert seen == [{"4.weight", "4.bias"}, everything_]
+
+
+def statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def changed(network: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
+
+
+def two_norms() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+        nn.ReLU(), nn.Flatten(), nn.Linear(4 * (SIDE - 4) ** 2, CLASSES),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "probe_then_finetune", "scratch"])
+def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_with(
+    strategy: Strategy,
+) -> None:
+    made = Learner(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    before = statistics(made.network)
+    made.free(1)
+    with torch.no_grad():
+        made.network.eval()
+        wanted = made.network(made.inputs(rows().pixels))
+    loss, _ = made.step(rows(), ROWS, 0)
+    expected = F.cross_entropy(wanted, made.labels(rows().labels), reduction="sum")
+    if strategy == "scratch":
+        assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
+        assert loss.item() != pytest.approx(expected.item(), rel=1e-3)
+    else:
+        assert changed(made.network, before) == set()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs() -> None:
+    settings = config(finetune={"unfreeze_every": 1, "batchnorm": "train"}, optim={"ema": None})
+    made = Learner(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    seen = []
+    for epoch in (1, 2, 3):
+        made.free(epoch)
+        before = statistics(made.network)
+        made.step(rows(), ROWS, epoch)
+        seen.append({name.rpartition(".")[0] for name in changed(made.network, before)})
+    assert seen == [set(), {"4"}, {"1", "4"}]
+
+
+def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_next() -> None:
+    made = Learner(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made.free(1)
+    before = statistics(made.network)
+    made.step(empty(), ROWS, 0)
+    assert changed(made.network, before) == set()
+    made.step(rows(), ROWS, 1)
+    assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
 
 
 def learner_place(precision: str = "fp32") -> Place:

@@ -6,11 +6,12 @@ import math
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import ray
 
-from imgcls.training.progress import Epoch, followed_board
+from imgcls.training.progress import Epoch, followed_board, probe_note
 
 
 def epoch(number: int = 1, accuracy: float = 0.5, loss: float = 1.0) -> Epoch:
@@ -82,3 +83,40 @@ def test_a_board_that_is_gone_holds_up_nothing(local_ray: None) -> None:
         ray.kill(board)
     assert time.monotonic() - began < 5
     assert not [thread for thread in threading.enumerate() if thread.name == "epoch lines"]
+
+
+def made(number: int, loss: float, accuracy: float) -> Epoch:
+    phase: Any = "train" if number else "probe"
+    return Epoch(number, 0.4, 0.9, loss, accuracy, 1e-3, 1.0, 1.0, 100, 10, phase=phase)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best", "told"),
+    [
+        (
+            [(0.1, 1.0), (0.5, 0.9), (0.6, 0.83)],
+            0,
+            "no epoch was better than the probe; the bundle",
+        ),
+        ([(0.5, 1.0), (0.4, 0.83), (0.6, 0.9)], 1, "but a lower val acc (83.0%, the probe 100.0%)"),
+        ([(0.5, 0.9), (0.4, 0.9)], 1, None),
+        ([(0.5, 0.9)], 0, None),
+    ],
+)
+def test_a_training_that_ends_below_its_probe_says_so_and_what_to_do(
+    epochs: list[tuple[float, float]], best: int, told: str | None
+) -> None:
+    history = [made(number, *numbers) for number, numbers in enumerate(epochs)]
+    note = probe_note(history, history[best], lr=3e-4)
+    if told is None:
+        assert note is None
+    else:
+        assert note is not None
+        assert told in note
+        assert "lower optim.lr (0.0003)" in note
+        assert "--strategy probe" in note
+
+
+def test_without_a_probe_there_is_nothing_to_be_worse_than() -> None:
+    history = [made(1, 0.1, 1.0), made(2, 0.5, 0.9)]
+    assert probe_note(history, history[0], lr=3e-4) is None

@@ -32,10 +32,11 @@ from imgcls.errors import (
     RunFailed,
     TooManyErrors,
 )
+from imgcls.models import zoo
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.fit import told
-from imgcls.training.train import TrainConfig, TrainResult, train
+from imgcls.training.train import TrainConfig, TrainResult, settled, train
 from tests.conftest import REPOSITORY, write_manifest
 
 TRAIN_ROWS, VAL_ROWS = 397, 83  # primes: nothing divides by workers or batches
@@ -115,7 +116,7 @@ def test_the_shipped_yaml_loads_and_shows_every_key() -> None:
     ("changes", "error", "message"),
     [
         ({"batch_size": 1}, RequestError, "without an image; give at least 2"),
-        ({"batch_size": 9999}, RequestError, "larger than the training set of 398 images"),
+        ({"scale": {"num_workers": 399}}, RequestError, "398 training images are fewer than scale"),
         ({"model": {"name": "resnet19"}}, BundleError, "did you mean resnet18"),
         ({"model": {"name": "small_cnn", "image_size": 4}}, BundleError, "set model.image_size"),
         ({"model": {"name": "small_cnn", "options": {"depth": 9}}}, BundleError, "model.options"),
@@ -131,6 +132,17 @@ def test_a_wrong_request_starts_nothing(
     with pytest.raises(error, match=message):
         train(config(digits, output, **changes))
     assert not output.exists()
+
+
+def test_a_batch_larger_than_the_training_set_is_lowered_with_a_note(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert settled(config(digits, tmp_path, batch_size=398)).config.batch_size == 398
+    assert capsys.readouterr().out == ""
+    lowered = settled(config(digits, tmp_path, batch_size=9999))
+    assert lowered.config.batch_size == 398
+    note = "note: batch_size is lowered from 9999 to the 398 training images\n"
+    assert capsys.readouterr().out == note
 
 
 def test_weights_that_do_not_fit_are_refused_key_by_key(
@@ -226,6 +238,24 @@ def test_the_bundle_holds_the_best_epoch_and_how_it_was_made(
     source = made["data"]["manifests"]["data.val"]
     assert (source["manifest"], source["rows"]) == (str(digits / "val.csv"), VAL_ROWS)
     assert len(source["fingerprint"]) == 32
+
+
+def test_features_that_overflow_end_the_training_before_it_writes_a_bundle(
+    two_cpus: None, digits: Path, tmp_path: Path
+) -> None:
+    architecture = zoo.architecture("small_cnn", {"width": 16})
+    state = zoo.build(architecture, 10).state_dict()
+    scale = [name for name, value in state.items() if value.dim() == 1 and "weight" in name][-1]
+    state[scale].fill_(3e38)  # finite, as the file must be; the features are not
+    torch.save(state, tmp_path / "weights.pth")
+    model = {
+        "name": "small_cnn",
+        "options": {"width": 16},
+        "weights": str(tmp_path / "weights.pth"),
+    }
+    with pytest.raises(RunFailed, match=r"^the features of [\d,]+ views of images are NaN or inf"):
+        train(config(digits, tmp_path / "bundle", model=model, precision="fp32"))
+    assert not (tmp_path / "bundle" / "bundle.json").exists()
 
 
 def test_the_history_is_a_table_of_every_epoch(trained: TrainResult) -> None:

@@ -1,0 +1,77 @@
+"""`imgcls train` saves its state when it is stopped by a signal, and resumes from that step."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcls.training.checkpoints import Checkpoints, Standing
+from tests.conftest import save, write_manifest
+from tests.processes import RayCluster, started
+
+ROWS, BATCH = 400, 2
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for number in range(ROWS):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        save(Image.fromarray(pixels), folder / f"{number}.png")
+    rows = [(f"{number}.png", "ab"[number % 2]) for number in range(ROWS)]
+    return write_manifest(folder / "m.csv", rows, ("path", "label"))
+
+
+def interrupt(
+    manifest: Path, output: Path, cluster: RayCluster, number: signal.Signals, *, group: bool
+) -> tuple[Standing, str]:
+    """Stop a training within an epoch; its newest saved state, and what it printed.
+
+    group: signal all processes of the command, as Ctrl-C in a terminal does
+    """
+    words = [
+        *("train", "--data.train", manifest, "--model.name", "small_cnn", "--epochs", 1000),
+        *("--model.options", "{width: 4}", "--batch-size", BATCH, "--precision", "fp32"),
+        *("--scale.num-workers", 1, "--output", output),
+    ]
+    env = cluster.environment() | {"PYTHONUNBUFFERED": "1"}
+    with started(*words, env=env, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = []
+        # the first epoch that begins in this process is under way once this line is there
+        while not lines or not lines[-1].startswith("epoch "):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        (os.killpg if group else os.kill)(process.pid, number)
+        out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert f"stopped by {number.name}; all is saved, and the same command goes on" in errors
+    assert not (output / "bundle.json").exists()
+    assert not (output / "_lease").exists()
+    newest, *_ = Checkpoints(str(output)).saved()
+    return newest.standing, "".join(lines) + out
+
+
+def test_a_training_saves_at_a_signal_and_resumes_from_that_step(
+    manifest: Path, cluster: RayCluster, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    first, told = interrupt(manifest, output, cluster, signal.SIGINT, group=True)
+    assert "going on" not in told
+    assert first.epoch == len(first.history) + 1
+    assert first.step > 0, "within an epoch, not at the end of one"
+    second, told = interrupt(manifest, output, cluster, signal.SIGTERM, group=False)
+    found = re.search(r"^going on: epoch (\d+), step (\d+) of \d+$", told, re.MULTILINE)
+    assert found is not None, told
+    assert (int(found[1]), int(found[2])) == (first.epoch, first.step)
+    assert second.history[: len(first.history)] == first.history
+    assert second.epoch > first.epoch
+    assert second.step > 0
