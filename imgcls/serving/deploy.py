@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
@@ -32,6 +32,7 @@ from imgcls.serving.keys import Key, Keyring
 from imgcls.serving.limits import Pocket
 from imgcls.serving.problems import Problem
 from imgcls.serving.replicas import Replicas, plan_replicas
+from imgcls.serving.routing import ROUTER
 from imgcls.serving.service import Model, Service
 from imgcls.serving.telemetry import Telemetry
 
@@ -202,6 +203,7 @@ def application(
         max_ongoing_requests=ONGOING,
         max_queued_requests=QUEUED,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,

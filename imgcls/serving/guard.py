@@ -1,4 +1,4 @@
-"""Around every request: counts it, and sends with its answer what browsers should mind."""
+"""Around every request: counts it, answers HEAD, adds the headers that browsers should mind."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Guard:
         status = 500
         started = ended = False
         endless = may_be_endless(scope, self._most)
+        headers_only = scope["method"] == "HEAD"
+        if headers_only:  # as GET, without the body (RFC 9110, 9.3.2)
+            scope = {**scope, "method": "GET"}
 
         async def heard() -> Message:
             nonlocal endless
@@ -58,6 +61,8 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *added]}
             elif message["type"] == "http.response.body":
                 ended = not message.get("more_body", False)
+                if headers_only:
+                    message = {**message, "body": b""}
             await send(message)
 
         try:

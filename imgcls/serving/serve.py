@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
@@ -22,8 +23,9 @@ from imgcls import cluster, log, machines
 from imgcls.cluster import Interruption
 from imgcls.config import Section
 from imgcls.data import storage, stores
-from imgcls.errors import Interrupted, RequestError, ResourcesError, RunFailed
+from imgcls.errors import ImgclsError, Interrupted, RequestError, ResourcesError, RunFailed
 from imgcls.log import tell
+from imgcls.models.bundle import load_bundle
 from imgcls.serving import gate
 from imgcls.serving.config import HttpConfig, ServeConfig
 from imgcls.serving.deploy import APPLICATION, application, checked
@@ -32,6 +34,10 @@ from imgcls.serving.replicas import plan_replicas
 
 TAKE_UP_SECONDS = 300.0
 """For replicas that are there to load another bundle."""
+LOOK_SECONDS = 1.0
+"""Between two looks at whether replicas are missing."""
+
+logger = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> None:
@@ -99,9 +105,11 @@ def _stay(config: ServeConfig, found: bool, interruption: Interruption) -> None:
     url = f"{scheme}://{config.http.host}:{config.http.port}/"
     try:
         tell("ready", f"{url} serves {config.model}", url=url)
+        troubles = _Troubles(config.model)
         while not config.detach:
             interruption.check()
             time.sleep(0.2)
+            troubles.look()
         return
     except Interrupted:
         if found:
@@ -110,6 +118,45 @@ def _stay(config: ServeConfig, found: bool, interruption: Interruption) -> None:
     _drain(config)
     _end()
     tell("stop", "every request was answered")
+
+
+class _Troubles:
+    """Logs why replicas are missing: Ray Serve tries to start them again and again, in silence."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._looked = time.monotonic()
+        self._known: str | None = None
+
+    def look(self) -> None:
+        """Log a reason that is new, and the end of the trouble; asks Ray every second."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        try:
+            why = self._why()
+        except RayError as error:  # the controller is being started again
+            logger.info("no status of the service: %s", type(error).__name__)
+            return
+        if why is not None and why != self._known:
+            tell("unhealthy", f"a replica is missing, and Ray Serve keeps starting it: {why}")
+        elif why is None and self._known is not None:
+            tell("healthy", "all replicas run again")
+        self._known = why
+
+    def _why(self) -> str | None:
+        """Why a replica is missing; None while none is."""
+        application_ = ray_serve.status().applications.get(APPLICATION)
+        if application_ is None:
+            return None
+        if all(each.status == "HEALTHY" for each in application_.deployments.values()):
+            return None
+        if self._known is None:
+            try:
+                load_bundle(self._model)  # the likeliest reason, known before a replica has tried
+            except ImgclsError as error:
+                return str(error)
+        return _why() or self._known or "it has died"
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

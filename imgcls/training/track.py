@@ -218,7 +218,8 @@ class _Listener:
     def _fail(self, error: Exception, last: bool) -> None:
         self._again = time.monotonic() + PAUSE_SECONDS
         if last:
-            if self._started and len(self._untold) > 1:
+            # state: a start that failed halfway has made a run, too
+            if (self._started or self.tracker.state) and len(self._untold) > 1:
                 # whatever was lost, the run should not seem to go on
                 with contextlib.suppress(Exception):
                     self._untold[-1](self.tracker)

@@ -7,8 +7,11 @@ is imported before it is wanted. Errors are left to `track`, save for the checks
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import os
+import posixpath
+import re
 import tempfile
 import time
 import uuid
@@ -74,7 +77,8 @@ class MLflow:
                     self._last = max([self._last, *(point.step for point in known)])
             else:
                 params = [
-                    mlflow.entities.Param(key, str(value)[:500]) for key, value in settings.items()
+                    mlflow.entities.Param(mlflow_key(key), str(value)[:500])
+                    for key, value in settings.items()
                 ]
                 for at in range(0, len(params), PARAMS_AT_ONCE):
                     client.log_batch(run.info.run_id, params=params[at : at + PARAMS_AT_ONCE])
@@ -103,13 +107,35 @@ class MLflow:
     def _log(self, values: Mapping[str, float], step: int) -> None:
         metric = _package("mlflow", "MlflowClient", "track.mlflow").entities.Metric
         now = int(time.time() * 1000)
-        metrics = [metric(name, value, now, step) for name, value in values.items()]
+        metrics = [metric(mlflow_key(name), value, now, step) for name, value in values.items()]
         with _patience():
             self._client.log_batch(self.state["run_id"], metrics=metrics)
 
     def _end(self, status: str) -> None:
         with _patience():
             self._client.set_terminated(self.state["run_id"], status)
+
+
+def mlflow_key(name: str) -> str:
+    """A name that MLflow takes: letters, digits, spaces and _ - . : / in a plain relative path.
+
+    Any other character, as the brackets of a class `cat [wild]`, is written -uHEX-, with its
+    Unicode code point: `cat -u5b-wild-u5d-`. So names differ where the originals do. One above
+    MLflow's limit of 250 characters is cut and ends in a hash of the whole.
+    """
+    key = re.sub(r"[^/\w.\- :]|-(?=u[0-9a-f]+-)", _escaped, name)
+    if key in ("", ".") or posixpath.normpath(key) != key or key.startswith(("/", "..")):
+        key = re.sub(r"/|^\.+", _escaped, key) or "-u-"
+    if len(key) > _MLFLOW_KEY:
+        key = key[: _MLFLOW_KEY - 13] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+    return key
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "".join(f"-u{ord(character):x}-" for character in found[0])
+
+
+_MLFLOW_KEY = 250
 
 
 class WeightsAndBiases:

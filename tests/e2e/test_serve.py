@@ -513,6 +513,28 @@ def test_a_replica_that_is_killed_is_replaced_and_the_other_goes_on(service: Ser
         assert said.startswith("500 application/problem+json"), said
 
 
+@pytest.mark.slow
+def test_without_a_replica_that_can_start_it_answers_503_and_logs_why(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    with served(tmp_path, colour_bundle) as running:
+        weights = running.bundle / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: len(whole) // 2])
+        for replica in running.replicas():
+            replica.kill()
+        for path in ("/healthz", "/readyz", "/v1/model"):
+            response = requests.get(running.url + path, timeout=60)
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "2"), path
+        wait_for(lambda: "unhealthy" in running.told.read_text(), 30)
+        assert "model.safetensors has SHA-256" in running.told.read_text()
+        weights.write_bytes(whole)
+        wait_for(
+            lambda: requests.get(f"{running.url}/readyz", timeout=60).status_code == 200, 180, 1
+        )
+        wait_for(lambda: "all replicas run again" in running.told.read_text(), 60)
+
+
 def test_what_the_replicas_share_is_started_anew_and_nobody_is_told_of_a_defect(
     service: Served,
 ) -> None:

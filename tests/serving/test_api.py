@@ -141,6 +141,19 @@ def test_of_several_images_a_bad_one_is_a_row(server: Running) -> None:
         assert row["accepted"] == good
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/model", "/", "/openapi.json"])
+def test_head_is_get_without_the_body(server: Running, path: str) -> None:
+    whole = requests.get(server.url + path, timeout=60)
+    head = requests.head(server.url + path, timeout=60)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Length"] == str(len(whole.content))
+    assert head.headers["Content-Type"] == whole.headers["Content-Type"]
+
+
+def test_head_of_what_only_posts_is_refused(server: Running) -> None:
+    assert requests.head(f"{server.url}/v1/predict", timeout=60).status_code == 405
+
+
 def test_a_threshold_of_the_request_decides_what_is_accepted(server: Running) -> None:
     with Client(server.url) as client:
         (row,) = client.predict(jpeg(), threshold=1.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from imgcls.errors import Interrupted, RequestError
 from imgcls.training import track
 from imgcls.training.events import tag
 from imgcls.training.track import TrackConfig, Tracking, check, dotted, tracking
+from imgcls.training.trackers import mlflow_key
 
 SETTINGS = {"model": {"name": "resnet18", "options": {}}, "epochs": 5, "classes": ["a", "b"]}
 
@@ -487,6 +490,64 @@ def test_mlflow_shows_a_failed_training_as_failed(mlflow: Any, tmp_path: Path) -
     with tracking(config, str(tmp_path), state) as tracked:
         tracked.start(SETTINGS, first=2)
         assert only_run(client).info.status == "RUNNING"
+
+
+NAMES = [
+    "cat [wild]",
+    "a//b",
+    "../up",
+    "/root",
+    "50 %",
+    "ключ",
+    "cat -u5b-",
+    "a\nb",
+    ".",
+    "",
+    "x" * 300,
+]
+
+
+def test_names_that_mlflow_refuses_are_kept_in_a_form_that_it_takes(
+    mlflow: Any, tmp_path: Path
+) -> None:
+    client, uri = mlflow
+    columns = {f"{name}": float(place) for place, name in enumerate(NAMES)}
+    with tracking(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked:
+        tracked.start(SETTINGS | {"classes": {"cat [wild]": 3}})
+        tracked.epoch(1, columns)
+        tracked.finish({"best_epoch": 1}, [])
+    run = only_run(client)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {mlflow_key(k): v for k, v in columns.items()} | {"best_epoch": 1.0}
+    assert run.data.params["classes.cat -u5b-wild-u5d-"] == "3"
+
+
+def test_names_that_mlflow_takes_stay_and_others_can_be_read_back() -> None:
+    for name in ("val_loss", "recall/cat.wild", "a: b-c_d", "dog-u", "ключ"):
+        assert mlflow_key(name) == name
+    keys = [mlflow_key(name) for name in NAMES]
+    assert len(set(keys)) == len(NAMES)
+    for name, key in zip(NAMES[:-2], keys, strict=False):  # not the blank and the long one
+        assert re.sub(r"-u([0-9a-f]+)-", lambda found: chr(int(found[1], 16)), key) == name
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("x"), "FAILED"), (None, "FINISHED")])
+def test_a_run_whose_start_failed_halfway_is_ended(
+    mlflow: Any, tmp_path: Path, error: Exception | None, status: str
+) -> None:
+    client, uri = mlflow
+    refused = {"x" * 7000: 1} if error else {"y" * 7000: 1}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.suppress(ValueError),
+        tracking(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked,
+    ):
+        patch.setattr("imgcls.training.trackers.mlflow_key", lambda name: name)
+        tracked.start(SETTINGS | refused)
+        if error is not None:
+            raise error
+        tracked.finish({}, [])
+    assert only_run(client).info.status == status
 
 
 def test_files_that_mlflow_cannot_take_leave_no_run_running(

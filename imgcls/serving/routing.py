@@ -1,0 +1,59 @@
+"""Request routing that answers 503 where no replica is left.
+
+Ray Serve's own router keeps a request until there is a replica, for as long as a request may take:
+health probes and clients would wait for a service that cannot start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+ROUTER = f"{__name__}:Router"
+WAIT_SECONDS = 5.0
+"""For a replica that is being started, before a request is answered with 503."""
+
+
+class Router(PowerOfTwoChoicesRequestRouter):
+    """Ray Serve's default router, but requests do not wait long when the last replica is gone.
+
+    Before the first replica is known requests wait: a proxy hears of the application before it
+    hears of its replicas.
+    """
+
+    _has_served = False
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._has_served |= bool(replicas)
+        self._refuse_waiting()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._refuse_waiting()
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, **options: Any
+    ) -> RunningReplica:
+        if self._has_served:
+            await self._wait_for_a_replica()
+        return await super()._choose_replica_for_request(pending_request, **options)
+
+    async def _wait_for_a_replica(self) -> None:
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                while not self._replicas:
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise DeploymentUnavailableError(self._deployment_id) from None
+
+    def _refuse_waiting(self) -> None:
+        if not self._has_served or self._replicas:
+            return
+        for waiting in list(self._pending_requests_to_fulfill):
+            if not waiting.future.done():
+                waiting.future.set_exception(DeploymentUnavailableError(self._deployment_id))
