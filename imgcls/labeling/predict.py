@@ -23,6 +23,7 @@ from imgcls import output as names
 from imgcls.config import Section, UnitFloat, build
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.preprocess import Decode
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     CrashingImage,
@@ -103,6 +104,8 @@ class PredictConfig(Section):
     """Throw away what is in the output folder and start over."""
     limit: PositiveInt | None = None
     """Label only so many rows from the start of the manifest."""
+    decode: Decode | None = None
+    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: as the bundle says."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively. int8: by a bundle prepared for it, on CPUs."""
     compile: Literal["auto", "always", "never"] = "auto"
@@ -166,7 +169,9 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
 def _predict(config: PredictConfig, output: str) -> PredictResult:
     started = time.monotonic()
     manifest = open_manifest(config.manifest)
-    bundle = load_bundle(config.model)
+    bundle = load_bundle(config.model).with_decode(config.decode)
+    if bundle.spec.preprocess.decode == "exact":
+        config = _decoded_on_cpus(config)
     listed = manifest
     if config.since is not None:
         manifest = only_new(
@@ -193,6 +198,17 @@ def _predict(config: PredictConfig, output: str) -> PredictResult:
         finally:
             machines.give_back()
             lease.release()
+
+
+def _decoded_on_cpus(config: PredictConfig) -> PredictConfig:
+    """The same request where no GPU decodes: nvJPEG's pixels are not those of `decode: exact`."""
+    scale = config.scale
+    if scale.layout == "gpu_decode" and scale.host_share != 1:
+        raise RequestError(
+            "decode exact: GPUs decode JPEGs with other pixels; set --scale.layout gpu, or "
+            "--decode fast"
+        )
+    return config.model_copy(update={"scale": scale.model_copy(update={"host_share": 1.0})})
 
 
 class _Run:
@@ -297,6 +313,7 @@ class _Run:
             "threshold": threshold,
             "embeddings": config.embeddings,
             "scores": config.scores,
+            "decode": self.bundle.spec.preprocess.decode,
             "limit": config.limit,
             "precision": config.precision,
             "compile": config.compile,
@@ -329,6 +346,7 @@ class _Run:
         if asked is not None:
             case = trial.Case(
                 bundle_url=storage.absolute(self.bundle.url),
+                decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
                 rows=self.plan.rows // layout.workers,
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
@@ -368,6 +386,7 @@ class _Run:
             thresholds=tuple(self.bundle.spec.class_thresholds(self.config.threshold)),
             scores=settings["scores"],
             embeddings=settings["embeddings"],
+            decode=settings["decode"],
             precision=settings["precision"],
             compile=choice.compile,
             batch_size=choice.batch_size,

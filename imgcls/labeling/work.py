@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from imgcls.data.preprocess import Decode
 from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Plan
 from imgcls.output import OK
@@ -49,6 +50,7 @@ class WorkSpec(RunSpec):
     thresholds: tuple[float, ...]
     scores: bool
     embeddings: bool
+    decode: Decode
     precision: str
     compile: bool
 
@@ -59,6 +61,7 @@ class ExamineSpec(RunSpec):
 
     bundle_url: str | None
     bundle_sha256: str | None
+    decode: Decode | None
 
 
 @dataclass(frozen=True)
