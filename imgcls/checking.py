@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, NonNegativeInt
 from imgcls.config import Names, build, names
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, open_manifest, with_whole_paths
+from imgcls.data.preprocess import Decode
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.labeling.examine import Examined
 from imgcls.log import tell
@@ -47,6 +48,8 @@ class CheckConfig(LookConfig):
     """Other manifests, such as of the test set: what is in both is a leak."""
     model: str | None = None
     """A bundle: its embeddings find more copies, outliers and labels that look mistaken."""
+    decode: Decode | None = None
+    """Decode route for the model: exact or fast (default: bundle's)."""
     output: str
     """The folder to write; with drop, NAME.parquet is the clean manifest, and NAME the folder."""
     drop: Issues = []
@@ -74,7 +77,9 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     output, clean = _outputs(config)
     manifests = list(_manifests(config))
     _check_clean(clean, output, manifests, config.overwrite)
-    bundle = None if config.model is None else load_bundle(config.model)
+    bundle = None
+    if config.model is not None:
+        bundle = load_bundle(config.model).with_decode(config.decode)
     results = (REPORT, SUMMARY, ISSUES_FILE, CLEAN)
     with looked(config, output, manifests, bundle=bundle, results=results) as (examined, lease):
         images = gathered((each.manifest, each.tables()) for each in examined)

@@ -76,6 +76,24 @@ class Frame:
     def has_many_scans(self) -> bool:
         return self.process in _PROGRESSIVE or self.scanned < len(self.sampling)
 
+    @property
+    def reduced_chroma(self) -> tuple[float, float]:
+        """How many pixels of a reduced image its coarsest component spans, across and down.
+
+        libjpeg reduces a subsampled component less than the others, where both of its sampling
+        factors allow it: 1, 1 for 4:4:4 and 4:2:0, 2, 1 for 4:2:2 and 1, 2 for 4:4:0.
+        Source: libjpeg-turbo, jdmaster.c, jpeg_calc_output_dimensions.
+        """
+        most_across = max(across for across, _ in self.sampling.values())
+        most_down = max(down for _, down in self.sampling.values())
+        spans = []
+        for across, down in self.sampling.values():
+            across, down = max(1, across), max(1, down)
+            while most_across % (2 * across) == 0 and most_down % (2 * down) == 0:
+                across, down = 2 * across, 2 * down
+            spans.append((most_across / across, most_down / down))
+        return max(span for span, _ in spans), max(span for _, span in spans)
+
 
 def read_frame(data: bytes) -> Frame | None:
     """The frame header; None if it is damaged, or not followed by a scan."""
@@ -83,7 +101,7 @@ def read_frame(data: bytes) -> Frame | None:
     for marker, start, stop in _segments(data, first_scan=True):
         if marker in _FRAMES:
             frame = data[start:stop]
-        elif marker == _SOS and len(frame) >= 10 and len(frame) >= 10 + 3 * frame[9]:
+        elif marker == _SOS and len(frame) > 10 and len(frame) >= 10 + 3 * frame[9] > 10:
             sampling = {
                 frame[at]: (frame[at + 1] >> 4, frame[at + 1] & 15)
                 for at in range(10, 10 + 3 * frame[9], 3)
@@ -93,21 +111,24 @@ def read_frame(data: bytes) -> Frame | None:
     return None
 
 
-def decode(data: bytes, factor: Factor = 1) -> Pixels:
+def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pixels:
     """Decode a grayscale, YCbCr or RGB JPEG.
 
     factor: decode at 1/factor of the size, rounded up; each pixel is the mean of a square
+    frame:  of `data`, if it was read before
     Returns (H, W, 3) uint8 RGB. Raises TruncatedImage or ImageError.
     """
-    frame = read_frame(data)
-    least = _scaled(frame, factor)
+    frame = frame or read_frame(data)
+    size = frame.size if frame else (0, 0)
+    least = dict(
+        zip(("min_width", "min_height"), (-(-side // factor) for side in size), strict=True)
+    )
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **least)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **(least if factor > 1 else {}))
     except ValueError as error:
-        if _ODD_SAMPLING in str(error):
-            return _by_pillow(data, least)
-        data = _sound(data, str(error))
-        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
+        if _ODD_SAMPLING not in str(error):
+            data = _sound(data, str(error))
+        pixels = _by_pillow(data, factor)
     _check_scans(data, frame)
     return pixels
 
@@ -127,23 +148,15 @@ def checked(data: bytes) -> bytes:
     return data
 
 
-def _scaled(frame: Frame | None, factor: Factor) -> dict[str, int]:
-    """The options of `simplejpeg.decode_jpeg` that make it decode at 1/factor of the size."""
-    if factor == 1 or frame is None:
-        return {}
-    width, height = frame.size
-    return {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+def _by_pillow(data: bytes, factor: Factor) -> Pixels:
+    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses.
 
-
-def _by_pillow(data: bytes, least: dict[str, int]) -> Pixels:
-    """Decode a JPEG with sampling factors that simplejpeg refuses.
-
-    Pillow reports missing image data only if the end marker is missing too.
+    Of the latter Pillow reports missing image data only if the end marker is missing too.
     """
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
-    if least:
-        image.draft("RGB", (least["min_width"], least["min_height"]))
-    return np.asarray(image.convert("RGB"))
+    if factor > 1:
+        image.draft("RGB", (max(1, image.width // factor), max(1, image.height // factor)))
+    return np.array(image.convert("RGB"))
 
 
 def _check_coding(data: bytes) -> None:

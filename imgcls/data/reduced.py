@@ -10,6 +10,7 @@ chapter V.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 Filter = Literal["bilinear", "bicubic"]
 
 TAPS = 6
-"""Means that an output pixel is made of, along each axis."""
+"""Smallest number of means that an output pixel is made of, along each axis."""
 _SAMPLES = 16
 """Points at which the filter is taken, per unit of it."""
 _REACH = {"bilinear": 1, "bicubic": 2}
@@ -68,10 +69,11 @@ def _taps(
     step = (stop - start) / count
     scale = max(step, 1.0)
     centre = start + (np.arange(count) + 0.5) * step
-    taps = min(TAPS, held)
+    reach = _REACH[filter_]
+    # fewer taps than the filter is wide change a bicubic resize by 0.5 and more of 255
+    taps = min(held, max(TAPS, 2 * math.ceil(reach * scale) + 2))
     first = np.clip(np.round(centre - taps / 2).astype(np.int64), 0, held - taps)
     chosen = first[:, None] + np.arange(taps)
-    reach = _REACH[filter_]
     points = (np.arange(2 * reach * _SAMPLES) + 0.5) / _SAMPLES - reach
     places = centre[:, None] + points * scale
     # as Pillow does, a filter that reaches beyond the image is cut off there

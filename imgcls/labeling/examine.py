@@ -82,6 +82,7 @@ def examine(
     bundle: have its embeddings too
     Raises OutputError when the folder holds another run, RunFailed when it broke off.
     """
+    decode = None if bundle is None else bundle.spec.preprocess.decode
     identity = Identity(
         manifest={
             "fingerprint": manifest.fingerprint(),
@@ -89,7 +90,7 @@ def examine(
             "root": manifest.root,
         },
         bundle={"sha256": None if bundle is None else bundle.sha256},
-        settings={"max_pixels": max_pixels, "max_bytes": max_bytes},
+        settings={"max_pixels": max_pixels, "max_bytes": max_bytes, "decode": decode},
     )
     stored = names.load_run(output)
     if stored is not None:
@@ -139,6 +140,7 @@ def examine(
             on_web=_is_on_web(manifest),
             bundle_url=None if bundle is None else storage.absolute(bundle.url),
             bundle_sha256=None if bundle is None else bundle.sha256,
+            decode=decode,
         )
         progress = Progress(plan.rows, book.rows_done, progress_seconds)
         try:

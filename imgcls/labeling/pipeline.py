@@ -234,6 +234,7 @@ class _ModelWorker(_Worker):
         self._classifier = Classifier(
             _bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
+            decode=spec.decode,
             compile=spec.compile,
             batch_size=spec.batch_size,
         )
@@ -268,7 +269,8 @@ class ExamineWorker(_Worker):
         self._looks = looks
         self._classifier = None
         if spec.bundle_url is not None:
-            self._classifier = Classifier(_bundle(spec.bundle_url, spec.bundle_sha256))
+            bundle = _bundle(spec.bundle_url, spec.bundle_sha256)
+            self._classifier = Classifier(bundle, decode=spec.decode)
         self._precision = "" if self._classifier is None else self._classifier.precision
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
@@ -314,7 +316,7 @@ def ready_task(batch: pa.Table, spec: WorkSpec, host_share: float) -> dict[str, 
         import torch
 
         torch.set_num_threads(1)
-        preprocess = read_description(spec.bundle_url).spec.preprocess
+        preprocess = read_description(spec.bundle_url).with_decode(spec.decode).spec.preprocess
         for row in attempt.suspects(rows.num_rows):
             stages.prepare_all(spec, rows.slice(row, 1), preprocess, Spent())
         ready = stages.prepare_all(spec, rows, preprocess, spent, attempt.crashed, attempt.beat)

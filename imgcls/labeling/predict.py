@@ -24,6 +24,7 @@ from imgcls import output as names
 from imgcls.config import Section, UnitFloat, build
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.preprocess import Decode
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
@@ -116,6 +117,8 @@ class PredictConfig(Section):
     """Throw away what is in the output folder and start over."""
     limit: PositiveInt | None = None
     """Label only so many rows from the start of the manifest."""
+    decode: Decode | None = None
+    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: as the bundle says."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively. int8: by a bundle prepared for it, on CPUs."""
     compile: Literal["auto", "always", "never"] = "auto"
@@ -184,7 +187,9 @@ def _predict(
 ) -> PredictResult:
     listed = open_manifest(config.manifest)
     listed = replace(listed, _digest=functools.cache(listed.fingerprint))
-    bundle = load_bundle(config.model)
+    bundle = load_bundle(config.model).with_decode(config.decode)
+    if bundle.spec.preprocess.decode == "exact":
+        config = _decoded_on_cpus(config)
     if config.precision == "int8":
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
@@ -241,9 +246,21 @@ def settings_of(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "batch_size": config.scale.batch_size,
         "max_pixels": config.max_pixels,
         "max_bytes": config.max_bytes,
+        "decode": bundle.spec.preprocess.decode,
         "chunk_rows": config.chunk_rows,
         "part_rows": config.part_rows,
     }
+
+
+def _decoded_on_cpus(config: PredictConfig) -> PredictConfig:
+    """The same request where no GPU decodes: nvJPEG's pixels are not those of `decode: exact`."""
+    scale = config.scale
+    if scale.layout == "gpu_decode" and scale.host_share != 1:
+        raise RequestError(
+            "decode exact: GPUs decode JPEGs with other pixels; set --scale.layout gpu, or "
+            "--decode fast"
+        )
+    return config.model_copy(update={"scale": scale.model_copy(update={"host_share": 1.0})})
 
 
 class _Run:
@@ -375,6 +392,7 @@ class _Run:
         if asked is not None:
             case = trial.Case(
                 bundle_url=storage.absolute(self.bundle.url),
+                decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
                 rows=self.plan.rows // layout.workers,
                 urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
@@ -416,6 +434,7 @@ class _Run:
             scores=bool(settings["scores"]),
             scores_type=settings["scores"] or "float32",
             embeddings=settings["embeddings"],
+            decode=settings["decode"],
             precision=settings["precision"],
             compile=choice.compile,
             batch_size=choice.batch_size,

@@ -15,6 +15,7 @@ import ray
 
 from imgcls.cluster import Interruption, keep_memory
 from imgcls.data import storage, stores
+from imgcls.data.preprocess import Decode
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import ImageError, StorageError
@@ -63,6 +64,7 @@ class Case:
     """
 
     bundle_url: str
+    decode: Decode
     precision: str
     rows: int
     urls: tuple[str, ...]
@@ -154,7 +156,7 @@ def measure(asked: Question, case: Case, threads: int) -> Answer:
 
     stores.use(case.storage)
     torch.set_num_threads(threads)
-    bundle = load_bundle(case.bundle_url)
+    bundle = load_bundle(case.bundle_url).with_decode(case.decode)
     precision: Any = case.precision
     side = bundle.spec.preprocess.crop
     pixels = torch.randint(0, 256, (max(asked.batch_sizes), 3, side, side), dtype=torch.uint8)

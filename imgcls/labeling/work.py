@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
+from imgcls.data.preprocess import Decode
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.labeling.plan import Plan
@@ -54,6 +55,7 @@ class WorkSpec(RunSpec):
     scores: bool
     scores_type: str = "float32"
     embeddings: bool
+    decode: Decode
     precision: str
     compile: bool
 
@@ -64,6 +66,7 @@ class ExamineSpec(RunSpec):
 
     bundle_url: str | None
     bundle_sha256: str | None
+    decode: Decode | None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.preprocess import Decode, Preprocess
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError
 from imgcls.models.finite import check_safetensors
 
@@ -161,6 +161,13 @@ class Bundle:
     spec: BundleSpec
     weights_sha256: str
     sha256: str
+
+    def with_decode(self, decode: Decode | None) -> Bundle:
+        """The same bundle with another decode route for JPEGs; with None its own."""
+        if decode is None:
+            return self
+        preprocess = self.spec.preprocess.model_copy(update={"decode": decode})
+        return replace(self, spec=self.spec.model_copy(update={"preprocess": preprocess}))
 
 
 def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:

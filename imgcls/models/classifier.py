@@ -21,6 +21,7 @@ from torch import nn
 
 from imgcls.data import images, storage
 from imgcls.data.images import Pixels
+from imgcls.data.preprocess import Decode
 from imgcls.errors import BundleError, NotFinite, RequestError
 from imgcls.models import quantise, zoo
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
@@ -111,6 +112,8 @@ class Classifier:
     precision: `auto` takes bf16 where the hardware multiplies it natively, else fp32;
         `self.precision` is what was taken and `self.precision_reason` says why
     batch_size: on a GPU, the size of most batches, for which kernels are recorded and replayed
+    decode: `exact` decodes JPEGs whole, `fast` large ones at a fraction of their size; by default
+        as the bundle says
     """
 
     def __init__(
@@ -121,7 +124,9 @@ class Classifier:
         device: str | torch.device | None = None,
         compile: bool = False,
         batch_size: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
+        bundle = bundle.with_decode(decode)
         self.bundle = bundle
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess

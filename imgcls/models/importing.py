@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 
 from imgcls.config import Section
 from imgcls.data import storage, stores
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.preprocess import Decode, Preprocess
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import BundleError, ConfigError, StorageError
 from imgcls.models import zoo
@@ -32,6 +32,8 @@ class ImportConfig(Section):
     """Length of the shorter side after resizing; the architecture's own if not given."""
     crop: PositiveInt | None = None
     """Side of the model's square input; the architecture's own if not given."""
+    decode: Decode = "fast"
+    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
     overwrite: bool = False
     """Replace a bundle that is there."""
     storage: StorageConfig = StorageConfig()
@@ -86,7 +88,7 @@ def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
     resize, crop = config.resize or usual.resize, config.crop or usual.crop
     if resize < crop:
         raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); give --resize {crop}")
-    return usual.model_copy(update={"resize": resize, "crop": crop})
+    return usual.model_copy(update={"resize": resize, "crop": crop, "decode": config.decode})
 
 
 def _check_class_count(

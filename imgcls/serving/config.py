@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.preprocess import Decode
 from imgcls.data.stores import StorageConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import Precision
@@ -122,6 +123,8 @@ class ServeConfig(Section):
     replicas: ReplicaConfig = ReplicaConfig()
     batch_size: PositiveInt = 16
     """Images per forward pass at most: those that wait when the network is free."""
+    decode: Decode | None = None
+    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: as the bundle says."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
     top_k: PositiveInt = 5

@@ -51,7 +51,10 @@ class Model:
         bundle = load_bundle(config.model)
         on_gpu = torch.cuda.is_available()
         classifier = Classifier(
-            bundle, precision=config.precision, batch_size=config.batch_size if on_gpu else None
+            bundle,
+            precision=config.precision,
+            batch_size=config.batch_size if on_gpu else None,
+            decode=config.decode,
         )
         crop = bundle.spec.preprocess.crop
         for count in (1, config.batch_size):
@@ -69,7 +72,7 @@ class Model:
             "sha256": self.sha256,
             "architecture": spec.architecture.model_dump(mode="json"),
             "classes": spec.classes,
-            "preprocess": spec.preprocess.model_dump(mode="json"),
+            "preprocess": self.classifier.preprocess.model_dump(mode="json"),
             "temperature": spec.temperature,
             "threshold": spec.threshold if threshold is None else threshold,
             "thresholds": spec.thresholds if threshold is None else {},

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from imgcls.config import Section
-from imgcls.data.preprocess import Preprocess, ResizeMode
+from imgcls.data.preprocess import Decode, Preprocess, ResizeMode
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture
@@ -43,6 +43,8 @@ class ModelConfig(Section):
     """crop, pad or squash what is not square; as the network's weights were made if none."""
     crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
     """Share of the shorter side that labelling sees, from the centre; at least 0.965 if none."""
+    decode: Decode = "fast"
+    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
 
 
 def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
@@ -56,7 +58,11 @@ def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     preprocess = zoo.default_preprocess(architecture, config.weights)
     crop = config.image_size or preprocess.crop
     kept = config.crop_pct or max(_CROP_PCT, preprocess.crop / preprocess.resize)
-    changes: dict[str, Any] = {"crop": crop, "resize": round(crop / kept)}
+    changes: dict[str, Any] = {
+        "crop": crop,
+        "resize": round(crop / kept),
+        "decode": config.decode,
+    }
     if config.resize_mode is not None:
         changes["mode"] = config.resize_mode
     return architecture, preprocess.model_copy(update=changes)

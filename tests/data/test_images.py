@@ -262,7 +262,7 @@ def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(300, 401), (811, 739)], ids=["torchvision", "dct"])
+@pytest.mark.parametrize("size", [(300, 401), (1111, 1039)], ids=["torchvision", "dct"])
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 def test_a_turned_jpeg_is_shown_upright(orientation: int, size: tuple[int, int], mode: Any) -> None:
     upright, spec = drawn(*size), Preprocess(mode=mode)
@@ -470,8 +470,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (100, 120))
 FILES: dict[str, bytes] = {
     "jpeg": encoded(drawn(150, 110), "JPEG"),
     "jpeg progressive": encoded(drawn(150, 110), "JPEG", progressive=True),
-    "jpeg dct": encoded(drawn(900, 740), "JPEG"),
-    "jpeg dct progressive": encoded(drawn(900, 740), "JPEG", progressive=True),
+    "jpeg dct": encoded(drawn(1300, 1040), "JPEG"),
+    "jpeg dct progressive": encoded(drawn(1300, 1040), "JPEG", progressive=True),
     "jpeg cmyk": encoded(drawn(150, 110).convert("CMYK"), "JPEG"),
     "jpeg turned": encoded(drawn(150, 110), "JPEG", 6),
     "png": encoded(drawn(150, 110), "PNG"),

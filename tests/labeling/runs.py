@@ -76,6 +76,7 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         thresholds=(0.0,) * len(CLASSES),
         scores=False,
         embeddings=False,
+        decode="fast",
         precision="fp32",
         compile=False,
         batch_size=8,

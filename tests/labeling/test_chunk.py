@@ -213,7 +213,8 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
         "bundle_sha256": "", "path_column": "path", "label_column": None,
         "root": os.path.dirname(__file__),
         "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
-        "precision": "fp32", "compile": False, "batch_size": 4, "max_pixels": 1_000_000,
+        "decode": "fast", "precision": "fp32", "compile": False, "batch_size": 4,
+        "max_pixels": 1_000_000,
         "fetches": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
     }  # fmt: skip
     return WorkSpec(**{**values, **changes})

@@ -88,7 +88,7 @@ def test_a_network_that_cannot_be_compiled_is_run_as_it_is(
         raise RuntimeError("No working C++ compiler found\nadvice")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    case = Case(str(colour_bundle), "fp32", LONG, (), StorageConfig())
+    case = Case(str(colour_bundle), "fast", "fp32", LONG, (), StorageConfig())
     answer = trial.measure(Question((8,), True, False), case, 1)
     choice, reasons = trial.choose(answer, LONG)
     assert choice == Choice(8, False)
@@ -140,7 +140,7 @@ def test_a_worker_measures_its_network_and_its_decoding(
     draw("red").save(good)
     broken.write_bytes(b"no image")
     urls = (str(good), str(broken), str(tmp_path / "missing.jpg"))
-    case = Case(str(colour_bundle), "fp32", 1, urls, StorageConfig())
+    case = Case(str(colour_bundle), "fast", "fp32", 1, urls, StorageConfig())
     answer = trial.measure(Question((8, 16), True, True), case, 1)
     assert set(answer.forward) == {8, 16}
     assert min(answer.forward.values()) > 0

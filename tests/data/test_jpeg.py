@@ -1,0 +1,313 @@
+"""One rule for damaged JPEGs: the same status on every decode route, the same pixels when sound."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imgcls.data import images, jpeg
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import ImageError, TruncatedImage
+from tests.data.pictures import difference, drawn, encoded, reference
+
+SPEC = Preprocess(resize=64, crop=56)
+EXACT = Preprocess(resize=64, crop=56, decode="exact")
+SIZES = {"torchvision": (150, 110), "dct": (507, 381)}
+KINDS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "restart": {"restart_marker_blocks": 4},
+    "progressive restart": {"progressive": True, "restart_marker_rows": 1},
+}
+EOI = b"\xff\xd9"
+
+
+def noisy(width: int, height: int, grain: float = 12) -> Image.Image:
+    """A drawing whose compressed data have no runs of 0x00 or 0xFF at their end."""
+    pixels = np.asarray(drawn(width, height))
+    noise = np.random.default_rng(0).normal(size=pixels.shape) * grain
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+def files() -> dict[str, bytes]:
+    found = {
+        f"{route} {kind}": encoded(noisy(*size), "JPEG", quality=85, **options)
+        for route, size in SIZES.items()
+        for kind, options in KINDS.items()
+    }
+    for route, size in SIZES.items():
+        found[f"{route} gray"] = encoded(noisy(*size).convert("L"), "JPEG")
+    found["pillow CMYK"] = encoded(noisy(150, 110).convert("CMYK"), "JPEG")
+    return found
+
+
+FILES = files()
+
+
+def by_prepared(data: bytes) -> Any:
+    return images.prepared(Image.open(io.BytesIO(data)), SPEC)
+
+
+def by_checked(data: bytes) -> Any:
+    """What decode_batch gives a GPU, and what Pillow decodes of it."""
+    (found,) = images.checked_jpegs([data])
+    if isinstance(found, ImageError):
+        raise found
+    return np.asarray(Image.open(io.BytesIO(found)).convert("RGB"))
+
+
+def by_batch(data: bytes) -> Any:
+    (found,) = images.decode_batch([data], SPEC, device=torch.device("cpu"))
+    if isinstance(found, ImageError):
+        raise found
+    return found[0].numpy()
+
+
+ROUTES: dict[str, Callable[[bytes], Any]] = {
+    "decode": lambda data: images.decode(data, SPEC)[0],
+    "decode exact": lambda data: images.decode(data, EXACT)[0],
+    "decode_batch": by_batch,
+    "checked_jpegs": by_checked,
+    "picture": lambda data: np.asarray(images.picture(data, 96).image),
+    "prepared": by_prepared,
+}
+
+
+def scan_start(data: bytes) -> int:
+    """Where the first entropy-coded byte is."""
+    at = data.index(b"\xff\xda")
+    return at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def statuses(data: bytes) -> dict[str, str]:
+    found = {}
+    for name, route in ROUTES.items():
+        try:
+            route(data)
+            found[name] = "ok"
+        except ImageError as error:
+            found[name] = error.status
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_lost_end_marker_and_padding_change_no_pixel_on_any_route(name: str) -> None:
+    whole = FILES[name]
+    assert whole.endswith(EOI)
+    data = whole[:-2]
+    ends = {
+        "no marker": data,
+        "half a marker": data + b"\xff",
+        "zeros": data + bytes(64),
+        "erased flash": data + b"\xff" * 64,
+        "both": data + bytes(9) + b"\xff" * 9 + bytes(512),
+        "padding before the marker": data + bytes(512) + EOI,
+        "fill bytes before the marker": data + b"\xff" * 9 + EOI,
+        "zeros after the marker": whole + bytes(512),
+        "text after the marker": whole + b"appended",
+    }
+    expected = {route: decode(whole) for route, decode in ROUTES.items()}
+    for end, damaged in ends.items():
+        for route, decode in ROUTES.items():
+            assert (decode(damaged) == expected[route]).all(), (end, route)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_image_data_are_truncated_on_every_route(name: str) -> None:
+    whole = FILES[name]
+    first, last = scan_start(whole), len(whole) - 2
+    cuts = {last - few for few in (1, 2, 5, 20)} | {
+        first + round(share * (last - first)) for share in (0.02, 0.3, 0.5, 0.9)
+    }
+    for cut in cuts:
+        data = whole[:cut]
+        ends = {
+            "nothing": b"",
+            "marker": EOI,
+            "zeros": bytes(64),
+            "zeros to the full length": bytes(len(whole) - cut),
+            "zeros and marker": bytes(4096) + EOI,
+            "erased flash": b"\xff" * 64,
+        }
+        for end, padding in ends.items():
+            found = statuses(data + padding)
+            assert found == dict.fromkeys(ROUTES, "truncated"), (cut, end)
+
+
+@pytest.mark.parametrize("route", SIZES)
+def test_a_progressive_file_without_its_later_scans_is_truncated(route: str) -> None:
+    whole = FILES[f"{route} progressive"]
+    scans = [match.start() for match in re.finditer(rb"\xff\xda", whole)]
+    assert len(scans) == 10
+    for scan in scans[1:]:
+        # each scan follows its Huffman table
+        table = whole.rindex(b"\xff\xc4", 0, scan)
+        for end in (EOI, b"", bytes(64)):
+            assert statuses(whole[:table] + end) == dict.fromkeys(ROUTES, "truncated")
+    with pytest.raises(TruncatedImage, match=r"truncated: scans are missing \([\d,]+ bytes\)"):
+        jpeg.decode(whole[: whole.rindex(b"\xff\xc4", 0, scans[4])] + EOI)
+
+
+def in_three_scans() -> tuple[list[bytes], Image.Image]:
+    """A sequential JPEG with a scan per component, in pieces: headers, and each scan."""
+    bands = [encoded(band, "JPEG", quality=90) for band in noisy(150, 110).convert("YCbCr").split()]
+    tables = bands[0][: bands[0].index(b"\xff\xc0")]
+    huffman = bands[0][bands[0].index(b"\xff\xc4") : bands[0].index(b"\xff\xda")]
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    frame = b"\xff\xc0" + struct.pack(">HBHHB", 17, 8, 110, 150, 3) + components
+    scans = [
+        b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, number, 0, 0, 63, 0)
+        + band[scan_start(band) : -2]
+        for number, band in zip((1, 2, 3), bands, strict=True)
+    ]  # fmt: skip
+    planes = [Image.open(io.BytesIO(band)) for band in bands]
+    return [tables + frame + huffman, *scans], Image.merge("YCbCr", planes).convert("RGB")
+
+
+def test_a_sequential_file_without_one_of_its_scans_is_truncated() -> None:
+    pieces, image = in_three_scans()
+    whole = b"".join([*pieces, EOI])
+    assert np.abs(jpeg.decode(whole).astype(int) - np.asarray(image)).max() <= 1
+    assert statuses(whole) == dict.fromkeys(ROUTES, "ok")
+    for count in (2, 3):
+        for end in (EOI, b""):
+            cut = b"".join([*pieces[:count], end])
+            assert statuses(cut) == dict.fromkeys(ROUTES, "truncated")
+
+
+@pytest.mark.parametrize("name", ["torchvision baseline", "dct baseline", "dct progressive"])
+def test_corrupt_image_data_are_unreadable_on_every_route(name: str) -> None:
+    whole = FILES[name]
+    middle = (scan_start(whole) + len(whole)) // 2
+    inserted = np.random.default_rng(0).integers(0, 255, 400, np.uint8).tobytes()
+    data = whole[:middle] + inserted + whole[middle:]
+    assert statuses(data) == dict.fromkeys(ROUTES, "unreadable")
+    with pytest.raises(ImageError, match="the JPEG image data are corrupt: "):
+        images.decode(data, SPEC)
+
+
+def unknown_jfif(data: bytes) -> bytes:
+    at = data.index(b"JFIF") + 5
+    return data[:at] + b"\x03" + data[at + 1 :]
+
+
+def wrong_selection(data: bytes) -> bytes:
+    at = scan_start(data) - 2
+    return data[:at] + b"\x00" + data[at + 1 :]
+
+
+def broken_profile(data: bytes) -> bytes:
+    body = b"ICC_PROFILE\0\x09\x01" + bytes(20)
+    return data[:2] + b"\xff\xe2" + struct.pack(">H", len(body) + 2) + body + data[2:]
+
+
+@pytest.mark.parametrize("change", [unknown_jfif, wrong_selection, broken_profile])
+def test_what_libjpeg_warns_of_outside_the_image_data_hides_and_causes_no_error(
+    change: Callable[[bytes], bytes],
+) -> None:
+    whole = FILES["torchvision baseline"]
+    assert (jpeg.decode(change(whole)) == jpeg.decode(whole)).all()
+    assert statuses(change(whole)) == dict.fromkeys(ROUTES, "ok")
+    for cut in (whole[: len(whole) // 2] + EOI, whole[: len(whole) // 2]):
+        assert statuses(change(cut)) == dict.fromkeys(ROUTES, "truncated")
+
+
+def test_a_few_bytes_before_the_end_marker_are_no_damage() -> None:
+    whole = FILES["torchvision restart"]  # after a restart libjpeg counts them exactly
+    few, many = whole[:-2] + b"ab" + EOI, whole[:-2] + b"abcdefgh" * 4 + EOI
+    assert (jpeg.decode(few) == jpeg.decode(whole)).all()
+    assert statuses(few) == dict.fromkeys(ROUTES, "ok")
+    assert statuses(many) == dict.fromkeys(ROUTES, "unreadable")
+
+
+def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow() -> None:
+    data = bytearray(FILES["torchvision 4:4:4"])
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11], data[frame + 14] = 0x22, 0x21
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (jpeg.decode(bytes(data)) == expected).all()
+    with pytest.raises(ImageError):
+        images.decode(bytes(data)[: len(data) // 3], SPEC)
+
+
+def test_a_factor_gives_the_means_of_squares() -> None:
+    whole = encoded(noisy(203, 157).convert("L"), "JPEG", quality=95)
+    pixels = np.asarray(Image.open(io.BytesIO(whole))).astype(float)
+    for factor in (2, 4, 8):
+        found = jpeg.decode(whole, factor)  # type: ignore[arg-type]
+        assert found.shape == (-(-157 // factor), -(-203 // factor), 3)
+        rows, columns = 157 // factor, 203 // factor
+        squares = pixels[: rows * factor, : columns * factor]
+        means = squares.reshape(rows, factor, columns, factor).mean((1, 3))
+        assert np.abs(found[:rows, :columns, 0] - means).max() < 1.5
+
+
+def test_the_frame_header_is_read() -> None:
+    frame = jpeg.read_frame(FILES["torchvision progressive"])
+    assert frame == jpeg.Frame(0xC2, 8, (150, 110), {1: (2, 2), 2: (1, 1), 3: (1, 1)}, 3)
+    assert frame.has_many_scans
+    gray = jpeg.read_frame(FILES["dct gray"])
+    assert gray == jpeg.Frame(0xC0, 8, (507, 381), {1: (1, 1)}, 1)
+    assert not gray.has_many_scans
+    for junk in (b"", b"\xff\xd8", b"\xff\xd8\xff", FILES["dct gray"][:180], bytes(1000)):
+        assert jpeg.read_frame(junk) is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "coarser"),
+    [
+        ({1: (1, 1)}, (1, 1)),
+        ({1: (1, 1), 2: (1, 1), 3: (1, 1)}, (1, 1)),
+        ({1: (2, 2), 2: (1, 1), 3: (1, 1)}, (1, 1)),
+        ({1: (2, 1), 2: (1, 1), 3: (1, 1)}, (2, 1)),
+        ({1: (1, 2), 2: (1, 1), 3: (1, 1)}, (1, 2)),
+        ({1: (4, 1), 2: (1, 1), 3: (1, 1)}, (4, 1)),
+        ({1: (4, 2), 2: (1, 1), 3: (1, 1)}, (2, 1)),
+    ],
+)
+def test_the_color_of_a_reduced_image_is_as_coarse_as_libjpeg_leaves_it(
+    sampling: dict[int, tuple[int, int]], coarser: tuple[int, int]
+) -> None:
+    assert jpeg.Frame(0xC0, 8, (1, 1), sampling, 3).reduced_chroma == coarser
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "baseline"])
+def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: Any) -> None:
+    data = encoded(noisy(*SIZES["dct"], grain=4), "JPEG", quality=90, **KINDS[kind])
+    spec = SPEC.model_copy(update={"interpolation": interpolation})
+    expected = reference(Image.open(io.BytesIO(data)), spec)
+    exact = images.decode(data, spec.model_copy(update={"decode": "exact"}))[0]
+    fast = images.decode(data, spec)[0]
+    assert difference(exact, expected) < 0.02
+    assert 0.02 < difference(fast, expected) < 0.4
+
+
+@pytest.mark.shared
+def test_photographs_keep_their_status_and_pixels_when_the_end_marker_is_lost(shared: Path) -> None:
+    folder = shared / "data" / "imagenet-sample"
+    with (folder / "manifest.csv").open(encoding="utf-8") as stream:
+        paths = [folder / row["path"] for row in csv.DictReader(stream)]
+    paths += sorted((shared / "data" / "cats-dogs" / "test").glob("*/*.jpg"))[::10]
+    for path in paths[::8]:
+        data = path.read_bytes()
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        end = data.rindex(EOI)
+        for sound in (data, data[:end], data[:end] + bytes(64), data[:end] + bytes(99) + EOI):
+            assert (jpeg.decode(sound) == pixels).all(), path
+        for few in (1, 8, 500):
+            for padding in (b"", EOI, bytes(64), bytes(4096) + EOI):
+                with pytest.raises(TruncatedImage):
+                    jpeg.checked(data[: end - few] + padding)
