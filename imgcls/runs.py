@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from imgcls import output as layout
 from imgcls.data import storage
-from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing
+from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing, request_error
 from imgcls.models.bundle import Bundle
 
 
@@ -166,7 +166,7 @@ def open_run(url: str) -> Run:
         with storage.open_read(files[0]) as stream:
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
     except (pa.ArrowException, StorageError) as error:
-        raise OutputError(f"{files[0]}: cannot be read ({error})") from error
+        raise request_error(OutputError, f"{files[0]}: cannot be read ({error})", error) from error
     identity = described["identity"]
     return Run(
         url=url,

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.data.formats import LISTED, LISTING, is_image_name
-from imgcls.errors import ManifestError, StorageError
+from imgcls.errors import ManifestError, StorageError, request_error
 
 BATCH_ROWS = 16_384
 _CSV_BLOCK_BYTES = 8 << 20
@@ -125,7 +125,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
             return _open_listing(config, format, files)
         return _open_table(config, format, files)
     except (StorageError, UnicodeDecodeError) as error:
-        raise ManifestError(f"manifest {config.path}: {error}") from error
+        raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
 
 
 def _locate(config: ManifestConfig) -> tuple[list[str], str]:

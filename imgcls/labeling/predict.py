@@ -36,6 +36,7 @@ from imgcls.errors import (
     StorageForbidden,
     StorageMissing,
     TooManyErrors,
+    request_error,
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
@@ -544,7 +545,7 @@ class _Run:
             for row in summary.to_pylist():
                 tell("metric", f"{row['metric']} {row['value']}", **row)
         else:
-            print(tables.format_summary(summary), flush=True)
+            log.show(tables.format_summary(summary))
         self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
@@ -764,7 +765,9 @@ def _check_output(output: str, config: PredictConfig) -> None:
     try:
         storage.check_writable(output)
     except StorageError as error:
-        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+        raise request_error(
+            OutputError, f"output: cannot be written: {error}; give another --output", error
+        ) from error
     if config.overwrite:
         return
     if names.load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):

@@ -19,7 +19,7 @@ from pydantic import PositiveFloat, ValidationError, field_validator, model_vali
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import BundleError, OutputError, RequestError, StorageError
+from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +210,10 @@ def read_description(url: str) -> Bundle:
     try:
         raw = storage.read(storage.join(url, DESCRIPTION))
     except StorageError as error:
-        raise BundleError(
-            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`"
+        raise request_error(
+            BundleError,
+            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`",
+            error,
         ) from error
     try:
         body = json.loads(raw)
@@ -316,7 +318,7 @@ def _verified_weights(bundle: Bundle) -> bytes:
     try:
         data = storage.read(storage.join(bundle.url, WEIGHTS))
     except StorageError as error:
-        raise BundleError(f"bundle {bundle.url}: {error}") from error
+        raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
     found = hashlib.sha256(data).hexdigest()
     if found != bundle.weights_sha256:
         raise BundleError(
