@@ -118,16 +118,16 @@ class Nightly:
         self.labeled = 0
 
         def label(job: Job) -> str:
-            self._label(job, killed, clock)
+            self._label(job, killed, clock, settings=options.get("settings"))
             return job.output
 
         request = NightRequest(
-            series=Series(f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)),
             since=SinceConfig(path=str(self.labels)),
             listed=open_manifest(ManifestConfig(path=str(self.manifest))),
             bundle_sha256="b" * 64,
-            settings=SETTINGS,
             **{
+                "series": Series(f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)),
+                "settings": SETTINGS,
                 "relabel": False,
                 "retry_failed": False,
                 "retry_errors": False,
@@ -154,7 +154,12 @@ class Nightly:
         return rows_of(output)
 
     def _label(
-        self, job: Job, killed: str | None, clock: float, max_error_rate: float = 0.01
+        self,
+        job: Job,
+        killed: str | None,
+        clock: float,
+        max_error_rate: float = 0.01,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         """A run from its plan to its commit, in the order of the job."""
         output, run = job.output, layout.load_run(job.output)
@@ -173,7 +178,7 @@ class Nightly:
                         "root": manifest.root,
                     },
                     {"sha256": "b" * 64},
-                    SETTINGS,
+                    SETTINGS if settings is None else settings,
                 ),
                 chunk_rows=CHUNK_ROWS,
                 part_rows=CHUNK_ROWS * 2,
