@@ -65,8 +65,14 @@ class Run:
 
     @property
     def has_scores(self) -> bool:
-        """Whether every class's score was written."""
-        return "scores" in self.schema.names
+        """Whether every class's score was written, for the classes of this run.
+
+        A compacted history over bundles with other numbers of classes has lists of any length.
+        """
+        if "scores" not in self.schema.names:
+            return False
+        kind = self.schema.field("scores").type
+        return pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes)
 
     def check_columns(self, names: Sequence[str], option: str) -> None:
         """Raise RequestError when the predictions lack a column that `option` names."""
