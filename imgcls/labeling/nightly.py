@@ -32,13 +32,13 @@ class Job:
     """A run to start or to resume.
 
     comparison: where the manifest's rows come from when the run is to be planned
-    notes:      what `_run.json` is to hold beside the plan
+    notes:      makes what `_run.json` is to hold beside the plan, when the run is planned
     """
 
     output: str
     manifest: Manifest
     comparison: Comparison | None = None
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,15 +149,17 @@ def _label_rest(
 
 
 def _job(request: NightRequest, output: str, comparison: Comparison) -> Job:
-    notes = {
-        "sequence": next_sequence(output, comparison.nights),
-        "since": {
-            "listed": request.listed.fingerprint(),
-            "relabel": request.relabel,
-            "retry_failed": request.retry_failed,
-            **comparison.facts(),
-        },
-    }
+    def notes() -> Mapping[str, Any]:
+        return {
+            "sequence": next_sequence(output, comparison.nights),
+            "since": {
+                "listed": request.listed.fingerprint(),
+                "relabel": request.relabel,
+                "retry_failed": request.retry_failed,
+                **comparison.facts(),
+            },
+        }
+
     return Job(output, comparison.manifest, comparison, notes)
 
 

@@ -210,7 +210,7 @@ def _predict(
         return PredictResult(place, rows, None)
 
     if config.since is None:
-        return label(Job(output, listed, notes={"sequence": next_sequence(output, None)}))
+        return label(Job(output, listed, notes=lambda: {"sequence": next_sequence(output, None)}))
     request = NightRequest(
         series=Series(config.output, config.date),
         since=config.since,
@@ -331,7 +331,7 @@ class _Run:
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
-                notes=self.job.notes,
+                notes=self.job.notes(),
             )
         except RequestError:
             storage.remove(storage.join(self.output, names.STAGING))

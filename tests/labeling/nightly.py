@@ -187,7 +187,7 @@ class Nightly:
                 provenance={"config": {}, "versions": {}},
                 classes=list(COLOURS),
                 may_be_empty=job.comparison is not None,
-                notes=job.notes,
+                notes=job.notes(),
             )
             run = layout.load_run(output)
             assert run is not None
