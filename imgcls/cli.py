@@ -6,13 +6,16 @@ Each job's room is imported only when it is called, so that `imgcls --help` answ
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from imgcls import __version__, config
-from imgcls.errors import ImgclsError, Interrupted
+from imgcls.errors import ConfigError, ImgclsError, Interrupted
+
+SUMMARY = "--summary-json"
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,7 @@ def run(name: str, argv: Sequence[str]) -> int:
 
 def _run(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
+    _escape_what_cannot_be_shown()
     try:
         module = importlib.import_module(command.module)
         function: Callable[[Any], object] = getattr(module, command.function)
@@ -224,6 +228,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
         return error.exit_code
     except ImgclsError as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, ConfigError):
+            _summarize_config_error(name, argv, error)
         return error.exit_code
     except SystemExit as error:
         return int(error.code or 0)
@@ -231,6 +237,27 @@ def _run(name: str, argv: Sequence[str]) -> int:
         print(f"imgcls {name}: stopped", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _summarize_config_error(name: str, argv: Sequence[str], error: ConfigError) -> None:
+    """Write `--summary-json` of a command whose settings could not be read."""
+    options = [word.replace("_", "-") for word in argv]
+    files = [file for option, file in zip(options, argv[1:], strict=False) if option == SUMMARY]
+    files += [
+        word.partition("=")[2]
+        for option, word in zip(options, argv, strict=True)
+        if option.startswith(f"{SUMMARY}=")
+    ]
+    if name == "predict" and files:
+        gates = importlib.import_module("imgcls.labeling.gates")
+        gates.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
 
 
 def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:

@@ -99,6 +99,19 @@ class StorageThrottled(StorageUnavailable):
     """The store asked for fewer requests, even after retries."""
 
 
+def request_error(
+    kind: type[RequestError], message: str, cause: BaseException
+) -> RequestError | StorageError:
+    """The error to raise where a file that a request names cannot be read or written.
+
+    It is of `kind` (exit code 2), unless a later try may succeed: then it is of the cause's own
+    class (exit code 1).
+    """
+    if isinstance(cause, (StorageUnavailable, StorageFull)):
+        return type(cause)(f"{message}; a later try may succeed")
+    return kind(message)
+
+
 class ImageError(ImgclsError):
     """The bytes are not an image that can be used; `status` is the row's status."""
 

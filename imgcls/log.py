@@ -33,4 +33,11 @@ def tell(event: str, message: str, stream: TextIO | None = None, **fields: Any) 
         line = json.dumps(body, default=str)
     else:
         line = f"note: {message}" if event == "note" else f"{event:<6}  {message}"
-    print(line, file=stream or sys.stdout, flush=True)
+    show(line, stream)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print; characters that the stream's encoding lacks are printed as escapes."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

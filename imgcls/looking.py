@@ -14,7 +14,7 @@ from imgcls.data import storage
 from imgcls.data.manifest import Manifest, ManifestConfig
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import OutputError, StorageError
+from imgcls.errors import OutputError, StorageError, request_error
 from imgcls.labeling.examine import Examined, examine
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.passes import resumable
@@ -110,7 +110,9 @@ def _check_output(output: str, results: Sequence[str]) -> None:
     try:
         storage.check_writable(output)
     except StorageError as error:
-        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+        raise request_error(
+            OutputError, f"output: cannot be written: {error}; give another --output", error
+        ) from error
     others = set(storage.names(output)) - {LOOKS, LEASE, *results}
     if others:
         raise OutputError(

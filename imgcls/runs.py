@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from imgcls import output as layout
 from imgcls.data import storage
-from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing
+from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing, request_error
 from imgcls.models.bundle import Bundle
 
 
@@ -65,8 +65,14 @@ class Run:
 
     @property
     def has_scores(self) -> bool:
-        """Whether every class's score was written."""
-        return "scores" in self.schema.names
+        """Whether every class's score was written, for the classes of this run.
+
+        A compacted history over bundles with other numbers of classes has lists of any length.
+        """
+        if "scores" not in self.schema.names:
+            return False
+        kind = self.schema.field("scores").type
+        return pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes)
 
     def check_columns(self, names: Sequence[str], option: str) -> None:
         """Raise RequestError when the predictions lack a column that `option` names."""
@@ -192,7 +198,7 @@ def open_run(url: str) -> Run:
         with storage.open_read(files[0]) as stream:
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
     except (pa.ArrowException, StorageError) as error:
-        raise OutputError(f"{files[0]}: cannot be read ({error})") from error
+        raise request_error(OutputError, f"{files[0]}: cannot be read ({error})", error) from error
     identity = described["identity"]
     return Run(
         url=url,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from imgcls import __version__, cli, config, errors
-from tests.processes import imgcls
+from imgcls.data import stores
+from tests.conftest import draw
+from tests.processes import free_port, imgcls
 
 
 def test_help_lists_every_command_and_how_to_go_on() -> None:
@@ -144,3 +151,69 @@ def test_a_command_that_does_its_job_exits_0() -> None:
     done = imgcls("model", "list")
     assert done.returncode == 0, done.stderr
     assert "small_cnn" in done.stdout
+
+
+# ------------------------------------------------------------------ what a scheduler sees
+
+
+@pytest.mark.parametrize("words", [["--summary-json"], ["--summary_json"]])
+def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str]) -> None:
+    file = tmp_path / "run.json"
+    assert cli.main(["predict", *words, str(file), "--max-error-rate", "7"]) == 2
+    told = json.loads(file.read_text())
+    assert (told["exit_code"], told["rows"], told["status"]) == (2, 0, {})
+    assert "max_error_rate" in told["error"]
+
+
+@pytest.fixture
+def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody")
+    before = stores.settings()
+    yield
+    stores.use(before)
+
+
+@pytest.mark.usefixtures("own_store")
+@pytest.mark.parametrize("key", ["manifest", "model", "output"])
+def test_a_store_that_cannot_be_reached_exits_1_and_a_file_that_is_not_there_2(
+    key: str, tmp_path: Path, colour_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.csv").write_text("path\na.jpg\n")
+    good = {
+        "manifest": str(tmp_path / "m.csv"), "model": str(colour_bundle),
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    file = tmp_path / "run.json"
+
+    def predict(**changes: str) -> int:
+        words = [word for name, value in (good | changes).items() for word in (f"--{name}", value)]
+        store = ["--storage.endpoint-url", f"http://127.0.0.1:{free_port()}"]
+        store += ["--storage.deadline-seconds", "0.5", "--summary-json", str(file)]
+        return cli.main(["predict", *words, *store])
+
+    assert predict(**{key: "s3://bucket/it"}) == 1
+    told = json.loads(file.read_text())
+    assert told["exit_code"] == 1
+    assert "a later try may succeed" in told["error"]
+    if key != "output":
+        assert predict(**{key: str(tmp_path / "absent")}) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_character_gets_an_escape(tmp_path: Path) -> None:
+    (tmp_path / "é").mkdir()
+    for path in ("a.jpg", "b.jpg"):
+        draw("red").save(tmp_path / "é" / path)
+    built = subprocess.run(
+        [
+            *(sys.executable, "-m", "imgcls.cli", "manifest", "build", str(tmp_path / "é")),
+            *("--output", str(tmp_path / "é-listed")),
+        ],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (built.returncode, built.stderr) == (0, b"")
+    assert rb"2 images: " in built.stdout
+    assert rb"\xe9-listed" in built.stdout

@@ -26,7 +26,7 @@ from imgcls.data.csv_reader import Dialect
 from imgcls.data.discovery import Found, described, find_manifest, images_below, tell_skipped
 from imgcls.data.formats import is_image_name
 from imgcls.data.schemas import conform, unify_schemas
-from imgcls.errors import ManifestError, StorageError
+from imgcls.errors import ManifestError, StorageError, request_error
 from imgcls.log import tell
 
 BATCH_ROWS = 16_384
@@ -149,7 +149,7 @@ def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
             return _open_listing(config, found)
         return _open_table(config, found, any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
-        raise ManifestError(f"manifest {config.path}: {error}") from error
+        raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
 
 
 def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manifest:

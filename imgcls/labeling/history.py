@@ -17,6 +17,7 @@ from typing import ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls import output as layout
 from imgcls.config import Section
 from imgcls.data import storage, stores
@@ -83,7 +84,7 @@ def compact(config: CompactConfig) -> str:
     finally:
         lease.release()
     left_out = f", {deleted:,} deleted images left out (--keep-deleted)" if deleted else ""
-    print(f"history    {rows:,} images of {len(runs):,} runs{left_out}: {output}", flush=True)
+    log.show(f"history    {rows:,} images of {len(runs):,} runs{left_out}: {output}")
     return output
 
 

@@ -32,13 +32,13 @@ class Job:
     """A run to start or to resume.
 
     comparison: where the manifest's rows come from when the run is to be planned
-    notes:      what `_run.json` is to hold beside the plan
+    notes:      makes what `_run.json` is to hold beside the plan, when the run is planned
     """
 
     output: str
     manifest: Manifest
     comparison: Comparison | None = None
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,8 +71,8 @@ class NightRequest:
         same = bool(listed == self.listed.fingerprint())
         return same and bool(since.get("relabel", False)) >= self.relabel
 
-    def compare(self, output: str) -> Comparison:
-        """Compare the manifest with all runs but the one in `output`."""
+    def compare(self, output: str, but: str | None = None) -> Comparison:
+        """Compare the manifest with all runs but one, for a run in `output`."""
         return Comparison(
             SinceRequest.of(
                 self.listed,
@@ -81,6 +81,7 @@ class NightRequest:
                 bundle_sha256=self.bundle_sha256,
                 relabel=self.relabel,
                 retry_failed=self.retry_failed,
+                but=but,
             )
         )
 
@@ -128,7 +129,7 @@ def label_new(
                 rows = plan_of(run).rows
                 tell("committed", f"{each}: committed before, {rows:,} rows; nothing to do")
                 return committed(each, rows)
-    with request.compare("") as comparison:
+    with request.compare(place) as comparison:
         comparison.tell()
         if not comparison.rows and not comparison.deleted:
             rows = plan_of(described).rows
@@ -140,7 +141,7 @@ def label_new(
 def _label_rest(
     request: NightRequest, output: str, label: Callable[[Job], T], *, replan: bool = False
 ) -> T:
-    with request.compare(output) as comparison:
+    with request.compare(output, but=output) as comparison:
         comparison.tell()
         if replan:
             storage.remove(storage.join(output, layout.RUN))
@@ -148,15 +149,17 @@ def _label_rest(
 
 
 def _job(request: NightRequest, output: str, comparison: Comparison) -> Job:
-    notes = {
-        "sequence": next_sequence(output, comparison.nights),
-        "since": {
-            "listed": request.listed.fingerprint(),
-            "relabel": request.relabel,
-            "retry_failed": request.retry_failed,
-            **comparison.facts(),
-        },
-    }
+    def notes() -> Mapping[str, Any]:
+        return {
+            "sequence": next_sequence(output, comparison.nights),
+            "since": {
+                "listed": request.listed.fingerprint(),
+                "relabel": request.relabel,
+                "retry_failed": request.retry_failed,
+                **comparison.facts(),
+            },
+        }
+
     return Job(output, comparison.manifest, comparison, notes)
 
 

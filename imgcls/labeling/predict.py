@@ -38,6 +38,7 @@ from imgcls.errors import (
     StorageForbidden,
     StorageMissing,
     TooManyErrors,
+    request_error,
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
@@ -217,7 +218,7 @@ def _predict(
         return PredictResult(place, rows, None)
 
     if config.since is None:
-        return label(Job(output, listed, notes={"sequence": next_sequence(output, None)}))
+        return label(Job(output, listed, notes=lambda: {"sequence": next_sequence(output, None)}))
     request = NightRequest(
         series=Series(config.output, config.date),
         since=config.since,
@@ -351,7 +352,7 @@ class _Run:
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
-                notes=self.job.notes,
+                notes=self.job.notes(),
             )
         except RequestError:
             storage.remove(storage.join(self.output, names.STAGING))
@@ -573,7 +574,7 @@ class _Run:
             for row in summary.to_pylist():
                 tell("metric", f"{row['metric']} {row['value']}", **row)
         else:
-            print(tables.format_summary(summary), flush=True)
+            log.show(tables.format_summary(summary))
         self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
@@ -820,7 +821,9 @@ def _check_output(output: str, config: PredictConfig) -> None:
     try:
         storage.check_writable(output)
     except StorageError as error:
-        raise OutputError(f"output: cannot be written: {error}; give another --output") from error
+        raise request_error(
+            OutputError, f"output: cannot be written: {error}; give another --output", error
+        ) from error
     if config.overwrite:
         return
     if names.load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):

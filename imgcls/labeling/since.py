@@ -80,6 +80,7 @@ def only_new(
         bundle_sha256=bundle_sha256,
         relabel=relabel,
         retry_failed=retry_failed,
+        but=output,
     )
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -116,9 +117,10 @@ class SinceRequest:
         bundle_sha256: str,
         relabel: bool,
         retry_failed: bool,
+        but: str | None,
     ) -> SinceRequest:
-        """Find the earlier runs; see `only_new`."""
-        nights = find_nights(config.path, but=output)
+        """Find the earlier runs, without the one in `but`; see `only_new`."""
+        nights = find_nights(config.path, but=but)
         runs = nights.committed
         if not runs:
             since = storage.absolute(config.path)

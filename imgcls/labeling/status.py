@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
-from imgcls import lease
+from imgcls import lease, log
 from imgcls import output as layout
 from imgcls.config import Section
 from imgcls.data import storage, stores
@@ -45,7 +45,7 @@ def status(config: StatusConfig) -> dict[str, Any]:
     """
     stores.use(config.storage)
     told = look(storage.absolute(config.output))
-    print(json.dumps(told) if config.json_lines else _words(told), flush=True)
+    log.show(json.dumps(told) if config.json_lines else _words(told))
     return told
 
 

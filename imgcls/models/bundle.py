@@ -26,7 +26,7 @@ from pydantic import (
 from imgcls.config import Section, UnitFloat
 from imgcls.data import storage
 from imgcls.data.preprocess import Decode, Preprocess
-from imgcls.errors import BundleError, OutputError, RequestError, StorageError
+from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
 from imgcls.models.finite import check_safetensors
 
 if TYPE_CHECKING:
@@ -240,8 +240,10 @@ def read_description(url: str) -> Bundle:
     try:
         raw = storage.read(storage.join(url, DESCRIPTION))
     except StorageError as error:
-        raise BundleError(
-            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`"
+        raise request_error(
+            BundleError,
+            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`",
+            error,
         ) from error
     try:
         body = json.loads(raw)
@@ -369,7 +371,7 @@ def _verified_weights(bundle: Bundle) -> bytes:
     try:
         data = storage.read(storage.join(bundle.url, WEIGHTS))
     except StorageError as error:
-        raise BundleError(f"bundle {bundle.url}: {error}") from error
+        raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
     found = hashlib.sha256(data).hexdigest()
     if found != bundle.weights_sha256:
         raise BundleError(

@@ -10,7 +10,7 @@ from imgcls.config import Section
 from imgcls.data import storage, stores
 from imgcls.data.preprocess import Decode, Preprocess
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import BundleError, ConfigError, StorageError
+from imgcls.errors import BundleError, ConfigError, StorageError, request_error
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, BundleSpec, check_new, class_list, save_bundle
 
@@ -59,7 +59,9 @@ def import_model(config: ImportConfig) -> Bundle:
     try:
         text = storage.read(config.classes).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
-        raise BundleError(f"classes: {error}; give a text file with one name per line") from error
+        raise request_error(
+            BundleError, f"classes: {error}; give a text file with one name per line", error
+        ) from error
     classes = class_list(text, config.classes)
     preprocess = _preprocess(config, zoo.default_preprocess(architecture, config.weights))
     state = zoo.load_weights(config.weights, architecture)

@@ -17,7 +17,7 @@ from torch import nn
 from imgcls.data import storage
 from imgcls.data.lean import torchvision
 from imgcls.data.preprocess import Interpolation, Preprocess
-from imgcls.errors import BundleError, StorageError
+from imgcls.errors import BundleError, StorageError, request_error
 from imgcls.models import timm_networks
 from imgcls.models.bundle import Architecture, Source
 from imgcls.models.finite import check_tensors
@@ -159,7 +159,9 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         own = [] if architecture.source == "imgcls" else [architecture.source]
         choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
         also = f", or one of {choices}" if choices else ""
-        raise BundleError(f"model.weights: {error}; give a file{also}") from error
+        raise request_error(
+            BundleError, f"model.weights: {error}; give a file{also}", error
+        ) from error
     if weights.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load

@@ -16,7 +16,14 @@ from torch import nn
 from imgcls import cluster
 from imgcls.config import build
 from imgcls.data import storage, stores
-from imgcls.errors import BundleError, OutputError, RequestError, StorageError
+from imgcls.errors import (
+    BundleError,
+    OutputError,
+    RequestError,
+    StorageError,
+    StorageUnavailable,
+    request_error,
+)
 from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION, read_description
 from imgcls.provenance import differences
@@ -148,8 +155,10 @@ def _check_writable(config: TrainConfig) -> None:
     try:
         storage.check_writable(config.output)
     except StorageError as error:
-        raise OutputError(
-            f"output {config.output}: cannot be written ({error}); give another --output"
+        raise request_error(
+            OutputError,
+            f"output {config.output}: cannot be written ({error}); give another --output",
+            error,
         ) from error
 
 
@@ -167,6 +176,8 @@ def _finished(task: Task) -> TrainResult | None:
         if made.get("run") != task.identity:
             raise refused
         table = pd.read_parquet(storage.open_read(storage.join(url, HISTORY)))
+    except StorageUnavailable:
+        raise
     except (BundleError, StorageError) as error:
         raise refused from error
     history = [Epoch(**row) for row in table.to_dict("records")]

@@ -101,6 +101,7 @@ def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
     cluster: RayCluster, place: Path, nights: int
 ) -> None:
     killed, new_model = nights * 4 // 10, nights * 6 // 10
+    finished_later = nights >= 10  # than the night after it
     old, new = bundle(place / "old", 1), bundle(place / "new", 2)
     world = World(place / "images")
     labels, manifest = place / "labels", place / "manifest"
@@ -113,8 +114,7 @@ def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
         words = [
             *("predict", "--manifest", manifest, "--model", new if number >= new_model else old),
             *("--output", f"{labels}/date={{date}}", "--date", f"2026-11-{number + 1:02d}"),
-            *SETTINGS,
-            *(("--since", labels) if number else ()),
+            *("--since", labels, *SETTINGS, "--summary-json", place / "told.json"),
             *(("--relabel",) if number == new_model else ()),
         ]
         tonight = labels / f"date=2026-11-{number + 1:02d}"
@@ -123,21 +123,33 @@ def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
                 until_there(tonight, sign)
                 process.send_signal(signal.SIGKILL)
             assert not (tonight / "_SUCCESS").exists()
+        if number == killed and finished_later:
+            unfinished, there = words, tonight
+            labelled.append(0)
+            continue
         night = imgcls(*words, env=cluster.environment())
         assert night.returncode == 0, night.stderr
         labelled.append(parquet(tonight / "predictions").num_rows)
+        if number == killed + 1 and finished_later:
+            resumed = imgcls(*unfinished, env=cluster.environment())
+            assert resumed.returncode == 0, resumed.stderr
+            assert (there / "_SUCCESS").exists()
+        if number == nights - 1:
+            again = imgcls(*words, env=cluster.environment())
+            assert again.returncode == 0, again.stderr
+            assert "committed before" in again.stdout
+            assert json.loads((place / "told.json").read_text())["exit_code"] == 0
+            compacted = imgcls("history", "compact", labels, "--output", place / "latest")
+            assert compacted.returncode == 0, compacted.stderr
     images = len(list(world.folder.rglob("*.png")))
     assert labelled[0] == 24
     assert labelled[new_model] > labelled[0]  # everything
     usual = set(range(1, nights)) - {killed, new_model}
+    usual -= {killed + 1} if finished_later else set()
     assert (
         max(labelled[number] for number in usual) <= 6 + 5
     )  # new; changed, spoilt, mended, still broken
 
-    compacted = imgcls(
-        *("history", "compact", labels, "--output", place / "latest", "--manifest", manifest)
-    )
-    assert compacted.returncode == 0, compacted.stderr
     scratch = imgcls(
         *("predict", "--manifest", manifest, "--model", new, "--output", place / "scratch"),
         *SETTINGS,
@@ -152,6 +164,7 @@ def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
     nothing = imgcls(
         *("predict", "--manifest", manifest, "--model", new, "--since", place / "latest"),
         *("--output", place / "again", *SETTINGS, "--max-error-rates.not_an_image", 1),
+        "--retry-failed",
         *("--summary-json", place / "told.json", "--reference", place / "scratch"),
         env=cluster.environment(),
     )

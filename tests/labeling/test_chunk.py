@@ -7,6 +7,7 @@ import io
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,18 @@ def test_every_row_of_a_chunk_has_its_row_and_its_reason(
             assert not any(value is not None for key, value in row.items() if key not in kept)
             assert row["accepted"] is False
             assert row["error"]
+
+
+def test_scores_are_float32_unless_float16_is_asked_for(
+    spec: WorkSpec, classifier: Classifier
+) -> None:
+    full = labelled(spec, classifier, Work(0))["scores"]
+    half = labelled(replace(spec, scores_type="float16"), classifier, Work(0))["scores"]
+    assert full.type == pa.list_(pa.float32(), 3)
+    assert half.type == pa.list_(pa.float16(), 3)
+    for exact, rounded in zip(full.to_pylist(), half.to_pylist(), strict=True):
+        if exact is not None:
+            assert rounded == np.array(exact).astype(np.float16).tolist()
 
 
 def test_doing_a_chunk_twice_writes_the_same_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -47,6 +48,35 @@ def test_each_status_may_have_its_own_limit(
         check_errors("out", failed(**status), 0.01, limits)
 
 
+@pytest.mark.parametrize(
+    ("status", "max_errors", "repeated", "told"),
+    [
+        ({"missing": 5}, 5, {}, None),
+        ({"missing": 6}, 5, {}, r"6 of 100 rows failed \(6.00%, allowed 1.00% or 5 rows\)"),
+        ({"missing": 40}, 0, {"missing": 40}, None),
+        (
+            {"missing": 41, "empty": 1},
+            0,
+            {"missing": 40},
+            r"2 of 60 rows failed \(3.33%, allowed 1.00%\), not counting 40 that had failed before",
+        ),
+        ({"missing": 100}, 0, {"missing": 100}, None),
+    ],
+)
+def test_a_few_failures_and_those_of_before_pass(
+    status: dict[str, int], max_errors: int, repeated: dict[str, int], told: str | None
+) -> None:
+    with pytest.raises(TooManyErrors, match=told) if told else contextlib.nullcontext():
+        check_errors("out", failed(**status), 0.01, {}, max_errors=max_errors, repeated=repeated)
+
+
+def test_a_status_with_a_limit_of_its_own_has_no_allowance_but_what_failed_before() -> None:
+    limits: dict[ErrorStatus, float] = {"throttled": 0.0}
+    with pytest.raises(TooManyErrors, match="1 of 100 rows are throttled"):
+        check_errors("out", failed(throttled=1), 0.01, limits, max_errors=10)
+    check_errors("out", failed(throttled=1), 0.01, limits, repeated={"throttled": 1})
+
+
 def test_drift_is_written_told_and_may_stop_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +106,41 @@ def test_however_a_run_ends_is_told(tmp_path: Path) -> None:
         with pytest.raises(type(error)), told_in_json(str(file), str(run)):
             raise error
         assert (told()["exit_code"], told()["error"]) == (code, str(error))
+        # a wrong request has started nothing; the others say what their output holds
+        assert told()["rows"] == (0 if code == 2 else 50)
     with pytest.raises(KeyboardInterrupt), told_in_json(str(file), str(run)):
         raise KeyboardInterrupt
     assert told()["exit_code"] == 1
+
+
+def test_the_summary_of_a_refused_run_has_its_rows_and_statuses(tmp_path: Path) -> None:
+    run = commit(tmp_path / "out", drawn(50, failed=0.2))
+    statuses = json.loads((run / "_SUCCESS").read_text())["status"]
+    (run / "_SUCCESS").unlink()
+    body = json.loads((run / "_run.json").read_text())
+    body["plan"] |= {"part_rows": 50}
+    (run / "_run.json").write_text(json.dumps(body | {"refused": "10 of 50 rows failed"}))
+    file = tmp_path / "told.json"
+
+    def refuse() -> None:
+        with told_in_json(str(file), "elsewhere") as outputs:
+            outputs.append(str(run))
+            raise TooManyErrors("10 of 50 rows failed")
+
+    with pytest.raises(TooManyErrors):
+        refuse()
+    assert json.loads(file.read_text()) == {
+        "exit_code": 3, "error": "10 of 50 rows failed", "output": str(run),
+        "outputs": [str(run)], "state": "refused", "rows": 50, "rows_done": 50,
+        "status": statuses, "since": None, "seconds": None, "committed": None,
+    }  # fmt: skip
+
+
+def test_the_summary_adds_up_the_runs_of_one_command(tmp_path: Path) -> None:
+    runs = [str(commit(tmp_path / str(n), drawn(50, n, failed=0.2))) for n in range(2)]
+    file = tmp_path / "told.json"
+    with told_in_json(str(file), "elsewhere") as outputs:
+        outputs.extend(runs)
+    told = json.loads(file.read_text())
+    assert (told["rows"], sum(told["status"].values()), told["output"]) == (100, 100, runs[1])
+    assert (told["state"], told["committed"]) == ("committed", "2026-01-01T00:00:00")

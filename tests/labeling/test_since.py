@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.labeling.history import CompactConfig, compact
+from imgcls.labeling.nights import find_nights, next_sequence
 from imgcls.labeling.predict import dated
 from imgcls.labeling.since import SinceConfig, chosen, only_new
 from imgcls.runs import open_run
@@ -271,3 +273,165 @@ def test_the_date_of_an_output_is_written_out() -> None:
     today = datetime.datetime.now(datetime.UTC).date()
     assert dated("{date}", None) in {today.isoformat(), str(today + datetime.timedelta(1))}
     assert dated("plain", day) == "plain"
+
+
+# ------------------------------------------------------------------ the order of nights
+
+
+def started(run: Path, sequence: int, **changes: Any) -> Path:
+    """A run with the sequence number that it took when it was planned."""
+    body = json.loads((run / "_run.json").read_text()) | {"sequence": sequence} | changes
+    (run / "_run.json").write_text(json.dumps(body))
+    return run
+
+
+def committed_at(run: Path, time: str) -> Path:
+    mark = run / "_SUCCESS"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"committed": time}))
+    return run
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_neither_clocks_nor_the_order_of_commits_decide_which_night_is_the_newest(
+    tmp_path: Path, numbered: bool
+) -> None:
+    labels = tmp_path / "labels"
+    for at, (day, etag, time) in enumerate(
+        (("22", "v1", "2026-11-25T03:00:00+00:00"), ("23", "v2", "2026-11-23T03:00:00+00:00"))
+    ):
+        run = committed_at(night(labels / f"date=2026-11-{day}", ["/x"], etag=[etag]), time)
+        if numbered:
+            started(run, at + 1)
+    manifest = manifest_of(tmp_path, ["/x"], etag=["v2"])
+    assert asked(manifest, labels) == []
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    assert pq.read_table(f"{output}/predictions")["etag"].to_pylist() == ["v2"]
+    assert asked(manifest, tmp_path / "latest") == []
+
+
+def test_the_number_of_a_run_decides_before_its_date(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    started(night(labels / "date=2026-11-23", ["/x"], etag=["v1"]), 1)
+    started(night(labels / "date=2026-11-22", ["/x"], etag=["v2"]), 3)  # a backfill, made later
+    night(labels / "date=2026-12-24", ["/x"], etag=["v0"])  # before there were numbers
+    assert asked(manifest_of(tmp_path, ["/x"], etag=["v2"]), labels) == []
+    assert next_sequence(str(labels / "date=2026-11-25"), find_nights(str(labels))) == 4
+    assert next_sequence(str(labels / "date=2026-11-25"), None) == 4
+
+
+def test_rows_of_a_compacted_table_keep_the_place_of_their_night(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    started(night(labels / "1", ["/x", "/y"], etag=["x1", "y1"]), 1)
+    started(night(labels / "3", ["/x"], etag=["x3"]), 3)
+    compact(CompactConfig(source=str(labels), output=str(labels / "latest")))
+    started(night(labels / "2", ["/x", "/y"], etag=["x2", "y2"]), 2)  # finished at last
+    tonight = manifest_of(tmp_path, ["/x", "/y"], etag=["x3", "y2"])
+    assert asked(tonight, labels) == []
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "all")))
+    rows = {row["path"]: row for row in pq.read_table(f"{output}/predictions").to_pylist()}
+    assert {path: row["etag"] for path, row in rows.items()} == {"/x": "x3", "/y": "y2"}
+    assert {path: row["run"] for path, row in rows.items()} == {
+        "/x": f"{labels}/3",
+        "/y": f"{labels}/2",
+    }
+
+
+def test_an_image_that_goes_back_to_an_older_version_is_labeled_again(tmp_path: Path) -> None:
+    started(night(tmp_path / "labels" / "1", ["/x"], etag=["v1"]), 1)
+    started(night(tmp_path / "labels" / "2", ["/x"], etag=["v2"]), 2)
+    assert asked(manifest_of(tmp_path, ["/x"], etag=["v1"]), tmp_path / "labels") == ["/x"]
+
+
+# ------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize("status", ["missing", "forbidden", "throttled", "unavailable"])
+def test_what_may_pass_is_tried_again_and_what_is_broken_is_not(
+    tmp_path: Path, status: str
+) -> None:
+    run = night(tmp_path / "labels" / "1", ["/a", "/b", "/c"], failed=[0, 1], size=[1, 2, 3])
+    part = run / "predictions" / "part-00000.parquet"
+    table = pq.read_table(part)
+    at = table.schema.get_field_index("status")
+    told = pa.array([status, "truncated", "ok"]).dictionary_encode()
+    pq.write_table(table.set_column(at, "status", told), part)
+    same = manifest_of(tmp_path, ["/a", "/b", "/c"], size=[1, 2, 3])
+    assert asked(same, tmp_path / "labels") == ["/a"]
+    assert asked(same, tmp_path / "labels", retry_failed=True) == ["/a", "/b"]
+    mended = manifest_of(tmp_path, ["/a", "/b", "/c"], size=[1, 20, 3])
+    assert asked(mended, tmp_path / "labels") == ["/a", "/b"]
+    # nothing tells whether it was mended
+    assert asked(manifest_of(tmp_path, ["/a", "/b", "/c"]), tmp_path / "labels") == ["/a", "/b"]
+
+
+def test_a_version_column_that_only_some_nights_have_relabels_nothing(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    started(night(labels / "1", ["/a"], size=[1]), 1)
+    started(night(labels / "2", ["/b"], size=[2.0], etag=["e"], mtime=pa.nulls(1)), 2)
+    tonight = {"size": [1, 2], "etag": ["d", "e"], "mtime": pa.array([1, 2], pa.timestamp("ns"))}
+    manifest = manifest_of(tmp_path, ["/a", "/b"], **tonight)
+    assert asked(manifest, labels) == []
+    compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    assert asked(manifest, tmp_path / "latest") == []
+    # a column that was named must be there to be alike
+    assert asked(manifest, labels, version=["etag"]) == ["/a"]
+
+
+# ------------------------------------------------------------------ the folder of nights
+
+
+def test_a_mark_of_another_tool_and_a_run_among_nights_hide_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels"
+    night(labels / "1", ["/a"])
+    (labels / "_SUCCESS").touch()  # Spark's, empty
+    manifest = manifest_of(tmp_path, ["/a", "/b", "/c"])
+    assert asked(manifest, labels) == ["/b", "/c"]
+    ignored = f"note: no labeling run wrote this file, ignored: {labels}/_SUCCESS"
+    assert ignored in capsys.readouterr().out
+    (labels / "_SUCCESS").unlink()
+    night(labels, ["/b"])  # --output labels
+    assert asked(manifest, labels) == ["/c"]
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    paths = pq.read_table(f"{output}/predictions")["path"].to_pylist()
+    assert sorted(paths) == ["/a", "/b"]
+    (labels / "1" / "_SUCCESS").write_text("")
+    with pytest.raises(OutputError, match=r"labels/1/_SUCCESS: is damaged.*remove it and rerun"):
+        asked(manifest, labels)
+
+
+# ------------------------------------------------------------------ provenance
+
+
+@pytest.mark.parametrize("name", ["run", "bundle_sha256", "labelled_at", "Run"])
+def test_a_manifests_column_never_stands_for_the_provenance(tmp_path: Path, name: str) -> None:
+    night(tmp_path / "labels" / "1", ["/a"], bundle_sha256=NEW)
+    second = night(tmp_path / "labels" / "2", ["/b"], bundle_sha256=NEW)
+    part = second / "predictions" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).append_column(name, [["old"]]), part)
+    assert asked(manifest_of(tmp_path, ["/a", "/b"]), tmp_path / "labels", relabel=True) == []
+    output = compact(
+        CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "latest"))
+    )
+    table = pq.read_table(f"{output}/predictions")
+    lower = [column.lower() for column in table.schema.names]
+    assert len(set(lower)) == len(lower)
+    assert {row["path"]: (row["run"], row["bundle_sha256"], row["labelled_at"]) for row in
+            table.to_pylist()} == {
+        "/a": (f"{tmp_path}/labels/1", NEW, "2026-01-01T00:00:00"),
+        "/b": (f"{tmp_path}/labels/2", NEW, "2026-01-01T00:00:00"),
+    }  # fmt: skip
+    assert asked(manifest_of(tmp_path, ["/a", "/b"]), tmp_path / "latest", relabel=True) == []
+
+
+def test_nights_with_scores_of_both_types_are_merged(tmp_path: Path) -> None:
+    for number, kind in enumerate((pa.float16(), pa.float32())):
+        scores = pa.array([[0.25, 0.75]], pa.list_(kind, 2))
+        night(tmp_path / "labels" / str(number), [f"/{number}"], scores=scores)
+    output = compact(
+        CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "latest"))
+    )
+    table = pq.read_table(f"{output}/predictions")
+    assert table.schema.field("scores").type == pa.list_(pa.float32(), 2)
+    assert table["scores"].to_pylist() == [[0.25, 0.75], [0.25, 0.75]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -32,11 +34,16 @@ def test_a_null_entry_of_a_dictionary_is_no_name() -> None:
     assert class_codes(pa.chunked_array([encoded]), ["ant"]).tolist() == [0, NULL, NULL]
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
 @pytest.mark.parametrize("start", [0, 3])
-def test_scores_are_those_of_the_rows_after_any_slice_and_beside_nulls(start: int) -> None:
-    values = np.random.default_rng(0).random((8, 3)).astype(np.float16)
+def test_scores_are_those_of_the_rows_after_any_slice_and_beside_nulls(
+    start: int, kind: type[np.floating[Any]]
+) -> None:
+    values = np.random.default_rng(0).random((8, 3)).astype(kind)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 3)
     holed = lists.take(pa.array([0, 1, None, 3, 4, None, 6, 7]))
     column = pa.chunked_array([holed.slice(start, 2), holed.slice(start + 2, 3)])
     rows = np.flatnonzero(column.is_valid().to_numpy())
-    np.testing.assert_array_equal(score_rows(column, rows), values[start + rows])
+    found = score_rows(column, rows)
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, values[start + rows])
