@@ -335,6 +335,11 @@ class _Ranges(io.RawIOBase):
         self._at = end
         return len(data)
 
+    def readall(self) -> bytes:
+        """The rest, by one request; RawIOBase would make one for every 8 KB."""
+        at, self._at = self._at, self._size
+        return self._range(at, self._size) if at < self._size else b""
+
     def _range(self, start: int, end: int) -> bytes:
         def whole() -> bytes:
             data: bytes = ask(self._url, "cat_file", needs=GET, start=start, end=end)
