@@ -1,7 +1,7 @@
 """Google Cloud Storage and Azure Blob Storage over real HTTP: fake-gcs-server and Azurite.
 
-Both are programs of their own: the first comes within a Python package, the second from npm, found
-as `azurite-blob` in node_modules/.bin of the repository, in $AZURITE or on the path.
+Both are programs of their own: the first comes within a Python package, the second from npm by
+`make azurite`, or else as $AZURITE or on the path.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def azure() -> Iterator[Cloud]:
     """Azurite, in memory."""
     program = azurite()
     if program is None:
-        pytest.skip("Azurite is not installed; run `npm ci`, or set AZURITE")
+        pytest.skip("Azurite is not installed; run `make azurite`, or set AZURITE")
     from azure.storage.blob import BlobServiceClient
 
     port = free_port()
@@ -101,7 +101,7 @@ def azure() -> Iterator[Cloud]:
 
 def azurite() -> str | None:
     """The program, if it is there."""
-    own = REPOSITORY / "node_modules" / ".bin" / "azurite-blob"
+    own = REPOSITORY / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
     found = os.environ.get("AZURITE") or (str(own) if own.exists() else None)
     return found or shutil.which("azurite-blob")
 

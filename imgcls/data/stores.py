@@ -369,20 +369,23 @@ async def attempted(
     pauses = _Pauses()
     patience = settings().attempt_seconds
     while True:
-        try:
-            async with contextlib.AsyncExitStack() as held:
-                if host is not None:
-                    turn = host.turn(url, pauses.deadline)
-                    pauses.excuse(await held.enter_async_context(turn))
-                limit = LONG * patience if long else min(patience, pauses.left + 1)
+        turn = contextlib.nullcontext(0.0) if host is None else host.turn(url, pauses.deadline)
+        async with turn as queued:
+            pauses.excuse(queued)
+            limit = LONG * patience if long else min(patience, pauses.left + 1)
+            try:
                 return await asyncio.wait_for(call(), limit)
-        except NoRoom as full:
+            except NoRoom as full:
+                wanted: int | None = full.total
+                pause = 0.0
+            except Exception as error:  # noqa: BLE001  raised again unless it will pass
+                wanted, pause = None, pauses.after(typed(url, error, needs), error)
+                patience *= 2
+        if wanted is not None:
             began = time.monotonic()
-            await asyncio.wrap_future(allowance.admission(full.total))
+            await asyncio.wrap_future(allowance.admission(wanted))
             pauses.excuse(time.monotonic() - began)
-        except Exception as error:  # noqa: BLE001  raised again unless it will pass
-            pause = pauses.after(typed(url, error, needs), error)
-            patience *= 2
+        else:
             await asyncio.sleep(pause)
 
 
