@@ -198,7 +198,7 @@ async def _got(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
         return await attempted(url, lambda: read(path), GET, host=host, allowance=allowance)
     except StorageMissing:
         # to a store ./ is a part of a name like any other; on a disk it means nothing
-        plain = path.replace("/./", "/")
+        plain = "/".join(part for part in path.split("/") if part != ".")
         if protocol not in BUCKETS or plain == path:
             raise
         return await attempted(url, lambda: read(plain), GET, allowance=allowance)
