@@ -5,9 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 TEST_PROCESSES ?= 2
+AZURITE_VERSION := 3.37.0
+AZURITE := .venv/azurite/node_modules/.bin/azurite-blob
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
+.PHONY: help venv azurite demo test test-slow test-s3 test-cluster test-chaos test-gpu bench bench-more lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +21,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing imgcls[dev,demo] into .venv (the first time takes minutes)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
 	@touch $@
+
+azurite: $(AZURITE)  ## install Azurite by npm: the server that the tests of Azure use
+
+$(AZURITE): | venv
+	npm install --prefix .venv/azurite --ignore-scripts --no-audit --no-fund --loglevel error \
+		azurite@$(AZURITE_VERSION)
 
 demo: venv  ## train, label and measure on a small data set, on this machine
 	$(BIN)/imgcls demo

@@ -32,7 +32,7 @@ def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
     from azure.storage.blob.aio import BlobServiceClient
 
     named = {"account_name": account} if account else {}
-    fs = _class()(use_listings_cache=False, anon=anon or None, **named)
+    fs = _class()(use_listings_cache=False, skip_instance_cache=True, anon=anon or None, **named)
     usual = fs.service_client
     fs.service_client = BlobServiceClient(
         usual.url,
@@ -100,9 +100,11 @@ async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> tuple[li
     prefix = f"{name.rstrip('/')}/" if name else None
     async with fs.service_client.get_container_client(container) as client:
         if deep:
-            found = client.list_blobs(name_starts_with=prefix, include=["metadata"])
+            found = client.list_blobs(prefix, include=["metadata"], results_per_page=PAGE)
         else:
-            found = client.walk_blobs(prefix, include=["metadata"], delimiter="/")
+            found = client.walk_blobs(
+                prefix, include=["metadata"], delimiter="/", results_per_page=PAGE
+            )
         pages = found.by_page(continuation_token=token)
         with contextlib.suppress(StopAsyncIteration):
             items = [each async for each in await anext(pages)]

@@ -88,6 +88,11 @@ _REDIRECTED_CODES = frozenset(
     "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException "
     "301 307".split()
 )
+_KNOWN_CODES = frozenset(
+    {"InvalidObjectState", *_THROTTLED_CODES, *_PASSING_CODES, *_CREDENTIAL_CODES, *_CLOCK_CODES}
+    | {*_FORBIDDEN_CODES, *_MISSING_CODES, *_REDIRECTED_CODES}
+)
+"""What is not among them is judged by its HTTP status."""
 
 
 def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
@@ -98,6 +103,8 @@ def typed(url: str, error: BaseException, needs: str = "") -> StorageError:
     place, code = short(url), code_of(error)
     if isinstance(error, StorageError):
         return error
+    if code not in _KNOWN_CODES:
+        code = _status_of(error) or code
     if isinstance(error, FileNotFoundError) or code in _MISSING_CODES:
         what = "bucket" if code in _NO_CONTAINER else "file"
         return StorageMissing(f"{place}: no such {what}")
@@ -156,6 +163,15 @@ def code_of(error: BaseException | None) -> str:
         named = getattr(each, "error_code", None)  # Azure: an enumeration of strings
         if named:
             return str(getattr(named, "value", named))
+    return _status_of(error)
+
+
+def _status_of(error: BaseException | None) -> str:
+    """The HTTP status of the answer that an error comes from; empty when unknown."""
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
         # aiohttp and Azure; a `code` means an HTTP status to gcsfs alone
         own = ("code",) if type(each).__module__.startswith("gcsfs") else ()
         for attribute in ("status", "status_code", *own):

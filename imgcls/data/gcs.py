@@ -22,7 +22,7 @@ _PIECE = 1 << 16
 def file_system(**options: Any) -> Any:
     """gcsfs, with a failed answer's header fields on its error, and no retries of its own."""
     # not the class that fsspec finds for gs://, which asks another API what kind each bucket is of
-    return _class()(use_listings_cache=False, **options)
+    return _class()(use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 @functools.cache

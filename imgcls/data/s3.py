@@ -112,7 +112,13 @@ async def _ask(
     from botocore.exceptions import ClientError
 
     params = {"versionId": version} if version else {}
-    request = AWSRequest("GET", asked.prefix + _quoted(key), headers=asked.headers, params=params)
+    request = AWSRequest(
+        "GET",
+        asked.prefix + _quoted(key),
+        headers=asked.headers,
+        params=params,
+        stream_output=True,  # else the whole body is read before its size is looked at
+    )
     if asked.region is not None:
         # with the client's credentials, which are fresh where they expire
         signer = await client._request_signer.get_auth_instance("s3", asked.region, "s3v4")

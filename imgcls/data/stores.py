@@ -198,7 +198,7 @@ async def _got(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
         return await attempted(url, lambda: read(path), GET, host=host, allowance=allowance)
     except StorageMissing:
         # to a store ./ is a part of a name like any other; on a disk it means nothing
-        plain = path.replace("/./", "/")
+        plain = "/".join(part for part in path.split("/") if part != ".")
         if protocol not in BUCKETS or plain == path:
             raise
         return await attempted(url, lambda: read(plain), GET, allowance=allowance)
@@ -335,6 +335,11 @@ class _Ranges(io.RawIOBase):
         self._at = end
         return len(data)
 
+    def readall(self) -> bytes:
+        """The rest, by one request; RawIOBase would make one for every 8 KB."""
+        at, self._at = self._at, self._size
+        return self._range(at, self._size) if at < self._size else b""
+
     def _range(self, start: int, end: int) -> bytes:
         def whole() -> bytes:
             data: bytes = ask(self._url, "cat_file", needs=GET, start=start, end=end)
@@ -364,20 +369,23 @@ async def attempted(
     pauses = _Pauses()
     patience = settings().attempt_seconds
     while True:
-        try:
-            async with contextlib.AsyncExitStack() as held:
-                if host is not None:
-                    turn = host.turn(url, pauses.deadline)
-                    pauses.excuse(await held.enter_async_context(turn))
-                limit = LONG * patience if long else min(patience, pauses.left + 1)
+        turn = contextlib.nullcontext(0.0) if host is None else host.turn(url, pauses.deadline)
+        async with turn as queued:
+            pauses.excuse(queued)
+            limit = LONG * patience if long else min(patience, pauses.left + 1)
+            try:
                 return await asyncio.wait_for(call(), limit)
-        except NoRoom as full:
+            except NoRoom as full:
+                wanted: int | None = full.total
+                pause = 0.0
+            except Exception as error:  # noqa: BLE001  raised again unless it will pass
+                wanted, pause = None, pauses.after(typed(url, error, needs), error)
+                patience *= 2
+        if wanted is not None:
             began = time.monotonic()
-            await asyncio.wrap_future(allowance.admission(full.total))
+            await asyncio.wrap_future(allowance.admission(wanted))
             pauses.excuse(time.monotonic() - began)
-        except Exception as error:  # noqa: BLE001  raised again unless it will pass
-            pause = pauses.after(typed(url, error, needs), error)
-            patience *= 2
+        else:
             await asyncio.sleep(pause)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -18,11 +20,13 @@ from imgcls.data import storage, stores
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     OutputError,
+    StorageClockSkew,
     StorageCredentials,
     StorageError,
     StorageForbidden,
     StorageMissing,
     StorageThrottled,
+    StorageTooLarge,
     StorageUnavailable,
 )
 from imgcls.lease import Lease
@@ -174,6 +178,9 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
         ("SlowDown", 503, StorageThrottled, "fewer requests"),
         ("InternalError", 500, StorageUnavailable, "did not answer"),
         ("InvalidObjectState", 403, StorageError, "is archived; have the store restore it"),
+        ("RequestTimeTooSkewed", 403, StorageClockSkew, "synchronize the clock (NTP)"),
+        ("SomethingNew", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("SomethingNew", 503, StorageThrottled, "fewer requests"),
     ],
 )
 def test_what_a_store_refuses_is_told_the_same_first_and_later(
@@ -192,6 +199,56 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
             storage.read(made[1])
         assert type(caught.value) is kind
         assert words in str(caught.value)
+
+
+def test_a_wrong_clock_is_told_with_the_difference_and_ends_the_reading(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    made = list(objects(s3, 2))
+    proxy = network({}, deadline_seconds=5)
+    behind = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    answer = refusal(403, "RequestTimeTooSkewed", "The difference is too large.",
+                     head=f"Date: {behind}\r\n")  # fmt: skip
+    proxy.says = lambda head: answer
+    with pytest.raises(StorageClockSkew, match=r"clock is (1:00:00|0:59:5\d) behind the store's"):
+        list(storage.read_ahead(made))
+    assert proxy.requests.total() <= 2  # a wrong clock does not pass
+
+
+def test_more_bytes_than_allowed_are_not_read(s3: Any, network: Callable[..., Proxy]) -> None:
+    s3.put_object(Bucket=BUCKET, Key="in/large.jpg", Body=bytes(2_000_000))
+    place = url("in/large.jpg")
+    network({})
+    for _ in range(2):  # by botocore, and without it
+        with pytest.raises(StorageTooLarge, match=r"has 2,000,000 bytes, more than the limit of 1"):
+            storage.read_image(place, 1_999_999)
+        assert len(storage.read_image(place, 2_000_000)) == 2_000_000
+
+
+def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..., Proxy]) -> None:
+    made = list(objects(s3, 2))
+    proxy = network({}, attempt_seconds=20)
+    body = b"".join(b"10000\r\n" + bytes(1 << 16) + b"\r\n" for _ in range(200))
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body  # without its end
+    for first in (False, True):
+        if first:
+            proxy.says = None
+            assert storage.read(made[0])
+        proxy.says = lambda head: answer
+        with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100,000"):
+            storage.read_image(made[1], 100_000)
+
+
+def test_a_path_may_have_a_dot_as_on_a_disk(s3: Any, network: Callable[..., Proxy]) -> None:
+    s3.put_object(Bucket=BUCKET, Key="in/a.jpg", Body=b"a")
+    s3.put_object(Bucket=BUCKET, Key="in/./own.jpg", Body=b"the one with a dot")
+    s3.put_object(Bucket=BUCKET, Key="in/own.jpg", Body=b"the one without")
+    network({})
+    for _ in range(2):
+        assert storage.read_image(url("in/./a.jpg")) == b"a"
+        assert storage.read_image(url("./in/././a.jpg")) == b"a"
+        # a key that has one is that key
+        assert storage.read_image(url("in/./own.jpg")) == b"the one with a dot"
 
 
 @pytest.mark.parametrize("seed", range(3))
