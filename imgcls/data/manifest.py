@@ -23,8 +23,14 @@ import pyarrow.parquet as pq
 from imgcls.config import Section
 from imgcls.data import csv_reader, storage
 from imgcls.data.csv_reader import Dialect
-from imgcls.data.discovery import Found, described, find_manifest, images_below, tell_skipped
-from imgcls.data.formats import is_image_name
+from imgcls.data.discovery import (
+    Found,
+    described,
+    find_manifest,
+    images_among,
+    images_below,
+    tell_skipped,
+)
 from imgcls.data.schemas import conform, unify_schemas
 from imgcls.errors import ManifestError, StorageError
 from imgcls.log import tell
@@ -390,7 +396,7 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         images = (
             images_below(config.path, skipped)
             if found.folder is not None
-            else (file for file in found.files if is_image_name(file))
+            else images_among(found.files, skipped)
         )
         none = True
         for path in images:

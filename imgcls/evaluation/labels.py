@@ -78,7 +78,12 @@ class LateLabels:
         self.classes = run.classes
         self.needed = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
         manifest = open_manifest(
-            ManifestConfig(path=config.path, path_column=on, label_column=config.column)
+            ManifestConfig(
+                path=config.path,
+                path_column=on,
+                label_column=config.column,
+                root=None if on == run.path_column else "/",  # keys are no paths
+            )
         )
         batches = [batch.select([on, config.column]) for batch in manifest.batches()]
         if not batches:

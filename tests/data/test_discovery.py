@@ -58,6 +58,8 @@ def test_what_is_passed_over_is_counted_by_suffix(
         f"note: manifest {tmp_path}: passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md; their "
         "names are not those of images\n"
     )
+    assert paths_of(f"{tmp_path}/[abc]*", format="images") == [f"{tmp_path}/a.jpg"]
+    assert "passed over 2 files: 2 .xyz" in capsys.readouterr().out
     (tmp_path / "a.jpg").unlink()
     assert "no image in it (passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md)" in refused(tmp_path)
 
