@@ -140,21 +140,22 @@ def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
     return rows.set_column(place, manifest.path_column, whole)
 
 
-def open_manifest(config: ManifestConfig) -> Manifest:
+def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
     """Find out what the manifest is and check its columns, without reading its rows.
 
+    any_key: the path column is a key to join by, of any type; no path is read from it
     Raises ManifestError when there is nothing there, the format is unclear or a column is missing.
     """
     try:
         found = find_manifest(config.path, config.format)
         if found.format in ("tree", "images"):
             return _open_listing(config, found)
-        return _open_table(config, found)
+        return _open_table(config, found, any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
         raise ManifestError(f"manifest {config.path}: {error}") from error
 
 
-def _open_table(config: ManifestConfig, found: Found) -> Manifest:
+def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manifest:
     files = found.files
     dialect = Dialect(config.delimiter, config.encoding, config.escape)
 
@@ -176,9 +177,9 @@ def _open_table(config: ManifestConfig, found: Found) -> Manifest:
             yield file, pa.schema([*own, *added])
 
     schema = unify_schemas(file_schemas(), "manifest")
-    _check_columns(config, schema)
+    _check_columns(config, schema, any_key=any_key)
     folders = {folder_of(file) for file in files}
-    own_folders = config.root is None and not found.partitions and len(folders) > 1
+    own_folders = config.root is None and not found.partitions and len(folders) > 1 and not any_key
     place = schema.get_field_index(config.path_column)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -244,7 +245,7 @@ def _check_doubled(file: str, schema: pa.Schema) -> None:
         )
 
 
-def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
+def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) -> None:
     names = schema.names
     for option, name in (("path", config.path_column), ("label", config.label_column)):
         if name is not None and name not in names:
@@ -256,7 +257,7 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any(check(kind) for check in is_text):
+    if not any_key and not any(check(kind) for check in is_text):
         raise ManifestError(
             f"manifest {config.path}: column {config.path_column!r} is {kind}, not text; "
             "name the column of paths with --manifest.path-column"

@@ -192,13 +192,13 @@ def _read(config: LabelsConfig, on: str, *, is_path: bool) -> list[pa.RecordBatc
         path=config.path,
         path_column=on,
         label_column=config.column,
-        root=None if is_path else "/",  # other keys are no paths
         delimiter=config.delimiter,
         encoding=config.encoding,
         escape=config.escape,
     )
     try:
-        return [batch.select([on, config.column]) for batch in open_manifest(table).batches()]
+        manifest = open_manifest(table, any_key=not is_path)
+        return [batch.select([on, config.column]) for batch in manifest.batches()]
     except ManifestError as error:
         text = str(error).replace("--manifest.path-column", "--on")
         text = text.replace("--manifest.label-column", "--labels.column")
