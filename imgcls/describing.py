@@ -41,6 +41,12 @@ class ManifestBuildConfig(BuildConfig):
     """Of a table: the column that holds paths; it is named path in the manifest."""
     label_column: str | None = None
     """Of a table: the column that holds class names; it is named label in the manifest."""
+    delimiter: str | None = None
+    """Of a CSV table: its delimiter; found in the header line when not given."""
+    encoding: str = "utf-8"
+    """Of a CSV table: its text encoding."""
+    escape: str | None = None
+    """Of a CSV table: the character before a quote inside a quoted value, such as \\ (Spark)."""
     contents: bool = False
     """Read every image: status, bytes, format, width, height and digest (BLAKE2b) as columns."""
     perceptual: bool = False
@@ -87,15 +93,23 @@ def build(config: ManifestBuildConfig) -> int:
         if not storage.exists(storage.join(source, LISTED)):  # a resumed run has its own
             given = BuildConfig(**config.model_dump(include=set(BuildConfig.model_fields)))
             listing.build_manifest(given.model_copy(update={"output": source, "overwrite": False}))
-    manifest = open_manifest(
-        ManifestConfig(
-            path=source, path_column=config.path_column, label_column=config.label_column
+    try:
+        manifest = open_manifest(
+            ManifestConfig(
+                path=source,
+                path_column=config.path_column,
+                label_column=config.label_column,
+                delimiter=config.delimiter,
+                encoding=config.encoding,
+                escape=config.escape,
+            )
         )
-    )
-    if config.contents:
-        count = _describe(config, output, manifest)
-    else:
-        count = _write(target, manifest, _plain(manifest))
+        if config.contents:
+            count = _describe(config, output, manifest)
+        else:
+            count = _write(target, manifest, _plain(manifest))
+    except ManifestError as error:
+        raise ManifestError(str(error).replace("--manifest.", "--")) from error
     storage.remove(storage.join(output, LISTED_HERE))
     tell("manifest", f"{count:,} images: {output}", rows=count)
     return count

@@ -87,6 +87,15 @@ def images_below(url: str, skipped: Counter[str]) -> Iterator[str]:
             skipped[suffix_of(path)] += 1
 
 
+def images_among(files: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+    """The images among the files of a glob; `skipped` as in `images_below`."""
+    for file in files:
+        if is_image_name(file):
+            yield file
+        else:
+            skipped[suffix_of(file)] += 1
+
+
 def suffix_of(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "(no suffix)"
 

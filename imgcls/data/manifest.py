@@ -1,8 +1,8 @@
 """Manifests: any table or folder of images, read as one stream of Arrow record batches.
 
-Owns column names, labels and path resolution; `discovery` finds the files and `csv_reader` parses
-CSV. Promises bounded memory, every row in file order, columns as they came, and a
-ManifestError that names the place. What the paths lead to is not looked at here.
+Owns column names, labels and path resolution; `discovery` finds the files, `csv_reader` and
+`parquet_reader` read them. Promises bounded memory, every row in file order, columns as they came,
+and a ManifestError that names the place. What the paths lead to is not looked at here.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from imgcls.config import Section
-from imgcls.data import csv_reader, storage
+from imgcls.data import csv_reader, parquet_reader, storage
 from imgcls.data.csv_reader import Dialect
-from imgcls.data.discovery import Found, described, find_manifest, images_below, tell_skipped
-from imgcls.data.formats import is_image_name
+from imgcls.data.discovery import (
+    Found,
+    described,
+    find_manifest,
+    images_among,
+    images_below,
+    tell_skipped,
+)
 from imgcls.data.schemas import conform, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
 from imgcls.log import tell
-
-BATCH_ROWS = 16_384
 
 
 class ManifestConfig(Section):
@@ -159,7 +162,7 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
     def own_schema(file: str) -> pa.Schema:
         if found.format == "csv":
             return csv_reader.read_header(file, dialect).schema
-        return _parquet_schema(file)
+        return parquet_reader.read_schema(file)
 
     def partition(file: str, schema: pa.Schema) -> dict[str, str | None]:
         """The values in the file's folder names that are no columns of its own."""
@@ -176,7 +179,7 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
     schema = unify_schemas(file_schemas(), "manifest")
     _check_columns(config, schema, any_key=any_key)
     folders = {folder_of(file) for file in files}
-    own_folders = config.root is None and not found.partitions and len(folders) > 1
+    own_folders = config.root is None and not found.partitions and len(folders) > 1 and not any_key
     place = schema.get_field_index(config.path_column)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -184,7 +187,7 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
             own = (
                 csv_reader.read_batches(file, dialect)
                 if found.format == "csv"
-                else _parquet_batches(file)
+                else parquet_reader.read_batches(file)
             )
             for batch in own:
                 if batch.schema.equals(schema) and not own_folders:
@@ -299,63 +302,6 @@ def _listed(schema: pa.Schema) -> str:
     return ", ".join(schema.names) or "none"
 
 
-def _parquet_schema(file: str) -> pa.Schema:
-    parquet = _open_parquet(file)
-    try:
-        return parquet.schema_arrow.remove_metadata()
-    except pa.ArrowException as error:
-        raise ManifestError(
-            f"manifest {file}: has a column of a type that cannot be read ({_tidy(error)}); leave "
-            "it out, or write it as another type"
-        ) from error
-
-
-def _parquet_batches(file: str) -> Iterator[pa.RecordBatch]:
-    try:
-        for batch in _open_parquet(file).iter_batches(batch_size=BATCH_ROWS):
-            if batch.num_rows:
-                batch.validate(full=True)  # Parquet's readers let text pass that is not UTF-8
-                yield batch
-    except pa.ArrowNotImplementedError as error:
-        raise ManifestError(_unreadable(file, error)) from error
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"manifest {file}: {_tidy(error)}; the file is damaged") from error
-
-
-def _unreadable(file: str, error: pa.ArrowException) -> str:
-    nested = [
-        field.name
-        for field in pq.read_schema(storage.open_read(file))
-        if pa.types.is_nested(field.type) and "dictionary" in str(field.type)
-    ]
-    named = f", such as {nested[0]!r} (a dictionary inside a list, struct or map)" if nested else ""
-    return (
-        f"manifest {file}: has a column of a type that cannot be read{named} ({_tidy(error)}); "
-        "leave it out, or write it as another type"
-    )
-
-
-def _open_parquet(file: str) -> pq.ParquetFile:
-    stream = storage.open_read(file)
-    with storage.translated(file):
-        head = stream.read(32)
-        stream.seek(0)
-    what = csv_reader.foreign_format(head)
-    if what is not None and not head.startswith(b"PAR1"):
-        raise ManifestError(f"manifest {file}: is no Parquet file but {what}")
-    try:
-        return pq.ParquetFile(stream, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(
-            f"manifest {file}: not a Parquet file, or a damaged one ({_tidy(error)}); if it is "
-            "CSV, say --manifest.format csv"
-        ) from error
-
-
-def _tidy(text: object) -> str:
-    return " ".join(str(text).split())[:300]
-
-
 def _digest_files(files: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
@@ -391,7 +337,7 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         images = (
             images_below(config.path, skipped)
             if found.folder is not None
-            else (file for file in found.files if is_image_name(file))
+            else images_among(found.files, skipped)
         )
         none = True
         for path in images:
@@ -410,7 +356,9 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
 
     def batches() -> Iterator[pa.RecordBatch]:
         listing = paths()
-        while chunk := [path for _, path in zip(range(BATCH_ROWS), listing, strict=False)]:
+        while chunk := [
+            path for _, path in zip(range(parquet_reader.BATCH_ROWS), listing, strict=False)
+        ]:
             arrays = [pa.array(chunk, pa.string())]
             if labelled:
                 arrays.append(pa.array([_class_of(config, path) for path in chunk], pa.string()))

@@ -120,7 +120,10 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
             for chunk in column.chunks
         ]
         return pa.chunked_array(chunks, kind)
-    return column.cast(kind)
+    cast = column.cast(kind)
+    if kinds.is_nested(kind):
+        cast.validate(full=True)  # Arrow 26 adds some missing children of structs at a wrong length
+    return cast
 
 
 def _widened(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, labels_as_text, open_manifest
-from imgcls.errors import RequestError
+from imgcls.errors import ManifestError, RequestError
 from imgcls.metrics.columns import class_codes, own_scores, score_rows
 from imgcls.output import OK
 from imgcls.runs import Run, is_plain
@@ -33,6 +33,12 @@ class LabelsConfig(Section):
     """The table: a file, a folder or a glob."""
     column: str = "label"
     """Its column of class names."""
+    delimiter: str | None = None
+    """CSV delimiter; found in the header line when not given."""
+    encoding: str = "utf-8"
+    """CSV text encoding."""
+    escape: str | None = None
+    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
 
 
 class JoinConfig(Section):
@@ -77,14 +83,7 @@ class LateLabels:
         run.check_key(on)
         self.classes = run.classes
         self.needed = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
-        manifest = open_manifest(
-            ManifestConfig(path=config.path, path_column=on, label_column=config.column),
-            any_key=True,
-        )
-        kind = manifest.schema.field(on).type
-        if not is_plain(kind):
-            raise RequestError(f"{self.place}: column {on!r} is {kind}, which cannot be joined by")
-        batches = [batch.select([on, config.column]) for batch in manifest.batches()]
+        batches = _read(config, on, is_path=on == run.path_column)
         if not batches:
             raise RequestError(f"{self.place}: has no row")
         table = pa.Table.from_batches(batches)
@@ -182,6 +181,30 @@ class LateLabels:
             raise RequestError(
                 f"{self.place}: {self.on} {key!r} stands there twice; give one label for each"
             )
+
+
+def _read(config: LabelsConfig, on: str, *, is_path: bool) -> list[pa.RecordBatch]:
+    """The keys and labels of a table; raises ManifestError with the options of --labels."""
+    table = ManifestConfig(
+        path=config.path,
+        path_column=on,
+        label_column=config.column,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
+        escape=config.escape,
+    )
+    try:
+        manifest = open_manifest(table, any_key=not is_path)
+        kind = manifest.schema.field(on).type
+        if not is_plain(kind):
+            raise RequestError(
+                f"labels {config.path}: column {on!r} is {kind}, which cannot be joined by"
+            )
+        return [batch.select([on, config.column]) for batch in manifest.batches()]
+    except ManifestError as error:
+        text = str(error).replace("--manifest.path-column", "--on")
+        text = text.replace("--manifest.label-column", "--labels.column")
+        raise ManifestError(text.replace("--manifest.", "--labels.")) from error
 
 
 def keys_of(column: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -83,7 +83,7 @@ def read_ok_rows(
 def class_codes(column: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     """(N,) int64 class indices of a column of names; UNKNOWN for no class, NULL for a null.
 
-    Names are compared in Unicode NFC: a decomposed accent is the same letter.
+    Names are compared in Unicode NFC: a decomposed accent is the same letter. A blank name is null.
     A column that does not hold strings is compared by its text, so integer labels match classes
     named "0", "1", ...
     """
@@ -104,6 +104,7 @@ def _chunk_codes(chunk: pa.Array, names: pa.Array) -> Ints:
 def _name_codes(values: pa.Array, names: pa.Array) -> Ints:
     # Large, because the text of a whole column may pass the 2 GiB that a plain string array holds.
     text = pc.utf8_normalize(values.cast(pa.large_string()), form="NFC")
+    text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
     codes = pc.fill_null(pc.index_in(text, value_set=names), UNKNOWN).to_numpy().astype(np.int64)
     if text.null_count:
         codes[pc.is_null(text).to_numpy(zero_copy_only=False)] = NULL

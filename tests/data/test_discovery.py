@@ -12,6 +12,7 @@ import pytest
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError
+from tests.s3 import BUCKET, url
 
 
 def rows_of(path: object, **options: Any) -> list[dict[str, Any]]:
@@ -58,6 +59,8 @@ def test_what_is_passed_over_is_counted_by_suffix(
         f"note: manifest {tmp_path}: passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md; their "
         "names are not those of images\n"
     )
+    assert paths_of(f"{tmp_path}/[abc]*", format="images") == [f"{tmp_path}/a.jpg"]
+    assert "passed over 2 files: 2 .xyz" in capsys.readouterr().out
     (tmp_path / "a.jpg").unlink()
     assert "no image in it (passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md)" in refused(tmp_path)
 
@@ -191,3 +194,31 @@ def test_the_query_of_a_signed_url_is_no_part_of_its_name() -> None:
     assert table_format(url) == "csv"
     assert folder_of(url) == "https://host/lists"
     assert table_format("s3://bucket/what?.csv") == "csv"
+
+
+def test_a_bucket_is_taken_for_what_a_folder_of_the_same_files_is(s3: Any, tmp_path: Path) -> None:
+    body = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"path": ["./a.jpg"]}), body)
+
+    def put(*names: str) -> None:
+        for name in names:
+            data = body.read_bytes() if name.endswith(".parquet") else b"path\n./a.jpg\n"
+            s3.put_object(Bucket=BUCKET, Key=f"discovery/{name}", Body=data)
+
+    put("hive/day=1/m.parquet", "hive/day=1/_tmp.parquet", "hive/day=2/m.parquet",
+        "tree/cat/1.jpg", "tree/@eaDir/2.jpg", "tree/b/bundle.json", "tree/b/plots/3.png",
+        "both/a.csv", "both/sub/a.jpg", "dated/2026/01/a.jpg", "lists/x/m.csv", "lists/y/m.csv",
+        "gz/m.csv")  # fmt: skip
+    assert rows_of(url("discovery/hive")) == [
+        {"path": "./a.jpg", "day": "1"},
+        {"path": "./a.jpg", "day": "2"},
+    ]
+    hive = open_manifest(ManifestConfig(path=url("discovery/hive/")))
+    assert hive.resolve("./a.jpg") == url("discovery/hive/a.jpg")
+    assert rows_of(url("discovery/tree")) == [{"path": "cat/1.jpg", "label": "cat"}]
+    assert "holds a table ('a.csv') and images ('sub/a.jpg')" in refused(url("discovery/both"))
+    assert "look like dates or partitions" in refused(url("discovery/dated"))
+    assert paths_of(url("discovery/lists/*/m.csv")) == [
+        url("discovery/lists/x/a.jpg"),
+        url("discovery/lists/y/a.jpg"),
+    ]

@@ -432,6 +432,21 @@ def test_another_format_named_parquet_is_refused_by_its_name(tmp_path: Path) -> 
     )
 
 
+def test_times_of_int96_are_right_or_refused(tmp_path: Path) -> None:
+    def written(*seconds: int) -> Path:
+        times = pa.array([each * 1_000_000 for each in seconds], pa.timestamp("us"))
+        table = pa.table({"path": ["a"] * len(seconds), "seen": times})
+        pq.write_table(table, tmp_path / "a.parquet", use_deprecated_int96_timestamps=True)
+        return tmp_path / "a.parquet"
+
+    sound = [-9_000_000_000, -1, 0, 1_700_000_000, 9_000_000_000]
+    batch = next(iter(open_at(written(*sound)).batches()))
+    assert batch["seen"].cast(pa.int64()).to_pylist() == [each * 10**9 for each in sound]
+    assert "column 'seen' has times outside the years 1677 to 2262" in refused(
+        written(0, 253_402_300_799)  # 9999-12-31T23:59:59
+    )
+
+
 def test_a_dictionary_in_a_list_that_arrow_cannot_read_is_refused_by_column(tmp_path: Path) -> None:
     words = pa.array([f"w{i % 9}" for i in range(100)]).dictionary_encode()
     lists = pa.ListArray.from_arrays(pa.array(range(101), pa.int32()), words)

@@ -23,11 +23,12 @@ from imgcls.evaluation import count as counting
 from imgcls.evaluation.compare import CompareConfig, compare
 from imgcls.evaluation.evaluate import JudgeConfig, judge
 from imgcls.evaluation.evaluate import _more as more_metrics
-from imgcls.evaluation.labels import LabelsConfig
+from imgcls.evaluation.labels import LabelsConfig, LateLabels
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.metrics import tables
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.metrics.tables import Metric
+from imgcls.runs import open_run
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -372,6 +373,32 @@ def test_a_key_that_several_rows_have_is_refused(run: Path, tmp_path: Path) -> N
     config = JudgeConfig(labels=LabelsConfig(path=str(late)), on="camera")
     with pytest.raises(RequestError, match="'camera 1' stands in several rows"):
         judge(str(run), config, need_labels=True)
+
+
+def test_labels_are_read_as_manifests_are(tmp_path: Path) -> None:
+    table = drawn(6, failed=0.0)
+    notes = [f'a "b\r\n{row}' for row in range(6)]
+    run = commit(tmp_path / "out", table.append_column("note", pa.array(notes)))
+
+    def read(**options: str) -> LateLabels:
+        config = LabelsConfig(path=f"{tmp_path}/late/*/labels.csv", **options)
+        return LateLabels(config, open_run(str(run)), "note")
+
+    for part in range(2):  # keys in two folders are no paths that start there
+        keys = [note.replace('"', '\\"') for note in notes[3 * part : 3 * part + 3]]
+        file = tmp_path / "late" / str(part) / "labels.csv"
+        file.parent.mkdir(parents=True)
+        rows = "".join(f'"{key}",fou\u00e9\n' for key in keys)
+        file.write_bytes(f"note,label\n{rows}".encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"--labels\.encoding"):
+        read()
+    with pytest.raises(ManifestError, match=r"pass --labels\.escape"):
+        read(encoding="latin-1")
+    with pytest.raises(ManifestError, match=r"no column 'truth' .*; name it with --labels\.column"):
+        read(column="truth", encoding="latin-1", escape="\\")
+    late = read(encoding="latin-1", escape="\\")
+    assert late.keys.to_pylist() == notes
+    assert late.labels.to_pylist() == ["fou\u00e9"] * 6
 
 
 # ------------------------------------------------------------------ refusals

@@ -47,3 +47,11 @@ def test_scores_are_those_of_the_rows_after_any_slice_and_beside_nulls(
     found = score_rows(column, rows)
     assert found.dtype == kind
     np.testing.assert_array_equal(found, values[start + rows])
+
+
+def test_names_are_compared_in_nfc_and_a_blank_one_is_null() -> None:
+    column = pa.chunked_array([["caf\u00e9", "cafe\u0301", "", " ", "\u3000", "ant "]])
+    for classes in (["ant", "caf\u00e9"], ["ant", "cafe\u0301"]):
+        assert class_codes(column, classes).tolist() == [1, 1, NULL, NULL, NULL, UNKNOWN]
+        encoded = class_codes(column.dictionary_encode(), classes)
+        assert encoded.tolist() == [1, 1, NULL, NULL, NULL, UNKNOWN]
