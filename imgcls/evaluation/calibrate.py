@@ -74,13 +74,17 @@ class CalibrateConfig(JoinConfig):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted: the bundle, and errors before and after (cross-fitted), as fractions."""
+    """What was fitted: the bundle, and errors before and after (cross-fitted), as fractions.
+
+    kept: why the confidences are those of the old bundle, None where they were fitted
+    """
 
     bundle: Bundle
     temperature: float
     ece_before: float
     ece_after: float
     thresholds: list[Threshold]
+    kept: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +121,12 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     rows = held_out(run, *judging_labels(run, config.labels, config.on, required=True))
     before = _ece(rows, _NO_SCALE, None)
     fit = {"temperature": _as_scaling, "vector": fit_vector}.get(config.method)
+    kept = why_undetermined(rows) if fit is not None else None
     scaling = fit(rows) if fit is not None else (_NO_SCALE, None)
-    after = _cross_fitted(rows, fit) if fit is not None else before
+    after = _cross_fitted(rows, fit) if fit is not None and kept is None else before
     thresholds = list(_thresholds(config, run, rows, *scaling))
-    spec = _with_thresholds(_scaled(bundle.spec, *scaling), config, thresholds)
+    same = fit is None or kept is not None
+    spec = _with_thresholds(_scaled(bundle.spec, *scaling), config, thresholds, same=same)
     spec = spec.model_copy(
         update={
             "provenance": spec.provenance
@@ -139,7 +145,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         }
     )
     made = save_bundle(config.output, spec, load_weights(bundle))
-    result = Calibration(made, spec.temperature, before, after, thresholds)
+    result = Calibration(made, spec.temperature, before, after, thresholds, kept)
     _tell(config, bundle, result, len(rows.label))
     return result
 
@@ -171,6 +177,11 @@ def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> Hel
             at = at[(seen + np.arange(len(at))) % every == 0]
             seen += int(((code >= 0) & ok).sum())
             scores = score_rows(table["scores"], at)
+            if not np.isfinite(scores).all():
+                raise RequestError(
+                    f"{run.url}: some scores are NaN or infinite; label the images again, with a "
+                    "bundle whose network gives finite scores"
+                )
             logs.append(np.log(np.maximum(scores.astype(np.float32), _FLOOR)))
             labels.append(code[at])
     if late is not None:
@@ -180,14 +191,32 @@ def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> Hel
     return HeldOut(np.concatenate(logs), np.concatenate(labels))
 
 
+def why_undetermined(rows: HeldOut) -> str | None:
+    """Why rows do not determine a temperature, in words; None where they do.
+
+    If every label has the highest score of its row, the log loss falls without end as the
+    temperature falls; if the log scores of the labels are on average no higher than those of all
+    classes, as it rises.
+    """
+    own = np.take_along_axis(rows.log_scores, rows.label[:, None], axis=1)[:, 0]
+    if (own >= rows.log_scores.max(axis=1)).all():
+        return "all held-out predictions are right, so no temperature fits them best"
+    if own.mean(dtype=np.float64) <= rows.log_scores.mean(dtype=np.float64):
+        return "the labels score no better than other classes, so no temperature fits them best"
+    return None
+
+
 def fit_temperature(rows: HeldOut) -> float:
     """The temperature with the least mean log loss, within [0.02, 50].
 
-    Golden-section search over log T, in which the loss has one minimum.
+    1, which changes nothing, for rows that do not determine it. Golden-section search over log T,
+    in which the loss has one minimum.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     import torch
 
+    if why_undetermined(rows) is not None:
+        return 1.0
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
 
     def loss(log_t: float) -> float:
@@ -217,11 +246,14 @@ def _as_scaling(rows: HeldOut) -> Scaling:
 def fit_vector(rows: HeldOut) -> Scaling:
     """(C,) scale and bias of the log scores with the least mean log loss, pulled gently to none.
 
+    (1,) and no bias for rows that do not determine a temperature.
     L-BFGS; the pull (1e-3 of the mean square distance from scale 1 and bias 0) keeps a class of few
     rows from running off. Source: Guo et al., ICML 2017, vector scaling.
     """
     import torch
 
+    if why_undetermined(rows) is not None:
+        return _NO_SCALE, None
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
     scale = torch.full((logs.shape[1],), 1 / fit_temperature(rows), requires_grad=True)
     bias = torch.zeros(logs.shape[1], requires_grad=True)
@@ -330,12 +362,14 @@ def _thresholds(
 
 
 def _with_thresholds(
-    spec: BundleSpec, config: CalibrateConfig, thresholds: list[Threshold]
+    spec: BundleSpec, config: CalibrateConfig, thresholds: list[Threshold], *, same: bool
 ) -> BundleSpec:
-    """The thresholds in the bundle; old ones, of other confidences, are gone."""
+    """The thresholds in the bundle; old ones, of other confidences, are gone.
+
+    same: the confidences are those of before
+    """
     if not thresholds:
-        keep = config.method == "none"
-        return spec if keep else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
+        return spec if same else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
     if not config.per_class:
         return spec.model_copy(update={"threshold": thresholds[0].threshold, "thresholds": {}})
     chosen = {
@@ -376,7 +410,12 @@ def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: in
             f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted"
         )
     changed = bundle.spec.threshold or bundle.spec.thresholds
-    if config.target_precision is None and changed and config.method != "none":
+    if result.kept is not None:
+        print(
+            f"note: {result.kept}; confidences are kept as they were. Hold out more images, among "
+            "them some that the model gets wrong"
+        )
+    elif config.target_precision is None and changed and config.method != "none":
         print(
             "note: the old threshold was for other confidences and is 0 now; see --target-precision"
         )

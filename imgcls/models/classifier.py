@@ -6,10 +6,11 @@ manifests or Ray; labelling, evaluation and serving all go through it, so they a
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -371,29 +372,31 @@ def _finish_in_fp32(network: nn.Module) -> None:
     from fp32 in 9 top-1 labels with them and in 6 without. A Linear head costs nothing in fp32; a
     convolution keeps bf16 products, but what averages its outputs over space does so in fp32.
     """
-    _, head = zoo.head(network)
-    if isinstance(head, nn.Linear):
-        head.float()
-        head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
-    else:
-        head.register_forward_hook(lambda _, args, output: output.float())
+    for head in zoo.heads(network).values():
+        if isinstance(head, nn.Linear):
+            head.float()
+            head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        else:
+            head.register_forward_hook(lambda _, args, output: output.float())
 
 
 def _keep_small_batches_exact(network: nn.Module) -> None:
-    """Have a Linear head see at least four rows, of which the last ones may be of no image.
+    """Have Linear heads see at least four rows, of which the last ones may be of no image.
 
     Three or fewer take another path through the matrix product, which adds up in another order:
-    the last bit of an image's scores would depend on what it is classified with.
+    the last bit of an image's scores would depend on what it is classified with. The rows of no
+    image end with the head, so that the outputs of several heads can be added up.
     """
-    _, head = zoo.head(network)
-    if isinstance(head, nn.Linear):
-        head.register_forward_pre_hook(lambda _, args: (_of_four(args[0]),))
+    for head in zoo.heads(network).values():
+        if isinstance(head, nn.Linear):
+            layer: Any = head
+            layer.forward = functools.partial(_of_four, head.forward)
 
 
-def _of_four(rows: torch.Tensor) -> torch.Tensor:
+def _of_four(forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     if rows.dim() != 2 or len(rows) >= 4:
-        return rows
-    return nn.functional.pad(rows, (0, 0, 0, 4 - len(rows)))
+        return forward(rows)
+    return forward(nn.functional.pad(rows, (0, 0, 0, 4 - len(rows))))[: len(rows)]
 
 
 _INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}

@@ -41,7 +41,10 @@ def followed(network: nn.Module) -> fx.GraphModule | None:
     if isinstance(network, fx.GraphModule):
         return network
     try:
-        return fx.GraphModule(network, _Tracer().trace(network))
+        traced = fx.GraphModule(network, _Tracer().trace(network))
+        if hasattr(network, "class_heads"):
+            traced.class_heads = network.class_heads
+        return traced
     except Exception:  # noqa: BLE001  whatever its code raises when it meets no tensor
         return None
 

@@ -40,11 +40,43 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
-    """The network with random weights; raises what timm does for a wrong option."""
-    network: nn.Module = _timm().create_model(
-        name, pretrained=False, num_classes=num_classes, **options
-    )
-    return network
+    """The network with random weights; raises what timm does for a wrong option.
+
+    Raises BundleError for a network without a classifier.
+    """
+    create = _timm().create_model
+    network: Any = create(name, pretrained=False, num_classes=num_classes, **options)
+    if not hasattr(network, "get_classifier"):
+        raise BundleError(
+            f"model {PREFIX}{name}: is an encoder without a classifier, which cannot be trained "
+            "here; choose another network"
+        )
+    several = _layers_of(network, num_classes)
+    if len(several) > 1:
+        # a hidden layer may be as wide as the classes: the heads are what another number changes
+        with torch.device("meta"):
+            other = create(name, pretrained=False, num_classes=num_classes + 1, **options)
+        network.class_heads = tuple(
+            name
+            for name in several
+            if network.get_submodule(name).weight.shape != other.get_submodule(name).weight.shape
+        )
+    made: nn.Module = network
+    return made
+
+
+def _layers_of(network: Any, num_classes: int) -> list[str]:
+    """Names of the layers in timm's classifiers that have as many outputs as there are classes."""
+    classifiers = network.get_classifier()
+    parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    inside = {id(module) for part in parts for module in part.modules()}
+    return [
+        name
+        for name, module in network.named_modules()
+        if id(module) in inside
+        and isinstance(module, (nn.Linear, nn.Conv2d))
+        and len(module.weight) == num_classes
+    ]
 
 
 def preprocess(name: str) -> Preprocess:

@@ -230,14 +230,24 @@ def fit_weights(
 
 
 def head_names(network: nn.Module) -> set[str]:
-    """Names of the layers whose outputs are classes: the last one and auxiliary ones."""
-    name, layer = head(network)
-    width = _outputs(layer)
+    """Names of the layers whose outputs are classes: all heads, and auxiliary ones."""
+    main = heads(network)
+    width = _outputs(next(iter(main.values())))
     return {
         other
         for other, module in network.named_modules()
-        if other == name or (other.lower().startswith("aux") and _outputs(module) == width)
+        if other in main or (other.lower().startswith("aux") and _outputs(module) == width)
     }
+
+
+def heads(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers whose outputs are added up to the logits, by name; the last is `head`.
+
+    Most networks have one. Some of timm's have a second that was trained by distillation, or one
+    for each of their branches.
+    """
+    names = getattr(network, "class_heads", None) or (head(network)[0],)
+    return {name: cast("nn.Linear | nn.Conv2d", network.get_submodule(name)) for name in names}
 
 
 def head(network: nn.Module) -> tuple[str, nn.Module]:
@@ -245,6 +255,9 @@ def head(network: nn.Module) -> tuple[str, nn.Module]:
 
     Its input, averaged over space where it has any, is the network's embedding.
     """
+    several: tuple[str, ...] = getattr(network, "class_heads", ())
+    if several:
+        return several[-1], network.get_submodule(several[-1])
     candidates = [
         (name, module)
         for name, module in network.named_modules()
@@ -257,7 +270,11 @@ def head(network: nn.Module) -> tuple[str, nn.Module]:
 
 def embedding_width(network: nn.Module) -> int:
     """E, the length of the network's embedding."""
-    _, layer = head(network)
+    return input_width(head(network)[1])
+
+
+def input_width(layer: nn.Module) -> int:
+    """Features that a head takes."""
     width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return cast(int, width)
 

@@ -120,6 +120,7 @@ def _run(
         preprocess=task.preprocess,
         images=images,
         class_weights=task.class_weights,
+        head_shares=task.head_shares,
     )
     if config.find_lr:
         with followed_board(config.epochs, lambda epoch: None) as board:

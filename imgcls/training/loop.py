@@ -45,6 +45,7 @@ class Work:
     weights:       reference to the state dict to start from
     images:        where decoded images come from
     class_weights: of the loss, or None
+    head_shares:   as `network.head_shares` gives them; empty without a probe
     """
 
     config: TrainConfig
@@ -55,6 +56,7 @@ class Work:
     preprocess: Preprocess
     images: Decoded | Streamed
     class_weights: list[float] | None
+    head_shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ class Trainer:
             remedy = "" if self.place.precision == "fp32" else "; run it with --precision fp32"
             raise Ended(
                 kind="failed",
-                problem=f"the features of {overflowed:,} views of images are NaN or infinite in "
+                problem=f"the features of {overflowed:,} views of images are NaN or too large in "
                 f"{self.place.precision}{remedy}, or start from other model.weights",
             )
         head = probe.fit(
@@ -339,7 +341,7 @@ class Trainer:
             weights=self.learner.loss.weights,
         )
         for network in {self.learner.network, self.learner.judged}:
-            probe.install(network, head)
+            probe.install(network, head, self.work.head_shares)
         learnt, verdict = (probe.judge(head, split, self.work.classes) for split in (train, val))
         fitted = time.perf_counter()
         self._say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -83,6 +84,71 @@ def start(
     return network
 
 
+def head_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]:
+    """The weight of each head's outputs in the logits, for a linear probe to reckon with.
+
+    1 for a network with one head, 0.5 each where two are averaged. Found by running the network
+    with random heads, so that it holds for whatever the network's code does with them. Auxiliary
+    heads that enter the logits (VOLO's) are set to zero, where fine-tuning begins with them.
+    Raises BundleError when the logits are no weighted sum of the heads' outputs.
+    """
+    shares = _fitted_shares(network, preprocess)
+    if shares is None:
+        auxiliary = zoo.head_names(network) - zoo.heads(network).keys()
+        with torch.no_grad():
+            for name in auxiliary:
+                for parameter in network.get_submodule(name).parameters():
+                    parameter.zero_()
+        shares = _fitted_shares(network, preprocess) if auxiliary else None
+    if shares is None:
+        raise BundleError(
+            f"strategy: a linear probe cannot be fitted to {type(network).__name__}, whose logits "
+            "are no weighted sum of its heads' outputs; pass --strategy finetune"
+        )
+    return shares
+
+
+@torch.no_grad()
+def _fitted_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...] | None:
+    """Least squares over a few random images; None where it does not hold exactly."""
+    heads = zoo.heads(network)
+    saved = {name: copy.deepcopy(layer.state_dict()) for name, layer in heads.items()}
+    outputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+        for name, layer in heads.items()
+    ]
+    generator = torch.Generator().manual_seed(0)
+    # in two images of two classes there are more numbers than a head or two has shares
+    count = 2 * len(heads)
+    crop = preprocess.crop
+    try:
+        for layer in heads.values():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        logits = network.eval()(torch.randn(count, 3, crop, crop, generator=generator))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, layer in heads.items():
+            layer.load_state_dict(saved[name])
+    parts = [spatial_mean(outputs[name]) for name in heads if name in outputs]
+    if len(parts) < len(heads) or any(part.shape != logits.shape for part in parts):
+        return None
+    columns = torch.stack([part.flatten().double() for part in parts], dim=1)
+    wanted = logits.flatten().double()
+    shares = torch.linalg.lstsq(columns, wanted).solution
+    error = (columns @ shares - wanted).abs().max()
+    if not error <= 1e-4 * wanted.abs().max() or bool((shares.abs() < 1e-6).any()):
+        return None
+    return tuple(shares.tolist())
+
+
+def spatial_mean(features: torch.Tensor) -> torch.Tensor:
+    """(N, E) of what may be (N, E, H, W)."""
+    return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
+
+
 def regularise(network: nn.Module, config: ModelConfig) -> None:
     """Set what drops features and blocks in training; in evaluation it does nothing.
 
@@ -102,16 +168,16 @@ def regularise(network: nn.Module, config: ModelConfig) -> None:
 
 
 def _set_dropout(network: nn.Module, share: float) -> None:
-    """Of the dropout layers beside the head; a head without any gets one before it."""
-    name, head = zoo.head(network)
-    parent = network.get_submodule(name.rpartition(".")[0])
-    layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
-    for layer in layers:
-        layer.p = share
-    if not layers:
-        head.register_forward_pre_hook(
-            lambda module, args: (F.dropout(args[0], share, module.training), *args[1:])
-        )
+    """Of the dropout layers beside the heads; a head without any gets one before it."""
+    for name, head in zoo.heads(network).items():
+        parent = network.get_submodule(name.rpartition(".")[0])
+        layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
+        for layer in layers:
+            layer.p = share
+        if not layers:
+            head.register_forward_pre_hook(
+                lambda module, args: (F.dropout(args[0], share, module.training), *args[1:])
+            )
 
 
 def try_on(network: nn.Module, preprocess: Preprocess, rows: int) -> None:

@@ -37,6 +37,7 @@ class Task:
 
     strategy:      as it is meant
     class_weights: of the loss, or None
+    head_shares:   as `network.head_shares` gives them; empty without a probe
     identity:      what makes two runs the same run
     """
 
@@ -47,6 +48,7 @@ class Task:
     preprocess: Preprocess
     network: nn.Module
     class_weights: list[float] | None
+    head_shares: tuple[float, ...]
     identity: dict[str, Any]
 
 

@@ -10,9 +10,8 @@ Models Transfer Better?", appendix A.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from imgcls.training.augment import Augment, AugmentConfig, centre
 from imgcls.training.ingest import Batch
 from imgcls.training.judge import Tally, Verdict
 from imgcls.training.learner import Learner
+from imgcls.training.network import spatial_mean
 
 L2_CHOICES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 ITERATIONS = 100
@@ -31,7 +31,10 @@ ITERATIONS = 100
 
 @dataclass(frozen=True)
 class Features:
-    """One worker's share of a split. inputs: (N, E) float32; labels: (N,) int64."""
+    """One worker's share of a split. inputs: (N, E) float32; labels: (N,) int64.
+
+    Of a network with several heads, the inputs of all of them beside each other.
+    """
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -54,18 +57,22 @@ class Head:
 
 @torch.no_grad()
 def features(learner: Learner, batches: Iterator[Batch], views: int) -> Features:
-    """Inputs of the head, averaged over space, for a worker's share of a split.
+    """Inputs of the heads, averaged over space, for a worker's share of a split.
 
     views: features per image: as labelling sees it, mirrored, then gently augmented ones
     """
     network = learner.network.eval()
     size = learner.augment.size
     gentle = Augment(AugmentConfig(preset="light"), size=size, num_classes=1)
-    _, head = zoo.head(network)
-    caught: list[torch.Tensor] = []
-    found = [torch.zeros(0, zoo.embedding_width(network), device=learner.place.device)]
+    heads = zoo.heads(network)
+    caught: dict[str, torch.Tensor] = {}
+    width = sum(zoo.input_width(head) for head in heads.values())
+    found = [torch.zeros(0, width, device=learner.place.device)]
     labels = [torch.zeros(0, dtype=torch.int64, device=learner.place.device)]
-    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hooks = [
+        head.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args[0]}))
+        for name, head in heads.items()
+    ]
     try:
         for place, batch in enumerate(batches):
             if not len(batch.labels):
@@ -77,20 +84,20 @@ def features(learner: Learner, batches: Iterator[Batch], views: int) -> Features
                 seen = (middle, middle.flip(3))[view] if view < 2 else gentle(pixels, wanted)[0]
                 with learner.autocast():
                     network(learner.inputs(seen))
-                embedding = caught.pop().float()
-                found.append(
-                    embedding.mean((2, 3)) if embedding.dim() == 4 else embedding.flatten(1)
-                )
+                found.append(torch.cat([spatial_mean(caught[n].float()) for n in heads], dim=1))
                 labels.append(wanted)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return Features(torch.cat(found), torch.cat(labels))
 
 
 def count_not_finite(split: Features) -> int:
-    """Rows of all workers whose features hold NaN or infinity; every worker must call it."""
-    bad = (~torch.isfinite(split.inputs)).any(1).sum()
-    return int(_sum(bad))
+    """Rows of all workers whose features, or their squares, are NaN or infinite.
+
+    Every worker must call it.
+    """
+    return int(_sum((~split.inputs.square().sum(1).isfinite()).sum()))
 
 
 def fit(
@@ -143,14 +150,19 @@ def judge(head: Head, split: Features, num_classes: int) -> Verdict:
     return tally.verdict()
 
 
-def install(network: nn.Module, head: Head) -> None:
-    """Put a fitted head into a network; a convolution gets it as a 1x1 filter."""
-    _, found = zoo.head(network)
-    layer = cast("nn.Linear | nn.Conv2d", found)
+def install(network: nn.Module, head: Head, shares: Sequence[float] = (1.0,)) -> None:
+    """Put a fitted head into a network; a convolution gets it as a 1x1 filter.
+
+    shares: of each head's outputs in the logits (see `network.head_shares`); the fitted head is
+        split among them so that the logits are those it was fitted for
+    """
+    layers = zoo.heads(network).values()
+    weights = head.weight.split([zoo.input_width(layer) for layer in layers], dim=1)
     with torch.no_grad():
-        layer.weight.copy_(head.weight.reshape(layer.weight.shape))
-        if layer.bias is not None:
-            layer.bias.copy_(head.bias)
+        for layer, weight, share in zip(layers, weights, shares, strict=True):
+            layer.weight.copy_(weight.reshape(layer.weight.shape) / share)
+            if layer.bias is not None:
+                layer.bias.copy_(head.bias / sum(shares))
 
 
 def _minimise(

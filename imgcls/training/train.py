@@ -40,7 +40,7 @@ from imgcls.training.optim import OptimConfig
 from imgcls.training.prepare import Task
 from imgcls.training.progress import Epoch
 from imgcls.training.publish import HISTORY
-from imgcls.training.strategy import default_lr, settle
+from imgcls.training.strategy import default_lr, has_probe, settle
 from imgcls.training.workers import ScaleConfig
 
 __all__ = [
@@ -106,6 +106,7 @@ def settled(config: TrainConfig) -> Task:
     )
     networks.regularise(network, config.model)
     networks.try_on(network, preprocess, share)
+    shares = networks.head_shares(network, preprocess) if has_probe(strategy) else ()
     track.check(config.track, config.output)
     return Task(
         config=config,
@@ -115,6 +116,7 @@ def settled(config: TrainConfig) -> Task:
         preprocess=preprocess,
         network=network,
         class_weights=weights,
+        head_shares=shares,
         identity=_identity(config, examples, network),
     )
 

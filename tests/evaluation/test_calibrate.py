@@ -19,6 +19,7 @@ from imgcls.evaluation.calibrate import (
     confidences,
     fit_temperature,
     fit_vector,
+    why_undetermined,
 )
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
@@ -52,6 +53,33 @@ def test_vector_scaling_mends_one_class_alone() -> None:
     assert bias[2] - bias[[0, 1, 3]].mean() == pytest.approx(-2, abs=0.15)
     confidence, predicted = confidences(skewed, scale, bias)
     assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
+
+
+def always(rows: int, label: int) -> HeldOut:
+    """Rows that all score class 0 best, 1 next and so on, with one label."""
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0]]).repeat(rows, 1)
+    return HeldOut(torch.log_softmax(logits, 1).numpy(), np.full(rows, label))
+
+
+@pytest.mark.parametrize("rows", [1, 20, 5000])
+@pytest.mark.parametrize(("label", "why"), [(0, "predictions are right"), (3, "no better than")])
+def test_rows_that_are_all_right_or_all_wrong_determine_no_temperature(
+    rows: int, label: int, why: str
+) -> None:
+    given = always(rows, label)
+    assert why in str(why_undetermined(given))
+    assert fit_temperature(given) == 1.0
+    scale, bias = fit_vector(given)
+    assert scale.tolist() == [1.0]
+    assert bias is None
+
+
+def test_one_wrong_row_among_many_determines_the_temperature() -> None:
+    """The loss of n right rows and a wrong one has its minimum where the scores say n / (n + 1)."""
+    logits = torch.tensor([[2.0, 0.0]]).repeat(100, 1)
+    rows = HeldOut(torch.log_softmax(logits, 1).numpy(), np.array([1] + [0] * 99))
+    assert why_undetermined(rows) is None
+    assert fit_temperature(rows) == pytest.approx(2 / np.log(99), rel=1e-3)
 
 
 @pytest.fixture
@@ -90,6 +118,25 @@ def test_the_new_bundle_is_calibrated_and_remembers_on_what(
     said = capsys.readouterr().out
     assert f"temperature 2.0000 -> {result.temperature:.4f}" in said
     assert "the old threshold was for other confidences" in said
+
+
+@pytest.mark.parametrize("method", ["temperature", "vector"])
+def test_a_bundle_keeps_its_confidences_where_all_held_out_rows_are_right(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    table = drawn(200, 2, sharpness=2.0)
+    right = table.set_column(
+        table.schema.get_field_index("label"), "label", table["predicted_label"]
+    )
+    result = calibrate(
+        request(bundle, commit(tmp_path / "out", right, bundle_sha256=bundle.sha256), method=method)
+    )
+    made = load_bundle(result.bundle.url).spec
+    assert (made.temperature, made.vector_scaling, made.threshold) == (2.0, None, 0.3)
+    assert result.ece_after == result.ece_before
+    said = capsys.readouterr().out
+    assert "note: all held-out predictions are right, so no temperature fits them best" in said
+    assert "the old threshold was for other confidences" not in said
 
 
 def test_a_bundle_that_is_there_is_replaced_only_when_asked(bundle: Bundle, tmp_path: Path) -> None:

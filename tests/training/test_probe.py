@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
+from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.training import probe
 from imgcls.training.config import TrainConfig
 from imgcls.training.ingest import Batch
 from imgcls.training.learner import Learner, Place
+from imgcls.training.network import ModelConfig, describe, head_shares
 from imgcls.training.probe import Features, Head
 from tests.training.team import Team
 
@@ -178,6 +180,20 @@ def batches(side: int = SIDE) -> list[Batch]:
     return [Batch(pixels[a:b], labels[a:b]) for a, b in ((0, 4), (4, 4), (4, 7))]
 
 
+def test_features_too_large_to_be_fitted_are_counted_over_all_workers(
+    alone: None, team: Team
+) -> None:
+    assert probe.count_not_finite(split(TRAIN, 1)) == 0
+    assert team.call(2, counted) == [5, 5]
+
+
+def counted(rank: int, workers: int) -> int:
+    features = share(split(TRAIN, 1), rank, workers)
+    for row, value in enumerate((float("nan"), float("inf"), -1e30)[rank:]):
+        features.inputs[row, rank] = value
+    return probe.count_not_finite(features)
+
+
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
 def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
     made = learner(build())
@@ -242,3 +258,62 @@ def test_a_head_without_a_bias_is_installed_too() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES, bias=False))
     probe.install(network, Head(torch.ones(CLASSES, 4), torch.ones(CLASSES), 1.0, 0.0, 0.0))
     assert (network[1].weight == 1).all()
+
+
+FAMILIES = [
+    "deit_tiny_distilled_patch16_224", "levit_128s", "pit_ti_distilled_224", "efficientformer_l1",
+    "efficientformerv2_s0", "repvit_m0_9", "swiftformer_xs", "crossvit_tiny_240",
+    "efficientvim_m1_dist", "volo_d1_224",
+]  # fmt: skip
+QUICK = ("deit_tiny_distilled_patch16_224", "crossvit_tiny_240")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES],
+)
+def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> None:
+    pytest.importorskip("timm")
+    architecture, preprocess = describe(ModelConfig(name=f"timm:{name}"))
+    network = zoo.build(architecture, CLASSES)
+    shares = head_shares(network, preprocess)
+    request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
+    config = TrainConfig.model_validate(request)
+    place = Place(0, 1, torch.device("cpu"), "fp32")
+    made = Learner(config, "probe", preprocess, None, CLASSES, network, place)
+    given = batches(preprocess.crop)
+    found = probe.features(made, iter(given), 1)
+    width = sum(zoo.input_width(layer) for layer in zoo.heads(network).values())
+    assert tuple(found.inputs.shape) == (7, width)
+    torch.manual_seed(0)
+    head = Head(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
+    for each in (made.network, made.judged):
+        probe.install(each, head, shares)
+    made.judged.eval()
+    logits = torch.cat([made.logits(b.pixels) for b in given if len(b.labels)])
+    wanted = found.inputs @ head.weight.T + head.bias
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+class Squared(nn.Module):
+    """A network whose logits are no sum of what its last layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * SIDE * SIDE, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(images.flatten(1)) ** 2
+        return logits
+
+
+def test_a_network_that_a_linear_probe_cannot_describe_is_refused_by_name() -> None:
+    preprocess = Preprocess(resize=SIDE, crop=SIDE)
+    with pytest.raises(
+        BundleError, match=r"cannot be fitted to Squared, whose .*strategy finetune"
+    ):
+        head_shares(Squared(), preprocess)
+    network = with_conv_head()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert head_shares(network, preprocess) == pytest.approx((1.0,))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -246,14 +246,16 @@ def test_features_that_overflow_end_the_training_before_it_writes_a_bundle(
     architecture = zoo.architecture("small_cnn", {"width": 16})
     state = zoo.build(architecture, 10).state_dict()
     scale = [name for name, value in state.items() if value.dim() == 1 and "weight" in name][-1]
-    state[scale].fill_(3e38)  # finite, as the file must be; the features are not
+    state[scale].fill_(3e38)  # finite, as the file must be; the squares of the features are not
     torch.save(state, tmp_path / "weights.pth")
     model = {
         "name": "small_cnn",
         "options": {"width": 16},
         "weights": str(tmp_path / "weights.pth"),
     }
-    with pytest.raises(RunFailed, match=r"^the features of [\d,]+ views of images are NaN or inf"):
+    with pytest.raises(
+        RunFailed, match=r"^the features of [\d,]+ views of images are NaN or too large"
+    ):
         train(config(digits, tmp_path / "bundle", model=model, precision="fp32"))
     assert not (tmp_path / "bundle" / "bundle.json").exists()
 
