@@ -17,7 +17,7 @@ from imgcls.runs import Run, stream
 
 ErrorStatus = Literal[
     "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
-    "too_large", "unreadable", "crashed",
+    "unsupported", "too_large", "unreadable", "crashed",
 ]  # fmt: skip
 
 
