@@ -237,6 +237,25 @@ def boxes_of(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         place = stop
 
 
+def ends_early(data: bytes) -> bool:
+    """Whether a file that is not decoded ends before its own structure does.
+
+    WebP states its length, ISO base media files that of their boxes; a JPEG 2000 codestream and a
+    GIF have an end marker.
+    """
+    if data[:4] == b"RIFF":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data[:4] == b"GIF8":
+        return data[-1:] != b";"
+    if data[4:8] in (b"ftyp", b"jP  ", b"JXL "):
+        boxes = list(boxes_of(data))
+        if any(stop > len(data) for _, _, stop in boxes):
+            return True
+        streams = [data[first:stop] for kind, first, stop in boxes if kind == b"jp2c"]
+        return any(not stream.endswith(b"\xff\xd9") for stream in streams)
+    return data[:4] == b"\xff\x4f\xff\x51" and not data.endswith(b"\xff\xd9")
+
+
 def unsupported_jpeg(data: bytes) -> str | None:
     """The name of a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
 

@@ -30,7 +30,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from imgcls.data import formats, png, tiff
 from imgcls.data import reduced as reduced_images
 from imgcls.data.formats import Format
-from imgcls.data.image_headers import jpeg_xl_size, samples_of, unsupported_jpeg
+from imgcls.data.image_headers import ends_early, jpeg_xl_size, samples_of, unsupported_jpeg
 from imgcls.data.lean import torchvision
 from imgcls.data.pixels import ico_picture, rgb_of, to_rgb
 from imgcls.data.preprocess import Preprocess
@@ -249,7 +249,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 def _size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
     if image.format == "ICO":
-        picture = ico_picture(image, data)
+        picture = ico_picture(data)
         if picture.startswith(png.SIGNATURE):
             return png.header_of(picture)[:2]
     return image.size
@@ -290,6 +290,10 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
             size = jpeg_xl_size(data)
             if size:  # its plugin decodes as soon as it opens
                 _check_pixels(*size, max_pixels)
+        elif format_.name == "ICO":
+            picture = ico_picture(data)
+            if picture.startswith(png.SIGNATURE):  # Pillow decodes it as soon as it opens
+                _check_pixels(*png.header_of(picture)[:2], max_pixels)
         openers = [name for name in format_.pillow if name != "MPO"]
         return Image.open(io.BytesIO(stream), formats=openers)
     except ImageError:
@@ -323,12 +327,9 @@ def _unopened(format_: Format, data: bytes) -> ImageError:
         return error
     if format_.name == "TIFF":
         return UnsupportedImage(f"TIFF: {samples} is not supported{tiff.how(data)}")
-    kind = unsupported_jpeg(data) if format_.name == "JPEG" else None
-    if kind:
-        return UnsupportedImage(f"{kind} is not supported; convert it to 8-bit baseline JPEG")
     article = "an" if format_.name[0] in "AI" else "a"
     text = f"begins as {article} {format_.name} does, but its header is damaged or cut off"
-    return ImageError(f"{text} ({len(data):,} bytes)")
+    return _image_error(ValueError(text), data)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -489,15 +490,13 @@ def _image_error(error: Exception, data: bytes) -> ImageError:
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    signs = ("truncated", "incomplete", "eof", "unexpected end")
-    if any(sign in lowered for sign in signs) or _ends_early(data):
+    kind = unsupported_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
+    if kind:
+        return UnsupportedImage(f"{kind} is not supported; convert it to 8-bit baseline JPEG")
+    signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")
+    if any(sign in lowered for sign in signs) or ends_early(data):
         return TruncatedImage(f"{reason} ({len(data):,} bytes)")
     return ImageError(reason or type(error).__name__)
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether a WebP is shorter than its header states; its decoder gives no reason."""
-    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _looks_like(data: bytes) -> str:

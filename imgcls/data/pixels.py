@@ -8,6 +8,8 @@ taken from it as stored and scaled here.
 from __future__ import annotations
 
 import io
+import math
+import struct
 from typing import Any
 
 import numpy as np
@@ -254,7 +256,7 @@ def _gif(image: ImageFile.ImageFile) -> Image.Image:
 
 def _ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """The largest picture of an icon; one that is a PNG is decoded as a PNG."""
-    picture = ico_picture(image, data)
+    picture = ico_picture(data)
     if not picture.startswith(png.SIGNATURE):
         return to_rgb(image)
     chunks = png.chunks_of(picture)
@@ -263,14 +265,25 @@ def _ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     return rgb_of(inner, picture)
 
 
-def ico_picture(image: ImageFile.ImageFile, data: bytes) -> bytes:
-    """The bytes of an icon's largest picture, a PNG or a BMP without its file header.
+def ico_picture(data: bytes) -> bytes:
+    """The bytes of the picture that Pillow takes from an icon, its largest.
 
-    Raises TruncatedImage where the file ends before it.
+    It is a PNG, or a BMP without its file header. Raises TruncatedImage where the file ends before
+    it, ImageError where it has no bytes.
     """
-    entry = image.ico.entry[0]  # type: ignore[attr-defined]
-    if entry.offset + entry.size > len(data):
+    (count,) = struct.unpack_from("<H", data, 4)
+    if 6 + 16 * count > len(data):
+        raise TruncatedImage(f"the icon is truncated in its directory ({len(data):,} bytes)")
+    entries = [struct.unpack_from("<BBBBHHII", data, 6 + 16 * i) for i in range(count)]
+
+    def rank(entry: tuple[int, ...]) -> tuple[int, int]:
+        width, height, colors, _, _, bits, _, _ = entry
+        depth = bits or (math.ceil(math.log2(colors)) if colors else 0) or 256
+        return -(width or 256) * (height or 256), depth
+
+    *_, size, offset = min(entries, key=rank)
+    if offset + size > len(data):
         raise TruncatedImage(f"the icon is truncated in its picture ({len(data):,} bytes)")
-    if not entry.size:
+    if not size:
         raise ImageError("the icon is damaged: its picture has no bytes")
-    return data[entry.offset : entry.offset + entry.size]
+    return data[offset : offset + size]

@@ -87,6 +87,8 @@ def chunks_of(data: bytes) -> list[Chunk]:
         raise TruncatedImage(f"begins as a PNG does, but its header is truncated ({end:,} bytes)")
     if chunks and chunks[0].kind == b"CgBI":
         raise UnsupportedImage("a PNG in Apple's CgBI variant is not supported; convert it to PNG")
+    if all(chunk.kind != b"IDAT" for chunk in chunks) and place + 8 > end:
+        raise TruncatedImage(f"the PNG is truncated before its pixels ({end:,} bytes)")
     if not chunks or chunks[0].kind != b"IHDR" or chunks[0].stop - chunks[0].start != 13:
         raise ImageError(f"begins as a PNG does, but its header is damaged ({end:,} bytes)")
     return chunks

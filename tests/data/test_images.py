@@ -115,9 +115,7 @@ def test_lab_is_shown_or_refused_as_pillow_can() -> None:
     decodes_or_is_refused(encoded(plain("LAB"), "TIFF"))
 
 
-@pytest.mark.parametrize(
-    ("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")]
-)
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
 def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None:
     ramp = np.linspace(0, 65535, 224).astype(np.uint16)
     values = np.tile(ramp, (224, 1))
@@ -457,7 +455,7 @@ def test_a_file_without_bytes_is_empty() -> None:
 )
 def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
     for call in (lambda: decode(data, SPEC), lambda: picture(data, 64)):
-        with pytest.raises(NotAnImage, match="JPEG, PNG, WebP, .* are decoded") as caught:
+        with pytest.raises(NotAnImage, match=r"JPEG, PNG, WebP, .* are decoded") as caught:
             call()
         assert caught.value.status == "not_an_image"
         assert told in str(caught.value)
