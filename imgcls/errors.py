@@ -136,6 +136,12 @@ class NotAnImage(ImageError):
     status = "not_an_image"
 
 
+class UnsupportedImage(ImageError):
+    """A sound image file of a kind that is not decoded here; the message names the kind."""
+
+    status = "unsupported"
+
+
 class ImageTooLarge(ImageError):
     """The header announces more pixels than allowed."""
 

@@ -1,16 +1,146 @@
-"""What file names mean; kept apart so that listing needs no torch."""
+"""The table of image formats: names, suffixes, media types, signatures and decoders.
+
+Listing, decoding, quality checks and serving all read this table. It needs neither torch nor
+Pillow, so that listing files stays cheap.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass
+from typing import Literal
 
 LISTING, LISTED = "_listing.json", "_SUCCESS"
 """Files beside a manifest that `imgcls manifest build` writes: what it lists, and that it ended."""
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+Decoder = Literal["torchvision", "pillow", "extra"]
+EXTRA = "formats"
+"""The extra that installs the packages of formats whose decoder is `extra`."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An image format that is decoded.
+
+    name:       as messages and docs have it
+    pillow:     Pillow's names for it; MPO is opened as JPEG
+    suffixes:   lower case, with the dot; the usual one first
+    mime_types: media types, the registered one first
+    signature:  regular expression that the first bytes match; None where `recognize` decides
+    decoder:    torchvision (Pillow for the files that it cannot take), pillow, or extra
+    package:    module that registers the format with Pillow, for `extra`
+    """
+
+    name: str
+    pillow: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    mime_types: tuple[str, ...]
+    signature: bytes | None
+    decoder: Decoder = "pillow"
+    package: str | None = None
+
+
+FORMATS = (
+    Format(
+        "JPEG", ("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+        ("image/jpeg", "image/pjpeg", "image/mpo"), rb"\xff\xd8\xff", "torchvision",
+    ),
+    Format("PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG"),
+    Format("WebP", ("WEBP",), (".webp",), ("image/webp",), rb"RIFF....WEBP"),
+    Format("GIF", ("GIF",), (".gif",), ("image/gif",), rb"GIF8"),
+    Format(
+        "BMP", ("BMP", "DIB"), (".bmp", ".dib"), ("image/bmp", "image/x-ms-bmp"),
+        rb"BM|[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0.{8}\x01\0",
+    ),
+    Format(
+        "TIFF", ("TIFF",), (".tif", ".tiff"), ("image/tiff",),
+        rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0",
+    ),
+    Format("AVIF", ("AVIF",), (".avif", ".avifs"), ("image/avif",), None),
+    Format(
+        "JPEG 2000", ("JPEG2000",), (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+        ("image/jp2", "image/jpx", "image/j2c"), rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    ),
+    Format(
+        "PPM", ("PPM",), (".ppm", ".pgm", ".pbm", ".pnm"),
+        ("image/x-portable-pixmap", "image/x-portable-graymap", "image/x-portable-bitmap",
+         "image/x-portable-anymap"), rb"P[1-6][ \t\r\n\v\f#]",
+    ),
+    Format(
+        "ICO", ("ICO",), (".ico",), ("image/vnd.microsoft.icon", "image/x-icon"),
+        rb"\0\0\x01\0(?!\0\0)..(?s:.{3})\0",
+    ),
+    Format(
+        "TGA", ("TGA",), (".tga", ".icb", ".vda", ".vst"), ("image/x-tga", "image/x-targa"), None
+    ),
+    Format(
+        "HEIC", ("HEIF",), (".heic", ".heif", ".hif"), ("image/heic", "image/heif"), None,
+        "extra", "pillow_heif",
+    ),
+    Format(
+        "JPEG XL", ("JXL",), (".jxl",), ("image/jxl",),
+        rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "extra", "pillow_jxl",
+    ),
+)  # fmt: skip
+
+EXTENSIONS = frozenset(suffix for format_ in FORMATS for suffix in format_.suffixes)
+MIME_TYPES = tuple(mime for format_ in FORMATS for mime in format_.mime_types)
+FORMAT_OF = {name: format_ for format_ in FORMATS for name in format_.pillow}
+"""By the name that Pillow gives to the format of a file."""
+
+_NAMES = [format_.name for format_ in FORMATS if format_.decoder != "extra"]
+_EXTRAS = [format_.name for format_ in FORMATS if format_.decoder == "extra"]
+DECODED = (
+    f"{', '.join(_NAMES[:-1])} and {_NAMES[-1]} are decoded, {' and '.join(_EXTRAS)} with "
+    f"imgcls[{EXTRA}]"
+)
+"""The formats as messages list them."""
+
+_HEVC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+
+_FOREIGN = (
+    ("a Photoshop document (PSD)", rb"8BPS"),
+    ("an OpenEXR image", rb"\x76\x2f\x31\x01"),
+    ("a Radiance HDR image", rb"#\?(RADIANCE|RGBE)"),
+    ("an SVG drawing", rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg[\s>]"),
+    ("a PDF", rb"\s*%PDF"),
+    ("an Encapsulated PostScript file", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    ("an Apple icon (ICNS)", rb"icns"),
+    ("a Windows cursor (CUR)", rb"\0\0\x02\0(?!\0\0)..(?s:.{3})\0"),
+    ("a DirectDraw surface (DDS)", rb"DDS "),
+    ("a FITS image", rb"SIMPLE  ="),
+    ("a DICOM image", rb".{128}DICM"),
+    ("a NIfTI volume", rb".{344}(n\+1|ni1)\0"),
+    ("a Canon CR3 raw file", rb"....ftypcrx "),
+    ("a Fujifilm RAF raw file", rb"FUJIFILMCCD-RAW"),
+    ("an Olympus ORF raw file", rb"IIR[OS]|MMOR"),
+    ("a Panasonic RW2 raw file", rb"IIU\0"),
+    ("a Sigma X3F raw file", rb"FOVb"),
+    ("a Minolta MRW raw file", rb"\0MRM"),
+    ("a JPEG XR image", rb"II\xbc"),
+    ("a PAM image (P7)", rb"P7\n"),
+    ("a floating-point PFM image", rb"P[Ff]\s"),
+    ("a GIMP image (XCF)", rb"gimp xcf"),
+    ("a QOI image", rb"qoif"),
+    ("a PCX image", rb"\x0a[\0\x02-\x05]\x01[\x01\x02\x04\x08]"),
+    ("an SGI image", rb"\x01\xda[\0\x01][\x01\x02]\0[\x01-\x03]"),
+    ("a Sun raster image", rb"\x59\xa6\x6a\x95"),
+    ("a Windows metafile", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF"),
+    ("an XPM image", rb"/\* XPM \*/"),
+    ("an XBM image", rb"#define \S+_width "),
+    ("a BPG image", rb"BPG\xfb"),
+    ("a FLIF image", rb"FLIF"),
+    ("a DjVu document", rb"AT&TFORM"),
+    ("an MNG animation", rb"\x8aMNG"),
+    ("a JNG image", rb"\x8bJNG"),
+    ("a KTX texture", rb"\xabKTX "),
+)
+"""Image formats that are recognized and not decoded: name with its article, first bytes."""
 
 
 def is_image_name(path: str) -> bool:
+    """Whether the suffix of a path or URL is that of a format in the table."""
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
@@ -24,3 +154,62 @@ SYSTEM_FOLDERS = frozenset((
 def is_hidden(name: str) -> bool:
     """Whether a file or folder name is hidden, or one that no user made."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def recognize(data: bytes) -> Format | None:
+    """The format of a file by its first bytes; None where it has none of the table's."""
+    head = data[:64]
+    for format_, signature in _SIGNATURES:
+        if signature.match(head):
+            return format_
+    if head[4:8] == b"ftyp":
+        brands = _brands(data)
+        if b"avif" in brands or b"avis" in brands:
+            return _BY_NAME["AVIF"]
+        if any(brand in brands for brand in _HEVC):
+            return _BY_NAME["HEIC"]
+        if brands and brands[0] in (b"mif1", b"msf1"):
+            return _BY_NAME["HEIC"]
+        return None
+    return _BY_NAME["TGA"] if _is_tga(data) else None
+
+
+def foreign(data: bytes) -> str | None:
+    """The name, with its article, of an image format that is recognized and not decoded."""
+    head = data[:1024]
+    return next((name for name, signature in _FOREIGNERS if signature.match(head)), None)
+
+
+def _brands(data: bytes) -> list[bytes]:
+    """The major and compatible brands of an ISO base media file."""
+    length = min(int.from_bytes(data[:4], "big"), 256)
+    return [data[8:12], *(data[i : i + 4] for i in range(16, length, 4))]
+
+
+def _is_tga(data: bytes) -> bool:
+    """TGA has no signature: each field of its header must hold one of the few valid values.
+
+    Source: Truevision TGA File Format Specification, version 2.0, 1991.
+    """
+    if len(data) < 18:
+        return False
+    map_type, kind, map_bits, depth, flags = data[1], data[2], data[7], data[16], data[17]
+    if not any(data[12:14]) or not any(data[14:16]) or flags & 0xC0:
+        return False
+    mapped = kind in (1, 9)
+    depths = {1: (8,), 9: (8,), 2: (16, 24, 32), 10: (16, 24, 32), 3: (8, 16), 11: (8, 16)}
+    if depth not in depths.get(kind, ()):
+        return False
+    if mapped or map_type:
+        return map_type == 1 and map_bits in (15, 16, 24, 32) and any(data[5:7])
+    return map_type == 0 and not any(data[3:8])
+
+
+_SIGNATURES = [
+    (format_, re.compile(format_.signature, re.DOTALL)) for format_ in FORMATS if format_.signature
+]
+_FOREIGNERS = [
+    (name, re.compile(signature, re.DOTALL | re.IGNORECASE if b"svg" in signature else re.DOTALL))
+    for name, signature in _FOREIGN
+]
+_BY_NAME = {format_.name: format_ for format_ in FORMATS}

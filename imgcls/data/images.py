@@ -8,15 +8,17 @@ Routes, all compared in tests with the reference (Pillow decode, `Resize`, `Cent
   dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8
   torchvision any other JPEG: decoded whole by libjpeg, resized by torch
   pillow      everything else
+
+The formats are those of `imgcls.data.formats`; samples are scaled by `imgcls.data.pixels`.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import os
 import re
-import struct
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +29,21 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from imgcls.data import jpeg
+from imgcls.data import formats, jpeg, png, tiff
 from imgcls.data import reduced as reduced_images
+from imgcls.data.formats import Format
+from imgcls.data.image_headers import ends_early, jpeg_xl_size, samples_of, unsupported_jpeg
 from imgcls.data.lean import torchvision
+from imgcls.data.pixels import ico_picture, rgb_of, to_rgb
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
+from imgcls.errors import (
+    EmptyImage,
+    ImageError,
+    ImageTooLarge,
+    NotAnImage,
+    TruncatedImage,
+    UnsupportedImage,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -50,14 +62,6 @@ LARGEST_RESIZE = 4_000_000
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _JPEG = ("JPEG", "MPO")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_SIGNATURES = {
-    "a JPEG": rb"\xff\xd8\xff",
-    "a PNG": rb"\x89PNG",
-    "a WebP": rb"RIFF....WEBP",
-    "a GIF": rb"GIF8",
-    "a TIFF": rb"II[*+]\0|MM\0[*+]",
-}
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,16 +86,18 @@ def decode(
     data: the file's bytes
     Returns (3, crop, crop) uint8 RGB, channels last in memory, and the (width, height) in pixels
     that a viewer would show, before resizing and after EXIF orientation.
-    Raises EmptyImage, TruncatedImage, NotAnImage, ImageTooLarge or ImageError.
+    Raises EmptyImage, TruncatedImage, NotAnImage, UnsupportedImage, ImageTooLarge or ImageError.
     """
     image, orientation, shown = _read_header(data, max_pixels)
     try:
         if _is_plain_jpeg(image):
             return _decode_jpeg(data, image, orientation, shown, spec), shown
         if image.format in _JPEG:
-            image = _open(jpeg.checked(data))
-        rgb = _oriented(_to_rgb(image), orientation)
-        if _is_plain_png(image, data) and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
+            image = _open(jpeg.checked(data), max_pixels)
+        plain_png = _is_plain_png(image, data)
+        rgb = _oriented(to_rgb(image) if plain_png else rgb_of(image, data), orientation)
+        shown = rgb.size
+        if plain_png and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
             tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
             return _resized_tensor(tensor, shown, spec), shown
         return _resized_pillow(rgb, shown, spec), shown
@@ -104,16 +110,41 @@ def decode(
 def prepared(image: Image.Image, spec: Preprocess) -> Pixels:
     """A Pillow image at the model's input size: (3, crop, crop) uint8 RGB, channels last in memory.
 
-    Its EXIF orientation is heeded. Raises an ImageError where it cannot be read.
+    Its EXIF orientation is applied. An image that was opened from a file and not yet decoded is
+    read from that file, as `decode` does; of any other, Pillow's mode decides how it is scaled.
+    Raises an ImageError where it cannot be read.
     """
-    orientation = _orientation(image)
+    data = _file_of(image)
     try:
-        rgb = _oriented(_to_rgb(_checked_jpeg(image)), orientation)
-        return _resized_pillow(rgb, rgb.size, spec)
+        if data is not None:
+            opened, orientation, _ = _read_header(
+                data, max_pixels=max(MAX_PIXELS, math.prod(image.size))
+            )
+            if opened.format in _JPEG:
+                opened = _open(jpeg.checked(data), MAX_PIXELS)
+            rgb = rgb_of(opened, data)
+        else:
+            image.load()  # before EXIF is looked for: an error of the pixels must not be lost there
+            rgb, orientation = to_rgb(image), _orientation(image)
+        upright = _oriented(rgb, orientation)
+        return _resized_pillow(upright, upright.size, spec)
     except ImageError:
         raise
     except Exception as error:
-        raise _image_error(error, b"") from error
+        raise _image_error(error, data or b"") from error
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of an image that Pillow has opened and not yet decoded; None for all others."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
+        return None
+    if image.format not in formats.FORMAT_OF or image.tell() != 0:
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(place)
+    return data
 
 
 def decode_batch(
@@ -215,9 +246,13 @@ def picture(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
         if _is_plain_jpeg(image):
             factor = _largest_factor(image.size, (side, side))
             rgb = Image.fromarray(jpeg.decode(data, factor))
+        elif kind in _JPEG:
+            rgb = rgb_of(_open(jpeg.checked(data), max_pixels), data)
         else:
-            rgb = _to_rgb(_open(jpeg.checked(data)) if kind in _JPEG else image)
+            rgb = rgb_of(image, data)
         rgb = _oriented(rgb, orientation)
+        if not _is_plain_jpeg(image):
+            shown = rgb.size
         rgb.thumbnail((side, side))
     except ImageError:
         raise
@@ -241,28 +276,34 @@ def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
 
 def _read_header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
     """The undecoded image, its EXIF orientation, and the size that a viewer would show."""
-    image = _open(data)
-    width, height = image.size
+    image = _open(data, max_pixels)
+    width, height = _size(image, data)
+    _check_pixels(width, height, max_pixels)
+    if image.format == "PNG":
+        orientation = png.orientation(data, png.chunks_of(data))
+    else:
+        orientation = _orientation(image)
+    return image, orientation, (height, width) if orientation >= 5 else (width, height)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"{width}x{height} is {width * height:,} pixels, more than max_pixels {max_pixels:,}"
         )
-    orientation = 1 if _is_plain_png(image, data) else _orientation(image)
-    return image, orientation, (height, width) if orientation >= 5 else (width, height)
+
+
+def _size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
+    if image.format == "ICO":
+        picture = ico_picture(data)
+        if picture.startswith(png.SIGNATURE):
+            return png.header_of(picture)[:2]
+    return image.size
 
 
 def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
     """Whether libjpeg gives the pixels as meant; MPO is a phone's JPEG with a depth map."""
     return image.format in _JPEG and image.mode in ("L", "RGB")
-
-
-def _checked_jpeg(image: Image.Image) -> Image.Image:
-    """The image itself; a JPEG file that Pillow has not decoded yet is checked and opened again."""
-    unread = isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None
-    if not unread or image.format not in _JPEG or image.tell() != 0:
-        return image
-    image.fp.seek(0)
-    return _open(jpeg.checked(image.fp.read()))
 
 
 def _largest_factor(size: tuple[int, int], needed: tuple[int, int]) -> jpeg.Factor:
@@ -272,51 +313,75 @@ def _largest_factor(size: tuple[int, int], needed: tuple[int, int]) -> jpeg.Fact
 
 
 def _is_plain_png(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether a PNG is as it shows: 8 bits, grey or RGB, in one piece, upright.
+    """Whether a PNG is 8 bits, gray or RGB, in one piece, upright.
 
-    Pillow decodes a PNG to see whether EXIF data come after its pixels; here its chunks are walked.
     The pixels are left to Pillow nonetheless: torchvision's decoder ends the whole process at
     damage that libpng notices within them.
-    Source: Portable Network Graphics specification, third edition, sections 5.3 and 11.2.
     """
-    if image.format != "PNG" or data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[28]:
-        return False
-    place = 8
-    while place + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        text = kind in (b"tEXt", b"zTXt", b"iTXt")
-        if kind in _PNG_MORE or (text and data.startswith(_PNG_TEXTS, place + 8)):
-            return False
-        if kind == b"IEND":
-            return True
-        place += 12 + length
-    return False
+    return image.format == "PNG" and png.plain(data, png.chunks_of(data))
 
 
-_PNG_MORE = (b"eXIf", b"tRNS", b"acTL", b"iCCP")
-"""Chunks that may turn, see through, move or colour the picture."""
-_PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
-
-
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not data:
         raise EmptyImage("the file has no bytes")
+    format_ = formats.recognize(data)
+    if format_ is None:
+        foreign = formats.foreign(data)
+        if foreign:
+            raise UnsupportedImage(f"{foreign} is not supported; {formats.DECODED}")
+        raise NotAnImage(f"{_looks_like(data)}; {formats.DECODED}")
+    if format_.package:
+        _register(format_)
+    stream = data
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        if format_.name == "PNG":
+            chunks = png.chunks_of(data)
+            png.check(data, chunks)
+            stream = png.pixels_only(data, chunks)
+        elif format_.name == "JPEG XL":
+            size = jpeg_xl_size(data)
+            if size:  # its plugin decodes as soon as it opens
+                _check_pixels(*size, max_pixels)
+        elif format_.name == "ICO":
+            picture = ico_picture(data)
+            if picture.startswith(png.SIGNATURE):  # Pillow decodes it as soon as it opens
+                _check_pixels(*png.header_of(picture)[:2], max_pixels)
+        openers = [name for name in format_.pillow if name != "MPO"]
+        return Image.open(io.BytesIO(stream), formats=openers)
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        for kind, signature in _SIGNATURES.items():
-            if re.match(signature, data, re.DOTALL):
-                raise ImageError(
-                    f"begins as {kind} does, but its header is damaged or cut off "
-                    f"({len(data):,} bytes)"
-                ) from None
-        raise NotAnImage(
-            f"{_looks_like(data)}; JPEG, PNG, WebP, GIF, BMP and TIFF are read"
-        ) from None
+        raise _unopened(format_, data) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from error
     except Exception as error:
         raise _image_error(error, data) from error
+
+
+def _register(format_: Format) -> None:
+    """Register a format's package with Pillow. Raises UnsupportedImage where it is missing."""
+    try:
+        package = importlib.import_module(format_.package or "")
+    except ImportError:
+        raise UnsupportedImage(
+            f"{format_.name} needs a package that is not installed; "
+            f"run: pip install 'imgcls[{formats.EXTRA}]'"
+        ) from None
+    if format_.name == "HEIC" and "HEIF" not in Image.OPEN:
+        package.register_heif_opener()
+
+
+def _unopened(format_: Format, data: bytes) -> ImageError:
+    """Why Pillow does not open a file: of a kind that it does not decode, cut off or damaged."""
+    try:
+        samples = samples_of(format_, data)
+    except ImageError as error:
+        return error
+    if format_.name == "TIFF":
+        return UnsupportedImage(f"TIFF: {samples} is not supported{tiff.how(data)}")
+    article = "an" if format_.name[0] in "AI" else "a"
+    text = f"begins as {article} {format_.name} does, but its header is damaged or cut off"
+    return _image_error(ValueError(text), data)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -463,23 +528,6 @@ def _placed(pixels: Pixels, resized: tuple[int, int], spec: Preprocess) -> Pixel
     return canvas.transpose(2, 0, 1)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB: transparency over white, 16 bits scaled to 8, the first frame."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.float32)
-        # Pillow's own conversion clips at 255; 65535 is white in a 16-bit file
-        grey = np.clip(np.round(values / 257.0), 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        canvas = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-        return Image.alpha_composite(canvas, layered).convert("RGB")
-    return image.convert("RGB")
-
-
 def _oriented(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
@@ -500,15 +548,13 @@ def _image_error(error: Exception, data: bytes) -> ImageError:
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    signs = ("truncated", "incomplete", "eof", "unexpected end")
-    if any(sign in lowered for sign in signs) or _ends_early(data):
+    kind = unsupported_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
+    if kind:
+        return UnsupportedImage(f"{kind} is not supported; convert it to 8-bit baseline JPEG")
+    signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")
+    if any(sign in lowered for sign in signs) or ends_early(data):
         return TruncatedImage(f"{reason} ({len(data):,} bytes)")
     return ImageError(reason or type(error).__name__)
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether a WebP is shorter than it says; its decoder gives no reason."""
-    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
 def _looks_like(data: bytes) -> str:

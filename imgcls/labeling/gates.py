@@ -25,7 +25,7 @@ from imgcls.runs import Run, stream
 
 ErrorStatus = Literal[
     "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
-    "too_large", "unreadable", "not_finite", "crashed",
+    "unsupported", "too_large", "unreadable", "not_finite", "crashed",
 ]  # fmt: skip
 
 

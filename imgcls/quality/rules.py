@@ -13,21 +13,12 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imgcls.config import Section, UnitFloat
+from imgcls.data.formats import FORMAT_OF
 from imgcls.quality.findings import Finding, Issue
 from imgcls.quality.images import Flags, Floats, Images
 
 Tell = Callable[[int], str]
 """What to say of the image at a place; asked of those that are found alone."""
-
-_EXTENSIONS = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
-    "MPO": ("jpg", "jpeg", "jpe", "jfif", "mpo"),
-    "PNG": ("png", "apng"),
-    "WEBP": ("webp",),
-    "GIF": ("gif",),
-    "BMP": ("bmp", "dib"),
-    "TIFF": ("tif", "tiff"),
-}
 
 
 class RulesConfig(Section):
@@ -116,13 +107,13 @@ def _wrong_extension(images: Images) -> Finding:
     at, detail = [], []
     formats = images.facts.column("format").to_pylist()
     for place, (path, format) in enumerate(zip(images.path.to_pylist(), formats, strict=True)):
-        if path is None or format not in _EXTENSIONS:
+        if path is None or format not in FORMAT_OF:
             continue
         name = urlsplit(path).path if path.startswith(("http://", "https://")) else path
-        extension = posixpath.splitext(name)[1].lstrip(".").lower()
-        if extension and extension not in _EXTENSIONS[format]:
+        extension = posixpath.splitext(name)[1].lower()
+        if extension not in ("", ".", *FORMAT_OF[format].suffixes):
             at.append(place)
-            detail.append(f"named .{extension}, and is {format}")
+            detail.append(f"named {extension}, and is {format}")
     return Finding("wrong-extension", np.array(at, np.int64), np.ones(len(at), np.float32), detail)
 
 

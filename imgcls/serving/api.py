@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from imgcls import __version__
+from imgcls.data.formats import MIME_TYPES
 from imgcls.output import OK
 from imgcls.serving import page
 from imgcls.serving.config import ServeConfig
@@ -109,7 +110,7 @@ _PREDICT_ERRORS = _ERRORS | _problems(
     {
         408: "The body did not arrive in time.",
         413: "Too many bytes, pixels or images.",
-        415: "Not an image, or a body of another kind.",
+        415: "Not an image, an image of a kind that is not decoded, or another kind of body.",
         422: "The one image is truncated, empty or damaged.",
         429: "The API key has sent too many images; see Retry-After.",
         503: "Too much is waiting; see Retry-After.",
@@ -122,9 +123,7 @@ _BODY = {
         "description": "One image as it is, or several as the files of a form.",
         "content": {
             "application/octet-stream": _BINARY,
-            "image/jpeg": _BINARY,
-            "image/png": _BINARY,
-            "image/webp": _BINARY,
+            **dict.fromkeys(MIME_TYPES, _BINARY),
             "multipart/form-data": {
                 "schema": {
                     "type": "object",

@@ -11,8 +11,15 @@ import hashlib
 import importlib.resources
 import re
 
+from imgcls.data.formats import EXTENSIONS
+
+# Browsers do not count all of these suffixes among image/*.
+_ACCEPT = ",".join(("image/*", *sorted(EXTENSIONS)))
 HTML = (
-    importlib.resources.files("imgcls.serving").joinpath("templates/page.html").read_text("utf-8")
+    importlib.resources.files("imgcls.serving")
+    .joinpath("templates/page.html")
+    .read_text("utf-8")
+    .replace("{formats}", _ACCEPT, 1)
 )
 
 

@@ -25,7 +25,7 @@ SAFE_HEADERS = {
 NOTHING = "default-src 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of all but the page."""
 
-_OF_IMAGES = {"not_an_image": 415, "too_large": 413}
+_OF_IMAGES = {"not_an_image": 415, "unsupported": 415, "too_large": 413}
 """HTTP status by status of an image; 422 for all the others."""
 
 

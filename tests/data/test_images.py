@@ -79,12 +79,11 @@ def plain(mode: str) -> Image.Image:
 GREY = (99, 99, 99)
 MODES = {
     "1": (255, 255, 255), "L": GREY, "LA": over_white(GREY, 128), "P": COLOUR, "RGB": COLOUR,
-    "RGBA": over_white(COLOUR, 128), "CMYK": COLOUR, "YCbCr": COLOUR, "I;16": GREY, "I": GREY,
-    "F": GREY,
+    "RGBA": over_white(COLOUR, 128), "CMYK": COLOUR, "YCbCr": COLOUR, "I;16": GREY,
 }  # fmt: skip
 HELD = {
     "JPEG": "1 L RGB CMYK YCbCr", "PNG": "1 L LA P RGB RGBA I;16", "WEBP": "L RGB RGBA",
-    "GIF": "1 L P RGB", "BMP": "1 L P RGB", "TIFF": "1 L LA P RGB RGBA CMYK YCbCr I;16 I F",
+    "GIF": "1 L P RGB", "BMP": "1 L P RGB", "TIFF": "1 L LA P RGB RGBA CMYK YCbCr I;16",
 }  # fmt: skip
 LOSSY = {"JPEG", "WEBP"}
 
@@ -116,13 +115,11 @@ def test_lab_is_shown_or_refused_as_pillow_can() -> None:
     decodes_or_is_refused(encoded(plain("LAB"), "TIFF"))
 
 
-@pytest.mark.parametrize(
-    ("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B"), ("TIFF", "I")]
-)
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
 def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None:
     ramp = np.linspace(0, 65535, 224).astype(np.uint16)
     values = np.tile(ramp, (224, 1))
-    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    kind = {"I;16": "<u2", "I;16B": ">u2"}[mode]
     data = encoded(Image.fromarray(values.astype(kind)), format)
     pixels, _ = decode(data, Preprocess(resize=224, crop=224))
     assert (pixels == np.round(values / 257).astype(np.uint8)).all()
@@ -444,13 +441,11 @@ def test_a_file_without_bytes_is_empty() -> None:
         (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "a web page or XML"),
         (b"\n  <html>", "a web page or XML"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page or XML"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a web page or XML"),
         (b'{"error": "rate limited"}', "JSON"),
         (b"[1, 2]", "JSON"),
-        (b"%PDF-1.7\n", "a PDF"),
         (b"version https://git-lfs.github.com/spec/v1\n", "begin with b'version '"),
-        (b"\x00\x00\x00\x1cftypheic\x00\x00\x00\x00", "begin with"),
-        (b"P6\n1 1\n255\n\x00\x00\x00", "begin with"),
+        (b"\x00\x00\x00\x1cftypmp42\x00\x00\x00\x00", "begin with"),
+        (b"P8\n1 1\n255\n\x00\x00\x00", "begin with"),
         (b"\x00", "begin with"),
         (b"\xff\xd8", "begin with"),
         (bytes(5000), "begin with"),
@@ -460,7 +455,7 @@ def test_a_file_without_bytes_is_empty() -> None:
 )
 def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
     for call in (lambda: decode(data, SPEC), lambda: picture(data, 64)):
-        with pytest.raises(NotAnImage, match="PNG, WebP, GIF, BMP and TIFF are read") as caught:
+        with pytest.raises(NotAnImage, match=r"JPEG, PNG, WebP, .* are decoded") as caught:
             call()
         assert caught.value.status == "not_an_image"
         assert told in str(caught.value)
@@ -516,7 +511,7 @@ def test_a_cut_off_file_is_said_to_be_so_with_its_size() -> None:
         picture(data, 64)
 
 
-STATUSES = {"empty", "truncated", "not_an_image", "too_large", "unreadable"}
+STATUSES = {"empty", "truncated", "not_an_image", "unsupported", "too_large", "unreadable"}
 
 
 def decodes_or_is_refused(data: bytes) -> None:
@@ -631,4 +626,4 @@ def test_damage_within_the_pixels_ends_in_an_error_and_never_in_a_dead_process(k
             ends.add("decoded")
         except ImageError as error:
             ends.add(error.status)
-    assert ends <= {"decoded", "truncated", "unreadable", "not_an_image", "too_large"}
+    assert ends <= {"decoded", *STATUSES}

@@ -1,0 +1,290 @@
+"""What a file's header states about its samples, for every decoded format.
+
+`samples_of` is the one place that reads it; `imgcls.data.pixels` scales by it. Samples whose range
+the header does not give, such as floats, are refused as `unsupported` and never guessed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from imgcls.data import png, tiff
+from imgcls.data.formats import Format
+from imgcls.errors import UnsupportedImage
+
+Kind = Literal["unsigned", "signed", "float", "complex", "undefined"]
+Alpha = Literal["straight", "associated"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How a file stores its samples.
+
+    kind:        number type
+    bits:        per sample of each band, as stored
+    color:       photometric interpretation: grey, RGB, palette, CMYK, YCbCr, Lab, or another name
+    inverted:    the lowest value is white
+    planar:      one plane per band
+    alpha:       straight or associated (multiplied into the colors); None without alpha
+    icc:         an ICC profile is embedded; pixels are not converted by it
+    significant: bits of each band that carry data (PNG's sBIT); None where not stated
+    transparent: the gray level or color that is transparent (PNG's tRNS), in stored units
+    """
+
+    kind: Kind = "unsigned"
+    bits: tuple[int, ...] = (8,)
+    color: str = "RGB"
+    inverted: bool = False
+    planar: bool = False
+    alpha: Alpha | None = None
+    icc: bool = False
+    significant: tuple[int, ...] | None = None
+    transparent: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        """Such as `32-bit float RGB` or `5 bands of 16-bit unsigned samples`."""
+        bits = "/".join(str(n) for n in dict.fromkeys(self.bits))
+        count = len(self.bits)
+        bands = {"grey": 1, "palette": 1, "CMYK": 4}.get(self.color, 3) + (self.alpha is not None)
+        notes = [
+            name for name, is_so in (("planar", self.planar), ("inverted", self.inverted)) if is_so
+        ]
+        alpha = f" with {self.alpha} alpha" if self.alpha else ""
+        if count > bands:
+            notes.append(f"{count} bands")
+        return f"{bits}-bit {self.kind} {self.color}{alpha}" + (
+            f" ({', '.join(notes)})" if notes else ""
+        )
+
+
+DEFAULT = Samples()
+
+
+def samples_of(format_: Format, data: bytes) -> Samples:
+    """What the header of a file states about its samples.
+
+    Formats that hold nothing but 8-bit unsigned samples give `DEFAULT`.
+    Raises UnsupportedImage for samples that no decoder here gives as they are meant, and
+    TruncatedImage or ImageError for a header that is cut off or contradicts itself.
+    """
+    if format_.name == "PNG":
+        return _png(data)
+    if format_.name == "TIFF":
+        return _tiff(data)
+    if format_.name == "JPEG 2000":
+        return _jpeg_2000(data)
+    return DEFAULT
+
+
+def _png(data: bytes) -> Samples:
+    """Source: Portable Network Graphics specification, third edition, sections 11.2 and 11.3."""
+    chunks = png.chunks_of(data)
+    header = png.header_of(data)
+    held = {chunk.kind: chunk.body(data) for chunk in reversed(chunks) if chunk.kind in _PNG_HELD}
+    color, bands, alpha = _PNG_COLORS[header.color]
+    depth = 8 if color == "palette" else header.depth
+    significant: tuple[int, ...] | None = tuple(held.get(b"sBIT", b"")) or None
+    if significant and (len(significant) < bands or not all(1 <= n <= depth for n in significant)):
+        significant = None  # as libpng, which ignores an invalid one
+    key = held.get(b"tRNS")
+    transparent = None
+    if key is not None and color in ("grey", "RGB") and not alpha and len(key) >= 2 * bands:
+        # the lowest bits count where samples have fewer than 16
+        stored = struct.unpack_from(f">{bands}H", key)
+        transparent = tuple(value & (1 << header.depth) - 1 for value in stored)
+    return Samples(
+        bits=(header.depth,) * bands,
+        color=color,
+        alpha="straight" if alpha else None,
+        icc=b"iCCP" in held,
+        significant=significant[:bands] if significant else None,
+        transparent=transparent,
+    )
+
+
+_PNG_HELD = (b"sBIT", b"tRNS", b"iCCP")
+_PNG_COLORS = {
+    0: ("grey", 1, False),
+    2: ("RGB", 3, False),
+    3: ("palette", 1, False),
+    4: ("grey", 2, True),
+    6: ("RGB", 4, True),
+}
+
+
+def _tiff(data: bytes) -> Samples:
+    """Source: TIFF, revision 6.0, sections 8, 16, 18, 19, 21 and 23."""
+    tags = tiff.tags_of(data)
+    raw = tiff.raw_kind(data, tags)
+    if raw:
+        raise UnsupportedImage(f"{raw} is not supported; convert it to JPEG, PNG or TIFF")
+    photometric = tags.one(tiff.PHOTOMETRIC, 0)
+    compression = tags.one(tiff.COMPRESSION, 1)
+    if compression == 6:
+        photometric = 6  # old-style JPEG
+    count = tags.one(tiff.SAMPLES_PER_PIXEL, 3 if compression == 6 else 1)
+    bits = tags.ints(tiff.BITS_PER_SAMPLE) or (1,)
+    kinds = {_TIFF_KINDS.get(n, "undefined") for n in tags.ints(tiff.SAMPLE_FORMAT)} or {"unsigned"}
+    color = _TIFF_COLORS.get(photometric, f"photometric interpretation {photometric}")
+    extra = tags.ints(tiff.EXTRA_SAMPLES)
+    alphas: dict[int, Alpha] = {1: "associated", 2: "straight", 999: "straight"}
+    alpha = next((alphas[n] for n in extra if n in alphas), None)
+    if color == "RGB" and count == 4 and not extra:
+        alpha = "straight"  # ExtraSamples is missing: the fourth band is taken for alpha
+    samples = Samples(
+        kind=kinds.pop() if len(kinds) == 1 else "undefined",
+        bits=bits * count if len(bits) == 1 and 0 < count <= 64 else bits,
+        color=color,
+        inverted=photometric == 0,
+        planar=tags.one(tiff.PLANAR, 1) == 2 and count > 1,
+        alpha=alpha,
+        icc=tiff.ICC in tags,
+    )
+    tiff.check_data(data, tags, samples.bits, planar=samples.planar)
+    if samples.kind != "unsigned" or max(samples.bits) > 16:
+        raise UnsupportedImage(
+            f"TIFF: {samples} is not supported: the header does not state which value is white; "
+            "convert it to unsigned 8 or 16 bits"
+        )
+    return samples
+
+
+_TIFF_KINDS: dict[int, Kind] = {
+    1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex",
+}  # fmt: skip
+_TIFF_COLORS = {
+    0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab",
+    9: "ICC Lab", 10: "ITU Lab", 32803: "color filter array", 32844: "LogL", 32845: "LogLuv",
+    34892: "linear raw",
+}  # fmt: skip
+
+
+def _jpeg_2000(data: bytes) -> Samples:
+    """Source: ISO/IEC 15444-1, annex A.5.1 (SIZ)."""
+    place = data.find(b"\xff\x4f\xff\x51")
+    if place < 0 or len(data) < place + 43:
+        return DEFAULT  # the decoder reports what is missing
+    (count,) = struct.unpack_from(">H", data, place + 40)
+    sizes = data[place + 42 : place + 42 + 3 * count : 3]
+    samples = Samples(
+        kind="signed" if any(size & 0x80 for size in sizes) else "unsigned",
+        bits=tuple((size & 0x7F) + 1 for size in sizes) or (8,),
+        color="grey" if count < 3 else "RGB",
+        alpha="straight" if count in (2, 4) else None,
+    )
+    # Pillow rounds bands of more than 8 bits up beyond white, which comes out black
+    most = 16 if count == 1 else 8
+    if samples.kind == "signed" or max(samples.bits) > most or count > 4:
+        raise UnsupportedImage(
+            f"JPEG 2000: {samples} is not supported; convert it to unsigned samples, gray of at "
+            "most 16 bits or color of 8 bits"
+        )
+    return samples
+
+
+def jpeg_xl_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG XL file; None where its codestream cannot be found.
+
+    Source: ISO/IEC 18181-1, clause 9.1 (SizeHeader); 18181-2 (boxes).
+    """
+    start = 0
+    if not data.startswith(b"\xff\x0a"):
+        for kind, first, _ in boxes_of(data):
+            if kind in (b"jxlc", b"jxlp"):
+                start = first + 4 * (kind == b"jxlp")
+                break
+        if not data.startswith(b"\xff\x0a", start):
+            return None
+    bits = int.from_bytes(data[start + 2 : start + 14], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value, bits = bits & (1 << count) - 1, bits >> count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height = side()
+    ratio = _JPEG_XL_RATIOS[take(3)]
+    return (height * ratio[0] // ratio[1] if ratio else side()), height
+
+
+_JPEG_XL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+
+
+def boxes_of(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The outermost boxes of an ISO base media file: type, and where the body begins and ends.
+
+    The end lies beyond that of the file where a box is cut off.
+    """
+    place = 0
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        first = place + 8
+        if length == 1 and place + 16 <= len(data):
+            (length,) = struct.unpack_from(">Q", data, first)
+            first = place + 16
+        stop = place + length if length else len(data)
+        yield kind, first, stop
+        if stop <= place:
+            return
+        place = stop
+
+
+def ends_early(data: bytes) -> bool:
+    """Whether a file that is not decoded ends before its own structure does.
+
+    WebP states its length, ISO base media files that of their boxes; a JPEG 2000 codestream and a
+    GIF have an end marker.
+    """
+    if data[:4] == b"RIFF":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data[:4] == b"GIF8":
+        return data[-1:] != b";"
+    if data[4:8] in (b"ftyp", b"jP  ", b"JXL "):
+        boxes = list(boxes_of(data))
+        if any(stop > len(data) for _, _, stop in boxes):
+            return True
+        streams = [data[first:stop] for kind, first, stop in boxes if kind == b"jp2c"]
+        return any(not stream.endswith(b"\xff\xd9") for stream in streams)
+    return data[:4] == b"\xff\x4f\xff\x51" and not data.endswith(b"\xff\xd9")
+
+
+def unsupported_jpeg(data: bytes) -> str | None:
+    """The name of a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
+
+    Source: ITU-T T.81, table B.1 (markers) and B.2.2 (frame header).
+    """
+    place = 2
+    while place + 9 < len(data):
+        if data[place] != 0xFF:
+            return None
+        marker = data[place + 1]
+        if marker == 0xFF:
+            place += 1
+            continue
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return _jpeg_process(marker, precision=data[place + 4], count=data[place + 9])
+        if marker == 0xDA:
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _jpeg_process(marker: int, *, precision: int, count: int) -> str | None:
+    if marker == 0xF7:
+        return "JPEG-LS"
+    lossless = "lossless " if marker in (0xC3, 0xC7, 0xCB, 0xCF) else ""
+    if marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF):
+        return "hierarchical JPEG"
+    if precision != 8:
+        return f"{precision}-bit {lossless}JPEG"
+    if marker == 0xCB:
+        return "lossless JPEG with arithmetic coding"
+    return f"JPEG with {count} components" if count not in (1, 3, 4) else None
