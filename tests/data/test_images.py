@@ -43,8 +43,8 @@ SMALL = Preprocess(resize=32, crop=28)
 
 # Mean absolute difference from the Pillow reference, of 255: (average of pictures, worst picture).
 # Measured on 334 ImageNet photographs: torchvision 0.003 and 0.08, pillow 0.02 and 0.28,
-# dct (56 of them enlarged 2.2 to 5 times) 0.5 and 1.5.
-AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.05, 0.4), "dct": (0.4, 1.2)}
+# dct (24 of them enlarged to 2.3 times the needed size) 0.2 and 0.35.
+AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.05, 0.4), "dct": (0.3, 0.6)}
 
 COLOUR = (200, 60, 40)
 SIZE = (48, 40)
@@ -174,7 +174,7 @@ def test_of_many_frames_or_pages_the_first_is_taken(format: str) -> None:
 
 
 def test_a_phones_jpeg_with_a_second_picture_behind_it_is_the_first_one() -> None:
-    upright = drawn(1500, 1001)
+    upright = drawn(1560, 1041)
     data = stored(upright, "MPO", 6, save_all=True, append_images=[Image.new("RGB", (50, 50))])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     for spec in (SPEC, Preprocess(resize=900, crop=900)):

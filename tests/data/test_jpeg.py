@@ -292,6 +292,10 @@ def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: A
     exact = images.decode(data, spec.model_copy(update={"decode": "exact"}))[0]
     fast = images.decode(data, spec)[0]
     assert difference(exact, expected) < 0.02
+    exactly = spec.model_copy(update={"decode": "exact"})
+    (found,) = images.decode_batch([data], exactly, device=torch.device("cpu"))
+    assert isinstance(found, tuple)
+    assert (found[0].numpy() == exact).all()  # nvJPEG would not decode to these pixels
     assert 0.02 < difference(fast, expected) < 0.4
 
 

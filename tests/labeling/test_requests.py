@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import ray
 
 from imgcls.config import build
 from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.preprocess import Decode
 from imgcls.errors import RequestError
-from imgcls.labeling.predict import PredictConfig, _check_columns, predict
+from imgcls.labeling.plan import Identity
+from imgcls.labeling.predict import PredictConfig, _check_columns, predict, settings_of
+from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
 
@@ -32,6 +36,34 @@ def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bun
     assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
     told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
     assert "int8 is not compiled; give one of the two" in told
+
+
+def test_exact_decoding_is_refused_where_gpus_are_to_decode(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    more = {"decode": "exact", "scale.layout": "gpu_decode"}
+    told = refused(tmp_path, colour_bundle, "a.jpg", **more)
+    assert "set --scale.layout gpu, or --decode fast" in told
+
+
+def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    write_manifest(tmp_path / "manifest.csv", [("a.jpg",)], ("path",))
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "manifest.csv")))
+    bundle = load_bundle(str(colour_bundle))
+
+    def identity(decode: Decode | None) -> Identity:
+        asked = {"manifest": manifest.files[0], "model": bundle.url, "output": "out"}
+        settings = settings_of(build(PredictConfig, asked), bundle.with_decode(decode))
+        return Identity({}, {"sha256": bundle.sha256}, settings)
+
+    own = bundle.spec.preprocess.decode
+    other: Decode = "exact" if own == "fast" else "fast"
+    assert identity(None) == identity(own)
+    assert identity(other).differences(asdict(identity(own))) == [
+        f"settings.decode: {own!r} then, {other!r} now"
+    ]
 
 
 def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(

@@ -275,6 +275,22 @@ def test_a_prediction_below_the_threshold_is_not_accepted(tmp_path: Path) -> Non
         assert one.accepted is (threshold == 0.0)
 
 
+def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8))
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=90)
+    scores = {}
+    for decode in ("exact", "fast"):
+        classifier = Classifier(small.bundle, precision="fp32", device="cpu", decode=decode)
+        spec = small.preprocess.model_copy(update={"decode": decode})
+        pixels = images.decode(sink.getvalue(), spec)[0]
+        scores[decode] = classifier.predict([sink.getvalue()], top_k=5)[0].topk_scores
+        best = classifier.ranked(classifier.classify(images.stack([pixels])).scores, top_k=5)
+        assert scores[decode] == best[0].topk_scores
+    assert scores["exact"] != scores["fast"]
+    assert Classifier(small.bundle).preprocess == small.preprocess
+
+
 def test_an_image_that_cannot_be_used_is_an_error_here(small: Classifier, tmp_path: Path) -> None:
     with pytest.raises(StorageMissing):
         small.predict([tmp_path / "none.jpg"])

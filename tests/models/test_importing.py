@@ -46,6 +46,11 @@ def import_(tmp_path: Path) -> Import:
     return run
 
 
+def test_the_decode_setting_is_kept_in_the_bundle(import_: Import, tmp_path: Path) -> None:
+    assert import_("--decode", "exact") == 0
+    assert load_bundle(str(tmp_path / "bundle")).spec.preprocess.decode == "exact"
+
+
 def test_imported_weights_classify_as_they_did(
     import_: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,14 @@ def test_the_resize_mode_can_be_chosen() -> None:
     assert (preprocess.mode, preprocess.crop) == ("pad", 224)
 
 
+def test_the_decode_setting_travels_in_the_bundle() -> None:
+    for decode in ("exact", "fast"):
+        _, preprocess = describe(ModelConfig.model_validate({"decode": decode}))
+        assert preprocess.decode == decode
+    _, preprocess = describe(ModelConfig())
+    assert preprocess.decode == Preprocess().decode
+
+
 def test_the_first_weights_depend_on_the_seed_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for p in start(SMALL, None, 3, seed=seed).parameters()])
