@@ -34,6 +34,7 @@ STAGING = "_staging"
 PREDICTIONS = "predictions"
 METRICS = "metrics"
 PROGRESS = "_progress.json"
+SINCE = "_since"
 SUCCESS = "_SUCCESS"
 
 OK = "ok"
@@ -118,6 +119,12 @@ def prediction_schema(
         pa.field("error", pa.string()),
     ]
     return pa.schema(fields)
+
+
+def clear(output: str) -> None:
+    """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
+    for name in (SUCCESS, PREDICTIONS, METRICS, STAGING, PROGRESS, SINCE, RUN):
+        storage.remove(join(output, name))
 
 
 def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:

@@ -153,13 +153,16 @@ def write_summary(
     status: Counter[str] = Counter()
     try:
         for each in outputs:
+            described = layout.load_run(each)
+            if described is None:
+                continue  # ended before there was a plan
             found = look(each)
             body["rows"] += found.get("rows", 0)
             body["rows_done"] += found.get("rows_done", 0)
             status.update(found.get("status", {}))
             body |= {
                 "state": found["state"],
-                "since": (layout.load_run(each) or {}).get("since"),
+                "since": described.get("since"),
                 "committed": found.get("committed"),
                 "seconds": found.get("seconds"),
             }

@@ -24,7 +24,6 @@ from imgcls.runs import Run, stream
 TRANSIENT = frozenset(("missing", "forbidden", "throttled", "unavailable"))
 """Statuses that say nothing about an image's bytes: the next run tries these rows again."""
 
-FOLDER = "_since"
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
 """Tables in `_since/`: images that the listing lacks, broken ones that were not tried again, and
 rows of the run whose image had failed before."""
@@ -282,7 +281,7 @@ def read_table(output: str, name: str) -> pa.Table:
 
 
 def table_url(output: str, name: str) -> str:
-    return storage.join(output, FOLDER, f"{name}.parquet")
+    return storage.join(output, layout.SINCE, f"{name}.parquet")
 
 
 def version_text(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:

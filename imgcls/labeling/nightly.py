@@ -32,6 +32,7 @@ class Job:
     """A run to start or to resume.
 
     comparison: where the manifest's rows come from when the run is to be planned
+    start_over: remove what the output holds, unless it is committed
     notes:      makes what `_run.json` is to hold beside the plan, when the run is planned
     """
 
@@ -39,6 +40,7 @@ class Job:
     manifest: Manifest
     comparison: Comparison | None = None
     notes: Callable[[], Mapping[str, Any]] = dict
+    start_over: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ def label_new(
     if not storage.exists(storage.join(place, layout.SUCCESS)):
         if not Unfinished(place, described).has_shards:
             # a start-over that was broken off: there is no plan to resume
-            return _label_rest(request, place, label, replan=True)
+            return _label_rest(request, place, label, start_over=True)
         if series.dated and (differences := request.differences(described)):
             lines = "; ".join(differences)
             tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")
@@ -139,13 +141,11 @@ def label_new(
 
 
 def _label_rest(
-    request: NightRequest, output: str, label: Callable[[Job], T], *, replan: bool = False
+    request: NightRequest, output: str, label: Callable[[Job], T], *, start_over: bool = False
 ) -> T:
     with request.compare(output, but=output) as comparison:
         comparison.tell()
-        if replan:
-            storage.remove(storage.join(output, layout.RUN))
-        return label(_job(request, output, comparison))
+        return label(dataclasses.replace(_job(request, output, comparison), start_over=start_over))
 
 
 def _job(request: NightRequest, output: str, comparison: Comparison) -> Job:

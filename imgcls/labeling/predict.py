@@ -42,7 +42,6 @@ from imgcls.errors import (
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
-from imgcls.labeling.keys import FOLDER as SINCE_FOLDER
 from imgcls.labeling.keys import TRANSIENT
 from imgcls.labeling.layout import STORE_WAITS, TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
@@ -175,6 +174,8 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     config = build(PredictConfig, settings) if config is None else config
     log.use(config.log)
     stores.use(config.storage)
+    if config.date is None:  # once: midnight may pass meanwhile
+        config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = storage.absolute(dated(config.output, config.date))
     with (
         gates.told_in_json(config.summary_json, output) as outputs,
@@ -292,8 +293,8 @@ class _Run:
 
     def run(self) -> PredictResult:
         config = self.config
-        if config.overwrite:
-            _clear(self.output)
+        if config.overwrite or (self.job.start_over and not self._committed()):
+            names.clear(self.output)
         # how fast the driver before was is not how fast this one is
         storage.remove(storage.join(self.output, names.PROGRESS))
         stored = names.load_run(self.output)
@@ -836,18 +837,4 @@ def _check_output(output: str, config: PredictConfig) -> None:
 def _tidy(output: str) -> None:
     """Remove what a committed run needs no more."""
     for name in (names.STAGING, names.PROGRESS):
-        storage.remove(storage.join(output, name))
-
-
-def _clear(output: str) -> None:
-    """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
-    for name in (
-        names.SUCCESS,
-        names.PREDICTIONS,
-        names.METRICS,
-        names.STAGING,
-        names.PROGRESS,
-        SINCE_FOLDER,
-        names.RUN,
-    ):
         storage.remove(storage.join(output, name))

@@ -27,7 +27,6 @@ from imgcls.errors import ManifestError, OutputError
 from imgcls.labeling.keys import (
     DELETED,
     FAILED_BEFORE,
-    FOLDER,
     KNOWN_BAD,
     TRANSIENT,
     Keys,
@@ -232,7 +231,7 @@ class Comparison:
 
     def write(self, output: str) -> None:
         """Write the tables of `_since/` into an output folder."""
-        folder = storage.join(output, FOLDER)
+        folder = storage.join(output, layout.SINCE)
         storage.remove(folder)
         rows = self._keys.numbers(f"SELECT row FROM ({_ROWS}) WHERE before ORDER BY row")
         self._write_rows(output, pa.schema([("row", pa.int64())]), FAILED_BEFORE, rows)
@@ -392,7 +391,7 @@ def listed_folder(manifest: Manifest) -> str | None:
 
 def failed_before(output: str) -> np.ndarray:
     """(N,) int64, rising: rows of a run whose image, in this version, had failed before."""
-    if f"{FAILED_BEFORE}.parquet" not in storage.names(storage.join(output, FOLDER)):
+    if f"{FAILED_BEFORE}.parquet" not in storage.names(storage.join(output, layout.SINCE)):
         return np.zeros(0, np.int64)
     return np.asarray(read_table(output, FAILED_BEFORE)["row"].to_numpy())
 

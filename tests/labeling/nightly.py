@@ -162,7 +162,10 @@ class Nightly:
         settings: dict[str, Any] | None = None,
     ) -> None:
         """A run from its plan to its commit, in the order of the job."""
-        output, run = job.output, layout.load_run(job.output)
+        output = job.output
+        if job.start_over:
+            layout.clear(output)
+        run = layout.load_run(output)
         if run is None:
             if job.comparison is not None:
                 job.comparison.write(output)
