@@ -86,7 +86,14 @@ def settings() -> StorageConfig:
 
 def carried(function: Callable[..., T], /, *given: Any, **named: Any) -> Callable[..., T]:
     """The function, with arguments, for another process, where it reaches stores as here."""
-    here = settings()
+    return carried_to(1, function, *given, **named)
+
+
+def carried_to(
+    processes: int, function: Callable[..., T], /, *given: Any, **named: Any
+) -> Callable[..., T]:
+    """As `carried`, for several processes at a time, which keep the limit per host together."""
+    here = settings().shared_by(processes)
 
     @functools.wraps(function)
     def call(*arguments: Any, **more: Any) -> T:

@@ -5,6 +5,7 @@ Promises that the order of the rows does not depend on which task was done first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,10 @@ def decode_images(rows: pa.Table, views: Views, *, cpus: float) -> Decoded:
     with ray.data.DataContext.current(context):
         decoded = (
             ray.data.from_blocks(chunks)
-            .map_batches(stores.carried(decode_chunk, views=views), batch_format="pyarrow")
+            .map_batches(
+                stores.carried_to(math.ceil(cpus), decode_chunk, views=views),
+                batch_format="pyarrow",
+            )
             .materialize()
         )
         told = decoded.select_columns(["row", "url", "label", "held", "error"])

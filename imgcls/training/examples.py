@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from imgcls.config import Section
 from imgcls.data.manifest import (
@@ -26,6 +26,7 @@ from imgcls.data.manifest import (
     resolve,
     tell_alike_labels,
 )
+from imgcls.data.storage import MAX_BYTES
 from imgcls.errors import ManifestError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.string())])
@@ -46,6 +47,8 @@ class DataConfig(Section):
     """Images that cannot be decoded are left out; above this share of them nothing is trained."""
     sampling: Literal["natural", "balanced"] = "natural"
     """natural: every image once per epoch; balanced: as many of each class, rare ones repeated."""
+    max_bytes: PositiveInt = MAX_BYTES
+    """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
     cache: bool | None = None
     """Decode once, into memory; if none, whenever all images fit in Ray's object store."""
     classes: list[str] | None = None

@@ -32,19 +32,24 @@ BATCHES_AHEAD = 2
 class Views:
     """How each split is decoded.
 
-    train: larger than what the network sees where random crops are to be taken from it
-    val:   just as labelling will decode
+    train:     larger than what the network sees where random crops are to be taken from it
+    val:       just as labelling will decode
+    max_bytes: of an image file; a larger one is left out as one that cannot be decoded
     """
 
     train: Preprocess
     val: Preprocess
+    max_bytes: int = storage.MAX_BYTES
 
     @classmethod
-    def of(cls, preprocess: Preprocess, *, cropped: bool) -> Views:
+    def of(
+        cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = storage.MAX_BYTES
+    ) -> Views:
         """cropped: whether training takes random crops"""
         if cropped and preprocess.mode == "crop":
-            return cls(preprocess.model_copy(update={"crop": preprocess.resize}), preprocess)
-        return cls(preprocess, preprocess)
+            larger = preprocess.model_copy(update={"crop": preprocess.resize})
+            return cls(larger, preprocess, max_bytes)
+        return cls(preprocess, preprocess, max_bytes)
 
     def of_split(self, *, held: bool) -> Preprocess:
         return self.val if held else self.train
@@ -105,7 +110,8 @@ def decode_chunk(rows: pa.Table, views: Views) -> pa.Table:
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)
     errors: list[str | None] = []
-    for place, data in enumerate(storage.read_ahead(rows.column("url").to_pylist())):
+    blobs = storage.read_ahead(rows.column("url").to_pylist(), max_bytes=views.max_bytes)
+    for place, data in enumerate(blobs):
         try:
             if isinstance(data, StorageError):
                 raise data

@@ -97,7 +97,8 @@ def _run(
     begun: float,
 ) -> TrainResult:
     config, nodes = task.config, cluster.nodes()
-    views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
+    cropped = config.augment.recipe().crop_scale is not None
+    views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
     rows = task.examples.rows
     fits = fits_store(views.bytes_of(rows), store_bytes())
     cached = fits if config.data.cache is None else config.data.cache

@@ -6,6 +6,7 @@ holds every row once, whatever the number of workers, and can go on from any ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +86,12 @@ class StreamedSet:
         """The given rows in order, decoded, as tables of some hundred rows."""
         size = block_rows(self._preprocess)
         wanted = ray.put(self._places[rows])
-        decode = stores.carried(
-            _decode_places, table=self._source.rows, wanted=wanted, views=self._source.views
+        decode = stores.carried_to(
+            math.ceil(self._cpus),
+            _decode_places,
+            table=self._source.rows,
+            wanted=wanted,
+            views=self._source.views,
         )
         hush_data()
         context = ray.data.DataContext.get_current().copy()

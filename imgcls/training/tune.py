@@ -134,7 +134,8 @@ def _claim(config: TuneConfig) -> None:
 def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneResult:
     workers = awaited_workers(config.scale, interruption)
     nodes = cluster.nodes()
-    views = Views.of(task.preprocess, cropped=config.augment.recipe().crop_scale is not None)
+    cropped = config.augment.recipe().crop_scale is not None
+    views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
     cached = fits_store(views.bytes_of(task.examples.rows), store_bytes())
     cpus = sum(node.cpus for node in nodes)
     at_a_time = concurrent(config, workers, nodes, cached=cached)

@@ -211,6 +211,14 @@ def fill_with_what_only_disks_hold(zoo: Zoo, good: bytes) -> None:
     zoo.add("dangling.png", "missing")
     (zoo.folder / "loop.png").symlink_to(zoo.folder / "loop.png")
     zoo.add("loop.png", "unreadable")
+    os.mkfifo(zoo.folder / "fifo.png")  # nobody writes to it: to open it would take for ever
+    zoo.add("fifo.png", "unreadable")
+    for device in ("/dev/zero", "/dev/random", "/dev/null"):
+        zoo.add(device, "unreadable")
+    with (zoo.folder / "sparse.png").open("wb") as stream:
+        stream.truncate(10 << 30)
+    zoo.add("sparse.png", "too_large")
+    zoo.add("/proc/self/maps", "not_an_image")
     if WRITE_ONLY.exists():
         zoo.add(str(WRITE_ONLY), "forbidden")
     (zoo.folder / "locked.png").write_bytes(good)
