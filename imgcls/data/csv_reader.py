@@ -460,7 +460,7 @@ def _encoding(head: bytes, dialect: Dialect, place: str) -> str:
         raise ManifestError(
             f"{place}: not {dialect.encoding} text ({error}); say --manifest.encoding"
         ) from error
-    start = head[:64].ljust(2, b"x")
+    start = re.split(rb"[\r\n]", head[:64], maxsplit=1)[0].ljust(2, b"x")
     for encoding, zeros, others in (
         ("utf-16-le", start[1::2], start[::2]),
         ("utf-16-be", start[::2], start[1::2]),

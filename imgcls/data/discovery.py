@@ -169,11 +169,11 @@ def _in_folder(url: str, format: str) -> Found:
 
 
 def _folders(url: str) -> list[str]:
-    found = (
-        folder.rstrip("/").rpartition("/")[2]
-        for page in storage.pages(url, deep=False)
-        for folder in page.folders
-    )
+    found = []
+    for page in storage.pages(url, deep=False):
+        found += [folder.rstrip("/").rpartition("/")[2] for folder in page.folders]
+        if storage.is_local(url):
+            break  # the other pages are files, which need not be looked at
     return [name for name in found if not is_hidden(name)]
 
 
@@ -228,13 +228,20 @@ def _first(url: str, wanted: Callable[[str], object]) -> str | None:
 
     wanted: asked with the path relative to the folder
     """
+    return next((path for path in _below(url) if wanted(path)), None)
+
+
+def _below(url: str) -> Iterator[str]:
+    """The files below a folder, as paths relative to it, as they come."""
+    if storage.is_local(url):
+        yield from storage.walk(url)
+        return
     prefix = url.rstrip("/") + "/"
     for page in storage.pages(url, deep=True):
         for file in page.files:
             path = file.path.removeprefix(prefix)
-            if wanted(path) and not any(is_hidden(part) for part in path.split("/")):
-                return path
-    return None
+            if not any(is_hidden(part) for part in path.split("/")):
+                yield path
 
 
 def _partitioned(url: str, folders: list[str], format: str) -> Found | None:
