@@ -367,11 +367,21 @@ def plain(text: str, longest: int = 80) -> str:
     return re.sub(r"([\\`*{}\[\]<>#|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether a file is the pointer that Git LFS leaves in place of one that was not fetched."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def _verified_weights(bundle: Bundle) -> bytes:
     try:
         data = storage.read(storage.join(bundle.url, WEIGHTS))
     except StorageError as error:
         raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
+    if is_lfs_pointer(data):
+        raise BundleError(
+            f"bundle {bundle.url}: {WEIGHTS} is a Git LFS pointer, not the weights; fetch them "
+            "with `git lfs pull`"
+        )
     found = hashlib.sha256(data).hexdigest()
     if found != bundle.weights_sha256:
         raise BundleError(

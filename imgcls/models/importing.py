@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import PositiveInt
@@ -66,7 +67,11 @@ def import_model(config: ImportConfig) -> Bundle:
     preprocess = _preprocess(config, zoo.default_preprocess(architecture, config.weights))
     state = zoo.load_weights(config.weights, architecture)
     network = zoo.build(architecture, len(classes))
-    _check_class_count(network, state, config, len(classes))
+    matched = zoo.matched_weights(network, state)
+    note = matched.note()
+    if note is not None:
+        print(f"note: {note}")
+    _check_class_count(network, matched.state, config, len(classes))
     zoo.fit_weights(network, state, replace_head=False)
     spec = BundleSpec(
         architecture=architecture,
@@ -94,7 +99,7 @@ def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
 
 
 def _check_class_count(
-    network: Any, state: dict[str, Any], config: ImportConfig, count: int
+    network: Any, state: Mapping[str, Any], config: ImportConfig, count: int
 ) -> None:
     name, _ = zoo.head(network)
     weight = state.get(f"{name}.weight")

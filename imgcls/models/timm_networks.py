@@ -6,6 +6,7 @@ The only place that knows timm; the zoo asks here for what begins with `timm:`.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -117,6 +118,23 @@ def pretrained(name: str) -> dict[str, torch.Tensor]:
             f"model.weights timm: {name} could not be had ({first}); give the path of a weights "
             "file"
         ) from error
+
+
+def converted(
+    network: nn.Module, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """Weights as their authors published them under timm's names, by timm's own conversion.
+
+    None where timm has none for the network, or where it does not apply.
+    """
+    module = sys.modules[type(network).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None or not module.__name__.startswith("timm."):
+        return None
+    try:
+        return dict(convert(dict(state), network))
+    except Exception:  # noqa: BLE001  meant for other weights: what does not fit is told by its keys
+        return None
 
 
 def _timm() -> ModuleType:

@@ -7,7 +7,7 @@ them. Promises that weights either fit or are refused with the keys that do not.
 from __future__ import annotations
 
 import difflib
-import io
+import itertools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from imgcls.models import timm_networks
 from imgcls.models.bundle import Architecture, Source
 from imgcls.models.finite import check_tensors
 from imgcls.models.small_cnn import SmallCNN
+from imgcls.models.weight_files import Matched, body_keys, match_keys, read_state_dict
 
 _SMALL_CNN_PREPROCESS = Preprocess(
     resize=32, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="squash"
@@ -162,35 +163,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         raise request_error(
             BundleError, f"model.weights: {error}; give a file{also}", error
         ) from error
-    if weights.endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            return _state_dict(weights, load(data))
-        except SafetensorError as error:
-            raise BundleError(
-                f"model.weights {weights}: is damaged, or no safetensors file ({error})"
-            ) from error
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BundleError(
-            f"model.weights {weights}: not a plain state dict ({first}); save it with "
-            "torch.save(model.state_dict(), path)"
-        ) from error
-    return _state_dict(weights, state)
-
-
-def _state_dict(weights: str, state: Any) -> dict[str, torch.Tensor]:
-    """The tensors themselves, also from under a training script's `model` or `state_dict`."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BundleError(f"model.weights {weights}: holds no state dict of tensors")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = read_state_dict(weights, data)
     check_tensors(state, f"model.weights {weights}")
     return state
 
@@ -201,32 +174,61 @@ def fit_weights(
     """Load a state dict into a network.
 
     replace_head: leave the final layers (and auxiliary heads) as they are where only the number of
-        classes differs
+        classes differs, or where the weights have none, as those of a backbone
     Returns the keys that were left as they are.
     Raises BundleError that lists the keys that do not fit.
     """
     own = network.state_dict()
     heads = head_names(network)
+    state = matched_weights(network, state).state
     resized = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     in_head = [key for key in resized if key.rpartition(".")[0] in heads]
     wrong = [key for key in resized if key not in in_head or not replace_head]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    absent = [key for key in missing if key.rpartition(".")[0] in heads]
+    if replace_head and len(absent) == sum(key.rpartition(".")[0] in heads for key in own):
+        missing = [key for key in missing if key not in absent]
+    else:
+        absent = []
     extra = [key for key in state if key not in own]
     lines = [
         f"{k}: the file has {tuple(state[k].shape)}, the network {tuple(own[k].shape)}"
         for k in wrong
     ]
-    lines += [f"{key}: is not in the file" for key in missing]
-    lines += [f"{key}: is not in the network" for key in extra]
+    # in turn, so that where all names differ some of either side are shown
+    both = itertools.zip_longest(
+        [f"{key}: is not in the file" for key in missing],
+        [f"{key}: is not in the network" for key in extra],
+    )
+    lines += [line for pair in both for line in pair if line is not None]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines[:12])
         more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+        backbone = (
+            "\nthe weights have no head, as those of a backbone; a head can be trained for them: "
+            "imgcls train --model.weights FILE"
+        )
+        is_backbone = len(lines) == len(missing) and all(
+            key.rpartition(".")[0] in heads for key in missing
+        )
         raise BundleError(
             f"the weights do not fit the network in {len(lines)} keys:\n{shown}{more}"
+            f"{backbone if is_backbone else ''}"
         )
     kept = {key: value for key, value in state.items() if key not in in_head}
     network.load_state_dict(kept, strict=False)
-    return in_head
+    return in_head + absent
+
+
+def matched_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> Matched:
+    """The weights under the network's own names, without what a wrapper has put before them."""
+    own, heads = network.state_dict(), head_names(network)
+    found = match_keys(own, heads, state)
+    body = set(body_keys(own, heads))
+    if body <= found.state.keys():
+        return found
+    converted = timm_networks.converted(network, found.state) or {}
+    return Matched(converted) if body <= converted.keys() else found
 
 
 def head_names(network: nn.Module) -> set[str]:

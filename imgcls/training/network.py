@@ -80,7 +80,14 @@ def start(
         torch.manual_seed(seed)
         network = zoo.build(architecture, num_classes)
     if weights is not None:
-        zoo.fit_weights(network, zoo.load_weights(weights, architecture), replace_head=True)
+        state = zoo.load_weights(weights, architecture)
+        matched = zoo.matched_weights(network, state)
+        left = zoo.fit_weights(network, state, replace_head=True)
+        absent = [key for key in left if key not in matched.state]
+        headless = f"the weights have no head ({', '.join(absent)}); training begins with a new one"
+        for note in (matched.note(), headless if absent else None):
+            if note is not None:
+                print(f"note: model.weights {weights}: {note}", flush=True)
     return network
 
 

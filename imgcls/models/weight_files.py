@@ -1,0 +1,196 @@
+"""Weights files as training scripts leave them, read and matched with the keys of a network.
+
+Promises that reading a file runs no code. Objects beside the weights (arguments, optimizer
+settings) are replaced by inert placeholders, so that not even their classes are imported; a file
+with any other object is refused by its name.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imgcls.errors import BundleError
+from imgcls.models.bundle import is_lfs_pointer
+
+_WRAPPERS = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "module",
+)  # fmt: skip
+"""Keys of a checkpoint under which its weights are; of several the first is taken."""
+_PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "teacher.")
+"""Of several prefixes that fit, these are taken first, in this order."""
+
+_IGNORED = re.compile(
+    r"""
+    argparse\.Namespace | pathlib(\._local)?\.\w+ | numpy(\.\w+)* | collections\.\w+ | datetime\.\w+
+    | typing\.\w+ | (omegaconf|lightning|lightning_fabric|pytorch_lightning|yacs|easydict)(\.\w+)+
+    """,
+    re.VERBOSE,
+)
+"""Objects that training scripts keep beside the weights, and that the weights do not need."""
+_VALUES = ("pathlib.", "numpy.", "datetime.")
+_ALWAYS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
+"""The same for files of before PyTorch 1.6, whose objects cannot be listed beforehand."""
+
+
+class _Value:
+    """Stands for a value that is not loaded (a number of numpy, a path, a date)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Fields:
+    """Stands for an object with fields or keys: a plain dict, the only kind that torch fills."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+def read_state_dict(name: str, data: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file, from under the wrappers that training scripts put around them.
+
+    name: of the file, for messages
+    data: its bytes, of a safetensors file or of what `torch.save` writes
+    Raises BundleError when the file cannot be read without running code, or holds no tensors.
+    """
+    place = f"model.weights {name}"
+    if is_lfs_pointer(data):
+        raise BundleError(
+            f"{place}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+        )
+    if name.endswith(".safetensors") or data[8:10] == b'{"':
+        return _unwrapped(place, _read_safetensors(place, data))
+    if data[:1] == b"<":
+        raise BundleError(f"{place}: is an HTML or XML page; download the file itself")
+    return _unwrapped(place, _read_pickle(place, data))
+
+
+def _read_safetensors(place: str, data: bytes) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return dict(load(data))
+    except SafetensorError as error:
+        raise BundleError(f"{place}: is damaged, or no safetensors file ({error})") from error
+
+
+def _read_pickle(place: str, data: bytes) -> Any:
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # noqa: BLE001  no archive: of before PyTorch 1.6, or no checkpoint at all
+        found = []
+    unknown = sorted(each for each in found if not _IGNORED.fullmatch(each))
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise BundleError(
+            f"{place}: not a plain state dict (it holds objects of {shown}, which could run code "
+            "when loaded); save it with torch.save(model.state_dict(), path)"
+        )
+    inert: list[Any] = [
+        (_Value if each.startswith(_VALUES) else _Fields, each) for each in {*_ALWAYS, *found}
+    ]
+    try:
+        with torch.serialization.safe_globals(inert):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch's own text recommends to switch the protection off, in colors of the terminal
+        told = re.search(r"(?:GLOBAL:?|class|function) ([\w]+\.[\w.]+)", str(error))
+        what = f"it holds an object of {told[1]}" if told else "damaged, or not by torch.save"
+        raise BundleError(
+            f"{place}: not a plain state dict ({what}); save it with "
+            "torch.save(model.state_dict(), path)"
+        ) from error
+
+
+def _unwrapped(place: str, state: Any) -> dict[str, torch.Tensor]:
+    while isinstance(state, dict):
+        inner = next((key for key in _WRAPPERS if isinstance(state.get(key), dict)), None)
+        if inner is None:
+            break
+        state = state[inner]
+    if isinstance(state, dict):
+        state = {k: v for k, v in state.items() if not str(k).endswith("_extra_state")}
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else ""
+        shown = f" (its keys: {keys})" if keys else ""
+        raise BundleError(f"{place}: holds no state dict of tensors{shown}")
+    # torch.compile, DistributedDataParallel and AveragedModel, which also counts
+    named = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
+    return {k.removeprefix("module."): v for k, v in named.items() if k != "n_averaged"}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A file's tensors under the network's own names.
+
+    prefix:   what was taken off the file's keys; None where they were left as they are
+    left_out: the file's keys without that prefix
+    """
+
+    state: Mapping[str, torch.Tensor]
+    prefix: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    def note(self) -> str | None:
+        """What to say of it, if anything."""
+        if not self.prefix or not self.left_out:
+            return None
+        shown = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        return (
+            f"the weights are those below {self.prefix!r}; {len(self.left_out):,} other tensors "
+            f"are left out ({shown})"
+        )
+
+
+def body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[str]:
+    """The network's keys that weights must have: those of no head, without counters of batches."""
+    return [
+        key
+        for key in own
+        if key.rpartition(".")[0] not in heads and not key.endswith("num_batches_tracked")
+    ]
+
+
+def match_keys(
+    own: Mapping[str, torch.Tensor], heads: Collection[str], state: Mapping[str, torch.Tensor]
+) -> Matched:
+    """Take the prefix of a wrapper off a file's keys where all of the network's body then fits.
+
+    own:   the network's state dict
+    heads: names of its layers whose outputs are classes, which may be missing or of another size
+    Raises BundleError when two prefixes fit, of which none is better known.
+    """
+    body = {key: own[key].shape for key in body_keys(own, heads)}
+    if not body:
+        return Matched(state)
+    sample = max(body, key=len)
+    fitting = [
+        key.removesuffix(sample) for key in state if key == sample or key.endswith(f".{sample}")
+    ]
+    fitting = [
+        prefix
+        for prefix in fitting
+        if all(prefix + k in state and state[prefix + k].shape == s for k, s in body.items())
+    ]
+    if not fitting or "" in fitting:
+        return Matched(state)
+    known = [prefix for prefix in _PREFIXES if prefix in fitting]
+    if len(fitting) > 1 and not known:
+        raise BundleError(
+            f"the weights fit the network below {fitting[0]!r} and below {fitting[1]!r}; save the "
+            "ones that are meant alone, with torch.save(model.state_dict(), path)"
+        )
+    prefix = known[0] if known else fitting[0]
+    kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    left_out = tuple(key for key in state if not key.startswith(prefix))
+    return Matched(kept, prefix, left_out)
