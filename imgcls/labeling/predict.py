@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from imgcls import cluster, log, machines
 from imgcls import output as names
-from imgcls.config import Section, UnitFloat, build
+from imgcls.config import Section, UnitFloat, requested
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -153,7 +153,12 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
     broke off (run it again to resume).
     """
-    config = build(PredictConfig, settings) if config is None else config
+    config = requested(
+        PredictConfig,
+        config,
+        settings,
+        'label(manifest="photos.csv", model="bundle", output="out")',
+    )
     log.use(config.log)
     stores.use(config.storage)
     output = storage.absolute(dated(config.output, config.date))
