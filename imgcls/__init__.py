@@ -34,3 +34,8 @@ def __getattr__(name: str) -> Any:
         module, attribute = _LAZY[name]
         return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows: also names that are not imported yet."""
+    return sorted({name for name in globals() if name.startswith("__")} | set(__all__))

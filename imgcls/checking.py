@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, NonNegativeInt
 
-from imgcls.config import Names, build, names
+from imgcls.config import Names, names, requested
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, open_manifest, with_whole_paths
 from imgcls.data.preprocess import Decode
@@ -71,7 +71,7 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
     (run it again to resume), IssuesFound for what `fail_on` names.
     """
-    config = build(CheckConfig, settings) if config is None else config
+    config = requested(CheckConfig, config, settings, 'check(manifest="train.csv", output="out")')
     stores.use(config.storage)
     _check_asked(config)
     output, clean = _outputs(config)

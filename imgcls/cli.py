@@ -5,10 +5,13 @@ Each job's room is imported only when it is called, so that `imgcls --help` answ
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import os
+import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done; 1 failed, can be resumed; 2 the request was wrong; 3 finished above max_error_rate.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _quiet_pipe() as broken:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+    return BROKEN_PIPE if broken else code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
@@ -201,9 +209,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(name, rest)
 
 
+BROKEN_PIPE = 141
+"""Exit code when the reader of stdout is gone, as of a command that SIGPIPE ended: 128 + 13."""
+
+
+@contextlib.contextmanager
+def _quiet_pipe() -> Iterator[list[BrokenPipeError]]:
+    """End without a traceback when the reader of stdout is gone, as in `imgcls --help | head -1`.
+
+    Yields a list that then holds the error. A pipe that breaks elsewhere is raised as usual.
+    """
+    broken: list[BrokenPipeError] = []
+    try:
+        yield broken
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _stdout_is_broken():
+            raise
+        broken.append(error)
+        # or the interpreter, which flushes at its end, complains again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run(name: str, argv: Sequence[str]) -> int:
     """Run one job with its options; the scripts in jobs/ are this and nothing more."""
-    code = _run(name, argv)
+    code = 0
+    with _quiet_pipe() as broken:
+        code = _run(name, argv)
+    code = BROKEN_PIPE if broken else code
     if "imgcls.cluster" in sys.modules:
         sys.modules["imgcls.cluster"].leave(code)
     return code

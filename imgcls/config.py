@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,6 +129,47 @@ def build(model: type[S], settings: Mapping[str, Any]) -> S:
     for key, value in settings.items():
         _set(model, tree, key.split("."), value)
     return _validated(model, tree, [])
+
+
+def requested(model: type[S], config: object, settings: Mapping[str, Any], call: str) -> S:
+    """The configuration of a call from Python: one that is built already, or keys.
+
+    call: an example of it, such as `evaluate(predictions="out")`
+    Raises ConfigError when both are given, or something else than a configuration.
+    """
+    if config is None:
+        return build(model, {key: _plain(key, value) for key, value in settings.items()})
+    name = call.partition("(")[0]
+    if not isinstance(config, model):
+        raise ConfigError(
+            f"{name}: the first argument is {config!r:.60}; pass keys by name, such as {call}, or "
+            f"a {model.__name__}"
+        )
+    if settings:
+        raise ConfigError(
+            f"{name}: got a {model.__name__} and the keys {', '.join(settings)}; pass one of both"
+        )
+    return config
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Paths as text, NumPy numbers as Python's; raises ConfigError for tables."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, Mapping):
+        return {name: _plain(f"{key}.{name}", each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, each) for each in value]
+    if getattr(value, "shape", None) == ():  # a number of NumPy or torch
+        return value.item()
+    if hasattr(value, "columns") or hasattr(value, "shape") or hasattr(value, "__next__"):
+        raise ConfigError(
+            f"{key}: is a {type(value).__name__}; write it to a CSV or Parquet file and pass the "
+            "path of that, or pass a list of values where the key takes one"
+        )
+    return value
 
 
 def _validated(model: type[S], tree: Mapping[str, Any], problems: list[str]) -> S:

@@ -64,15 +64,21 @@ class IssuesFound(ImgclsError):
 
 
 class StorageError(RunFailed):
-    """Reading or writing a file failed."""
+    """Reading or writing a file failed; `status` is the status of a row whose image it is."""
+
+    status = "unreadable"
 
 
 class StorageMissing(StorageError):
     """There is no such file."""
 
+    status = "missing"
+
 
 class StorageForbidden(StorageError):
     """The store refuses access."""
+
+    status = "forbidden"
 
 
 class StorageCredentials(StorageForbidden):
@@ -94,9 +100,13 @@ class StorageFull(StorageError):
 class StorageUnavailable(StorageError):
     """The store did not answer properly, even after retries."""
 
+    status = "unavailable"
+
 
 class StorageThrottled(StorageUnavailable):
     """The store asked for fewer requests, even after retries."""
+
+    status = "throttled"
 
 
 def request_error(

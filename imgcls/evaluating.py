@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from imgcls.config import UnitFloat, build
+from imgcls.config import UnitFloat, requested
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.stores import StorageConfig
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
     settings: its keys, as in `evaluate(predictions="out")`
     Raises RequestError when something is wrong with what was asked; what `predict` raises.
     """
-    config = build(EvaluateConfig, settings) if config is None else config
+    config = requested(EvaluateConfig, config, settings, 'evaluate(predictions="out")')
     stores.use(config.storage)
     source = _source(config)
     output = storage.absolute(config.output or source)

@@ -35,6 +35,45 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (done.returncode, done.stdout) == (0, f"imgcls {__version__}\n")
 
 
+def test_it_is_a_module_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcls", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"imgcls {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("--help", ""), ("--help", "1"), ("predict --help", "")]
+)
+def test_a_reader_that_is_gone_ends_it_quietly(arguments: str, unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcls", *arguments.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (cli.BROKEN_PIPE, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr(cli, "_main", broken)
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        cli.main(["train"])
+
+
+def test_completion_shows_the_public_names() -> None:
+    import imgcls as package
+
+    assert set(package.__all__) <= set(dir(package))
+
+
 @pytest.mark.parametrize(
     ("argv", "named"), [(("predicct",), "predicct"), (("model", "frob"), "model"), (("",), "''")]
 )

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from imgcls import cli, config
 from imgcls.checking import CheckConfig
-from imgcls.config import Section
+from imgcls.config import Section, requested
 from imgcls.errors import ConfigError, RequestError
 from imgcls.evaluating import EvaluateConfig
 from imgcls.evaluation.compare import CompareConfig
@@ -614,3 +614,43 @@ def test_keys_are_told_with_their_types_and_meanings() -> None:
     assert told["output"].default == "required"
     assert told["gallery"].default == "default 24"
     assert told["rules.min-sharpness"].meaning.startswith("Blurry: ")
+
+
+# ------------------------------------------------------------------ calls from Python
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("label", 'label(manifest="photos.csv", model="bundle", output="out")'),
+        ("train", 'train(data="photos/", output="bundle")'),
+        ("evaluate", 'evaluate(predictions="out")'),
+        ("check", 'check(manifest="train.csv", output="out")'),
+    ],
+)
+def test_a_first_argument_that_is_no_configuration_is_refused(function: str, call: str) -> None:
+    import imgcls
+
+    with pytest.raises(ConfigError, match=f"^{function}: the first argument is 'x'") as caught:
+        getattr(imgcls, function)("x")
+    assert call in str(caught.value)
+
+
+def test_a_configuration_and_keys_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="call: got a Job and the keys epochs"):
+        requested(Job, Job(), {"epochs": 3}, "call(epochs=3)")
+    assert requested(Job, Job(), {}, "call(epochs=3)") == Job()
+
+
+def test_paths_and_numbers_of_numpy_are_settings(tmp_path: Path) -> None:
+    import numpy as np
+
+    found = requested(Job, None, {"epochs": np.int64(3), "name": tmp_path}, "call()")
+    assert (found.epochs, found.name) == (3, str(tmp_path))
+
+
+def test_a_table_is_no_setting() -> None:
+    import pandas as pd
+
+    with pytest.raises(ConfigError, match="name: is a DataFrame; write it to a CSV or Parquet"):
+        requested(Job, None, {"name": pd.DataFrame({"path": ["a"]})}, "call()")

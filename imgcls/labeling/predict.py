@@ -21,7 +21,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from imgcls import cluster, log, machines
 from imgcls import output as names
-from imgcls.config import Section, UnitFloat, build
+from imgcls.config import Section, UnitFloat, requested
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.preprocess import Decode
@@ -171,7 +171,12 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     TooManyErrors when the run finished above max_error_rate (not committed), RunFailed when it
     broke off (run it again to resume).
     """
-    config = build(PredictConfig, settings) if config is None else config
+    config = requested(
+        PredictConfig,
+        config,
+        settings,
+        'label(manifest="photos.csv", model="bundle", output="out")',
+    )
     log.use(config.log)
     stores.use(config.storage)
     if config.date is None:  # once: midnight may pass meanwhile

@@ -8,13 +8,14 @@ import io
 import os
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from imgcls.data import images, storage
 from imgcls.errors import ImageError, StorageError
+from imgcls.models.sources import Source
 
 SIDE = 128
-Source = str | os.PathLike[str] | bytes | Image.Image
 
 
 def card(
@@ -23,7 +24,6 @@ def card(
     """HTML of one image: the picture where it can still be had, and its labels with their bars."""
     picture = _picture(source)
     shown = f'<img src="{picture}" alt="" style="max-height:{SIDE}px">' if picture else ""
-    name = "" if source is None or isinstance(source, (bytes, Image.Image)) else os.fspath(source)
     bars = "".join(
         f'<div style="display:flex;gap:8px"><span style="flex:1">{html.escape(label)}</span>'
         f"<span>{score:.1%}</span></div>"
@@ -31,10 +31,20 @@ def card(
         for label, score in zip(labels, scores, strict=True)
     )
     word = "accepted" if accepted else "abstained"
+    return _framed(f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}", source)
+
+
+def failed_card(source: Source | None, error: str) -> str:
+    """HTML of one image that could not be used: why."""
+    return _framed(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
+
+
+def _framed(inner: str, source: Source | None) -> str:
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     return (
         '<div style="display:inline-block;vertical-align:top;width:190px;margin:4px;padding:8px;'
         'border:1px solid #8888;border-radius:8px;font:13px sans-serif">'
-        f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}"
+        f"{inner}"
         f'<div style="opacity:.6;overflow-wrap:anywhere">{html.escape(name)}</div></div>'
     )
 
@@ -42,6 +52,8 @@ def card(
 def _picture(source: Source | None) -> str | None:
     if source is None:
         return None
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
     try:
         if isinstance(source, Image.Image):
             small = source.convert("RGB")

@@ -8,30 +8,36 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import nn
 
-from imgcls.data import images, storage
+from imgcls.data import images
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Decode
-from imgcls.errors import BundleError, NotFinite, RequestError
-from imgcls.models import quantise, zoo
+from imgcls.errors import (
+    BundleError,
+    ImageError,
+    ImgclsError,
+    NotFinite,
+    RequestError,
+    StorageError,
+)
+from imgcls.models import quantise, sources, zoo
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
-from imgcls.models.cards import Source, card
+from imgcls.models.cards import card, failed_card
 from imgcls.models.fold import folded
 from imgcls.models.fuse import fused
 from imgcls.models.gpu import Download, Replayed, Stopwatch
 from imgcls.models.normalise import Normalise
 from imgcls.models.quantise import Ranges
+from imgcls.models.sources import Source
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,37 @@ class Prediction:
     topk_labels: list[str]
     topk_scores: list[float]
     source: Source | None = field(default=None, repr=False, compare=False)
+    status: str = "ok"
+    error: str | None = None
 
     def _repr_html_(self) -> str:
         return card(self.source, self.topk_labels, self.topk_scores, self.accepted)
 
 
-class Predictions(list[Prediction]):
+@dataclass(frozen=True)
+class FailedPrediction:
+    """An image that could not be read or decoded, in the place of its prediction.
+
+    status, error: as in the columns of a labeling run; the other fields are those of `Prediction`
+    """
+
+    status: str
+    error: str
+    source: Source | None = field(default=None, repr=False, compare=False)
+    label: None = None
+    confidence: None = None
+    accepted: bool = False
+    topk_labels: list[str] = field(default_factory=list)
+    topk_scores: list[float] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        return failed_card(self.source, self.error)
+
+
+Answer = TypeVar("Answer", bound=Prediction | FailedPrediction)
+
+
+class Predictions(list[Answer]):
     """Predictions in the order of their images; a notebook shows them as pictures with bars."""
 
     def _repr_html_(self) -> str:
@@ -195,39 +226,80 @@ class Classifier:
             f"{self.precision}{remedy}"
         )
 
+    @overload
     def predict(
-        self, images_: Source | Sequence[Source], *, top_k: int = 5, batch_size: int = 32
-    ) -> Predictions:
-        """Label images given as paths, URLs, bytes of a file, or Pillow images; one, or several.
+        self,
+        images_: Source | Iterable[Source],
+        *,
+        top_k: int = ...,
+        batch_size: int = ...,
+        errors: Literal["raise"] = ...,
+    ) -> Predictions[Prediction]: ...
+
+    @overload
+    def predict(
+        self,
+        images_: Source | Iterable[Source],
+        *,
+        top_k: int = ...,
+        batch_size: int = ...,
+        errors: Literal["return"],
+    ) -> Predictions[Prediction | FailedPrediction]: ...
+
+    def predict(
+        self,
+        images_: Source | Iterable[Source],
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> Predictions[Any]:
+        """Label images given as paths, URLs, bytes of a file, Pillow images or uint8 arrays.
+
+        images_: one image, or any iterable of images; four-dimensional arrays are many
+        top_k:   labels per image; all classes where there are fewer
+        errors:  "raise" for an exception at the first image that cannot be read or decoded,
+            "return" for a FailedPrediction in its place
 
         The files of one batch are in memory at a time. A Pillow image is resized by Pillow, a file
         by what is fastest for it: their last bits may differ.
-        Raises StorageError or ImageError for the first one that cannot be used, and NotFinite, an
-        ImageError, for one that the network gives NaN or infinity for.
+        Raises RequestError for other types and values, StorageError or ImageError that names the
+        image; among them NotFinite, where the network gives NaN or infinity for it.
         """
-        one = isinstance(images_, (str, bytes, os.PathLike, Image.Image))
-        given: Sequence[Any] = [images_] if one else images_  # type: ignore[assignment]
-        found = Predictions()
-        for start in range(0, len(given), batch_size):
-            batch = given[start : start + batch_size]
-            pixels = images.stack([self._prepared(item) for item in batch])
-            scored = self.classify(pixels)
-            for item, finite in zip(batch, scored.finite, strict=True):
-                if not finite:
-                    name = os.fspath(item) if isinstance(item, (str, os.PathLike)) else "an image"
-                    raise NotFinite(f"{name}: {self.not_finite()}")
-            ranked = self.ranked(scored.scores, top_k=top_k)
-            found += [
-                replace(prediction, source=item)
-                for prediction, item in zip(ranked, batch, strict=True)
-            ]
+        _check_positive(top_k=top_k, batch_size=batch_size)
+        if errors not in ("raise", "return"):
+            raise RequestError(f"errors: {errors!r} is neither 'raise' nor 'return'")
+        found: Predictions[Any] = Predictions()
+        for batch in sources.batches(images_, batch_size):
+            ready: list[Pixels] = []
+            answers: list[Prediction | FailedPrediction | None] = []
+            for place, item in enumerate(batch, len(found)):
+                try:
+                    ready.append(sources.pixels_of(item, self.preprocess))
+                    answers.append(None)
+                except ImgclsError as error:
+                    answers.append(_failed(error, item, place, errors))
+            ranked = iter(self._ranked_all(ready, top_k))
+            for at, item in enumerate(batch):
+                if answers[at] is None:
+                    answer = next(ranked)
+                    answers[at] = (
+                        _failed(answer, item, len(found) + at, errors)
+                        if isinstance(answer, NotFinite)
+                        else replace(answer, source=item)
+                    )
+            found += answers
         return found
 
-    def _prepared(self, item: Source) -> Pixels:
-        if isinstance(item, Image.Image):
-            return images.prepared(item, self.preprocess)
-        data = item if isinstance(item, bytes) else storage.read_image(os.fspath(item))
-        return images.decode(data, self.preprocess)[0]
+    def _ranked_all(self, pixels: list[Pixels], top_k: int) -> list[Prediction | NotFinite]:
+        if not pixels:
+            return []
+        scored = self.classify(images.stack(pixels))
+        ranked = self.ranked(scored.scores, top_k=top_k)
+        return [
+            prediction if finite else self.not_finite()
+            for prediction, finite in zip(ranked, scored.finite, strict=True)
+        ]
 
     def ranked(
         self,
@@ -239,7 +311,9 @@ class Classifier:
         """What (N, C) scores say of N images.
 
         threshold: takes the place of the bundle's
+        Raises RequestError for a top_k below 1.
         """
+        _check_positive(top_k=top_k)
         top, values = top_k_of(scores, top_k)
         needed = self._thresholds if threshold is None else np.full(len(self.classes), threshold)
         reached = values[:, 0] >= needed.astype(np.float32)[top[:, 0]]
@@ -283,10 +357,29 @@ class Classifier:
         return logits, features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise RequestError(f"{name}: {value!r} is not a whole number of at least 1")
+
+
+def _failed(
+    error: ImgclsError, source: Source, place: int, errors: Literal["raise", "return"]
+) -> FailedPrediction:
+    """The answer for an image that cannot be used; raises the error, with its name, if asked to."""
+    name = sources.name_of(source, place)
+    words = str(error) if name in str(error) else f"{name}: {error}"
+    if not isinstance(error, (StorageError, ImageError)):
+        raise type(error)(words) from error  # another type or value is a mistake of the caller's
+    if errors == "raise":
+        raise type(error)(words) from error
+    return FailedPrediction(error.status, words, source)
+
+
 def top_k_of(
     scores: npt.NDArray[np.float32], k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """(N, k) class indices and their scores, best first; ties go to the lower index."""
+    """(N, k) class indices and their scores, best first; ties go to the lower index. k >= 1."""
     k = min(k, scores.shape[1])
     if k == 1:
         order = scores.argmax(1)[:, None]

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from imgcls import cluster
-from imgcls.config import build
+from imgcls.config import requested
 from imgcls.data import storage, stores
 from imgcls.errors import (
     BundleError,
@@ -67,7 +67,7 @@ def train(
     decoded, RunFailed when workers fail beyond replacing or the loss ceases to be finite. The same
     command goes on from the last saved state.
     """
-    config = build(TrainConfig, settings) if config is None else config
+    config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
     stores.use(config.storage)
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     task = settled(config)

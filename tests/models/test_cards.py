@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from imgcls.data import images
-from imgcls.errors import ImageError, StorageError
+from imgcls.errors import ImageError, NotAnImage, RequestError, StorageError
 from imgcls.models.classifier import Classifier
 from tests.browser import opened
 from tests.conftest import draw
@@ -80,3 +84,85 @@ def test_a_notebook_shows_pictures_with_bars(classifier: Classifier, tmp_path: P
     assert found[0]._repr_html_().count("<img") == 0
     assert "Prediction(label=" in repr(found[0])
     assert "source" not in repr(found[0])
+
+
+# ------------------------------------------------------------------ what may be given
+
+
+def test_iterables_and_arrays_are_images_too(classifier: Classifier, tmp_path: Path) -> None:
+    names = ["red", "green", "blue"]
+    for name in names:
+        draw(name).save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}.png" for name in names]
+    expected = [each.topk_labels for each in classifier.predict(paths)]
+    arrays = [np.asarray(draw(name)) for name in names]
+    frame = pd.DataFrame({"path": [str(path) for path in paths]})
+    ways = {
+        "generator": (path for path in paths),
+        "tuple": tuple(paths),
+        "series": frame["path"],
+        "object array": frame["path"].to_numpy(object),
+        "text array": np.array([str(path) for path in paths]),
+        "arrow": pa.array([str(path) for path in paths]),
+        "arrays": arrays,
+        "one array of many": np.stack(arrays),
+    }
+    for way, given in ways.items():
+        found = classifier.predict(given, batch_size=2)
+        assert [each.topk_labels for each in found] == expected, way
+    assert classifier.predict(arrays[1])[0].topk_labels == expected[1]
+    grey = np.asarray(draw("red").convert("L"))
+    assert len(classifier.predict(grey)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (pd.DataFrame({"path": ["a.png"]}), r"a DataFrame is no list of images; .*frame\['path'\]"),
+        ({"a.png": 1}, "a dict is no list of images"),
+        (7, "got a int; pass a path, a URL"),
+        ([7], r"image 0 \(int\): is a int; pass a path, a URL"),
+        ([None], r"image 0 \(NoneType\)"),
+        (np.zeros((4, 4, 3)), r"image 0 \(ndarray\): is an array float64 \(4, 4, 3\); pass uint8"),
+        (np.zeros((3, 64, 64), np.uint8), r"is an array uint8 \(3, 64, 64\); pass uint8"),
+    ],
+    ids=["frame", "dict", "number", "numbers", "none", "floats", "channels first"],
+)
+def test_what_is_no_image_is_refused_with_what_is(
+    classifier: Classifier, given: Any, told: str
+) -> None:
+    with pytest.raises(RequestError, match=told):
+        classifier.predict(given, errors="return")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "5"])
+@pytest.mark.parametrize("name", ["top_k", "batch_size"])
+def test_numbers_below_one_are_refused(classifier: Classifier, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name}: {value!r} is not a whole number of at least"):
+        classifier.predict(draw("red"), **{name: value})
+
+
+def test_a_top_k_above_the_classes_gives_them_all(classifier: Classifier) -> None:
+    assert len(classifier.predict(draw("red"), top_k=99)[0].topk_labels) == 3
+
+
+def test_one_bad_image_is_named_or_is_answered_in_its_place(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    draw("green").save(good)
+    bad.write_bytes(b"<html>")
+    gone = tmp_path / "gone.png"
+    with pytest.raises(NotAnImage, match=r"bad\.png: "):
+        classifier.predict([good, bad, good])
+    with pytest.raises(NotAnImage, match=r"image 1 \(bytes\): "):
+        classifier.predict([good, b"<html>"])
+    found = classifier.predict([good, bad, gone, b"", good], errors="return", batch_size=2)
+    assert [each.status for each in found] == ["ok", "not_an_image", "missing", "empty", "ok"]
+    assert found[0].topk_scores == found[4].topk_scores == classifier.predict(good)[0].topk_scores
+    failed = found[1]
+    assert (failed.label, failed.confidence, failed.accepted) == (None, None, False)
+    assert failed.source == bad
+    assert str(bad) in str(failed.error)
+    assert "no prediction" in found._repr_html_()
+    assert all(each.status != "ok" for each in classifier.predict([bad], errors="return"))

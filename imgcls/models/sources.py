@@ -1,0 +1,86 @@
+"""Images as Python code has them: paths, URLs, bytes, Pillow images, arrays; one, or many.
+
+Owns what `Classifier.predict` accepts, and how an image is named in an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from imgcls.data import images, storage
+from imgcls.data.images import Pixels
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import RequestError
+
+Source = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+TYPES = "a path, a URL, the bytes of a file, a Pillow image or a uint8 array (height, width, 3)"
+
+
+def batches(given: Source | Iterable[Source], size: int) -> Iterator[list[Source]]:
+    """What was given in lists of at most `size`; an iterable is read as it is needed.
+
+    Raises RequestError for what is no image and no iterable of images.
+    """
+    one = isinstance(given, (str, bytes, os.PathLike, Image.Image))
+    if isinstance(given, np.ndarray) and given.dtype != object:
+        one = given.ndim < 4  # four dimensions: an array of images
+        if given.dtype.kind == "U":
+            one = given.ndim == 0
+    if isinstance(given, (dict, set)) or hasattr(given, "columns") or hasattr(given, "schema"):
+        raise RequestError(
+            f"images: a {type(given).__name__} is no list of images; pass the column of paths, "
+            "such as frame['path']"
+        )
+    if one:
+        yield [given]  # type: ignore[list-item]
+        return
+    try:
+        rest = iter(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(
+            f"images: got a {type(given).__name__}; pass {TYPES}, or an iterable of these"
+        ) from None
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def pixels_of(source: Any, preprocess: Preprocess) -> Pixels:
+    """(3, crop, crop) uint8 of one image.
+
+    Raises StorageError or ImageError where it cannot be read, RequestError for another type.
+    """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
+    if isinstance(source, Image.Image):
+        return images.prepared(source, preprocess)
+    if hasattr(source, "as_py"):  # a value of an Arrow column
+        source = source.as_py()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return images.decode(bytes(source), preprocess)[0]
+    if isinstance(source, (str, os.PathLike)):
+        return images.decode(storage.read_image(os.fspath(source)), preprocess)[0]
+    raise RequestError(f"is a {type(source).__name__}; pass {TYPES}")
+
+
+def name_of(source: Any, place: int) -> str:
+    """How an error calls an image: its path, else its place in what was given."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return f"image {place} ({type(source).__name__})"
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    shape = array.shape
+    if array.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))):
+        raise RequestError(
+            f"is an array {array.dtype} {shape}; pass uint8 (height, width), (height, width, 3) or "
+            "(height, width, 4), with values from 0 to 255"
+        )
+    return Image.fromarray(array)
