@@ -22,12 +22,12 @@ from imgcls import output as layout
 from imgcls.config import Section
 from imgcls.data import storage, stores
 from imgcls.data.manifest import ManifestConfig, open_manifest, resolved
+from imgcls.data.schemas import conform, unify_schemas
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import OutputError, RequestError
 from imgcls.labeling.keys import Keys, chosen, numbered
 from imgcls.labeling.nights import find_nights, origins
 from imgcls.labeling.plan import PART_BYTES
-from imgcls.labeling.schemas import cast_table, common_schema
 from imgcls.lease import Lease
 from imgcls.provenance import provenance
 from imgcls.runs import Run, stream
@@ -163,17 +163,14 @@ def _schema(runs: Sequence[Run]) -> pa.Schema:
             "); merge runs of one kind of manifest"
         )
     schemas = []
-    for run in runs:
+    for run in reversed(runs):  # the newest run decides the order of the columns
         schema = run.schema.set(
             run.schema.get_field_index(run.path_column), pa.field(run.path_column, pa.string())
         )
         for name in _in_the_way(run):
             schema = schema.remove(schema.get_field_index(name))
-        schemas.append(schema)
-    try:
-        common = common_schema(schemas, [run.url for run in runs])
-    except TypeError as error:
-        raise RequestError(f"{error}; merge runs of one kind of manifest and bundle") from error
+        schemas.append((run.url, schema))
+    common = unify_schemas(schemas, "run", optional=True)
     fields = [field for field in common if field.name not in _ADDED]
     return pa.schema([*fields, *(pa.field(name, kind) for name, kind in _ADDED.items())])
 
@@ -202,7 +199,7 @@ def _write(
 
     for table in tables:
         rows += table.num_rows
-        pending.append(_fitted(table, schema))
+        pending.append(conform(table, schema, f"run {table['run'][0].as_py()}"))
         for pair in pending[-1]["status"].value_counts().to_pylist():
             status[pair["values"]] += pair["counts"]
         size += pending[-1].nbytes
@@ -211,17 +208,6 @@ def _write(
     if pending or part == 0:
         flush()
     return rows
-
-
-def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    try:
-        return cast_table(table, schema)
-    except pa.ArrowInvalid as error:
-        run = table["run"][0].as_py()
-        raise RequestError(
-            f"{run}: a value does not fit the type of its column in other runs ({error}); merge "
-            "runs of one kind of manifest"
-        ) from error
 
 
 def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:

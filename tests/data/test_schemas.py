@@ -56,6 +56,11 @@ def unified(one: pa.Array, other: pa.Array) -> tuple[pa.DataType, list[Any]]:
         (pa.array([[None]]), pa.array([["a"], None]), pa.list_(pa.string())),
         (pa.array([{"a": None}]), pa.array([{"a": "x"}]), pa.struct([("a", pa.string())])),
         (pa.array([[1.0]]), pa.array([[2.0]], pa.list_(pa.float64(), 1)), pa.list_(pa.float64())),
+        (
+            pa.array([[0.5, 1.0]], pa.list_(pa.float16(), 2)),
+            pa.array([[0.1]], pa.list_(pa.float64(), 1)),
+            pa.list_(pa.float64()),
+        ),
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )

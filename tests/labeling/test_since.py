@@ -263,7 +263,7 @@ def test_images_that_are_gone_are_dropped_by_a_manifest(tmp_path: Path) -> None:
 def test_columns_that_do_not_fit_are_named(tmp_path: Path) -> None:
     night(tmp_path / "labels" / "1", ["/a"], site=[1])
     night(tmp_path / "labels" / "2", ["/b"], site=["x"])
-    with pytest.raises(RequestError, match="column 'site' is int64, and string in later"):
+    with pytest.raises(RequestError, match="column 'site' is int64, and string in"):
         compact(CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "latest")))
 
 
