@@ -185,20 +185,24 @@ def _jpeg_2000(data: bytes) -> Samples:
     return samples
 
 
-def jpeg_xl_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG XL file; None where its codestream cannot be found.
+def jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and orientation in a JPEG XL codestream; None where there is none.
 
-    Source: ISO/IEC 18181-1, clause 9.1 (SizeHeader); 18181-2 (boxes).
+    Its decoder applies the orientation, 1 to 8, that the codestream states.
+    Source: ISO/IEC 18181-1, clauses 9.1 (SizeHeader) and 9.3 (ImageMetadata); 18181-2 (boxes).
     """
-    start = 0
+    stream = data
     if not data.startswith(b"\xff\x0a"):
-        for kind, first, _ in boxes_of(data):
-            if kind in (b"jxlc", b"jxlp"):
-                start = first + 4 * (kind == b"jxlp")
-                break
-        if not data.startswith(b"\xff\x0a", start):
-            return None
-    bits = int.from_bytes(data[start + 2 : start + 14], "little")
+        first = {b"jxlc": 0, b"jxlp": 4}  # the parts of a stream are numbered
+        parts = [
+            data[start + first[kind] : stop]
+            for kind, start, stop in boxes_of(data)
+            if kind in first
+        ]
+        stream = b"".join(parts)
+    if not stream.startswith(b"\xff\x0a"):
+        return None
+    bits = int.from_bytes(stream[2:24], "little")
 
     def take(count: int) -> int:
         nonlocal bits
@@ -212,7 +216,9 @@ def jpeg_xl_size(data: bytes) -> tuple[int, int] | None:
 
     height = side()
     ratio = _JPEG_XL_RATIOS[take(3)]
-    return (height * ratio[0] // ratio[1] if ratio else side()), height
+    width = height * ratio[0] // ratio[1] if ratio else side()
+    plain = take(1) or not take(1)
+    return width, height, 1 if plain else take(3) + 1
 
 
 _JPEG_XL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))

@@ -32,7 +32,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from imgcls.data import formats, jpeg, png, tiff
 from imgcls.data import reduced as reduced_images
 from imgcls.data.formats import Format
-from imgcls.data.image_headers import ends_early, jpeg_xl_size, samples_of, unsupported_jpeg
+from imgcls.data.image_headers import ends_early, jpeg_xl_header, samples_of, unsupported_jpeg
 from imgcls.data.lean import torchvision
 from imgcls.data.pixels import ico_picture, rgb_of, to_rgb
 from imgcls.data.preprocess import Preprocess
@@ -281,6 +281,8 @@ def _read_header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int
     _check_pixels(width, height, max_pixels)
     if image.format == "PNG":
         orientation = png.orientation(data, png.chunks_of(data))
+    elif image.format == "JXL" and not image.jpeg and (jpeg_xl_header(data) or (0, 0, 1))[2] != 1:  # type: ignore[attr-defined]
+        orientation = 1  # its decoder has applied it, and Exif data may repeat it
     else:
         orientation = _orientation(image)
     return image, orientation, (height, width) if orientation >= 5 else (width, height)
@@ -339,9 +341,9 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
             png.check(data, chunks)
             stream = png.pixels_only(data, chunks)
         elif format_.name == "JPEG XL":
-            size = jpeg_xl_size(data)
-            if size:  # its plugin decodes as soon as it opens
-                _check_pixels(*size, max_pixels)
+            header = jpeg_xl_header(data)
+            if header:  # its plugin decodes as soon as it opens
+                _check_pixels(*header[:2], max_pixels)
         elif format_.name == "ICO":
             picture = ico_picture(data)
             if picture.startswith(png.SIGNATURE):  # Pillow decodes it as soon as it opens

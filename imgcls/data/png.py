@@ -112,7 +112,7 @@ def check(data: bytes, chunks: list[Chunk]) -> None:
 
 def orientation(data: bytes, chunks: list[Chunk]) -> int:
     """The EXIF orientation, 1 where there is none: of eXIf, else of older texts, else of XMP."""
-    found = {}
+    found: dict[str, bytes] = {}
     for chunk in chunks:
         if chunk.kind == b"eXIf":
             found.setdefault("exif", chunk.body(data))

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from imgcls.data.facts import facts_of
+from imgcls.data.image_headers import jpeg_xl_header
 from imgcls.data.images import decode, decode_batch, picture, prepared
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
-from tests.data.pictures import drawn, encoded
+from tests.data.pictures import STORED, difference, drawn, encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
@@ -480,7 +481,7 @@ def test_jpeg_2000_samples_with_signs_are_refused() -> None:
 def _extra(format: str, image: Image.Image, **options: Any) -> bytes:
     if format == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
-    else:
+    elif format == "JXL":
         pytest.importorskip("pillow_jxl")
     return encoded(image, format, **options)
 
@@ -493,6 +494,39 @@ def test_heic_and_jpeg_xl_are_decoded_with_the_extra(
     format: str, options: dict[str, Any], bound: int
 ) -> None:
     assert away(_extra(format, Image.fromarray(RGB), **options), RGB) <= bound
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}), ("JXL", {"lossless": True}),
+        ("HEIF", {"quality": -1, "chroma": 444}),
+    ],
+)  # fmt: skip
+def test_the_new_formats_are_turned_once(
+    format: str, options: dict[str, Any], orientation: int
+) -> None:
+    upright = drawn(60, 40)
+    turn = STORED[orientation]
+    assert turn is not None
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _extra(format, upright.transpose(turn), exif=exif.tobytes(), **options)
+    seen = picture(data, 100).image
+    assert seen.size == (60, 40)
+    assert difference(np.asarray(seen), np.asarray(upright)) < 1
+
+
+def test_the_header_of_a_jpeg_xl_file_gives_its_size_and_orientation() -> None:
+    for size in ((60, 40), (300, 200), (1000, 8), (64, 64)):
+        assert jpeg_xl_header(_extra("JXL", Image.new("RGB", size))) == (*size, 1)
+    # 8 x 8 in multiples of 8, the same width, extra fields, orientation 6
+    bits = 1 | 0 << 1 | 1 << 6 | 0 << 9 | 1 << 10 | 5 << 11
+    bare = b"\xff\x0a" + bits.to_bytes(16, "little")
+    assert jpeg_xl_header(bare) == (8, 8, 6)
+    boxed = b"\0\0\0\x0cJXL \r\n\x87\n" + struct.pack(">I4sI", 12 + len(bare), b"jxlp", 0) + bare
+    assert jpeg_xl_header(boxed) == (8, 8, 6)
 
 
 @pytest.mark.parametrize(("format", "limit"), [("HEIF", 1000), ("JXL", 1000)])

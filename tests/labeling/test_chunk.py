@@ -35,7 +35,8 @@ from tests.labeling.runs import CLASSES, manifest_of, plan_at, spec_of
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # pytest takes the filter of imgcls away
 
 STATUSES = {
-    "ok", "missing", "forbidden", "empty", "truncated", "not_an_image", "too_large", "unreadable",
+    "ok", "missing", "forbidden", "empty", "truncated", "not_an_image", "unsupported",
+    "too_large", "unreadable",
 }  # fmt: skip
 
 

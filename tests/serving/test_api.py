@@ -252,6 +252,7 @@ def test_what_is_draining_says_so_and_still_answers(server: Running) -> None:
     ("data", "status", "kind"),
     [
         (b"<html>no</html>", 415, "not_an_image"),
+        (b"%PDF-1.7\n", 415, "unsupported"),
         (jpeg()[:500], 422, "truncated"),
         (b"", 422, "empty"),
         (png_header(50_000, 50_000), 413, "too_large"),
