@@ -14,7 +14,7 @@ import stat
 import uuid
 
 from imgcls.data.faults import too_large
-from imgcls.data.readahead import Allowance
+from imgcls.data.readahead import Allowance, Body
 from imgcls.errors import StorageError
 
 _UNKNOWN_STEP = 1 << 20
@@ -48,18 +48,16 @@ def read(path: str, allowance: Allowance) -> bytes:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         data = os.read(file, found.st_size + 1)
-        if not (more := os.read(file, _UNKNOWN_STEP)):
+        more = os.read(file, _UNKNOWN_STEP)
+        if not more:
             return data
         # it has grown, or it is one of those whose size is not known before, as in /proc
-        parts, total = [data], len(data)
-        while more:
-            parts.append(more)
-            total += len(more)
-            if allowance.exceeded_by(total):
-                raise too_large(path, allowance.max_bytes)
-            allowance.reserve(total)
-            more = os.read(file, _UNKNOWN_STEP)
-        return b"".join(parts)
+        with Body(path, allowance, None) as body:
+            body.add(data)
+            while more:
+                body.add(more)
+                more = os.read(file, _UNKNOWN_STEP)
+            return body.whole()
     finally:
         os.close(file)
 

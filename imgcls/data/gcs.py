@@ -11,8 +11,7 @@ import functools
 import hashlib
 from typing import Any
 
-from imgcls.data.faults import too_large
-from imgcls.data.readahead import Allowance
+from imgcls.data.readahead import Allowance, Body
 from imgcls.errors import StorageUnavailable
 
 PAGE = 1000
@@ -75,19 +74,10 @@ async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
                 answer.request_info, (), status=answer.status, message=answer.reason or "",
                 headers=answer.headers,
             )  # fmt: skip
-        length = answer.content_length
-        if length is not None and allowance.exceeded_by(length):
-            raise too_large(f"gs://{path}", allowance.max_bytes, length)
-        allowance.reserve(length or 0)
-        parts, total = [], 0
-        async for part in answer.content.iter_chunked(_PIECE):
-            total += len(part)
-            if allowance.exceeded_by(total):
-                raise too_large(f"gs://{path}", allowance.max_bytes)
-            if length is None or total > length:
-                allowance.reserve(total)
-            parts.append(part)
-        data = b"".join(parts)
+        with Body(f"gs://{path}", allowance, answer.content_length) as body:
+            async for part in answer.content.iter_chunked(_PIECE):
+                body.add(part)
+            data = body.whole()
         told = _md5(answer.headers)
         packed = "Content-Encoding" in answer.headers
         if told is not None and not packed and told != _digest(data):

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from imgcls.data.faults import code_of, retry_after, short, too_large
-from imgcls.data.readahead import Allowance
+from imgcls.data.readahead import Allowance, Body
 from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -88,18 +88,12 @@ class Reader:
             raise error
         coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         length = answer.content_length  # of what is sent, and so a lower bound on what it holds
-        if length is not None and allowance.exceeded_by(length):
-            raise too_large(url, allowance.max_bytes, length if coding == "identity" else None)
-        allowance.reserve(length or 0)
-        parts, total = [], 0
-        async for part in _decoded(url, coding, answer.content.iter_chunked(_PIECE)):
-            total += len(part)
-            if allowance.exceeded_by(total):
-                raise too_large(url, allowance.max_bytes)
-            if length is None or total > length:
-                allowance.reserve(total)
-            parts.append(part)
-        return b"".join(parts)
+        if length is not None and coding != "identity" and allowance.exceeded_by(length):
+            raise too_large(url, allowance.max_bytes)
+        with Body(url, allowance, length) as body:
+            async for part in _decoded(url, coding, answer.content.iter_chunked(_PIECE)):
+                body.add(part)
+            return body.whole()
 
 
 class Host:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 
+from imgcls.data.faults import too_large
+
 
 class Budget:
     """At most `size` bytes held by all reads together, the oldest one not counted.
@@ -46,17 +48,18 @@ class Budget:
                 self._waiting[read] = (total, admitted)
         return admitted
 
+    def forget(self, read: int) -> None:
+        """Free what a read holds that must begin again."""
+        with self._lock:
+            self._held.pop(read, None)
+            self._admit()
+
     def release(self, read: int) -> None:
         """Free what a read holds; the next one becomes the oldest."""
         with self._lock:
             self._held.pop(read, None)
             self._oldest = read + 1
-            for waiting in sorted(self._waiting):
-                total, admitted = self._waiting[waiting]
-                if self._take(waiting, total):
-                    del self._waiting[waiting]
-                    if admitted.set_running_or_notify_cancel():
-                        admitted.set_result(None)
+            self._admit()
 
     def close(self) -> None:
         """Cancel the reads that wait, and those that would have to."""
@@ -65,6 +68,14 @@ class Budget:
             for _, admitted in self._waiting.values():
                 admitted.cancel()
             self._waiting.clear()
+
+    def _admit(self) -> None:
+        for waiting in sorted(self._waiting):
+            total, admitted = self._waiting[waiting]
+            if self._take(waiting, total):
+                del self._waiting[waiting]
+                if admitted.set_running_or_notify_cancel():
+                    admitted.set_result(None)
 
     def _take(self, read: int, total: int) -> bool:
         others = sum(self._held.values()) - self._held.get(read, 0)
@@ -96,10 +107,14 @@ class Allowance:
     def exceeded_by(self, size: int) -> bool:
         return self.max_bytes is not None and size > self.max_bytes
 
-    def reserve(self, total: int) -> None:
-        """Reserve bytes before they are read; raises NoRoom where other reads hold too many."""
+    def reserve(self, total: int, needed: int | None = None) -> None:
+        """Reserve bytes before they are read; raises NoRoom where other reads hold too many.
+
+        needed: bytes to wait for then, if not `total`; what the read held is given up
+        """
         if self._budget is not None and not self._budget.fits(self._read, total):
-            raise NoRoom(total)
+            self._budget.forget(self._read)
+            raise NoRoom(total if needed is None else needed)
 
     def admission(self, total: int) -> Future[None]:
         """Done once `total` bytes are reserved."""
@@ -108,3 +123,44 @@ class Allowance:
 
 
 WHOLE = Allowance(None)
+
+
+class Body:
+    """A file as it arrives in pieces, within its allowance; forgotten where reading it fails.
+
+    An error holds the frames that it went through, and would hold the pieces until it is collected.
+    """
+
+    def __init__(self, url: str, allowance: Allowance, length: int | None) -> None:
+        """length: bytes to come at least, where that is known
+
+        Raises StorageTooLarge for more than is allowed, and NoRoom.
+        """
+        self._url, self._allowance, self._length = url, allowance, length
+        self._parts: list[bytes] = []
+        self._total = 0
+        if length is not None:
+            if allowance.exceeded_by(length):
+                raise too_large(url, allowance.max_bytes, length)
+            allowance.reserve(length)
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._parts.clear()
+
+    def add(self, part: bytes) -> None:
+        """Keep a piece; raises StorageTooLarge and NoRoom."""
+        self._total += len(part)
+        limit = self._allowance.max_bytes
+        if self._allowance.exceeded_by(self._total):
+            raise too_large(self._url, limit)
+        if self._length is None or self._total > self._length:
+            # how much is to come is not known: to begin again takes room for all that may
+            self._allowance.reserve(self._total, limit)
+        self._parts.append(part)
+
+    def whole(self) -> bytes:
+        """All pieces together."""
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data.faults import too_large
-from imgcls.data.readahead import WHOLE, Allowance
+from imgcls.data.readahead import WHOLE, Allowance, Body
 from imgcls.errors import StorageUnavailable
 
 
@@ -153,14 +153,10 @@ async def _within(url: str, answer: Any, headers: Mapping[str, str], allowance: 
         allowance.reserve(int(told))
         whole: bytes = await answer.read()
         return whole
-    parts, total = [], 0
-    while part := await answer.content.read(_PIECE):
-        total += len(part)
-        if allowance.exceeded_by(total):
-            raise too_large(url, allowance.max_bytes)
-        allowance.reserve(total)
-        parts.append(part)
-    return b"".join(parts)
+    with Body(url, allowance, None) as body:
+        while part := await answer.content.read(_PIECE):
+            body.add(part)
+        return body.whole()
 
 
 def _asked_as(sent: Mapping[str, Any], key: str) -> _Asked | None:

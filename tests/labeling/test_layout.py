@@ -49,6 +49,18 @@ def test_without_a_gpu_every_core_holds_a_worker_that_does_all_stages() -> None:
     )
 
 
+def test_no_more_processes_read_from_a_web_server_than_it_may_be_asked_at_a_time() -> None:
+    many = planned(Node(cpus=40, gpus=0))
+    assert (many.readers, many.with_readers(8).readers, many.with_readers(64).readers) == (
+        40,
+        8,
+        40,
+    )
+    gpu = planned(Node(cpus=16, gpus=1, accelerator="T4"))
+    assert (gpu.readers, gpu.with_readers(8).readers) == (17, 8)
+    assert gpu.with_readers(8).workers == 1
+
+
 def test_with_gpus_and_cpus_in_plenty_the_cpus_decode() -> None:
     layout = planned(Node(cpus=16, gpus=1, accelerator="T4"))
     assert (layout.name, layout.workers, layout.worker_gpus) == ("gpu", 1, 1)

@@ -11,7 +11,9 @@ import pytest
 import ray
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.labeling import pipeline
 from imgcls.labeling.attempts import Attempt
+from imgcls.labeling.chunk import Prepared
 from imgcls.labeling.pipeline import GpuWorker, ready_task
 from imgcls.labeling.work import Done, Work
 from imgcls.models.bundle import load_bundle
@@ -23,6 +25,21 @@ def session() -> Iterator[None]:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, Prepared)])
+def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
+    most: int, kind: type, colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pipeline, "FILE_BYTES", most)
+    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
+    spec = spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), bundle_sha256="")
+    made = ready_task(pa.table({"work": [pickle.dumps(Work(0))]}), spec, 0.0)
+    _, ready, _, _ = pickle.loads(made["ready"][0])
+    assert type(ready) is kind
+    assert len(ready if isinstance(ready, list) else ready.status) == 4
 
 
 @pytest.mark.parametrize("host_share", [1.0, 0.0])
