@@ -41,8 +41,8 @@ COMMANDS = {
         "imgcls.training.train",
         "TrainConfig",
         "train",
-        "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs "
-        "2 --output demo/small",
+        "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs 2 "
+        "--augment.hflip 0 --output demo/small",
     ),
     "tune": Command(
         "search the best settings of a training",
@@ -50,7 +50,7 @@ COMMANDS = {
         "TuneConfig",
         "tune",
         "imgcls tune --config jobs/tune.yaml --data.train demo/digits-train.csv "
-        "--tune.trials 2 --epochs 1 --output demo/search",
+        "--tune.trials 2 --epochs 1 --augment.hflip 0 --output demo/search",
     ),
     "predict": Command(
         "label every image of a manifest",

@@ -30,7 +30,10 @@ class Progress:
         self._spent = Spent()
         self._recent = [(time.monotonic(), done, 0.0)]
         self._workers: dict[str, float] = {}  # until when each counts as there
-        self._steady_from: tuple[float, int] | None = None
+        self._began = self._recent[0][0]
+        self._steady_from: float | None = None
+        self._steady_workers: set[str] = set()
+        self._steady_rows = 0
         self._said = time.monotonic()
 
     def add(self, done: Done) -> None:
@@ -40,7 +43,11 @@ class Progress:
         self._spent = self._spent.plus(done.spent)
         now = time.monotonic()
         if self._steady_from is None and done.worker in self._workers:
-            self._steady_from = (now, self._done)
+            self._steady_from = now
+        if done.worker in self._steady_workers:
+            self._steady_rows += done.rows
+        elif self._steady_from is not None:  # its work on this chunk began before
+            self._steady_workers.add(done.worker)
         stages = done.spent.seconds() | {"gpu": 0.0}
         self._workers[done.worker] = now + max(_WINDOW_SECONDS, 2 * sum(stages.values()))
         self._recent.append((now, self._done, self._spent.gpu))
@@ -69,15 +76,25 @@ class Progress:
 
     @property
     def steady_rate(self) -> float | None:
-        """Images per second from a worker's second chunk on: what start-up does not weigh on."""
-        if self._steady_from is None or self._recent[-1][1] == self._steady_from[1]:
+        """Images per second from a worker's second chunk on: what start-up does not weigh on.
+
+        The first chunk that each worker finishes from then on is not counted, for most of the work
+        on it was done before: two workers that finish at the same moment are no high rate.
+        """
+        if self._steady_from is None or not self._steady_rows:
             return None
-        (start, before), (now, after, _) = self._steady_from, self._recent[-1]
-        return (after - before) / (now - start)
+        seconds = self._recent[-1][0] - self._steady_from
+        return self._steady_rows / seconds if seconds > 0 else None
 
     @property
     def rate(self) -> float:
-        """Images per second of late; falls while nothing comes for longer than that."""
+        """Images per second of late; falls while nothing comes for longer than that.
+
+        While that includes the start of the workers it is the steady rate, once that is known.
+        """
+        steady = self.steady_rate
+        if self._recent[0][0] == self._began and steady is not None:
+            return steady
         (start, before, _), (last, after, _) = self._recent[0], self._recent[-1]
         now = time.monotonic()
         end = now if now - last > max(_WINDOW_SECONDS, last - start) else last

@@ -165,6 +165,6 @@ def _words(told: dict[str, Any]) -> str:
     if rate:
         left = told.get("seconds_left")
         eta = f", {duration(left)} left" if left is not None else ""
-        when = f" at {told['told']}" if "told" in told else ""
+        when = f" at {told['told']}" if "told" in told else ", without start-up"
         lines.append(f"rate       {rate:,.1f} images/s{when}{eta}")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def batches(given: Source | Iterable[Source], size: int) -> Iterator[list[Source
         yield [given]  # type: ignore[list-item]
         return
     try:
-        rest = iter(given)  # type: ignore[arg-type]
+        rest: Iterator[Any] = iter(given)  # type: ignore[arg-type]
     except TypeError:
         raise RequestError(
             f"images: got a {type(given).__name__}; pass {TYPES}, or an iterable of these"

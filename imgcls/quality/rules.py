@@ -25,7 +25,7 @@ class RulesConfig(Section):
     """From where on an image counts as bad."""
 
     tiny_pixels: PositiveInt = 16
-    """Tiny: the shorter side has fewer pixels."""
+    """Tiny: the shorter side has fewer pixels. No issue in a set of which most images have."""
     max_aspect: PositiveFloat = 4.0
     """Extreme aspect: the longer side is more than so many times the shorter."""
     odd_size: PositiveFloat = 10.0
@@ -55,7 +55,9 @@ def judged(images: Images, rules: RulesConfig) -> Iterator[Finding]:
     def sizes(place: int) -> str:
         return f"{width[place]:.0f}x{height[place]:.0f} pixels"
 
-    yield _below("tiny", short, rules.tiny_pixels, ok, sizes)
+    # icons or scanned digits are small as a set: what differs from the others is the issue
+    small_set = bool(ok.any()) and float(np.median(short[ok])) < rules.tiny_pixels
+    yield _below("tiny", short, rules.tiny_pixels, ok & (not small_set), sizes)
     aspect = long / short
     yield _above("extreme-aspect", aspect, rules.max_aspect, ok, sizes)
     yield _odd_size(ok, width * height, rules, sizes)

@@ -203,7 +203,7 @@ def application(
         max_ongoing_requests=ONGOING,
         max_queued_requests=QUEUED,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5,

@@ -104,6 +104,25 @@ def test_what_start_up_takes_does_not_weigh_on_the_steady_rate(clock: Clock) -> 
     assert bar.steady_rate == pytest.approx(20 / 4)
 
 
+def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
+    bar = Progress(1000, 0, every=60, stream=io.StringIO())
+    clock.now += 10  # starting up
+    for _ in range(2):  # two workers, 100 rows in 5 s each: 40 images/s
+        clock.now += 5
+        bar.add(done(100, worker="a/1"))
+        clock.now += 0.1
+        bar.add(done(100, worker="b/1"))
+        clock.now -= 0.1
+    assert bar.steady_rate is None
+    clock.now += 5
+    bar.add(done(100, worker="a/1"))
+    clock.now += 0.1
+    bar.add(done(100, worker="b/1"))
+    assert bar.steady_rate == pytest.approx(40, rel=0.03)
+    assert bar.rate == bar.steady_rate  # and not 600 rows in 25 s, start-up included
+    assert bar.seconds_left == pytest.approx(10, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("left", "told"),
     [(59, "ETA 59 s"), (60, "ETA 1 min 00 s"), (3599, "ETA 59 min 59 s"), (7500, "ETA 2 h 05 min")],

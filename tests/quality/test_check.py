@@ -454,3 +454,20 @@ def test_of_copies_one_stays_that_has_nothing_else_wrong(tmp_path: Path, drop: l
         Finding("tiny", np.array([0]), one[:1], [""]),
     ]
     assert np.flatnonzero(dropped(images, findings, drop)).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(("small", "tiny"), [(1, [0]), (6, [])])
+def test_what_is_tiny_is_no_issue_in_a_set_of_tiny_images(
+    tmp_path: Path, small: int, tiny: list[int]
+) -> None:
+    pictures = [
+        picture(i).resize((8, 8) if i < small else (64, 48), Image.Resampling.BILINEAR)
+        for i in range(7)
+    ]
+    files = [(f"{i}.png", encoded(each, "PNG"), None) for i, each in enumerate(pictures)]
+    (found,) = (
+        each
+        for each in rules.judged(images_of(tmp_path, files), RulesConfig())
+        if each.issue == "tiny"
+    )
+    assert found.at.tolist() == tiny
