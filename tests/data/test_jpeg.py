@@ -20,7 +20,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import difference, drawn, encoded, reference
 
-SPEC = Preprocess(resize=64, crop=56)
+SPEC = Preprocess(resize=64, crop=56, decode="fast")
 EXACT = Preprocess(resize=64, crop=56, decode="exact")
 SIZES = {"torchvision": (150, 110), "dct": (507, 381)}
 KINDS: dict[str, dict[str, Any]] = {
