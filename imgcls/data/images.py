@@ -258,8 +258,9 @@ def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
 
 def _checked_jpeg(image: Image.Image) -> Image.Image:
     """The image itself; a JPEG file that Pillow has not decoded yet is checked and opened again."""
-    unread = isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None
-    if not unread or image.format not in _JPEG or image.tell() != 0:
+    if not isinstance(image, ImageFile.ImageFile) or image.format not in _JPEG:
+        return image
+    if not image.tile or image.fp is None or image.tell() != 0:
         return image
     image.fp.seek(0)
     return _open(jpeg.checked(image.fp.read()))
