@@ -10,6 +10,7 @@ from typing import Any
 from imgcls.config import UnitFloat, requested
 from imgcls.data import storage, stores
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.preprocess import Decode
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
@@ -36,6 +37,8 @@ class EvaluateConfig(JudgeConfig):
     """The folder to write; the predictions' own when not given, if no labels are joined."""
     scores: bool = True
     """When labelling: write every class's score, which AUROC and Brier need."""
+    decode: Decode | None = None
+    """When labeling: as for predict."""
     precision: Precision = "auto"
     """When labelling: as for predict."""
     max_error_rate: UnitFloat = 0.01
@@ -100,6 +103,7 @@ def _source(config: EvaluateConfig) -> str:
             model=config.model,
             output=config.output,
             scores=config.scores,
+            decode=config.decode,
             precision=config.precision,
             max_error_rate=config.max_error_rate,
             overwrite=config.overwrite,

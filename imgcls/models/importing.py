@@ -33,7 +33,7 @@ class ImportConfig(Section):
     """Length of the shorter side after resizing; the architecture's own if not given."""
     crop: PositiveInt | None = None
     """Side of the model's square input; the architecture's own if not given."""
-    decode: Decode = "fast"
+    decode: Decode = "exact"
     """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
     overwrite: bool = False
     """Replace a bundle that is there."""

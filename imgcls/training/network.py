@@ -44,7 +44,7 @@ class ModelConfig(Section):
     """crop, pad or squash what is not square; as the network's weights were made if none."""
     crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
     """Share of the shorter side that labelling sees, from the centre; at least 0.965 if none."""
-    decode: Decode = "fast"
+    decode: Decode = "exact"
     """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
 
 

@@ -20,7 +20,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import difference, drawn, encoded, reference
 
-SPEC = Preprocess(resize=64, crop=56)
+SPEC = Preprocess(resize=64, crop=56, decode="fast")
 EXACT = Preprocess(resize=64, crop=56, decode="exact")
 SIZES = {"torchvision": (150, 110), "dct": (507, 381)}
 KINDS: dict[str, dict[str, Any]] = {
@@ -230,6 +230,27 @@ def test_a_few_bytes_before_the_end_marker_are_no_damage() -> None:
     assert (jpeg.decode(few) == jpeg.decode(whole)).all()
     assert statuses(few) == dict.fromkeys(ROUTES, "ok")
     assert statuses(many) == dict.fromkeys(ROUTES, "unreadable")
+
+
+@pytest.mark.parametrize("kind", ["restart", "gray restart"])
+def test_bytes_before_restart_markers_are_no_damage_and_hide_none(kind: str) -> None:
+    image = noisy(150, 110).convert("L" if kind.startswith("gray") else "RGB")
+    whole = encoded(image, "JPEG", quality=85, restart_marker_blocks=4)
+    start = scan_start(whole)
+    padded = whole[:start] + re.sub(rb"(?=\xff[\xd0-\xd7])", b"\x55", whole[start:])
+    assert len(padded) > len(whole) + 10
+    assert (jpeg.decode(padded) == jpeg.decode(whole)).all()
+    assert statuses(padded) == dict.fromkeys(ROUTES, "ok")
+    assert statuses(padded[:-2] + bytes(64)) == dict.fromkeys(ROUTES, "ok")
+    last = max(match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", padded))
+    for cut in (len(padded) - 3, last + 8, last, len(padded) // 2):
+        for end in (EOI, b"", bytes(64)):
+            assert statuses(padded[:cut] + end) == dict.fromkeys(ROUTES, "truncated"), (cut, end)
+    middle = len(padded) // 2
+    other = np.random.default_rng(0).integers(0, 255, 200, np.uint8).tobytes()
+    assert set(statuses(padded[:middle] + other + padded[middle:]).values()) <= {
+        "unreadable", "truncated",
+    }  # fmt: skip
 
 
 def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow() -> None:

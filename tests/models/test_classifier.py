@@ -414,7 +414,7 @@ def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
     spec = BundleSpec(
         architecture=architecture,
         classes=[f"class {i}" for i in range(1000)],
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.default_preprocess(architecture).model_copy(update={"decode": "fast"}),
     )
     save_bundle(str(tmp_path / "bundle"), spec, zoo.load_weights(weights, architecture))
     classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
