@@ -173,9 +173,9 @@ def decode_batch(
         if _is_plain_jpeg(image) and small and spec.decode == "fast":
             plain.append((index, orientation, shown))
     sound = checked_jpegs([blobs[index] for index, _, _ in plain])
-    for (index, _, _), data in zip(plain, sound, strict=True):
-        if isinstance(data, ImageError):
-            results[index] = data
+    for (index, _, _), checked in zip(plain, sound, strict=True):
+        if isinstance(checked, ImageError):
+            results[index] = checked
     plain = [item for item in plain if results[item[0]] is None]
     encoded = [
         torch.frombuffer(bytearray(data), dtype=torch.uint8)
