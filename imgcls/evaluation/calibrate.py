@@ -195,14 +195,12 @@ def why_undetermined(rows: HeldOut) -> str | None:
     """Why rows do not determine a temperature, in words; None where they do.
 
     If every label has the highest score of its row, the log loss falls without end as the
-    temperature falls; if the log scores of the labels are on average no higher than those of all
-    classes, as it rises.
+    temperature falls. Rows whose labels score no better than other classes have their least loss
+    at the upper bound: scores that are nearly equal, which is what such a network knows.
     """
     own = np.take_along_axis(rows.log_scores, rows.label[:, None], axis=1)[:, 0]
     if (own >= rows.log_scores.max(axis=1)).all():
         return "all held-out predictions are right, so no temperature fits them best"
-    if own.mean(dtype=np.float64) <= rows.log_scores.mean(dtype=np.float64):
-        return "the labels score no better than other classes, so no temperature fits them best"
     return None
 
 

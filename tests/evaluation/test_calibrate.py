@@ -62,16 +62,21 @@ def always(rows: int, label: int) -> HeldOut:
 
 
 @pytest.mark.parametrize("rows", [1, 20, 5000])
-@pytest.mark.parametrize(("label", "why"), [(0, "predictions are right"), (3, "no better than")])
-def test_rows_that_are_all_right_or_all_wrong_determine_no_temperature(
-    rows: int, label: int, why: str
-) -> None:
-    given = always(rows, label)
-    assert why in str(why_undetermined(given))
+def test_rows_that_are_all_right_determine_no_temperature(rows: int) -> None:
+    given = always(rows, 0)
+    assert "predictions are right" in str(why_undetermined(given))
     assert fit_temperature(given) == 1.0
     scale, bias = fit_vector(given)
     assert scale.tolist() == [1.0]
     assert bias is None
+
+
+def test_rows_that_are_all_wrong_get_nearly_equal_scores() -> None:
+    given = always(20, 3)
+    temperature = fit_temperature(given)
+    assert temperature == pytest.approx(50, rel=1e-3)
+    confidence, _ = confidences(given, np.array([1 / temperature], np.float32), None)
+    assert confidence == pytest.approx(np.full(20, 0.25), abs=0.02)
 
 
 def test_one_wrong_row_among_many_determines_the_temperature() -> None:
