@@ -175,7 +175,7 @@ def test_the_gpu_layouts_write_the_same_table(
     (place / "images" / "00007.jpg").write_bytes(b"broken")
     base = (
         *("predict", "--manifest", manifest, "--model", placed_bundle, "--max-error-rate", 0.5),
-        *("--scale.batch-size", 32),
+        *("--scale.batch-size", 32, "--decode", "fast" if layout == "gpu_decode" else "exact"),
     )
     plain = imgcls(*base, "--output", place / "cpu", env=cluster.environment())
     assert plain.returncode == 0, plain.stderr
