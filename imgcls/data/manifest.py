@@ -342,7 +342,7 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         none = True
         for path in images:
             none = False
-            yield _as_text(config, path)
+            yield path
         if none:
             raise ManifestError(
                 f"manifest {config.path}: no image in it"
@@ -376,17 +376,6 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         _batches=batches,
         _digest=lambda: _digest_listing(paths(), root),
     )
-
-
-def _as_text(config: ManifestConfig, path: str) -> str:
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ManifestError(
-            f"manifest {config.path}: the file name {path!r} is not UTF-8; rename it, since a "
-            "table cannot hold it"
-        ) from error
-    return path
 
 
 def _class_of(config: ManifestConfig, path: str) -> str:

@@ -582,12 +582,17 @@ def test_a_folder_without_an_image_is_refused(put: Put, tmp_path: Path) -> None:
     assert "*.jpg" in message
 
 
-def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_is_a_row_with_replacement_characters(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    with open(os.fsencode(folder) + b"/\xe4.jpg", "wb"):
-        pass
-    assert "is not UTF-8; rename it" in refused(folder)
+    for name in (b"a.jpg", b"\xe4.jpg"):
+        with open(os.fsencode(folder) + b"/" + name, "wb"):
+            pass
+    manifest = open_manifest(ManifestConfig(path=str(folder)))
+    table = pa.Table.from_batches(list(manifest.batches()), schema=manifest.schema)
+    assert table["path"].to_pylist() == ["a.jpg", "\ufffd.jpg"]
 
 
 # ------------------------------------------------------------------------------ columns and paths
