@@ -267,9 +267,10 @@ def planned_columns(run: Unfinished) -> tuple[str, str]:
 
 
 def planned_rows(run: Unfinished) -> Iterator[pa.Table]:
-    """The manifest rows of an unfinished run, in order."""
+    """The manifest rows of an unfinished run, in order: from its shards, or else its table."""
+    place = layout.shard_url if run.has_shards else layout.part_url
     for part in range(run.plan.parts):
-        with storage.open_read(layout.shard_url(run.url, part)) as opened:
+        with storage.open_read(place(run.url, part)) as opened:
             for batch in pq.ParquetFile(opened).iter_batches():
                 yield pa.Table.from_batches([batch])
 

@@ -298,14 +298,14 @@ class _Run:
 
     def run(self) -> PredictResult:
         config = self.config
-        if config.overwrite or (self.job.start_over and not self._committed()):
+        if config.overwrite or (self.job.start_over and not names.is_committed(self.output)):
             names.clear(self.output)
         # how fast the driver before was is not how fast this one is
         storage.remove(storage.join(self.output, names.PROGRESS))
         stored = names.load_run(self.output)
         if stored is not None:
             self._check_same(stored)
-            if self._committed() and not config.retry_errors:
+            if names.is_committed(self.output) and not config.retry_errors:
                 rows = plan_of(stored).rows
                 _tidy(self.output)  # after a kill at the end
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
@@ -555,11 +555,6 @@ class _Run:
             self.steady_rate = progress.steady_rate
             for stage, spent in progress.spent.seconds().items():
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
-
-    def _committed(self) -> bool:
-        mark = storage.join(self.output, names.SUCCESS)
-        # empty where a driver was killed while it created it, on a disk without hard links
-        return storage.exists(mark) and storage.size(mark) > 0
 
     def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
         """Check the table against the manifest, write the metrics, pass the gate, mark success."""
