@@ -209,9 +209,24 @@ class Keys:
         schema = _schema_of(["place", *(f"v{at}" for at in range(count))], *names)
         digests = [f"coalesce(md5_number_lower(v{at}), 0) AS v{at}" for at in range(count)]
         columns = ", ".join(["md5_number(place) AS place", *digests, *names])
-        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, rows))
-        self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
-        self.db.unregister("incoming")
+        failed: list[Exception] = []
+
+        def watched() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from rows
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, watched()))
+        try:
+            self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
+        except Exception:
+            if failed:  # DuckDB gives every error of its input as one of its own
+                raise failed[0] from None
+            raise
+        finally:
+            self.db.unregister("incoming")
 
 
 _TYPES = {"current": pa.bool_(), "below": pa.bool_()}

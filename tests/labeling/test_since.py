@@ -342,6 +342,14 @@ def test_an_image_that_goes_back_to_an_older_version_is_labeled_again(tmp_path: 
     assert asked(manifest_of(tmp_path, ["/x"], etag=["v1"]), tmp_path / "labels") == ["/x"]
 
 
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    night(tmp_path / "labels" / "1", ["/x"])
+    file = tmp_path / "bad.csv"
+    file.write_text("path,size\n/x,1\n/y,2,3\n")
+    with pytest.raises(ManifestError, match=r"bad\.csv: .*Expected 2 columns, got 3"):
+        asked(open_manifest(ManifestConfig(path=str(file))), tmp_path / "labels")
+
+
 # ------------------------------------------------------------------ failures
 
 
