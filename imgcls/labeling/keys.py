@@ -87,7 +87,8 @@ class Keys:
                 night = pa.array(np.full(size, newest))
                 current = pa.array(np.full(size, run.bundle_sha256 == bundle_sha256))
                 if own:
-                    night = _numbers(table["run"], nights, newest)
+                    # before the run itself, whose rows may have been labeled again since
+                    night = pc.subtract(_numbers(table["run"], nights, newest), 1)
                     current = pc.equal(table["bundle_sha256"].cast(pa.string()), bundle_sha256)
                 place = resolved(table[run.path_column], run.root)
                 yield from _batches(
@@ -251,13 +252,13 @@ def _lies_below(place: pa.ChunkedArray, below: str | None) -> Any:
 
 
 def numbered(runs: Sequence[Run], unfinished: Sequence[Unfinished] = ()) -> dict[str, int]:
-    """Each night by its URL and its number among all of them, those of merged runs included."""
+    """Each night by its URL and an even number in their order, those of merged runs included."""
     orders: dict[str, Order] = {run.url: run.order for run in unfinished}
     for run in runs:
         for url, order in origins(run).items():
             orders[url] = max(order, orders.get(url, order))
         orders.setdefault(run.url, order_of_run(run))
-    rank = {order: number for number, order in enumerate(sorted(set(orders.values())), 1)}
+    rank = {order: 2 * number for number, order in enumerate(sorted(set(orders.values())), 1)}
     return {url: rank[order] for url, order in orders.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,23 @@ def test_rows_of_a_compacted_table_keep_the_place_of_their_night(tmp_path: Path)
     assert {path: row["run"] for path, row in rows.items()} == {
         "/x": f"{labels}/3",
         "/y": f"{labels}/2",
+    }
+
+
+def test_rows_labeled_again_in_place_are_newer_than_their_copies_in_a_history(
+    tmp_path: Path,
+) -> None:
+    labels = tmp_path / "labels"
+    run = started(night(labels / "1", ["/x", "/y"], failed=[0], size=[1, 2]), 1)
+    compact(CompactConfig(source=str(labels), output=str(labels / "latest")))
+    started(night(tmp_path / "again", ["/x", "/y"], size=[1, 2]), 1)
+    shutil.copy(tmp_path / "again/predictions/part-00000.parquet", run / "predictions")
+    assert asked(manifest_of(tmp_path, ["/x", "/y"], size=[1, 2]), labels) == []
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "all")))
+    table = pq.read_table(f"{output}/predictions")
+    assert dict(zip(table["path"].to_pylist(), table["status"].to_pylist(), strict=True)) == {
+        "/x": "ok",
+        "/y": "ok",
     }
 
 
