@@ -109,12 +109,13 @@ def label_new(
         return _label_rest(request, series.place(1), label)
     place, described = stored[-1]
     result: T | None = None
+    done = layout.is_committed(place)
+    if not done and not Unfinished(place, described).has_rows:
+        # a start-over that was broken off: there is no plan to resume
+        return _label_rest(request, place, label, start_over=True)
     if request.retry_errors:
         return label(Job(place, planned_manifest(place, described, request.listed)))
-    if not layout.is_committed(place):
-        if not Unfinished(place, described).has_rows:
-            # a start-over that was broken off: there is no plan to resume
-            return _label_rest(request, place, label, start_over=True)
+    if not done:
         if series.dated and (differences := request.differences(described)):
             lines = "; ".join(differences)
             tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")

@@ -358,6 +358,8 @@ class _Run:
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
+                # after a first night, a few new rows may all have labels of new classes
+                any_labels=comparison is not None and bool(comparison.nights.committed),
                 notes=self.job.notes(),
             )
         except RequestError:

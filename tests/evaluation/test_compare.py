@@ -152,7 +152,7 @@ def test_a_history_is_not_compared_by_the_place_of_its_rows(tmp_path: Path) -> N
     commit(labels / "date=2026-11-01", drawn(40, 1))
     night = commit(labels / "date=2026-11-02", drawn(30, 2))
     history = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
-    with pytest.raises(RequestError, match="label different manifests.*--on path"):
+    with pytest.raises(RequestError, match=r"label different manifests.*--on path"):
         compare(CompareConfig(run_a=history, run_b=str(night)))
 
 

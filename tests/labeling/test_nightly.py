@@ -307,11 +307,23 @@ def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, imag
     table = nightly.manifest / "images.csv"
     table.write_text("path\n" + "".join(f"{at}.png\n" for at in range(5)))
 
-    def listed(root: Path) -> dict[str, Manifest]:
-        return {"listed": open_manifest(ManifestConfig(path=str(table), root=str(root)))}
+    def listed(root: Path) -> Manifest:
+        return open_manifest(ManifestConfig(path=str(table), root=str(root)))
 
-    assert nightly.predict(day(1), **listed(nightly.folder / "wrong")) == "refused"
-    place = nightly.predict(day(1), **listed(images.folder))
+    assert nightly.predict(day(1), listed=listed(nightly.folder / "wrong")) == "refused"
+    place = nightly.predict(day(1), listed=listed(images.folder))
     assert place == f"{date_folder(nightly, 1)}.2"
     status = pq.read_table(f"{place}/predictions")["status"].to_pylist()
     assert status == ["ok"] * 5
+
+
+def test_a_retry_of_a_start_over_that_was_broken_off_is_planned_again(
+    nightly: Nightly, images: Images
+) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="planned")
+    shutil.rmtree(date_folder(nightly, 1) / "_staging" / "manifest")
+    assert nightly.predict(day(1), retry_errors=True) == str(date_folder(nightly, 1))
+    assert nightly.compact() == nightly.from_scratch()
