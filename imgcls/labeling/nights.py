@@ -123,7 +123,7 @@ def find_nights(url: str, but: str | None = None) -> Nights:
 
 def _places(url: str, folders: set[str], but: str | None) -> list[str]:
     places = [storage.join(url, each) if each else url for each in sorted(folders)]
-    return [place for place in places if place != but]
+    return [place for place in places if place != (but or "").rstrip("/")]
 
 
 def _name(what: str, places: Sequence[str]) -> None:
@@ -208,7 +208,7 @@ class Series:
     def place(self, number: int) -> str:
         """The folder of the date's n-th run, from 1."""
         day = date_of(self.date) + (f".{number}" if number > 1 else "")
-        return storage.absolute(self.template.replace("{date}", day))
+        return storage.absolute(self.template.replace("{date}", day).rstrip("/"))
 
     @property
     def dated(self) -> bool:

@@ -17,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.config import build
+from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.labeling.history import CompactConfig, compact
-from imgcls.labeling.nights import find_nights, next_sequence
+from imgcls.labeling.nights import Series, find_nights, next_sequence
 from imgcls.labeling.predict import dated
 from imgcls.labeling.since import SinceConfig, chosen, only_new
 from imgcls.runs import open_run
 from tests.evaluation.runs import commit, drawn
+from tests.s3 import url
 
 OLD, NEW = "b" * 64, "c" * 64
 
@@ -461,3 +463,15 @@ def test_nights_with_scores_of_both_types_are_merged(tmp_path: Path) -> None:
     table = pq.read_table(f"{output}/predictions")
     assert table.schema.field("scores").type == pa.list_(pa.float32(), 2)
     assert table["scores"].to_pylist() == [[0.25, 0.75], [0.25, 0.75]]
+
+
+def test_a_slash_at_the_end_of_an_output_names_the_same_run(s3: Any, tmp_path: Path) -> None:
+    labels = url("labels")
+    local = night(tmp_path / "night", ["/a"])
+    for name in ("_run.json", "_SUCCESS", "predictions/part-00000.parquet"):
+        storage.write(f"{labels}/date=2026-11-01/{name}", (local / name).read_bytes())
+    series = Series(labels + "/date={date}/", datetime.date(2026, 11, 1))
+    assert series.place(1) == f"{labels}/date=2026-11-01"
+    assert series.place(2) == f"{labels}/date=2026-11-01.2"
+    assert len(find_nights(labels).committed) == 1
+    assert find_nights(labels, but=f"{labels}/date=2026-11-01/").committed == ()
