@@ -160,6 +160,24 @@ def load_progress(output: str) -> dict[str, Any] | None:
     return None
 
 
+def is_committed(output: str) -> bool:
+    """Whether a run has its `_SUCCESS`.
+
+    An empty one was left by a driver that was killed while it created the file, on a disk without
+    hard links.
+    """
+    mark = join(output, SUCCESS)
+    return storage.exists(mark) and storage.size(mark) > 0
+
+
+def damaged_mark(output: str, why: str) -> str:
+    """The message for a `_SUCCESS` that cannot be read."""
+    return (
+        f"{join(output, SUCCESS)}: is damaged, or another tool wrote over it ({why}); "
+        "remove it and rerun `imgcls predict` with the same --output, which commits the run again"
+    )
+
+
 def load_run(output: str) -> dict[str, Any] | None:
     """`_run.json` of an output folder; None when there is none."""
     url = storage.join(output, RUN)

@@ -156,13 +156,6 @@ def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterato
                 yield without_views(pa.Table.from_batches([batch]))
 
 
-def _damaged_mark(url: str, why: str) -> str:
-    return (
-        f"{storage.join(url, layout.SUCCESS)}: is damaged, or another tool wrote over it ({why}); "
-        "remove it and rerun `imgcls predict` with the same --output, which commits the run again"
-    )
-
-
 def open_run(url: str) -> Run:
     """Open the output folder of `imgcls predict`.
 
@@ -183,9 +176,9 @@ def open_run(url: str) -> Run:
             "which goes on where it stopped"
         ) from error
     except ValueError as error:
-        raise OutputError(_damaged_mark(url, str(error))) from error
+        raise OutputError(layout.damaged_mark(url, str(error))) from error
     if not isinstance(success, dict) or "files" not in success:
-        raise OutputError(_damaged_mark(url, "it names no files"))
+        raise OutputError(layout.damaged_mark(url, "it names no files"))
     folder = storage.join(url, layout.PREDICTIONS)
     names = sorted(success["files"])
     missing = sorted(set(names) - set(storage.names(folder)))

@@ -118,7 +118,9 @@ def compare(config: CompareConfig) -> Comparison:
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
     a.check_slices([n for n in config.slice_by if config.labels is None or n != JOINED])
-    if config.on is None and a.manifest_fingerprint != b.manifest_fingerprint:
+    # the rows of a history are those of many manifests; its fingerprint is the newest run's
+    other_rows = a.merged or b.merged or a.manifest_fingerprint != b.manifest_fingerprint
+    if config.on is None and other_rows:
         raise RequestError(
             f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
             f"are the same image, e.g. --on {a.path_column}"

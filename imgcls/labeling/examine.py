@@ -22,6 +22,7 @@ from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.passes import Passes, fitted
 from imgcls.labeling.plan import Identity, Plan, make_plan, plan_of, restore_shards
 from imgcls.labeling.progress import Progress
+from imgcls.labeling.requests import is_on_web
 from imgcls.labeling.work import ExamineSpec
 from imgcls.lease import Lease
 from imgcls.log import tell
@@ -54,14 +55,6 @@ class Examined:
             url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
             with storage.open_read(url) as file:
                 yield rows, pq.read_table(file)
-
-
-def _is_on_web(manifest: Manifest) -> bool:
-    """Whether the images are on web servers, by the first one."""
-    head = next(manifest.batches(), None)
-    first = head.column(manifest.path_column)[0].as_py() if head else None
-    url = manifest.resolve(None if first is None else str(first))
-    return url is not None and stores.protocol_of(url) in stores.HTTP
 
 
 def examine(
@@ -137,7 +130,7 @@ def examine(
             storage=stores.settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
-            on_web=_is_on_web(manifest),
+            on_web=is_on_web(manifest),
             bundle_url=None if bundle is None else storage.absolute(bundle.url),
             bundle_sha256=None if bundle is None else bundle.sha256,
             decode=decode,

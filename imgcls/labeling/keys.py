@@ -87,7 +87,8 @@ class Keys:
                 night = pa.array(np.full(size, newest))
                 current = pa.array(np.full(size, run.bundle_sha256 == bundle_sha256))
                 if own:
-                    night = _numbers(table["run"], nights, newest)
+                    # before the run itself, whose rows may have been labeled again since
+                    night = pc.subtract(_numbers(table["run"], nights, newest), 1)
                     current = pc.equal(table["bundle_sha256"].cast(pa.string()), bundle_sha256)
                 place = resolved(table[run.path_column], run.root)
                 yield from _batches(
@@ -209,9 +210,24 @@ class Keys:
         schema = _schema_of(["place", *(f"v{at}" for at in range(count))], *names)
         digests = [f"coalesce(md5_number_lower(v{at}), 0) AS v{at}" for at in range(count)]
         columns = ", ".join(["md5_number(place) AS place", *digests, *names])
-        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, rows))
-        self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
-        self.db.unregister("incoming")
+        failed: list[Exception] = []
+
+        def watched() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from rows
+            except Exception as error:
+                failed.append(error)
+                raise
+
+        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, watched()))
+        try:
+            self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
+        except Exception:
+            if failed:  # DuckDB gives every error of its input as one of its own
+                raise failed[0] from None
+            raise
+        finally:
+            self.db.unregister("incoming")
 
 
 _TYPES = {"current": pa.bool_(), "below": pa.bool_()}
@@ -236,13 +252,13 @@ def _lies_below(place: pa.ChunkedArray, below: str | None) -> Any:
 
 
 def numbered(runs: Sequence[Run], unfinished: Sequence[Unfinished] = ()) -> dict[str, int]:
-    """Each night by its URL and its number among all of them, those of merged runs included."""
+    """Each night by its URL and an even number in their order, those of merged runs included."""
     orders: dict[str, Order] = {run.url: run.order for run in unfinished}
     for run in runs:
         for url, order in origins(run).items():
             orders[url] = max(order, orders.get(url, order))
         orders.setdefault(run.url, order_of_run(run))
-    rank = {order: number for number, order in enumerate(sorted(set(orders.values())), 1)}
+    rank = {order: 2 * number for number, order in enumerate(sorted(set(orders.values())), 1)}
     return {url: rank[order] for url, order in orders.items()}
 
 
@@ -267,9 +283,10 @@ def planned_columns(run: Unfinished) -> tuple[str, str]:
 
 
 def planned_rows(run: Unfinished) -> Iterator[pa.Table]:
-    """The manifest rows of an unfinished run, in order."""
+    """The manifest rows of an unfinished run, in order: from its shards, or else its table."""
+    place = layout.shard_url if run.has_shards else layout.part_url
     for part in range(run.plan.parts):
-        with storage.open_read(layout.shard_url(run.url, part)) as opened:
+        with storage.open_read(place(run.url, part)) as opened:
             for batch in pq.ParquetFile(opened).iter_batches():
                 yield pa.Table.from_batches([batch])
 

@@ -67,10 +67,14 @@ class NightRequest:
         return own.differences(identity)
 
     def lists_the_same(self, stored: Mapping[str, Any]) -> bool:
-        """Whether a run was planned from this very manifest, to the same end."""
-        since = stored.get("since", {})
-        listed = since.get("listed", stored["identity"]["manifest"]["fingerprint"])
-        same = bool(listed == self.listed.fingerprint())
+        """Whether a run was planned from this very manifest, read alike, to the same end."""
+        since, planned = stored.get("since", {}), stored["identity"]["manifest"]
+        listed = since.get("listed", planned["fingerprint"])
+        alike = all(
+            planned[name] == getattr(self.listed, name)
+            for name in ("path_column", "label_column", "root")
+        )
+        same = alike and bool(listed == self.listed.fingerprint())
         return same and bool(since.get("relabel", False)) >= self.relabel
 
     def compare(self, output: str, but: str | None = None) -> Comparison:
@@ -105,12 +109,13 @@ def label_new(
         return _label_rest(request, series.place(1), label)
     place, described = stored[-1]
     result: T | None = None
+    done = layout.is_committed(place)
+    if not done and not Unfinished(place, described).has_rows:
+        # a start-over that was broken off: there is no plan to resume
+        return _label_rest(request, place, label, start_over=True)
     if request.retry_errors:
         return label(Job(place, planned_manifest(place, described, request.listed)))
-    if not storage.exists(storage.join(place, layout.SUCCESS)):
-        if not Unfinished(place, described).has_shards:
-            # a start-over that was broken off: there is no plan to resume
-            return _label_rest(request, place, label, start_over=True)
+    if not done:
         if series.dated and (differences := request.differences(described)):
             lines = "; ".join(differences)
             tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")
@@ -125,7 +130,7 @@ def label_new(
                 return result
     else:
         for each, run in stored:
-            done = storage.exists(storage.join(each, layout.SUCCESS))
+            done = layout.is_committed(each)
             same = request.lists_the_same(run) and not request.differences(run)
             if done and same and not request.retry_failed:
                 rows = plan_of(run).rows
@@ -134,9 +139,14 @@ def label_new(
     with request.compare(place) as comparison:
         comparison.tell()
         if not comparison.rows and not comparison.deleted:
-            rows = plan_of(described).rows
-            tell("committed", f"{place}: nothing new since; no further run")
-            return result if result is not None else committed(place, rows)
+            if result is None and layout.is_committed(place):
+                result = committed(place, plan_of(described).rows)
+            elif result is None and comparison.nights.committed:
+                newest = comparison.nights.committed[-1]  # `place` is left unfinished
+                result = committed(newest.url, newest.rows)
+            if result is not None:
+                tell("committed", f"{place}: nothing new since; no further run")
+                return result
         return label(_job(request, series.after(place), comparison))
 
 

@@ -52,8 +52,21 @@ class Unfinished:
 
     @property
     def has_shards(self) -> bool:
+        """Whether all shards of its manifest are there, as until the run is committed."""
+        return self._has_parts(storage.parent(layout.shard_url(self.url, 0)))
+
+    @property
+    def has_table(self) -> bool:
+        """Whether its table is whole: a gate refused the run, or a retry of its rows broke off."""
+        return self._has_parts(storage.join(self.url, layout.PREDICTIONS))
+
+    @property
+    def has_rows(self) -> bool:
         """Whether its rows can be read: one that was started over and broken off lacks some."""
-        there = storage.names(storage.parent(layout.shard_url(self.url, 0)))
+        return self.has_shards or self.has_table
+
+    def _has_parts(self, folder: str) -> bool:
+        there = storage.names(folder)
         return {layout.part_name(part) for part in range(self.plan.parts)} <= set(there)
 
     @property
@@ -110,7 +123,7 @@ def find_nights(url: str, but: str | None = None) -> Nights:
 
 def _places(url: str, folders: set[str], but: str | None) -> list[str]:
     places = [storage.join(url, each) if each else url for each in sorted(folders)]
-    return [place for place in places if place != but]
+    return [place for place in places if place != (but or "").rstrip("/")]
 
 
 def _name(what: str, places: Sequence[str]) -> None:
@@ -195,7 +208,7 @@ class Series:
     def place(self, number: int) -> str:
         """The folder of the date's n-th run, from 1."""
         day = date_of(self.date) + (f".{number}" if number > 1 else "")
-        return storage.absolute(self.template.replace("{date}", day))
+        return storage.absolute(self.template.replace("{date}", day).rstrip("/"))
 
     @property
     def dated(self) -> bool:

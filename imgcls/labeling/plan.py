@@ -105,6 +105,7 @@ def make_plan(
     provenance: Mapping[str, Any],
     classes: list[str] | None,
     may_be_empty: bool = False,
+    any_labels: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
@@ -114,6 +115,7 @@ def make_plan(
     row_bytes:  bytes that a prediction row is expected to take in Parquet
     limit:      rows to take from the start of the manifest
     classes:    of the model that is to label, if there is one
+    any_labels: plan also rows whose labels are all no classes of the model
     notes:      more entries of `_run.json`
     Raises ManifestError when it has no row, or labels of which no one is a class of the model.
     """
@@ -130,7 +132,7 @@ def make_plan(
                 labels.see(table)
             writer.add(table)
     if labels is not None:
-        labels.finish()
+        labels.finish(refuse=not any_labels)
     plan = Plan(identity.run_id(), writer.rows, chunk, part)
     run = {
         "identity": asdict(identity),
@@ -274,11 +276,11 @@ class _LabelCheck:
                 continue
             self._strangers[name] += count
 
-    def finish(self) -> None:
+    def finish(self, *, refuse: bool) -> None:
         if not self._strangers:
             return
         examples = ", ".join(repr(name) for name in list(self._strangers)[:3])
-        if not self._known:
+        if refuse and not self._known:
             classes = sorted(self._classes)
             shown = ", ".join(repr(name) for name in classes[:3])
             if self._manifest.format == "tree":

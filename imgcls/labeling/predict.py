@@ -23,27 +23,21 @@ from imgcls import cluster, log, machines
 from imgcls import output as names
 from imgcls.config import Section, UnitFloat, requested
 from imgcls.data import storage, stores
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.preprocess import Decode
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import (
     CrashingImage,
-    ManifestError,
     OutputError,
     RequestError,
     RunFailed,
-    StorageCredentials,
-    StorageError,
-    StorageForbidden,
-    StorageMissing,
     TooManyErrors,
-    request_error,
 )
 from imgcls.labeling import finish, gates, ledger, trial
 from imgcls.labeling.gates import ErrorStatus
 from imgcls.labeling.keys import TRANSIENT
-from imgcls.labeling.layout import STORE_WAITS, TASK_CPUS, Layout, ScaleConfig
+from imgcls.labeling.layout import TASK_CPUS, Layout, ScaleConfig
 from imgcls.labeling.ledger import Ledger
 from imgcls.labeling.nightly import Job, NightRequest, label_new, planned_manifest
 from imgcls.labeling.nights import Series, date_of, next_sequence
@@ -57,6 +51,17 @@ from imgcls.labeling.plan import (
     restore_shards,
 )
 from imgcls.labeling.progress import Progress
+from imgcls.labeling.requests import (
+    check_columns,
+    check_images,
+    check_output,
+    check_patience,
+    decoded_on_cpus,
+    is_on_web,
+    settings_of,
+    size_of,
+    urls_of,
+)
 from imgcls.labeling.since import SinceConfig
 from imgcls.labeling.telemetry import Telemetry
 from imgcls.labeling.trial import Choice
@@ -196,17 +201,17 @@ def _predict(
     listed = replace(listed, _digest=functools.cache(listed.fingerprint))
     bundle = load_bundle(config.model).with_decode(config.decode)
     if bundle.spec.preprocess.decode == "exact":
-        config = _decoded_on_cpus(config)
+        config = decoded_on_cpus(config)
     if config.precision == "int8":
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
         tell("int8", int8_of(bundle).cost())
-    _check_columns(listed)
-    _check_patience(config, output, listed)
-    _check_images(listed, config.max_bytes)
+    check_columns(listed)
+    check_patience(config, output, listed)
+    check_images(listed, config.max_bytes)
 
     def label(job: Job) -> PredictResult:
-        _check_output(job.output, config)
+        check_output(job.output, config)
         outputs.append(job.output)
         started = time.monotonic()
         lease = Lease.acquire(job.output, config.lease_seconds)
@@ -239,37 +244,6 @@ def _predict(
     return label_new(request, label, committed)
 
 
-def settings_of(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
-    """What changes results, or how they are cut into files."""
-    threshold = bundle.spec.threshold if config.threshold is None else config.threshold
-    return {
-        "top_k": config.top_k,
-        "threshold": threshold,
-        "embeddings": config.embeddings,
-        "scores": config.scores_type if config.scores else False,
-        "limit": config.limit,
-        "precision": config.precision,
-        "compile": config.compile,
-        "batch_size": config.scale.batch_size,
-        "max_pixels": config.max_pixels,
-        "max_bytes": config.max_bytes,
-        "decode": bundle.spec.preprocess.decode,
-        "chunk_rows": config.chunk_rows,
-        "part_rows": config.part_rows,
-    }
-
-
-def _decoded_on_cpus(config: PredictConfig) -> PredictConfig:
-    """The same request where no GPU decodes: nvJPEG's pixels are not those of `decode: exact`."""
-    scale = config.scale
-    if scale.layout == "gpu_decode" and scale.host_share != 1:
-        raise RequestError(
-            "decode exact: GPUs decode JPEGs with other pixels; set --scale.layout gpu, or "
-            "--decode fast"
-        )
-    return config.model_copy(update={"scale": scale.model_copy(update={"host_share": 1.0})})
-
-
 class _Run:
     """One driver's pass over a run: the state that its steps share."""
 
@@ -298,14 +272,14 @@ class _Run:
 
     def run(self) -> PredictResult:
         config = self.config
-        if config.overwrite or (self.job.start_over and not self._committed()):
+        if config.overwrite or (self.job.start_over and not names.is_committed(self.output)):
             names.clear(self.output)
         # how fast the driver before was is not how fast this one is
         storage.remove(storage.join(self.output, names.PROGRESS))
         stored = names.load_run(self.output)
         if stored is not None:
             self._check_same(stored)
-            if self._committed() and not config.retry_errors:
+            if names.is_committed(self.output) and not config.retry_errors:
                 rows = plan_of(stored).rows
                 _tidy(self.output)  # after a kill at the end
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
@@ -358,6 +332,8 @@ class _Run:
                 provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
+                # after a first night, a few new rows may all have labels of new classes
+                any_labels=comparison is not None and bool(comparison.nights.committed),
                 notes=self.job.notes(),
             )
         except RequestError:
@@ -402,7 +378,7 @@ class _Run:
                 decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
                 rows=self.plan.rows // layout.workers,
-                urls=tuple(itertools.islice(_urls(self.manifest), trial.IMAGES)),
+                urls=tuple(itertools.islice(urls_of(self.manifest), trial.IMAGES)),
                 storage=stores.settings(),
                 max_bytes=config.max_bytes,
             )
@@ -451,7 +427,7 @@ class _Run:
             storage=stores.settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
-            on_web=_is_on_web(manifest),
+            on_web=is_on_web(manifest),
         )
 
     def _chunk_bytes(self) -> int:
@@ -460,7 +436,9 @@ class _Run:
         each = 3 * side * side
         may_come = [] if cluster.is_private() else machines.most_nodes() or []
         if any(node.gpus for node in [*cluster.nodes(), *may_come]):
-            sizes = [_size(url) for url in itertools.islice(_urls(self.manifest), MEASURED_FILES)]
+            sizes = [
+                size_of(url) for url in itertools.islice(urls_of(self.manifest), MEASURED_FILES)
+            ]
             read = [size for size in sizes if size <= self.config.max_bytes]
             each = max(each, sum(read) // max(1, len(read)))
         return each * (self.config.chunk_rows or LARGE_CHUNK)
@@ -555,11 +533,6 @@ class _Run:
             self.steady_rate = progress.steady_rate
             for stage, spent in progress.spent.seconds().items():
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
-
-    def _committed(self) -> bool:
-        mark = storage.join(self.output, names.SUCCESS)
-        # empty where a driver was killed while it created it, on a disk without hard links
-        return storage.exists(mark) and storage.size(mark) > 0
 
     def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
         """Check the table against the manifest, write the metrics, pass the gate, mark success."""
@@ -720,123 +693,16 @@ class _Counting:
                     book.rolled_up(part)
 
 
-def _embedding_width(bundle: Bundle) -> int:
-    from imgcls.models import zoo  # and torch, which no other step of the driver needs
-
-    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
-    return zoo.embedding_width(network)
-
-
 def dated(output: str, date: datetime.date | None) -> str:
     """The output folder with {date} written out as YYYY-MM-DD."""
     return output.replace("{date}", date_of(date))
 
 
-def _check_columns(manifest: Manifest) -> None:
-    """Refuse columns that would replace one that is written, or hide one from some readers.
+def _embedding_width(bundle: Bundle) -> int:
+    from imgcls.models import zoo  # and torch, which no other step of the driver needs
 
-    DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.
-    """
-    place = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in names.PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in names.PROVENANCE_COLUMNS}
-    seen: dict[str, str] = {}
-    for name in manifest.schema.names:
-        key = name.casefold()
-        if key in written:
-            case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
-            raise ManifestError(
-                f"{place}: column {name!r} is one that labelling writes{case}; rename it in the "
-                f"manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
-            )
-        if key in added:
-            raise ManifestError(
-                f"{place}: column {name!r} is one that `imgcls history compact` writes, for the "
-                f"run a row is of; rename it in the manifest, or leave it out (compact writes "
-                f"{', '.join(names.PROVENANCE_COLUMNS)})"
-            )
-        if key in seen:
-            raise ManifestError(
-                f"{place}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
-                "Spark and others ignore; rename one"
-            )
-        seen[key] = name
-
-
-def _check_patience(config: PredictConfig, output: str, manifest: Manifest) -> None:
-    """Raise RequestError where a worker that waits for a store would be taken to hang."""
-    waits = STORE_WAITS * config.storage.deadline_seconds
-    if config.scale.hang_seconds > waits:
-        return
-    places = (output, storage.absolute(config.model), *itertools.islice(_urls(manifest), 1))
-    remote = next((place for place in places if not storage.is_local(place)), None)
-    if remote is not None:
-        raise RequestError(
-            f"scale.hang_seconds {config.scale.hang_seconds:g}: for {remote} a worker may wait "
-            f"{STORE_WAITS} x {config.storage.deadline_seconds:g} s (storage.deadline_seconds) "
-            "before it has an image done, and would be ended although it does not hang; give more "
-            f"than {waits:g}, or a smaller --storage.deadline-seconds"
-        )
-
-
-def _urls(manifest: Manifest) -> Iterator[str]:
-    """Where the first images of a manifest are."""
-    head = next(manifest.batches(), None)
-    paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
-    for path in paths:
-        url = manifest.resolve(path)
-        if url is not None:
-            yield url
-
-
-def _is_on_web(manifest: Manifest) -> bool:
-    """Whether the images are on web servers, by the first one."""
-    return stores.protocol_of(next(_urls(manifest), "")) in stores.HTTP
-
-
-def _size(url: str) -> int:
-    """Bytes of an image; none of one that cannot be had, which is a row like any other."""
-    try:
-        return storage.size(url)
-    except StorageError:
-        return 0
-
-
-def _check_images(manifest: Manifest, max_bytes: int) -> None:
-    """Try the first image on a store, before work starts that could only fail.
-
-    Raises RequestError when the credentials are refused, or there is no such bucket.
-    """
-    url = next(_urls(manifest), None)
-    if url is None or storage.is_local(url):
-        return
-    try:
-        storage.read_image(url, max_bytes)
-    except StorageCredentials as error:
-        raise RequestError(f"the first image: {error}") from error
-    except StorageMissing as error:
-        if str(error).endswith("no such bucket"):
-            raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
-    except StorageForbidden as error:
-        tell("note", f"the first image: {error}")
-    except StorageError:
-        return  # a row like any other
-
-
-def _check_output(output: str, config: PredictConfig) -> None:
-    try:
-        storage.check_writable(output)
-    except StorageError as error:
-        raise request_error(
-            OutputError, f"output: cannot be written: {error}; give another --output", error
-        ) from error
-    if config.overwrite:
-        return
-    if names.load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):
-        raise OutputError(
-            f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "
-            "resumed; give another --output, or start over with --overwrite"
-        )
+    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
+    return zoo.embedding_width(network)
 
 
 def _tidy(output: str) -> None:

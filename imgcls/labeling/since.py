@@ -296,9 +296,10 @@ class Comparison:
             keys.know(run, source, ranks, wanted, self._source)
             keys.know_deleted(run, ranks)
         for source, started in enumerate(nights.unfinished, len(nights.committed)):
-            if self._source is not None and started.has_shards:
+            if self._source is not None and started.has_rows:
                 keys.know_planned(started, source, ranks[started.url], self._source)
-            if started.refused and request.version and not request.retry_failed:
+            reported = started.refused and request.version and not request.retry_failed
+            if reported and started.has_table:
                 keys.know_refused(started)
         keys.ask(request.manifest)
 

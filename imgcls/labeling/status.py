@@ -106,10 +106,17 @@ def _driver(holder: Holder) -> str:
 
 
 def _success(output: str) -> dict[str, Any] | None:
+    mark = storage.join(output, layout.SUCCESS)
     try:
-        body: dict[str, Any] = json.loads(storage.read(storage.join(output, layout.SUCCESS)))
+        data = storage.read(mark)
     except StorageMissing:
         return None
+    if not data:  # see `layout.is_committed`
+        return None
+    try:
+        body: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise OutputError(layout.damaged_mark(output, str(error))) from error
     return body
 
 

@@ -14,6 +14,7 @@ from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.compare import CompareConfig, compare, points
 from imgcls.evaluation.evaluate import JudgeConfig, judge
 from imgcls.evaluation.labels import LabelsConfig
+from imgcls.labeling.history import CompactConfig, compact
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -144,6 +145,15 @@ def test_runs_of_other_manifests_are_joined_by_a_column(
     both = both[(both.status == "ok") & both.label.notna()]
     assert found.both.rows == len(both)
     assert found.correct_b == (both.predicted_label_b == both.label).sum()
+
+
+def test_a_history_is_not_compared_by_the_place_of_its_rows(tmp_path: Path) -> None:
+    labels = tmp_path / "labels"
+    commit(labels / "date=2026-11-01", drawn(40, 1))
+    night = commit(labels / "date=2026-11-02", drawn(30, 2))
+    history = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
+    with pytest.raises(RequestError, match=r"label different manifests.*--on path"):
+        compare(CompareConfig(run_a=history, run_b=str(night)))
 
 
 def test_labels_that_came_later_judge_both(tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ class Nightly:
 
         request = NightRequest(
             since=SinceConfig(path=str(self.labels)),
-            listed=open_manifest(ManifestConfig(path=str(self.manifest))),
             bundle_sha256="b" * 64,
             **{
+                "listed": open_manifest(ManifestConfig(path=str(self.manifest))),
                 "series": Series(f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)),
                 "settings": SETTINGS,
                 "relabel": False,
@@ -202,7 +202,7 @@ class Nightly:
         spec = WorkSpec(
             output=output, plan=plan, bundle_url=self.bundle, bundle_sha256="b" * 64,
             path_column=manifest.path_column, label_column=None, root=manifest.root, top_k=2,
-            thresholds=(0.0,) * 3, scores=False, embeddings=False, precision="fp32",
+            thresholds=(0.0,) * 3, scores=False, embeddings=False, decode="exact", precision="fp32",
             compile=False, batch_size=8, max_pixels=10**6, fetches=4, storage=StorageConfig(),
             session="", crash_retries=1,
         )  # fmt: skip

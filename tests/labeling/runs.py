@@ -47,6 +47,7 @@ def plan_at(
     limit: int | None = None,
     classes: Sequence[str] = CLASSES,
     identity: Identity | None = None,
+    any_labels: bool = False,
 ) -> Plan:
     """Plan a run in an output folder, as `predict` does."""
     return make_plan(
@@ -58,6 +59,7 @@ def plan_at(
         row_bytes=row_bytes,
         limit=limit,
         provenance={"made by": "a test"},
+        any_labels=any_labels,
         classes=list(classes),
     )
 

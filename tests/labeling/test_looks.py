@@ -29,6 +29,7 @@ def test_an_image_without_a_finite_embedding_is_an_error(
         plan=plan_at(tmp_path / "out", manifest),
         bundle_url=str(overflowing_bundle),
         bundle_sha256="",
+        decode="exact",
         path_column=manifest.path_column,
         root=manifest.root,
         batch_size=2,

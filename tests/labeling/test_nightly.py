@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
 from imgcls.labeling.keys import KNOWN_BAD, read_table
 from imgcls.labeling.nights import Series, find_nights
 from imgcls.labeling.since import failed_before
+from imgcls.labeling.status import look
 from tests.labeling.nightly import Images, Killed, Nightly
 
 
@@ -236,4 +238,92 @@ def test_a_start_over_that_was_broken_off_is_planned_again(
         nightly.predict(day(1), killed="planned")
     shutil.rmtree(date_folder(nightly, 1) / "_staging" / "manifest")
     assert nightly.predict(day(1)) == str(date_folder(nightly, 1))
+    assert nightly.compact() == nightly.from_scratch()
+
+
+def test_a_retry_that_was_broken_off_keeps_the_rows_of_its_run(
+    nightly: Nightly, images: Images
+) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    first = nightly.predict(day(1))
+    (date_folder(nightly, 1) / "_SUCCESS").unlink()  # as `--retry-errors` does before it labels
+    shutil.rmtree(date_folder(nightly, 1) / "_staging", ignore_errors=True)
+    (images.folder / "camera-0/01-00.png").unlink()
+    nightly.build(images)
+    nightly.predict(day(2))  # knows that the image is gone, though its run is not committed
+    assert nightly.labeled == 4
+    assert nightly.predict(day(1)) == first
+    assert nightly.labeled == 0
+    assert (date_folder(nightly, 1) / "_SUCCESS").exists()
+    assert nightly.compact() == nightly.from_scratch()
+    assert len(nightly.compact(keep_deleted=True)) == 5
+
+
+def test_an_unfinished_run_is_never_given_as_a_committed_one(
+    nightly: Nightly, images: Images
+) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="labeled")
+    other = {"top_k": 1, "scores": False}
+    second = nightly.predict(day(2), settings=other)
+    assert nightly.predict(day(1), settings=other) == second  # nothing is left to label
+    assert nightly.labeled == 0
+    assert nightly.predict(day(1)) == str(date_folder(nightly, 1))
+    assert nightly.labeled == 1  # of 5 rows, 4 were kept
+
+
+def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
+    nightly: Nightly, images: Images
+) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    first = nightly.predict(day(1))
+    (date_folder(nightly, 1) / "_SUCCESS").write_text("")
+    assert look(first)["state"] == "waiting"
+    assert nightly.predict(day(1)) == first
+    assert look(first)["state"] == "committed"
+    assert len(nightly.compact()) == 5
+
+
+def test_a_refused_run_that_was_to_be_started_over_does_not_fail_the_next_nights(
+    nightly: Nightly, images: Images
+) -> None:
+    for at in range(5):
+        images.write(f"camera-1/bad-{at}.png", b"spoilt")
+    nightly.build(images)
+    assert nightly.predict(day(1)) == "refused"
+    shutil.rmtree(date_folder(nightly, 1) / "predictions")  # `--overwrite`, killed
+    assert nightly.predict(day(2)) == "refused"
+    assert len(failed_before(str(date_folder(nightly, 2)))) == 0
+
+
+def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, images: Images) -> None:
+    for at in range(5):
+        images.write(f"{at}.png")
+    nightly.manifest.mkdir()
+    table = nightly.manifest / "images.csv"
+    table.write_text("path\n" + "".join(f"{at}.png\n" for at in range(5)))
+
+    def listed(root: Path) -> Manifest:
+        return open_manifest(ManifestConfig(path=str(table), root=str(root)))
+
+    assert nightly.predict(day(1), listed=listed(nightly.folder / "wrong")) == "refused"
+    place = nightly.predict(day(1), listed=listed(images.folder))
+    assert place == f"{date_folder(nightly, 1)}.2"
+    status = pq.read_table(f"{place}/predictions")["status"].to_pylist()
+    assert status == ["ok"] * 5
+
+
+def test_a_retry_of_a_start_over_that_was_broken_off_is_planned_again(
+    nightly: Nightly, images: Images
+) -> None:
+    images.day(1, new=5)
+    nightly.build(images)
+    with pytest.raises(Killed):
+        nightly.predict(day(1), killed="planned")
+    shutil.rmtree(date_folder(nightly, 1) / "_staging" / "manifest")
+    assert nightly.predict(day(1), retry_errors=True) == str(date_folder(nightly, 1))
     assert nightly.compact() == nightly.from_scratch()

@@ -245,6 +245,17 @@ def test_labels_of_another_model_are_refused_and_a_few_strangers_are_noted(
     assert "note: 10 labels are not classes of the model ('red')" in capsys.readouterr().out
 
 
+def test_a_later_night_may_have_labels_of_new_classes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = manifest_of(tmp_path, numbered(30))
+    plan = plan_at(tmp_path / "out", manifest, classes=["cat", "dog"], any_labels=True)
+    assert plan.rows == 30
+    assert (
+        "note: 20 labels are not classes of the model ('red', 'green')" in capsys.readouterr().out
+    )
+
+
 def test_labels_like_a_class_are_named_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

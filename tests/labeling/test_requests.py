@@ -14,7 +14,8 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.preprocess import Decode
 from imgcls.errors import RequestError
 from imgcls.labeling.plan import Identity
-from imgcls.labeling.predict import PredictConfig, _check_columns, predict, settings_of
+from imgcls.labeling.predict import PredictConfig, predict
+from imgcls.labeling.requests import check_columns, settings_of
 from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
@@ -100,7 +101,7 @@ def test_columns_that_would_hide_others_are_refused(
 def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> None:
     columns = ("path", "run_id", "running", "stat us", "label", "hash")
     manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * 6], columns)
-    _check_columns(open_manifest(ManifestConfig(path=str(manifest))))
+    check_columns(open_manifest(ManifestConfig(path=str(manifest))))
 
 
 def test_a_bucket_that_is_not_there_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.config import build
+from imgcls.data import storage
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluating import EvaluateConfig, evaluate
 from imgcls.labeling.history import CompactConfig, compact
-from imgcls.labeling.nights import find_nights, next_sequence
+from imgcls.labeling.nights import Series, find_nights, next_sequence
 from imgcls.labeling.predict import dated
 from imgcls.labeling.since import SinceConfig, chosen, only_new
 from imgcls.runs import open_run
 from tests.evaluation.runs import commit, drawn
+from tests.s3 import url
 
 OLD, NEW = "b" * 64, "c" * 64
 
@@ -336,10 +339,35 @@ def test_rows_of_a_compacted_table_keep_the_place_of_their_night(tmp_path: Path)
     }
 
 
+def test_rows_labeled_again_in_place_are_newer_than_their_copies_in_a_history(
+    tmp_path: Path,
+) -> None:
+    labels = tmp_path / "labels"
+    run = started(night(labels / "1", ["/x", "/y"], failed=[0], size=[1, 2]), 1)
+    compact(CompactConfig(source=str(labels), output=str(labels / "latest")))
+    started(night(tmp_path / "again", ["/x", "/y"], size=[1, 2]), 1)
+    shutil.copy(tmp_path / "again/predictions/part-00000.parquet", run / "predictions")
+    assert asked(manifest_of(tmp_path, ["/x", "/y"], size=[1, 2]), labels) == []
+    output = compact(CompactConfig(source=str(labels), output=str(tmp_path / "all")))
+    table = pq.read_table(f"{output}/predictions")
+    assert dict(zip(table["path"].to_pylist(), table["status"].to_pylist(), strict=True)) == {
+        "/x": "ok",
+        "/y": "ok",
+    }
+
+
 def test_an_image_that_goes_back_to_an_older_version_is_labeled_again(tmp_path: Path) -> None:
     started(night(tmp_path / "labels" / "1", ["/x"], etag=["v1"]), 1)
     started(night(tmp_path / "labels" / "2", ["/x"], etag=["v2"]), 2)
     assert asked(manifest_of(tmp_path, ["/x"], etag=["v1"]), tmp_path / "labels") == ["/x"]
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    night(tmp_path / "labels" / "1", ["/x"])
+    file = tmp_path / "bad.csv"
+    file.write_text("path,size\n/x,1\n/y,2,3\n")
+    with pytest.raises(ManifestError, match=r"bad\.csv: .*Expected 2 columns, got 3"):
+        asked(open_manifest(ManifestConfig(path=str(file))), tmp_path / "labels")
 
 
 # ------------------------------------------------------------------ failures
@@ -435,3 +463,15 @@ def test_nights_with_scores_of_both_types_are_merged(tmp_path: Path) -> None:
     table = pq.read_table(f"{output}/predictions")
     assert table.schema.field("scores").type == pa.list_(pa.float32(), 2)
     assert table["scores"].to_pylist() == [[0.25, 0.75], [0.25, 0.75]]
+
+
+def test_a_slash_at_the_end_of_an_output_names_the_same_run(s3: Any, tmp_path: Path) -> None:
+    labels = url("labels")
+    local = night(tmp_path / "night", ["/a"])
+    for name in ("_run.json", "_SUCCESS", "predictions/part-00000.parquet"):
+        storage.write(f"{labels}/date=2026-11-01/{name}", (local / name).read_bytes())
+    series = Series(labels + "/date={date}/", datetime.date(2026, 11, 1))
+    assert series.place(1) == f"{labels}/date=2026-11-01"
+    assert series.place(2) == f"{labels}/date=2026-11-01.2"
+    assert len(find_nights(labels).committed) == 1
+    assert find_nights(labels, but=f"{labels}/date=2026-11-01/").committed == ()
