@@ -169,8 +169,10 @@ class Body:
     def __enter__(self) -> Body:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._parts.clear()
+        if kind is not None:
+            self._allowance.forget()
 
     def add(self, part: bytes) -> None:
         """Keep a piece; raises StorageTooLarge and NoRoom."""

@@ -347,9 +347,6 @@ def _read_within(url: str, allowance: Allowance) -> bytes:
             return stores.get(url, allowance)
         except NoRoom as full:
             allowance.admission(full.total).result()
-        except StorageError:
-            allowance.forget()
-            raise
 
 
 def _text(name: str) -> str:

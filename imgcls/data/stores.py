@@ -386,8 +386,8 @@ async def attempted(
                 wanted: int | None = full.total
                 pause = 0.0
             except Exception as error:  # noqa: BLE001  raised again unless it will pass
-                allowance.forget()
                 wanted, pause = None, pauses.after(typed(url, error, needs), error)
+                allowance.forget()
                 patience *= 2
         if wanted is not None:
             began = time.monotonic()

@@ -49,11 +49,11 @@ def test_what_a_read_has_waited_for_stays_reserved_while_it_arrives() -> None:
 def test_a_read_that_failed_holds_nothing() -> None:
     budget = Budget(100)
     _, second, third = reads(budget, 3)
-    with pytest.raises(StorageTooLarge), Body("x", second, 90) as body:
-        body.add(bytes(101))
+    body = Body("x", second, 90)
     waiting = third.admission(50)
     assert not waiting.done()
-    second.forget()
+    with pytest.raises(StorageTooLarge), body:
+        body.add(bytes(101))
     assert waiting.done()
 
 
