@@ -50,7 +50,7 @@ class Node:
 def connect() -> None:
     """Join the cluster this job was submitted to, or start a private one on this machine.
 
-    Raises RunFailed within seconds when the cluster that RAY_ADDRESS names does not answer.
+    Raises RunFailed within a minute when the cluster that RAY_ADDRESS names does not answer.
     """
     # Ray's core prints a false alarm for every actor pool; what matters reaches us as an exception
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -230,7 +230,8 @@ def _why_no_answer(host: str, port: int) -> str | None:
     return None
 
 
-_ANSWER_SECONDS = 10
+_ANSWER_SECONDS = 30
+"""For a head node that is busy; one that is gone refuses the connection at once."""
 
 
 @contextlib.contextmanager

@@ -31,10 +31,14 @@ class Budget:
     def fits(self, read: int, total: int) -> bool:
         """Reserve `total` bytes for a read, including what it holds already; False if it must wait.
 
-        Does not block.
+        Does not block. A read that holds as many bytes or more never waits.
         """
         with self._lock:
-            return self._take(read, total)
+            held = self._held.get(read, 0)
+            taken = self._take(read, total)
+            if total < held:
+                self._admit()
+            return taken
 
     def admission(self, read: int, total: int) -> Future[None]:
         """A future that is done once `total` bytes are reserved for a read."""
@@ -78,8 +82,9 @@ class Budget:
                     admitted.set_result(None)
 
     def _take(self, read: int, total: int) -> bool:
-        others = sum(self._held.values()) - self._held.get(read, 0)
-        if read > self._oldest and others + total > self._size:
+        held = self._held.get(read, 0)
+        others = sum(self._held.values()) - held
+        if total > held and read > self._oldest and others + total > self._size:
             return False
         self._held[read] = total
         return True
@@ -103,6 +108,7 @@ class Allowance:
         self.max_bytes = max_bytes
         self._budget = budget
         self._read = read
+        self._admitted = 0
 
     def exceeded_by(self, size: int) -> bool:
         return self.max_bytes is not None and size > self.max_bytes
@@ -111,15 +117,31 @@ class Allowance:
         """Reserve bytes before they are read; raises NoRoom where other reads hold too many.
 
         needed: bytes to wait for then, if not `total`; what the read held is given up
+
+        What the read has waited for stays reserved until `settle`: given to others meanwhile, it
+        would have to wait and begin again for the same bytes.
         """
+        total = max(total, self._admitted)
         if self._budget is not None and not self._budget.fits(self._read, total):
-            self._budget.forget(self._read)
+            self.forget()
             raise NoRoom(total if needed is None else needed)
 
     def admission(self, total: int) -> Future[None]:
         """Done once `total` bytes are reserved."""
         assert self._budget is not None
+        self._admitted = total
         return self._budget.admission(self._read, total)
+
+    def settle(self, total: int) -> None:
+        """Free what is reserved beyond the `total` bytes that the whole file has."""
+        self._admitted = 0
+        self.reserve(total)
+
+    def forget(self) -> None:
+        """Free what is reserved for a read that has failed or must begin again."""
+        self._admitted = 0
+        if self._budget is not None:
+            self._budget.forget(self._read)
 
 
 WHOLE = Allowance(None)
@@ -147,8 +169,10 @@ class Body:
     def __enter__(self) -> Body:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._parts.clear()
+        if kind is not None:
+            self._allowance.forget()
 
     def add(self, part: bytes) -> None:
         """Keep a piece; raises StorageTooLarge and NoRoom."""
@@ -163,4 +187,5 @@ class Body:
 
     def whole(self) -> bytes:
         """All pieces together."""
+        self._allowance.settle(self._total)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -387,6 +387,7 @@ async def attempted(
                 pause = 0.0
             except Exception as error:  # noqa: BLE001  raised again unless it will pass
                 wanted, pause = None, pauses.after(typed(url, error, needs), error)
+                allowance.forget()
                 patience *= 2
         if wanted is not None:
             began = time.monotonic()

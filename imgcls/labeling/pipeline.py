@@ -67,10 +67,7 @@ class Pipeline:
 
     def __init__(self, spec: RunSpec, layout: Layout, work: Sequence[Work]) -> None:
         hush_data()
-        if spec.on_web:
-            layout = layout.with_readers(spec.storage.host_requests)
-        layout = replace(layout, workers=min(layout.workers, len(work)))
-        spec = replace(spec, storage=spec.storage.shared_by(layout.readers))
+        spec, layout = politely(spec, layout, len(work))
         self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
@@ -105,6 +102,22 @@ class Pipeline:
         executor = _Begun.executors.get(self._name)
         if executor is not None:
             executor.shutdown(force=True)
+
+
+def politely(spec: RunSpec, layout: Layout, chunks: int) -> tuple[RunSpec, Layout]:
+    """What every worker gets, and the layout, so that the limit per host holds for all together.
+
+    Reads from web servers run ahead by twice a worker's share of the limit at most. Time in the
+    queue of a host does not count as retry time: with a longer queue, a worker could wait for its
+    next image for many retry times where a server does not answer, and would count as hanging.
+    """
+    if spec.on_web:
+        layout = layout.with_readers(spec.storage.host_requests)
+    layout = replace(layout, workers=min(layout.workers, chunks))
+    spec = replace(spec, storage=spec.storage.shared_by(layout.readers))
+    if spec.on_web:
+        spec = replace(spec, fetches=min(spec.fetches, 2 * spec.storage.host_requests))
+    return spec, layout
 
 
 def blocks_of(work: Sequence[Work], workers: int) -> list[pa.Table]:

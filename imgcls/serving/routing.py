@@ -41,7 +41,12 @@ class Router(PowerOfTwoChoicesRequestRouter):
     ) -> RunningReplica:
         if self._has_served:
             await self._wait_for_a_replica()
-        return await super()._choose_replica_for_request(pending_request, **options)
+        try:
+            return await super()._choose_replica_for_request(pending_request, **options)
+        except DeploymentUnavailableError:
+            # Ray Serve does so where a request is cancelled; else it is kept with its body
+            self._remove_pending_request_from_indices(pending_request)
+            raise
 
     async def _wait_for_a_replica(self) -> None:
         try:

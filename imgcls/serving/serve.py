@@ -11,6 +11,7 @@ import re
 import socket
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -149,14 +150,26 @@ class _Troubles:
         application_ = ray_serve.status().applications.get(APPLICATION)
         if application_ is None:
             return None
-        if all(each.status == "HEALTHY" for each in application_.deployments.values()):
-            return None
+        missing = misses_replicas(each.status for each in application_.deployments.values())
+        if not missing:
+            return self._known if missing is None else None
         if self._known is None:
             try:
                 load_bundle(self._model)  # the likeliest reason, known before a replica has tried
             except ImgclsError as error:
                 return str(error)
         return _why() or self._known or "it has died"
+
+
+def misses_replicas(statuses: Iterable[str]) -> bool | None:
+    """Whether replicas have died or do not start; None while their number or version changes.
+
+    statuses: of the deployments, as Ray Serve has them
+    """
+    found = set(statuses)
+    if found & {"UNHEALTHY", "DEPLOY_FAILED"}:
+        return True
+    return False if found <= {"HEALTHY"} else None
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

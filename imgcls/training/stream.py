@@ -62,6 +62,11 @@ class StreamedSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def readers(self) -> int:
+        """Processes that read images at a time, over all workers: each worker has at least one."""
+        return math.ceil(self._source.cpus / self._cpus * max(1.0, self._cpus))
+
     def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
         if not rows:
             return iter(())
@@ -87,7 +92,7 @@ class StreamedSet:
         size = block_rows(self._preprocess)
         wanted = ray.put(self._places[rows])
         decode = stores.carried_to(
-            math.ceil(self._cpus),
+            self.readers,
             _decode_places,
             table=self._source.rows,
             wanted=wanted,

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pytest
 import ray
 
+from imgcls.cluster import Node
 from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.stores import StorageConfig
 from imgcls.labeling import pipeline
 from imgcls.labeling.attempts import Attempt
 from imgcls.labeling.chunk import Prepared
-from imgcls.labeling.pipeline import GpuWorker, ready_task
+from imgcls.labeling.layout import ScaleConfig, plan_layout
+from imgcls.labeling.pipeline import GpuWorker, politely, ready_task
 from imgcls.labeling.work import Done, Work
 from imgcls.models.bundle import load_bundle
 from tests.labeling.runs import plan_at, spec_of
@@ -40,6 +43,30 @@ def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
     _, ready, _, _ = pickle.loads(made["ready"][0])
     assert type(ready) is kind
     assert len(ready if isinstance(ready, list) else ready.status) == 4
+
+
+@pytest.mark.parametrize(
+    ("on_web", "workers", "limit", "expected"),
+    [
+        (True, 4, 64, (4, 16, 16)),
+        (True, 16, 64, (16, 4, 8)),
+        (True, 100, 64, (64, 1, 2)),
+        (False, 100, 64, (100, 1, 16)),
+    ],
+)
+def test_workers_together_keep_the_limit_per_host_and_queue_for_it_shortly(
+    on_web: bool, workers: int, limit: int, expected: tuple[int, int, int],
+    colours: Callable[..., Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    plan = plan_at(tmp_path / "out", manifest)
+    spec = spec_of(
+        tmp_path / "out", plan, manifest, "", on_web=on_web, fetches=16,
+        storage=StorageConfig(host_requests=limit),
+    )  # fmt: skip
+    layout = plan_layout([Node(cpus=workers, gpus=0)], ScaleConfig())
+    shared, planned = politely(spec, layout, 1000)
+    assert (planned.workers, shared.storage.host_requests, shared.fetches) == expected
 
 
 @pytest.mark.parametrize("host_share", [1.0, 0.0])

@@ -63,6 +63,21 @@ def test_a_request_that_waits_when_the_last_replica_dies_is_refused(
     run(check, monkeypatch)
 
 
+def test_a_refused_request_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> None:
+        routed = router()
+        choosing = asyncio.ensure_future(routed._choose_replica_for_request(request()))
+        await asyncio.sleep(0)
+        assert len(routed._pending_requests_by_id) == 1
+        routed._has_served = True
+        routed._refuse_waiting()
+        with pytest.raises(DeploymentUnavailableError):
+            await choosing
+        assert not routed._pending_requests_by_id
+
+    run(check, monkeypatch)
+
+
 def test_before_the_first_replica_a_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
         with pytest.raises(TimeoutError):  # ours: the router would wait on

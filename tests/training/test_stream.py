@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_a_split_knows_all_its_rows_before_any_is_decoded(source: Streamed) -> N
     assert held.labels.tolist() == [row % 3 for row in HELD]
     assert (len(train), len(held)) == (6, 4)
     assert list(train.batches([])) == []
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "readers"), [(8.0, 1, 8), (8.0, 4, 8), (6.0, 4, 6), (2.0, 4, 4)]
+)
+def test_the_readers_of_all_workers_share_the_limit_per_host(
+    source: Streamed, cpus: float, workers: int, readers: int
+) -> None:
+    shared = replace(source, cpus=cpus)
+    assert StreamedSet(shared, held=False, cpus=cpus / workers).readers == readers
 
 
 def test_batches_hold_the_rows_asked_for_in_their_order(

@@ -1,0 +1,26 @@
+"""What the service's own log takes for a replica that is missing."""
+
+from __future__ import annotations
+
+import pytest
+from ray.serve.schema import DeploymentStatus
+
+from imgcls.serving.serve import misses_replicas
+
+
+@pytest.mark.parametrize(
+    ("statuses", "missing"),
+    [
+        (["HEALTHY", "HEALTHY"], False),
+        (["HEALTHY", "UNHEALTHY"], True),
+        (["DEPLOY_FAILED", "HEALTHY"], True),
+        (["UNHEALTHY", "UPDATING"], True),
+        (["UPSCALING", "HEALTHY"], None),  # more are started as requests queue up
+        (["DOWNSCALING", "HEALTHY"], None),
+        (["UPDATING", "HEALTHY"], None),
+    ],
+)
+def test_a_change_in_the_number_of_replicas_is_no_trouble(
+    statuses: list[str], missing: bool | None
+) -> None:
+    assert misses_replicas(DeploymentStatus(status) for status in statuses) is missing
