@@ -305,7 +305,13 @@ class _Run:
         return self._commit(run, counts)
 
     def _check_same(self, stored: dict[str, Any]) -> None:
-        differences = self._identity().differences(stored["identity"])
+        identity = self._identity()
+        if names.is_committed(self.output) and not self.config.retry_errors:
+            # a run of an earlier version has no values of settings that were added since
+            known = stored["identity"]["settings"]
+            settings = {key: value for key, value in identity.settings.items() if key in known}
+            identity = replace(identity, settings=settings)
+        differences = identity.differences(stored["identity"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
             raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,3 +40,15 @@ def test_a_run_whose_start_over_or_commit_was_broken_off_ends_with_the_same_tabl
     assert "committed before" in again.stdout
     assert committed(output)
     assert not (output / "_staging").exists()
+
+    # committed by a version that did not have these settings yet
+    run = json.loads((output / "_run.json").read_text())
+    for setting in ("decode", "max_bytes"):
+        del run["identity"]["settings"][setting]
+    (output / "_run.json").write_text(json.dumps(run))
+    older = imgcls(*command, env=cluster.environment())
+    assert older.returncode == 0, older.stderr
+    assert "committed before" in older.stdout
+    other = imgcls(*command, "--top-k", 2, env=cluster.environment())
+    assert other.returncode == 2
+    assert "settings.top_k: 5 then, 2 now" in other.stderr
