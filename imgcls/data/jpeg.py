@@ -46,6 +46,7 @@ _MOST_PIXELS = 65_500
 _STANDALONE = (0x01, *range(0xD0, 0xD9))
 """Markers without a length: TEM, restart and start of image."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_LS = 0xF7
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ANY_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -89,8 +90,9 @@ class Frame:
         factors allow it: 1, 1 for 4:4:4 and 4:2:0, 2, 1 for 4:2:2 and 1, 2 for 4:4:0.
         Source: libjpeg-turbo, jdmaster.c, jpeg_calc_output_dimensions.
         """
-        most_across = max(across for across, _ in self.sampling.values())
-        most_down = max(down for _, down in self.sampling.values())
+        # damaged files have factors of 0
+        most_across = max(1, *(across for across, _ in self.sampling.values()))
+        most_down = max(1, *(down for _, down in self.sampling.values()))
         spans = []
         for across, down in self.sampling.values():
             across, down = max(1, across), max(1, down)
@@ -114,6 +116,30 @@ def read_frame(data: bytes) -> Frame | None:
             size = int.from_bytes(frame[7:9], "big"), int.from_bytes(frame[5:7], "big")
             return Frame(frame[1], frame[4], size, sampling, data[start + 4])
     return None
+
+
+def unsupported(data: bytes) -> str | None:
+    """The name of a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
+
+    Needs no scan: a cut file is named as well. Source: ITU-T T.81, table B.1 (markers).
+    """
+    for marker, start, stop in _segments(data, first_scan=True):
+        if (marker in _FRAMES or marker == _JPEG_LS) and stop - start > 9:
+            return _unsupported_process(marker, precision=data[start + 4], count=data[start + 9])
+    return None
+
+
+def _unsupported_process(marker: int, *, precision: int, count: int) -> str | None:
+    if marker == _JPEG_LS:
+        return "JPEG-LS"
+    lossless = "lossless " if marker in (0xC3, 0xC7, 0xCB, 0xCF) else ""
+    if marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF):
+        return "hierarchical JPEG"
+    if precision != 8:
+        return f"{precision}-bit {lossless}JPEG"
+    if marker == 0xCB:
+        return "lossless JPEG with arithmetic coding"
+    return f"JPEG with {count} components" if count not in (1, 3, 4) else None
 
 
 def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pixels:

@@ -263,6 +263,18 @@ def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow() -> Non
         images.decode(bytes(data)[: len(data) // 3], SPEC)
 
 
+@pytest.mark.parametrize("name", ["dct gray", "dct 4:4:4"])
+def test_sampling_factors_of_zero_are_an_error_on_every_route(name: str) -> None:
+    data = bytearray(FILES[name])
+    frame = data.index(b"\xff\xc0")
+    for component in range(data[frame + 9]):
+        data[frame + 11 + 3 * component] = 0
+    for route in ROUTES.keys() - {"checked_jpegs"}:  # leaves these to the decoder
+        with pytest.raises(ImageError) as caught:
+            ROUTES[route](bytes(data))
+        assert caught.value.status == "unreadable"
+
+
 def test_a_factor_gives_the_means_of_squares() -> None:
     whole = encoded(noisy(203, 157).convert("L"), "JPEG", quality=95)
     pixels = np.asarray(Image.open(io.BytesIO(whole))).astype(float)
