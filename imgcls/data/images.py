@@ -5,9 +5,10 @@ image, EXIF orientation, colour modes and the resize; promises uint8 RGB of a fi
 ImageError. Normalising is left to the classifier, on the device.
 
 Routes, all compared in tests with the reference (Pillow decode, `Resize`, `CenterCrop`):
-  dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8
-  torchvision any other JPEG: decoded whole by libjpeg, resized by torch
-  pillow      everything else
+  dct     a JPEG much larger than needed, with `decode: fast`: libjpeg decodes at 1/2, 1/4 or 1/8
+  whole   any other gray or RGB JPEG: decoded by libjpeg (simplejpeg), resized by torch
+  png     a PNG of 8 bits, gray or RGB: decoded by Pillow, resized by torch
+  pillow  everything else: decoded and resized by Pillow
 
 The formats are those of `imgcls.data.formats`; samples are scaled by `imgcls.data.pixels`.
 """
