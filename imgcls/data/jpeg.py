@@ -58,6 +58,8 @@ _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd([0-79])")
 _MISSING = re.compile(r"premature end|found marker 0xd9 instead of RST", re.IGNORECASE)
 _ODD_SAMPLING = "subsampling level"
+_READ_AHEAD = 8
+"""Bytes: the bit buffer of libjpeg."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,7 @@ def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pi
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", **(least if factor > 1 else {}))
     except ValueError as error:
-        if _ODD_SAMPLING not in str(error):
-            data = _sound(data)
+        data = _checked_again(data, frame, error)
         pixels = _by_pillow(data, factor)
     _check_scans(data, frame)
     return pixels
@@ -170,20 +171,44 @@ def checked(data: bytes) -> bytes:
     Returns the file with an end marker right after the image data. Raises as `decode` does. Takes
     about half the time of decoding; other threads can run meanwhile.
     """
+    frame = read_frame(data)
     try:
         _check_coding(data)
     except ValueError as error:
-        if _ODD_SAMPLING not in str(error):
-            data = _sound(data)
-    _check_scans(data, read_frame(data))
+        data = _checked_again(data, frame, error)
+    _check_scans(data, frame)
     return data
 
 
-def _by_pillow(data: bytes, factor: Factor) -> Pixels:
-    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses.
+def _checked_again(data: bytes, frame: Frame | None, error: ValueError) -> bytes:
+    """As `checked`, for a file that simplejpeg reports `error` of."""
+    if _ODD_SAMPLING not in str(error):
+        return _sound(data)
+    return data if frame is None or frame.has_many_scans else _sound_by_pillow(data)
 
-    Of the latter Pillow reports missing image data only if the end marker is missing too.
+
+def _sound_by_pillow(data: bytes) -> bytes:
+    """A JPEG of one scan, with an end marker; raises TruncatedImage if image data are missing.
+
+    Pillow reports that only where no end marker follows. To check, a few bytes follow instead, as
+    many as libjpeg reads ahead of the last block.
     """
+    scan = next(stop for marker, _, stop in _segments(data) if marker == _SOS)
+    try:
+        image = Image.open(io.BytesIO(data[:scan] + bytes(_READ_AHEAD)), formats=["JPEG"])
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise ImageError(f"the JPEG image data are corrupt: {error}") from error
+        raise TruncatedImage(
+            f"the JPEG is truncated: image data are missing ({len(data):,} bytes)"
+        ) from error
+    return data if data.startswith(_END, scan) else data[:scan] + _END
+
+
+def _by_pillow(data: bytes, factor: Factor) -> Pixels:
+    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     if factor > 1:
         image.draft("RGB", (max(1, image.width // factor), max(1, image.height // factor)))
