@@ -555,9 +555,9 @@ def _image_error(error: Exception, data: bytes) -> ImageError:
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    kind = jpeg.unsupported(data) if data.startswith(_JPEG_START) else None
-    if kind:
-        return UnsupportedImage(f"{kind} is not supported; convert it to 8-bit baseline JPEG")
+    refusal = jpeg.unsupported(data) if data.startswith(_JPEG_START) else None
+    if refusal:
+        return refusal
     signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")
     if any(sign in lowered for sign in signs) or ends_early(data):
         return TruncatedImage(f"{reason} ({len(data):,} bytes)")

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from imgcls.errors import ImageError, TruncatedImage
+from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
 Pixels = npt.NDArray[np.uint8]
 Factor = Literal[1, 2, 4, 8]
@@ -120,14 +120,16 @@ def read_frame(data: bytes) -> Frame | None:
     return None
 
 
-def unsupported(data: bytes) -> str | None:
-    """The name of a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
+def unsupported(data: bytes) -> UnsupportedImage | None:
+    """The error for a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
 
     Needs no scan: a cut file is named as well. Source: ITU-T T.81, table B.1 (markers).
     """
     for marker, start, stop in _segments(data, first_scan=True):
         if (marker in _FRAMES or marker == _JPEG_LS) and stop - start > 9:
-            return _unsupported_process(marker, precision=data[start + 4], count=data[start + 9])
+            kind = _unsupported_process(marker, precision=data[start + 4], count=data[start + 9])
+            text = f"{kind} is not supported; convert it to 8-bit baseline JPEG"
+            return UnsupportedImage(text) if kind else None
     return None
 
 
@@ -182,6 +184,9 @@ def checked(data: bytes) -> bytes:
 
 def _checked_again(data: bytes, frame: Frame | None, error: ValueError) -> bytes:
     """As `checked`, for a file that simplejpeg reports `error` of."""
+    refusal = unsupported(data)
+    if refusal:
+        raise refusal
     if _ODD_SAMPLING not in str(error):
         return _sound(data)
     return data if frame is None or frame.has_many_scans else _sound_by_pillow(data)
