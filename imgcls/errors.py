@@ -92,6 +92,8 @@ class StorageClockSkew(StorageCredentials):
 class StorageTooLarge(StorageError):
     """The file has more bytes than the limit; none beyond the limit were read."""
 
+    status = "too_large"
+
 
 class StorageFull(StorageError):
     """No space is left."""

@@ -14,7 +14,7 @@ from typing import Literal
 LISTING, LISTED = "_listing.json", "_SUCCESS"
 """Files beside a manifest that `imgcls manifest build` writes: what it lists, and that it ended."""
 
-Decoder = Literal["torchvision", "pillow", "extra"]
+Decoder = Literal["simplejpeg", "pillow", "extra"]
 EXTRA = "formats"
 """The extra that installs the packages of formats whose decoder is `extra`."""
 
@@ -28,7 +28,7 @@ class Format:
     suffixes:   lower case, with the dot; the usual one first
     mime_types: media types, the registered one first
     signature:  regular expression that the first bytes match; None where `recognize` decides
-    decoder:    torchvision (Pillow for the files that it cannot take), pillow, or extra
+    decoder:    simplejpeg (Pillow for the files that it does not decode), pillow, or extra
     package:    module that registers the format with Pillow, for `extra`
     """
 
@@ -44,7 +44,7 @@ class Format:
 FORMATS = (
     Format(
         "JPEG", ("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-        ("image/jpeg", "image/pjpeg", "image/mpo"), rb"\xff\xd8\xff", "torchvision",
+        ("image/jpeg", "image/pjpeg", "image/mpo"), rb"\xff\xd8\xff", "simplejpeg",
     ),
     Format("PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG"),
     Format("WebP", ("WEBP",), (".webp",), ("image/webp",), rb"RIFF....WEBP"),

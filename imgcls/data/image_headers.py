@@ -260,37 +260,3 @@ def ends_early(data: bytes) -> bool:
         streams = [data[first:stop] for kind, first, stop in boxes if kind == b"jp2c"]
         return any(not stream.endswith(b"\xff\xd9") for stream in streams)
     return data[:4] == b"\xff\x4f\xff\x51" and not data.endswith(b"\xff\xd9")
-
-
-def unsupported_jpeg(data: bytes) -> str | None:
-    """The name of a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
-
-    Source: ITU-T T.81, table B.1 (markers) and B.2.2 (frame header).
-    """
-    place = 2
-    while place + 9 < len(data):
-        if data[place] != 0xFF:
-            return None
-        marker = data[place + 1]
-        if marker == 0xFF:
-            place += 1
-            continue
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return _jpeg_process(marker, precision=data[place + 4], count=data[place + 9])
-        if marker == 0xDA:
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
-
-
-def _jpeg_process(marker: int, *, precision: int, count: int) -> str | None:
-    if marker == 0xF7:
-        return "JPEG-LS"
-    lossless = "lossless " if marker in (0xC3, 0xC7, 0xCB, 0xCF) else ""
-    if marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF):
-        return "hierarchical JPEG"
-    if precision != 8:
-        return f"{precision}-bit {lossless}JPEG"
-    if marker == 0xCB:
-        return "lossless JPEG with arithmetic coding"
-    return f"JPEG with {count} components" if count not in (1, 3, 4) else None

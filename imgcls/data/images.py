@@ -5,9 +5,10 @@ image, EXIF orientation, colour modes and the resize; promises uint8 RGB of a fi
 ImageError. Normalising is left to the classifier, on the device.
 
 Routes, all compared in tests with the reference (Pillow decode, `Resize`, `CenterCrop`):
-  dct         a JPEG much larger than needed: libjpeg decodes at 1/2, 1/4 or 1/8
-  torchvision any other JPEG: decoded whole by libjpeg, resized by torch
-  pillow      everything else
+  dct     a JPEG much larger than needed, with `decode: fast`: libjpeg decodes at 1/2, 1/4 or 1/8
+  whole   any other gray or RGB JPEG: decoded by libjpeg (simplejpeg), resized by torch
+  png     a PNG of 8 bits, gray or RGB: decoded by Pillow, resized by torch
+  pillow  everything else: decoded and resized by Pillow
 
 The formats are those of `imgcls.data.formats`; samples are scaled by `imgcls.data.pixels`.
 """
@@ -32,7 +33,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from imgcls.data import formats, jpeg, png, tiff
 from imgcls.data import reduced as reduced_images
 from imgcls.data.formats import Format
-from imgcls.data.image_headers import ends_early, jpeg_xl_header, samples_of, unsupported_jpeg
+from imgcls.data.image_headers import ends_early, jpeg_xl_header, samples_of
 from imgcls.data.lean import torchvision
 from imgcls.data.pixels import ico_picture, rgb_of, to_rgb
 from imgcls.data.preprocess import Preprocess
@@ -62,6 +63,7 @@ LARGEST_RESIZE = 4_000_000
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _JPEG = ("JPEG", "MPO")
+_JPEG_START = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -114,8 +116,9 @@ def prepared(image: Image.Image, spec: Preprocess) -> Pixels:
     read from that file, as `decode` does; of any other, Pillow's mode decides how it is scaled.
     Raises an ImageError where it cannot be read.
     """
-    data = _file_of(image)
+    data = None
     try:
+        data = _file_of(image)
         if data is not None:
             opened, orientation, _ = _read_header(
                 data, max_pixels=max(MAX_PIXELS, math.prod(image.size))
@@ -164,13 +167,15 @@ def decode_batch(
     results: list[tuple[torch.Tensor, tuple[int, int]] | ImageError | None] = [None] * len(blobs)
     plain = []
     for index, data in enumerate(blobs):
+        if spec.decode != "fast" or not data.startswith(_JPEG_START):
+            continue
         try:
             image, orientation, shown = _read_header(data, max_pixels)
         except ImageError as error:
             results[index] = error
             continue
         small = math.prod(target_size(shown, spec)) <= LARGEST_RESIZE
-        if _is_plain_jpeg(image) and small and spec.decode == "fast":
+        if _is_plain_jpeg(image) and small:
             plain.append((index, orientation, shown))
     sound = checked_jpegs([blobs[index] for index, _, _ in plain])
     for (index, _, _), checked in zip(plain, sound, strict=True):
@@ -550,9 +555,9 @@ def _image_error(error: Exception, data: bytes) -> ImageError:
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    kind = unsupported_jpeg(data) if data[:3] == b"\xff\xd8\xff" else None
-    if kind:
-        return UnsupportedImage(f"{kind} is not supported; convert it to 8-bit baseline JPEG")
+    refusal = jpeg.unsupported(data) if data.startswith(_JPEG_START) else None
+    if refusal:
+        return refusal
     signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")
     if any(sign in lowered for sign in signs) or ends_early(data):
         return TruncatedImage(f"{reason} ({len(data):,} bytes)")

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from imgcls.errors import ImageError, TruncatedImage
+from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
 Pixels = npt.NDArray[np.uint8]
 Factor = Literal[1, 2, 4, 8]
@@ -46,6 +46,7 @@ _MOST_PIXELS = 65_500
 _STANDALONE = (0x01, *range(0xD0, 0xD9))
 """Markers without a length: TEM, restart and start of image."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_LS = 0xF7
 _PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ANY_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -57,6 +58,8 @@ _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd([0-79])")
 _MISSING = re.compile(r"premature end|found marker 0xd9 instead of RST", re.IGNORECASE)
 _ODD_SAMPLING = "subsampling level"
+_READ_AHEAD = 8
+"""Bytes: the bit buffer of libjpeg."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,9 @@ class Frame:
         factors allow it: 1, 1 for 4:4:4 and 4:2:0, 2, 1 for 4:2:2 and 1, 2 for 4:4:0.
         Source: libjpeg-turbo, jdmaster.c, jpeg_calc_output_dimensions.
         """
-        most_across = max(across for across, _ in self.sampling.values())
-        most_down = max(down for _, down in self.sampling.values())
+        # damaged files have factors of 0
+        most_across = max(1, *(across for across, _ in self.sampling.values()))
+        most_down = max(1, *(down for _, down in self.sampling.values()))
         spans = []
         for across, down in self.sampling.values():
             across, down = max(1, across), max(1, down)
@@ -116,6 +120,32 @@ def read_frame(data: bytes) -> Frame | None:
     return None
 
 
+def unsupported(data: bytes) -> UnsupportedImage | None:
+    """The error for a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
+
+    Needs no scan: a cut file is named as well. Source: ITU-T T.81, table B.1 (markers).
+    """
+    for marker, start, stop in _segments(data, first_scan=True):
+        if (marker in _FRAMES or marker == _JPEG_LS) and stop - start > 9:
+            kind = _unsupported_process(marker, precision=data[start + 4], count=data[start + 9])
+            text = f"{kind} is not supported; convert it to 8-bit baseline JPEG"
+            return UnsupportedImage(text) if kind else None
+    return None
+
+
+def _unsupported_process(marker: int, *, precision: int, count: int) -> str | None:
+    if marker == _JPEG_LS:
+        return "JPEG-LS"
+    lossless = "lossless " if marker in (0xC3, 0xC7, 0xCB, 0xCF) else ""
+    if marker in (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF):
+        return "hierarchical JPEG"
+    if precision != 8:
+        return f"{precision}-bit {lossless}JPEG"
+    if marker == 0xCB:
+        return "lossless JPEG with arithmetic coding"
+    return f"JPEG with {count} components" if count not in (1, 3, 4) else None
+
+
 def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pixels:
     """Decode a grayscale, YCbCr or RGB JPEG.
 
@@ -131,8 +161,7 @@ def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pi
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", **(least if factor > 1 else {}))
     except ValueError as error:
-        if _ODD_SAMPLING not in str(error):
-            data = _sound(data)
+        data = _checked_again(data, frame, error)
         pixels = _by_pillow(data, factor)
     _check_scans(data, frame)
     return pixels
@@ -144,20 +173,47 @@ def checked(data: bytes) -> bytes:
     Returns the file with an end marker right after the image data. Raises as `decode` does. Takes
     about half the time of decoding; other threads can run meanwhile.
     """
+    frame = read_frame(data)
     try:
         _check_coding(data)
     except ValueError as error:
-        if _ODD_SAMPLING not in str(error):
-            data = _sound(data)
-    _check_scans(data, read_frame(data))
+        data = _checked_again(data, frame, error)
+    _check_scans(data, frame)
     return data
 
 
-def _by_pillow(data: bytes, factor: Factor) -> Pixels:
-    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses.
+def _checked_again(data: bytes, frame: Frame | None, error: ValueError) -> bytes:
+    """As `checked`, for a file that simplejpeg reports `error` of."""
+    refusal = unsupported(data)
+    if refusal:
+        raise refusal
+    if _ODD_SAMPLING not in str(error):
+        return _sound(data)
+    return data if frame is None or frame.has_many_scans else _sound_by_pillow(data)
 
-    Of the latter Pillow reports missing image data only if the end marker is missing too.
+
+def _sound_by_pillow(data: bytes) -> bytes:
+    """A JPEG of one scan, with an end marker; raises TruncatedImage if image data are missing.
+
+    Pillow reports that only where no end marker follows. To check, a few bytes follow instead, as
+    many as libjpeg reads ahead of the last block.
     """
+    scan = next(stop for marker, _, stop in _segments(data) if marker == _SOS)
+    try:
+        image = Image.open(io.BytesIO(data[:scan] + bytes(_READ_AHEAD)), formats=["JPEG"])
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise ImageError(f"the JPEG image data are corrupt: {error}") from error
+        raise TruncatedImage(
+            f"the JPEG is truncated: image data are missing ({len(data):,} bytes)"
+        ) from error
+    return data if data.startswith(_END, scan) else data[:scan] + _END
+
+
+def _by_pillow(data: bytes, factor: Factor) -> Pixels:
+    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     if factor > 1:
         image.draft("RGB", (max(1, image.width // factor), max(1, image.height // factor)))

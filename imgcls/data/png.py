@@ -22,7 +22,7 @@ _MOST_TEXT = 16 << 20
 _ORIENTATION = 0x0112
 _RAW_EXIF = b"Raw profile type exif\0"
 _XMP = b"XML:com.adobe.xmp\0"
-_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])\b')
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _HARMLESS = frozenset((*_PIXELS, b"pHYs", b"gAMA", b"sRGB", b"cHRM", b"tIME", b"bKGD"))
 
@@ -130,7 +130,8 @@ def orientation(data: bytes, chunks: list[Chunk]) -> int:
             tags = Image.Exif()
             tags.load(exif)
             if _ORIENTATION in tags:
-                return int(tags[_ORIENTATION])
+                value = int(tags[_ORIENTATION])
+                return value if 1 <= value <= 8 else 1
     except Exception:  # noqa: BLE001, S110  damaged EXIF does not concern the pixels
         pass
     match = _XMP_ORIENTATION.search(found.get("xmp", b""))

@@ -22,17 +22,7 @@ from imgcls import output as layout
 from imgcls.data import images, manifest, storage
 from imgcls.data.images import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import (
-    CrashingImage,
-    ImageError,
-    ImageTooLarge,
-    StorageError,
-    StorageForbidden,
-    StorageMissing,
-    StorageThrottled,
-    StorageTooLarge,
-    StorageUnavailable,
-)
+from imgcls.errors import CrashingImage, ImageError, StorageError
 from imgcls.labeling.work import RunSpec, Spent, Work, WorkSpec
 from imgcls.metrics.columns import class_codes, own_scores
 from imgcls.models.classifier import Classifier, Pending, top_k_of
@@ -70,7 +60,7 @@ class Prepared:
 
     def note_error(self, error: StorageError | ImageError) -> None:
         """A row without an image that can be used."""
-        self.status.append(status_of(error))
+        self.status.append(error.status)
         self.error.append(str(error))
         self.width.append(None)
         self.height.append(None)
@@ -288,23 +278,6 @@ def _decoded(
         beat()
         if pixels is not None:
             yield pixels
-
-
-def status_of(error: StorageError | ImageError) -> str:
-    """The status of a row whose image cannot be had or used."""
-    if isinstance(error, ImageError):
-        return error.status
-    if isinstance(error, StorageMissing):
-        return "missing"
-    if isinstance(error, StorageTooLarge):
-        return ImageTooLarge.status
-    if isinstance(error, StorageForbidden):
-        return "forbidden"
-    if isinstance(error, StorageThrottled):
-        return "throttled"
-    if isinstance(error, StorageUnavailable):
-        return "unavailable"
-    return "unreadable"
 
 
 def _table(

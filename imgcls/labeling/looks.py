@@ -17,7 +17,7 @@ from imgcls.data import images
 from imgcls.data.facts import FIELDS, Facts, facts_of
 from imgcls.data.images import Pixels
 from imgcls.errors import ImageError, StorageError
-from imgcls.labeling.chunk import NOTHING, Beat, Blob, fetch, status_of
+from imgcls.labeling.chunk import NOTHING, Beat, Blob, fetch
 from imgcls.labeling.work import ExamineSpec, Spent, Work
 from imgcls.models.classifier import Classifier
 
@@ -64,7 +64,7 @@ def look(
             try:
                 told |= _look(spec, blob, embeddings)
             except (StorageError, ImageError) as error:
-                told |= {"status": status_of(error), "error": str(error)}
+                told |= {"status": error.status, "error": str(error)}
                 embeddings.skip()
             if isinstance(blob, bytes):
                 told["bytes"] = len(blob)

@@ -36,10 +36,16 @@ def check_tensors(state: Mapping[str, torch.Tensor], place: str) -> None:
 
 def find_not_finite(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     """The floating tensors that hold NaN or infinity: how many such values, of how many."""
+    floats = {
+        # torch has no arithmetic for floats of 8 bits
+        name: value.float() if value.element_size() == 1 else value
+        for name, value in state.items()
+        if value.is_floating_point() and value.numel()
+    }
     return {
         name: (int((~value.isfinite()).sum()), value.numel())
-        for name, value in state.items()
-        if value.is_floating_point() and value.numel() and not _is_finite(value)
+        for name, value in floats.items()
+        if not _is_finite(value)
     }
 
 

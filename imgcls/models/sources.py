@@ -48,7 +48,8 @@ def batches(given: Source | Iterable[Source], size: int) -> Iterator[list[Source
             f"images: got a {type(given).__name__}; pass {TYPES}, or an iterable of these"
         ) from None
     while batch := list(islice(rest, size)):
-        yield batch
+        # the values of an Arrow column
+        yield [each.as_py() if hasattr(each, "as_py") else each for each in batch]
 
 
 def pixels_of(source: Any, preprocess: Preprocess) -> Pixels:
@@ -60,8 +61,6 @@ def pixels_of(source: Any, preprocess: Preprocess) -> Pixels:
         source = _from_array(source)
     if isinstance(source, Image.Image):
         return images.prepared(source, preprocess)
-    if hasattr(source, "as_py"):  # a value of an Arrow column
-        source = source.as_py()
     if isinstance(source, (bytes, bytearray, memoryview)):
         return images.decode(bytes(source), preprocess)[0]
     if isinstance(source, (str, os.PathLike)):

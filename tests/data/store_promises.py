@@ -30,7 +30,6 @@ from imgcls.errors import (
     StorageTooLarge,
     StorageUnavailable,
 )
-from imgcls.labeling.chunk import status_of
 from imgcls.lease import Lease
 from tests.clouds import Cloud, forget_connections
 from tests.faults import Proxy
@@ -184,7 +183,7 @@ class StorePromises:
             with pytest.raises(StorageTooLarge, match="has 20,971,520 bytes, more than the limit"):
                 storage.read_image(url, limit)
         found = list(storage.read_ahead([url] * 3, max_bytes=1000))
-        assert [status_of(each) for each in found if isinstance(each, StorageError)] == [
+        assert [each.status for each in found if isinstance(each, StorageError)] == [
             "too_large"
         ] * 3
 

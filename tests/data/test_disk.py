@@ -24,7 +24,6 @@ from imgcls.errors import (
     StorageMissing,
     StorageTooLarge,
 )
-from imgcls.labeling.chunk import status_of
 from imgcls.lease import Lease
 from tests.data.test_storage import unprivileged
 
@@ -97,7 +96,7 @@ def test_what_is_no_image_file_is_one_error_at_once(tmp_path: Path, name: str) -
         with pytest.raises(StorageError) as caught:
             storage.read_image(str(path), max_bytes=1000)
         assert type(caught.value) is kind
-        assert status_of(caught.value) == status
+        assert caught.value.status == status
         assert str(path) in str(caught.value) or len(str(path)) > 300
         assert words in str(caught.value)
         first, second = storage.read_ahead([str(path), str(good)], max_bytes=1000)

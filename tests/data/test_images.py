@@ -308,11 +308,12 @@ def test_a_plain_png_is_what_torchvision_makes_of_its_pixels(mode: str) -> None:
     assert (away.max() <= 1, away.mean() < 0.1) == (True, True)
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 99])
+@pytest.mark.parametrize("orientation", [0, 9, 99, 300])
 def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None:
     image = drawn(60, 40)
     for format in ("PNG", "JPEG", "TIFF"):
         pixels, shown = decode(encoded(image, format, orientation), SMALL)
+        assert picture(encoded(image, format, orientation), 20).orientation == 1
         assert shown == (60, 40)
         assert difference(pixels, decode(encoded(image, format), SMALL)[0]) < 1
 

@@ -253,21 +253,70 @@ def test_bytes_before_restart_markers_are_no_damage_and_hide_none(kind: str) -> 
     }  # fmt: skip
 
 
-def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow() -> None:
-    data = bytearray(FILES["torchvision 4:4:4"])
-    frame = data.index(b"\xff\xc0")
-    data[frame + 11], data[frame + 14] = 0x22, 0x21
+def of_sampling(factors: tuple[int, ...], width: int, height: int) -> bytes:
+    """A baseline JPEG of flat blocks of noise, of three components with any sampling factors."""
+    pairs = list(zip(factors[0::2], factors[1::2], strict=True))
+    across, down = (8 * max(side) for side in zip(*pairs, strict=True))
+    units = -(-width // across) * -(-height // down)
+    values = np.random.default_rng(0)
+    bits, last = "", [0, 0, 0]
+    for _ in range(units):
+        for component, (horizontal, vertical) in enumerate(pairs):
+            for value in values.integers(-60, 60, horizontal * vertical):
+                change = int(value) - last[component]
+                size = abs(change).bit_length()
+                code = change if change >= 0 else change + 2**size - 1
+                # all codes of sizes have 4 bits, the end of a block has one
+                bits += f"{size:04b}" + (f"{code:0{size}b}" if size else "") + "0"
+                last[component] = int(value)
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    frame = struct.pack(">BHHB", 8, height, width, 3) + b"".join(
+        bytes((component, horizontal << 4 | vertical, 0))
+        for component, (horizontal, vertical) in enumerate(pairs, 1)
+    )
+    segments = {
+        b"\xdb": b"\0" + bytes([8] * 64),
+        b"\xc0": frame,
+        b"\xc4": b"\0\0\0\0\x0c" + bytes(12) + bytes(range(12)) + b"\x10\1" + bytes(15) + b"\0",
+        b"\xda": b"\3\1\0\2\0\3\0\0\x3f\0",
+    }
+    head = b"".join(
+        b"\xff" + marker + struct.pack(">H", len(body) + 2) + body
+        for marker, body in segments.items()
+    )
+    return b"\xff\xd8" + head + coded + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("odd", [(2, 2, 2, 1, 1, 1), (4, 2, 1, 1, 1, 1), (1, 1, 2, 1, 1, 1)])
+def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow(
+    odd: tuple[int, ...],
+) -> None:
+    data = of_sampling(odd, 150, 110)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert (jpeg.decode(bytes(data)) == expected).all()
-    with pytest.raises(ImageError):
-        images.decode(bytes(data)[: len(data) // 3], SPEC)
+    assert (jpeg.decode(data) == expected).all()
+    assert set(statuses(data).values()) == {"ok"}
+    assert set(statuses(data[:-2]).values()) == {"ok"}
+    for share in (0.4, 0.7, 0.95):
+        for end in (b"", b"\xff\xd9"):
+            cut = data[: int(len(data) * share)] + end
+            assert set(statuses(cut).values()) == {"truncated"}, (share, end)
+
+
+@pytest.mark.parametrize("name", ["dct gray", "dct 4:4:4"])
+def test_sampling_factors_of_zero_are_an_error_on_every_route(name: str) -> None:
+    data = bytearray(FILES[name])
+    frame = data.index(b"\xff\xc0")
+    for component in range(data[frame + 9]):
+        data[frame + 11 + 3 * component] = 0
+    assert set(statuses(bytes(data)).values()) == {"unreadable"}
 
 
 def test_a_factor_gives_the_means_of_squares() -> None:
     whole = encoded(noisy(203, 157).convert("L"), "JPEG", quality=95)
     pixels = np.asarray(Image.open(io.BytesIO(whole))).astype(float)
     for factor in (2, 4, 8):
-        found = jpeg.decode(whole, factor)  # type: ignore[arg-type]
+        found = jpeg.decode(whole, factor)
         assert found.shape == (-(-157 // factor), -(-203 // factor), 3)
         rows, columns = 157 // factor, 203 // factor
         squares = pixels[: rows * factor, : columns * factor]

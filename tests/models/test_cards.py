@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imgcls.data import images
+from imgcls.data import images, storage
 from imgcls.errors import ImageError, NotAnImage, RequestError, StorageError
 from imgcls.models.classifier import Classifier
 from tests.browser import opened
@@ -65,6 +65,38 @@ def test_what_cannot_be_read_is_said(classifier: Classifier, tmp_path: Path) -> 
     cut = Image.open(io.BytesIO(encoded(drawn(300, 200), "JPEG")[:2000]))
     with pytest.raises(ImageError):
         classifier.predict(cut)
+    with io.BytesIO(encoded(drawn(30, 20), "PNG")) as stream:
+        closed = Image.open(stream)
+    with pytest.raises(ImageError, match="closed file"):
+        classifier.predict(closed)
+
+
+def test_a_file_above_the_limit_has_the_status_of_a_labeling_run(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(storage.MAX_BYTES + 1)
+    (found,) = classifier.predict(tmp_path / "huge.jpg", errors="return")
+    assert found.status == "too_large"
+
+
+def test_a_notebook_shows_images_of_every_type(classifier: Classifier, tmp_path: Path) -> None:
+    draw("red").save(tmp_path / "red.png")
+    data = (tmp_path / "red.png").read_bytes()
+    deep = Image.fromarray(np.full((8, 8), 40_000, np.uint16))
+    column = pa.array([str(tmp_path / "red.png")])
+    given: list[Any] = [
+        bytearray(data),
+        memoryview(data),
+        np.asarray(draw("red")),
+        deep,
+        *column,
+        *pa.array([data]),
+    ]
+    found = classifier.predict(given)
+    assert [each._repr_html_().count("<img") for each in found] == [1] * len(given)
+    assert found[4].source == str(tmp_path / "red.png")
+    assert deep.size == (8, 8)
 
 
 def test_a_notebook_shows_pictures_with_bars(classifier: Classifier, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
+from imgcls.data.images import prepared
 from imgcls.errors import BundleError, NotFinite
 from imgcls.evaluation.quantise import QuantiseConfig, quantise
 from imgcls.models import zoo
@@ -82,6 +83,14 @@ def test_a_tensor_of_any_floating_dtype_is_checked(dtype: torch.dtype, value: fl
         check_tensors(broken, "here")
     with pytest.raises(BundleError, match=told):
         check_safetensors(save(broken), "here")
+
+
+def test_a_tensor_of_eight_bit_floats_is_checked() -> None:
+    sound = torch.ones(4).to(torch.float8_e5m2)
+    check_tensors({"a": sound}, "here")
+    broken = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    with pytest.raises(BundleError, match=r"here: 1 of 2 values of the tensor 'b' are NaN"):
+        check_tensors({"a": sound, "b": broken}, "here")
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -164,9 +173,8 @@ def test_an_image_that_the_network_overflows_for_is_no_prediction(
     classifier = Classifier.load(str(overflowing_bundle), precision="fp32", device="cpu")
     white = Image.new("RGB", (64, 48), "white")
     white.save(tmp_path / "white.png")
-    scored = classifier.classify(
-        np.stack([classifier._prepared(draw("red")), classifier._prepared(white)])
-    )
+    pair = [prepared(image, classifier.preprocess) for image in (draw("red"), white)]
+    scored = classifier.classify(np.stack(pair))
     assert scored.finite.tolist() == [True, False]
     assert scored.scores[0].sum() == pytest.approx(1.0)
     assert np.isnan(scored.scores[1]).all()
@@ -184,7 +192,7 @@ def test_a_logit_of_minus_infinity_is_no_score_of_zero(
     state["head.4.weight"] = -state["head.4.weight"]
     save_bundle(str(tmp_path), read_description(str(overflowing_bundle)).spec, state)
     classifier = Classifier.load(str(tmp_path), precision="fp32", device="cpu")
-    white = classifier._prepared(Image.new("RGB", (64, 48), "white"))
+    white = prepared(Image.new("RGB", (64, 48), "white"), classifier.preprocess)
     assert not classifier.classify(white[None]).finite.any()
 
 
