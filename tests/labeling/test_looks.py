@@ -33,7 +33,6 @@ def test_an_image_without_a_finite_embedding_is_an_error(
         path_column=manifest.path_column,
         root=manifest.root,
         batch_size=2,
-        decode=None,
         max_pixels=100_000_000,
         fetches=4,
         storage=StorageConfig(),
