@@ -134,7 +134,7 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_again(tmp_path: 
     told = yaml.safe_load(first.stdout)
     assert told["manifest"] == {
         "path": "a b.csv", "format": "auto", "path_column": "path", "label_column": None,
-        "root": None, "delimiter": ";", "encoding": "utf-8",
+        "root": None, "delimiter": ";", "encoding": "utf-8", "escape": None,
     }  # fmt: skip
     assert (told["threshold"], told["scores"], told["scale"]["workers"]) == (0.25, True, 2)
     file = tmp_path / "again.yaml"
