@@ -428,6 +428,8 @@ def choose_precision(
     flags = _cpu_flags()
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
+            if flag != "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                return "fp32", f"the CPU has {name}, but oneDNN may not use it (ONEDNN_MAX_CPU_ISA)"
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
 
