@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,16 +91,16 @@ def decode(
     that a viewer would show, before resizing and after EXIF orientation.
     Raises EmptyImage, TruncatedImage, NotAnImage, UnsupportedImage, ImageTooLarge or ImageError.
     """
-    image, orientation, shown = _read_header(data, max_pixels)
+    header = _read_header(data, max_pixels)
     try:
-        if _is_plain_jpeg(image):
-            return _decode_jpeg(data, image, orientation, shown, spec), shown
-        if image.format in _JPEG:
-            image = _open(jpeg.checked(data), max_pixels)
-        plain_png = _is_plain_png(image, data)
-        rgb = _oriented(to_rgb(image) if plain_png else rgb_of(image, data), orientation)
+        if header.is_plain_jpeg:
+            return _decode_jpeg(data, header, spec), header.shown
+        # torch could decode a plain PNG as well, but its decoder ends the whole process at damage
+        # that libpng notices within the pixels
+        rgb = to_rgb(header.image) if header.is_plain_png else _whole_rgb(header.image, data)
+        rgb = _oriented(rgb, header.orientation)
         shown = rgb.size
-        if plain_png and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
+        if header.is_plain_png and math.prod(target_size(shown, spec)) <= LARGEST_RESIZE:
             tensor = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
             return _resized_tensor(tensor, shown, spec), shown
         return _resized_pillow(rgb, shown, spec), shown
@@ -120,12 +121,8 @@ def prepared(image: Image.Image, spec: Preprocess) -> Pixels:
     try:
         data = _file_of(image)
         if data is not None:
-            opened, orientation, _ = _read_header(
-                data, max_pixels=max(MAX_PIXELS, math.prod(image.size))
-            )
-            if opened.format in _JPEG:
-                opened = _open(jpeg.checked(data), MAX_PIXELS)
-            rgb = rgb_of(opened, data)
+            header = _read_header(data, max_pixels=max(MAX_PIXELS, math.prod(image.size)))
+            rgb, orientation = _whole_rgb(header.image, data), header.orientation
         else:
             image.load()  # before EXIF is looked for: an error of the pixels must not be lost there
             rgb, orientation = to_rgb(image), _orientation(image)
@@ -170,13 +167,13 @@ def decode_batch(
         if spec.decode != "fast" or not data.startswith(_JPEG_START):
             continue
         try:
-            image, orientation, shown = _read_header(data, max_pixels)
+            header = _read_header(data, max_pixels)
         except ImageError as error:
             results[index] = error
             continue
-        small = math.prod(target_size(shown, spec)) <= LARGEST_RESIZE
-        if _is_plain_jpeg(image) and small:
-            plain.append((index, orientation, shown))
+        small = math.prod(target_size(header.shown, spec)) <= LARGEST_RESIZE
+        if header.is_plain_jpeg and small:
+            plain.append((index, header.orientation, header.shown))
     sound = checked_jpegs([blobs[index] for index, _, _ in plain])
     for (index, _, _), checked in zip(plain, sound, strict=True):
         if isinstance(checked, ImageError):
@@ -245,25 +242,21 @@ def picture(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
     Raises as `decode` does.
     """
-    image, orientation, shown = _read_header(data, max_pixels)
-    kind = image.format or ""
+    header = _read_header(data, max_pixels)
     try:
-        if _is_plain_jpeg(image):
-            factor = _largest_factor(image.size, (side, side))
-            rgb = Image.fromarray(jpeg.decode(data, factor))
-        elif kind in _JPEG:
-            rgb = rgb_of(_open(jpeg.checked(data), max_pixels), data)
+        if header.is_plain_jpeg:
+            factor = _largest_factor(header.image.size, (side, side))
+            rgb = _oriented(Image.fromarray(jpeg.decode(data, factor)), header.orientation)
+            shown = header.shown
         else:
-            rgb = rgb_of(image, data)
-        rgb = _oriented(rgb, orientation)
-        if not _is_plain_jpeg(image):
+            rgb = _oriented(_whole_rgb(header.image, data), header.orientation)
             shown = rgb.size
         rgb.thumbnail((side, side))
     except ImageError:
         raise
     except Exception as error:
         raise _image_error(error, data) from error
-    return Picture(rgb, kind, shown, orientation)
+    return Picture(rgb, header.image.format or "", shown, header.orientation)
 
 
 def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
@@ -279,18 +272,44 @@ def target_size(shown: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
     return int(spec.resize * width / height), spec.resize
 
 
-def _read_header(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
-    """The undecoded image, its EXIF orientation, and the size that a viewer would show."""
-    image = _open(data, max_pixels)
+@dataclass(frozen=True)
+class _Header:
+    """An image file that was opened and not decoded.
+
+    orientation:  EXIF, 1 to 8
+    shown:        (width, height) in pixels that a viewer would show
+    is_plain_png: a PNG of 8 bits, gray or RGB, not interlaced, upright
+    """
+
+    image: ImageFile.ImageFile
+    orientation: int
+    shown: tuple[int, int]
+    is_plain_png: bool = False
+
+    @property
+    def is_plain_jpeg(self) -> bool:
+        """Whether libjpeg gives the pixels as meant; MPO is a phone's JPEG with a depth map."""
+        return self.image.format in _JPEG and self.image.mode in ("L", "RGB")
+
+
+def _read_header(data: bytes, max_pixels: int) -> _Header:
+    image, chunks = _open(data, max_pixels)
     width, height = _size(image, data)
     _check_pixels(width, height, max_pixels)
-    if image.format == "PNG":
-        orientation = png.orientation(data, png.chunks_of(data))
-    elif image.format == "JXL" and not image.jpeg and (jpeg_xl_header(data) or (0, 0, 1))[2] != 1:  # type: ignore[attr-defined]
-        orientation = 1  # its decoder has applied it, and Exif data may repeat it
+    if chunks:
+        orientation = png.orientation(data, chunks)
+    elif image.format == "JXL" and _is_turned_by_its_decoder(image, data):
+        orientation = 1  # Exif data may repeat it
     else:
         orientation = _orientation(image)
-    return image, orientation, (height, width) if orientation >= 5 else (width, height)
+    shown = (height, width) if orientation >= 5 else (width, height)
+    return _Header(image, orientation, shown, bool(chunks) and png.plain(data, chunks))
+
+
+def _is_turned_by_its_decoder(image: Any, data: bytes) -> bool:
+    """Whether a JPEG XL states an orientation, which its decoder applies if it is no JPEG."""
+    header = jpeg_xl_header(data)
+    return not image.jpeg and header is not None and header[2] != 1
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -308,27 +327,21 @@ def _size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
     return image.size
 
 
-def _is_plain_jpeg(image: ImageFile.ImageFile) -> bool:
-    """Whether libjpeg gives the pixels as meant; MPO is a phone's JPEG with a depth map."""
-    return image.format in _JPEG and image.mode in ("L", "RGB")
-
-
 def _largest_factor(size: tuple[int, int], needed: tuple[int, int]) -> jpeg.Factor:
     """The largest factor by which an image can be reduced and stay at least `needed` large."""
     possible = min(size[0] // needed[0], size[1] // needed[1])
     return 8 if possible >= 8 else 4 if possible >= 4 else 2 if possible >= 2 else 1
 
 
-def _is_plain_png(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether a PNG is 8 bits, gray or RGB, in one piece, upright.
-
-    The pixels are left to Pillow nonetheless: torchvision's decoder ends the whole process at
-    damage that libpng notices within them.
-    """
-    return image.format == "PNG" and png.plain(data, png.chunks_of(data))
+def _whole_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
+    """As `rgb_of`, but missing image data of a JPEG are an error: Pillow does not report them."""
+    if image.format in _JPEG:
+        image = Image.open(io.BytesIO(jpeg.checked(data)), formats=["JPEG"])
+    return rgb_of(image, data)
 
 
-def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+def _open(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, list[png.Chunk]]:
+    """The image as Pillow opens it, and the chunks of a PNG, whose checksums are compared."""
     if not data:
         raise EmptyImage("the file has no bytes")
     format_ = formats.recognize(data)
@@ -339,7 +352,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         raise NotAnImage(f"{_looks_like(data)}; {formats.DECODED}")
     if format_.package:
         _register(format_)
-    stream = data
+    stream, chunks = data, []
     try:
         if format_.name == "PNG":
             chunks = png.chunks_of(data)
@@ -354,7 +367,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
             if picture.startswith(png.SIGNATURE):  # Pillow decodes it as soon as it opens
                 _check_pixels(*png.header_of(picture)[:2], max_pixels)
         openers = [name for name in format_.pillow if name != "MPO"]
-        return Image.open(io.BytesIO(stream), formats=openers)
+        return Image.open(io.BytesIO(stream), formats=openers), chunks
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -401,13 +414,8 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def _decode_jpeg(
-    data: bytes,
-    image: ImageFile.ImageFile,
-    orientation: int,
-    shown: tuple[int, int],
-    spec: Preprocess,
-) -> Pixels:
+def _decode_jpeg(data: bytes, header: _Header, spec: Preprocess) -> Pixels:
+    orientation, shown = header.orientation, header.shown
     resized = target_size(shown, spec)
     wanted = (resized[1], resized[0]) if orientation >= 5 else resized
     frame = jpeg.read_frame(data)
@@ -417,7 +425,7 @@ def _decode_jpeg(
             max(DCT_MARGIN, CHROMA_MARGIN * coarser) for coarser in frame.reduced_chroma
         )
         needed = math.ceil(wanted[0] * across), math.ceil(wanted[1] * down)
-        factor = _largest_factor(image.size, needed)
+        factor = _largest_factor(header.image.size, needed)
     tensor = torch.from_numpy(jpeg.decode(data, factor, frame=frame)).permute(2, 0, 1)
     upright = _oriented_tensor(tensor, orientation)
     if factor > 1:
