@@ -58,11 +58,11 @@ class Budget:
             self._held.pop(read, None)
             self._admit()
 
-    def release(self, read: int) -> None:
-        """Free what a read holds; the next one becomes the oldest."""
+    def release_oldest(self) -> None:
+        """Free what the oldest read holds, when its result was consumed."""
         with self._lock:
-            self._held.pop(read, None)
-            self._oldest = read + 1
+            self._held.pop(self._oldest, None)
+            self._oldest += 1
             self._admit()
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 MAX_BYTES = 100_000_000
 """Largest image file that is read, unless another limit is set."""
 READ_AHEAD_BYTES = 256_000_000
-"""Bytes of images that one `read_ahead` holds at most, beside the file that is next."""
+"""Bytes of images that one `read_ahead` holds at most, in addition to the next file."""
 
 _DISK_SECONDS = 5.0
 _MAGIC = re.compile(r"[*?\[]")
@@ -122,19 +122,19 @@ def read_ahead(
     StorageCredentials, which is no file's own error.
     """
     waiting: deque[Future[bytes]] = deque()
-    budget, taken = Budget(READ_AHEAD_BYTES), 0
+    budget = Budget(READ_AHEAD_BYTES)
+
+    def delivered(left: int) -> Iterator[bytes | StorageError]:
+        while len(waiting) > left:
+            yield _outcome(waiting.popleft())
+            budget.release_oldest()
+
     with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
         try:
             for number, url in enumerate(urls):
                 waiting.append(_begun(url, pool, Allowance(max_bytes, budget, number)))
-                if len(waiting) >= in_flight:
-                    yield _outcome(waiting.popleft())
-                    budget.release(taken)
-                    taken += 1
-            while waiting:
-                yield _outcome(waiting.popleft())
-                budget.release(taken)
-                taken += 1
+                yield from delivered(in_flight - 1)
+            yield from delivered(0)
         finally:
             for future in waiting:
                 future.cancel()

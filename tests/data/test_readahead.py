@@ -19,7 +19,7 @@ def test_only_the_oldest_read_may_exceed_the_budget() -> None:
     oldest.reserve(100)
     with pytest.raises(NoRoom):
         second.reserve(91)
-    budget.release(0)
+    budget.release_oldest()
     second.reserve(100)
 
 
