@@ -180,10 +180,10 @@ def get(url: str, allowance: Allowance = WHOLE) -> bytes:
 
 
 def start_get(url: str, allowance: Allowance = WHOLE) -> Future[bytes] | None:
-    """Ask for an object and go on; None where the driver can only be waited for."""
-    fs, path = store(url)
-    if not fs.async_impl:
+    """Ask for an object and go on; None for stores whose driver can only be waited for."""
+    if protocol_of(url) not in (*BUCKETS, *HTTP):
         return None
+    fs, path = store(url)
     return asyncio.run_coroutine_threadsafe(_got(url, fs, path, allowance), fs.loop)
 
 
@@ -199,7 +199,7 @@ async def _got(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
         host = web.host(url)
         read = lambda _: web.read(url, allowance)  # noqa: E731
     else:
-        by = gcs.read if protocol in GCS else azure.read if protocol in AZURE else _any_read
+        by = gcs.read if protocol in GCS else azure.read
         read = functools.partial(by, fs, allowance=allowance)
     try:
         return await attempted(url, lambda: read(path), GET, host=host, allowance=allowance)
@@ -211,23 +211,8 @@ async def _got(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
         return await attempted(url, lambda: read(plain), GET, allowance=allowance)
 
 
-async def _any_read(fs: Any, path: str, allowance: Allowance) -> bytes:
-    """An object by a driver that knows no more than fsspec asks of it."""
-    limit = allowance.max_bytes
-    if limit is None:
-        return bytes(await fs._cat_file(path))
-    size = (await fs._info(path)).get("size")
-    if size is not None and size > limit:
-        raise too_large(fs.unstrip_protocol(path), limit, size)
-    allowance.reserve(limit if size is None else size)
-    data = bytes(await fs._cat_file(path, start=0, end=limit + 1 if size is None else size))
-    if len(data) > limit:
-        raise too_large(fs.unstrip_protocol(path), limit)
-    return data
-
-
 def _opened(url: str, fs: Any, path: str, allowance: Allowance) -> bytes:
-    """As `_any_read`, by a driver that can only be waited for."""
+    """An object, by a driver that knows no more than fsspec asks of it."""
     assert allowance.max_bytes is not None
     with fs.open(path, "rb") as stream:
         size = getattr(stream, "size", None)
