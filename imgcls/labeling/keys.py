@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, resolved
-from imgcls.labeling.nights import Order, Unfinished, order_of_run, origins
+from imgcls.labeling.nights import Order, PlannedRun, order_of_run, origins
 from imgcls.runs import Run, stream
 
 TRANSIENT = frozenset(("missing", "forbidden", "throttled", "unavailable"))
-"""Statuses that say nothing about an image's bytes: the next run tries these rows again."""
+"""Statuses that do not depend on an image's bytes: the next run tries these rows again."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
 """Tables in `_since/`: images that the listing lacks, broken ones that were not tried again, and
@@ -74,7 +74,7 @@ class Keys:
         source: names the run; nights: the number of each night by its URL, later ones higher
         below:  a folder; which images lie in it is noted
         """
-        # a labeling run's column of this name is its manifest's, and says nothing about the run
+        # a labeling run's column of this name comes from its manifest, not from the run
         own = ["run", "bundle_sha256"] if run.merged else []
         have = [name for name in self.version if name in run.schema.names]
         names = list(dict.fromkeys([run.path_column, "status", *have, *own]))
@@ -117,7 +117,7 @@ class Keys:
         columns = {"place": table["path"], "night": night}
         self._insert("gone", _batches(columns, _schema_of(["place"], "night")), "night", versions=0)
 
-    def know_planned(self, run: Unfinished, source: int, night: int, below: str) -> None:
+    def know_planned(self, run: PlannedRun, source: int, night: int, below: str) -> None:
         """Enter the images below a folder that an unfinished run is going to label."""
         path, root = planned_columns(run)
 
@@ -138,7 +138,7 @@ class Keys:
 
         self._insert("planned", rows(), "night", "source", "nth", versions=0)
 
-    def know_refused(self, run: Unfinished) -> None:
+    def know_refused(self, run: PlannedRun) -> None:
         """Enter the broken images of a run that a gate has refused, and so has reported."""
         path, root = planned_columns(run)
 
@@ -251,7 +251,7 @@ def _lies_below(place: pa.ChunkedArray, below: str | None) -> Any:
     return pc.fill_null(pc.starts_with(place, pattern=below.rstrip("/") + "/"), False)
 
 
-def numbered(runs: Sequence[Run], unfinished: Sequence[Unfinished] = ()) -> dict[str, int]:
+def numbered(runs: Sequence[Run], unfinished: Sequence[PlannedRun] = ()) -> dict[str, int]:
     """Each night by its URL and an even number in their order, those of merged runs included."""
     orders: dict[str, Order] = {run.url: run.order for run in unfinished}
     for run in runs:
@@ -276,18 +276,20 @@ def chosen(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Iterator
         waiting, start = waiting[here:], end
 
 
-def planned_columns(run: Unfinished) -> tuple[str, str]:
-    """The path column of an unfinished run, and where its relative paths start."""
+def planned_columns(run: PlannedRun) -> tuple[str, str]:
+    """The path column of a planned run, and where its relative paths start."""
     manifest = run.described["identity"]["manifest"]
     return manifest["path_column"], manifest["root"]
 
 
-def planned_rows(run: Unfinished) -> Iterator[pa.Table]:
-    """The manifest rows of an unfinished run, in order: from its shards, or else its table."""
-    place = layout.shard_url if run.has_shards else layout.part_url
-    for part in range(run.plan.parts):
-        with storage.open_read(place(run.url, part)) as opened:
-            for batch in pq.ParquetFile(opened).iter_batches():
+def planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The manifest rows of a planned run, in order, with the prediction columns it may have.
+
+    columns: read only these
+    """
+    for file in run.files:
+        with storage.open_read(file) as opened:
+            for batch in pq.ParquetFile(opened).iter_batches(columns=columns):
                 yield pa.Table.from_batches([batch])
 
 

@@ -2,14 +2,14 @@
 
 The same command may run any number of times a night, after a kill, and for an older date. An
 unfinished run is resumed with the rows of its own plan, whatever the manifest lists by now. What
-the manifest lists beyond that goes into a further folder beside it (`date=2026-11-27.2`), and a
+the manifest lists beyond that goes into a further folder next to it (`date=2026-11-27.2`), and a
 manifest that was labeled already is recognized. How a run is executed is left to the caller.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -19,7 +19,8 @@ from imgcls import output as layout
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest
 from imgcls.errors import TooManyErrors
-from imgcls.labeling.nights import Series, Unfinished, next_sequence
+from imgcls.labeling.keys import planned_rows
+from imgcls.labeling.nights import PlannedRun, Series, next_sequence
 from imgcls.labeling.plan import Identity, plan_of
 from imgcls.labeling.since import Comparison, SinceConfig, SinceRequest
 from imgcls.log import tell
@@ -33,7 +34,7 @@ class Job:
 
     comparison: where the manifest's rows come from when the run is to be planned
     start_over: remove what the output holds, unless it is committed
-    notes:      makes what `_run.json` is to hold beside the plan, when the run is planned
+    notes:      called when the run is planned; returns further entries of `_run.json`
     """
 
     output: str
@@ -98,44 +99,78 @@ def label_new(
     """Label what a manifest has that earlier runs lack; returns the newest run's result.
 
     label:     executes a job and commits it
-    committed: the result of a run, of so many rows, that was committed before
+    committed: called with a run's folder and its number of rows; the result of a run that was
+               committed before
     Raises OutputError when the output holds another run and names no date.
     """
     series = request.series
-    if request.overwrite:
-        return _label_rest(request, series.place(1), label)
-    stored = series.runs()
+    stored = [] if request.overwrite else series.runs()
     if not stored:
         return _label_rest(request, series.place(1), label)
     place, described = stored[-1]
-    result: T | None = None
-    done = layout.is_committed(place)
-    if not done and not Unfinished(place, described).has_rows:
+    if layout.is_committed(place):
+        if request.retry_errors:
+            return label(Job(place, planned_manifest(place, described, request.listed)))
+        same = _committed_alike(request, stored)
+        if same is not None:
+            return committed(*same)
+        return _label_further(request, place, described, None, label, committed)
+    if not PlannedRun(place, described).has_rows:
         # a start-over that was broken off: there is no plan to resume
         return _label_rest(request, place, label, start_over=True)
+    result = _resume(request, place, described, label)
+    if result is not None and (request.retry_errors or request.lists_the_same(described)):
+        return result
+    return _label_further(request, place, described, result, label, committed)
+
+
+def _committed_alike(
+    request: NightRequest, stored: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[str, int] | None:
+    """Folder and rows of a committed run that was planned from this very request, if any."""
+    if request.retry_failed:
+        return None
+    for place, described in stored:
+        same = request.lists_the_same(described) and not request.differences(described)
+        if same and layout.is_committed(place):
+            rows = plan_of(described).rows
+            tell("committed", f"{place}: committed before, {rows:,} rows; nothing to do")
+            return place, rows
+    return None
+
+
+def _resume(
+    request: NightRequest, place: str, described: Mapping[str, Any], label: Callable[[Job], T]
+) -> T | None:
+    """Finish an unfinished run with its own rows; None where it is left as it is."""
+    job = Job(place, planned_manifest(place, described, request.listed))
     if request.retry_errors:
-        return label(Job(place, planned_manifest(place, described, request.listed)))
-    if not done:
-        if series.dated and (differences := request.differences(described)):
-            lines = "; ".join(differences)
-            tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")
-        else:
-            try:
-                result = label(Job(place, planned_manifest(place, described, request.listed)))
-            except TooManyErrors as error:
-                if request.lists_the_same(described) or not series.dated:
-                    raise
-                tell("note", f"{error}. It is left as it is: the manifest lists other rows by now")
-            if result is not None and request.lists_the_same(described):
-                return result
-    else:
-        for each, run in stored:
-            done = layout.is_committed(each)
-            same = request.lists_the_same(run) and not request.differences(run)
-            if done and same and not request.retry_failed:
-                rows = plan_of(run).rows
-                tell("committed", f"{each}: committed before, {rows:,} rows; nothing to do")
-                return committed(each, rows)
+        return label(job)
+    if request.series.dated and (differences := request.differences(described)):
+        lines = "; ".join(differences)
+        tell("note", f"{place} is left unfinished, it was started with other settings: {lines}")
+        return None
+    try:
+        return label(job)
+    except TooManyErrors as error:
+        if request.lists_the_same(described) or not request.series.dated:
+            raise
+        tell("note", f"{error}. It is left as it is: the manifest lists other rows by now")
+        return None
+
+
+def _label_further(
+    request: NightRequest,
+    place: str,
+    described: Mapping[str, Any],
+    result: T | None,
+    label: Callable[[Job], T],
+    committed: Callable[[str, int], T],
+) -> T:
+    """Label what is new since the newest run of the date, in a further folder.
+
+    place, described: of that run; result: its own, if it was labeled just now
+    """
     with request.compare(place) as comparison:
         comparison.tell()
         if not comparison.rows and not comparison.deleted:
@@ -147,7 +182,7 @@ def label_new(
             if result is not None:
                 tell("committed", f"{place}: nothing new since; no further run")
                 return result
-        return label(_job(request, series.after(place), comparison))
+        return label(_job(request, request.series.after(place), comparison))
 
 
 def _label_rest(
@@ -178,12 +213,9 @@ def planned_manifest(output: str, described: Mapping[str, Any], listed: Manifest
 
     listed: has the columns, where the run has no row
     """
-    identity, plan = described["identity"]["manifest"], plan_of(described)
-    files = [layout.shard_url(output, part) for part in range(plan.parts)]
+    run = PlannedRun(output, dict(described))
+    identity, schema, files = described["identity"]["manifest"], listed.schema, run.files
     names: list[str] | None = None
-    if files and not storage.exists(files[0]):
-        files = [layout.part_url(output, part) for part in range(plan.parts)]
-    schema = listed.schema
     if files:
         with storage.open_read(files[0]) as stream:
             stored = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
@@ -191,9 +223,8 @@ def planned_manifest(output: str, described: Mapping[str, Any], listed: Manifest
         schema = pa.schema([stored.field(name) for name in names])
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for file in files:
-            with storage.open_read(file) as stream:
-                yield from pq.ParquetFile(stream).iter_batches(columns=names)
+        for table in planned_rows(run, names):
+            yield from table.to_batches()
 
     return dataclasses.replace(
         listed,

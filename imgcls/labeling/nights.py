@@ -33,8 +33,8 @@ _DAY = re.compile(r"(\d{4}-\d{2}-\d{2})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, eq=False)
-class Unfinished:
-    """A run that was planned and is not committed.
+class PlannedRun:
+    """A run that was planned, committed or not.
 
     described: its `_run.json`
     """
@@ -65,6 +65,12 @@ class Unfinished:
         """Whether its rows can be read: one that was started over and broken off lacks some."""
         return self.has_shards or self.has_table
 
+    @property
+    def files(self) -> list[str]:
+        """Where its manifest rows are: in its shards until it is committed, then in its table."""
+        place = layout.shard_url if self.has_shards else layout.part_url
+        return [place(self.url, part) for part in range(self.plan.parts)]
+
     def _has_parts(self, folder: str) -> bool:
         there = storage.names(folder)
         return {layout.part_name(part) for part in range(self.plan.parts)} <= set(there)
@@ -83,7 +89,7 @@ class Nights:
     """
 
     committed: tuple[Run, ...]
-    unfinished: tuple[Unfinished, ...]
+    unfinished: tuple[PlannedRun, ...]
 
     @property
     def sequence(self) -> int:
@@ -116,7 +122,7 @@ def find_nights(url: str, but: str | None = None) -> Nights:
         committed = tuple(sorted(runs, key=order_of_run))
         started = _places(url, planned - marked, but)
         described = zip(started, pool.map(layout.load_run, started), strict=True)
-        unfinished = [Unfinished(each, run) for each, run in described if run is not None]
+        unfinished = [PlannedRun(each, run) for each, run in described if run is not None]
     _name("not finished, so its rows do not count as labeled", [each.url for each in unfinished])
     return Nights(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
 
@@ -171,7 +177,7 @@ def _order(values: Sequence[Any]) -> Order:
 def next_sequence(output: str, nights: Nights | None) -> int:
     """The number of a run that is planned now.
 
-    nights: what `--since` found; without, the runs beside the output are looked at
+    nights: what `--since` found; without, the runs in the same folder as the output are read
     """
     highest = nights.sequence if nights is not None else 0
     above = storage.parent(output)
