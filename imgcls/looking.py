@@ -9,12 +9,13 @@ from typing import ClassVar
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls import cluster
+from imgcls import output as layout
 from imgcls.config import Section
 from imgcls.data import storage
 from imgcls.data.manifest import Manifest, ManifestConfig
 from imgcls.data.storage import MAX_BYTES
 from imgcls.data.stores import StorageConfig
-from imgcls.errors import OutputError, StorageError, request_error
+from imgcls.errors import OutputError
 from imgcls.labeling.examine import Examined, examine
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.passes import resumable
@@ -107,12 +108,7 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
 
 
 def _check_output(output: str, results: Sequence[str]) -> None:
-    try:
-        storage.check_writable(output)
-    except StorageError as error:
-        raise request_error(
-            OutputError, f"output: cannot be written: {error}; give another --output", error
-        ) from error
+    layout.check_writable(output)
     others = set(storage.names(output)) - {LOOKS, LEASE, *results}
     if others:
         raise OutputError(

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from imgcls.data import storage
 from imgcls.data.storage import join
-from imgcls.errors import OutputError, StorageMissing
+from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
 
 FORMAT_VERSION = 1
 
@@ -121,6 +121,18 @@ def prediction_schema(
     return pa.schema(fields)
 
 
+def check_writable(output: str) -> None:
+    """Raise OutputError where an output folder cannot be written, and as `request_error` does."""
+    try:
+        storage.check_writable(output)
+    except StorageError as error:
+        raise request_error(
+            OutputError,
+            f"output {output}: cannot be written: {error}; give another --output",
+            error,
+        ) from error
+
+
 def clear(output: str) -> None:
     """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
     for name in (SUCCESS, PREDICTIONS, METRICS, STAGING, PROGRESS, SINCE, RUN):
@@ -166,8 +178,10 @@ def is_committed(output: str) -> bool:
     An empty one was left by a driver that was killed while it created the file, on a disk without
     hard links.
     """
-    mark = join(output, SUCCESS)
-    return storage.exists(mark) and storage.size(mark) > 0
+    try:
+        return storage.size(join(output, SUCCESS)) > 0
+    except StorageMissing:
+        return False
 
 
 def damaged_mark(output: str, why: str) -> str:

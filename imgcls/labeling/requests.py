@@ -23,7 +23,6 @@ from imgcls.errors import (
     StorageError,
     StorageForbidden,
     StorageMissing,
-    request_error,
 )
 from imgcls.labeling.layout import STORE_WAITS
 from imgcls.log import tell
@@ -156,12 +155,8 @@ def check_images(manifest: Manifest, max_bytes: int) -> None:
 
 
 def check_output(output: str, config: PredictConfig) -> None:
-    try:
-        storage.check_writable(output)
-    except StorageError as error:
-        raise request_error(
-            OutputError, f"output: cannot be written: {error}; give another --output", error
-        ) from error
+    """Raise OutputError where a run can neither be begun nor resumed in a folder."""
+    names.check_writable(output)
     if config.overwrite:
         return
     if names.load_run(output) is None and storage.names(storage.join(output, names.PREDICTIONS)):

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from imgcls import cluster
+from imgcls import cluster, output
 from imgcls.config import requested
 from imgcls.data import storage, stores
 from imgcls.errors import (
@@ -22,7 +22,6 @@ from imgcls.errors import (
     RequestError,
     StorageError,
     StorageUnavailable,
-    request_error,
 )
 from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION, read_description
@@ -72,7 +71,7 @@ def train(
     config = config.model_copy(update={"output": storage.absolute(config.output)})
     task = settled(config)
     config = task.config
-    _check_writable(config)
+    output.check_writable(config.output)
     finished = _finished(task)
     if finished is not None:
         return finished
@@ -151,17 +150,6 @@ def _identity(config: TrainConfig, examples: Examples, network: nn.Module) -> di
         "data": {key: source.fingerprint for key, source in examples.sources.items()},
         "initial_weights": digest.hexdigest(),
     }
-
-
-def _check_writable(config: TrainConfig) -> None:
-    try:
-        storage.check_writable(config.output)
-    except StorageError as error:
-        raise request_error(
-            OutputError,
-            f"output {config.output}: cannot be written ({error}); give another --output",
-            error,
-        ) from error
 
 
 def _finished(task: Task) -> TrainResult | None:
