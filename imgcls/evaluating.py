@@ -15,7 +15,7 @@ from imgcls.data.stores import StorageConfig
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge, write
-from imgcls.evaluation.labels import JOINED
+from imgcls.evaluation.labels import own_columns
 from imgcls.labeling.layout import ScaleConfig
 from imgcls.labeling.predict import PredictConfig, predict
 from imgcls.metrics import tables
@@ -117,8 +117,8 @@ def _source(config: EvaluateConfig) -> str:
 def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
     """Raise RequestError for what could only be refused after labelling everything."""
     names = manifest.schema.names
-    joined = [JOINED] if config.labels is not None else []
-    wanted = [("slice_by", name) for name in config.slice_by if name not in joined]
+    slices = own_columns(config.slice_by, joined=config.labels is not None)
+    wanted = [("slice_by", name) for name in slices]
     if config.on is not None:
         wanted.append(("on", config.on))
     added = prediction_schema(labelled=True, scores=1, embedding=1)

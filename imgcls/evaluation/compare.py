@@ -23,7 +23,7 @@ from imgcls.data.manifest import labels_as_text
 from imgcls.data.stores import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import JOINED, LabelsConfig, judging_labels, keys_of
+from imgcls.evaluation.labels import LabelsConfig, judging_labels, keys_of, own_columns
 from imgcls.evaluation.tally import NO_VALUE
 from imgcls.metrics.agreement import Paired, mcnemar
 from imgcls.output import OK, write_tables
@@ -117,7 +117,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
-    a.check_slices([n for n in config.slice_by if config.labels is None or n != JOINED])
+    a.check_slices(own_columns(config.slice_by, joined=config.labels is not None))
     # the rows of a history are those of many manifests; its fingerprint is the newest run's
     other_rows = a.merged or b.merged or a.manifest_fingerprint != b.manifest_fingerprint
     if config.on is None and other_rows:
@@ -155,7 +155,7 @@ class _Judge:
         """Of run a."""
         mine = self.late.needed if self.late is not None else [self.label_column]
         shown = ["row", self.a.path_column, "predicted_label", "confidence", "status"]
-        sliced = [n for n in self.slice_by if self.late is None or n != JOINED]
+        sliced = own_columns(self.slice_by, joined=self.late is not None)
         return list(dict.fromkeys([*shown, *mine, *sliced]))
 
     def see(self, left: pa.Table, right: pa.Table) -> None:

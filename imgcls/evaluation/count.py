@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from imgcls import cluster
 from imgcls.data import storage, stores
-from imgcls.evaluation.labels import JOINED, LateLabels
+from imgcls.evaluation.labels import LateLabels, own_columns
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.runs import Piece, Run, without_views
 
@@ -87,7 +87,7 @@ def columns(wanted: Wanted, late: LateLabels | None = None) -> list[str]:
     """The columns that a tally needs, of a run whose labels may come from elsewhere."""
     names = ["predicted_label", "confidence", "accepted", "status", *wanted.slice_by]
     if late is not None:
-        names = [name for name in names if name != JOINED] + late.needed
+        names = own_columns(names, joined=True) + late.needed
     elif wanted.label_column is not None:
         names += [wanted.label_column, "label_score", "label_rank"]
     if wanted.scores:

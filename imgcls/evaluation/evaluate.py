@@ -21,7 +21,7 @@ from imgcls.data import storage
 from imgcls.errors import RequestError
 from imgcls.evaluation import rows as kept_rows
 from imgcls.evaluation.count import count
-from imgcls.evaluation.labels import JOINED, JoinConfig, LateLabels, judging_labels
+from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels, own_columns
 from imgcls.evaluation.tally import Tally, Wanted
 from imgcls.metrics import tables
 from imgcls.metrics.discrimination import MOST_BRIER, ScoreCounts, brier, discrimination
@@ -90,7 +90,7 @@ def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
     """
     run = open_run(url)
     label_column, late = judging_labels(run, config.labels, config.on, required=need_labels)
-    run.check_slices([n for n in config.slice_by if late is None or n != JOINED])
+    run.check_slices(own_columns(config.slice_by, joined=late is not None))
     wanted = Wanted(
         classes=run.classes,
         label_column=label_column,

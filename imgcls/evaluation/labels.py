@@ -6,6 +6,7 @@ side is refused, since no one can say which label is meant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import numpy as np
@@ -54,6 +55,11 @@ class JoinConfig(Section):
         if self.on is not None and self.labels is None:
             raise ValueError("on: joins --labels, which was not given")
         return self
+
+
+def own_columns(names: Sequence[str], *, joined: bool) -> list[str]:
+    """The columns of `names` that a run itself has: not the label, where it is joined."""
+    return [name for name in names if not joined or name != JOINED]
 
 
 def judging_labels(
