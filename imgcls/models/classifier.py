@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -145,7 +146,7 @@ class Classifier:
         `self.precision` is what was taken and `self.precision_reason` says why
     batch_size: on a GPU, the size of most batches, for which kernels are recorded and replayed
     decode: `exact` decodes JPEGs whole, `fast` large ones at a fraction of their size; by default
-        as the bundle says
+        the bundle's own
     """
 
     def __init__(
@@ -428,8 +429,6 @@ def choose_precision(
     flags = _cpu_flags()
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
-            if flag != "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                return "fp32", f"the CPU has {name}, but oneDNN may not use it (ONEDNN_MAX_CPU_ISA)"
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
 
@@ -495,14 +494,29 @@ def _of_four(forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
 
 
 _INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
+_ISAS = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+    "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX",
+)  # fmt: skip
+"""Instruction sets to which oneDNN can be limited, in ascending order.
+Source: oneDNN developer guide, "CPU Dispatcher Control"."""
+_ISA_OF = {
+    "avx_vnni": "AVX2_VNNI", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16",
+    "amx_bf16": "AVX512_CORE_AMX", "amx_int8": "AVX512_CORE_AMX",
+}  # fmt: skip
 
 
 def _cpu_flags() -> set[str]:
+    """The CPU's flags, without those that ONEDNN_MAX_CPU_ISA keeps oneDNN from using."""
+    flags: set[str] = set()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as info:
-            for line in info:
-                if line.startswith(("flags", "Features")):
-                    return set(line.split())
+            line = next((each for each in info if each.startswith(("flags", "Features"))), "")
+        flags.update(line.split())
     except OSError:
         pass
-    return set()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit in _ISAS:
+        allowed = _ISAS[: _ISAS.index(limit) + 1]
+        flags -= {flag for flag, isa in _ISA_OF.items() if isa not in allowed}
+    return flags

@@ -113,13 +113,22 @@ def packed(graph: fx.GraphModule) -> None:
             module.pack()
 
 
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions of a dtype for this CPU; in bf16 not for AVX2 alone."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
 def placed(network: nn.Module, side: int, *, spare: nn.Module) -> fx.GraphModule | None:
     """The network's graph with fused convolutions that are not yet packed; None without any."""
-    graph = followed(network) if torch.backends.mkldnn.is_available() else None
     convolutions = [module for module in network.modules() if _fits(module)]
-    if graph is None or not convolutions:
+    if not convolutions:
         return None
     weight: torch.Tensor = next(convolutions[0].parameters())
+    graph = followed(network) if has_kernels(weight.dtype) else None
+    if graph is None:
+        return None
     sizes = _Sizes(graph)
     with torch.inference_mode():
         sizes.run(weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last))

@@ -340,6 +340,23 @@ def test_bf16_is_chosen_where_the_processor_has_it(
     assert choose_precision("bf16", torch.device("cpu")) == ("bf16", "as asked")
 
 
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("", {"avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}),
+        ("AVX512_CORE_BF16", {"avx2", "avx512_vnni", "avx512_bf16"}),
+        ("avx2", {"avx2"}),
+    ],
+)
+def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, limit: str, left: set[str]
+) -> None:
+    info = "flags : avx2 avx512_vnni avx512_bf16 amx_int8 amx_bf16\nflags : none\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(info))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert classifier_module._cpu_flags() - {"flags", ":"} == left
+
+
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18", "squeezenet1_1"])
 def test_bf16_scores_are_close_and_sum_to_one(tmp_path: Path, name: str) -> None:
     folder = str(bundle_of(tmp_path / "b", name))

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from imgcls.models import zoo
 from imgcls.models.fold import folded
-from imgcls.models.fuse import FusedConv2d, fused
+from imgcls.models.fuse import FusedConv2d, fused, has_kernels
 from tests.models.test_fold import NETWORKS
 
 needs_onednn = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_a_fused_network_says_the_same(name: str) -> None:
     assert sum(isinstance(module, FusedConv2d) for module in made.modules()) == before - left
 
 
-@needs_onednn
+@pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="no bf16 convolutions for this CPU")
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
 @torch.inference_mode()
 def test_in_bf16_it_is_no_further_from_fp32_than_step_by_step(name: str) -> None:
