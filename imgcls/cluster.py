@@ -168,7 +168,7 @@ def _address() -> str | None:
 
 
 def check_reachable(address: str) -> None:
-    """Raise where no cluster answers at what RAY_ADDRESS says, which `ray.init` tries for minutes.
+    """Raise if no cluster answers at RAY_ADDRESS; `ray.init` would retry for minutes.
 
     address: `auto`, host:port or ray://host:port; another scheme is left to Ray
     Raises RunFailed when nothing answers: the cluster may be back later. Raises RequestError when

@@ -1,4 +1,4 @@
-"""Azure Blob Storage by adlfs: bounded reads, listings by page, names taken as they are.
+"""Azure Blob Storage through adlfs: bounded reads, listings by page, names without escapes.
 
 Azure's client retries by itself, for minutes and without a word; here a request is made once, and
 whether it is made again is decided as for every other store.
@@ -17,7 +17,8 @@ from imgcls.errors import StorageError
 
 PAGE = 1000
 FIRST_BYTES = 4 << 20
-"""Of a blob, read with the request that tells its size; most photographs are no larger."""
+"""Bytes of a blob that the first request reads, which also returns its size; most photographs are
+no larger."""
 _PART_BYTES = 32 << 20
 _HOSTS = (".dfs.core.windows.net", ".blob.core.windows.net")
 

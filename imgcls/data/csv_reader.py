@@ -277,7 +277,7 @@ class _Blocks(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """The next block, of about so many bytes; empty at the end."""
+        """The next block, of about `size` bytes; empty at the end."""
         block = b""
         while not block and not self._ended:
             data = _read(self._stream, size, self._place)

@@ -110,7 +110,7 @@ def write_durably(path: str, data: bytes) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """A name beside `path` for what is not finished yet."""
+    """The name of a file in the same folder as `path` for data that is not complete yet."""
     folder, name = os.path.split(path)
     # in bytes a name may have 255; cut so that no character of several bytes is halved
     stem = os.fsencode(name)[:100].decode("utf-8", "ignore")

@@ -146,7 +146,7 @@ def too_large(url: str, limit: int | None, size: int | None = None) -> StorageTo
     """The error of a file with more than `limit` bytes; size: bytes that it has, where known."""
     found = f"has {size:,} bytes, more" if size is not None else "has more bytes"
     return StorageTooLarge(
-        f"{short(url)}: {found} than the limit of {limit:,}; raise --max-bytes to read it"
+        f"{short(url)}: {found} than the limit of {limit:,}; raise max_bytes to read it"
     )
 
 
@@ -240,10 +240,10 @@ def _date(text: str) -> float | None:
 
 
 def _clock_error(error: BaseException) -> str:
-    told = _date(_headers(error).get("date", ""))
-    if told is None:
+    date = _date(_headers(error).get("date", ""))
+    if date is None:
         return "wrong"
-    seconds = round(time.time() - told)
+    seconds = round(time.time() - date)
     off = datetime.timedelta(seconds=abs(seconds))
     return f"{off} {'ahead of' if seconds > 0 else 'behind'} the store's"
 
@@ -268,7 +268,7 @@ def _permission(url: str, needs: str) -> str:
     name = _NAMED.get(family, {}).get(needs, needs)
     remedy = f"; it takes the {'role' if family == 'azure' else 'permission'} {name}"
     if needs == GET and family == "s3":
-        remedy += f" (or the file is missing, which a store says only to who has {LIST})"
+        remedy += f" (or the file is missing, which a store reports only with {LIST})"
     return remedy
 
 

@@ -78,10 +78,10 @@ async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
             async for part in answer.content.iter_chunked(_PIECE):
                 body.add(part)
             data = body.whole()
-        told = _md5(answer.headers)
+        checksum = _md5(answer.headers)
         packed = "Content-Encoding" in answer.headers
-        if told is not None and not packed and told != _digest(data):
-            raise StorageUnavailable(f"gs://{path}: arrived damaged (not as its checksum says)")
+        if checksum is not None and not packed and checksum != _digest(data):
+            raise StorageUnavailable(f"gs://{path}: arrived damaged (its checksum does not match)")
         return data
 
 

@@ -24,7 +24,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 10
 _PIECE = 1 << 16
 """Bytes that are taken from a connection, or out of a compressed body, at a time."""
-_ASKS_FOR_PATIENCE = ("429", "503")
+_RETRY_LATER = ("429", "503")
 
 
 class Reader:
@@ -84,7 +84,7 @@ class Reader:
                 answer.request_info, (), status=answer.status, message=answer.reason or "",
                 headers=answer.headers,
             )  # fmt: skip
-            self.host(url).heed(error)
+            self.host(url).note_retry_after(error)
             raise error
         coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         length = answer.content_length  # of what is sent, and so a lower bound on what it holds
@@ -97,7 +97,7 @@ class Reader:
 
 
 class Host:
-    """A server: who may ask it now."""
+    """Requests to one server: how many at a time, and from when on."""
 
     def __init__(self, name: str, requests: int) -> None:
         self._name = name
@@ -105,9 +105,9 @@ class Host:
         self._not_before = 0.0
         self._asked = 0.0
 
-    def heed(self, error: BaseException) -> None:
-        """Note for how long a server asks to be left alone."""
-        asked = retry_after(error) if code_of(error) in _ASKS_FOR_PATIENCE else None
+    def note_retry_after(self, error: BaseException) -> None:
+        """Store the time until which a server asks for no request (Retry-After)."""
+        asked = retry_after(error) if code_of(error) in _RETRY_LATER else None
         if asked is not None:
             self._not_before = max(self._not_before, time.monotonic() + asked)
             self._asked = asked
@@ -117,7 +117,7 @@ class Host:
         """Wait for one of the host's turns and hold it; yields the seconds spent in the queue.
 
         deadline: of the request, by time.monotonic, not counting those seconds
-        Raises StorageThrottled, without a request, if the host must be left alone for longer.
+        Raises StorageThrottled, without a request, if the host asks for a longer pause.
         """
         began = time.monotonic()
         async with self._turns:

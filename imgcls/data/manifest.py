@@ -274,7 +274,7 @@ def _hint(name: str, names: list[str]) -> str:
 
 def _spaces(name: str) -> str:
     return (
-        f"the name {name!r} has spaces around it: remove the spaces beside the delimiters, in the "
+        f"the name {name!r} has spaces around it: remove the spaces next to the delimiters, in the "
         "header and in the rows"
     )
 

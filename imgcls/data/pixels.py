@@ -147,7 +147,7 @@ def _tops(values: Values, samples: Samples) -> list[int]:
 
     By the specification, samples of n significant bits are scaled to all bits of the PNG, so that
     the greatest value is white whatever sBIT states. Files in which they were left in the low bits
-    exist too. They are told apart by evidence: no sample exceeds n bits, and some have low bits
+    exist too. They are distinguished by evidence: no sample exceeds n bits, and some have low bits
     that none of the specification's ways to scale n bits gives.
     Source: Portable Network Graphics specification, third edition, sections 11.3.2.7 and 12.4.
     """

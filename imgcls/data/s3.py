@@ -146,11 +146,11 @@ async def _ask(
 
 async def _within(url: str, answer: Any, headers: Mapping[str, str], allowance: Allowance) -> bytes:
     """A body, if it is no longer than allowed: by its Content-Length, else counted as it comes."""
-    told = headers.get("content-length", "")
-    if told.isdigit():
-        if allowance.exceeded_by(int(told)):
-            raise too_large(url, allowance.max_bytes, int(told))
-        allowance.reserve(int(told))
+    length = headers.get("content-length", "")
+    if length.isdigit():
+        if allowance.exceeded_by(int(length)):
+            raise too_large(url, allowance.max_bytes, int(length))
+        allowance.reserve(int(length))
         whole: bytes = await answer.read()
         return whole
     with Body(url, allowance, None) as body:

@@ -1,8 +1,9 @@
 """Arrow schemas of several tables, unified into one schema that can hold the rows of all of them.
 
 Used wherever files are read as one table: the shards of a manifest, the parts of a run, the runs of
-a history. A column that is null in one file, a dictionary with 8-bit indices or an int32 beside an
-int64 is converted without loss; types that do not fit together are refused by file and column.
+a history. A column that is null in one file, a dictionary with 8-bit indices, or an int32 where
+other files have an int64 is converted without loss; types that do not fit together are refused by
+file and column.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def unify_schemas(
     what:     what the tables are, as errors begin with it, such as "manifest"
     optional: whether a column may be absent from some tables; it is then null for their rows
     Null becomes any other type; integers, floats, decimals, strings and times become the wider
-    type; a dictionary beside plain values becomes plain values.
+    type; a dictionary where others have plain values becomes plain values.
     Raises ManifestError that names the column, both types and both places where types do not fit,
     or where a column is absent.
     """

@@ -1,4 +1,4 @@
-"""What lies in a folder of a store, a page at a time, with what tells one version from another."""
+"""Listings of a store's folders, a page at a time, with the size, time and version of each file."""
 
 from __future__ import annotations
 

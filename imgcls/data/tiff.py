@@ -1,7 +1,7 @@
 """The first directory of a TIFF or BigTIFF: its tags, and whether the file holds what they promise.
 
 Owns no pixels. Pillow opens a TIFF only when it can decode it; the tags are read here so that a
-sound file of another kind is named, and a file that was cut is told from one that is damaged.
+sound file of another kind is named, and a file that was cut is distinguished from a damaged one.
 Source: TIFF, revision 6.0, section 2; Technical Note "BigTIFF", Aware Systems.
 """
 

@@ -1,4 +1,4 @@
-"""What must hold before a run may be committed, and how its end is told to a scheduler."""
+"""What must hold before a run may be committed, and how its end is reported to a scheduler."""
 
 from __future__ import annotations
 
@@ -118,28 +118,28 @@ def told_in_json(url: str | None, output: str) -> Iterator[list[str]]:
     committed; without one, `output` is looked at.
     """
     outputs: list[str] = []
-    told: dict[str, Any] = {"exit_code": 0, "error": None}
+    ending: dict[str, Any] = {"exit_code": 0, "error": None}
     try:
         yield outputs
     except ImgclsError as error:
-        told |= {"exit_code": error.exit_code, "error": str(error)}
+        ending |= {"exit_code": error.exit_code, "error": str(error)}
         raise
     except BaseException as error:
-        told |= {"exit_code": 1, "error": f"{type(error).__name__}: {error}"}
+        ending |= {"exit_code": 1, "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
         if url is not None:
             write_summary(
-                url, told, outputs or ([] if told["exit_code"] == 2 else [output]), output
+                url, ending, outputs or ([] if ending["exit_code"] == 2 else [output]), output
             )
 
 
 def write_summary(
-    url: str, told: Mapping[str, Any], outputs: Sequence[str] = (), output: str | None = None
+    url: str, ending: Mapping[str, Any], outputs: Sequence[str] = (), output: str | None = None
 ) -> None:
     """Write `--summary-json`: how a command ended, and what its runs came to."""
     body: dict[str, Any] = {
-        **told,
+        **ending,
         "output": outputs[-1] if outputs else output,
         "outputs": list(outputs),
         "state": None,

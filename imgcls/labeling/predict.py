@@ -123,7 +123,7 @@ class PredictConfig(Section):
     limit: PositiveInt | None = None
     """Label only so many rows from the start of the manifest."""
     decode: Decode | None = None
-    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: as the bundle says."""
+    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: the bundle's own."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively. int8: by a bundle prepared for it, on CPUs."""
     compile: Literal["auto", "always", "never"] = "auto"

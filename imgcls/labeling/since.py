@@ -150,10 +150,10 @@ class SinceRequest:
     def digest(self) -> str:
         """A fingerprint of the manifest and of what is known."""
         digest = hashlib.blake2b(digest_size=16)
-        told = [self.manifest.fingerprint(), *self.version]
-        told += [self.bundle_sha256 if self.relabel else "", "retry" * self.retry_failed]
+        parts = [self.manifest.fingerprint(), *self.version]
+        parts += [self.bundle_sha256 if self.relabel else "", "retry" * self.retry_failed]
         runs = self.nights.committed
-        for text in (*told, *(run.success["run_id"] + run.success["committed"] for run in runs)):
+        for text in (*parts, *(run.success["run_id"] + run.success["committed"] for run in runs)):
             digest.update(f"{len(text)}:{text}".encode())
         return digest.hexdigest()
 
@@ -212,8 +212,8 @@ class Comparison:
 
     def tell(self) -> None:
         """Log what was found."""
-        told = ", ".join(f"{rows:,} {why}" for why, rows in sorted(self.counts.items()))
-        line = f"{told or 'nothing new'}; {self._unchanged:,} rows stay as they are"
+        reasons = ", ".join(f"{rows:,} {why}" for why, rows in sorted(self.counts.items()))
+        line = f"{reasons or 'nothing new'}; {self._unchanged:,} rows stay as they are"
         if self.known_bad:
             bad = ", ".join(f"{n:,} {status}" for status, n in sorted(self.known_bad.items()))
             line += f"; known to be broken and unchanged, not tried again: {bad} (--retry-failed)"
@@ -222,7 +222,7 @@ class Comparison:
         tell("since", line, **self.facts())
 
     def facts(self) -> dict[str, Any]:
-        """What `_run.json` and the summary say of it."""
+        """Entries of `_run.json`: rows by reason, known bad images by status, deleted images."""
         return {
             "rows": self.counts,
             KNOWN_BAD: self.known_bad,

@@ -22,7 +22,7 @@ UNKNOWN, NULL = -1, -2
 
 PREDICTED_COLUMNS = ("predicted_label", "confidence", "accepted", "status")
 JUDGED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
-"""Columns that `read_ok_rows` reads beside the label column; the last two with labels only."""
+"""Columns that `read_ok_rows` reads, and the label column; the last two only with labels."""
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]

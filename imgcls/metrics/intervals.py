@@ -79,7 +79,7 @@ def nonnegative_mean_interval(
 def auroc_limits(
     auroc: NDArray[np.float64], positives: NDArray[Any], negatives: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % limits of (C,) areas under ROC curves of so many rows of a class and of others.
+    """95 % limits of (C,) areas under ROC curves, given the rows of each class and of the others.
 
     Solves |true - auroc| = z * sqrt(V(true)), so that an area of 1 has a lower limit too.
     Source: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.

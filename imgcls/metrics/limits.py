@@ -109,10 +109,10 @@ def of_bins(
     share, gap = count / count.sum(), np.abs(mean - correct / count)
     least, most = _gaps(mean, *wilson_limits(correct, count))
     low, high = around(float((share * gap).sum()), share * (gap - least), share * (most - gap))
-    told = share >= least_share
-    told = told if told.any() else share > 0
-    z = NormalDist().inv_cdf(1 - 0.025 / int(told.sum()))
-    least, most = _gaps(mean[told], *wilson_limits(correct[told], count[told], z))
+    counted = share >= least_share
+    counted = counted if counted.any() else share > 0
+    z = NormalDist().inv_cdf(1 - 0.025 / int(counted.sum()))
+    least, most = _gaps(mean[counted], *wilson_limits(correct[counted], count[counted], z))
     return (low - by_chance, high), (float(least.max()), float(most.max()))
 
 

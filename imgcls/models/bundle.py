@@ -187,8 +187,8 @@ def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
 def load_bundle(url: str) -> Bundle:
     """Read a bundle's description and verify every byte of it and of the weights.
 
-    Raises BundleError that says what is missing, damaged or unknown, or which tensor holds NaN or
-    infinity.
+    Raises BundleError that names what is missing, damaged or unknown, or the tensor that holds NaN
+    or infinity.
     """
     bundle = read_description(url)
     _verified_weights(bundle)

@@ -133,7 +133,7 @@ def converted(
         return None
     try:
         return dict(convert(dict(state), network))
-    except Exception:  # noqa: BLE001  meant for other weights: what does not fit is told by its keys
+    except Exception:  # noqa: BLE001  meant for other weights: keys that do not fit are named
         return None
 
 

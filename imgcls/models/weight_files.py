@@ -1,6 +1,6 @@
 """Weights files as training scripts leave them, read and matched with the keys of a network.
 
-Promises that reading a file runs no code. Objects beside the weights (arguments, optimizer
+Promises that reading a file runs no code. Other objects in the file (arguments, optimizer
 settings) are replaced by inert placeholders, so that not even their classes are imported; a file
 with any other object is refused by its name.
 """
@@ -34,7 +34,7 @@ _IGNORED = re.compile(
     """,
     re.VERBOSE,
 )
-"""Objects that training scripts keep beside the weights, and that the weights do not need."""
+"""Objects that training scripts store with the weights, and that the weights do not need."""
 _VALUES = ("pathlib.", "numpy.", "datetime.")
 _ALWAYS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
 """The same for files of before PyTorch 1.6, whose objects cannot be listed beforehand."""
@@ -104,8 +104,8 @@ def _read_pickle(place: str, data: bytes) -> Any:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text recommends to switch the protection off, in colors of the terminal
-        told = re.search(r"(?:GLOBAL:?|class|function) ([\w]+\.[\w.]+)", str(error))
-        what = f"it holds an object of {told[1]}" if told else "damaged, or not by torch.save"
+        named = re.search(r"(?:GLOBAL:?|class|function) ([\w]+\.[\w.]+)", str(error))
+        what = f"it holds an object of {named[1]}" if named else "damaged, or not by torch.save"
         raise BundleError(
             f"{place}: not a plain state dict ({what}); save it with "
             "torch.save(model.state_dict(), path)"
@@ -142,7 +142,7 @@ class Matched:
     left_out: tuple[str, ...] = ()
 
     def note(self) -> str | None:
-        """What to say of it, if anything."""
+        """The message about tensors that are left out; None if there are none."""
         if not self.prefix or not self.left_out:
             return None
         shown = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")

@@ -124,7 +124,7 @@ class ServeConfig(Section):
     batch_size: PositiveInt = 16
     """Images per forward pass at most: those that wait when the network is free."""
     decode: Decode | None = None
-    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: as the bundle says."""
+    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: the bundle's own."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
     top_k: PositiveInt = 5

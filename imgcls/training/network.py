@@ -92,7 +92,7 @@ def start(
 
 
 def head_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]:
-    """The weight of each head's outputs in the logits, for a linear probe to reckon with.
+    """The weight of each head's outputs in the logits, which a linear probe needs.
 
     1 for a network with one head, 0.5 each where two are averaged. Found by running the network
     with random heads, so that it holds for whatever the network's code does with them. Auxiliary
@@ -175,7 +175,7 @@ def regularise(network: nn.Module, config: ModelConfig) -> None:
 
 
 def _set_dropout(network: nn.Module, share: float) -> None:
-    """Of the dropout layers beside the heads; a head without any gets one before it."""
+    """Set the rate of the dropout layers next to the heads; a head without one gets one."""
     for name, head in zoo.heads(network).items():
         parent = network.get_submodule(name.rpartition(".")[0])
         layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]

@@ -33,7 +33,7 @@ ITERATIONS = 100
 class Features:
     """One worker's share of a split. inputs: (N, E) float32; labels: (N,) int64.
 
-    Of a network with several heads, the inputs of all of them beside each other.
+    Of a network with several heads, the inputs of all of them, concatenated.
     """
 
     inputs: torch.Tensor

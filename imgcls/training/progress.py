@@ -82,7 +82,7 @@ class Epoch:
 
 
 def probe_note(history: Sequence[Epoch], best: Epoch, *, lr: float) -> str | None:
-    """What to say of a fine-tuning that ended no better than the linear probe it began with.
+    """The note about a fine-tuning that ended no better than its linear probe; None otherwise.
 
     best: the epoch whose weights are kept
     lr:   optim.lr

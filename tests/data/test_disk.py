@@ -72,7 +72,7 @@ NO_IMAGES: dict[str, tuple[Callable[[Path], Path], type[StorageError], str, str]
     "locked": (locked, StorageForbidden, "forbidden", "access is refused (Permission denied)"),
     "sparse": (
         sparse, StorageTooLarge, "too_large",
-        "has 10,737,418,240 bytes, more than the limit of 1,000; raise --max-bytes to read it",
+        "has 10,737,418,240 bytes, more than the limit of 1,000; raise max_bytes to read it",
     ),
     "kcore": (lambda _: Path("/proc/kcore"), StorageTooLarge, "too_large", "the limit of 1,000"),
     "long": (

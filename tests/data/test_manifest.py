@@ -732,7 +732,7 @@ def test_dots_in_a_relative_path_are_resolved_on_a_store(path: str, place: str) 
 def test_a_label_column_whose_name_has_spaces_is_not_passed_over(put: Put) -> None:
     path = put("path, label\nx.png, cat\n")
     assert refused(path) == (
-        f"manifest {path}: the name ' label' has spaces around it: remove the spaces beside the "
+        f"manifest {path}: the name ' label' has spaces around it: remove the spaces next to the "
         "delimiters, in the header and in the rows; or pass --manifest.label-column ' label'"
     )
     assert open_at(path, label_column=" label").label_column == " label"
