@@ -66,18 +66,18 @@ def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier)
     torch.set_num_threads(1)
     classifier = Classifier.load(str(bundle))
     paths = read_manifest(manifest)[index::CORES]
-    decode = _decoder(what, classifier)
+    decoder = _decoder(what, classifier)
     by_us = " by " not in what
     classify = classifier.classify if by_us else _plainly(classifier)
     stack: Callable[[Any], Any] = images.stack if by_us else torch.stack
     forward_alone, decode_alone = what.startswith("forward"), what.startswith("decode")
-    fixed = stack([decode(Path(path).read_bytes()) for path in paths[:BATCH]])
+    fixed = stack([decoder(Path(path).read_bytes()) for path in paths[:BATCH]])
 
     def run(batch: list[str]) -> None:
         if forward_alone:
             classify(fixed[: len(batch)])
             return
-        pixels = [decode(Path(path).read_bytes()) for path in batch]
+        pixels = [decoder(Path(path).read_bytes()) for path in batch]
         if not decode_alone:
             classify(stack(pixels))
 

@@ -52,7 +52,7 @@ def refuse(batch: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -108,7 +108,7 @@ def test_a_name_without_an_address_is_no_cluster() -> None:
         check_reachable("no-such-host.invalid:6379")
 
 
-def test_a_cluster_that_is_there_is_reached(session: None) -> None:
+def test_a_cluster_that_is_there_is_reached(ray_session: None) -> None:
     check_reachable(ray.get_runtime_context().gcs_address)
 
 
@@ -125,7 +125,7 @@ def test_a_command_ends_when_its_cluster_is_gone(
     assert not (tmp_path / "out" / "_run.json").exists()
 
 
-def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(session: None) -> None:
+def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: None) -> None:
     task: Any = ray.remote(max_retries=0)(refuse)
     with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
         ray.get(task.remote(None))
@@ -134,7 +134,7 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(session: None) 
 
 
 def test_a_worker_keeps_what_a_batch_frees_for_the_next(
-    session: None, monkeypatch: pytest.MonkeyPatch
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task: Any = ray.remote(faults_of_a_batch)
     kept = ray.get(task.options(runtime_env=keep_memory()).remote())

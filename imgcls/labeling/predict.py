@@ -463,9 +463,9 @@ class _Run:
         for part in book.complete_parts():
             counting.roll_up(book, part)
         for done_chunk in self._work(spec, layout, todo, self.plan.rows, book.rows_done):
-            completed = book.add(done_chunk)
-            if completed is not None:
-                counting.roll_up(book, completed)
+            whole = book.add(done_chunk)
+            if whole is not None:
+                counting.roll_up(book, whole)
         if not self.plan.rows:
             ledger.write_empty(self.output, self.plan, self._empty(spec))
         return counting.finish(book)

@@ -280,13 +280,13 @@ def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> 
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=90)
     scores = {}
-    for decode in ("exact", "fast"):
-        classifier = Classifier(small.bundle, precision="fp32", device="cpu", decode=decode)
-        spec = small.preprocess.model_copy(update={"decode": decode})
+    for route in ("exact", "fast"):
+        classifier = Classifier(small.bundle, precision="fp32", device="cpu", decode=route)
+        spec = small.preprocess.model_copy(update={"decode": route})
         pixels = images.decode(sink.getvalue(), spec)[0]
-        scores[decode] = classifier.predict([sink.getvalue()], top_k=5)[0].topk_scores
+        scores[route] = classifier.predict([sink.getvalue()], top_k=5)[0].topk_scores
         best = classifier.ranked(classifier.classify(images.stack([pixels])).scores, top_k=5)
-        assert scores[decode] == best[0].topk_scores
+        assert scores[route] == best[0].topk_scores
     assert scores["exact"] != scores["fast"]
     assert Classifier(small.bundle).preprocess == small.preprocess
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
+from imgcls import config as configuration
 from imgcls import describing
 from imgcls.checking import CheckConfig, _manifests, check, dropped
-from imgcls.config import build
 from imgcls.data.facts import Facts, facts_of
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.describing import ManifestBuildConfig
@@ -307,7 +307,9 @@ def test_facts_and_columns_have_the_same_names() -> None:
 
 @pytest.mark.parametrize("issue", ISSUES)
 def test_issues_can_be_named_where_rows_are_dropped(issue: str) -> None:
-    config = build(CheckConfig, {"manifest": "m.csv", "output": "o", "drop": f"tiny,{issue}"})
+    config = configuration.build(
+        CheckConfig, {"manifest": "m.csv", "output": "o", "drop": f"tiny,{issue}"}
+    )
     assert config.drop == ["tiny", issue]
 
 
@@ -392,7 +394,7 @@ def test_starting_over_removes_nothing_that_is_to_be_read(tmp_path: Path) -> Non
 
 
 def describe(**settings: object) -> int:
-    return describing.build(build(ManifestBuildConfig, settings))
+    return describing.build(configuration.build(ManifestBuildConfig, settings))
 
 
 def test_columns_of_the_users_own_are_not_replaced_by_facts(tmp_path: Path) -> None:
@@ -416,7 +418,7 @@ def test_labels_are_not_promised_where_there_is_no_folder(tmp_path: Path) -> Non
 def test_labels_of_another_manifest_may_stand_in_another_column(tmp_path: Path) -> None:
     write_manifest(tmp_path / "train.csv", [("a.jpg", "cat")], ("path", "species"))
     write_manifest(tmp_path / "test.csv", [("b.jpg", "dog")], ("path", "label"))
-    config = build(
+    config = configuration.build(
         CheckConfig,
         {
             "manifest": {"path": str(tmp_path / "train.csv"), "label_column": "species"},
