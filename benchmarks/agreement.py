@@ -199,7 +199,7 @@ def settings(spec: Any) -> dict[str, Callable[[bytes], Any]]:
     from PIL import Image
     from torchvision.transforms import v2
 
-    from imgcls.data import images
+    from imgcls.data import decode
 
     filter_ = v2.InterpolationMode(spec.interpolation)
     steps = v2.Compose(
@@ -213,8 +213,8 @@ def settings(spec: Any) -> dict[str, Callable[[bytes], Any]]:
     exact, fast = (spec.model_copy(update={"decode": each}) for each in ("exact", "fast"))
     return {
         "Pillow": by_pillow,
-        "exact": lambda data: images.decode(data, exact)[0],
-        "fast": lambda data: images.decode(data, fast)[0],
+        "exact": lambda data: decode.decode(data, exact)[0],
+        "fast": lambda data: decode.decode(data, fast)[0],
     }
 
 

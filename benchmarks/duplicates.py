@@ -33,7 +33,7 @@ def main() -> None:
 
 def measured(count: int, copies: float, bits: float) -> tuple[float, float, float]:
     """Seconds, peak MB of the process, and the share of the copies that are found."""
-    from imgcls.data.duplicates import near_pairs
+    from imgcls.curation.checks.hash_search import near_pairs
 
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)

@@ -23,7 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls import output as layout
+from imgcls.runs import layout
 
 PART_ROWS = 1_000_000
 

@@ -53,7 +53,7 @@ def main() -> None:
 def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     import torch
 
-    from imgcls.data import images
+    from imgcls.data import decode
     from imgcls.models.classifier import Classifier
 
     def say(what: str, rate: float) -> None:
@@ -61,7 +61,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
 
     print(model)
     plain = Classifier.load(bundle)
-    pixels = np.stack([images.decode(blob, plain.preprocess)[0] for blob in blobs[:CHUNK]])
+    pixels = np.stack([decode.decode(blob, plain.preprocess)[0] for blob in blobs[:CHUNK]])
     check(plain, bundle, pixels)
     best, fastest = plain, 0.0
     for size in BATCHES:
@@ -82,12 +82,12 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     def on_the_device(count: int) -> None:
         for start in range(0, count, CHUNK):
             some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
-            images.decode_batch(some, plain.preprocess, device=plain.device)
+            decode.decode_batch(some, plain.preprocess, device=plain.device)
         torch.cuda.synchronize()
 
     def on_the_host(count: int) -> None:
         for i in range(count):
-            images.decode(blobs[i % len(blobs)], plain.preprocess)
+            decode.decode(blobs[i % len(blobs)], plain.preprocess)
 
     def chunks(count: int) -> None:
         with ThreadPoolExecutor(2) as threads:
@@ -95,7 +95,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
 
     def one_chunk(start: int) -> None:
         some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
-        found = images.decode_batch(some, plain.preprocess, device=plain.device)
+        found = decode.decode_batch(some, plain.preprocess, device=plain.device)
         best.classify(torch.stack([each[0] for each in found if isinstance(each, tuple)]))
 
     decoding = rate(lambda: on_the_device(rows), rows)

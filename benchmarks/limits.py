@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import CORES, read_manifest
-from imgcls.cluster import keep_memory
+from imgcls.cluster.session import keep_memory
 
 BATCH = 32
 WHAT = (
@@ -60,7 +60,7 @@ def measure(what: str, bundle: Path, manifest: Path) -> float:
 def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier) -> None:
     import torch
 
-    from imgcls.data import images
+    from imgcls.data import decode
     from imgcls.models.classifier import Classifier
 
     torch.set_num_threads(1)
@@ -69,7 +69,7 @@ def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier)
     decoder = _decoder(what, classifier)
     by_us = " by " not in what
     classify = classifier.classify if by_us else _plainly(classifier)
-    stack: Callable[[Any], Any] = images.stack if by_us else torch.stack
+    stack: Callable[[Any], Any] = decode.stack if by_us else torch.stack
     forward_alone, decode_alone = what.startswith("forward"), what.startswith("decode")
     fixed = stack([decoder(Path(path).read_bytes()) for path in paths[:BATCH]])
 
@@ -115,7 +115,7 @@ def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
     from PIL import Image
     from torchvision.transforms import v2
 
-    from imgcls.data import images
+    from imgcls.data import decode
 
     spec = classifier.preprocess
     if what == "decode by Pillow":
@@ -130,4 +130,4 @@ def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
             return resize(torchvision.io.decode_image(tensor, torchvision.io.ImageReadMode.RGB))
 
         return whole
-    return lambda data: images.decode(data, spec)[0]
+    return lambda data: decode.decode(data, spec)[0]

@@ -127,7 +127,7 @@ def label(rows: int, folder: str, simulated: bool) -> dict[str, Any]:
     if simulated:
         simulate()
     config = order_for(place, rows, draw(Path(folder)))
-    from imgcls.labeling.predict import predict
+    from imgcls.inference.predict import predict
 
     start = time.perf_counter()
     predict(config)
@@ -145,8 +145,8 @@ def label(rows: int, folder: str, simulated: bool) -> dict[str, Any]:
 
 def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
     """Plan a run, put down what a share of its rows would have left, and take it up again."""
-    from imgcls.labeling import pipeline
-    from imgcls.labeling.predict import predict
+    from imgcls.execution import pipeline
+    from imgcls.inference.predict import predict
 
     place = Path(folder) / f"{rows}-resume"
     place.mkdir()
@@ -182,8 +182,8 @@ def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
 
 def leave_behind(output: Path, share: float) -> int:
     """Finished parts and, of one more part, half its chunks; the rows that they stand for."""
-    from imgcls import output as names
-    from imgcls.labeling.plan import plan_of
+    from imgcls.execution.plan import plan_of
+    from imgcls.runs import layout as names
 
     run = names.load_run(str(output))
     assert run is not None
@@ -212,8 +212,8 @@ def over_nodes(rows: int, folder: str, nodes: int) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from imgcls.labeling import pipeline
-    from imgcls.labeling.predict import predict
+    from imgcls.execution import pipeline
+    from imgcls.inference.predict import predict
 
     place = Path(folder) / f"{nodes}-nodes"
     place.mkdir()
@@ -247,7 +247,7 @@ def over_nodes(rows: int, folder: str, nodes: int) -> dict[str, Any]:
 def order_for(place: Path, rows: int, files: list[str]) -> Any:
     from benchmarks.workloads import make_bundle
     from imgcls.data.manifest import ManifestConfig
-    from imgcls.labeling.predict import PredictConfig
+    from imgcls.inference.predict import PredictConfig
 
     manifest = place / "manifest.parquet"
     with pq.ParquetWriter(manifest, pa.schema([("path", pa.string())])) as writer:
@@ -277,13 +277,13 @@ def draw(folder: Path) -> list[str]:
 
 def replace(receipts: Any) -> None:
     """Have the driver call this where it would have work done."""
-    from imgcls.labeling import pipeline
+    from imgcls.execution import pipeline
 
     pipeline.Pipeline.receipts = receipts  # type: ignore[method-assign]
 
 
 def simulate() -> None:
-    from imgcls.labeling import pipeline
+    from imgcls.execution import pipeline
 
     pipeline.LabelWorker = SimulatedWorker  # type: ignore[assignment,misc]
 
@@ -301,21 +301,21 @@ class SimulatedWorker:
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        from imgcls.labeling import chunk
-        from imgcls.labeling.work import Done, Spent
+        from imgcls.execution.messages import Done, Spent
+        from imgcls.inference import stages
 
         work = pickle.loads(batch.column("work")[0].as_py())
-        rows = chunk.rows_of(self._spec, work).num_rows
+        rows = stages.rows_of(self._spec, work).num_rows
         seconds = Spent()
         table = made_up(self._spec.plan.rows_of(work.chunk).start, rows, self._classes)
-        chunk.commit(self._spec, work, table, seconds)
+        stages.commit(self._spec, work, table, seconds)
         done = Done(work, rows, {"ok": rows}, seconds, "simulated", self._name)
         return {"done": [pickle.dumps(done)]}
 
 
 def made_up(start: int, count: int, classes: list[str]) -> pa.Table:
     """Predictions of `count` rows from `start` on."""
-    from imgcls import output as names
+    from imgcls.runs import layout as names
 
     rng = np.random.default_rng(start)
     labels = pa.array(classes).take(pa.array(rng.integers(0, len(classes), count)))

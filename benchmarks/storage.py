@@ -100,7 +100,7 @@ def note(measured: dict[str, list[float]], name: str, value: float, more: str = 
 def read(files: list[Path], options: argparse.Namespace, measured: dict[str, list[float]]) -> None:
     from pyarrow.fs import S3FileSystem
 
-    from imgcls.data import storage, stores
+    from imgcls.data import filesystem, object_store
 
     keys = [f"{BUCKET}/{files[i % len(files)].name}" for i in range(options.rows)]
     urls: list[str | None] = [f"s3://{key}" for key in keys]
@@ -124,12 +124,12 @@ def read(files: list[Path], options: argparse.Namespace, measured: dict[str, lis
 
     def ahead(places: list[str | None]) -> Callable[[], None]:
         def run() -> None:
-            for data in storage.read_ahead(places, IN_FLIGHT):
+            for data in filesystem.read_ahead(places, IN_FLIGHT):
                 assert isinstance(data, bytes)
 
         return run
 
-    stores.use(stores.StorageConfig())
+    object_store.use(object_store.StorageConfig())
     few = keys[: max(100, options.rows // 20)]
     on_disk: list[str | None] = [str(files[i % len(files)]) for i in range(options.rows)]
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -166,7 +166,7 @@ def label(
 
 
 def listing(folder: Path) -> None:
-    from imgcls.data.listing import BuildConfig, build_manifest
+    from imgcls.curation.listing import BuildConfig, build_manifest
 
     start = time.perf_counter()
     output = str(folder / "listed")
@@ -205,7 +205,7 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 def plan(labels: Path, manifest: Path, told: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.labeling.since import SinceConfig, only_new
+    from imgcls.inference.incremental import SinceConfig, only_new
 
     start = time.perf_counter()
     found = only_new(

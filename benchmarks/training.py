@@ -51,10 +51,10 @@ from benchmarks.training_loops import (
     in_processes,
     reference_loop,
 )
-from imgcls.data import images
+from imgcls.data import decode
 from imgcls.models import zoo
 from imgcls.models.classifier import choose_precision
-from imgcls.training.ingest import Views
+from imgcls.training.data.batches import Views
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("IMGCLS_SHARED", ROOT.parent / "shared")) / "data"
@@ -148,10 +148,10 @@ def prepare(folder: Path, model: str, options: argparse.Namespace) -> Task:
     link(source / "test", folder / "val", VAL_IMAGES)
     preprocess = zoo.default_preprocess(zoo.architecture(model))
     spec = Views.of(preprocess, cropped=True).train
-    decoded: dict[Path, images.Pixels] = {}
+    decoded: dict[Path, decode.Pixels] = {}
     for path, _ in train:
         if path not in decoded:
-            decoded[path] = images.decode(path.read_bytes(), spec)[0]
+            decoded[path] = decode.decode(path.read_bytes(), spec)[0]
     np.save(folder / "pixels.npy", np.stack([decoded[path] for path, _ in train]))
     np.save(folder / "labels.npy", np.array([label for _, label in train]))
     precision, reason = choose_precision("auto", torch.device("cuda" if GPUS else "cpu"))

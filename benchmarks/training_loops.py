@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
-from imgcls.models.normalise import Normalise
-from imgcls.training.augment import Augment, AugmentConfig, centre
+from imgcls.models.normalize import Normalise
+from imgcls.training.augment.augment import Augment, AugmentConfig, centre
 
 CORES = len(os.sched_getaffinity(0))
 GPUS = torch.cuda.device_count()

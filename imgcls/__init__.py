@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "Classifier": ("imgcls.models.classifier", "Classifier"),
     "Client": ("imgcls.client", "Client"),
-    "check": ("imgcls.checking", "check"),
-    "evaluate": ("imgcls.evaluating", "evaluate"),
-    "label": ("imgcls.labeling.predict", "predict"),
+    "check": ("imgcls.curation.check", "check"),
+    "evaluate": ("imgcls.evaluation.evaluate", "evaluate"),
+    "label": ("imgcls.inference.predict", "predict"),
     "load_bundle": ("imgcls.models.bundle", "load_bundle"),
     "train": ("imgcls.training.train", "train"),
 }

@@ -54,7 +54,7 @@ COMMANDS = {
     ),
     "predict": Command(
         "label every image of a manifest",
-        "imgcls.labeling.predict",
+        "imgcls.inference.predict",
         "PredictConfig",
         "predict",
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
@@ -62,14 +62,14 @@ COMMANDS = {
     ),
     "status": Command(
         "tell how far a labelling run is, from its output alone",
-        "imgcls.labeling.status",
+        "imgcls.inference.status",
         "StatusConfig",
         "status",
         "imgcls status demo/labels",
     ),
     "evaluate": Command(
         "judge predictions: metrics with intervals, slices, a report",
-        "imgcls.evaluating",
+        "imgcls.evaluation.evaluate",
         "EvaluateConfig",
         "evaluate",
         "imgcls evaluate --predictions demo/labels",
@@ -104,42 +104,42 @@ COMMANDS = {
     ),
     "key new": Command(
         "make an API key for `serve`",
-        "imgcls.serving.keys",
+        "imgcls.serving.api_keys",
         "NewKeyConfig",
         "new_key",
         "imgcls key new --file demo/keys.yaml --name me",
     ),
     "history compact": Command(
         "merge many runs into one table with the newest row of each image",
-        "imgcls.labeling.history",
+        "imgcls.inference.history",
         "CompactConfig",
         "compact",
         "imgcls history compact demo/labels --output demo/latest",
     ),
     "manifest build": Command(
         "list a folder or a bucket into a manifest",
-        "imgcls.describing",
+        "imgcls.curation.build",
         "ManifestBuildConfig",
         "build",
         "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
     "manifest stats": Command(
         "tell what a data set is made of, with a contact sheet per class",
-        "imgcls.describing",
+        "imgcls.curation.build",
         "StatsConfig",
         "stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",
     ),
     "manifest split": Command(
         "split a manifest into train, val and test, or into folds",
-        "imgcls.data.splitting",
+        "imgcls.curation.split",
         "SplitConfig",
         "split",
         "imgcls manifest split demo/digits-train.csv --output demo/split",
     ),
     "manifest check": Command(
         "find bad images, copies, leaks and labels that look mistaken",
-        "imgcls.checking",
+        "imgcls.curation.check",
         "CheckConfig",
         "check",
         "imgcls manifest check demo/digits-train.csv --against demo/digits-test.csv "
@@ -147,7 +147,7 @@ COMMANDS = {
     ),
     "model import": Command(
         "make a bundle from plain weights",
-        "imgcls.models.importing",
+        "imgcls.models.import_weights",
         "ImportConfig",
         "import_model",
         "imgcls model import --arch resnet18 --weights resnet18.pth --classes "
@@ -155,7 +155,7 @@ COMMANDS = {
     ),
     "model quantise": Command(
         "make a bundle that can be run in int8, and tell what that costs",
-        "imgcls.evaluation.quantise",
+        "imgcls.evaluation.quantize",
         "QuantiseConfig",
         "quantise",
         "imgcls model quantise --model demo/bundle --manifest demo/digits-train.csv "
@@ -163,7 +163,7 @@ COMMANDS = {
     ),
     "model list": Command(
         "list the architectures",
-        "imgcls.models.importing",
+        "imgcls.models.import_weights",
         "ListConfig",
         "list_models",
         "imgcls model list --contains resnet",
@@ -246,8 +246,8 @@ def run(name: str, argv: Sequence[str]) -> int:
     with _quiet_pipe() as broken:
         code = _run(name, argv)
     code = BROKEN_PIPE if broken else code
-    if "imgcls.cluster" in sys.modules:
-        sys.modules["imgcls.cluster"].leave(code)
+    if "imgcls.cluster.session" in sys.modules:
+        sys.modules["imgcls.cluster.session"].leave(code)
     return code
 
 
@@ -298,7 +298,7 @@ def _summarize_config_error(name: str, argv: Sequence[str], error: ConfigError) 
         if option.startswith(f"{SUMMARY}=")
     ]
     if name == "predict" and files:
-        gates = importlib.import_module("imgcls.labeling.gates")
+        gates = importlib.import_module("imgcls.inference.gates")
         gates.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
 
 

@@ -43,7 +43,7 @@ def demo(config: DemoConfig) -> None:
     print(said, flush=True)
 
     from imgcls.training import train as training
-    from imgcls.training.augment import AugmentConfig
+    from imgcls.training.augment.augment import AugmentConfig
 
     print(f"2. train: the small CNN from scratch, {config.num_workers} workers", flush=True)
     bundle = folder / "bundle"
@@ -60,7 +60,7 @@ def demo(config: DemoConfig) -> None:
         )
     )
 
-    from imgcls.labeling import predict as labeling
+    from imgcls.inference import predict as labeling
 
     print(f"3. predict: label {test_manifest}", flush=True)
     predictions = folder / "predictions"
@@ -73,10 +73,10 @@ def demo(config: DemoConfig) -> None:
             overwrite=True,
         )
     )
-    from imgcls import evaluating
+    from imgcls.evaluation import evaluate
 
     print("4. evaluate: judge what it said", flush=True)
-    evaluating.evaluate(evaluating.EvaluateConfig(predictions=str(predictions)))
+    evaluate.evaluate(evaluate.EvaluateConfig(predictions=str(predictions)))
     print(f"5. done in {time.monotonic() - started:.0f} s; look at")
     for what, where in (
         ("images", folder / "digits"),

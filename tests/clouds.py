@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.data import stores
+from imgcls.data import object_store
 
 REPOSITORY = Path(__file__).parent.parent
 BUCKET = "imgcls-tests"
@@ -134,4 +134,4 @@ def _running(command: list[str], answers: str, **environment: str) -> Iterator[N
 
 
 def forget_connections() -> None:
-    stores._file_system.cache_clear()
+    object_store._file_system.cache_clear()

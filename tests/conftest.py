@@ -82,7 +82,7 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CNN of finite weights whose first logit is infinite for a white image only."""
     import torch
 
-    from imgcls.data import images
+    from imgcls.data import decode
     from imgcls.models import zoo
     from imgcls.models.bundle import BundleSpec, save_bundle
 
@@ -95,7 +95,7 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, head = zoo.head(network)
     shown = [draw(name, seed=seed) for seed, name in enumerate(COLOURS)]
     shown.append(Image.new("RGB", (64, 48), "white"))
-    pixels = torch.from_numpy(images.stack([images.prepared(image, preprocess) for image in shown]))
+    pixels = torch.from_numpy(decode.stack([decode.prepared(image, preprocess) for image in shown]))
     inputs = (pixels / 255 - 0.5) / 0.25  # the mean and deviation of the small CNN
     with torch.no_grad():
         norm.weight.mul_(1e4)

@@ -21,7 +21,7 @@ import s3fs
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from imgcls.data import stores
+from imgcls.data import object_store
 
 REPOSITORY = Path(__file__).parent.parent
 BUCKET = "-".join(["imgcls-tests", *filter(None, [os.environ.get("PYTEST_XDIST_WORKER")])])
@@ -129,8 +129,8 @@ def user(endpoint: str, allowed: Sequence[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def forget_connections() -> None:
-    stores._file_system.cache_clear()
-    stores._reader.cache_clear()
+    object_store._file_system.cache_clear()
+    object_store._reader.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from imgcls import __version__, cli, config, errors
-from imgcls.data import stores
+from imgcls.data import object_store
 from tests.conftest import draw
 from tests.processes import free_port, imgcls
 
@@ -164,7 +164,7 @@ def test_each_kind_of_error_has_its_exit_code_and_is_told_without_a_traceback(
         """Fail."""
         raise kind("here is why")
 
-    module = importlib.import_module("imgcls.models.importing")
+    module = importlib.import_module("imgcls.models.import_weights")
     monkeypatch.setattr(module, "list_models", job)
     assert cli.main(["model", "list"]) == code
     told = capsys.readouterr()
@@ -180,7 +180,7 @@ def test_a_defect_of_ours_is_not_hidden_behind_an_exit_code(
         """Fail."""
         raise ZeroDivisionError
 
-    module = importlib.import_module("imgcls.models.importing")
+    module = importlib.import_module("imgcls.models.import_weights")
     monkeypatch.setattr(module, "list_models", job)
     with pytest.raises(ZeroDivisionError):
         cli.main(["model", "list"])
@@ -208,9 +208,9 @@ def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str])
 def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody")
-    before = stores.settings()
+    before = object_store.settings()
     yield
-    stores.use(before)
+    object_store.use(before)
 
 
 @pytest.mark.usefixtures("own_store")

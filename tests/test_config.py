@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from imgcls import cli, config
-from imgcls.checking import CheckConfig
 from imgcls.config import Section, requested
+from imgcls.curation.check import CheckConfig
 from imgcls.errors import ConfigError, RequestError
-from imgcls.evaluating import EvaluateConfig
 from imgcls.evaluation.compare import CompareConfig
-from imgcls.labeling.predict import PredictConfig
+from imgcls.evaluation.evaluate import EvaluateConfig
+from imgcls.inference.predict import PredictConfig
 from tests.processes import BIN, REPOSITORY, imgcls
 
 

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from imgcls.data.faults import too_large
 from imgcls.data.readahead import Allowance
+from imgcls.data.storage_errors import too_large
 from imgcls.errors import StorageError
 
 PAGE = 1000

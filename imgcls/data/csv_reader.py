@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from imgcls.data import storage
+from imgcls.data import filesystem
 from imgcls.errors import ManifestError
 
 _BLOCK_BYTES = 8 << 20
@@ -420,7 +420,7 @@ def _last_newline(data: bytes, start: int, end: int) -> int:
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[IO[bytes]]:
     """The file as a binary stream, decompressed if its first bytes are those of a compression."""
-    with storage.open_read(file) as raw:
+    with filesystem.open_read(file) as raw:
         head = raw.read(8)
         raw.seek(0)
         kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -438,7 +438,7 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
 
 def _read(stream: IO[bytes], size: int, place: str) -> bytes:
     if not isinstance(stream, _DECOMPRESSORS):
-        with storage.translated(place.removeprefix("manifest ")):
+        with filesystem.translated(place.removeprefix("manifest ")):
             return stream.read(size)
     try:
         return stream.read(size)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
-from imgcls.data import storage
+from imgcls.data import filesystem
 from imgcls.data.formats import LISTED, LISTING, is_hidden, is_image_name
 from imgcls.errors import ManifestError
 from imgcls.log import tell
@@ -47,14 +47,14 @@ def find_manifest(url: str, format: str) -> Found:
     format: auto, csv, parquet, tree or images
     Raises ManifestError where nothing is found, or where what is found is ambiguous.
     """
-    if storage.is_folder(url):
+    if filesystem.is_folder(url):
         return _in_folder(url, format)
     if format == "tree":
         raise ManifestError(f"manifest {url}: is no folder; a tree is a folder with one per class")
-    if storage.exists(url):
+    if filesystem.exists(url):
         return Found(_format_of(url, format, [url]), (url,))
     if re.search(r"[*?\[]", url):
-        matched = storage.find(url)
+        matched = filesystem.find(url)
         pattern = url.rpartition("/")[2]
         files = [file for file in matched if _is_meant(file, pattern)]
         if not files:
@@ -63,7 +63,9 @@ def find_manifest(url: str, format: str) -> Found:
                 + (" (only files whose names begin with _ or . match)" if matched else "")
             )
         return Found(_format_of(url, format, files), tuple(files))
-    where = f"relative to {os.getcwd()}" if storage.is_local(url) and not os.path.isabs(url) else ""
+    where = (
+        f"relative to {os.getcwd()}" if filesystem.is_local(url) and not os.path.isabs(url) else ""
+    )
     raise ManifestError(
         f"manifest {url}: no such file or folder {where}".rstrip()
         + "; give a CSV or Parquet file, a glob, or a folder of images"
@@ -77,7 +79,7 @@ def images_below(url: str, skipped: Counter[str]) -> Iterator[str]:
     The plots of a model bundle are no images of a data set.
     """
     plots: str | None = None
-    for path in storage.walk(url):
+    for path in filesystem.walk(url):
         folder, _, name = path.rpartition("/")
         if name == "bundle.json":
             plots = f"{folder}/plots/" if folder else "plots/"
@@ -136,7 +138,7 @@ def table_format(path: str) -> str | None:
 def _in_folder(url: str, format: str) -> Found:
     if format in ("tree", "images"):
         return Found(format, folder=url)
-    here = storage.names(url)
+    here = filesystem.names(url)
     if LISTING in here and LISTED not in here:
         raise ManifestError(
             f"manifest {url}: its listing was broken off; run `imgcls manifest build` again, which "
@@ -155,7 +157,7 @@ def _in_folder(url: str, format: str) -> Found:
     if chosen is not None and chosen in tables:
         rest = Counter(suffix_of(n) for n in here if n not in tables[chosen] and _visible(n))
         tell_skipped(url, rest, f"only {chosen} files are read")
-        return Found(chosen, tuple(storage.join(url, name) for name in tables[chosen]), url)
+        return Found(chosen, tuple(filesystem.join(url, name) for name in tables[chosen]), url)
     partitioned = _partitioned(url, folders, format)
     if partitioned is not None:
         return partitioned
@@ -170,9 +172,9 @@ def _in_folder(url: str, format: str) -> Found:
 
 def _folders(url: str) -> list[str]:
     found = []
-    for page in storage.pages(url, deep=False):
+    for page in filesystem.pages(url, deep=False):
         found += [folder.rstrip("/").rpartition("/")[2] for folder in page.folders]
-        if storage.is_local(url):
+        if filesystem.is_local(url):
             break  # the other pages are files, which need not be looked at
     return [name for name in found if not is_hidden(name)]
 
@@ -210,7 +212,7 @@ def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -
     if image is not None:
         raise ManifestError(
             f"manifest {url}: holds a table ({names[0]!r}) and images ({image!r}); for the rows of "
-            f"the table pass {storage.join(url, names[0])} or --manifest.format {kind}, for the "
+            f"the table pass {filesystem.join(url, names[0])} or --manifest.format {kind}, for the "
             "images --manifest.format tree (a folder per class) or --manifest.format images "
             "(unlabeled)"
         )
@@ -233,11 +235,11 @@ def _first(url: str, wanted: Callable[[str], object]) -> str | None:
 
 def _below(url: str) -> Iterator[str]:
     """The files below a folder, as paths relative to it, as they come."""
-    if storage.is_local(url):
-        yield from storage.walk(url)
+    if filesystem.is_local(url):
+        yield from filesystem.walk(url)
         return
     prefix = url.rstrip("/") + "/"
-    for page in storage.pages(url, deep=True):
+    for page in filesystem.pages(url, deep=True):
         for file in page.files:
             path = file.path.removeprefix(prefix)
             if not any(is_hidden(part) for part in path.split("/")):
@@ -251,12 +253,12 @@ def _partitioned(url: str, folders: list[str], format: str) -> Found | None:
     files: list[str] = []
     partitions: dict[str, dict[str, str | None]] = {}
     kinds: set[str] = set()
-    for path in storage.walk(url):
+    for path in filesystem.walk(url):
         *above, name = path.split("/")
         kind = table_format(name)
         if kind is None or not all(map(_visible, [*above, name])):
             continue
-        file = storage.join(url, path)
+        file = filesystem.join(url, path)
         if format in ("auto", kind):
             kinds.add(kind)
             files.append(file)

@@ -13,8 +13,8 @@ import os
 import stat
 import uuid
 
-from imgcls.data.faults import too_large
 from imgcls.data.readahead import Allowance, Body
+from imgcls.data.storage_errors import too_large
 from imgcls.errors import StorageError
 
 _UNKNOWN_STEP = 1 << 20

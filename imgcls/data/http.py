@@ -16,8 +16,8 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from imgcls.data.faults import code_of, retry_after, short, too_large
 from imgcls.data.readahead import Allowance, Body
+from imgcls.data.storage_errors import code_of, retry_after, short, too_large
 from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

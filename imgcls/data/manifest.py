@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.config import Section
-from imgcls.data import csv_reader, parquet_reader, storage
+from imgcls.data import csv_reader, filesystem, parquet_reader
 from imgcls.data.csv_reader import Dialect
 from imgcls.data.discovery import (
     Found,
@@ -96,11 +96,11 @@ def resolve(path: str | None, root: str) -> str | None:
 
     On a store `./` and `../` are resolved here, since a key is not a path to it.
     """
-    if path is None or storage.is_url(path) or os.path.isabs(path):
+    if path is None or filesystem.is_url(path) or os.path.isabs(path):
         return path
-    if not storage.is_local(root) and _DOTS.search(path):
+    if not filesystem.is_local(root) and _DOTS.search(path):
         return _without_dots(path, root)
-    return storage.join(root, path)
+    return filesystem.join(root, path)
 
 
 _DOTS = re.compile(r"(^|/)\.\.?(/|$)")
@@ -120,7 +120,10 @@ def _without_dots(path: str, root: str) -> str:
 def resolved(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     """`resolve` of a whole column of paths, as large strings."""
     text = paths.cast(pa.large_string())
-    if not storage.is_local(root) and pc.any(pc.match_substring_regex(text, _DOTS.pattern)).as_py():
+    if (
+        not filesystem.is_local(root)
+        and pc.any(pc.match_substring_regex(text, _DOTS.pattern)).as_py()
+    ):
         return pa.chunked_array(
             [pa.array([resolve(path, root) for path in text.to_pylist()], pa.large_string())]
         )
@@ -208,7 +211,7 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
         schema=schema,
         path_column=config.path_column,
         label_column=_label_column(config, schema),
-        root=storage.absolute(config.root or _root_of(found)),
+        root=filesystem.absolute(config.root or _root_of(found)),
         files=tuple(files),
         _batches=batches,
         _digest=lambda: _digest_files(files),
@@ -219,7 +222,7 @@ def folder_of(file: str) -> str:
     """The folder of a table; the query of a signed URL is no part of it."""
     if file.startswith(("http://", "https://")):
         file = file.partition("?")[0]
-    return storage.parent(file)
+    return filesystem.parent(file)
 
 
 def _root_of(found: Found) -> str:
@@ -305,7 +308,7 @@ def _listed(schema: pa.Schema) -> str:
 def _digest_files(files: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        with storage.open_read(file) as stream:
+        with filesystem.open_read(file) as stream:
             while block := stream.read(4 << 20):
                 digest.update(block)
         digest.update(b"\x00end of file\x00")
@@ -328,7 +331,7 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
             f"{config.path_column!r}; name two columns"
         )
     here = config.path if found.folder is not None else os.curdir
-    root = storage.absolute(config.root or here if found.folder is not None else here)
+    root = filesystem.absolute(config.root or here if found.folder is not None else here)
     counted = False
 
     def paths() -> Iterator[str]:
@@ -392,14 +395,14 @@ def _digest_listing(paths: Iterator[str], root: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         place = resolve(path, root)
-        bytes_ = _size(place) if place is not None and storage.is_local(place) else 0
+        bytes_ = _size(place) if place is not None and filesystem.is_local(place) else 0
         digest.update(f"{path}\x00{bytes_}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def _size(place: str) -> int:
     try:
-        return storage.size(place)
+        return filesystem.size(place)
     except StorageError:
         return -1  # a dead link is a row, and fails as a row
 

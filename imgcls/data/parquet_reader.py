@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data import csv_reader, storage
+from imgcls.data import csv_reader, filesystem
 from imgcls.errors import ManifestError
 
 BATCH_ROWS = 16_384
@@ -47,10 +47,10 @@ def _check_old_times(file: str, parquet: pq.ParquetFile) -> None:
     names = [column.path for column in columns if column.physical_type == "INT96"]
     if not names:
         return
-    precise = pq.ParquetFile(storage.open_read(file)).iter_batches(BATCH_ROWS, columns=names)
-    wide = pq.ParquetFile(storage.open_read(file), coerce_int96_timestamp_unit="us").iter_batches(
-        BATCH_ROWS, columns=names
-    )
+    precise = pq.ParquetFile(filesystem.open_read(file)).iter_batches(BATCH_ROWS, columns=names)
+    wide = pq.ParquetFile(
+        filesystem.open_read(file), coerce_int96_timestamp_unit="us"
+    ).iter_batches(BATCH_ROWS, columns=names)
     for one, other in zip(precise, wide, strict=True):
         for name, nanos, micros in zip(one.schema.names, one.columns, other.columns, strict=True):
             if pa.types.is_nested(nanos.type):
@@ -68,7 +68,7 @@ def _check_old_times(file: str, parquet: pq.ParquetFile) -> None:
 def _unreadable(file: str, error: pa.ArrowException) -> str:
     nested = [
         field.name
-        for field in pq.read_schema(storage.open_read(file))
+        for field in pq.read_schema(filesystem.open_read(file))
         if pa.types.is_nested(field.type) and "dictionary" in str(field.type)
     ]
     named = f", such as {nested[0]!r} (a dictionary inside a list, struct or map)" if nested else ""
@@ -79,8 +79,8 @@ def _unreadable(file: str, error: pa.ArrowException) -> str:
 
 
 def _open_parquet(file: str) -> pq.ParquetFile:
-    stream = storage.open_read(file)
-    with storage.translated(file):
+    stream = filesystem.open_read(file)
+    with filesystem.translated(file):
         head = stream.read(32)
         stream.seek(0)
     what = csv_reader.foreign_format(head)

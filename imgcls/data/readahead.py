@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 
-from imgcls.data.faults import too_large
+from imgcls.data.storage_errors import too_large
 
 
 class Budget:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgcls.data import azure, gcs
-from imgcls.data.faults import LIST
-from imgcls.data.stores import (
+from imgcls.data.object_store import (
     AZURE,
     GCS,
     S3,
@@ -22,6 +21,7 @@ from imgcls.data.stores import (
     store,
     url_of,
 )
+from imgcls.data.storage_errors import LIST
 
 
 def pages(url: str, *, deep: bool) -> Iterator[Page]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-from imgcls.data import images, storage
+from imgcls.data import decode, filesystem
 from imgcls.data.manifest import resolve
 from imgcls.errors import ImageError, StorageError
 
@@ -19,14 +19,14 @@ _QUALITY = 72
 def thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
     """A JPEG data URI for each path, about 5 KB; None where the image cannot be had any more."""
     urls: Iterable[str | None] = (resolve(path, root) for path in paths)
-    return [_thumbnail(blob) for blob in storage.read_ahead(urls)]
+    return [_thumbnail(blob) for blob in filesystem.read_ahead(urls)]
 
 
 def _thumbnail(blob: bytes | StorageError) -> str | None:
     if isinstance(blob, StorageError):
         return None
     try:
-        upright = images.picture(blob, 2 * SIDE).image
+        upright = decode.picture(blob, 2 * SIDE).image
     except ImageError:
         return None
     if max(upright.size) < SIDE // 2:

@@ -1,1 +1,1 @@
-"""Judging predictions that were made: metrics, calibration, thresholds, comparison, the report."""
+"""Evaluation of predictions: metrics, calibration, thresholds, comparison, reports."""

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.data import stores
+from imgcls.data import object_store
 from imgcls.data.manifest import labels_as_text
-from imgcls.data.stores import StorageConfig
+from imgcls.data.object_store import StorageConfig
 from imgcls.errors import RequestError
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import JoinConfig, LateLabels, judging_labels
+from imgcls.evaluation.label_join import JoinConfig, LateLabels, judging_labels
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
 from imgcls.metrics.selective import SelectiveCounts, Threshold
@@ -36,8 +36,8 @@ from imgcls.models.bundle import (
     load_weights,
     save_bundle,
 )
-from imgcls.output import OK
-from imgcls.runs import Run, open_run
+from imgcls.runs.committed import Run, open_run
+from imgcls.runs.layout import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
@@ -105,7 +105,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     Raises RequestError when the run is not committed, is of another bundle, or has no labels or
     scores; OutputError when a bundle is there already.
     """
-    stores.use(config.storage)
+    object_store.use(config.storage)
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)

@@ -18,16 +18,16 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator
 
 from imgcls.config import Names, Section
-from imgcls.data import storage, stores
+from imgcls.data import filesystem, object_store
 from imgcls.data.manifest import labels_as_text
-from imgcls.data.stores import StorageConfig
+from imgcls.data.object_store import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
+from imgcls.evaluation.aggregate import NO_VALUE
 from imgcls.evaluation.count import tables
-from imgcls.evaluation.labels import LabelsConfig, judging_labels, keys_of, own_columns
-from imgcls.evaluation.tally import NO_VALUE
+from imgcls.evaluation.label_join import LabelsConfig, judging_labels, keys_of, own_columns
 from imgcls.metrics.agreement import Paired, mcnemar
-from imgcls.output import OK, write_tables
-from imgcls.runs import Run, open_run
+from imgcls.runs.committed import Run, open_run
+from imgcls.runs.layout import OK, write_tables
 
 _MOST_DIFFERENT = 1_000_000
 
@@ -100,7 +100,7 @@ def compare(config: CompareConfig) -> Comparison:
     Raises RequestError when the runs do not fit, TooManyErrors (exit code 3) when run_b is worse
     than `fail_if_worse` allows.
     """
-    stores.use(config.storage)
+    object_store.use(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)
     comparison = side_by_side(a, b, config)
     _tell(a, b, comparison)
@@ -374,8 +374,8 @@ def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
         "mcnemar_p_value": both.p_value,
         "predictions_differ": comparison.different,
     }
-    place = storage.join(output, "summary.json")
-    storage.write(place, (json.dumps(body, indent=2) + "\n").encode())
+    place = filesystem.join(output, "summary.json")
+    filesystem.write(place, (json.dumps(body, indent=2) + "\n").encode())
 
 
 _GROUP = [

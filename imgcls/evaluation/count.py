@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls import cluster
-from imgcls.data import storage, stores
-from imgcls.evaluation.labels import LateLabels, own_columns
-from imgcls.evaluation.tally import Tally, Wanted
-from imgcls.runs import Piece, Run, without_views
+from imgcls.cluster import session
+from imgcls.data import filesystem, object_store
+from imgcls.evaluation.aggregate import Tally, Wanted
+from imgcls.evaluation.label_join import LateLabels, own_columns
+from imgcls.runs.committed import Piece, Run, without_views
 
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144
@@ -49,10 +49,10 @@ def count(run: Run, wanted: Wanted, late: LateLabels | None = None) -> Tally:
 def _on_the_cluster(run: Run, wanted: Wanted, pieces: list[Piece]) -> Iterator[Tally]:
     import ray.data
 
-    cluster.connect()
-    cluster.hush_data()
+    session.connect()
+    session.hush_data()
     started = time.monotonic()
-    work = stores.carried(_counted, run, wanted)
+    work = object_store.carried(_counted, run, wanted)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items(
@@ -105,7 +105,7 @@ def tables(run: Run, piece: Piece, names: list[str]) -> Iterator[pa.Table]:
     rows = BATCH_ROWS
     if "scores" in names:
         rows = max(1_024, min(rows, _BATCH_BYTES // (2 * len(run.classes))))
-    with storage.open_read(run.files[piece.file]) as stream:
+    with filesystem.open_read(run.files[piece.file]) as stream:
         file = pq.ParquetFile(stream, read_dictionary=text)
         for batch in file.iter_batches(rows, row_groups=list(piece.groups), columns=names):
             yield without_views(pa.Table.from_batches([batch]))

@@ -14,15 +14,15 @@ import pyarrow as pa
 import yaml
 
 from imgcls.config import Section
-from imgcls.data import storage, stores
-from imgcls.data.stores import StorageConfig
+from imgcls.data import filesystem, object_store
+from imgcls.data.object_store import StorageConfig
 from imgcls.data.thumbnails import thumbnails
 from imgcls.errors import RequestError
-from imgcls.evaluation import charts, confusion
-from imgcls.evaluation.evaluate import Evaluation, JudgeConfig, judge
+from imgcls.evaluation import charts, confusion_plot
+from imgcls.evaluation.compute import Evaluation, JudgeConfig, judge
+from imgcls.html import rendered
 from imgcls.metrics import tables
 from imgcls.models.bundle import DESCRIPTION, Bundle, read_description
-from imgcls.pages import rendered
 
 REPORT = "report.html"
 CLASSES_SHOWN = 1_000
@@ -47,14 +47,14 @@ def report(config: ReportConfig) -> str:
 
     Raises RequestError when the source is neither.
     """
-    stores.use(config.storage)
-    source = storage.absolute(config.source)
-    target = config.output or storage.join(source, REPORT)
-    if storage.exists(storage.join(source, DESCRIPTION)):
+    object_store.use(config.storage)
+    source = filesystem.absolute(config.source)
+    target = config.output or filesystem.join(source, REPORT)
+    if filesystem.exists(filesystem.join(source, DESCRIPTION)):
         text = of_training(read_description(source))
     else:
         text = of_run(judge(source, config.judge, need_labels=False))
-    storage.write(target, text.encode())
+    filesystem.write(target, text.encode())
     print(f"report  {target}", flush=True)
     return target
 
@@ -109,17 +109,17 @@ def of_training(bundle: Bundle) -> str:
     import pandas as pd
 
     url, spec = bundle.url, bundle.spec
-    place = storage.join(url, "history.parquet")
-    if not storage.exists(place):
+    place = filesystem.join(url, "history.parquet")
+    if not filesystem.exists(place):
         raise RequestError(
             f"{url}: is a bundle that was not trained here (no history.parquet); give one that "
             "`imgcls train` made, or the output folder of `imgcls predict`"
         )
-    with storage.open_read(place) as stream:
+    with filesystem.open_read(place) as stream:
         history = pd.read_parquet(stream)
     augmented = None
-    if storage.exists(storage.join(url, "plots", "augmented.png")):
-        data = storage.read(storage.join(url, "plots", "augmented.png"))
+    if filesystem.exists(filesystem.join(url, "plots", "augmented.png")):
+        data = filesystem.read(filesystem.join(url, "plots", "augmented.png"))
         augmented = "data:image/png;base64," + base64.b64encode(data).decode()
     best = int(spec.metrics.get("epoch", history["epoch"].iloc[-1]))
     made = [
@@ -183,7 +183,7 @@ def _classes(table: pa.Table, labelled: bool) -> dict[str, Any]:
 
 def _confusion(evaluation: Evaluation) -> dict[str, Any]:
     counts = evaluation.tally.counts
-    small = confusion.matrix(counts, confusion.TABLE_CLASSES)
+    small = confusion_plot.matrix(counts, confusion_plot.TABLE_CLASSES)
     cells = [
         {
             "name": name,
@@ -202,13 +202,13 @@ def _confusion(evaluation: Evaluation) -> dict[str, Any]:
     ]
     large = None
     if small.left_out:
-        large = confusion.matrix(counts, confusion.PICTURE_CLASSES)
+        large = confusion_plot.matrix(counts, confusion_plot.PICTURE_CLASSES)
     return {
-        "pairs": confusion.worst_pairs(counts, 30),
+        "pairs": confusion_plot.worst_pairs(counts, 30),
         "small": small,
         "cells": cells,
         "matrix": large,
-        "picture": confusion.picture(large) if large is not None else None,
+        "picture": confusion_plot.picture(large) if large is not None else None,
     }
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from imgcls.config import Section, UnitFloat
-from imgcls.data import storage
+from imgcls.data import filesystem
 from imgcls.data.preprocess import Decode, Preprocess
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
 from imgcls.models.finite import check_safetensors
@@ -176,11 +176,11 @@ def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
     source: the bundle that the new one is made from
     Raises RequestError when that is the place itself, OutputError when a bundle is there already.
     """
-    if source is not None and storage.absolute(url) == storage.absolute(source):
+    if source is not None and filesystem.absolute(url) == filesystem.absolute(source):
         raise RequestError(
             "output: is the bundle itself, which others may be using; name a new one"
         )
-    if storage.exists(storage.join(url, DESCRIPTION)) and not overwrite:
+    if filesystem.exists(filesystem.join(url, DESCRIPTION)) and not overwrite:
         raise OutputError(f"output {url}: holds a bundle already; say --overwrite to replace it")
 
 
@@ -225,12 +225,12 @@ def save_bundle(
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
     check_safetensors(data, f"bundle {url}: the weights to write")
-    storage.write(storage.join(url, WEIGHTS), data)
+    filesystem.write(filesystem.join(url, WEIGHTS), data)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _digest(body)
     text = model_card(spec) if card is None else card
-    storage.write(storage.join(url, CARD), text.encode())
-    storage.write(storage.join(url, DESCRIPTION), _render(body))
+    filesystem.write(filesystem.join(url, CARD), text.encode())
+    filesystem.write(filesystem.join(url, DESCRIPTION), _render(body))
     return read_description(url)
 
 
@@ -238,7 +238,7 @@ def read_description(url: str) -> Bundle:
     """The description alone, verified against its own digest."""
     place = f"bundle {url}"
     try:
-        raw = storage.read(storage.join(url, DESCRIPTION))
+        raw = filesystem.read(filesystem.join(url, DESCRIPTION))
     except StorageError as error:
         raise request_error(
             BundleError,
@@ -374,7 +374,7 @@ def is_lfs_pointer(data: bytes) -> bool:
 
 def _verified_weights(bundle: Bundle) -> bytes:
     try:
-        data = storage.read(storage.join(bundle.url, WEIGHTS))
+        data = filesystem.read(filesystem.join(bundle.url, WEIGHTS))
     except StorageError as error:
         raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
     if is_lfs_pointer(data):

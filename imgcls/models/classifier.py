@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from imgcls.data import images
-from imgcls.data.images import Pixels
+from imgcls.data import decode
+from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Decode
 from imgcls.errors import (
     BundleError,
@@ -30,14 +30,14 @@ from imgcls.errors import (
     RequestError,
     StorageError,
 )
-from imgcls.models import quantise, sources, zoo
+from imgcls.models import int8, sources, zoo
 from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
-from imgcls.models.cards import card, failed_card
-from imgcls.models.fold import folded
-from imgcls.models.fuse import fused
-from imgcls.models.gpu import Download, Replayed, Stopwatch
-from imgcls.models.normalise import Normalise
-from imgcls.models.quantise import Ranges
+from imgcls.models.cuda_graph import Download, Replayed, Stopwatch
+from imgcls.models.fold_batchnorm import folded
+from imgcls.models.fuse_cpu import fused
+from imgcls.models.int8 import Ranges
+from imgcls.models.normalize import Normalise
+from imgcls.models.notebook_repr import card, failed_card
 from imgcls.models.sources import Source
 
 
@@ -295,7 +295,7 @@ class Classifier:
     def _ranked_all(self, pixels: list[Pixels], top_k: int) -> list[Prediction | NotFinite]:
         if not pixels:
             return []
-        scored = self.classify(images.stack(pixels))
+        scored = self.classify(decode.stack(pixels))
         ranked = self.ranked(scored.scores, top_k=top_k)
         return [
             prediction if finite else self.not_finite()
@@ -402,7 +402,7 @@ def observe(bundle: Bundle, batches: Iterable[Pixels]) -> Ranges:
     inputs = (normalise(batch).to(dtype) for batch in batches)
     side = bundle.spec.preprocess.crop
     try:
-        return quantise.observe(network, side, spare=zoo.head(network)[1], batches=inputs)
+        return int8.observe(network, side, spare=zoo.head(network)[1], batches=inputs)
     except ValueError as error:
         raise BundleError(f"bundle {bundle.url}: int8: {error}") from error
 
@@ -447,7 +447,7 @@ def network_of(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.M
 def _in_int8(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:
     ranges = int8_of(bundle).ranges
     try:
-        return quantise.quantised(network, bundle.spec.preprocess.crop, spare=last, ranges=ranges)
+        return int8.quantised(network, bundle.spec.preprocess.crop, spare=last, ranges=ranges)
     except ValueError as error:
         raise BundleError(f"bundle {bundle.url}: int8: {error}; quantise it anew") from error
 

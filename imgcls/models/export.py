@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
 from imgcls.config import Section, names
-from imgcls.data import images, storage, stores
-from imgcls.data.images import Pixels
+from imgcls.data import decode, filesystem, object_store
+from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.stores import StorageConfig
+from imgcls.data.object_store import StorageConfig
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -108,13 +108,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
     network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
     express the network or gives other labels.
     """
-    stores.use(config.storage)
+    object_store.use(config.storage)
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
-    output = storage.absolute(config.output)
-    if storage.names(output) and not config.overwrite:
+    output = filesystem.absolute(config.output)
+    if filesystem.names(output) and not config.overwrite:
         raise OutputError(
-            f"output {output}: holds {storage.names(output)[0]}; give another --output, or say "
+            f"output {output}: holds {filesystem.names(output)[0]}; give another --output, or say "
             "--overwrite"
         )
     pixels = _pixels(bundle, config)
@@ -130,7 +130,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     for format in config.formats:
         data, run = _MAKERS[format](portable, bundle.spec.preprocess.crop)
         made[FILES[format]] = compared(format, expected, run(pixels))
-        storage.write(storage.join(output, FILES[format]), data)
+        filesystem.write(filesystem.join(output, FILES[format]), data)
         told = made[FILES[format]]
         print(
             f"{FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {told['same_label']} of "
@@ -140,7 +140,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         )
     for name in (*FILES.values(), EXAMPLE):
         if name not in made:
-            storage.remove(storage.join(output, name))
+            filesystem.remove(filesystem.join(output, name))
     described = _description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
     texts = {
         DESCRIPTION: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
@@ -149,7 +149,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if "onnx" in config.formats:
         texts[EXAMPLE] = example(bundle.spec)
     for name, text in texts.items():
-        storage.write(storage.join(output, name), text.encode())
+        filesystem.write(filesystem.join(output, name), text.encode())
     print(f"export       {output}", flush=True)
     return described
 
@@ -274,18 +274,18 @@ def _pixels(bundle: Bundle, config: ExportConfig) -> Pixels:
             f"images {config.images.path}: none of the first could be read; give others, or leave "
             "--images out"
         )
-    return images.stack(pixels)
+    return decode.stack(pixels)
 
 
 def _decoded(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
     manifest = open_manifest(config)
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
-        for blob in storage.read_ahead(manifest.resolve(path) for path in paths):
+        for blob in filesystem.read_ahead(manifest.resolve(path) for path in paths):
             if isinstance(blob, StorageError):
                 continue
             try:
-                yield images.decode(blob, bundle.spec.preprocess)[0]
+                yield decode.decode(blob, bundle.spec.preprocess)[0]
             except ImageError:
                 continue
 
@@ -314,7 +314,7 @@ def _description(spec: BundleSpec) -> dict[str, Any]:
 
 def _card(bundle: Bundle, formats: Sequence[Format]) -> str:
     """The bundle's own card, with the front matter that the Hugging Face hub reads."""
-    text = storage.read(storage.join(bundle.url, CARD)).decode().rstrip()
+    text = filesystem.read(filesystem.join(bundle.url, CARD)).decode().rstrip()
     if not text.startswith("---\n"):
         tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
         library = "onnx" if "onnx" in formats else "pytorch"

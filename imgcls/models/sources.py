@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imgcls.data import images, storage
-from imgcls.data.images import Pixels
+from imgcls.data import decode, filesystem
+from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError
 
@@ -60,11 +60,11 @@ def pixels_of(source: Any, preprocess: Preprocess) -> Pixels:
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
-        return images.prepared(source, preprocess)
+        return decode.prepared(source, preprocess)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return images.decode(bytes(source), preprocess)[0]
+        return decode.decode(bytes(source), preprocess)[0]
     if isinstance(source, (str, os.PathLike)):
-        return images.decode(storage.read_image(os.fspath(source)), preprocess)[0]
+        return decode.decode(filesystem.read_image(os.fspath(source)), preprocess)[0]
     raise RequestError(f"is a {type(source).__name__}; pass {TYPES}")
 
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from imgcls.data import storage
-from imgcls.data.lean import torchvision
+from imgcls.data import filesystem
+from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import Interpolation, Preprocess
 from imgcls.errors import BundleError, StorageError, request_error
-from imgcls.models import timm_networks
+from imgcls.models import timm_models
 from imgcls.models.bundle import Architecture, Source
 from imgcls.models.finite import check_tensors
 from imgcls.models.small_cnn import SmallCNN
@@ -36,9 +36,9 @@ def names() -> list[str]:
 
 def architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of that name; raises BundleError that suggests the nearest names."""
-    if name.startswith(timm_networks.PREFIX):
-        own = name.removeprefix(timm_networks.PREFIX)
-        timm_networks.check_name(own)
+    if name.startswith(timm_models.PREFIX):
+        own = name.removeprefix(timm_models.PREFIX)
+        timm_models.check_name(own)
         return Architecture(source="timm", name=own, options=dict(options or {}))
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
@@ -58,7 +58,7 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
         if architecture.source == "imgcls":
             return SmallCNN(num_classes, **options)
         if architecture.source == "timm":
-            return timm_networks.build(architecture.name, num_classes, options)
+            return timm_models.build(architecture.name, num_classes, options)
         if _is_torchvisions(architecture, "inception_v3", "googlenet"):
             options.setdefault("init_weights", True)
         head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
@@ -101,7 +101,7 @@ def default_preprocess(architecture: Architecture, weights: str | None = None) -
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
     if architecture.source == "timm":
-        return timm_networks.preprocess(architecture.name)
+        return timm_models.preprocess(architecture.name)
     known = torchvision.models.get_model_weights(architecture.name)
     name = "DEFAULT" if weights == "torchvision" else weights
     member = known[name] if name in known.__members__ else next(iter(known))
@@ -139,7 +139,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
     Raises BundleError when they cannot be had.
     """
     if architecture.source == "timm" and weights == "timm":
-        return timm_networks.pretrained(architecture.name)
+        return timm_models.pretrained(architecture.name)
     known = (
         torchvision.models.get_model_weights(architecture.name)
         if architecture.source == "torchvision"
@@ -155,7 +155,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
                 "path of a weights file"
             ) from error
     try:
-        data = storage.read(weights)
+        data = filesystem.read(weights)
     except StorageError as error:
         own = [] if architecture.source == "imgcls" else [architecture.source]
         choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
@@ -227,7 +227,7 @@ def matched_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> Ma
     body = set(body_keys(own, heads))
     if body <= found.state.keys():
         return found
-    converted = timm_networks.converted(network, found.state) or {}
+    converted = timm_models.converted(network, found.state) or {}
     return Matched(converted) if body <= converted.keys() else found
 
 

@@ -1,1 +1,1 @@
-"""Serving: one model over HTTP, with the pixels and the numbers of the nightly table."""
+"""Online inference over HTTP: the endpoint, its page, authentication, metrics."""

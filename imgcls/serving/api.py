@@ -18,11 +18,11 @@ from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
-from imgcls.output import OK
+from imgcls.runs.layout import OK
 from imgcls.serving import page
+from imgcls.serving.app_middleware import Guard
+from imgcls.serving.auth import Door
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.door import Door
-from imgcls.serving.guard import Guard
 from imgcls.serving.problems import MEDIA_TYPE, Problem, defect, of_image, of_status
 from imgcls.serving.service import Service, Wanted
 from imgcls.serving.uploads import Spool, received

@@ -20,18 +20,19 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
-from imgcls import cluster, log, machines
-from imgcls.cluster import Interruption
+from imgcls import log
+from imgcls.cluster import autoscaler, session
+from imgcls.cluster.session import Interruption
 from imgcls.config import Section
-from imgcls.data import storage, stores
+from imgcls.data import filesystem, object_store
 from imgcls.errors import ImgclsError, Interrupted, RequestError, ResourcesError, RunFailed
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
-from imgcls.serving import gate
+from imgcls.serving import proxy_middleware
 from imgcls.serving.config import HttpConfig, ServeConfig
-from imgcls.serving.deploy import APPLICATION, application, checked
-from imgcls.serving.hub import HUB
-from imgcls.serving.replicas import plan_replicas
+from imgcls.serving.coordinator import HUB
+from imgcls.serving.deployment import APPLICATION, application, checked
+from imgcls.serving.scaling import plan_replicas
 
 TAKE_UP_SECONDS = 300.0
 """For replicas that are there to load another bundle."""
@@ -48,19 +49,19 @@ def serve(config: ServeConfig) -> None:
     """
     log.use(config.log)
     config = _absolute(config)
-    stores.use(config.storage)
+    object_store.use(config.storage)
     _check_http(config)
     fixed = checked(config)
     with Interruption().watched() as interruption:
         _set_up(config)
-        cluster.connect()
-        if config.detach and cluster.is_private():
+        session.connect()
+        if config.detach and session.is_private():
             raise RequestError(
                 "detach: there is no cluster to leave it on; `ray start --head` first, or set "
                 "RAY_ADDRESS"
             )
         replicas = plan_replicas(
-            cluster.nodes(), config.replicas, may_grow=machines.most_nodes() is not None
+            session.nodes(), config.replicas, may_grow=autoscaler.most_nodes() is not None
         )
         tell("layout", replicas.reason)
         _start(config)
@@ -177,7 +178,7 @@ def _absolute(config: ServeConfig) -> ServeConfig:
 
     def whole(section: Section, *names: str) -> dict[str, str]:
         values = ((name, getattr(section, name)) for name in names)
-        return {name: storage.absolute(value) for name, value in values if value is not None}
+        return {name: filesystem.absolute(value) for name, value in values if value is not None}
 
     files = {
         "keys": config.keys.model_copy(update=whole(config.keys, "file")),
@@ -207,7 +208,7 @@ def _set_up(config: ServeConfig) -> None:
     wanted = {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": gate.CALLBACK,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK,
     }
     if config.http.door == "haproxy":
         wanted |= {
@@ -220,7 +221,7 @@ def _set_up(config: ServeConfig) -> None:
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     largest = max(limits.body_bytes, limits.image_bytes)
-    os.environ.update(gate.settings(largest, limits.door_bytes))
+    os.environ.update(proxy_middleware.settings(largest, limits.door_bytes))
 
 
 def _free_port() -> int:
@@ -240,7 +241,7 @@ def _start(config: ServeConfig) -> None:
             f"http: Ray Serve on this cluster listens on {there[0]}:{there[1]} already; say "
             f"--http.host {there[0]} --http.port {there[1]}, or stop it with `serve shutdown`"
         )
-    if there is None and cluster.is_private():
+    if there is None and session.is_private():
         _check_free(config.http)
     ray_serve.start(
         proxy_location=ProxyLocation.EveryNode,
@@ -312,7 +313,7 @@ def _end() -> None:
     """End the replicas when they have answered what is under way."""
 
     ray_serve.delete(APPLICATION)
-    if cluster.is_private():
+    if session.is_private():
         ray_serve.shutdown()
 
 

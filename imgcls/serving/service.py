@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from imgcls.data import images
-from imgcls.data.images import Pixels
+from imgcls.data import decode
+from imgcls.data.decode import Pixels
 from imgcls.errors import ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
-from imgcls.output import OK
-from imgcls.serving.batches import Batches
+from imgcls.runs.layout import OK
+from imgcls.serving.batching import Batches
 from imgcls.serving.config import ServeConfig
+from imgcls.serving.metrics import Telemetry
 from imgcls.serving.problems import busy
-from imgcls.serving.telemetry import Telemetry
 from imgcls.serving.uploads import Upload
 
 
@@ -198,7 +198,7 @@ class Service:
                 f"{upload.size:,} bytes, more than image_bytes {limits.image_bytes:,}"
             )
         with self.telemetry.stage("decode"):
-            return images.decode(
+            return decode.decode(
                 upload.read(), model.classifier.preprocess, max_pixels=limits.pixels
             )
 
@@ -213,7 +213,7 @@ class Service:
             self.telemetry.batch.observe(len(places))
             with self.telemetry.stage("classify"):
                 said = first.model.classifier.classify(
-                    images.stack([items[place].pixels for place in places]),
+                    decode.stack([items[place].pixels for place in places]),
                     embeddings=first.embedding,
                 )
             for i, place in enumerate(places):

@@ -1,1 +1,1 @@
-"""Fine-tuning: labelled manifests in, a bundle out; Ray Data decodes, Ray Train runs the loop."""
+"""Training: labeled manifests in, a bundle out, data-parallel over Ray Train workers."""

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from imgcls.data import storage
+from imgcls.data import filesystem
 from imgcls.errors import BundleError, OutputError, StorageMissing
-from imgcls.training.progress import Epoch
+from imgcls.training.epoch_metrics import Epoch
 
 FOLDER = "_train"
 RUN = "run.json"
@@ -74,7 +74,7 @@ class Checkpoints:
     """The states of one run; one writer at a time, any number of readers."""
 
     def __init__(self, output: str) -> None:
-        self.folder = storage.join(output, FOLDER)
+        self.folder = filesystem.join(output, FOLDER)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._number = max((each.number for each in self.saved()), default=0)
@@ -84,9 +84,9 @@ class Checkpoints:
 
     def identity(self) -> dict[str, Any] | None:
         """What the run in this folder is; None when there is none."""
-        url = storage.join(self.folder, RUN)
+        url = filesystem.join(self.folder, RUN)
         try:
-            stored: dict[str, Any] = json.loads(storage.read(url))
+            stored: dict[str, Any] = json.loads(filesystem.read(url))
             return stored
         except StorageMissing:
             return None
@@ -97,9 +97,9 @@ class Checkpoints:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Start an empty folder for a run."""
-        storage.remove(self.folder)
+        filesystem.remove(self.folder)
         body = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
-        storage.write(storage.join(self.folder, RUN), body.encode())
+        filesystem.write(filesystem.join(self.folder, RUN), body.encode())
         self._number, self._best = 0, None
 
     # ------------------------------------------------------------------ reading
@@ -107,10 +107,10 @@ class Checkpoints:
     def saved(self) -> list[Saved]:
         """The states that were written to their end, newest first; their bytes are not read."""
         found = []
-        for name in storage.names(self.folder):
+        for name in filesystem.names(self.folder):
             if _MARKER.fullmatch(name):
                 try:
-                    body = json.loads(storage.read(storage.join(self.folder, name)))
+                    body = json.loads(filesystem.read(filesystem.join(self.folder, name)))
                     standing = body["standing"]
                     history = tuple(Epoch(**epoch) for epoch in standing.pop("history"))
                     totals = tuple(standing.pop("totals"))
@@ -129,12 +129,12 @@ class Checkpoints:
             if at_most is not None and saved.number > at_most:
                 continue
             try:
-                data = storage.read(self._state(saved.number))
+                data = filesystem.read(self._state(saved.number))
             except StorageMissing:
                 continue
             if hashlib.sha256(data).hexdigest() != saved.sha256:
                 continue
-            if saved.best is not None and not storage.exists(self._at(saved.best)):
+            if saved.best is not None and not filesystem.exists(self._at(saved.best)):
                 continue
             self._best = saved.best
             state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -145,7 +145,7 @@ class Checkpoints:
         """The weights of the best epoch of a state."""
         if saved.best is None:
             raise BundleError(f"{self.folder}: holds no weights yet")
-        return dict(load(storage.read(self._at(saved.best))))
+        return dict(load(filesystem.read(self._at(saved.best))))
 
     # ------------------------------------------------------------------ writing
 
@@ -165,9 +165,9 @@ class Checkpoints:
 
     def discard_after(self, number: int) -> None:
         """Remove states beyond one that a run goes on from; they were found damaged."""
-        for name in storage.names(self.folder):
+        for name in filesystem.names(self.folder):
             if _number_of(name) > number:
-                storage.remove(self._at(name))
+                filesystem.remove(self._at(name))
 
     def wait(self) -> None:
         """Return when the last state is on storage; raises the StorageError if it is not."""
@@ -184,14 +184,14 @@ class Checkpoints:
         best: Weights | None,
     ) -> None:
         if best is not None and best_name is not None:
-            storage.write(self._at(best_name), save(dict(best)))
+            filesystem.write(self._at(best_name), save(dict(best)))
         sink = io.BytesIO()
         torch.save(state, sink)
         data = sink.getvalue()
-        storage.write(self._state(number), data)
+        filesystem.write(self._state(number), data)
         saved = Saved(number, hashlib.sha256(data).hexdigest(), best_name, standing)
         marker = json.dumps(asdict(saved)) + "\n"
-        storage.write(self._at(f"state-{number:06d}.json"), marker.encode())
+        filesystem.write(self._at(f"state-{number:06d}.json"), marker.encode())
         self._prune()
 
     def _prune(self) -> None:
@@ -201,11 +201,11 @@ class Checkpoints:
         names = {self._name(each.number, suffix) for each in kept for suffix in ("json", "pt")}
         names |= {each.best for each in kept if each.best is not None} | {RUN}
         newest = kept[0].number
-        for name in storage.names(self.folder):
+        for name in filesystem.names(self.folder):
             # of the highest number there may be a state whose marker is not yet written
             if name not in names and _number_of(name) <= newest:
-                storage.remove(self._at(name))
-        storage.sweep(self.folder, older_than=60)
+                filesystem.remove(self._at(name))
+        filesystem.sweep(self.folder, older_than=60)
 
     def _state(self, number: int) -> str:
         return self._at(self._name(number, "pt"))
@@ -215,7 +215,7 @@ class Checkpoints:
         return f"state-{number:06d}.{suffix}"
 
     def _at(self, name: str) -> str:
-        return storage.join(self.folder, name)
+        return filesystem.join(self.folder, name)
 
 
 def _number_of(name: str) -> int:

@@ -7,16 +7,16 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Section
-from imgcls.data.stores import StorageConfig
-from imgcls.training.augment import AugmentConfig
-from imgcls.training.examples import DataConfig
-from imgcls.training.loss import LossConfig
+from imgcls.data.object_store import StorageConfig
+from imgcls.training.augment.augment import AugmentConfig
+from imgcls.training.data.examples import DataConfig
+from imgcls.training.epoch_metrics import Criterion
+from imgcls.training.loggers.base import TrackConfig
 from imgcls.training.network import ModelConfig
-from imgcls.training.optim import OptimConfig
-from imgcls.training.progress import Criterion
-from imgcls.training.strategy import FinetuneConfig, ProbeConfig, Strategy
-from imgcls.training.track import TrackConfig
-from imgcls.training.workers import ScaleConfig
+from imgcls.training.optim.loss import LossConfig
+from imgcls.training.optim.optimizer import OptimConfig
+from imgcls.training.optim.strategy import FinetuneConfig, ProbeConfig, Strategy
+from imgcls.training.scaling import ScaleConfig
 
 TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 

@@ -13,28 +13,28 @@ import numpy as np
 import pandas as pd
 import ray
 
-from imgcls import cluster, machines
-from imgcls.cluster import Interruption
-from imgcls.data import storage
+from imgcls.cluster import autoscaler, session
+from imgcls.cluster.interrupts import awaited, started
+from imgcls.cluster.session import Interruption
+from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
-from imgcls.lease import Lease
 from imgcls.models.bundle import BundleSpec
 from imgcls.provenance import provenance
-from imgcls.training import track
-from imgcls.training.cache import Decoded, store_bytes
+from imgcls.runs.lease import Lease
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.fit import fit
-from imgcls.training.ingest import Views
-from imgcls.training.loop import Outcome, Work
-from imgcls.training.lr_range import steepest
+from imgcls.training.data.batches import Views
+from imgcls.training.data.cached import Decoded, store_bytes
+from imgcls.training.data.streaming import Streamed
+from imgcls.training.epoch_metrics import Epoch, followed_board, probe_note
+from imgcls.training.loggers import base
+from imgcls.training.optim.lr_finder import steepest
 from imgcls.training.plots import lr_range, smoothed
-from imgcls.training.prepare import SAMPLES, Task, announce, decode, draw_samples, too_many
-from imgcls.training.progress import Epoch, followed_board, probe_note
 from imgcls.training.publish import publish
-from imgcls.training.stream import Streamed
-from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import Workers, awaited_workers, decoding_cpus, fits_store
+from imgcls.training.ray_trainer import fit
+from imgcls.training.scaling import Workers, awaited_workers, decoding_cpus, fits_store
+from imgcls.training.setup import SAMPLES, Task, announce, decode, draw_samples, too_many
+from imgcls.training.trainer import Outcome, Work
 
 TRACKERS = "trackers.json"
 
@@ -84,7 +84,7 @@ def run(
         workers = awaited_workers(task.config.scale, interruption)
         return _run(task, workers, checkpoints, lease, interruption, shared, begun)
     finally:
-        machines.give_back()
+        autoscaler.give_back()
 
 
 def _run(
@@ -96,7 +96,7 @@ def _run(
     shared: Shared | None,
     begun: float,
 ) -> TrainResult:
-    config, nodes = task.config, cluster.nodes()
+    config, nodes = task.config, session.nodes()
     cropped = config.augment.recipe().crop_scale is not None
     views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
     rows = task.examples.rows
@@ -127,7 +127,7 @@ def _run(
         with followed_board(config.epochs, lambda epoch: None) as board:
             outcome = fit(work, workers, board, interruption)
         if checkpoints.identity() is None:
-            storage.remove(checkpoints.folder)  # else it belongs to an unfinished training
+            filesystem.remove(checkpoints.folder)  # else it belongs to an unfinished training
         return _suggest_lr(config, outcome)
     with _tracking(task, checkpoints) as tracking:
 
@@ -144,7 +144,7 @@ def _run(
         failed = _failed(images, outcome)
         best, files = _publish(task, outcome, checkpoints, workers, failed, begun)
         tracking.finish({f"best_{k}": v for k, v in _numbers(best).items()}, files)
-    storage.remove(checkpoints.folder)
+    filesystem.remove(checkpoints.folder)
     return TrainResult(config.output, list(outcome.history), best, sum(failed))
 
 
@@ -152,24 +152,24 @@ def _run(
 
 
 @contextlib.contextmanager
-def _tracking(task: Task, checkpoints: Checkpoints) -> Iterator[track.Tracking]:
-    url = storage.join(checkpoints.folder, TRACKERS)
+def _tracking(task: Task, checkpoints: Checkpoints) -> Iterator[base.Tracking]:
+    url = filesystem.join(checkpoints.folder, TRACKERS)
     try:
-        state = json.loads(storage.read(url))
+        state = json.loads(filesystem.read(url))
     except (StorageMissing, ValueError):
         state = None
     latest = checkpoints.latest()
     history = latest[0].standing.history if latest else ()
     first = history[-1].epoch + 1 if history else 0
-    with track.tracking(task.config.track, task.config.output, state) as tracking:
+    with base.tracking(task.config.track, task.config.output, state) as tracking:
         tracking.start(task.config.model_dump(mode="json"), first)
         _keep_trackers(checkpoints, tracking)
         yield tracking
 
 
-def _keep_trackers(checkpoints: Checkpoints, tracking: track.Tracking) -> None:
+def _keep_trackers(checkpoints: Checkpoints, tracking: base.Tracking) -> None:
     body = json.dumps(tracking.state).encode()
-    storage.write(storage.join(checkpoints.folder, TRACKERS), body)
+    filesystem.write(filesystem.join(checkpoints.folder, TRACKERS), body)
 
 
 def _numbers(epoch: Epoch) -> dict[str, float]:
@@ -193,7 +193,7 @@ def _check(task: Task, outcome: Outcome, checkpoints: Checkpoints) -> None:
         if saved and saved[0].best is not None:
             kept = (
                 "; the best weights until then are in "
-                f"{storage.join(checkpoints.folder, saved[0].best)}"
+                f"{filesystem.join(checkpoints.folder, saved[0].best)}"
             )
         raise RunFailed(
             f"the training diverged: {outcome.problem}; lower optim.lr ({config.optim.lr:g}) or "
@@ -302,11 +302,11 @@ def _suggest_lr(config: TrainConfig, outcome: Outcome) -> TrainResult:
     pd.DataFrame({"lr": lrs, "loss": losses}).to_parquet(sink, index=False)
     files["lr_range.parquet"] = sink.getvalue()
     for name, data in files.items():
-        storage.write(storage.join(config.output, name), data)
+        filesystem.write(filesystem.join(config.output, name), data)
     print(
         f"LR range test: {len(lrs)} steps up to {lrs[-1]:.2g}; the loss falls fastest at "
         f"{suggestion:.2g}: try --optim.lr {suggestion:.1e}\n"
-        f"drawn in {storage.join(config.output, 'plots/lr_range.png')}",
+        f"drawn in {filesystem.join(config.output, 'plots/lr_range.png')}",
         flush=True,
     )
     return TrainResult(config.output, [], None, 0, outcome.lr_curve)

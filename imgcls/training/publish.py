@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from imgcls.data import storage
+from imgcls.data import filesystem
 from imgcls.models.bundle import DESCRIPTION, BundleSpec, save_bundle
-from imgcls.training.card import model_card
+from imgcls.training.epoch_metrics import Epoch
+from imgcls.training.model_card import model_card
 from imgcls.training.plots import curves
-from imgcls.training.progress import Epoch
 
 HISTORY = "history.parquet"
 VALIDATION = "validation.parquet"
@@ -48,9 +48,9 @@ def publish(
     pq.write_table(validation, held_out)
     files = {HISTORY: sink.getvalue(), VALIDATION: held_out.getvalue()}
     files |= {f"plots/{name}": data for name, data in curves(table, best.epoch).items()}
-    storage.remove(storage.join(url, DESCRIPTION))
+    filesystem.remove(filesystem.join(url, DESCRIPTION))
     for name, data in files.items():
-        storage.write(storage.join(url, name), data)
+        filesystem.write(filesystem.join(url, name), data)
     plots = ["plots/curves.png", samples]
     card = model_card(
         spec,

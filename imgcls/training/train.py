@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from imgcls import cluster, output
+from imgcls.cluster import session
 from imgcls.config import requested
-from imgcls.data import storage, stores
+from imgcls.data import filesystem, object_store
 from imgcls.errors import (
     BundleError,
     OutputError,
@@ -23,24 +23,25 @@ from imgcls.errors import (
     StorageError,
     StorageUnavailable,
 )
-from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION, read_description
 from imgcls.provenance import differences
+from imgcls.runs import layout
+from imgcls.runs.lease import Lease
 from imgcls.training import network as networks
-from imgcls.training import track
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.deal import steps_per_epoch
-from imgcls.training.examples import DataConfig, Examples, read_examples
+from imgcls.training.data.examples import DataConfig, Examples, read_examples
+from imgcls.training.epoch_metrics import Epoch
 from imgcls.training.job import Shared, TrainResult, run
-from imgcls.training.loss import class_weights
+from imgcls.training.loggers import base
 from imgcls.training.network import ModelConfig
-from imgcls.training.optim import OptimConfig
-from imgcls.training.prepare import Task
-from imgcls.training.progress import Epoch
+from imgcls.training.optim.loss import class_weights
+from imgcls.training.optim.optimizer import OptimConfig
+from imgcls.training.optim.strategy import default_lr, has_probe, settle
 from imgcls.training.publish import HISTORY
-from imgcls.training.strategy import default_lr, has_probe, settle
-from imgcls.training.workers import ScaleConfig
+from imgcls.training.sampler import steps_per_epoch
+from imgcls.training.scaling import ScaleConfig
+from imgcls.training.setup import Task
 
 __all__ = [
     "DataConfig",
@@ -67,20 +68,20 @@ def train(
     command goes on from the last saved state.
     """
     config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
-    stores.use(config.storage)
-    config = config.model_copy(update={"output": storage.absolute(config.output)})
+    object_store.use(config.storage)
+    config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     task = settled(config)
     config = task.config
-    output.check_writable(config.output)
+    layout.check_writable(config.output)
     finished = _finished(task)
     if finished is not None:
         return finished
     lease = Lease.acquire(config.output)
     try:
         checkpoints = _claim(task)
-        cluster.connect()
-        interruption = cluster.Interruption() if shared is None else shared.interruption
-        with interruption.watched(), cluster.unwrapped():
+        session.connect()
+        interruption = session.Interruption() if shared is None else shared.interruption
+        with interruption.watched(), session.unwrapped():
             return run(task, checkpoints, lease, interruption, shared)
     finally:
         lease.release()
@@ -106,7 +107,7 @@ def settled(config: TrainConfig) -> Task:
     networks.regularise(network, config.model)
     networks.try_on(network, preprocess, share)
     shares = networks.head_shares(network, preprocess) if has_probe(strategy) else ()
-    track.check(config.track, config.output)
+    base.check(config.track, config.output)
     return Task(
         config=config,
         strategy=strategy,
@@ -156,7 +157,11 @@ def _finished(task: Task) -> TrainResult | None:
     """The result of this very training when its bundle is there already."""
     config = task.config
     url = config.output
-    if config.find_lr or config.overwrite or not storage.exists(storage.join(url, DESCRIPTION)):
+    if (
+        config.find_lr
+        or config.overwrite
+        or not filesystem.exists(filesystem.join(url, DESCRIPTION))
+    ):
         return None
     refused = OutputError(
         f"output {url}: already holds a bundle; say --overwrite, or give another --output"
@@ -165,7 +170,7 @@ def _finished(task: Task) -> TrainResult | None:
         made = read_description(url).spec.provenance
         if made.get("run") != task.identity:
             raise refused
-        table = pd.read_parquet(storage.open_read(storage.join(url, HISTORY)))
+        table = pd.read_parquet(filesystem.open_read(filesystem.join(url, HISTORY)))
     except StorageUnavailable:
         raise
     except (BundleError, StorageError) as error:
@@ -174,7 +179,7 @@ def _finished(task: Task) -> TrainResult | None:
     best = history[0]
     for epoch in history[1:]:
         best = epoch if epoch.better_than(best, config.best_by) else best
-    storage.remove(Checkpoints(url).folder)
+    filesystem.remove(Checkpoints(url).folder)
     print(f"{url} holds the bundle of this very training; say --overwrite to train again")
     failed = made["data"]["train_failed"] + made["data"]["val_failed"]
     return TrainResult(url, history, best, failed)

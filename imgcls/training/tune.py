@@ -22,24 +22,24 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
-from imgcls import cluster, machines
-from imgcls.cluster import Interruption, Node
-from imgcls.data import storage, stores
+from imgcls.cluster import autoscaler, session
+from imgcls.cluster.interrupts import awaited, started
+from imgcls.cluster.session import Interruption, Node
+from imgcls.data import filesystem, object_store
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
-from imgcls.lease import Lease
 from imgcls.models.bundle import DESCRIPTION
+from imgcls.runs.lease import Lease
 from imgcls.training import train as training
-from imgcls.training.cache import Decoded, store_bytes
-from imgcls.training.fit import ray_storage
-from imgcls.training.ingest import Views
+from imgcls.training.data.batches import Views
+from imgcls.training.data.cached import Decoded, store_bytes
+from imgcls.training.epoch_metrics import Epoch
 from imgcls.training.job import Shared
 from imgcls.training.plots import parallel_coordinates
-from imgcls.training.prepare import Task, decode
-from imgcls.training.progress import Epoch
-from imgcls.training.search import TuneConfig, check_space, settings_of
-from imgcls.training.waiting import awaited, started
-from imgcls.training.workers import Workers, awaited_workers, fits_store, trials_that_fit
+from imgcls.training.ray_trainer import ray_storage
+from imgcls.training.scaling import Workers, awaited_workers, fits_store, trials_that_fit
+from imgcls.training.search_space import TuneConfig, check_space, settings_of
+from imgcls.training.setup import Task, decode
 
 TRIALS = "trials"
 BEST = "best"
@@ -70,18 +70,18 @@ def tune(config: TuneConfig) -> TuneResult:
     Raises a RequestError before anything starts, RunFailed when no trial ends with a bundle. The
     same command goes on with a search that was broken off.
     """
-    stores.use(config.storage)
+    object_store.use(config.storage)
     config = _with_whole_paths(config)
     check_space(config)
     task = training.settled(settings_of(config, {}, config.output))
-    with cluster.Interruption().watched() as interruption:
+    with session.Interruption().watched() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim(config)
-            cluster.connect()
+            session.connect()
             return _search(config, task, interruption)
         finally:
-            machines.give_back()
+            autoscaler.give_back()
             lease.release()
 
 
@@ -91,18 +91,20 @@ def _with_whole_paths(config: TuneConfig) -> TuneConfig:
     def whole(manifest: ManifestConfig | None) -> ManifestConfig | None:
         if manifest is None:
             return None
-        root = None if manifest.root is None else storage.absolute(manifest.root)
-        return manifest.model_copy(update={"path": storage.absolute(manifest.path), "root": root})
+        root = None if manifest.root is None else filesystem.absolute(manifest.root)
+        return manifest.model_copy(
+            update={"path": filesystem.absolute(manifest.path), "root": root}
+        )
 
     data = config.data.model_copy(
         update={"train": whole(config.data.train), "val": whole(config.data.val)}
     )
     weights = config.model.weights
-    if weights is not None and storage.exists(weights):
-        weights = storage.absolute(weights)
+    if weights is not None and filesystem.exists(weights):
+        weights = filesystem.absolute(weights)
     return config.model_copy(
         update={
-            "output": storage.absolute(config.output),
+            "output": filesystem.absolute(config.output),
             "data": data,
             "model": config.model.model_copy(update={"weights": weights}),
         }
@@ -111,18 +113,18 @@ def _with_whole_paths(config: TuneConfig) -> TuneConfig:
 
 def _claim(config: TuneConfig) -> None:
     """Make the folder this search's; raises OutputError when it is another's."""
-    url = storage.join(config.output, IDENTITY)
+    url = filesystem.join(config.output, IDENTITY)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
         exclude={"concurrent"}
     )
     if config.overwrite:
         for name in (BEST, TRIALS, STATE, RESULTS, IDENTITY):
-            storage.remove(storage.join(config.output, name))
+            filesystem.remove(filesystem.join(config.output, name))
     try:
-        there = storage.read(url).decode()
+        there = filesystem.read(url).decode()
     except StorageMissing:
-        storage.write(url, mine.encode())
+        filesystem.write(url, mine.encode())
         return
     if there != mine:
         raise OutputError(
@@ -133,7 +135,7 @@ def _claim(config: TuneConfig) -> None:
 
 def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneResult:
     workers = awaited_workers(config.scale, interruption)
-    nodes = cluster.nodes()
+    nodes = session.nodes()
     cropped = config.augment.recipe().crop_scale is not None
     views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
     cached = fits_store(views.bytes_of(task.examples.rows), store_bytes())
@@ -179,9 +181,9 @@ def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
         ray_tune.with_parameters(Trial, config=config, images=images),
         ray_tune.PlacementGroupFactory([{"memory": 1}]),
     )
-    state = storage.join(config.output, STATE)
+    state = filesystem.join(config.output, STATE)
     path, file_system = ray_storage(config.output)
-    if storage.exists(storage.join(state, "tuner.pkl")):
+    if filesystem.exists(filesystem.join(state, "tuner.pkl")):
         print("search: goes on where it was broken off", flush=True)
         return ray_tune.Tuner.restore(
             f"{path}/{STATE}", trainable, storage_filesystem=file_system, restart_errored=True
@@ -244,8 +246,8 @@ class Trial(ray_tune.Trainable):
     """One trial, in a process of Ray Tune's: a training that is heard of epoch by epoch."""
 
     def setup(self, values: Any, *, config: TuneConfig, images: Decoded | None) -> None:  # type: ignore[override]
-        stores.use(config.storage)
-        folder = storage.join(config.output, TRIALS, self.trial_id)
+        object_store.use(config.storage)
+        folder = filesystem.join(config.output, TRIALS, self.trial_id)
         self._by = config.best_by
         self._begun = time.monotonic()
         self._epochs: queue.SimpleQueue[Epoch] = queue.SimpleQueue()
@@ -339,10 +341,10 @@ def _concluded(config: TuneConfig, grid: Any) -> TuneResult:
     table = _table(config, grid)
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)
-    storage.write(storage.join(config.output, RESULTS), sink.getvalue())
+    filesystem.write(filesystem.join(config.output, RESULTS), sink.getvalue())
     axes = {key: axis.kind.startswith("log") for key, axis in config.tune.space.items()}
     for name, data in parallel_coordinates(table, axes, config.best_by).items():
-        storage.write(storage.join(config.output, "plots", name), data)
+        filesystem.write(filesystem.join(config.output, "plots", name), data)
     finished = table[table["state"] == "finished"]
     if finished.empty:
         raise RunFailed(
@@ -350,12 +352,12 @@ def _concluded(config: TuneConfig, grid: Any) -> TuneResult:
             f"{table['error'].dropna().iloc[-1] if table['error'].notna().any() else 'none'}"
         )
     first = finished.iloc[0]
-    best = storage.join(config.output, BEST)
+    best = filesystem.join(config.output, BEST)
     _promote(str(first["bundle"]), best)
     values = {key: first[key] for key in config.tune.space}
     print(
         f"best: {_shown(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"
-        f"all {len(table)} trials: {storage.join(config.output, RESULTS)}",
+        f"all {len(table)} trials: {filesystem.join(config.output, RESULTS)}",
         flush=True,
     )
     return TuneResult(best, values, table)
@@ -365,8 +367,8 @@ def _table(config: TuneConfig, grid: Any) -> pd.DataFrame:
     rows = []
     for result in grid:
         metrics = result.metrics or {}
-        bundle = storage.join(config.output, TRIALS, str(metrics.get("trial_id")))
-        done = storage.exists(storage.join(bundle, DESCRIPTION))
+        bundle = filesystem.join(config.output, TRIALS, str(metrics.get("trial_id")))
+        done = filesystem.exists(filesystem.join(bundle, DESCRIPTION))
         error = str(result.error).strip().splitlines()[-1] if result.error else None
         rows.append(
             {
@@ -388,10 +390,12 @@ def _table(config: TuneConfig, grid: Any) -> pd.DataFrame:
 
 def _promote(bundle: str, best: str) -> None:
     """Copy a bundle, its description last: until then there is none."""
-    files = [name for name in storage.walk(bundle) if not name.startswith("_")]
-    storage.remove(best)
+    files = [name for name in filesystem.walk(bundle) if not name.startswith("_")]
+    filesystem.remove(best)
     for name in sorted(files, key=lambda name: name == DESCRIPTION):
-        storage.write(storage.join(best, name), storage.read(storage.join(bundle, name)))
+        filesystem.write(
+            filesystem.join(best, name), filesystem.read(filesystem.join(bundle, name))
+        )
 
 
 @contextlib.contextmanager

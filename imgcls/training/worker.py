@@ -15,8 +15,8 @@ from imgcls.models import zoo
 from imgcls.models.classifier import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.config import TrainPrecision
-from imgcls.training.learner import Place
-from imgcls.training.loop import Outcome, Trainer, Work
+from imgcls.training.train_step import Place
+from imgcls.training.trainer import Outcome, Trainer, Work
 
 # Ray Train's own names differ between what runs (V2) and what is type-checked (V1)
 _train: Any = ray.train

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import storage, stores
-from imgcls.data.listing import BuildConfig, build_manifest
-from imgcls.data.stores import StorageConfig
+from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.data import filesystem, object_store
+from imgcls.data.object_store import StorageConfig
 from imgcls.errors import (
     OutputBusy,
     StorageCredentials,
@@ -30,7 +30,7 @@ from imgcls.errors import (
     StorageTooLarge,
     StorageUnavailable,
 )
-from imgcls.lease import Lease
+from imgcls.runs.lease import Lease
 from tests.clouds import Cloud, forget_connections
 from tests.faults import Proxy
 
@@ -71,19 +71,19 @@ class Place:
 @contextmanager
 def placed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """The store through a proxy, and every client led there."""
-    before = stores.settings()
+    before = object_store.settings()
     with ExitStack() as stack:
         proxy = stack.enter_context(Proxy(cloud.endpoint).running())
         for name, value in cloud.environment(proxy.url).items():
             monkeypatch.setenv(name, value)
         forget_connections()
         anon = cloud.scheme == "gs"
-        stores.use(StorageConfig(anon=anon, attempt_seconds=5, deadline_seconds=20))
+        object_store.use(StorageConfig(anon=anon, attempt_seconds=5, deadline_seconds=20))
         yield Place(cloud, proxy)
         proxy.says = None
         proxy.share = {}
-        storage.remove(cloud.url("t"))
-        stores.use(before)
+        filesystem.remove(cloud.url("t"))
+        object_store.use(before)
         forget_connections()
 
 
@@ -95,34 +95,34 @@ class StorePromises:
         ["with space", "50%", "%20", "a#b", "who?x=1", "ü→猫", "star*", "[1]", "a+b", "a&b=c"],
     )
     def test_any_name_is_taken_as_it_is(self, place: Place, name: str) -> None:
-        url = storage.join(place.url("t/folder"), name, f"{name}.txt")
-        storage.write(url, b"one")
-        assert storage.read(url) == b"one"
-        assert list(storage.read_ahead([url])) == [b"one"]
-        assert storage.size(url) == 3
-        assert storage.exists(url)
-        assert storage.names(place.url(f"t/folder/{name}")) == [f"{name}.txt"]
-        assert list(storage.walk(place.url("t/folder"))) == [f"{name}/{name}.txt"]
-        assert storage.create(url, b"two") is False
-        storage.remove(url)
-        assert not storage.exists(url)
-        storage.remove(url)
+        url = filesystem.join(place.url("t/folder"), name, f"{name}.txt")
+        filesystem.write(url, b"one")
+        assert filesystem.read(url) == b"one"
+        assert list(filesystem.read_ahead([url])) == [b"one"]
+        assert filesystem.size(url) == 3
+        assert filesystem.exists(url)
+        assert filesystem.names(place.url(f"t/folder/{name}")) == [f"{name}.txt"]
+        assert list(filesystem.walk(place.url("t/folder"))) == [f"{name}/{name}.txt"]
+        assert filesystem.create(url, b"two") is False
+        filesystem.remove(url)
+        assert not filesystem.exists(url)
+        filesystem.remove(url)
 
     def test_what_is_not_there_is_missing(self, place: Place) -> None:
         gone = place.url("t/none")
-        for call in (storage.read, storage.size):
+        for call in (filesystem.read, filesystem.size):
             with pytest.raises(StorageMissing, match="no such file"):
                 call(gone)
-        assert storage.names(gone) == list(storage.walk(gone)) == []
-        assert not storage.exists(gone)
-        assert not storage.is_folder(gone)
+        assert filesystem.names(gone) == list(filesystem.walk(gone)) == []
+        assert not filesystem.exists(gone)
+        assert not filesystem.is_folder(gone)
 
     def test_whole_tables_are_written_and_read_in_parts(self, place: Place) -> None:
         table = pa.table({"n": range(300_000)})
         url = place.url("t/table.parquet")
-        with storage.open_write(url) as stream:
+        with filesystem.open_write(url) as stream:
             pq.write_table(table, stream, row_group_size=50_000)
-        with storage.open_read(url) as stream:
+        with filesystem.open_read(url) as stream:
             assert pq.read_table(stream).equals(table)
 
     def test_a_listing_has_size_time_and_version_and_a_replaced_object_another_version(
@@ -130,10 +130,10 @@ class StorePromises:
     ) -> None:
         began = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=2)
         for name in ("a.jpg", "deep/b.jpg"):
-            storage.write(place.url(f"t/{name}"), b"12345")
+            filesystem.write(place.url(f"t/{name}"), b"12345")
 
         def listed(*, deep: bool) -> tuple[list[str], dict[str, Any]]:
-            pages = list(storage.pages(place.url("t"), deep=deep))
+            pages = list(filesystem.pages(place.url("t"), deep=deep))
             return [f for page in pages for f in page.folders], {
                 file.path: file for page in pages for file in page.files
             }
@@ -147,7 +147,7 @@ class StorePromises:
             assert file.size == 5
             assert file.mtime is not None
             assert began <= file.mtime <= datetime.datetime.now(datetime.UTC)
-        storage.write(place.url("t/a.jpg"), b"54321")  # as many bytes, within the same second
+        filesystem.write(place.url("t/a.jpg"), b"54321")  # as many bytes, within the same second
         _, now = listed(deep=True)
         assert now[place.url("t/a.jpg")].etag != files[place.url("t/a.jpg")].etag
         assert now[place.url("t/deep/b.jpg")].etag == files[place.url("t/deep/b.jpg")].etag
@@ -158,14 +158,14 @@ class StorePromises:
         monkeypatch.setattr(self.module, "PAGE", 3)  # type: ignore[attr-defined]
         urls = [place.url(f"t/{i:02d}.jpg") for i in range(10)]
         for url in urls:
-            storage.write(url, b"x")
-        pages = list(storage.pages(place.url("t"), deep=True))
+            filesystem.write(url, b"x")
+        pages = list(filesystem.pages(place.url("t"), deep=True))
         assert [file.path for page in pages for file in page.files] == urls
         assert len(pages) > 1
 
     def test_a_manifest_is_built_of_a_bucket(self, place: Place, tmp_path: Path) -> None:
         for name in ("cat/1.jpg", "dog/2.png", "dog/notes.txt"):
-            storage.write(place.url(f"t/{name}"), b"x")
+            filesystem.write(place.url(f"t/{name}"), b"x")
         config = BuildConfig(source=place.url("t"), output=str(tmp_path / "m"), labels=True)
         assert build_manifest(config) == 2
         rows = pq.read_table(tmp_path / "m").sort_by("path").to_pylist()
@@ -177,12 +177,12 @@ class StorePromises:
 
     def test_more_bytes_than_allowed_are_not_read(self, place: Place) -> None:
         url = place.url("t/large.jpg")
-        storage.write(url, bytes(20 << 20))
-        assert len(storage.read_image(url)) == 20 << 20
+        filesystem.write(url, bytes(20 << 20))
+        assert len(filesystem.read_image(url)) == 20 << 20
         for limit in (1000, (20 << 20) - 1):
             with pytest.raises(StorageTooLarge, match="has 20,971,520 bytes, more than the limit"):
-                storage.read_image(url, limit)
-        found = list(storage.read_ahead([url] * 3, max_bytes=1000))
+                filesystem.read_image(url, limit)
+        found = list(filesystem.read_ahead([url] * 3, max_bytes=1000))
         assert [each.status for each in found if isinstance(each, StorageError)] == [
             "too_large"
         ] * 3
@@ -200,24 +200,24 @@ class StorePromises:
     def test_a_create_whose_answer_was_lost_is_known_to_be_ours(self, place: Place) -> None:
         place.proxy.share = {"lost": 0.4}
         for i in range(6):
-            assert storage.create(place.url(f"t/made/{i}"), b"mine %d" % i)
+            assert filesystem.create(place.url(f"t/made/{i}"), b"mine %d" % i)
         place.proxy.share = {}
         for i in range(6):
-            assert storage.create(place.url(f"t/made/{i}"), b"theirs") is False
-            assert storage.read(place.url(f"t/made/{i}")) == b"mine %d" % i
+            assert filesystem.create(place.url(f"t/made/{i}"), b"theirs") is False
+            assert filesystem.read(place.url(f"t/made/{i}")) == b"mine %d" % i
 
     @pytest.mark.parametrize("kind", ["reset", "truncate", "slow_down"])
     def test_every_object_arrives_as_it_was_stored(self, place: Place, kind: str) -> None:
         made = {place.url(f"t/{i}.jpg"): b"%d" % i * (100 + i) for i in range(12)}
         for url, data in made.items():
-            storage.write(url, data)
+            filesystem.write(url, data)
         place.proxy.share = {kind: 0.3}
-        assert list(storage.read_ahead(made)) == list(made.values())
+        assert list(filesystem.read_ahead(made)) == list(made.values())
         assert place.proxy.met[kind] > 1
 
     def test_refusals_are_told_apart(self, place: Place) -> None:
-        storage.write(place.url("t/x.jpg"), b"x")
-        stores.use(stores.settings().model_copy(update={"deadline_seconds": 0.3}))
+        filesystem.write(place.url("t/x.jpg"), b"x")
+        object_store.use(object_store.settings().model_copy(update={"deadline_seconds": 0.3}))
         expected: dict[int, type[StorageError]] = {
             401: StorageCredentials, 403: StorageForbidden, 404: StorageMissing,
             429: StorageThrottled, 500: StorageUnavailable, 503: StorageThrottled,
@@ -225,9 +225,9 @@ class StorePromises:
         for status, code in self.refusals:  # type: ignore[attr-defined]
             place.answers(status, code)
             calls: list[Callable[[], object]] = [
-                lambda: storage.read(place.url("t/x.jpg")),
-                lambda: storage.write(place.url("t/y"), b"y"),
-                lambda: list(storage.pages(place.url("t"), deep=True)),
+                lambda: filesystem.read(place.url("t/x.jpg")),
+                lambda: filesystem.write(place.url("t/y"), b"y"),
+                lambda: list(filesystem.pages(place.url("t"), deep=True)),
             ]
             for call in calls:
                 with pytest.raises(StorageError) as caught:
@@ -236,18 +236,18 @@ class StorePromises:
             place.proxy.says = None
 
     def test_a_store_that_asks_for_time_gets_it(self, place: Place) -> None:
-        storage.write(place.url("t/x.jpg"), b"x")
+        filesystem.write(place.url("t/x.jpg"), b"x")
         place.answers(503, "ServerBusy", "Retry-After: 1", times=1)
         began = time.monotonic()
-        assert storage.read(place.url("t/x.jpg")) == b"x"
+        assert filesystem.read(place.url("t/x.jpg")) == b"x"
         assert time.monotonic() - began >= 1
 
     def test_a_store_that_asks_for_too_much_time_is_left_alone(self, place: Place) -> None:
         place.answers(503, "ServerBusy", "Retry-After: 3600")
         place.proxy.requests.clear()
         for call in (
-            lambda: storage.read(place.url("t/x.jpg")),
-            lambda: storage.write(place.url("t/x.jpg"), b"x"),
+            lambda: filesystem.read(place.url("t/x.jpg")),
+            lambda: filesystem.write(place.url("t/x.jpg"), b"x"),
         ):
             with pytest.raises(StorageThrottled):
                 call()

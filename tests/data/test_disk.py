@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.data import disk, storage
+from imgcls.data import disk, filesystem
 from imgcls.data.readahead import Allowance
 from imgcls.errors import (
     OutputBusy,
@@ -24,8 +24,8 @@ from imgcls.errors import (
     StorageMissing,
     StorageTooLarge,
 )
-from imgcls.lease import Lease
-from tests.data.test_storage import unprivileged
+from imgcls.runs.lease import Lease
+from tests.data.test_filesystem import unprivileged
 
 
 def fifo(path: Path) -> Path:
@@ -94,12 +94,12 @@ def test_what_is_no_image_file_is_one_error_at_once(tmp_path: Path, name: str) -
         pytest.skip("no /proc/kcore here")
     with unprivileged() if name == "locked" else contextlib.nullcontext():
         with pytest.raises(StorageError) as caught:
-            storage.read_image(str(path), max_bytes=1000)
+            filesystem.read_image(str(path), max_bytes=1000)
         assert type(caught.value) is kind
         assert caught.value.status == status
         assert str(path) in str(caught.value) or len(str(path)) > 300
         assert words in str(caught.value)
-        first, second = storage.read_ahead([str(path), str(good)], max_bytes=1000)
+        first, second = filesystem.read_ahead([str(path), str(good)], max_bytes=1000)
     assert type(first) is kind
     assert second == b"good" or name == "locked"
 
@@ -107,19 +107,19 @@ def test_what_is_no_image_file_is_one_error_at_once(tmp_path: Path, name: str) -
 def test_a_file_of_just_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
     for size in (0, 1, 999, 1000):
         (tmp_path / "file").write_bytes(b"x" * size)
-        assert storage.read_image(str(tmp_path / "file"), max_bytes=1000) == b"x" * size
+        assert filesystem.read_image(str(tmp_path / "file"), max_bytes=1000) == b"x" * size
     (tmp_path / "file").write_bytes(b"x" * 1001)
     with pytest.raises(StorageTooLarge, match="has 1,001 bytes"):
-        storage.read_image(str(tmp_path / "file"), max_bytes=1000)
+        filesystem.read_image(str(tmp_path / "file"), max_bytes=1000)
 
 
 def test_a_file_whose_size_is_not_known_before_is_counted_as_it_is_read() -> None:
     """Those in /proc have content, and 0 bytes."""
     path = "/proc/self/maps"
     assert os.stat(path).st_size == 0
-    assert b"/" in storage.read_image(path)
+    assert b"/" in filesystem.read_image(path)
     with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100"):
-        storage.read_image(path, max_bytes=100)
+        filesystem.read_image(path, max_bytes=100)
 
 
 def test_a_file_that_grows_while_it_is_read_is_cut_off_at_the_limit(
@@ -147,21 +147,21 @@ def test_a_file_that_grows_while_it_is_read_is_cut_off_at_the_limit(
 @pytest.mark.parametrize("name", [b"\xff\xfe.jpg", b"caf\xe9.jpg"])
 def test_a_name_that_is_not_utf8_is_a_row_that_is_missing(tmp_path: Path, name: bytes) -> None:
     Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"x")
-    (listed,) = storage.walk(str(tmp_path))
+    (listed,) = filesystem.walk(str(tmp_path))
     assert listed == name.decode("utf-8", "replace")
-    assert [f.path for page in storage.pages(str(tmp_path), deep=True) for f in page.files] == [
+    assert [f.path for page in filesystem.pages(str(tmp_path), deep=True) for f in page.files] == [
         f"{tmp_path}/{listed}"
     ]
-    assert storage.names(str(tmp_path)) == [listed]
-    (found,) = storage.read_ahead([f"{tmp_path}/{listed}"])
+    assert filesystem.names(str(tmp_path)) == [listed]
+    (found,) = filesystem.read_ahead([f"{tmp_path}/{listed}"])
     assert isinstance(found, StorageMissing)
 
 
 def test_a_long_name_of_wide_letters_can_be_written(tmp_path: Path) -> None:
     path = str(tmp_path / ("猫" * 80 + ".txt"))
-    storage.write(path, b"one")
-    assert storage.create(path, b"two") is False
-    assert storage.read(path) == b"one"
+    filesystem.write(path, b"one")
+    assert filesystem.create(path, b"two") is False
+    assert filesystem.read(path) == b"one"
 
 
 # ------------------------------------------------------------------ without hard links
@@ -180,8 +180,8 @@ def no_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_hard_links_a_file_is_created_once_and_whole(tmp_path: Path, no_links: str) -> None:
     path = tmp_path / "lease" / "000001.json"
-    assert storage.create(str(path), b"first") is True
-    assert storage.create(str(path), b"second") is False
+    assert filesystem.create(str(path), b"first") is True
+    assert filesystem.create(str(path), b"second") is False
     assert path.read_bytes() == b"first"
     assert os.listdir(path.parent) == ["000001.json"]
 

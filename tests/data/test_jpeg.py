@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data import images, jpeg
+from imgcls.data import decode, jpeg
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import difference, drawn, encoded, reference
@@ -57,30 +57,30 @@ FILES = files()
 
 
 def by_prepared(data: bytes) -> Any:
-    return images.prepared(Image.open(io.BytesIO(data)), SPEC)
+    return decode.prepared(Image.open(io.BytesIO(data)), SPEC)
 
 
 def by_checked(data: bytes) -> Any:
     """What decode_batch gives a GPU, and what Pillow decodes of it."""
-    (found,) = images.checked_jpegs([data])
+    (found,) = decode.checked_jpegs([data])
     if isinstance(found, ImageError):
         raise found
     return np.asarray(Image.open(io.BytesIO(found)).convert("RGB"))
 
 
 def by_batch(data: bytes) -> Any:
-    (found,) = images.decode_batch([data], SPEC, device=torch.device("cpu"))
+    (found,) = decode.decode_batch([data], SPEC, device=torch.device("cpu"))
     if isinstance(found, ImageError):
         raise found
     return found[0].numpy()
 
 
 ROUTES: dict[str, Callable[[bytes], Any]] = {
-    "decode": lambda data: images.decode(data, SPEC)[0],
-    "decode exact": lambda data: images.decode(data, EXACT)[0],
+    "decode": lambda data: decode.decode(data, SPEC)[0],
+    "decode exact": lambda data: decode.decode(data, EXACT)[0],
     "decode_batch": by_batch,
     "checked_jpegs": by_checked,
-    "picture": lambda data: np.asarray(images.picture(data, 96).image),
+    "picture": lambda data: np.asarray(decode.picture(data, 96).image),
     "prepared": by_prepared,
 }
 
@@ -118,10 +118,10 @@ def test_a_lost_end_marker_and_padding_change_no_pixel_on_any_route(name: str) -
         "zeros after the marker": whole + bytes(512),
         "text after the marker": whole + b"appended",
     }
-    expected = {route: decode(whole) for route, decode in ROUTES.items()}
+    expected = {route: decoder(whole) for route, decoder in ROUTES.items()}
     for end, damaged in ends.items():
-        for route, decode in ROUTES.items():
-            assert (decode(damaged) == expected[route]).all(), (end, route)
+        for route, decoder in ROUTES.items():
+            assert (decoder(damaged) == expected[route]).all(), (end, route)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -195,7 +195,7 @@ def test_corrupt_image_data_are_unreadable_on_every_route(name: str) -> None:
     data = whole[:middle] + inserted + whole[middle:]
     assert statuses(data) == dict.fromkeys(ROUTES, "unreadable")
     with pytest.raises(ImageError, match="the JPEG image data are corrupt: "):
-        images.decode(data, SPEC)
+        decode.decode(data, SPEC)
 
 
 def unknown_jfif(data: bytes) -> bytes:
@@ -359,11 +359,11 @@ def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: A
     data = encoded(noisy(*SIZES["dct"], grain=4), "JPEG", quality=90, **KINDS[kind])
     spec = SPEC.model_copy(update={"interpolation": interpolation})
     expected = reference(Image.open(io.BytesIO(data)), spec)
-    exact = images.decode(data, spec.model_copy(update={"decode": "exact"}))[0]
-    fast = images.decode(data, spec)[0]
+    exact = decode.decode(data, spec.model_copy(update={"decode": "exact"}))[0]
+    fast = decode.decode(data, spec)[0]
     assert difference(exact, expected) < 0.02
     exactly = spec.model_copy(update={"decode": "exact"})
-    (found,) = images.decode_batch([data], exactly, device=torch.device("cpu"))
+    (found,) = decode.decode_batch([data], exactly, device=torch.device("cpu"))
     assert isinstance(found, tuple)
     assert (found[0].numpy() == exact).all()  # nvJPEG would not decode to these pixels
     assert 0.02 < difference(fast, expected) < 0.4

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data.facts import facts_of
+from imgcls.data.decode import decode, decode_batch, picture, prepared
+from imgcls.data.image_features import facts_of
 from imgcls.data.image_headers import jpeg_xl_header
-from imgcls.data.images import decode, decode_batch, picture, prepared
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 from tests.data.pictures import STORED, difference, drawn, encoded

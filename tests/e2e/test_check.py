@@ -13,8 +13,8 @@ from PIL import Image
 
 from tests.browser import opened
 from tests.conftest import save, write_manifest
+from tests.curation.test_check import picture
 from tests.processes import RayCluster, imgcls, started, wait_for
-from tests.quality.test_check import picture
 
 pytestmark = pytest.mark.timeout(600)
 

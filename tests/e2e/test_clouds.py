@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import storage
+from imgcls.data import filesystem
 from tests import clouds
 from tests.clouds import Cloud
 from tests.conftest import COLOURS
@@ -38,10 +38,10 @@ def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
     images = sorted((tmp_path / "images").iterdir())
     with placed(cloud, monkeypatch) as place:
         for file in images:
-            storage.write(place.url(f"t/in/{file.name}"), file.read_bytes())
-        storage.write(place.url("t/in/large.jpg"), bytes(2_000_000))
+            filesystem.write(place.url(f"t/in/{file.name}"), file.read_bytes())
+        filesystem.write(place.url("t/in/large.jpg"), bytes(2_000_000))
         for file in colour_bundle.iterdir():
-            storage.write(place.url(f"t/bundle/{file.name}"), file.read_bytes())
+            filesystem.write(place.url(f"t/bundle/{file.name}"), file.read_bytes())
         anon = ("--storage.anon", "true") if cloud.scheme == "gs" else ()
 
         def night(number: int, *more: object) -> list[dict[str, Any]]:
@@ -65,8 +65,8 @@ def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
             assert done.returncode == 0, done.stderr
             done = imgcls(*command)
             assert "nothing to do" in done.stdout, done.stderr
-            assert json.loads(storage.read(f"{output}/_SUCCESS"))["rows"] >= 0
-            data = storage.read(f"{output}/predictions/part-00000.parquet")
+            assert json.loads(filesystem.read(f"{output}/_SUCCESS"))["rows"] >= 0
+            data = filesystem.read(f"{output}/predictions/part-00000.parquet")
             rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
             return rows
 
@@ -77,7 +77,7 @@ def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
         # as many bytes: only the store's version of it tells that it is another image
         other = images[1].read_bytes()
         same_size = images[0].read_bytes()[: len(other)].ljust(len(other), b"\0")
-        storage.write(place.url(f"t/in/{images[1].name}"), same_size)
+        filesystem.write(place.url(f"t/in/{images[1].name}"), same_size)
         again = [row["path"] for row in night(2, "--since", place.url("t/nights"))]
         assert place.url(f"t/in/{images[1].name}") in again
         assert not {place.url(f"t/in/{file.name}") for file in images if file != images[1]} & {

@@ -27,7 +27,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from imgcls.data.images import decode
+from imgcls.data.decode import decode
 from imgcls.data.preprocess import Preprocess
 from tests.conftest import COLOURS, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
@@ -228,7 +228,7 @@ def stopping(folder: Path, stopped: Path) -> dict[str, str]:
 
         class Stopping:
             def find_spec(self, name, path=None, target=None):
-                if name != "imgcls.labeling.attempts":
+                if name != "imgcls.execution.heartbeat":
                     return None
                 spec = PathFinder.find_spec(name, path)
                 execute = spec.loader.exec_module

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from imgcls.data.listing import BuildConfig, build_manifest
+from imgcls.curation.listing import BuildConfig, build_manifest
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import COLOURS, draw, save

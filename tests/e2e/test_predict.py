@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from imgcls.cli import main
-from imgcls.data import images
+from imgcls.data import decode
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest
@@ -117,7 +117,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     classifier = Classifier.load(str(bundle))
     folder = manifest.parent
     pixels = [
-        images.decode((folder / path).read_bytes(), classifier.preprocess)[0]
+        decode.decode((folder / path).read_bytes(), classifier.preprocess)[0]
         for path in found["path"].to_pylist()
     ]
     direct = np.concatenate(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_manifest
-from tests.data.test_stores import MIX
+from tests.data.test_object_store import MIX
 from tests.e2e.outputs import assert_exactly_once
 from tests.faults import KINDS, Proxy, refusal
 from tests.processes import RayCluster, imgcls, started, wait_for

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from imgcls import output as names
+from imgcls.runs import layout as names
 from tests.processes import RayCluster, imgcls, started, wait_for
 
 

@@ -26,8 +26,8 @@ from ray.serve.schema import ServeDeploySchema
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
 from imgcls.models.bundle import load_bundle, read_description
+from imgcls.serving.api_keys import NewKeyConfig, new_key
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.keys import NewKeyConfig, new_key
 from tests.browser import opened
 from tests.conftest import draw, write_manifest
 from tests.e2e.test_jobs import takes_jobs
@@ -43,7 +43,7 @@ from tests.processes import (
 )
 from tests.serving.app import recalibrate, saved_anew
 from tests.serving.test_api import jpeg
-from tests.serving.test_gate import announced
+from tests.serving.test_proxy_middleware import announced
 
 pytestmark = pytest.mark.timeout(600)
 

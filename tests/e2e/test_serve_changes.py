@@ -12,12 +12,12 @@ import requests
 
 from imgcls.config import build
 from imgcls.models.bundle import read_description
-from imgcls.serving import gate
-from imgcls.serving.keys import NewKeyConfig, new_key
+from imgcls.serving import proxy_middleware
+from imgcls.serving.api_keys import NewKeyConfig, new_key
 from tests.processes import RayCluster, imgcls, service_port, started, wait_for
 from tests.serving.app import recalibrate
 from tests.serving.test_api import jpeg
-from tests.serving.test_gate import announced
+from tests.serving.test_proxy_middleware import announced
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
@@ -51,8 +51,8 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
         return str(response.json()["sha256"])
 
     gated = {
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": gate.CALLBACK,
-        **gate.settings(1 << 20, 8 << 20),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK,
+        **proxy_middleware.settings(1 << 20, 8 << 20),
     }
     with RayCluster.start(cpus=2, env=gated) as cluster:
         change()

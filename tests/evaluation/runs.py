@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls import output as layout
+from imgcls.runs import layout
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

@@ -12,9 +12,9 @@ import pytest
 
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.compare import CompareConfig, compare, points
-from imgcls.evaluation.evaluate import JudgeConfig, judge
-from imgcls.evaluation.labels import LabelsConfig
-from imgcls.labeling.history import CompactConfig, compact
+from imgcls.evaluation.compute import JudgeConfig, judge
+from imgcls.evaluation.label_join import LabelsConfig
+from imgcls.inference.history import CompactConfig, compact
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from imgcls.errors import RequestError
-from imgcls.evaluation import confusion
-from imgcls.evaluation.evaluate import JudgeConfig
+from imgcls.evaluation import confusion_plot
+from imgcls.evaluation.compute import JudgeConfig
 from imgcls.evaluation.report import ReportConfig, report
 from imgcls.metrics import PredictionCounts
 from imgcls.models import zoo
@@ -120,8 +120,8 @@ def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
     assert place.stat().st_size < 5_000_000
     with opened(place.as_uri()) as seen:
         shown = seen.page.locator("table.matrix tbody tr").count()
-        assert shown == min(size, confusion.TABLE_CLASSES)
-        assert seen.page.locator("img.picture").count() == (size > confusion.TABLE_CLASSES)
+        assert shown == min(size, confusion_plot.TABLE_CLASSES)
+        assert seen.page.locator("img.picture").count() == (size > confusion_plot.TABLE_CLASSES)
         if size == 1000:
             assert "The 1000 with the most rows" not in seen.page.inner_text("body")
         seen.screenshot(f"confusion-{size}")
@@ -140,9 +140,9 @@ def test_classes_that_are_confused_stand_together() -> None:
     counts = dataclasses.replace(
         counts, confusion_label=cells // 12, confusion_predicted=cells % 12, confusion_count=number
     )
-    order = [int(name) % 2 for name in confusion.matrix(counts, 24).classes]
+    order = [int(name) % 2 for name in confusion_plot.matrix(counts, 24).classes]
     assert order in ([0] * 6 + [1] * 6, [1] * 6 + [0] * 6)
-    worst = confusion.matrix(counts, 5)
+    worst = confusion_plot.matrix(counts, 5)
     assert len(worst.classes) == 5
     assert worst.left_out == 7
 
@@ -156,7 +156,7 @@ def test_the_most_frequent_mistakes_come_first() -> None:
         confusion_predicted=np.array([0, 1, 0]),
         confusion_count=np.array([6, 2, 5]),
     )
-    assert confusion.worst_pairs(counts, 9) == [
+    assert confusion_plot.worst_pairs(counts, 9) == [
         {"label": "b", "predicted": "a", "count": 5, "share": 1.0},
         {"label": "a", "predicted": "b", "count": 2, "share": 0.25},
     ]

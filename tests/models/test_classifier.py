@@ -21,7 +21,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms.functional import normalize
 
-from imgcls.data import images
+from imgcls.data import decode
 from imgcls.errors import BundleError, NotAnImage, StorageMissing
 from imgcls.models import classifier as classifier_module
 from imgcls.models import zoo
@@ -52,7 +52,7 @@ def bundle_of(folder: Path, name: str, num_classes: int = 5, **changes: Any) -> 
     return folder
 
 
-def random_batch(classifier: Classifier, count: int, seed: int = 0) -> images.Pixels:
+def random_batch(classifier: Classifier, count: int, seed: int = 0) -> decode.Pixels:
     side = classifier.preprocess.crop
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8)
@@ -61,7 +61,7 @@ def random_batch(classifier: Classifier, count: int, seed: int = 0) -> images.Pi
 
 
 def plain(
-    classifier: Classifier, batch: images.Pixels, layers: Callable[[nn.Module], nn.Module]
+    classifier: Classifier, batch: decode.Pixels, layers: Callable[[nn.Module], nn.Module]
 ) -> torch.Tensor:
     """The same weights in a network of torchvision's own, run as its tutorials do."""
     spec = classifier.bundle.spec
@@ -196,7 +196,7 @@ def test_the_same_batch_scores_the_same_bytes_every_time(small: Classifier) -> N
 def test_threads_that_share_a_classifier_get_their_own_answers(small: Classifier) -> None:
     batches = [random_batch(small, 1 + i % 3, seed=i) for i in range(80)]
 
-    def answer(batch: images.Pixels) -> tuple[bytes, bytes]:
+    def answer(batch: decode.Pixels) -> tuple[bytes, bytes]:
         found = small.classify(batch, embeddings=True)
         assert found.embedding is not None
         return found.scores.tobytes(), found.embedding.tobytes()
@@ -283,9 +283,9 @@ def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> 
     for route in ("exact", "fast"):
         classifier = Classifier(small.bundle, precision="fp32", device="cpu", decode=route)
         spec = small.preprocess.model_copy(update={"decode": route})
-        pixels = images.decode(sink.getvalue(), spec)[0]
+        pixels = decode.decode(sink.getvalue(), spec)[0]
         scores[route] = classifier.predict([sink.getvalue()], top_k=5)[0].topk_scores
-        best = classifier.ranked(classifier.classify(images.stack([pixels])).scores, top_k=5)
+        best = classifier.ranked(classifier.classify(decode.stack([pixels])).scores, top_k=5)
         assert scores[route] == best[0].topk_scores
     assert scores["exact"] != scores["fast"]
     assert Classifier(small.bundle).preprocess == small.preprocess
@@ -392,7 +392,7 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         rows = list(csv.DictReader(stream))
     assert len(rows) == SAMPLE
     pixels = [
-        images.decode((folder / row["path"]).read_bytes(), spec.preprocess)[0] for row in rows
+        decode.decode((folder / row["path"]).read_bytes(), spec.preprocess)[0] for row in rows
     ]
     scores = {}
     for precision in ("fp32", "bf16"):
@@ -448,9 +448,9 @@ def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
         large.save(sink, "JPEG", quality=90)
         reference = steps(Image.open(io.BytesIO(sink.getvalue())).convert("RGB"))
         whole.append(np.asarray(reference).transpose(2, 0, 1))
-        scaled.append(images.decode(sink.getvalue(), spec.preprocess)[0])
-    expected = classifier.classify(images.stack(whole)).scores
-    found = classifier.classify(images.stack(scaled)).scores
+        scaled.append(decode.decode(sink.getvalue(), spec.preprocess)[0])
+    expected = classifier.classify(decode.stack(whole)).scores
+    found = classifier.classify(decode.stack(scaled)).scores
     assert len(files) > 40
     assert (found.argmax(1) == expected.argmax(1)).sum() >= len(files) - 1
     assert np.abs(found - expected).max() < 0.15

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from imgcls.data.images import prepared
+from imgcls.data.decode import prepared
 from imgcls.errors import BundleError, NotFinite
-from imgcls.evaluation.quantise import QuantiseConfig, quantise
+from imgcls.evaluation.quantize import QuantiseConfig, quantise
 from imgcls.models import zoo
 from imgcls.models.bundle import (
     BundleSpec,
@@ -29,7 +29,7 @@ from imgcls.models.bundle import (
 from imgcls.models.classifier import Classifier
 from imgcls.models.export import ExportConfig, export
 from imgcls.models.finite import check_safetensors, check_tensors
-from imgcls.models.importing import ImportConfig, import_model
+from imgcls.models.import_weights import ImportConfig, import_model
 from tests.conftest import COLOURS, draw, write_manifest
 
 BAD = [float("nan"), float("inf"), float("-inf")]

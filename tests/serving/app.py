@@ -16,12 +16,12 @@ import uvicorn
 from imgcls import config as configuration
 from imgcls.models.bundle import load_bundle, load_weights, save_bundle
 from imgcls.serving.api import build_app
+from imgcls.serving.api_keys import Keyring
+from imgcls.serving.auth import Door
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.door import Door
-from imgcls.serving.keys import Keyring
-from imgcls.serving.limits import Pocket, Purse
+from imgcls.serving.metrics import Telemetry, Totals
+from imgcls.serving.rate_limit import Pocket, Purse
 from imgcls.serving.service import Model, Service
-from imgcls.serving.telemetry import Telemetry, Totals
 from tests.processes import free_port, wait_for
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
 from imgcls.models.classifier import Classifier
-from imgcls.serving.keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, new_key
 from tests.conftest import REPOSITORY, draw
 from tests.processes import service_port, wait_for
 from tests.serving.app import Running, recalibrate, serving

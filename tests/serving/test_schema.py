@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from imgcls.config import build
-from imgcls.serving.keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, new_key
 from tests.serving.app import serving
 
 

@@ -14,7 +14,7 @@ import torch
 
 from imgcls.errors import BundleError, OutputError, StorageError
 from imgcls.training.checkpoints import FOLDER, KEPT, RUN, Checkpoints, Standing
-from imgcls.training.progress import Epoch
+from imgcls.training.epoch_metrics import Epoch
 
 
 def epoch(number: int) -> Epoch:

@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
-from imgcls.models.normalise import Normalise
+from imgcls.models.normalize import Normalise
 from imgcls.training.network import ModelConfig, describe, regularise, start, try_on
 
 SMALL = zoo.architecture("small_cnn", {"width": 8})

@@ -35,7 +35,7 @@ from imgcls.errors import (
 from imgcls.models import zoo
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.fit import told
+from imgcls.training.ray_trainer import told
 from imgcls.training.train import TrainConfig, TrainResult, settled, train
 from tests.conftest import REPOSITORY, write_manifest
 

@@ -1,0 +1,1 @@
+"""The Ray session under a job, its autoscaler, and signals."""

@@ -1,0 +1,1 @@
+"""Manifests and data sets: build, split, describe, and check images and labels."""

@@ -1,0 +1,1 @@
+"""Checks of a data set: bad images, duplicates, leaks, suspicious labels."""

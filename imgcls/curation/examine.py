@@ -1,0 +1,149 @@
+"""Examining a manifest's images: facts of each row, by the same passes over the same chunks.
+
+Survives what labelling survives, and is resumed as that is: what stands in `_staging` is not done
+again. Nothing is labelled or rolled up; the facts are read where the workers wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls.cluster import session
+from imgcls.data import filesystem, object_store
+from imgcls.data.manifest import Manifest
+from imgcls.errors import OutputError
+from imgcls.execution.completed import Ledger
+from imgcls.execution.messages import ExamineSpec
+from imgcls.execution.placement import ScaleConfig
+from imgcls.execution.plan import Identity, Plan, make_plan, plan_of, restore_shards
+from imgcls.execution.progress import Progress
+from imgcls.execution.runner import Passes, fitted
+from imgcls.inference.requests import is_on_web
+from imgcls.log import tell
+from imgcls.models.bundle import Bundle
+from imgcls.provenance import provenance
+from imgcls.runs import layout as names
+from imgcls.runs.lease import Lease
+
+PART_ROWS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A manifest whose images have all been looked at."""
+
+    output: str
+    manifest: Manifest
+    plan: Plan
+
+    def rows(self) -> Iterator[pa.Table]:
+        """The manifest's rows, chunk by chunk, in order."""
+        for part in range(self.plan.parts):
+            with filesystem.open_read(names.shard_url(self.output, part)) as stream:
+                shard = pq.ParquetFile(stream)
+                for group in range(len(self.plan.chunks_of(part))):
+                    yield shard.read_row_group(group)
+
+    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
+        for chunk, rows in enumerate(self.rows()):
+            part = self.plan.part_of(chunk)
+            url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
+            with filesystem.open_read(url) as file:
+                yield rows, pq.read_table(file)
+
+
+def examine(
+    manifest: Manifest,
+    output: str,
+    *,
+    bundle: Bundle | None,
+    max_pixels: int,
+    max_bytes: int,
+    scale: ScaleConfig,
+    progress_seconds: float,
+    lease: Lease,
+    interruption: session.Interruption,
+) -> Examined:
+    """Look at every image of a manifest that has not been looked at in an earlier run.
+
+    output: a folder of its own; Ray is connected to already
+    bundle: have its embeddings too
+    Raises OutputError when the folder holds another run, RunFailed when it broke off.
+    """
+    decode = None if bundle is None else bundle.spec.preprocess.decode
+    identity = Identity(
+        manifest={
+            "fingerprint": manifest.fingerprint(),
+            "path_column": manifest.path_column,
+            "root": manifest.root,
+        },
+        bundle={"sha256": None if bundle is None else bundle.sha256},
+        settings={"max_pixels": max_pixels, "max_bytes": max_bytes, "decode": decode},
+    )
+    stored = names.load_run(output)
+    if stored is not None:
+        lines = "\n".join(f"  {line}" for line in identity.differences(stored["identity"]))
+        if lines:
+            raise OutputError(
+                f"output {output}: was made of something else:\n{lines}\n"
+                "give another --output, or start over with --overwrite"
+            )
+    plan = (
+        plan_of(stored)
+        if stored is not None
+        else make_plan(
+            output,
+            manifest,
+            identity,
+            chunk_rows=None,
+            part_rows=PART_ROWS,
+            row_bytes=128,
+            limit=None,
+            provenance=provenance({}),
+            classes=None,
+        )
+    )
+    book = Ledger.read(output, plan)
+    restore_shards(output, manifest, plan)
+    if book.rows_done:
+        tell("resume", f"{book.rows_done:,} of {plan.rows:,} rows are done")
+    todo = book.missing()
+    if todo:
+        scale = scale.model_copy(update={"layout": "cpu"})
+        layout = fitted(scale, interruption, 0)
+        for reason in layout.reasons:
+            tell("layout", reason)
+        spec = ExamineSpec(
+            output=output,
+            plan=plan,
+            path_column=manifest.path_column,
+            root=manifest.root,
+            batch_size=layout.batch_size,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+            fetches=scale.fetches,
+            storage=object_store.settings(),
+            session="",  # each pass has its own
+            crash_retries=scale.crash_retries,
+            on_web=is_on_web(manifest),
+            bundle_url=None if bundle is None else filesystem.absolute(bundle.url),
+            bundle_sha256=None if bundle is None else bundle.sha256,
+            decode=decode,
+        )
+        progress = Progress(plan.rows, book.rows_done, progress_seconds)
+        try:
+            passes = Passes(spec, scale, interruption, lambda fits: fits, 0)
+            for receipt in passes.receipts(layout, todo):
+                lease.check()
+                if receipt is None:
+                    progress.tick()
+                else:
+                    progress.add(receipt)
+        finally:
+            progress.close()
+    return Examined(output, manifest, plan)

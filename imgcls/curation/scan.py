@@ -1,0 +1,116 @@
+"""Every image of some manifests looked at, into a folder: how checks and descriptions begin."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from imgcls.cluster import session
+from imgcls.config import Section
+from imgcls.curation.examine import Examined, examine
+from imgcls.data import filesystem
+from imgcls.data.filesystem import MAX_BYTES
+from imgcls.data.manifest import Manifest, ManifestConfig
+from imgcls.data.object_store import StorageConfig
+from imgcls.errors import OutputError
+from imgcls.execution.placement import ScaleConfig
+from imgcls.execution.runner import resumable
+from imgcls.models.bundle import Bundle
+from imgcls.runs import layout
+from imgcls.runs.lease import FOLDER as LEASE
+from imgcls.runs.lease import Lease
+
+LOOKS = "_looks"
+
+
+class LookConfig(Section):
+    """What to look at, and how."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The images."""
+    output: str
+    """The folder to write."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Images with more pixels are refused from their header."""
+    max_bytes: PositiveInt = MAX_BYTES
+    """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
+    overwrite: bool = False
+    """Throw away what is in the output folder and start over."""
+    progress_seconds: PositiveFloat = 5.0
+    """How often a job log gets a line."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+@contextlib.contextmanager
+def looked(
+    config: LookConfig,
+    output: str,
+    manifests: Sequence[Manifest],
+    *,
+    bundle: Bundle | None = None,
+    results: Sequence[str],
+    beside: Sequence[str] = (),
+) -> Iterator[tuple[list[Examined], Lease]]:
+    """Look at all images that an earlier run into the same folder has not looked at.
+
+    results: the names of what is to be written to the folder while its lease is held
+    beside:  of what else may be there, and is left alone
+    Raises OutputError when the folder holds anything else.
+    """
+    _check_output(output, (*results, *beside))
+    if config.overwrite:
+        _check_inputs(output, results, manifests)
+    with session.Interruption().watched() as interruption:
+        lease = Lease.acquire(output)
+        try:
+            if config.overwrite:
+                for name in (*results, LOOKS):
+                    filesystem.remove(filesystem.join(output, name))
+            with resumable(output, lease):
+                session.connect()
+                examined = [
+                    examine(
+                        manifest,
+                        filesystem.join(output, LOOKS, str(number)),
+                        bundle=bundle,
+                        max_pixels=config.max_pixels,
+                        max_bytes=config.max_bytes,
+                        scale=config.scale,
+                        progress_seconds=config.progress_seconds,
+                        lease=lease,
+                        interruption=interruption,
+                    )
+                    for number, manifest in enumerate(manifests)
+                ]
+            yield examined, lease
+            # asked again it looks again: images may have been mended
+            filesystem.remove(filesystem.join(output, LOOKS))
+        finally:
+            lease.release()
+
+
+def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise an OutputError where starting over would remove what is to be read."""
+    going = {filesystem.join(output, name) for name in results}
+    for manifest in manifests:
+        read = going.intersection(filesystem.absolute(file) for file in manifest.files)
+        if read:
+            raise OutputError(
+                f"output {output}: --overwrite would remove {min(read)}, which is to be read; give "
+                "another --output"
+            )
+
+
+def _check_output(output: str, results: Sequence[str]) -> None:
+    layout.check_writable(output)
+    others = set(filesystem.names(output)) - {LOOKS, LEASE, *results}
+    if others:
+        raise OutputError(
+            f"output {output}: holds other files ({min(others)}); give another --output"
+        )

@@ -1,0 +1,156 @@
+"""What can be told of an image file without a model: its kind, its sizes, how it looks, two hashes.
+
+Owns the perceptual hash and the measures of darkness, detail and blur; promises that they hardly
+change when a picture is saved again or in another size. Which values are bad is not judged here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from imgcls.data import decode
+
+SIDE = 256
+"""Measures are taken of the picture at no more than so many pixels a side."""
+HASH_SIDE = 32
+HASH_BITS = 256
+DIGEST_BYTES = 16
+_NOTHING = 0.01
+"""A frequency counts as absent below this share of the root mean square of all: in graphics with
+symmetries most are, and their signs are those of rounding errors."""
+FIELDS = (
+    pa.field("format", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("orientation", pa.int8()),
+    pa.field("digest", pa.binary(DIGEST_BYTES)),
+    pa.field("hash", pa.binary(HASH_BITS // 8)),
+    pa.field("dark", pa.float32()),
+    pa.field("bright", pa.float32()),
+    pa.field("contrast", pa.float32()),
+    pa.field("entropy", pa.float32()),
+    pa.field("sharpness", pa.float32()),
+    pa.field("colour", pa.float32()),
+)
+"""The columns that `Facts` fill in a table."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One image file.
+
+    format:        as Pillow names it, such as JPEG
+    width, height: pixels, as a viewer would show it
+    orientation:   EXIF, 1 to 8; 1 is upright
+    digest:        BLAKE2b of the bytes
+    hash:          (32,) uint8, the perceptual hash, steadiest bits first
+    dark, bright:  5th and 95th percentile of the luma, 0 black to 1 white
+    contrast:      standard deviation of the luma, 0 to 0.5
+    entropy:       of the histogram of the luma, in bits, 0 to 8
+    sharpness:     standard deviation of the Laplacian of the luma over `contrast`
+    colour:        95th percentile of the difference between channels, 0 to 1
+    """
+
+    format: str
+    width: int
+    height: int
+    orientation: int
+    digest: bytes
+    hash: npt.NDArray[np.uint8]
+    dark: float
+    bright: float
+    contrast: float
+    entropy: float
+    sharpness: float
+    colour: float
+
+    def columns(self) -> dict[str, Any]:
+        """By the names of `FIELDS`."""
+        return vars(self) | {"hash": self.hash.tobytes()}
+
+
+def facts_of(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> Facts:
+    """Look at one image file.
+
+    Raises an ImageError as `images.decode` does.
+    """
+    opened = decode.picture(data, SIDE, max_pixels=max_pixels)
+    red, green, blue = (np.asarray(band) for band in opened.image.split())
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    grey = opened.image.convert("L")
+    luma = np.asarray(grey, np.float32) / 255
+    shades = np.bincount(np.asarray(grey).ravel(), minlength=256) / luma.size
+    there = shades[shades > 0]
+    contrast = float(luma.std())
+    return Facts(
+        format=opened.format,
+        width=opened.shown[0],
+        height=opened.shown[1],
+        orientation=opened.orientation,
+        digest=digest_of(data),
+        hash=perceptual_hash(grey),
+        dark=_percentile(shades, 5),
+        bright=_percentile(shades, 95),
+        contrast=contrast,
+        entropy=float(-(there * np.log2(there)).sum()),
+        sharpness=_laplacian(luma) / contrast if contrast else 0.0,
+        colour=_percentile(np.bincount(spread.ravel(), minlength=256) / spread.size, 95),
+    )
+
+
+def digest_of(data: bytes) -> bytes:
+    """16 bytes by which the same file is known."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
+    """The signs of a picture's 256 lowest spatial frequencies, without its mean.
+
+    Returns (32,) uint8, the lowest frequencies first. Pictures that look alike differ in few bits;
+    others in 128 on average. Source: discrete cosine transform as of Zauner, "Implementation and
+    Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2; with signs for a median, so
+    that mirroring a picture changes known bits (`MIRROR`).
+    """
+    small = picture.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(small, np.float32)
+    spectrum = (_COSINES @ pixels @ _COSINES.T)[_ROWS, _COLUMNS]
+    return np.packbits(spectrum > _NOTHING * np.sqrt(np.square(spectrum).mean()))
+
+
+def _percentile(shares: npt.NDArray[Any], percent: float) -> float:
+    """Of values from 0 to 255, given the share of each; returned from 0 to 1."""
+    return float(np.searchsorted(shares.cumsum(), percent / 100 - 1e-9)) / 255
+
+
+def _laplacian(luma: npt.NDArray[Any]) -> float:
+    """Standard deviation of the four-neighbour Laplacian; 0 of what is too small to have one."""
+    if min(luma.shape) < 3:
+        return 0.0
+    inner = luma[1:-1, 1:-1]
+    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
+    return float((around - 4 * inner).std())
+
+
+def _cosines() -> npt.NDArray[np.float32]:
+    frequency, place = np.mgrid[:HASH_SIDE, :HASH_SIDE]
+    return np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE)).astype(np.float32)
+
+
+def _lowest() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    rows, columns = (each.ravel() for each in np.mgrid[:HASH_SIDE, :HASH_SIDE])
+    order = np.lexsort((columns, rows + columns))[1 : HASH_BITS + 1]
+    return rows[order], columns[order]
+
+
+_COSINES = _cosines()
+_ROWS, _COLUMNS = _lowest()
+
+MIRROR = np.packbits(_COLUMNS % 2 == 1)
+"""(32,) uint8: the bits of a hash that change when the picture is mirrored left to right."""

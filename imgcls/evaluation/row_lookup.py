@@ -1,0 +1,117 @@
+"""The rows that a tally kept, read back from the run, and which labels look wrong.
+
+A tally remembers where rows stand; here their columns are fetched, part by part, in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcls.data import filesystem
+from imgcls.evaluation.aggregate import Tally, TopRows
+from imgcls.evaluation.label_join import JOINED, LateLabels
+from imgcls.runs.committed import Run, without_views
+
+_SHOWN = ("row", "predicted_label", "confidence", "topk_labels", "topk_scores", "width", "height")
+
+
+def fetch(
+    run: Run, lists: Sequence[TopRows], label_column: str | None, late: LateLabels | None
+) -> list[pa.Table]:
+    """The rows of each list in its order: path, label, then what labelling said of them.
+
+    Columns: row, path, label (null where there is none), predicted_label, confidence, label_score,
+    topk_labels, topk_scores, width, height.
+    """
+    names = [*_SHOWN, run.path_column]
+    if late is not None:
+        names += late.needed
+    elif label_column is not None:
+        names += [label_column, "label_score"]
+    names += ["status"]
+    names = list(dict.fromkeys(names))
+    files = np.concatenate([kept.file for kept in lists])
+    places = np.concatenate([kept.place for kept in lists])
+    found = [
+        _of_part(run.files[file], names, places[files == file]) for file in np.unique(files)
+    ] or [without_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
+    table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
+    if late is not None:
+        table = late.looked_up(table)
+        label_column = JOINED
+    label = (
+        pa.nulls(table.num_rows, pa.string())
+        if label_column is None
+        else table[label_column].cast(pa.string())
+    )
+    score = (
+        table["label_score"]
+        if "label_score" in table.schema.names
+        else pa.nulls(table.num_rows, pa.float32())
+    )
+    shown = pa.table(
+        {
+            "row": table["row"],
+            "path": table[run.path_column].cast(pa.string()),
+            "label": label,
+            "predicted_label": table["predicted_label"],
+            "confidence": table["confidence"],
+            "label_score": score,
+            **{name: table[name] for name in _SHOWN[3:]},
+        }
+    )
+    ends = np.cumsum([len(kept.file) for kept in lists])
+    return [
+        shown.slice(end - len(kept.file), len(kept.file))
+        for end, kept in zip(ends, lists, strict=True)
+    ]
+
+
+def _of_part(url: str, names: list[str], places: np.ndarray) -> pa.Table:
+    """Rows of a part by place, in the order of `places`."""
+    order = np.argsort(places)
+    wanted = places[order]
+    taken = []
+    start = 0
+    with filesystem.open_read(url) as stream:
+        file = pq.ParquetFile(stream)
+        for group in range(file.metadata.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            here = wanted[(wanted >= start) & (wanted < end)] - start
+            if len(here):
+                taken.append(without_views(file.read_row_group(group, columns=names)).take(here))
+            start = end
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return pa.concat_tables(taken).unify_dictionaries().take(back)
+
+
+def label_issues(tally: Tally, rows: pa.Table) -> pa.Table:
+    """Of the kept wrong rows, those whose label the model confidently contradicts, worst first.
+
+    rows: as `fetch` gives them for `tally.issues`
+    A row is one when the score of the predicted class is at least the mean score that the rows
+    labelled with that class give to it: the model is as sure of it as it is of that class's own
+    rows. Ranked by `margin`, the confidence less the score of the given label.
+    Returns row, path, label, predicted_label, confidence, label_score, threshold, margin.
+    Source: Northcutt, Jiang, Chuang, "Confident Learning", JAIR 70 (2021): the off-diagonal of the
+    confident joint, ranked by normalised margin.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = tally.own_score_sum / tally.own_score_rows
+    names = pa.array(tally.wanted.classes, pa.string())
+    place = pc.index_in(rows["predicted_label"].cast(pa.string()), value_set=names)
+    own = np.append(mean, np.nan)[pc.fill_null(place, len(mean)).to_numpy()]
+    confidence = rows["confidence"].to_numpy()
+    score = rows["label_score"].to_numpy()
+    found = confidence >= own  # never for a class without a labelled row, whose mean is NaN
+    table = rows.select(
+        ["row", "path", "label", "predicted_label", "confidence", "label_score"]
+    ).append_column("threshold", pa.array(own, mask=np.isnan(own)))
+    table = table.append_column("margin", pa.array(confidence - score, pa.float32()))
+    return table.filter(pa.array(found))

@@ -1,0 +1,1 @@
+"""Fault-tolerant execution of chunked work on Ray: plan, placement, retries, resume."""

@@ -1,0 +1,304 @@
+"""The plan: a manifest streamed once into shards of fixed-size chunks, and the run's identity.
+
+Owns `_run.json` and the manifest shards. A chunk is one row group of one shard, so a worker reads
+just its own rows however large the manifest, and a manifest that changes while the run is under way
+changes nothing. Promises bounded memory and that a resumed run is the same run or is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import itertools
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from imgcls.data import filesystem
+from imgcls.data.manifest import Manifest, labels_as_text, tell_alike_labels
+from imgcls.errors import ManifestError
+from imgcls.log import tell
+from imgcls.runs import layout
+
+LARGE_CHUNK = 256
+SMALL_MANIFEST = 32 * LARGE_CHUNK
+PART_BYTES = 128_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a manifest is cut: parts (final files) of chunks (units of work) of rows.
+
+    rows, chunk_rows, part_rows count manifest rows; part_rows is a multiple of chunk_rows.
+    """
+
+    run_id: str
+    rows: int
+    chunk_rows: int
+    part_rows: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.rows // self.chunk_rows)
+
+    @property
+    def parts(self) -> int:
+        return -(-self.rows // self.part_rows)
+
+    def part_of(self, chunk: int) -> int:
+        return chunk * self.chunk_rows // self.part_rows
+
+    def chunks_of(self, part: int) -> range:
+        per_part = self.part_rows // self.chunk_rows
+        return range(part * per_part, min(self.chunks, (part + 1) * per_part))
+
+    def rows_of(self, chunk: int) -> range:
+        start = chunk * self.chunk_rows
+        return range(start, min(self.rows, start + self.chunk_rows))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same run; any difference is refused by name."""
+
+    manifest: dict[str, Any]
+    bundle: dict[str, Any]
+    settings: dict[str, Any]
+
+    def run_id(self) -> str:
+        body = json.dumps(asdict(self), sort_keys=True).encode()
+        return hashlib.blake2b(body, digest_size=6).hexdigest()
+
+    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+        """One line for each value that is not as it was stored."""
+        lines = []
+        for section, now in asdict(self).items():
+            then = stored.get(section, {})
+            for key in sorted({*now, *then}):
+                if now.get(key) != then.get(key):
+                    lines.append(f"{section}.{key}: {then.get(key)!r} then, {now.get(key)!r} now")
+        return lines
+
+
+def plan_of(run: Mapping[str, Any]) -> Plan:
+    return Plan(**run["plan"])
+
+
+def make_plan(
+    output: str,
+    manifest: Manifest,
+    identity: Identity,
+    *,
+    chunk_rows: int | None,
+    part_rows: int,
+    row_bytes: int,
+    limit: int | None,
+    provenance: Mapping[str, Any],
+    classes: list[str] | None,
+    may_be_empty: bool = False,
+    any_labels: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Stream the manifest into shards below `output`, then write `_run.json`.
+
+    chunk_rows: None chooses 256, or less for a manifest too small to keep every worker busy
+    part_rows:  rows of a final file at most
+    row_bytes:  bytes that a prediction row is expected to take in Parquet
+    limit:      rows to take from the start of the manifest
+    classes:    of the model that is to label, if there is one
+    any_labels: plan also rows whose labels are all no classes of the model
+    notes:      more entries of `_run.json`
+    Raises ManifestError when it has no row, or labels of which no one is a class of the model.
+    """
+    head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
+    if head.num_rows == 0 and not may_be_empty:
+        raise ManifestError(f"manifest {manifest.source}: has no row; nothing to label")
+    largest = min(part_rows, max(1, PART_BYTES // row_bytes))
+    chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))
+    part = largest // chunk * chunk
+    labels = None if classes is None else _LabelCheck(manifest, classes)
+    with _ShardWriter(output, manifest.schema, chunk, part) as writer:
+        for table in itertools.chain((head,), rest):
+            if labels is not None:
+                labels.see(table)
+            writer.add(table)
+    if labels is not None:
+        labels.finish(refuse=not any_labels)
+    plan = Plan(identity.run_id(), writer.rows, chunk, part)
+    run = {
+        "identity": asdict(identity),
+        "plan": asdict(plan),
+        "provenance": dict(provenance),
+        "classes": classes or [],
+        "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **(notes or {}),
+    }
+    layout.keep_run(output, run)
+    return plan
+
+
+def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
+    """Cut the manifest of a run again if shards are gone, as when a start-over was broken off."""
+    present = filesystem.names(filesystem.parent(layout.shard_url(output, 0)))
+    if {layout.part_name(part) for part in range(plan.parts)} <= set(present):
+        return
+    with _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer:
+        for table in _limited(manifest, plan.rows):
+            writer.add(table)
+
+
+def _chunk_rows(rows: int) -> int:
+    """Chunks of 256 rows, or a 32nd of a small manifest in steps of 32."""
+    if rows >= SMALL_MANIFEST:
+        return LARGE_CHUNK
+    return max(32, -(-rows // 32 // 32) * 32)
+
+
+def _first_rows(
+    manifest: Manifest, count: int, limit: int | None
+) -> tuple[pa.Table, Iterator[pa.Table]]:
+    """The first `count` rows as one table, and the others as a stream."""
+    batches = _limited(manifest, limit)
+    gathered: list[pa.Table] = []
+    rows = 0
+    for table in batches:
+        gathered.append(table)
+        rows += table.num_rows
+        if rows >= count:
+            break
+    return pa.concat_tables(gathered) if gathered else manifest.schema.empty_table(), batches
+
+
+def _limited(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
+    left = limit
+    for batch in manifest.batches():
+        table = pa.Table.from_batches([batch])
+        if left is None:
+            yield table
+            continue
+        if left <= 0:
+            return
+        yield table.slice(0, left)
+        left -= table.num_rows
+
+
+class _ShardWriter:
+    """Cuts a stream of tables into shard files whose row groups are chunks.
+
+    On an error the shard under way leaves no file.
+    """
+
+    def __init__(self, output: str, schema: pa.Schema, chunk_rows: int, part_rows: int) -> None:
+        self.rows = 0
+        self._output = output
+        self._schema = schema
+        self._chunk_rows = chunk_rows
+        self._part_rows = part_rows
+        self._buffer: list[pa.Table] = []
+        self._buffered = 0
+        self._shard = contextlib.ExitStack()
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._shard.__exit__(kind, error, trace)
+            return
+        if self._buffered:
+            self._write(pa.concat_tables(self._buffer).combine_chunks())
+        with filesystem.translated(self._output):
+            self._shard.close()
+
+    def add(self, table: pa.Table) -> None:
+        self._buffer.append(table)
+        self._buffered += table.num_rows
+        if self._buffered >= self._chunk_rows:
+            whole = pa.concat_tables(self._buffer).combine_chunks()
+            start = 0
+            while whole.num_rows - start >= self._chunk_rows:
+                self._write(whole.slice(start, self._chunk_rows))
+                start += self._chunk_rows
+            rest = whole.slice(start)
+            self._buffer, self._buffered = ([rest] if rest.num_rows else []), rest.num_rows
+
+    def _write(self, chunk: pa.Table) -> None:
+        url = layout.shard_url(self._output, self.rows // self._part_rows)
+        with filesystem.translated(url):
+            if self.rows % self._part_rows == 0:
+                self._shard.close()
+                stream = self._shard.enter_context(filesystem.open_write(url))
+                self._writer = self._shard.enter_context(
+                    pq.ParquetWriter(
+                        stream, self._schema, compression="zstd", write_statistics=False
+                    )
+                )
+            assert self._writer is not None
+            self._writer.write_table(chunk, row_group_size=self._chunk_rows)
+        self.rows += chunk.num_rows
+
+
+class _LabelCheck:
+    """Sees every label go by; refuses a manifest whose labels share nothing with the classes."""
+
+    def __init__(self, manifest: Manifest, classes: list[str]) -> None:
+        self._manifest = manifest
+        self._classes = {unicodedata.normalize("NFC", name) for name in classes}
+        self._strangers: Counter[str] = Counter()
+        self._known = 0
+
+    def see(self, table: pa.Table) -> None:
+        column = self._manifest.label_column
+        if column is None:
+            return
+        counted = pc.value_counts(labels_as_text(table.column(column)))
+        for entry in counted.to_pylist():
+            name, count = entry["values"], entry["counts"]
+            if name is None:
+                continue
+            if name in self._classes:
+                self._known += count
+                continue
+            self._strangers[name] += count
+
+    def finish(self, *, refuse: bool) -> None:
+        if not self._strangers:
+            return
+        examples = ", ".join(repr(name) for name in list(self._strangers)[:3])
+        if refuse and not self._known:
+            classes = sorted(self._classes)
+            shown = ", ".join(repr(name) for name in classes[:3])
+            if self._manifest.format == "tree":
+                raise ManifestError(
+                    f"manifest {self._manifest.source}: not one of its folders is named as a class "
+                    f"of the model (found {examples}; the model has {shown}, {len(classes)} in "
+                    "all); pass --manifest.format images to label all images below it, or use the "
+                    "bundle trained on these classes"
+                )
+            raise ManifestError(
+                f"manifest {self._manifest.source}: not one label in column "
+                f"{self._manifest.label_column!r} is a class of the model (found {examples}; the "
+                f"model has {shown}, {len(classes)} in all); use the bundle trained on these "
+                "classes, or name another --manifest.label-column"
+            )
+        tell_alike_labels(f"manifest {self._manifest.source}", self._strangers, self._classes)
+        tell(
+            "note",
+            f"{self._strangers.total():,} labels are not classes of the model ({examples}); such "
+            "rows are labelled, and counted apart in the metrics",
+        )

@@ -1,0 +1,1 @@
+"""Batch prediction: a manifest in, a committed Parquet table of predictions out."""

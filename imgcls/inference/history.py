@@ -1,0 +1,248 @@
+"""Many nights as one table: for each image its newest row, and which run and bundle it is of.
+
+Which rows those are is found in tables on disk; then the nights are streamed past, so memory does
+not grow with the rows. What comes out is a committed run like any other, for `--since`, for
+evaluation and for whatever reads Parquet.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import log
+from imgcls.config import Section
+from imgcls.data import filesystem, object_store
+from imgcls.data.manifest import ManifestConfig, open_manifest, resolved
+from imgcls.data.object_store import StorageConfig
+from imgcls.data.schemas import conform, unify_schemas
+from imgcls.errors import OutputError, RequestError
+from imgcls.execution.plan import PART_BYTES
+from imgcls.inference.keys import Keys, chosen, numbered
+from imgcls.inference.nights import find_nights, origins
+from imgcls.provenance import provenance
+from imgcls.runs import layout
+from imgcls.runs.committed import Run, stream
+from imgcls.runs.lease import Lease
+
+_GROUP_ROWS = 65_536
+_ADDED = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
+
+
+class CompactConfig(Section):
+    """Merge many labelling runs into one table with the newest row of each image."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str
+    """A folder of runs, such as labels/ above labels/date=.../."""
+    output: str
+    """The folder to write."""
+    manifest: ManifestConfig | None = None
+    """Keep only the images that this manifest lists."""
+    keep_deleted: bool = False
+    """Keep the rows of images that a later night found to be deleted."""
+    overwrite: bool = False
+    """Replace the table that is there."""
+    storage: StorageConfig = StorageConfig()
+
+
+def compact(config: CompactConfig) -> str:
+    """Write the newest row of every image; returns the output folder.
+
+    The columns are those of all runs together, null where a run had none, with the path made
+    whole, and `run`, `bundle_sha256` and `labelled_at` (of the commit, ISO 8601) added; columns of
+    these names that a manifest brought give way to them. Which row is the newest is decided by the
+    order of the nights, see `nights`. Images that a later night found to be deleted are left out.
+    Raises RequestError when there is no run, or columns of one name do not fit together.
+    """
+    object_store.use(config.storage)
+    output = filesystem.absolute(config.output)
+    runs = find_nights(config.source, but=output).committed
+    if not runs:
+        raise RequestError(f"{config.source}: holds no committed run; nothing to merge")
+    schema = _schema(runs)
+    lease = Lease.acquire(output)
+    try:
+        _clear(output, config)
+        _describe(output, runs, config)
+        with tempfile.TemporaryDirectory(prefix="imgcls-history-") as folder:
+            keys = Keys(folder)
+            deleted = _find_newest(keys, runs, config)
+            status: Counter[str] = Counter()
+            rows = _write(output, schema, _newest(keys, runs), lease, status)
+            keys.db.close()
+        lease.check()
+        _mark(output, runs, rows, status)
+    finally:
+        lease.release()
+    left_out = f", {deleted:,} deleted images left out (--keep-deleted)" if deleted else ""
+    log.show(f"history    {rows:,} images of {len(runs):,} runs{left_out}: {output}")
+    return output
+
+
+def _clear(output: str, config: CompactConfig) -> None:
+    """Remove a table that was broken off, or is to be replaced; never a labelling run."""
+    stored = layout.load_run(output)
+    if stored is not None and "merged" not in stored["identity"]:
+        raise OutputError(
+            f"output {output}: holds a labelling run, which only labelling could make again; give "
+            "another --output"
+        )
+    if filesystem.exists(filesystem.join(output, layout.SUCCESS)) and not config.overwrite:
+        raise OutputError(f"output {output}: holds a table already; say --overwrite to replace it")
+    if stored is None and filesystem.names(filesystem.join(output, layout.PREDICTIONS)):
+        raise OutputError(f"output {output}: holds other predictions; give another --output")
+    for name in (layout.SUCCESS, layout.PREDICTIONS, layout.RUN):
+        filesystem.remove(filesystem.join(output, name))
+
+
+def _find_newest(keys: Keys, runs: Sequence[Run], config: CompactConfig) -> int:
+    """Make the table of the newest rows; returns how many images are left out as deleted."""
+    nights = numbered(runs)
+    for source, run in enumerate(runs):
+        keys.know(run, source, nights)
+        if not config.keep_deleted:
+            keys.know_deleted(run, nights)
+    only = ""
+    if config.manifest is not None:
+        keys.ask(open_manifest(config.manifest))
+        only = "AND place IN (SELECT place FROM asked)"
+    # of one night the first row of an image; a null path is no image
+    rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
+    keys.db.execute(
+        "CREATE TABLE newest AS SELECT place, arg_max(source, rank) AS source, "
+        f"arg_max(nth, rank) AS nth, max(night) AS night FROM (SELECT *, {rank} AS rank FROM known "
+        f"WHERE place IS NOT NULL {only}) GROUP BY place"
+    )
+    gone = keys.db.execute(
+        "DELETE FROM newest n USING (SELECT place, max(night) AS night FROM gone GROUP BY place) g "
+        "WHERE g.place = n.place AND g.night > n.night"
+    ).fetchone()
+    return int(gone[0]) if gone else 0
+
+
+def _newest(keys: Keys, runs: Sequence[Run]) -> Iterator[pa.Table]:
+    """The newest rows, night by night, with their run."""
+    for source, run in enumerate(runs):
+        places = keys.numbers(f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth")
+        for table in chosen(stream(run, run.schema.names), places):
+            yield _with_origin(table, run)
+
+
+def _with_origin(table: pa.Table, run: Run) -> pa.Table:
+    at = table.schema.get_field_index(run.path_column)
+    whole = resolved(table[run.path_column], run.root).cast(pa.string())
+    table = table.set_column(at, run.path_column, whole)
+    if run.merged:  # its rows have their origin already
+        return table
+    table = table.drop_columns(_in_the_way(run))
+    values = (run.url, run.bundle_sha256, run.success["committed"])
+    for name, value in zip(_ADDED, values, strict=True):
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def _in_the_way(run: Run) -> list[str]:
+    """Columns of a labeling run named like those that are added; readers ignore case."""
+    return [name for name in run.schema.names if name.lower() in _ADDED and not run.merged]
+
+
+def _schema(runs: Sequence[Run]) -> pa.Schema:
+    paths = {run.path_column for run in runs}
+    if len(paths) > 1:
+        raise RequestError(
+            f"{runs[0].url} and others name the path column differently ({', '.join(sorted(paths))}"
+            "); merge runs of one kind of manifest"
+        )
+    schemas = []
+    for run in reversed(runs):  # the newest run decides the order of the columns
+        schema = run.schema.set(
+            run.schema.get_field_index(run.path_column), pa.field(run.path_column, pa.string())
+        )
+        for name in _in_the_way(run):
+            schema = schema.remove(schema.get_field_index(name))
+        schemas.append((run.url, schema))
+    common = unify_schemas(schemas, "run", optional=True)
+    fields = [field for field in common if field.name not in _ADDED]
+    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in _ADDED.items())])
+
+
+def _write(
+    output: str,
+    schema: pa.Schema,
+    tables: Iterator[pa.Table],
+    lease: Lease,
+    status: Counter[str],
+) -> int:
+    """Write parts of about 128 MB, counting rows by status; returns the rows."""
+    rows = part = size = 0
+    pending: list[pa.Table] = []
+
+    def flush() -> None:
+        nonlocal part, size
+        lease.check()
+        with filesystem.open_write(layout.part_url(output, part)) as stream:
+            whole = pa.concat_tables(pending) if pending else schema.empty_table()
+            pq.write_table(
+                whole.unify_dictionaries(), stream, compression="zstd", row_group_size=_GROUP_ROWS
+            )
+        pending.clear()
+        part, size = part + 1, 0
+
+    for table in tables:
+        rows += table.num_rows
+        pending.append(conform(table, schema, f"run {table['run'][0].as_py()}"))
+        for pair in pending[-1]["status"].value_counts().to_pylist():
+            status[pair["values"]] += pair["counts"]
+        size += pending[-1].nbytes
+        if size >= PART_BYTES:
+            flush()
+    if pending or part == 0:
+        flush()
+    return rows
+
+
+def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
+    last = runs[-1]
+    run = layout.load_run(last.url)
+    assert run is not None
+    run["identity"]["manifest"] |= {"root": "/"}
+    orders = {url: order for each in runs for url, order in origins(each).items()}
+    run["identity"]["merged"] = list(orders)
+    run["origins"] = orders
+    run["sequence"] = max(order[0] for order in orders.values())
+    for name in ("since", "refused"):
+        run.pop(name, None)
+    # what made the newest rows is what a report asks for
+    own = {"compact": config.model_dump(mode="json", exclude={"storage"})}
+    run["provenance"] = provenance(last.provenance["config"] | own)
+    body = (json.dumps(run, indent=2) + "\n").encode()
+    filesystem.write(filesystem.join(output, layout.RUN), body)
+
+
+def _mark(output: str, runs: Sequence[Run], rows: int, status: Counter[str]) -> None:
+    last = runs[-1]
+    folder = filesystem.join(output, layout.PREDICTIONS)
+    files = {
+        name: filesystem.size(filesystem.join(folder, name)) for name in filesystem.names(folder)
+    }
+    body = last.success | {
+        "rows": rows,
+        "status": dict(sorted(status.items())),
+        "files": files,
+        "merged": len(runs),
+        "labelled_until": last.success.get("labelled_until", last.success["committed"]),
+        "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    if not filesystem.create(
+        filesystem.join(output, layout.SUCCESS), (json.dumps(body, indent=2) + "\n").encode()
+    ):
+        raise OutputError(f"output {output}: was written by another; nothing was harmed")

@@ -1,0 +1,427 @@
+"""What a manifest has that earlier runs have not: new rows, changed ones, and those that failed.
+
+The manifest is compared with what is known in tables on disk, so memory does not grow with either.
+Rows come through in the manifest's order and with its types; the run over them is one like any
+other. Images that are known to be broken are carried over instead of being tried again, and images
+that a full listing lacks are noted as deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Collection, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from imgcls.config import Names, Section
+from imgcls.data import filesystem
+from imgcls.data.formats import LISTED, LISTING, is_image_name
+from imgcls.data.manifest import Manifest, resolved
+from imgcls.errors import ManifestError, OutputError
+from imgcls.inference.keys import (
+    DELETED,
+    FAILED_BEFORE,
+    KNOWN_BAD,
+    TRANSIENT,
+    Keys,
+    chosen,
+    numbered,
+    planned_columns,
+    planned_rows,
+    read_table,
+    table_url,
+)
+from imgcls.inference.nights import Nights, find_nights
+from imgcls.log import tell
+from imgcls.runs import layout
+from imgcls.runs.committed import Run, stream
+
+USUAL_VERSIONS = ("etag", "size", "mtime", "version")
+"""Columns that tell whether a file is still the same, where manifest and earlier runs have them."""
+
+
+class SinceConfig(Section):
+    """Earlier runs, whose good rows need not be labelled again."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    """A run, a folder of runs such as labels/ above labels/date=.../, or a compacted history."""
+    version: Names = []
+    """Manifest columns whose change means another image; etag, size, mtime, version if none."""
+
+
+def only_new(
+    manifest: Manifest,
+    config: SinceConfig,
+    *,
+    output: str,
+    bundle_sha256: str,
+    relabel: bool,
+    retry_failed: bool = False,
+) -> Manifest:
+    """The manifest without the rows that earlier runs have labelled well and that have not changed.
+
+    output:  a run there is not an earlier one
+    relabel: take rows that another bundle has labelled as well
+    retry_failed: take images that are known to be broken, though they have not changed
+    Raises OutputError when there is no earlier run, ManifestError when a version column is missing.
+    """
+    request = SinceRequest.of(
+        manifest,
+        config,
+        output=output,
+        bundle_sha256=bundle_sha256,
+        relabel=relabel,
+        retry_failed=retry_failed,
+        but=output,
+    )
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with Comparison(request) as comparison:
+            comparison.tell()
+            yield from comparison.manifest.batches()
+
+    return dataclasses.replace(manifest, _batches=batches, _digest=request.digest)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SinceRequest:
+    """A manifest, and the earlier runs that it is compared with.
+
+    version:  columns whose change means another image
+    explicit: whether they were named; a row that lacks one then counts as changed
+    """
+
+    manifest: Manifest
+    nights: Nights
+    version: tuple[str, ...]
+    explicit: bool
+    bundle_sha256: str
+    relabel: bool
+    retry_failed: bool
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        config: SinceConfig,
+        *,
+        output: str,
+        bundle_sha256: str,
+        relabel: bool,
+        retry_failed: bool,
+        but: str | None,
+    ) -> SinceRequest:
+        """Find the earlier runs, without the one in `but`; see `only_new`."""
+        nights = find_nights(config.path, but=but)
+        runs = nights.committed
+        if not runs:
+            since = filesystem.absolute(config.path)
+            if not filesystem.absolute(output).startswith(since.rstrip("/") + "/"):
+                raise OutputError(
+                    f"since {config.path}: holds no committed run; give the output of `imgcls "
+                    "predict`, a folder of such, or, for a first run, the folder in which --output "
+                    "lies"
+                )
+            tell("since", f"no committed run in {config.path} yet: every row is new")
+        others = sum(run.bundle_sha256 != bundle_sha256 for run in runs)
+        if others and not relabel:
+            tell(
+                "note",
+                f"{others:,} of {len(runs):,} earlier runs are of another bundle; their rows "
+                "stay as they are, say --relabel to label them again",
+            )
+        return cls(
+            manifest,
+            nights,
+            tuple(_version_columns(manifest, config, runs)),
+            bool(config.version),
+            bundle_sha256,
+            relabel,
+            retry_failed,
+        )
+
+    def digest(self) -> str:
+        """A fingerprint of the manifest and of what is known."""
+        digest = hashlib.blake2b(digest_size=16)
+        parts = [self.manifest.fingerprint(), *self.version]
+        parts += [self.bundle_sha256 if self.relabel else "", "retry" * self.retry_failed]
+        runs = self.nights.committed
+        for text in (*parts, *(run.success["run_id"] + run.success["committed"] for run in runs)):
+            digest.update(f"{len(text)}:{text}".encode())
+        return digest.hexdigest()
+
+
+class Comparison:
+    """A manifest held against earlier runs: which rows are to be labeled, and why.
+
+    manifest: the rows to label, in the order of the listed manifest
+    counts:   rows by reason: new, changed, failed before, of another bundle
+    rows:     how many are to be labeled
+    deleted:  images of earlier runs that a full listing lacks
+    """
+
+    def __init__(self, request: SinceRequest) -> None:
+        self._request = request
+        self._source = listed_folder(request.manifest)
+        self._folder = tempfile.TemporaryDirectory(prefix="imgcls-since-")
+        try:
+            self._keys = Keys(self._folder.name, request.version, nulls=request.explicit)
+            self._enter()
+            self._decide()
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        self.counts = self._keys.counts("SELECT why, count(*) FROM todo GROUP BY why")
+        self._unchanged = self.counts.pop("", 0)
+        codes = self._keys.counts(
+            "SELECT status, count(*) FROM todo WHERE why = 'known bad' GROUP BY status"
+        )
+        self.known_bad = {self._keys.statuses[code]: count for code, count in codes.items()}
+        self.counts.pop("known bad", None)
+        self.rows = sum(self.counts.values())
+        self._deleted = pa.concat_tables(
+            [_paths(pa.chunked_array([[]], pa.string()), "/"), *self._find_deleted()]
+        )
+        self.deleted = self._deleted.num_rows
+        self.manifest = dataclasses.replace(
+            request.manifest, _batches=self._batches, _digest=request.digest
+        )
+
+    @property
+    def nights(self) -> Nights:
+        """The earlier runs."""
+        return self._request.nights
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the tables; nothing can be read from the comparison any more."""
+        self._keys.db.close()
+        self._folder.cleanup()
+
+    def tell(self) -> None:
+        """Log what was found."""
+        reasons = ", ".join(f"{rows:,} {why}" for why, rows in sorted(self.counts.items()))
+        line = f"{reasons or 'nothing new'}; {self._unchanged:,} rows stay as they are"
+        if self.known_bad:
+            bad = ", ".join(f"{n:,} {status}" for status, n in sorted(self.known_bad.items()))
+            line += f"; known to be broken and unchanged, not tried again: {bad} (--retry-failed)"
+        if self.deleted:
+            line += f"; {self.deleted:,} deleted"
+        tell("since", line, **self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """Entries of `_run.json`: rows by reason, known bad images by status, deleted images."""
+        return {
+            "rows": self.counts,
+            KNOWN_BAD: self.known_bad,
+            DELETED: self.deleted,
+        }
+
+    def write(self, output: str) -> None:
+        """Write the tables of `_since/` into an output folder."""
+        folder = filesystem.join(output, layout.SINCE)
+        filesystem.remove(folder)
+        rows = self._keys.numbers(f"SELECT row FROM ({_ROWS}) WHERE before ORDER BY row")
+        self._write_rows(output, pa.schema([("row", pa.int64())]), FAILED_BEFORE, rows)
+        manifest, path = self._request.manifest, self._request.manifest.path_column
+        if self.known_bad:
+            bad = "FROM todo WHERE why = 'known bad' ORDER BY nth"
+            codes = self._keys.numbers(f"SELECT status {bad}")
+            paths = (
+                pa.table({"path": resolved(table[path], manifest.root)})
+                for table in chosen(_tables(manifest), self._keys.numbers(f"SELECT nth {bad}"))
+            )
+            statuses = pa.array(self._keys.statuses, pa.string())
+            named = (pa.table({"status": statuses.take(pa.array(each))}) for each in codes)
+            status = pa.concat_tables(named)
+            table = pa.concat_tables(paths).append_column("status", status["status"])
+            layout.write_table(table_url(output, KNOWN_BAD), table)
+        if self.deleted:
+            layout.write_table(table_url(output, DELETED), self._deleted)
+
+    def _write_rows(
+        self, output: str, schema: pa.Schema, name: str, rows: Iterator[np.ndarray]
+    ) -> None:
+        tables = [pa.table([pa.array(each)], schema=schema) for each in rows if len(each)]
+        if tables:
+            layout.write_table(table_url(output, name), pa.concat_tables(tables))
+
+    def _find_deleted(self) -> Iterator[pa.Table]:
+        """The paths of images that a listing lacks, read from the runs over them.
+
+        A file that no listing would take for an image is not deleted because it is not listed.
+        """
+        nights = self._request.nights
+        below = len(self._source or "")
+        for source in sorted(self._keys.counts("SELECT source, count(*) FROM deleted GROUP BY 1")):
+            places = self._keys.numbers(
+                f"SELECT nth FROM deleted WHERE source = {source} ORDER BY nth"
+            )
+            if source < len(nights.committed):
+                run = nights.committed[source]
+                path, root, rows = run.path_column, run.root, stream(run, [run.path_column])
+            else:
+                started = nights.unfinished[source - len(nights.committed)]
+                (path, root), rows = planned_columns(started), planned_rows(started)
+            for table in chosen(rows, places):
+                found = _paths(table[path], root)
+                listable = [
+                    is_image_name(each) and "/." not in each[below:]
+                    for each in found["path"].to_pylist()
+                ]
+                yield found.filter(pa.array(listable, pa.bool_()))
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        places = self._keys.numbers(f"SELECT nth FROM ({_ROWS}) ORDER BY nth")
+        for table in chosen(_tables(self._request.manifest), places):
+            yield from table.combine_chunks().to_batches()
+
+    def _enter(self) -> None:
+        request, keys, nights = self._request, self._keys, self._request.nights
+        ranks = numbered(nights.committed, nights.unfinished)
+        for source, run in enumerate(nights.committed):
+            wanted = request.bundle_sha256 if request.relabel else None
+            keys.know(run, source, ranks, wanted, self._source)
+            keys.know_deleted(run, ranks)
+        for source, started in enumerate(nights.unfinished, len(nights.committed)):
+            if self._source is not None and started.has_rows:
+                keys.know_planned(started, source, ranks[started.url], self._source)
+            reported = started.refused and request.version and not request.retry_failed
+            if reported and started.has_table:
+                keys.know_refused(started)
+        keys.ask(request.manifest)
+
+    def _decide(self) -> None:
+        request, db, count = self._request, self._keys.db, len(self._request.version)
+        # of rows of one image and night, one that failed is the one to look at
+        kept = [*(f"v{at}" for at in range(count)), "status", "current", "below", "source", "nth"]
+        newest = ", ".join(f"arg_max({name}, rank) AS {name}" for name in kept)
+        db.execute(
+            f"CREATE TABLE newest AS SELECT place, {newest}, max(night) AS night FROM (SELECT *, "
+            "(night * 2 + (status <> 0)::INT)::HUGEINT * (1::HUGEINT << 60) + "
+            "(source::HUGEINT << 40) + nth AS rank FROM known WHERE place IS NOT NULL) "
+            "GROUP BY place"
+        )
+        db.execute(
+            "CREATE TABLE last_gone AS SELECT place, max(night) AS night FROM gone GROUP BY 1"
+        )
+        transient = ", ".join(
+            str(code) for code, name in enumerate(self._keys.statuses) if name in TRANSIENT
+        )
+        retried = f"n.status IN ({transient})" if transient else "false"
+        if request.retry_failed:
+            retried = "true"
+        why = (
+            "CASE WHEN n.place IS NULL OR g.night > n.night THEN 'new' "
+            f"WHEN {_differs('n', count, request.explicit)} THEN 'changed' "
+            f"WHEN n.status <> 0 AND ({retried} OR NOT ({_comparable('n', count)})) "
+            "THEN 'failed before' WHEN n.status <> 0 THEN 'known bad' "
+            "WHEN NOT n.current THEN 'of another bundle' ELSE '' END"
+        )
+        refused = (
+            f"EXISTS (SELECT 1 FROM refused r WHERE r.place = a.place AND "
+            f"({_comparable('r', count)}) AND NOT ({_differs('r', count, request.explicit)}))"
+            if any(self._keys.counts("SELECT '', count(*) FROM refused").values())
+            else "false"
+        )
+        db.execute(
+            f"CREATE TABLE todo AS SELECT a.nth, {why} AS why, n.status, "
+            f"(why = 'failed before' OR (why IN ('new', 'changed') AND {refused})) AS before "
+            "FROM asked a LEFT JOIN newest n ON a.place = n.place "
+            "LEFT JOIN last_gone g ON a.place = g.place"
+        )
+        db.execute(
+            "CREATE TABLE deleted AS SELECT source, nth FROM ("
+            "SELECT place, night, source, nth FROM newest WHERE below UNION ALL "
+            "SELECT place, max(night), arg_max(source, night), arg_max(nth, night) FROM planned "
+            "WHERE place NOT IN (SELECT place FROM newest) GROUP BY place) n "
+            "WHERE NOT EXISTS (SELECT 1 FROM asked a WHERE a.place = n.place) "
+            "AND NOT EXISTS (SELECT 1 FROM last_gone g WHERE g.place = n.place "
+            "AND g.night > n.night)"
+        )
+
+
+_ROWS = (
+    "SELECT nth, before, row_number() OVER (ORDER BY nth) - 1 AS row FROM todo "
+    "WHERE why NOT IN ('', 'known bad')"
+)
+
+
+def _differs(known: str, count: int, explicit: bool) -> str:
+    """SQL: whether a version column of a row that is asked for and of a known row differ."""
+    there = "" if explicit else "a.v{0} <> 0 AND {1}.v{0} <> 0 AND "
+    terms = [f"({there}a.v{{0}} <> {{1}}.v{{0}})".format(at, known) for at in range(count)]
+    return " OR ".join(terms) or "false"
+
+
+def _comparable(known: str, count: int) -> str:
+    """SQL: whether both rows have a version column."""
+    terms = [f"(a.v{at} <> 0 AND {known}.v{at} <> 0)" for at in range(count)]
+    return " OR ".join(terms) or "false"
+
+
+def listed_folder(manifest: Manifest) -> str | None:
+    """The folder all of whose images a manifest lists; None where it may be a part of them."""
+    if not manifest.files:  # a folder of images, or a pattern
+        folder = filesystem.absolute(manifest.source).rstrip("/")
+        return folder if manifest.root.rstrip("/") == folder else None
+    folder = filesystem.parent(manifest.files[0])
+    if filesystem.absolute(manifest.source) != folder:
+        return None
+    names = set(filesystem.names(folder))
+    if not {LISTING, LISTED} <= names:
+        return None
+    try:
+        body = json.loads(filesystem.read(filesystem.join(folder, LISTED)))
+    except ValueError:
+        return None
+    return str(body["source"]) if isinstance(body, dict) and "source" in body else None
+
+
+def failed_before(output: str) -> np.ndarray:
+    """(N,) int64, rising: rows of a run whose image, in this version, had failed before."""
+    if f"{FAILED_BEFORE}.parquet" not in filesystem.names(filesystem.join(output, layout.SINCE)):
+        return np.zeros(0, np.int64)
+    return np.asarray(read_table(output, FAILED_BEFORE)["row"].to_numpy())
+
+
+def _tables(manifest: Manifest) -> Iterator[pa.Table]:
+    return (pa.Table.from_batches([batch]) for batch in manifest.batches())
+
+
+def _paths(column: pa.ChunkedArray, root: str) -> pa.Table:
+    return pa.table({"path": resolved(column, root).cast(pa.string())})
+
+
+def _version_columns(manifest: Manifest, config: SinceConfig, runs: Collection[Run]) -> list[str]:
+    have = manifest.schema.names
+    for name in config.version:
+        if name not in have:
+            raise ManifestError(
+                f"since.version: manifest {manifest.source} has no column {name!r} (found: "
+                f"{', '.join(have)})"
+            )
+    if config.version:
+        return list(config.version)
+    usual = [name for name in USUAL_VERSIONS if name in have]
+    known = {name for run in runs for name in run.schema.names}
+    if runs and not known & set(usual):
+        tell(
+            "note",
+            "no column tells whether an image has changed (none of "
+            f"{', '.join(USUAL_VERSIONS)} in the manifest and the earlier runs); only new and "
+            "failed rows are labelled",
+        )
+    return usual

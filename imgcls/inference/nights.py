@@ -1,0 +1,245 @@
+"""The runs in a folder of nights: which are committed, in which order, and where the next one goes.
+
+Nights are ordered by a logical clock: when a run is planned it takes the number after the highest
+one among all runs that were committed or started by then, and keeps it however often it is resumed.
+Clocks of machines and the order of commits do not matter. Runs from before there were numbers come
+first, ordered by the date in their path, then by when they began.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from imgcls.data import filesystem
+from imgcls.data.formats import LISTING
+from imgcls.errors import OutputError, StorageForbidden, StorageMissing
+from imgcls.execution.plan import Plan, plan_of
+from imgcls.log import tell
+from imgcls.runs import layout
+from imgcls.runs.committed import Run, open_run
+
+Order = tuple[int, str, int, str, str]
+"""Sequence number (0 if none), date, number of the run on that date, time of the start, URL."""
+
+_READS = 16
+_NAMED = 3
+_DAY = re.compile(r"(\d{4}-\d{2}-\d{2})(?:\.(\d+))?")
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """A run that was planned, committed or not.
+
+    described: its `_run.json`
+    """
+
+    url: str
+    described: dict[str, Any]
+
+    @property
+    def order(self) -> Order:
+        return order_of(self.url, self.described)
+
+    @property
+    def plan(self) -> Plan:
+        return plan_of(self.described)
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether all shards of its manifest are there, as until the run is committed."""
+        return self._has_parts(filesystem.parent(layout.shard_url(self.url, 0)))
+
+    @property
+    def has_table(self) -> bool:
+        """Whether its table is whole: a gate refused the run, or a retry of its rows broke off."""
+        return self._has_parts(filesystem.join(self.url, layout.PREDICTIONS))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its rows can be read: one that was started over and broken off lacks some."""
+        return self.has_shards or self.has_table
+
+    @property
+    def files(self) -> list[str]:
+        """Where its manifest rows are: in its shards until it is committed, then in its table."""
+        place = layout.shard_url if self.has_shards else layout.part_url
+        return [place(self.url, part) for part in range(self.plan.parts)]
+
+    def _has_parts(self, folder: str) -> bool:
+        there = filesystem.names(folder)
+        return {layout.part_name(part) for part in range(self.plan.parts)} <= set(there)
+
+    @property
+    def refused(self) -> bool:
+        """Whether all its rows are labeled, and a gate kept it from being committed."""
+        return "refused" in self.described
+
+
+@dataclass(frozen=True, eq=False)
+class Nights:
+    """The runs in or below a folder.
+
+    committed: oldest first
+    """
+
+    committed: tuple[Run, ...]
+    unfinished: tuple[PlannedRun, ...]
+
+    @property
+    def sequence(self) -> int:
+        """The highest sequence number of all runs; 0 if none has one."""
+        orders = [order for run in self.committed for order in origins(run).values()]
+        orders += [run.order for run in self.unfinished]
+        return max((order[0] for order in orders), default=0)
+
+
+def find_nights(url: str, but: str | None = None) -> Nights:
+    """The runs in a folder or below it; a `_SUCCESS` that no labeling run wrote is left out.
+
+    but: a run to leave out
+    Raises OutputError when a run's own files are damaged.
+    """
+    url = filesystem.absolute(url)
+    try:
+        found = {name.rpartition("/")[::2] for name in filesystem.walk(url)}
+    except StorageMissing:
+        found = set()
+    planned = {folder for folder, name in found if name == layout.RUN}
+    marked = {folder for folder, name in found if name == layout.SUCCESS}
+    listings = {folder for folder, name in found if name == LISTING}
+    _name(
+        "no labeling run wrote this file, ignored",
+        [filesystem.join(url, each, layout.SUCCESS) for each in marked - planned - listings],
+    )
+    with ThreadPoolExecutor(_READS) as pool:
+        runs = pool.map(open_run, _places(url, planned & marked, but))
+        committed = tuple(sorted(runs, key=order_of_run))
+        started = _places(url, planned - marked, but)
+        described = zip(started, pool.map(layout.load_run, started), strict=True)
+        unfinished = [PlannedRun(each, run) for each, run in described if run is not None]
+    _name("not finished, so its rows do not count as labeled", [each.url for each in unfinished])
+    return Nights(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
+
+
+def _places(url: str, folders: set[str], but: str | None) -> list[str]:
+    places = [filesystem.join(url, each) if each else url for each in sorted(folders)]
+    return [place for place in places if place != (but or "").rstrip("/")]
+
+
+def _name(what: str, places: Sequence[str]) -> None:
+    if places:
+        shown = ", ".join(sorted(places)[:_NAMED])
+        more = f" and {len(places) - _NAMED:,} more" if len(places) > _NAMED else ""
+        tell("note", f"{what}: {shown}{more}")
+
+
+def order_of(url: str, described: dict[str, Any], committed: str = "") -> Order:
+    """The place of a run among others.
+
+    described: its `_run.json`; committed: when it was, for runs that did not note their start
+    """
+    began = str(described.get("began") or committed)
+    found = _DAY.findall(url)
+    day, again = found[-1] if found else (began[:10], "")
+    return int(described.get("sequence") or 0), day, int(again or 1), began, url
+
+
+def order_of_run(run: Run) -> Order:
+    """The place of a committed run; a compacted history stands at its newest rows."""
+    if run.merged:
+        return max(origins(run).values())
+    return order_of(run.url, run.described, str(run.success["committed"]))
+
+
+def origins(run: Run) -> dict[str, Order]:
+    """The runs whose rows a run holds, by URL: itself, or those that were merged into it."""
+    if not run.merged:
+        return {run.url: order_of_run(run)}
+    known = run.described.get("origins")
+    if known:
+        return {url: _order(values) for url, values in known.items()}
+    # merged before there were numbers
+    until = str(run.success.get("labelled_until", run.success["committed"]))
+    return {url: order_of(url, {}, until) for url in run.merged}
+
+
+def _order(values: Sequence[Any]) -> Order:
+    sequence, day, again, began, url = values
+    return int(sequence), str(day), int(again), str(began), str(url)
+
+
+def next_sequence(output: str, nights: Nights | None) -> int:
+    """The number of a run that is planned now.
+
+    nights: what `--since` found; without, the runs in the same folder as the output are read
+    """
+    highest = nights.sequence if nights is not None else 0
+    above = filesystem.parent(output)
+    try:
+        pages = list(filesystem.pages(above, deep=False))
+    except (StorageMissing, StorageForbidden):
+        return highest + 1
+    places = [filesystem.absolute(folder) for page in pages for folder in page.folders]
+    with ThreadPoolExecutor(_READS) as pool:
+        return 1 + max([highest, *pool.map(_sequence, places)])
+
+
+def _sequence(place: str) -> int:
+    try:
+        described = json.loads(filesystem.read(filesystem.join(place, layout.RUN)))
+    except (StorageMissing, StorageForbidden, ValueError):
+        return 0
+    known = described.get("sequence") if isinstance(described, dict) else None
+    return known if isinstance(known, int) else 0
+
+
+def date_of(date: datetime.date | None) -> str:
+    """The date as YYYY-MM-DD, today in UTC if none."""
+    return (date or datetime.datetime.now(datetime.UTC).date()).isoformat()
+
+
+@dataclass(frozen=True)
+class Series:
+    """The output folders of one date: `date=2026-11-27`, then `date=2026-11-27.2` and so on."""
+
+    template: str
+    date: datetime.date | None
+
+    def place(self, number: int) -> str:
+        """The folder of the date's n-th run, from 1."""
+        day = date_of(self.date) + (f".{number}" if number > 1 else "")
+        return filesystem.absolute(self.template.replace("{date}", day).rstrip("/"))
+
+    @property
+    def dated(self) -> bool:
+        """Whether the output names a date, so that there may be further folders."""
+        return "{date}" in self.template
+
+    def runs(self) -> list[tuple[str, dict[str, Any]]]:
+        """The folders that hold a run, oldest first, with its `_run.json`."""
+        found: list[tuple[str, dict[str, Any]]] = []
+        while not found or self.dated:
+            place = self.place(len(found) + 1)
+            described = layout.load_run(place)
+            if described is None:
+                break
+            found.append((place, described))
+        return found
+
+    def after(self, place: str) -> str:
+        """The next folder; raises OutputError when the output names no date."""
+        if not self.dated:
+            raise OutputError(
+                f"output {place}: holds another run, of other rows; write {{date}} in --output, as "
+                "in labels/date={date}, so that each run gets a folder of its own"
+            )
+        number = 1
+        while self.place(number) != place:
+            number += 1
+        return self.place(number + 1)

@@ -1,1 +1,0 @@
-"""The labelling job: a manifest in, a committed Parquet table of predictions out."""

@@ -1,0 +1,231 @@
+"""Convolutions that do what follows them as well, from weights that are laid out once: on CPUs.
+
+oneDNN adds a residual and applies an activation while the result is still in the cache; each on its
+own is one more pass through memory. The operators are those that torch's compiler would choose; a
+graph is enough to place them, in half a second and without a compiler.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from imgcls.data.lazy_torchvision import torchvision
+from imgcls.models.fold_batchnorm import followed
+
+NOMINAL_BATCH = 32
+"""The batch size that weights are laid out for; right for any other."""
+
+_ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
+    nn.ReLU: ("relu", ()),
+    F.relu: ("relu", ()),
+    nn.ReLU6: ("hardtanh", (0.0, 6.0)),
+    nn.Hardswish: ("hardswish", ()),
+    nn.SiLU: ("swish", ()),
+    nn.Sigmoid: ("sigmoid", ()),
+}
+"""oneDNN's name of an activation, and its parameters."""
+
+_SUMS = (operator.add, operator.iadd, torch.add)
+
+
+class FusedConv2d(nn.Module):
+    """act(conv(x) + residual), the activation and the residual where there are any.
+
+    name:       of the convolution in the network
+    source:     the convolution, until it is packed
+    input_size: that its weights are laid out for, [N, C, H, W]
+    Once packed for this processor the weights are neither saved nor moved.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: nn.Conv2d,
+        input_size: list[int],
+        activation: str,
+        scalars: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.source: nn.Conv2d | None = source
+        self.input_size = input_size
+        self.activation = activation
+        self.scalars = list(scalars)
+        self.layout = (list(source.padding), list(source.stride), list(source.dilation))
+
+    def pack(self) -> None:
+        """Lay the weights out for this processor."""
+        source = self.source
+        assert source is not None
+        self._groups = source.groups
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(
+            source.weight.detach(), *self.layout, source.groups, self.input_size
+        )
+        self._bias = None if source.bias is None else source.bias.detach()
+        self.source = None
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
+    ) -> torch.Tensor:
+        """x: (N, C, H, W), residual: as the result, which takes its memory if `in_place`."""
+        setting = (self._weight, self._bias, *self.layout, self._groups)
+        done: torch.Tensor
+        if residual is None:
+            done = torch.ops.mkldnn._convolution_pointwise(
+                x, *setting, self.activation, self.scalars, None
+            )
+            return done
+        after = (None if self.activation == "none" else self.activation, self.scalars, None)
+        if in_place:
+            done = torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual, x, *setting, "add", None, *after
+            )
+        else:
+            done = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, *setting, "add", None, *after
+            )
+        return done
+
+
+def fused(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
+    """The network with its convolutions run so; itself where that cannot be.
+
+    network: in eval mode, on a CPU, its convolutions of one floating dtype and channels last
+    side:    pixels of an input's height and width
+    spare:   a layer that stays as it is
+    """
+    graph = placed(network, side, spare=spare)
+    if graph is None:
+        return network
+    packed(graph)
+    return graph
+
+
+def packed(graph: fx.GraphModule) -> None:
+    """Make the fused convolutions of a graph ready to be run."""
+    for module in graph.modules():
+        if isinstance(module, FusedConv2d):
+            module.pack()
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions of a dtype for this CPU; in bf16 not for AVX2 alone."""
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def placed(network: nn.Module, side: int, *, spare: nn.Module) -> fx.GraphModule | None:
+    """The network's graph with fused convolutions that are not yet packed; None without any."""
+    convolutions = [module for module in network.modules() if _fits(module)]
+    if not convolutions:
+        return None
+    weight: torch.Tensor = next(convolutions[0].parameters())
+    graph = followed(network) if has_kernels(weight.dtype) else None
+    if graph is None:
+        return None
+    sizes = _Sizes(graph)
+    with torch.inference_mode():
+        sizes.run(weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last))
+    _drop_idle(graph)
+    modules = dict(graph.named_modules())
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    for number, node in enumerate(list(graph.graph.nodes)):
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if module is None or module is spare or not _fits(module):
+            continue
+        last, residual = node, _residual(node, sizes.of)
+        inputs: tuple[Any, ...] = (node.args[0],)
+        if residual is not None:
+            (last,) = node.users
+            inputs = (*inputs, residual, _is_done_with(residual, last, modules, order))
+        activation: tuple[str, tuple[float, ...]] = ("none", ())
+        if len(last.users) == 1:
+            (follower,) = last.users
+            kind = kind_of(follower, modules)
+            if kind in _ACTIVATIONS:
+                activation, last = _ACTIVATIONS[kind], follower
+        size = [NOMINAL_BATCH, *sizes.of[node.args[0]][1:]]
+        name = f"fused_{number}"
+        graph.add_module(name, FusedConv2d(str(node.target), module, size, *activation))
+        modules[name] = graph.get_submodule(name)
+        with graph.graph.inserting_after(last):
+            made = graph.graph.call_module(name, inputs)
+        order[made], sizes.of[made] = order[last], sizes.of[last]
+        last.replace_all_uses_with(made)
+        while last is not node:
+            before = next(each for each in last.all_input_nodes if each is not residual)
+            graph.graph.erase_node(last)
+            last = before
+        graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph once and keeps the size of each step's tensor."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.of: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.of[n] = tuple(result.shape)
+        return result
+
+
+def _fits(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def _drop_idle(graph: fx.GraphModule) -> None:
+    """Take out what only training knows: dropout, and blocks left out at random."""
+    modules = dict(graph.named_modules())
+    for node in list(graph.graph.nodes):
+        kind = kind_of(node, modules)
+        if kind in (nn.Dropout, nn.Identity, torchvision.ops.stochastic_depth):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+
+
+def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """A layer's class, a function, or None."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op == "call_function" else None
+
+
+def _residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
+    """What is added to a convolution's result, of its size, where nothing else is done with it."""
+    if len(node.users) != 1:
+        return None
+    (follower,) = node.users
+    if follower.op != "call_function" or follower.target not in _SUMS or len(follower.args) != 2:
+        return None
+    others = [each for each in follower.args if each is not node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    return others[0] if sizes.get(others[0]) == sizes[node] else None
+
+
+def _is_done_with(
+    residual: fx.Node, at: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]
+) -> bool:
+    """Whether nothing reads a tensor, or what shares its memory, after the step `at`."""
+    fresh = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
+    users = [user for user in residual.users if user is not at]
+    return kind_of(residual, modules) in fresh and all(
+        order[user] < order[at] and kind_of(user, modules) in fresh for user in users
+    )

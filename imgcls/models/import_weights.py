@@ -1,0 +1,110 @@
+"""Plain weights to a bundle: `imgcls model import`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import PositiveInt
+
+from imgcls.config import Section
+from imgcls.data import filesystem, object_store
+from imgcls.data.object_store import StorageConfig
+from imgcls.data.preprocess import Decode, Preprocess
+from imgcls.errors import BundleError, ConfigError, StorageError, request_error
+from imgcls.models import zoo
+from imgcls.models.bundle import Bundle, BundleSpec, check_new, class_list, save_bundle
+
+
+class ImportConfig(Section):
+    """Make a bundle from a weights file and a list of classes."""
+
+    arch: str
+    """The architecture, e.g. squeezenet1_0; `imgcls model list` names them all."""
+    weights: str
+    """A .pth or .safetensors state dict (path or URL), or a torchvision name for its own."""
+    classes: str
+    """A text file with one class name per line, in the order of the network's outputs."""
+    output: str
+    """The bundle folder to write."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the architecture's constructor."""
+    resize: PositiveInt | None = None
+    """Length of the shorter side after resizing; the architecture's own if not given."""
+    crop: PositiveInt | None = None
+    """Side of the model's square input; the architecture's own if not given."""
+    decode: Decode = "exact"
+    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
+    overwrite: bool = False
+    """Replace a bundle that is there."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ListConfig(Section):
+    """List the architectures."""
+
+    contains: str = ""
+    """Only names with this in them."""
+
+
+def import_model(config: ImportConfig) -> Bundle:
+    """Make a bundle from plain weights and a list of classes.
+
+    Raises BundleError when they do not fit together, OutputError when a bundle is there already.
+    """
+    object_store.use(config.storage)
+    architecture = zoo.architecture(config.arch, config.options)
+    architecture = zoo.pretrained_options(architecture, config.weights)
+    output = filesystem.absolute(config.output)
+    check_new(output, overwrite=config.overwrite)
+    try:
+        text = filesystem.read(config.classes).decode("utf-8-sig")
+    except (StorageError, UnicodeDecodeError) as error:
+        raise request_error(
+            BundleError, f"classes: {error}; give a text file with one name per line", error
+        ) from error
+    classes = class_list(text, config.classes)
+    preprocess = _preprocess(config, zoo.default_preprocess(architecture, config.weights))
+    state = zoo.load_weights(config.weights, architecture)
+    network = zoo.build(architecture, len(classes))
+    matched = zoo.matched_weights(network, state)
+    note = matched.note()
+    if note is not None:
+        print(f"note: {note}")
+    _check_class_count(network, matched.state, config, len(classes))
+    zoo.fit_weights(network, state, replace_head=False)
+    spec = BundleSpec(
+        architecture=architecture,
+        classes=classes,
+        preprocess=preprocess,
+        provenance={"imported_from": config.weights},
+    )
+    bundle = save_bundle(output, spec, network.state_dict())
+    print(f"bundle  {output}  ({config.arch}, {len(classes):,} classes)")
+    return bundle
+
+
+def list_models(config: ListConfig) -> None:
+    """Print every architecture's name."""
+    for name in zoo.names():
+        if config.contains in name:
+            print(name)
+
+
+def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
+    resize, crop = config.resize or usual.resize, config.crop or usual.crop
+    if resize < crop:
+        raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); give --resize {crop}")
+    return usual.model_copy(update={"resize": resize, "crop": crop, "decode": config.decode})
+
+
+def _check_class_count(
+    network: Any, state: Mapping[str, Any], config: ImportConfig, count: int
+) -> None:
+    name, _ = zoo.head(network)
+    weight = state.get(f"{name}.weight")
+    if weight is not None and len(weight) != count:
+        raise BundleError(
+            f"classes {config.classes}: names {count:,} classes, and the weights have "
+            f"{len(weight):,} outputs; give the list that the weights were trained with"
+        )

@@ -1,0 +1,1 @@
+"""Output folders of runs: layout, schema, ownership, committed results."""

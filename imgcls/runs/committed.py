@@ -1,0 +1,211 @@
+"""A labelling run that is finished, as others read it: its files, classes and columns.
+
+Opens committed runs alone, so that no number speaks of half a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls.data import filesystem
+from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing, request_error
+from imgcls.models.bundle import Bundle
+from imgcls.runs import layout
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Row groups `groups` of a part: what one task reads.
+
+    file: place of the part in `Run.files`; rows: how many it holds in these groups
+    start: rows of the part that stand before them
+    """
+
+    file: int
+    groups: tuple[int, ...]
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A committed run.
+
+    files:   URLs of its parts, in row order
+    classes: the class names of the bundle that made it, in its order
+    schema:  of the predictions, manifest columns included
+    success, described: `_SUCCESS` and `_run.json` as they were written
+    """
+
+    url: str
+    files: tuple[str, ...]
+    rows: int
+    classes: tuple[str, ...]
+    path_column: str
+    label_column: str | None
+    root: str
+    top_k: int
+    bundle_sha256: str
+    manifest_fingerprint: str
+    schema: pa.Schema
+    provenance: dict[str, Any]
+    success: dict[str, Any]
+    described: dict[str, Any]
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The runs that a compacted history was made of; none of a labeling run."""
+        return tuple(self.described["identity"].get("merged", ()))
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether every class's score was written, for the classes of this run.
+
+        A compacted history over bundles with other numbers of classes has lists of any length.
+        """
+        if "scores" not in self.schema.names:
+            return False
+        kind = self.schema.field("scores").type
+        return pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes)
+
+    def check_columns(self, names: Sequence[str], option: str) -> None:
+        """Raise RequestError when the predictions lack a column that `option` names."""
+        missing = [name for name in names if name not in self.schema.names]
+        if missing:
+            raise RequestError(
+                f"{option}: {self.url} has no column {missing[0]!r} (found: "
+                f"{', '.join(self.schema.names)})"
+            )
+
+    def check_slices(self, names: Sequence[str]) -> None:
+        """Raise RequestError when a column to slice by is missing, or holds no plain values."""
+        self.check_columns(names, "slice_by")
+        for name in names:
+            self._check_plain(name, "slice_by", "slices are for plain values such as a camera")
+
+    def check_key(self, name: str) -> None:
+        """Raise RequestError when a column to join by is missing, or holds no plain values."""
+        self.check_columns([name], "on")
+        self._check_plain(name, "on", "rows are joined by plain values such as a path or a number")
+
+    def _check_plain(self, name: str, option: str, use: str) -> None:
+        kind = self.schema.field(name).type
+        if not is_plain(kind):
+            raise RequestError(
+                f"{option}: {self.url}: column {name!r} is {kind}; {use}. Pass another column"
+            )
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Raise RequestError when another bundle made these predictions."""
+        if bundle.sha256 != self.bundle_sha256:
+            raise RequestError(
+                f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
+                f"{bundle.url} ({bundle.sha256[:12]}); give the bundle that made it, or label with "
+                "this one first"
+            )
+
+    def pieces(self, rows: int) -> list[Piece]:
+        """The whole table in pieces of about so many rows, each within one part."""
+        pieces = []
+        for file, url in enumerate(self.files):
+            with filesystem.open_read(url) as stream:
+                about = pq.ParquetFile(stream, pre_buffer=False).metadata
+                sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+            groups: list[int] = []
+            start = held = 0
+            for group, size in enumerate(sizes):
+                groups.append(group)
+                held += size
+                if held >= rows or group == len(sizes) - 1:
+                    pieces.append(Piece(file, tuple(groups), start, held))
+                    start, held, groups = start + held, 0, []
+        return pieces
+
+
+def is_plain(kind: pa.DataType) -> bool:
+    """Whether values of a type are text, numbers or times, which can be grouped and joined by."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    refused = ("is_nested", "is_binary", "is_large_binary", "is_binary_view", "is_interval")
+    return not (
+        any(getattr(pa.types, check)(kind) for check in refused)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table whose string views are strings: Arrow can neither take nor filter views."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
+    return table
+
+
+def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterator[pa.Table]:
+    """Columns of a whole run in row order, batch by batch."""
+    for url in run.files:
+        with filesystem.open_read(url) as opened:
+            file = pq.ParquetFile(opened)
+            for batch in file.iter_batches(batch_rows, columns=list(names)):
+                yield without_views(pa.Table.from_batches([batch]))
+
+
+def open_run(url: str) -> Run:
+    """Open the output folder of `imgcls predict`.
+
+    Raises OutputError when there is no run, or none that was committed.
+    """
+    url = filesystem.absolute(url)
+    described = layout.load_run(url)
+    if described is None:
+        raise OutputError(
+            f"{url}: holds no labelling run (no {layout.RUN}); give the --output folder of "
+            "`imgcls predict`"
+        )
+    try:
+        success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS)))
+    except StorageMissing as error:
+        raise OutputError(
+            f"{url}: is not committed (no {layout.SUCCESS}); run `imgcls predict` on it again, "
+            "which goes on where it stopped"
+        ) from error
+    except ValueError as error:
+        raise OutputError(layout.damaged_mark(url, str(error))) from error
+    if not isinstance(success, dict) or "files" not in success:
+        raise OutputError(layout.damaged_mark(url, "it names no files"))
+    folder = filesystem.join(url, layout.PREDICTIONS)
+    names = sorted(success["files"])
+    missing = sorted(set(names) - set(filesystem.names(folder)))
+    if missing:
+        raise OutputError(f"{url}: lacks {missing[0]}, which it had when it was committed")
+    files = tuple(filesystem.join(folder, name) for name in names)
+    if "classes" not in described:
+        raise OutputError(f"{url}: was written before class names were; label it again")
+    try:
+        with filesystem.open_read(files[0]) as stream:
+            schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
+    except (pa.ArrowException, StorageError) as error:
+        raise request_error(OutputError, f"{files[0]}: cannot be read ({error})", error) from error
+    identity = described["identity"]
+    return Run(
+        url=url,
+        files=files,
+        rows=success["rows"],
+        classes=tuple(described["classes"]),
+        path_column=identity["manifest"]["path_column"],
+        label_column=identity["manifest"]["label_column"],
+        root=identity["manifest"]["root"],
+        top_k=identity["settings"]["top_k"],
+        bundle_sha256=success["bundle_sha256"],
+        manifest_fingerprint=success["manifest_fingerprint"],
+        schema=schema,
+        provenance=described["provenance"],
+        success=success,
+        described=described,
+    )

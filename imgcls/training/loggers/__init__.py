@@ -1,0 +1,1 @@
+"""Metric loggers: TensorBoard, MLflow, Weights & Biases."""

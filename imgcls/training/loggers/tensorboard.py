@@ -1,0 +1,112 @@
+"""How TensorBoard is told of a training: event files below the output folder.
+
+Owns the names of the charts. Promises that what was told is in the file when the call returns, and
+that a training that was killed and resumed shows one point per epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from imgcls.data import filesystem
+
+EVENTS = "tensorboard"
+
+
+class TensorBoard:
+    """Event files in `<output>/tensorboard`: written in place, or here and uploaded each time.
+
+    Points of a killed driver that are told again are dropped by TensorBoard itself, which is what
+    the START event is for.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, output: str, state: Mapping[str, Any] | None) -> None:
+        self.state: dict[str, Any] = dict(state or {})
+        self._folder = filesystem.join(output, EVENTS)
+        self._events: Any = None
+        self._local: str = ""
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._last = -1
+
+    def check(self) -> None:
+        """Nothing to ask: the output folder is known to be writable."""
+
+    def start(self, settings: Mapping[str, Any], first: int) -> str:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import text
+
+        if not self.state:
+            # of a training that this one replaces
+            for name in filesystem.names(self._folder):
+                if ".tfevents." in name:
+                    filesystem.remove(filesystem.join(self._folder, name))
+        self._local = self._folder
+        if not filesystem.is_local(self._folder):
+            self._temporary = tempfile.TemporaryDirectory(prefix="imgcls-tensorboard-")
+            self._local = self._temporary.name
+        os.makedirs(self._local, exist_ok=True)
+        # files are read in the order of their names, whose own time is in whole seconds
+        suffix = f".{time.time_ns()}"
+        # not SummaryWriter: its thread writes later, and hides that it could not
+        self._events = EventsWriter(os.path.join(self._local, "events"), suffix)
+        if self.state:
+            self._add(first, session_log=SessionLog(status=SessionLog.START))
+        else:
+            shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+            indented = "".join(f"    {line}\n" for line in shown.splitlines())
+            self._add(0, summary=text("settings", indented))
+        self._publish()
+        self.state = {"folder": self._folder}
+        return f"tensorboard --logdir {self._folder}"
+
+    def epoch(self, number: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if number > self._last:  # else it was written, and only the upload failed
+            points = [Summary.Value(tag=tag(n), simple_value=v) for n, v in values.items()]
+            self._add(number, summary=Summary(value=points))
+            self._last = number
+        self._publish()
+
+    def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
+        self._close()
+
+    def stop(self, *, interrupted: bool) -> None:
+        self._close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    def _publish(self) -> None:
+        self._events.flush()
+        if self._temporary is not None:
+            for name in filesystem.names(self._local):
+                data = filesystem.read(filesystem.join(self._local, name))
+                filesystem.write(filesystem.join(self._folder, name), data)
+
+    def _close(self) -> None:
+        self._publish()
+        self._events.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def tag(name: str) -> str:
+    """A column of the history as a chart's name, so that charts of one kind stand together."""
+    split, _, what = name.partition("_")
+    if split in ("train", "val"):
+        return f"{what}/{split}"
+    if name in ("images_per_second", "seconds") or name.endswith("_seconds"):
+        return f"speed/{name}"
+    return name

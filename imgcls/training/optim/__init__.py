@@ -1,0 +1,1 @@
+"""Optimizer, parameter groups, fine-tuning strategy, loss, learning-rate finder, linear probe."""

@@ -1,0 +1,215 @@
+"""What a job asks of the Ray session beneath it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import ray.data
+
+from imgcls.cluster import session
+from imgcls.cluster.session import check_reachable, keep_memory, unwrapped
+from imgcls.errors import RequestError, RunFailed, StorageCredentials
+from tests.conftest import draw
+from tests.processes import imgcls as run_imgcls
+
+
+def faults_of_a_batch() -> int:
+    """Page faults while a thread uses 256 MB again and again, as a network does.
+
+    The fewest of four times: the kernel may take pages back in between.
+    """
+    import resource
+
+    import numpy as np
+
+    counted: list[int] = []
+
+    def use() -> None:
+        np.ones(1 << 28, np.uint8)
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            np.ones(1 << 28, np.uint8)
+            counted.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    return min(counted)
+
+
+def refuse(batch: Any) -> Any:
+    raise StorageCredentials("s3://b/x: access is refused") from KeyError("x")
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_gone_is_named(scheme: str, closed_port: int) -> None:
+    address = f"{scheme}127.0.0.1:{closed_port}"
+    told = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
+    with pytest.raises(RunFailed, match=told) as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 1  # it may be back later
+
+
+def test_a_port_that_does_not_answer_is_no_cluster(
+    silent_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_ANSWER_SECONDS", 1)
+    with pytest.raises(RunFailed, match="the port is open, but no Ray server answered in 1 s"):
+        check_reachable(f"127.0.0.1:{silent_port}")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("head", "is not an address"),
+        ("head:port", "is not an address"),
+        ("http://head:8265", "is the address of a dashboard"),
+    ],
+)
+def test_what_cannot_be_an_address_is_a_wrong_request(address: str, told: str) -> None:
+    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {told}") as caught:
+        check_reachable(address)
+    assert caught.value.exit_code == 2
+
+
+def test_a_name_without_an_address_is_no_cluster() -> None:
+    with pytest.raises(RunFailed, match=r"no Ray cluster answers at no-such-host\.invalid:6379"):
+        check_reachable("no-such-host.invalid:6379")
+
+
+def test_a_cluster_that_is_there_is_reached(ray_session: None) -> None:
+    check_reachable(ray.get_runtime_context().gcs_address)
+
+
+def test_a_command_ends_when_its_cluster_is_gone(
+    closed_port: int, colour_bundle: Path, tmp_path: Path
+) -> None:
+    draw("red").save(tmp_path / "red.png")
+    done = run_imgcls(
+        "predict", "--manifest", tmp_path, "--model", colour_bundle, "--output", tmp_path / "out",
+        env={"RAY_ADDRESS": f"127.0.0.1:{closed_port}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"no Ray cluster answers at 127.0.0.1:{closed_port}" in done.stderr
+    assert not (tmp_path / "out" / "_run.json").exists()
+
+
+def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: None) -> None:
+    task: Any = ray.remote(max_retries=0)(refuse)
+    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+        ray.get(task.remote(None))
+    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+        ray.data.range(1).map_batches(refuse).materialize()
+
+
+def test_a_worker_keeps_what_a_batch_frees_for_the_next(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = ray.remote(faults_of_a_batch)
+    kept = ray.get(task.options(runtime_env=keep_memory()).remote())
+    assert kept < 100 < ray.get(task.remote())
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    assert keep_memory()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
+
+
+PRIVATE = """
+import os, psutil, ray
+from imgcls import cluster
+from tests.cluster.test_session import faults_of_a_batch
+before = dict(os.environ)
+cluster.connect()
+assert dict(os.environ).items() >= before.items() and "MALLOC_ARENA_MAX" not in os.environ
+assert cluster.keep_memory() == {}
+assert ray.get(ray.remote(faults_of_a_batch).remote()) < 100
+started = psutil.Process().children(recursive=True)
+assert len(started) > 3
+cluster.leave(0)
+assert not ray.is_initialized()
+_, left = psutil.wait_procs(started, timeout=10)
+assert not left
+cluster.leave(0)
+"""
+
+
+JOINED = """
+import ray
+from imgcls import cluster
+ray.init("local")
+cluster.connect()
+cluster.leave(0)
+assert ray.is_initialized()
+"""
+
+
+BROKEN_OFF = """
+import time, psutil, ray
+from imgcls import cluster
+cluster.connect()
+started = [p.pid for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
+def results():
+    yield "first"
+    ray.get(ray.remote(lambda: time.sleep(600)).remote())
+interruption = cluster.Interruption()
+for _ in cluster.in_background(results(), interruption):
+    break
+print(*started, flush=True)
+cluster.leave(7)
+print("not reached")
+"""
+
+
+def test_a_run_that_is_broken_off_ends_with_a_thread_of_its_own_still_in_ray() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN_OFF],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+    )
+    assert done.returncode == 7, done.stderr
+    (servers,) = done.stdout.splitlines()
+    left = [psutil.Process(int(pid)) for pid in servers.split() if psutil.pid_exists(int(pid))]
+    assert psutil.wait_procs(left, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize("script", [PRIVATE, JOINED])
+def test_a_private_session_is_our_own_to_set_up_and_to_end(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,638 @@
+"""Bytes to pixels: every file is either the right picture or a typed error, on every route."""
+
+from __future__ import annotations
+
+import csv
+import io
+import struct
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, Resize
+from torchvision.transforms.functional import _compute_resized_output_size
+
+from imgcls.data import decode
+from imgcls.data.decode import decode_batch, picture, target_size
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
+from tests.data.pictures import (
+    LOSSLESS,
+    difference,
+    drawn,
+    encoded,
+    enlarged,
+    png_of_size,
+    reference,
+    stored,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as images.py asks for, outside pytest
+
+
+def fast(**settings: Any) -> Preprocess:
+    """The setting that has every decode route."""
+    return Preprocess(decode="fast", **settings)
+
+
+SPEC = fast()
+SMALL = fast(resize=32, crop=28)
+
+# Mean absolute difference from the Pillow reference, of 255: (average of pictures, worst picture).
+# Measured on 334 ImageNet photographs: torchvision 0.003 and 0.08, pillow 0.02 and 0.28,
+# dct (24 of them enlarged to 2.3 times the needed size) 0.2 and 0.35.
+AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.05, 0.4), "dct": (0.3, 0.6)}
+
+COLOUR = (200, 60, 40)
+SIZE = (48, 40)
+
+
+def over_white(colour: tuple[int, int, int], alpha: int) -> tuple[int, ...]:
+    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in colour)
+
+
+def plain(mode: str) -> Image.Image:
+    """A picture of one colour in any mode."""
+    rgb = Image.new("RGB", SIZE, COLOUR)
+    if mode == "1":
+        return Image.new("1", SIZE, 1)
+    if mode in ("I;16", "I"):
+        return Image.fromarray(np.full(SIZE[::-1], 99 * 257, np.uint16)).convert(mode)
+    if mode == "F":
+        return Image.new("F", SIZE, 99.0)
+    if mode == "LAB":
+        return Image.new("LAB", SIZE, (120, 140, 110))
+    if mode == "L":
+        return Image.new("L", SIZE, 99)
+    if mode == "LA":
+        return Image.new("LA", SIZE, (99, 128))
+    if mode == "RGBA":
+        return Image.new("RGBA", SIZE, (*COLOUR, 128))
+    if mode == "P":
+        return rgb.convert("P", palette=Image.Palette.ADAPTIVE)
+    return rgb.convert(mode)
+
+
+GREY = (99, 99, 99)
+MODES = {
+    "1": (255, 255, 255), "L": GREY, "LA": over_white(GREY, 128), "P": COLOUR, "RGB": COLOUR,
+    "RGBA": over_white(COLOUR, 128), "CMYK": COLOUR, "YCbCr": COLOUR, "I;16": GREY,
+}  # fmt: skip
+HELD = {
+    "JPEG": "1 L RGB CMYK YCbCr", "PNG": "1 L LA P RGB RGBA I;16", "WEBP": "L RGB RGBA",
+    "GIF": "1 L P RGB", "BMP": "1 L P RGB", "TIFF": "1 L LA P RGB RGBA CMYK YCbCr I;16",
+}  # fmt: skip
+LOSSY = {"JPEG", "WEBP"}
+
+
+# ------------------------------------------------------------------ modes and formats
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"), [(f, mode) for f, modes in HELD.items() for mode in modes.split()]
+)
+def test_every_mode_of_every_format_becomes_rgb_of_the_models_size(format: str, mode: str) -> None:
+    pixels, shown = decode.decode(encoded(plain(mode), format), SPEC)
+    assert pixels.shape == (3, 224, 224)
+    assert pixels.dtype == np.uint8
+    assert pixels.transpose(1, 2, 0).flags.c_contiguous
+    assert shown == SIZE
+    expected = np.array(MODES[mode]).reshape(3, 1, 1)
+    assert np.abs(pixels.astype(int) - expected).max() <= (4 if format in LOSSY else 2)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits", "group4", "jpeg"])
+def test_compressed_tiffs_are_read(compression: str) -> None:
+    mode = "1" if compression == "group4" else "RGB"
+    pixels, _ = decode.decode(encoded(plain(mode), "TIFF", compression=compression), SPEC)
+    assert np.abs(pixels.mean((1, 2)) - MODES[mode]).max() < 3
+
+
+def test_lab_is_shown_or_refused_as_pillow_can() -> None:
+    decodes_or_is_refused(encoded(plain("LAB"), "TIFF"))
+
+
+@pytest.mark.parametrize(("format", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
+def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None:
+    ramp = np.linspace(0, 65535, 224).astype(np.uint16)
+    values = np.tile(ramp, (224, 1))
+    kind = {"I;16": "<u2", "I;16B": ">u2"}[mode]
+    data = encoded(Image.fromarray(values.astype(kind)), format)
+    pixels, _ = decode.decode(data, fast(resize=224, crop=224))
+    assert (pixels == np.round(values / 257).astype(np.uint8)).all()
+
+
+def test_sixteen_bits_per_colour_are_scaled_too() -> None:
+    row = b"\0" + struct.pack(">HHH", *(value * 257 for value in COLOUR)) * 8
+    pixels, _ = decode.decode(png_of_size(8, 8, bits=16, rows=row * 8), SMALL)
+    assert np.abs(pixels.astype(int) - np.array(COLOUR).reshape(3, 1, 1)).max() <= 1
+
+
+def checkered(mode: str) -> tuple[Image.Image, dict[str, Any]]:
+    """Left half transparent, right half COLOUR; with what `save` needs to say so."""
+    if mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
+        image.paste((*COLOUR, 255), (SIZE[0] // 2, 0, *SIZE))
+        return (image if mode == "RGBA" else image.convert("LA")), {}
+    image = Image.new("RGB", SIZE, (1, 2, 3))
+    image.paste(COLOUR, (SIZE[0] // 2, 0, *SIZE))
+    if mode == "RGB":
+        return image, {"transparency": (1, 2, 3)}
+    if mode == "L":
+        return image.convert("L"), {"transparency": 2}
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+    return palette, {"transparency": palette.getpixel((0, 0))}
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("PNG", m) for m in ("RGBA", "LA", "P", "RGB", "L")]
+    + [("GIF", "P"), ("WEBP", "RGBA"), ("TIFF", "RGBA"), ("TIFF", "LA")],
+)
+def test_what_is_transparent_is_white(format: str, mode: str) -> None:
+    image, options = checkered(mode)
+    if format == "WEBP":
+        options["lossless"] = True
+    pixels, _ = decode.decode(encoded(image, format, **options), fast(resize=64, crop=64))
+    assert (pixels[:, :, :20] == 255).all()
+    right = COLOUR if mode not in ("L", "LA") else (99, 99, 99)
+    assert np.abs(pixels[:, :, -20:].mean((1, 2)) - right).max() < 2
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_of_many_frames_or_pages_the_first_is_taken(format: str) -> None:
+    first, *others = (Image.new("RGB", SIZE, colour) for colour in (COLOUR, "blue", "green"))
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(first, format, save_all=True, append_images=others, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
+    pixels, shown = decode.decode(data, SMALL)
+    assert shown == SIZE
+    assert np.abs(pixels.mean((1, 2)) - COLOUR).max() < 3
+
+
+def test_a_phones_jpeg_with_a_second_picture_behind_it_is_the_first_one() -> None:
+    upright = drawn(1560, 1041)
+    data = stored(upright, "MPO", 6, save_all=True, append_images=[Image.new("RGB", (50, 50))])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    for spec in (SPEC, fast(resize=900, crop=900)):
+        pixels, shown = decode.decode(data, spec)
+        assert shown == upright.size
+        assert difference(pixels, reference(upright, spec)) < 2
+
+
+# ------------------------------------------------------------------ agreement with the reference
+
+
+def through(route: str, image: Image.Image, spec: Preprocess) -> tuple[bytes, Image.Image]:
+    """A file that takes the route, and the picture that Pillow sees in it."""
+    if route == "dct":
+        scale = 2.3 * decode.DCT_MARGIN * spec.resize / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)))
+    else:
+        image.thumbnail((1001, 700))  # larger JPEGs take the dct route
+    data = encoded(image, "BMP") if route == "pillow" else encoded(image, "JPEG", quality=92)
+    return data, Image.open(io.BytesIO(data))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("route", AGREEMENT)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_every_route_agrees_with_pillow_on_photographs(
+    shared: Path, route: str, interpolation: Any
+) -> None:
+    spec = fast(interpolation=interpolation)
+    folder = shared / "data" / "imagenet-sample"
+    with (folder / "manifest.csv").open(encoding="utf-8") as stream:
+        paths = [row["path"] for row in csv.DictReader(stream)]
+    apart = []
+    for path in paths[:: len(paths) // 12]:
+        data, seen = through(route, Image.open(folder / path).convert("RGB"), spec)
+        apart.append(difference(decode.decode(data, spec)[0], reference(seen, spec)))
+    mean, worst = AGREEMENT[route]
+    assert np.mean(apart) < mean
+    assert max(apart) < worst
+
+
+@pytest.mark.parametrize("route", AGREEMENT)
+@pytest.mark.parametrize("mode", ["crop", "squash"])
+@pytest.mark.parametrize("size", [(500, 375), (333, 517), (257, 256), (1001, 640)])
+def test_every_route_agrees_with_pillow_on_drawings(
+    route: str, mode: Any, size: tuple[int, int]
+) -> None:
+    for interpolation in ("bilinear", "bicubic"):
+        spec = fast(mode=mode, interpolation=interpolation)
+        data, seen = through(route, drawn(*size), spec)
+        assert difference(decode.decode(data, spec)[0], reference(seen, spec)) < AGREEMENT[route][1]
+
+
+@pytest.mark.parametrize("extra", range(8))
+def test_sizes_that_eighths_do_not_divide_are_not_shifted(extra: int) -> None:
+    upright = drawn(720 + extra, 727 - extra)
+    for orientation in range(1, 9):
+        data = stored(upright, "JPEG", orientation, quality=95, subsampling=0)
+        pixels, _ = decode.decode(data, fast(resize=64, crop=64))
+        assert difference(pixels, reference(upright, fast(resize=64, crop=64))) < 1
+
+
+@pytest.mark.parametrize("route", ["torchvision", "pillow"])
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (1, 1), (3, 200), (224, 224), (256, 256)])
+def test_small_pictures_are_enlarged_as_the_reference_does(
+    route: str, size: tuple[int, int]
+) -> None:
+    data, seen = through(route, drawn(*size), SPEC)
+    assert difference(decode.decode(data, SPEC)[0], reference(seen, SPEC)) < AGREEMENT[route][1]
+
+
+@pytest.mark.parametrize("route", AGREEMENT)
+def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
+    data, seen = through(route, drawn(640, 480).convert("L"), SPEC)
+    pixels, _ = decode.decode(data, SPEC)
+    assert (pixels[0] == pixels[1]).all()
+    assert (pixels[0] == pixels[2]).all()
+    assert difference(pixels, reference(seen, SPEC)) < AGREEMENT[route][1]
+
+
+# ------------------------------------------------------------------ EXIF orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(300, 401), (1111, 1039)], ids=["torchvision", "dct"])
+@pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
+def test_a_turned_jpeg_is_shown_upright(orientation: int, size: tuple[int, int], mode: Any) -> None:
+    upright, spec = drawn(*size), fast(mode=mode)
+    pixels, shown = decode.decode(
+        stored(upright, "JPEG", orientation, quality=95, subsampling=0), spec
+    )
+    same, _ = decode.decode(encoded(upright, "BMP"), spec)
+    assert shown == upright.size
+    assert difference(pixels, same) < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_a_turned_file_of_another_format_is_shown_upright(orientation: int, format: str) -> None:
+    upright = drawn(120, 200)
+    data = stored(upright, format, orientation, **LOSSLESS[format])
+    pixels, shown = decode.decode(data, SPEC)
+    assert shown == (120, 200)
+    assert difference(pixels, decode.decode(encoded(upright, "BMP"), SPEC)[0]) < 1
+
+
+def test_what_a_png_says_of_itself_behind_its_pixels_is_heeded() -> None:
+    upright = drawn(120, 200)
+    turned = stored(upright, "PNG", 6)
+    place = turned.index(b"eXIf") - 4
+    (length,) = struct.unpack_from(">I", turned, place)
+    exif = turned[place : place + 12 + length]
+    rest = turned[:place] + turned[place + 12 + length :]
+    end = rest.index(b"IEND") - 4
+    pixels, shown = decode.decode(rest[:end] + exif + rest[end:], SPEC)
+    assert shown == (120, 200)
+    assert difference(pixels, decode.decode(encoded(upright, "BMP"), SPEC)[0]) < 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_png_is_what_torchvision_makes_of_its_pixels(mode: str) -> None:
+    image = drawn(400, 300).convert(mode)
+    pixels, _ = decode.decode(encoded(image, "PNG"), SPEC)
+    tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    resized = Resize(SPEC.resize, antialias=True)(tensor)
+    away = np.abs(pixels.astype(int) - CenterCrop(SPEC.crop)(resized).numpy())
+    assert (away.max() <= 1, away.mean() < 0.1) == (True, True)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 99, 300])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None:
+    image = drawn(60, 40)
+    for format in ("PNG", "JPEG", "TIFF"):
+        pixels, shown = decode.decode(encoded(image, format, orientation), SMALL)
+        assert picture(encoded(image, format, orientation), 20).orientation == 1
+        assert shown == (60, 40)
+        assert difference(pixels, decode.decode(encoded(image, format), SMALL)[0]) < 1
+
+
+def test_broken_exif_says_nothing_about_the_pixels() -> None:
+    data = encoded(drawn(60, 40), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert decode.decode(data, SMALL)[1] == (60, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_a_picture_is_upright_and_no_larger_than_asked(orientation: int, format: str) -> None:
+    small = picture(stored(drawn(900, 600), format, orientation), 96).image
+    assert small.mode == "RGB"
+    assert small.size == (96, 64)
+    assert difference(np.asarray(small), np.asarray(drawn(900, 600).resize((96, 64)))) < 3
+
+
+# ------------------------------------------------------------------ geometry
+
+
+@given(width=st.integers(1, 30_000), height=st.integers(1, 30_000), resize=st.integers(1, 600))
+def test_the_resized_length_is_rounded_as_torchvision_does(
+    width: int, height: int, resize: int
+) -> None:
+    spec = fast(resize=resize, crop=1)
+    expected = _compute_resized_output_size((height, width), [resize])
+    assert target_size((width, height), spec) == tuple(reversed(expected))
+
+
+@given(
+    width=st.integers(1, 90), height=st.integers(1, 90), crop=st.integers(1, 40),
+    margin=st.integers(0, 20), mode=st.sampled_from(["crop", "pad", "squash"]),
+    format=st.sampled_from(["PNG", "JPEG"]),
+)  # fmt: skip
+def test_any_size_becomes_the_models_size(
+    width: int, height: int, crop: int, margin: int, mode: Any, format: str
+) -> None:
+    spec = fast(resize=crop + margin, crop=crop, mode=mode)
+    pixels, shown = decode.decode(encoded(Image.new("RGB", (width, height), COLOUR), format), spec)
+    assert pixels.shape == (3, crop, crop)
+    assert shown == (width, height)
+    if mode != "pad":
+        assert np.abs(pixels.astype(int) - np.array(COLOUR).reshape(3, 1, 1)).max() <= 3
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize(
+    ("size", "inside"),
+    [((200, 100), (slice(56, 168), slice(None))), ((30, 60), (slice(None), slice(56, 168)))],
+)
+def test_pad_shows_the_whole_picture_between_black_bars(
+    format: str, size: tuple[int, int], inside: tuple[slice, slice]
+) -> None:
+    spec = fast(mode="pad")
+    data = encoded(drawn(*size), format)
+    pixels, _ = decode.decode(data, spec)
+    fitted = (224, 112) if size[0] > size[1] else (112, 224)
+    whole = Image.open(io.BytesIO(data)).resize(fitted, Image.Resampling.BILINEAR)
+    assert difference(pixels[:, *inside], np.asarray(whole).transpose(2, 0, 1)) < 2
+    bars = pixels.copy()
+    bars[:, *inside] = 0
+    assert not bars.any()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (20_000, 3), (1, 1)])
+def test_a_line_of_pixels_is_a_picture_too(format: str, mode: Any, size: tuple[int, int]) -> None:
+    pixels, shown = decode.decode(encoded(Image.new("RGB", size, COLOUR), format), fast(mode=mode))
+    assert pixels.shape == (3, 224, 224)
+    assert shown == size
+    seen = pixels.reshape(3, -1).max(1)
+    assert np.abs(seen.astype(int) - COLOUR).max() <= 3
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(13_000, 13_000), (65_000, 65_000), (65_000, 2_000)])
+def test_too_many_pixels_are_refused_from_the_header(format: str, size: tuple[int, int]) -> None:
+    with pytest.raises(ImageTooLarge) as caught:
+        decode.decode(enlarged(format, *size), SPEC)
+    assert caught.value.status == "too_large"
+    assert f"{size[0] * size[1]:,}" in str(caught.value) or str(size[0] * size[1]) in str(
+        caught.value
+    )
+
+
+def test_the_limit_is_what_was_asked_for_and_includes_itself() -> None:
+    data = encoded(drawn(50, 40), "PNG")
+    assert decode.decode(data, SMALL, max_pixels=2000)[1] == (50, 40)
+    with pytest.raises(ImageTooLarge, match=r"50x40 is 2,000 pixels, more than max_pixels 1,999"):
+        decode.decode(data, SMALL, max_pixels=1999)
+
+
+_BOMB = """
+import resource, sys
+from imgcls.data.decode import decode
+from imgcls.data.preprocess import Preprocess
+from imgcls.errors import ImageTooLarge
+from tests.data.pictures import drawn, encoded, png_of_size
+decode(encoded(drawn(600, 400), "PNG"), Preprocess())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for size in ((50_000, 50_000), (13_000, 13_000)):
+    try:
+        decode(png_of_size(*size), Preprocess())
+    except ImageTooLarge:
+        print("refused")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_decompression_bomb_costs_no_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", _BOMB], capture_output=True, text=True, check=True)
+    *refused, grown_kib = done.stdout.split()
+    assert refused == ["refused", "refused"]
+    assert int(grown_kib) < 20 * 1024
+
+
+def test_a_file_without_bytes_is_empty() -> None:
+    for call in (lambda: decode.decode(b"", SPEC), lambda: picture(b"", 64)):
+        with pytest.raises(EmptyImage, match="no bytes") as caught:
+            call()
+        assert caught.value.status == "empty"
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "a web page or XML"),
+        (b"\n  <html>", "a web page or XML"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page or XML"),
+        (b'{"error": "rate limited"}', "JSON"),
+        (b"[1, 2]", "JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "begin with b'version '"),
+        (b"\x00\x00\x00\x1cftypmp42\x00\x00\x00\x00", "begin with"),
+        (b"P8\n1 1\n255\n\x00\x00\x00", "begin with"),
+        (b"\x00", "begin with"),
+        (b"\xff\xd8", "begin with"),
+        (bytes(5000), "begin with"),
+        (np.random.default_rng(0).bytes(20_000), "begin with"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
+    for call in (lambda: decode.decode(data, SPEC), lambda: picture(data, 64)):
+        with pytest.raises(NotAnImage, match=r"JPEG, PNG, WebP, .* are decoded") as caught:
+            call()
+        assert caught.value.status == "not_an_image"
+        assert told in str(caught.value)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (100, 120))
+FILES: dict[str, bytes] = {
+    "jpeg": encoded(drawn(150, 110), "JPEG"),
+    "jpeg progressive": encoded(drawn(150, 110), "JPEG", progressive=True),
+    "jpeg dct": encoded(drawn(1300, 1040), "JPEG"),
+    "jpeg dct progressive": encoded(drawn(1300, 1040), "JPEG", progressive=True),
+    "jpeg cmyk": encoded(drawn(150, 110).convert("CMYK"), "JPEG"),
+    "jpeg turned": encoded(drawn(150, 110), "JPEG", 6),
+    "png": encoded(drawn(150, 110), "PNG"),
+    "png 16": encoded(Image.fromarray(NOISE.astype(np.uint16) * 257), "PNG"),
+    "webp": encoded(drawn(150, 110), "WEBP"),
+    "webp lossless": encoded(drawn(150, 110), "WEBP", lossless=True),
+    "gif": encoded(drawn(150, 110), "GIF"),
+    "bmp": encoded(drawn(150, 110), "BMP"),
+    "tiff": encoded(drawn(150, 110), "TIFF"),
+    "tiff lzw": encoded(drawn(150, 110), "TIFF", compression="tiff_lzw"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_cut_off_anywhere_is_an_image_error(name: str) -> None:
+    whole = FILES[name]
+    statuses = {}
+    cuts = sorted({*range(1, 40), *range(40, len(whole), max(1, len(whole) // 60)), len(whole) - 1})
+    for cut in cuts:
+        try:
+            decode.decode(whole[:cut], SPEC)
+            statuses[cut] = "ok"
+        except ImageError as error:
+            statuses[cut] = error.status
+    # a file that lacks nothing but its end mark may pass
+    assert {status for cut, status in statuses.items() if cut < 0.97 * len(whole)} <= {
+        "truncated", "unreadable", "not_an_image",
+    }  # fmt: skip
+    if not name.startswith("tiff"):  # which may keep its header at the end
+        late = {status for cut, status in statuses.items() if 0.6 < cut / len(whole) < 0.97}
+        assert late == {"truncated"}
+
+
+def test_a_cut_off_file_is_said_to_be_so_with_its_size() -> None:
+    data = FILES["jpeg"][:2000]
+    with pytest.raises(TruncatedImage, match=r"truncated.*\(2,000 bytes\)") as caught:
+        decode.decode(data, SPEC)
+    assert ".cpp" not in str(caught.value)
+    with pytest.raises(ImageError, match="begins as a PNG does, but its header"):
+        decode.decode(FILES["png"][:10], SPEC)
+    with pytest.raises(ImageError):
+        picture(data, 64)
+
+
+STATUSES = {"empty", "truncated", "not_an_image", "unsupported", "too_large", "unreadable"}
+
+
+def decodes_or_is_refused(data: bytes) -> None:
+    try:
+        pixels, (width, height) = decode.decode(data, SMALL, max_pixels=4_000_000)
+    except ImageError as error:
+        told = error
+        assert told.status in STATUSES
+        assert str(told)
+    else:
+        assert pixels.shape == (3, 28, 28)
+        assert pixels.dtype == np.uint8
+        assert 0 < width * height <= 4_000_000
+    try:
+        small = picture(data, 20).image
+    except ImageError:
+        return
+    assert max(small.size) <= 20
+
+
+@st.composite
+def _mutated(draw: Any) -> bytes:
+    """A file with a few bytes changed, a stretch taken out, put in or repeated."""
+    data = bytearray(FILES[draw(st.sampled_from(list(FILES)))])
+    for _ in range(draw(st.integers(1, 4))):
+        # half of the changes go where the headers are
+        end = draw(st.sampled_from([min(700, len(data)), len(data)]))
+        at = draw(st.integers(0, max(0, end - 1)))
+        kind = draw(st.sampled_from(["change", "change", "insert", "cut", "repeat", "zero"]))
+        length = draw(st.integers(1, 40))
+        if kind == "change":
+            data[at : at + 2] = draw(st.binary(min_size=1, max_size=2))
+        elif kind == "insert":
+            data[at:at] = draw(st.binary(min_size=1, max_size=20))
+        elif kind == "cut":
+            del data[at : at + length]
+        elif kind == "repeat":
+            data[at:at] = data[at : at + length]
+        else:
+            data[at : at + length] = bytes(length)
+    return bytes(data)
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(data=_mutated())
+def test_damaged_files_are_pixels_or_an_image_error(data: bytes) -> None:
+    decodes_or_is_refused(data)
+
+
+@settings(max_examples=200)
+@given(data=st.binary(max_size=300), name=st.sampled_from(["", *FILES]), kept=st.integers(0, 64))
+def test_random_bytes_are_an_image_error(data: bytes, name: str, kept: int) -> None:
+    start = FILES[name][:kept] if name else b""
+    decodes_or_is_refused(start + data)
+
+
+@pytest.mark.chaos
+@settings(max_examples=20_000, suppress_health_check=list(HealthCheck))
+@given(data=_mutated())
+def test_twenty_thousand_damaged_files_are_pixels_or_an_image_error(data: bytes) -> None:
+    decodes_or_is_refused(data)
+
+
+# ------------------------------------------------------------------ batches and threads
+
+
+def test_a_batch_is_decoded_as_its_images_one_by_one() -> None:
+    whole = [*FILES.values(), stored(drawn(300, 200), "JPEG", 8)]
+    broken = [png_of_size(13_000, 13_000), b"junk", b"", FILES["png"][:200], FILES["jpeg"][:900]]
+    for files in (whole, [*whole, *broken], broken, []):
+        found = decode_batch(files, SPEC, device=torch.device("cpu"))
+        assert len(found) == len(files)
+        for data, result in zip(files, found, strict=True):
+            if isinstance(result, ImageError):
+                with pytest.raises(type(result)):
+                    decode.decode(data, SPEC)
+                continue
+            pixels, shown = result
+            alone, size = decode.decode(data, SPEC)
+            assert (pixels.shape, pixels.dtype, shown) == (alone.shape, torch.uint8, size)
+            assert difference(pixels.numpy(), alone) < AGREEMENT["dct"][1]
+
+
+def test_threads_decode_as_one_after_the_other() -> None:
+    files = [*FILES.values(), png_of_size(13_000, 13_000), b"junk", b"", FILES["png"][:200]] * 6
+    filters = list(warnings.filters)
+
+    def outcome(data: bytes) -> object:
+        try:
+            return decode.decode(data, SPEC)[0].tobytes()
+        except ImageError as error:
+            return error.status, str(error)
+
+    serial = [outcome(data) for data in files]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(outcome, files)) == serial
+    assert warnings.filters == filters
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damage_within_the_pixels_ends_in_an_error_and_never_in_a_dead_process(kind: str) -> None:
+    """torchvision's PNG decoder did the latter: whoever decodes must survive any bytes."""
+    whole = encoded(drawn(150, 110), kind)
+    rng = np.random.default_rng(0)
+    ends = set()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(40, len(whole), 4):
+            damaged[place] = rng.integers(256)
+        try:
+            decode.decode(bytes(damaged), SPEC)
+            ends.add("decoded")
+        except ImageError as error:
+            ends.add(error.status)
+    assert ends <= {"decoded", *STATUSES}

@@ -1,0 +1,108 @@
+"""A bundle that can be run in int8 says what that costs, and is the same bundle otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgcls.data.manifest import ManifestConfig
+from imgcls.errors import OutputError, RequestError
+from imgcls.evaluation.quantize import QuantiseConfig, quantise
+from imgcls.models import classifier as classifier_module
+from imgcls.models.bundle import load_bundle
+from imgcls.models.classifier import Classifier
+from imgcls.models.import_weights import ImportConfig, import_model
+from tests.conftest import COLOURS
+
+pytestmark = pytest.mark.skipif(
+    not classifier_module._cpu_flags() & classifier_module._INT8_FLAGS,
+    reason="this machine does not multiply int8",
+)
+
+
+def order(manifest: Path, bundle: Path, output: Path, **more: object) -> QuantiseConfig:
+    return QuantiseConfig.model_validate(
+        {"model": str(bundle), "manifest": str(manifest), "output": str(output), **more}
+    )
+
+
+def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
+    colours: Callable[..., Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest, output = colours(70), tmp_path / "int8"
+    (tmp_path / "images" / "00003.jpg").write_bytes(b"broken")
+    (tmp_path / "images" / "00005.jpg").unlink()
+    made = quantise(order(manifest, colour_bundle, output, images=64))
+    told = made.spec.int8
+    assert told is not None
+    assert (told.calibration_images, told.judged_images) == (32, 32)
+    before = load_bundle(str(colour_bundle))
+    assert made.weights_sha256 == before.weights_sha256
+    assert made.spec.model_copy(update={"int8": None}) == before.spec
+    good = [i for i in range(70) if i not in (3, 5)][1:64:2]
+    files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in good]
+    labels = np.array([list(COLOURS)[i % 3] for i in good])
+    rough, exact = (
+        np.array([one.label for one in Classifier(made, precision=precision).predict(files)])
+        for precision in ("int8", "fp32")
+    )
+    assert told.agreement == (rough == exact).mean()
+    assert told.accuracy == (rough == labels).mean()
+    assert told.accuracy_fp32 == (exact == labels).mean()
+    out = capsys.readouterr().out
+    assert f"{told.agreement:.1%} of 32 images labelled as in fp32; accuracy" in out
+    assert "times the forward passes of" in out
+
+
+def test_without_labels_agreement_alone_is_told(
+    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+) -> None:
+    colours(40)
+    manifest = ManifestConfig(path=str(tmp_path / "images"))
+    config = QuantiseConfig(
+        manifest=manifest, model=str(colour_bundle), output=str(tmp_path / "int8")
+    )
+    told = quantise(config).spec.int8
+    assert told is not None
+    assert told.accuracy is told.accuracy_fp32 is None
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = colours(20)
+    with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
+        quantise(order(manifest, colour_bundle, tmp_path / "int8"))
+    assert not (tmp_path / "int8").exists()
+    with pytest.raises(RequestError, match="is the bundle itself"):
+        quantise(order(manifest, colour_bundle, colour_bundle))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "bundle.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
+        quantise(order(manifest, colour_bundle, tmp_path / "there"))
+
+
+@pytest.mark.shared
+def test_real_weights_say_nearly_the_same_of_real_photographs(shared: Path, tmp_path: Path) -> None:
+    weights = shared / "weights"
+    config = ImportConfig(
+        arch="squeezenet1_0",
+        weights=str(weights / "squeezenet1_0-imagenet.pth"),
+        classes=str(weights / "imagenet-classes.txt"),
+        output=str(tmp_path / "bundle"),
+    )
+    import_model(config)
+    manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
+    told = quantise(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
+    assert told is not None
+    assert told.judged_images == 167
+    assert told.agreement > 0.9  # 158 of 167 were the same when this was written
+    assert told.accuracy is not None
+    assert told.accuracy_fp32 is not None
+    assert abs(told.accuracy - told.accuracy_fp32) < 0.03

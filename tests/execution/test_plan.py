@@ -1,0 +1,320 @@
+"""The plan: rows cut without a gap, a run told apart from any other, memory that stays put."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.errors import ManifestError, OutputError
+from imgcls.execution.plan import LARGE_CHUNK, PART_BYTES, Identity, Plan, plan_of, restore_shards
+from imgcls.runs.layout import load_run
+from tests.execution.runs import identity_of, manifest_of, plan_at
+from tests.processes import REPOSITORY
+
+
+def numbered(rows: int) -> pa.Table:
+    """A manifest table with nested columns, whose rows can be told apart."""
+    return pa.table(
+        {
+            "path": [f"{i:06d}.jpg" for i in range(rows)],
+            "label": [("red", "green", None)[i % 3] for i in range(rows)],
+            "meta": [{"site": i, "tags": ["x"] * (i % 3)} for i in range(rows)],
+        },
+        schema=pa.schema(
+            [
+                ("path", pa.string()),
+                ("label", pa.string()),
+                ("meta", pa.struct([("site", pa.int32()), ("tags", pa.list_(pa.string()))])),
+            ]
+        ),
+    )
+
+
+def shards(output: Path) -> list[pq.ParquetFile]:
+    return [pq.ParquetFile(p) for p in sorted((output / "_staging" / "manifest").iterdir())]
+
+
+# ------------------------------------------------------------------ cutting
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 400),
+    chunk_rows=st.none() | st.integers(1, 500),
+    part_rows=st.integers(1, 500),
+    limit=st.none() | st.integers(1, 500),
+)
+def test_chunks_tile_the_rows_and_row_group_g_of_a_shard_is_its_chunk_g(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: int,
+    chunk_rows: int | None,
+    part_rows: int,
+    limit: int | None,
+) -> None:
+    folder = tmp_path_factory.mktemp("plan")
+    table = numbered(rows)
+    manifest = manifest_of(folder, table)
+    output = folder / "out"
+    plan = plan_at(output, manifest, chunk_rows=chunk_rows, part_rows=part_rows, limit=limit)
+    expected = table.slice(0, limit)
+
+    assert plan.rows == expected.num_rows
+    assert plan.part_rows <= part_rows
+    assert plan.part_rows % plan.chunk_rows == 0
+    tiled = [row for chunk in range(plan.chunks) for row in plan.rows_of(chunk)]
+    assert tiled == list(range(plan.rows))
+    by_part = [chunk for part in range(plan.parts) for chunk in plan.chunks_of(part)]
+    assert by_part == list(range(plan.chunks))
+    assert all(plan.part_of(c) == p for p in range(plan.parts) for c in plan.chunks_of(p))
+
+    files = shards(output)
+    assert len(files) == plan.parts
+    for part, file in enumerate(files):
+        assert file.metadata.num_row_groups == len(plan.chunks_of(part))
+        for group, chunk in enumerate(plan.chunks_of(part)):
+            span = plan.rows_of(chunk)
+            wanted = expected.slice(span.start, len(span))
+            assert file.read_row_group(group).equals(wanted)
+    assert plan_of(load_run(str(output)) or {}) == plan
+
+
+def test_chunks_grow_with_the_manifest_and_keep_a_small_one_in_many_hands(tmp_path: Path) -> None:
+    cut: dict[int, int] = {}
+    for rows in (1, 100, 2000, 8191, 8192, 30_000):
+        folder = tmp_path / str(rows)
+        manifest = manifest_of(folder, pa.table({"path": ["a"] * rows}))
+        cut[rows] = plan_at(folder / "out", manifest).chunk_rows
+    assert cut == {
+        1: 32, 100: 32, 2000: 64, 8191: LARGE_CHUNK, 8192: LARGE_CHUNK, 30_000: LARGE_CHUNK,
+    }  # fmt: skip
+
+
+def test_wide_rows_make_final_files_of_fewer_rows(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, numbered(3000))
+    plan = plan_at(tmp_path / "out", manifest, row_bytes=PART_BYTES // 1000)
+    assert plan.part_rows == 1000 // plan.chunk_rows * plan.chunk_rows
+    assert plan.parts == -(-3000 // plan.part_rows)
+
+
+def test_shards_that_are_gone_are_cut_again_as_they_were(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, numbered(100))
+    output = tmp_path / "out"
+    plan = plan_at(output, manifest, chunk_rows=8, part_rows=24, limit=90)
+    folder = output / "_staging" / "manifest"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "part-00002.parquet").unlink()
+    run = (output / "_run.json").read_bytes()
+    restore_shards(str(output), manifest, plan)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (output / "_run.json").read_bytes() == run
+
+
+# ------------------------------------------------------------------ who a run is
+
+
+BASE = Identity(
+    manifest={"fingerprint": "f", "path_column": "path", "label_column": None, "root": "/data"},
+    bundle={"sha256": "s"},
+    settings={"top_k": 5, "threshold": 0.0, "limit": None, "scores": False},
+)
+PLACES = [
+    ("manifest", "fingerprint"), ("manifest", "path_column"), ("manifest", "label_column"),
+    ("manifest", "root"), ("bundle", "sha256"), ("settings", "top_k"), ("settings", "threshold"),
+    ("settings", "limit"), ("settings", "scores"), ("settings", "new"),
+]  # fmt: skip
+VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@given(place=st.sampled_from(PLACES), value=VALUES)
+def test_runs_that_differ_in_anything_have_other_ids_and_the_difference_is_named(
+    place: tuple[str, str], value: Any
+) -> None:
+    section, key = place
+    values = getattr(BASE, section)
+    other = replace(BASE, **{section: {**values, key: value}})
+    stored = asdict(BASE)
+    if key in values and json.dumps(value) == json.dumps(values[key]):
+        assert other.run_id() == BASE.run_id()
+        assert other.differences(stored) == []
+        return
+    assert other.run_id() != BASE.run_id()
+    if value != values.get(key):  # 0 and False are one value in a refusal, and so is a null
+        assert other.differences(stored) == [
+            f"{section}.{key}: {values.get(key)!r} then, {value!r} now"
+        ]
+
+
+def test_every_difference_is_named_at_once_also_of_keys_that_came_or_went() -> None:
+    stored = {
+        "manifest": {**BASE.manifest, "root": "/elsewhere"},
+        "settings": {"top_k": 3, "threshold": 0.0, "limit": None, "precision": "fp32"},
+    }
+    assert BASE.differences(stored) == [
+        "manifest.root: '/elsewhere' then, '/data' now",
+        "bundle.sha256: None then, 's' now",
+        "settings.precision: 'fp32' then, None now",
+        "settings.scores: None then, False now",
+        "settings.top_k: 3 then, 5 now",
+    ]
+
+
+def test_the_order_of_the_settings_does_not_make_another_run() -> None:
+    turned = replace(BASE, settings=dict(reversed(BASE.settings.items())))
+    assert turned.run_id() == BASE.run_id()
+
+
+def test_a_damaged_or_foreign_run_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    assert load_run(str(output)) is None
+    (output / "_run.json").write_text('{"format_version": 1, "plan"')
+    with pytest.raises(OutputError, match=r"_run\.json: is damaged .* --overwrite"):
+        load_run(str(output))
+    (output / "_run.json").write_text('{"format_version": 99}')
+    with pytest.raises(OutputError, match="another version of imgcls; start over with --overwrite"):
+        load_run(str(output))
+
+
+# ------------------------------------------------------------------ what cannot be planned
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_manifest_that_breaks_off_midway_leaves_no_run_behind(tmp_path: Path) -> None:
+    file = tmp_path / "broken.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("path", "label"))
+        writer.writerows((f"{i}" * 40, "red") for i in range(100_000))
+        stream.write("one,two,three\n")
+    manifest = open_manifest(ManifestConfig(path=str(file)))
+    output = tmp_path / "out"
+    with pytest.raises(ManifestError, match="Expected 2 columns, got 3"):
+        plan_at(output, manifest, chunk_rows=1000, part_rows=10_000)
+    # whole shards lie there by now; without _run.json they are nobody's
+    assert load_run(str(output)) is None
+    left = list((output / "_staging" / "manifest").iterdir())
+    assert left
+    assert all(pq.ParquetFile(path).metadata.num_rows == 10_000 for path in left)
+    assert not (output / "_run.json").exists()
+
+
+def test_the_run_file_is_written_after_the_last_shard(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, numbered(100))
+    output = tmp_path / "out"
+    plan = plan_at(output, manifest, chunk_rows=8, part_rows=24)
+    written = max(path.stat().st_mtime_ns for path in (output / "_staging" / "manifest").iterdir())
+    assert (output / "_run.json").stat().st_mtime_ns >= written
+    assert [file.metadata.num_rows for file in shards(output)] == [24, 24, 24, 24, 4]
+    assert plan == Plan(identity_of(manifest, limit=None).run_id(), 100, 8, 24)
+
+
+def test_a_manifest_without_rows_is_refused(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, numbered(0))
+    with pytest.raises(ManifestError, match="has no row"):
+        plan_at(tmp_path / "out", manifest)
+
+
+def test_labels_of_another_model_are_refused_and_a_few_strangers_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = manifest_of(tmp_path / "a", numbered(30))
+    with pytest.raises(ManifestError, match="not one label in column 'label' is a class") as caught:
+        plan_at(tmp_path / "a" / "out", manifest, classes=["cat", "dog"])
+    assert "found 'red', 'green'; the model has 'cat', 'dog', 2 in all" in str(caught.value)
+    assert load_run(str(tmp_path / "a" / "out")) is None
+    plan_at(tmp_path / "b" / "out", manifest, classes=["green", "blue"])
+    assert "note: 10 labels are not classes of the model ('red')" in capsys.readouterr().out
+
+
+def test_a_later_night_may_have_labels_of_new_classes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = manifest_of(tmp_path, numbered(30))
+    plan = plan_at(tmp_path / "out", manifest, classes=["cat", "dog"], any_labels=True)
+    assert plan.rows == 30
+    assert (
+        "note: 20 labels are not classes of the model ('red', 'green')" in capsys.readouterr().out
+    )
+
+
+def test_labels_like_a_class_are_named_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.table({"path": [*"abcde"], "label": ["Red", "red ", "Red", "cafe\u0301", "red"]})
+    plan_at(tmp_path / "out", manifest_of(tmp_path, table), classes=["red", "caf\u00e9"])
+    told = capsys.readouterr().out
+    assert "'Red' (2 rows) and class 'red' and 'red ' (1 row)" in told
+    assert "note: 3 labels are not classes of the model ('Red', 'red ')" in told
+
+
+def test_folders_that_are_no_classes_are_refused_with_the_way_to_label_them(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "camera 1").mkdir(parents=True)
+    (tmp_path / "photos" / "camera 1" / "a.jpg").touch()
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "photos")))
+    with pytest.raises(ManifestError, match=r"pass --manifest\.format images to label all images"):
+        plan_at(tmp_path / "out", manifest)
+
+
+def test_labels_that_are_numbers_match_classes_by_their_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.table({"path": ["a", "b", "c"], "label": [1.0, 2.0, None]})
+    manifest = manifest_of(tmp_path, table)
+    plan_at(tmp_path / "out", manifest, classes=["1", "2"])
+    assert "note:" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ memory
+
+PLAN_AND_WEIGH = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+import pyarrow.parquet as pq
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.labeling import plan
+from tests.execution.runs import plan_at
+
+folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+folder.mkdir()
+with pq.ParquetWriter(folder / "m.parquet", pa.schema([("path", pa.string())])) as writer:
+    for start in range(0, rows, 100_000):
+        names = [f"{i:08d}.jpg" for i in range(start, min(rows, start + 100_000))]
+        writer.write_table(pa.table({"path": names}))
+made = plan_at(folder / "out", open_manifest(ManifestConfig(path=str(folder / "m.parquet"))))
+assert made.rows == rows, made
+# getrusage would count what the parent held when it started this process
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def peak_bytes(folder: Path, rows: int) -> int:
+    """Peak memory of a process that writes a manifest of so many rows and plans a run over it."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN_AND_WEIGH, str(folder), str(rows)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) * 1024
+
+
+@pytest.mark.parametrize("rows", [1_000_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_a_manifest_of_millions_is_planned_in_bounded_memory(rows: int, tmp_path: Path) -> None:
+    little = peak_bytes(tmp_path / "little", 10_000)
+    much = peak_bytes(tmp_path / "much", rows)
+    assert much - little < 300_000_000

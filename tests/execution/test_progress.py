@@ -1,0 +1,197 @@
+"""What a person sees while a run goes on, against a clock that the test moves."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from imgcls.execution import progress
+from imgcls.execution.messages import Done, Spent, Work
+from imgcls.execution.progress import Progress
+
+
+class Clock:
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        patch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> Done:
+    status = {"ok": rows - errors, "missing": errors}
+    return Done(Work(0), rows, status, Spent(**seconds), "fp32", worker)
+
+
+def test_a_log_gets_a_line_now_and_then_and_not_with_every_chunk(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(1000, 0, every=5, stream=log)
+    for _ in range(12):
+        clock.now += 1
+        bar.add(done(10, errors=1))
+    lines = log.getvalue().splitlines()
+    assert lines == [
+        "labelling  50/1,000 rows (5.0%)  10.0 images/s  5 errors  ETA 1 min 35 s",
+        "labelling  100/1,000 rows (10.0%)  10.0 images/s  10 errors  ETA 1 min 30 s",
+    ]
+    bar.close()
+    assert log.getvalue().splitlines() == lines
+
+
+def test_waiting_for_workers_is_not_silence(clock: Clock) -> None:
+    log = io.StringIO()
+    bar = Progress(1000, 0, every=5, stream=log)
+    for _ in range(70):
+        clock.now += 0.2
+        bar.tick()
+    assert log.getvalue().splitlines() == [
+        "labelling  0/1,000 rows  starting workers (5 s)",
+        "labelling  0/1,000 rows  starting workers (10 s)",
+    ]
+
+
+def test_a_terminal_gets_one_bar_that_is_drawn_over(clock: Clock) -> None:
+    terminal = Terminal()
+    bar = Progress(100, 0, every=60, stream=terminal)
+    for _ in range(2):
+        clock.now += 1
+        bar.add(done(50))
+    clock.now += 0.1  # too soon to be drawn again
+    bar.add(done(0))
+    bar.close()
+    text = terminal.getvalue()
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    drawn = text.rstrip("\n").split("\r")[1:]
+    assert len(drawn) == 3
+    assert drawn[0].startswith(f"[{'#' * 12}{'.' * 12}] 50/100 rows (50.0%)  50.0 images/s")
+    assert drawn[-1].startswith(f"[{'#' * 24}] 100/100 rows (100.0%)")
+    assert all(frame.endswith("\x1b[K") for frame in drawn)
+
+
+def test_the_rate_is_that_of_late_and_a_resume_counts_only_its_own_rows(clock: Clock) -> None:
+    bar = Progress(10_000, 4000, every=60, stream=io.StringIO())
+    clock.now += 60  # starting up
+    bar.add(done(10))
+    for _ in range(40):
+        clock.now += 1
+        bar.add(done(20))
+    assert bar.rate == pytest.approx(20, rel=0.02)
+    assert bar.line().startswith("4,810/10,000 rows (48.1%)  20.0 images/s  0 errors  ETA 4 min")
+    assert bar.steady_rate == pytest.approx(20)
+
+
+def test_what_start_up_takes_does_not_weigh_on_the_steady_rate(clock: Clock) -> None:
+    bar = Progress(100, 0, every=60, stream=io.StringIO())
+    assert bar.steady_rate is None
+    clock.now += 100
+    bar.add(done(10, worker="a/1"))
+    clock.now += 100
+    bar.add(done(10, worker="b/2"))
+    assert bar.steady_rate is None
+    for _ in range(3):
+        clock.now += 2
+        bar.add(done(10, worker="a/1"))
+    assert bar.steady_rate == pytest.approx(20 / 4)
+
+
+def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
+    bar = Progress(1000, 0, every=60, stream=io.StringIO())
+    clock.now += 10  # starting up
+    for _ in range(2):  # two workers, 100 rows in 5 s each: 40 images/s
+        clock.now += 5
+        bar.add(done(100, worker="a/1"))
+        clock.now += 0.1
+        bar.add(done(100, worker="b/1"))
+        clock.now -= 0.1
+    assert bar.steady_rate is None
+    clock.now += 5
+    bar.add(done(100, worker="a/1"))
+    clock.now += 0.1
+    bar.add(done(100, worker="b/1"))
+    assert bar.steady_rate == pytest.approx(40, rel=0.03)
+    assert bar.rate == bar.steady_rate  # and not 600 rows in 25 s, start-up included
+    assert bar.seconds_left == pytest.approx(10, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [(59, "ETA 59 s"), (60, "ETA 1 min 00 s"), (3599, "ETA 59 min 59 s"), (7500, "ETA 2 h 05 min")],
+)
+def test_the_time_left_is_told_in_units_that_suit(clock: Clock, left: int, told: str) -> None:
+    bar = Progress(1 + left, 0, every=60, stream=io.StringIO())
+    clock.now += 1
+    bar.add(done(1))
+    assert told in bar.line()
+
+
+def test_the_stage_that_takes_longest_is_named_with_its_share(clock: Clock) -> None:
+    bar = Progress(100, 0, every=60, stream=io.StringIO())
+    clock.now += 1
+    bar.add(done(10))
+    assert "bottleneck" not in bar.line()
+    bar.add(done(10, fetch=1.0, prepare=4.0, classify=1.0))
+    bar.add(done(10, fetch=3.0, classify=1.0, commit=0.5))
+    assert "bottleneck fetch (38% of time)" in bar.line()
+    assert bar.spent == Spent(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
+
+
+def test_a_run_without_a_rate_yet_promises_no_end(clock: Clock) -> None:
+    bar = Progress(100, 0, every=60, stream=io.StringIO())
+    bar.add(done(10))  # in no time at all
+    assert "ETA" not in bar.line()
+    assert "0.0 images/s" in bar.line()
+
+
+def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
+    bar = Progress(1000, 0, every=5, stream=io.StringIO())
+    for worker in ("a/1", "b/1"):
+        clock.now += 1
+        bar.add(done(10, worker=worker, classify=0.9, gpu=0.6))
+    assert bar.gpu_busy == pytest.approx(1.2 / (2 * 2))
+    assert "GPU busy 30%" in bar.line()
+    assert "bottleneck classify (100% of time)" in bar.line()
+
+
+def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    for worker in ("a/1", "a/2"):  # the second in place of the first
+        for _ in range(40):
+            clock.now += 1
+            bar.add(done(10, worker=worker, classify=0.9, gpu=0.8))
+    assert bar.workers == 1
+    assert bar.gpu_busy == pytest.approx(0.8, rel=0.05)
+
+
+def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    clock.now += 60
+    bar.add(done(10, worker="a/1", classify=50.0, gpu=30.0))
+    clock.now += 60
+    bar.add(done(10, worker="b/1", classify=50.0, gpu=30.0))
+    assert bar.workers == 2
+    assert bar.gpu_busy == pytest.approx(60 / (120 * 2))
+
+
+def test_a_run_that_comes_to_a_stop_loses_its_rate(clock: Clock) -> None:
+    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    for _ in range(40):
+        clock.now += 1
+        bar.add(done(20))
+    assert bar.rate == pytest.approx(20, rel=0.05)
+    clock.now += 25  # as it may be between two chunks
+    assert bar.rate == pytest.approx(20, rel=0.05)
+    clock.now += 275
+    assert bar.rate < 2
+    left = bar.seconds_left
+    assert left is not None
+    assert left > 10 * (10_000 - 800) / 20

@@ -1,0 +1,261 @@
+"""The three commands of a nightly job, executed in this process, and the folder they run over.
+
+Planning, comparing, labeling a chunk, committing and compacting are the functions that the commands
+call; only Ray, which would hand the chunks to workers, is left out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls.config import build
+from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.object_store import StorageConfig
+from imgcls.errors import TooManyErrors
+from imgcls.execution.completed import Ledger, roll_up, write_empty
+from imgcls.execution.messages import Spent, WorkSpec
+from imgcls.execution.plan import Identity, make_plan, plan_of
+from imgcls.inference import commit, gates, stages
+from imgcls.inference.history import CompactConfig, compact
+from imgcls.inference.incremental import SinceConfig
+from imgcls.inference.nightly import Job, NightRequest, label_new, planned_manifest
+from imgcls.inference.nights import Series
+from imgcls.metrics import PredictionCounts
+from imgcls.models.classifier import Classifier
+from imgcls.runs import layout
+from tests.conftest import COLOURS, draw, save
+
+SETTINGS = {"top_k": 2, "scores": False}
+CHUNK_ROWS = 4
+
+
+class Killed(BaseException):
+    """The process ended here: what is on disk stays as it is."""
+
+
+class Images:
+    """A folder of images that changes from day to day; its clock runs an hour a write."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.rng = np.random.default_rng(seed)
+        self._drawn = 0
+        self._clock = 1_700_000_000
+
+    def write(self, name: str, data: bytes | None = None) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._drawn += 1
+        if data is None:
+            save(draw(list(COLOURS)[self._drawn % 3], seed=self._drawn), path)
+        else:
+            path.write_bytes(data)
+        self._clock += 3600
+        os.utime(path, (self._clock, self._clock))
+
+    def names(self, *, broken: bool) -> list[str]:
+        files = sorted(path for path in self.folder.rglob("*.png"))
+        return [
+            str(file.relative_to(self.folder))
+            for file in files
+            if (file.stat().st_size < 100) == broken
+        ]
+
+    def day(self, number: int, new: int, spoilt: int = 1) -> None:
+        """New, changed, deleted, spoilt and mended images."""
+        for name in self.names(broken=True)[:1]:
+            self.write(name)
+        sound = self.names(broken=False)
+        if len(sound) > 4:
+            first, second, *others = self.rng.permutation(len(sound))[: 2 + spoilt]
+            self.write(sound[first])
+            (self.folder / sound[second]).unlink()
+            for other in others:
+                self.write(sound[other], b"spoilt")
+        for at in range(new):
+            self.write(f"camera-{at % 2}/{number:02d}-{at:02d}.png")
+
+
+class Nightly:
+    """`manifest build`, `predict --since` and `history compact` over one folder."""
+
+    def __init__(self, folder: Path, bundle: Path) -> None:
+        self.folder = folder
+        self.labels, self.manifest = folder / "labels", folder / "tonight"
+        self.latest = folder / "latest"
+        self.classifier = Classifier.load(str(bundle), precision="fp32")
+        self.bundle = str(bundle)
+        self.labeled = 0
+        self.column: Callable[[int], pa.Array] | None = None
+
+    def build(self, images: Images) -> None:
+        build_manifest(
+            BuildConfig(source=str(images.folder), output=str(self.manifest), overwrite=True)
+        )
+        if self.column is not None:
+            for part in self.manifest.glob("*.parquet"):
+                table = pq.read_table(part)
+                pq.write_table(table.append_column("site", self.column(table.num_rows)), part)
+
+    def predict(
+        self, day: str, *, killed: str | None = None, clock: float = 0, **options: Any
+    ) -> str:
+        """Label what is new; returns the newest output folder, or "refused" for exit code 3.
+
+        killed: the step after which the process ends: planned, labeled or rolled up
+        clock:  hours that this machine's clock is ahead
+        """
+        self.labeled = 0
+
+        def label(job: Job) -> str:
+            self._label(job, killed, clock, settings=options.get("settings"))
+            return job.output
+
+        request = NightRequest(
+            since=SinceConfig(path=str(self.labels)),
+            bundle_sha256="b" * 64,
+            **{
+                "listed": open_manifest(ManifestConfig(path=str(self.manifest))),
+                "series": Series(f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)),
+                "settings": SETTINGS,
+                "relabel": False,
+                "retry_failed": False,
+                "retry_errors": False,
+                "overwrite": False,
+                **options,
+            },
+        )
+        try:
+            return label_new(request, label, lambda place, _: place)
+        except TooManyErrors:
+            return "refused"
+
+    def compact(self, **options: Any) -> dict[str, dict[str, Any]]:
+        """The newest row of each image, by its path."""
+        config = {"source": str(self.labels), "output": str(self.latest), "overwrite": True}
+        compact(build(CompactConfig, config | options))
+        return rows_of(self.latest)
+
+    def from_scratch(self) -> dict[str, dict[str, Any]]:
+        """Label all that the manifest lists."""
+        output = self.folder / "scratch"
+        listed = open_manifest(ManifestConfig(path=str(self.manifest)))
+        self._label(Job(str(output), listed), None, 0, max_error_rate=1)
+        return rows_of(output)
+
+    def _label(
+        self,
+        job: Job,
+        killed: str | None,
+        clock: float,
+        max_error_rate: float = 0.01,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """A run from its plan to its commit, in the order of the job."""
+        output = job.output
+        if job.start_over:
+            layout.clear(output)
+        run = layout.load_run(output)
+        if run is None:
+            if job.comparison is not None:
+                job.comparison.write(output)
+            manifest = job.manifest
+            make_plan(
+                output,
+                manifest,
+                Identity(
+                    {
+                        "fingerprint": manifest.fingerprint(),
+                        "path_column": manifest.path_column,
+                        "label_column": manifest.label_column,
+                        "root": manifest.root,
+                    },
+                    {"sha256": "b" * 64},
+                    SETTINGS if settings is None else settings,
+                ),
+                chunk_rows=CHUNK_ROWS,
+                part_rows=CHUNK_ROWS * 2,
+                row_bytes=128,
+                limit=None,
+                provenance={"config": {}, "versions": {}},
+                classes=list(COLOURS),
+                may_be_empty=job.comparison is not None,
+                notes=job.notes(),
+            )
+            run = layout.load_run(output)
+            assert run is not None
+            run["began"] = _shifted(run["began"], clock)
+            layout.keep_run(output, run)
+        if killed == "planned":
+            raise Killed
+        plan, manifest = plan_of(run), planned_manifest(output, run, job.manifest)
+        spec = WorkSpec(
+            output=output, plan=plan, bundle_url=self.bundle, bundle_sha256="b" * 64,
+            path_column=manifest.path_column, label_column=None, root=manifest.root, top_k=2,
+            thresholds=(0.0,) * 3, scores=False, embeddings=False, decode="exact", precision="fp32",
+            compile=False, batch_size=8, max_pixels=10**6, fetches=4, storage=StorageConfig(),
+            session="", crash_retries=1,
+        )  # fmt: skip
+        book, counts = Ledger.read(output, plan), PredictionCounts.empty(tuple(COLOURS))
+        for work in book.missing():
+            rows = stages.rows_of(spec, work)
+            stages.commit(
+                spec, work, stages.label(spec, self.classifier, rows, work, Spent()), Spent()
+            )
+            self.labeled += rows.num_rows
+            book.add(work.chunk)
+            if killed == "labeled":
+                raise Killed
+        for part in range(plan.parts):
+            if part not in book.parts:
+                roll_up(output, plan, part, None, tuple(COLOURS))
+                book.rolled_up(part)
+                if killed == "rolled up":
+                    raise Killed
+        if not plan.rows:
+            added = layout.prediction_schema(labelled=False)
+            write_empty(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
+        for part in range(plan.parts):
+            table = pq.read_table(layout.part_url(output, part))
+            counts += PredictionCounts.of(table, label_column=None, classes=tuple(COLOURS))
+        commit.write_metrics(output, plan, counts, top_k=2, path_column=manifest.path_column)
+        repeated = gates.repeated_failures(output, plan, manifest.path_column)
+        try:
+            gates.check_errors(output, counts, max_error_rate, {}, max_errors=2, repeated=repeated)
+        except TooManyErrors as error:
+            layout.keep_run(output, run | {"refused": str(error)})
+            raise
+        commit.write_success(
+            output, run=run, counts=counts, seconds={"wall": 1.0}, steady_rate=None, precision=[]
+        )
+        mark = Path(output) / layout.SUCCESS
+        success = json.loads(mark.read_text())
+        success["committed"] = _shifted(success["committed"], clock)
+        mark.write_text(json.dumps(success))
+
+
+def rows_of(output: Path) -> dict[str, dict[str, Any]]:
+    """A run's rows by path, each of which stands there once: what must not depend on the nights."""
+    table = pq.read_table(output / "predictions")
+    names = ["status", "predicted_label", "confidence", "topk_labels", "size", "mtime", "etag"]
+    rows = table.select(["path", *names]).to_pylist()
+    found = {row.pop("path"): row for row in rows}
+    assert len(found) == table.num_rows
+    for row in found.values():
+        row["confidence"] = row["confidence"] and round(row["confidence"], 5)
+    return found
+
+
+def _shifted(time: str, hours: float) -> str:
+    there = datetime.datetime.fromisoformat(time) + datetime.timedelta(hours=hours)
+    return there.isoformat(timespec="seconds")

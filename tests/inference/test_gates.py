@@ -1,0 +1,146 @@
+"""Gates that let a run pass or not, and how its end is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.errors import OutputError, RunFailed, TooManyErrors
+from imgcls.inference.gates import ErrorStatus, check_drift, check_errors, told_in_json
+from imgcls.metrics import PredictionCounts
+from imgcls.runs.committed import open_run
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+def failed(**status: int) -> PredictionCounts:
+    counts = PredictionCounts.empty(CLASSES)
+    counts.status.update({"ok": 100 - sum(status.values())} | status)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("status", "limits", "told"),
+    [
+        ({"missing": 2}, {}, r"2 of 100 rows failed \(2.00%, allowed 1.00%\).* --max-error-rate$"),
+        ({"missing": 2}, {"missing": 0.05}, None),
+        ({"missing": 6}, {"missing": 0.05}, r"6 of 100 rows are missing .*max-error-rates.missing"),
+        ({"missing": 4, "throttled": 1}, {"missing": 0.05}, None),
+        (
+            {"missing": 4, "throttled": 1},
+            {"missing": 0.05, "throttled": 0.0},
+            "1 of 100 rows are th",
+        ),
+        ({"missing": 4, "empty": 2}, {"missing": 0.05}, r"2 of 100 rows failed"),
+        ({}, {}, None),
+    ],
+)
+def test_each_status_may_have_its_own_limit(
+    status: dict[str, int], limits: dict[ErrorStatus, float], told: str | None
+) -> None:
+    if told is None:
+        check_errors("out", failed(**status), 0.01, limits)
+        return
+    with pytest.raises(TooManyErrors, match=told):
+        check_errors("out", failed(**status), 0.01, limits)
+
+
+@pytest.mark.parametrize(
+    ("status", "max_errors", "repeated", "told"),
+    [
+        ({"missing": 5}, 5, {}, None),
+        ({"missing": 6}, 5, {}, r"6 of 100 rows failed \(6.00%, allowed 1.00% or 5 rows\)"),
+        ({"missing": 40}, 0, {"missing": 40}, None),
+        (
+            {"missing": 41, "empty": 1},
+            0,
+            {"missing": 40},
+            r"2 of 60 rows failed \(3.33%, allowed 1.00%\), not counting 40 that had failed before",
+        ),
+        ({"missing": 100}, 0, {"missing": 100}, None),
+    ],
+)
+def test_a_few_failures_and_those_of_before_pass(
+    status: dict[str, int], max_errors: int, repeated: dict[str, int], told: str | None
+) -> None:
+    with pytest.raises(TooManyErrors, match=told) if told else contextlib.nullcontext():
+        check_errors("out", failed(**status), 0.01, {}, max_errors=max_errors, repeated=repeated)
+
+
+def test_a_status_with_a_limit_of_its_own_has_no_allowance_but_what_failed_before() -> None:
+    limits: dict[ErrorStatus, float] = {"throttled": 0.0}
+    with pytest.raises(TooManyErrors, match="1 of 100 rows are throttled"):
+        check_errors("out", failed(throttled=1), 0.01, limits, max_errors=10)
+    check_errors("out", failed(throttled=1), 0.01, limits, repeated={"throttled": 1})
+
+
+def test_drift_is_written_told_and_may_stop_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = open_run(str(commit(tmp_path / "then", drawn(3000, 1, failed=0.1))))
+    same = PredictionCounts.of(drawn(3000, 2), label_column=None, classes=CLASSES)
+    check_drift(str(tmp_path / "out"), same, reference, 0.25)
+    assert "drift   confidence: PSI 0.0" in capsys.readouterr().out
+    dull = PredictionCounts.of(drawn(3000, 2, sharpness=0), label_column=None, classes=CLASSES)
+    with pytest.raises(TooManyErrors, match=r"confidence has moved by a PSI of .* --max-psi"):
+        check_drift(str(tmp_path / "out"), dull, reference, 0.05)
+    table = pq.read_table(tmp_path / "out" / "metrics" / "drift.parquet")
+    assert table["of"].to_pylist() == ["predicted_label", "confidence"]
+
+
+def test_however_a_run_ends_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "told.json"
+    run = commit(tmp_path / "out", drawn(50, failed=0.2))
+
+    def told() -> dict[str, object]:
+        found: dict[str, object] = json.loads(file.read_text())
+        return found
+
+    with told_in_json(str(file), str(run)):
+        pass
+    assert (told()["exit_code"], told()["rows"], told()["error"]) == (0, 50, None)
+    for error, code in ((RunFailed("a"), 1), (OutputError("b"), 2), (TooManyErrors("c"), 3)):
+        with pytest.raises(type(error)), told_in_json(str(file), str(run)):
+            raise error
+        assert (told()["exit_code"], told()["error"]) == (code, str(error))
+        # a wrong request has started nothing; the others say what their output holds
+        assert told()["rows"] == (0 if code == 2 else 50)
+    with pytest.raises(KeyboardInterrupt), told_in_json(str(file), str(run)):
+        raise KeyboardInterrupt
+    assert told()["exit_code"] == 1
+
+
+def test_the_summary_of_a_refused_run_has_its_rows_and_statuses(tmp_path: Path) -> None:
+    run = commit(tmp_path / "out", drawn(50, failed=0.2))
+    statuses = json.loads((run / "_SUCCESS").read_text())["status"]
+    (run / "_SUCCESS").unlink()
+    body = json.loads((run / "_run.json").read_text())
+    body["plan"] |= {"part_rows": 50}
+    (run / "_run.json").write_text(json.dumps(body | {"refused": "10 of 50 rows failed"}))
+    file = tmp_path / "told.json"
+
+    def refuse() -> None:
+        with told_in_json(str(file), "elsewhere") as outputs:
+            outputs.append(str(run))
+            raise TooManyErrors("10 of 50 rows failed")
+
+    with pytest.raises(TooManyErrors):
+        refuse()
+    assert json.loads(file.read_text()) == {
+        "exit_code": 3, "error": "10 of 50 rows failed", "output": str(run),
+        "outputs": [str(run)], "state": "refused", "rows": 50, "rows_done": 50,
+        "status": statuses, "since": None, "seconds": None, "committed": None,
+    }  # fmt: skip
+
+
+def test_the_summary_adds_up_the_runs_of_one_command(tmp_path: Path) -> None:
+    runs = [str(commit(tmp_path / str(n), drawn(50, n, failed=0.2))) for n in range(2)]
+    file = tmp_path / "told.json"
+    with told_in_json(str(file), "elsewhere") as outputs:
+        outputs.extend(runs)
+    told = json.loads(file.read_text())
+    assert (told["rows"], sum(told["status"].values()), told["output"]) == (100, 100, runs[1])
+    assert (told["state"], told["committed"]) == ("committed", "2026-01-01T00:00:00")

@@ -1,0 +1,120 @@
+"""What can be known to fail is refused before Ray is started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from imgcls.config import build
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.preprocess import Decode
+from imgcls.errors import RequestError
+from imgcls.execution.plan import Identity
+from imgcls.inference.predict import PredictConfig, predict
+from imgcls.inference.requests import check_columns, settings_of
+from imgcls.models.bundle import load_bundle
+from tests.conftest import write_manifest
+from tests.s3 import forget_connections, url
+
+
+def refused(tmp_path: Path, bundle: Path, image: str, **more: object) -> str:
+    manifest = write_manifest(tmp_path / "manifest.csv", [(image,)], ("path",))
+    output = tmp_path / "out"
+    asked = {"manifest": str(manifest), "model": str(bundle), "output": str(output), **more}
+    with pytest.raises(RequestError) as caught:
+        predict(build(PredictConfig, asked))
+    assert not ray.is_initialized()
+    assert not output.exists()
+    return str(caught.value)
+
+
+def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
+    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
+    assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
+    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
+    assert "int8 is not compiled; give one of the two" in told
+
+
+def test_exact_decoding_is_refused_where_gpus_are_to_decode(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    more = {"decode": "exact", "scale.layout": "gpu_decode"}
+    told = refused(tmp_path, colour_bundle, "a.jpg", **more)
+    assert "set --scale.layout gpu, or --decode fast" in told
+
+
+def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    write_manifest(tmp_path / "manifest.csv", [("a.jpg",)], ("path",))
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "manifest.csv")))
+    bundle = load_bundle(str(colour_bundle))
+
+    def identity(decode: Decode | None) -> Identity:
+        asked = {"manifest": manifest.files[0], "model": bundle.url, "output": "out"}
+        settings = settings_of(build(PredictConfig, asked), bundle.with_decode(decode))
+        return Identity({}, {"sha256": bundle.sha256}, settings)
+
+    own = bundle.spec.preprocess.decode
+    other: Decode = "exact" if own == "fast" else "fast"
+    assert identity(None) == identity(own)
+    assert identity(other).differences(asdict(identity(own))) == [
+        f"settings.decode: {own!r} then, {other!r} now"
+    ]
+
+
+def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
+    tmp_path: Path, colour_bundle: Path
+) -> None:
+    told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.hang_seconds": 180})
+    assert told.startswith("scale.hang_seconds 180: for s3://b/a.jpg a worker may wait 3 x 60 s")
+    assert "give more than 180, or a smaller --storage.deadline-seconds" in told
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("path,Status", "column 'Status' is one that labelling writes (as 'status'; case is"),
+        ("path,status", "column 'status' is one that labelling writes; rename it"),
+        ("path,TopK_Labels", "column 'TopK_Labels' is one that labelling writes (as 'topk_labels'"),
+        ("path,run", "column 'run' is one that `imgcls history compact` writes"),
+        ("path,Run", "column 'Run' is one that `imgcls history compact` writes"),
+        ("path,bundle_sha256", "column 'bundle_sha256' is one that `imgcls history compact`"),
+        ("path,labelled_at", "column 'labelled_at' is one that `imgcls history compact`"),
+        ("path,site,Site", "columns 'site' and 'Site' differ only by case"),
+        ("path,Path", "columns 'path' and 'Path' differ only by case"),
+    ],
+)
+def test_columns_that_would_hide_others_are_refused(
+    tmp_path: Path, colour_bundle: Path, columns: str, message: str
+) -> None:
+    names = tuple(columns.split(","))
+    manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * len(names)], names)
+    told = refused(tmp_path, colour_bundle, "a.jpg", manifest=str(manifest))
+    assert told.startswith(f"manifest {manifest}: {message}")
+
+
+def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> None:
+    columns = ("path", "run_id", "running", "stat us", "label", "hash")
+    manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * 6], columns)
+    check_columns(open_manifest(ManifestConfig(path=str(manifest))))
+
+
+def test_a_bucket_that_is_not_there_is_refused(
+    s3: Any, tmp_path: Path, colour_bundle: Path
+) -> None:
+    told = refused(tmp_path, colour_bundle, "s3://no-such-bucket-here/a.jpg")
+    assert "s3://no-such-bucket-here/a.jpg: no such bucket; correct the manifest's paths" in told
+
+
+def test_credentials_that_are_not_there_are_asked_for(
+    s3: Any, tmp_path: Path, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    forget_connections()
+    assert "check the credentials" in refused(tmp_path, colour_bundle, url("a.jpg"))

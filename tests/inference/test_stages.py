@@ -1,0 +1,439 @@
+"""A chunk from manifest rows to predictions: the same however it is composed, whatever it meets."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from PIL import Image
+
+from imgcls.data.object_store import StorageConfig
+from imgcls.execution.messages import Spent, Work, WorkSpec
+from imgcls.execution.plan import Plan
+from imgcls.inference import stages
+from imgcls.inference.stages import Prepared
+from imgcls.models.classifier import Classifier, Pending
+from imgcls.models.cuda_graph import Stopwatch
+from imgcls.runs import layout
+from tests.conftest import draw
+from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # pytest takes the filter of imgcls away
+
+STATUSES = {
+    "ok", "missing", "forbidden", "empty", "truncated", "not_an_image", "unsupported",
+    "too_large", "unreadable",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def classifier(colour_bundle: Path) -> Classifier:
+    torch.set_num_threads(1)
+    return Classifier.load(str(colour_bundle), precision="fp32")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> pa.Table:
+    """21 rows of which some are broken, each in another way; chunks of 8 cut through them."""
+    for i in range(21):
+        draw(CLASSES[i % 3], seed=i).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "3.jpg").unlink()
+    (tmp_path / "4.jpg").write_bytes(b"")
+    (tmp_path / "9.jpg").write_bytes((tmp_path / "9.jpg").read_bytes()[:500])
+    (tmp_path / "10.jpg").write_bytes(b"<html>404</html>")
+    draw("red").convert("CMYK").save(tmp_path / "11.jpg")
+    for i in range(16, 21):  # a chunk without a single good row
+        (tmp_path / f"{i}.jpg").write_bytes(b"x")
+    paths = [f"{i}.jpg" if i != 5 else None for i in range(21)]
+    labels = [("red", "green", "blue", None, "mauve")[i % 5] for i in range(21)]
+    return pa.table({"path": paths, "label": labels})
+
+
+@pytest.fixture
+def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> WorkSpec:
+    manifest = manifest_of(tmp_path, photographs)
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=8, part_rows=16)
+    wide = {"scores": True, "embeddings": True, "batch_size": 3}
+    return spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), **wide)
+
+
+def labelled(spec: WorkSpec, classifier: Classifier, work: Work) -> pa.Table:
+    return stages.label(spec, classifier, stages.rows_of(spec, work), work, Spent())
+
+
+# ------------------------------------------------------------------ one chunk
+
+
+def test_every_row_of_a_chunk_has_its_row_and_its_reason(
+    spec: WorkSpec, classifier: Classifier
+) -> None:
+    rows = [row for c in range(3) for row in labelled(spec, classifier, Work(c)).to_pylist()]
+    assert [row["row"] for row in rows] == list(range(21))
+    assert {row["row"]: row["status"] for row in rows if row["status"] != "ok"} == {
+        3: "missing", 4: "empty", 5: "missing", 9: "truncated", 10: "not_an_image",
+        **dict.fromkeys(range(16, 21), "not_an_image"),
+    }  # fmt: skip
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["topk_labels"][0] == row["predicted_label"] in CLASSES
+            assert row["topk_scores"][0] == row["confidence"] == max(row["topk_scores"])
+            assert len(row["scores"]) == 3
+            assert (row["width"], row["height"], row["error"]) == (64, 48, None)
+            assert (row["label_rank"] is None) == (row["row"] % 5 in (3, 4))
+        else:
+            kept = {"row", "accepted", "status", "error"}
+            assert not any(value is not None for key, value in row.items() if key not in kept)
+            assert row["accepted"] is False
+            assert row["error"]
+
+
+def test_scores_are_float32_unless_float16_is_asked_for(
+    spec: WorkSpec, classifier: Classifier
+) -> None:
+    full = labelled(spec, classifier, Work(0))["scores"]
+    half = labelled(replace(spec, scores_type="float16"), classifier, Work(0))["scores"]
+    assert full.type == pa.list_(pa.float32(), 3)
+    assert half.type == pa.list_(pa.float16(), 3)
+    for exact, rounded in zip(full.to_pylist(), half.to_pylist(), strict=True):
+        if exact is not None:
+            assert rounded == np.array(exact).astype(np.float16).tolist()
+
+
+def test_doing_a_chunk_twice_writes_the_same_bytes(
+    spec: WorkSpec, colour_bundle: Path, tmp_path: Path
+) -> None:
+    written = []
+    for _ in range(2):
+        fresh = Classifier.load(str(colour_bundle), precision="fp32")
+        for number in range(3):
+            work = Work(number)
+            stages.commit(spec, work, labelled(spec, fresh, work), Spent())
+        staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
+        written.append({path.name: path.read_bytes() for path in staged})
+        assert len(written[-1]) == 3
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("work", [Work(0), Work(1), Work(2)])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
+    spec: WorkSpec, classifier: Classifier, work: Work, batch_size: int
+) -> None:
+    spec = chunk_with(spec, batch_size=batch_size)
+    rows, seconds = stages.rows_of(spec, work), Spent()
+    fused = stages.label(spec, classifier, rows, work, seconds)
+    prepared = stages.prepare_all(spec, rows, classifier.preprocess, seconds)
+    split = stages.classify_prepared(spec, classifier, rows, work, prepared, seconds)
+    blobs = list(stages.fetch(spec, rows))
+    decoded = stages.prepare_on_device(spec, blobs, classifier, seconds)
+    fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
+    assert split.equals(fused)
+    assert fetched.equals(fused)
+    assert fused.schema.equals(layout.prediction_schema(labelled=True, scores=3, embedding=32))
+    assert seconds.fetch > 0
+    assert seconds.prepare > 0
+
+
+def test_a_retry_does_its_rows_alone_and_without_the_manifest(
+    spec: WorkSpec, classifier: Classifier, photographs: pa.Table, tmp_path: Path
+) -> None:
+    draw("green", seed=9).save(tmp_path / "9.jpg")
+    carried = photographs.take([9, 11]).select(["path", "label"])
+    work = Work(1, (1, 3), carried)
+    (tmp_path / "out" / "_staging" / "manifest" / "part-00000.parquet").unlink()
+    table = labelled(spec, classifier, work)
+    assert table["row"].to_pylist() == [9, 11]
+    assert table["status"].to_pylist() == ["ok", "ok"]
+    stages.commit(spec, work, table, Spent())
+    [file] = (tmp_path / "out" / "_staging" / "part-00000").iterdir()
+    assert file.name == f"retry-00000001.{spec.plan.run_id}.parquet"
+
+
+def test_a_run_that_starts_over_reads_its_own_manifest(tmp_path: Path) -> None:
+    """Its shards have the names of the old ones, which a worker may have open."""
+    found = []
+    for name in ("old", "new"):
+        table = pa.table({"path": [f"{name} {i}" for i in range(8)]})
+        manifest = manifest_of(tmp_path / name, table)
+        plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
+        spec = spec_of(tmp_path / "out", plan, manifest, "")
+        found.append(stages.rows_of(spec, Work(0)).to_pylist() == table.to_pylist())
+    assert found == [True, True]
+
+
+def chunk_with(spec: WorkSpec, **changes: Any) -> WorkSpec:
+    return WorkSpec(**{**vars(spec), **changes})
+
+
+# ------------------------------------------------------------------ what the model says
+
+COARSE = npst.arrays(np.float32, (6, 5), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5]))
+
+
+@given(
+    scores=COARSE,
+    labels=st.lists(st.sampled_from(["a", "b", "c", "d", "e", "z", None]), min_size=6, max_size=6),
+    top_k=st.integers(1, 7),
+)
+def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
+    scores: np.ndarray, labels: list[str | None], top_k: int
+) -> None:
+    """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
+    classes = ["a", "b", "c", "d", "e"]
+    pending = Pending(torch.from_numpy(scores), None, Stopwatch(torch.device("cpu")))
+    oracle: Any = SimpleNamespace(classes=classes, submit=lambda _, **__: pending)
+    pixels = np.zeros((6, 1, 1, 3), np.uint8)
+    prepared = Prepared(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
+    thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
+    spec = bare(
+        6, label_column="label", top_k=top_k, batch_size=6, thresholds=tuple(thresholds.values())
+    )
+    rows = pa.table({"path": ["p"] * 6, "label": pa.array(labels, pa.string())})
+    table = stages.classify_prepared(spec, oracle, rows, Work(0), prepared, Spent())
+    for row, label, score in zip(table.to_pylist(), labels, scores, strict=True):
+        if label not in classes:
+            assert row["label_rank"] is row["label_score"] is None
+            continue
+        assert row["label_score"] == score[classes.index(label)]
+        place = row["topk_labels"].index(label) + 1 if label in row["topk_labels"] else None
+        assert row["label_rank"] == place or (place is None and row["label_rank"] > top_k)
+        assert (row["label_rank"] == 1) == (row["predicted_label"] == label)
+        assert row["confidence"] == score.max() == row["topk_scores"][0]
+        assert row["accepted"] == (score.max() >= np.float32(thresholds[row["predicted_label"]]))
+        assert row["topk_scores"] == sorted(row["topk_scores"], reverse=True)
+
+
+# ------------------------------------------------------------------ whatever comes
+
+
+def bare(rows: int, **changes: Any) -> WorkSpec:
+    """An order for one chunk that is nowhere on disk."""
+    values: dict[str, Any] = {
+        "output": "/nowhere", "plan": Plan("r", rows, rows, rows), "bundle_url": "",
+        "bundle_sha256": "", "path_column": "path", "label_column": None,
+        "root": os.path.dirname(__file__),
+        "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
+        "decode": "fast", "precision": "fp32", "compile": False, "batch_size": 4,
+        "max_pixels": 1_000_000,
+        "fetches": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
+    }  # fmt: skip
+    return WorkSpec(**{**values, **changes})
+
+
+def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> list[str]:
+    """Label a manifest of these paths; the statuses, after checking that each has its row."""
+    rows = pa.table({"path": pa.array(paths, pa.string())})
+    table = stages.label(bare(len(paths)), classifier, rows, Work(0), Spent())
+    table.validate(full=True)
+    assert table.schema.equals(layout.prediction_schema(labelled=False))
+    assert table["row"].to_pylist() == list(range(len(paths)))
+    statuses: list[str] = table["status"].to_pylist()
+    assert set(statuses) <= STATUSES
+    good = [status == "ok" for status in statuses]
+    assert [label is not None for label in table["predicted_label"].to_pylist()] == good
+    assert [not error for error in table["error"].to_pylist()] == good
+    return statuses
+
+
+NOT_FOUND = [
+    "", ".", "..", "/", "~", "foo://x", "foo://", "://x", "http://", "http://[", "http://[::1",
+    "data:", "data:,", "data:;base64,", "data:;base64,%%%", "data:image/png",
+    "file://", "file:///nowhere", "file://nowhere", "memory://nowhere", "local://nowhere",
+    "zip://a.jpg::nowhere.zip", "simplecache::file://nowhere", "a\0b.jpg", "\0", "a\nb",
+    "a\r\nb", "%00", "%2e%2e/%2e%2e", "100%", "?", "#", "[x].jpg", "*.jpg", "C:\\a.jpg", "é\u0301",
+    "\u202egpj.a", "\ufeff", "\U0001f408.jpg", "a" * 255, "a" * 5000, "/".join(["a"] * 3000),
+    "s p a c e", " ", "-", "--help", "$(true)", "`true`", "'", '"', "None", "nan", "null",
+]  # fmt: skip
+
+
+def test_paths_that_lead_nowhere_are_rows_that_say_so(classifier: Classifier) -> None:
+    statuses = assert_a_row_each(classifier, [None, *NOT_FOUND])
+    assert statuses[0] == "missing"
+    assert "ok" not in statuses
+    told = dict(zip(NOT_FOUND, statuses[1:], strict=True))
+    assert told["file:///nowhere"] == told["*.jpg"] == told["100%"] == "missing"
+    assert told["data:,"] == "empty"
+    assert told["foo://x"] == told["a\0b.jpg"] == told["."] == told["a" * 5000] == "unreadable"
+
+
+ANY_TEXT = st.text(max_size=60) | st.text("/.:%\\\0\n\t [?*#é", max_size=20)
+# no scheme of a network: a name that resolves to something would be asked
+ODD_URLS = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["foo", "data", "file", "memory", "local", "zip", "tar", "x+y", "1", ""]),
+    st.sampled_from(["://", ":", ":/", "::", ":///"]),
+    ANY_TEXT,
+)
+PATHS = st.lists(
+    st.none() | ANY_TEXT | ODD_URLS | st.sampled_from(NOT_FOUND), min_size=1, max_size=12
+)
+
+
+def images_of_every_kind() -> list[bytes]:
+    picture = draw("red", (40, 30))
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (picture, "JPEG", {}),
+        (picture, "JPEG", {"progressive": True}),
+        (picture.convert("CMYK"), "JPEG", {}),
+        (picture.convert("L"), "JPEG", {}),
+        (picture, "PNG", {}),
+        (picture.quantize(8), "PNG", {"transparency": 1}),
+        (Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG", {}),
+        (picture.quantize(8), "GIF", {"save_all": True, "append_images": [draw("blue", (40, 30))]}),
+        (picture, "WEBP", {"lossless": True}),
+        (picture, "WEBP", {}),
+        (picture, "BMP", {}),
+        (picture, "TIFF", {}),
+        (picture, "TIFF", {"compression": "tiff_lzw"}),
+        (picture, "TIFF", {"compression": "jpeg"}),
+    ]
+    made = []
+    for image, format, options in kinds:
+        sink = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        if format != "GIF" and format != "BMP":
+            options = {**options, "exif": exif}
+        image.save(sink, format, **options)
+        made.append(sink.getvalue())
+    return made
+
+
+IMAGES = images_of_every_kind()
+
+
+def mutated(rng: random.Random) -> bytes:
+    """An image file, damaged in one to four places; most damage is near the headers."""
+    data = bytearray(rng.choice(IMAGES))
+    for _ in range(rng.randint(1, 4)):
+        near = min(len(data), rng.choice([16, 64, 512, len(data)]))
+        at = rng.randrange(near) if near else 0
+        match rng.randrange(6):
+            case 0:
+                del data[at:]
+            case 1:
+                del data[at : at + rng.randint(1, 32)]
+            case 2:
+                data[at:at] = rng.randbytes(rng.randint(1, 32))
+            case 3:
+                data[at : at + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+            case 4:
+                data[at:at] = data[at : at + rng.randint(1, 256)]
+            case _:
+                for place in range(at, min(len(data), at + rng.randint(1, 8))):
+                    data[place] = rng.randrange(256)
+    return bytes(data)
+
+
+def check_mutated_images(classifier: Classifier, seed: int) -> None:
+    rng = random.Random(seed)
+    files = [mutated(rng) for _ in range(8)]
+    paths = [f"data:;base64,{base64.b64encode(file).decode()}" for file in files]
+    assert_a_row_each(classifier, paths)
+
+
+def test_images_of_every_kind_are_good_before_they_are_damaged(classifier: Classifier) -> None:
+    paths = [f"data:;base64,{base64.b64encode(file).decode()}" for file in IMAGES]
+    assert set(assert_a_row_each(classifier, paths)) == {"ok"}
+
+
+@settings(max_examples=150)
+@given(paths=PATHS)
+def test_any_text_in_the_path_column_gives_a_row(
+    classifier: Classifier, paths: list[str | None]
+) -> None:
+    assert_a_row_each(classifier, paths)
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32))
+def test_damaged_images_give_a_row(classifier: Classifier, seed: int) -> None:
+    check_mutated_images(classifier, seed)
+
+
+@pytest.mark.chaos
+@settings(max_examples=5000)
+@given(paths=PATHS)
+def test_any_text_in_the_path_column_gives_a_row_at_length(
+    classifier: Classifier, paths: list[str | None]
+) -> None:
+    assert_a_row_each(classifier, paths)
+
+
+@pytest.mark.chaos
+@settings(max_examples=5000)
+@given(seed=st.integers(0, 2**32))
+def test_damaged_images_give_a_row_at_length(classifier: Classifier, seed: int) -> None:
+    check_mutated_images(classifier, seed)
+
+
+def test_a_row_that_is_known_to_crash_is_left_alone(spec: WorkSpec, classifier: Classifier) -> None:
+    work = Work(0)
+    rows = stages.rows_of(spec, work)
+    whole = stages.label(spec, classifier, rows, work, Spent())
+    without = stages.label(spec, classifier, rows, work, Spent(), {1: "it died of it"})
+    assert without["status"].to_pylist()[1] == "crashed"
+    assert without["error"].to_pylist()[1] == "it died of it"
+    assert without["predicted_label"].to_pylist()[1] is None
+    others = [row for row in range(rows.num_rows) if row != 1]
+    assert without["status"].take(others).to_pylist() == whole["status"].take(others).to_pylist()
+    assert without["row"].to_pylist() == whole["row"].to_pylist()
+
+
+def test_what_was_read_is_counted_in_bytes(spec: WorkSpec, classifier: Classifier) -> None:
+    work, spent = Work(0), Spent()
+    rows = stages.rows_of(spec, work)
+    stages.label(spec, classifier, rows, work, spent)
+    blobs = [blob for blob in stages.fetch(spec, rows) if isinstance(blob, bytes)]
+    assert spent.bytes == sum(len(blob) for blob in blobs) > 0
+
+
+def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_theirs(
+    tmp_path: Path, overflowing_bundle: Path
+) -> None:
+    classifier = Classifier.load(str(overflowing_bundle), precision="fp32", device="cpu")
+    for name in ("red", "green", "blue"):
+        draw(name).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "white.png")
+    paths = ["red.png", "white.png", "absent.png", "green.png", "white.png", "blue.png"]
+    table = pa.table({"path": paths, "label": ["red"] * 6})
+    manifest = manifest_of(tmp_path, table)
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
+    wide = {"scores": True, "embeddings": True, "batch_size": 2}
+    spec = spec_of(tmp_path / "out", plan, manifest, str(overflowing_bundle), **wide)
+    rows = labelled(spec, classifier, Work(0)).to_pylist()
+    statuses = ["ok", "not_finite", "missing", "ok", "not_finite", "ok"]
+    assert [row["status"] for row in rows] == statuses
+    alone = classifier.predict([draw(name) for name in ("red", "green", "blue")])
+    good = [row for row in rows if row["status"] == "ok"]
+    assert [row["confidence"] for row in good] == pytest.approx([p.confidence for p in alone])
+    assert [row["predicted_label"] for row in good] == [p.label for p in alone]
+    for row in rows:
+        if row["status"] == "not_finite":
+            told = f"the network of {overflowing_bundle} gives NaN or infinity for this image"
+            assert row["error"] == f"{told} in fp32"
+            kept = {"row", "accepted", "status", "error"}
+            assert not any(value is not None for key, value in row.items() if key not in kept)
+            assert row["accepted"] is False
+    # the layout with GPUs composes the same stages
+    prepared = stages.prepare_all(
+        spec, stages.rows_of(spec, Work(0)), classifier.preprocess, Spent()
+    )
+    halves = stages.classify_prepared(
+        spec, classifier, stages.rows_of(spec, Work(0)), Work(0), prepared, Spent()
+    )
+    assert halves.to_pylist() == rows

@@ -1,0 +1,83 @@
+"""Folding batch norms changes how fast a network is, and not what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from imgcls.models import zoo
+from imgcls.models.fold_batchnorm import folded
+
+NETWORKS = [
+    *("small_cnn", "resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small"),
+    *("shufflenet_v2_x0_5", "efficientnet_b0", "regnet_y_400mf", "mnasnet0_5", "vgg11_bn"),
+    *("googlenet", "inception_v3", "densenet121", "convnext_tiny", "vit_b_16", "squeezenet1_1"),
+]
+
+
+def norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.inference_mode()
+def test_a_folded_network_says_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    network = zoo.build(zoo.architecture(name), 7)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.2, 0.2)
+    network.eval()
+    side = zoo.default_preprocess(zoo.architecture(name)).crop
+    batch = torch.randn(3, 3, side, side)
+    expected, before = network(batch), norms(network)
+    head, layer = zoo.head(network)
+    made = folded(network)
+    found = made(batch)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, atol=2e-5 * scale, rtol=1e-3)
+    assert zoo.head(made)[0] == head
+    assert type(zoo.head(made)[1]) is type(layer)
+    torch.testing.assert_close(made(batch[:1]), found[:1], atol=2e-5 * scale, rtol=1e-3)
+    if name in ("resnet18", "mobilenet_v3_small", "inception_v3", "small_cnn"):
+        assert before > 0
+        assert norms(made) == 0
+    if before == 0:
+        assert made is network
+
+
+def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.convolution(x)) if float(x.sum()) > 0 else x
+
+    network = Restless().eval()
+    assert folded(network) is network
+
+
+def test_a_convolution_that_serves_two_keeps_its_norms() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+            self.one, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            both = self.convolution(x)
+            twice: torch.Tensor = self.one(both) + self.other(self.convolution(both))
+            return twice
+
+    network = Shared().eval()
+    network.one.running_mean.uniform_(-1, 1)
+    batch = torch.randn(2, 3, 8, 8)
+    made = folded(network)
+    assert norms(made) == 2
+    torch.testing.assert_close(made(batch), network(batch))

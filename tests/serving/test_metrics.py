@@ -1,0 +1,77 @@
+"""Counts of many replicas as if they were one."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from imgcls.serving.metrics import Telemetry, Totals
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def values(totals: Totals) -> dict[str, float]:
+    return {
+        sample.name + "".join(sorted(f" {k}={v}" for k, v in sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(totals.text().decode())
+        for sample in family.samples
+    }
+
+
+def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
+    clock = Clock()
+    totals = Totals(silent_seconds=10, clock=clock)
+    one, other = Telemetry(), Telemetry()
+    one.images.labels(status="ok").inc(3)
+    one.batch.observe(3)
+    one.waiting.set(5)
+    other.images.labels(status="ok").inc(4)
+    other.images.labels(status="truncated").inc()
+    other.waiting.set(1)
+    one.answers_with("old")
+    for sha256 in ("old", "new"):
+        other.answers_with(sha256)
+    totals.report("one", one.samples())
+    totals.report("other", other.samples())
+    totals.report("one", one.samples())  # counts since it began, not since it last spoke
+    said = values(totals)
+    assert said["imgcls_images_total status=ok"] == 7
+    assert said["imgcls_images_total status=truncated"] == 1
+    assert said["imgcls_batch_images_count"] == 1
+    assert said["imgcls_waiting_images"] == 6
+    assert said["imgcls_replicas"] == 2
+    assert said["imgcls_model_replicas sha256=old"] == 1
+    assert said["imgcls_model_replicas sha256=new"] == 1
+
+    clock.now = 8
+    totals.report("other", other.samples())
+    clock.now = 12
+    said = values(totals)
+    assert said["imgcls_images_total status=ok"] == 7
+    assert said["imgcls_batch_images_count"] == 1
+    assert said["imgcls_waiting_images"] == 1
+    assert said["imgcls_replicas"] == 1
+    assert "imgcls_model_replicas sha256=old" not in said
+    assert totals.names() == {"other"}
+
+
+def test_a_replica_that_was_silent_for_a_while_counts_once() -> None:
+    clock = Clock()
+    totals = Totals(silent_seconds=10, forget_seconds=100, clock=clock)
+    one = Telemetry()
+    one.images.labels(status="ok").inc(5)
+    for now in (0, 30, 60):
+        clock.now = now
+        totals.report("one", one.samples())
+        clock.now = now + 15
+        assert totals.names() == set()
+        assert values(totals)["imgcls_images_total status=ok"] == 5
+    clock.now = 1000
+    for _ in range(2):
+        assert values(totals)["imgcls_images_total status=ok"] == 5
+    assert "imgcls_waiting_images" not in values(totals)

@@ -1,0 +1,157 @@
+"""Every row once, every worker at every step, and the same order for the same seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from imgcls.training.sampler import Hand, balanced, deal, shard, shuffled, steps_per_epoch
+
+ROWS = st.integers(1, 300)
+WORKERS = st.integers(1, 9)
+BATCH = st.integers(1, 80)
+LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=200)
+
+
+def hands(rows: int, batch: int, workers: int, start: int = 0) -> list[list[Hand]]:
+    """Per worker, the list of its hands; the rows are in order."""
+    order = np.arange(rows)
+    return [
+        list(deal(order, batch, rank=rank, workers=workers, start=start)) for rank in range(workers)
+    ]
+
+
+@given(ROWS, BATCH, WORKERS, st.integers(1, 50), st.integers(0, 2**40))
+def test_an_epoch_holds_every_row_exactly_once(
+    rows: int, batch: int, workers: int, epoch: int, seed: int
+) -> None:
+    assume(rows >= workers)
+    order = shuffled(rows, epoch=epoch, seed=seed)
+    dealt = [
+        hand.rows
+        for rank in range(workers)
+        for hand in deal(order, batch, rank=rank, workers=workers)
+    ]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(rows))
+
+
+@given(ROWS, BATCH, WORKERS)
+def test_a_step_takes_the_next_rows_of_the_order(rows: int, batch: int, workers: int) -> None:
+    assume(rows >= workers)
+    taken = 0
+    for step in zip(*hands(rows, batch, workers), strict=True):
+        together = np.sort(np.concatenate([hand.rows for hand in step]))
+        assert together.tolist() == list(range(taken, taken + len(together)))
+        taken += len(together)
+
+
+@given(ROWS, BATCH, WORKERS)
+def test_every_worker_has_a_row_in_each_of_equally_many_steps(
+    rows: int, batch: int, workers: int
+) -> None:
+    assume(rows >= workers)
+    dealt = hands(rows, batch, workers)
+    assert {len(worker) for worker in dealt} == {steps_per_epoch(rows, batch, workers)}
+    for step in zip(*dealt, strict=True):
+        sizes = [len(hand.rows) for hand in step]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+        assert {hand.batch for hand in step} == {sum(sizes)}
+
+
+@given(ROWS, BATCH, WORKERS)
+def test_workers_and_batches_differ_by_at_most_one_row(rows: int, batch: int, workers: int) -> None:
+    assume(rows >= workers)
+    dealt = hands(rows, batch, workers)
+    totals = [sum(len(hand.rows) for hand in worker) for worker in dealt]
+    batches = [hand.batch for hand in dealt[0]]
+    assert max(totals) - min(totals) <= 1
+    assert max(batches) - min(batches) <= 1
+
+
+@given(ROWS, BATCH, WORKERS)
+def test_no_batch_is_larger_than_asked_for_unless_a_worker_would_be_idle(
+    rows: int, batch: int, workers: int
+) -> None:
+    assume(rows >= workers)
+    largest = max(hand.batch for hand in hands(rows, batch, workers)[0])
+    assert largest <= batch or largest < 2 * workers
+
+
+@given(ROWS, BATCH, WORKERS, st.integers(0, 40))
+def test_an_epoch_goes_on_from_any_step_as_it_would_have(
+    rows: int, batch: int, workers: int, start: int
+) -> None:
+    assume(rows >= workers)
+    for whole, rest in zip(
+        hands(rows, batch, workers), hands(rows, batch, workers, start), strict=True
+    ):
+        assert len(rest) == max(0, len(whole) - start)
+        for expected, found in zip(whole[start:], rest, strict=True):
+            assert found.rows.tolist() == expected.rows.tolist()
+            assert found.batch == expected.batch
+
+
+def test_37_rows_in_batches_of_8_for_2_workers() -> None:
+    first, second = hands(37, 8, 2)
+    assert [hand.batch for hand in first] == [7, 7, 8, 7, 8]
+    assert sum(len(hand.rows) for hand in first) == 19
+    assert sum(len(hand.rows) for hand in second) == 18
+
+
+def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    labels = np.arange(50) % 3
+    for order in (
+        lambda **change: shuffled(50, **change).tolist(),
+        lambda **change: balanced(labels, **change).tolist(),
+    ):
+        once = order(epoch=1, seed=3)
+        np.random.seed(7)  # the state of others must not matter
+        assert order(epoch=1, seed=3) == once
+        assert order(epoch=2, seed=3) != once
+        assert order(epoch=1, seed=4) != once
+
+
+@given(st.integers(0, 100), WORKERS)
+def test_evaluation_shards_hold_every_row_exactly_once(rows: int, workers: int) -> None:
+    shards = [shard(rows, rank=rank, workers=workers) for rank in range(workers)]
+    assert sorted(np.concatenate(shards).tolist()) == list(range(rows))
+
+
+def test_fewer_rows_than_workers_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 rows cannot be dealt to 3 workers"):
+        steps_per_epoch(2, 8, 3)
+
+
+# ------------------------------------------------------------------ balanced classes
+
+
+@given(LABELS, st.integers(0, 99))
+def test_a_balanced_epoch_has_as_many_rows_of_each_class_give_or_take_one(
+    labels: list[int], seed: int
+) -> None:
+    rows = balanced(np.array(labels), epoch=1, seed=seed)
+    counts = Counter(labels[row] for row in rows)
+    quotas = [counts[label] for label in set(labels)]
+    assert len(rows) == len(labels)
+    assert max(quotas) - min(quotas) <= 1
+
+
+@given(LABELS, st.integers(0, 99))
+def test_a_repeated_class_shows_all_its_rows_before_any_again(labels: list[int], seed: int) -> None:
+    shown = Counter(balanced(np.array(labels), epoch=1, seed=seed).tolist())
+    for label in set(labels):
+        times = [shown[row] for row, other in enumerate(labels) if other == label]
+        assert max(times) - min(times) <= 1
+
+
+def test_which_rows_of_a_large_class_are_left_out_changes_from_epoch_to_epoch() -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    seen: set[int] = set()
+    for epoch in range(1, 8):
+        seen |= set(balanced(labels, epoch=epoch, seed=0).tolist())
+    assert len(seen) > 95

@@ -1,0 +1,414 @@
+"""One step is the same step however its rows are shared out, and whatever happened before it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from imgcls.data.preprocess import Preprocess
+from imgcls.models import zoo
+from imgcls.models.normalize import Normalise
+from imgcls.training.config import TrainConfig
+from imgcls.training.data.batches import Batch
+from imgcls.training.optim.optimizer import set_rates
+from imgcls.training.optim.strategy import Strategy
+from imgcls.training.sampler import deal
+from imgcls.training.train_step import Learner, Place
+from tests.training.team import Team
+
+CLASSES, ROWS, SIDE = 4, 37, 8
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "ema": None}
+"""With it, a step is minus the gradient."""
+
+
+def config(**changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"data": {"train": "none.csv"}, "output": "none", "augment": "none"}
+    optim = {"lr": 1e-3, **changes.pop("optim", {})}
+    return TrainConfig.model_validate(settings | changes | {"optim": optim})
+
+
+def without_norms() -> nn.Module:
+    """A network in which rows do not know of each other."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, CLASSES)
+    )
+
+
+def small_cnn() -> nn.Module:
+    """Batch norms, dropout and all."""
+    torch.manual_seed(1)
+    return zoo.build(zoo.architecture("small_cnn", {"width": 4, "dropout": 0.3}), CLASSES)
+
+
+def learner(
+    network: nn.Module,
+    settings: TrainConfig,
+    place: Place = Place(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
+    weights: list[float] | None = None,
+) -> Learner:
+    made = Learner(settings, "scratch", PREPROCESS, weights, CLASSES, network, place)
+    made.free(1)
+    return made
+
+
+def rows() -> Batch:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (ROWS, 3, SIDE, SIDE), np.uint8)
+    return Batch(pixels, rng.integers(0, CLASSES, ROWS))
+
+
+def empty() -> Batch:
+    return Batch(np.zeros((0, 3, SIDE, SIDE), np.uint8), np.zeros(0, np.int64))
+
+
+def moved(made: Learner, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """How far each parameter has come, the other way round: its gradient under PLAIN_SGD."""
+    return {name: before[name] - p.detach() for name, p in made.network.named_parameters()}
+
+
+# ------------------------------------------------------------------ the gradient of a step
+
+LOSSES: list[tuple[dict[str, Any], list[float] | None]] = [
+    ({}, None),
+    ({"label_smoothing": 0.1}, [0.5, 1.0, 2.0, 3.0]),
+    ({"focal_gamma": 2.0}, [0.5, 1.0, 2.0, 3.0]),
+]
+
+
+def one_step(
+    rank: int, workers: int, settings: TrainConfig, weights: list[float] | None
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The gradient of all rows at once, and what this worker tells of its own."""
+    place = Place(rank, workers, torch.device("cpu"), "fp32")
+    made = learner(without_norms(), settings, place, weights)
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    whole = rows()
+    (hand,) = deal(np.arange(ROWS), ROWS, rank=rank, workers=workers)
+    part = Batch(whole.pixels[hand.rows], whole.labels[hand.rows])
+    told = made.step(part, hand.batch, 0)
+    return moved(made, before), told.tolist()
+
+
+def settings_of(loss: dict[str, Any], accumulate: int) -> TrainConfig:
+    return config(optim=PLAIN_SGD, loss=loss, scale={"accumulate": accumulate})
+
+
+def whole_batch(
+    loss: dict[str, Any], weights: list[float] | None
+) -> tuple[dict[str, torch.Tensor], float, int]:
+    """The mean over all rows by autograd alone: gradient, summed loss, correct predictions."""
+    network, batch = without_norms(), rows()
+    inputs = Normalise(PREPROCESS, torch.device("cpu"))(batch.pixels)
+    labels = torch.from_numpy(batch.labels)
+    logits = network(inputs)
+    weight = None if weights is None else torch.tensor(weights)
+    if "focal_gamma" in loss:
+        score = logits.softmax(1)[torch.arange(ROWS), labels]
+        terms = -((1 - score) ** loss["focal_gamma"]) * score.log() * weight[labels]
+        total = terms.sum()
+    else:
+        total = F.cross_entropy(logits, labels, weight=weight, reduction="sum", **loss)
+    (total / ROWS).backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    return gradients, float(total.detach()), int((logits.argmax(1) == labels).sum())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("loss", "weights"), LOSSES, ids=["plain", "weighted", "focal"])
+def test_the_gradient_of_a_step_is_the_mean_over_the_whole_batch(
+    team: Team, loss: dict[str, Any], weights: list[float] | None, accumulate: int
+) -> None:
+    expected, total, correct = whole_batch(loss, weights)
+    settings = settings_of(loss, accumulate)
+    found = [one_step(0, 1, settings, weights)]
+    # 37 rows divide by neither 2, 3 nor the parts
+    for results in (
+        found,
+        team.call(2, one_step, settings, weights),
+        team.call(3, one_step, settings, weights),
+    ):
+        for gradients, _ in results:
+            torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+        assert sum(told[0] for _, told in results) == pytest.approx(total, rel=1e-5)
+        assert sum(told[1] for _, told in results) == correct
+
+
+def test_more_parts_than_rows_are_no_parts_without_rows() -> None:
+    made = learner(without_norms(), settings_of({}, 50))
+    whole = rows()
+    told = made.step(Batch(whole.pixels[:3], whole.labels[:3]), 3, 0)
+    assert torch.isfinite(told).all()
+
+
+# ------------------------------------------------------------------ images that failed
+
+
+def test_a_batch_whose_images_all_failed_moves_nothing() -> None:
+    made = learner(without_norms(), config(optim=PLAIN_SGD))
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    told = made.step(empty(), 10, 0)
+    assert told.tolist() == [0, 0]
+    assert all((change == 0).all() for change in moved(made, before).values())
+
+
+def step_without_images_but_in_one(
+    rank: int, workers: int, settings: TrainConfig
+) -> dict[str, torch.Tensor]:
+    place = Place(rank, workers, torch.device("cpu"), "fp32")
+    made = learner(without_norms(), settings, place)
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    made.step(rows() if rank == 1 else empty(), ROWS, 0)
+    return moved(made, before)
+
+
+def test_a_worker_whose_images_all_failed_holds_up_no_other(team: Team) -> None:
+    expected, _, _ = whole_batch({}, None)
+    settings = settings_of({}, 3)
+    for gradients in team.call(3, step_without_images_but_in_one, settings):
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------ going on and repeating
+
+
+def steps(made: Learner, first: int, last: int, *, seeded: bool = True) -> None:
+    """As an epoch makes them, on batches that differ from step to step."""
+    made.network.train()
+    whole = rows()
+    for step in range(first, last):
+        chosen = np.random.default_rng(step).permutation(ROWS)[:16]
+        set_rates(made.optimizer, made.config.optim, step, 10)
+        if seeded:
+            made.seed(1, step)
+        made.step(Batch(whole.pixels[chosen], whole.labels[chosen]), 16, step)
+
+
+def everything(made: Learner) -> dict[str, Any]:
+    return copy.deepcopy(made.state())
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+OPTIMISERS = [
+    {"name": "adamw", "ema": 0.9},
+    {"name": "sgd", "lr": 0.1, "ema": 0.9},
+    {"name": "adamw", "ema": None, "schedule": "one_cycle", "clip_norm": 0.5},
+    {"name": "sgd", "lr": 0.1, "ema": None, "schedule": "one_cycle"},
+]
+
+
+@pytest.mark.parametrize("optim", OPTIMISERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
+def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) -> None:
+    settings = config(optim=optim, augment="strong")
+    made = learner(small_cnn(), settings)
+    steps(made, 0, 3)
+    stored = io.BytesIO()
+    torch.save(made.state(), stored)
+    steps(made, 3, 6)
+    stored.seek(0)
+    resumed = learner(zoo.build(zoo.architecture("small_cnn", {"width": 4}), CLASSES), settings)
+    for module in resumed.network.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
+            module.p = 0.3 if isinstance(module, nn.Dropout) else 0.15
+    resumed.load(torch.load(stored, weights_only=True))
+    torch.manual_seed(99)
+    steps(resumed, 3, 6)
+    assert same(everything(resumed), everything(made))
+
+
+@pytest.mark.parametrize("optim", OPTIMISERS[:2], ids=["adamw", "sgd"])
+def test_a_state_is_a_copy_that_later_steps_leave_alone(optim: dict[str, Any]) -> None:
+    made = learner(small_cnn(), config(optim=optim))
+    steps(made, 0, 2)
+    state = made.state()
+    kept = copy.deepcopy(state)
+    steps(made, 2, 4)
+    assert same(state, kept)
+    assert not same(made.state(), kept)
+
+
+def test_what_is_random_in_a_step_depends_on_seed_epoch_step_and_worker() -> None:
+    def drawn(seed: int, epoch: int, step: int, rank: int) -> list[float]:
+        place = Place(rank, 2, torch.device("cpu"), "fp32")
+        made = Learner(
+            config(seed=seed), "scratch", PREPROCESS, None, CLASSES, without_norms(), place
+        )
+        made.seed(epoch, step)
+        return torch.rand(4).tolist()
+
+    base = (1, 2, 3, 0)
+    assert drawn(*base) == drawn(*base)
+    others = [(9, 2, 3, 0), (1, 9, 3, 0), (1, 2, 9, 0), (1, 2, 3, 1), (1, 3, 2, 0)]
+    assert len({tuple(drawn(*each)) for each in (base, *others)}) == 6
+
+
+def test_steps_depend_on_their_seed_and_on_no_randomness_before_them() -> None:
+    settings = config(augment="strong")
+    ends = []
+    for before in (1, 2):
+        made = learner(small_cnn(), settings)
+        torch.manual_seed(before)
+        steps(made, 0, 2)
+        ends.append(everything(made))
+    assert same(ends[0], ends[1])
+    # and random they are: without the seed, what came before shows
+    unseeded = []
+    for before in (1, 2):
+        made = learner(small_cnn(), settings)
+        torch.manual_seed(before)
+        steps(made, 0, 2, seeded=False)
+        unseeded.append(everything(made))
+    assert not same(unseeded[0], unseeded[1])
+
+
+# ------------------------------------------------------------------ what moves, what is judged
+
+
+def test_frozen_layers_stay_where_they_are_and_get_no_gradient() -> None:
+    settings = config(
+        finetune={"unfreeze_every": 1, "backbone_lr_scale": 1.0},
+        optim={"weight_decay": 0.5, "ema": None},
+    )
+    network = without_norms()
+    made = Learner(settings, "finetune", PREPROCESS, None, CLASSES, network, learner_place())
+    seen: list[set[str]] = []
+    for epoch in (1, 2):
+        made.free(epoch)
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        made.step(rows(), ROWS, epoch)
+        seen.append({name for name, change in moved(made, before).items() if change.any()})
+    everything_ = {name for name, _ in network.named_parameters()}
+    assert seen == [{"4.weight", "4.bias"}, everything_]
+
+
+def statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+
+
+def changed(network: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
+
+
+def two_norms() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+        nn.ReLU(), nn.Flatten(), nn.Linear(4 * (SIDE - 4) ** 2, CLASSES),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "probe_then_finetune", "scratch"])
+def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_with(
+    strategy: Strategy,
+) -> None:
+    made = Learner(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    before = statistics(made.network)
+    made.free(1)
+    with torch.no_grad():
+        made.network.eval()
+        wanted = made.network(made.inputs(rows().pixels))
+    loss, _ = made.step(rows(), ROWS, 0)
+    expected = F.cross_entropy(wanted, made.labels(rows().labels), reduction="sum")
+    if strategy == "scratch":
+        assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
+        assert loss.item() != pytest.approx(expected.item(), rel=1e-3)
+    else:
+        assert changed(made.network, before) == set()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs() -> None:
+    settings = config(finetune={"unfreeze_every": 1, "batchnorm": "train"}, optim={"ema": None})
+    made = Learner(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    seen = []
+    for epoch in (1, 2, 3):
+        made.free(epoch)
+        before = statistics(made.network)
+        made.step(rows(), ROWS, epoch)
+        seen.append({name.rpartition(".")[0] for name in changed(made.network, before)})
+    assert seen == [set(), {"4"}, {"1", "4"}]
+
+
+def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_next() -> None:
+    made = Learner(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made.free(1)
+    before = statistics(made.network)
+    made.step(empty(), ROWS, 0)
+    assert changed(made.network, before) == set()
+    made.step(rows(), ROWS, 1)
+    assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
+
+
+def learner_place(precision: str = "fp32") -> Place:
+    return Place(0, 1, torch.device("cpu"), precision)
+
+
+def test_the_average_is_judged_where_there_is_one() -> None:
+    averaged = learner(small_cnn(), config(optim={"ema": 0.9}))
+    assert averaged.average is not None
+    assert averaged.judged is averaged.average.network
+    plain = learner(small_cnn(), config(optim={"ema": None}))
+    assert plain.judged is plain.network
+    steps(averaged, 0, 3)
+    averaged.judged.eval()
+    logits = averaged.logits(rows().pixels)
+    expected = averaged.average.network(averaged.inputs(rows().pixels))
+    torch.testing.assert_close(logits, expected)
+    averaged.network.eval()
+    assert not torch.allclose(logits, averaged.network(averaged.inputs(rows().pixels)))
+
+
+def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
+    made = learner(without_norms(), config(optim=PLAIN_SGD | {"clip_norm": 1e-3}))
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    made.step(rows(), ROWS, 0)
+    length = torch.cat([change.flatten() for change in moved(made, before).values()]).norm()
+    assert length.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_half_precision_keeps_the_weights_in_full() -> None:
+    settings = config(optim={"ema": None})
+    made = Learner(
+        settings, "scratch", PREPROCESS, None, CLASSES, small_cnn(), learner_place("bf16")
+    )
+    made.free(1)
+    told = made.step(rows(), ROWS, 0)
+    assert torch.isfinite(told).all()
+    assert {p.dtype for p in made.network.parameters()} == {torch.float32}
+    made.judged.eval()
+    assert made.logits(rows().pixels).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("build", "falls"), [(without_norms, 0.5), (small_cnn, 0.5)], ids=["plain", "small_cnn"]
+)
+def test_steps_learn_what_can_be_learnt(build: Callable[[], nn.Module], falls: float) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 32)
+    pixels = np.broadcast_to(
+        (60 * labels).astype(np.uint8)[:, None, None, None], (32, 3, SIDE, SIDE)
+    ).copy()
+    made = learner(build(), config(optim={"lr": 0.01, "ema": None, "weight_decay": 0.0}))
+    losses = []
+    for step in range(30):
+        made.seed(1, step)
+        losses.append(float(made.step(Batch(pixels, labels), 32, step)[0]) / 32)
+    assert losses[-1] < falls * losses[0]
