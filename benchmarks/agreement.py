@@ -74,16 +74,16 @@ def bundle_of(arch: str, file: str) -> Any:
     weights = SHARED / "weights" / file
     if not weights.exists():
         raise SystemExit(f"no weights at {weights}; name their folder with IMGCLS_SHARED")
-    architecture = zoo.architecture(arch)
+    architecture = zoo.resolve_architecture(arch)
     names = (SHARED / "weights" / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
     spec = BundleSpec(
         architecture=architecture,
         classes=names,
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     folder = tempfile.mkdtemp(prefix="imgcls-agreement-")
-    network = zoo.build(architecture, len(names))
-    zoo.fit_weights(network, zoo.load_weights(str(weights), architecture), replace_head=False)
+    network = zoo.build_network(architecture, len(names))
+    zoo.apply_weights(network, zoo.load_weights(str(weights), architecture), replace_head=False)
     save_bundle(folder, spec, network.state_dict())
     return load_bundle(folder)
 
@@ -161,8 +161,8 @@ def at_size(image: Any, megapixels: float) -> Any:
 
 
 def compare(kind: str, bundle: Any) -> None:
-    from imgcls.models.bundle import Int8
-    from imgcls.models.classifier import Classifier, observe
+    from imgcls.models.bundle import Int8Calibration
+    from imgcls.models.classifier import Classifier, record_int8_ranges
 
     decoders = settings(bundle.spec.preprocess)
     inputs: dict[str, list[Any]] = {name: [] for name in decoders}
@@ -175,8 +175,8 @@ def compare(kind: str, bundle: Any) -> None:
         apart = np.abs(stacked.astype(int) - np.stack(inputs["Pillow"])).mean((1, 2, 3))
         shown = stacked[::2]
         batches = (shown[i : i + BATCH] for i in range(0, len(shown), BATCH))
-        told = Int8(
-            ranges=observe(bundle, batches),
+        told = Int8Calibration(
+            ranges=record_int8_ranges(bundle, batches),
             calibration_images=len(shown),
             judged_images=0,
             agreement=0,
@@ -213,8 +213,8 @@ def settings(spec: Any) -> dict[str, Callable[[bytes], Any]]:
     exact, fast = (spec.model_copy(update={"decode": each}) for each in ("exact", "fast"))
     return {
         "Pillow": by_pillow,
-        "exact": lambda data: decode.decode(data, exact)[0],
-        "fast": lambda data: decode.decode(data, fast)[0],
+        "exact": lambda data: decode.decode_image(data, exact)[0],
+        "fast": lambda data: decode.decode_image(data, fast)[0],
     }
 
 
@@ -238,11 +238,11 @@ def plain(bundle: Any, pixels: Any) -> Any:
     import torch
 
     from imgcls.models import zoo
-    from imgcls.models.bundle import load_weights
+    from imgcls.models.bundle import load_bundle_weights
 
     spec = bundle.spec.preprocess
-    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes)).eval()
-    network.load_state_dict(load_weights(bundle))
+    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes)).eval()
+    network.load_state_dict(load_bundle_weights(bundle))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
     scores = []
     with torch.inference_mode():

@@ -33,7 +33,7 @@ def main() -> None:
 
 def measured(count: int, copies: float, bits: float) -> tuple[float, float, float]:
     """Seconds, peak MB of the process, and the share of the copies that are found."""
-    from imgcls.curation.checks.hash_search import near_pairs
+    from imgcls.curation.checks.hash_search import find_near_pairs
 
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
@@ -44,7 +44,7 @@ def measured(count: int, copies: float, bits: float) -> tuple[float, float, floa
     hashes[target] = hashes[source] ^ noise
     mirror = rng.integers(0, 2**64, 4, dtype=np.uint64)
     began = time.perf_counter()
-    pairs = near_pairs(hashes, mirror, most=MOST)
+    pairs = find_near_pairs(hashes, mirror, most=MOST)
     seconds = time.perf_counter() - began
     told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     wanted = set(zip(source.tolist(), target.tolist(), strict=True))

@@ -54,7 +54,7 @@ def main() -> None:
 def commit(folder: Path, rows: int, classes: int) -> None:
     """A committed run of drawn predictions, in parts of a million rows."""
     names = [f"class {i:04d}" for i in range(classes)]
-    where = folder / layout.PREDICTIONS
+    where = folder / layout.PREDICTIONS_FOLDER
     where.mkdir(parents=True)
     files = {}
     first = None
@@ -67,7 +67,7 @@ def commit(folder: Path, rows: int, classes: int) -> None:
             os.link(first, where / name)
         files[name] = first.stat().st_size
     run = {
-        "format_version": layout.FORMAT_VERSION,
+        "format_version": layout.RUN_FORMAT_VERSION,
         "identity": {
             "manifest": {
                 "fingerprint": "0", "path_column": "path", "label_column": "label", "root": "/",
@@ -78,13 +78,13 @@ def commit(folder: Path, rows: int, classes: int) -> None:
         "plan": {}, "classes": names,
         "provenance": {"config": {"model": "drawn", "manifest": {"path": "drawn"}}},
     }  # fmt: skip
-    (folder / layout.RUN).write_text(json.dumps(run))
+    (folder / layout.RUN_FILE).write_text(json.dumps(run))
     success = {
         "rows": rows, "run_id": "0", "bundle_sha256": "0", "manifest_fingerprint": "0",
         "files": files, "seconds": {"wall": 0.0}, "precision": ["fp32"], "versions": {},
         "committed": "never",
     }  # fmt: skip
-    (folder / layout.SUCCESS).write_text(json.dumps(success))
+    (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
 
 
 def drawn(rows: int, names: list[str]) -> pa.Table:

@@ -61,7 +61,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
 
     print(model)
     plain = Classifier.load(bundle)
-    pixels = np.stack([decode.decode(blob, plain.preprocess)[0] for blob in blobs[:CHUNK]])
+    pixels = np.stack([decode.decode_image(blob, plain.preprocess)[0] for blob in blobs[:CHUNK]])
     check(plain, bundle, pixels)
     best, fastest = plain, 0.0
     for size in BATCHES:
@@ -87,7 +87,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
 
     def on_the_host(count: int) -> None:
         for i in range(count):
-            decode.decode(blobs[i % len(blobs)], plain.preprocess)
+            decode.decode_image(blobs[i % len(blobs)], plain.preprocess)
 
     def chunks(count: int) -> None:
         with ThreadPoolExecutor(2) as threads:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import CORES, read_manifest
-from imgcls.cluster.session import keep_memory
+from imgcls.cluster.session import build_malloc_env
 
 BATCH = 32
 WHAT = (
@@ -38,7 +38,7 @@ def measure(what: str, bundle: Path, manifest: Path) -> float:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(CORES + 1)
     kept = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    os.environ.update(keep_memory()["env_vars"])
+    os.environ.update(build_malloc_env()["env_vars"])
     try:
         processes = [
             context.Process(target=_work, args=(what, bundle, manifest, index, barrier))
@@ -69,7 +69,7 @@ def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier)
     decoder = _decoder(what, classifier)
     by_us = " by " not in what
     classify = classifier.classify if by_us else _plainly(classifier)
-    stack: Callable[[Any], Any] = decode.stack if by_us else torch.stack
+    stack: Callable[[Any], Any] = decode.stack_images if by_us else torch.stack
     forward_alone, decode_alone = what.startswith("forward"), what.startswith("decode")
     fixed = stack([decoder(Path(path).read_bytes()) for path in paths[:BATCH]])
 
@@ -92,11 +92,11 @@ def _plainly(classifier: Any) -> Callable[[Any], Any]:
     import torch
 
     from imgcls.models import zoo
-    from imgcls.models.bundle import load_weights
+    from imgcls.models.bundle import load_bundle_weights
 
     bundle, spec = classifier.bundle, classifier.preprocess
-    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes)).eval()
-    network.load_state_dict(load_weights(bundle))
+    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes)).eval()
+    network.load_state_dict(load_bundle_weights(bundle))
     dtype = torch.bfloat16 if classifier.precision == "bf16" else torch.float32
     network = network.to(dtype).to(memory_format=torch.channels_last)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
@@ -130,4 +130,4 @@ def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
             return resize(torchvision.io.decode_image(tensor, torchvision.io.ImageReadMode.RGB))
 
         return whole
-    return lambda data: decode.decode(data, spec)[0]
+    return lambda data: decode.decode_image(data, spec)[0]

@@ -160,7 +160,7 @@ def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
         clock.append(time.perf_counter())
         raise BrokenOff
 
-    real: Any = pipeline.Pipeline.receipts
+    real: Any = pipeline.Pipeline.run
     replace(stop)
     with contextlib.suppress(BrokenOff):
         predict(config)
@@ -182,13 +182,13 @@ def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
 
 def leave_behind(output: Path, share: float) -> int:
     """Finished parts and, of one more part, half its chunks; the rows that they stand for."""
-    from imgcls.execution.plan import plan_of
+    from imgcls.execution.plan import parse_plan
     from imgcls.runs import layout as names
 
     run = names.load_run(str(output))
     assert run is not None
-    plan = plan_of(run)
-    full = int(plan.parts * share)
+    plan = parse_plan(run)
+    full = int(plan.num_parts * share)
     table = made_up(0, plan.part_rows, run["classes"])
     shards = pq.read_table(names.shard_url(str(output), 0))
     for name in table.schema.names:
@@ -199,7 +199,7 @@ def leave_behind(output: Path, share: float) -> int:
     for part in range(1, full):
         os.link(first, names.part_url(str(output), part))
     chunks = plan.chunks_of(full)[: len(plan.chunks_of(full)) // 2]
-    Path(names.staged_folder(str(output), full)).mkdir(parents=True, exist_ok=True)
+    Path(names.part_staging_folder(str(output), full)).mkdir(parents=True, exist_ok=True)
     for chunk in chunks:
         pq.write_table(
             made_up(plan.rows_of(chunk).start, plan.chunk_rows, run["classes"]),
@@ -219,7 +219,7 @@ def over_nodes(rows: int, folder: str, nodes: int) -> dict[str, Any]:
     place.mkdir()
     simulate()
     chunks: collections.Counter[str] = collections.Counter()
-    real: Any = pipeline.Pipeline.receipts
+    real: Any = pipeline.Pipeline.run
 
     def counted(*given: Any) -> Any:
         for receipt in real(*given):
@@ -279,13 +279,13 @@ def replace(receipts: Any) -> None:
     """Have the driver call this where it would have work done."""
     from imgcls.execution import pipeline
 
-    pipeline.Pipeline.receipts = receipts  # type: ignore[method-assign]
+    pipeline.Pipeline.run = receipts  # type: ignore[method-assign]
 
 
 def simulate() -> None:
     from imgcls.execution import pipeline
 
-    pipeline.LabelWorker = SimulatedWorker  # type: ignore[assignment,misc]
+    pipeline.CpuWorker = SimulatedWorker  # type: ignore[assignment,misc]
 
 
 class SimulatedWorker:
@@ -301,15 +301,15 @@ class SimulatedWorker:
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
-        from imgcls.execution.messages import Done, Spent
+        from imgcls.execution.messages import ChunkResult, StageTimings
         from imgcls.inference import stages
 
         work = pickle.loads(batch.column("work")[0].as_py())
-        rows = stages.rows_of(self._spec, work).num_rows
-        seconds = Spent()
+        rows = stages.read_chunk_rows(self._spec, work).num_rows
+        seconds = StageTimings()
         table = made_up(self._spec.plan.rows_of(work.chunk).start, rows, self._classes)
-        stages.commit(self._spec, work, table, seconds)
-        done = Done(work, rows, {"ok": rows}, seconds, "simulated", self._name)
+        stages.write_chunk(self._spec, work, table, seconds)
+        done = ChunkResult(work, rows, {"ok": rows}, seconds, "simulated", self._name)
         return {"done": [pickle.dumps(done)]}
 
 
@@ -321,7 +321,7 @@ def made_up(start: int, count: int, classes: list[str]) -> pa.Table:
     labels = pa.array(classes).take(pa.array(rng.integers(0, len(classes), count)))
     confidence = pa.array(rng.uniform(0.5, 1, count).astype(np.float32))
     offsets = pa.array(np.arange(count + 1, dtype=np.int32))
-    schema = names.prediction_schema(labelled=False)
+    schema = names.build_prediction_schema(labelled=False)
     columns: dict[str, Any] = {
         "row": np.arange(start, start + count),
         "predicted_label": labels,

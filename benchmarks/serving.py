@@ -110,7 +110,7 @@ def imgcls(bundle: Path, door: str) -> Iterator[int]:
     port = free_port()
     command = [
         *(sys.executable, "-m", "imgcls.cli", "serve", "--model", str(bundle)),
-        *("--http.port", str(port), "--http.door", door, "--replicas.drain-seconds", "0"),
+        *("--http.port", str(port), "--http.proxy", door, "--replicas.drain-period-s", "0"),
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:

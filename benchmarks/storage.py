@@ -129,7 +129,7 @@ def read(files: list[Path], options: argparse.Namespace, measured: dict[str, lis
 
         return run
 
-    object_store.use(object_store.StorageConfig())
+    object_store.set_process_settings(object_store.StorageConfig())
     few = keys[: max(100, options.rows // 20)]
     on_disk: list[str | None] = [str(files[i % len(files)]) for i in range(options.rows)]
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -166,11 +166,11 @@ def label(
 
 
 def listing(folder: Path) -> None:
-    from imgcls.curation.listing import BuildConfig, build_manifest
+    from imgcls.curation.listing import ListingConfig, build_listing
 
     start = time.perf_counter()
     output = str(folder / "listed")
-    count = build_manifest(BuildConfig(source=f"s3://{BUCKET}-many", output=output))
+    count = build_listing(ListingConfig(source=f"s3://{BUCKET}-many", output=output))
     took = time.perf_counter() - start
     print(f"  listing {count:,} objects: {took:.1f} s, {1e6 * took / count:.1f} s a million")
 
@@ -205,10 +205,10 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 def plan(labels: Path, manifest: Path, told: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.inference.incremental import SinceConfig, only_new
+    from imgcls.inference.incremental import SinceConfig, select_new_rows
 
     start = time.perf_counter()
-    found = only_new(
+    found = select_new_rows(
         open_manifest(ManifestConfig(path=str(manifest))), SinceConfig(path=str(labels)),
         output="", bundle_sha256="b" * 64, relabel=False,
     )  # fmt: skip

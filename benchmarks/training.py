@@ -54,7 +54,7 @@ from benchmarks.training_loops import (
 from imgcls.data import decode
 from imgcls.models import zoo
 from imgcls.models.classifier import choose_precision
-from imgcls.training.data.batches import Views
+from imgcls.training.data.batches import DecodeSettings
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("IMGCLS_SHARED", ROOT.parent / "shared")) / "data"
@@ -146,12 +146,12 @@ def prepare(folder: Path, model: str, options: argparse.Namespace) -> Task:
     count = options.images or (20_000 if GPUS else SIZES.get(model, 320))
     train = link(source / "train", folder / "train", count)
     link(source / "test", folder / "val", VAL_IMAGES)
-    preprocess = zoo.default_preprocess(zoo.architecture(model))
-    spec = Views.of(preprocess, cropped=True).train
+    preprocess = zoo.get_default_preprocess(zoo.resolve_architecture(model))
+    spec = DecodeSettings.from_preprocess(preprocess, cropped=True).train
     decoded: dict[Path, decode.Pixels] = {}
     for path, _ in train:
         if path not in decoded:
-            decoded[path] = decode.decode(path.read_bytes(), spec)[0]
+            decoded[path] = decode.decode_image(path.read_bytes(), spec)[0]
     np.save(folder / "pixels.npy", np.stack([decoded[path] for path, _ in train]))
     np.save(folder / "labels.npy", np.array([label for _, label in train]))
     precision, reason = choose_precision("auto", torch.device("cuda" if GPUS else "cpu"))

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
-from imgcls.models.normalize import Normalise
-from imgcls.training.augment.augment import Augment, AugmentConfig, centre
+from imgcls.models.normalize import Normalizer
+from imgcls.training.augment.augment import Augment, AugmentConfig, center_crop
 
 CORES = len(os.sched_getaffinity(0))
 GPUS = torch.cuda.device_count()
@@ -98,7 +98,9 @@ class Learner:
         self.device = torch.device("cuda", rank) if GPUS else torch.device("cpu")
         if GPUS:
             torch.cuda.set_device(self.device)
-        network = zoo.build(zoo.trainable(zoo.architecture(task.model)), task.classes)
+        network = zoo.build_network(
+            zoo.adapt_for_training(zoo.resolve_architecture(task.model)), task.classes
+        )
         network = network.train().to(self.device).to(memory_format=torch.channels_last)
         self._optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
         self._network: torch.nn.Module = network
@@ -133,8 +135,8 @@ def bare_loop(task: Task, learner: Learner) -> list[float]:
     pixels = torch.from_numpy(np.load(task.folder / "pixels.npy"))
     labels = torch.from_numpy(np.load(task.folder / "labels.npy"))
     size = task.preprocess.crop
-    middle = centre(pixels, size).contiguous()
-    normalise = Normalise(task.preprocess, learner.device)
+    middle = center_crop(pixels, size).contiguous()
+    normalise = Normalizer(task.preprocess, learner.device)
     config = AugmentConfig(preset="none", crop_scale=CROP, hflip=MIRROR)
     augment = Augment(config, size=size, num_classes=task.classes)
 

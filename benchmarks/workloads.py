@@ -77,14 +77,14 @@ def make_bundle(folder: Path, model: str) -> Path:
     from imgcls.models.bundle import BundleSpec, save_bundle
 
     torch.manual_seed(0)
-    architecture = zoo.architecture(model)
+    architecture = zoo.resolve_architecture(model)
     spec = BundleSpec(
         architecture=architecture,
         classes=[f"class {i}" for i in range(1000)],
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     bundle = folder / f"bundle-{model}"
-    save_bundle(str(bundle), spec, zoo.build(architecture, 1000).state_dict())
+    save_bundle(str(bundle), spec, zoo.build_network(architecture, 1000).state_dict())
     return bundle
 
 

@@ -92,7 +92,7 @@ COMMANDS = {
         "write report.html for a run or a trained bundle",
         "imgcls.evaluation.report",
         "ReportConfig",
-        "report",
+        "write_report",
         "imgcls report demo/bundle",
     ),
     "serve": Command(
@@ -106,7 +106,7 @@ COMMANDS = {
         "make an API key for `serve`",
         "imgcls.serving.api_keys",
         "NewKeyConfig",
-        "new_key",
+        "create_key",
         "imgcls key new --file demo/keys.yaml --name me",
     ),
     "history compact": Command(
@@ -120,21 +120,21 @@ COMMANDS = {
         "list a folder or a bucket into a manifest",
         "imgcls.curation.build",
         "ManifestBuildConfig",
-        "build",
+        "build_manifest",
         "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
     "manifest stats": Command(
         "tell what a data set is made of, with a contact sheet per class",
         "imgcls.curation.build",
         "StatsConfig",
-        "stats",
+        "compute_stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",
     ),
     "manifest split": Command(
         "split a manifest into train, val and test, or into folds",
         "imgcls.curation.split",
         "SplitConfig",
-        "split",
+        "split_manifest",
         "imgcls manifest split demo/digits-train.csv --output demo/split",
     ),
     "manifest check": Command(
@@ -153,18 +153,18 @@ COMMANDS = {
         "imgcls model import --arch resnet18 --weights resnet18.pth --classes "
         "imagenet.txt --output imagenet",
     ),
-    "model quantise": Command(
+    "model quantize": Command(
         "make a bundle that can be run in int8, and tell what that costs",
         "imgcls.evaluation.quantize",
-        "QuantiseConfig",
-        "quantise",
-        "imgcls model quantise --model demo/bundle --manifest demo/digits-train.csv "
+        "QuantizeConfig",
+        "quantize_bundle",
+        "imgcls model quantize --model demo/bundle --manifest demo/digits-train.csv "
         "--output demo/int8",
     ),
     "model list": Command(
         "list the architectures",
         "imgcls.models.import_weights",
-        "ListConfig",
+        "ListModelsConfig",
         "list_models",
         "imgcls model list --contains resnet",
     ),
@@ -172,7 +172,7 @@ COMMANDS = {
         "write a bundle as ONNX, a torch.export program or TorchScript",
         "imgcls.models.export",
         "ExportConfig",
-        "export",
+        "export_bundle",
         "imgcls export --model demo/bundle --output demo/exported",
     ),
     "demo": Command(
@@ -247,7 +247,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         code = _run(name, argv)
     code = BROKEN_PIPE if broken else code
     if "imgcls.cluster.session" in sys.modules:
-        sys.modules["imgcls.cluster.session"].leave(code)
+        sys.modules["imgcls.cluster.session"].end_session(code)
     return code
 
 

@@ -20,8 +20,8 @@ import requests.auth
 
 from imgcls.errors import RequestError, RunFailed
 
-Image = str | os.PathLike[str] | bytes
-_AGAIN = (429, 503)
+ImageInput = str | os.PathLike[str] | bytes
+_RETRY_STATUSES = (429, 503)
 
 
 class ServiceError(RunFailed):
@@ -55,11 +55,11 @@ class Client:
         patience_seconds: float = 60.0,
     ) -> None:
         self._url = url.rstrip("/")
-        self._timeout = timeout_seconds
-        self._patience = patience_seconds
+        self._timeout_s = timeout_seconds
+        self._retry_timeout_s = patience_seconds
         self._session = requests.Session()
         # not a header of the session: a password in ~/.netrc would take its place
-        self._session.auth = _Bearer(key or os.environ.get("IMGCLS_API_KEY"))
+        self._session.auth = _BearerAuth(key or os.environ.get("IMGCLS_API_KEY"))
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +73,7 @@ class Client:
 
     def predict(
         self,
-        images: Image | Sequence[Image],
+        images: ImageInput | Sequence[ImageInput],
         *,
         top_k: int | None = None,
         threshold: float | None = None,
@@ -88,42 +88,42 @@ class Client:
             images = [images]
         if not images:
             raise RequestError("predict: no image was given")
-        files = [("image", _file(image)) for image in images]
+        files = [("image", _read_image(image)) for image in images]
         asked = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings or None}
         params = {name: value for name, value in asked.items() if value is not None}
-        rows: list[dict[str, Any]] = self._ask(
+        rows: list[dict[str, Any]] = self._request(
             "POST", "/v1/predict", files=files, params=params
         ).json()["predictions"]
         return rows
 
     def model(self) -> dict[str, Any]:
         """Classes, preprocessing, thresholds and metrics of the model that answers."""
-        described: dict[str, Any] = self._ask("GET", "/v1/model").json()
+        described: dict[str, Any] = self._request("GET", "/v1/model").json()
         return described
 
     def reload(self) -> None:
         """Have the service load its bundle again; needs a key with the scope admin."""
-        self._ask("POST", "/v1/model/reload")
+        self._request("POST", "/v1/model/reload")
 
-    def _ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        deadline = time.monotonic() + self._patience
+    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+        deadline = time.monotonic() + self._retry_timeout_s
         while True:
             try:
                 response = self._session.request(
-                    method, self._url + path, timeout=self._timeout, **options
+                    method, self._url + path, timeout=self._timeout_s, **options
                 )
             except requests.RequestException as error:
                 raise ServiceError(f"{self._url}: {error}") from error
             if response.ok:
                 return response
-            wait = _seconds(response.headers.get("Retry-After", ""))
-            if response.status_code not in _AGAIN or time.monotonic() + wait > deadline:
-                raise _error(response)
+            wait = _parse_retry_after(response.headers.get("Retry-After", ""))
+            if response.status_code not in _RETRY_STATUSES or time.monotonic() + wait > deadline:
+                raise _build_error(response)
             # else all who were told to wait come again at once
             time.sleep(max(wait, 0.1) * random.uniform(1.0, 1.5))
 
 
-class _Bearer(requests.auth.AuthBase):
+class _BearerAuth(requests.auth.AuthBase):
     """Gives requests an API key, and nothing else to authenticate with."""
 
     def __init__(self, key: str | None) -> None:
@@ -135,7 +135,7 @@ class _Bearer(requests.auth.AuthBase):
         return request
 
 
-def _seconds(retry_after: str) -> float:
+def _parse_retry_after(retry_after: str) -> float:
     """How long a Retry-After asks to wait; for ever when it makes no sense.
 
     It is a number of seconds or a date. Source: RFC 9110, section 10.2.3.
@@ -151,7 +151,7 @@ def _seconds(retry_after: str) -> float:
     return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
-def _file(image: Image) -> tuple[str, bytes]:
+def _read_image(image: ImageInput) -> tuple[str, bytes]:
     if isinstance(image, bytes):
         return "image", image
     path = os.fspath(image)
@@ -162,7 +162,7 @@ def _file(image: Image) -> tuple[str, bytes]:
         raise RequestError(f"image {path}: {error.strerror or error}") from error
 
 
-def _error(response: requests.Response) -> ServiceError:
+def _build_error(response: requests.Response) -> ServiceError:
     try:
         problem = response.json()
         kind, detail = str(problem["type"]).rpartition(":")[2], str(problem["detail"])

@@ -53,7 +53,7 @@ def demo(config: DemoConfig) -> None:
             model=training.ModelConfig(name="small_cnn"),
             # a mirrored digit is no digit
             augment=AugmentConfig(preset="light", hflip=0.0),
-            scale=training.ScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
+            scale=training.TrainScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
             epochs=config.epochs,
             output=str(bundle),
             overwrite=True,

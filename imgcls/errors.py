@@ -35,7 +35,7 @@ class OutputError(RequestError):
     """The output folder cannot be written, or belongs to another run."""
 
 
-class OutputBusy(OutputError):
+class OutputLocked(OutputError):
     """Another driver is at work on this output."""
 
 

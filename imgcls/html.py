@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 
-def rendered(room: str, template: str, shown: Mapping[str, Any]) -> str:
+def render_page(room: str, template: str, shown: Mapping[str, Any]) -> str:
     """A page made from a template in `room`/templates, such as `imgcls.evaluation`.
 
     Raises jinja2.UndefinedError for a name that the template has and `shown` has not.

@@ -14,35 +14,37 @@ from typing import Any
 import imgcls
 
 PACKAGES = ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
-_MODULES = {"pillow": "PIL"}
+_IMPORT_NAMES = {"pillow": "PIL"}
 """Import names of packages that are imported under another name."""
 
 
-def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+def build_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
     """A record, ready for JSON, of a resolved configuration and the software that ran it."""
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dict(config),
-        "git_commit": _git_commit(),
+        "git_commit": _find_git_commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _find_version(name) for name in PACKAGES},
     }
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def list_differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     """One line for each value of a record, at any depth, that is not as it was."""
     lines = []
     for key in sorted({*now, *then}):
         old, new = then.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{prefix}{key}.")
+            lines += list_differences(old, new, f"{prefix}{key}.")
         elif old != new:
             lines.append(f"{prefix}{key}: {old!r} then, {new!r} now")
     return lines
 
 
-def _version(package: str) -> str:
+def _find_version(package: str) -> str:
     """The version of the code that runs.
 
     A checkout that is not pip-installed (as `ray job submit --working-dir` leaves it) has no
@@ -54,11 +56,11 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        module = importlib.import_module(_MODULES.get(package, package))
+        module = importlib.import_module(_IMPORT_NAMES.get(package, package))
         return str(module.__version__)
 
 
-def _git_commit() -> str | None:
+def _find_git_commit() -> str | None:
     """The commit of the package's own checkout, `-dirty` when it was changed since."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if not os.path.exists(os.path.join(root, ".git")):

@@ -65,13 +65,13 @@ def colour_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from imgcls.models.bundle import BundleSpec, save_bundle
 
     folder = tmp_path_factory.mktemp("colours") / "bundle"
-    architecture = zoo.architecture("small_cnn", {"width": 8})
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(0)
-    network = zoo.build(architecture, len(COLOURS))
+    network = zoo.build_network(architecture, len(COLOURS))
     spec = BundleSpec(
         architecture=architecture,
         classes=list(COLOURS),
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     save_bundle(str(folder), spec, network.state_dict())
     return folder
@@ -87,15 +87,17 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from imgcls.models.bundle import BundleSpec, save_bundle
 
     folder = tmp_path_factory.mktemp("overflowing") / "bundle"
-    architecture = zoo.architecture("small_cnn", {"width": 8})
-    preprocess = zoo.default_preprocess(architecture)
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
+    preprocess = zoo.get_default_preprocess(architecture)
     torch.manual_seed(0)
-    network = zoo.build(architecture, len(COLOURS)).eval()
+    network = zoo.build_network(architecture, len(COLOURS)).eval()
     *_, norm = (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    _, head = zoo.head(network)
+    _, head = zoo.find_head(network)
     shown = [draw(name, seed=seed) for seed, name in enumerate(COLOURS)]
     shown.append(Image.new("RGB", (64, 48), "white"))
-    pixels = torch.from_numpy(decode.stack([decode.prepared(image, preprocess) for image in shown]))
+    pixels = torch.from_numpy(
+        decode.stack_images([decode.preprocess_pil_image(image, preprocess) for image in shown])
+    )
     inputs = (pixels / 255 - 0.5) / 0.25  # the mean and deviation of the small CNN
     with torch.no_grad():
         norm.weight.mul_(1e4)

@@ -129,8 +129,8 @@ def user(endpoint: str, allowed: Sequence[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def forget_connections() -> None:
-    object_store._file_system.cache_clear()
-    object_store._reader.cache_clear()
+    object_store._build_file_system.cache_clear()
+    object_store._build_s3_reader.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

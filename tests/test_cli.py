@@ -147,7 +147,7 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_again(tmp_path: 
 
 CODES = {
     errors.RequestError: 2, errors.ConfigError: 2, errors.ManifestError: 2, errors.BundleError: 2,
-    errors.OutputError: 2, errors.OutputBusy: 2, errors.ResourcesError: 2, errors.RunFailed: 1,
+    errors.OutputError: 2, errors.OutputLocked: 2, errors.ResourcesError: 2, errors.RunFailed: 1,
     errors.Interrupted: 1, errors.StorageError: 1, errors.StorageMissing: 1,
     errors.StorageFull: 1, errors.TooManyErrors: 3, errors.ImgclsError: 1, KeyboardInterrupt: 1,
 }  # fmt: skip
@@ -208,9 +208,9 @@ def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str])
 def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody")
-    before = object_store.settings()
+    before = object_store.current_settings()
     yield
-    object_store.use(before)
+    object_store.set_process_settings(before)
 
 
 @pytest.mark.usefixtures("own_store")
@@ -228,7 +228,7 @@ def test_a_store_that_cannot_be_reached_exits_1_and_a_file_that_is_not_there_2(
     def predict(**changes: str) -> int:
         words = [word for name, value in (good | changes).items() for word in (f"--{name}", value)]
         store = ["--storage.endpoint-url", f"http://127.0.0.1:{free_port()}"]
-        store += ["--storage.deadline-seconds", "0.5", "--summary-json", str(file)]
+        store += ["--storage.retry-timeout-s", "0.5", "--summary-json", str(file)]
         return cli.main(["predict", *words, *store])
 
     assert predict(**{key: "s3://bucket/it"}) == 1

@@ -509,7 +509,7 @@ def test_every_shipped_yaml_loads_and_shows_every_key(job: str) -> None:
     taken = set(leaves(loaded.model_dump(exclude_none=job == "tune")))
     if job == "tune":  # all keys of a training are in train.yaml
         shown, taken = ({k for k in keys if k.startswith("tune.")} for keys in (shown, taken))
-        taken.add("tune.concurrent")
+        taken.add("tune.max_concurrent")
     assert shown == taken
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 import imgcls
-from imgcls.provenance import PACKAGES, differences, provenance
+from imgcls.provenance import PACKAGES, build_provenance, list_differences
 from tests.conftest import REPOSITORY
 
 
 def test_a_record_names_what_ran_and_is_ready_for_json() -> None:
     config = {"seed": 1, "data": {"train": "m.csv"}}
-    record = json.loads(json.dumps(provenance(config)))
+    record = json.loads(json.dumps(build_provenance(config)))
     assert record["config"] == config
     assert set(record["versions"]) == set(PACKAGES)
     assert {"created", "git_commit", "host", "python"} <= set(record)
@@ -42,8 +42,8 @@ def test_a_checkout_that_is_not_installed_has_a_record_too(tmp_path: Path) -> No
         if not entry.name.lower().startswith(("imgcls", "__editable__.imgcls", "pillow-")):
             (packages / entry.name).symlink_to(entry)
     code = (
-        "import json; from imgcls.provenance import provenance; "
-        "print(json.dumps(provenance({})['versions']))"
+        "import json; from imgcls.provenance import build_provenance; "
+        "print(json.dumps(build_provenance({})['versions']))"
     )
     path = os.pathsep.join([str(tmp_path / "checkout"), str(packages)])
     done = subprocess.run(
@@ -74,4 +74,4 @@ def test_a_checkout_that_is_not_installed_has_a_record_too(tmp_path: Path) -> No
 def test_what_differs_is_told_by_its_dotted_key(
     then: dict[str, object], now: dict[str, object], lines: list[str]
 ) -> None:
-    assert differences(then, now) == lines
+    assert list_differences(then, now) == lines

@@ -20,43 +20,43 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from imgcls.cluster.session import Interruption, Node, is_private, node_of, nodes
+from imgcls.cluster.session import Interruption, Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
 from imgcls.log import tell
 
 T = TypeVar("T")
 
-IDLE_SECONDS = 30.0
+LOG_WAIT_AFTER_SECONDS = 30.0
 """After which waiting is said: workers take a while to start."""
-LAUNCHED = "~/ray_bootstrap_config.yaml"
+LAUNCHER_CONFIG = "~/ray_bootstrap_config.yaml"
 """On the head of a cluster that `ray up` has started: what it may grow to."""
-MANY = 1000
+UNLIMITED_NODES = 1000
 """Machines of a kind of which there may be any number."""
-SAY_SECONDS = 5.0
+LOG_INTERVAL_SECONDS = 5.0
 """And so often then."""
 
 
-class _Asked:
-    groups: ClassVar[list[PlacementGroup]] = []
+class _PendingRequest:
+    placement_groups: ClassVar[list[PlacementGroup]] = []
 
 
-def most_nodes() -> list[Node] | None:
+def find_max_nodes() -> list[Node] | None:
     """The machines that an autoscaling cluster may grow to; None where it does not say."""
     told = ray._private.state.state.get_cluster_config()
     if told is not None and told.node_group_configs:
         return [
-            node_of(group.resources)
+            build_node(group.resources)
             for group in told.node_group_configs
-            for _ in range(group.max_count if group.max_count >= 0 else MANY)
+            for _ in range(group.max_count if group.max_count >= 0 else UNLIMITED_NODES)
         ]
     try:
-        with open(os.path.expanduser(LAUNCHED), encoding="utf-8") as file:
-            return nodes_of(yaml.safe_load(file))
+        with open(os.path.expanduser(LAUNCHER_CONFIG), encoding="utf-8") as file:
+            return parse_launcher_nodes(yaml.safe_load(file))
     except FileNotFoundError:
         return None
 
 
-def nodes_of(config: Mapping[str, Any]) -> list[Node]:
+def parse_launcher_nodes(config: Mapping[str, Any]) -> list[Node]:
     """All machines of a cluster launcher's configuration but the head, those with GPUs first.
 
     Groups of the same machine and different priority stand in for each other, as spot machines and
@@ -64,7 +64,7 @@ def nodes_of(config: Mapping[str, Any]) -> list[Node]:
     """
     groups: dict[Node, dict[int, int]] = {}
     for name, group in config["available_node_types"].items():
-        machine = node_of(group.get("resources", {}))
+        machine = build_node(group.get("resources", {}))
         if name != config["head_node_type"] and machine.cpus + machine.gpus:
             counts = groups.setdefault(machine, {})
             priority = group.get("priority", 0)
@@ -73,39 +73,39 @@ def nodes_of(config: Mapping[str, Any]) -> list[Node]:
     return sorted(found, key=lambda node: -node.gpus)[: config["max_workers"]]
 
 
-def ask_for(bundles: Iterable[Mapping[str, float]]) -> None:
+def request_nodes(bundles: Iterable[Mapping[str, float]]) -> None:
     """Ask the autoscaler, where there is one, for machines that hold each of these.
 
     In place of what was asked for before, and until `give_back`. As reservations that wait: what
     `ray.autoscaler.sdk.request_resources` is told, Ray Data overwrites every 20 s, and it is kept
     when the driver is killed; and of what cannot all be had, none is brought.
     """
-    give_back()
-    _Asked.groups = [placement_group([dict(bundle)]) for bundle in bundles]
+    cancel_request()
+    _PendingRequest.placement_groups = [placement_group([dict(bundle)]) for bundle in bundles]
 
 
-def keep_asking(bundles: Sequence[Mapping[str, float]]) -> None:
+def update_request(bundles: Sequence[Mapping[str, float]]) -> None:
     """To be called now and then with what is wanted and not there: what has come is let go."""
     waiting = []
-    for group in _Asked.groups:
+    for group in _PendingRequest.placement_groups:
         if placement_group_table(group).get("state") == "CREATED":
             remove_placement_group(group)
         else:
             waiting.append(group)
-    _Asked.groups = waiting
+    _PendingRequest.placement_groups = waiting
     if len(waiting) != len(bundles):
-        ask_for(bundles)
+        request_nodes(bundles)
 
 
-def give_back() -> None:
+def cancel_request() -> None:
     """Take back what was asked for, if anything."""
     if ray.is_initialized():
-        for group in _Asked.groups:
+        for group in _PendingRequest.placement_groups:
             remove_placement_group(group)
-    _Asked.groups = []
+    _PendingRequest.placement_groups = []
 
 
-def fitting(
+def iter_until_fit(
     fit: Callable[[Sequence[Node]], T],
     wanted: Callable[[Sequence[Node] | None], list[dict[str, float]]],
     seconds: float,
@@ -119,7 +119,7 @@ def fitting(
 
     fit:       of machines; raises ResourcesError where they do not hold what it is about
     wanted:    what to ask for, by the machines that may come; None where that is not known
-    seconds:   to wait at most: `scale.wait_seconds`
+    seconds:   to wait at most: `scale.resource_timeout_s`
     under_way: it has fitted before, so that what it lacks was lost, and may be replaced
     Raises ResourcesError when it does not fit and will not, or did not in so long.
     """
@@ -127,24 +127,25 @@ def fitting(
     asked = False
     try:
         while True:
-            there = nodes()
+            there = list_nodes()
             try:
                 return fit(there)
             except ResourcesError as error:
-                most = None if is_private() else most_nodes()
-                if is_private() or (most is None and there and not under_way):
+                most = None if is_private_session() else find_max_nodes()
+                if is_private_session() or (most is None and there and not under_way):
                     raise
                 if not asked:
                     if most is not None:
                         fit(most)
-                    ask_for(wanted(most))
+                    request_nodes(wanted(most))
                     asked = True
                 waited = time.monotonic() - started
                 if waited > seconds:
                     raise ResourcesError(
-                        f"{error} (waited {waited:.0f} s for machines, as scale.wait_seconds says)"
+                        f"{error} (waited {waited:.0f} s for machines, as "
+                        "scale.resource_timeout_s says)"
                     ) from None
-                if waited < 1 or time.monotonic() - said > SAY_SECONDS:
+                if waited < 1 or time.monotonic() - said > LOG_INTERVAL_SECONDS:
                     said = time.monotonic()
                     tell(
                         "waiting",
@@ -155,17 +156,17 @@ def fitting(
             yield
     finally:
         if asked:
-            give_back()
+            cancel_request()
 
 
-def fitted(
+def wait_until_fit(
     fit: Callable[[Sequence[Node]], T],
     wanted: Callable[[Sequence[Node] | None], list[dict[str, float]]],
     seconds: float,
     interruption: Interruption,
 ) -> T:
     """As `fitting`, waited for."""
-    steps = fitting(fit, wanted, seconds, interruption)
+    steps = iter_until_fit(fit, wanted, seconds, interruption)
     while True:
         try:
             next(steps)
@@ -174,29 +175,31 @@ def fitted(
             return found
 
 
-class Patience:
+class WaitTimeout:
     """How long to wait for what the cluster may have no room for; says that it waits."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._said = 0.0
 
-    def spend(self, waited: float, what: str) -> None:
+    def check(self, waited: float, what: str) -> None:
         """Called often while nothing comes; raises RunFailed when it has taken too long."""
         if waited > self._seconds:
             raise RunFailed(
-                f"nothing has come for {waited:.0f} s (scale.wait_seconds) of {what}; {_has()}"
+                f"nothing has come for {waited:.0f} s (scale.resource_timeout_s) of {what}; "
+                f"{_describe_capacity()}"
             )
-        if waited > IDLE_SECONDS and time.monotonic() - self._said > SAY_SECONDS:
+        if waited > LOG_WAIT_AFTER_SECONDS and time.monotonic() - self._said > LOG_INTERVAL_SECONDS:
             self._said = time.monotonic()
             tell(
                 "waiting",
-                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; {_has()}",
+                f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; "
+                f"{_describe_capacity()}",
             )
 
 
-def _has() -> str:
-    there, free = nodes(), ray.available_resources()
+def _describe_capacity() -> str:
+    there, free = list_nodes(), ray.available_resources()
     return (
         f"the cluster has {len(there)} machines with {sum(node.cpus for node in there):g} CPUs and "
         f"{sum(node.gpus for node in there):g} GPUs, of which {free.get('CPU', 0):g} and "

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from imgcls.cluster.session import Interruption, calls_ray
+from imgcls.cluster.session import Interruption, register_ray_thread
 
 T = TypeVar("T")
 
 
-def started(call: Callable[[], T]) -> Future[T]:
+def run_in_thread(call: Callable[[], T]) -> Future[T]:
     """The future result of a call under way in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 
@@ -27,12 +27,12 @@ def started(call: Callable[[], T]) -> Future[T]:
             future.set_exception(error)
 
     thread = threading.Thread(target=run, name="call", daemon=True)
-    calls_ray(thread)
+    register_ray_thread(thread)
     thread.start()
     return future
 
 
-def awaited(future: Future[T], interruption: Interruption) -> T:
+def wait_interruptibly(future: Future[T], interruption: Interruption) -> T:
     """Its result; raises Interrupted, and leaves the call alone, if a signal comes first."""
     while not wait([future], timeout=0.2).done:
         interruption.check()

@@ -44,7 +44,7 @@ class Node:
     gpus: float
     accelerator: str | None = None
     id: str = ""
-    store_bytes: float = math.inf
+    object_store_bytes: float = math.inf
 
 
 def connect() -> None:
@@ -57,11 +57,11 @@ def connect() -> None:
     if ray.is_initialized():
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = _address()
+    address = _find_address()
     private = address == "local"
     # Ray Data imports it next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
-    with _hushed(), _keeping_memory() if private else contextlib.nullcontext():
+    with _hold_back_stderr(), _set_malloc_env() if private else contextlib.nullcontext():
         ray.init(
             address,
             logging_level=logging.WARNING,
@@ -73,12 +73,12 @@ def connect() -> None:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
 
 
-def hush_data() -> None:
+def silence_data_logger() -> None:
     """Have Ray Data raise its errors without logging them too; once it is imported, not before."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def leave(exit_code: int) -> None:
+def end_session(exit_code: int) -> None:
     """End the private session that `connect` has started; a cluster that was joined stays.
 
     At the interpreter's exit Ray does so too, a second and a half later: it waits for messages that
@@ -87,7 +87,7 @@ def leave(exit_code: int) -> None:
     Where a run was broken off, a thread may still be within Ray's native code, which does not
     survive a shutdown: the process then ends here, with `exit_code`, and the session ends with it.
     """
-    if any(thread.is_alive() for thread in _Session.threads):
+    if any(thread.is_alive() for thread in _Session.ray_threads):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
@@ -98,12 +98,12 @@ def leave(exit_code: int) -> None:
     _Session.private = False
 
 
-def calls_ray(thread: threading.Thread) -> None:
+def register_ray_thread(thread: threading.Thread) -> None:
     """Note a thread that may be within Ray's native code when the process is to end."""
-    _Session.threads.append(thread)
+    _Session.ray_threads.append(thread)
 
 
-def keep_memory() -> dict[str, Any]:
+def build_malloc_env() -> dict[str, Any]:
     """The runtime environment of processes that compute on a CPU: what they free, they keep.
 
     By its own rules glibc gives every tensor of more than 32 MB back to the kernel, and clears the
@@ -116,18 +116,20 @@ def keep_memory() -> dict[str, Any]:
     """
     if _Session.private:
         return {}
-    return {"env_vars": {name: os.environ.get(name, value) for name, value in _GLIBC.items()}}
+    return {
+        "env_vars": {name: os.environ.get(name, value) for name, value in _MALLOC_SETTINGS.items()}
+    }
 
 
 class _Session:
     private = False
-    threads: ClassVar[list[threading.Thread]] = []
+    ray_threads: ClassVar[list[threading.Thread]] = []
 
 
 @contextlib.contextmanager
-def _keeping_memory() -> Iterator[None]:
+def _set_malloc_env() -> Iterator[None]:
     """Have the processes that are started within it keep what they free."""
-    added = {name: value for name, value in _GLIBC.items() if name not in os.environ}
+    added = {name: value for name, value in _MALLOC_SETTINGS.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -136,7 +138,7 @@ def _keeping_memory() -> Iterator[None]:
             del os.environ[name]
 
 
-_GLIBC = {
+_MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
@@ -144,7 +146,7 @@ _GLIBC = {
 """In bytes, but for the number of heaps."""
 
 
-def _address() -> str | None:
+def _find_address() -> str | None:
     """None for a cluster that is there, and `local` for a session of our own.
 
     The last `ray start` on a machine leaves its address in a file, also when it was killed, and
@@ -191,8 +193,8 @@ def check_reachable(address: str) -> None:
                 f"{place}: no Ray cluster runs on this machine. Start one with `ray start --head`, "
                 "set RAY_ADDRESS to the host:port of another, or unset it"
             ) from error
-    host, port = _host_and_port(found, 10001 if address.startswith("ray://") else None, place)
-    why = _why_no_answer(host, port)
+    host, port = _split_address(found, 10001 if address.startswith("ray://") else None, place)
+    why = _probe_server(host, port)
     if why is not None:
         raise RunFailed(
             f"{place}: no Ray cluster answers at {host}:{port} ({why}). Start the cluster, correct "
@@ -200,7 +202,7 @@ def check_reachable(address: str) -> None:
         )
 
 
-def _host_and_port(address: str, default: int | None, place: str) -> tuple[str, int]:
+def _split_address(address: str, default: int | None, place: str) -> tuple[str, int]:
     try:
         parts = urllib.parse.urlsplit(f"//{address}")
         host, port = parts.hostname, parts.port or default
@@ -213,10 +215,10 @@ def _host_and_port(address: str, default: int | None, place: str) -> tuple[str, 
     return host, port
 
 
-def _why_no_answer(host: str, port: int) -> str | None:
+def _probe_server(host: str, port: int) -> str | None:
     """Why no gRPC server answers there within `_ANSWER_SECONDS`; None when one does."""
     try:
-        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         return error.strerror or str(error)
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
@@ -224,18 +226,18 @@ def _why_no_answer(host: str, port: int) -> str | None:
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=_ANSWER_SECONDS)
+            grpc.channel_ready_future(channel).result(timeout=_CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError:
-            return f"the port is open, but no Ray server answered in {_ANSWER_SECONDS} s"
+            return f"the port is open, but no Ray server answered in {_CONNECT_TIMEOUT_S} s"
     return None
 
 
-_ANSWER_SECONDS = 30
+_CONNECT_TIMEOUT_S = 30
 """For a head node that is busy; one that is gone refuses the connection at once."""
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def _hold_back_stderr() -> Iterator[None]:
     """Hold back what native code writes to stderr; it is shown after all when an error follows."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -252,14 +254,14 @@ def _hushed() -> Iterator[None]:
             os.close(kept)
 
 
-def nodes() -> list[Node]:
+def list_nodes() -> list[Node]:
     """The live machines, those without resources (a head that takes no work) left out."""
     machines = [node for node in ray.nodes() if node.get("Alive")]
-    found = [node_of(machine.get("Resources", {}), machine["NodeID"]) for machine in machines]
+    found = [build_node(machine.get("Resources", {}), machine["NodeID"]) for machine in machines]
     return [node for node in found if node.cpus or node.gpus]
 
 
-def node_of(resources: Mapping[str, float], id: str = "") -> Node:
+def build_node(resources: Mapping[str, float], id: str = "") -> Node:
     """A machine of what Ray calls its resources."""
     prefix = "accelerator_type:"
     names = [key[len(prefix) :] for key in resources if key.startswith(prefix)]
@@ -272,30 +274,30 @@ def node_of(resources: Mapping[str, float], id: str = "") -> Node:
     )
 
 
-def is_private() -> bool:
+def is_private_session() -> bool:
     """Whether the session was started by `connect`: no machine will join it."""
     return _Session.private
 
 
-def is_alive(actor: Any) -> bool:
+def is_actor_alive(actor: Any) -> bool:
     """Whether an actor's process is there, as far as Ray knows."""
     return bool(ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE")
 
 
 @contextlib.contextmanager
-def unwrapped() -> Iterator[None]:
+def unwrap_ray_errors() -> Iterator[None]:
     """Within it, an error of this package that a task raised comes out as itself."""
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause = cause_of(error)
+        cause = find_cause(error)
         if isinstance(cause, ImgclsError):
             words = (str(cause).strip() or "no message").splitlines()[0]
             raise type(cause)(words) from error
         raise
 
 
-def cause_of(error: ray.exceptions.RayError) -> BaseException:
+def find_cause(error: ray.exceptions.RayError) -> BaseException:
     """What a task raised: the error of this package that Ray tells of, else what Ray holds.
 
     Ray Data wraps what a function raises, and of the chain only the words come through.
@@ -318,7 +320,7 @@ class Interruption:
     def __init__(self) -> None:
         self._why: str | None = None
 
-    def ask(self, why: str) -> None:
+    def request_stop(self, why: str) -> None:
         """Have `check` raise, for a reason other than a signal."""
         self._why = why
 
@@ -328,26 +330,26 @@ class Interruption:
             raise Interrupted(f"stopped by {self._why}")
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[Interruption]:
+    def handle_signals(self) -> Iterator[Interruption]:
         """Within it, signals interrupt; outside the main thread they cannot be caught."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self._stop) for number in numbers}
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield self
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._why is None:
             self._why = signal.Signals(number).name
             self.check()
 
 
-def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T | None]:
+def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterator[T | None]:
     """Iterate in a thread of its own, so that a signal is answered while Ray keeps it waiting.
 
     Yields None every fifth of a second without an item.
@@ -366,7 +368,7 @@ def in_background(items: Iterable[T], interruption: Interruption) -> Iterator[T 
             ready.put((None, error))
 
     thread = threading.Thread(target=consume, name="consume", daemon=True)
-    calls_ray(thread)
+    register_ray_thread(thread)
     thread.start()
     try:
         while True:

@@ -17,48 +17,55 @@ from pydantic import BeforeValidator, NonNegativeInt
 
 from imgcls.config import Names, names, requested
 from imgcls.curation.checks import duplicates, label_errors, report, rules
-from imgcls.curation.checks.duplicates import CopiesConfig
-from imgcls.curation.checks.findings import COPIES, OF_A_MODEL, Alike, Finding, Issue, table_of
-from imgcls.curation.checks.image_table import Flags, Images, Ints, gathered
-from imgcls.curation.checks.label_errors import LabelsConfig
+from imgcls.curation.checks.duplicates import DuplicatesConfig
+from imgcls.curation.checks.findings import (
+    DUPLICATE_ISSUES,
+    MODEL_ISSUES,
+    DuplicateTest,
+    Finding,
+    Issue,
+    build_issue_table,
+)
+from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, build_image_table
+from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.curation.checks.rules import RulesConfig
-from imgcls.curation.checks.similarity import members
-from imgcls.curation.examine import Examined
-from imgcls.curation.scan import LookConfig, looked
+from imgcls.curation.checks.similarity import iterate_groups
+from imgcls.curation.examine import ScannedManifest
+from imgcls.curation.scan import ScanConfig, scan_manifests
 from imgcls.data import filesystem, object_store
-from imgcls.data.manifest import Manifest, open_manifest, with_whole_paths
-from imgcls.data.preprocess import Decode
+from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
+from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.layout import write_table
 
 ISSUES_FILE = "issues.parquet"
-SUMMARY = "summary.json"
-REPORT = "report.html"
-CLEAN = "clean.parquet"
+CHECK_SUMMARY = "summary.json"
+CHECK_REPORT = "report.html"
+CLEAN_MANIFEST = "clean.parquet"
 
-Issues = Annotated[list[Issue], BeforeValidator(names)]
+IssueList = Annotated[list[Issue], BeforeValidator(names)]
 
 
-class CheckConfig(LookConfig):
+class CheckConfig(ScanConfig):
     """Check a data set: bad images, copies, leaks between manifests, labels that look mistaken."""
 
     against: Names = []
     """Other manifests, such as of the test set: what is in both is a leak."""
     model: str | None = None
     """A bundle: its embeddings find more copies, outliers and labels that look mistaken."""
-    decode: Decode | None = None
+    decode: DecodeMode | None = None
     """Decode route for the model: exact or fast (default: bundle's)."""
     output: str
     """The folder to write; with drop, NAME.parquet is the clean manifest, and NAME the folder."""
-    drop: Issues = []
+    drop: IssueList = []
     """Write the manifest without rows that have these issues; of copies the first is kept."""
-    fail_on: Issues = []
+    fail_on: IssueList = []
     """Exit with 3 when there is one of these."""
     rules: RulesConfig = RulesConfig()
-    copies: CopiesConfig = CopiesConfig()
-    labels: LabelsConfig = LabelsConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    labels: LabelErrorsConfig = LabelErrorsConfig()
     gallery: NonNegativeInt = 24
     """Images shown per issue."""
 
@@ -72,60 +79,63 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
     (run it again to resume), IssuesFound for what `fail_on` names.
     """
     config = requested(CheckConfig, config, settings, 'check(manifest="train.csv", output="out")')
-    object_store.use(config.storage)
-    _check_asked(config)
-    output, clean = _outputs(config)
-    manifests = list(_manifests(config))
-    _check_clean(clean, output, manifests, config.overwrite)
+    object_store.set_process_settings(config.storage)
+    _check_request(config)
+    output, clean = _resolve_outputs(config)
+    manifests = list(_open_manifests(config))
+    _check_clean_target(clean, output, manifests, config.overwrite)
     bundle = None
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
-    results = (REPORT, SUMMARY, ISSUES_FILE, CLEAN)
-    with looked(config, output, manifests, bundle=bundle, results=results) as (examined, lease):
-        images = gathered((each.manifest, each.tables()) for each in examined)
+    results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
+    with scan_manifests(config, output, manifests, bundle=bundle, results=results) as (
+        examined,
+        lease,
+    ):
+        images = build_image_table((each.manifest, each.read_tables()) for each in examined)
         _check_readable(images)
-        findings = [each for each in _findings(images, config) if len(each.at)]
-        issues = table_of(images, findings)
+        findings = [each for each in _find_issues(images, config) if len(each.indices)]
+        issues = build_issue_table(images, findings)
         lease.check()
-        _write(output, images, findings, issues, config)
+        _write_results(output, images, findings, issues, config)
         if clean is not None:
             _write_clean(clean, images, findings, examined[0], config.drop)
-    tell("report", filesystem.join(output, REPORT))
-    _gate(findings, images, config.fail_on)
+    tell("report", filesystem.join(output, CHECK_REPORT))
+    _fail_on_issues(findings, images, config.fail_on)
     return issues
 
 
-def _check_asked(config: CheckConfig) -> None:
+def _check_request(config: CheckConfig) -> None:
     """Raise a ConfigError for issues that are to have consequences and cannot be seen."""
     for key, issues in (("drop", config.drop), ("fail_on", config.fail_on)):
         for issue in issues:
             if issue == "leakage" and not config.against:
                 raise ConfigError(f"{key}: leakage is seen beside another manifest; say --against")
-            if issue in OF_A_MODEL and config.model is None:
+            if issue in MODEL_ISSUES and config.model is None:
                 raise ConfigError(f"{key}: {issue} is seen by a model; say --model BUNDLE")
 
 
-def _check_readable(images: Images) -> None:
+def _check_readable(images: ImageTable) -> None:
     """Raise a ManifestError where a leak could not be seen: nothing of a manifest can be read."""
     if len(images.manifests) == 1:
         return
     for number, name in enumerate(images.manifests):
-        mine = np.flatnonzero(images.manifest == number)
-        if not images.ok[mine].any():
-            error = images.facts.column("error")[int(mine[0])].as_py()
+        mine = np.flatnonzero(images.manifest_index == number)
+        if not images.is_ok[mine].any():
+            error = images.features.column("error")[int(mine[0])].as_py()
             what = "against" if number else "manifest"
             raise ManifestError(
                 f"{what} {name}: not one of its images can be read ({error}); see to its paths"
             )
 
 
-def _findings(images: Images, config: CheckConfig) -> Iterator[Finding]:
-    yield from rules.judged(images, config.rules)
-    yield from duplicates.found(images, config.copies)
-    yield from label_errors.suspected(images, config.labels)
+def _find_issues(images: ImageTable, config: CheckConfig) -> Iterator[Finding]:
+    yield from rules.apply_rules(images, config.rules)
+    yield from duplicates.find_duplicates(images, config.duplicates)
+    yield from label_errors.find_label_issues(images, config.labels)
 
 
-def _outputs(config: CheckConfig) -> tuple[str, str | None]:
+def _resolve_outputs(config: CheckConfig) -> tuple[str, str | None]:
     """The folder of the check, and the file of the clean manifest."""
     output = filesystem.absolute(config.output).rstrip("/")
     if output.endswith(".parquet"):
@@ -135,10 +145,10 @@ def _outputs(config: CheckConfig) -> tuple[str, str | None]:
                 "write to it; give a folder, or say what to drop"
             )
         return output.removesuffix(".parquet"), output
-    return output, filesystem.join(output, CLEAN) if config.drop else None
+    return output, filesystem.join(output, CLEAN_MANIFEST) if config.drop else None
 
 
-def _check_clean(
+def _check_clean_target(
     clean: str | None, output: str, manifests: Sequence[Manifest], overwrite: bool
 ) -> None:
     """Refuse to replace a table that is no earlier check's."""
@@ -146,13 +156,13 @@ def _check_clean(
         return
     if clean in [filesystem.absolute(manifest.source) for manifest in manifests]:
         raise OutputError(f"output {clean}: is a manifest of this check; give another --output")
-    if not overwrite and not filesystem.exists(filesystem.join(output, SUMMARY)):
+    if not overwrite and not filesystem.exists(filesystem.join(output, CHECK_SUMMARY)):
         raise OutputError(
             f"output {clean}: is there already; give another --output, or say --overwrite"
         )
 
 
-def _manifests(config: CheckConfig) -> Iterator[Manifest]:
+def _open_manifests(config: CheckConfig) -> Iterator[Manifest]:
     """The checked one, and those beside it, of which labels may stand in another column."""
     yield open_manifest(config.manifest)
     for path in config.against:
@@ -166,48 +176,48 @@ def _manifests(config: CheckConfig) -> Iterator[Manifest]:
         yield manifest
 
 
-def _write(
+def _write_results(
     output: str,
-    images: Images,
+    images: ImageTable,
     findings: Sequence[Finding],
     issues: pa.Table,
     config: CheckConfig,
 ) -> None:
     write_table(filesystem.join(output, ISSUES_FILE), issues)
-    summary = _summary(images, findings)
+    summary = _summarize(images, findings)
     filesystem.write(
-        filesystem.join(output, SUMMARY), (json.dumps(summary, indent=2) + "\n").encode()
+        filesystem.join(output, CHECK_SUMMARY), (json.dumps(summary, indent=2) + "\n").encode()
     )
     filesystem.write(
-        filesystem.join(output, REPORT),
-        report.of_check(images, findings, summary, config.gallery).encode(),
+        filesystem.join(output, CHECK_REPORT),
+        report.render_check_report(images, findings, summary, config.gallery).encode(),
     )
     for name, count in summary["issues"].items():
         tell("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
 
 
-def _summary(images: Images, findings: Sequence[Finding]) -> dict[str, Any]:
-    rows = np.bincount(images.manifest, minlength=len(images.manifests))
+def _summarize(images: ImageTable, findings: Sequence[Finding]) -> dict[str, Any]:
+    rows = np.bincount(images.manifest_index, minlength=len(images.manifests))
     return {
         "manifests": [
             {"manifest": name, "rows": int(count)}
             for name, count in zip(images.manifests, rows, strict=True)
         ],
-        "issues": {finding.issue: len(finding.at) for finding in findings},
+        "issues": {finding.issue: len(finding.indices) for finding in findings},
     }
 
 
 def _write_clean(
     clean: str,
-    images: Images,
+    images: ImageTable,
     findings: Sequence[Finding],
-    examined: Examined,
+    examined: ScannedManifest,
     drop: Sequence[Issue],
 ) -> None:
     """The checked manifest without what is to be dropped, its paths whole."""
-    kept = ~dropped(images, findings, drop)[images.own]
-    rows = pa.concat_tables(examined.rows())
-    rows = with_whole_paths(examined.manifest, rows).filter(pa.array(kept))
+    kept = ~find_dropped(images, findings, drop)[images.is_own]
+    rows = pa.concat_tables(examined.read_rows())
+    rows = make_paths_absolute(examined.manifest, rows).filter(pa.array(kept))
     write_table(clean, rows)
     tell(
         "clean",
@@ -217,25 +227,27 @@ def _write_clean(
     )
 
 
-def dropped(images: Images, findings: Sequence[Finding], drop: Sequence[Issue]) -> Flags:
+def find_dropped(
+    images: ImageTable, findings: Sequence[Finding], drop: Sequence[Issue]
+) -> BoolArray:
     """(N,) bool: the images that have to go for the issues of `drop`."""
     gone = np.zeros(len(images), bool)
     # of copies one stays that is not to go for anything else, so these come last
-    for finding in sorted(findings, key=lambda finding: finding.issue in COPIES):
+    for finding in sorted(findings, key=lambda finding: finding.issue in DUPLICATE_ISSUES):
         if finding.issue not in drop:
             continue
-        at = finding.at
-        if finding.issue in COPIES and finding.group is not None:
-            there = images.own[at] & ~gone[at]
-            at = _copies(at[there], finding.group[there], finding.alike)
+        at = finding.indices
+        if finding.issue in DUPLICATE_ISSUES and finding.group is not None:
+            there = images.is_own[at] & ~gone[at]
+            at = _find_redundant(at[there], finding.group[there], finding.is_duplicate)
         gone[at] = True
     return gone
 
 
-def _copies(at: Ints, group: Ints, alike: Alike | None) -> Ints:
+def _find_redundant(at: IntArray, group: IntArray, alike: DuplicateTest | None) -> IntArray:
     """Those of each group that are alike to one before them which stays."""
     found = [np.empty(0, np.int64)]
-    for places in members(group):
+    for places in iterate_groups(group):
         rest = at[places]
         while len(rest) > 1:
             first, rest = rest[:1], rest[1:]
@@ -245,12 +257,14 @@ def _copies(at: Ints, group: Ints, alike: Alike | None) -> Ints:
     return np.concatenate(found)
 
 
-def _gate(findings: Sequence[Finding], images: Images, fail_on: Sequence[Issue]) -> None:
+def _fail_on_issues(
+    findings: Sequence[Finding], images: ImageTable, fail_on: Sequence[Issue]
+) -> None:
     found = []
     for finding in findings:
-        count = int(images.own[finding.at].sum())
+        count = int(images.is_own[finding.indices].sum())
         if finding.issue in fail_on and count:
-            first = images.path[int(finding.at[0])].as_py()
+            first = images.path[int(finding.indices[0])].as_py()
             found.append(f"{count:,} images with {finding.issue}, such as {first}")
     if found:
         raise IssuesFound(f"{'; '.join(found)} (--fail-on {','.join(fail_on)})")

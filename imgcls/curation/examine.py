@@ -16,16 +16,16 @@ from imgcls.cluster import session
 from imgcls.data import filesystem, object_store
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
-from imgcls.execution.completed import Ledger
-from imgcls.execution.messages import ExamineSpec
+from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.messages import ScanSpec
 from imgcls.execution.placement import ScaleConfig
-from imgcls.execution.plan import Identity, Plan, make_plan, plan_of, restore_shards
+from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, restore_shards
 from imgcls.execution.progress import Progress
-from imgcls.execution.runner import Passes, fitted
+from imgcls.execution.runner import ChunkRunner, wait_for_placement
 from imgcls.inference.requests import is_on_web
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import provenance
+from imgcls.provenance import build_provenance
 from imgcls.runs import layout as names
 from imgcls.runs.lease import Lease
 
@@ -33,31 +33,31 @@ PART_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Examined:
+class ScannedManifest:
     """A manifest whose images have all been looked at."""
 
     output: str
     manifest: Manifest
     plan: Plan
 
-    def rows(self) -> Iterator[pa.Table]:
+    def read_rows(self) -> Iterator[pa.Table]:
         """The manifest's rows, chunk by chunk, in order."""
-        for part in range(self.plan.parts):
+        for part in range(self.plan.num_parts):
             with filesystem.open_read(names.shard_url(self.output, part)) as stream:
                 shard = pq.ParquetFile(stream)
                 for group in range(len(self.plan.chunks_of(part))):
                     yield shard.read_row_group(group)
 
-    def tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+    def read_tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
         """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
-        for chunk, rows in enumerate(self.rows()):
+        for chunk, rows in enumerate(self.read_rows()):
             part = self.plan.part_of(chunk)
             url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
             with filesystem.open_read(url) as file:
                 yield rows, pq.read_table(file)
 
 
-def examine(
+def scan_manifest(
     manifest: Manifest,
     output: str,
     *,
@@ -68,7 +68,7 @@ def examine(
     progress_seconds: float,
     lease: Lease,
     interruption: session.Interruption,
-) -> Examined:
+) -> ScannedManifest:
     """Look at every image of a manifest that has not been looked at in an earlier run.
 
     output: a folder of its own; Ray is connected to already
@@ -76,7 +76,7 @@ def examine(
     Raises OutputError when the folder holds another run, RunFailed when it broke off.
     """
     decode = None if bundle is None else bundle.spec.preprocess.decode
-    identity = Identity(
+    identity = RunIdentity(
         manifest={
             "fingerprint": manifest.fingerprint(),
             "path_column": manifest.path_column,
@@ -87,14 +87,14 @@ def examine(
     )
     stored = names.load_run(output)
     if stored is not None:
-        lines = "\n".join(f"  {line}" for line in identity.differences(stored["identity"]))
+        lines = "\n".join(f"  {line}" for line in identity.find_differences(stored["identity"]))
         if lines:
             raise OutputError(
                 f"output {output}: was made of something else:\n{lines}\n"
                 "give another --output, or start over with --overwrite"
             )
     plan = (
-        plan_of(stored)
+        parse_plan(stored)
         if stored is not None
         else make_plan(
             output,
@@ -104,21 +104,21 @@ def examine(
             part_rows=PART_ROWS,
             row_bytes=128,
             limit=None,
-            provenance=provenance({}),
+            provenance=build_provenance({}),
             classes=None,
         )
     )
-    book = Ledger.read(output, plan)
+    book = CompletedChunks.load(output, plan)
     restore_shards(output, manifest, plan)
     if book.rows_done:
         tell("resume", f"{book.rows_done:,} of {plan.rows:,} rows are done")
-    todo = book.missing()
+    todo = book.list_remaining()
     if todo:
         scale = scale.model_copy(update={"layout": "cpu"})
-        layout = fitted(scale, interruption, 0)
+        layout = wait_for_placement(scale, interruption, 0)
         for reason in layout.reasons:
             tell("layout", reason)
-        spec = ExamineSpec(
+        spec = ScanSpec(
             output=output,
             plan=plan,
             path_column=manifest.path_column,
@@ -126,19 +126,19 @@ def examine(
             batch_size=layout.batch_size,
             max_pixels=max_pixels,
             max_bytes=max_bytes,
-            fetches=scale.fetches,
-            storage=object_store.settings(),
+            io_concurrency=scale.io_concurrency,
+            storage=object_store.current_settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
-            on_web=is_on_web(manifest),
+            is_on_web=is_on_web(manifest),
             bundle_url=None if bundle is None else filesystem.absolute(bundle.url),
             bundle_sha256=None if bundle is None else bundle.sha256,
             decode=decode,
         )
         progress = Progress(plan.rows, book.rows_done, progress_seconds)
         try:
-            passes = Passes(spec, scale, interruption, lambda fits: fits, 0)
-            for receipt in passes.receipts(layout, todo):
+            passes = ChunkRunner(spec, scale, interruption, lambda fits: fits, 0)
+            for receipt in passes.run(layout, todo):
                 lease.check()
                 if receipt is None:
                     progress.tick()
@@ -146,4 +146,4 @@ def examine(
                     progress.add(receipt)
         finally:
             progress.close()
-    return Examined(output, manifest, plan)
+    return ScannedManifest(output, manifest, plan)

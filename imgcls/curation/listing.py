@@ -22,19 +22,19 @@ from pydantic import PositiveInt
 
 from imgcls.config import Section
 from imgcls.data import filesystem, object_store
-from imgcls.data.discovery import described, suffix_of, tell_skipped
-from imgcls.data.formats import LISTED as DONE
-from imgcls.data.formats import LISTING as PLAN
-from imgcls.data.formats import is_hidden, is_image_name
-from imgcls.data.object_store import File, StorageConfig
+from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
+from imgcls.data.formats import LISTING_DONE_FILE as DONE
+from imgcls.data.formats import LISTING_FILE as PLAN
+from imgcls.data.formats import has_image_suffix, is_hidden_name
+from imgcls.data.object_store import FileInfo, StorageConfig
 from imgcls.errors import OutputError, RequestError
 
-_GROUPS = 64
-_DEPTH = 3
-_ROWS = 65_536
+_MAX_GROUPS = 64
+_MAX_DEPTH = 3
+_FLUSH_ROWS = 65_536
 
 
-class BuildConfig(Section):
+class ListingConfig(Section):
     """List a folder or a bucket into a manifest."""
 
     positional: ClassVar[tuple[str, ...]] = ("source",)
@@ -45,14 +45,14 @@ class BuildConfig(Section):
     """The folder of Parquet files to write; `--manifest` takes it as it is."""
     labels: bool = False
     """Take the name of the folder right below the source as the label."""
-    listings: PositiveInt = 16
+    list_concurrency: PositiveInt = 16
     """Prefixes that are listed at once."""
     overwrite: bool = False
     """Replace the manifest that is there."""
     storage: StorageConfig = StorageConfig()
 
 
-def build_manifest(config: BuildConfig) -> int:
+def build_listing(config: ListingConfig) -> int:
     """List all images below a folder; returns how many.
 
     Columns: path (string, whole), size (int64, bytes), mtime (timestamp, UTC), etag (string, null
@@ -60,22 +60,23 @@ def build_manifest(config: BuildConfig) -> int:
     Raises RequestError when there is no image or one lies beside the class folders, OutputError
     when another manifest is there. The same command goes on where it was broken off.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     started = time.monotonic()
     output, source = (
         filesystem.absolute(config.output),
         filesystem.absolute(config.source).rstrip("/"),
     )
     skipped: Counter[str] = Counter()
-    groups = _plan(config, source, output, skipped)
-    parts = [_part(output, at) for at in range(len(groups) + 1)]
-    there = set(filesystem.names(output))
+    groups = _plan_groups(config, source, output, skipped)
+    parts = [_get_part_url(output, at) for at in range(len(groups) + 1)]
+    there = set(filesystem.list_names(output))
     todo = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in there]
     if len(parts) - len(todo) > 1:
         print(f"resume  {len(parts) - len(todo):,} of {len(parts):,} groups are listed")
-    with ThreadPoolExecutor(config.listings, thread_name_prefix="list") as pool:
+    with ThreadPoolExecutor(config.list_concurrency, thread_name_prefix="list") as pool:
         tasks = [
-            pool.submit(_list, groups[at - 1], parts[at], source, config, skipped) for at in todo
+            pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
+            for at in todo
         ]
         listed = 0
         try:
@@ -87,29 +88,31 @@ def build_manifest(config: BuildConfig) -> int:
             for task in tasks:
                 task.cancel()
             raise
-    rows = sum(_rows(part) for part in parts)
+    rows = sum(_count_rows(part) for part in parts)
     if rows == 0:
-        for name in _ours(output):
+        for name in _list_own_files(output):
             filesystem.remove(filesystem.join(output, name))
         raise RequestError(
             f"{source}: no image below it; nothing to list"
-            + (f" (passed over {described(skipped)})" if skipped else "")
+            + (f" (passed over {format_suffix_counts(skipped)})" if skipped else "")
         )
-    tell_skipped(source, skipped, "their names are not those of images")
+    log_skipped_files(source, skipped, "their names are not those of images")
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
     filesystem.write(filesystem.join(output, DONE), (json.dumps(body, indent=2) + "\n").encode())
     print(f"manifest   {rows:,} images: {output}", flush=True)
     return rows
 
 
-def _plan(config: BuildConfig, source: str, output: str, skipped: Counter[str]) -> list[list[str]]:
+def _plan_groups(
+    config: ListingConfig, source: str, output: str, skipped: Counter[str]
+) -> list[list[str]]:
     """Groups of folders to list with all below them; an unfinished listing keeps its own.
 
     What lies above these folders is listed on the way down, into the first part.
     """
     asked = {"source": source, "labels": config.labels}
-    url, first = filesystem.join(output, PLAN), _part(output, 0)
-    there, ours = set(filesystem.names(output)), set(_ours(output))
+    url, first = filesystem.join(output, PLAN), _get_part_url(output, 0)
+    there, ours = set(filesystem.list_names(output)), set(_list_own_files(output))
     if there - ours:
         raise OutputError(
             f"output {output}: holds other files ({min(there - ours)}); give another --output"
@@ -127,29 +130,29 @@ def _plan(config: BuildConfig, source: str, output: str, skipped: Counter[str]) 
             )
         if first.rpartition("/")[2] in ours:
             return [list(group) for group in stored["groups"]]
-    with _Part.written(first, source, config.labels, skipped) as top:
-        folders = _descend(top, source, config.listings)
-        size = -(-len(folders) // _GROUPS) or 1
+    with _PartWriter.open(first, source, config.labels, skipped) as top:
+        folders = _find_prefixes(top, source, config.list_concurrency)
+        size = -(-len(folders) // _MAX_GROUPS) or 1
         groups = [folders[start : start + size] for start in range(0, len(folders), size)]
         # before the first part appears, which might be taken for a whole manifest
         filesystem.write(url, (json.dumps(asked | {"groups": groups}) + "\n").encode())
     return groups
 
 
-def _descend(top: _Part, source: str, listings: int) -> list[str]:
+def _find_prefixes(top: _PartWriter, source: str, listings: int) -> list[str]:
     """Folders enough to be listed side by side, found level by level; files above go to `top`."""
 
     def level(folder: str) -> list[str]:
         below: list[str] = []
         bundle = False
-        for page in filesystem.pages(folder, deep=False):
+        for page in filesystem.iter_pages(folder, deep=False):
             top.add(page.files)
-            below += [each for each in page.folders if not is_hidden(each.rpartition("/")[2])]
+            below += [each for each in page.folders if not is_hidden_name(each.rpartition("/")[2])]
             bundle |= any(file.path.endswith("/bundle.json") for file in page.files)
         return [each for each in below if not (bundle and each.endswith("/plots"))]
 
     folders = [source]
-    for _ in range(_DEPTH):
+    for _ in range(_MAX_DEPTH):
         if len(folders) >= 2 * listings:
             break
         with ThreadPoolExecutor(listings, thread_name_prefix="list") as pool:
@@ -157,13 +160,13 @@ def _descend(top: _Part, source: str, listings: int) -> list[str]:
     return folders
 
 
-def _list(
-    group: Sequence[str], part: str, source: str, config: BuildConfig, skipped: Counter[str]
+def _list_group(
+    group: Sequence[str], part: str, source: str, config: ListingConfig, skipped: Counter[str]
 ) -> int:
-    with _Part.written(part, source, config.labels, skipped) as writer:
+    with _PartWriter.open(part, source, config.labels, skipped) as writer:
         for folder in group:
             plots: set[str] = set()  # of bundles, whose plots are no images of a data set
-            for page in filesystem.pages(folder, deep=True):
+            for page in filesystem.iter_pages(folder, deep=True):
                 plots |= {
                     file.path.removesuffix("bundle.json") + "plots/"
                     for file in page.files
@@ -173,7 +176,7 @@ def _list(
     return writer.rows
 
 
-class _Part:
+class _PartWriter:
     """A Parquet file of the manifest in the making; several threads may add to it.
 
     skipped: counts, by suffix, the files of all parts that are passed over
@@ -182,12 +185,14 @@ class _Part:
     def __init__(self, writer: pq.ParquetWriter, source: str, skipped: Counter[str]) -> None:
         self.rows = 0
         self._writer, self._source, self._skipped = writer, source, skipped
-        self._pending: list[File] = []
+        self._pending: list[FileInfo] = []
         self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
-    def written(cls, url: str, source: str, labels: bool, skipped: Counter[str]) -> Iterator[_Part]:
+    def open(
+        cls, url: str, source: str, labels: bool, skipped: Counter[str]
+    ) -> Iterator[_PartWriter]:
         label = [pa.field("label", pa.string())] if labels else []
         schema = pa.schema([*_SCHEMA, *label])
         with filesystem.open_write(url) as stream, pq.ParquetWriter(stream, schema) as writer:
@@ -195,36 +200,36 @@ class _Part:
             yield part
             part._flush()
 
-    def add(self, files: Sequence[File]) -> None:
+    def add(self, files: Sequence[FileInfo]) -> None:
         with self._lock:
             for file in files:
                 path = file.path[len(self._source) :]
-                if any(is_hidden(name) for name in path.split("/")):
+                if any(is_hidden_name(name) for name in path.split("/")):
                     continue
-                if is_image_name(path):
+                if has_image_suffix(path):
                     self._pending.append(file)
                 else:
-                    self._skipped[suffix_of(path)] += 1
-            if len(self._pending) >= _ROWS:
+                    self._skipped[get_suffix(path)] += 1
+            if len(self._pending) >= _FLUSH_ROWS:
                 self._flush()
 
     def _flush(self) -> None:
-        self._writer.write_table(_table(self._pending, self._source, self._writer.schema))
+        self._writer.write_table(_build_table(self._pending, self._source, self._writer.schema))
         self.rows += len(self._pending)
         self._pending.clear()
 
 
-def _part(output: str, at: int) -> str:
+def _get_part_url(output: str, at: int) -> str:
     return filesystem.join(output, f"part-{at:05d}.parquet")
 
 
-def _ours(output: str) -> list[str]:
+def _list_own_files(output: str) -> list[str]:
     """The names in the output folder that a listing gives to its files."""
     own = re.compile(rf"part-\d{{5}}\.parquet|{re.escape(PLAN)}|{DONE}")
-    return [name for name in filesystem.names(output) if own.fullmatch(name)]
+    return [name for name in filesystem.list_names(output) if own.fullmatch(name)]
 
 
-def _table(files: Sequence[File], source: str, schema: pa.Schema) -> pa.Table:
+def _build_table(files: Sequence[FileInfo], source: str, schema: pa.Schema) -> pa.Table:
     columns: dict[str, Any] = {
         "path": [file.path for file in files],
         "size": [file.size for file in files],
@@ -232,11 +237,11 @@ def _table(files: Sequence[File], source: str, schema: pa.Schema) -> pa.Table:
         "etag": [file.etag for file in files],
     }
     if "label" in schema.names:
-        columns["label"] = list(_labels(files, source))
+        columns["label"] = list(_get_labels(files, source))
     return pa.table(columns, schema=schema)
 
 
-def _labels(files: Sequence[File], source: str) -> Iterator[str]:
+def _get_labels(files: Sequence[FileInfo], source: str) -> Iterator[str]:
     for file in files:
         label, separator, _ = file.path[len(source) + 1 :].partition("/")
         if not separator:
@@ -247,7 +252,7 @@ def _labels(files: Sequence[File], source: str) -> Iterator[str]:
         yield label
 
 
-def _rows(part: str) -> int:
+def _count_rows(part: str) -> int:
     with filesystem.open_read(part) as stream:
         return int(pq.ParquetFile(stream).metadata.num_rows)
 

@@ -10,23 +10,23 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.cluster import session
 from imgcls.config import Section
-from imgcls.curation.examine import Examined, examine
+from imgcls.curation.examine import ScannedManifest, scan_manifest
 from imgcls.data import filesystem
-from imgcls.data.filesystem import MAX_BYTES
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import OutputError
 from imgcls.execution.placement import ScaleConfig
-from imgcls.execution.runner import resumable
+from imgcls.execution.runner import add_resume_hint
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
-from imgcls.runs.lease import FOLDER as LEASE
+from imgcls.runs.lease import LEASE_FOLDER as LEASE
 from imgcls.runs.lease import Lease
 
-LOOKS = "_looks"
+SCAN_FOLDER = "_looks"
 
 
-class LookConfig(Section):
+class ScanConfig(Section):
     """What to look at, and how."""
 
     positional: ClassVar[tuple[str, ...]] = ("manifest",)
@@ -37,7 +37,7 @@ class LookConfig(Section):
     """The folder to write."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
-    max_bytes: PositiveInt = MAX_BYTES
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
     overwrite: bool = False
     """Throw away what is in the output folder and start over."""
@@ -48,15 +48,15 @@ class LookConfig(Section):
 
 
 @contextlib.contextmanager
-def looked(
-    config: LookConfig,
+def scan_manifests(
+    config: ScanConfig,
     output: str,
     manifests: Sequence[Manifest],
     *,
     bundle: Bundle | None = None,
     results: Sequence[str],
     beside: Sequence[str] = (),
-) -> Iterator[tuple[list[Examined], Lease]]:
+) -> Iterator[tuple[list[ScannedManifest], Lease]]:
     """Look at all images that an earlier run into the same folder has not looked at.
 
     results: the names of what is to be written to the folder while its lease is held
@@ -66,18 +66,18 @@ def looked(
     _check_output(output, (*results, *beside))
     if config.overwrite:
         _check_inputs(output, results, manifests)
-    with session.Interruption().watched() as interruption:
+    with session.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(output)
         try:
             if config.overwrite:
-                for name in (*results, LOOKS):
+                for name in (*results, SCAN_FOLDER):
                     filesystem.remove(filesystem.join(output, name))
-            with resumable(output, lease):
+            with add_resume_hint(output, lease):
                 session.connect()
                 examined = [
-                    examine(
+                    scan_manifest(
                         manifest,
-                        filesystem.join(output, LOOKS, str(number)),
+                        filesystem.join(output, SCAN_FOLDER, str(number)),
                         bundle=bundle,
                         max_pixels=config.max_pixels,
                         max_bytes=config.max_bytes,
@@ -90,7 +90,7 @@ def looked(
                 ]
             yield examined, lease
             # asked again it looks again: images may have been mended
-            filesystem.remove(filesystem.join(output, LOOKS))
+            filesystem.remove(filesystem.join(output, SCAN_FOLDER))
         finally:
             lease.release()
 
@@ -108,8 +108,8 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
 
 
 def _check_output(output: str, results: Sequence[str]) -> None:
-    layout.check_writable(output)
-    others = set(filesystem.names(output)) - {LOOKS, LEASE, *results}
+    layout.check_output_writable(output)
+    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE, *results}
     if others:
         raise OutputError(
             f"output {output}: holds other files ({min(others)}); give another --output"

@@ -14,15 +14,15 @@ import pyarrow as pa
 
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
-from imgcls.data.image_features import FIELDS, Facts, facts_of
+from imgcls.data.image_features import FEATURE_FIELDS, ImageFeatures, compute_features
 from imgcls.errors import ImageError, StorageError
-from imgcls.execution.messages import ExamineSpec, Spent, Work
-from imgcls.inference.stages import NOTHING, Beat, Blob, fetch
+from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
+from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, HeartbeatFn, fetch_images
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
 
 
-def schema(embedding: int | None) -> pa.Schema:
+def scan_schema(embedding: int | None) -> pa.Schema:
     """The columns of a table of facts.
 
     embedding: its width, where there is a model
@@ -34,35 +34,35 @@ def schema(embedding: int | None) -> pa.Schema:
             pa.field("status", pa.string(), nullable=False),
             pa.field("error", pa.string()),
             pa.field("bytes", pa.int64()),
-            *FIELDS,
+            *FEATURE_FIELDS,
             *more,
         ]
     )
 
 
-def look(
-    spec: ExamineSpec,
+def scan_chunk(
+    spec: ScanSpec,
     classifier: Classifier | None,
     rows: pa.Table,
-    work: Work,
-    spent: Spent,
-    crashed: Mapping[int, str] = NOTHING,
-    beat: Beat = lambda: None,
+    work: ChunkTask,
+    spent: StageTimings,
+    crashed: Mapping[int, str] = NO_CRASHED_ROWS,
+    beat: HeartbeatFn = lambda: None,
 ) -> pa.Table:
     """What there is to say of each row's image: one row each, null facts without an image.
 
     crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
     beat:    called after each row, to tell that it goes on
     """
-    columns = schema(None if classifier is None else classifier.embedding_width)
+    columns = scan_schema(None if classifier is None else classifier.embedding_width)
     start = spec.plan.rows_of(work.chunk).start
     looks: list[dict[str, Any]] = []
-    embeddings = _Embeddings(classifier, spec.batch_size)
-    for place, blob in enumerate(_timed_fetch(fetch(spec, rows, crashed), spent)):
-        with spent.stage("prepare"):
+    embeddings = _EmbeddingBatcher(classifier, spec.batch_size)
+    for place, blob in enumerate(_time_fetch(fetch_images(spec, rows, crashed), spent)):
+        with spent.measure("prepare"):
             told: dict[str, Any] = {"row": start + place, "status": layout.OK, "error": None}
             try:
-                told |= _look(spec, blob, embeddings)
+                told |= _scan_image(spec, blob, embeddings)
             except (StorageError, ImageError) as error:
                 told |= {"status": error.status, "error": str(error)}
                 embeddings.skip()
@@ -71,25 +71,25 @@ def look(
                 spent.bytes += len(blob)
         looks.append(told)
         beat()
-    with spent.stage("classify"):
-        vectors = embeddings.all()
+    with spent.measure("classify"):
+        vectors = embeddings.finish()
     for told, vector in zip(looks, vectors, strict=True):
         if classifier is not None and told["status"] == layout.OK and vector is None:
-            failure = classifier.not_finite()
+            failure = classifier.build_not_finite_error()
             told |= {"status": failure.status, "error": str(failure)}
         told["embedding"] = vector
     return pa.Table.from_pylist(looks, schema=columns)
 
 
-def _look(spec: ExamineSpec, blob: Blob, embeddings: _Embeddings) -> dict[str, Any]:
+def _scan_image(spec: ScanSpec, blob: FetchResult, embeddings: _EmbeddingBatcher) -> dict[str, Any]:
     if not isinstance(blob, bytes):
         raise blob
-    facts: Facts = facts_of(blob, max_pixels=spec.max_pixels)
+    facts: ImageFeatures = compute_features(blob, max_pixels=spec.max_pixels)
     embeddings.add(blob, spec.max_pixels)
-    return facts.columns()
+    return facts.to_columns()
 
 
-class _Embeddings:
+class _EmbeddingBatcher:
     """The embeddings of a chunk's images, a batch at a time; None for each without a model.
 
     None also for an image that the model gives NaN or infinity for.
@@ -104,7 +104,9 @@ class _Embeddings:
 
     def add(self, data: bytes, max_pixels: int) -> None:
         if self._classifier is not None:
-            pixels, _ = decode.decode(data, self._classifier.preprocess, max_pixels=max_pixels)
+            pixels, _ = decode.decode_image(
+                data, self._classifier.preprocess, max_pixels=max_pixels
+            )
             self._batch.append(pixels)
             if len(self._batch) == self._batch_size:
                 self._run()
@@ -113,7 +115,7 @@ class _Embeddings:
     def skip(self) -> None:
         self._there.append(False)
 
-    def all(self) -> list[npt.NDArray[np.float16] | None]:
+    def finish(self) -> list[npt.NDArray[np.float16] | None]:
         if self._batch:
             self._run()
         vectors: Iterator[npt.NDArray[np.float16] | None] = iter(self._vectors)
@@ -121,19 +123,21 @@ class _Embeddings:
 
     def _run(self) -> None:
         assert self._classifier is not None
-        said = self._classifier.classify(decode.stack(self._batch), embeddings=True)
+        said = self._classifier.classify(decode.stack_images(self._batch), embeddings=True)
         assert said.embedding is not None
         self._vectors.extend(
             vector if finite else None
-            for vector, finite in zip(said.embedding.astype(np.float16), said.finite, strict=True)
+            for vector, finite in zip(
+                said.embedding.astype(np.float16), said.is_finite, strict=True
+            )
         )
         self._batch.clear()
 
 
-def _timed_fetch(blobs: Iterator[Blob], spent: Spent) -> Iterator[Blob]:
+def _time_fetch(blobs: Iterator[FetchResult], spent: StageTimings) -> Iterator[FetchResult]:
     end = object()
     while True:
-        with spent.stage("fetch"):
+        with spent.measure("fetch"):
             blob: Any = next(blobs, end)
         if blob is end:
             return

@@ -20,14 +20,14 @@ from pydantic import Field, PositiveFloat
 
 from imgcls.config import Section
 from imgcls.data import filesystem, object_store
-from imgcls.data.image_features import digest_of
+from imgcls.data.image_features import compute_digest
 from imgcls.data.manifest import (
     Manifest,
     ManifestConfig,
-    labels_as_text,
+    log_label_variants,
+    make_paths_absolute,
+    normalize_labels,
     open_manifest,
-    tell_alike_labels,
-    with_whole_paths,
 )
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import (
@@ -39,8 +39,8 @@ from imgcls.errors import (
 )
 from imgcls.log import tell
 
-CONTENT = "content"
-DIGEST = "digest"
+BY_CONTENT = "content"
+DIGEST_COLUMN = "digest"
 NO_LABEL = "(no label)"
 
 
@@ -57,7 +57,7 @@ class SplitConfig(Section):
     """The share of each part, by its name."""
     folds: int | None = Field(default=None, ge=2, le=100)
     """In place of parts: so many folds, each a folder with train.parquet and val.parquet."""
-    by: str = CONTENT
+    by: str = BY_CONTENT
     """What stays together: content (images of the same bytes), or a column such as patient."""
     seed: int = 0
     """Another seed, another split."""
@@ -66,7 +66,7 @@ class SplitConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
-def split(config: SplitConfig) -> dict[str, int]:
+def split_manifest(config: SplitConfig) -> dict[str, int]:
     """Split a manifest; returns the rows of each part.
 
     Columns come through as they are, paths are whole. The parts of every class have the given
@@ -76,26 +76,28 @@ def split(config: SplitConfig) -> dict[str, int]:
     Raises ManifestError when the column is not there or an image cannot be read, OutputError when
     the folder holds something.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
-    if config.by != CONTENT and config.by not in manifest.schema.names:
+    if config.by != BY_CONTENT and config.by not in manifest.schema.names:
         raise ManifestError(
             f"manifest {manifest.source}: no column {config.by!r} to split by (found: "
             f"{', '.join(manifest.schema.names)}); name another, or say --by content"
         )
-    shares = _shares(config)
-    files = files_of(config)
+    shares = _resolve_shares(config)
+    files = list_part_files(config)
     ours = {name.partition("/")[0] for each in files.values() for name in each}
     stale = _check_output(output, ours, config.overwrite) - ours
     counts: dict[str, Counter[str]] = {part: Counter() for part in shares}
-    with _Writers(output, files) as writers:
+    with _PartWriters(output, files) as writers:
         for batch in manifest.batches():
             table = pa.Table.from_batches([batch])
             first = sum(count.total() for count in counts.values())
-            parts = parts_of(list(_keys(manifest, table, first, config)), shares, config.seed)
-            table = with_whole_paths(manifest, table)
-            labels = _labels(manifest, table)
+            parts = assign_parts(
+                list(_compute_keys(manifest, table, first, config)), shares, config.seed
+            )
+            table = make_paths_absolute(manifest, table)
+            labels = _read_labels(manifest, table)
             for part in shares:
                 mask = [each == part for each in parts]
                 writers.add(part, table.filter(pa.array(mask, pa.bool_())))
@@ -106,12 +108,12 @@ def split(config: SplitConfig) -> dict[str, int]:
         filesystem.remove(filesystem.join(output, name))
     labels_of_all = sum(counts.values(), Counter())
     del labels_of_all[NO_LABEL]
-    tell_alike_labels(f"manifest {manifest.source}", labels_of_all)
-    _tell(counts, shares, output)
+    log_label_variants(f"manifest {manifest.source}", labels_of_all)
+    _log_summary(counts, shares, output)
     return {part: count.total() for part, count in counts.items()}
 
 
-def parts_of(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) -> list[str]:
+def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) -> list[str]:
     """The part of each key: where its hash falls on a line that the parts share out.
 
     A key's part depends on nothing but the key, the shares and the seed.
@@ -130,7 +132,7 @@ def parts_of(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) -> l
     return found
 
 
-def files_of(config: SplitConfig) -> dict[str, list[str]]:
+def list_part_files(config: SplitConfig) -> dict[str, list[str]]:
     """The files that a part's rows go to, by part."""
     if config.folds is None:
         return {part: [f"{part}.parquet"] for part in config.parts}
@@ -141,7 +143,7 @@ def files_of(config: SplitConfig) -> dict[str, list[str]]:
     }
 
 
-def _shares(config: SplitConfig) -> dict[str, float]:
+def _resolve_shares(config: SplitConfig) -> dict[str, float]:
     if config.folds is not None:
         return {str(number): 1.0 for number in range(config.folds)}
     wrong = [name for name in config.parts if not name.replace("-", "").replace("_", "").isalnum()]
@@ -154,13 +156,15 @@ def _shares(config: SplitConfig) -> dict[str, float]:
     return dict(config.parts)
 
 
-def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) -> Iterator[bytes]:
+def _compute_keys(
+    manifest: Manifest, table: pa.Table, first: int, config: SplitConfig
+) -> Iterator[bytes]:
     """What the rows that stay together have in common.
 
     first: the manifest's row that the table begins with
     """
-    if config.by != CONTENT:
-        for row, text in enumerate(labels_as_text(table.column(config.by)).to_pylist()):
+    if config.by != BY_CONTENT:
+        for row, text in enumerate(normalize_labels(table.column(config.by)).to_pylist()):
             if text is None:
                 raise ManifestError(
                     f"manifest {manifest.source}: row {first + row:,} has no {config.by!r}, so it "
@@ -170,8 +174,8 @@ def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) 
         return
     paths = table.column(manifest.path_column).cast(pa.string()).to_pylist()
     digests: list[str | None] = [None] * len(paths)
-    if DIGEST in table.schema.names:
-        digests = table.column(DIGEST).cast(pa.string()).to_pylist()
+    if DIGEST_COLUMN in table.schema.names:
+        digests = table.column(DIGEST_COLUMN).cast(pa.string()).to_pylist()
     unknown = [
         manifest.resolve(path)
         for path, digest in zip(paths, digests, strict=True)
@@ -187,14 +191,14 @@ def _keys(manifest: Manifest, table: pa.Table, first: int, config: SplitConfig) 
                     "such rows out with `imgcls manifest check --drop unreadable`, or split --by a "
                     "column"
                 )
-            digest = digest_of(blob).hex()
+            digest = compute_digest(blob).hex()
         yield digest.encode()
 
 
-def _labels(manifest: Manifest, table: pa.Table) -> list[str]:
+def _read_labels(manifest: Manifest, table: pa.Table) -> list[str]:
     if manifest.label_column is None:
         return [NO_LABEL] * table.num_rows
-    text = labels_as_text(table.column(manifest.label_column)).to_pylist()
+    text = normalize_labels(table.column(manifest.label_column)).to_pylist()
     return [NO_LABEL if label is None else label for label in text]
 
 
@@ -212,7 +216,7 @@ def _check_output(output: str, ours: set[str], overwrite: bool) -> set[str]:
     return there
 
 
-class _Writers:
+class _PartWriters:
     """The files of a split; on an error none of them appears."""
 
     def __init__(self, output: str, files: Mapping[str, Sequence[str]]) -> None:
@@ -220,7 +224,7 @@ class _Writers:
         self._open: dict[str, pq.ParquetWriter] = {}
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> _Writers:
+    def __enter__(self) -> _PartWriters:
         self._stack.__enter__()
         return self
 
@@ -239,7 +243,9 @@ class _Writers:
             self._open[name].write_table(table)
 
 
-def _tell(counts: Mapping[str, Counter[str]], shares: Mapping[str, float], output: str) -> None:
+def _log_summary(
+    counts: Mapping[str, Counter[str]], shares: Mapping[str, float], output: str
+) -> None:
     total = sum(shares.values())
     rows = sum(count.total() for count in counts.values())
     for part, share in shares.items():

@@ -11,19 +11,19 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from imgcls.data.readahead import Allowance
-from imgcls.data.storage_errors import too_large
+from imgcls.data.readahead import ReadAllowance
+from imgcls.data.storage_errors import too_large_error
 from imgcls.errors import StorageError
 
-PAGE = 1000
-FIRST_BYTES = 4 << 20
+_PAGE_SIZE = 1000
+FIRST_REQUEST_BYTES = 4 << 20
 """Bytes of a blob that the first request reads, which also returns its size; most photographs are
 no larger."""
 _PART_BYTES = 32 << 20
 _HOSTS = (".dfs.core.windows.net", ".blob.core.windows.net")
 
 
-def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
+def build_azure_file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
     """adlfs without retries of its own.
 
     account: as a URL names it; None for that of the environment (AZURE_STORAGE_ACCOUNT_NAME,
@@ -33,7 +33,9 @@ def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
     from azure.storage.blob.aio import BlobServiceClient
 
     named = {"account_name": account} if account else {}
-    fs = _class()(use_listings_cache=False, skip_instance_cache=True, anon=anon or None, **named)
+    fs = _get_file_system_class()(
+        use_listings_cache=False, skip_instance_cache=True, anon=anon or None, **named
+    )
     usual = fs.service_client
     fs.service_client = BlobServiceClient(
         usual.url,
@@ -41,14 +43,14 @@ def file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
         retry_total=0,
         connection_timeout=seconds,
         read_timeout=seconds,
-        max_single_get_size=FIRST_BYTES,
+        max_single_get_size=FIRST_REQUEST_BYTES,
         max_chunk_get_size=_PART_BYTES,
     )
     return fs
 
 
 @functools.cache
-def _class() -> Any:
+def _get_file_system_class() -> Any:
     from adlfs import AzureBlobFileSystem
 
     class _Azure(AzureBlobFileSystem):
@@ -67,7 +69,7 @@ def _class() -> Any:
     return _Azure
 
 
-def account_of(url: str) -> str | None:
+def get_account(url: str) -> str | None:
     """The account in abfs://container@account.dfs.core.windows.net/name; None without one."""
     host = url.partition("://")[2].partition("/")[0].partition("@")[2]
     suffix = next((each for each in _HOSTS if host.endswith(each)), None)
@@ -76,23 +78,25 @@ def account_of(url: str) -> str | None:
     return host.removesuffix(suffix) if suffix else None
 
 
-async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
+async def read_azure_blob(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
     """A blob's bytes; in several requests, for the same version of it, if it is large.
 
     Raises StorageTooLarge and NoRoom before more is read than is allowed.
     """
     container, name, _ = fs.split_path(path)
-    allowance.reserve(FIRST_BYTES)
+    allowance.reserve(FIRST_REQUEST_BYTES)
     async with fs.service_client.get_blob_client(container, name) as blob:
         stream = await blob.download_blob(max_concurrency=1)
-        if allowance.exceeded_by(stream.size):
-            raise too_large(f"az://{path}", allowance.max_bytes, stream.size)
+        if allowance.is_exceeded_by(stream.size):
+            raise too_large_error(f"az://{path}", allowance.max_bytes, stream.size)
         allowance.reserve(stream.size)
         data: bytes = await stream.readall()
         return data
 
 
-async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> tuple[list[Any], Any]:
+async def list_azure_page(
+    fs: Any, path: str, *, deep: bool, token: str | None
+) -> tuple[list[Any], Any]:
     """A page of a listing, and the token of the next one; items without a size are folders.
 
     path: container/prefix, of a folder
@@ -101,10 +105,10 @@ async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> tuple[li
     prefix = f"{name.rstrip('/')}/" if name else None
     async with fs.service_client.get_container_client(container) as client:
         if deep:
-            found = client.list_blobs(prefix, include=["metadata"], results_per_page=PAGE)
+            found = client.list_blobs(prefix, include=["metadata"], results_per_page=_PAGE_SIZE)
         else:
             found = client.walk_blobs(
-                prefix, include=["metadata"], delimiter="/", results_per_page=PAGE
+                prefix, include=["metadata"], delimiter="/", results_per_page=_PAGE_SIZE
             )
         pages = found.by_page(continuation_token=token)
         with contextlib.suppress(StopAsyncIteration):
@@ -113,7 +117,7 @@ async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> tuple[li
         return [], None
 
 
-def files_of(items: list[Any]) -> Iterator[Any]:
+def iter_file_items(items: list[Any]) -> Iterator[Any]:
     """Those of a page's items that are files: not the marks that stand for folders."""
     for item in items:
         marks = item.get("metadata") or {}

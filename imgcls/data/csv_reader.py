@@ -28,15 +28,20 @@ from imgcls.data import filesystem
 from imgcls.errors import ManifestError
 
 _BLOCK_BYTES = 8 << 20
-_LONGEST_ROW_BYTES = 128 << 20
+_MAX_ROW_BYTES = 128 << 20
 _HEAD_BYTES = 1 << 20
-_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
           (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSION_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _DECOMPRESSORS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, pa.CompressedInputStream)
-_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError, pa.ArrowException)
+_DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError, pa.ArrowException)
 
-_FOREIGN = {
+_FOREIGN_MAGIC = {
     b"PAR1": "a Parquet file; say --manifest.format parquet",
     b"PARE": "an encrypted Parquet file; decrypt it first",
     b"ARROW1": "an Arrow IPC (Feather) file; convert it to Parquet",
@@ -54,11 +59,11 @@ _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` to fetch the file",
 }
 
-_JSON = re.compile(r'\s*(\{\s*"|\[\s*\{?\s*"|[\[{]\s*$)')
+_JSON_START = re.compile(r'\s*(\{\s*"|\[\s*\{?\s*"|[\[{]\s*$)')
 
 
 @dataclass(frozen=True)
-class Dialect:
+class CsvDialect:
     """How the CSV files of a manifest are written, as far as it is given.
 
     delimiter: one ASCII character; found in the header line when None
@@ -73,7 +78,7 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class Header:
+class CsvHeader:
     """What the first bytes of a CSV file show."""
 
     names: list[str]
@@ -85,22 +90,22 @@ class Header:
         return pa.schema([(name, pa.string()) for name in self.names])
 
 
-def foreign_format(head: bytes) -> str | None:
+def detect_foreign_format(head: bytes) -> str | None:
     """What a file is whose first bytes are those of another format, and what to do with it."""
-    return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None)
+    return next((what for magic, what in _FOREIGN_MAGIC.items() if head.startswith(magic)), None)
 
 
-def read_header(file: str, dialect: Dialect) -> Header:
+def read_csv_header(file: str, dialect: CsvDialect) -> CsvHeader:
     """Column names, delimiter and encoding of a CSV file, from its first MiB.
 
     Raises ManifestError where the file is not CSV or the header cannot be read.
     """
     place = f"manifest {file}"
-    with _opened(file) as stream:
-        head = _read(stream, _HEAD_BYTES, place)
-    if (what := foreign_format(head)) is not None:
+    with _open_decompressed(file) as stream:
+        head = _read_block(stream, _HEAD_BYTES, place)
+    if (what := detect_foreign_format(head)) is not None:
         raise ManifestError(f"{place}: holds binary data, not CSV: it is {what}")
-    encoding = _encoding(head, dialect, place)
+    encoding = _detect_encoding(head, dialect, place)
     whole = len(head) < _HEAD_BYTES
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
@@ -119,25 +124,25 @@ def read_header(file: str, dialect: Dialect) -> Header:
     if not whole and not re.search(r"[\r\n]", text):
         raise ManifestError(f"{place}: its first line is longer than 1 MiB; it must name columns")
     _check_first_line(first_line, place)
-    delimiter = _delimiter(text, dialect)
+    delimiter = _detect_delimiter(text, dialect)
     if dialect.escape is not None:
         text = _Unescaper(delimiter, dialect.escape).add(text.encode(), last=True).decode()
     try:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:
         raise ManifestError(f"{place}: the header cannot be read: {error}") from error
-    return Header(names, delimiter, encoding)
+    return CsvHeader(names, delimiter, encoding)
 
 
-def read_batches(file: str, dialect: Dialect) -> Iterator[pa.RecordBatch]:
+def read_csv_batches(file: str, dialect: CsvDialect) -> Iterator[pa.RecordBatch]:
     """The rows of a CSV file; an unquoted empty value is null, any other value is text.
 
     A row may be up to 128 MiB long. Raises ManifestError where the text cannot be decoded, a row
     has too many or too few values, or a quote is misplaced.
     """
-    reading = _Reading(file, dialect, read_header(file, dialect))
+    reading = _CsvFile(file, dialect, read_csv_header(file, dialect))
     done = 0
-    for block_bytes in (_BLOCK_BYTES, _LONGEST_ROW_BYTES):
+    for block_bytes in (_BLOCK_BYTES, _MAX_ROW_BYTES):
         try:
             start = 0
             for batch in reading.batches(block_bytes):
@@ -150,10 +155,10 @@ def read_batches(file: str, dialect: Dialect) -> Iterator[pa.RecordBatch]:
         except pa.ArrowInvalid as error:
             # a header or row longer than a block: the file is read again in larger blocks
             empty = "Empty CSV" in str(error)
-            if empty and block_bytes == _LONGEST_ROW_BYTES:
+            if empty and block_bytes == _MAX_ROW_BYTES:
                 return
             if not empty and "straddling" not in str(error):
-                reading.refuse(error)
+                reading.raise_parse_error(error)
     reading.check_quotes()
     raise ManifestError(
         f"manifest {file}: the row after row {done:,} is longer than 128 MiB; write long values "
@@ -161,16 +166,16 @@ def read_batches(file: str, dialect: Dialect) -> Iterator[pa.RecordBatch]:
     )
 
 
-class _Reading:
+class _CsvFile:
     """One CSV file that is being read."""
 
-    def __init__(self, file: str, dialect: Dialect, header: Header) -> None:
+    def __init__(self, file: str, dialect: CsvDialect, header: CsvHeader) -> None:
         self._file, self._dialect, self._header = file, dialect, header
         self._place = f"manifest {file}"
         self._checked = False
 
     def batches(self, block_bytes: int) -> Iterator[pa.RecordBatch]:
-        with self._blocks() as blocks:
+        with self._open_stream() as blocks:
             try:
                 reader = pa_csv.open_csv(
                     blocks,
@@ -197,20 +202,21 @@ class _Reading:
                         yield batch
             except UnicodeDecodeError as error:
                 raise ManifestError(
-                    f"{self._place}: {_tidy(error)}; say --manifest.encoding"
+                    f"{self._place}: {_one_line(error)}; say --manifest.encoding"
                 ) from error
-            if not blocks.quotes.finished():
+            if not blocks.quotes.is_complete():
                 self.check_quotes()
 
-    def refuse(self, error: pa.ArrowInvalid) -> NoReturn:
+    def raise_parse_error(self, error: pa.ArrowInvalid) -> NoReturn:
         """Raise what an error of Arrow's means for the file."""
         if "UTF8" in str(error):
             raise ManifestError(
-                f"{self._place}: {_tidy(error)}; say --manifest.encoding"
+                f"{self._place}: {_one_line(error)}; say --manifest.encoding"
             ) from error
         self.check_quotes()
         raise ManifestError(
-            f"{self._place}: {_tidy(error)}; mend the row, or quote values that hold the delimiter"
+            f"{self._place}: {_one_line(error)}; mend the row, or quote values that hold the "
+            "delimiter"
         ) from error
 
     def check_quotes(self) -> None:
@@ -228,16 +234,16 @@ class _Reading:
             else "double it, or pass --manifest.escape '\\' if quotes inside "
             'values are written \\" (as Spark does)'
         )
-        with self._blocks() as blocks, _long_fields():
-            lines = _Lines(blocks)
+        with self._open_stream() as blocks, _raise_field_limit():
+            lines = _RowLines(blocks)
             rows = csv.reader(lines, delimiter=self._header.delimiter, strict=True)
             try:
                 for _ in rows:
-                    lines.begin_row()
+                    lines.start_row()
             except csv.Error as error:
                 if "field larger" in str(error):
                     return  # the caller names the length
-                start = _tidy("".join(lines.row))
+                start = _one_line("".join(lines.row))
                 if "unexpected end" in str(error):
                     raise ManifestError(
                         f"{self._place}: a quote is opened and never closed in the row that begins "
@@ -251,19 +257,21 @@ class _Reading:
         self._checked = True
 
     @contextlib.contextmanager
-    def _blocks(self) -> Iterator[_Blocks]:
-        with _opened(self._file) as stream:
-            yield _Blocks(stream, self._header, self._dialect.escape, self._place)
+    def _open_stream(self) -> Iterator[_Utf8Stream]:
+        with _open_decompressed(self._file) as stream:
+            yield _Utf8Stream(stream, self._header, self._dialect.escape, self._place)
 
 
-class _Blocks(io.RawIOBase):
+class _Utf8Stream(io.RawIOBase):
     """A CSV file as UTF-8 without byte order marks; no block ends between CR and LF.
 
     Arrow drops an LF at the start of a block after a CR at the end of the one before, also inside
     a quoted value, where it is part of the value (Arrow 26).
     """
 
-    def __init__(self, stream: IO[bytes], header: Header, escape: str | None, place: str) -> None:
+    def __init__(
+        self, stream: IO[bytes], header: CsvHeader, escape: str | None, place: str
+    ) -> None:
         super().__init__()
         self._stream, self._place = stream, place
         utf8 = codecs.lookup(header.encoding).name in ("utf-8", "utf-8-sig")
@@ -271,7 +279,7 @@ class _Blocks(io.RawIOBase):
         self._unescape = None if escape is None else _Unescaper(header.delimiter, escape)
         self._kept = b""
         self._begun = self._ended = False
-        self.quotes = _Quotes(header.delimiter)
+        self.quotes = _QuoteChecker(header.delimiter)
 
     def readable(self) -> bool:
         return True
@@ -280,16 +288,16 @@ class _Blocks(io.RawIOBase):
         """The next block, of about `size` bytes; empty at the end."""
         block = b""
         while not block and not self._ended:
-            data = _read(self._stream, size, self._place)
+            data = _read_block(self._stream, size, self._place)
             self._ended = not data
-            block = self._kept + self._decoded(data)
+            block = self._kept + self._decode(data)
             self._kept = b""
             if block.endswith(b"\r") and not self._ended:
                 block, self._kept = block[:-1], b"\r"
         self.quotes.add(block)
         return block
 
-    def _decoded(self, data: bytes) -> bytes:
+    def _decode(self, data: bytes) -> bytes:
         if self._decoder is not None:
             data = self._decoder.decode(data, final=self._ended).encode()
         if not self._begun:
@@ -299,7 +307,7 @@ class _Blocks(io.RawIOBase):
         return data if self._unescape is None else self._unescape.add(data, last=self._ended)
 
 
-class _Quotes:
+class _QuoteChecker:
     """Whether every quote so far opens or closes a value, or is one of a doubled pair.
 
     That is what RFC 4180 allows. All else is left to a slower check.
@@ -333,7 +341,7 @@ class _Quotes:
             self._closed_last = bool(last)
         self._before = block[-1]
 
-    def finished(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the file may end here."""
         return self.regular and not self._open
 
@@ -357,30 +365,32 @@ class _Unescaper:
     def add(self, data: bytes, *, last: bool) -> bytes:
         """The rows that are complete by now, rewritten; the start of the next one waits."""
         data = self._waiting + data
-        end = len(data) if last else self._end_of_rows(data)
+        end = len(data) if last else self._find_end_of_rows(data)
         self._waiting = data[end:]
-        return self._quoted.sub(lambda found: self._escaped.sub(self._plain, found[0]), data[:end])
+        return self._quoted.sub(
+            lambda found: self._escaped.sub(self._unescape, found[0]), data[:end]
+        )
 
-    def _end_of_rows(self, data: bytes) -> int:
+    def _find_end_of_rows(self, data: bytes) -> int:
         at = end = 0
         for found in self._quoted.finditer(data):
-            end = max(end, 1 + _last_newline(data, at, found.start()))
+            end = max(end, 1 + _find_last_newline(data, at, found.start()))
             at = found.end()
-        return max(end, 1 + _last_newline(data, at, len(data)))
+        return max(end, 1 + _find_last_newline(data, at, len(data)))
 
-    def _plain(self, found: re.Match[bytes]) -> bytes:
+    def _unescape(self, found: re.Match[bytes]) -> bytes:
         return b'""' if found[1] == b'"' else self._escape
 
 
-class _Lines:
+class _RowLines:
     """The lines of a file with their ends, and which of them the present row consists of."""
 
-    def __init__(self, blocks: _Blocks) -> None:
+    def __init__(self, blocks: _Utf8Stream) -> None:
         self._lines = self._split(blocks)
         self.row: list[str] = []
         self.row_line = 1
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> _RowLines:
         return self
 
     def __next__(self) -> str:
@@ -388,12 +398,12 @@ class _Lines:
         self.row.append(line)
         return line
 
-    def begin_row(self) -> None:
+    def start_row(self) -> None:
         self.row_line += len(self.row)
         self.row.clear()
 
     @staticmethod
-    def _split(blocks: _Blocks) -> Iterator[str]:
+    def _split(blocks: _Utf8Stream) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         waiting = ""
         while block := blocks.read(_HEAD_BYTES):
@@ -405,25 +415,27 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def _long_fields() -> Iterator[None]:
-    before = csv.field_size_limit(_LONGEST_ROW_BYTES * 2)
+def _raise_field_limit() -> Iterator[None]:
+    before = csv.field_size_limit(_MAX_ROW_BYTES * 2)
     try:
         yield
     finally:
         csv.field_size_limit(before)
 
 
-def _last_newline(data: bytes, start: int, end: int) -> int:
+def _find_last_newline(data: bytes, start: int, end: int) -> int:
     return max(data.rfind(b"\n", start, end), data.rfind(b"\r", start, end))
 
 
 @contextlib.contextmanager
-def _opened(file: str) -> Iterator[IO[bytes]]:
+def _open_decompressed(file: str) -> Iterator[IO[bytes]]:
     """The file as a binary stream, decompressed if its first bytes are those of a compression."""
     with filesystem.open_read(file) as raw:
         head = raw.read(8)
         raw.seek(0)
-        kind = next((kind for magic, kind in _COMPRESSED.items() if head.startswith(magic)), None)
+        kind = next(
+            (kind for magic, kind in _COMPRESSION_MAGIC.items() if head.startswith(magic)), None
+        )
         stream: Any = raw
         if kind == "gzip":
             stream = gzip.GzipFile(fileobj=raw)
@@ -436,21 +448,22 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], stream)
 
 
-def _read(stream: IO[bytes], size: int, place: str) -> bytes:
+def _read_block(stream: IO[bytes], size: int, place: str) -> bytes:
     if not isinstance(stream, _DECOMPRESSORS):
-        with filesystem.translated(place.removeprefix("manifest ")):
+        with filesystem.translate_os_errors(place.removeprefix("manifest ")):
             return stream.read(size)
     try:
         return stream.read(size)
-    except _DAMAGED as error:
+    except _DECOMPRESSION_ERRORS as error:
         raise ManifestError(
-            f"{place}: cannot be decompressed ({_tidy(error)}); the file is damaged or cut off, "
+            f"{place}: cannot be decompressed ({_one_line(error)}); the file is damaged or cut "
+            "off, "
             "write it again"
         ) from error
 
 
-def _encoding(head: bytes, dialect: Dialect, place: str) -> str:
-    for mark, encoding in _MARKS:
+def _detect_encoding(head: bytes, dialect: CsvDialect, place: str) -> str:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
     try:
@@ -474,7 +487,7 @@ def _encoding(head: bytes, dialect: Dialect, place: str) -> str:
 
 
 def _check_first_line(line: str, place: str) -> None:
-    if _JSON.match(line):
+    if _JSON_START.match(line):
         raise ManifestError(
             f"{place}: is JSON, not CSV (it begins with {line[:40]!r}); convert it to CSV or "
             "Parquet, for example with pandas.read_json(..., lines=True).to_parquet(...)"
@@ -485,7 +498,7 @@ def _check_first_line(line: str, place: str) -> None:
         )
 
 
-def _delimiter(text: str, dialect: Dialect) -> str:
+def _detect_delimiter(text: str, dialect: CsvDialect) -> str:
     header = re.split(r"[\r\n]", re.sub(r'"[^"]*"', "", text), maxsplit=1)[0]
     counts = {mark: header.count(mark) for mark in (",", ";", "\t", "|")}
     best = max(counts, key=lambda mark: counts[mark])
@@ -505,5 +518,5 @@ def _delimiter(text: str, dialect: Dialect) -> str:
     return delimiter
 
 
-def _tidy(text: object) -> str:
+def _one_line(text: object) -> str:
     return " ".join(str(text).split())[:300]

@@ -18,20 +18,20 @@ import numpy.typing as npt
 import torch
 
 Pixels = npt.NDArray[np.uint8]
-Filter = Literal["bilinear", "bicubic"]
+ResizeFilter = Literal["bilinear", "bicubic"]
 
-TAPS = 6
+MIN_TAPS = 6
 """Smallest number of means that an output pixel is made of, along each axis."""
-_SAMPLES = 16
+_SAMPLES_PER_UNIT = 16
 """Points at which the filter is taken, per unit of it."""
-_REACH = {"bilinear": 1, "bicubic": 2}
+_FILTER_RADIUS = {"bilinear": 1, "bicubic": 2}
 
 
-def resize(
+def resize_dct_scaled(
     image: Pixels,
     size: tuple[int, int],
     box: tuple[float, float, float, float],
-    filter_: Filter,
+    filter_: ResizeFilter,
 ) -> Pixels:
     """A part of a reduced image at another size.
 
@@ -41,25 +41,25 @@ def resize(
     Returns (height, width, 3) uint8.
     """
     width, height = size
-    rows, row_weights = _taps(height, box[1], box[3], image.shape[0], filter_)
-    columns, column_weights = _taps(width, box[0], box[2], image.shape[1], filter_)
+    rows, row_weights = _compute_taps(height, box[1], box[3], image.shape[0], filter_)
+    columns, column_weights = _compute_taps(width, box[0], box[2], image.shape[1], filter_)
     top, left = int(rows.min()), int(columns.min())
     part = image[top : int(rows.max()) + 1, left : int(columns.max()) + 1]
     lines = torch.from_numpy(part.astype(np.float32))
-    down = _weighted(lines.flatten(1), rows - top, row_weights)
+    down = _sum_weighted(lines.flatten(1), rows - top, row_weights)
     turned = down.view(height, -1, 3).transpose(0, 1).reshape(-1, height * 3)
-    across = _weighted(turned, columns - left, column_weights).round_().clamp_(0, 255).byte()
+    across = _sum_weighted(turned, columns - left, column_weights).round_().clamp_(0, 255).byte()
     return across.view(width, height, 3).transpose(0, 1).contiguous().numpy()
 
 
-def _weighted(lines: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _sum_weighted(lines: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(N, E): sums of lines (L, E), N times those that are chosen (N, K), times weights (N, K)."""
     return torch.nn.functional.embedding_bag(chosen, lines, mode="sum", per_sample_weights=weights)
 
 
 @functools.lru_cache(maxsize=64)
-def _taps(
-    count: int, start: float, stop: float, held: int, filter_: Filter
+def _compute_taps(
+    count: int, start: float, stop: float, held: int, filter_: ResizeFilter
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which of `held` means each of `count` output pixels is made of, and by what weights.
 
@@ -69,12 +69,12 @@ def _taps(
     step = (stop - start) / count
     scale = max(step, 1.0)
     centre = start + (np.arange(count) + 0.5) * step
-    reach = _REACH[filter_]
+    reach = _FILTER_RADIUS[filter_]
     # fewer taps than the filter is wide change a bicubic resize by 0.5 and more of 255
-    taps = min(held, max(TAPS, 2 * math.ceil(reach * scale) + 2))
+    taps = min(held, max(MIN_TAPS, 2 * math.ceil(reach * scale) + 2))
     first = np.clip(np.round(centre - taps / 2).astype(np.int64), 0, held - taps)
     chosen = first[:, None] + np.arange(taps)
-    points = (np.arange(2 * reach * _SAMPLES) + 0.5) / _SAMPLES - reach
+    points = (np.arange(2 * reach * _SAMPLES_PER_UNIT) + 0.5) / _SAMPLES_PER_UNIT - reach
     places = centre[:, None] + points * scale
     # as Pillow does, a filter that reaches beyond the image is cut off there
     wanted = _FILTERS[filter_](np.abs(points)) * ((places > 0) & (places < held))

@@ -14,19 +14,25 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from imgcls.data import filesystem
-from imgcls.data.formats import LISTED, LISTING, is_hidden, is_image_name
+from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
 from imgcls.errors import ManifestError
 from imgcls.log import tell
 
-_FORMATS = {".csv": "csv", ".tsv": "csv", ".txt": "csv", ".parquet": "parquet", ".pq": "parquet"}
-_COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
+_TABLE_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-_DAY = re.compile(r"(19|20)\d\d[-_.](W?\d\d)([-_.]\d\d)?([-_.T ].*)?")  # 2026-01-31, 2026_01
-_DIGITS = re.compile(r"(19|20)\d\d((0[1-9]|1[0-2])([0-3]\d)?)?")  # 2026, 202601, 20260131
+_DATE_NAME = re.compile(r"(19|20)\d\d[-_.](W?\d\d)([-_.]\d\d)?([-_.T ].*)?")  # 2026-01-31, 2026_01
+_DATE_DIGITS = re.compile(r"(19|20)\d\d((0[1-9]|1[0-2])([0-3]\d)?)?")  # 2026, 202601, 20260131
 
 
 @dataclass(frozen=True)
-class Found:
+class ManifestFiles:
     """The files of a manifest.
 
     format:     csv, parquet, tree or images
@@ -41,28 +47,28 @@ class Found:
     partitions: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
-def find_manifest(url: str, format: str) -> Found:
+def find_manifest_files(url: str, format: str) -> ManifestFiles:
     """The files of a manifest given as a file, folder or glob.
 
     format: auto, csv, parquet, tree or images
     Raises ManifestError where nothing is found, or where what is found is ambiguous.
     """
     if filesystem.is_folder(url):
-        return _in_folder(url, format)
+        return _find_in_folder(url, format)
     if format == "tree":
         raise ManifestError(f"manifest {url}: is no folder; a tree is a folder with one per class")
     if filesystem.exists(url):
-        return Found(_format_of(url, format, [url]), (url,))
+        return ManifestFiles(_detect_format(url, format, [url]), (url,))
     if re.search(r"[*?\[]", url):
-        matched = filesystem.find(url)
+        matched = filesystem.glob(url)
         pattern = url.rpartition("/")[2]
-        files = [file for file in matched if _is_meant(file, pattern)]
+        files = [file for file in matched if _is_data_file(file, pattern)]
         if not files:
             raise ManifestError(
                 f"manifest {url}: no file matches; check the pattern"
                 + (" (only files whose names begin with _ or . match)" if matched else "")
             )
-        return Found(_format_of(url, format, files), tuple(files))
+        return ManifestFiles(_detect_format(url, format, files), tuple(files))
     where = (
         f"relative to {os.getcwd()}" if filesystem.is_local(url) and not os.path.isabs(url) else ""
     )
@@ -72,7 +78,7 @@ def find_manifest(url: str, format: str) -> Found:
     )
 
 
-def images_below(url: str, skipped: Counter[str]) -> Iterator[str]:
+def walk_images(url: str, skipped: Counter[str]) -> Iterator[str]:
     """Images in a folder and below it, as paths relative to it, in sorted order.
 
     skipped: counts, by suffix, the files that are passed over
@@ -83,26 +89,26 @@ def images_below(url: str, skipped: Counter[str]) -> Iterator[str]:
         folder, _, name = path.rpartition("/")
         if name == "bundle.json":
             plots = f"{folder}/plots/" if folder else "plots/"
-        if is_image_name(path) and not (plots and path.startswith(plots)):
+        if has_image_suffix(path) and not (plots and path.startswith(plots)):
             yield path
         else:
-            skipped[suffix_of(path)] += 1
+            skipped[get_suffix(path)] += 1
 
 
-def images_among(files: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+def filter_images(files: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
     """The images among the files of a glob; `skipped` as in `images_below`."""
     for file in files:
-        if is_image_name(file):
+        if has_image_suffix(file):
             yield file
         else:
-            skipped[suffix_of(file)] += 1
+            skipped[get_suffix(file)] += 1
 
 
-def suffix_of(path: str) -> str:
+def get_suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "(no suffix)"
 
 
-def described(skipped: Counter[str]) -> str:
+def format_suffix_counts(skipped: Counter[str]) -> str:
     """Counts by suffix as text: `12 files: 8 .heic, 4 (no suffix)`."""
     shown = [f"{count:,} {suffix}" for suffix, count in skipped.most_common(8)]
     total = skipped.total()
@@ -110,81 +116,83 @@ def described(skipped: Counter[str]) -> str:
     return f"{total:,} {'file' if total == 1 else 'files'}: {', '.join(shown + more)}"
 
 
-def tell_skipped(url: str, skipped: Counter[str], wanted: str) -> None:
+def log_skipped_files(url: str, skipped: Counter[str], wanted: str) -> None:
     """Log which files of a manifest's folder were not read."""
     if skipped:
-        tell("note", f"manifest {url}: passed over {described(skipped)}; {wanted}")
+        tell("note", f"manifest {url}: passed over {format_suffix_counts(skipped)}; {wanted}")
 
 
-def _is_meant(file: str, pattern: str) -> bool:
+def _is_data_file(file: str, pattern: str) -> bool:
     """Whether a match of a glob is no temporary table, as Spark and Arrow decide it."""
     name = file.rpartition("/")[2]
-    if pattern[:1] in ("_", ".") or table_format(name) is None:
+    if pattern[:1] in ("_", ".") or detect_table_format(name) is None:
         return True
     return not name.startswith(("_", "."))
 
 
-def table_format(path: str) -> str | None:
+def detect_table_format(path: str) -> str | None:
     """csv or parquet by a file's suffix; None for any other."""
     if path.startswith(("http://", "https://")):
         path = path.partition("?")[0]  # a signed URL
     base, suffix = os.path.splitext(path.lower())
-    if suffix in _COMPRESSION:
-        inner = _FORMATS.get(os.path.splitext(base)[1])
+    if suffix in _COMPRESSION_SUFFIXES:
+        inner = _TABLE_SUFFIXES.get(os.path.splitext(base)[1])
         return inner if inner == "csv" else None
-    return _FORMATS.get(suffix)
+    return _TABLE_SUFFIXES.get(suffix)
 
 
-def _in_folder(url: str, format: str) -> Found:
+def _find_in_folder(url: str, format: str) -> ManifestFiles:
     if format in ("tree", "images"):
-        return Found(format, folder=url)
-    here = filesystem.names(url)
-    if LISTING in here and LISTED not in here:
+        return ManifestFiles(format, folder=url)
+    here = filesystem.list_names(url)
+    if LISTING_FILE in here and LISTING_DONE_FILE not in here:
         raise ManifestError(
             f"manifest {url}: its listing was broken off; run `imgcls manifest build` again, which "
             "goes on where it stopped"
         )
-    folders = _folders(url)
+    folders = _list_folders(url)
     if "_delta_log" in folders:
         raise ManifestError(
             f"manifest {url}: is a Delta Lake table, whose files may hold deleted rows; export its "
             "rows to Parquet, and give the exported files"
         )
-    tables = tables_in(here)
+    tables = group_tables(here)
     if format == "auto":
-        _refuse_two_kinds(url, here, tables)
+        _check_mixed_content(url, here, tables)
     chosen = format if format != "auto" else next(iter(tables), None)
     if chosen is not None and chosen in tables:
-        rest = Counter(suffix_of(n) for n in here if n not in tables[chosen] and _visible(n))
-        tell_skipped(url, rest, f"only {chosen} files are read")
-        return Found(chosen, tuple(filesystem.join(url, name) for name in tables[chosen]), url)
-    partitioned = _partitioned(url, folders, format)
+        rest = Counter(get_suffix(n) for n in here if n not in tables[chosen] and _is_visible(n))
+        log_skipped_files(url, rest, f"only {chosen} files are read")
+        return ManifestFiles(
+            chosen, tuple(filesystem.join(url, name) for name in tables[chosen]), url
+        )
+    partitioned = _find_partitioned(url, folders, format)
     if partitioned is not None:
         return partitioned
     if format != "auto":
-        below = _first(url, lambda path: table_format(path) == format)
+        below = _find_first(url, lambda path: detect_table_format(path) == format)
         raise ManifestError(
             f"manifest {url}: the folder holds no {format} file"
             + (f"; some lie below it ({below!r}): give a glob, such as {url}/**/*" if below else "")
         )
-    return Found(_kind_of_images(url, here, folders), folder=url)
+    return ManifestFiles(_detect_image_layout(url, here, folders), folder=url)
 
 
-def _folders(url: str) -> list[str]:
+def _list_folders(url: str) -> list[str]:
     found = []
-    for page in filesystem.pages(url, deep=False):
+    for page in filesystem.iter_pages(url, deep=False):
         found += [folder.rstrip("/").rpartition("/")[2] for folder in page.folders]
         if filesystem.is_local(url):
             break  # the other pages are files, which need not be looked at
-    return [name for name in found if not is_hidden(name)]
+    return [name for name in found if not is_hidden_name(name)]
 
 
-def tables_in(names: Iterable[str]) -> dict[str, list[str]]:
+def group_tables(names: Iterable[str]) -> dict[str, list[str]]:
     """Table files by format; a .txt file in a folder may be anything."""
     tables: dict[str, list[str]] = {}
     for name in names:
-        kind = table_format(name)
-        if kind is not None and _visible(name) and ".txt" not in name.lower():
+        kind = detect_table_format(name)
+        if kind is not None and _is_visible(name) and ".txt" not in name.lower():
             tables.setdefault(kind, []).append(name)
     # .pq files are read where they are all there is, or by a glob
     full = [name for name in tables.get("parquet", []) if name.lower().endswith(".parquet")]
@@ -193,12 +201,12 @@ def tables_in(names: Iterable[str]) -> dict[str, list[str]]:
     return tables
 
 
-def _visible(name: str) -> bool:
+def _is_visible(name: str) -> bool:
     """Whether readers of partitioned tables (Spark, Arrow, DuckDB) would read a file."""
     return not name.startswith(("_", "."))
 
 
-def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -> None:
+def _check_mixed_content(url: str, here: list[str], tables: dict[str, list[str]]) -> None:
     if len(tables) > 1:
         one, other = (tables[kind][0] for kind in ("csv", "parquet"))
         raise ManifestError(
@@ -208,7 +216,7 @@ def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -
     if not tables:
         return
     kind, names = next(iter(tables.items()))
-    image = _first(url, is_image_name)
+    image = _find_first(url, has_image_suffix)
     if image is not None:
         raise ManifestError(
             f"manifest {url}: holds a table ({names[0]!r}) and images ({image!r}); for the rows of "
@@ -216,7 +224,9 @@ def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -
             "images --manifest.format tree (a folder per class) or --manifest.format images "
             "(unlabeled)"
         )
-    below = _first(url, lambda path: "/" in path and kind in tables_in([path.rpartition("/")[2]]))
+    below = _find_first(
+        url, lambda path: "/" in path and kind in group_tables([path.rpartition("/")[2]])
+    )
     if below is not None:
         tell(
             "note",
@@ -225,28 +235,28 @@ def _refuse_two_kinds(url: str, here: list[str], tables: dict[str, list[str]]) -
         )
 
 
-def _first(url: str, wanted: Callable[[str], object]) -> str | None:
+def _find_first(url: str, wanted: Callable[[str], object]) -> str | None:
     """The first file in a folder or below it that is wanted; a bucket is listed only that far.
 
     wanted: asked with the path relative to the folder
     """
-    return next((path for path in _below(url) if wanted(path)), None)
+    return next((path for path in _walk_files(url) if wanted(path)), None)
 
 
-def _below(url: str) -> Iterator[str]:
+def _walk_files(url: str) -> Iterator[str]:
     """The files below a folder, as paths relative to it, as they come."""
     if filesystem.is_local(url):
         yield from filesystem.walk(url)
         return
     prefix = url.rstrip("/") + "/"
-    for page in filesystem.pages(url, deep=True):
+    for page in filesystem.iter_pages(url, deep=True):
         for file in page.files:
             path = file.path.removeprefix(prefix)
-            if not any(is_hidden(part) for part in path.split("/")):
+            if not any(is_hidden_name(part) for part in path.split("/")):
                 yield path
 
 
-def _partitioned(url: str, folders: list[str], format: str) -> Found | None:
+def _find_partitioned(url: str, folders: list[str], format: str) -> ManifestFiles | None:
     """The tables below folders such as year=2026/month=01; None where there are none."""
     if not any(re.fullmatch(r"[^=]+=.*", name) for name in folders):
         return None
@@ -255,17 +265,17 @@ def _partitioned(url: str, folders: list[str], format: str) -> Found | None:
     kinds: set[str] = set()
     for path in filesystem.walk(url):
         *above, name = path.split("/")
-        kind = table_format(name)
-        if kind is None or not all(map(_visible, [*above, name])):
+        kind = detect_table_format(name)
+        if kind is None or not all(map(_is_visible, [*above, name])):
             continue
         file = filesystem.join(url, path)
         if format in ("auto", kind):
             kinds.add(kind)
             files.append(file)
-            partitions[file] = _values(url, path, above)
+            partitions[file] = _parse_partition_values(url, path, above)
     if not files:
         return None
-    image = _first(url, is_image_name) if format == "auto" else None
+    image = _find_first(url, has_image_suffix) if format == "auto" else None
     if len(kinds) > 1 or image is not None:
         raise ManifestError(
             f"manifest {url}: its partitions hold "
@@ -279,10 +289,10 @@ def _partitioned(url: str, folders: list[str], format: str) -> Found | None:
                 f"manifest {file}: is in partitions {list(partitions[file])}, and {files[0]} in "
                 f"{keys}; give a glob of the files that belong together"
             )
-    return Found(kinds.pop(), tuple(files), url, partitions)
+    return ManifestFiles(kinds.pop(), tuple(files), url, partitions)
 
 
-def _values(url: str, path: str, above: list[str]) -> dict[str, str | None]:
+def _parse_partition_values(url: str, path: str, above: list[str]) -> dict[str, str | None]:
     values: dict[str, str | None] = {}
     for name in above:
         key, separator, value = name.partition("=")
@@ -295,10 +305,10 @@ def _values(url: str, path: str, above: list[str]) -> dict[str, str | None]:
     return values
 
 
-def _kind_of_images(url: str, here: list[str], folders: list[str]) -> str:
-    top = next((name for name in here if is_image_name(name) and not is_hidden(name)), None)
+def _detect_image_layout(url: str, here: list[str], folders: list[str]) -> str:
+    top = next((name for name in here if has_image_suffix(name) and not is_hidden_name(name)), None)
     if top is not None:
-        below = next((p for p in images_below(url, Counter()) if "/" in p), None)
+        below = next((p for p in walk_images(url, Counter()) if "/" in p), None)
         if below is not None:
             raise ManifestError(
                 f"manifest {url}: has images beside its folders ({top!r}) and in them ({below!r}); "
@@ -306,9 +316,9 @@ def _kind_of_images(url: str, here: list[str], folders: list[str]) -> str:
                 "beside the folders into one for --manifest.format tree"
             )
         return "images"
-    days = [name for name in folders if _DAY.fullmatch(name) or "=" in name]
+    days = [name for name in folders if _DATE_NAME.fullmatch(name) or "=" in name]
     # a few of many numbers may look like a date by chance
-    if not days and folders and all(_DIGITS.fullmatch(name) for name in folders):
+    if not days and folders and all(_DATE_DIGITS.fullmatch(name) for name in folders):
         days = folders
     if days:
         raise ManifestError(
@@ -319,15 +329,15 @@ def _kind_of_images(url: str, here: list[str], folders: list[str]) -> str:
     return "tree"
 
 
-def _format_of(url: str, format: str, files: list[str]) -> str:
+def _detect_format(url: str, format: str, files: list[str]) -> str:
     if format != "auto":
         return format
-    formats = {table_format(file) for file in files}
+    formats = {detect_table_format(file) for file in files}
     if formats == {"csv"} or formats == {"parquet"}:
         return str(formats.pop())
-    if all(is_image_name(file) for file in files):
+    if all(has_image_suffix(file) for file in files):
         return "images"
-    suffixes = ", ".join(sorted({suffix_of(file) for file in files}))
+    suffixes = ", ".join(sorted({get_suffix(file) for file in files}))
     raise ManifestError(
         f"manifest {url}: cannot tell the format from {suffixes!r}; say --manifest.format csv, "
         "parquet or images"

@@ -13,22 +13,22 @@ import os
 import stat
 import uuid
 
-from imgcls.data.readahead import Allowance, Body
-from imgcls.data.storage_errors import too_large
+from imgcls.data.readahead import BodyBuffer, ReadAllowance
+from imgcls.data.storage_errors import too_large_error
 from imgcls.errors import StorageError
 
-_UNKNOWN_STEP = 1 << 20
-_KINDS = {
+_UNKNOWN_SIZE_STEP = 1 << 20
+_SPECIAL_FILES = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
     stat.S_IFSOCK: "a socket",
 }
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
+_NO_LINK_ERRNOS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 """What link(2) fails with where there are no hard links: SMB, exFAT, FUSE object stores."""
 
 
-def read(path: str, allowance: Allowance) -> bytes:
+def read_local_file(path: str, allowance: ReadAllowance) -> bytes:
     """A regular file's bytes.
 
     Raises StorageTooLarge for more than the allowance, before they are read where the size is
@@ -39,30 +39,30 @@ def read(path: str, allowance: Allowance) -> bytes:
     kind = stat.S_IFMT(found.st_mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if kind in _KINDS:
-        raise StorageError(f"{path}: is {_KINDS[kind]}, not a regular file")
-    if allowance.exceeded_by(found.st_size):
-        raise too_large(path, allowance.max_bytes, found.st_size)
+    if kind in _SPECIAL_FILES:
+        raise StorageError(f"{path}: is {_SPECIAL_FILES[kind]}, not a regular file")
+    if allowance.is_exceeded_by(found.st_size):
+        raise too_large_error(path, allowance.max_bytes, found.st_size)
     allowance.reserve(found.st_size)
     # not to block, should a FIFO have taken the file's place meanwhile
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         data = os.read(file, found.st_size + 1)
-        more = os.read(file, _UNKNOWN_STEP)
+        more = os.read(file, _UNKNOWN_SIZE_STEP)
         if not more:
             return data
         # it has grown, or it is one of those whose size is not known before, as in /proc
-        with Body(path, allowance, None) as body:
-            body.add(data)
+        with BodyBuffer(path, allowance, None) as body:
+            body.append(data)
             while more:
-                body.add(more)
-                more = os.read(file, _UNKNOWN_STEP)
-            return body.whole()
+                body.append(more)
+                more = os.read(file, _UNKNOWN_SIZE_STEP)
+            return body.join()
     finally:
         os.close(file)
 
 
-def create(path: str, data: bytes) -> bool:
+def create_local_file(path: str, data: bytes) -> bool:
     """Write a file only if there is none: True if this call made it, whole and durable.
 
     The finished file gets its name by a hard link. Where the file system has no hard links the name
@@ -78,16 +78,16 @@ def create(path: str, data: bytes) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_LINK_ERRNOS:
                 raise
-            return _claim(path, temporary)
+            return _create_exclusively(path, temporary)
         return True
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
-def _claim(path: str, finished: str) -> bool:
+def _create_exclusively(path: str, finished: str) -> bool:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     except FileExistsError:

@@ -22,20 +22,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar, cast
 
 from imgcls.data import disk, object_store, storage_errors, store_listing
-from imgcls.data.formats import is_hidden
-from imgcls.data.object_store import File, Page
-from imgcls.data.readahead import Allowance, Budget, NoRoom
+from imgcls.data.formats import is_hidden_name
+from imgcls.data.object_store import FileInfo, ListingPage
+from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 T = TypeVar("T")
 
-MAX_BYTES = 100_000_000
+MAX_IMAGE_BYTES = 100_000_000
 """Largest image file that is read, unless another limit is set."""
 READ_AHEAD_BYTES = 256_000_000
 """Bytes of images that one `read_ahead` holds at most, in addition to the next file."""
 
-_DISK_SECONDS = 5.0
-_MAGIC = re.compile(r"[*?\[]")
+_DISK_RETRY_SECONDS = 5.0
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(url: str) -> bool:
@@ -74,20 +74,20 @@ def absolute(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
-    return bool(object_store.ask(url, "exists", needs=storage_errors.GET))
+    return bool(object_store.call_store(url, "exists", needs=storage_errors.GET))
 
 
 def is_folder(url: str) -> bool:
     if is_local(url):
         return os.path.isdir(local_path(url))
-    return bool(object_store.ask(url, "isdir", needs=storage_errors.LIST))
+    return bool(object_store.call_store(url, "isdir", needs=storage_errors.LIST))
 
 
 def size(url: str) -> int:
     """Bytes in the file; raises StorageMissing."""
     if is_local(url):
-        return _locally(url, lambda: os.stat(local_path(url)).st_size)
-    return int(object_store.ask(url, "info", needs=storage_errors.GET)["size"])
+        return _retry_locally(url, lambda: os.stat(local_path(url)).st_size)
+    return int(object_store.call_store(url, "info", needs=storage_errors.GET)["size"])
 
 
 def read(url: str) -> bytes:
@@ -96,21 +96,21 @@ def read(url: str) -> bytes:
     Raises StorageMissing, StorageForbidden, StorageUnavailable (after retries) or StorageError.
     """
     if is_local(url):
-        return _locally(url, lambda: _read_local(local_path(url)))
-    return object_store.get(url)
+        return _retry_locally(url, lambda: _read_local(local_path(url)))
+    return object_store.get_object(url)
 
 
-def read_image(url: str, max_bytes: int = MAX_BYTES) -> bytes:
+def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """A user's file, read no further than `max_bytes`.
 
     Raises as `read` does, StorageTooLarge for a larger file, and StorageError for what is no
     regular file, such as a FIFO or a device.
     """
-    return _read_within(url, Allowance(max_bytes))
+    return _read_limited(url, ReadAllowance(max_bytes))
 
 
 def read_ahead(
-    urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_BYTES
+    urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_IMAGE_BYTES
 ) -> Iterator[bytes | StorageError]:
     """Each image file's bytes or its error, in order, with `in_flight` reads under way.
 
@@ -122,17 +122,17 @@ def read_ahead(
     StorageCredentials, which is no file's own error.
     """
     waiting: deque[Future[bytes]] = deque()
-    budget = Budget(READ_AHEAD_BYTES)
+    budget = ByteBudget(READ_AHEAD_BYTES)
 
     def delivered(left: int) -> Iterator[bytes | StorageError]:
         while len(waiting) > left:
-            yield _outcome(waiting.popleft())
+            yield _get_outcome(waiting.popleft())
             budget.release_oldest()
 
     with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
         try:
             for number, url in enumerate(urls):
-                waiting.append(_begun(url, pool, Allowance(max_bytes, budget, number)))
+                waiting.append(_start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
                 yield from delivered(in_flight - 1)
             yield from delivered(0)
         finally:
@@ -144,8 +144,8 @@ def read_ahead(
 def open_read(url: str) -> IO[bytes]:
     """A seekable binary stream."""
     if is_local(url):
-        return _locally(url, lambda: cast(IO[bytes], open(local_path(url), "rb")))
-    return object_store.reading(url)
+        return _retry_locally(url, lambda: cast(IO[bytes], open(local_path(url), "rb")))
+    return object_store.open_object(url)
 
 
 def write(url: str, data: bytes) -> None:
@@ -154,28 +154,28 @@ def write(url: str, data: bytes) -> None:
         with open_write(url) as stream:
             stream.write(data)
         return
-    object_store.put(url, data)
+    object_store.put_object(url, data)
 
 
 def create(url: str, data: bytes) -> bool:
     """Write a file only if there is none: True if this call made it, atomically among rivals."""
     if is_local(url):
-        with translated(url):
-            return disk.create(local_path(url), data)
-    return object_store.create(url, data)
+        with translate_os_errors(url):
+            return disk.create_local_file(local_path(url), data)
+    return object_store.create_object(url, data)
 
 
 @contextlib.contextmanager
 def open_write(url: str) -> Iterator[IO[bytes]]:
     """A stream whose file appears whole on a clean exit, and not at all otherwise."""
     if not is_local(url):
-        with translated(url), object_store.writing(url) as stream:
+        with translate_os_errors(url), object_store.open_upload(url) as stream:
             yield stream
         return
     path = local_path(url)
     temporary = disk.temporary_name(path)
     try:
-        with translated(url):
+        with translate_os_errors(url):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with open(temporary, "wb") as stream:
                 yield stream
@@ -188,28 +188,30 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def names(folder: str) -> list[str]:
+def list_names(folder: str) -> list[str]:
     """Sorted names of the files right in a folder; empty when there is no such folder."""
     if is_local(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
-                files = (_text(e.name) for e in entries if e.is_file())
+                files = (_decode_name(e.name) for e in entries if e.is_file())
                 return sorted(name for name in files if not disk.is_temporary(name))
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise storage_errors.typed(folder, error) from error
-    return sorted(file.path.rpartition("/")[2] for file in _listed(folder, deep=False))
+            raise storage_errors.translate_error(folder, error) from error
+    return sorted(file.path.rpartition("/")[2] for file in _iter_store_files(folder, deep=False))
 
 
-def find(pattern: str) -> list[str]:
+def glob(pattern: str) -> list[str]:
     """Sorted files that match a glob such as `nightly/*.parquet` or `s3://b/x/**/*.jpg`."""
     if is_local(pattern):
         found = local_glob.glob(local_path(pattern), recursive=True)
-        return sorted(_text(f) for f in found if os.path.isfile(f))
-    matches = object_store.ask(pattern, "glob", needs=storage_errors.LIST, long=True, detail=True)
+        return sorted(_decode_name(f) for f in found if os.path.isfile(f))
+    matches = object_store.call_store(
+        pattern, "glob", needs=storage_errors.LIST, long=True, detail=True
+    )
     files = (path for path, info in matches.items() if info["type"] == "file")
-    return sorted(object_store.url_of(pattern, path) for path in files)
+    return sorted(object_store.build_url(pattern, path) for path in files)
 
 
 def walk(folder: str) -> Iterator[str]:
@@ -219,75 +221,83 @@ def walk(folder: str) -> Iterator[str]:
     followed, but not back up.
     """
     if is_local(folder):
-        yield from map(_text, _walk_local(local_path(folder), ""))
+        yield from map(_decode_name, _walk_local(local_path(folder), ""))
         return
     prefix = folder.rstrip("/") + "/"
-    below = (file.path.removeprefix(prefix).split("/") for file in _listed(folder, deep=True))
+    below = (
+        file.path.removeprefix(prefix).split("/") for file in _iter_store_files(folder, deep=True)
+    )
     for parts in sorted(below):
-        if not any(is_hidden(part) for part in parts):
+        if not any(is_hidden_name(part) for part in parts):
             yield "/".join(parts)
 
 
-def _listed(folder: str, *, deep: bool) -> Iterator[File]:
+def _iter_store_files(folder: str, *, deep: bool) -> Iterator[FileInfo]:
     """The files of a store's folder, of which there are none if there is no such folder."""
     with contextlib.suppress(StorageMissing):
-        for page in store_listing.pages(folder, deep=deep):
+        for page in store_listing.iter_store_pages(folder, deep=deep):
             yield from page.files
 
 
-def pages(url: str, *, deep: bool) -> Iterator[Page]:
+def iter_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
     """What lies in a folder, some thousand at a time: files and folders, or, if `deep`, all files.
 
     Hidden folders are left out. Raises StorageMissing for a folder that no disk has; to a store it
     is an empty one.
     """
     if not is_local(url):
-        yield from store_listing.pages(url, deep=deep)
+        yield from store_listing.iter_store_pages(url, deep=deep)
         return
     root = local_path(url)
     names: Iterator[str]
     if deep:
         names = _walk_local(root, "")
     else:
-        with translated(url), os.scandir(root) as entries:
-            found = sorted((e.name, e.is_dir()) for e in entries if not is_hidden(e.name))
-        yield Page([join(root, name) for name, is_dir in found if is_dir], [])
+        with translate_os_errors(url), os.scandir(root) as entries:
+            found = sorted((e.name, e.is_dir()) for e in entries if not is_hidden_name(e.name))
+        yield ListingPage([join(root, name) for name, is_dir in found if is_dir], [])
         names = (name for name, is_dir in found if not is_dir)
-    while chunk := [_local_file(join(root, name)) for name in itertools.islice(names, 1000)]:
-        yield Page([], chunk)
+    while chunk := [_stat_local(join(root, name)) for name in itertools.islice(names, 1000)]:
+        yield ListingPage([], chunk)
 
 
-def _local_file(path: str) -> File:
+def _stat_local(path: str) -> FileInfo:
     try:
         found = os.stat(path)
     except OSError:
-        return File(_text(path), None, None, None)  # a dead link is a row, and fails as a row
+        return FileInfo(
+            _decode_name(path), None, None, None
+        )  # a dead link is a row, and fails as a row
     mtime = datetime.datetime.fromtimestamp(found.st_mtime_ns // 1000 / 1e6, datetime.UTC)
-    return File(_text(path), found.st_size, mtime, None)
+    return FileInfo(_decode_name(path), found.st_size, mtime, None)
 
 
 def remove(url: str) -> None:
     """Remove a file or a whole folder; nothing happens when it is not there."""
     if is_local(url):
         path = local_path(url)
-        with contextlib.suppress(StorageMissing), translated(url):
+        with contextlib.suppress(StorageMissing), translate_os_errors(url):
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
         return
-    _, path = object_store.store(url)
+    _, path = object_store.resolve_store(url)
     with contextlib.suppress(StorageMissing):
-        if _MAGIC.search(path):  # fsspec would take the name for a pattern, and remove others too
-            for file in object_store.ask(url, "find", needs=storage_errors.LIST, long=True):
-                object_store.ask(
-                    object_store.url_of(url, file), "rm_file", needs=storage_errors.DELETE
+        if _GLOB_CHARACTERS.search(
+            path
+        ):  # fsspec would take the name for a pattern, and remove others too
+            for file in object_store.call_store(url, "find", needs=storage_errors.LIST, long=True):
+                object_store.call_store(
+                    object_store.build_url(url, file), "rm_file", needs=storage_errors.DELETE
                 )
         else:
-            object_store.ask(url, "rm", needs=storage_errors.DELETE, long=True, recursive=True)
+            object_store.call_store(
+                url, "rm", needs=storage_errors.DELETE, long=True, recursive=True
+            )
 
 
-def sweep(folder: str, older_than: float = 0.0) -> None:
+def remove_temporary_files(folder: str, older_than: float = 0.0) -> None:
     """Remove what killed writers left in a local folder; stores keep nothing of a broken write.
 
     older_than: seconds; younger leftovers may belong to a writer at work
@@ -308,25 +318,25 @@ def check_writable(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def translated(url: str) -> Iterator[None]:
+def translate_os_errors(url: str) -> Iterator[None]:
     """Within it, an OSError becomes the StorageError that says what it means for `url`."""
     try:
         yield
     except OSError as error:
-        raise storage_errors.typed(url, error) from error
+        raise storage_errors.translate_error(url, error) from error
 
 
 def _walk_local(
     root: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[str]:
     folder = os.path.join(root, prefix)
-    with translated(folder):
+    with translate_os_errors(folder):
         here = os.stat(folder)
         identity = (here.st_dev, here.st_ino)
         if identity in above:
             return  # a link back to where we came from
         with os.scandir(folder) as scan:
-            entries = sorted((e.name, e.is_dir()) for e in scan if not is_hidden(e.name))
+            entries = sorted((e.name, e.is_dir()) for e in scan if not is_hidden_name(e.name))
     for name, is_dir in entries:
         relative = f"{prefix}/{name}" if prefix else name
         if is_dir:
@@ -340,18 +350,18 @@ def _read_local(path: str) -> bytes:
         return stream.readall()
 
 
-def _read_within(url: str, allowance: Allowance) -> bytes:
+def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
     """Read a file as far as is allowed, waiting where other reads hold what it takes."""
     while True:
         try:
             if is_local(url):
-                return _locally(url, lambda: disk.read(local_path(url), allowance))
-            return object_store.get(url, allowance)
-        except NoRoom as full:
-            allowance.admission(full.total).result()
+                return _retry_locally(url, lambda: disk.read_local_file(local_path(url), allowance))
+            return object_store.get_object(url, allowance)
+        except BudgetFull as full:
+            allowance.reserve_later(full.total).result()
 
 
-def _text(name: str) -> str:
+def _decode_name(name: str) -> str:
     """A name as text: bytes that are not UTF-8, which no table can hold, become U+FFFD.
 
     Such a file is a row, and fails as a row: it is not found by that name.
@@ -359,25 +369,27 @@ def _text(name: str) -> str:
     return name if name.isprintable() else os.fsencode(name).decode("utf-8", "replace")
 
 
-def _locally(url: str, call: Callable[[], T]) -> T:
+def _retry_locally(url: str, call: Callable[[], T]) -> T:
     """As `stores.attempt`, but a disk that does not answer soon will not."""
-    return object_store.attempt(url, call, seconds=_DISK_SECONDS)
+    return object_store.retry(url, call, seconds=_DISK_RETRY_SECONDS)
 
 
-def _begun(url: str | None, pool: ThreadPoolExecutor, allowance: Allowance) -> Future[bytes]:
+def _start_read(
+    url: str | None, pool: ThreadPoolExecutor, allowance: ReadAllowance
+) -> Future[bytes]:
     """A read under way: by the store's own loop where it can, else in a thread."""
     try:
         if url is None:
             raise StorageMissing("the path is null")
-        asked = None if is_local(url) else object_store.start_get(url, allowance)
+        asked = None if is_local(url) else object_store.start_get_object(url, allowance)
     except StorageError as error:
         failed: Future[bytes] = Future()
         failed.set_exception(error)
         return failed
-    return pool.submit(_read_within, url, allowance) if asked is None else asked
+    return pool.submit(_read_limited, url, allowance) if asked is None else asked
 
 
-def _outcome(reading: Future[bytes]) -> bytes | StorageError:
+def _get_outcome(reading: Future[bytes]) -> bytes | StorageError:
     try:
         return reading.result()
     except StorageCredentials:

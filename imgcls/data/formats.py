@@ -11,16 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-LISTING, LISTED = "_listing.json", "_SUCCESS"
+LISTING_FILE, LISTING_DONE_FILE = "_listing.json", "_SUCCESS"
 """Files beside a manifest that `imgcls manifest build` writes: what it lists, and that it ended."""
 
 Decoder = Literal["simplejpeg", "pillow", "extra"]
-EXTRA = "formats"
+FORMATS_EXTRA = "formats"
 """The extra that installs the packages of formats whose decoder is `extra`."""
 
 
 @dataclass(frozen=True)
-class Format:
+class ImageFormat:
     """An image format that is decoded.
 
     name:       as messages and docs have it
@@ -33,73 +33,76 @@ class Format:
     """
 
     name: str
-    pillow: tuple[str, ...]
+    pillow_names: tuple[str, ...]
     suffixes: tuple[str, ...]
     mime_types: tuple[str, ...]
     signature: bytes | None
     decoder: Decoder = "pillow"
-    package: str | None = None
+    plugin_package: str | None = None
 
 
-FORMATS = (
-    Format(
+IMAGE_FORMATS = (
+    ImageFormat(
         "JPEG", ("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
         ("image/jpeg", "image/pjpeg", "image/mpo"), rb"\xff\xd8\xff", "simplejpeg",
     ),
-    Format("PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG"),
-    Format("WebP", ("WEBP",), (".webp",), ("image/webp",), rb"RIFF....WEBP"),
-    Format("GIF", ("GIF",), (".gif",), ("image/gif",), rb"GIF8"),
-    Format(
+    ImageFormat("PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG"),
+    ImageFormat("WebP", ("WEBP",), (".webp",), ("image/webp",), rb"RIFF....WEBP"),
+    ImageFormat("GIF", ("GIF",), (".gif",), ("image/gif",), rb"GIF8"),
+    ImageFormat(
         "BMP", ("BMP", "DIB"), (".bmp", ".dib"), ("image/bmp", "image/x-ms-bmp"),
         rb"BM|[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0.{8}\x01\0",
     ),
-    Format(
+    ImageFormat(
         "TIFF", ("TIFF",), (".tif", ".tiff"), ("image/tiff",),
         rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0",
     ),
-    Format("AVIF", ("AVIF",), (".avif", ".avifs"), ("image/avif",), None),
-    Format(
+    ImageFormat("AVIF", ("AVIF",), (".avif", ".avifs"), ("image/avif",), None),
+    ImageFormat(
         "JPEG 2000", ("JPEG2000",), (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
         ("image/jp2", "image/jpx", "image/j2c"), rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
     ),
-    Format(
+    ImageFormat(
         "PPM", ("PPM",), (".ppm", ".pgm", ".pbm", ".pnm"),
         ("image/x-portable-pixmap", "image/x-portable-graymap", "image/x-portable-bitmap",
          "image/x-portable-anymap"), rb"P[1-6][ \t\r\n\v\f#]",
     ),
-    Format(
+    ImageFormat(
         "ICO", ("ICO",), (".ico",), ("image/vnd.microsoft.icon", "image/x-icon"),
         rb"\0\0\x01\0(?!\0\0)..(?s:.{3})\0",
     ),
-    Format(
+    ImageFormat(
         "TGA", ("TGA",), (".tga", ".icb", ".vda", ".vst"), ("image/x-tga", "image/x-targa"), None
     ),
-    Format(
+    ImageFormat(
         "HEIC", ("HEIF",), (".heic", ".heif", ".hif"), ("image/heic", "image/heif"), None,
         "extra", "pillow_heif",
     ),
-    Format(
+    ImageFormat(
         "JPEG XL", ("JXL",), (".jxl",), ("image/jxl",),
         rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "extra", "pillow_jxl",
     ),
 )  # fmt: skip
 
-EXTENSIONS = frozenset(suffix for format_ in FORMATS for suffix in format_.suffixes)
-MIME_TYPES = tuple(mime for format_ in FORMATS for mime in format_.mime_types)
-FORMAT_OF = {name: format_ for format_ in FORMATS for name in format_.pillow}
+IMAGE_SUFFIXES = frozenset(suffix for format_ in IMAGE_FORMATS for suffix in format_.suffixes)
+MIME_TYPES = tuple(mime for format_ in IMAGE_FORMATS for mime in format_.mime_types)
+FORMAT_BY_PILLOW_NAME = {
+    name: format_ for format_ in IMAGE_FORMATS for name in format_.pillow_names
+}
 """By the name that Pillow gives to the format of a file."""
 
-_NAMES = [format_.name for format_ in FORMATS if format_.decoder != "extra"]
-_EXTRAS = [format_.name for format_ in FORMATS if format_.decoder == "extra"]
-DECODED = (
-    f"{', '.join(_NAMES[:-1])} and {_NAMES[-1]} are decoded, {' and '.join(_EXTRAS)} with "
-    f"imgcls[{EXTRA}]"
+_BUILT_IN_NAMES = [format_.name for format_ in IMAGE_FORMATS if format_.decoder != "extra"]
+_EXTRA_NAMES = [format_.name for format_ in IMAGE_FORMATS if format_.decoder == "extra"]
+DECODED_FORMATS_TEXT = (
+    f"{', '.join(_BUILT_IN_NAMES[:-1])} and {_BUILT_IN_NAMES[-1]} are decoded, "
+    f"{' and '.join(_EXTRA_NAMES)} with "
+    f"imgcls[{FORMATS_EXTRA}]"
 )
 """The formats as messages list them."""
 
-_HEVC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_HEVC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 
-_FOREIGN = (
+_UNSUPPORTED_FORMATS = (
     ("a Photoshop document (PSD)", rb"8BPS"),
     ("an OpenEXR image", rb"\x76\x2f\x31\x01"),
     ("a Radiance HDR image", rb"#\?(RADIANCE|RGBE)"),
@@ -139,9 +142,9 @@ _FOREIGN = (
 """Image formats that are recognized and not decoded: name with its article, first bytes."""
 
 
-def is_image_name(path: str) -> bool:
+def has_image_suffix(path: str) -> bool:
     """Whether the suffix of a path or URL is that of a format in the table."""
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 SYSTEM_FOLDERS = frozenset((
@@ -151,36 +154,38 @@ SYSTEM_FOLDERS = frozenset((
 """Folders that file systems, NAS devices and archives make themselves, in lower case."""
 
 
-def is_hidden(name: str) -> bool:
+def is_hidden_name(name: str) -> bool:
     """Whether a file or folder name is hidden, or one that no user made."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
-def recognize(data: bytes) -> Format | None:
+def identify_format(data: bytes) -> ImageFormat | None:
     """The format of a file by its first bytes; None where it has none of the table's."""
     head = data[:64]
     for format_, signature in _SIGNATURES:
         if signature.match(head):
             return format_
     if head[4:8] == b"ftyp":
-        brands = _brands(data)
+        brands = _read_brands(data)
         if b"avif" in brands or b"avis" in brands:
-            return _BY_NAME["AVIF"]
-        if any(brand in brands for brand in _HEVC):
-            return _BY_NAME["HEIC"]
+            return _FORMAT_BY_NAME["AVIF"]
+        if any(brand in brands for brand in _HEVC_BRANDS):
+            return _FORMAT_BY_NAME["HEIC"]
         if brands and brands[0] in (b"mif1", b"msf1"):
-            return _BY_NAME["HEIC"]
+            return _FORMAT_BY_NAME["HEIC"]
         return None
-    return _BY_NAME["TGA"] if _is_tga(data) else None
+    return _FORMAT_BY_NAME["TGA"] if _is_tga(data) else None
 
 
-def foreign(data: bytes) -> str | None:
+def identify_unsupported_format(data: bytes) -> str | None:
     """The name, with its article, of an image format that is recognized and not decoded."""
     head = data[:1024]
-    return next((name for name, signature in _FOREIGNERS if signature.match(head)), None)
+    return next(
+        (name for name, signature in _UNSUPPORTED_SIGNATURES if signature.match(head)), None
+    )
 
 
-def _brands(data: bytes) -> list[bytes]:
+def _read_brands(data: bytes) -> list[bytes]:
     """The major and compatible brands of an ISO base media file."""
     length = min(int.from_bytes(data[:4], "big"), 256)
     return [data[8:12], *(data[i : i + 4] for i in range(16, length, 4))]
@@ -206,10 +211,12 @@ def _is_tga(data: bytes) -> bool:
 
 
 _SIGNATURES = [
-    (format_, re.compile(format_.signature, re.DOTALL)) for format_ in FORMATS if format_.signature
+    (format_, re.compile(format_.signature, re.DOTALL))
+    for format_ in IMAGE_FORMATS
+    if format_.signature
 ]
-_FOREIGNERS = [
+_UNSUPPORTED_SIGNATURES = [
     (name, re.compile(signature, re.DOTALL | re.IGNORECASE if b"svg" in signature else re.DOTALL))
-    for name, signature in _FOREIGN
+    for name, signature in _UNSUPPORTED_FORMATS
 ]
-_BY_NAME = {format_.name: format_ for format_ in FORMATS}
+_FORMAT_BY_NAME = {format_.name: format_ for format_ in IMAGE_FORMATS}

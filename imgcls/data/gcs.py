@@ -11,21 +11,21 @@ import functools
 import hashlib
 from typing import Any
 
-from imgcls.data.readahead import Allowance, Body
+from imgcls.data.readahead import BodyBuffer, ReadAllowance
 from imgcls.errors import StorageUnavailable
 
-PAGE = 1000
-_PIECE = 1 << 16
+_PAGE_SIZE = 1000
+_PIECE_BYTES = 1 << 16
 
 
-def file_system(**options: Any) -> Any:
+def build_gcs_file_system(**options: Any) -> Any:
     """gcsfs, with a failed answer's header fields on its error, and no retries of its own."""
     # not the class that fsspec finds for gs://, which asks another API what kind each bucket is of
-    return _class()(use_listings_cache=False, skip_instance_cache=True, **options)
+    return _get_file_system_class()(use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 @functools.cache
-def _class() -> Any:
+def _get_file_system_class() -> Any:
     from gcsfs.core import GCSFileSystem
     from gcsfs.retry import validate_response
 
@@ -54,7 +54,7 @@ def _class() -> Any:
     return _GCS
 
 
-async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
+async def read_gcs_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
     """An object's bytes, held against the MD5 that the store gives for those of one piece.
 
     Raises StorageTooLarge and NoRoom before more is read than is allowed, StorageUnavailable for
@@ -74,18 +74,18 @@ async def read(fs: Any, path: str, allowance: Allowance) -> bytes:
                 answer.request_info, (), status=answer.status, message=answer.reason or "",
                 headers=answer.headers,
             )  # fmt: skip
-        with Body(f"gs://{path}", allowance, answer.content_length) as body:
-            async for part in answer.content.iter_chunked(_PIECE):
-                body.add(part)
-            data = body.whole()
-        checksum = _md5(answer.headers)
+        with BodyBuffer(f"gs://{path}", allowance, answer.content_length) as body:
+            async for part in answer.content.iter_chunked(_PIECE_BYTES):
+                body.append(part)
+            data = body.join()
+        checksum = _get_md5(answer.headers)
         packed = "Content-Encoding" in answer.headers
-        if checksum is not None and not packed and checksum != _digest(data):
+        if checksum is not None and not packed and checksum != _compute_md5(data):
             raise StorageUnavailable(f"gs://{path}: arrived damaged (its checksum does not match)")
         return data
 
 
-async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> dict[str, Any]:
+async def list_gcs_page(fs: Any, path: str, *, deep: bool, token: str | None) -> dict[str, Any]:
     """A page of a listing: `items` and `prefixes` as the JSON API has them, and `nextPageToken`.
 
     path: bucket/prefix, of a folder
@@ -95,17 +95,17 @@ async def page(fs: Any, path: str, *, deep: bool, token: str | None) -> dict[str
         bucket,
         prefix=f"{key.rstrip('/')}/" if key else None,
         delimiter=None if deep else "/",
-        maxResults=PAGE,
+        maxResults=_PAGE_SIZE,
         pageToken=token,
     )
     return answer
 
 
-def _digest(data: bytes) -> str:
+def _compute_md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
-def _md5(headers: Any) -> str | None:
+def _get_md5(headers: Any) -> str | None:
     """The MD5 among the checksums of an answer, in base64; objects composed of others have none."""
     for field in headers.getall("x-goog-hash", []):
         for each in field.split(","):

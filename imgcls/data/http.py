@@ -1,8 +1,8 @@
 """Reading images from web servers: bounded, byte-exact URLs, polite.
 
 A URL is sent as it is in the manifest, because a signed one is void after any re-encoding. One
-process has at most `host_requests` requests under way to a host, and none before the time that the
-host has named in a Retry-After.
+process has at most `max_requests_per_host` requests under way to a host, and none before the time
+that the host has named in a Retry-After.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from imgcls.data.readahead import Allowance, Body
-from imgcls.data.storage_errors import code_of, retry_after, short, too_large
+from imgcls.data.readahead import BodyBuffer, ReadAllowance
+from imgcls.data.storage_errors import get_error_code, get_retry_after, shorten_url, too_large_error
 from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_MOST_REDIRECTS = 10
-_PIECE = 1 << 16
+_MAX_REDIRECTS = 10
+_PIECE_BYTES = 1 << 16
 """Bytes that are taken from a connection, or out of a compressed body, at a time."""
-_RETRY_LATER = ("429", "503")
+_RETRY_LATER_CODES = ("429", "503")
 
 
-class Reader:
+class HttpReader:
     """Reads whole files over HTTP; lives in one event loop."""
 
-    def __init__(self, host_requests: int, user_agent: str, connect_seconds: float) -> None:
-        self._host_requests = host_requests
+    def __init__(self, max_requests_per_host: int, user_agent: str, connect_seconds: float) -> None:
+        self._host_requests = max_requests_per_host
         self._user_agent = user_agent
         self._connect_seconds = connect_seconds
-        self._hosts: dict[str, Host] = {}
+        self._hosts: dict[str, HostLimiter] = {}
         self._session: Any = None
 
-    def host(self, url: str) -> Host:
+    def get_limiter(self, url: str) -> HostLimiter:
         """The server of a URL, by scheme, name and port."""
         scheme, _, rest = url.partition("://")
         name = f"{scheme}://{rest.partition('/')[0].partition('?')[0].rpartition('@')[2]}".lower()
-        return self._hosts.setdefault(name, Host(name, self._host_requests))
+        return self._hosts.setdefault(name, HostLimiter(name, self._host_requests))
 
-    async def read(self, url: str, allowance: Allowance) -> bytes:
+    async def read(self, url: str, allowance: ReadAllowance) -> bytes:
         """A file's bytes, decompressed where the server compressed them for the way.
 
         Raises StorageTooLarge, NoRoom, StorageUnavailable for an answer that breaks off, and
@@ -64,19 +64,21 @@ class Reader:
             loop = asyncio.get_running_loop()
             weakref.finalize(self, HTTPFileSystem.close_session, loop, self._session)
         place = url
-        for _ in range(_MOST_REDIRECTS):
-            target = yarl.URL(request_url(place), encoded=True)
+        for _ in range(_MAX_REDIRECTS):
+            target = yarl.URL(encode_url(place), encoded=True)
             async with self._session.get(target, allow_redirects=False) as answer:
                 if answer.status not in _REDIRECTS or "Location" not in answer.headers:
-                    return await self._body(url, answer, allowance)
+                    return await self._read_body(url, answer, allowance)
                 location = answer.headers["Location"]
             whole = location.startswith(("http://", "https://"))
             place = location if whole else urllib.parse.urljoin(place, location)
             if not place.startswith(("http://", "https://")):
-                raise StorageError(f"{short(url)}: is redirected to {short(place)}, no web URL")
-        raise StorageError(f"{short(url)}: is redirected more than {_MOST_REDIRECTS} times")
+                raise StorageError(
+                    f"{shorten_url(url)}: is redirected to {shorten_url(place)}, no web URL"
+                )
+        raise StorageError(f"{shorten_url(url)}: is redirected more than {_MAX_REDIRECTS} times")
 
-    async def _body(self, url: str, answer: Any, allowance: Allowance) -> bytes:
+    async def _read_body(self, url: str, answer: Any, allowance: ReadAllowance) -> bytes:
         from aiohttp import ClientResponseError
 
         if answer.status != 200:
@@ -84,19 +86,19 @@ class Reader:
                 answer.request_info, (), status=answer.status, message=answer.reason or "",
                 headers=answer.headers,
             )  # fmt: skip
-            self.host(url).note_retry_after(error)
+            self.get_limiter(url).note_retry_after(error)
             raise error
         coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         length = answer.content_length  # of what is sent, and so a lower bound on what it holds
-        if length is not None and coding != "identity" and allowance.exceeded_by(length):
-            raise too_large(url, allowance.max_bytes)
-        with Body(url, allowance, length) as body:
-            async for part in _decoded(url, coding, answer.content.iter_chunked(_PIECE)):
-                body.add(part)
-            return body.whole()
+        if length is not None and coding != "identity" and allowance.is_exceeded_by(length):
+            raise too_large_error(url, allowance.max_bytes)
+        with BodyBuffer(url, allowance, length) as body:
+            async for part in _decompress(url, coding, answer.content.iter_chunked(_PIECE_BYTES)):
+                body.append(part)
+            return body.join()
 
 
-class Host:
+class HostLimiter:
     """Requests to one server: how many at a time, and from when on."""
 
     def __init__(self, name: str, requests: int) -> None:
@@ -107,13 +109,13 @@ class Host:
 
     def note_retry_after(self, error: BaseException) -> None:
         """Store the time until which a server asks for no request (Retry-After)."""
-        asked = retry_after(error) if code_of(error) in _RETRY_LATER else None
+        asked = get_retry_after(error) if get_error_code(error) in _RETRY_LATER_CODES else None
         if asked is not None:
             self._not_before = max(self._not_before, time.monotonic() + asked)
             self._asked = asked
 
     @contextlib.asynccontextmanager
-    async def turn(self, url: str, deadline: float) -> AsyncIterator[float]:
+    async def acquire_slot(self, url: str, deadline: float) -> AsyncIterator[float]:
         """Wait for one of the host's turns and hold it; yields the seconds spent in the queue.
 
         deadline: of the request, by time.monotonic, not counting those seconds
@@ -125,15 +127,16 @@ class Host:
             while (pause := self._not_before - time.monotonic()) > 0:
                 if time.monotonic() + pause > deadline + queued:
                     raise StorageThrottled(
-                        f"{short(url)}: {self._name} asks for no request for {self._asked:.0f} s "
+                        f"{shorten_url(url)}: {self._name} asks for no request for "
+                        f"{self._asked:.0f} s "
                         "(Retry-After), which is longer than the retry time; rerun with "
-                        "--retry-errors later, or raise --storage.deadline-seconds"
+                        "--retry-errors later, or raise --storage.retry-timeout-s"
                     )
                 await asyncio.sleep(pause)
             yield queued
 
 
-def request_url(url: str) -> str:
+def encode_url(url: str) -> str:
     """A URL with each character as it is, save those that no request may hold.
 
     White space, control characters and what is not ASCII are percent-encoded as UTF-8, a host name
@@ -155,7 +158,7 @@ def request_url(url: str) -> str:
     return f"{scheme}://{host}{kept}"
 
 
-async def _decoded(url: str, coding: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _decompress(url: str, coding: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """A body as it was before it was compressed for the way, in pieces of bounded size.
 
     Raises StorageUnavailable for one that breaks off, StorageError for an unknown coding.
@@ -165,14 +168,14 @@ async def _decoded(url: str, coding: str, pieces: AsyncIterator[bytes]) -> Async
             yield piece
         return
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise StorageError(f"{short(url)}: came with the unknown Content-Encoding {coding!r}")
+        raise StorageError(f"{shorten_url(url)}: came with the unknown Content-Encoding {coding!r}")
     unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32 if coding != "deflate" else 15)
     try:
         async for piece in pieces:
             while piece:
-                yield unpack.decompress(piece, _PIECE)
+                yield unpack.decompress(piece, _PIECE_BYTES)
                 piece = unpack.unconsumed_tail
     except zlib.error as error:
-        raise StorageUnavailable(f"{short(url)}: arrived damaged ({error})") from error
+        raise StorageUnavailable(f"{shorten_url(url)}: arrived damaged ({error})") from error
     if not unpack.eof:
-        raise StorageUnavailable(f"{short(url)}: broke off within its {coding} encoding")
+        raise StorageUnavailable(f"{shorten_url(url)}: broke off within its {coding} encoding")

@@ -17,15 +17,15 @@ from PIL import Image
 
 from imgcls.data import decode
 
-SIDE = 256
+MAX_FEATURE_SIDE = 256
 """Measures are taken of the picture at no more than so many pixels a side."""
 HASH_SIDE = 32
 HASH_BITS = 256
 DIGEST_BYTES = 16
-_NOTHING = 0.01
+_MIN_RELATIVE_AMPLITUDE = 0.01
 """A frequency counts as absent below this share of the root mean square of all: in graphics with
 symmetries most are, and their signs are those of rounding errors."""
-FIELDS = (
+FEATURE_FIELDS = (
     pa.field("format", pa.string()),
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
@@ -43,7 +43,7 @@ FIELDS = (
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageFeatures:
     """One image file.
 
     format:        as Pillow names it, such as JPEG
@@ -71,17 +71,17 @@ class Facts:
     sharpness: float
     colour: float
 
-    def columns(self) -> dict[str, Any]:
+    def to_columns(self) -> dict[str, Any]:
         """By the names of `FIELDS`."""
         return vars(self) | {"hash": self.hash.tobytes()}
 
 
-def facts_of(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> Facts:
+def compute_features(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> ImageFeatures:
     """Look at one image file.
 
     Raises an ImageError as `images.decode` does.
     """
-    opened = decode.picture(data, SIDE, max_pixels=max_pixels)
+    opened = decode.decode_preview(data, MAX_FEATURE_SIDE, max_pixels=max_pixels)
     red, green, blue = (np.asarray(band) for band in opened.image.split())
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     grey = opened.image.convert("L")
@@ -89,28 +89,28 @@ def facts_of(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> Facts:
     shades = np.bincount(np.asarray(grey).ravel(), minlength=256) / luma.size
     there = shades[shades > 0]
     contrast = float(luma.std())
-    return Facts(
+    return ImageFeatures(
         format=opened.format,
-        width=opened.shown[0],
-        height=opened.shown[1],
+        width=opened.display_size[0],
+        height=opened.display_size[1],
         orientation=opened.orientation,
-        digest=digest_of(data),
-        hash=perceptual_hash(grey),
-        dark=_percentile(shades, 5),
-        bright=_percentile(shades, 95),
+        digest=compute_digest(data),
+        hash=compute_perceptual_hash(grey),
+        dark=_compute_percentile(shades, 5),
+        bright=_compute_percentile(shades, 95),
         contrast=contrast,
         entropy=float(-(there * np.log2(there)).sum()),
-        sharpness=_laplacian(luma) / contrast if contrast else 0.0,
-        colour=_percentile(np.bincount(spread.ravel(), minlength=256) / spread.size, 95),
+        sharpness=_compute_laplacian_std(luma) / contrast if contrast else 0.0,
+        colour=_compute_percentile(np.bincount(spread.ravel(), minlength=256) / spread.size, 95),
     )
 
 
-def digest_of(data: bytes) -> bytes:
+def compute_digest(data: bytes) -> bytes:
     """16 bytes by which the same file is known."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
+def compute_perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
     """The signs of a picture's 256 lowest spatial frequencies, without its mean.
 
     Returns (32,) uint8, the lowest frequencies first. Pictures that look alike differ in few bits;
@@ -121,15 +121,15 @@ def perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
     small = picture.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32)
     spectrum = (_COSINES @ pixels @ _COSINES.T)[_ROWS, _COLUMNS]
-    return np.packbits(spectrum > _NOTHING * np.sqrt(np.square(spectrum).mean()))
+    return np.packbits(spectrum > _MIN_RELATIVE_AMPLITUDE * np.sqrt(np.square(spectrum).mean()))
 
 
-def _percentile(shares: npt.NDArray[Any], percent: float) -> float:
+def _compute_percentile(shares: npt.NDArray[Any], percent: float) -> float:
     """Of values from 0 to 255, given the share of each; returned from 0 to 1."""
     return float(np.searchsorted(shares.cumsum(), percent / 100 - 1e-9)) / 255
 
 
-def _laplacian(luma: npt.NDArray[Any]) -> float:
+def _compute_laplacian_std(luma: npt.NDArray[Any]) -> float:
     """Standard deviation of the four-neighbour Laplacian; 0 of what is too small to have one."""
     if min(luma.shape) < 3:
         return 0.0
@@ -138,19 +138,19 @@ def _laplacian(luma: npt.NDArray[Any]) -> float:
     return float((around - 4 * inner).std())
 
 
-def _cosines() -> npt.NDArray[np.float32]:
+def _build_cosines() -> npt.NDArray[np.float32]:
     frequency, place = np.mgrid[:HASH_SIDE, :HASH_SIDE]
     return np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE)).astype(np.float32)
 
 
-def _lowest() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _find_lowest_frequencies() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     rows, columns = (each.ravel() for each in np.mgrid[:HASH_SIDE, :HASH_SIDE])
     order = np.lexsort((columns, rows + columns))[1 : HASH_BITS + 1]
     return rows[order], columns[order]
 
 
-_COSINES = _cosines()
-_ROWS, _COLUMNS = _lowest()
+_COSINES = _build_cosines()
+_ROWS, _COLUMNS = _find_lowest_frequencies()
 
-MIRROR = np.packbits(_COLUMNS % 2 == 1)
+MIRROR_BITS = np.packbits(_COLUMNS % 2 == 1)
 """(32,) uint8: the bits of a hash that change when the picture is mirrored left to right."""

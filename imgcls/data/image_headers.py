@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imgcls.data import png, tiff
-from imgcls.data.formats import Format
+from imgcls.data.formats import ImageFormat
 from imgcls.errors import UnsupportedImage
 
-Kind = Literal["unsigned", "signed", "float", "complex", "undefined"]
-Alpha = Literal["straight", "associated"]
+SampleKind = Literal["unsigned", "signed", "float", "complex", "undefined"]
+AlphaKind = Literal["straight", "associated"]
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleFormat:
     """How a file stores its samples.
 
     kind:        number type
@@ -34,15 +34,15 @@ class Samples:
     transparent: the gray level or color that is transparent (PNG's tRNS), in stored units
     """
 
-    kind: Kind = "unsigned"
+    kind: SampleKind = "unsigned"
     bits: tuple[int, ...] = (8,)
     color: str = "RGB"
-    inverted: bool = False
-    planar: bool = False
-    alpha: Alpha | None = None
-    icc: bool = False
-    significant: tuple[int, ...] | None = None
-    transparent: tuple[int, ...] | None = None
+    is_inverted: bool = False
+    is_planar: bool = False
+    alpha: AlphaKind | None = None
+    has_icc_profile: bool = False
+    significant_bits: tuple[int, ...] | None = None
+    transparent_color: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         """Such as `32-bit float RGB` or `5 bands of 16-bit unsigned samples`."""
@@ -50,7 +50,9 @@ class Samples:
         count = len(self.bits)
         bands = {"grey": 1, "palette": 1, "CMYK": 4}.get(self.color, 3) + (self.alpha is not None)
         notes = [
-            name for name, is_so in (("planar", self.planar), ("inverted", self.inverted)) if is_so
+            name
+            for name, is_so in (("planar", self.is_planar), ("inverted", self.is_inverted))
+            if is_so
         ]
         alpha = f" with {self.alpha} alpha" if self.alpha else ""
         if count > bands:
@@ -60,10 +62,10 @@ class Samples:
         )
 
 
-DEFAULT = Samples()
+DEFAULT_SAMPLE_FORMAT = SampleFormat()
 
 
-def samples_of(format_: Format, data: bytes) -> Samples:
+def read_sample_format(format_: ImageFormat, data: bytes) -> SampleFormat:
     """What the header of a file states about its samples.
 
     Formats that hold nothing but 8-bit unsigned samples give `DEFAULT`.
@@ -71,21 +73,21 @@ def samples_of(format_: Format, data: bytes) -> Samples:
     TruncatedImage or ImageError for a header that is cut off or contradicts itself.
     """
     if format_.name == "PNG":
-        return _png(data)
+        return _read_png(data)
     if format_.name == "TIFF":
-        return _tiff(data)
+        return _read_tiff(data)
     if format_.name == "JPEG 2000":
-        return _jpeg_2000(data)
-    return DEFAULT
+        return _read_jpeg_2000(data)
+    return DEFAULT_SAMPLE_FORMAT
 
 
-def _png(data: bytes) -> Samples:
+def _read_png(data: bytes) -> SampleFormat:
     """Source: Portable Network Graphics specification, third edition, sections 11.2 and 11.3."""
-    chunks = png.chunks_of(data)
-    header = png.header_of(data)
-    held = {chunk.kind: chunk.body(data) for chunk in reversed(chunks) if chunk.kind in _PNG_HELD}
-    color, bands, alpha = _PNG_COLORS[header.color]
-    depth = 8 if color == "palette" else header.depth
+    chunks = png.parse_chunks(data)
+    header = png.parse_ihdr(data)
+    held = {chunk.kind: chunk.body(data) for chunk in reversed(chunks) if chunk.kind in _PNG_CHUNKS}
+    color, bands, alpha = _PNG_COLORS[header.color_type]
+    depth = 8 if color == "palette" else header.bit_depth
     significant: tuple[int, ...] | None = tuple(held.get(b"sBIT", b"")) or None
     if significant and (len(significant) < bands or not all(1 <= n <= depth for n in significant)):
         significant = None  # as libpng, which ignores an invalid one
@@ -94,18 +96,18 @@ def _png(data: bytes) -> Samples:
     if key is not None and color in ("grey", "RGB") and not alpha and len(key) >= 2 * bands:
         # the lowest bits count where samples have fewer than 16
         stored = struct.unpack_from(f">{bands}H", key)
-        transparent = tuple(value & (1 << header.depth) - 1 for value in stored)
-    return Samples(
-        bits=(header.depth,) * bands,
+        transparent = tuple(value & (1 << header.bit_depth) - 1 for value in stored)
+    return SampleFormat(
+        bits=(header.bit_depth,) * bands,
         color=color,
         alpha="straight" if alpha else None,
-        icc=b"iCCP" in held,
-        significant=significant[:bands] if significant else None,
-        transparent=transparent,
+        has_icc_profile=b"iCCP" in held,
+        significant_bits=significant[:bands] if significant else None,
+        transparent_color=transparent,
     )
 
 
-_PNG_HELD = (b"sBIT", b"tRNS", b"iCCP")
+_PNG_CHUNKS = (b"sBIT", b"tRNS", b"iCCP")
 _PNG_COLORS = {
     0: ("grey", 1, False),
     2: ("RGB", 3, False),
@@ -115,35 +117,37 @@ _PNG_COLORS = {
 }
 
 
-def _tiff(data: bytes) -> Samples:
+def _read_tiff(data: bytes) -> SampleFormat:
     """Source: TIFF, revision 6.0, sections 8, 16, 18, 19, 21 and 23."""
-    tags = tiff.tags_of(data)
-    raw = tiff.raw_kind(data, tags)
+    tags = tiff.parse_tags(data)
+    raw = tiff.find_raw_format(data, tags)
     if raw:
         raise UnsupportedImage(f"{raw} is not supported; convert it to JPEG, PNG or TIFF")
-    photometric = tags.one(tiff.PHOTOMETRIC, 0)
-    compression = tags.one(tiff.COMPRESSION, 1)
+    photometric = tags.get_first(tiff.PHOTOMETRIC, 0)
+    compression = tags.get_first(tiff.COMPRESSION, 1)
     if compression == 6:
         photometric = 6  # old-style JPEG
-    count = tags.one(tiff.SAMPLES_PER_PIXEL, 3 if compression == 6 else 1)
-    bits = tags.ints(tiff.BITS_PER_SAMPLE) or (1,)
-    kinds = {_TIFF_KINDS.get(n, "undefined") for n in tags.ints(tiff.SAMPLE_FORMAT)} or {"unsigned"}
+    count = tags.get_first(tiff.SAMPLES_PER_PIXEL, 3 if compression == 6 else 1)
+    bits = tags.get_all(tiff.BITS_PER_SAMPLE) or (1,)
+    kinds = {_TIFF_KINDS.get(n, "undefined") for n in tags.get_all(tiff.SAMPLE_FORMAT)} or {
+        "unsigned"
+    }
     color = _TIFF_COLORS.get(photometric, f"photometric interpretation {photometric}")
-    extra = tags.ints(tiff.EXTRA_SAMPLES)
-    alphas: dict[int, Alpha] = {1: "associated", 2: "straight", 999: "straight"}
+    extra = tags.get_all(tiff.EXTRA_SAMPLES)
+    alphas: dict[int, AlphaKind] = {1: "associated", 2: "straight", 999: "straight"}
     alpha = next((alphas[n] for n in extra if n in alphas), None)
     if color == "RGB" and count == 4 and not extra:
         alpha = "straight"  # ExtraSamples is missing: the fourth band is taken for alpha
-    samples = Samples(
+    samples = SampleFormat(
         kind=kinds.pop() if len(kinds) == 1 else "undefined",
         bits=bits * count if len(bits) == 1 and 0 < count <= 64 else bits,
         color=color,
-        inverted=photometric == 0,
-        planar=tags.one(tiff.PLANAR, 1) == 2 and count > 1,
+        is_inverted=photometric == 0,
+        is_planar=tags.get_first(tiff.PLANAR, 1) == 2 and count > 1,
         alpha=alpha,
-        icc=tiff.ICC in tags,
+        has_icc_profile=tiff.ICC in tags,
     )
-    tiff.check_data(data, tags, samples.bits, planar=samples.planar)
+    tiff.check_strips(data, tags, samples.bits, planar=samples.is_planar)
     if samples.kind != "unsigned" or max(samples.bits) > 16:
         raise UnsupportedImage(
             f"TIFF: {samples} is not supported: the header does not state which value is white; "
@@ -152,7 +156,7 @@ def _tiff(data: bytes) -> Samples:
     return samples
 
 
-_TIFF_KINDS: dict[int, Kind] = {
+_TIFF_KINDS: dict[int, SampleKind] = {
     1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex",
 }  # fmt: skip
 _TIFF_COLORS = {
@@ -162,14 +166,14 @@ _TIFF_COLORS = {
 }  # fmt: skip
 
 
-def _jpeg_2000(data: bytes) -> Samples:
+def _read_jpeg_2000(data: bytes) -> SampleFormat:
     """Source: ISO/IEC 15444-1, annex A.5.1 (SIZ)."""
     place = data.find(b"\xff\x4f\xff\x51")
     if place < 0 or len(data) < place + 43:
-        return DEFAULT  # the decoder reports what is missing
+        return DEFAULT_SAMPLE_FORMAT  # the decoder reports what is missing
     (count,) = struct.unpack_from(">H", data, place + 40)
     sizes = data[place + 42 : place + 42 + 3 * count : 3]
-    samples = Samples(
+    samples = SampleFormat(
         kind="signed" if any(size & 0x80 for size in sizes) else "unsigned",
         bits=tuple((size & 0x7F) + 1 for size in sizes) or (8,),
         color="grey" if count < 3 else "RGB",
@@ -185,7 +189,7 @@ def _jpeg_2000(data: bytes) -> Samples:
     return samples
 
 
-def jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
+def read_jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
     """Width, height and orientation in a JPEG XL codestream; None where there is none.
 
     Its decoder applies the orientation, 1 to 8, that the codestream states.
@@ -196,7 +200,7 @@ def jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
         first = {b"jxlc": 0, b"jxlp": 4}  # the parts of a stream are numbered
         parts = [
             data[start + first[kind] : stop]
-            for kind, start, stop in boxes_of(data)
+            for kind, start, stop in iterate_boxes(data)
             if kind in first
         ]
         stream = b"".join(parts)
@@ -224,7 +228,7 @@ def jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
 _JPEG_XL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
-def boxes_of(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+def iterate_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """The outermost boxes of an ISO base media file: type, and where the body begins and ends.
 
     The end lies beyond that of the file where a box is cut off.
@@ -243,7 +247,7 @@ def boxes_of(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         place = stop
 
 
-def ends_early(data: bytes) -> bool:
+def is_cut_off(data: bytes) -> bool:
     """Whether a file that is not decoded ends before its own structure does.
 
     WebP states its length, ISO base media files that of their boxes; a JPEG 2000 codestream and a
@@ -254,7 +258,7 @@ def ends_early(data: bytes) -> bool:
     if data[:4] == b"GIF8":
         return data[-1:] != b";"
     if data[4:8] in (b"ftyp", b"jP  ", b"JXL "):
-        boxes = list(boxes_of(data))
+        boxes = list(iterate_boxes(data))
         if any(stop > len(data) for _, _, stop in boxes):
             return True
         streams = [data[first:stop] for kind, first, stop in boxes if kind == b"jp2c"]

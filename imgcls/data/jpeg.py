@@ -31,39 +31,39 @@ from PIL import Image
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
 Pixels = npt.NDArray[np.uint8]
-Factor = Literal[1, 2, 4, 8]
+ScaleFactor = Literal[1, 2, 4, 8]
 
-EXTRA_BYTES = 2
+MAX_UNUSED_BYTES = 2
 """Accepted number of unused bytes between the image data and the end marker, as libjpeg counts
 them: some cameras write them. Of 1,336 photographs with one wrong bit 13 % end with unused bytes,
 0.6 % with at most two."""
 
 _EOI, _SOS, _RESTART_INTERVAL, _COMMENT = 0xD9, 0xDA, 0xDD, 0xFE
-_START, _END = b"\xff\xd8", b"\xff\xd9"
-_APPLICATION = range(0xE0, 0xF0)
-_MOST_PIXELS = 65_500
+_SOI_BYTES, _EOI_BYTES = b"\xff\xd8", b"\xff\xd9"
+_APP_MARKERS = range(0xE0, 0xF0)
+_MAX_WIDTH = 65_500
 """Largest width that libjpeg decodes."""
-_STANDALONE = (0x01, *range(0xD0, 0xD9))
+_STANDALONE_MARKERS = (0x01, *range(0xD0, 0xD9))
 """Markers without a length: TEM, restart and start of image."""
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_LS = 0xF7
-_PROGRESSIVE = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
+_PROGRESSIVE_MARKERS = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ANY_MARKER = re.compile(rb"\xff[^\x00\xff]")
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """A marker that ends entropy-coded data: neither a stuffed 0xFF00 nor a restart marker."""
 _STUFFED = re.compile(rb"(?:\xff\x00)*")
-_ALL_SPECTRUM = b"\x00\x3f\x00"
+_SEQUENTIAL_SPECTRUM = b"\x00\x3f\x00"
 """Spectral selection and approximation of a sequential scan."""
-_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_RESTART_MARKER = re.compile(rb"\xff[\xd0-\xd7]")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd([0-79])")
-_MISSING = re.compile(r"premature end|found marker 0xd9 instead of RST", re.IGNORECASE)
-_ODD_SAMPLING = "subsampling level"
-_READ_AHEAD = 8
+_MISSING_DATA = re.compile(r"premature end|found marker 0xd9 instead of RST", re.IGNORECASE)
+_UNSUPPORTED_SAMPLING = "subsampling level"
+_READ_AHEAD_BYTES = 8
 """Bytes: the bit buffer of libjpeg."""
 
 
 @dataclass(frozen=True)
-class Frame:
+class FrameHeader:
     """The frame header of a JPEG, and the size of its first scan.
 
     process:   marker code, 0xC0 to 0xCF: 0xC0 baseline, 0xC1 extended, 0xC2 progressive, 0xC3
@@ -77,15 +77,17 @@ class Frame:
     process: int
     precision: int
     size: tuple[int, int]
-    sampling: dict[int, tuple[int, int]]
-    scanned: int
+    sampling_factors: dict[int, tuple[int, int]]
+    first_scan_components: int
 
     @property
-    def has_many_scans(self) -> bool:
-        return self.process in _PROGRESSIVE or self.scanned < len(self.sampling)
+    def has_multiple_scans(self) -> bool:
+        return self.process in _PROGRESSIVE_MARKERS or self.first_scan_components < len(
+            self.sampling_factors
+        )
 
     @property
-    def reduced_chroma(self) -> tuple[float, float]:
+    def chroma_spans(self) -> tuple[float, float]:
         """How many pixels of a reduced image its coarsest component spans, across and down.
 
         libjpeg reduces a subsampled component less than the others, where both of its sampling
@@ -93,10 +95,10 @@ class Frame:
         Source: libjpeg-turbo, jdmaster.c, jpeg_calc_output_dimensions.
         """
         # damaged files have factors of 0
-        most_across = max(1, *(across for across, _ in self.sampling.values()))
-        most_down = max(1, *(down for _, down in self.sampling.values()))
+        most_across = max(1, *(across for across, _ in self.sampling_factors.values()))
+        most_down = max(1, *(down for _, down in self.sampling_factors.values()))
         spans = []
-        for across, down in self.sampling.values():
+        for across, down in self.sampling_factors.values():
             across, down = max(1, across), max(1, down)
             while most_across % (2 * across) == 0 and most_down % (2 * down) == 0:
                 across, down = 2 * across, 2 * down
@@ -104,11 +106,11 @@ class Frame:
         return max(span for span, _ in spans), max(span for _, span in spans)
 
 
-def read_frame(data: bytes) -> Frame | None:
+def read_frame_header(data: bytes) -> FrameHeader | None:
     """The frame header; None if it is damaged, or not followed by a scan."""
     frame = b""
-    for marker, start, stop in _segments(data, first_scan=True):
-        if marker in _FRAMES:
+    for marker, start, stop in _iterate_segments(data, first_scan=True):
+        if marker in _FRAME_MARKERS:
             frame = data[start:stop]
         elif marker == _SOS and len(frame) > 10 and len(frame) >= 10 + 3 * frame[9] > 10:
             sampling = {
@@ -116,24 +118,26 @@ def read_frame(data: bytes) -> Frame | None:
                 for at in range(10, 10 + 3 * frame[9], 3)
             }
             size = int.from_bytes(frame[7:9], "big"), int.from_bytes(frame[5:7], "big")
-            return Frame(frame[1], frame[4], size, sampling, data[start + 4])
+            return FrameHeader(frame[1], frame[4], size, sampling, data[start + 4])
     return None
 
 
-def unsupported(data: bytes) -> UnsupportedImage | None:
+def find_unsupported_process(data: bytes) -> UnsupportedImage | None:
     """The error for a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
 
     Needs no scan: a cut file is named as well. Source: ITU-T T.81, table B.1 (markers).
     """
-    for marker, start, stop in _segments(data, first_scan=True):
-        if (marker in _FRAMES or marker == _JPEG_LS) and stop - start > 9:
-            kind = _unsupported_process(marker, precision=data[start + 4], count=data[start + 9])
+    for marker, start, stop in _iterate_segments(data, first_scan=True):
+        if (marker in _FRAME_MARKERS or marker == _JPEG_LS) and stop - start > 9:
+            kind = _name_unsupported_process(
+                marker, precision=data[start + 4], count=data[start + 9]
+            )
             text = f"{kind} is not supported; convert it to 8-bit baseline JPEG"
             return UnsupportedImage(text) if kind else None
     return None
 
 
-def _unsupported_process(marker: int, *, precision: int, count: int) -> str | None:
+def _name_unsupported_process(marker: int, *, precision: int, count: int) -> str | None:
     if marker == _JPEG_LS:
         return "JPEG-LS"
     lossless = "lossless " if marker in (0xC3, 0xC7, 0xCB, 0xCF) else ""
@@ -146,14 +150,16 @@ def _unsupported_process(marker: int, *, precision: int, count: int) -> str | No
     return f"JPEG with {count} components" if count not in (1, 3, 4) else None
 
 
-def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pixels:
+def decode_jpeg(
+    data: bytes, factor: ScaleFactor = 1, *, frame: FrameHeader | None = None
+) -> Pixels:
     """Decode a grayscale, YCbCr or RGB JPEG.
 
     factor: decode at 1/factor of the size, rounded up; each pixel is the mean of a square
     frame:  of `data`, if it was read before
     Returns (H, W, 3) uint8 RGB. Raises TruncatedImage or ImageError.
     """
-    frame = frame or read_frame(data)
+    frame = frame or read_frame_header(data)
     size = frame.size if frame else (0, 0)
     least = dict(
         zip(("min_width", "min_height"), (-(-side // factor) for side in size), strict=True)
@@ -161,46 +167,46 @@ def decode(data: bytes, factor: Factor = 1, *, frame: Frame | None = None) -> Pi
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", **(least if factor > 1 else {}))
     except ValueError as error:
-        data = _checked_again(data, frame, error)
-        pixels = _by_pillow(data, factor)
+        data = _verify_after_error(data, frame, error)
+        pixels = _decode_with_pillow(data, factor)
     _check_scans(data, frame)
     return pixels
 
 
-def checked(data: bytes) -> bytes:
+def verify_jpeg(data: bytes) -> bytes:
     """Check the image data for a decoder that ignores libjpeg's warnings.
 
     Returns the file with an end marker right after the image data. Raises as `decode` does. Takes
     about half the time of decoding; other threads can run meanwhile.
     """
-    frame = read_frame(data)
+    frame = read_frame_header(data)
     try:
-        _check_coding(data)
+        _check_entropy_data(data)
     except ValueError as error:
-        data = _checked_again(data, frame, error)
+        data = _verify_after_error(data, frame, error)
     _check_scans(data, frame)
     return data
 
 
-def _checked_again(data: bytes, frame: Frame | None, error: ValueError) -> bytes:
+def _verify_after_error(data: bytes, frame: FrameHeader | None, error: ValueError) -> bytes:
     """As `checked`, for a file that simplejpeg reports `error` of."""
-    refusal = unsupported(data)
+    refusal = find_unsupported_process(data)
     if refusal:
         raise refusal
-    if _ODD_SAMPLING not in str(error):
-        return _sound(data)
-    return data if frame is None or frame.has_many_scans else _sound_by_pillow(data)
+    if _UNSUPPORTED_SAMPLING not in str(error):
+        return _verify_without_padding(data)
+    return data if frame is None or frame.has_multiple_scans else _verify_with_pillow(data)
 
 
-def _sound_by_pillow(data: bytes) -> bytes:
+def _verify_with_pillow(data: bytes) -> bytes:
     """A JPEG of one scan, with an end marker; raises TruncatedImage if image data are missing.
 
     Pillow reports that only where no end marker follows. To check, a few bytes follow instead, as
     many as libjpeg reads ahead of the last block.
     """
-    scan = next(stop for marker, _, stop in _segments(data) if marker == _SOS)
+    scan = next(stop for marker, _, stop in _iterate_segments(data) if marker == _SOS)
     try:
-        image = Image.open(io.BytesIO(data[:scan] + bytes(_READ_AHEAD)), formats=["JPEG"])
+        image = Image.open(io.BytesIO(data[:scan] + bytes(_READ_AHEAD_BYTES)), formats=["JPEG"])
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
     except OSError as error:
@@ -209,10 +215,10 @@ def _sound_by_pillow(data: bytes) -> bytes:
         raise TruncatedImage(
             f"the JPEG is truncated: image data are missing ({len(data):,} bytes)"
         ) from error
-    return data if data.startswith(_END, scan) else data[:scan] + _END
+    return data if data.startswith(_EOI_BYTES, scan) else data[:scan] + _EOI_BYTES
 
 
-def _by_pillow(data: bytes, factor: Factor) -> Pixels:
+def _decode_with_pillow(data: bytes, factor: ScaleFactor) -> Pixels:
     """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     if factor > 1:
@@ -220,7 +226,7 @@ def _by_pillow(data: bytes, factor: Factor) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _check_coding(data: bytes, extra: int = 0) -> None:
+def _check_entropy_data(data: bytes, extra: int = 0) -> None:
     """Decode at 1/8: all entropy-coded data are read. Raises ValueError on a libjpeg warning.
 
     extra: accepted number of unused bytes before the end marker
@@ -233,23 +239,23 @@ def _check_coding(data: bytes, extra: int = 0) -> None:
             raise
 
 
-def _sound(data: bytes) -> bytes:
+def _verify_without_padding(data: bytes) -> bytes:
     """The file with an end marker right after its image data, if these are complete.
 
     For a file that libjpeg warns of: other warnings can hide behind the first one.
     Raises TruncatedImage or ImageError.
     """
-    coding, sound = _without_padding(data)
+    coding, sound = _strip_padding(data)
     try:
         try:
-            _check_coding(coding, EXTRA_BYTES)
+            _check_entropy_data(coding, MAX_UNUSED_BYTES)
         except ValueError as error:
             if not _EXTRANEOUS.search(str(error)):
                 raise
-            for interval in _intervals(coding, str(error)):
-                _check_coding(interval, EXTRA_BYTES)
+            for interval in _split_restart_intervals(coding, str(error)):
+                _check_entropy_data(interval, MAX_UNUSED_BYTES)
     except ValueError as error:
-        if _MISSING.search(str(error)):
+        if _MISSING_DATA.search(str(error)):
             raise TruncatedImage(
                 f"the JPEG is truncated: image data are missing ({len(data):,} bytes)"
             ) from error
@@ -257,63 +263,63 @@ def _sound(data: bytes) -> bytes:
     return sound
 
 
-def _intervals(coding: bytes, warning: str) -> Iterator[bytes]:
+def _split_restart_intervals(coding: bytes, warning: str) -> Iterator[bytes]:
     """The restart intervals of a sequential JPEG, each as a JPEG of one row of blocks.
 
     Webcams write an unused byte before every restart marker. libjpeg adds them up and warns once,
     and its other warnings hide behind that: each interval is to be checked by itself.
     Raises ValueError if there are too few, and with `warning` if the file is of another kind.
     """
-    frame = read_frame(coding)
-    parts = {marker: (start, stop) for marker, start, stop in _segments(coding)}
-    if frame is None or frame.has_many_scans or _RESTART_INTERVAL not in parts:
+    frame = read_frame_header(coding)
+    parts = {marker: (start, stop) for marker, start, stop in _iterate_segments(coding)}
+    if frame is None or frame.has_multiple_scans or _RESTART_INTERVAL not in parts:
         raise ValueError(warning)
-    alone = len(frame.sampling) == 1
-    width = 8 * (1 if alone else max(across for across, _ in frame.sampling.values()))
-    height = 8 * (1 if alone else max(down for _, down in frame.sampling.values()))
+    alone = len(frame.sampling_factors) == 1
+    width = 8 * (1 if alone else max(across for across, _ in frame.sampling_factors.values()))
+    height = 8 * (1 if alone else max(down for _, down in frame.sampling_factors.values()))
     units = math.prod(
         -(-size // unit) for size, unit in zip(frame.size, (width, height), strict=True)
     )
     at = parts[_RESTART_INTERVAL][0]
     each = int.from_bytes(coding[at + 4 : at + 6], "big")
-    if width * each > _MOST_PIXELS:
+    if width * each > _MAX_WIDTH:
         raise ValueError(warning)
     start, stop = parts[_SOS]
     scan = start + 2 + int.from_bytes(coding[start + 2 : start + 4], "big")
-    found = _RESTART.split(coding[scan:stop])
+    found = _RESTART_MARKER.split(coding[scan:stop])
     if each == 0 or len(found) < -(-units // each):
         raise ValueError("premature end: restart intervals are missing")
     size = parts[frame.process][0] + 5
     for index, interval in enumerate(found[: -(-units // each)]):
         across = width * min(each, units - index * each)
         head = coding[:size] + struct.pack(">HH", height, across) + coding[size + 4 : scan]
-        yield head + interval + _END
+        yield head + interval + _EOI_BYTES
 
 
-def _without_padding(data: bytes) -> tuple[bytes, bytes]:
+def _strip_padding(data: bytes) -> tuple[bytes, bytes]:
     """A JPEG without the padding that follows its scans: its coding alone, and the whole file.
 
     The coding alone has no application data and comments, about which libjpeg may warn too.
     """
-    coding, sound = [_START], data
+    coding, sound = [_SOI_BYTES], data
     progressive = False
-    for marker, start, stop in _segments(data):
-        if marker in _APPLICATION or marker in (_EOI, _COMMENT):
+    for marker, start, stop in _iterate_segments(data):
+        if marker in _APP_MARKERS or marker in (_EOI, _COMMENT):
             continue
-        progressive |= marker in _PROGRESSIVE
+        progressive |= marker in _PROGRESSIVE_MARKERS
         segment = data[start:stop]
         if marker == _SOS:
             header = 2 + int.from_bytes(segment[2:4], "big")
-            coded = _unpadded(segment[header:])
-            sound = data[: start + header] + coded + _END
+            coded = _strip_scan_padding(segment[header:])
+            sound = data[: start + header] + coded + _EOI_BYTES
             # libjpeg ignores these three in a sequential file, but warns if they are wrong
-            selection = segment[header - 3 : header] if progressive else _ALL_SPECTRUM
+            selection = segment[header - 3 : header] if progressive else _SEQUENTIAL_SPECTRUM
             segment = segment[: header - 3] + selection + coded
         coding.append(segment)
-    return b"".join([*coding, _END]), sound
+    return b"".join([*coding, _EOI_BYTES]), sound
 
 
-def _unpadded(coded: bytes) -> bytes:
+def _strip_scan_padding(coded: bytes) -> bytes:
     """Entropy-coded data without the bytes of 0x00 and 0xFF at their end, if these are padding.
 
     A single one is taken for data. More than one can be data too, where a picture ends in one flat
@@ -326,18 +332,18 @@ def _unpadded(coded: bytes) -> bytes:
     return coded[:kept] if len(coded) > kept + 1 or coded[kept:] == b"\xff" else coded
 
 
-def _check_scans(data: bytes, frame: Frame | None) -> None:
+def _check_scans(data: bytes, frame: FrameHeader | None) -> None:
     """Raise TruncatedImage if a scan is missing; libjpeg decodes without it and does not warn."""
-    if frame is None or not frame.has_many_scans:
+    if frame is None or not frame.has_multiple_scans:
         return
-    missing_bits = {component: bytearray(b"\xff" * 64) for component in frame.sampling}
-    for marker, start, _ in _segments(data):
+    missing_bits = {component: bytearray(b"\xff" * 64) for component in frame.sampling_factors}
+    for marker, start, _ in _iterate_segments(data):
         if marker != _SOS:
             continue
         count = data[start + 4]
         first, last, approximation = data[start + 5 + 2 * count : start + 8 + 2 * count]
-        if frame.process not in _PROGRESSIVE:
-            first, last, approximation = _ALL_SPECTRUM
+        if frame.process not in _PROGRESSIVE_MARKERS:
+            first, last, approximation = _SEQUENTIAL_SPECTRUM
         bits = bytes([approximation & 15]) * (last + 1 - first)
         for component in data[start + 5 : start + 5 + 2 * count : 2]:
             if component in missing_bits:
@@ -346,7 +352,7 @@ def _check_scans(data: bytes, frame: Frame | None) -> None:
         raise TruncatedImage(f"the JPEG is truncated: scans are missing ({len(data):,} bytes)")
 
 
-def _segments(data: bytes, *, first_scan: bool = False) -> Iterator[tuple[int, int, int]]:
+def _iterate_segments(data: bytes, *, first_scan: bool = False) -> Iterator[tuple[int, int, int]]:
     """(marker code, start, stop) of each marker segment after the start of the image.
 
     A scan's segment includes its entropy-coded data. Ends at the end marker, at damage, and with
@@ -355,7 +361,7 @@ def _segments(data: bytes, *, first_scan: bool = False) -> Iterator[tuple[int, i
     stop = 2
     while (found := _ANY_MARKER.search(data, stop)) is not None:
         at, marker = found.start(), data[found.start() + 1]
-        if marker in _STANDALONE:
+        if marker in _STANDALONE_MARKERS:
             stop = at + 2
             continue
         if marker == _EOI:
@@ -369,7 +375,7 @@ def _segments(data: bytes, *, first_scan: bool = False) -> Iterator[tuple[int, i
             if length < 6 or length < 6 + 2 * data[at + 4]:
                 return
             if not first_scan:
-                after = _MARKER.search(data, stop)
+                after = _SCAN_END.search(data, stop)
                 stop = after.start() if after else len(data)
         yield marker, at, stop
         if marker == _SOS and first_scan:

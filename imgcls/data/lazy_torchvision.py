@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-_COMPILER = "torch._dynamo.utils"
+_COMPILER_MODULE = "torch._dynamo.utils"
 
 
 def is_compile_supported(device_type: str) -> bool:
@@ -20,19 +20,19 @@ def is_compile_supported(device_type: str) -> bool:
     return bool(asked(device_type))
 
 
-def _import() -> ModuleType:
-    if _COMPILER in sys.modules:
+def _import_torchvision() -> ModuleType:
+    if _COMPILER_MODULE in sys.modules:
         import torchvision
 
         return torchvision
-    stand_in = ModuleType(_COMPILER)
+    stand_in = ModuleType(_COMPILER_MODULE)
     stand_in.is_compile_supported = is_compile_supported  # type: ignore[attr-defined]
-    sys.modules[_COMPILER] = stand_in
+    sys.modules[_COMPILER_MODULE] = stand_in
     try:
         import torchvision
     finally:
-        del sys.modules[_COMPILER]
+        del sys.modules[_COMPILER_MODULE]
     return torchvision
 
 
-torchvision = _import()
+torchvision = _import_torchvision()

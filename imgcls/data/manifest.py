@@ -21,16 +21,16 @@ import pyarrow.compute as pc
 
 from imgcls.config import Section
 from imgcls.data import csv_reader, filesystem, parquet_reader
-from imgcls.data.csv_reader import Dialect
+from imgcls.data.csv_reader import CsvDialect
 from imgcls.data.discovery import (
-    Found,
-    described,
-    find_manifest,
-    images_among,
-    images_below,
-    tell_skipped,
+    ManifestFiles,
+    filter_images,
+    find_manifest_files,
+    format_suffix_counts,
+    log_skipped_files,
+    walk_images,
 )
-from imgcls.data.schemas import conform, unify_schemas
+from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
 from imgcls.log import tell
 
@@ -75,38 +75,38 @@ class Manifest:
     label_column: str | None
     root: str
     files: tuple[str, ...]
-    _batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
-    _digest: Callable[[], str] = field(repr=False)
+    _read_batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
+    _compute_fingerprint: Callable[[], str] = field(repr=False)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Stream the rows, in order; raises ManifestError where a row cannot be read."""
-        return self._batches()
+        return self._read_batches()
 
     def fingerprint(self) -> str:
         """BLAKE2b of the files' bytes, or of the listing (path, size) for folders of images."""
-        return self._digest()
+        return self._compute_fingerprint()
 
     def resolve(self, path: str | None) -> str | None:
         """The place that a row's path names: as it is when absolute, else below `root`."""
-        return resolve(path, self.root)
+        return resolve_path(path, self.root)
 
 
-def resolve(path: str | None, root: str) -> str | None:
+def resolve_path(path: str | None, root: str) -> str | None:
     """`path` itself when absolute or a URL, else below `root`; None for a null path.
 
     On a store `./` and `../` are resolved here, since a key is not a path to it.
     """
     if path is None or filesystem.is_url(path) or os.path.isabs(path):
         return path
-    if not filesystem.is_local(root) and _DOTS.search(path):
-        return _without_dots(path, root)
+    if not filesystem.is_local(root) and _DOT_SEGMENT.search(path):
+        return _remove_dot_segments(path, root)
     return filesystem.join(root, path)
 
 
-_DOTS = re.compile(r"(^|/)\.\.?(/|$)")
+_DOT_SEGMENT = re.compile(r"(^|/)\.\.?(/|$)")
 
 
-def _without_dots(path: str, root: str) -> str:
+def _remove_dot_segments(path: str, root: str) -> str:
     scheme, _, rest = root.rstrip("/").partition("://")
     bucket, *folders = rest.split("/")
     for part in path.split("/"):
@@ -117,29 +117,29 @@ def _without_dots(path: str, root: str) -> str:
     return f"{scheme}://{'/'.join([bucket, *folders])}"
 
 
-def resolved(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
+def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     """`resolve` of a whole column of paths, as large strings."""
     text = paths.cast(pa.large_string())
     if (
         not filesystem.is_local(root)
-        and pc.any(pc.match_substring_regex(text, _DOTS.pattern)).as_py()
+        and pc.any(pc.match_substring_regex(text, _DOT_SEGMENT.pattern)).as_py()
     ):
         return pa.chunked_array(
-            [pa.array([resolve(path, root) for path in text.to_pylist()], pa.large_string())]
+            [pa.array([resolve_path(path, root) for path in text.to_pylist()], pa.large_string())]
         )
-    whole = pc.match_substring_regex(text, _WHOLE)
+    whole = pc.match_substring_regex(text, _ABSOLUTE)
     start = pa.scalar(root.rstrip("/"), pa.large_string())
     below = pc.binary_join_element_wise(start, text, pa.scalar("/", pa.large_string()))
     return pc.if_else(whole, text, below)
 
 
-_WHOLE = r"^(/|[A-Za-z0-9+]+://|data:)"
+_ABSOLUTE = r"^(/|[A-Za-z0-9+]+://|data:)"
 
 
-def with_whole_paths(manifest: Manifest, rows: pa.Table) -> pa.Table:
+def make_paths_absolute(manifest: Manifest, rows: pa.Table) -> pa.Table:
     """Rows of a manifest that may be stored elsewhere: no path begins at the manifest's folder."""
     place = rows.schema.get_field_index(manifest.path_column)
-    whole = resolved(rows.column(manifest.path_column), manifest.root)
+    whole = resolve_paths(rows.column(manifest.path_column), manifest.root)
     return rows.set_column(place, manifest.path_column, whole)
 
 
@@ -150,7 +150,7 @@ def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
     Raises ManifestError when there is nothing there, the format is unclear or a column is missing.
     """
     try:
-        found = find_manifest(config.path, config.format)
+        found = find_manifest_files(config.path, config.format)
         if found.format in ("tree", "images"):
             return _open_listing(config, found)
         return _open_table(config, found, any_key=any_key)
@@ -158,14 +158,14 @@ def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
         raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
 
 
-def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manifest:
+def _open_table(config: ManifestConfig, found: ManifestFiles, *, any_key: bool) -> Manifest:
     files = found.files
-    dialect = Dialect(config.delimiter, config.encoding, config.escape)
+    dialect = CsvDialect(config.delimiter, config.encoding, config.escape)
 
     def own_schema(file: str) -> pa.Schema:
         if found.format == "csv":
-            return csv_reader.read_header(file, dialect).schema
-        return parquet_reader.read_schema(file)
+            return csv_reader.read_csv_header(file, dialect).schema
+        return parquet_reader.read_parquet_schema(file)
 
     def partition(file: str, schema: pa.Schema) -> dict[str, str | None]:
         """The values in the file's folder names that are no columns of its own."""
@@ -175,22 +175,22 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
     def file_schemas() -> Iterator[tuple[str, pa.Schema]]:
         for file in files:
             own = own_schema(file)
-            _check_doubled(file, own)
+            _check_duplicate_columns(file, own)
             added = [pa.field(name, pa.string()) for name in partition(file, own)]
             yield file, pa.schema([*own, *added])
 
     schema = unify_schemas(file_schemas(), "manifest")
     _check_columns(config, schema, any_key=any_key)
-    folders = {folder_of(file) for file in files}
+    folders = {get_table_folder(file) for file in files}
     own_folders = config.root is None and not found.partitions and len(folders) > 1 and not any_key
     place = schema.get_field_index(config.path_column)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for file in files:
             own = (
-                csv_reader.read_batches(file, dialect)
+                csv_reader.read_csv_batches(file, dialect)
                 if found.format == "csv"
-                else parquet_reader.read_batches(file)
+                else parquet_reader.read_parquet_batches(file)
             )
             for batch in own:
                 if batch.schema.equals(schema) and not own_folders:
@@ -200,9 +200,9 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
                 for name, value in partition(file, batch.schema).items():
                     column = pa.array([value] * table.num_rows, pa.string())
                     table = table.append_column(name, column)
-                table = conform(table, schema, f"manifest {file}")
+                table = conform_table(table, schema, f"manifest {file}")
                 if own_folders:
-                    table = _with_own_folder(table, place, folder_of(file))
+                    table = _resolve_in_folder(table, place, get_table_folder(file))
                 yield from table.combine_chunks().to_batches()
 
     return Manifest(
@@ -210,36 +210,36 @@ def _open_table(config: ManifestConfig, found: Found, *, any_key: bool) -> Manif
         format=found.format,
         schema=schema,
         path_column=config.path_column,
-        label_column=_label_column(config, schema),
-        root=filesystem.absolute(config.root or _root_of(found)),
+        label_column=_find_label_column(config, schema),
+        root=filesystem.absolute(config.root or _find_root(found)),
         files=tuple(files),
-        _batches=batches,
-        _digest=lambda: _digest_files(files),
+        _read_batches=batches,
+        _compute_fingerprint=lambda: _hash_files(files),
     )
 
 
-def folder_of(file: str) -> str:
+def get_table_folder(file: str) -> str:
     """The folder of a table; the query of a signed URL is no part of it."""
     if file.startswith(("http://", "https://")):
         file = file.partition("?")[0]
     return filesystem.parent(file)
 
 
-def _root_of(found: Found) -> str:
+def _find_root(found: ManifestFiles) -> str:
     if found.partitions and found.folder is not None:
         return found.folder
-    return folder_of(found.files[0])
+    return get_table_folder(found.files[0])
 
 
-def _with_own_folder(table: pa.Table, place: int, folder: str) -> pa.Table:
+def _resolve_in_folder(table: pa.Table, place: int, folder: str) -> pa.Table:
     """The relative paths of a table made whole, of several whose folders differ."""
     field, paths = table.schema.field(place), table.column(place)
-    if pc.all(pc.match_substring_regex(paths.cast(pa.large_string()), _WHOLE)).as_py():
+    if pc.all(pc.match_substring_regex(paths.cast(pa.large_string()), _ABSOLUTE)).as_py():
         return table
-    return table.set_column(place, field, resolved(paths, folder).cast(field.type))
+    return table.set_column(place, field, resolve_paths(paths, folder).cast(field.type))
 
 
-def _check_doubled(file: str, schema: pa.Schema) -> None:
+def _check_duplicate_columns(file: str, schema: pa.Schema) -> None:
     names = schema.names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -253,8 +253,8 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) 
     for option, name in (("path", config.path_column), ("label", config.label_column)):
         if name is not None and name not in names:
             raise ManifestError(
-                f"manifest {config.path}: no column {name!r} (found: {_listed(schema)}); "
-                f"name it with --manifest.{option}-column{_hint(name, names)}"
+                f"manifest {config.path}: no column {name!r} (found: {_list_columns(schema)}); "
+                f"name it with --manifest.{option}-column{_suggest_fix(name, names)}"
             )
     kind = schema.field(config.path_column).type
     if pa.types.is_dictionary(kind):
@@ -267,22 +267,22 @@ def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) 
         )
 
 
-def _hint(name: str, names: list[str]) -> str:
+def _suggest_fix(name: str, names: list[str]) -> str:
     """What else may be meant where a column is not found."""
     if len(names) == 1 and name in re.split(r"\W+", names[0]):
         return f", or the delimiter of {names[0]!r} with --manifest.delimiter"
     spaced = next((each for each in names if each != name and each.strip() == name), None)
-    return "" if spaced is None else f"; {_spaces(spaced)}"
+    return "" if spaced is None else f"; {_describe_spaces(spaced)}"
 
 
-def _spaces(name: str) -> str:
+def _describe_spaces(name: str) -> str:
     return (
         f"the name {name!r} has spaces around it: remove the spaces next to the delimiters, in the "
         "header and in the rows"
     )
 
 
-def _label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
+def _find_label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
     if config.label_column is not None:
         return config.label_column
     if "label" in schema.names:
@@ -290,7 +290,8 @@ def _label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
     for name in schema.names:
         if name.strip() == "label":
             raise ManifestError(
-                f"manifest {config.path}: {_spaces(name)}; or pass --manifest.label-column {name!r}"
+                f"manifest {config.path}: {_describe_spaces(name)}; or pass "
+                f"--manifest.label-column {name!r}"
             )
         if name.strip().lower() == "label":
             tell(
@@ -301,11 +302,11 @@ def _label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
     return None
 
 
-def _listed(schema: pa.Schema) -> str:
+def _list_columns(schema: pa.Schema) -> str:
     return ", ".join(schema.names) or "none"
 
 
-def _digest_files(files: tuple[str, ...]) -> str:
+def _hash_files(files: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with filesystem.open_read(file) as stream:
@@ -318,7 +319,7 @@ def _digest_files(files: tuple[str, ...]) -> str:
 # Listings: a folder per class, a folder of images, or a glob of images.
 
 
-def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
+def _open_listing(config: ManifestConfig, found: ManifestFiles) -> Manifest:
     labelled = found.format == "tree"
     columns = [(config.path_column, pa.string())]
     label_column = (config.label_column or "label") if labelled else None
@@ -338,9 +339,9 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         nonlocal counted
         skipped: Counter[str] = Counter()
         images = (
-            images_below(config.path, skipped)
+            walk_images(config.path, skipped)
             if found.folder is not None
-            else images_among(found.files, skipped)
+            else filter_images(found.files, skipped)
         )
         none = True
         for path in images:
@@ -349,22 +350,24 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         if none:
             raise ManifestError(
                 f"manifest {config.path}: no image in it"
-                + (f" (passed over {described(skipped)})" if skipped else "")
+                + (f" (passed over {format_suffix_counts(skipped)})" if skipped else "")
                 + "; expected files like *.jpg or *.png, or one folder of them per class; images "
                 "with other names can be listed in a CSV"
             )
         if not counted:
             counted = True
-            tell_skipped(config.path, skipped, "their names are not those of images")
+            log_skipped_files(config.path, skipped, "their names are not those of images")
 
     def batches() -> Iterator[pa.RecordBatch]:
         listing = paths()
         while chunk := [
-            path for _, path in zip(range(parquet_reader.BATCH_ROWS), listing, strict=False)
+            path for _, path in zip(range(parquet_reader.READ_BATCH_ROWS), listing, strict=False)
         ]:
             arrays = [pa.array(chunk, pa.string())]
             if labelled:
-                arrays.append(pa.array([_class_of(config, path) for path in chunk], pa.string()))
+                arrays.append(
+                    pa.array([_get_class_name(config, path) for path in chunk], pa.string())
+                )
             yield pa.record_batch(arrays, schema=schema)
 
     next(paths())
@@ -376,12 +379,12 @@ def _open_listing(config: ManifestConfig, found: Found) -> Manifest:
         label_column=label_column,
         root=root,
         files=(),
-        _batches=batches,
-        _digest=lambda: _digest_listing(paths(), root),
+        _read_batches=batches,
+        _compute_fingerprint=lambda: _hash_listing(paths(), root),
     )
 
 
-def _class_of(config: ManifestConfig, path: str) -> str:
+def _get_class_name(config: ManifestConfig, path: str) -> str:
     folder, separator, _ = path.partition("/")
     if not separator:
         raise ManifestError(
@@ -391,23 +394,23 @@ def _class_of(config: ManifestConfig, path: str) -> str:
     return folder
 
 
-def _digest_listing(paths: Iterator[str], root: str) -> str:
+def _hash_listing(paths: Iterator[str], root: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        place = resolve(path, root)
-        bytes_ = _size(place) if place is not None and filesystem.is_local(place) else 0
+        place = resolve_path(path, root)
+        bytes_ = _get_file_size(place) if place is not None and filesystem.is_local(place) else 0
         digest.update(f"{path}\x00{bytes_}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _size(place: str) -> int:
+def _get_file_size(place: str) -> int:
     try:
         return filesystem.size(place)
     except StorageError:
         return -1  # a dead link is a row, and fails as a row
 
 
-def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def normalize_labels(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A label column of any type as strings to be matched with class names; nulls stay null.
 
     Whole floats lose their point, since pandas turns integer labels with a gap into 3.0. Text is
@@ -437,7 +440,7 @@ def labels_as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return pc.if_else(blank, None, pc.utf8_normalize(text, form="NFC"))
 
 
-def alike_labels(counts: Mapping[str, int], classes: Iterable[str] = ()) -> list[str]:
+def find_label_variants(counts: Mapping[str, int], classes: Iterable[str] = ()) -> list[str]:
     """Labels that differ only by case, spaces or compatibility forms, as text with their counts.
 
     counts:  rows by label, as `labels_as_text` gives them
@@ -461,9 +464,9 @@ def alike_labels(counts: Mapping[str, int], classes: Iterable[str] = ()) -> list
     return sorted(told)
 
 
-def tell_alike_labels(place: str, counts: Mapping[str, int], classes: Iterable[str] = ()) -> None:
+def log_label_variants(place: str, counts: Mapping[str, int], classes: Iterable[str] = ()) -> None:
     """Log labels that are probably one class written in several ways."""
-    alike = alike_labels(counts, classes)
+    alike = find_label_variants(counts, classes)
     if alike:
         more = f", and {len(alike) - 5} more" if len(alike) > 5 else ""
         tell(

@@ -17,37 +17,39 @@ import numpy.typing as npt
 from PIL import Image, ImageFile
 
 from imgcls.data import formats, png, tiff
-from imgcls.data.image_headers import Samples, samples_of
+from imgcls.data.image_headers import SampleFormat, read_sample_format
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
-Values = npt.NDArray[Any]
+SampleArray = npt.NDArray[Any]
 
 
-def rgb_of(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
+def load_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """A file's picture as RGB, its first frame or page; EXIF orientation is undone in TIFFs alone.
 
     image: the file, opened and not decoded
     data:  its bytes
     Raises UnsupportedImage, or what Pillow raises for damaged pixels.
     """
-    format_ = formats.FORMAT_OF[image.format or ""]
-    samples = samples_of(format_, data)
+    format_ = formats.FORMAT_BY_PILLOW_NAME[image.format or ""]
+    samples = read_sample_format(format_, data)
     if format_.name == "PNG":
-        return _png(image, data, samples)
+        return _load_png(image, data, samples)
     if format_.name == "TIFF":
-        return _tiff(image, data, samples)
+        return _load_tiff(image, data, samples)
     if format_.name == "GIF":
-        return _gif(image)
+        return _load_gif(image)
     if format_.name == "ICO":
-        return _ico(image, data)
+        return _load_ico(image, data)
     if format_.name == "PPM" and image.mode == "I":
-        return _grey(np.asarray(image), 65535)  # Pillow scales any greater maximum to this one
+        return _convert_gray(
+            np.asarray(image), 65535
+        )  # Pillow scales any greater maximum to this one
     if format_.name == "JPEG 2000":
-        return _jpeg_2000(image, samples)
-    return to_rgb(image)
+        return _load_jpeg_2000(image, samples)
+    return convert_to_rgb(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image of any mode as RGB: transparency over white, 16 bits scaled to 8.
 
     Raises UnsupportedImage for modes whose range is unknown.
@@ -58,7 +60,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         bits = tags.get(tiff.BITS_PER_SAMPLE, (16,))[0]
-        return _grey(np.asarray(image), 2**bits - 1, inverted=tags.get(tiff.PHOTOMETRIC) == 0)
+        return _convert_gray(
+            np.asarray(image), 2**bits - 1, inverted=tags.get(tiff.PHOTOMETRIC) == 0
+        )
     if image.mode in ("I", "F"):
         kind = {"I": "signed 32-bit integer", "F": "32-bit float"}[image.mode]
         raise UnsupportedImage(
@@ -74,13 +78,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey(values: Values, top: int, *, inverted: bool = False) -> Image.Image:
+def _convert_gray(values: SampleArray, top: int, *, inverted: bool = False) -> Image.Image:
     """(H, W) samples from 0 to `top`, which is white, or black where they are inverted."""
-    grey = _scaled(values, top)
+    grey = _scale_to_8_bits(values, top)
     return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
 
 
-def _scaled(values: Values, top: int) -> npt.NDArray[np.uint8]:
+def _scale_to_8_bits(values: SampleArray, top: int) -> npt.NDArray[np.uint8]:
     """Samples from 0 to `top` as 8 bits."""
     if top == 255:
         return values.astype(np.uint8)
@@ -91,26 +95,28 @@ def _scaled(values: Values, top: int) -> npt.NDArray[np.uint8]:
 # ------------------------------------------------------------------ PNG
 
 
-def _png(image: ImageFile.ImageFile, data: bytes, samples: Samples) -> Image.Image:
+def _load_png(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) -> Image.Image:
     if samples.color != "palette":
         image.info.pop("transparency", None)  # Pillow compares it with samples it has scaled
-    stated = samples.significant or samples.bits
+    stated = samples.significant_bits or samples.bits
     narrow = any(n < depth for n, depth in zip(stated, samples.bits, strict=True))
-    if samples.color == "palette" or not (narrow or samples.transparent):
-        return to_rgb(image)
-    values = _stored(image, data, samples)
+    if samples.color == "palette" or not (narrow or samples.transparent_color):
+        return convert_to_rgb(image)
+    values = _read_png_samples(image, data, samples)
     colors = values.shape[2] - (samples.alpha is not None)
-    tops = _tops(values, samples)
-    rgb = np.dstack([_scaled(values[..., band], tops[band]) for band in range(colors)])
-    if samples.transparent:
-        rgb[(values == np.array(samples.transparent, values.dtype)).all(-1)] = 255
+    tops = _find_white_levels(values, samples)
+    rgb = np.dstack([_scale_to_8_bits(values[..., band], tops[band]) for band in range(colors)])
+    if samples.transparent_color:
+        rgb[(values == np.array(samples.transparent_color, values.dtype)).all(-1)] = 255
     if samples.alpha:
         opacity = values[..., -1:].astype(np.float32) / tops[-1]
         rgb = np.round(rgb * opacity + 255 * (1 - opacity)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(rgb[..., 0] if colors == 1 else rgb).convert("RGB")
 
 
-def _stored(image: ImageFile.ImageFile, data: bytes, samples: Samples) -> Values:
+def _read_png_samples(
+    image: ImageFile.ImageFile, data: bytes, samples: SampleFormat
+) -> SampleArray:
     """(H, W, bands) samples of a PNG, grey or RGB, as the file has them."""
     depth, bands = samples.bits[0], len(samples.bits)
     if depth < 16 or bands == 1:
@@ -125,16 +131,16 @@ def _stored(image: ImageFile.ImageFile, data: bytes, samples: Samples) -> Values
         whole = _read_as(image, "RGBA", "RGBA").astype(np.uint16)
         return whole[..., 0::2] << 8 | whole[..., 1::2]
     mode = "RGB" if bands == 3 else "RGBA"
-    low = _read_as(_reopened(image, data), mode, f"{mode};16L").astype(np.uint16)
+    low = _read_as(_reopen(image, data), mode, f"{mode};16L").astype(np.uint16)
     return _read_as(image, mode, f"{mode};16B").astype(np.uint16) << 8 | low
 
 
-def _reopened(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
-    stream = io.BytesIO(png.pixels_only(data, png.chunks_of(data)))
+def _reopen(image: ImageFile.ImageFile, data: bytes) -> ImageFile.ImageFile:
+    stream = io.BytesIO(png.strip_metadata(data, png.parse_chunks(data)))
     return Image.open(stream, formats=[image.format or ""])
 
 
-def _read_as(image: ImageFile.ImageFile, mode: str, raw_mode: str) -> Values:
+def _read_as(image: ImageFile.ImageFile, mode: str, raw_mode: str) -> SampleArray:
     image.info.pop("transparency", None)
     image._mode = mode
     image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
@@ -142,7 +148,7 @@ def _read_as(image: ImageFile.ImageFile, mode: str, raw_mode: str) -> Values:
     return np.asarray(image)
 
 
-def _tops(values: Values, samples: Samples) -> list[int]:
+def _find_white_levels(values: SampleArray, samples: SampleFormat) -> list[int]:
     """The value of each band that is white, or opaque.
 
     By the specification, samples of n significant bits are scaled to all bits of the PNG, so that
@@ -153,12 +159,12 @@ def _tops(values: Values, samples: Samples) -> list[int]:
     """
     depth = samples.bits[0]
     full = 2**depth - 1
-    significant = samples.significant or samples.bits
+    significant = samples.significant_bits or samples.bits
     colors = len(significant) - (samples.alpha is not None)
     bands = [(values[..., band].astype(np.int64), significant[band]) for band in range(colors)]
     low = all(band.max(initial=0) < 2**n for band, n in bands)
     if not low or any(
-        all((scale(band, n, depth) == band).all() for band, n in bands) for scale in _SCALES
+        all((scale(band, n, depth) == band).all() for band, n in bands) for scale in _SCALINGS
     ):
         return [full] * len(significant)
     tops = [2**n - 1 for n in significant]
@@ -167,11 +173,11 @@ def _tops(values: Values, samples: Samples) -> list[int]:
     return tops
 
 
-def _shifted(values: Values, bits: int, depth: int) -> Values:
+def _shift(values: SampleArray, bits: int, depth: int) -> SampleArray:
     return values >> depth - bits << depth - bits
 
 
-def _replicated(values: Values, bits: int, depth: int) -> Values:
+def _replicate(values: SampleArray, bits: int, depth: int) -> SampleArray:
     high = values >> depth - bits
     result = np.zeros_like(values)
     for shift in range(depth - bits, -bits, -bits):
@@ -179,74 +185,78 @@ def _replicated(values: Values, bits: int, depth: int) -> Values:
     return result
 
 
-def _linear(values: Values, bits: int, depth: int) -> Values:
+def _scale_linearly(values: SampleArray, bits: int, depth: int) -> SampleArray:
     top, full = 2**bits - 1, 2**depth - 1
     return np.round(np.round(values * (top / full)) * (full / top)).astype(values.dtype)
 
 
-_SCALES = (_shifted, _replicated, _linear)
+_SCALINGS = (_shift, _replicate, _scale_linearly)
 """What each way to scale samples of n bits makes of the n highest bits of some values."""
 
 
 # ------------------------------------------------------------------ TIFF
 
 
-def _tiff(image: ImageFile.ImageFile, data: bytes, samples: Samples) -> Image.Image:
-    tags = tiff.tags_of(data)
-    if samples.planar:
+def _load_tiff(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) -> Image.Image:
+    tags = tiff.parse_tags(data)
+    if samples.is_planar:
         if not (
             samples.color in ("RGB", "CMYK")
             and samples.alpha != "associated"
             and set(samples.bits) <= {8, 16}
         ):
             raise UnsupportedImage(f"TIFF: {samples} is not supported; store it with one plane")
-        _through_libtiff(
+        _use_libtiff(
             image, tags, image.mode, image.mode + (";16N" if samples.bits[0] == 16 else "")
         )
-    elif samples.color == "YCbCr" and tags.one(tiff.COMPRESSION, 1) == 1 and len(samples.bits) == 3:
-        _through_libtiff(image, tags, "RGB", "RGBX")  # it knows subsampling and reference levels
+    elif (
+        samples.color == "YCbCr"
+        and tags.get_first(tiff.COMPRESSION, 1) == 1
+        and len(samples.bits) == 3
+    ):
+        _use_libtiff(image, tags, "RGB", "RGBX")  # it knows subsampling and reference levels
     elif samples.color == "palette":
-        return _palette(image, tags)
-    return to_rgb(image)
+        return _load_tiff_palette(image, tags)
+    return convert_to_rgb(image)
 
 
-def _through_libtiff(image: ImageFile.ImageFile, tags: tiff.Tags, mode: str, raw_mode: str) -> None:
+def _use_libtiff(image: ImageFile.ImageFile, tags: tiff.TiffTags, mode: str, raw_mode: str) -> None:
     """Have libtiff decode an uncompressed file too: Pillow's own reader confuses planes."""
     image._mode = mode
     image.use_load_libtiff = True  # type: ignore[attr-defined]
-    size = (0, 0, tags.one(tiff.WIDTH, 0), tags.one(tiff.HEIGHT, 0))
+    size = (0, 0, tags.get_first(tiff.WIDTH, 0), tags.get_first(tiff.HEIGHT, 0))
     image.tile = [ImageFile._Tile("libtiff", size, 0, (raw_mode, False, tags.offset))]
 
 
-def _palette(image: ImageFile.ImageFile, tags: tiff.Tags) -> Image.Image:
+def _load_tiff_palette(image: ImageFile.ImageFile, tags: tiff.TiffTags) -> Image.Image:
     """A palette of which no entry exceeds 255 was written with 8 bits, as libtiff takes it."""
     image.load()
-    colors = tags.ints(tiff.COLOR_MAP)
+    colors = tags.get_all(tiff.COLOR_MAP)
     if colors and max(colors) < 256 and image.mode == "P":
         entries = np.array(colors, np.uint8).reshape(3, -1).T
         image.putpalette(entries.tobytes())
-    return to_rgb(image)
+    return convert_to_rgb(image)
 
 
 # ------------------------------------------------------------------ JPEG 2000, GIF and ICO
 
 
-def _jpeg_2000(image: ImageFile.ImageFile, samples: Samples) -> Image.Image:
+def _load_jpeg_2000(image: ImageFile.ImageFile, samples: SampleFormat) -> Image.Image:
     """Pillow shifts samples to the high bits of 8 or 16; white is then too dark by the rest."""
     bits = set(samples.bits)
     if image.mode in ("L", "I;16") and bits != {8}:
         image.load()
         depth = samples.bits[0]
-        return _grey(np.asarray(image) >> (8 if depth < 8 else 16) - depth, 2**depth - 1)
+        return _convert_gray(np.asarray(image) >> (8 if depth < 8 else 16) - depth, 2**depth - 1)
     if bits != {8}:
         raise UnsupportedImage(f"JPEG 2000: {samples} is not supported; convert it to 8 bits")
-    return to_rgb(image)
+    return convert_to_rgb(image)
 
 
-def _gif(image: ImageFile.ImageFile) -> Image.Image:
+def _load_gif(image: ImageFile.ImageFile) -> Image.Image:
     """A first frame smaller than the picture leaves the rest transparent, hence white."""
     covered = image.tile[0].extents if image.tile else None
-    rgb = to_rgb(image)
+    rgb = convert_to_rgb(image)
     if covered is None or covered == (0, 0, *rgb.size):
         return rgb
     canvas = Image.new("RGB", rgb.size, (255, 255, 255))
@@ -254,18 +264,18 @@ def _gif(image: ImageFile.ImageFile) -> Image.Image:
     return canvas
 
 
-def _ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
+def _load_ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     """The largest picture of an icon; one that is a PNG is decoded as a PNG."""
-    picture = ico_picture(data)
+    picture = find_ico_image(data)
     if not picture.startswith(png.SIGNATURE):
-        return to_rgb(image)
-    chunks = png.chunks_of(picture)
-    png.check(picture, chunks)
-    inner = Image.open(io.BytesIO(png.pixels_only(picture, chunks)), formats=["PNG"])
-    return rgb_of(inner, picture)
+        return convert_to_rgb(image)
+    chunks = png.parse_chunks(picture)
+    png.verify_checksums(picture, chunks)
+    inner = Image.open(io.BytesIO(png.strip_metadata(picture, chunks)), formats=["PNG"])
+    return load_rgb(inner, picture)
 
 
-def ico_picture(data: bytes) -> bytes:
+def find_ico_image(data: bytes) -> bytes:
     """The bytes of the picture that Pillow takes from an icon, its largest.
 
     It is a PNG, or a BMP without its file header. Raises TruncatedImage where the file ends before

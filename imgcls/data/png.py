@@ -17,17 +17,17 @@ from PIL import Image
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MOST_TEXT = 16 << 20
+_MAX_TEXT_BYTES = 16 << 20
 """Bytes to which a compressed text is expanded, in search of an orientation."""
-_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112
 _RAW_EXIF = b"Raw profile type exif\0"
 _XMP = b"XML:com.adobe.xmp\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])\b')
-_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_HARMLESS = frozenset((*_PIXELS, b"pHYs", b"gAMA", b"sRGB", b"cHRM", b"tIME", b"bKGD"))
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_SAFE_CHUNKS = frozenset((*_PIXEL_CHUNKS, b"pHYs", b"gAMA", b"sRGB", b"cHRM", b"tIME", b"bKGD"))
 
 
-class Chunk(NamedTuple):
+class PngChunk(NamedTuple):
     """A chunk: its type, and where its body begins and ends in the file."""
 
     kind: bytes
@@ -38,30 +38,30 @@ class Chunk(NamedTuple):
         return data[self.start : self.stop]
 
 
-class Header(NamedTuple):
+class PngHeader(NamedTuple):
     """IHDR: size in pixels, bits per sample, color type, interlace method."""
 
     width: int
     height: int
-    depth: int
-    color: int
-    interlaced: int
+    bit_depth: int
+    color_type: int
+    interlace_method: int
 
 
-def header_of(data: bytes) -> Header:
+def parse_ihdr(data: bytes) -> PngHeader:
     """Raises TruncatedImage or ImageError when it is cut off or not the first chunk."""
     if len(data) < 33:
         raise TruncatedImage(f"the PNG is truncated in its header ({len(data):,} bytes)")
     width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    if depth not in _DEPTHS.get(color, ()) or not width or not height:
+    if depth not in _BIT_DEPTHS.get(color, ()) or not width or not height:
         raise ImageError(f"the PNG's header is damaged: {depth} bits, color type {color}")
-    return Header(width, height, depth, color, interlaced)
+    return PngHeader(width, height, depth, color, interlaced)
 
 
-_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
-def chunks_of(data: bytes) -> list[Chunk]:
+def parse_chunks(data: bytes) -> list[PngChunk]:
     """The chunks of a PNG up to IEND.
 
     A file that ends between two chunks is given as far as it goes: whether its pixels are whole is
@@ -72,17 +72,17 @@ def chunks_of(data: bytes) -> list[Chunk]:
     place = 8
     end = len(data)
     while place + 8 <= end:
-        length, kind = _LENGTH_AND_KIND(data, place)
+        length, kind = _unpack_length_and_kind(data, place)
         start, place = place + 8, place + 12 + length
         if kind == b"IEND":
-            chunks.append(Chunk(kind, start, start))
+            chunks.append(PngChunk(kind, start, start))
             break
         if not kind.isalpha():
             raise ImageError(f"the PNG is damaged: no chunk is called {kind!r}")
         if place > end:
             name = kind.decode()
             raise TruncatedImage(f"the PNG is truncated in its chunk {name} ({end:,} bytes)")
-        chunks.append(Chunk(kind, start, start + length))
+        chunks.append(PngChunk(kind, start, start + length))
     if not chunks and end < 33:
         raise TruncatedImage(f"begins as a PNG does, but its header is truncated ({end:,} bytes)")
     if chunks and chunks[0].kind == b"CgBI":
@@ -94,10 +94,10 @@ def chunks_of(data: bytes) -> list[Chunk]:
     return chunks
 
 
-_LENGTH_AND_KIND = struct.Struct(">I4s").unpack_from
+_unpack_length_and_kind = struct.Struct(">I4s").unpack_from
 
 
-def check(data: bytes, chunks: list[Chunk]) -> None:
+def verify_checksums(data: bytes, chunks: list[PngChunk]) -> None:
     """Compare the checksums of all chunks. Raises ImageError for the first that does not match."""
     view = memoryview(data)
     for kind, start, stop in chunks:
@@ -110,14 +110,14 @@ def check(data: bytes, chunks: list[Chunk]) -> None:
             )
 
 
-def orientation(data: bytes, chunks: list[Chunk]) -> int:
+def find_orientation(data: bytes, chunks: list[PngChunk]) -> int:
     """The EXIF orientation, 1 where there is none: of eXIf, else of older texts, else of XMP."""
     found: dict[str, bytes] = {}
     for chunk in chunks:
         if chunk.kind == b"eXIf":
             found.setdefault("exif", chunk.body(data))
-        elif chunk.kind in _TEXTS and data.startswith((_RAW_EXIF, _XMP), chunk.start):
-            text = _text(chunk, data)
+        elif chunk.kind in _TEXT_CHUNKS and data.startswith((_RAW_EXIF, _XMP), chunk.start):
+            text = _decompress_text(chunk, data)
             if data.startswith(_XMP, chunk.start):
                 found.setdefault("xmp", text)
             else:
@@ -129,8 +129,8 @@ def orientation(data: bytes, chunks: list[Chunk]) -> int:
         if exif is not None:
             tags = Image.Exif()
             tags.load(exif)
-            if _ORIENTATION in tags:
-                value = int(tags[_ORIENTATION])
+            if _EXIF_ORIENTATION in tags:
+                value = int(tags[_EXIF_ORIENTATION])
                 return value if 1 <= value <= 8 else 1
     except Exception:  # noqa: BLE001, S110  damaged EXIF does not concern the pixels
         pass
@@ -138,10 +138,10 @@ def orientation(data: bytes, chunks: list[Chunk]) -> int:
     return int(match[1]) if match else 1
 
 
-_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 
-def _text(chunk: Chunk, data: bytes) -> bytes:
+def _decompress_text(chunk: PngChunk, data: bytes) -> bytes:
     """The text of a chunk, expanded as far as `_MOST_TEXT`; empty where that fails."""
     _, _, rest = chunk.body(data).partition(b"\0")
     if chunk.kind == b"tEXt":
@@ -152,28 +152,31 @@ def _text(chunk: Chunk, data: bytes) -> bytes:
         packed = rest[:1] == b"\1"
         rest = rest[2:].split(b"\0", 2)[-1]
     try:
-        return zlib.decompressobj().decompress(rest, _MOST_TEXT) if packed else rest
+        return zlib.decompressobj().decompress(rest, _MAX_TEXT_BYTES) if packed else rest
     except zlib.error:
         return b""
 
 
-def pixels_only(data: bytes, chunks: list[Chunk]) -> bytes:
+def strip_metadata(data: bytes, chunks: list[PngChunk]) -> bytes:
     """The PNG without what Pillow may refuse: long texts and profiles, frames of an animation."""
-    if all(chunk.kind in _HARMLESS for chunk in chunks):
+    if all(chunk.kind in _SAFE_CHUNKS for chunk in chunks):
         return data
-    parts = [data[chunk.start - 8 : chunk.stop + 4] for chunk in chunks if chunk.kind in _PIXELS]
+    parts = [
+        data[chunk.start - 8 : chunk.stop + 4] for chunk in chunks if chunk.kind in _PIXEL_CHUNKS
+    ]
     return SIGNATURE + b"".join(parts)
 
 
-def plain(data: bytes, chunks: list[Chunk]) -> bool:
+def is_plain_png(data: bytes, chunks: list[PngChunk]) -> bool:
     """Whether a PNG is as it shows: 8 bits, gray or RGB, not interlaced, upright."""
     if data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[28]:
         return False
     return not any(
-        kind in _MORE or (kind in _TEXTS and data.startswith((_RAW_EXIF, _XMP), start))
+        kind in _NOT_PLAIN_CHUNKS
+        or (kind in _TEXT_CHUNKS and data.startswith((_RAW_EXIF, _XMP), start))
         for kind, start, _ in chunks
     )
 
 
-_MORE = (b"eXIf", b"tRNS", b"acTL", b"iCCP", b"sBIT")
+_NOT_PLAIN_CHUNKS = (b"eXIf", b"tRNS", b"acTL", b"iCCP", b"sBIT")
 """Chunks that rotate, make transparent, animate, color or scale the picture."""

@@ -14,7 +14,7 @@ from imgcls.config import Section
 
 Interpolation = Literal["bilinear", "bicubic"]
 ResizeMode = Literal["crop", "pad", "squash"]
-Decode = Literal["exact", "fast"]
+DecodeMode = Literal["exact", "fast"]
 
 
 class Preprocess(Section):
@@ -28,7 +28,7 @@ class Preprocess(Section):
     """Resampling filter, antialiased."""
     mode: ResizeMode = "crop"
     """crop: resize, then centre crop. pad: fit whole, black bars. squash: ignore the aspect."""
-    decode: Decode = "exact"
+    decode: DecodeMode = "exact"
     """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean per channel (RGB) of pixels in [0, 1], subtracted on the device."""

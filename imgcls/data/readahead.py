@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 
-from imgcls.data.storage_errors import too_large
+from imgcls.data.storage_errors import too_large_error
 
 
-class Budget:
+class ByteBudget:
     """At most `size` bytes held by all reads together, the oldest one not counted.
 
     Reads are numbered 0, 1, 2 ... in the order in which their results are consumed. With a limit of
@@ -28,42 +28,42 @@ class Budget:
         self._closed = False
         self._lock = threading.Lock()
 
-    def fits(self, read: int, total: int) -> bool:
+    def try_reserve(self, read: int, total: int) -> bool:
         """Reserve `total` bytes for a read, including what it holds already; False if it must wait.
 
         Does not block. A read that holds as many bytes or more never waits.
         """
         with self._lock:
             held = self._held.get(read, 0)
-            taken = self._take(read, total)
+            taken = self._try_take(read, total)
             if total < held:
-                self._admit()
+                self._admit_waiting()
             return taken
 
-    def admission(self, read: int, total: int) -> Future[None]:
+    def reserve_later(self, read: int, total: int) -> Future[None]:
         """A future that is done once `total` bytes are reserved for a read."""
         admitted: Future[None] = Future()
         with self._lock:
             if self._closed:
                 admitted.cancel()
-            elif self._take(read, total):
+            elif self._try_take(read, total):
                 admitted.set_result(None)
             else:
                 self._waiting[read] = (total, admitted)
         return admitted
 
-    def forget(self, read: int) -> None:
+    def release(self, read: int) -> None:
         """Free what a read holds that must begin again."""
         with self._lock:
             self._held.pop(read, None)
-            self._admit()
+            self._admit_waiting()
 
     def release_oldest(self) -> None:
         """Free what the oldest read holds, when its result was consumed."""
         with self._lock:
             self._held.pop(self._oldest, None)
             self._oldest += 1
-            self._admit()
+            self._admit_waiting()
 
     def close(self) -> None:
         """Cancel the reads that wait, and those that would have to."""
@@ -73,15 +73,15 @@ class Budget:
                 admitted.cancel()
             self._waiting.clear()
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         for waiting in sorted(self._waiting):
             total, admitted = self._waiting[waiting]
-            if self._take(waiting, total):
+            if self._try_take(waiting, total):
                 del self._waiting[waiting]
                 if admitted.set_running_or_notify_cancel():
                     admitted.set_result(None)
 
-    def _take(self, read: int, total: int) -> bool:
+    def _try_take(self, read: int, total: int) -> bool:
         held = self._held.get(read, 0)
         others = sum(self._held.values()) - held
         if total > held and read > self._oldest and others + total > self._size:
@@ -90,7 +90,7 @@ class Budget:
         return True
 
 
-class NoRoom(Exception):
+class BudgetFull(Exception):
     """A read must wait until `total` bytes can be reserved for it."""
 
     def __init__(self, total: int) -> None:
@@ -98,19 +98,21 @@ class NoRoom(Exception):
         self.total = total
 
 
-class Allowance:
+class ReadAllowance:
     """What one read may take: at most `max_bytes`, reserved from a shared budget if there is one.
 
     max_bytes: None for a file of our own, which is read whole
     """
 
-    def __init__(self, max_bytes: int | None, budget: Budget | None = None, read: int = 0) -> None:
+    def __init__(
+        self, max_bytes: int | None, budget: ByteBudget | None = None, read: int = 0
+    ) -> None:
         self.max_bytes = max_bytes
         self._budget = budget
         self._read = read
         self._admitted = 0
 
-    def exceeded_by(self, size: int) -> bool:
+    def is_exceeded_by(self, size: int) -> bool:
         return self.max_bytes is not None and size > self.max_bytes
 
     def reserve(self, total: int, needed: int | None = None) -> None:
@@ -122,38 +124,38 @@ class Allowance:
         would have to wait and begin again for the same bytes.
         """
         total = max(total, self._admitted)
-        if self._budget is not None and not self._budget.fits(self._read, total):
-            self.forget()
-            raise NoRoom(total if needed is None else needed)
+        if self._budget is not None and not self._budget.try_reserve(self._read, total):
+            self.release()
+            raise BudgetFull(total if needed is None else needed)
 
-    def admission(self, total: int) -> Future[None]:
+    def reserve_later(self, total: int) -> Future[None]:
         """Done once `total` bytes are reserved."""
         assert self._budget is not None
         self._admitted = total
-        return self._budget.admission(self._read, total)
+        return self._budget.reserve_later(self._read, total)
 
-    def settle(self, total: int) -> None:
+    def shrink_to(self, total: int) -> None:
         """Free what is reserved beyond the `total` bytes that the whole file has."""
         self._admitted = 0
         self.reserve(total)
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Free what is reserved for a read that has failed or must begin again."""
         self._admitted = 0
         if self._budget is not None:
-            self._budget.forget(self._read)
+            self._budget.release(self._read)
 
 
-WHOLE = Allowance(None)
+UNLIMITED = ReadAllowance(None)
 
 
-class Body:
+class BodyBuffer:
     """A file as it arrives in pieces, within its allowance; forgotten where reading it fails.
 
     An error holds the frames that it went through, and would hold the pieces until it is collected.
     """
 
-    def __init__(self, url: str, allowance: Allowance, length: int | None) -> None:
+    def __init__(self, url: str, allowance: ReadAllowance, length: int | None) -> None:
         """length: bytes to come at least, where that is known
 
         Raises StorageTooLarge for more than is allowed, and NoRoom.
@@ -162,30 +164,30 @@ class Body:
         self._parts: list[bytes] = []
         self._total = 0
         if length is not None:
-            if allowance.exceeded_by(length):
-                raise too_large(url, allowance.max_bytes, length)
+            if allowance.is_exceeded_by(length):
+                raise too_large_error(url, allowance.max_bytes, length)
             allowance.reserve(length)
 
-    def __enter__(self) -> Body:
+    def __enter__(self) -> BodyBuffer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._parts.clear()
         if kind is not None:
-            self._allowance.forget()
+            self._allowance.release()
 
-    def add(self, part: bytes) -> None:
+    def append(self, part: bytes) -> None:
         """Keep a piece; raises StorageTooLarge and NoRoom."""
         self._total += len(part)
         limit = self._allowance.max_bytes
-        if self._allowance.exceeded_by(self._total):
-            raise too_large(self._url, limit)
+        if self._allowance.is_exceeded_by(self._total):
+            raise too_large_error(self._url, limit)
         if self._length is None or self._total > self._length:
             # how much is to come is not known: to begin again takes room for all that may
             self._allowance.reserve(self._total, limit)
         self._parts.append(part)
 
-    def whole(self) -> bytes:
+    def join(self) -> bytes:
         """All pieces together."""
-        self._allowance.settle(self._total)
+        self._allowance.shrink_to(self._total)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

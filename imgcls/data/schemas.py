@@ -16,7 +16,7 @@ import pyarrow.types as kinds
 from imgcls.errors import ManifestError
 
 
-def widened(schema: pa.Schema) -> pa.Schema:
+def widen_dictionaries(schema: pa.Schema) -> pa.Schema:
     """The schema with every dictionary able to hold the values of any number of files.
 
     8-bit and 16-bit indices become int32: pandas writes int8 for up to 127 categories, and the
@@ -25,7 +25,7 @@ def widened(schema: pa.Schema) -> pa.Schema:
     """
     fields = []
     for field in schema:
-        wide = _widened(field.type)
+        wide = _widen_type(field.type)
         fields.append(field if wide.equals(field.type) else field.with_type(wide))
     return pa.schema(fields)
 
@@ -45,16 +45,17 @@ def unify_schemas(
     """
     pairs = iter(schemas)
     first_place, first = next(pairs)
-    common = last = widened(first)
+    common = last = widen_dictionaries(first)
     places = dict.fromkeys(common.names, first_place)
     for place, schema in pairs:
-        other = widened(schema)
+        other = widen_dictionaries(schema)
         if other.equals(last):
             continue
         last = other
         if not optional and set(other.names) != set(common.names):
             raise ManifestError(
-                f"{what} {place}: its columns ({_listed(other)}) differ from ({_listed(common)}) "
+                f"{what} {place}: its columns ({_list_columns(other)}) differ from "
+                f"({_list_columns(common)}) "
                 f"in {first_place}; give tables of one shape"
             )
         for field in other:
@@ -64,7 +65,7 @@ def unify_schemas(
                 places[field.name] = place
                 continue
             known = common.field(at)
-            kind = _common_type(known.type, field.type)
+            kind = _find_common_type(known.type, field.type)
             if kind is None:
                 raise ManifestError(
                     f"{what} {place}: its column {field.name!r} is {field.type}, and {known.type} "
@@ -80,7 +81,7 @@ def unify_schemas(
     return common
 
 
-def conform(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
+def conform_table(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
     """The table with exactly the columns of a unified schema, in its order and types.
 
     place: names the table in an error
@@ -127,39 +128,41 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return cast
 
 
-def _widened(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
+def _widen_type(kind: pa.DataType, *, inside: bool = False) -> pa.DataType:
     if kinds.is_dictionary(kind):
         if inside:
-            return _widened(kind.value_type, inside=True)
+            return _widen_type(kind.value_type, inside=True)
         narrow = kind.index_type.bit_width < 32
         index = pa.int32() if narrow else kind.index_type
         return pa.dictionary(index, kind.value_type, ordered=kind.ordered)
     if kinds.is_struct(kind):
-        return pa.struct([_field(field) for field in kind])
+        return pa.struct([_widen_field(field) for field in kind])
     if kinds.is_map(kind):
-        return pa.map_(_field(kind.key_field), _field(kind.item_field), kind.keys_sorted)
+        return pa.map_(
+            _widen_field(kind.key_field), _widen_field(kind.item_field), kind.keys_sorted
+        )
     if kinds.is_fixed_size_list(kind):
-        return pa.list_(_field(kind.value_field), kind.list_size)
+        return pa.list_(_widen_field(kind.value_field), kind.list_size)
     if kinds.is_large_list(kind):
-        return pa.large_list(_field(kind.value_field))
+        return pa.large_list(_widen_field(kind.value_field))
     if kinds.is_list(kind):
-        return pa.list_(_field(kind.value_field))
+        return pa.list_(_widen_field(kind.value_field))
     return kind
 
 
-def _field(field: pa.Field) -> pa.Field:
-    return field.with_type(_widened(field.type, inside=True))
+def _widen_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_widen_type(field.type, inside=True))
 
 
-def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+def _find_common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """A type that holds the values of both without loss; None where there is none."""
     if one.equals(other):
         return one
     if kinds.is_null(one) or kinds.is_null(other):
         return other if kinds.is_null(one) else one
     if kinds.is_dictionary(one) != kinds.is_dictionary(other):
-        one, other = _values(one), _values(other)
-        return one if one.equals(other) else _common_type(one, other)
+        one, other = _get_value_type(one), _get_value_type(other)
+        return one if one.equals(other) else _find_common_type(one, other)
     if _is_text(one) and _is_text(other):
         large = kinds.is_large_string(one) or kinds.is_large_string(other)
         return pa.large_string() if large else pa.string()
@@ -189,16 +192,16 @@ _INTEGERS = {
 }  # fmt: skip
 
 
-def _values(kind: pa.DataType) -> pa.DataType:
+def _get_value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if kinds.is_dictionary(kind) else kind
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    values = _values(kind)
+    values = _get_value_type(kind)
     return bool(
         kinds.is_string(values) or kinds.is_large_string(values) or kinds.is_string_view(values)
     )
 
 
-def _listed(schema: pa.Schema) -> str:
+def _list_columns(schema: pa.Schema) -> str:
     return ", ".join(schema.names)

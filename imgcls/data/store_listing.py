@@ -10,53 +10,53 @@ from typing import Any
 
 from imgcls.data import azure, gcs
 from imgcls.data.object_store import (
-    AZURE,
-    GCS,
-    S3,
-    File,
-    Page,
-    ask,
-    attempted,
-    protocol_of,
-    store,
-    url_of,
+    AZURE_PROTOCOLS,
+    GCS_PROTOCOLS,
+    S3_PROTOCOLS,
+    FileInfo,
+    ListingPage,
+    build_url,
+    call_store,
+    get_protocol,
+    resolve_store,
+    retry_async,
 )
 from imgcls.data.storage_errors import LIST
 
 
-def pages(url: str, *, deep: bool) -> Iterator[Page]:
+def iter_store_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
     """What lies in a folder, a page at a time: files and folders, or, if `deep`, all files.
 
     Raises StorageMissing for a bucket that is not there.
     """
-    protocol = protocol_of(url)
-    if protocol in S3:
-        return _pages_of_s3(url, deep)
-    if protocol in GCS:
-        return _pages_of_gcs(url, deep)
-    if protocol in AZURE:
-        return _pages_of_azure(url, deep)
-    return _only_page(url, deep)
+    protocol = get_protocol(url)
+    if protocol in S3_PROTOCOLS:
+        return _iter_s3_pages(url, deep)
+    if protocol in GCS_PROTOCOLS:
+        return _iter_gcs_pages(url, deep)
+    if protocol in AZURE_PROTOCOLS:
+        return _iter_azure_pages(url, deep)
+    return _iter_generic_pages(url, deep)
 
 
-def _asked(url: str, call: Callable[[], Any]) -> Any:
-    fs, _ = store(url)
-    return asyncio.run_coroutine_threadsafe(attempted(url, call, LIST), fs.loop).result()
+def _call(url: str, call: Callable[[], Any]) -> Any:
+    fs, _ = resolve_store(url)
+    return asyncio.run_coroutine_threadsafe(retry_async(url, call, LIST), fs.loop).result()
 
 
-def _pages_of_s3(url: str, deep: bool) -> Iterator[Page]:
-    fs, path = store(url)
+def _iter_s3_pages(url: str, deep: bool) -> Iterator[ListingPage]:
+    fs, path = resolve_store(url)
     bucket, key, _ = fs.split_path(path)
-    whole = functools.partial(_joined, url, bucket)
+    whole = functools.partial(_build_item_url, url, bucket)
     request = {"Bucket": bucket, "Prefix": f"{key.rstrip('/')}/" if key else ""}
     if not deep:
         request["Delimiter"] = "/"
     while True:
-        answer = _asked(url, functools.partial(fs._call_s3, "list_objects_v2", **request))
-        yield Page(
+        answer = _call(url, functools.partial(fs._call_s3, "list_objects_v2", **request))
+        yield ListingPage(
             [whole(each["Prefix"]) for each in answer.get("CommonPrefixes", [])],
             [
-                File(
+                FileInfo(
                     whole(each["Key"]),
                     each["Size"],
                     each["LastModified"],
@@ -71,16 +71,16 @@ def _pages_of_s3(url: str, deep: bool) -> Iterator[Page]:
         request["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def _pages_of_gcs(url: str, deep: bool) -> Iterator[Page]:
-    fs, path = store(url)
-    whole = functools.partial(_joined, url, path.partition("/")[0])
+def _iter_gcs_pages(url: str, deep: bool) -> Iterator[ListingPage]:
+    fs, path = resolve_store(url)
+    whole = functools.partial(_build_item_url, url, path.partition("/")[0])
     token = None
     while True:
-        answer = _asked(url, functools.partial(gcs.page, fs, path, deep=deep, token=token))
-        yield Page(
+        answer = _call(url, functools.partial(gcs.list_gcs_page, fs, path, deep=deep, token=token))
+        yield ListingPage(
             [whole(prefix) for prefix in answer.get("prefixes", [])],
             [
-                File(
+                FileInfo(
                     whole(each["name"]),
                     int(each["size"]),
                     datetime.datetime.fromisoformat(each["updated"]),
@@ -95,18 +95,18 @@ def _pages_of_gcs(url: str, deep: bool) -> Iterator[Page]:
             return
 
 
-def _pages_of_azure(url: str, deep: bool) -> Iterator[Page]:
-    fs, path = store(url)
-    whole = functools.partial(_joined, url, path.partition("/")[0])
+def _iter_azure_pages(url: str, deep: bool) -> Iterator[ListingPage]:
+    fs, path = resolve_store(url)
+    whole = functools.partial(_build_item_url, url, path.partition("/")[0])
     token = None
     while True:
-        call = functools.partial(azure.page, fs, path, deep=deep, token=token)
-        items, token = _asked(url, call)
-        yield Page(
+        call = functools.partial(azure.list_azure_page, fs, path, deep=deep, token=token)
+        items, token = _call(url, call)
+        yield ListingPage(
             [whole(each["name"]) for each in items if each["name"].endswith("/")],
             [
-                File(whole(each.name), each.size, each.last_modified, each.etag.strip('"'))
-                for each in azure.files_of(items)
+                FileInfo(whole(each.name), each.size, each.last_modified, each.etag.strip('"'))
+                for each in azure.iter_file_items(items)
                 if not each["name"].endswith("/")
             ],
         )
@@ -114,19 +114,19 @@ def _pages_of_azure(url: str, deep: bool) -> Iterator[Page]:
             return
 
 
-def _only_page(url: str, deep: bool) -> Iterator[Page]:
+def _iter_generic_pages(url: str, deep: bool) -> Iterator[ListingPage]:
     """By a driver that knows no more than fsspec asks of it."""
-    found = ask(url, "find" if deep else "ls", needs=LIST, long=True, detail=True)
+    found = call_store(url, "find" if deep else "ls", needs=LIST, long=True, detail=True)
     infos = list(found.values()) if isinstance(found, dict) else found
-    yield Page(
-        [url_of(url, each["name"].rstrip("/")) for each in infos if each["type"] == "directory"],
+    yield ListingPage(
+        [build_url(url, each["name"].rstrip("/")) for each in infos if each["type"] == "directory"],
         [
-            File(url_of(url, each["name"]), each.get("size"), None, None)
+            FileInfo(build_url(url, each["name"]), each.get("size"), None, None)
             for each in infos
             if each["type"] == "file"
         ],
     )
 
 
-def _joined(url: str, bucket: str, key: str) -> str:
-    return url_of(url, f"{bucket}/{key.rstrip('/')}")
+def _build_item_url(url: str, bucket: str, key: str) -> str:
+    return build_url(url, f"{bucket}/{key.rstrip('/')}")

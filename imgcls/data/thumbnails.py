@@ -9,31 +9,31 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from imgcls.data import decode, filesystem
-from imgcls.data.manifest import resolve
+from imgcls.data.manifest import resolve_path
 from imgcls.errors import ImageError, StorageError
 
-SIDE = 132
+THUMBNAIL_SIDE = 132
 _QUALITY = 72
 
 
-def thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
+def build_thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
     """A JPEG data URI for each path, about 5 KB; None where the image cannot be had any more."""
-    urls: Iterable[str | None] = (resolve(path, root) for path in paths)
-    return [_thumbnail(blob) for blob in filesystem.read_ahead(urls)]
+    urls: Iterable[str | None] = (resolve_path(path, root) for path in paths)
+    return [_build_thumbnail(blob) for blob in filesystem.read_ahead(urls)]
 
 
-def _thumbnail(blob: bytes | StorageError) -> str | None:
+def _build_thumbnail(blob: bytes | StorageError) -> str | None:
     if isinstance(blob, StorageError):
         return None
     try:
-        upright = decode.picture(blob, 2 * SIDE).image
+        upright = decode.decode_preview(blob, 2 * THUMBNAIL_SIDE).image
     except ImageError:
         return None
-    if max(upright.size) < SIDE // 2:
-        factor = SIDE // max(upright.size)
+    if max(upright.size) < THUMBNAIL_SIDE // 2:
+        factor = THUMBNAIL_SIDE // max(upright.size)
         size = (upright.width * factor, upright.height * factor)
         upright = upright.resize(size, Image.Resampling.NEAREST)
-    upright.thumbnail((SIDE, SIDE))
+    upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     sink = io.BytesIO()
     upright.save(sink, "JPEG", quality=_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()

@@ -21,13 +21,24 @@ SUB_IFDS, EXTRA_SAMPLES, SAMPLE_FORMAT = 330, 338, 339
 SUBSAMPLING, ICC = 530, 34675
 _MAKE, _CFA_PATTERN, _DNG_VERSION = 271, 33422, 50706
 
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
+_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
           16: 8, 17: 8, 18: 8}  # fmt: skip
-_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_INTEGER_CODES = {
+    1: "B",
+    3: "H",
+    4: "I",
+    6: "b",
+    8: "h",
+    9: "i",
+    13: "I",
+    16: "Q",
+    17: "q",
+    18: "Q",
+}
 
 
 @dataclass(frozen=True)
-class Tags:
+class TiffTags:
     """The integer tags of a directory, and which others it has.
 
     values: by tag
@@ -40,24 +51,24 @@ class Tags:
 
     values: dict[int, tuple[int, ...]]
     make: str
-    next: bool
-    big: bool
+    has_next: bool
+    is_big: bool
     endian: str
     offset: int
 
     def __contains__(self, tag: int) -> bool:
         return tag in self.values
 
-    def ints(self, tag: int) -> tuple[int, ...]:
+    def get_all(self, tag: int) -> tuple[int, ...]:
         """All values of a tag; none where it is absent."""
         return self.values.get(tag, ())
 
-    def one(self, tag: int, default: int) -> int:
+    def get_first(self, tag: int, default: int) -> int:
         """The first value of a tag."""
-        return self.ints(tag)[0] if self.ints(tag) else default
+        return self.get_all(tag)[0] if self.get_all(tag) else default
 
 
-def tags_of(data: bytes) -> Tags:
+def parse_tags(data: bytes) -> TiffTags:
     """The tags of the first directory.
 
     Raises TruncatedImage where it lies beyond the end of the file, ImageError where it is damaged.
@@ -78,28 +89,30 @@ def tags_of(data: bytes) -> Tags:
         tag, kind = _unpack(f"{endian}HH", data, place)
         (length,) = _unpack(f"{endian}{code}", data, place + 4)
         held = place + 4 + struct.calcsize(code)
-        size = _SIZES.get(kind, 0) * length
+        size = _TYPE_SIZES.get(kind, 0) * length
         if size > struct.calcsize(code):
             (held,) = _unpack(f"{endian}{code}", data, held)
         if tag == _MAKE:
             make = data[held : held + min(size, 64)].split(b"\0")[0].decode("latin-1").strip()
-        if kind not in _INTEGERS:
+        if kind not in _INTEGER_CODES:
             values.setdefault(tag, ())
             continue
-        needed = tag in _NEEDED
+        needed = tag in _REQUIRED_TAGS
         if needed and held + size > len(data):
             raise TruncatedImage(
                 f"the TIFF is truncated before the values of its tag {tag} ({len(data):,} bytes)"
             )
         values[tag] = (
-            struct.unpack_from(f"{endian}{length}{_INTEGERS[kind]}", data, held) if needed else ()
+            struct.unpack_from(f"{endian}{length}{_INTEGER_CODES[kind]}", data, held)
+            if needed
+            else ()
         )
     following = start + count * entry
     after = data[following : following + struct.calcsize(code)]
-    return Tags(values, make, any(after), big, endian, offset)
+    return TiffTags(values, make, any(after), big, endian, offset)
 
 
-_NEEDED = frozenset((
+_REQUIRED_TAGS = frozenset((
     SUBFILE_TYPE, WIDTH, HEIGHT, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, STRIP_OFFSETS,
     SAMPLES_PER_PIXEL, ROWS_PER_STRIP, STRIP_BYTES, PLANAR, COLOR_MAP, TILE_WIDTH, TILE_HEIGHT,
     TILE_OFFSETS, TILE_BYTES, EXTRA_SAMPLES, SAMPLE_FORMAT, SUBSAMPLING,
@@ -114,51 +127,52 @@ def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
     return struct.unpack_from(layout, data, offset)
 
 
-def raw_kind(data: bytes, tags: Tags) -> str | None:
+def find_raw_format(data: bytes, tags: TiffTags) -> str | None:
     """The name of a camera's raw format, or of a file that begins with a preview of its picture.
 
     Their first directory is a thumbnail, which must not pass for the picture.
     """
     make = f" ({tags.make})" if tags.make else ""
-    if data[8:10] == b"CR" and not tags.big:
+    if data[8:10] == b"CR" and not tags.is_big:
         return f"a Canon CR2 raw file{make}"
     if _DNG_VERSION in tags:
         return f"a DNG raw file{make}"
-    if tags.one(PHOTOMETRIC, 0) in (32803, 34892) or _CFA_PATTERN in tags:
+    if tags.get_first(PHOTOMETRIC, 0) in (32803, 34892) or _CFA_PATTERN in tags:
         return f"a camera's raw file{make}"
-    if tags.one(SUBFILE_TYPE, 0) & 1 and SUB_IFDS in tags:
+    if tags.get_first(SUBFILE_TYPE, 0) & 1 and SUB_IFDS in tags:
         return f"a camera's raw file{make}" if make else "a TIFF that begins with a thumbnail"
-    if tags.one(SUBFILE_TYPE, 0) & 1 and tags.next:
+    if tags.get_first(SUBFILE_TYPE, 0) & 1 and tags.has_next:
         return "a TIFF that begins with a thumbnail"
     return None
 
 
-def how(data: bytes) -> str:
+def describe_encoding(data: bytes) -> str:
     """How a file is compressed and ordered, for the message about one that is not decoded."""
-    tags = tags_of(data)
+    tags = parse_tags(data)
     order = "little" if tags.endian == "<" else "big"
-    kind = "BigTIFF" if tags.big else "TIFF"
-    return f" in a {kind} with {order}-endian byte order and compression {tags.one(COMPRESSION, 1)}"
+    kind = "BigTIFF" if tags.is_big else "TIFF"
+    compression = tags.get_first(COMPRESSION, 1)
+    return f" in a {kind} with {order}-endian byte order and compression {compression}"
 
 
-def check_data(data: bytes, tags: Tags, bits: tuple[int, ...], *, planar: bool) -> None:
+def check_strips(data: bytes, tags: TiffTags, bits: tuple[int, ...], *, planar: bool) -> None:
     """Compare the strips or tiles with the size of the file.
 
     bits: per sample of each band
     Raises TruncatedImage where the file ends before one of them, ImageError where their number
     does not fit the size, UnsupportedImage where some are left out.
     """
-    width, height = tags.one(WIDTH, 0), tags.one(HEIGHT, 0)
+    width, height = tags.get_first(WIDTH, 0), tags.get_first(HEIGHT, 0)
     if not width or not height:
         raise ImageError("the TIFF is damaged: its directory states no size")
     tiled = TILE_OFFSETS in tags
-    offsets = tags.ints(TILE_OFFSETS if tiled else STRIP_OFFSETS)
-    lengths = tags.ints(TILE_BYTES if tiled else STRIP_BYTES)
+    offsets = tags.get_all(TILE_OFFSETS if tiled else STRIP_OFFSETS)
+    lengths = tags.get_all(TILE_BYTES if tiled else STRIP_BYTES)
     if tiled:
-        across, down = tags.one(TILE_WIDTH, 0), tags.one(TILE_HEIGHT, 0)
+        across, down = tags.get_first(TILE_WIDTH, 0), tags.get_first(TILE_HEIGHT, 0)
     else:
-        across, down = width, min(tags.one(ROWS_PER_STRIP, height), height)
-    if tags.one(COMPRESSION, 1) == 6:
+        across, down = width, min(tags.get_first(ROWS_PER_STRIP, height), height)
+    if tags.get_first(COMPRESSION, 1) == 6:
         return  # old-style JPEG keeps its stream elsewhere
     if not across or not down or not offsets:
         raise ImageError("the TIFF is damaged: its directory states no strips or tiles")
@@ -167,8 +181,10 @@ def check_data(data: bytes, tags: Tags, bits: tuple[int, ...], *, planar: bool) 
         raise ImageError(
             f"the TIFF is damaged: {len(offsets):,} strips or tiles for a picture of {expected:,}"
         )
-    if tags.one(COMPRESSION, 1) == 1:
-        lengths = _uncompressed(tags, bits, width, height, across, down, tiled=tiled, planar=planar)
+    if tags.get_first(COMPRESSION, 1) == 1:
+        lengths = _compute_strip_sizes(
+            tags, bits, width, height, across, down, tiled=tiled, planar=planar
+        )
     if any(not offset for offset in offsets[:expected]) or any(
         not length for length in lengths[:expected]
     ):
@@ -180,13 +196,13 @@ def check_data(data: bytes, tags: Tags, bits: tuple[int, ...], *, planar: bool) 
             )
 
 
-def _uncompressed(
-    tags: Tags, bits: tuple[int, ...], width: int, height: int, across: int, down: int, *,
+def _compute_strip_sizes(
+    tags: TiffTags, bits: tuple[int, ...], width: int, height: int, across: int, down: int, *,
     tiled: bool, planar: bool,
 ) -> tuple[int, ...]:  # fmt: skip
     """Bytes of each strip or tile as its size asks for: some writers state other numbers."""
-    if tags.one(PHOTOMETRIC, 0) == 6 and tags.ints(SUBSAMPLING) != (1, 1):
-        return tags.ints(TILE_BYTES if tiled else STRIP_BYTES)  # subsampled: fewer bytes
+    if tags.get_first(PHOTOMETRIC, 0) == 6 and tags.get_all(SUBSAMPLING) != (1, 1):
+        return tags.get_all(TILE_BYTES if tiled else STRIP_BYTES)  # subsampled: fewer bytes
     lengths: list[int] = []
     for per_pixel in bits if planar else (sum(bits),):
         row = -(-across * per_pixel // 8)

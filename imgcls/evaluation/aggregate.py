@@ -12,10 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifest import labels_as_text
+from imgcls.data.manifest import normalize_labels
 from imgcls.errors import RequestError
 from imgcls.metrics import PredictionCounts
-from imgcls.metrics.columns import JUDGED_COLUMNS, Floats, Ints, OkRows, read_ok_rows, score_rows
+from imgcls.metrics.columns import (
+    EVALUATED_COLUMNS,
+    Floats,
+    Ints,
+    OkRows,
+    read_ok_rows,
+    take_scores,
+)
 from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.selective import SelectiveCounts
 
@@ -25,7 +32,7 @@ NO_VALUE = "(none)"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AggregateSpec:
     """What to keep of a table.
 
     label_column: of the true labels; None for an unlabelled run
@@ -50,22 +57,22 @@ class TopRows:
     size: int
     value: Floats = field(default_factory=lambda: np.zeros(0))
     file: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    place: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    position: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, value: Floats, file: Ints, place: Ints) -> None:
         """See rows: (N,) values, the parts that they are in and their places there."""
         if len(self.value) == self.size and self.size:
-            worst = (self.file[-1], self.place[-1])
+            worst = (self.file[-1], self.position[-1])
             rivals = (file < worst[0]) | ((file == worst[0]) & (place < worst[1]))
             chosen = (value > self.value[-1]) | ((value == self.value[-1]) & rivals)
             value, file, place = value[chosen], file[chosen], place[chosen]
         value = np.concatenate([self.value, value])
-        file, place = np.concatenate([self.file, file]), np.concatenate([self.place, place])
+        file, place = np.concatenate([self.file, file]), np.concatenate([self.position, place])
         order = np.lexsort((place, file, -value))[: self.size]
-        self.value, self.file, self.place = value[order], file[order], place[order]
+        self.value, self.file, self.position = value[order], file[order], place[order]
 
 
-class Tally:
+class RunAggregate:
     """All that is kept of the rows seen.
 
     own_score_sum, own_score_rows: (C,) scores that rows give to their own label, by label
@@ -74,13 +81,13 @@ class Tally:
     issues:    wrong rows by confidence less the score of their label
     """
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: AggregateSpec) -> None:
         size = len(wanted.classes)
-        self.wanted = wanted
+        self.spec = wanted
         self.counts = PredictionCounts.empty(wanted.classes)
         self.selective = SelectiveCounts.empty(wanted.classes)
         self.scores = ScoreCounts.empty(wanted.classes) if wanted.scores else None
-        self.own_score_sum, self.own_score_rows = np.zeros(size), np.zeros(size, np.int64)
+        self.label_score_sum, self.label_score_rows = np.zeros(size), np.zeros(size, np.int64)
         self.slices: dict[str, dict[str, PredictionCounts]] = {n: {} for n in wanted.slice_by}
         self.mistakes, self.uncertain = TopRows(wanted.gallery), TopRows(wanted.gallery)
         self.issues = TopRows(wanted.issues)
@@ -90,28 +97,28 @@ class Tally:
 
         Raises RequestError for predictions that no labelling run of these classes wrote.
         """
-        wanted = self.wanted
-        table = _with_text_labels(table, wanted.label_column)
+        wanted = self.spec
+        table = _convert_labels_to_text(table, wanted.label_column)
         try:
             rows = read_ok_rows(table, label_column=wanted.label_column, classes=wanted.classes)
-            self.counts += PredictionCounts.of_rows(rows, wanted.classes)
+            self.counts += PredictionCounts.from_rows(rows, wanted.classes)
         except ValueError as error:
             raise RequestError(f"the predictions cannot be judged: {error}") from error
-        self.selective += SelectiveCounts.of(rows, wanted.classes)
-        self._keep(rows, file, start)
+        self.selective += SelectiveCounts.from_rows(rows, wanted.classes)
+        self._keep_top_rows(rows, file, start)
         if self.scores is not None:
             self._count_scores(table, rows, self.scores)
         for column in wanted.slice_by:
             self._count_slices(table, column)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: RunAggregate) -> None:
         """Add what another tally saw of other rows."""
         self.counts += other.counts
         self.selective += other.selective
         if self.scores is not None and other.scores is not None:
             self.scores += other.scores
-        self.own_score_sum = self.own_score_sum + other.own_score_sum
-        self.own_score_rows = self.own_score_rows + other.own_score_rows
+        self.label_score_sum = self.label_score_sum + other.label_score_sum
+        self.label_score_rows = self.label_score_rows + other.label_score_rows
         for column, found in other.slices.items():
             for value, counts in found.items():
                 self._add_slice(column, value, counts)
@@ -120,10 +127,10 @@ class Tally:
             (self.uncertain, other.uncertain),
             (self.issues, other.issues),
         ):
-            mine.add(theirs.value, theirs.file, theirs.place)
+            mine.add(theirs.value, theirs.file, theirs.position)
 
-    def _keep(self, rows: OkRows, file: int, start: int) -> None:
-        place = start + rows.place
+    def _keep_top_rows(self, rows: OkRows, file: int, start: int) -> None:
+        place = start + rows.position
         files = np.full(len(place), file, np.int64)
         wrong = (rows.label >= 0) & (rows.label != rows.predicted)
         self.mistakes.add(rows.confidence[wrong], files[wrong], place[wrong])
@@ -132,24 +139,26 @@ class Tally:
         against = wrong & scored
         margin = (rows.confidence - rows.label_score)[against]
         self.issues.add(margin, files[against], place[against])
-        label, score, size = rows.label[scored], rows.label_score[scored], len(self.own_score_sum)
-        self.own_score_sum = self.own_score_sum + np.bincount(label, score, size)
-        self.own_score_rows = self.own_score_rows + np.bincount(label, minlength=size)
+        label, score, size = rows.label[scored], rows.label_score[scored], len(self.label_score_sum)
+        self.label_score_sum = self.label_score_sum + np.bincount(label, score, size)
+        self.label_score_rows = self.label_score_rows + np.bincount(label, minlength=size)
 
     def _count_scores(self, table: pa.Table, rows: OkRows, counts: ScoreCounts) -> None:
         judged = rows.label >= 0
         # counted in bins of float16
-        scores = score_rows(table["scores"], rows.place[judged]).astype(np.float16)
+        scores = take_scores(table["scores"], rows.position[judged]).astype(np.float16)
         try:
-            self.scores = counts + ScoreCounts.of(scores, rows.label[judged], counts.classes)
+            self.scores = counts + ScoreCounts.from_scores(
+                scores, rows.label[judged], counts.classes
+            )
         except ValueError as error:
             raise RequestError(f"column 'scores': {error}") from error
 
     def _count_slices(self, table: pa.Table, column: str) -> None:
-        text = pc.fill_null(labels_as_text(table[column]), NO_VALUE).dictionary_encode()
+        text = pc.fill_null(normalize_labels(table[column]), NO_VALUE).dictionary_encode()
         code = text.indices.to_numpy()
         order = np.argsort(code, kind="stable")
-        judged = (*JUDGED_COLUMNS, self.wanted.label_column)
+        judged = (*EVALUATED_COLUMNS, self.spec.label_column)
         needed = [n for n in table.schema.names if n in judged]
         ordered = table.select(needed).take(order)
         ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
@@ -158,10 +167,10 @@ class Tally:
         ):
             rows = read_ok_rows(
                 ordered.slice(start, end - start),
-                label_column=self.wanted.label_column,
-                classes=self.wanted.classes,
+                label_column=self.spec.label_column,
+                classes=self.spec.classes,
             )
-            counts = PredictionCounts.of_rows(rows, self.wanted.classes)
+            counts = PredictionCounts.from_rows(rows, self.spec.classes)
             self._add_slice(column, value, counts)
 
     def _add_slice(self, column: str, value: str, counts: PredictionCounts) -> None:
@@ -174,7 +183,7 @@ class Tally:
             )
 
 
-def _with_text_labels(table: pa.Table, label_column: str | None) -> pa.Table:
+def _convert_labels_to_text(table: pa.Table, label_column: str | None) -> pa.Table:
     if label_column is None:
         return table
     labels = table[label_column]
@@ -182,4 +191,4 @@ def _with_text_labels(table: pa.Table, label_column: str | None) -> pa.Table:
     if pa.types.is_string(kind):
         return table
     index = table.schema.get_field_index(label_column)
-    return table.set_column(index, label_column, labels_as_text(labels))
+    return table.set_column(index, label_column, normalize_labels(labels))

@@ -18,39 +18,39 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from imgcls.data import object_store
-from imgcls.data.manifest import labels_as_text
+from imgcls.data.manifest import normalize_labels
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import RequestError
-from imgcls.evaluation.count import tables
-from imgcls.evaluation.label_join import JoinConfig, LateLabels, judging_labels
+from imgcls.evaluation.count import read_piece
+from imgcls.evaluation.label_join import JoinedLabels, LabelJoinConfig, resolve_labels
 from imgcls.metrics import expected_calibration_error, selective
-from imgcls.metrics.columns import Ints, OkRows, class_codes, score_rows
+from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
 from imgcls.models.bundle import (
-    NEVER,
+    NEVER_ACCEPT,
     Bundle,
     BundleSpec,
     VectorScaling,
-    check_new,
+    check_bundle_output,
     load_bundle,
-    load_weights,
+    load_bundle_weights,
     save_bundle,
 )
-from imgcls.runs.committed import Run, open_run
+from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.layout import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 """(1,) or (C,) scale and (C,) bias, if any, of the log scores."""
 
-MOST_SCORES = 50_000_000
+MAX_SCORES = 50_000_000
 """Scores held for fitting; of larger runs every n-th labelled row is taken."""
-_NO_SCALE = np.ones(1, np.float32)
-_FLOOR = np.float32(2.0**-25)
+_IDENTITY_SCALE = np.ones(1, np.float32)
+_SCORE_FLOOR = np.float32(2.0**-25)
 """For a score that float16 could not tell from 0."""
 
 
-class CalibrateConfig(JoinConfig):
+class CalibrateConfig(LabelJoinConfig):
     """Make confidence trustworthy and choose thresholds, into a new bundle."""
 
     model: str
@@ -65,7 +65,7 @@ class CalibrateConfig(JoinConfig):
     """Accept predictions so confident that this share of the accepted is right."""
     per_class: bool = False
     """A threshold for each predicted class, rather than one for all."""
-    least_rows: PositiveInt = 30
+    min_rows: PositiveInt = 30
     """Accepted labelled rows that must stand behind a threshold."""
     overwrite: bool = False
     """Replace a bundle that is there."""
@@ -84,11 +84,11 @@ class Calibration:
     ece_before: float
     ece_after: float
     thresholds: list[Threshold]
-    kept: str | None = None
+    unchanged_reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOut:
+class HeldOutScores:
     """Labelled rows with their scores.
 
     log_scores: (N, C) float32, logits up to a constant per row
@@ -105,11 +105,11 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     Raises RequestError when the run is not committed, is of another bundle, or has no labels or
     scores; OutputError when a bundle is there already.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)
-    check_new(config.output, overwrite=config.overwrite, source=config.model)
+    check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
     if config.method == "vector" and bundle.spec.vector_scaling is not None:
         raise RequestError(
             f"{bundle.url}: is vector-scaled already; calibrate the bundle that it was made from"
@@ -118,15 +118,15 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         raise RequestError(
             "method none: leaves nothing to do without --target-precision; give one of them"
         )
-    rows = held_out(run, *judging_labels(run, config.labels, config.on, required=True))
-    before = _ece(rows, _NO_SCALE, None)
-    fit = {"temperature": _as_scaling, "vector": fit_vector}.get(config.method)
-    kept = why_undetermined(rows) if fit is not None else None
-    scaling = fit(rows) if fit is not None else (_NO_SCALE, None)
-    after = _cross_fitted(rows, fit) if fit is not None and kept is None else before
-    thresholds = list(_thresholds(config, run, rows, *scaling))
+    rows = load_held_out(run, *resolve_labels(run, config.labels, config.on, required=True))
+    before = _compute_ece(rows, _IDENTITY_SCALE, None)
+    fit = {"temperature": _fit_temperature_scaling, "vector": fit_vector_scaling}.get(config.method)
+    kept = explain_undetermined(rows) if fit is not None else None
+    scaling = fit(rows) if fit is not None else (_IDENTITY_SCALE, None)
+    after = _compute_cross_fitted_ece(rows, fit) if fit is not None and kept is None else before
+    thresholds = list(_choose_thresholds(config, run, rows, *scaling))
     same = fit is None or kept is not None
-    spec = _with_thresholds(_scaled(bundle.spec, *scaling), config, thresholds, same=same)
+    spec = _apply_thresholds(_apply_scaling(bundle.spec, *scaling), config, thresholds, same=same)
     spec = spec.model_copy(
         update={
             "provenance": spec.provenance
@@ -144,13 +144,15 @@ def calibrate(config: CalibrateConfig) -> Calibration:
             }
         }
     )
-    made = save_bundle(config.output, spec, load_weights(bundle))
+    made = save_bundle(config.output, spec, load_bundle_weights(bundle))
     result = Calibration(made, spec.temperature, before, after, thresholds, kept)
-    _tell(config, bundle, result, len(rows.label))
+    _print_result(config, bundle, result, len(rows.label))
     return result
 
 
-def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> HeldOut:
+def load_held_out(
+    run: CommittedRun, label_column: str | None, late: JoinedLabels | None
+) -> HeldOutScores:
     """The labelled rows of a run with all their scores, evenly thinned where they are too many.
 
     label_column, late: as `judging_labels` gives them
@@ -162,36 +164,40 @@ def held_out(run: Run, label_column: str | None, late: LateLabels | None) -> Hel
             "images with `imgcls predict --scores`"
         )
     size = len(run.classes)
-    every = max(1, -(-run.rows * size // MOST_SCORES))
-    names = ["status", "scores", *(late.needed if late is not None else [str(label_column)])]
+    every = max(1, -(-run.rows * size // MAX_SCORES))
+    names = [
+        "status",
+        "scores",
+        *(late.required_columns if late is not None else [str(label_column)]),
+    ]
     logs, labels = [], []
     seen = 0
-    for piece in run.pieces(10**9):
-        for table in tables(run, piece, list(dict.fromkeys(names))):
+    for piece in run.split_row_groups(10**9):
+        for table in read_piece(run, piece, list(dict.fromkeys(names))):
             if late is not None:
-                table = late.judge(table)
-            text = labels_as_text(table[label_column])
-            code = class_codes(pa.chunked_array([text]), run.classes)
+                table = late.join(table)
+            text = normalize_labels(table[label_column])
+            code = encode_classes(pa.chunked_array([text]), run.classes)
             ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
             at = np.flatnonzero((code >= 0) & ok)
             at = at[(seen + np.arange(len(at))) % every == 0]
             seen += int(((code >= 0) & ok).sum())
-            scores = score_rows(table["scores"], at)
+            scores = take_scores(table["scores"], at)
             if not np.isfinite(scores).all():
                 raise RequestError(
                     f"{run.url}: some scores are NaN or infinite; label the images again, with a "
                     "bundle whose network gives finite scores"
                 )
-            logs.append(np.log(np.maximum(scores.astype(np.float32), _FLOOR)))
+            logs.append(np.log(np.maximum(scores.astype(np.float32), _SCORE_FLOOR)))
             labels.append(code[at])
     if late is not None:
         late.finish()
     if not seen:
         raise RequestError(f"{run.url}: no prediction has a label that is a class of the model")
-    return HeldOut(np.concatenate(logs), np.concatenate(labels))
+    return HeldOutScores(np.concatenate(logs), np.concatenate(labels))
 
 
-def why_undetermined(rows: HeldOut) -> str | None:
+def explain_undetermined(rows: HeldOutScores) -> str | None:
     """Why rows do not determine a temperature, in words; None where they do.
 
     If every label has the highest score of its row, the log loss falls without end as the
@@ -204,7 +210,7 @@ def why_undetermined(rows: HeldOut) -> str | None:
     return None
 
 
-def fit_temperature(rows: HeldOut) -> float:
+def fit_temperature(rows: HeldOutScores) -> float:
     """The temperature with the least mean log loss, within [0.02, 50].
 
     1, which changes nothing, for rows that do not determine it. Golden-section search over log T,
@@ -213,7 +219,7 @@ def fit_temperature(rows: HeldOut) -> float:
     """
     import torch
 
-    if why_undetermined(rows) is not None:
+    if explain_undetermined(rows) is not None:
         return 1.0
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
 
@@ -237,11 +243,11 @@ def fit_temperature(rows: HeldOut) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def _as_scaling(rows: HeldOut) -> Scaling:
+def _fit_temperature_scaling(rows: HeldOutScores) -> Scaling:
     return np.array([1 / fit_temperature(rows)], np.float32), None
 
 
-def fit_vector(rows: HeldOut) -> Scaling:
+def fit_vector_scaling(rows: HeldOutScores) -> Scaling:
     """(C,) scale and bias of the log scores with the least mean log loss, pulled gently to none.
 
     (1,) and no bias for rows that do not determine a temperature.
@@ -250,8 +256,8 @@ def fit_vector(rows: HeldOut) -> Scaling:
     """
     import torch
 
-    if why_undetermined(rows) is not None:
-        return _NO_SCALE, None
+    if explain_undetermined(rows) is not None:
+        return _IDENTITY_SCALE, None
     logs, label = torch.from_numpy(rows.log_scores), torch.from_numpy(rows.label)
     scale = torch.full((logs.shape[1],), 1 / fit_temperature(rows), requires_grad=True)
     bias = torch.zeros(logs.shape[1], requires_grad=True)
@@ -269,8 +275,8 @@ def fit_vector(rows: HeldOut) -> Scaling:
     return scale.detach().numpy(), bias.detach().numpy()
 
 
-def confidences(
-    rows: HeldOut, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+def compute_confidences(
+    rows: HeldOutScores, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], Ints]:
     """(N,) confidence and predicted class index under a scaling of the log scores."""
     confidence = np.empty(len(rows.label), np.float32)
@@ -288,19 +294,23 @@ def confidences(
     return confidence, predicted
 
 
-def _ece(rows: HeldOut, scale: NDArray[np.float32], bias: NDArray[np.float32] | None) -> float:
-    confidence, predicted = confidences(rows, scale, bias)
+def _compute_ece(
+    rows: HeldOutScores, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+) -> float:
+    confidence, predicted = compute_confidences(rows, scale, bias)
     return expected_calibration_error(confidence, predicted == rows.label)
 
 
-def _cross_fitted(rows: HeldOut, fit: Callable[[HeldOut], Scaling]) -> float:
+def _compute_cross_fitted_ece(
+    rows: HeldOutScores, fit: Callable[[HeldOutScores], Scaling]
+) -> float:
     """The calibration error of all rows, each half under what was fitted to the other."""
     halves = [np.arange(half, len(rows.label), 2) for half in (0, 1)]
     if min(len(half) for half in halves) == 0:
         return float("nan")
-    parts = [HeldOut(rows.log_scores[half], rows.label[half]) for half in halves]
+    parts = [HeldOutScores(rows.log_scores[half], rows.label[half]) for half in halves]
     found = [
-        (*confidences(judged, *fit(fitted)), judged.label)
+        (*compute_confidences(judged, *fit(fitted)), judged.label)
         for judged, fitted in (parts, parts[::-1])
     ]
     confidence = np.concatenate([each[0] for each in found])
@@ -308,7 +318,7 @@ def _cross_fitted(rows: HeldOut, fit: Callable[[HeldOut], Scaling]) -> float:
     return expected_calibration_error(confidence, correct)
 
 
-def _scaled(
+def _apply_scaling(
     spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
 ) -> BundleSpec:
     """What makes the bundle's scores those that were fitted, on top of what it does already."""
@@ -324,19 +334,19 @@ def _scaled(
     return spec.model_copy(update={"vector_scaling": scaling})
 
 
-def _thresholds(
+def _choose_thresholds(
     config: CalibrateConfig,
-    run: Run,
-    rows: HeldOut,
+    run: CommittedRun,
+    rows: HeldOutScores,
     scale: NDArray[np.float32],
     bias: NDArray[np.float32] | None,
 ) -> Iterator[Threshold]:
     if config.target_precision is None:
         return
-    confidence, predicted = confidences(rows, scale, bias)
+    confidence, predicted = compute_confidences(rows, scale, bias)
     judged = OkRows(
         status={OK: len(predicted)},
-        place=np.arange(len(predicted)),
+        position=np.arange(len(predicted)),
         predicted=predicted,
         label=rows.label,
         confidence=np.minimum(confidence, 1.0).astype(np.float64),
@@ -344,10 +354,10 @@ def _thresholds(
         label_score=np.full(len(predicted), np.nan),
         label_rank=np.zeros(0, np.int64),
     )
-    counts = SelectiveCounts.of(judged, run.classes)
-    target, least = config.target_precision, config.least_rows
+    counts = SelectiveCounts.from_rows(judged, run.classes)
+    target, least = config.target_precision, config.min_rows
     if not config.per_class:
-        found = selective.choose(counts, target, least_rows=least)
+        found = selective.choose_threshold(counts, target, least_rows=least)
         if found.threshold is None:
             raise RequestError(
                 f"target_precision {target:g}: no threshold reaches it with {least} accepted rows "
@@ -356,10 +366,10 @@ def _thresholds(
         yield found
         return
     for name in run.classes:
-        yield selective.choose(counts, target, name, least_rows=least)
+        yield selective.choose_threshold(counts, target, name, least_rows=least)
 
 
-def _with_thresholds(
+def _apply_thresholds(
     spec: BundleSpec, config: CalibrateConfig, thresholds: list[Threshold], *, same: bool
 ) -> BundleSpec:
     """The thresholds in the bundle; old ones, of other confidences, are gone.
@@ -371,15 +381,17 @@ def _with_thresholds(
     if not config.per_class:
         return spec.model_copy(update={"threshold": thresholds[0].threshold, "thresholds": {}})
     chosen = {
-        each.label: NEVER if each.threshold is None else each.threshold
+        each.label: NEVER_ACCEPT if each.threshold is None else each.threshold
         for each in thresholds
         if each.label is not None
     }
-    strictest = max((value for value in chosen.values() if value < NEVER), default=NEVER)
+    strictest = max(
+        (value for value in chosen.values() if value < NEVER_ACCEPT), default=NEVER_ACCEPT
+    )
     return spec.model_copy(update={"threshold": strictest, "thresholds": chosen})
 
 
-def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
+def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
     print(f"held out   {rows:,} labelled rows")
     if config.method == "temperature":
         print(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")
@@ -408,9 +420,10 @@ def _tell(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: in
             f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted"
         )
     changed = bundle.spec.threshold or bundle.spec.thresholds
-    if result.kept is not None:
+    if result.unchanged_reason is not None:
         print(
-            f"note: {result.kept}; confidences are kept as they were. Hold out more images, among "
+            f"note: {result.unchanged_reason}; confidences are kept as they were. Hold out "
+            "more images, among "
             "them some that the model gets wrong"
         )
     elif config.target_precision is None and changed and config.method != "none":

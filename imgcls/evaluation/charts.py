@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from imgcls.metrics.calibration import bin_edges
-from imgcls.metrics.counts import CORRECT, UNJUDGED, WRONG, PredictionCounts
+from imgcls.metrics.counts import CORRECT, UNLABELED, WRONG, PredictionCounts
 
 # Placeholders that no palette uses, and the variable of the page that each becomes.
 _INK, _FAINT, _GOOD, _BAD, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
@@ -52,14 +52,14 @@ _STYLE: Any = {
 _SIZE = (5.2, 3.6)
 
 
-def reliability(calibration: pa.Table) -> str:
+def plot_reliability(calibration: pa.Table) -> str:
     """Accuracy over confidence, bin by bin, beside the diagonal of a calibrated model.
 
     calibration: as from `tables.calibration`, of a labelled run
     """
     rows = [row for row in calibration.to_pylist() if row["count"] and row["accuracy"] is not None]
     with matplotlib.rc_context(_STYLE):
-        figure, axis = _figure()
+        figure, axis = _new_figure()
         width = calibration["bin_upper"][0].as_py()
         middle = np.array([(row["bin_lower"] + row["bin_upper"]) / 2 for row in rows])
         accuracy = np.array([row["accuracy"] for row in rows])
@@ -76,19 +76,19 @@ def reliability(calibration: pa.Table) -> str:
             label="bins, larger with more rows",
         )
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right")
-        _percent(axis.xaxis, axis.yaxis)
+        _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="upper left")
-        return _svg(figure)
+        return _render_svg(figure)
 
 
-def coverage(curve: pa.Table) -> str:
+def plot_coverage(curve: pa.Table) -> str:
     """Accuracy of the most confident predictions over their share, with its interval.
 
     curve: as from `selective.curve`, of a labelled run
     """
     known = [row for row in curve.to_pylist() if row["accuracy"] is not None and row["judged"] >= 5]
     with matplotlib.rc_context(_STYLE):
-        figure, axis = _figure()
+        figure, axis = _new_figure()
         x = [row["coverage"] for row in known]
         axis.fill_between(
             x,
@@ -107,21 +107,21 @@ def coverage(curve: pa.Table) -> str:
             xlabel="share of predictions accepted, the most confident first",
             ylabel="share that is right",
         )
-        _percent(axis.xaxis, axis.yaxis)
+        _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="lower left")
-        return _svg(figure)
+        return _render_svg(figure)
 
 
-def confidence_histogram(counts: PredictionCounts) -> str:
+def plot_confidence_histogram(counts: PredictionCounts) -> str:
     """How confident the predictions are, right ones, wrong ones and those not judged apart."""
     edges = bin_edges(counts.num_bins)
     parts = [
         (CORRECT, _GOOD, "right"),
         (WRONG, _BAD, "wrong"),
-        (UNJUDGED, _OTHER, "without a label"),
+        (UNLABELED, _OTHER, "without a label"),
     ]
     with matplotlib.rc_context(_STYLE):
-        figure, axis = _figure()
+        figure, axis = _new_figure()
         below = np.zeros(counts.num_bins)
         for outcome, colour, label in parts:
             rows = counts.bin_counts[outcome]
@@ -137,14 +137,14 @@ def confidence_histogram(counts: PredictionCounts) -> str:
                 )
                 below = below + rows
         axis.set(xlim=(0, 1), xlabel="confidence", ylabel="predictions")
-        _percent(axis.xaxis)
+        _format_percent_axes(axis.xaxis)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         if below.any():
             axis.legend(loc="upper left")
-        return _svg(figure)
+        return _render_svg(figure)
 
 
-def training_curves(history: Any, best: int) -> str:
+def plot_training_curves(history: Any, best: int) -> str:
     """Loss and accuracy over epochs. history: a data frame as in a bundle's history.parquet."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
@@ -157,20 +157,20 @@ def training_curves(history: Any, best: int) -> str:
             axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
             axis.set(xlabel="epoch", ylabel=what)
             axis.legend(loc="best")
-        return _svg(figure)
+        return _render_svg(figure)
 
 
-def _figure() -> tuple[Figure, Any]:
+def _new_figure() -> tuple[Figure, Any]:
     figure = Figure(figsize=_SIZE, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     return figure, figure.subplots()
 
 
-def _percent(*axes: Any) -> None:
+def _format_percent_axes(*axes: Any) -> None:
     for axis in axes:
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def _svg(figure: Figure) -> str:
+def _render_svg(figure: Figure) -> str:
     """The drawing as an inline element, without a size of its own."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -19,25 +19,30 @@ from pydantic import AfterValidator
 
 from imgcls.config import Names, Section
 from imgcls.data import filesystem, object_store
-from imgcls.data.manifest import labels_as_text
+from imgcls.data.manifest import normalize_labels
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.aggregate import NO_VALUE
-from imgcls.evaluation.count import tables
-from imgcls.evaluation.label_join import LabelsConfig, judging_labels, keys_of, own_columns
-from imgcls.metrics.agreement import Paired, mcnemar
-from imgcls.runs.committed import Run, open_run
+from imgcls.evaluation.count import read_piece
+from imgcls.evaluation.label_join import (
+    LabelTableConfig,
+    normalize_join_keys,
+    resolve_labels,
+    select_run_columns,
+)
+from imgcls.metrics.agreement import PairedComparison, mcnemar_test
+from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.layout import OK, write_tables
 
-_MOST_DIFFERENT = 1_000_000
+_MAX_DIFFERING = 1_000_000
 
 
-def _points(text: str) -> str:
-    points(text)
+def _validate_points(text: str) -> str:
+    parse_points(text)
     return text
 
 
-def points(text: str) -> float:
+def parse_points(text: str) -> float:
     """`0.5pt` or `0.5%` as 0.005; a bare number must be a fraction. Raises ValueError."""
     number = text.strip().lower()
     for unit in ("pt", "pp", "%"):
@@ -62,11 +67,11 @@ class CompareConfig(Section):
     """The run of the model that may replace it."""
     on: str | None = None
     """The column that tells which rows are the same image; not needed for one manifest."""
-    labels: LabelsConfig | None = None
+    labels: LabelTableConfig | None = None
     """Labels that came later; run_a's label column when not given."""
     slice_by: Names = []
     """Columns of run_a: the difference for each of their values."""
-    fail_if_worse: Annotated[str, AfterValidator(_points)] | None = None
+    fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
     """Exit with 3 when run_b's accuracy is lower by more than this, e.g. 0.5pt."""
     output: str | None = None
     """A folder for per_class, slices and differing rows as Parquet, and summary.json."""
@@ -74,7 +79,7 @@ class CompareConfig(Section):
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class RunComparison:
     """Two runs side by side.
 
     both:      on the rows that both have
@@ -84,42 +89,42 @@ class Comparison:
     unknown_label: rows with predictions of both whose label is not a class of both models
     """
 
-    both: Paired
+    paired: PairedComparison
     correct_a: int
     correct_b: int
     per_class: pa.Table
     slices: pa.Table
     differing: pa.Table
-    different: int
+    num_differing: int
     unknown_label: int
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: CompareConfig) -> RunComparison:
     """Compare two runs, print the verdict, and gate on it.
 
     Raises RequestError when the runs do not fit, TooManyErrors (exit code 3) when run_b is worse
     than `fail_if_worse` allows.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)
-    comparison = side_by_side(a, b, config)
-    _tell(a, b, comparison)
+    comparison = compare_runs(a, b, config)
+    _print_comparison(a, b, comparison)
     if config.output is not None:
-        _write(config.output, a, b, comparison)
-    allowed = points(config.fail_if_worse) if config.fail_if_worse is not None else None
-    if allowed is not None and comparison.both.difference < -allowed - 1e-12:
+        _write_comparison(config.output, a, b, comparison)
+    allowed = parse_points(config.fail_if_worse) if config.fail_if_worse is not None else None
+    if allowed is not None and comparison.paired.difference < -allowed - 1e-12:
         raise TooManyErrors(
-            f"{b.url}: is {-100 * comparison.both.difference:.2f} points worse than {a.url}, "
+            f"{b.url}: is {-100 * comparison.paired.difference:.2f} points worse than {a.url}, "
             f"allowed {100 * allowed:g}; keep the model in use, or raise --fail-if-worse"
         )
     return comparison
 
 
-def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
+def compare_runs(a: CommittedRun, b: CommittedRun, config: CompareConfig) -> RunComparison:
     """Judge both runs on the rows that both have. Raises RequestError when there are none."""
-    a.check_slices(own_columns(config.slice_by, joined=config.labels is not None))
+    a.check_slices(select_run_columns(config.slice_by, joined=config.labels is not None))
     # the rows of a history are those of many manifests; its fingerprint is the newest run's
-    other_rows = a.merged or b.merged or a.manifest_fingerprint != b.manifest_fingerprint
+    other_rows = a.merged_runs or b.merged_runs or a.manifest_fingerprint != b.manifest_fingerprint
     if config.on is None and other_rows:
         raise RequestError(
             f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
@@ -128,61 +133,67 @@ def side_by_side(a: Run, b: Run, config: CompareConfig) -> Comparison:
     if config.on is not None:
         for run in (a, b):
             run.check_key(config.on)
-    judge = _Judge(a, b, config)
-    pairs = _joined(a, b, judge, config.on) if config.on is not None else _aligned(a, b, judge)
+    judge = _PairCounter(a, b, config)
+    pairs = (
+        _join_rows(a, b, judge, config.on) if config.on is not None else _align_rows(a, b, judge)
+    )
     for left, right in pairs:
-        judge.see(left, right)
+        judge.add(left, right)
     return judge.finish()
 
 
-class _Judge:
+class _PairCounter:
     """Counts what the pairs of rows come to."""
 
-    def __init__(self, a: Run, b: Run, config: CompareConfig) -> None:
+    def __init__(self, a: CommittedRun, b: CommittedRun, config: CompareConfig) -> None:
         self.a = a
-        self.known = pa.array(sorted(set(a.classes) & set(b.classes)), pa.string())
+        self.shared_classes = pa.array(sorted(set(a.classes) & set(b.classes)), pa.string())
         self.slice_by = list(config.slice_by)
-        column, self.late = judging_labels(a, config.labels, config.on, required=True)
+        column, self.joined_labels = resolve_labels(a, config.labels, config.on, required=True)
         assert column is not None
         self.label_column = column
         self.groups: dict[tuple[str, str], np.ndarray] = {}
         self.total = np.zeros(4, np.int64)
         self.differing: list[pa.Table] = []
-        self.different = self.unknown_label = 0
+        self.num_differing = self.unknown_label = 0
 
     @property
     def columns(self) -> list[str]:
         """Of run a."""
-        mine = self.late.needed if self.late is not None else [self.label_column]
+        mine = (
+            self.joined_labels.required_columns
+            if self.joined_labels is not None
+            else [self.label_column]
+        )
         shown = ["row", self.a.path_column, "predicted_label", "confidence", "status"]
-        sliced = own_columns(self.slice_by, joined=self.late is not None)
+        sliced = select_run_columns(self.slice_by, joined=self.joined_labels is not None)
         return list(dict.fromkeys([*shown, *mine, *sliced]))
 
-    def see(self, left: pa.Table, right: pa.Table) -> None:
+    def add(self, left: pa.Table, right: pa.Table) -> None:
         """Rows of both runs, of the same images in the same order."""
-        if self.late is not None:
-            left = self.late.judge(left)
-        label = labels_as_text(left[self.label_column]).cast(pa.string())
-        said = [labels_as_text(side["predicted_label"]) for side in (left, right)]
+        if self.joined_labels is not None:
+            left = self.joined_labels.join(left)
+        label = normalize_labels(left[self.label_column]).cast(pa.string())
+        said = [normalize_labels(side["predicted_label"]) for side in (left, right)]
         ok = pc.and_(
             pc.equal(left["status"].cast(pa.string()), OK),
             pc.equal(right["status"].cast(pa.string()), OK),
         )
         labelled = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
-        judged = labelled & np.asarray(pc.is_in(label, value_set=self.known))
+        judged = labelled & np.asarray(pc.is_in(label, value_set=self.shared_classes))
         self.unknown_label += int((labelled & ~judged).sum())
         right_a, right_b = (
             np.asarray(pc.fill_null(pc.equal(each, label), False)) & judged for each in said
         )
         cell = np.where(right_a, 2, 0) + right_b  # neither, b alone, a alone, both
         self.total += np.bincount(cell[judged], minlength=4)
-        columns = {"": label, **{n: labels_as_text(left[n]) for n in self.slice_by}}
+        columns = {"": label, **{n: normalize_labels(left[n]) for n in self.slice_by}}
         for column, values in columns.items():
-            self._group(column, values, cell, judged)
+            self._count_groups(column, values, cell, judged)
         differ = judged & np.asarray(pc.fill_null(pc.not_equal(*said), False))
-        self.different += int(differ.sum())
+        self.num_differing += int(differ.sum())
         kept = sum(table.num_rows for table in self.differing)
-        if differ.any() and kept < _MOST_DIFFERENT:
+        if differ.any() and kept < _MAX_DIFFERING:
             at = np.flatnonzero(differ)
             self.differing.append(
                 pa.table(
@@ -201,9 +212,9 @@ class _Judge:
                 )
             )
 
-    def finish(self) -> Comparison:
-        if self.late is not None:
-            self.late.finish()
+    def finish(self) -> RunComparison:
+        if self.joined_labels is not None:
+            self.joined_labels.finish()
         neither, only_b, only_a, both = (int(n) for n in self.total)
         rows = neither + only_b + only_a + both
         if rows == 0:
@@ -212,24 +223,26 @@ class _Judge:
                 f"both models ({self.unknown_label:,} rows have another label); check the labels, "
                 "or pass --labels TABLE"
             )
-        differing = pa.concat_tables(self.differing) if self.differing else _NO_DIFFERENCE
+        differing = pa.concat_tables(self.differing) if self.differing else _NO_DIFFERING
         order = {"a": 0, "b": 1, "both": 2, "neither": 2}
         rank = pa.array([order[name] for name in differing["right"].to_pylist()], pa.int8())
         differing = differing.append_column("rank", rank).sort_by(
             [("rank", "ascending"), ("row", "ascending")]
         )
-        return Comparison(
-            mcnemar(rows, only_a, only_b),
+        return RunComparison(
+            mcnemar_test(rows, only_a, only_b),
             only_a + both,
             only_b + both,
-            self._table(classes=True),
-            self._table(classes=False),
+            self._build_table(classes=True),
+            self._build_table(classes=False),
             differing.drop_columns(["rank"]),
-            self.different,
+            self.num_differing,
             self.unknown_label,
         )
 
-    def _group(self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray) -> None:
+    def _count_groups(
+        self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray
+    ) -> None:
         coded = pc.fill_null(values, NO_VALUE).dictionary_encode()
         key = coded.indices.to_numpy().astype(np.int64) * 4 + cell
         counts = np.bincount(key[judged], minlength=4 * len(coded.dictionary)).reshape(-1, 4)
@@ -237,13 +250,13 @@ class _Judge:
             if row.any():
                 self.groups[column, name] = self.groups.get((column, name), 0) + row
 
-    def _table(self, *, classes: bool) -> pa.Table:
+    def _build_table(self, *, classes: bool) -> pa.Table:
         rows: list[dict[str, Any]] = []
         for (column, value), counts in self.groups.items():
             if (column == "") != classes:
                 continue
             neither, only_b, only_a, both = (int(n) for n in counts)
-            paired = mcnemar(neither + only_b + only_a + both, only_a, only_b)
+            paired = mcnemar_test(neither + only_b + only_a + both, only_a, only_b)
             name = {"label": value} if classes else {"slice_by": column, "value": value}
             rows.append(
                 {
@@ -261,15 +274,17 @@ class _Judge:
             )
         rows.sort(key=lambda row: (row["difference"], -row["rows"]))
         first = ["label"] if classes else ["slice_by", "value"]
-        schema = pa.schema([*((name, pa.string()) for name in first), *_GROUP])
+        schema = pa.schema([*((name, pa.string()) for name in first), *_GROUP_FIELDS])
         return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _aligned(a: Run, b: Run, judge: _Judge) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _align_rows(
+    a: CommittedRun, b: CommittedRun, judge: _PairCounter
+) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Rows of one manifest side by side, whatever the files that each run cut them into."""
-    rights = _stream(b, ["row", "predicted_label", "confidence", "status"])
+    rights = _iter_tables(b, ["row", "predicted_label", "confidence", "status"])
     waiting = next(rights, None)
-    for left in _stream(a, judge.columns):
+    for left in _iter_tables(a, judge.columns):
         while left.num_rows:
             if waiting is None or waiting.num_rows == 0:
                 waiting = next(rights, None)
@@ -281,21 +296,23 @@ def _aligned(a: Run, b: Run, judge: _Judge) -> Iterator[tuple[pa.Table, pa.Table
             left, waiting = left.slice(rows), waiting.slice(rows)
 
 
-def _joined(a: Run, b: Run, judge: _Judge, on: str) -> Iterator[tuple[pa.Table, pa.Table]]:
+def _join_rows(
+    a: CommittedRun, b: CommittedRun, judge: _PairCounter, on: str
+) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Rows that both have, by a column whose values stand once in each; b is held in memory."""
     import pandas as pd
 
     columns = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
-    held = pa.concat_tables(_stream(b, columns)).unify_dictionaries()
+    held = pa.concat_tables(_iter_tables(b, columns)).unify_dictionaries()
     held = held.filter(pc.is_valid(held[on]))  # a row without a key is no row of the other run
-    index = pd.Index(keys_of(held[on]).to_pandas())
+    index = pd.Index(normalize_join_keys(held[on]).to_pandas())
     if index.has_duplicates:
         key = index[index.duplicated()][0]
         raise RequestError(f"{b.url}: {on} {key!r} stands there twice; join on another column")
     seen = 0
     used = np.zeros(len(index), bool)
-    for left in _stream(a, list(dict.fromkeys([*judge.columns, on]))):
-        place = index.get_indexer(keys_of(left[on]).to_pandas())
+    for left in _iter_tables(a, list(dict.fromkeys([*judge.columns, on]))):
+        place = index.get_indexer(normalize_join_keys(left[on]).to_pandas())
         hit = np.flatnonzero(place >= 0)
         taken = place[hit]
         if used[taken].any() or len(np.unique(taken)) < len(taken):
@@ -312,13 +329,13 @@ def _joined(a: Run, b: Run, judge: _Judge, on: str) -> Iterator[tuple[pa.Table, 
         print(f"note: {seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")
 
 
-def _stream(run: Run, names: list[str]) -> Iterator[pa.Table]:
-    for piece in run.pieces(10**9):
-        yield from tables(run, piece, names)
+def _iter_tables(run: CommittedRun, names: list[str]) -> Iterator[pa.Table]:
+    for piece in run.split_row_groups(10**9):
+        yield from read_piece(run, piece, names)
 
 
-def _tell(a: Run, b: Run, comparison: Comparison) -> None:
-    both = comparison.both
+def _print_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison) -> None:
+    both = comparison.paired
     print(f"A  {comparison.correct_a / both.rows:.2%}  {a.url}")
     print(f"B  {comparison.correct_b / both.rows:.2%}  {b.url}")
     print(
@@ -326,7 +343,7 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
         f"{100 * both.upper:+.2f}), p = {both.p_value:.3g} by McNemar's test"
     )
     print(
-        f"{both.rows:,} rows judged; predictions differ on {comparison.different:,}: "
+        f"{both.rows:,} rows judged; predictions differ on {comparison.num_differing:,}: "
         f"{both.only_a:,} only A has right, {both.only_b:,} only B"
     )
     if comparison.unknown_label:
@@ -334,7 +351,7 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
             f"note: {comparison.unknown_label:,} more rows have a label that is not a class of "
             "both models; they are not counted"
         )
-    if comparison.different > comparison.differing.num_rows:
+    if comparison.num_differing > comparison.differing.num_rows:
         print(
             f"note: {comparison.differing.num_rows:,} of them are kept, the first by row; those "
             "counted are all"
@@ -353,14 +370,16 @@ def _tell(a: Run, b: Run, comparison: Comparison) -> None:
         print(f"verdict: {'B' if both.difference > 0 else 'A'} is better", flush=True)
 
 
-def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
+def _write_comparison(
+    output: str, a: CommittedRun, b: CommittedRun, comparison: RunComparison
+) -> None:
     made = {
         "per_class": comparison.per_class,
         "slices": comparison.slices,
         "differing": comparison.differing,
     }
     write_tables(output, made)
-    both = comparison.both
+    both = comparison.paired
     body = {
         "run_a": a.url,
         "run_b": b.url,
@@ -372,20 +391,20 @@ def _write(output: str, a: Run, b: Run, comparison: Comparison) -> None:
         "only_a": both.only_a,
         "only_b": both.only_b,
         "mcnemar_p_value": both.p_value,
-        "predictions_differ": comparison.different,
+        "predictions_differ": comparison.num_differing,
     }
     place = filesystem.join(output, "summary.json")
     filesystem.write(place, (json.dumps(body, indent=2) + "\n").encode())
 
 
-_GROUP = [
+_GROUP_FIELDS = [
     pa.field("rows", pa.int64()),
     *(pa.field(n, pa.float64()) for n in ("accuracy_a", "accuracy_b", "difference")),
     *(pa.field(n, pa.float64()) for n in ("lower", "upper")),
     *(pa.field(n, pa.int64()) for n in ("only_a", "only_b")),
     pa.field("p_value", pa.float64()),
 ]
-_NO_DIFFERENCE = pa.schema(
+_NO_DIFFERING = pa.schema(
     [
         ("row", pa.int64()),
         ("path", pa.string()),

@@ -19,29 +19,39 @@ from imgcls.config import Names
 from imgcls.data import filesystem
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup as kept_rows
-from imgcls.evaluation.aggregate import Tally, Wanted
-from imgcls.evaluation.count import count
-from imgcls.evaluation.label_join import JoinConfig, LateLabels, judging_labels, own_columns
+from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
+from imgcls.evaluation.count import aggregate_run
+from imgcls.evaluation.label_join import (
+    JoinedLabels,
+    LabelJoinConfig,
+    resolve_labels,
+    select_run_columns,
+)
 from imgcls.metrics import tables
-from imgcls.metrics.discrimination import MOST_BRIER, ScoreCounts, brier, discrimination
-from imgcls.metrics.discrimination import table as discrimination_table
+from imgcls.metrics.discrimination import (
+    MAX_BRIER,
+    ScoreCounts,
+    brier_score,
+    compute_discrimination,
+)
+from imgcls.metrics.discrimination import build_discrimination_table as discrimination_table
 from imgcls.metrics.intervals import (
     Z_95,
-    around,
     auroc_limits,
     bootstrap_intervals,
-    joined,
+    mover_interval,
     nonnegative_mean_interval,
+    union_interval,
     wilson_interval,
     wilson_limits,
 )
-from imgcls.metrics.selective import RIGHT, WRONG, area_under_risk_coverage, curve
+from imgcls.metrics.selective import RIGHT, WRONG, area_under_risk_coverage, build_coverage_curve
 from imgcls.metrics.tables import Metric
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, open_run
+from imgcls.runs.committed import CommittedRun, open_run
 
 
-class JudgeConfig(JoinConfig):
+class EvaluationOptions(LabelJoinConfig):
     """What to judge predictions by, and what to show of them."""
 
     slice_by: Names = []
@@ -64,91 +74,94 @@ class Evaluation:
     mistakes, uncertain, issues: rows as `rows.fetch` and `rows.label_issues` give them
     """
 
-    run: Run
-    config: JudgeConfig
-    tally: Tally
-    labelled: bool
+    run: CommittedRun
+    config: EvaluationOptions
+    aggregate: RunAggregate
+    has_labels: bool
     metrics: list[Metric]
-    left_out: list[str]
+    omitted: list[str]
     per_class: pa.Table
-    curve: pa.Table
+    coverage_curve: pa.Table
     slices: pa.Table
     mistakes: pa.Table
     uncertain: pa.Table
-    issues: pa.Table
+    label_issues: pa.Table
 
-    def value(self, name: str) -> Metric | None:
+    def get_metric(self, name: str) -> Metric | None:
         """The metric of that name, if it is known."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
 
-def judge(url: str, config: JudgeConfig, *, need_labels: bool) -> Evaluation:
+def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool) -> Evaluation:
     """Everything that follows from a committed run.
 
     need_labels: refuse a run without labels
     Raises RequestError when the run, a column or the labels are not usable.
     """
     run = open_run(url)
-    label_column, late = judging_labels(run, config.labels, config.on, required=need_labels)
-    run.check_slices(own_columns(config.slice_by, joined=late is not None))
-    wanted = Wanted(
+    label_column, late = resolve_labels(run, config.labels, config.on, required=need_labels)
+    run.check_slices(select_run_columns(config.slice_by, joined=late is not None))
+    wanted = AggregateSpec(
         classes=run.classes,
         label_column=label_column,
         slice_by=tuple(config.slice_by),
         scores=run.has_scores and label_column is not None,
         gallery=config.gallery,
     )
-    tally = count(run, wanted, late)
-    labelled = tally.counts.labelled > 0
+    tally = aggregate_run(run, wanted, late)
+    labelled = tally.counts.labeled > 0
     if need_labels and not labelled:
         raise RequestError(
             f"{run.url}: none of its {tally.counts.ok:,} predictions has a label that is a class "
-            f"of the model ({tally.counts.unlabelled:,} have none, {tally.counts.unknown_label:,} "
+            f"of the model ({tally.counts.unlabeled:,} have none, {tally.counts.unknown_label:,} "
             "another); join labels with --labels TABLE"
         )
     kept = [tally.mistakes, tally.uncertain, tally.issues]
-    mistakes, uncertain, issues = kept_rows.fetch(run, kept, label_column, late)
+    mistakes, uncertain, issues = kept_rows.lookup_rows(run, kept, label_column, late)
     return Evaluation(
         run=run,
         config=config,
-        tally=tally,
-        labelled=labelled,
-        metrics=[*tables.metrics(tally.counts, top_k=run.top_k), *_more(tally)],
-        left_out=list(_left_out(run, tally, late)),
-        per_class=_per_class(tally),
-        curve=curve(tally.selective),
-        slices=_slices(tally, run.top_k, config.small_slice),
+        aggregate=tally,
+        has_labels=labelled,
+        metrics=[
+            *tables.compute_metrics(tally.counts, top_k=run.top_k),
+            *_compute_score_metrics(tally),
+        ],
+        omitted=list(_explain_omissions(run, tally, late)),
+        per_class=_build_per_class(tally),
+        coverage_curve=build_coverage_curve(tally.selective),
+        slices=_build_slices(tally, run.top_k, config.small_slice),
         mistakes=mistakes,
         uncertain=uncertain,
-        issues=kept_rows.label_issues(tally, issues),
+        label_issues=kept_rows.rank_label_issues(tally, issues),
     )
 
 
-def write(evaluation: Evaluation, output: str) -> None:
+def write_evaluation(evaluation: Evaluation, output: str) -> None:
     """Write `metrics/*.parquet` and `summary.json` into a folder."""
-    counts = evaluation.tally.counts
+    counts = evaluation.aggregate.counts
     made = {
-        "summary": tables.as_table(evaluation.metrics),
+        "summary": tables.build_summary_table(evaluation.metrics),
         "per_class": evaluation.per_class,
-        "confusion": tables.confusion(counts),
-        "calibration": tables.calibration(counts),
-        "coverage": evaluation.curve,
+        "confusion": tables.build_confusion(counts),
+        "calibration": tables.build_calibration(counts),
+        "coverage": evaluation.coverage_curve,
         "slices": evaluation.slices,
-        "label_issues": evaluation.issues,
+        "label_issues": evaluation.label_issues,
     }
-    layout.write_tables(filesystem.join(output, layout.METRICS), made)
-    body = summary_json(evaluation)
+    layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), made)
+    body = build_summary_json(evaluation)
     filesystem.write(
         filesystem.join(output, "summary.json"), (json.dumps(body, indent=2) + "\n").encode()
     )
 
 
-def summary_json(evaluation: Evaluation) -> dict[str, Any]:
+def build_summary_json(evaluation: Evaluation) -> dict[str, Any]:
     """The headline numbers for programs: each with its value and, where known, its interval."""
     run = evaluation.run
     return {
         "run": run.url,
-        "rows": evaluation.tally.counts.rows,
+        "rows": evaluation.aggregate.counts.rows,
         "bundle_sha256": run.bundle_sha256,
         "manifest_fingerprint": run.manifest_fingerprint,
         "labels": evaluation.config.labels and evaluation.config.labels.path,
@@ -160,35 +173,35 @@ def summary_json(evaluation: Evaluation) -> dict[str, Any]:
             }
             for metric in evaluation.metrics
         },
-        "label_issues": evaluation.issues.num_rows,
-        "left_out": evaluation.left_out,
+        "label_issues": evaluation.label_issues.num_rows,
+        "left_out": evaluation.omitted,
     }
 
 
-def _more(tally: Tally) -> Iterator[Metric]:
+def _compute_score_metrics(tally: RunAggregate) -> Iterator[Metric]:
     cells = tally.selective.counts.sum(1)
-    found = _area(cells)
-    drawn = bootstrap_intervals([cells], _area)
+    found = _compute_aurc(cells)
+    drawn = bootstrap_intervals([cells], _compute_aurc)
     for name, area in found.items():
-        interval = joined(drawn.get(name), _area_limits(cells), low=0.0, high=1.0)
+        interval = union_interval(drawn.get(name), _compute_aurc_limits(cells), low=0.0, high=1.0)
         yield Metric(name, area, "mean error over all coverages", interval)
     counts = tally.scores
     if counts is None or not counts.rows:
         return
-    score = brier(counts)
+    score = brier_score(counts)
     if score is not None:
         low, high = nonnegative_mean_interval(
-            counts.brier_sum, counts.brier_square_sum, counts.rows, MOST_BRIER
+            counts.brier_sum, counts.brier_square_sum, counts.rows, MAX_BRIER
         )
-        interval = (low, min(high, MOST_BRIER))
+        interval = (low, min(high, MAX_BRIER))
         yield Metric("brier_score", score, "mean squared distance from the truth", interval)
-    ranks = discrimination(counts)
+    ranks = compute_discrimination(counts)
     if not np.isfinite(ranks.auroc).any():
         return
     known = np.isfinite(ranks.auroc)
-    positives, negatives = counts.own.sum(1)[known], counts.other.sum(1)[known]
+    positives, negatives = counts.positive.sum(1)[known], counts.negative.sum(1)[known]
     ranked = ranks.average_precision[known]
-    spreads = _ranking_spreads(counts, known)
+    spreads = _bootstrap_ranking_spreads(counts, known)
     for name, values, bounds, ends in (
         (
             "auroc_macro",
@@ -208,18 +221,20 @@ def _more(tally: Tally) -> Iterator[Metric]:
         value, bound = float(values.mean()), float(bounds.mean())
         what = "mean over classes, each against the rest"
         told = f"; bins can move it by {bound:.1e}" if bound else ""
-        edge = around(value, (values - ends[0]) / len(values), (ends[1] - values) / len(values))
+        edge = mover_interval(
+            value, (values - ends[0]) / len(values), (ends[1] - values) / len(values)
+        )
         spread = spreads[name]
-        interval = joined((value - spread, value + spread), edge, low=0.0, high=1.0)
+        interval = union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
         yield Metric(name, value, what + told, interval)
 
 
-def _area(cells: Any) -> dict[str, float]:
+def _compute_aurc(cells: Any) -> dict[str, float]:
     area = area_under_risk_coverage(cells)
     return {} if area is None else {"area_under_risk_coverage": area}
 
 
-def _area_limits(cells: Any) -> tuple[float, float]:
+def _compute_aurc_limits(cells: Any) -> tuple[float, float]:
     """The area with as many wrong rows as the Wilson limits of the error rate have, spread as seen.
 
     More of them are taken from the right rows of every confidence alike.
@@ -229,12 +244,12 @@ def _area_limits(cells: Any) -> tuple[float, float]:
     least, most = wilson_interval(errors, int(rows))
     fewer = wrong * (least * rows / errors) if errors else wrong
     more = wrong + right * ((most * rows - errors) / right.sum()) if right.sum() else wrong
-    ends = [_area(np.stack([right + wrong - each, each])) for each in (fewer, more)]
+    ends = [_compute_aurc(np.stack([right + wrong - each, each])) for each in (fewer, more)]
     low, high = (end["area_under_risk_coverage"] for end in ends)
     return low, high
 
 
-def _ranking_spreads(
+def _bootstrap_ranking_spreads(
     counts: ScoreCounts, known: NDArray[np.bool_], resamples: int = 50
 ) -> dict[str, float]:
     """Half the width of the 95 % intervals of the two macro means over the `known` (C,) classes.
@@ -249,9 +264,11 @@ def _ranking_spreads(
     drawn: dict[tuple[str, bool], list[Any]] = {}
     for _ in range(resamples):
         for own in (True, False):
-            cells = rng.poisson(counts.own if own else counts.other)
-            pair = (cells, counts.other) if own else (counts.own, cells)
-            found = discrimination(ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0))
+            cells = rng.poisson(counts.positive if own else counts.negative)
+            pair = (cells, counts.negative) if own else (counts.positive, cells)
+            found = compute_discrimination(
+                ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0)
+            )
             for name, field in names.items():
                 drawn.setdefault((name, own), []).append(getattr(found, field)[known])
     spreads = {}
@@ -264,8 +281,10 @@ def _ranking_spreads(
     return spreads
 
 
-def _left_out(run: Run, tally: Tally, late: LateLabels | None) -> Iterator[str]:
-    if not tally.counts.labelled:
+def _explain_omissions(
+    run: CommittedRun, tally: RunAggregate, late: JoinedLabels | None
+) -> Iterator[str]:
+    if not tally.counts.labeled:
         yield (
             "Accuracy and all that judges by labels: there are none. Join some with "
             "`imgcls evaluate --predictions RUN --labels TABLE`."
@@ -276,14 +295,14 @@ def _left_out(run: Run, tally: Tally, late: LateLabels | None) -> Iterator[str]:
         if late is not None:
             what += ", log loss and likely label errors"
         yield f"{what} need every class's score: label with `imgcls predict --scores`."
-    if not tally.wanted.slice_by:
+    if not tally.spec.slice_by:
         yield "Slices: name manifest columns with `--slice-by camera,site`."
 
 
-def _per_class(tally: Tally) -> pa.Table:
+def _build_per_class(tally: RunAggregate) -> pa.Table:
     """The classes, with 95 % Wilson intervals and, where scores are known, how well they rank."""
-    table = tables.per_class(tally.counts)
-    support, predicted, hits = tables.label_counts(tally.counts)
+    table = tables.build_per_class(tally.counts)
+    support, predicted, hits = tables.count_labels(tally.counts)
     for rate, judged in (("precision", predicted), ("recall", support)):
         ends = [
             wilson_interval(hit, int(rows)) if rows > 0 else (None, None)
@@ -298,7 +317,7 @@ def _per_class(tally: Tally) -> pa.Table:
     return table
 
 
-def _slices(tally: Tally, top_k: int, small: int) -> pa.Table:
+def _build_slices(tally: RunAggregate, top_k: int, small: int) -> pa.Table:
     """A row per slice and a column per metric, the worst first, small ones behind.
 
     slice_by, value (string), small (bool), then as in `summary`, with the ends of accuracy's
@@ -307,9 +326,9 @@ def _slices(tally: Tally, top_k: int, small: int) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for column, found in tally.slices.items():
         for value, counts in found.items():
-            known = {m.name: m for m in tables.metrics(counts, top_k=top_k, resamples=0)}
+            known = {m.name: m for m in tables.compute_metrics(counts, top_k=top_k, resamples=0)}
             row: dict[str, Any] = {"slice_by": column, "value": value}
-            row["small"] = counts.labelled < small if tally.counts.labelled else counts.ok < small
+            row["small"] = counts.labeled < small if tally.counts.labeled else counts.ok < small
             row |= {name: float(metric.value) for name, metric in known.items()}
             if "accuracy" in known:
                 row["accuracy_lower"], row["accuracy_upper"] = known["accuracy"].interval or (0, 1)

@@ -18,12 +18,12 @@ from PIL import Image
 from imgcls.metrics.columns import Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
 
-TABLE_CLASSES = 24
-PICTURE_CLASSES = 1_000
+MAX_TABLE_CLASSES = 24
+MAX_PLOT_CLASSES = 1_000
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class ConfusionMatrix:
     """Some classes of a confusion matrix, in an order that puts the confused side by side.
 
     counts: (n, n) int64, rows by label, columns by prediction
@@ -32,7 +32,7 @@ class Matrix:
 
     classes: list[str]
     counts: Ints
-    left_out: int
+    omitted_classes: int
 
     @property
     def shares(self) -> Floats:
@@ -41,25 +41,25 @@ class Matrix:
         return shares
 
 
-def matrix(counts: PredictionCounts, most: int) -> Matrix:
+def build_matrix(counts: PredictionCounts, most: int) -> ConfusionMatrix:
     """At most so many classes, those of the most frequent mistakes, clustered."""
     size = len(counts.classes)
     label, predicted = counts.confusion_label, counts.confusion_predicted
     number = counts.confusion_count
     seen = np.bincount(label, number, size) + np.bincount(predicted, number, size)
     occurring = np.flatnonzero(seen)
-    chosen = np.sort(_most_confused(counts, occurring, most))
+    chosen = np.sort(_select_most_confused(counts, occurring, most))
     place = np.full(size, -1)
     place[chosen] = np.arange(len(chosen))
     inside = (place[label] >= 0) & (place[predicted] >= 0)
     dense = np.zeros((len(chosen), len(chosen)), np.int64)
     np.add.at(dense, (place[label[inside]], place[predicted[inside]]), number[inside])
-    order = _clustered(dense)
+    order = _order_by_confusion(dense)
     names = [counts.classes[chosen[i]] for i in order]
-    return Matrix(names, dense[np.ix_(order, order)], len(occurring) - len(chosen))
+    return ConfusionMatrix(names, dense[np.ix_(order, order)], len(occurring) - len(chosen))
 
 
-def worst_pairs(counts: PredictionCounts, most: int) -> list[dict[str, Any]]:
+def find_worst_pairs(counts: PredictionCounts, most: int) -> list[dict[str, Any]]:
     """The most frequent mistakes: label, predicted, count, share of the label's rows."""
     support = np.bincount(counts.confusion_label, counts.confusion_count, len(counts.classes))
     wrong = np.flatnonzero(counts.confusion_label != counts.confusion_predicted)
@@ -75,7 +75,7 @@ def worst_pairs(counts: PredictionCounts, most: int) -> list[dict[str, Any]]:
     ]
 
 
-def picture(found: Matrix) -> str:
+def render_matrix(found: ConfusionMatrix) -> str:
     """The matrix as a PNG data URI, a pixel per cell: blue on the diagonal, red beside it."""
     strength = np.sqrt(found.shares)
     diagonal = np.eye(len(found.classes), dtype=bool)
@@ -93,7 +93,7 @@ def picture(found: Matrix) -> str:
     return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
-def _most_confused(counts: PredictionCounts, occurring: Ints, most: int) -> Ints:
+def _select_most_confused(counts: PredictionCounts, occurring: Ints, most: int) -> Ints:
     """Both classes of the most frequent mistakes, then the most frequent ones, up to `most`."""
     if len(occurring) <= most:
         return occurring
@@ -105,7 +105,7 @@ def _most_confused(counts: PredictionCounts, occurring: Ints, most: int) -> Ints
     return named[np.sort(first)[:most]]
 
 
-def _clustered(dense: Ints) -> NDArray[np.int64]:
+def _order_by_confusion(dense: Ints) -> NDArray[np.int64]:
     """An order in which classes that are confused stand together.
 
     By the Fiedler vector of the graph of mistakes: the second eigenvector of its Laplacian orders

@@ -15,44 +15,48 @@ import pyarrow.parquet as pq
 
 from imgcls.cluster import session
 from imgcls.data import filesystem, object_store
-from imgcls.evaluation.aggregate import Tally, Wanted
-from imgcls.evaluation.label_join import LateLabels, own_columns
-from imgcls.runs.committed import Piece, Run, without_views
+from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
+from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
+from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
 
 PIECE_ROWS = 1_000_000
 BATCH_ROWS = 262_144
 _BATCH_BYTES = 128_000_000
-HERE_ROWS = 2_000_000
+MAX_LOCAL_ROWS = 2_000_000
 """Up to so many rows are counted before Ray would have started."""
 
 
-def count(run: Run, wanted: Wanted, late: LateLabels | None = None) -> Tally:
+def aggregate_run(
+    run: CommittedRun, wanted: AggregateSpec, late: JoinedLabels | None = None
+) -> RunAggregate:
     """The tally of all rows of a run.
 
     late: labels to judge by instead of the run's own; counted in this process, which holds them
     Raises RequestError when the predictions are not what a labelling run of these classes writes.
     """
-    pieces = run.pieces(PIECE_ROWS)
-    total = Tally(wanted)
+    pieces = run.split_row_groups(PIECE_ROWS)
+    total = RunAggregate(wanted)
     scores = run.rows * len(run.classes) * 2 if wanted.scores else 0
-    if late is not None or run.rows + scores // 256 <= HERE_ROWS:
+    if late is not None or run.rows + scores // 256 <= MAX_LOCAL_ROWS:
         for piece in pieces:
-            _count_into(total, run, piece, late)
+            _add_piece(total, run, piece, late)
         if late is not None:
             late.finish()
         return total
-    for tally in _on_the_cluster(run, wanted, pieces):
+    for tally in _aggregate_on_cluster(run, wanted, pieces):
         total.merge(tally)
     return total
 
 
-def _on_the_cluster(run: Run, wanted: Wanted, pieces: list[Piece]) -> Iterator[Tally]:
+def _aggregate_on_cluster(
+    run: CommittedRun, wanted: AggregateSpec, pieces: list[RowGroupRange]
+) -> Iterator[RunAggregate]:
     import ray.data
 
     session.connect()
-    session.hush_data()
+    session.silence_data_logger()
     started = time.monotonic()
-    work = object_store.carried(_counted, run, wanted)
+    work = object_store.bind_settings(_aggregate_piece, run, wanted)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items(
@@ -60,34 +64,38 @@ def _on_the_cluster(run: Run, wanted: Wanted, pieces: list[Piece]) -> Iterator[T
     ).map(work)
     done = 0
     for row in dataset.iter_rows():
-        tally: Tally = pickle.loads(row["tally"])
+        tally: RunAggregate = pickle.loads(row["tally"])
         done += tally.counts.rows
         seconds = time.monotonic() - started
         print(f"counted {done:,} of {run.rows:,} rows ({done / seconds:,.0f}/s)", flush=True)
         yield tally
 
 
-def _counted(run: Run, wanted: Wanted, row: dict[str, Any]) -> dict[str, Any]:
-    tally = Tally(wanted)
-    _count_into(tally, run, pickle.loads(row["piece"]), None)
+def _aggregate_piece(
+    run: CommittedRun, wanted: AggregateSpec, row: dict[str, Any]
+) -> dict[str, Any]:
+    tally = RunAggregate(wanted)
+    _add_piece(tally, run, pickle.loads(row["piece"]), None)
     return {"tally": pickle.dumps(tally, protocol=pickle.HIGHEST_PROTOCOL)}
 
 
-def _count_into(tally: Tally, run: Run, piece: Piece, late: LateLabels | None) -> None:
-    wanted = tally.wanted
-    start = piece.start
-    for table in tables(run, piece, columns(wanted, late)):
+def _add_piece(
+    tally: RunAggregate, run: CommittedRun, piece: RowGroupRange, late: JoinedLabels | None
+) -> None:
+    wanted = tally.spec
+    start = piece.first_row
+    for table in read_piece(run, piece, list_columns(wanted, late)):
         if late is not None:
-            table = late.judge(table)
+            table = late.join(table)
         tally.add(table, piece.file, start)
         start += table.num_rows
 
 
-def columns(wanted: Wanted, late: LateLabels | None = None) -> list[str]:
+def list_columns(wanted: AggregateSpec, late: JoinedLabels | None = None) -> list[str]:
     """The columns that a tally needs, of a run whose labels may come from elsewhere."""
     names = ["predicted_label", "confidence", "accepted", "status", *wanted.slice_by]
     if late is not None:
-        names = own_columns(names, joined=True) + late.needed
+        names = select_run_columns(names, joined=True) + late.required_columns
     elif wanted.label_column is not None:
         names += [wanted.label_column, "label_score", "label_rank"]
     if wanted.scores:
@@ -95,7 +103,7 @@ def columns(wanted: Wanted, late: LateLabels | None = None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def tables(run: Run, piece: Piece, names: list[str]) -> Iterator[pa.Table]:
+def read_piece(run: CommittedRun, piece: RowGroupRange, names: list[str]) -> Iterator[pa.Table]:
     """Columns of a piece, batch by batch, text as dictionaries."""
     text = [
         name
@@ -107,5 +115,5 @@ def tables(run: Run, piece: Piece, names: list[str]) -> Iterator[pa.Table]:
         rows = max(1_024, min(rows, _BATCH_BYTES // (2 * len(run.classes))))
     with filesystem.open_read(run.files[piece.file]) as stream:
         file = pq.ParquetFile(stream, read_dictionary=text)
-        for batch in file.iter_batches(rows, row_groups=list(piece.groups), columns=names):
-            yield without_views(pa.Table.from_batches([batch]))
+        for batch in file.iter_batches(rows, row_groups=list(piece.row_groups), columns=names):
+            yield cast_string_views(pa.Table.from_batches([batch]))

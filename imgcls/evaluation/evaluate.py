@@ -11,20 +11,25 @@ from imgcls.config import UnitFloat, requested
 from imgcls.data import filesystem, object_store
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
-from imgcls.evaluation.compute import Evaluation, JudgeConfig, judge, write
-from imgcls.evaluation.label_join import own_columns
+from imgcls.evaluation.compute import (
+    Evaluation,
+    EvaluationOptions,
+    compute_evaluation,
+    write_evaluation,
+)
+from imgcls.evaluation.label_join import select_run_columns
 from imgcls.execution.placement import ScaleConfig
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.models.bundle import Precision
-from imgcls.runs.committed import is_plain
-from imgcls.runs.layout import prediction_schema
+from imgcls.runs.committed import is_scalar_type
+from imgcls.runs.layout import build_prediction_schema
 
 
-class EvaluateConfig(JudgeConfig):
+class EvaluateConfig(EvaluationOptions):
     """Judge predictions that exist, or label a manifest and judge what came of it."""
 
     predictions: str | None = None
@@ -37,7 +42,7 @@ class EvaluateConfig(JudgeConfig):
     """The folder to write; the predictions' own when not given, if no labels are joined."""
     scores: bool = True
     """When labelling: write every class's score, which AUROC and Brier need."""
-    decode: Decode | None = None
+    decode: DecodeMode | None = None
     """When labeling: as for predict."""
     precision: Precision = "auto"
     """When labelling: as for predict."""
@@ -58,21 +63,21 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
     Raises RequestError when something is wrong with what was asked; what `predict` raises.
     """
     config = requested(EvaluateConfig, config, settings, 'evaluate(predictions="out")')
-    object_store.use(config.storage)
-    source = _source(config)
+    object_store.set_process_settings(config.storage)
+    source = _resolve_run(config)
     output = filesystem.absolute(config.output or source)
-    evaluation = judge(source, config, need_labels=True)
-    write(evaluation, output)
-    place = filesystem.join(output, report.REPORT)
-    filesystem.write(place, report.of_run(evaluation).encode())
-    print(tables.format_summary(tables.as_table(evaluation.metrics)))
-    for sentence in evaluation.left_out:
+    evaluation = compute_evaluation(source, config, need_labels=True)
+    write_evaluation(evaluation, output)
+    place = filesystem.join(output, report.REPORT_FILE)
+    filesystem.write(place, report.render_run(evaluation).encode())
+    print(tables.format_summary(tables.build_summary_table(evaluation.metrics)))
+    for sentence in evaluation.omitted:
         print(f"left out: {sentence}")
     print(f"report     {place}\nnumbers    {filesystem.join(output, 'summary.json')}", flush=True)
     return evaluation
 
 
-def _source(config: EvaluateConfig) -> str:
+def _resolve_run(config: EvaluateConfig) -> str:
     """The folder of a committed run, labelled first if need be."""
     if config.predictions is not None:
         given = [name for name in ("manifest", "model") if getattr(config, name) is not None]
@@ -117,11 +122,11 @@ def _source(config: EvaluateConfig) -> str:
 def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
     """Raise RequestError for what could only be refused after labelling everything."""
     names = manifest.schema.names
-    slices = own_columns(config.slice_by, joined=config.labels is not None)
+    slices = select_run_columns(config.slice_by, joined=config.labels is not None)
     wanted = [("slice_by", name) for name in slices]
     if config.on is not None:
         wanted.append(("on", config.on))
-    added = prediction_schema(labelled=True, scores=1, embedding=1)
+    added = build_prediction_schema(labelled=True, scores=1, embedding=1)
     kinds = {field.name: field.type for schema in (added, manifest.schema) for field in schema}
     for option, name in wanted:
         if name not in kinds:
@@ -129,7 +134,7 @@ def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
                 f"{option}: manifest {manifest.source} has no column {name!r} (found: "
                 f"{', '.join(names)})"
             )
-        if not is_plain(kinds[name]):
+        if not is_scalar_type(kinds[name]):
             raise ManifestError(
                 f"{option}: column {name!r} of manifest {manifest.source} is {kinds[name]}; pass "
                 "a column of plain values, such as text, numbers or dates"

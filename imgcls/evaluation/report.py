@@ -16,17 +16,17 @@ import yaml
 from imgcls.config import Section
 from imgcls.data import filesystem, object_store
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.thumbnails import thumbnails
+from imgcls.data.thumbnails import build_thumbnails
 from imgcls.errors import RequestError
 from imgcls.evaluation import charts, confusion_plot
-from imgcls.evaluation.compute import Evaluation, JudgeConfig, judge
-from imgcls.html import rendered
+from imgcls.evaluation.compute import Evaluation, EvaluationOptions, compute_evaluation
+from imgcls.html import render_page
 from imgcls.metrics import tables
-from imgcls.models.bundle import DESCRIPTION, Bundle, read_description
+from imgcls.models.bundle import BUNDLE_FILE, Bundle, read_description
 
-REPORT = "report.html"
-CLASSES_SHOWN = 1_000
-SLICES_SHOWN = 300
+REPORT_FILE = "report.html"
+MAX_CLASSES_SHOWN = 1_000
+MAX_SLICES_SHOWN = 300
 
 
 class ReportConfig(Section):
@@ -38,39 +38,39 @@ class ReportConfig(Section):
     """The output folder of `imgcls predict`, or a bundle that `imgcls train` made."""
     output: str | None = None
     """The file to write; report.html in the source folder when not given."""
-    judge: JudgeConfig = JudgeConfig()
+    evaluation: EvaluationOptions = EvaluationOptions()
     storage: StorageConfig = StorageConfig()
 
 
-def report(config: ReportConfig) -> str:
+def write_report(config: ReportConfig) -> str:
     """Write the report of a run or a bundle; returns where.
 
     Raises RequestError when the source is neither.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     source = filesystem.absolute(config.source)
-    target = config.output or filesystem.join(source, REPORT)
-    if filesystem.exists(filesystem.join(source, DESCRIPTION)):
-        text = of_training(read_description(source))
+    target = config.output or filesystem.join(source, REPORT_FILE)
+    if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):
+        text = render_training(read_description(source))
     else:
-        text = of_run(judge(source, config.judge, need_labels=False))
+        text = render_run(compute_evaluation(source, config.evaluation, need_labels=False))
     filesystem.write(target, text.encode())
     print(f"report  {target}", flush=True)
     return target
 
 
-def of_run(evaluation: Evaluation) -> str:
+def render_run(evaluation: Evaluation) -> str:
     """The page of a labelling run."""
-    counts, run = evaluation.tally.counts, evaluation.run
-    labelled = evaluation.labelled
+    counts, run = evaluation.aggregate.counts, evaluation.run
+    labelled = evaluation.has_labels
     shown: dict[str, Any] = {
-        "title": f"{_name(run.url)}: {counts.rows:,} rows",
-        "subtitle": f"{len(run.classes):,} classes, committed {run.success['committed']}",
+        "title": f"{_base_name(run.url)}: {counts.rows:,} rows",
+        "subtitle": f"{len(run.classes):,} classes, committed {run.success_record['committed']}",
         "labelled": labelled,
-        "cards": list(_cards(evaluation)),
-        "left_out": evaluation.left_out,
-        "histogram": charts.confidence_histogram(counts),
-        "slices": evaluation.slices.to_pylist()[:SLICES_SHOWN],
+        "cards": list(_build_cards(evaluation)),
+        "left_out": evaluation.omitted,
+        "histogram": charts.plot_confidence_histogram(counts),
+        "slices": evaluation.slices.to_pylist()[:MAX_SLICES_SHOWN],
         "small_slice": evaluation.config.small_slice,
         "ranked": "auroc" in evaluation.per_class.schema.names,
         "errors": [
@@ -87,21 +87,21 @@ def of_run(evaluation: Evaluation) -> str:
             }
             for metric in evaluation.metrics
         ],
-        "made": list(_made(evaluation)),
+        "made": list(_list_provenance(evaluation)),
         "config": yaml.safe_dump(run.provenance["config"], sort_keys=False),
-        "percent": _percent,
+        "percent": _format_percent,
     }
-    shown |= _classes(evaluation.per_class, labelled)
+    shown |= _build_class_rows(evaluation.per_class, labelled)
     if labelled:
-        shown |= _confusion(evaluation)
-        shown["reliability"] = charts.reliability(tables.calibration(counts))
-        shown["coverage"] = charts.coverage(evaluation.curve)
-    shown |= _galleries(evaluation)
-    shown["sections"] = list(_sections(shown))
-    return rendered("imgcls.evaluation", "run.html.j2", shown)
+        shown |= _build_confusion(evaluation)
+        shown["reliability"] = charts.plot_reliability(tables.build_calibration(counts))
+        shown["coverage"] = charts.plot_coverage(evaluation.coverage_curve)
+    shown |= _build_galleries(evaluation)
+    shown["sections"] = list(_list_sections(shown))
+    return render_page("imgcls.evaluation", "run.html.j2", shown)
 
 
-def of_training(bundle: Bundle) -> str:
+def render_training(bundle: Bundle) -> str:
     """The page of a training: its curves, epochs and augmented samples.
 
     Raises RequestError when the bundle was not trained here.
@@ -126,22 +126,22 @@ def of_training(bundle: Bundle) -> str:
         ("bundle", f"{url} (SHA-256 {bundle.sha256})"),
         ("architecture", spec.architecture.name),
         ("classes", f"{len(spec.classes):,}"),
-        *((name, json.dumps(value)) for name, value in _scalars(spec.provenance)),
+        *((name, json.dumps(value)) for name, value in _iter_scalars(spec.provenance)),
     ]
-    return rendered(
+    return render_page(
         "imgcls.evaluation",
         "training.html.j2",
         {
-            "title": f"{_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
+            "title": f"{_base_name(url)}: {spec.architecture.name}, {len(spec.classes):,} classes",
             "subtitle": f"{len(history)} epochs, the weights of epoch {best} kept",
             "cards": [
-                {"name": name.replace("_", " "), "value": _figure(name, value), "note": ""}
+                {"name": name.replace("_", " "), "value": _format_figure(name, value), "note": ""}
                 for name, value in spec.metrics.items()
             ],
-            "curves": charts.training_curves(history, best),
+            "curves": charts.plot_training_curves(history, best),
             "columns": list(history.columns),
             "epochs": [
-                [{"value": value, "text": _cell(name, value)} for name, value in row.items()]
+                [{"value": value, "text": _format_cell(name, value)} for name, value in row.items()]
                 for row in history.to_dict("records")
             ],
             "augmented": augmented,
@@ -151,7 +151,7 @@ def of_training(bundle: Bundle) -> str:
     )
 
 
-def _cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
+def _build_cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
     names = {
         "accuracy": "accuracy",
         f"top_{evaluation.run.top_k}_accuracy": f"top-{evaluation.run.top_k} accuracy",
@@ -163,10 +163,10 @@ def _cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
         "coverage": "accepted",
         "error_rate": "without a prediction",
     }
-    if not evaluation.labelled:
+    if not evaluation.has_labels:
         names = {"mean_confidence": "mean confidence", **names}
     for name, told in names.items():
-        metric = evaluation.value(name)
+        metric = evaluation.get_metric(name)
         if metric is not None:
             yield {
                 "name": told,
@@ -175,15 +175,15 @@ def _cards(evaluation: Evaluation) -> Iterator[dict[str, str]]:
             }
 
 
-def _classes(table: pa.Table, labelled: bool) -> dict[str, Any]:
+def _build_class_rows(table: pa.Table, labelled: bool) -> dict[str, Any]:
     by = "support" if labelled else "predicted"
-    rows = table.sort_by([(by, "descending")]).slice(0, CLASSES_SHOWN).to_pylist()
+    rows = table.sort_by([(by, "descending")]).slice(0, MAX_CLASSES_SHOWN).to_pylist()
     return {"classes": rows, "classes_left_out": table.num_rows - len(rows)}
 
 
-def _confusion(evaluation: Evaluation) -> dict[str, Any]:
-    counts = evaluation.tally.counts
-    small = confusion_plot.matrix(counts, confusion_plot.TABLE_CLASSES)
+def _build_confusion(evaluation: Evaluation) -> dict[str, Any]:
+    counts = evaluation.aggregate.counts
+    small = confusion_plot.build_matrix(counts, confusion_plot.MAX_TABLE_CLASSES)
     cells = [
         {
             "name": name,
@@ -201,29 +201,29 @@ def _confusion(evaluation: Evaluation) -> dict[str, Any]:
         )
     ]
     large = None
-    if small.left_out:
-        large = confusion_plot.matrix(counts, confusion_plot.PICTURE_CLASSES)
+    if small.omitted_classes:
+        large = confusion_plot.build_matrix(counts, confusion_plot.MAX_PLOT_CLASSES)
     return {
-        "pairs": confusion_plot.worst_pairs(counts, 30),
+        "pairs": confusion_plot.find_worst_pairs(counts, 30),
         "small": small,
         "cells": cells,
         "matrix": large,
-        "picture": confusion_plot.picture(large) if large is not None else None,
+        "picture": confusion_plot.render_matrix(large) if large is not None else None,
     }
 
 
-def _galleries(evaluation: Evaluation) -> dict[str, Any]:
+def _build_galleries(evaluation: Evaluation) -> dict[str, Any]:
     most = evaluation.config.gallery
     found = {
         "mistakes": evaluation.mistakes,
-        "issues": evaluation.issues.slice(0, most),
+        "issues": evaluation.label_issues.slice(0, most),
         "uncertain": evaluation.uncertain,
     }
     paths = [path for table in found.values() for path in table["path"].to_pylist()]
     pictures: Sequence[str | None] = [None] * len(paths)
     if evaluation.config.thumbnails:
-        pictures = thumbnails(paths, evaluation.run.root)
-    shown: dict[str, Any] = {"issue_count": evaluation.issues.num_rows}
+        pictures = build_thumbnails(paths, evaluation.run.root)
+    shown: dict[str, Any] = {"issue_count": evaluation.label_issues.num_rows}
     start = 0
     for name, table in found.items():
         shown[name] = [
@@ -231,9 +231,10 @@ def _galleries(evaluation: Evaluation) -> dict[str, Any]:
                 "image": picture,
                 "alt": f"{row['path']}, predicted {row['predicted_label']}",
                 "predicted": row["predicted_label"],
-                "confidence": _percent(row["confidence"]),
+                "confidence": _format_percent(row["confidence"]),
                 "label": row["label"],
-                "label_score": row["label_score"] is not None and _percent(row["label_score"]),
+                "label_score": row["label_score"] is not None
+                and _format_percent(row["label_score"]),
                 "path": row["path"],
             }
             for row, picture in zip(table.to_pylist(), pictures[start:], strict=False)
@@ -242,7 +243,7 @@ def _galleries(evaluation: Evaluation) -> dict[str, Any]:
     return shown
 
 
-def _sections(shown: dict[str, Any]) -> Iterator[dict[str, str]]:
+def _list_sections(shown: dict[str, Any]) -> Iterator[dict[str, str]]:
     known = {
         "confusion": ("Mistakes", shown["labelled"]),
         "calibration": ("Confidence", True),
@@ -260,8 +261,8 @@ def _sections(shown: dict[str, Any]) -> Iterator[dict[str, str]]:
             yield {"id": place, "name": name}
 
 
-def _made(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
-    run, success = evaluation.run, evaluation.run.success
+def _list_provenance(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    run, success = evaluation.run, evaluation.run.success_record
     yield "run", f"{run.url} ({success['run_id']})"
     yield "model bundle", f"{run.provenance['config']['model']} (SHA-256 {run.bundle_sha256})"
     manifest = run.provenance["config"]["manifest"]["path"]
@@ -274,27 +275,27 @@ def _made(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{k} {v}" for k, v in success["versions"].items())
 
 
-def _scalars(provenance: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _iter_scalars(provenance: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in provenance.items():
         if name != "config":
             yield name, value
 
 
-def _figure(name: str, value: float) -> str:
-    return _percent(value) if "accuracy" in name else f"{value:.4g}"
+def _format_figure(name: str, value: float) -> str:
+    return _format_percent(value) if "accuracy" in name else f"{value:.4g}"
 
 
-def _cell(name: str, value: Any) -> str:
+def _format_cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         if value != value:
             return ""
-        return _percent(value) if name.endswith("accuracy") else f"{value:.4g}"
+        return _format_percent(value) if name.endswith("accuracy") else f"{value:.4g}"
     return "" if value is None else str(value)
 
 
-def _percent(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _name(url: str) -> str:
+def _base_name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2] or url

@@ -13,37 +13,45 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
-from imgcls.evaluation.aggregate import Tally, TopRows
-from imgcls.evaluation.label_join import JOINED, LateLabels
-from imgcls.runs.committed import Run, without_views
+from imgcls.evaluation.aggregate import RunAggregate, TopRows
+from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
+from imgcls.runs.committed import CommittedRun, cast_string_views
 
-_SHOWN = ("row", "predicted_label", "confidence", "topk_labels", "topk_scores", "width", "height")
+_SHOWN_COLUMNS = (
+    "row",
+    "predicted_label",
+    "confidence",
+    "topk_labels",
+    "topk_scores",
+    "width",
+    "height",
+)
 
 
-def fetch(
-    run: Run, lists: Sequence[TopRows], label_column: str | None, late: LateLabels | None
+def lookup_rows(
+    run: CommittedRun, lists: Sequence[TopRows], label_column: str | None, late: JoinedLabels | None
 ) -> list[pa.Table]:
     """The rows of each list in its order: path, label, then what labelling said of them.
 
     Columns: row, path, label (null where there is none), predicted_label, confidence, label_score,
     topk_labels, topk_scores, width, height.
     """
-    names = [*_SHOWN, run.path_column]
+    names = [*_SHOWN_COLUMNS, run.path_column]
     if late is not None:
-        names += late.needed
+        names += late.required_columns
     elif label_column is not None:
         names += [label_column, "label_score"]
     names += ["status"]
     names = list(dict.fromkeys(names))
     files = np.concatenate([kept.file for kept in lists])
-    places = np.concatenate([kept.place for kept in lists])
+    places = np.concatenate([kept.position for kept in lists])
     found = [
-        _of_part(run.files[file], names, places[files == file]) for file in np.unique(files)
-    ] or [without_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
+        _read_part_rows(run.files[file], names, places[files == file]) for file in np.unique(files)
+    ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
     table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
     if late is not None:
-        table = late.looked_up(table)
-        label_column = JOINED
+        table = late.rejoin(table)
+        label_column = JOINED_COLUMN
     label = (
         pa.nulls(table.num_rows, pa.string())
         if label_column is None
@@ -62,7 +70,7 @@ def fetch(
             "predicted_label": table["predicted_label"],
             "confidence": table["confidence"],
             "label_score": score,
-            **{name: table[name] for name in _SHOWN[3:]},
+            **{name: table[name] for name in _SHOWN_COLUMNS[3:]},
         }
     )
     ends = np.cumsum([len(kept.file) for kept in lists])
@@ -72,7 +80,7 @@ def fetch(
     ]
 
 
-def _of_part(url: str, names: list[str], places: np.ndarray) -> pa.Table:
+def _read_part_rows(url: str, names: list[str], places: np.ndarray) -> pa.Table:
     """Rows of a part by place, in the order of `places`."""
     order = np.argsort(places)
     wanted = places[order]
@@ -84,14 +92,16 @@ def _of_part(url: str, names: list[str], places: np.ndarray) -> pa.Table:
             end = start + file.metadata.row_group(group).num_rows
             here = wanted[(wanted >= start) & (wanted < end)] - start
             if len(here):
-                taken.append(without_views(file.read_row_group(group, columns=names)).take(here))
+                taken.append(
+                    cast_string_views(file.read_row_group(group, columns=names)).take(here)
+                )
             start = end
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return pa.concat_tables(taken).unify_dictionaries().take(back)
 
 
-def label_issues(tally: Tally, rows: pa.Table) -> pa.Table:
+def rank_label_issues(tally: RunAggregate, rows: pa.Table) -> pa.Table:
     """Of the kept wrong rows, those whose label the model confidently contradicts, worst first.
 
     rows: as `fetch` gives them for `tally.issues`
@@ -103,8 +113,8 @@ def label_issues(tally: Tally, rows: pa.Table) -> pa.Table:
     confident joint, ranked by normalised margin.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = tally.own_score_sum / tally.own_score_rows
-    names = pa.array(tally.wanted.classes, pa.string())
+        mean = tally.label_score_sum / tally.label_score_rows
+    names = pa.array(tally.spec.classes, pa.string())
     place = pc.index_in(rows["predicted_label"].cast(pa.string()), value_set=names)
     own = np.append(mean, np.nan)[pc.fill_null(place, len(mean)).to_numpy()]
     confidence = rows["confidence"].to_numpy()

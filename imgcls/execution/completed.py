@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
-from imgcls.data.manifest import labels_as_text
-from imgcls.data.schemas import conform, widened
+from imgcls.data.manifest import normalize_labels
+from imgcls.data.schemas import conform_table, widen_dictionaries
 from imgcls.errors import RunFailed, StorageMissing
-from imgcls.execution.messages import Work
+from imgcls.execution.messages import ChunkTask
 from imgcls.execution.plan import Plan
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
@@ -32,7 +32,7 @@ _GROUP_BYTES = 64_000_000
 
 
 @dataclass
-class Ledger:
+class CompletedChunks:
     """Which chunks and parts of a run are durable."""
 
     output: str
@@ -41,14 +41,14 @@ class Ledger:
     chunks: dict[int, set[int]]  # staged, by part, of parts that are not rolled up yet
 
     @classmethod
-    def read(cls, output: str, plan: Plan) -> Ledger:
+    def load(cls, output: str, plan: Plan) -> CompletedChunks:
         """List what is there."""
-        valid = {layout.part_name(part): part for part in range(plan.parts)}
-        present = filesystem.names(filesystem.join(output, layout.PREDICTIONS))
+        valid = {layout.part_name(part): part for part in range(plan.num_parts)}
+        present = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
         parts = {valid[name] for name in present if name in valid}
         chunks: dict[int, set[int]] = {}
         with contextlib.suppress(StorageMissing):
-            for path in filesystem.walk(filesystem.join(output, layout.STAGING)):
+            for path in filesystem.walk(filesystem.join(output, layout.STAGING_FOLDER)):
                 name = path.rpartition("/")[2]
                 if name.startswith("chunk-") and name.endswith(f".{plan.run_id}.parquet"):
                     chunk = int(name[len("chunk-") :].partition(".")[0])
@@ -66,11 +66,11 @@ class Ledger:
         staged = itertools.chain.from_iterable(self.chunks.values())
         return rolled + sum(len(self.plan.rows_of(chunk)) for chunk in staged)
 
-    def missing(self) -> list[Work]:
+    def list_remaining(self) -> list[ChunkTask]:
         """The chunks still to be done, in order."""
         return [
-            Work(chunk)
-            for part in range(self.plan.parts)
+            ChunkTask(chunk)
+            for part in range(self.plan.num_parts)
             if part not in self.parts
             for chunk in self.plan.chunks_of(part)
             if chunk not in self.chunks.get(part, ())
@@ -80,19 +80,21 @@ class Ledger:
         """Note a chunk; the part that it completes, if any."""
         part = self.plan.part_of(chunk)
         self.chunks.setdefault(part, set()).add(chunk)
-        return part if self._complete(part) else None
+        return part if self._is_complete(part) else None
 
-    def complete_parts(self) -> list[int]:
+    def list_complete_parts(self) -> list[int]:
         """Parts whose chunks are all staged, but which are not rolled up."""
-        return [p for p in range(self.plan.parts) if p not in self.parts and self._complete(p)]
+        return [
+            p for p in range(self.plan.num_parts) if p not in self.parts and self._is_complete(p)
+        ]
 
-    def rolled_up(self, part: int) -> None:
+    def mark_rolled_up(self, part: int) -> None:
         """Note a part that is durable, and drop its chunks."""
         self.parts.add(part)
         self.chunks.pop(part, None)
-        filesystem.remove(layout.staged_folder(self.output, part))
+        filesystem.remove(layout.part_staging_folder(self.output, part))
 
-    def _complete(self, part: int) -> bool:
+    def _is_complete(self, part: int) -> bool:
         return len(self.chunks.get(part, ())) == len(self.plan.chunks_of(part))
 
 
@@ -106,13 +108,13 @@ def roll_up(
     target = layout.part_url(output, part)
     counts = PredictionCounts.empty(tuple(classes))
     with filesystem.open_write(target) as stream:
-        for table in _publish(stream, _joined(output, plan, part), plan):
-            counts += count(table, label_column, classes)
-        _check_owner(output, plan)
+        for table in _write_row_groups(stream, _join_part(output, plan, part), plan):
+            counts += count_table(table, label_column, classes)
+        _check_run_owner(output, plan)
     return counts
 
 
-def write_empty(output: str, plan: Plan, table: pa.Table) -> None:
+def write_empty_part(output: str, plan: Plan, table: pa.Table) -> None:
     """The only file of a run without rows, so that readers find its columns."""
     with filesystem.open_write(layout.part_url(output, 0)) as stream:
         pq.write_table(table.replace_schema_metadata({"imgcls.run": plan.run_id}), stream)
@@ -128,48 +130,50 @@ def count_part(
         file = pq.ParquetFile(stream)
         columns = [n for n in file.schema_arrow.names if n in wanted or n == label_column]
         for batch in file.iter_batches(batch_size=_GROUP_ROWS, columns=columns):
-            counts += count(pa.Table.from_batches([batch]), label_column, classes)
+            counts += count_table(pa.Table.from_batches([batch]), label_column, classes)
     return counts
 
 
-def count(table: pa.Table, label_column: str | None, classes: Sequence[str]) -> PredictionCounts:
+def count_table(
+    table: pa.Table, label_column: str | None, classes: Sequence[str]
+) -> PredictionCounts:
     """Counts of a table of predictions, its labels read as class names."""
     if label_column is not None:
         index = table.schema.get_field_index(label_column)
-        text = labels_as_text(table.column(label_column))
+        text = normalize_labels(table.column(label_column))
         table = table.set_column(index, label_column, text)
-    return PredictionCounts.of(table, label_column=label_column, classes=classes)
+    return PredictionCounts.from_table(table, label_column=label_column, classes=classes)
 
 
-def failed_rows(
+def list_failed_rows(
     output: str, plan: Plan, columns: Sequence[str], statuses: Collection[str] | None = None
-) -> list[Work]:
+) -> list[ChunkTask]:
     """The rows of rolled-up parts whose status is not ok, as work, chunk by chunk.
 
     columns:  the manifest's path and label columns, which the work takes along
     statuses: take only rows of these
     """
-    work: list[Work] = []
-    for part in range(plan.parts):
+    work: list[ChunkTask] = []
+    for part in range(plan.num_parts):
         failed = pa.concat_tables(
-            batch.filter(_not_ok(batch) if statuses is None else _has_status(batch, statuses))
-            for batch in _rows_with(output, part, ["row", "status", *columns])
+            batch.filter(_is_not_ok(batch) if statuses is None else _has_status(batch, statuses))
+            for batch in _read_columns(output, part, ["row", "status", *columns])
         )
         chunks = failed.column("row").to_numpy() // plan.chunk_rows
         for chunk in np.unique(chunks):
             rows = failed.filter(pa.array(chunks == chunk))
             offsets = rows.column("row").to_numpy() - plan.rows_of(int(chunk)).start
-            work.append(Work(int(chunk), tuple(offsets.tolist()), rows.select(columns)))
+            work.append(ChunkTask(int(chunk), tuple(offsets.tolist()), rows.select(columns)))
     return work
 
 
-def drop_retries(output: str, plan: Plan) -> None:
+def remove_retries(output: str, plan: Plan) -> None:
     """Remove retried rows that an earlier, broken-off retry left behind."""
-    for part in range(plan.parts):
-        filesystem.remove(layout.staged_folder(output, part))
+    for part in range(plan.num_parts):
+        filesystem.remove(layout.part_staging_folder(output, part))
 
 
-def merge_retries(output: str, plan: Plan, part: int, work: Sequence[Work]) -> None:
+def merge_retries(output: str, plan: Plan, part: int, work: Sequence[ChunkTask]) -> None:
     """Replace the retried rows of a part: the file is exchanged whole, never a row missing."""
     retried = pa.concat_tables(
         pq.read_table(filesystem.open_read(layout.retry_url(output, part, item.chunk, plan.run_id)))
@@ -178,21 +182,21 @@ def merge_retries(output: str, plan: Plan, part: int, work: Sequence[Work]) -> N
     rows = retried.column("row").to_numpy()
     target = layout.part_url(output, part)
     with filesystem.open_write(target) as stream:
-        for _ in _publish(stream, _with_retries(target, retried, rows), plan):
+        for _ in _write_row_groups(stream, _replace_rows(target, retried, rows), plan):
             pass
-        _check_owner(output, plan)
-    filesystem.remove(layout.staged_folder(output, part))
+        _check_run_owner(output, plan)
+    filesystem.remove(layout.part_staging_folder(output, part))
 
 
-def failures(output: str, plan: Plan, path_column: str) -> Iterator[pa.Table]:
+def read_failed_rows(output: str, plan: Plan, path_column: str) -> Iterator[pa.Table]:
     """Row, path, status and error of every row that failed, streamed."""
     columns = ["row", path_column, "status", "error"]
-    for part in range(plan.parts):
-        for batch in _rows_with(output, part, columns):
-            yield batch.filter(_not_ok(batch)).select(columns)
+    for part in range(plan.num_parts):
+        for batch in _read_columns(output, part, columns):
+            yield batch.filter(_is_not_ok(batch)).select(columns)
 
 
-def _not_ok(table: pa.Table) -> pa.ChunkedArray:
+def _is_not_ok(table: pa.Table) -> pa.ChunkedArray:
     return pc.not_equal(table.column("status").cast(pa.string()), layout.OK)
 
 
@@ -200,18 +204,20 @@ def _has_status(table: pa.Table, statuses: Collection[str]) -> pa.ChunkedArray:
     return pc.is_in(table.column("status").cast(pa.string()), value_set=pa.array(sorted(statuses)))
 
 
-def _rows_with(output: str, part: int, columns: list[str]) -> Iterator[pa.Table]:
+def _read_columns(output: str, part: int, columns: list[str]) -> Iterator[pa.Table]:
     with filesystem.open_read(layout.part_url(output, part)) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(_GROUP_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 
 
-def _joined(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
+def _join_part(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
     with filesystem.open_read(layout.shard_url(output, part)) as stream:
         shard = pq.ParquetFile(stream)
         for group, chunk in enumerate(plan.chunks_of(part)):
             rows = shard.read_row_group(group)
-            rows = conform(rows, widened(rows.schema), layout.shard_url(output, part))
+            rows = conform_table(
+                rows, widen_dictionaries(rows.schema), layout.shard_url(output, part)
+            )
             with filesystem.open_read(layout.chunk_url(output, part, chunk, plan.run_id)) as file:
                 predicted = pq.read_table(file)
             for name in predicted.schema.names:
@@ -219,31 +225,31 @@ def _joined(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
             yield rows
 
 
-def _with_retries(
+def _replace_rows(
     target: str, retried: pa.Table, rows: npt.NDArray[np.int64]
 ) -> Iterator[pa.Table]:
     with filesystem.open_read(target) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(batch_size=_GROUP_ROWS):
             table = pa.Table.from_batches([batch])
-            table = conform(table, widened(table.schema), target)
+            table = conform_table(table, widen_dictionaries(table.schema), target)
             here = table.column("row").to_numpy()
             position = np.searchsorted(here, rows)
             inside = (position < len(here)) & (here[np.minimum(position, len(here) - 1)] == rows)
             order = np.arange(len(here))
             order[position[inside]] = len(here) + np.flatnonzero(inside)
             for name in retried.schema.names:
-                column = _unified(table.column(name), retried.column(name))
+                column = _merge_dictionaries(table.column(name), retried.column(name))
                 index = table.schema.get_field_index(name)
                 table = table.set_column(index, table.schema.field(name), column.take(order))
             yield table
 
 
-def _unified(old: pa.ChunkedArray, new: pa.ChunkedArray) -> pa.ChunkedArray:
+def _merge_dictionaries(old: pa.ChunkedArray, new: pa.ChunkedArray) -> pa.ChunkedArray:
     joined = pa.chunked_array([*old.chunks, *new.chunks], type=old.type)
     return joined.unify_dictionaries().combine_chunks()
 
 
-def _publish(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator[pa.Table]:
+def _write_row_groups(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator[pa.Table]:
     """Write tables as row groups of a useful size; yields what each group holds."""
     writer: pq.ParquetWriter | None = None
     gathered: list[pa.Table] = []
@@ -270,7 +276,7 @@ def _publish(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator
             yield flush()
 
 
-def _check_owner(output: str, plan: Plan) -> None:
+def _check_run_owner(output: str, plan: Plan) -> None:
     """A zombie of a run that was started over must not publish over its successor's files."""
     run = layout.load_run(output)
     if run is None or run["plan"]["run_id"] != plan.run_id:

@@ -20,26 +20,28 @@ import ray
 from ray.experimental import internal_kv
 
 from imgcls.errors import RunFailed
-from imgcls.execution.messages import RunSpec, Work
+from imgcls.execution.messages import ChunkTask, RunSpec
 
-NAMESPACE = "imgcls"
-_WORKERS = "workers-of-"
-BEAT_SECONDS = 1.0
+KV_NAMESPACE = "imgcls"
+_WORKERS_PREFIX = "workers-of-"
+HEARTBEAT_SECONDS = 1.0
 """So often a worker tells at most that it goes on."""
-HOPELESS_ROWS = 4
+SYSTEMIC_CRASH_ROWS = 4
 """When so many rows kill their workers, from the first on, it is not the images."""
-TRIES_ALONE = 2
+CRASHES_TO_CONFIRM = 2
 """Workers that must die at an image alone for it to be `crashed`."""
-TRIES = 3
+MAX_UNEXPLAINED_CRASHES = 3
 """So often a worker may die without an image that explains it."""
-_LOOK = "find out why in Ray's logs on its machine (a signal, no memory left), then resume"
-STARTS = 3
+_REMEDY = "find out why in Ray's logs on its machine (a signal, no memory left), then resume"
+MAX_WORKER_STARTS = 3
 """So often a worker may die before it has its model."""
-CRASHED = "the worker died or hung each time it came to this image, also with no other beside it"
+CRASHED_MESSAGE = (
+    "the worker died or hung each time it came to this image, also with no other beside it"
+)
 
 
 @dataclass(frozen=True)
-class Note:
+class AttemptRecord:
     """What a worker is at.
 
     what:    as people read it
@@ -50,49 +52,49 @@ class Note:
     crashed: rows that killed both workers that tried them alone
     """
 
-    what: str
+    description: str
     worker: str
     node: str
     pid: int
-    deaths: int = 0
-    beats: int = 0
+    crashes: int = 0
+    heartbeats: int = 0
     row: int | None = None
-    tries: int = 0
+    row_crashes: int = 0
     crashed: tuple[int, ...] = ()
 
 
-def notes(session: str) -> dict[str, Note]:
+def read_attempts(session: str) -> dict[str, AttemptRecord]:
     """All that is being worked on, by key."""
     found = {}
-    for text in _keys(f"{session}/"):
-        note = _read(text)
+    for text in _list_keys(f"{session}/"):
+        note = _read_record(text)
         if note is not None:
             found[text] = note
     return found
 
 
-def enlist(session: str) -> None:
+def register_worker(session: str) -> None:
     """Tell where this worker is: it is to be found also when it hangs and is at no chunk."""
     context = ray.get_runtime_context()
     place = json.dumps([context.get_node_id(), os.getpid()])
     # a restarted actor takes the place of the one that died
-    key = f"{_WORKERS}{session}/{context.get_actor_id()}"
-    internal_kv._internal_kv_put(key, place, namespace=NAMESPACE)
+    key = f"{_WORKERS_PREFIX}{session}/{context.get_actor_id()}"
+    internal_kv._internal_kv_put(key, place, namespace=KV_NAMESPACE)
 
 
-def enlisted(session: str) -> list[tuple[str, int]]:
+def list_workers(session: str) -> list[tuple[str, int]]:
     """Node and process of each worker."""
     found: list[Any] = [
-        internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-        for key in _keys(f"{_WORKERS}{session}/")
+        internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
+        for key in _list_keys(f"{_WORKERS_PREFIX}{session}/")
     ]
     return [tuple(json.loads(place)) for place in found if place is not None]
 
 
-def forget(session: str) -> None:
+def clear_session(session: str) -> None:
     """Strike out all that is noted of a session that has ended."""
-    for prefix in (f"{session}/", f"{_WORKERS}{session}/"):
-        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
+    for prefix in (f"{session}/", f"{_WORKERS_PREFIX}{session}/"):
+        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=KV_NAMESPACE)
 
 
 class Attempt:
@@ -102,7 +104,7 @@ class Attempt:
     """
 
     @classmethod
-    def at(cls, spec: RunSpec, work: Work, stage: str) -> Attempt:
+    def for_chunk(cls, spec: RunSpec, work: ChunkTask, stage: str) -> Attempt:
         """At a stage of a chunk."""
         rows = spec.plan.rows_of(work.chunk)
         what = f"chunk {work.chunk} (rows {rows.start:,} to {rows.stop - 1:,})"
@@ -111,10 +113,10 @@ class Attempt:
     def __init__(self, session: str, name: str, what: str, retries: int = 0) -> None:
         self._key = f"{session}/{name}"
         self._retries = retries
-        before = _read(self._key)
+        before = _read_record(self._key)
         context = ray.get_runtime_context()
-        self._note = Note(
-            what=what,
+        self._note = AttemptRecord(
+            description=what,
             worker=f"{socket.gethostname()}/{os.getpid()}",
             node=context.get_node_id(),
             pid=os.getpid(),
@@ -123,83 +125,92 @@ class Attempt:
         if before is not None:
             crashed = before.crashed
             if before.row is not None:
-                self._from, self._tries = before.row, before.tries + 1
-                if self._tries == TRIES_ALONE:
+                self._from, self._tries = before.row, before.row_crashes + 1
+                if self._tries == CRASHES_TO_CONFIRM:
                     crashed = (*crashed, before.row)
             self._note = replace(
                 self._note,
-                deaths=before.deaths + 1,
-                beats=before.beats + 1,
+                crashes=before.crashes + 1,
+                heartbeats=before.heartbeats + 1,
                 row=before.row,
-                tries=self._tries,
+                row_crashes=self._tries,
                 crashed=crashed,
             )
-        self._put()
+        self._write()
 
     @property
-    def deaths(self) -> int:
-        return self._note.deaths
+    def crashes(self) -> int:
+        return self._note.crashes
 
     @property
-    def crashed(self) -> dict[int, str]:
+    def crashed_rows(self) -> dict[int, str]:
         """What to say of the rows that are to be left out."""
-        return dict.fromkeys(self._note.crashed, CRASHED)
+        return dict.fromkeys(self._note.crashed, CRASHED_MESSAGE)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Tell that it goes on; cheap enough for every row."""
-        if time.monotonic() - self._told >= BEAT_SECONDS:
-            self._note = replace(self._note, beats=self._note.beats + 1)
-            self._put()
+        if time.monotonic() - self._told >= HEARTBEAT_SECONDS:
+            self._note = replace(self._note, heartbeats=self._note.heartbeats + 1)
+            self._write()
 
-    def check(self) -> None:
+    def check_crashes(self) -> None:
         """Raise RunFailed when it has cost more workers than its images explain."""
         note = self._note
-        if note.deaths - TRIES_ALONE * len(note.crashed) > self._retries + TRIES:
+        if (
+            note.crashes - CRASHES_TO_CONFIRM * len(note.crashed)
+            > self._retries + MAX_UNEXPLAINED_CRASHES
+        ):
             raise RunFailed(
-                f"{note.what}: {note.deaths} workers died at it, although each of its images alone "
-                f"is survived; {_LOOK}"
+                f"{note.description}: {note.crashes} workers died at it, although each of its "
+                "images alone "
+                f"is survived; {_REMEDY}"
             )
-        if len(note.crashed) >= HOPELESS_ROWS and note.crashed == tuple(range(len(note.crashed))):
+        if len(note.crashed) >= SYSTEMIC_CRASH_ROWS and note.crashed == tuple(
+            range(len(note.crashed))
+        ):
             raise RunFailed(
-                f"{note.what}: {note.deaths} workers died at it, most of them at a single image, "
-                f"whichever it was, so it is not the images; {_LOOK}"
+                f"{note.description}: {note.crashes} workers died at it, most of them at a "
+                "single image, "
+                f"whichever it was, so it is not the images; {_REMEDY}"
             )
 
-    def suspects(self, rows: int) -> Iterator[int]:
+    def iter_suspect_rows(self, rows: int) -> Iterator[int]:
         """The rows that must be tried alone, if any, each noted before it is yielded.
 
         Raises RunFailed when it is not the images that workers die of.
         """
-        if self.deaths <= self._retries:
+        if self.crashes <= self._retries:
             return
-        self.check()
+        self.check_crashes()
         for row in range(self._from, rows):
             if row in self._note.crashed:
                 continue
             tries = self._tries if row == self._from else 0
-            self._note = replace(self._note, row=row, tries=tries, beats=self._note.beats + 1)
-            self._put()
+            self._note = replace(
+                self._note, row=row, row_crashes=tries, heartbeats=self._note.heartbeats + 1
+            )
+            self._write()
             yield row
-        self._note = replace(self._note, row=None, tries=0)
-        self._put()
+        self._note = replace(self._note, row=None, row_crashes=0)
+        self._write()
 
-    def end(self) -> None:
+    def complete(self) -> None:
         """It is durable."""
-        internal_kv._internal_kv_del(self._key, namespace=NAMESPACE)
+        internal_kv._internal_kv_del(self._key, namespace=KV_NAMESPACE)
 
-    def _put(self) -> None:
+    def _write(self) -> None:
         self._told = time.monotonic()
         value = json.dumps(asdict(self._note))
-        internal_kv._internal_kv_put(self._key, value, namespace=NAMESPACE)
+        internal_kv._internal_kv_put(self._key, value, namespace=KV_NAMESPACE)
 
 
-def _keys(prefix: str) -> list[str]:
-    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
+def _list_keys(prefix: str) -> list[str]:
+    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=KV_NAMESPACE)]
 
 
-def _read(key: str) -> Note | None:
-    value: Any = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+def _read_record(key: str) -> AttemptRecord | None:
+    value: Any = internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
     if value is None:
         return None
     fields = json.loads(value)
-    return Note(**{**fields, "crashed": tuple(fields["crashed"])})
+    return AttemptRecord(**{**fields, "crashed": tuple(fields["crashed"])})

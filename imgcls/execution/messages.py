@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from imgcls.data.filesystem import MAX_BYTES
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.plan import Plan
 from imgcls.runs.layout import OK
 
@@ -35,16 +35,16 @@ class RunSpec:
     root: str
     batch_size: int
     max_pixels: int
-    max_bytes: int = MAX_BYTES
-    fetches: int
+    max_bytes: int = MAX_IMAGE_BYTES
+    io_concurrency: int
     storage: StorageConfig
     session: str
     crash_retries: int
-    on_web: bool = False
+    is_on_web: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkSpec(RunSpec):
+class PredictSpec(RunSpec):
     """What it must know to label."""
 
     bundle_url: str
@@ -55,22 +55,22 @@ class WorkSpec(RunSpec):
     scores: bool
     scores_type: str = "float32"
     embeddings: bool
-    decode: Decode
+    decode: DecodeMode
     precision: str
     compile: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExamineSpec(RunSpec):
+class ScanSpec(RunSpec):
     """What it must know to tell what images are like; with a bundle, their embeddings too."""
 
     bundle_url: str | None
     bundle_sha256: str | None
-    decode: Decode | None
+    decode: DecodeMode | None
 
 
 @dataclass(frozen=True)
-class Work:
+class ChunkTask:
     """A chunk to do: all its rows, or for a retry those at `offsets` within it.
 
     A retry carries the path and label columns of its rows: the shards of a committed run are gone.
@@ -82,7 +82,7 @@ class Work:
 
 
 @dataclass
-class Spent:
+class StageTimings:
     """What a chunk took of a worker: wall seconds in each stage, and bytes of images read.
 
     gpu: seconds that a GPU was busy with the forward passes; no stage of its own
@@ -96,7 +96,7 @@ class Spent:
     bytes: int = 0
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Iterator[None]:
         """Count the time within it as that of a stage."""
         began = time.perf_counter()
         try:
@@ -104,9 +104,11 @@ class Spent:
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - began)
 
-    def plus(self, more: Spent) -> Spent:
+    def plus(self, more: StageTimings) -> StageTimings:
         """Both added up."""
-        return Spent(**{name: value + getattr(more, name) for name, value in asdict(self).items()})
+        return StageTimings(
+            **{name: value + getattr(more, name) for name, value in asdict(self).items()}
+        )
 
     def seconds(self) -> dict[str, float]:
         """By stage, and of the GPU."""
@@ -114,20 +116,20 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Done:
+class ChunkResult:
     """A chunk that is durable: what became of its rows, and the time each stage took.
 
     status: rows by status
     deaths: workers that it has cost
     """
 
-    work: Work
+    task: ChunkTask
     rows: int
     status: dict[str, int]
-    spent: Spent
+    timings: StageTimings
     precision: str
     worker: str
-    deaths: int = 0
+    crashes: int = 0
 
     @property
     def errors(self) -> int:

@@ -18,26 +18,26 @@ from imgcls.cluster.session import Node
 from imgcls.config import Section, UnitFloat
 from imgcls.errors import ResourcesError
 
-LayoutName = Literal["cpu", "gpu", "gpu_decode"]
+PlacementName = Literal["cpu", "gpu", "gpu_decode"]
 
-TASK_CPUS = 0.05
+ROLLUP_TASK_CPUS = 0.05
 """CPU share of a roll-up task: it must start however busy the workers are."""
 WORKER_CPUS = 0.9
 """CPU share of a one-core worker, so that ten of them leave a core for Ray's tasks."""
-WORTH_ROWS = 128
+MIN_ROWS_PER_WORKER = 128
 """To start a worker costs a core 4 s: fewer rows are done sooner by those that are there."""
 GPU_WORKER_CPUS = 0.5
 """CPU share of a worker that feeds a GPU; it must be free on the GPU's own machine."""
-STORE_SHARE = 0.5
+PREFETCH_STORE_FRACTION = 0.5
 """Share of the object store that decoded images may take: Ray starts to spill at 0.8."""
-STORED_CHUNKS = 5
+STORED_CHUNKS_PER_TASK = 5
 """Chunks that a decoding task may have in the object store: four finished, and one to come."""
-GPU_SAVES = 0.5
+GPU_TIME_SAVED = 0.5
 """Share of the time that GPUs save at least where there were none: most of it is forward passes."""
-STORE_WAITS = 3
+MAX_STORAGE_WAITS = 3
 """So often a worker may wait for a store before it has an image done: to see whether the chunk is
 there, for its rows, and for the image."""
-HARDWARE_JPEG = ("A100", "A30", "H100", "H200", "B200", "GB200")
+JPEG_ENGINE_GPUS = ("A100", "A30", "H100", "H200", "B200", "GB200")
 """Accelerators, as Ray names them, with a JPEG decode engine."""
 
 
@@ -48,25 +48,25 @@ class ScaleConfig(Section):
     """cpu: every stage in one worker per core. gpu: CPUs decode for GPUs. gpu_decode: GPUs do."""
     workers: PositiveInt | None = None
     """Model workers; one per core, or one per GPU, when not given."""
-    fetches: PositiveInt = 16
+    io_concurrency: PositiveInt = 16
     """Reads under way per worker."""
     batch_size: PositiveInt | None = None
     """Images per forward pass; 32 on CPUs, measured on GPUs, or 128 for a short run."""
-    host_share: UnitFloat | None = None
+    cpu_decode_fraction: UnitFloat | None = None
     """Share of the images that CPUs decode where GPUs do too; measured, or 0 for a short run."""
     crash_retries: NonNegativeInt = 1
     """Workers that a chunk may kill, beside the first, before its images are tried one by one."""
-    hang_seconds: PositiveFloat = 600.0
+    worker_timeout_s: PositiveFloat = 600.0
     """A worker that has done no image for so long is ended, and another takes its place.
 
-    With a store, more than three times storage.deadline_seconds: waiting for it is no hanging.
+    With a store, more than three times storage.retry_timeout_s: waiting for it is no hanging.
     """
-    wait_seconds: PositiveFloat = 1800.0
+    resource_timeout_s: PositiveFloat = 1800.0
     """To wait for machines or workers at most."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """A layout that fits.
 
     workers:        model workers (Ray actors), each with worker_cpus and worker_gpus
@@ -75,52 +75,54 @@ class Layout:
     host_share:     share of the chunks whose images are decoded on CPUs
     """
 
-    name: LayoutName
+    name: PlacementName
     workers: int
     worker_cpus: float
     worker_gpus: float
-    decoders: int
+    prepare_tasks: int
     threads: int
     batch_size: int
-    host_share: float
+    cpu_decode_fraction: float
     reasons: tuple[str, ...]
 
-    def for_rows(self, rows: int) -> Layout:
+    def limit_to_rows(self, rows: int) -> Placement:
         """The layout with no more workers than have something to do while another one starts."""
-        return replace(self, workers=min(self.workers, max(1, math.ceil(rows / WORTH_ROWS))))
+        return replace(
+            self, workers=min(self.workers, max(1, math.ceil(rows / MIN_ROWS_PER_WORKER)))
+        )
 
-    def with_readers(self, most: int) -> Layout:
+    def limit_readers(self, most: int) -> Placement:
         """The layout with no more processes that read images than `most`."""
         if self.worker_gpus:
-            return replace(self, decoders=min(self.decoders, most))
+            return replace(self, prepare_tasks=min(self.prepare_tasks, most))
         return replace(self, workers=min(self.workers, most))
 
     @property
-    def readers(self) -> int:
+    def num_readers(self) -> int:
         """Processes that read images at a time."""
-        return self.decoders if self.worker_gpus else self.workers
+        return self.prepare_tasks if self.worker_gpus else self.workers
 
     @property
-    def size(self) -> str:
+    def summary(self) -> str:
         """How large it is, as people read it."""
         if not self.worker_gpus:
             return f"{self.workers} workers"
-        return f"{self.workers} GPU workers and {self.decoders} tasks for them"
+        return f"{self.workers} GPU workers and {self.prepare_tasks} tasks for them"
 
-    def saves(self, other: Layout) -> float:
+    def compute_time_saved(self, other: Placement) -> float:
         """Share of the other layout's time that this one is taken to save; 0 when it is no larger.
 
         One with GPUs is larger than one without; of those with, what has more model workers, and
         of as many, what has more tasks that decode for them.
         """
         if bool(self.worker_gpus) != bool(other.worker_gpus):
-            return GPU_SAVES if self.worker_gpus else 0.0
+            return GPU_TIME_SAVED if self.worker_gpus else 0.0
         if self.workers != other.workers:
             return max(0.0, 1 - other.workers / self.workers)
-        return max(0.0, 1 - other.decoders / self.decoders) if self.decoders else 0.0
+        return max(0.0, 1 - other.prepare_tasks / self.prepare_tasks) if self.prepare_tasks else 0.0
 
 
-def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Layout:
+def plan_placement(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Placement:
     """Choose and size a layout for a cluster.
 
     chunk_bytes: of a chunk's pixels, on their way from CPUs to GPUs
@@ -133,13 +135,13 @@ def plan_layout(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0
             f"the cluster has {cpus:g} CPUs; labelling needs at least 1, on one machine: start Ray "
             "with --num-cpus, or add a worker node"
         )
-    name, why = _choose(nodes, config, cpus, gpus)
+    name, why = _choose_placement(nodes, config, cpus, gpus)
     if name == "cpu":
-        return _cpu_layout(nodes, config, why)
-    return _gpu_layout(name, nodes, config, gpus, why, chunk_bytes)
+        return _plan_cpu(nodes, config, why)
+    return _plan_gpu(name, nodes, config, gpus, why, chunk_bytes)
 
 
-def first_bundles(
+def compute_first_bundles(
     most: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
 ) -> list[dict[str, float]]:
     """What to ask an autoscaler for when nothing fits: the least that a layout can begin with.
@@ -148,24 +150,24 @@ def first_bundles(
     """
     gpus = config.layout in ("gpu", "gpu_decode")
     if most is not None:
-        gpus = plan_layout(most, config, chunk_bytes).worker_gpus > 0
+        gpus = plan_placement(most, config, chunk_bytes).worker_gpus > 0
     if not gpus:
         return [{"CPU": 1.0}] * (config.workers or 1)
     return [{"CPU": GPU_WORKER_CPUS, "GPU": 1.0}] * (config.workers or 1) + [{"CPU": 1.0}]
 
 
-def machines_for(
+def select_nodes(
     most: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
 ) -> list[Node]:
     """Of the machines that may come those that a layout over all of them takes for so many rows.
 
     Raises ResourcesError when not even all of them hold what was asked for.
     """
-    layout = plan_layout(most, config, chunk_bytes)
-    workers = config.workers or layout.for_rows(rows).workers
+    layout = plan_placement(most, config, chunk_bytes)
+    workers = config.workers or layout.limit_to_rows(rows).workers
     cores = workers
     if layout.worker_gpus:
-        cores = min(layout.decoders, max(1, math.ceil(rows / WORTH_ROWS)))
+        cores = min(layout.prepare_tasks, max(1, math.ceil(rows / MIN_ROWS_PER_WORKER)))
     taken = []
     by_need = sorted(most, key=lambda node: -node.gpus if layout.worker_gpus else node.gpus)
     for node in by_need:
@@ -177,9 +179,9 @@ def machines_for(
     return taken
 
 
-def _choose(
+def _choose_placement(
     nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: int
-) -> tuple[LayoutName, str]:
+) -> tuple[PlacementName, str]:
     if config.layout != "auto":
         if config.layout != "cpu" and gpus < 1:
             raise ResourcesError(
@@ -189,7 +191,7 @@ def _choose(
         return config.layout, f"{config.layout} layout, as asked"
     if gpus < 1:
         return "cpu", f"no GPU among {cpus:g} CPUs: every stage in one worker per core"
-    engines = all(node.accelerator in HARDWARE_JPEG for node in nodes if node.gpus)
+    engines = all(node.accelerator in JPEG_ENGINE_GPUS for node in nodes if node.gpus)
     if engines and cpus / gpus < 24:
         return "gpu_decode", (
             f"{gpus} GPUs with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
@@ -197,7 +199,7 @@ def _choose(
     return "gpu", f"{gpus} GPUs, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
 
 
-def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
+def _plan_cpu(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Placement:
     cores = sum(math.floor(node.cpus) for node in nodes)
     workers = config.workers or cores
     if workers > cores:
@@ -205,15 +207,15 @@ def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
             f"scale.workers {workers}: each takes a core, and the cluster has {cores} whole ones; "
             f"give at most {cores}"
         )
-    return Layout(
+    return Placement(
         name="cpu",
         workers=workers,
         worker_cpus=WORKER_CPUS,
         worker_gpus=0,
-        decoders=0,
+        prepare_tasks=0,
         threads=1,
         batch_size=config.batch_size or 32,
-        host_share=1.0,
+        cpu_decode_fraction=1.0,
         reasons=(
             why,
             f"{workers} workers x {WORKER_CPUS:g} CPU leave "
@@ -222,14 +224,14 @@ def _cpu_layout(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Layout:
     )
 
 
-def _gpu_layout(
-    name: LayoutName,
+def _plan_gpu(
+    name: PlacementName,
     nodes: Sequence[Node],
     config: ScaleConfig,
     gpus: int,
     why: str,
     chunk_bytes: int,
-) -> Layout:
+) -> Placement:
     slots = [min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes]
     workers = config.workers or sum(slots)
     if workers > gpus:
@@ -248,26 +250,28 @@ def _gpu_layout(
         node.cpus - min(slot, workers) * GPU_WORKER_CPUS
         for node, slot in zip(nodes, slots, strict=True)
     ]
-    places = [max(0, math.floor((room - TASK_CPUS) / WORKER_CPUS)) for room in left]
+    places = [max(0, math.floor((room - ROLLUP_TASK_CPUS) / WORKER_CPUS)) for room in left]
     if sum(places) < 1:
         raise ResourcesError(
             f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
             f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
-            f"{WORKER_CPUS + TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
+            f"{WORKER_CPUS + ROLLUP_TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
             "--scale.layout cpu"
         )
-    decoders, storing = _stored(nodes, places, chunk_bytes)
-    doing = "fetch" if name == "gpu_decode" and not config.host_share else "fetch and decode"
+    decoders, storing = _limit_by_object_store(nodes, places, chunk_bytes)
+    doing = (
+        "fetch" if name == "gpu_decode" and not config.cpu_decode_fraction else "fetch and decode"
+    )
     idle = gpus - workers if config.workers is None else 0
-    return Layout(
+    return Placement(
         name=name,
         workers=workers,
         worker_cpus=GPU_WORKER_CPUS,
         worker_gpus=1,
-        decoders=decoders,
+        prepare_tasks=decoders,
         threads=1,
         batch_size=config.batch_size or 128,
-        host_share=(config.host_share or 0.0) if name == "gpu_decode" else 1.0,
+        cpu_decode_fraction=(config.cpu_decode_fraction or 0.0) if name == "gpu_decode" else 1.0,
         reasons=(
             why,
             f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",
@@ -277,7 +281,9 @@ def _gpu_layout(
     )
 
 
-def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> tuple[int, str]:
+def _limit_by_object_store(
+    nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int
+) -> tuple[int, str]:
     """Decoding tasks whose pixels the object stores hold, and how that was reckoned.
 
     Ray shares tasks out by CPUs, and a task's pixels lie where it runs: so the machine with the
@@ -285,9 +291,9 @@ def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> t
 
     places: of tasks on each machine
     """
-    each = STORED_CHUNKS * chunk_bytes
+    each = STORED_CHUNKS_PER_TASK * chunk_bytes
     rooms = [
-        (STORE_SHARE * node.store_bytes, count)
+        (PREFETCH_STORE_FRACTION * node.object_store_bytes, count)
         for node, count in zip(nodes, places, strict=True)
         if count
     ]
@@ -296,7 +302,8 @@ def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> t
     largest = max(room for room, _ in rooms)
     if largest < each:
         raise ResourcesError(
-            f"a task that decodes has up to {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB "
+            f"a task that decodes has up to {STORED_CHUNKS_PER_TASK} chunks of "
+            f"{chunk_bytes / 1e6:,.0f} MB "
             f"in the object store, of which {largest / 1e6:,.0f} MB may be used: give a smaller "
             "--chunk-rows, or start Ray with a larger --object-store-memory"
         )
@@ -304,7 +311,7 @@ def _stored(nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int) -> t
     share = min(1.0, room / each / count)
     fit = max(1, math.floor(share * sum(places) + 1e-6))
     reckoned = (
-        f"{fit} x {STORED_CHUNKS} chunks of {chunk_bytes / 1e6:,.0f} MB take "
+        f"{fit} x {STORED_CHUNKS_PER_TASK} chunks of {chunk_bytes / 1e6:,.0f} MB take "
         f"{fit * each / 1e9:.1f} of the {sum(room for room, _ in rooms) / 1e9:.1f} GB of object "
         "store that they may"
     )

@@ -24,14 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, labels_as_text, tell_alike_labels
+from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
 from imgcls.errors import ManifestError
 from imgcls.log import tell
 from imgcls.runs import layout
 
-LARGE_CHUNK = 256
-SMALL_MANIFEST = 32 * LARGE_CHUNK
-PART_BYTES = 128_000_000
+DEFAULT_CHUNK_ROWS = 256
+SMALL_MANIFEST_ROWS = 32 * DEFAULT_CHUNK_ROWS
+MAX_PART_BYTES = 128_000_000
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Plan:
     part_rows: int
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         return -(-self.rows // self.chunk_rows)
 
     @property
-    def parts(self) -> int:
+    def num_parts(self) -> int:
         return -(-self.rows // self.part_rows)
 
     def part_of(self, chunk: int) -> int:
@@ -59,7 +59,7 @@ class Plan:
 
     def chunks_of(self, part: int) -> range:
         per_part = self.part_rows // self.chunk_rows
-        return range(part * per_part, min(self.chunks, (part + 1) * per_part))
+        return range(part * per_part, min(self.num_chunks, (part + 1) * per_part))
 
     def rows_of(self, chunk: int) -> range:
         start = chunk * self.chunk_rows
@@ -67,18 +67,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """What makes two runs the same run; any difference is refused by name."""
 
     manifest: dict[str, Any]
     bundle: dict[str, Any]
     settings: dict[str, Any]
 
-    def run_id(self) -> str:
+    def compute_run_id(self) -> str:
         body = json.dumps(asdict(self), sort_keys=True).encode()
         return hashlib.blake2b(body, digest_size=6).hexdigest()
 
-    def differences(self, stored: Mapping[str, Any]) -> list[str]:
+    def find_differences(self, stored: Mapping[str, Any]) -> list[str]:
         """One line for each value that is not as it was stored."""
         lines = []
         for section, now in asdict(self).items():
@@ -89,14 +89,14 @@ class Identity:
         return lines
 
 
-def plan_of(run: Mapping[str, Any]) -> Plan:
+def parse_plan(run: Mapping[str, Any]) -> Plan:
     return Plan(**run["plan"])
 
 
 def make_plan(
     output: str,
     manifest: Manifest,
-    identity: Identity,
+    identity: RunIdentity,
     *,
     chunk_rows: int | None,
     part_rows: int,
@@ -119,21 +119,21 @@ def make_plan(
     notes:      more entries of `_run.json`
     Raises ManifestError when it has no row, or labels of which no one is a class of the model.
     """
-    head, rest = _first_rows(manifest, SMALL_MANIFEST, limit)
+    head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
     if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no row; nothing to label")
-    largest = min(part_rows, max(1, PART_BYTES // row_bytes))
-    chunk = min(largest, chunk_rows or _chunk_rows(head.num_rows))
+    largest = min(part_rows, max(1, MAX_PART_BYTES // row_bytes))
+    chunk = min(largest, chunk_rows or _choose_chunk_rows(head.num_rows))
     part = largest // chunk * chunk
-    labels = None if classes is None else _LabelCheck(manifest, classes)
+    labels = None if classes is None else _LabelChecker(manifest, classes)
     with _ShardWriter(output, manifest.schema, chunk, part) as writer:
         for table in itertools.chain((head,), rest):
             if labels is not None:
-                labels.see(table)
+                labels.add(table)
             writer.add(table)
     if labels is not None:
-        labels.finish(refuse=not any_labels)
-    plan = Plan(identity.run_id(), writer.rows, chunk, part)
+        labels.check(refuse=not any_labels)
+    plan = Plan(identity.compute_run_id(), writer.rows, chunk, part)
     run = {
         "identity": asdict(identity),
         "plan": asdict(plan),
@@ -142,32 +142,32 @@ def make_plan(
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **(notes or {}),
     }
-    layout.keep_run(output, run)
+    layout.write_run(output, run)
     return plan
 
 
 def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
     """Cut the manifest of a run again if shards are gone, as when a start-over was broken off."""
-    present = filesystem.names(filesystem.parent(layout.shard_url(output, 0)))
-    if {layout.part_name(part) for part in range(plan.parts)} <= set(present):
+    present = filesystem.list_names(filesystem.parent(layout.shard_url(output, 0)))
+    if {layout.part_name(part) for part in range(plan.num_parts)} <= set(present):
         return
     with _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer:
-        for table in _limited(manifest, plan.rows):
+        for table in _limit_rows(manifest, plan.rows):
             writer.add(table)
 
 
-def _chunk_rows(rows: int) -> int:
+def _choose_chunk_rows(rows: int) -> int:
     """Chunks of 256 rows, or a 32nd of a small manifest in steps of 32."""
-    if rows >= SMALL_MANIFEST:
-        return LARGE_CHUNK
+    if rows >= SMALL_MANIFEST_ROWS:
+        return DEFAULT_CHUNK_ROWS
     return max(32, -(-rows // 32 // 32) * 32)
 
 
-def _first_rows(
+def _read_first_rows(
     manifest: Manifest, count: int, limit: int | None
 ) -> tuple[pa.Table, Iterator[pa.Table]]:
     """The first `count` rows as one table, and the others as a stream."""
-    batches = _limited(manifest, limit)
+    batches = _limit_rows(manifest, limit)
     gathered: list[pa.Table] = []
     rows = 0
     for table in batches:
@@ -178,7 +178,7 @@ def _first_rows(
     return pa.concat_tables(gathered) if gathered else manifest.schema.empty_table(), batches
 
 
-def _limited(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
+def _limit_rows(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
     left = limit
     for batch in manifest.batches():
         table = pa.Table.from_batches([batch])
@@ -222,7 +222,7 @@ class _ShardWriter:
             return
         if self._buffered:
             self._write(pa.concat_tables(self._buffer).combine_chunks())
-        with filesystem.translated(self._output):
+        with filesystem.translate_os_errors(self._output):
             self._shard.close()
 
     def add(self, table: pa.Table) -> None:
@@ -239,7 +239,7 @@ class _ShardWriter:
 
     def _write(self, chunk: pa.Table) -> None:
         url = layout.shard_url(self._output, self.rows // self._part_rows)
-        with filesystem.translated(url):
+        with filesystem.translate_os_errors(url):
             if self.rows % self._part_rows == 0:
                 self._shard.close()
                 stream = self._shard.enter_context(filesystem.open_write(url))
@@ -253,7 +253,7 @@ class _ShardWriter:
         self.rows += chunk.num_rows
 
 
-class _LabelCheck:
+class _LabelChecker:
     """Sees every label go by; refuses a manifest whose labels share nothing with the classes."""
 
     def __init__(self, manifest: Manifest, classes: list[str]) -> None:
@@ -262,11 +262,11 @@ class _LabelCheck:
         self._strangers: Counter[str] = Counter()
         self._known = 0
 
-    def see(self, table: pa.Table) -> None:
+    def add(self, table: pa.Table) -> None:
         column = self._manifest.label_column
         if column is None:
             return
-        counted = pc.value_counts(labels_as_text(table.column(column)))
+        counted = pc.value_counts(normalize_labels(table.column(column)))
         for entry in counted.to_pylist():
             name, count = entry["values"], entry["counts"]
             if name is None:
@@ -276,7 +276,7 @@ class _LabelCheck:
                 continue
             self._strangers[name] += count
 
-    def finish(self, *, refuse: bool) -> None:
+    def check(self, *, refuse: bool) -> None:
         if not self._strangers:
             return
         examples = ", ".join(repr(name) for name in list(self._strangers)[:3])
@@ -296,7 +296,7 @@ class _LabelCheck:
                 f"model has {shown}, {len(classes)} in all); use the bundle trained on these "
                 "classes, or name another --manifest.label-column"
             )
-        tell_alike_labels(f"manifest {self._manifest.source}", self._strangers, self._classes)
+        log_label_variants(f"manifest {self._manifest.source}", self._strangers, self._classes)
         tell(
             "note",
             f"{self._strangers.total():,} labels are not classes of the model ({examples}); such "

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from imgcls.execution.messages import Done, Spent
+from imgcls.execution.messages import ChunkResult, StageTimings
 from imgcls.log import is_json, tell
 from imgcls.runs.layout import OK
 
@@ -27,7 +27,7 @@ class Progress:
         self._every = every
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty() and not is_json()
-        self._spent = Spent()
+        self._spent = StageTimings()
         self._recent = [(time.monotonic(), done, 0.0)]
         self._workers: dict[str, float] = {}  # until when each counts as there
         self._began = self._recent[0][0]
@@ -36,11 +36,11 @@ class Progress:
         self._steady_rows = 0
         self._said = time.monotonic()
 
-    def add(self, done: Done) -> None:
+    def add(self, done: ChunkResult) -> None:
         """Note a chunk; says something when it is time to."""
         self._done += done.rows
         self._status.update(done.status)
-        self._spent = self._spent.plus(done.spent)
+        self._spent = self._spent.plus(done.timings)
         now = time.monotonic()
         if self._steady_from is None and done.worker in self._workers:
             self._steady_from = now
@@ -48,29 +48,29 @@ class Progress:
             self._steady_rows += done.rows
         elif self._steady_from is not None:  # its work on this chunk began before
             self._steady_workers.add(done.worker)
-        stages = done.spent.seconds() | {"gpu": 0.0}
+        stages = done.timings.seconds() | {"gpu": 0.0}
         self._workers[done.worker] = now + max(_WINDOW_SECONDS, 2 * sum(stages.values()))
         self._recent.append((now, self._done, self._spent.gpu))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
         if now - self._said >= (0.2 if self._live else self._every):
-            self._say(now)
+            self._report(now)
 
     def tick(self) -> None:
         """Say something when nothing has come for a while, so that waiting is not silence."""
         now = time.monotonic()
         if now - self._said >= max(1.0, self._every):
-            self._say(now)
+            self._report(now)
 
     def close(self) -> None:
         """End the live bar's line."""
         if self._live:
-            self._say(time.monotonic())
+            self._report(time.monotonic())
             self._stream.write("\n")
             self._stream.flush()
 
     @property
-    def spent(self) -> Spent:
+    def timings(self) -> StageTimings:
         """Time spent in each stage, over all workers."""
         return self._spent
 
@@ -122,7 +122,7 @@ class Progress:
     def seconds_left(self) -> float | None:
         return (self._total - self._done) / self.rate if self.rate else None
 
-    def fields(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """How far the run is, for machines."""
         return {
             "rows_done": self._done,
@@ -135,10 +135,10 @@ class Progress:
             "stage_seconds": {k: round(v, 3) for k, v in self._spent.seconds().items()},
         }
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """One line that tells how far the run is."""
         if len(self._recent) == 1:
-            waited = duration(time.monotonic() - self._recent[0][0])
+            waited = format_duration(time.monotonic() - self._recent[0][0])
             return f"{self._done:,}/{self._total:,} rows  starting workers ({waited})"
         share = self._done / self._total if self._total else 1.0
         left = self.seconds_left
@@ -148,7 +148,7 @@ class Progress:
             f"{self.errors:,} errors",
         ]
         if left is not None:
-            parts.append(f"ETA {duration(left)}")
+            parts.append(f"ETA {format_duration(left)}")
         if self._spent.gpu:
             parts.append(f"GPU busy {self.gpu_busy:.0%}")
         stages = self._spent.seconds() | {"gpu": 0.0}
@@ -160,19 +160,24 @@ class Progress:
             )
         return "  ".join(parts)
 
-    def _say(self, now: float) -> None:
+    def _report(self, now: float) -> None:
         self._said = now
         if not self._live:
-            tell("labelling", self.line(), self._stream, **(self.fields() if is_json() else {}))
+            tell(
+                "labelling",
+                self.format_line(),
+                self._stream,
+                **(self.snapshot() if is_json() else {}),
+            )
             return
         width = 24
         filled = int(width * self._done / self._total) if self._total else width
         bar = "#" * filled + "." * (width - filled)
-        self._stream.write(f"\r[{bar}] {self.line()}\x1b[K")
+        self._stream.write(f"\r[{bar}] {self.format_line()}\x1b[K")
         self._stream.flush()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     whole = int(seconds + 0.5)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

@@ -19,35 +19,44 @@ from dataclasses import dataclass, replace
 import ray
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.autoscaler import Patience
+from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.session import Interruption, Node
 from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
-from imgcls.execution.messages import Done, RunSpec, Work
-from imgcls.execution.placement import Layout, ScaleConfig, first_bundles, machines_for, plan_layout
+from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
+from imgcls.execution.placement import (
+    Placement,
+    ScaleConfig,
+    compute_first_bundles,
+    plan_placement,
+    select_nodes,
+)
 from imgcls.log import tell
 from imgcls.runs.lease import Lease
 
 SETTLE_SECONDS = 15.0
 """What comes and goes is left alone for so long: machines seldom do so alone."""
-WORTH_SECONDS = 60.0
+MIN_SAVED_SECONDS = 60.0
 """A new start must save so much: it costs a worker's start, and the chunks under way."""
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 
 
-def fitted(scale: ScaleConfig, interruption: Interruption, chunk_bytes: int) -> Layout:
+def wait_for_placement(
+    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int
+) -> Placement:
     """The layout for the machines that are there; waits for the first where more may come.
 
-    Raises ResourcesError when it does not fit and will not, or did not in `scale.wait_seconds`.
+    Raises ResourcesError when it does not fit and will not, or did not in
+    `scale.resource_timeout_s`.
     """
-    return autoscaler.fitted(
-        lambda nodes: plan_layout(nodes, scale, chunk_bytes),
-        lambda most: first_bundles(most, scale, chunk_bytes),
-        scale.wait_seconds,
+    return autoscaler.wait_until_fit(
+        lambda nodes: plan_placement(nodes, scale, chunk_bytes),
+        lambda most: compute_first_bundles(most, scale, chunk_bytes),
+        scale.resource_timeout_s,
         interruption,
     )
 
 
-def missing(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, float]]:
+def find_missing_nodes(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, float]]:
     """Each machine that is wanted and not there, as what it has."""
     left = collections.Counter((node.cpus, node.gpus) for node in wanted)
     left.subtract((node.cpus, node.gpus) for node in there)
@@ -59,7 +68,7 @@ def missing(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, flo
 
 
 @dataclass(frozen=True)
-class Situation:
+class RunState:
     """What decides whether a pass goes on.
 
     before, now:  the machines when the pass began, and now
@@ -67,43 +76,48 @@ class Situation:
     idle:         seconds since a worker was last seen to go on
     rows_left:    to be done
     rate:         rows per second in this pass; None before the first
-    hang_seconds: after which a worker counts as hanging
+    worker_timeout_s: after which a worker counts as hanging
     """
 
-    before: Sequence[Node]
-    now: Sequence[Node]
-    steady: float
-    idle: float
+    nodes_before: Sequence[Node]
+    nodes_now: Sequence[Node]
+    stable_seconds: float
+    idle_seconds: float
     rows_left: int
-    rate: float | None
-    hang_seconds: float
+    rows_per_second: float | None
+    worker_timeout_s: float
 
 
-def reason_to_replan(it: Situation, layout: Layout, fit: Callable[[], Layout | None]) -> str | None:
+def find_replan_reason(
+    it: RunState, layout: Placement, fit: Callable[[], Placement | None]
+) -> str | None:
     """Why the pass should be broken off and laid out anew, if it should.
 
     fit: the layout for the machines that are there now; None when nothing fits
     """
-    ids = {node.id for node in it.now}
-    lost = sum(1 for node in it.before if node.id not in ids)
-    if it.steady < SETTLE_SECONDS:
+    ids = {node.id for node in it.nodes_now}
+    lost = sum(1 for node in it.nodes_before if node.id not in ids)
+    if it.stable_seconds < SETTLE_SECONDS:
         return None
-    if lost and it.idle > SETTLE_SECONDS:
-        return f"{lost} of {len(it.before)} machines are gone, and no worker goes on"
-    if it.rate is not None and it.idle > it.hang_seconds + SETTLE_SECONDS:
+    if lost and it.idle_seconds > SETTLE_SECONDS:
+        return f"{lost} of {len(it.nodes_before)} machines are gone, and no worker goes on"
+    if it.rows_per_second is not None and it.idle_seconds > it.worker_timeout_s + SETTLE_SECONDS:
         # not within a chunk: that would be seen to by the watch
-        return f"no worker has gone on for {it.idle:.0f} s"
-    came = len(it.now) - (len(it.before) - lost)
-    if not came or it.rate is None:
+        return f"no worker has gone on for {it.idle_seconds:.0f} s"
+    came = len(it.nodes_now) - (len(it.nodes_before) - lost)
+    if not came or it.rows_per_second is None:
         return None
     fits = fit()
-    if fits is None or it.rows_left / it.rate * fits.saves(layout) < WORTH_SECONDS:
+    if (
+        fits is None
+        or it.rows_left / it.rows_per_second * fits.compute_time_saved(layout) < MIN_SAVED_SECONDS
+    ):
         return None
-    before = layout.size if fits.worker_gpus else layout.workers
-    return f"{came} machines have come: {fits.size} instead of {before}"
+    before = layout.summary if fits.worker_gpus else layout.workers
+    return f"{came} machines have come: {fits.summary} instead of {before}"
 
 
-class Passes:
+class ChunkRunner:
     """The passes over a run's work.
 
     wider: the layout for the machines that are there, with what the run has chosen for itself
@@ -114,7 +128,7 @@ class Passes:
         spec: RunSpec,
         scale: ScaleConfig,
         interruption: Interruption,
-        wider: Callable[[Layout], Layout],
+        wider: Callable[[Placement], Placement],
         chunk_bytes: int,
     ) -> None:
         self._spec = spec
@@ -122,31 +136,31 @@ class Passes:
         self._interruption = interruption
         self._wider = wider
         self._chunk_bytes = chunk_bytes
-        self._patience = Patience(scale.wait_seconds)
-        self._most = None if session.is_private() else autoscaler.most_nodes()
+        self._patience = WaitTimeout(scale.resource_timeout_s)
+        self._most = None if session.is_private_session() else autoscaler.find_max_nodes()
 
-    def receipts(self, layout: Layout, todo: Sequence[Work]) -> Iterator[Done | None]:
+    def run(self, layout: Placement, todo: Sequence[ChunkTask]) -> Iterator[ChunkResult | None]:
         """Each chunk once it is durable, and None at times when nothing has come.
 
-        Raises RunFailed when no worker goes on for `scale.wait_seconds`.
+        Raises RunFailed when no worker goes on for `scale.resource_timeout_s`.
         """
         left = {work.chunk: work for work in todo}
         try:
             while left:
-                layout = self._sized(layout, self._rows_of(left))
-                why = yield from self._one(layout, left)
+                layout = self._limit_workers(layout, self._count_rows(left))
+                why = yield from self._run_pass(layout, left)
                 if not left:
                     return
                 if why is None:
                     raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
                 tell("layout", f"{why}: laid out anew")
-                layout = self._wider((yield from self._anew()))
+                layout = self._wider((yield from self._replan()))
                 for reason in layout.reasons:
                     tell("layout", reason)
         finally:
-            autoscaler.give_back()
+            autoscaler.cancel_request()
 
-    def _ask(self, rows: int) -> None:
+    def _request_nodes(self, rows: int) -> None:
         """Ask for all machines that so many rows are worth, where it is known what may come.
 
         Once the workers are at work: one that is not there yet leaves its machine to be taken for
@@ -155,18 +169,18 @@ class Passes:
         if self._most is None:
             return
         with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
-            wanted = machines_for(self._most, self._scale, self._chunk_bytes, rows)
-            autoscaler.keep_asking(missing(wanted, session.nodes()))
+            wanted = select_nodes(self._most, self._scale, self._chunk_bytes, rows)
+            autoscaler.update_request(find_missing_nodes(wanted, session.list_nodes()))
 
-    def _anew(self) -> Generator[None, None, Layout]:
+    def _replan(self) -> Generator[None, None, Placement]:
         """The layout for the machines that are there after some were lost, or have come."""
         scale, chunk_bytes = self._scale, self._chunk_bytes
         try:
             return (
-                yield from autoscaler.fitting(
-                    lambda nodes: plan_layout(nodes, scale, chunk_bytes),
-                    lambda most: first_bundles(most, scale, chunk_bytes),
-                    scale.wait_seconds,
+                yield from autoscaler.iter_until_fit(
+                    lambda nodes: plan_placement(nodes, scale, chunk_bytes),
+                    lambda most: compute_first_bundles(most, scale, chunk_bytes),
+                    scale.resource_timeout_s,
                     self._interruption,
                     under_way=True,
                 )
@@ -174,107 +188,109 @@ class Passes:
         except ResourcesError as error:  # of a run that is under way
             raise RunFailed(f"{error}; what is done is kept") from error
 
-    def _rows_of(self, left: dict[int, Work]) -> int:
-        return sum(self._rows(work) for work in left.values())
+    def _count_rows(self, left: dict[int, ChunkTask]) -> int:
+        return sum(self._count_task_rows(work) for work in left.values())
 
-    def _one(
-        self, layout: Layout, left: dict[int, Work]
-    ) -> Generator[Done | None, None, str | None]:
+    def _run_pass(
+        self, layout: Placement, left: dict[int, ChunkTask]
+    ) -> Generator[ChunkResult | None, None, str | None]:
         """One pass; returns why it was broken off, if it was."""
         # Ray Data takes half a second to import: only where there is work
         from imgcls.execution.pipeline import Pipeline
-        from imgcls.execution.watchdog import Watch
+        from imgcls.execution.watchdog import Watchdog
 
         spec = replace(self._spec, session=secrets.token_hex(8))
-        watch = Watch(spec.session, self._scale.hang_seconds)
-        there = _Machines()
+        watch = Watchdog(spec.session, self._scale.worker_timeout_s)
+        there = _NodeMonitor()
         pipeline = Pipeline(spec, layout, list(left.values()))
         why: str | None = None
-        rows_left = self._rows_of(left)
+        rows_left = self._count_rows(left)
         rows, first = 0, 0.0
         try:
-            for receipt in session.in_background(pipeline.receipts(), self._interruption):
-                for line in watch.look():
+            for receipt in session.iterate_in_thread(pipeline.run(), self._interruption):
+                for line in watch.check():
                     tell("watch", line)
-                if receipt is not None and receipt.work.chunk in left:
-                    watch.note_receipt()
+                if receipt is not None and receipt.task.chunk in left:
+                    watch.record_progress()
                     first = first or time.monotonic()
                     rows += receipt.rows
                     rows_left -= receipt.rows
-                    del left[receipt.work.chunk]
+                    del left[receipt.task.chunk]
                     yield receipt
                 else:
                     yield None
-                if there.due():
+                if there.is_due():
                     if first:
-                        self._ask(rows_left)
+                        self._request_nodes(rows_left)
                     spent = time.monotonic() - first
-                    it = there.situation(
-                        hang_seconds=self._scale.hang_seconds,
+                    it = there.read_state(
+                        worker_timeout_s=self._scale.worker_timeout_s,
                         idle=watch.idle_seconds,
                         rows_left=rows_left,
                         rate=rows / spent if first and spent > 1 else None,
                     )
-                    why = why or reason_to_replan(
-                        it, layout, functools.partial(self._fit, rows_left)
+                    why = why or find_replan_reason(
+                        it, layout, functools.partial(self._plan_for_current_nodes, rows_left)
                     )
                     if why is not None:
                         pipeline.stop()
-                    self._check_waiting(it, layout)
+                    self._check_timeout(it, layout)
             if why is not None:
-                watch.end_workers()
+                watch.kill_workers()
         finally:
             watch.close()
         return why
 
-    def _rows(self, work: Work) -> int:
+    def _count_task_rows(self, work: ChunkTask) -> int:
         if work.offsets is not None:
             return len(work.offsets)
         return len(self._spec.plan.rows_of(work.chunk))
 
-    def _fit(self, rows: int) -> Layout | None:
+    def _plan_for_current_nodes(self, rows: int) -> Placement | None:
         try:
-            return self._sized(plan_layout(session.nodes(), self._scale, self._chunk_bytes), rows)
+            return self._limit_workers(
+                plan_placement(session.list_nodes(), self._scale, self._chunk_bytes), rows
+            )
         except ResourcesError:
             return None
 
-    def _sized(self, layout: Layout, rows: int) -> Layout:
+    def _limit_workers(self, layout: Placement, rows: int) -> Placement:
         """For so many rows, unless the number of workers was asked for."""
-        return layout if self._scale.workers is not None else layout.for_rows(rows)
+        return layout if self._scale.workers is not None else layout.limit_to_rows(rows)
 
-    def _check_waiting(self, it: Situation, layout: Layout) -> None:
-        self._patience.spend(
-            it.idle,
+    def _check_timeout(self, it: RunState, layout: Placement) -> None:
+        self._patience.check(
+            it.idle_seconds,
             f"{layout.workers} workers of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} "
             "GPU each",
         )
 
 
-class _Machines:
+class _NodeMonitor:
     """The machines of the cluster, looked at now and then."""
 
     def __init__(self) -> None:
-        self._before = self._now = session.nodes()
+        self._before = self._now = session.list_nodes()
         self._changed = self._looked = time.monotonic()
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time to look again."""
-        return time.monotonic() - self._looked > _LOOK_SECONDS
+        return time.monotonic() - self._looked > _POLL_SECONDS
 
-    def situation(
-        self, *, idle: float, rows_left: int, rate: float | None, hang_seconds: float
-    ) -> Situation:
+    def read_state(
+        self, *, idle: float, rows_left: int, rate: float | None, worker_timeout_s: float
+    ) -> RunState:
         self._looked = time.monotonic()
-        now = session.nodes()
+        now = session.list_nodes()
         if {node.id for node in now} != {node.id for node in self._now}:
             self._changed = self._looked
         self._now = now
         steady = self._looked - self._changed
-        return Situation(self._before, now, steady, idle, rows_left, rate, hang_seconds)
+        return RunState(self._before, now, steady, idle, rows_left, rate, worker_timeout_s)
 
 
 @contextlib.contextmanager
-def resumable(output: str, lease: Lease) -> Iterator[None]:
+def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
     """Turn what Ray wraps around an error, and an interruption, into what the user must know.
 
     What goes wrong when another driver has taken over is of no account: that is said instead.
@@ -286,7 +302,7 @@ def resumable(output: str, lease: Lease) -> Iterator[None]:
         raise Interrupted(f"{error}; {again}") from None
     except ray.exceptions.RayError as error:  # which may be an error of ours by class as well
         _check_lease(lease)
-        cause = session.cause_of(error)
+        cause = session.find_cause(error)
         if isinstance(cause, ImgclsError):
             raise type(cause)(f"{_first_line(cause)}; {again}") from error
         name = type(cause).__name__

@@ -17,31 +17,31 @@ from imgcls.execution.plan import Plan
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.runs import layout
 
-_ERRORS = pa.schema(
+_ERRORS_SCHEMA = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
 )
 
 
-def write_metrics(
+def write_metric_tables(
     output: str, plan: Plan, counts: PredictionCounts, *, top_k: int, path_column: str
 ) -> pa.Table:
     """Write `metrics/*.parquet`; returns the summary."""
-    summary = tables.summary(counts, top_k=top_k)
+    summary = tables.compute_summary(counts, top_k=top_k)
     made = {
         "summary": summary,
-        "per_class": tables.per_class(counts),
-        "confusion": tables.confusion(counts),
-        "calibration": tables.calibration(counts),
+        "per_class": tables.build_per_class(counts),
+        "confusion": tables.build_confusion(counts),
+        "calibration": tables.build_calibration(counts),
     }
-    folder = filesystem.join(output, layout.METRICS)
+    folder = filesystem.join(output, layout.METRICS_FOLDER)
     layout.write_tables(folder, made)
     with (
         filesystem.open_write(filesystem.join(folder, "errors.parquet")) as stream,
-        pq.ParquetWriter(stream, _ERRORS) as writer,
+        pq.ParquetWriter(stream, _ERRORS_SCHEMA) as writer,
     ):
         if counts.error_rows:
-            for failed in completed.failures(output, plan, path_column):
-                writer.write_table(failed.rename_columns(_ERRORS.names).cast(_ERRORS))
+            for failed in completed.read_failed_rows(output, plan, path_column):
+                writer.write_table(failed.rename_columns(_ERRORS_SCHEMA.names).cast(_ERRORS_SCHEMA))
     return summary
 
 
@@ -55,7 +55,7 @@ def write_success(
     precision: Sequence[str],
 ) -> None:
     """Mark the run as committed: written last, and only when every row is in the table."""
-    files = filesystem.names(filesystem.join(output, layout.PREDICTIONS))
+    files = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
     body = {
         "rows": counts.rows,
         "status": dict(sorted(counts.status.items())),
@@ -66,7 +66,7 @@ def write_success(
         "precision": sorted(precision),
         "versions": run["provenance"]["versions"],
         "files": {
-            name: filesystem.size(filesystem.join(output, layout.PREDICTIONS, name))
+            name: filesystem.size(filesystem.join(output, layout.PREDICTIONS_FOLDER, name))
             for name in files
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -74,7 +74,7 @@ def write_success(
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     data = (json.dumps(body, indent=2) + "\n").encode()
-    mark = filesystem.join(output, layout.SUCCESS)
+    mark = filesystem.join(output, layout.SUCCESS_FILE)
     if filesystem.create(mark, data):
         return
     if filesystem.size(mark):

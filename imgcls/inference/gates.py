@@ -15,13 +15,13 @@ from imgcls.data import filesystem
 from imgcls.errors import ImgclsError, TooManyErrors
 from imgcls.execution import completed
 from imgcls.execution.plan import Plan
-from imgcls.inference.incremental import failed_before
-from imgcls.inference.status import look
+from imgcls.inference.incremental import read_failed_before
+from imgcls.inference.status import read_status
 from imgcls.log import tell
 from imgcls.metrics import PredictionCounts
-from imgcls.metrics.drift import drift
+from imgcls.metrics.drift import compute_drift
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, stream
+from imgcls.runs.committed import CommittedRun, iter_tables
 
 ErrorStatus = Literal[
     "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
@@ -29,7 +29,7 @@ ErrorStatus = Literal[
 ]  # fmt: skip
 
 
-def check_errors(
+def check_error_rates(
     output: str,
     counts: PredictionCounts,
     allowed: float,
@@ -72,27 +72,27 @@ def check_errors(
             )
 
 
-def repeated_failures(output: str, plan: Plan, path_column: str) -> Counter[str]:
+def count_repeated_failures(output: str, plan: Plan, path_column: str) -> Counter[str]:
     """Failed rows of a run, by status, whose image had failed before in the same version."""
-    before = failed_before(output)
+    before = read_failed_before(output)
     counted: Counter[str] = Counter()
     if len(before):
-        for failed in completed.failures(output, plan, path_column):
+        for failed in completed.read_failed_rows(output, plan, path_column):
             known = failed.filter(pa.array(np.isin(failed["row"].to_numpy(), before)))
             counted.update(known["status"].cast(pa.string()).to_pylist())
     return counted
 
 
 def check_drift(
-    output: str, counts: PredictionCounts, reference: Run, max_psi: float | None
+    output: str, counts: PredictionCounts, reference: CommittedRun, max_psi: float | None
 ) -> None:
     """Write `metrics/drift.parquet`; raise TooManyErrors when predictions have moved too far."""
     then = PredictionCounts.empty(reference.classes)
     names = ["predicted_label", "confidence", "accepted", "status"]
-    for table in stream(reference, names):
-        then += PredictionCounts.of(table, label_column=None, classes=reference.classes)
-    moved = drift(counts, then)
-    layout.write_tables(filesystem.join(output, layout.METRICS), {"drift": moved})
+    for table in iter_tables(reference, names):
+        then += PredictionCounts.from_table(table, label_column=None, classes=reference.classes)
+    moved = compute_drift(counts, then)
+    layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"drift": moved})
     for row in moved.to_pylist():
         tell(
             "drift",
@@ -110,7 +110,7 @@ def check_drift(
 
 
 @contextlib.contextmanager
-def told_in_json(url: str | None, output: str) -> Iterator[list[str]]:
+def report_exit(url: str | None, output: str) -> Iterator[list[str]]:
     """Write how the block ended, whatever the exit code; see `docs/nightly.md` for the keys.
 
     url: of the file; None writes nothing
@@ -156,7 +156,7 @@ def write_summary(
             described = layout.load_run(each)
             if described is None:
                 continue  # ended before there was a plan
-            found = look(each)
+            found = read_status(each)
             body["rows"] += found.get("rows", 0)
             body["rows_done"] += found.get("rows_done", 0)
             status.update(found.get("status", {}))

@@ -20,20 +20,20 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem, object_store
-from imgcls.data.manifest import ManifestConfig, open_manifest, resolved
+from imgcls.data.manifest import ManifestConfig, open_manifest, resolve_paths
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.schemas import conform, unify_schemas
+from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import OutputError, RequestError
-from imgcls.execution.plan import PART_BYTES
-from imgcls.inference.keys import Keys, chosen, numbered
-from imgcls.inference.nights import find_nights, origins
-from imgcls.provenance import provenance
+from imgcls.execution.plan import MAX_PART_BYTES
+from imgcls.inference.keys import KnownImages, rank_runs, take_rows
+from imgcls.inference.nights import find_origins, find_past_runs
+from imgcls.provenance import build_provenance
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, stream
+from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.lease import Lease
 
-_GROUP_ROWS = 65_536
-_ADDED = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
+_ROW_GROUP_ROWS = 65_536
+_PROVENANCE_TYPES = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
 
 
 class CompactConfig(Section):
@@ -63,24 +63,24 @@ def compact(config: CompactConfig) -> str:
     order of the nights, see `nights`. Images that a later night found to be deleted are left out.
     Raises RequestError when there is no run, or columns of one name do not fit together.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
-    runs = find_nights(config.source, but=output).committed
+    runs = find_past_runs(config.source, but=output).committed
     if not runs:
         raise RequestError(f"{config.source}: holds no committed run; nothing to merge")
-    schema = _schema(runs)
+    schema = _unify_run_schemas(runs)
     lease = Lease.acquire(output)
     try:
-        _clear(output, config)
-        _describe(output, runs, config)
+        _remove_old_table(output, config)
+        _write_run_json(output, runs, config)
         with tempfile.TemporaryDirectory(prefix="imgcls-history-") as folder:
-            keys = Keys(folder)
+            keys = KnownImages(folder)
             deleted = _find_newest(keys, runs, config)
             status: Counter[str] = Counter()
-            rows = _write(output, schema, _newest(keys, runs), lease, status)
+            rows = _write_parts(output, schema, _read_newest(keys, runs), lease, status)
             keys.db.close()
         lease.check()
-        _mark(output, runs, rows, status)
+        _write_success(output, runs, rows, status)
     finally:
         lease.release()
     left_out = f", {deleted:,} deleted images left out (--keep-deleted)" if deleted else ""
@@ -88,7 +88,7 @@ def compact(config: CompactConfig) -> str:
     return output
 
 
-def _clear(output: str, config: CompactConfig) -> None:
+def _remove_old_table(output: str, config: CompactConfig) -> None:
     """Remove a table that was broken off, or is to be replaced; never a labelling run."""
     stored = layout.load_run(output)
     if stored is not None and "merged" not in stored["identity"]:
@@ -96,24 +96,24 @@ def _clear(output: str, config: CompactConfig) -> None:
             f"output {output}: holds a labelling run, which only labelling could make again; give "
             "another --output"
         )
-    if filesystem.exists(filesystem.join(output, layout.SUCCESS)) and not config.overwrite:
+    if filesystem.exists(filesystem.join(output, layout.SUCCESS_FILE)) and not config.overwrite:
         raise OutputError(f"output {output}: holds a table already; say --overwrite to replace it")
-    if stored is None and filesystem.names(filesystem.join(output, layout.PREDICTIONS)):
+    if stored is None and filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER)):
         raise OutputError(f"output {output}: holds other predictions; give another --output")
-    for name in (layout.SUCCESS, layout.PREDICTIONS, layout.RUN):
+    for name in (layout.SUCCESS_FILE, layout.PREDICTIONS_FOLDER, layout.RUN_FILE):
         filesystem.remove(filesystem.join(output, name))
 
 
-def _find_newest(keys: Keys, runs: Sequence[Run], config: CompactConfig) -> int:
+def _find_newest(keys: KnownImages, runs: Sequence[CommittedRun], config: CompactConfig) -> int:
     """Make the table of the newest rows; returns how many images are left out as deleted."""
-    nights = numbered(runs)
+    nights = rank_runs(runs)
     for source, run in enumerate(runs):
-        keys.know(run, source, nights)
+        keys.add_run(run, source, nights)
         if not config.keep_deleted:
-            keys.know_deleted(run, nights)
+            keys.add_deleted(run, nights)
     only = ""
     if config.manifest is not None:
-        keys.ask(open_manifest(config.manifest))
+        keys.add_manifest(open_manifest(config.manifest))
         only = "AND place IN (SELECT place FROM asked)"
     # of one night the first row of an image; a null path is no image
     rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
@@ -129,33 +129,37 @@ def _find_newest(keys: Keys, runs: Sequence[Run], config: CompactConfig) -> int:
     return int(gone[0]) if gone else 0
 
 
-def _newest(keys: Keys, runs: Sequence[Run]) -> Iterator[pa.Table]:
+def _read_newest(keys: KnownImages, runs: Sequence[CommittedRun]) -> Iterator[pa.Table]:
     """The newest rows, night by night, with their run."""
     for source, run in enumerate(runs):
-        places = keys.numbers(f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth")
-        for table in chosen(stream(run, run.schema.names), places):
-            yield _with_origin(table, run)
+        places = keys.iter_column(f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth")
+        for table in take_rows(iter_tables(run, run.schema.names), places):
+            yield _add_origin(table, run)
 
 
-def _with_origin(table: pa.Table, run: Run) -> pa.Table:
+def _add_origin(table: pa.Table, run: CommittedRun) -> pa.Table:
     at = table.schema.get_field_index(run.path_column)
-    whole = resolved(table[run.path_column], run.root).cast(pa.string())
+    whole = resolve_paths(table[run.path_column], run.root).cast(pa.string())
     table = table.set_column(at, run.path_column, whole)
-    if run.merged:  # its rows have their origin already
+    if run.merged_runs:  # its rows have their origin already
         return table
-    table = table.drop_columns(_in_the_way(run))
-    values = (run.url, run.bundle_sha256, run.success["committed"])
-    for name, value in zip(_ADDED, values, strict=True):
+    table = table.drop_columns(_find_colliding_columns(run))
+    values = (run.url, run.bundle_sha256, run.success_record["committed"])
+    for name, value in zip(_PROVENANCE_TYPES, values, strict=True):
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table
 
 
-def _in_the_way(run: Run) -> list[str]:
+def _find_colliding_columns(run: CommittedRun) -> list[str]:
     """Columns of a labeling run named like those that are added; readers ignore case."""
-    return [name for name in run.schema.names if name.lower() in _ADDED and not run.merged]
+    return [
+        name
+        for name in run.schema.names
+        if name.lower() in _PROVENANCE_TYPES and not run.merged_runs
+    ]
 
 
-def _schema(runs: Sequence[Run]) -> pa.Schema:
+def _unify_run_schemas(runs: Sequence[CommittedRun]) -> pa.Schema:
     paths = {run.path_column for run in runs}
     if len(paths) > 1:
         raise RequestError(
@@ -167,15 +171,15 @@ def _schema(runs: Sequence[Run]) -> pa.Schema:
         schema = run.schema.set(
             run.schema.get_field_index(run.path_column), pa.field(run.path_column, pa.string())
         )
-        for name in _in_the_way(run):
+        for name in _find_colliding_columns(run):
             schema = schema.remove(schema.get_field_index(name))
         schemas.append((run.url, schema))
     common = unify_schemas(schemas, "run", optional=True)
-    fields = [field for field in common if field.name not in _ADDED]
-    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in _ADDED.items())])
+    fields = [field for field in common if field.name not in _PROVENANCE_TYPES]
+    return pa.schema([*fields, *(pa.field(name, kind) for name, kind in _PROVENANCE_TYPES.items())])
 
 
-def _write(
+def _write_parts(
     output: str,
     schema: pa.Schema,
     tables: Iterator[pa.Table],
@@ -192,30 +196,33 @@ def _write(
         with filesystem.open_write(layout.part_url(output, part)) as stream:
             whole = pa.concat_tables(pending) if pending else schema.empty_table()
             pq.write_table(
-                whole.unify_dictionaries(), stream, compression="zstd", row_group_size=_GROUP_ROWS
+                whole.unify_dictionaries(),
+                stream,
+                compression="zstd",
+                row_group_size=_ROW_GROUP_ROWS,
             )
         pending.clear()
         part, size = part + 1, 0
 
     for table in tables:
         rows += table.num_rows
-        pending.append(conform(table, schema, f"run {table['run'][0].as_py()}"))
+        pending.append(conform_table(table, schema, f"run {table['run'][0].as_py()}"))
         for pair in pending[-1]["status"].value_counts().to_pylist():
             status[pair["values"]] += pair["counts"]
         size += pending[-1].nbytes
-        if size >= PART_BYTES:
+        if size >= MAX_PART_BYTES:
             flush()
     if pending or part == 0:
         flush()
     return rows
 
 
-def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
+def _write_run_json(output: str, runs: Sequence[CommittedRun], config: CompactConfig) -> None:
     last = runs[-1]
     run = layout.load_run(last.url)
     assert run is not None
     run["identity"]["manifest"] |= {"root": "/"}
-    orders = {url: order for each in runs for url, order in origins(each).items()}
+    orders = {url: order for each in runs for url, order in find_origins(each).items()}
     run["identity"]["merged"] = list(orders)
     run["origins"] = orders
     run["sequence"] = max(order[0] for order in orders.values())
@@ -223,26 +230,31 @@ def _describe(output: str, runs: Sequence[Run], config: CompactConfig) -> None:
         run.pop(name, None)
     # what made the newest rows is what a report asks for
     own = {"compact": config.model_dump(mode="json", exclude={"storage"})}
-    run["provenance"] = provenance(last.provenance["config"] | own)
+    run["provenance"] = build_provenance(last.provenance["config"] | own)
     body = (json.dumps(run, indent=2) + "\n").encode()
-    filesystem.write(filesystem.join(output, layout.RUN), body)
+    filesystem.write(filesystem.join(output, layout.RUN_FILE), body)
 
 
-def _mark(output: str, runs: Sequence[Run], rows: int, status: Counter[str]) -> None:
+def _write_success(
+    output: str, runs: Sequence[CommittedRun], rows: int, status: Counter[str]
+) -> None:
     last = runs[-1]
-    folder = filesystem.join(output, layout.PREDICTIONS)
+    folder = filesystem.join(output, layout.PREDICTIONS_FOLDER)
     files = {
-        name: filesystem.size(filesystem.join(folder, name)) for name in filesystem.names(folder)
+        name: filesystem.size(filesystem.join(folder, name))
+        for name in filesystem.list_names(folder)
     }
-    body = last.success | {
+    body = last.success_record | {
         "rows": rows,
         "status": dict(sorted(status.items())),
         "files": files,
         "merged": len(runs),
-        "labelled_until": last.success.get("labelled_until", last.success["committed"]),
+        "labelled_until": last.success_record.get(
+            "labelled_until", last.success_record["committed"]
+        ),
         "committed": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if not filesystem.create(
-        filesystem.join(output, layout.SUCCESS), (json.dumps(body, indent=2) + "\n").encode()
+        filesystem.join(output, layout.SUCCESS_FILE), (json.dumps(body, indent=2) + "\n").encode()
     ):
         raise OutputError(f"output {output}: was written by another; nothing was harmed")

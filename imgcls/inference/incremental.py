@@ -20,28 +20,28 @@ import pyarrow as pa
 
 from imgcls.config import Names, Section
 from imgcls.data import filesystem
-from imgcls.data.formats import LISTED, LISTING, is_image_name
-from imgcls.data.manifest import Manifest, resolved
+from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
+from imgcls.data.manifest import Manifest, resolve_paths
 from imgcls.errors import ManifestError, OutputError
 from imgcls.inference.keys import (
     DELETED,
     FAILED_BEFORE,
     KNOWN_BAD,
-    TRANSIENT,
-    Keys,
-    chosen,
-    numbered,
-    planned_columns,
-    planned_rows,
-    read_table,
-    table_url,
+    TRANSIENT_STATUSES,
+    KnownImages,
+    find_path_column,
+    get_since_table_url,
+    rank_runs,
+    read_planned_rows,
+    read_since_table,
+    take_rows,
 )
-from imgcls.inference.nights import Nights, find_nights
+from imgcls.inference.nights import PastRuns, find_past_runs
 from imgcls.log import tell
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, stream
+from imgcls.runs.committed import CommittedRun, iter_tables
 
-USUAL_VERSIONS = ("etag", "size", "mtime", "version")
+DEFAULT_VERSION_COLUMNS = ("etag", "size", "mtime", "version")
 """Columns that tell whether a file is still the same, where manifest and earlier runs have them."""
 
 
@@ -56,7 +56,7 @@ class SinceConfig(Section):
     """Manifest columns whose change means another image; etag, size, mtime, version if none."""
 
 
-def only_new(
+def select_new_rows(
     manifest: Manifest,
     config: SinceConfig,
     *,
@@ -72,7 +72,7 @@ def only_new(
     retry_failed: take images that are known to be broken, though they have not changed
     Raises OutputError when there is no earlier run, ManifestError when a version column is missing.
     """
-    request = SinceRequest.of(
+    request = SinceRequest.resolve(
         manifest,
         config,
         output=output,
@@ -83,11 +83,13 @@ def only_new(
     )
 
     def batches() -> Iterator[pa.RecordBatch]:
-        with Comparison(request) as comparison:
-            comparison.tell()
+        with ManifestComparison(request) as comparison:
+            comparison.log_summary()
             yield from comparison.manifest.batches()
 
-    return dataclasses.replace(manifest, _batches=batches, _digest=request.digest)
+    return dataclasses.replace(
+        manifest, _read_batches=batches, _compute_fingerprint=request.compute_digest
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,15 +101,15 @@ class SinceRequest:
     """
 
     manifest: Manifest
-    nights: Nights
-    version: tuple[str, ...]
-    explicit: bool
+    past_runs: PastRuns
+    version_columns: tuple[str, ...]
+    is_explicit: bool
     bundle_sha256: str
     relabel: bool
     retry_failed: bool
 
     @classmethod
-    def of(
+    def resolve(
         cls,
         manifest: Manifest,
         config: SinceConfig,
@@ -119,7 +121,7 @@ class SinceRequest:
         but: str | None,
     ) -> SinceRequest:
         """Find the earlier runs, without the one in `but`; see `only_new`."""
-        nights = find_nights(config.path, but=but)
+        nights = find_past_runs(config.path, but=but)
         runs = nights.committed
         if not runs:
             since = filesystem.absolute(config.path)
@@ -140,25 +142,28 @@ class SinceRequest:
         return cls(
             manifest,
             nights,
-            tuple(_version_columns(manifest, config, runs)),
+            tuple(_find_version_columns(manifest, config, runs)),
             bool(config.version),
             bundle_sha256,
             relabel,
             retry_failed,
         )
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """A fingerprint of the manifest and of what is known."""
         digest = hashlib.blake2b(digest_size=16)
-        parts = [self.manifest.fingerprint(), *self.version]
+        parts = [self.manifest.fingerprint(), *self.version_columns]
         parts += [self.bundle_sha256 if self.relabel else "", "retry" * self.retry_failed]
-        runs = self.nights.committed
-        for text in (*parts, *(run.success["run_id"] + run.success["committed"] for run in runs)):
+        runs = self.past_runs.committed
+        for text in (
+            *parts,
+            *(run.success_record["run_id"] + run.success_record["committed"] for run in runs),
+        ):
             digest.update(f"{len(text)}:{text}".encode())
         return digest.hexdigest()
 
 
-class Comparison:
+class ManifestComparison:
     """A manifest held against earlier runs: which rows are to be labeled, and why.
 
     manifest: the rows to label, in the order of the listed manifest
@@ -169,37 +174,41 @@ class Comparison:
 
     def __init__(self, request: SinceRequest) -> None:
         self._request = request
-        self._source = listed_folder(request.manifest)
+        self._source = find_listed_folder(request.manifest)
         self._folder = tempfile.TemporaryDirectory(prefix="imgcls-since-")
         try:
-            self._keys = Keys(self._folder.name, request.version, nulls=request.explicit)
-            self._enter()
-            self._decide()
+            self._keys = KnownImages(
+                self._folder.name, request.version_columns, nulls=request.is_explicit
+            )
+            self._load_known_images()
+            self._classify_rows()
         except BaseException:
             self._folder.cleanup()
             raise
-        self.counts = self._keys.counts("SELECT why, count(*) FROM todo GROUP BY why")
+        self.counts = self._keys.read_counts("SELECT why, count(*) FROM todo GROUP BY why")
         self._unchanged = self.counts.pop("", 0)
-        codes = self._keys.counts(
+        codes = self._keys.read_counts(
             "SELECT status, count(*) FROM todo WHERE why = 'known bad' GROUP BY status"
         )
         self.known_bad = {self._keys.statuses[code]: count for code, count in codes.items()}
         self.counts.pop("known bad", None)
         self.rows = sum(self.counts.values())
         self._deleted = pa.concat_tables(
-            [_paths(pa.chunked_array([[]], pa.string()), "/"), *self._find_deleted()]
+            [_build_path_table(pa.chunked_array([[]], pa.string()), "/"), *self._find_deleted()]
         )
         self.deleted = self._deleted.num_rows
         self.manifest = dataclasses.replace(
-            request.manifest, _batches=self._batches, _digest=request.digest
+            request.manifest,
+            _read_batches=self._read_new_rows,
+            _compute_fingerprint=request.compute_digest,
         )
 
     @property
-    def nights(self) -> Nights:
+    def past_runs(self) -> PastRuns:
         """The earlier runs."""
-        return self._request.nights
+        return self._request.past_runs
 
-    def __enter__(self) -> Comparison:
+    def __enter__(self) -> ManifestComparison:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -210,7 +219,7 @@ class Comparison:
         self._keys.db.close()
         self._folder.cleanup()
 
-    def tell(self) -> None:
+    def log_summary(self) -> None:
         """Log what was found."""
         reasons = ", ".join(f"{rows:,} {why}" for why, rows in sorted(self.counts.items()))
         line = f"{reasons or 'nothing new'}; {self._unchanged:,} rows stay as they are"
@@ -219,9 +228,9 @@ class Comparison:
             line += f"; known to be broken and unchanged, not tried again: {bad} (--retry-failed)"
         if self.deleted:
             line += f"; {self.deleted:,} deleted"
-        tell("since", line, **self.facts())
+        tell("since", line, **self.describe())
 
-    def facts(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Entries of `_run.json`: rows by reason, known bad images by status, deleted images."""
         return {
             "rows": self.counts,
@@ -229,82 +238,88 @@ class Comparison:
             DELETED: self.deleted,
         }
 
-    def write(self, output: str) -> None:
+    def write_tables(self, output: str) -> None:
         """Write the tables of `_since/` into an output folder."""
-        folder = filesystem.join(output, layout.SINCE)
+        folder = filesystem.join(output, layout.SINCE_FOLDER)
         filesystem.remove(folder)
-        rows = self._keys.numbers(f"SELECT row FROM ({_ROWS}) WHERE before ORDER BY row")
+        rows = self._keys.iter_column(
+            f"SELECT row FROM ({_NEW_ROWS_SQL}) WHERE before ORDER BY row"
+        )
         self._write_rows(output, pa.schema([("row", pa.int64())]), FAILED_BEFORE, rows)
         manifest, path = self._request.manifest, self._request.manifest.path_column
         if self.known_bad:
             bad = "FROM todo WHERE why = 'known bad' ORDER BY nth"
-            codes = self._keys.numbers(f"SELECT status {bad}")
+            codes = self._keys.iter_column(f"SELECT status {bad}")
             paths = (
-                pa.table({"path": resolved(table[path], manifest.root)})
-                for table in chosen(_tables(manifest), self._keys.numbers(f"SELECT nth {bad}"))
+                pa.table({"path": resolve_paths(table[path], manifest.root)})
+                for table in take_rows(
+                    _iter_manifest_tables(manifest), self._keys.iter_column(f"SELECT nth {bad}")
+                )
             )
             statuses = pa.array(self._keys.statuses, pa.string())
             named = (pa.table({"status": statuses.take(pa.array(each))}) for each in codes)
             status = pa.concat_tables(named)
             table = pa.concat_tables(paths).append_column("status", status["status"])
-            layout.write_table(table_url(output, KNOWN_BAD), table)
+            layout.write_table(get_since_table_url(output, KNOWN_BAD), table)
         if self.deleted:
-            layout.write_table(table_url(output, DELETED), self._deleted)
+            layout.write_table(get_since_table_url(output, DELETED), self._deleted)
 
     def _write_rows(
         self, output: str, schema: pa.Schema, name: str, rows: Iterator[np.ndarray]
     ) -> None:
         tables = [pa.table([pa.array(each)], schema=schema) for each in rows if len(each)]
         if tables:
-            layout.write_table(table_url(output, name), pa.concat_tables(tables))
+            layout.write_table(get_since_table_url(output, name), pa.concat_tables(tables))
 
     def _find_deleted(self) -> Iterator[pa.Table]:
         """The paths of images that a listing lacks, read from the runs over them.
 
         A file that no listing would take for an image is not deleted because it is not listed.
         """
-        nights = self._request.nights
+        nights = self._request.past_runs
         below = len(self._source or "")
-        for source in sorted(self._keys.counts("SELECT source, count(*) FROM deleted GROUP BY 1")):
-            places = self._keys.numbers(
+        for source in sorted(
+            self._keys.read_counts("SELECT source, count(*) FROM deleted GROUP BY 1")
+        ):
+            places = self._keys.iter_column(
                 f"SELECT nth FROM deleted WHERE source = {source} ORDER BY nth"
             )
             if source < len(nights.committed):
                 run = nights.committed[source]
-                path, root, rows = run.path_column, run.root, stream(run, [run.path_column])
+                path, root, rows = run.path_column, run.root, iter_tables(run, [run.path_column])
             else:
                 started = nights.unfinished[source - len(nights.committed)]
-                (path, root), rows = planned_columns(started), planned_rows(started)
-            for table in chosen(rows, places):
-                found = _paths(table[path], root)
+                (path, root), rows = find_path_column(started), read_planned_rows(started)
+            for table in take_rows(rows, places):
+                found = _build_path_table(table[path], root)
                 listable = [
-                    is_image_name(each) and "/." not in each[below:]
+                    has_image_suffix(each) and "/." not in each[below:]
                     for each in found["path"].to_pylist()
                 ]
                 yield found.filter(pa.array(listable, pa.bool_()))
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        places = self._keys.numbers(f"SELECT nth FROM ({_ROWS}) ORDER BY nth")
-        for table in chosen(_tables(self._request.manifest), places):
+    def _read_new_rows(self) -> Iterator[pa.RecordBatch]:
+        places = self._keys.iter_column(f"SELECT nth FROM ({_NEW_ROWS_SQL}) ORDER BY nth")
+        for table in take_rows(_iter_manifest_tables(self._request.manifest), places):
             yield from table.combine_chunks().to_batches()
 
-    def _enter(self) -> None:
-        request, keys, nights = self._request, self._keys, self._request.nights
-        ranks = numbered(nights.committed, nights.unfinished)
+    def _load_known_images(self) -> None:
+        request, keys, nights = self._request, self._keys, self._request.past_runs
+        ranks = rank_runs(nights.committed, nights.unfinished)
         for source, run in enumerate(nights.committed):
             wanted = request.bundle_sha256 if request.relabel else None
-            keys.know(run, source, ranks, wanted, self._source)
-            keys.know_deleted(run, ranks)
+            keys.add_run(run, source, ranks, wanted, self._source)
+            keys.add_deleted(run, ranks)
         for source, started in enumerate(nights.unfinished, len(nights.committed)):
             if self._source is not None and started.has_rows:
-                keys.know_planned(started, source, ranks[started.url], self._source)
-            reported = started.refused and request.version and not request.retry_failed
+                keys.add_planned(started, source, ranks[started.url], self._source)
+            reported = started.is_refused and request.version_columns and not request.retry_failed
             if reported and started.has_table:
-                keys.know_refused(started)
-        keys.ask(request.manifest)
+                keys.add_refused(started)
+        keys.add_manifest(request.manifest)
 
-    def _decide(self) -> None:
-        request, db, count = self._request, self._keys.db, len(self._request.version)
+    def _classify_rows(self) -> None:
+        request, db, count = self._request, self._keys.db, len(self._request.version_columns)
         # of rows of one image and night, one that failed is the one to look at
         kept = [*(f"v{at}" for at in range(count)), "status", "current", "below", "source", "nth"]
         newest = ", ".join(f"arg_max({name}, rank) AS {name}" for name in kept)
@@ -318,22 +333,23 @@ class Comparison:
             "CREATE TABLE last_gone AS SELECT place, max(night) AS night FROM gone GROUP BY 1"
         )
         transient = ", ".join(
-            str(code) for code, name in enumerate(self._keys.statuses) if name in TRANSIENT
+            str(code) for code, name in enumerate(self._keys.statuses) if name in TRANSIENT_STATUSES
         )
         retried = f"n.status IN ({transient})" if transient else "false"
         if request.retry_failed:
             retried = "true"
         why = (
             "CASE WHEN n.place IS NULL OR g.night > n.night THEN 'new' "
-            f"WHEN {_differs('n', count, request.explicit)} THEN 'changed' "
-            f"WHEN n.status <> 0 AND ({retried} OR NOT ({_comparable('n', count)})) "
+            f"WHEN {_build_differs_sql('n', count, request.is_explicit)} THEN 'changed' "
+            f"WHEN n.status <> 0 AND ({retried} OR NOT ({_build_comparable_sql('n', count)})) "
             "THEN 'failed before' WHEN n.status <> 0 THEN 'known bad' "
             "WHEN NOT n.current THEN 'of another bundle' ELSE '' END"
         )
         refused = (
             f"EXISTS (SELECT 1 FROM refused r WHERE r.place = a.place AND "
-            f"({_comparable('r', count)}) AND NOT ({_differs('r', count, request.explicit)}))"
-            if any(self._keys.counts("SELECT '', count(*) FROM refused").values())
+            f"({_build_comparable_sql('r', count)}) AND NOT "
+            f"({_build_differs_sql('r', count, request.is_explicit)}))"
+            if any(self._keys.read_counts("SELECT '', count(*) FROM refused").values())
             else "false"
         )
         db.execute(
@@ -353,26 +369,26 @@ class Comparison:
         )
 
 
-_ROWS = (
+_NEW_ROWS_SQL = (
     "SELECT nth, before, row_number() OVER (ORDER BY nth) - 1 AS row FROM todo "
     "WHERE why NOT IN ('', 'known bad')"
 )
 
 
-def _differs(known: str, count: int, explicit: bool) -> str:
+def _build_differs_sql(known: str, count: int, explicit: bool) -> str:
     """SQL: whether a version column of a row that is asked for and of a known row differ."""
     there = "" if explicit else "a.v{0} <> 0 AND {1}.v{0} <> 0 AND "
     terms = [f"({there}a.v{{0}} <> {{1}}.v{{0}})".format(at, known) for at in range(count)]
     return " OR ".join(terms) or "false"
 
 
-def _comparable(known: str, count: int) -> str:
+def _build_comparable_sql(known: str, count: int) -> str:
     """SQL: whether both rows have a version column."""
     terms = [f"(a.v{at} <> 0 AND {known}.v{at} <> 0)" for at in range(count)]
     return " OR ".join(terms) or "false"
 
 
-def listed_folder(manifest: Manifest) -> str | None:
+def find_listed_folder(manifest: Manifest) -> str | None:
     """The folder all of whose images a manifest lists; None where it may be a part of them."""
     if not manifest.files:  # a folder of images, or a pattern
         folder = filesystem.absolute(manifest.source).rstrip("/")
@@ -380,32 +396,36 @@ def listed_folder(manifest: Manifest) -> str | None:
     folder = filesystem.parent(manifest.files[0])
     if filesystem.absolute(manifest.source) != folder:
         return None
-    names = set(filesystem.names(folder))
-    if not {LISTING, LISTED} <= names:
+    names = set(filesystem.list_names(folder))
+    if not {LISTING_FILE, LISTING_DONE_FILE} <= names:
         return None
     try:
-        body = json.loads(filesystem.read(filesystem.join(folder, LISTED)))
+        body = json.loads(filesystem.read(filesystem.join(folder, LISTING_DONE_FILE)))
     except ValueError:
         return None
     return str(body["source"]) if isinstance(body, dict) and "source" in body else None
 
 
-def failed_before(output: str) -> np.ndarray:
+def read_failed_before(output: str) -> np.ndarray:
     """(N,) int64, rising: rows of a run whose image, in this version, had failed before."""
-    if f"{FAILED_BEFORE}.parquet" not in filesystem.names(filesystem.join(output, layout.SINCE)):
+    if f"{FAILED_BEFORE}.parquet" not in filesystem.list_names(
+        filesystem.join(output, layout.SINCE_FOLDER)
+    ):
         return np.zeros(0, np.int64)
-    return np.asarray(read_table(output, FAILED_BEFORE)["row"].to_numpy())
+    return np.asarray(read_since_table(output, FAILED_BEFORE)["row"].to_numpy())
 
 
-def _tables(manifest: Manifest) -> Iterator[pa.Table]:
+def _iter_manifest_tables(manifest: Manifest) -> Iterator[pa.Table]:
     return (pa.Table.from_batches([batch]) for batch in manifest.batches())
 
 
-def _paths(column: pa.ChunkedArray, root: str) -> pa.Table:
-    return pa.table({"path": resolved(column, root).cast(pa.string())})
+def _build_path_table(column: pa.ChunkedArray, root: str) -> pa.Table:
+    return pa.table({"path": resolve_paths(column, root).cast(pa.string())})
 
 
-def _version_columns(manifest: Manifest, config: SinceConfig, runs: Collection[Run]) -> list[str]:
+def _find_version_columns(
+    manifest: Manifest, config: SinceConfig, runs: Collection[CommittedRun]
+) -> list[str]:
     have = manifest.schema.names
     for name in config.version:
         if name not in have:
@@ -415,13 +435,14 @@ def _version_columns(manifest: Manifest, config: SinceConfig, runs: Collection[R
             )
     if config.version:
         return list(config.version)
-    usual = [name for name in USUAL_VERSIONS if name in have]
+    usual = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
     known = {name for run in runs for name in run.schema.names}
     if runs and not known & set(usual):
         tell(
             "note",
             "no column tells whether an image has changed (none of "
-            f"{', '.join(USUAL_VERSIONS)} in the manifest and the earlier runs); only new and "
+            f"{', '.join(DEFAULT_VERSION_COLUMNS)} in the manifest and the earlier runs); only "
+            "new and "
             "failed rows are labelled",
         )
     return usual

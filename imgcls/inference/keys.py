@@ -16,22 +16,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, resolved
-from imgcls.inference.nights import Order, PlannedRun, order_of_run, origins
+from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, stream
+from imgcls.runs.committed import CommittedRun, iter_tables
 
-TRANSIENT = frozenset(("missing", "forbidden", "throttled", "unavailable"))
+TRANSIENT_STATUSES = frozenset(("missing", "forbidden", "throttled", "unavailable"))
 """Statuses that do not depend on an image's bytes: the next run tries these rows again."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
 """Tables in `_since/`: images that the listing lacks, broken ones that were not tried again, and
 rows of the run whose image had failed before."""
 
-_MEMORY = "1GB"
+_DUCKDB_MEMORY = "1GB"
 
 
-class Keys:
+class KnownImages:
     """Tables on disk of which rows are known, and which of them is the newest of its image.
 
     version: columns whose change means another image
@@ -46,7 +46,7 @@ class Keys:
         """By code; a row's code is its place."""
         self._nulls = nulls
         self.db = duckdb.connect(str(Path(folder) / "keys.duckdb"))
-        self.db.execute(f"SET memory_limit = '{_MEMORY}'")
+        self.db.execute(f"SET memory_limit = '{_DUCKDB_MEMORY}'")
         self.db.execute(f"SET temp_directory = '{folder}/spilled'")
         self.db.execute("SET preserve_insertion_order = false")
         versions = "".join(f"v{at} UBIGINT, " for at in range(len(version)))
@@ -61,9 +61,9 @@ class Keys:
         ):
             self.db.execute(f"CREATE TABLE {table} ({columns})")
 
-    def know(
+    def add_run(
         self,
-        run: Run,
+        run: CommittedRun,
         source: int,
         nights: Mapping[str, int],
         bundle_sha256: str | None = None,
@@ -75,58 +75,65 @@ class Keys:
         below:  a folder; which images lie in it is noted
         """
         # a labeling run's column of this name comes from its manifest, not from the run
-        own = ["run", "bundle_sha256"] if run.merged else []
+        own = ["run", "bundle_sha256"] if run.merged_runs else []
         have = [name for name in self.version if name in run.schema.names]
         names = list(dict.fromkeys([run.path_column, "status", *have, *own]))
-        newest = nights[max(origins(run).items(), key=lambda each: each[1])[0]]
+        newest = nights[max(find_origins(run).items(), key=lambda each: each[1])[0]]
 
         def rows() -> Iterator[pa.RecordBatch]:
             start = 0
-            for table in stream(run, names):
+            for table in iter_tables(run, names):
                 size = table.num_rows
                 night = pa.array(np.full(size, newest))
                 current = pa.array(np.full(size, run.bundle_sha256 == bundle_sha256))
                 if own:
                     # before the run itself, whose rows may have been labeled again since
-                    night = pc.subtract(_numbers(table["run"], nights, newest), 1)
+                    night = pc.subtract(_find_ranks(table["run"], nights, newest), 1)
                     current = pc.equal(table["bundle_sha256"].cast(pa.string()), bundle_sha256)
-                place = resolved(table[run.path_column], run.root)
-                yield from _batches(
+                place = resolve_paths(table[run.path_column], run.root)
+                yield from _iter_record_batches(
                     {
                         "place": place,
-                        **self._versions(table),
-                        "status": self._codes(table["status"]),
+                        **self._build_versions(table),
+                        "status": self._encode_statuses(table["status"]),
                         "current": pa.array(np.ones(size, bool)) if not bundle_sha256 else current,
-                        "below": _lies_below(place, below),
+                        "below": _is_below(place, below),
                         "night": night,
                         "source": pa.array(np.full(size, source)),
                         "nth": pa.array(np.arange(start, start + size)),
                     },
-                    self._schema("status", "current", "below", "night", "source", "nth"),
+                    self._build_input_schema(
+                        "status", "current", "below", "night", "source", "nth"
+                    ),
                 )
                 start += size
 
         self._insert("known", rows(), "status", "current", "below", "night", "source", "nth")
 
-    def know_deleted(self, run: Run, nights: Mapping[str, int]) -> None:
+    def add_deleted(self, run: CommittedRun, nights: Mapping[str, int]) -> None:
         """Enter the images that a run found to be deleted."""
-        if not run.described.get("since", {}).get(DELETED) or run.merged:
+        if not run.run_record.get("since", {}).get(DELETED) or run.merged_runs:
             return
-        table = read_table(run.url, DELETED)
+        table = read_since_table(run.url, DELETED)
         night = pa.array(np.full(table.num_rows, nights[run.url]))
         columns = {"place": table["path"], "night": night}
-        self._insert("gone", _batches(columns, _schema_of(["place"], "night")), "night", versions=0)
+        self._insert(
+            "gone",
+            _iter_record_batches(columns, _build_schema(["place"], "night")),
+            "night",
+            versions=0,
+        )
 
-    def know_planned(self, run: PlannedRun, source: int, night: int, below: str) -> None:
+    def add_planned(self, run: PlannedRun, source: int, night: int, below: str) -> None:
         """Enter the images below a folder that an unfinished run is going to label."""
-        path, root = planned_columns(run)
+        path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
             start = 0
-            for table in planned_rows(run):
-                place = resolved(table[path], root)
+            for table in read_planned_rows(run):
+                place = resolve_paths(table[path], root)
                 nth = np.arange(start, start + table.num_rows)
-                inside = _lies_below(place, below)
+                inside = _is_below(place, below)
                 columns = {
                     "place": place.filter(inside),
                     "night": pa.array(np.full(table.num_rows, night)).filter(inside),
@@ -134,16 +141,18 @@ class Keys:
                     "nth": pa.array(nth).filter(inside),
                 }
                 start += table.num_rows
-                yield from _batches(columns, _schema_of(["place"], "night", "source", "nth"))
+                yield from _iter_record_batches(
+                    columns, _build_schema(["place"], "night", "source", "nth")
+                )
 
         self._insert("planned", rows(), "night", "source", "nth", versions=0)
 
-    def know_refused(self, run: PlannedRun) -> None:
+    def add_refused(self, run: PlannedRun) -> None:
         """Enter the broken images of a run that a gate has refused, and so has reported."""
-        path, root = planned_columns(run)
+        path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
-            for part in range(run.plan.parts):
+            for part in range(run.plan.num_parts):
                 with filesystem.open_read(layout.part_url(run.url, part)) as opened:
                     file = pq.ParquetFile(opened)
                     have = [n for n in self.version if n in file.schema_arrow.names]
@@ -151,14 +160,19 @@ class Keys:
                     for batch in file.iter_batches(columns=names):
                         table = pa.Table.from_batches([batch])
                         status = table["status"].cast(pa.string())
-                        fine = pc.is_in(status, value_set=pa.array([layout.OK, *TRANSIENT]))
+                        fine = pc.is_in(
+                            status, value_set=pa.array([layout.OK, *TRANSIENT_STATUSES])
+                        )
                         bad = table.filter(pc.invert(fine))
-                        columns = {"place": resolved(bad[path], root), **self._versions(bad)}
-                        yield from _batches(columns, self._schema())
+                        columns = {
+                            "place": resolve_paths(bad[path], root),
+                            **self._build_versions(bad),
+                        }
+                        yield from _iter_record_batches(columns, self._build_input_schema())
 
         self._insert("refused", rows())
 
-    def ask(self, manifest: Manifest) -> None:
+    def add_manifest(self, manifest: Manifest) -> None:
         """Enter a manifest's rows."""
 
         def rows() -> Iterator[pa.RecordBatch]:
@@ -166,48 +180,48 @@ class Keys:
             for batch in manifest.batches():
                 table = pa.Table.from_batches([batch])
                 columns = {
-                    "place": resolved(table[manifest.path_column], manifest.root),
-                    **self._versions(table),
+                    "place": resolve_paths(table[manifest.path_column], manifest.root),
+                    **self._build_versions(table),
                     "nth": pa.array(np.arange(start, start + table.num_rows)),
                 }
                 start += table.num_rows
-                yield from _batches(columns, self._schema("nth"))
+                yield from _iter_record_batches(columns, self._build_input_schema("nth"))
 
         self._insert("asked", rows(), "nth")
 
-    def numbers(self, query: str) -> Iterator[np.ndarray]:
+    def iter_column(self, query: str) -> Iterator[np.ndarray]:
         """The first column of a query, an array at a time."""
         found: Any = self.db.sql(query)
         for batch in found.to_arrow_reader(1 << 20):
             yield batch.column(0).to_numpy(zero_copy_only=False)
 
-    def counts(self, query: str) -> dict[Any, int]:
+    def read_counts(self, query: str) -> dict[Any, int]:
         """A query of two columns, the second of which counts."""
         return dict(self.db.execute(query).fetchall())
 
-    def _versions(self, table: pa.Table) -> dict[str, Any]:
+    def _build_versions(self, table: pa.Table) -> dict[str, Any]:
         return {
-            f"v{at}": version_text(table[name], nulls=self._nulls)
+            f"v{at}": normalize_version(table[name], nulls=self._nulls)
             if name in table.schema.names
             else pa.nulls(table.num_rows, pa.large_string())
             for at, name in enumerate(self.version)
         }
 
-    def _codes(self, status: pa.ChunkedArray) -> pa.ChunkedArray:
+    def _encode_statuses(self, status: pa.ChunkedArray) -> pa.ChunkedArray:
         text = status.cast(pa.string())
         self.statuses += sorted(
             {str(s) for s in pc.unique(text).to_pylist() if s} - {*self.statuses}
         )
         return pc.index_in(text, value_set=pa.array(self.statuses))
 
-    def _schema(self, *numbers: str) -> pa.Schema:
-        return _schema_of(["place", *(f"v{at}" for at in range(len(self.version)))], *numbers)
+    def _build_input_schema(self, *numbers: str) -> pa.Schema:
+        return _build_schema(["place", *(f"v{at}" for at in range(len(self.version)))], *numbers)
 
     def _insert(
         self, table: str, rows: Iterator[pa.RecordBatch], *names: str, versions: int | None = None
     ) -> None:
         count = len(self.version) if versions is None else versions
-        schema = _schema_of(["place", *(f"v{at}" for at in range(count))], *names)
+        schema = _build_schema(["place", *(f"v{at}" for at in range(count))], *names)
         digests = [f"coalesce(md5_number_lower(v{at}), 0) AS v{at}" for at in range(count)]
         columns = ", ".join(["md5_number(place) AS place", *digests, *names])
         failed: list[Exception] = []
@@ -230,39 +244,41 @@ class Keys:
             self.db.unregister("incoming")
 
 
-_TYPES = {"current": pa.bool_(), "below": pa.bool_()}
+_COLUMN_TYPES = {"current": pa.bool_(), "below": pa.bool_()}
 
 
-def _schema_of(texts: Sequence[str], *numbers: str) -> pa.Schema:
+def _build_schema(texts: Sequence[str], *numbers: str) -> pa.Schema:
     fields = [pa.field(name, pa.large_string()) for name in texts]
-    return pa.schema([*fields, *((name, _TYPES.get(name, pa.int64())) for name in numbers)])
+    return pa.schema([*fields, *((name, _COLUMN_TYPES.get(name, pa.int64())) for name in numbers)])
 
 
-def _numbers(urls: pa.ChunkedArray, nights: Mapping[str, int], otherwise: int) -> pa.Array:
+def _find_ranks(urls: pa.ChunkedArray, nights: Mapping[str, int], otherwise: int) -> pa.Array:
     """The number of each row's night, `otherwise` for one that is not known."""
     names = pa.array(list(nights), pa.string())
     at = pc.index_in(urls.cast(pa.string()), value_set=names)
     return pc.fill_null(pa.array(list(nights.values()), pa.int64()).take(at), otherwise)
 
 
-def _lies_below(place: pa.ChunkedArray, below: str | None) -> Any:
+def _is_below(place: pa.ChunkedArray, below: str | None) -> Any:
     if below is None:
         return pa.array(np.zeros(len(place), bool))
     return pc.fill_null(pc.starts_with(place, pattern=below.rstrip("/") + "/"), False)
 
 
-def numbered(runs: Sequence[Run], unfinished: Sequence[PlannedRun] = ()) -> dict[str, int]:
+def rank_runs(
+    runs: Sequence[CommittedRun], unfinished: Sequence[PlannedRun] = ()
+) -> dict[str, int]:
     """Each night by its URL and an even number in their order, those of merged runs included."""
-    orders: dict[str, Order] = {run.url: run.order for run in unfinished}
+    orders: dict[str, RunOrder] = {run.url: run.order for run in unfinished}
     for run in runs:
-        for url, order in origins(run).items():
+        for url, order in find_origins(run).items():
             orders[url] = max(order, orders.get(url, order))
-        orders.setdefault(run.url, order_of_run(run))
+        orders.setdefault(run.url, compute_run_order(run))
     rank = {order: 2 * number for number, order in enumerate(sorted(set(orders.values())), 1)}
     return {url: rank[order] for url, order in orders.items()}
 
 
-def chosen(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Iterator[pa.Table]:
+def take_rows(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Iterator[pa.Table]:
     """Of a stream of tables, the rows at these places, which rise."""
     waiting = np.zeros(0, np.int64)
     start = 0
@@ -276,13 +292,13 @@ def chosen(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Iterator
         waiting, start = waiting[here:], end
 
 
-def planned_columns(run: PlannedRun) -> tuple[str, str]:
+def find_path_column(run: PlannedRun) -> tuple[str, str]:
     """The path column of a planned run, and where its relative paths start."""
-    manifest = run.described["identity"]["manifest"]
+    manifest = run.run_json["identity"]["manifest"]
     return manifest["path_column"], manifest["root"]
 
 
-def planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The manifest rows of a planned run, in order, with the prediction columns it may have.
 
     columns: read only these
@@ -293,17 +309,17 @@ def planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> Itera
                 yield pa.Table.from_batches([batch])
 
 
-def read_table(output: str, name: str) -> pa.Table:
+def read_since_table(output: str, name: str) -> pa.Table:
     """A table of a run's `_since/`."""
-    with filesystem.open_read(table_url(output, name)) as opened:
+    with filesystem.open_read(get_since_table_url(output, name)) as opened:
         return pq.read_table(opened)
 
 
-def table_url(output: str, name: str) -> str:
-    return filesystem.join(output, layout.SINCE, f"{name}.parquet")
+def get_since_table_url(output: str, name: str) -> str:
+    return filesystem.join(output, layout.SINCE_FOLDER, f"{name}.parquet")
 
 
-def version_text(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
+def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
     """A version column as text, alike for alike values of another type or unit.
 
     nulls: give a null a text of its own
@@ -317,6 +333,6 @@ def version_text(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedA
     return pc.fill_null(text, "\0") if nulls else text
 
 
-def _batches(columns: Mapping[str, Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _iter_record_batches(columns: Mapping[str, Any], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     table = pa.table([columns[name] for name in schema.names], names=schema.names)
     yield from table.cast(schema).to_batches()

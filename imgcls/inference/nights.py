@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
-from imgcls.data.formats import LISTING
+from imgcls.data.formats import LISTING_FILE
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
-from imgcls.execution.plan import Plan, plan_of
+from imgcls.execution.plan import Plan, parse_plan
 from imgcls.log import tell
 from imgcls.runs import layout
-from imgcls.runs.committed import Run, open_run
+from imgcls.runs.committed import CommittedRun, open_run
 
-Order = tuple[int, str, int, str, str]
+RunOrder = tuple[int, str, int, str, str]
 """Sequence number (0 if none), date, number of the run on that date, time of the start, URL."""
 
-_READS = 16
-_NAMED = 3
-_DAY = re.compile(r"(\d{4}-\d{2}-\d{2})(?:\.(\d+))?")
+_READ_THREADS = 16
+_MAX_NAMED_RUNS = 3
+_DATE_PATTERN = re.compile(r"(\d{4}-\d{2}-\d{2})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +40,15 @@ class PlannedRun:
     """
 
     url: str
-    described: dict[str, Any]
+    run_json: dict[str, Any]
 
     @property
-    def order(self) -> Order:
-        return order_of(self.url, self.described)
+    def order(self) -> RunOrder:
+        return compute_order(self.url, self.run_json)
 
     @property
     def plan(self) -> Plan:
-        return plan_of(self.described)
+        return parse_plan(self.run_json)
 
     @property
     def has_shards(self) -> bool:
@@ -58,7 +58,7 @@ class PlannedRun:
     @property
     def has_table(self) -> bool:
         """Whether its table is whole: a gate refused the run, or a retry of its rows broke off."""
-        return self._has_parts(filesystem.join(self.url, layout.PREDICTIONS))
+        return self._has_parts(filesystem.join(self.url, layout.PREDICTIONS_FOLDER))
 
     @property
     def has_rows(self) -> bool:
@@ -69,37 +69,37 @@ class PlannedRun:
     def files(self) -> list[str]:
         """Where its manifest rows are: in its shards until it is committed, then in its table."""
         place = layout.shard_url if self.has_shards else layout.part_url
-        return [place(self.url, part) for part in range(self.plan.parts)]
+        return [place(self.url, part) for part in range(self.plan.num_parts)]
 
     def _has_parts(self, folder: str) -> bool:
-        there = filesystem.names(folder)
-        return {layout.part_name(part) for part in range(self.plan.parts)} <= set(there)
+        there = filesystem.list_names(folder)
+        return {layout.part_name(part) for part in range(self.plan.num_parts)} <= set(there)
 
     @property
-    def refused(self) -> bool:
+    def is_refused(self) -> bool:
         """Whether all its rows are labeled, and a gate kept it from being committed."""
-        return "refused" in self.described
+        return "refused" in self.run_json
 
 
 @dataclass(frozen=True, eq=False)
-class Nights:
+class PastRuns:
     """The runs in or below a folder.
 
     committed: oldest first
     """
 
-    committed: tuple[Run, ...]
+    committed: tuple[CommittedRun, ...]
     unfinished: tuple[PlannedRun, ...]
 
     @property
-    def sequence(self) -> int:
+    def last_sequence(self) -> int:
         """The highest sequence number of all runs; 0 if none has one."""
-        orders = [order for run in self.committed for order in origins(run).values()]
+        orders = [order for run in self.committed for order in find_origins(run).values()]
         orders += [run.order for run in self.unfinished]
         return max((order[0] for order in orders), default=0)
 
 
-def find_nights(url: str, but: str | None = None) -> Nights:
+def find_past_runs(url: str, but: str | None = None) -> PastRuns:
     """The runs in a folder or below it; a `_SUCCESS` that no labeling run wrote is left out.
 
     but: a run to leave out
@@ -110,136 +110,140 @@ def find_nights(url: str, but: str | None = None) -> Nights:
         found = {name.rpartition("/")[::2] for name in filesystem.walk(url)}
     except StorageMissing:
         found = set()
-    planned = {folder for folder, name in found if name == layout.RUN}
-    marked = {folder for folder, name in found if name == layout.SUCCESS}
-    listings = {folder for folder, name in found if name == LISTING}
-    _name(
+    planned = {folder for folder, name in found if name == layout.RUN_FILE}
+    marked = {folder for folder, name in found if name == layout.SUCCESS_FILE}
+    listings = {folder for folder, name in found if name == LISTING_FILE}
+    _log_run_names(
         "no labeling run wrote this file, ignored",
-        [filesystem.join(url, each, layout.SUCCESS) for each in marked - planned - listings],
+        [filesystem.join(url, each, layout.SUCCESS_FILE) for each in marked - planned - listings],
     )
-    with ThreadPoolExecutor(_READS) as pool:
-        runs = pool.map(open_run, _places(url, planned & marked, but))
-        committed = tuple(sorted(runs, key=order_of_run))
-        started = _places(url, planned - marked, but)
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        runs = pool.map(open_run, _list_run_folders(url, planned & marked, but))
+        committed = tuple(sorted(runs, key=compute_run_order))
+        started = _list_run_folders(url, planned - marked, but)
         described = zip(started, pool.map(layout.load_run, started), strict=True)
         unfinished = [PlannedRun(each, run) for each, run in described if run is not None]
-    _name("not finished, so its rows do not count as labeled", [each.url for each in unfinished])
-    return Nights(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
+    _log_run_names(
+        "not finished, so its rows do not count as labeled", [each.url for each in unfinished]
+    )
+    return PastRuns(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
 
 
-def _places(url: str, folders: set[str], but: str | None) -> list[str]:
+def _list_run_folders(url: str, folders: set[str], but: str | None) -> list[str]:
     places = [filesystem.join(url, each) if each else url for each in sorted(folders)]
     return [place for place in places if place != (but or "").rstrip("/")]
 
 
-def _name(what: str, places: Sequence[str]) -> None:
+def _log_run_names(what: str, places: Sequence[str]) -> None:
     if places:
-        shown = ", ".join(sorted(places)[:_NAMED])
-        more = f" and {len(places) - _NAMED:,} more" if len(places) > _NAMED else ""
+        shown = ", ".join(sorted(places)[:_MAX_NAMED_RUNS])
+        more = (
+            f" and {len(places) - _MAX_NAMED_RUNS:,} more" if len(places) > _MAX_NAMED_RUNS else ""
+        )
         tell("note", f"{what}: {shown}{more}")
 
 
-def order_of(url: str, described: dict[str, Any], committed: str = "") -> Order:
+def compute_order(url: str, described: dict[str, Any], committed: str = "") -> RunOrder:
     """The place of a run among others.
 
     described: its `_run.json`; committed: when it was, for runs that did not note their start
     """
     began = str(described.get("began") or committed)
-    found = _DAY.findall(url)
+    found = _DATE_PATTERN.findall(url)
     day, again = found[-1] if found else (began[:10], "")
     return int(described.get("sequence") or 0), day, int(again or 1), began, url
 
 
-def order_of_run(run: Run) -> Order:
+def compute_run_order(run: CommittedRun) -> RunOrder:
     """The place of a committed run; a compacted history stands at its newest rows."""
-    if run.merged:
-        return max(origins(run).values())
-    return order_of(run.url, run.described, str(run.success["committed"]))
+    if run.merged_runs:
+        return max(find_origins(run).values())
+    return compute_order(run.url, run.run_record, str(run.success_record["committed"]))
 
 
-def origins(run: Run) -> dict[str, Order]:
+def find_origins(run: CommittedRun) -> dict[str, RunOrder]:
     """The runs whose rows a run holds, by URL: itself, or those that were merged into it."""
-    if not run.merged:
-        return {run.url: order_of_run(run)}
-    known = run.described.get("origins")
+    if not run.merged_runs:
+        return {run.url: compute_run_order(run)}
+    known = run.run_record.get("origins")
     if known:
-        return {url: _order(values) for url, values in known.items()}
+        return {url: _parse_order(values) for url, values in known.items()}
     # merged before there were numbers
-    until = str(run.success.get("labelled_until", run.success["committed"]))
-    return {url: order_of(url, {}, until) for url in run.merged}
+    until = str(run.success_record.get("labelled_until", run.success_record["committed"]))
+    return {url: compute_order(url, {}, until) for url in run.merged_runs}
 
 
-def _order(values: Sequence[Any]) -> Order:
+def _parse_order(values: Sequence[Any]) -> RunOrder:
     sequence, day, again, began, url = values
     return int(sequence), str(day), int(again), str(began), str(url)
 
 
-def next_sequence(output: str, nights: Nights | None) -> int:
+def compute_next_sequence(output: str, nights: PastRuns | None) -> int:
     """The number of a run that is planned now.
 
     nights: what `--since` found; without, the runs in the same folder as the output are read
     """
-    highest = nights.sequence if nights is not None else 0
+    highest = nights.last_sequence if nights is not None else 0
     above = filesystem.parent(output)
     try:
-        pages = list(filesystem.pages(above, deep=False))
+        pages = list(filesystem.iter_pages(above, deep=False))
     except (StorageMissing, StorageForbidden):
         return highest + 1
     places = [filesystem.absolute(folder) for page in pages for folder in page.folders]
-    with ThreadPoolExecutor(_READS) as pool:
-        return 1 + max([highest, *pool.map(_sequence, places)])
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return 1 + max([highest, *pool.map(_read_sequence, places)])
 
 
-def _sequence(place: str) -> int:
+def _read_sequence(place: str) -> int:
     try:
-        described = json.loads(filesystem.read(filesystem.join(place, layout.RUN)))
+        described = json.loads(filesystem.read(filesystem.join(place, layout.RUN_FILE)))
     except (StorageMissing, StorageForbidden, ValueError):
         return 0
     known = described.get("sequence") if isinstance(described, dict) else None
     return known if isinstance(known, int) else 0
 
 
-def date_of(date: datetime.date | None) -> str:
+def format_date(date: datetime.date | None) -> str:
     """The date as YYYY-MM-DD, today in UTC if none."""
     return (date or datetime.datetime.now(datetime.UTC).date()).isoformat()
 
 
 @dataclass(frozen=True)
-class Series:
+class OutputSeries:
     """The output folders of one date: `date=2026-11-27`, then `date=2026-11-27.2` and so on."""
 
     template: str
     date: datetime.date | None
 
-    def place(self, number: int) -> str:
+    def resolve_folder(self, number: int) -> str:
         """The folder of the date's n-th run, from 1."""
-        day = date_of(self.date) + (f".{number}" if number > 1 else "")
+        day = format_date(self.date) + (f".{number}" if number > 1 else "")
         return filesystem.absolute(self.template.replace("{date}", day).rstrip("/"))
 
     @property
-    def dated(self) -> bool:
+    def has_date(self) -> bool:
         """Whether the output names a date, so that there may be further folders."""
         return "{date}" in self.template
 
-    def runs(self) -> list[tuple[str, dict[str, Any]]]:
+    def load_runs(self) -> list[tuple[str, dict[str, Any]]]:
         """The folders that hold a run, oldest first, with its `_run.json`."""
         found: list[tuple[str, dict[str, Any]]] = []
-        while not found or self.dated:
-            place = self.place(len(found) + 1)
+        while not found or self.has_date:
+            place = self.resolve_folder(len(found) + 1)
             described = layout.load_run(place)
             if described is None:
                 break
             found.append((place, described))
         return found
 
-    def after(self, place: str) -> str:
+    def find_next_folder(self, place: str) -> str:
         """The next folder; raises OutputError when the output names no date."""
-        if not self.dated:
+        if not self.has_date:
             raise OutputError(
                 f"output {place}: holds another run, of other rows; write {{date}} in --output, as "
                 "in labels/date={date}, so that each run gets a folder of its own"
             )
         number = 1
-        while self.place(number) != place:
+        while self.resolve_folder(number) != place:
             number += 1
-        return self.place(number + 1)
+        return self.resolve_folder(number + 1)

@@ -23,10 +23,10 @@ from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.config import Section, UnitFloat, requested
 from imgcls.data import filesystem, object_store
-from imgcls.data.filesystem import MAX_BYTES
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import (
     CrashingImage,
     OutputError,
@@ -35,35 +35,42 @@ from imgcls.errors import (
     TooManyErrors,
 )
 from imgcls.execution import completed
-from imgcls.execution.completed import Ledger
-from imgcls.execution.messages import Done, Work, WorkSpec
-from imgcls.execution.placement import TASK_CPUS, Layout, ScaleConfig
-from imgcls.execution.plan import LARGE_CHUNK, Identity, Plan, make_plan, plan_of, restore_shards
+from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.messages import ChunkResult, ChunkTask, PredictSpec
+from imgcls.execution.placement import ROLLUP_TASK_CPUS, Placement, ScaleConfig
+from imgcls.execution.plan import (
+    DEFAULT_CHUNK_ROWS,
+    Plan,
+    RunIdentity,
+    make_plan,
+    parse_plan,
+    restore_shards,
+)
 from imgcls.execution.progress import Progress
-from imgcls.execution.runner import Passes, fitted, resumable
+from imgcls.execution.runner import ChunkRunner, add_resume_hint, wait_for_placement
 from imgcls.inference import autotune, commit, gates
-from imgcls.inference.autotune import Choice
+from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.gates import ErrorStatus
 from imgcls.inference.incremental import SinceConfig
-from imgcls.inference.keys import TRANSIENT
-from imgcls.inference.nightly import Job, NightRequest, label_new, planned_manifest
-from imgcls.inference.nights import Series, date_of, next_sequence
-from imgcls.inference.ray_metrics import Telemetry
+from imgcls.inference.keys import TRANSIENT_STATUSES
+from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
+from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
+from imgcls.inference.ray_metrics import RayMetrics
 from imgcls.inference.requests import (
     check_columns,
-    check_images,
-    check_output,
-    check_patience,
-    decoded_on_cpus,
+    check_first_image,
+    check_resumable,
+    check_timeouts,
     is_on_web,
-    settings_of,
-    size_of,
-    urls_of,
+    iter_image_urls,
+    read_image_size,
+    require_cpu_decoding,
+    resolve_settings,
 )
 from imgcls.log import LogFormat, tell
 from imgcls.metrics import PredictionCounts, tables
-from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle
-from imgcls.provenance import provenance
+from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
+from imgcls.provenance import build_provenance
 from imgcls.runs import layout as names
 from imgcls.runs.committed import open_run
 from imgcls.runs.lease import DEFAULT_TERM_SECONDS, Lease
@@ -117,7 +124,7 @@ class PredictConfig(Section):
     """Throw away what is in the output folder and start over."""
     limit: PositiveInt | None = None
     """Label only so many rows from the start of the manifest."""
-    decode: Decode | None = None
+    decode: DecodeMode | None = None
     """exact: decode JPEGs whole. fast: large ones at reduced size. Default: the bundle's own."""
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively. int8: by a bundle prepared for it, on CPUs."""
@@ -125,7 +132,7 @@ class PredictConfig(Section):
     """Compile the model; auto: where a trial before a long run finds that it pays."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
     """Images with more pixels are refused from their header."""
-    max_bytes: PositiveInt = MAX_BYTES
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
     chunk_rows: PositiveInt | None = None
     """Rows per unit of work; chosen from the size of the manifest when not given."""
@@ -153,11 +160,11 @@ class PredictResult:
         """The table as pandas has it, all of it in memory: one row per manifest row, in order."""
         import pandas as pd
 
-        parts = filesystem.names(filesystem.join(self.output, names.PREDICTIONS))
+        parts = filesystem.list_names(filesystem.join(self.output, names.PREDICTIONS_FOLDER))
         frames = []
         for part in sorted(parts):
             with filesystem.open_read(
-                filesystem.join(self.output, names.PREDICTIONS, part)
+                filesystem.join(self.output, names.PREDICTIONS_FOLDER, part)
             ) as stream:
                 frames.append(pd.read_parquet(stream))
         return pd.concat(frames, ignore_index=True)
@@ -180,13 +187,13 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         'label(manifest="photos.csv", model="bundle", output="out")',
     )
     log.use(config.log)
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     if config.date is None:  # once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
-    output = filesystem.absolute(dated(config.output, config.date))
+    output = filesystem.absolute(resolve_output(config.output, config.date))
     with (
-        gates.told_in_json(config.summary_json, output) as outputs,
-        session.Interruption().watched() as interruption,
+        gates.report_exit(config.summary_json, output) as outputs,
+        session.Interruption().handle_signals() as interruption,
     ):
         return _predict(config, output, interruption, outputs)
 
@@ -195,44 +202,50 @@ def _predict(
     config: PredictConfig, output: str, interruption: session.Interruption, outputs: list[str]
 ) -> PredictResult:
     listed = open_manifest(config.manifest)
-    listed = replace(listed, _digest=functools.cache(listed.fingerprint))
+    listed = replace(listed, _compute_fingerprint=functools.cache(listed.fingerprint))
     bundle = load_bundle(config.model).with_decode(config.decode)
     if bundle.spec.preprocess.decode == "exact":
-        config = decoded_on_cpus(config)
+        config = require_cpu_decoding(config)
     if config.precision == "int8":
         if config.compile == "always":
             raise RequestError("compile: a network in int8 is not compiled; give one of the two")
-        tell("int8", int8_of(bundle).cost())
+        tell("int8", require_int8(bundle).describe_cost())
     check_columns(listed)
-    check_patience(config, output, listed)
-    check_images(listed, config.max_bytes)
+    check_timeouts(config, output, listed)
+    check_first_image(listed, config.max_bytes)
 
-    def label(job: Job) -> PredictResult:
-        check_output(job.output, config)
+    def label(job: PredictJob) -> PredictResult:
+        check_resumable(job.output, config)
         outputs.append(job.output)
         started = time.monotonic()
         lease = Lease.acquire(job.output, config.lease_seconds)
         try:
-            with resumable(job.output, lease):
-                run = _Run(config, job, bundle, lease, interruption, started)
+            with add_resume_hint(job.output, lease):
+                run = _PredictRun(config, job, bundle, lease, interruption, started)
                 return run.run()
         finally:
-            autoscaler.give_back()
+            autoscaler.cancel_request()
             lease.release()
 
     def committed(place: str, rows: int) -> PredictResult:
         outputs.append(place)
-        _tidy(place)  # after a kill at the end
+        _remove_staging(place)  # after a kill at the end
         return PredictResult(place, rows, None)
 
     if config.since is None:
-        return label(Job(output, listed, notes=lambda: {"sequence": next_sequence(output, None)}))
-    request = NightRequest(
-        series=Series(config.output, config.date),
+        return label(
+            PredictJob(
+                output,
+                listed,
+                build_run_entries=lambda: {"sequence": compute_next_sequence(output, None)},
+            )
+        )
+    request = NightlyRequest(
+        series=OutputSeries(config.output, config.date),
         since=config.since,
-        listed=listed,
+        manifest=listed,
         bundle_sha256=bundle.sha256,
-        settings=settings_of(config, bundle),
+        settings=resolve_settings(config, bundle),
         relabel=config.relabel,
         retry_failed=config.retry_failed,
         retry_errors=config.retry_errors,
@@ -241,13 +254,13 @@ def _predict(
     return label_new(request, label, committed)
 
 
-class _Run:
+class _PredictRun:
     """One driver's pass over a run: the state that its steps share."""
 
     def __init__(
         self,
         config: PredictConfig,
-        job: Job,
+        job: PredictJob,
         bundle: Bundle,
         lease: Lease,
         interruption: session.Interruption,
@@ -270,45 +283,45 @@ class _Run:
     def run(self) -> PredictResult:
         config = self.config
         if config.overwrite or (self.job.start_over and not names.is_committed(self.output)):
-            names.clear(self.output)
+            names.remove_run(self.output)
         # how fast the driver before was is not how fast this one is
-        filesystem.remove(filesystem.join(self.output, names.PROGRESS))
+        filesystem.remove(filesystem.join(self.output, names.PROGRESS_FILE))
         stored = names.load_run(self.output)
         if stored is not None:
-            self._check_same(stored)
+            self._check_identity(stored)
             if names.is_committed(self.output) and not config.retry_errors:
-                rows = plan_of(stored).rows
-                _tidy(self.output)  # after a kill at the end
+                rows = parse_plan(stored).rows
+                _remove_staging(self.output)  # after a kill at the end
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         session.connect()
-        self.chunk_bytes = self._chunk_bytes()
-        layout = fitted(config.scale, self.interruption, self.chunk_bytes)
+        self.chunk_bytes = self._estimate_chunk_bytes()
+        layout = wait_for_placement(config.scale, self.interruption, self.chunk_bytes)
         for reason in layout.reasons:
             tell("layout", reason)
-        self.plan = plan_of(stored) if stored is not None else self._make_plan()
+        self.plan = parse_plan(stored) if stored is not None else self._make_plan()
         self.resumed = stored is not None
         run = names.load_run(self.output)
         assert run is not None
         log.use(config.log, run_id=self.plan.run_id)
-        layout, self.choice = self._tried(run, layout)
-        spec = self._spec(run, self.choice)
-        counts = self._first_pass(spec, layout)
+        layout, self.choice = self._tune(run, layout)
+        spec = self._build_spec(run, self.choice)
+        counts = self._run_first_pass(spec, layout)
         if self.resumed and config.retry_errors:
-            counts = self._retry(spec, layout, None) or counts
+            counts = self._retry_rows(spec, layout, None) or counts
         elif self.resumed and config.since is not None and "refused" in run:
             # it is asked for again after a gate refused it: what may have passed is tried again
-            counts = self._retry(spec, layout, TRANSIENT) or counts
+            counts = self._retry_rows(spec, layout, TRANSIENT_STATUSES) or counts
         return self._commit(run, counts)
 
-    def _check_same(self, stored: dict[str, Any]) -> None:
-        identity = self._identity()
+    def _check_identity(self, stored: dict[str, Any]) -> None:
+        identity = self._build_identity()
         if names.is_committed(self.output) and not self.config.retry_errors:
             # a run of an earlier version has no values of settings that were added since
             known = stored["identity"]["settings"]
             settings = {key: value for key, value in identity.settings.items() if key in known}
             identity = replace(identity, settings=settings)
-        differences = identity.differences(stored["identity"])
+        differences = identity.find_differences(stored["identity"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
             raise OutputError(
@@ -323,41 +336,41 @@ class _Run:
         comparison = self.job.comparison
         try:
             if comparison is not None:
-                comparison.write(self.output)
+                comparison.write_tables(self.output)
             plan = make_plan(
                 self.output,
                 self.manifest,
-                self._identity(),
+                self._build_identity(),
                 chunk_rows=config.chunk_rows,
                 part_rows=config.part_rows,
                 row_bytes=row_bytes,
                 limit=config.limit,
-                provenance=provenance(config.model_dump(mode="json", exclude={"storage"})),
+                provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
-                any_labels=comparison is not None and bool(comparison.nights.committed),
-                notes=self.job.notes(),
+                any_labels=comparison is not None and bool(comparison.past_runs.committed),
+                notes=self.job.build_run_entries(),
             )
         except RequestError:
-            filesystem.remove(filesystem.join(self.output, names.STAGING))
+            filesystem.remove(filesystem.join(self.output, names.STAGING_FOLDER))
             raise
         tell(
             "plan",
-            f"{plan.rows:,} rows in {plan.chunks:,} chunks of {plan.chunk_rows}, "
-            f"{plan.parts:,} final {'file' if plan.parts == 1 else 'files'}",
+            f"{plan.rows:,} rows in {plan.num_chunks:,} chunks of {plan.chunk_rows}, "
+            f"{plan.num_parts:,} final {'file' if plan.num_parts == 1 else 'files'}",
             **asdict(plan),
         )
         if comparison is not None:
             run = names.load_run(self.output)
             assert run is not None
-            self.manifest = planned_manifest(self.output, run, self.manifest)
+            self.manifest = load_planned_manifest(self.output, run, self.manifest)
             comparison.close()
         return plan
 
-    def _identity(self) -> Identity:
+    def _build_identity(self) -> RunIdentity:
         manifest = self.manifest
-        return Identity(
+        return RunIdentity(
             manifest={
                 "fingerprint": manifest.fingerprint(),
                 "path_column": manifest.path_column,
@@ -365,49 +378,51 @@ class _Run:
                 "root": manifest.root,
             },
             bundle={"sha256": self.bundle.sha256},
-            settings=settings_of(self.config, self.bundle),
+            settings=resolve_settings(self.config, self.bundle),
         )
 
-    def _tried(self, run: dict[str, Any], layout: Layout) -> tuple[Layout, Choice]:
+    def _tune(self, run: dict[str, Any], layout: Placement) -> tuple[Placement, TunedSettings]:
         """What the run chose when it began, or chooses now: by a trial, where it is a long one."""
         config = self.config
-        kept = Choice(**run["chosen"]) if "chosen" in run else None
-        choice = kept or Choice(layout.batch_size, config.compile == "always")
+        kept = TunedSettings(**run["chosen"]) if "chosen" in run else None
+        choice = kept or TunedSettings(layout.batch_size, config.compile == "always")
         may_compile = "never" if config.precision == "int8" else config.compile
-        asked = autotune.question(config.scale, may_compile, layout, self.plan.rows, kept)
+        asked = autotune.plan_benchmark(config.scale, may_compile, layout, self.plan.rows, kept)
         if asked is not None:
-            case = autotune.Case(
+            case = autotune.BenchmarkInput(
                 bundle_url=filesystem.absolute(self.bundle.url),
                 decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
                 rows=self.plan.rows // layout.workers,
-                urls=tuple(itertools.islice(urls_of(self.manifest), autotune.IMAGES)),
-                storage=object_store.settings(),
+                urls=tuple(
+                    itertools.islice(iter_image_urls(self.manifest), autotune.BENCHMARK_IMAGES)
+                ),
+                storage=object_store.current_settings(),
                 max_bytes=config.max_bytes,
             )
-            patience = autoscaler.Patience(config.scale.wait_seconds)
-            answer = autotune.ask(
+            patience = autoscaler.WaitTimeout(config.scale.resource_timeout_s)
+            answer = autotune.run_benchmark(
                 asked,
                 case,
                 layout,
                 self.interruption,
-                lambda waited: patience.spend(waited, "a worker's trial"),
+                lambda waited: patience.check(waited, "a worker's trial"),
             )
-            decided, reasons = autotune.choose(answer, case.rows)
+            decided, reasons = autotune.choose_settings(answer, case.rows)
             choice = replace(decided, compile=decided.compile or choice.compile)
             for reason in reasons:
                 tell("trial", reason)
             if asked.decode:
-                choice, reason = autotune.split(answer, layout, choice)
+                choice, reason = autotune.balance_decoding(answer, layout, choice)
                 tell("trial", reason)
         if kept is None:
             run["chosen"] = asdict(choice)
-            names.keep_run(self.output, run)
-        return autotune.with_share(layout, choice), choice
+            names.write_run(self.output, run)
+        return autotune.apply_decode_split(layout, choice), choice
 
-    def _spec(self, run: dict[str, Any], choice: Choice) -> WorkSpec:
+    def _build_spec(self, run: dict[str, Any], choice: TunedSettings) -> PredictSpec:
         settings, manifest = run["identity"]["settings"], self.manifest
-        return WorkSpec(
+        return PredictSpec(
             output=self.output,
             plan=self.plan,
             bundle_url=filesystem.absolute(self.bundle.url),
@@ -416,7 +431,7 @@ class _Run:
             label_column=manifest.label_column,
             root=manifest.root,
             top_k=settings["top_k"],
-            thresholds=tuple(self.bundle.spec.class_thresholds(self.config.threshold)),
+            thresholds=tuple(self.bundle.spec.resolve_thresholds(self.config.threshold)),
             scores=bool(settings["scores"]),
             scores_type=settings["scores"] or "float32",
             embeddings=settings["embeddings"],
@@ -426,75 +441,76 @@ class _Run:
             batch_size=choice.batch_size,
             max_pixels=settings["max_pixels"],
             max_bytes=settings["max_bytes"],
-            fetches=self.config.scale.fetches,
-            storage=object_store.settings(),
+            io_concurrency=self.config.scale.io_concurrency,
+            storage=object_store.current_settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
-            on_web=is_on_web(manifest),
+            is_on_web=is_on_web(manifest),
         )
 
-    def _chunk_bytes(self) -> int:
+    def _estimate_chunk_bytes(self) -> int:
         """What a chunk takes on its way to a GPU: its pixels, or its files where those are more."""
         side = self.bundle.spec.preprocess.crop
         each = 3 * side * side
-        may_come = [] if session.is_private() else autoscaler.most_nodes() or []
-        if any(node.gpus for node in [*session.nodes(), *may_come]):
+        may_come = [] if session.is_private_session() else autoscaler.find_max_nodes() or []
+        if any(node.gpus for node in [*session.list_nodes(), *may_come]):
             sizes = [
-                size_of(url) for url in itertools.islice(urls_of(self.manifest), MEASURED_FILES)
+                read_image_size(url)
+                for url in itertools.islice(iter_image_urls(self.manifest), SAMPLED_FILES)
             ]
             read = [size for size in sizes if size <= self.config.max_bytes]
             each = max(each, sum(read) // max(1, len(read)))
-        return each * (self.config.chunk_rows or LARGE_CHUNK)
+        return each * (self.config.chunk_rows or DEFAULT_CHUNK_ROWS)
 
-    def _first_pass(self, spec: WorkSpec, layout: Layout) -> PredictionCounts:
+    def _run_first_pass(self, spec: PredictSpec, layout: Placement) -> PredictionCounts:
         """Do every chunk that is not durable, roll parts up as they complete, count them all."""
-        book = Ledger.read(self.output, self.plan)
-        todo = book.missing()
-        if len(book.parts) < self.plan.parts:
+        book = CompletedChunks.load(self.output, self.plan)
+        todo = book.list_remaining()
+        if len(book.parts) < self.plan.num_parts:
             restore_shards(self.output, self.manifest, self.plan)
         if book.rows_done:
             tell("resume", f"{book.rows_done:,} of {self.plan.rows:,} rows are done")
-        counting = _Counting(self, spec)
+        counting = PartRollup(self, spec)
         for part in sorted(book.parts):
             counting.count(part)
-        for part in book.complete_parts():
+        for part in book.list_complete_parts():
             counting.roll_up(book, part)
-        for done_chunk in self._work(spec, layout, todo, self.plan.rows, book.rows_done):
+        for done_chunk in self._run_chunks(spec, layout, todo, self.plan.rows, book.rows_done):
             whole = book.add(done_chunk)
             if whole is not None:
                 counting.roll_up(book, whole)
         if not self.plan.rows:
-            completed.write_empty(self.output, self.plan, self._empty(spec))
+            completed.write_empty_part(self.output, self.plan, self._build_empty_table(spec))
         return counting.finish(book)
 
-    def _empty(self, spec: WorkSpec) -> pa.Table:
+    def _build_empty_table(self, spec: PredictSpec) -> pa.Table:
         """The table of a night on which there was nothing to do."""
-        added = names.prediction_schema(
+        added = names.build_prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,
-            embedding=_embedding_width(self.bundle) if spec.embeddings else None,
+            embedding=_find_embedding_width(self.bundle) if spec.embeddings else None,
         )
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
-    def _retry(
-        self, spec: WorkSpec, layout: Layout, statuses: Collection[str] | None
+    def _retry_rows(
+        self, spec: PredictSpec, layout: Placement, statuses: Collection[str] | None
     ) -> PredictionCounts | None:
         """Do failed rows, all or those of some statuses, again; exchange the parts they are in."""
-        completed.drop_retries(self.output, self.plan)
+        completed.remove_retries(self.output, self.plan)
         labelled = (spec.label_column,) if spec.label_column is not None else ()
-        todo = completed.failed_rows(
+        todo = completed.list_failed_rows(
             self.output, self.plan, [spec.path_column, *labelled], statuses
         )
         if not todo:
             return None
         rows = sum(len(work.offsets or ()) for work in todo)
         tell("retry", f"{rows:,} rows that failed before")
-        filesystem.remove(filesystem.join(self.output, names.SUCCESS))
-        for _ in self._work(spec, layout, todo, rows, 0):
+        filesystem.remove(filesystem.join(self.output, names.SUCCESS_FILE))
+        for _ in self._run_chunks(spec, layout, todo, rows, 0):
             pass
-        counting = _Counting(self, spec)
-        for part in range(self.plan.parts):
+        counting = PartRollup(self, spec)
+        for part in range(self.plan.num_parts):
             mine = [work for work in todo if self.plan.part_of(work.chunk) == part]
             if mine:
                 self.lease.check()
@@ -502,41 +518,43 @@ class _Run:
             counting.count(part)
         return counting.finish(None)
 
-    def _work(
-        self, spec: WorkSpec, layout: Layout, todo: Sequence[Work], total: int, done: int
+    def _run_chunks(
+        self, spec: PredictSpec, layout: Placement, todo: Sequence[ChunkTask], total: int, done: int
     ) -> Iterator[int]:
         if not todo:
             return
-        passes = Passes(
+        passes = ChunkRunner(
             spec,
             self.config.scale,
             self.interruption,
-            lambda fits: autotune.with_share(fits, self.choice),
+            lambda fits: autotune.apply_decode_split(fits, self.choice),
             self.chunk_bytes,
         )
-        telemetry = Telemetry(self.plan.run_id)
+        telemetry = RayMetrics(self.plan.run_id)
         progress, kept = Progress(total, done, self.config.progress_seconds), time.monotonic()
         try:
-            for receipt in passes.receipts(layout, todo):
+            for receipt in passes.run(layout, todo):
                 if receipt is None:
                     progress.tick()
                 else:
                     self.precision.add(receipt.precision)
                     progress.add(receipt)
-                    telemetry.add(receipt)
-                    _tell_chunk(receipt)
+                    telemetry.record_chunk(receipt)
+                    _log_chunk(receipt)
                     self.lease.check()
-                    yield receipt.work.chunk
-                if time.monotonic() - kept > KEEP_SECONDS:
+                    yield receipt.task.chunk
+                if time.monotonic() - kept > PROGRESS_WRITE_SECONDS:
                     kept = time.monotonic()
                     self.lease.check()
-                    telemetry.show(progress.fields())
-                    names.keep_progress(self.output, progress.fields())
-            telemetry.show(progress.fields())  # else a gauge stays at what was left before
+                    telemetry.set_progress(progress.snapshot())
+                    names.write_progress(self.output, progress.snapshot())
+            telemetry.set_progress(
+                progress.snapshot()
+            )  # else a gauge stays at what was left before
         finally:
             progress.close()
             self.steady_rate = progress.steady_rate
-            for stage, spent in progress.spent.seconds().items():
+            for stage, spent in progress.timings.seconds().items():
                 self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + spent
 
     def _commit(self, run: dict[str, Any], counts: PredictionCounts) -> PredictResult:
@@ -547,7 +565,7 @@ class _Run:
                 f"{self.plan.rows:,}; nothing was committed, start over with --overwrite"
             )
         self.lease.check()
-        summary = commit.write_metrics(
+        summary = commit.write_metric_tables(
             self.output,
             self.plan,
             counts,
@@ -562,8 +580,8 @@ class _Run:
         self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
-        for folder in (names.PREDICTIONS, names.METRICS, ""):
-            filesystem.sweep(filesystem.join(self.output, folder))
+        for folder in (names.PREDICTIONS_FOLDER, names.METRICS_FOLDER, ""):
+            filesystem.remove_temporary_files(filesystem.join(self.output, folder))
         self.lease.check()
         commit.write_success(
             self.output,
@@ -573,7 +591,7 @@ class _Run:
             steady_rate=self.steady_rate,
             precision=sorted(self.precision),
         )
-        _tidy(self.output)
+        _remove_staging(self.output)
         tell("committed", f"{counts.rows:,} rows: {self.output}", rows=counts.rows)
         return PredictResult(self.output, counts.rows, counts)
 
@@ -583,9 +601,9 @@ class _Run:
         allowed = config.max_errors
         if allowed is None:
             allowed = 0 if config.since is None else DEFAULT_MAX_ERRORS
-        repeated = gates.repeated_failures(self.output, self.plan, self.manifest.path_column)
+        repeated = gates.count_repeated_failures(self.output, self.plan, self.manifest.path_column)
         try:
-            gates.check_errors(
+            gates.check_error_rates(
                 self.output,
                 counts,
                 config.max_error_rate,
@@ -594,64 +612,64 @@ class _Run:
                 repeated=repeated,
             )
         except TooManyErrors as error:
-            names.keep_run(self.output, run | {"refused": str(error)})
+            names.write_run(self.output, run | {"refused": str(error)})
             raise
         if "refused" in run:
             del run["refused"]
-            names.keep_run(self.output, run)
+            names.write_run(self.output, run)
 
 
-def _tell_chunk(done: Done) -> None:
+def _log_chunk(done: ChunkResult) -> None:
     """What a log system or a worried person wants of a chunk that has come back."""
-    if done.deaths:
+    if done.crashes:
         crashed = done.status.get(CrashingImage.status, 0)
         tell(
             "watch",
-            f"chunk {done.work.chunk}: {done.deaths} workers died at it or were lost; it is done, "
+            f"chunk {done.task.chunk}: {done.crashes} workers died at it or were lost; it is done, "
             f"{crashed} of its rows {CrashingImage.status}",
         )
     if log.is_json():
-        seconds = {name: round(value, 3) for name, value in done.spent.seconds().items()}
+        seconds = {name: round(value, 3) for name, value in done.timings.seconds().items()}
         tell(
             "chunk",
-            f"chunk {done.work.chunk} is durable",
-            chunk=done.work.chunk,
+            f"chunk {done.task.chunk} is durable",
+            chunk=done.task.chunk,
             worker=done.worker,
             node=done.worker.partition("/")[0],
             rows=done.rows,
             status=done.status,
-            deaths=done.deaths,
+            deaths=done.crashes,
             seconds=seconds,
         )
 
 
 DEFAULT_MAX_ERRORS = 10
 """With --since: a night may be so small that one broken image is a large share of it."""
-KEEP_SECONDS = 10.0
+PROGRESS_WRITE_SECONDS = 10.0
 """So often the output is told how far the run is."""
-MEASURED_FILES = 16
+SAMPLED_FILES = 16
 """From the start of the manifest, to know how large the images are."""
-OWN_ROWS = 50_000
+MAX_DRIVER_ROWS = 50_000
 """So few rows the driver counts by itself, sooner than Ray has a process ready for it."""
 
 
-class _Counting:
+class PartRollup:
     """Rolls parts up and counts them on the cluster, beside the labelling, merging as they end."""
 
-    def __init__(self, run: _Run, spec: WorkSpec) -> None:
+    def __init__(self, run: _PredictRun, spec: PredictSpec) -> None:
         self._run = run
         self._label_column = spec.label_column
         self._classes = run.bundle.spec.classes
-        self._own = run.plan.rows <= OWN_ROWS
+        self._own = run.plan.rows <= MAX_DRIVER_ROWS
         self._rolling: dict[ray.ObjectRef, int] = {}
         self._counting: set[ray.ObjectRef] = set()
         self._total = PredictionCounts.empty(self._classes)
         if self._own:
             return
         self._shared_classes: Any = ray.put(self._classes)
-        remote = ray.remote(num_cpus=TASK_CPUS, max_retries=3)
-        self._roll_up = remote(object_store.carried(completed.roll_up))
-        self._count = remote(object_store.carried(completed.count_part))
+        remote = ray.remote(num_cpus=ROLLUP_TASK_CPUS, max_retries=3)
+        self._roll_up = remote(object_store.bind_settings(completed.roll_up))
+        self._count = remote(object_store.bind_settings(completed.count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is durable."""
@@ -662,25 +680,28 @@ class _Counting:
         task = self._count.remote(output, part, label_column, self._shared_classes)
         self._counting.add(task)
 
-    def roll_up(self, book: Ledger, part: int) -> None:
+    def roll_up(self, book: CompletedChunks, part: int) -> None:
         """Start to roll a part up; parts that have ended meanwhile are entered in the ledger."""
         run = self._run
         run.lease.check()
         given = (run.output, run.plan, part, self._label_column)
         if self._own:
             self._total += completed.roll_up(*given, self._classes)
-            book.rolled_up(part)
+            book.mark_rolled_up(part)
             return
         self._rolling[self._roll_up.remote(*given, self._shared_classes)] = part
         self._collect(book, wait=False)
 
-    def finish(self, book: Ledger | None) -> PredictionCounts:
+    def finish(self, book: CompletedChunks | None) -> PredictionCounts:
         """Wait for what is under way; the counts of all parts together."""
         self._collect(book, wait=True)
         return self._total
 
-    def _collect(self, book: Ledger | None, *, wait: bool) -> None:
-        patience, last = autoscaler.Patience(self._run.config.scale.wait_seconds), time.monotonic()
+    def _collect(self, book: CompletedChunks | None, *, wait: bool) -> None:
+        patience, last = (
+            autoscaler.WaitTimeout(self._run.config.scale.resource_timeout_s),
+            time.monotonic(),
+        )
         while self._rolling or self._counting:
             pending = [*self._rolling, *self._counting]
             ready, _ = ray.wait(pending, timeout=0.2 if wait else 0)
@@ -689,28 +710,28 @@ class _Counting:
                 return
             if ready:
                 last = time.monotonic()
-            patience.spend(time.monotonic() - last, f"{len(pending)} parts that are rolled up")
+            patience.check(time.monotonic() - last, f"{len(pending)} parts that are rolled up")
             for task in ready:
                 self._total += ray.get(task)
                 part = self._rolling.pop(task, None)
                 self._counting.discard(task)
                 if part is not None and book is not None:
-                    book.rolled_up(part)
+                    book.mark_rolled_up(part)
 
 
-def dated(output: str, date: datetime.date | None) -> str:
+def resolve_output(output: str, date: datetime.date | None) -> str:
     """The output folder with {date} written out as YYYY-MM-DD."""
-    return output.replace("{date}", date_of(date))
+    return output.replace("{date}", format_date(date))
 
 
-def _embedding_width(bundle: Bundle) -> int:
+def _find_embedding_width(bundle: Bundle) -> int:
     from imgcls.models import zoo  # and torch, which no other step of the driver needs
 
-    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
-    return zoo.embedding_width(network)
+    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
+    return zoo.get_embedding_width(network)
 
 
-def _tidy(output: str) -> None:
+def _remove_staging(output: str) -> None:
     """Remove what a committed run needs no more."""
-    for name in (names.STAGING, names.PROGRESS):
+    for name in (names.STAGING_FOLDER, names.PROGRESS_FILE):
         filesystem.remove(filesystem.join(output, name))

@@ -11,13 +11,13 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from imgcls.execution.messages import Done
+from imgcls.execution.messages import ChunkResult
 
-STAGE_BOUNDARIES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+STAGE_BUCKETS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 """Of the seconds that a chunk spends in a stage."""
 
 
-class Telemetry:
+class RayMetrics:
     """The metrics of one run."""
 
     def __init__(self, run_id: str) -> None:
@@ -35,7 +35,7 @@ class Telemetry:
             "imgcls_stage_seconds",
             "Seconds that a chunk spent in a stage",
             "stage",
-            boundaries=STAGE_BOUNDARIES,
+            boundaries=STAGE_BUCKETS,
         )
         self._died = made(Counter, "imgcls_workers_died", "Workers that died or were lost at work")
         self._rows_left = made(Gauge, "imgcls_rows_left", "Rows of the manifest still to be done")
@@ -45,20 +45,20 @@ class Telemetry:
             Gauge, "imgcls_gpu_busy", "Share of late that the GPUs were at forward passes"
         )
 
-    def add(self, done: Done) -> None:
+    def record_chunk(self, done: ChunkResult) -> None:
         """A chunk is durable."""
         node = done.worker.partition("/")[0]
         for status, rows in done.status.items():
             self._images.inc(rows, tags={"status": status, "node": node})
-        if done.spent.bytes:
-            self._bytes.inc(done.spent.bytes, tags={"node": node})
-        for stage, seconds in done.spent.seconds().items():
+        if done.timings.bytes:
+            self._bytes.inc(done.timings.bytes, tags={"node": node})
+        for stage, seconds in done.timings.seconds().items():
             if seconds > 0:
                 self._stage.observe(seconds, tags={"stage": stage})
-        if done.deaths:
-            self._died.inc(done.deaths)
+        if done.crashes:
+            self._died.inc(done.crashes)
 
-    def show(self, fields: Mapping[str, Any]) -> None:
+    def set_progress(self, fields: Mapping[str, Any]) -> None:
         """How far the run is, as `Progress.fields` has it."""
         self._rows_left.set(fields["rows"] - fields["rows_done"])
         self._rate.set(fields["images_per_second"])

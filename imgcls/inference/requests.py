@@ -23,7 +23,7 @@ from imgcls.errors import (
     StorageForbidden,
     StorageMissing,
 )
-from imgcls.execution.placement import STORE_WAITS
+from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout as names
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from imgcls.inference.predict import PredictConfig
 
 
-def settings_of(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
+def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     """What changes results, or how they are cut into files."""
     threshold = bundle.spec.threshold if config.threshold is None else config.threshold
     return {
@@ -52,15 +52,17 @@ def settings_of(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def decoded_on_cpus(config: PredictConfig) -> PredictConfig:
+def require_cpu_decoding(config: PredictConfig) -> PredictConfig:
     """The same request where no GPU decodes: nvJPEG's pixels are not those of `decode: exact`."""
     scale = config.scale
-    if scale.layout == "gpu_decode" and scale.host_share != 1:
+    if scale.layout == "gpu_decode" and scale.cpu_decode_fraction != 1:
         raise RequestError(
             "decode exact: GPUs decode JPEGs with other pixels; set --scale.layout gpu, or "
             "--decode fast"
         )
-    return config.model_copy(update={"scale": scale.model_copy(update={"host_share": 1.0})})
+    return config.model_copy(
+        update={"scale": scale.model_copy(update={"cpu_decode_fraction": 1.0})}
+    )
 
 
 def check_columns(manifest: Manifest) -> None:
@@ -94,23 +96,29 @@ def check_columns(manifest: Manifest) -> None:
         seen[key] = name
 
 
-def check_patience(config: PredictConfig, output: str, manifest: Manifest) -> None:
+def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> None:
     """Raise RequestError where a worker that waits for a store would be taken to hang."""
-    waits = STORE_WAITS * config.storage.deadline_seconds
-    if config.scale.hang_seconds > waits:
+    waits = MAX_STORAGE_WAITS * config.storage.retry_timeout_s
+    if config.scale.worker_timeout_s > waits:
         return
-    places = (output, filesystem.absolute(config.model), *itertools.islice(urls_of(manifest), 1))
+    places = (
+        output,
+        filesystem.absolute(config.model),
+        *itertools.islice(iter_image_urls(manifest), 1),
+    )
     remote = next((place for place in places if not filesystem.is_local(place)), None)
     if remote is not None:
         raise RequestError(
-            f"scale.hang_seconds {config.scale.hang_seconds:g}: for {remote} a worker may wait "
-            f"{STORE_WAITS} x {config.storage.deadline_seconds:g} s (storage.deadline_seconds) "
+            f"scale.worker_timeout_s {config.scale.worker_timeout_s:g}: for {remote} a worker "
+            "may wait "
+            f"{MAX_STORAGE_WAITS} x {config.storage.retry_timeout_s:g} s "
+            "(storage.retry_timeout_s) "
             "before it has an image done, and would be ended although it does not hang; give more "
-            f"than {waits:g}, or a smaller --storage.deadline-seconds"
+            f"than {waits:g}, or a smaller --storage.retry-timeout-s"
         )
 
 
-def urls_of(manifest: Manifest) -> Iterator[str]:
+def iter_image_urls(manifest: Manifest) -> Iterator[str]:
     """Where the first images of a manifest are."""
     head = next(manifest.batches(), None)
     paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
@@ -122,10 +130,13 @@ def urls_of(manifest: Manifest) -> Iterator[str]:
 
 def is_on_web(manifest: Manifest) -> bool:
     """Whether the images are on web servers, by the first one."""
-    return object_store.protocol_of(next(urls_of(manifest), "")) in object_store.HTTP
+    return (
+        object_store.get_protocol(next(iter_image_urls(manifest), ""))
+        in object_store.HTTP_PROTOCOLS
+    )
 
 
-def size_of(url: str) -> int:
+def read_image_size(url: str) -> int:
     """Bytes of an image; none of one that cannot be had, which is a row like any other."""
     try:
         return filesystem.size(url)
@@ -133,12 +144,12 @@ def size_of(url: str) -> int:
         return 0
 
 
-def check_images(manifest: Manifest, max_bytes: int) -> None:
+def check_first_image(manifest: Manifest, max_bytes: int) -> None:
     """Try the first image on a store, before work starts that could only fail.
 
     Raises RequestError when the credentials are refused, or there is no such bucket.
     """
-    url = next(urls_of(manifest), None)
+    url = next(iter_image_urls(manifest), None)
     if url is None or filesystem.is_local(url):
         return
     try:
@@ -154,15 +165,16 @@ def check_images(manifest: Manifest, max_bytes: int) -> None:
         return  # a row like any other
 
 
-def check_output(output: str, config: PredictConfig) -> None:
+def check_resumable(output: str, config: PredictConfig) -> None:
     """Raise OutputError where a run can neither be begun nor resumed in a folder."""
-    names.check_writable(output)
+    names.check_output_writable(output)
     if config.overwrite:
         return
-    if names.load_run(output) is None and filesystem.names(
-        filesystem.join(output, names.PREDICTIONS)
+    if names.load_run(output) is None and filesystem.list_names(
+        filesystem.join(output, names.PREDICTIONS_FOLDER)
     ):
         raise OutputError(
-            f"output {output}: holds predictions but no {names.RUN}, so it is no run that can be "
+            f"output {output}: holds predictions but no {names.RUN_FILE}, so it is no run that "
+            "can be "
             "resumed; give another --output, or start over with --overwrite"
         )

@@ -22,22 +22,22 @@ from imgcls.data import decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import CrashingImage, ImageError, StorageError
-from imgcls.execution.messages import RunSpec, Spent, Work, WorkSpec
-from imgcls.metrics.columns import class_codes, own_scores
-from imgcls.models.classifier import Classifier, Pending, top_k_of
+from imgcls.execution.messages import ChunkTask, PredictSpec, RunSpec, StageTimings
+from imgcls.metrics.columns import compute_label_scores, encode_classes
+from imgcls.models.classifier import Classifier, PendingScores, select_top_k
 from imgcls.runs import layout
 
-Blob = bytes | StorageError | ImageError
-Beat = Callable[[], None]
-NOTHING: Mapping[int, str] = MappingProxyType({})
+FetchResult = bytes | StorageError | ImageError
+HeartbeatFn = Callable[[], None]
+NO_CRASHED_ROWS: Mapping[int, str] = MappingProxyType({})
 
 
-def _silent() -> None:
+def _ignore_heartbeat() -> None:
     pass
 
 
 @dataclass
-class Prepared:
+class PreparedImages:
     """What became of N rows' images before the model: pixels of the good ones, reasons of the rest.
 
     pixels: uint8 (K, crop, crop, 3) of the K ok rows, in row order; where a GPU decoded them, a
@@ -51,14 +51,14 @@ class Prepared:
     width: list[int | None] = field(default_factory=list)
     height: list[int | None] = field(default_factory=list)
 
-    def note(self, size: tuple[int, int]) -> None:
+    def add_image(self, size: tuple[int, int]) -> None:
         """A good image of (width, height)."""
         self.status.append(layout.OK)
         self.error.append(None)
         self.width.append(size[0])
         self.height.append(size[1])
 
-    def note_error(self, error: StorageError | ImageError) -> None:
+    def add_error(self, error: StorageError | ImageError) -> None:
         """A row without an image that can be used."""
         self.status.append(error.status)
         self.error.append(str(error))
@@ -66,19 +66,19 @@ class Prepared:
         self.height.append(None)
 
 
-def rows_of(spec: RunSpec, work: Work) -> pa.Table:
+def read_chunk_rows(spec: RunSpec, work: ChunkTask) -> pa.Table:
     """The manifest columns of a chunk's rows, read from its shard."""
     if work.rows is not None:
         return work.rows
     part = spec.plan.part_of(work.chunk)
     group = work.chunk - spec.plan.chunks_of(part).start
-    with _READING:  # one file handle for the threads of a worker
+    with _SHARD_LOCK:  # one file handle for the threads of a worker
         shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
         table: pa.Table = shard.read_row_group(group)
     return table
 
 
-_READING = threading.Lock()
+_SHARD_LOCK = threading.Lock()
 
 
 @functools.lru_cache(maxsize=2)
@@ -87,57 +87,61 @@ def _open_shard(url: str, run_id: str) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open_read(url), pre_buffer=False)
 
 
-def fetch(spec: RunSpec, rows: pa.Table, crashed: Mapping[int, str] = NOTHING) -> Iterator[Blob]:
+def fetch_images(
+    spec: RunSpec, rows: pa.Table, crashed: Mapping[int, str] = NO_CRASHED_ROWS
+) -> Iterator[FetchResult]:
     """Each row's bytes or why they cannot be had, reads running ahead of the consumer.
 
     crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
     """
     paths = rows.column(spec.path_column).to_pylist()
-    urls = (manifest.resolve(path, spec.root) for i, path in enumerate(paths) if i not in crashed)
-    blobs = filesystem.read_ahead(urls, spec.fetches, spec.max_bytes)
+    urls = (
+        manifest.resolve_path(path, spec.root) for i, path in enumerate(paths) if i not in crashed
+    )
+    blobs = filesystem.read_ahead(urls, spec.io_concurrency, spec.max_bytes)
     if not crashed:
         return blobs
     return (CrashingImage(crashed[i]) if i in crashed else next(blobs) for i in range(len(paths)))
 
 
-def prepare(
-    blob: Blob, preprocess: Preprocess, max_pixels: int, prepared: Prepared
+def prepare_image(
+    blob: FetchResult, preprocess: Preprocess, max_pixels: int, prepared: PreparedImages
 ) -> Pixels | None:
     """Decode one row's image, noting its status; the pixels when it is good."""
     try:
         if not isinstance(blob, bytes):
             raise blob
-        pixels, size = decode.decode(blob, preprocess, max_pixels=max_pixels)
+        pixels, size = decode.decode_image(blob, preprocess, max_pixels=max_pixels)
     except (StorageError, ImageError) as error:
-        prepared.note_error(error)
+        prepared.add_error(error)
         return None
-    prepared.note(size)
+    prepared.add_image(size)
     return pixels
 
 
-def prepare_all(
-    spec: WorkSpec,
+def prepare_on_cpu(
+    spec: PredictSpec,
     rows: pa.Table,
     preprocess: Preprocess,
-    spent: Spent,
-    crashed: Mapping[int, str] = NOTHING,
-    beat: Beat = _silent,
-) -> Prepared:
+    spent: StageTimings,
+    crashed: Mapping[int, str] = NO_CRASHED_ROWS,
+    beat: HeartbeatFn = _ignore_heartbeat,
+) -> PreparedImages:
     """Fetch and decode all rows of a chunk on CPUs, for a GPU to classify."""
-    prepared = Prepared()
-    blobs = fetch(spec, rows, crashed)
-    decoded = list(_decoded(spec, blobs, preprocess, prepared, spent, beat))
+    prepared = PreparedImages()
+    blobs = fetch_images(spec, rows, crashed)
+    decoded = list(_iter_decoded(spec, blobs, preprocess, prepared, spent, beat))
     if decoded:
-        prepared.pixels = decode.stack(decoded).transpose(0, 2, 3, 1)
+        prepared.pixels = decode.stack_images(decoded).transpose(0, 2, 3, 1)
     return prepared
 
 
 def prepare_on_device(
-    spec: WorkSpec, blobs: Sequence[Blob], classifier: Classifier, spent: Spent
-) -> Prepared:
+    spec: PredictSpec, blobs: Sequence[FetchResult], classifier: Classifier, spent: StageTimings
+) -> PreparedImages:
     """Decode fetched rows in bulk on the classifier's device, where the pixels stay."""
-    prepared = Prepared()
-    with spent.stage("prepare"):
+    prepared = PreparedImages()
+    with spent.measure("prepare"):
         decoded = iter(
             decode.decode_batch(
                 [blob for blob in blobs if isinstance(blob, bytes)],
@@ -152,127 +156,127 @@ def prepare_on_device(
             spent.bytes += len(blob) if isinstance(blob, bytes) else 0
             if isinstance(result, tuple):
                 pixels.append(result[0])
-                prepared.note(result[1])
+                prepared.add_image(result[1])
             else:
-                prepared.note_error(result)
+                prepared.add_error(result)
     prepared.pixels = pixels
     return prepared
 
 
 def classify_prepared(
-    spec: WorkSpec,
+    spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: Work,
-    prepared: Prepared,
-    spent: Spent,
+    work: ChunkTask,
+    prepared: PreparedImages,
+    spent: StageTimings,
 ) -> pa.Table:
     """Run the model over prepared pixels; the second half of the layouts with GPUs."""
-    head = _Head(spec, classifier)
-    with spent.stage("classify"):
+    head = _BatchedForward(spec, classifier)
+    with spent.measure("classify"):
         for start in range(0, len(prepared.pixels), spec.batch_size):
-            head.run(_stacked(prepared.pixels[start : start + spec.batch_size]))
-        head.wait(spent)
-    return _table(spec, classifier, rows, work, prepared, head)
+            head.submit(_stack_batch(prepared.pixels[start : start + spec.batch_size]))
+        head.collect(spent)
+    return _build_table(spec, classifier, rows, work, prepared, head)
 
 
-def label(
-    spec: WorkSpec,
+def predict_chunk(
+    spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: Work,
-    spent: Spent,
-    crashed: Mapping[int, str] = NOTHING,
-    beat: Beat = _silent,
+    work: ChunkTask,
+    spent: StageTimings,
+    crashed: Mapping[int, str] = NO_CRASHED_ROWS,
+    beat: HeartbeatFn = _ignore_heartbeat,
 ) -> pa.Table:
     """Fetch, decode and classify a chunk, holding one batch of pixels at a time.
 
     beat: called after each row, to tell that it goes on
     """
-    prepared = Prepared()
-    head = _Head(spec, classifier)
+    prepared = PreparedImages()
+    head = _BatchedForward(spec, classifier)
     batch: list[Pixels] = []
-    blobs = fetch(spec, rows, crashed)
-    for pixels in _decoded(spec, blobs, classifier.preprocess, prepared, spent, beat):
+    blobs = fetch_images(spec, rows, crashed)
+    for pixels in _iter_decoded(spec, blobs, classifier.preprocess, prepared, spent, beat):
         batch.append(pixels)
         if len(batch) == spec.batch_size:
-            with spent.stage("classify"):
-                head.run(decode.stack(batch))
+            with spent.measure("classify"):
+                head.submit(decode.stack_images(batch))
             batch.clear()
-    with spent.stage("classify"):
+    with spent.measure("classify"):
         if batch:
-            head.run(decode.stack(batch))
-        head.wait(spent)
-    return _table(spec, classifier, rows, work, prepared, head)
+            head.submit(decode.stack_images(batch))
+        head.collect(spent)
+    return _build_table(spec, classifier, rows, work, prepared, head)
 
 
-def committed(spec: RunSpec, work: Work) -> pa.Table | None:
+def read_committed(spec: RunSpec, work: ChunkTask) -> pa.Table | None:
     """The statuses of a chunk that is durable: a lost worker's block is done anew."""
-    url = _url(spec, work)
+    url = _get_chunk_url(spec, work)
     if not filesystem.exists(url):
         return None
     return pq.read_table(filesystem.open_read(url), columns=["status"])
 
 
-def _url(spec: RunSpec, work: Work) -> str:
+def _get_chunk_url(spec: RunSpec, work: ChunkTask) -> str:
     name = layout.chunk_url if work.offsets is None else layout.retry_url
     return name(spec.output, spec.plan.part_of(work.chunk), work.chunk, spec.plan.run_id)
 
 
-def commit(spec: RunSpec, work: Work, table: pa.Table, spent: Spent) -> None:
+def write_chunk(spec: RunSpec, work: ChunkTask, table: pa.Table, spent: StageTimings) -> None:
     """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
-    with spent.stage("commit"):
-        layout.write_table(_url(spec, work), table)
+    with spent.measure("commit"):
+        layout.write_table(_get_chunk_url(spec, work), table)
 
 
-def _stacked(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
+def _stack_batch(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
     return torch.stack(pixels) if isinstance(pixels, list) else pixels.transpose(0, 3, 1, 2)
 
 
-class _Head:
+class _BatchedForward:
     """Gathers what the model says, batch after batch."""
 
-    def __init__(self, spec: WorkSpec, classifier: Classifier) -> None:
+    def __init__(self, spec: PredictSpec, classifier: Classifier) -> None:
         self._spec = spec
         self._classifier = classifier
-        self._pending: list[Pending] = []
+        self._pending: list[PendingScores] = []
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
         self.finite: list[npt.NDArray[np.bool_]] = []
 
-    def run(self, batch: Pixels | torch.Tensor) -> None:
+    def submit(self, batch: Pixels | torch.Tensor) -> None:
         """Hand a batch to the device; a GPU works on it while the next one is made ready."""
         self._pending.append(self._classifier.submit(batch, embeddings=self._spec.embeddings))
 
-    def wait(self, spent: Spent) -> None:
+    def collect(self, spent: StageTimings) -> None:
         """Have the scores of all batches, and the time that a GPU took for them."""
         for pending in self._pending:
             result = pending.get()
-            finite = result.finite
+            finite = result.is_finite
             self.finite.append(finite)
             self.scores.append(result.scores[finite])
             if result.embedding is not None:
                 self.embeddings.append(result.embedding[finite])
-            spent.gpu += pending.busy_seconds()
+            spent.gpu += pending.gpu_seconds()
         self._pending.clear()
 
 
-def _decoded(
-    spec: WorkSpec,
-    blobs: Iterator[Blob],
+def _iter_decoded(
+    spec: PredictSpec,
+    blobs: Iterator[FetchResult],
     preprocess: Preprocess,
-    prepared: Prepared,
-    spent: Spent,
-    beat: Beat,
+    prepared: PreparedImages,
+    spent: StageTimings,
+    beat: HeartbeatFn,
 ) -> Iterator[Pixels]:
     end = object()
     while True:
-        with spent.stage("fetch"):
+        with spent.measure("fetch"):
             blob = next(blobs, end)
         if blob is end:
             return
-        with spent.stage("prepare"):
-            pixels = prepare(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
+        with spent.measure("prepare"):
+            pixels = prepare_image(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
         if isinstance(blob, bytes):
             spent.bytes += len(blob)
         beat()
@@ -280,30 +284,30 @@ def _decoded(
             yield pixels
 
 
-def _table(
-    spec: WorkSpec,
+def _build_table(
+    spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: Work,
-    prepared: Prepared,
-    head: _Head,
+    work: ChunkTask,
+    prepared: PreparedImages,
+    head: _BatchedForward,
 ) -> pa.Table:
     """The prediction columns of a chunk: one row per manifest row, null without an image."""
     classes = classifier.classes
-    schema = layout.prediction_schema(
+    schema = layout.build_prediction_schema(
         labelled=spec.label_column is not None,
         scores=len(classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,
     )
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
-    _note_not_finite(prepared, head, classifier)
+    _mark_not_finite(prepared, head, classifier)
     # place[i] is the row of `scores` that belongs to row i; a null where there is none
     ok = np.array([status == layout.OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(work.chunk).start
     offsets = range(rows.num_rows) if work.offsets is None else work.offsets
-    top, values = top_k_of(scores, spec.top_k)
+    top, values = select_top_k(scores, spec.top_k)
     names = pa.array(classes, pa.string())
     accepted = np.zeros(len(ok), bool)
     accepted[ok] = values[:, 0] >= np.array(spec.thresholds, np.float32)[top[:, 0]]
@@ -312,11 +316,11 @@ def _table(
         "predicted_label": names.take(pa.array(top[:, 0])).take(place),
         "confidence": pa.array(values[:, 0]).take(place),
         "accepted": pa.array(accepted),
-        "topk_labels": _lists(names.take(pa.array(top.ravel())), top.shape[1]).take(place),
-        "topk_scores": _lists(pa.array(values.ravel()), top.shape[1]).take(place),
+        "topk_labels": _build_lists(names.take(pa.array(top.ravel())), top.shape[1]).take(place),
+        "topk_scores": _build_lists(pa.array(values.ravel()), top.shape[1]).take(place),
     }
     if spec.label_column is not None:
-        columns |= _label_columns(rows.column(spec.label_column), classes, scores, ok)
+        columns |= _build_label_columns(rows.column(spec.label_column), classes, scores, ok)
     if spec.scores:
         flat = pa.array(scores.astype(spec.scores_type).ravel())
         columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes)).take(place)
@@ -333,35 +337,37 @@ def _table(
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _note_not_finite(prepared: Prepared, head: _Head, classifier: Classifier) -> None:
+def _mark_not_finite(
+    prepared: PreparedImages, head: _BatchedForward, classifier: Classifier
+) -> None:
     """Give the rows without finite scores, which `head` left out, an error instead of a label."""
     finite = np.concatenate([np.empty(0, bool), *head.finite])
     if finite.all():
         return
-    error = classifier.not_finite()
+    error = classifier.build_not_finite_error()
     good = [row for row, status in enumerate(prepared.status) if status == layout.OK]
     for row in np.array(good)[~finite]:
         prepared.status[row], prepared.error[row] = error.status, str(error)
         prepared.width[row] = prepared.height[row] = None
 
 
-def _lists(values: pa.Array, width: int) -> pa.ListArray:
+def _build_lists(values: pa.Array, width: int) -> pa.ListArray:
     offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
     return pa.ListArray.from_arrays(offsets, values)
 
 
-def _label_columns(
+def _build_label_columns(
     labels: pa.ChunkedArray,
     classes: Sequence[str],
     scores: npt.NDArray[np.float32],
     ok: npt.NDArray[np.bool_],
 ) -> dict[str, pa.Array]:
     """The score and rank of each row's label; null without a prediction or a known label."""
-    text = manifest.labels_as_text(labels)
-    code = class_codes(pa.chunked_array([text]), classes)
+    text = manifest.normalize_labels(labels)
+    code = encode_classes(pa.chunked_array([text]), classes)
     judged = ok & (code >= 0)
     score, rank = np.zeros(len(ok), np.float32), np.zeros(len(ok), np.int32)
-    score[judged], rank[judged] = own_scores(scores[judged[ok]], code[judged])
+    score[judged], rank[judged] = compute_label_scores(scores[judged[ok]], code[judged])
     return {
         "label_score": pa.array(score, mask=~judged),
         "label_rank": pa.array(rank, mask=~judged),

@@ -18,13 +18,13 @@ from imgcls.config import Section
 from imgcls.data import filesystem, object_store
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import OutputError, StorageMissing
-from imgcls.execution.completed import Ledger
-from imgcls.execution.plan import Plan, plan_of
-from imgcls.execution.progress import duration
+from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.plan import Plan, parse_plan
+from imgcls.execution.progress import format_duration
 from imgcls.runs import layout, lease
-from imgcls.runs.lease import Holder
+from imgcls.runs.lease import LeaseHolder
 
-_READS = 16
+_READ_THREADS = 16
 
 
 class StatusConfig(Section):
@@ -43,13 +43,13 @@ def status(config: StatusConfig) -> dict[str, Any]:
 
     Raises OutputError when there is no run.
     """
-    object_store.use(config.storage)
-    told = look(filesystem.absolute(config.output))
-    log.show(json.dumps(told) if config.json_lines else _words(told))
+    object_store.set_process_settings(config.storage)
+    told = read_status(filesystem.absolute(config.output))
+    log.show(json.dumps(told) if config.json_lines else _format_status(told))
     return told
 
 
-def look(output: str) -> dict[str, Any]:
+def read_status(output: str) -> dict[str, Any]:
     """What an output folder says of its run.
 
     state: committed; starting (its driver waits for machines, or plans); running; waiting (for a
@@ -58,18 +58,20 @@ def look(output: str) -> dict[str, Any]:
     """
     run = layout.load_run(output)
     if run is None:
-        holder = lease.holder(output)
-        if holder is not None and holder.alive:
-            return {"output": output, "state": "starting", "driver": _driver(holder)}
-        raise OutputError(f"output {output}: holds no {layout.RUN}, so no labelling run began here")
-    plan = plan_of(run)
+        holder = lease.find_holder(output)
+        if holder is not None and holder.is_alive:
+            return {"output": output, "state": "starting", "driver": _format_driver(holder)}
+        raise OutputError(
+            f"output {output}: holds no {layout.RUN_FILE}, so no labelling run began here"
+        )
+    plan = parse_plan(run)
     told: dict[str, Any] = {
         "output": output,
         "run_id": plan.run_id,
         "rows": plan.rows,
         "began": run.get("began"),
     }
-    success = _success(output)
+    success = _read_success(output)
     if success is not None:
         return told | {
             "state": "committed",
@@ -80,17 +82,17 @@ def look(output: str) -> dict[str, Any]:
             "wall_seconds": success["seconds"]["wall"],
             "images_per_second": success.get("steady_images_per_second"),
         }
-    holder = lease.holder(output)
-    alive = holder is not None and holder.alive
-    book = Ledger.read(output, plan)
+    holder = lease.find_holder(output)
+    alive = holder is not None and holder.is_alive
+    book = CompletedChunks.load(output, plan)
     told |= {
         "state": "running" if alive else "refused" if "refused" in run else "waiting",
-        "driver": _driver(holder) if holder is not None else None,
+        "driver": _format_driver(holder) if holder is not None else None,
         "rows_done": book.rows_done,
         "files_done": len(book.parts),
-        "files": plan.parts,
+        "files": plan.num_parts,
         "refused": None if alive else run.get("refused"),
-        "status": _statuses(output, plan, book),
+        "status": _count_statuses(output, plan, book),
     }
     progress = layout.load_progress(output)
     if progress is not None:
@@ -101,12 +103,12 @@ def look(output: str) -> dict[str, Any]:
     return told
 
 
-def _driver(holder: Holder) -> str:
+def _format_driver(holder: LeaseHolder) -> str:
     return f"{holder.host}, process {holder.pid}"
 
 
-def _success(output: str) -> dict[str, Any] | None:
-    mark = filesystem.join(output, layout.SUCCESS)
+def _read_success(output: str) -> dict[str, Any] | None:
+    mark = filesystem.join(output, layout.SUCCESS_FILE)
     try:
         data = filesystem.read(mark)
     except StorageMissing:
@@ -116,11 +118,11 @@ def _success(output: str) -> dict[str, Any] | None:
     try:
         body: dict[str, Any] = json.loads(data)
     except ValueError as error:
-        raise OutputError(layout.damaged_mark(output, str(error))) from error
+        raise OutputError(layout.damaged_success_message(output, str(error))) from error
     return body
 
 
-def _statuses(output: str, plan: Plan, book: Ledger) -> dict[str, int]:
+def _count_statuses(output: str, plan: Plan, book: CompletedChunks) -> dict[str, int]:
     """Durable rows by status. A file that is rolled up meanwhile is counted in neither place."""
     urls = [layout.part_url(output, part) for part in book.parts]
     urls += [
@@ -128,12 +130,12 @@ def _statuses(output: str, plan: Plan, book: Ledger) -> dict[str, int]:
         for part, chunks in book.chunks.items()
         for chunk in chunks
     ]
-    with ThreadPoolExecutor(_READS) as pool:
-        total = sum(pool.map(_count, urls), collections.Counter())
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        total = sum(pool.map(_count_file, urls), collections.Counter())
     return dict(sorted(total.items()))
 
 
-def _count(url: str) -> collections.Counter[str]:
+def _count_file(url: str) -> collections.Counter[str]:
     counted: collections.Counter[str] = collections.Counter()
     try:
         with filesystem.open_read(url) as stream:
@@ -145,7 +147,7 @@ def _count(url: str) -> collections.Counter[str]:
     return counted
 
 
-def _words(told: dict[str, Any]) -> str:
+def _format_status(told: dict[str, Any]) -> str:
     if told["state"] == "starting":
         return (
             f"run        {told['output']}\n"
@@ -155,7 +157,8 @@ def _words(told: dict[str, Any]) -> str:
     lines = [f"run        {told['run_id']}, {rows:,} rows: {told['output']}"]
     if told["state"] == "committed":
         lines.append(
-            f"state      committed {told['committed']}, after {duration(told['wall_seconds'])}"
+            f"state      committed {told['committed']}, after "
+            f"{format_duration(told['wall_seconds'])}"
         )
     elif told["state"] == "running":
         lines.append(f"state      running on {told['driver']}")
@@ -171,7 +174,7 @@ def _words(told: dict[str, Any]) -> str:
     rate = told.get("images_per_second")
     if rate:
         left = told.get("seconds_left")
-        eta = f", {duration(left)} left" if left is not None else ""
+        eta = f", {format_duration(left)} left" if left is not None else ""
         when = f" at {told['told']}" if "told" in told else ", without start-up"
         lines.append(f"rate       {rate:,.1f} images/s{when}{eta}")
     return "\n".join(lines)

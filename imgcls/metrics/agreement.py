@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from imgcls.metrics.intervals import Z_95
 
 
-def matthews(support: NDArray[Any], predicted: NDArray[Any], correct: float) -> float:
+def matthews_correlation(support: NDArray[Any], predicted: NDArray[Any], correct: float) -> float:
     """Matthews correlation coefficient, in [-1, 1]; 0 where it is undefined.
 
     support, predicted: (C,) rows by label and by prediction; correct: rows on the diagonal
@@ -42,7 +42,7 @@ def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float)
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two models judged on the same rows.
 
     only_a, only_b: rows that one of them alone gets right
@@ -59,7 +59,7 @@ class Paired:
     p_value: float
 
 
-def mcnemar(rows: int, only_a: int, only_b: int) -> Paired:
+def mcnemar_test(rows: int, only_a: int, only_b: int) -> PairedComparison:
     """Compare two models by the rows on which just one is right.
 
     The p-value is the exact two-sided binomial one; above 10,000 such rows the chi-squared one with
@@ -82,7 +82,7 @@ def mcnemar(rows: int, only_a: int, only_b: int) -> Paired:
     middle = (b - a) / n
     spread = Z_95 * math.sqrt(max(0.0, a + b - (b - a) ** 2 / n)) / n
     difference = (only_b - only_a) / rows
-    return Paired(
+    return PairedComparison(
         rows,
         only_a,
         only_b,

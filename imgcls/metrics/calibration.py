@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 # A float32 softmax may exceed 1 by a rounding error, and a float16 one by about 1e-3; anything
 # further out is not a probability.
-ROUNDING = 2e-3
+ROUNDING_TOLERANCE = 2e-3
 
 
 def bin_edges(num_bins: int) -> NDArray[np.float64]:
@@ -37,7 +37,9 @@ def bin_index(confidence: NDArray[Any], num_bins: int) -> NDArray[np.int64]:
     """
     inner = bin_edges(num_bins)[1:-1]
     values = np.asarray(confidence, dtype=np.float64)
-    if values.size and not (values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING):
+    if values.size and not (
+        values.min() >= -ROUNDING_TOLERANCE and values.max() <= 1 + ROUNDING_TOLERANCE
+    ):
         raise ValueError(
             f"confidence ranges over [{values.min()}, {values.max()}], expected [0, 1] without NaN;"
             " pass softmax scores, not logits"

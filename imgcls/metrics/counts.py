@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics.calibration import bin_edges, bin_index
-from imgcls.metrics.columns import NULL, UNKNOWN, Floats, Ints, OkRows, read_ok_rows
+from imgcls.metrics.columns import NULL_LABEL, UNKNOWN_LABEL, Floats, Ints, OkRows, read_ok_rows
 
 MAX_RANK = 20  # top-k accuracy is known up to this k; deeper ranks share one overflow count
 
 # The rows of the confidence histograms: what came of a prediction with a given confidence.
-CORRECT, WRONG, UNJUDGED = 0, 1, 2
+CORRECT, WRONG, UNLABELED = 0, 1, 2
 
 # A label whose score underflowed to 0 would make the mean log loss of a million rows infinite, and
 # JSON has no infinity. At this floor such a row costs 27.6 nats: heavy, but finite.
@@ -39,10 +39,10 @@ class PredictionCounts:
 
     classes: tuple[str, ...]
     status: dict[str, int]  # rows by status, "ok" among them
-    unlabelled: int
+    unlabeled: int
     unknown_label: int
     accepted: int  # ok rows whose `accepted` is true; a null is not an acceptance
-    accepted_labelled: int
+    accepted_labeled: int
     accepted_correct: int
     log_loss_rows: int  # labelled rows with a label_score
     log_loss_sum: float  # sum of -log(label_score) over them, in nats
@@ -58,7 +58,7 @@ class PredictionCounts:
     confusion_count: Ints  # (K,)
 
     @classmethod
-    def of(
+    def from_table(
         cls,
         table: pa.Table | pa.RecordBatch,
         *,
@@ -81,12 +81,12 @@ class PredictionCounts:
         an ok row has no prediction, a predicted label that is not a class, a confidence or
         label_score outside [0, 1] or a label_rank below 1: such a table is not of this model.
         """
-        names = _unique_names(classes)
+        names = _check_unique_names(classes)
         rows = read_ok_rows(table, label_column=label_column, classes=names)
-        return cls.of_rows(rows, names, num_bins=num_bins)
+        return cls.from_rows(rows, names, num_bins=num_bins)
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls, rows: OkRows, classes: Sequence[str], *, num_bins: int = 15
     ) -> PredictionCounts:
         """Count rows that were read already; raises ValueError for a confidence outside [0, 1]."""
@@ -94,7 +94,7 @@ class PredictionCounts:
         size = len(names)
         labelled = rows.label >= 0
         correct = rows.label == rows.predicted  # a label that is no class has a code below 0
-        outcome = np.where(labelled, np.where(correct, CORRECT, WRONG), UNJUDGED)
+        outcome = np.where(labelled, np.where(correct, CORRECT, WRONG), UNLABELED)
         cell = outcome * num_bins + bin_index(rows.confidence, num_bins)
         confused, confused_count = np.unique(
             rows.label[labelled] * size + rows.predicted[labelled], return_counts=True
@@ -105,19 +105,19 @@ class PredictionCounts:
         return cls(
             classes=names,
             status=rows.status,
-            unlabelled=int(np.count_nonzero(rows.label == NULL)),
-            unknown_label=int(np.count_nonzero(rows.label == UNKNOWN)),
+            unlabeled=int(np.count_nonzero(rows.label == NULL_LABEL)),
+            unknown_label=int(np.count_nonzero(rows.label == UNKNOWN_LABEL)),
             accepted=int(np.count_nonzero(rows.accepted)),
-            accepted_labelled=int(np.count_nonzero(rows.accepted & labelled)),
+            accepted_labeled=int(np.count_nonzero(rows.accepted & labelled)),
             accepted_correct=int(np.count_nonzero(rows.accepted & correct)),
             log_loss_rows=len(loss),
             log_loss_sum=float(loss.sum()),
             log_loss_square_sum=float((loss**2).sum()),
-            rank_counts=_tally(rank, MAX_RANK + 1),
-            predicted_counts=_tally(rows.predicted, size),
-            predicted_confidence=_total(rows.predicted, rows.confidence, size),
-            bin_counts=_tally(cell, 3 * num_bins).reshape(3, num_bins),
-            bin_confidence=_total(cell, rows.confidence, 3 * num_bins).reshape(3, num_bins),
+            rank_counts=_count_by_index(rank, MAX_RANK + 1),
+            predicted_counts=_count_by_index(rows.predicted, size),
+            predicted_confidence=_sum_by_index(rows.predicted, rows.confidence, size),
+            bin_counts=_count_by_index(cell, 3 * num_bins).reshape(3, num_bins),
+            bin_confidence=_sum_by_index(cell, rows.confidence, 3 * num_bins).reshape(3, num_bins),
             confusion_label=confused // size,
             confusion_predicted=confused % size,
             confusion_count=confused_count.astype(np.int64, copy=False),
@@ -126,15 +126,15 @@ class PredictionCounts:
     @classmethod
     def empty(cls, classes: Sequence[str], num_bins: int = 15) -> PredictionCounts:
         """The counts of no rows: what a merge starts from."""
-        names, none = _unique_names(classes), np.zeros(0, dtype=np.int64)
+        names, none = _check_unique_names(classes), np.zeros(0, dtype=np.int64)
         bins = len(bin_edges(num_bins)) - 1
         return cls(
             classes=names,
             status={},
-            unlabelled=0,
+            unlabeled=0,
             unknown_label=0,
             accepted=0,
-            accepted_labelled=0,
+            accepted_labeled=0,
             accepted_correct=0,
             log_loss_rows=0,
             log_loss_sum=0.0,
@@ -170,7 +170,7 @@ class PredictionCounts:
         return self.rows - self.ok
 
     @property
-    def labelled(self) -> int:
+    def labeled(self) -> int:
         """Ok rows whose label is one of the classes: the rows that accuracy judges."""
         return int(self.confusion_count.sum())
 
@@ -241,7 +241,7 @@ class PredictionCounts:
         return cls(**{**data, **arrays, **plain})
 
 
-def _unique_names(classes: Sequence[str]) -> tuple[str, ...]:
+def _check_unique_names(classes: Sequence[str]) -> tuple[str, ...]:
     if not classes:
         raise ValueError("no classes; pass the class names of the bundle")
     if repeated := [name for name, times in Counter(classes).items() if times > 1]:
@@ -249,9 +249,9 @@ def _unique_names(classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _tally(index: Ints, size: int) -> Ints:
+def _count_by_index(index: Ints, size: int) -> Ints:
     return np.bincount(index, minlength=size).astype(np.int64, copy=False)
 
 
-def _total(index: Ints, values: Floats, size: int) -> Floats:
+def _sum_by_index(index: Ints, values: Floats, size: int) -> Floats:
     return np.bincount(index, weights=values, minlength=size).astype(np.float64, copy=False)

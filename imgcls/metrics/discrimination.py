@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from imgcls.metrics.columns import Floats, Ints
 
 _ONE = 0x3C00  # the bits of 1.0 in float16; a softmax has nothing above, but for rounding
-EXACT_CLASSES = 64
+MAX_EXACT_CLASSES = 64
 """Up to so many classes every float16 has a bin of its own."""
 _BLOCK_SCORES = 4_000_000
-MOST_BRIER = 2.0
+MAX_BRIER = 2.0
 """The Brier score of a row whose whole score is on a wrong class."""
 
 
@@ -35,20 +35,22 @@ class ScoreCounts:
     """
 
     classes: tuple[str, ...]
-    own: Ints
-    other: Ints
+    positive: Ints
+    negative: Ints
     rows: int
     brier_sum: float
     brier_square_sum: float
 
     @classmethod
     def empty(cls, classes: Sequence[str]) -> ScoreCounts:
-        shape = (len(classes), (_ONE >> _shift(len(classes))) + 1)
+        shape = (len(classes), (_ONE >> _compute_bin_shift(len(classes))) + 1)
         zero = np.zeros(shape, np.int64)
         return cls(tuple(classes), zero, zero.copy(), 0, 0.0, 0.0)
 
     @classmethod
-    def of(cls, scores: NDArray[np.float16], label: Ints, classes: Sequence[str]) -> ScoreCounts:
+    def from_scores(
+        cls, scores: NDArray[np.float16], label: Ints, classes: Sequence[str]
+    ) -> ScoreCounts:
         """Count labelled rows.
 
         scores: (N, C) float16 in [0, 1], a softmax
@@ -66,23 +68,23 @@ class ScoreCounts:
         if len(bits) and int(bits.max()) > _ONE + 2:
             raise ValueError("a score is outside [0, 1]; scores must be a softmax, not logits")
         counts = cls.empty(names)
-        size = counts.own.shape[1]
+        size = counts.positive.shape[1]
         offsets = np.arange(len(names), dtype=np.int64) * size
-        everyone, brier = np.zeros(counts.own.size, np.int64), np.empty(len(label))
+        everyone, brier = np.zeros(counts.positive.size, np.int64), np.empty(len(label))
         block = max(1, _BLOCK_SCORES // len(names))
         for start in range(0, len(label), block):
             part = slice(start, start + block)
-            place = np.minimum(bits[part], _ONE) >> _shift(len(names))
+            place = np.minimum(bits[part], _ONE) >> _compute_bin_shift(len(names))
             everyone += np.bincount((place + offsets).ravel(), minlength=len(everyone))
             brier[part] = (scores[part].astype(np.float64) ** 2).sum(1)
         rows = np.arange(len(label))
-        truth = np.minimum(bits[rows, label], _ONE) >> _shift(len(names))
+        truth = np.minimum(bits[rows, label], _ONE) >> _compute_bin_shift(len(names))
         own = np.bincount(truth + offsets[label], minlength=len(everyone))
         brier += 1 - 2 * scores[rows, label].astype(np.float64)
         return cls(
             names,
-            own.reshape(counts.own.shape),
-            (everyone - own).reshape(counts.own.shape),
+            own.reshape(counts.positive.shape),
+            (everyone - own).reshape(counts.positive.shape),
             len(label),
             float(brier.sum()),
             float((brier**2).sum()),
@@ -94,8 +96,8 @@ class ScoreCounts:
             raise ValueError("cannot merge counts over different classes")
         return ScoreCounts(
             self.classes,
-            self.own + other.own,
-            self.other + other.other,
+            self.positive + other.positive,
+            self.negative + other.negative,
             self.rows + other.rows,
             self.brier_sum + other.brier_sum,
             self.brier_square_sum + other.brier_square_sum,
@@ -116,7 +118,7 @@ class Discrimination:
     average_precision_bound: Floats
 
 
-def brier(counts: ScoreCounts) -> float | None:
+def brier_score(counts: ScoreCounts) -> float | None:
     """Mean over rows of the squared distance of the scores from the truth; in [0, 2].
 
     None without rows. Source: Brier, Monthly Weather Review 78 (1950), the original definition.
@@ -124,7 +126,7 @@ def brier(counts: ScoreCounts) -> float | None:
     return counts.brier_sum / counts.rows if counts.rows else None
 
 
-def discrimination(counts: ScoreCounts) -> Discrimination:
+def compute_discrimination(counts: ScoreCounts) -> Discrimination:
     """AUROC and average precision of every class against the rest.
 
     AUROC is the chance that a row of the class scores above another (ties count half), as
@@ -132,7 +134,10 @@ def discrimination(counts: ScoreCounts) -> Discrimination:
     of the class, of the precision at their score, as average_precision_score has it. Rows of one
     bin count as ties; the bounds are what any order within the bins could change.
     """
-    own, rest = counts.own[:, ::-1].astype(np.float64), counts.other[:, ::-1].astype(np.float64)
+    own, rest = (
+        counts.positive[:, ::-1].astype(np.float64),
+        counts.negative[:, ::-1].astype(np.float64),
+    )
     positives, negatives = own.sum(1), rest.sum(1)
     defined = (positives > 0) & (negatives > 0)
     nan = np.full(len(positives), np.nan)
@@ -141,15 +146,17 @@ def discrimination(counts: ScoreCounts) -> Discrimination:
     lost = (own * (above + rest / 2)).sum(1)
     auroc = np.where(defined, 1 - lost / pairs, nan)
     auroc_bound = np.where(defined, (own * rest).sum(1) / 2 / pairs, nan)
-    if counts.own.shape[1] > _ONE:
+    if counts.positive.shape[1] > _ONE:
         auroc_bound = np.where(defined, 0.0, nan)  # a bin holds one float16: true ties
-    precision, bound = _average_precision(own, rest, positives, exact=counts.own.shape[1] > _ONE)
+    precision, bound = _compute_average_precision(
+        own, rest, positives, exact=counts.positive.shape[1] > _ONE
+    )
     return Discrimination(
         auroc, auroc_bound, np.where(defined, precision, nan), np.where(defined, bound, nan)
     )
 
 
-def _average_precision(
+def _compute_average_precision(
     own: Floats, rest: Floats, positives: Floats, *, exact: bool
 ) -> tuple[Floats, Floats]:
     """(C,) average precision with bins as ties, and the most that another order would change it.
@@ -167,9 +174,9 @@ def _average_precision(
     return tied, np.maximum(best - tied, tied - np.minimum(worst, tied))
 
 
-def table(counts: ScoreCounts) -> pa.Table:
+def build_discrimination_table(counts: ScoreCounts) -> pa.Table:
     """label (string), auroc, auroc_bound, average_precision, average_precision_bound (float64)."""
-    found = discrimination(counts)
+    found = compute_discrimination(counts)
     columns = {
         "auroc": found.auroc,
         "auroc_bound": found.auroc_bound,
@@ -180,5 +187,5 @@ def table(counts: ScoreCounts) -> pa.Table:
     return pa.table({"label": pa.array(counts.classes, pa.string()), **arrays})
 
 
-def _shift(classes: int) -> int:
-    return 0 if classes <= EXACT_CLASSES else 4
+def _compute_bin_shift(classes: int) -> int:
+    return 0 if classes <= MAX_EXACT_CLASSES else 4

@@ -21,11 +21,11 @@ def population_stability_index(counts: Ints, reference: Ints) -> float:
     counts, reference: (K,) rows per cell; half a row is added to each
     Source: Siddiqi, "Credit Risk Scorecards", Wiley 2006: the symmetric Kullback-Leibler one.
     """
-    p, q = _shares(counts), _shares(reference)
+    p, q = _smooth_shares(counts), _smooth_shares(reference)
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def jensen_shannon(counts: Ints, reference: Ints) -> float:
+def jensen_shannon_divergence(counts: Ints, reference: Ints) -> float:
     """Jensen-Shannon divergence of the shares in bits, from 0 (equal) to 1 (nothing in common).
 
     counts, reference: (K,) rows per cell
@@ -33,10 +33,10 @@ def jensen_shannon(counts: Ints, reference: Ints) -> float:
     """
     p, q = (each / max(1, each.sum()) for each in (counts, reference))
     middle = (p + q) / 2
-    return float((_relative(p, middle) + _relative(q, middle)) / 2)
+    return float((_kl_divergence(p, middle) + _kl_divergence(q, middle)) / 2)
 
 
-def drift(counts: PredictionCounts, reference: PredictionCounts) -> pa.Table:
+def compute_drift(counts: PredictionCounts, reference: PredictionCounts) -> pa.Table:
     """What has moved: predicted classes, and confidences by bin.
 
     Classes are matched by name; one that only the other model knows counts as empty. Without a
@@ -45,39 +45,39 @@ def drift(counts: PredictionCounts, reference: PredictionCounts) -> pa.Table:
     """
     names = sorted({*counts.classes, *reference.classes})
     pairs = {
-        "predicted_label": (_by_name(counts, names), _by_name(reference, names)),
+        "predicted_label": (_align_by_name(counts, names), _align_by_name(reference, names)),
         "confidence": (counts.bin_counts.sum(0), reference.bin_counts.sum(0)),
     }
     rows = [
         {
             "of": what,
             "psi": population_stability_index(now, then),
-            "jensen_shannon": jensen_shannon(now, then),
+            "jensen_shannon": jensen_shannon_divergence(now, then),
             "rows": int(now.sum()),
             "reference_rows": int(then.sum()),
         }
         for what, (now, then) in pairs.items()
         if now.sum() and then.sum()
     ]
-    return pa.Table.from_pylist(rows, schema=_DRIFT)
+    return pa.Table.from_pylist(rows, schema=_DRIFT_SCHEMA)
 
 
-def _shares(counts: Ints) -> Floats:
+def _smooth_shares(counts: Ints) -> Floats:
     shares: Floats = (counts + _PRIOR) / (counts + _PRIOR).sum()
     return shares
 
 
-def _relative(p: Floats, q: Floats) -> float:
+def _kl_divergence(p: Floats, q: Floats) -> float:
     some = p > 0
     return float((p[some] * np.log2(p[some] / q[some])).sum())
 
 
-def _by_name(counts: PredictionCounts, names: list[str]) -> Ints:
+def _align_by_name(counts: PredictionCounts, names: list[str]) -> Ints:
     known = dict(zip(counts.classes, counts.predicted_counts.tolist(), strict=True))
     return np.array([known.get(name, 0) for name in names], np.int64)
 
 
-_DRIFT = pa.schema(
+_DRIFT_SCHEMA = pa.schema(
     [
         ("of", pa.string()),
         ("psi", pa.float64()),

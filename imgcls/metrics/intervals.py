@@ -47,7 +47,7 @@ def wilson_limits(
     return np.where(rows > 0, lower, 0.0), np.where(rows > 0, upper, 1.0)
 
 
-def around(
+def mover_interval(
     value: float, below: NDArray[np.float64], above: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Interval of a number that depends on C independent shares, from what each alone can move.
@@ -132,7 +132,7 @@ def bootstrap_intervals(
     return {name: (found[name] - wide, found[name] + wide) for name, wide in spread.items()}
 
 
-def joined(
+def union_interval(
     *intervals: tuple[float, float] | None, low: float, high: float
 ) -> tuple[float, float] | None:
     """The interval that holds all of these, within what can be; None when the first is None."""

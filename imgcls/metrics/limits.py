@@ -13,12 +13,12 @@ import numpy as np
 
 from imgcls.metrics.agreement import cohens_kappa
 from imgcls.metrics.columns import Floats, Ints
-from imgcls.metrics.intervals import around, wilson_interval, wilson_limits
+from imgcls.metrics.intervals import mover_interval, wilson_interval, wilson_limits
 
 Interval = tuple[float, float]
 
 
-def of_confusion(
+def confusion_intervals(
     support: Ints, predicted: Ints, hits: Ints, values: dict[str, float]
 ) -> dict[str, Interval]:
     """Intervals of the metrics of a confusion matrix, by name.
@@ -51,14 +51,14 @@ def of_confusion(
         "f1_weighted": ("f1", f1, share),
     }
     made = {
-        name: around(
+        name: mover_interval(
             values[name], weight * (found[of] - limits[0]), weight * (limits[1] - found[of])
         )
         for name, (of, limits, weight) in parts.items()
     }
     accuracy = wilson_interval(int(hits.sum()), rows)
     made["f1_micro"] = accuracy
-    made["matthews_correlation"] = _matthews(
+    made["matthews_correlation"] = _matthews_interval(
         support, predicted, hits, recall, values["matthews_correlation"]
     )
     if "cohens_kappa" in values:
@@ -67,7 +67,7 @@ def of_confusion(
     return made
 
 
-def _matthews(
+def _matthews_interval(
     support: Ints, predicted: Ints, hits: Ints, recall: tuple[Floats, Floats], value: float
 ) -> Interval:
     """Each class's recall at its limits; rows that leave it go where predictions are.
@@ -88,10 +88,12 @@ def _matthews(
         covariance = (hits.sum() - x) * rows - products
         spread = (rows**2 - squares) * (rows**2 - (support**2).sum())
         moved.append(covariance / np.sqrt(np.maximum(spread, 1e-9)))
-    return around(value, np.maximum(value - moved[0], 0.0), np.maximum(moved[1] - value, 0.0))
+    return mover_interval(
+        value, np.maximum(value - moved[0], 0.0), np.maximum(moved[1] - value, 0.0)
+    )
 
 
-def of_bins(
+def calibration_intervals(
     count: Ints, confidence_sum: Floats, correct: Ints, by_chance: float, least_share: float = 0.01
 ) -> tuple[Interval, Interval]:
     """Intervals of the expected and the maximum calibration error.
@@ -107,16 +109,20 @@ def of_bins(
     count, correct = count[used], correct[used]
     mean = confidence_sum[used] / count
     share, gap = count / count.sum(), np.abs(mean - correct / count)
-    least, most = _gaps(mean, *wilson_limits(correct, count))
-    low, high = around(float((share * gap).sum()), share * (gap - least), share * (most - gap))
+    least, most = _compute_gap_limits(mean, *wilson_limits(correct, count))
+    low, high = mover_interval(
+        float((share * gap).sum()), share * (gap - least), share * (most - gap)
+    )
     counted = share >= least_share
     counted = counted if counted.any() else share > 0
     z = NormalDist().inv_cdf(1 - 0.025 / int(counted.sum()))
-    least, most = _gaps(mean[counted], *wilson_limits(correct[counted], count[counted], z))
+    least, most = _compute_gap_limits(
+        mean[counted], *wilson_limits(correct[counted], count[counted], z)
+    )
     return (low - by_chance, high), (float(least.max()), float(most.max()))
 
 
-def _gaps(mean: Floats, lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
+def _compute_gap_limits(mean: Floats, lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
     """The least and the largest distance from each mean of an accuracy within its limits."""
     least = np.maximum(np.maximum(lower - mean, mean - upper), 0.0)
     return least, np.maximum(np.abs(mean - lower), np.abs(upper - mean))

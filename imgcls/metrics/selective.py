@@ -18,9 +18,9 @@ from imgcls.metrics.columns import Bools, Floats, Ints, OkRows
 from imgcls.metrics.intervals import wilson_interval
 
 # Judged right, judged wrong, without a label that could judge them.
-RIGHT, WRONG, UNJUDGED = 0, 1, 2
+RIGHT, WRONG, UNLABELED = 0, 1, 2
 
-GRID: Floats = np.unique(
+THRESHOLD_GRID: Floats = np.unique(
     np.float32(np.concatenate([np.arange(100) / 100, 1 - np.logspace(-2, -6, 161)]))
 ).astype(np.float64)
 """(T,) rising thresholds from 0: every hundredth, then 40 a decade up to 1 - 1e-6.
@@ -61,16 +61,16 @@ class SelectiveCounts:
 
     @classmethod
     def empty(cls, classes: Sequence[str]) -> SelectiveCounts:
-        return cls(tuple(classes), np.zeros((3, len(classes), len(GRID)), np.int64))
+        return cls(tuple(classes), np.zeros((3, len(classes), len(THRESHOLD_GRID)), np.int64))
 
     @classmethod
-    def of(cls, rows: OkRows, classes: Sequence[str]) -> SelectiveCounts:
+    def from_rows(cls, rows: OkRows, classes: Sequence[str]) -> SelectiveCounts:
         """Count the ok rows of a table, as `columns.read_ok_rows` reads them."""
         outcome = np.where(
-            rows.label < 0, UNJUDGED, np.where(rows.label == rows.predicted, RIGHT, WRONG)
+            rows.label < 0, UNLABELED, np.where(rows.label == rows.predicted, RIGHT, WRONG)
         )
-        place = np.maximum(np.searchsorted(GRID, rows.confidence, side="right") - 1, 0)
-        shape = (3, len(classes), len(GRID))
+        place = np.maximum(np.searchsorted(THRESHOLD_GRID, rows.confidence, side="right") - 1, 0)
+        shape = (3, len(classes), len(THRESHOLD_GRID))
         cell = np.ravel_multi_index((outcome, rows.predicted, place), shape)
         counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
         return cls(tuple(classes), counts.astype(np.int64, copy=False))
@@ -81,7 +81,7 @@ class SelectiveCounts:
             raise ValueError("cannot merge counts over different classes")
         return SelectiveCounts(self.classes, self.counts + other.counts)
 
-    def accepted(self, label: str | None = None) -> Ints:
+    def count_accepted(self, label: str | None = None) -> Ints:
         """(3, T) rows by outcome with a confidence of at least each threshold of the grid.
 
         label: of the predictions of this class alone
@@ -91,17 +91,17 @@ class SelectiveCounts:
         return summed
 
 
-def curve(counts: SelectiveCounts) -> pa.Table:
+def build_coverage_curve(counts: SelectiveCounts) -> pa.Table:
     """Accuracy of the accepted at every threshold of the grid that accepts anything.
 
     threshold, coverage (of all ok rows), accuracy, lower, upper (float64; null where no accepted
     row is judged), accepted, judged (int64). The least threshold accepts all: selective accuracy
     there is accuracy. Rows that accept the same predictions as the one before are left out.
     """
-    accepted = counts.accepted()
+    accepted = counts.count_accepted()
     total = int(accepted[:, 0].sum())
     rows: list[dict[str, Any]] = []
-    for place, threshold in enumerate(GRID):
+    for place, threshold in enumerate(THRESHOLD_GRID):
         right, wrong, unjudged = (int(n) for n in accepted[:, place])
         judged, taken = right + wrong, right + wrong + unjudged
         if taken == 0 or (rows and rows[-1]["accepted"] == taken):
@@ -118,7 +118,7 @@ def curve(counts: SelectiveCounts) -> pa.Table:
                 "judged": judged,
             }
         )
-    return pa.Table.from_pylist(rows, schema=_CURVE)
+    return pa.Table.from_pylist(rows, schema=_CURVE_SCHEMA)
 
 
 def area_under_risk_coverage(cells: Ints) -> float | None:
@@ -138,7 +138,7 @@ def area_under_risk_coverage(cells: Ints) -> float | None:
     return float((mean_risk * rows).sum() / rows.sum())
 
 
-def choose(
+def choose_threshold(
     counts: SelectiveCounts, target: float, label: str | None = None, *, least_rows: int = 30
 ) -> Threshold:
     """The lowest threshold whose accepted predictions are right at least at the target rate.
@@ -148,21 +148,21 @@ def choose(
     least_rows: judged rows that must stand behind a threshold, lest three lucky ones decide
     Returns a Threshold whose `threshold` is None when none reaches the target.
     """
-    accepted = counts.accepted(label)
+    accepted = counts.count_accepted(label)
     right, judged = accepted[RIGHT], accepted[RIGHT] + accepted[WRONG]
     reaches: Bools = (right >= target * judged - 1e-9) & (judged >= least_rows)
     if not reaches.any():
         return Threshold(label, None, None, None, None, 0.0, 0)
-    return _at(accepted, int(np.argmax(reaches)), label)
+    return _describe_threshold(accepted, int(np.argmax(reaches)), label)
 
 
-def _at(accepted: Ints, place: int, label: str | None) -> Threshold:
+def _describe_threshold(accepted: Ints, place: int, label: str | None) -> Threshold:
     right, judged = int(accepted[RIGHT, place]), int(accepted[:2, place].sum())
     low, high = wilson_interval(right, judged)
     total = int(accepted[:, 0].sum())
     return Threshold(
         label=label,
-        threshold=float(GRID[place]),
+        threshold=float(THRESHOLD_GRID[place]),
         precision=right / judged if judged else None,
         lower=low if judged else None,
         upper=high if judged else None,
@@ -171,7 +171,7 @@ def _at(accepted: Ints, place: int, label: str | None) -> Threshold:
     )
 
 
-_CURVE = pa.schema(
+_CURVE_SCHEMA = pa.schema(
     [
         *(pa.field(n, pa.float64()) for n in ("threshold", "coverage", "accuracy")),
         *(pa.field(n, pa.float64()) for n in ("lower", "upper")),

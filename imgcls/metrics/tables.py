@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics import limits
-from imgcls.metrics.agreement import cohens_kappa, matthews
+from imgcls.metrics.agreement import cohens_kappa, matthews_correlation
 from imgcls.metrics.calibration import bin_edges, ece_by_chance, ece_from_bins, mce_from_bins
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import CORRECT, MAX_RANK, SCORE_FLOOR, WRONG, PredictionCounts
 from imgcls.metrics.intervals import (
     bootstrap_intervals,
-    joined,
     nonnegative_mean_interval,
+    union_interval,
     wilson_interval,
 )
 
-_SUMMARY = pa.schema(
+_SUMMARY_SCHEMA = pa.schema(
     [
         ("metric", pa.string()),
         ("value", pa.float64()),
@@ -54,7 +54,7 @@ class Metric:
     interval: Interval | None = None
 
 
-def metrics(counts: PredictionCounts, *, top_k: int, resamples: int = 200) -> list[Metric]:
+def compute_metrics(counts: PredictionCounts, *, top_k: int, resamples: int = 200) -> list[Metric]:
     """Every number that follows from the counts.
 
     top_k:     adds top_{k}_accuracy when above 1
@@ -71,18 +71,18 @@ def metrics(counts: PredictionCounts, *, top_k: int, resamples: int = 200) -> li
     if not 1 <= top_k <= MAX_RANK:
         raise ValueError(f"top_k is {top_k}; counts know the rank of a label from 1 to {MAX_RANK}")
     return [
-        *_row_metrics(counts),
-        *_label_metrics(counts, top_k, resamples),
-        *_confidence_metrics(counts),
+        *_compute_row_metrics(counts),
+        *_compute_label_metrics(counts, top_k, resamples),
+        *_compute_confidence_metrics(counts),
     ]
 
 
-def summary(counts: PredictionCounts, *, top_k: int) -> pa.Table:
+def compute_summary(counts: PredictionCounts, *, top_k: int) -> pa.Table:
     """`metrics` as a table, as `as_table` makes it."""
-    return as_table(metrics(counts, top_k=top_k))
+    return build_summary_table(compute_metrics(counts, top_k=top_k))
 
 
-def as_table(found: Sequence[Metric]) -> pa.Table:
+def build_summary_table(found: Sequence[Metric]) -> pa.Table:
     """One row per metric: metric, description (string), value, lower, upper (float64).
 
     lower and upper are the ends of the 95 % interval, null where there is none.
@@ -97,10 +97,10 @@ def as_table(found: Sequence[Metric]) -> pa.Table:
         }
         for metric in found
     ]
-    return pa.Table.from_pylist(rows, schema=_SUMMARY)
+    return pa.Table.from_pylist(rows, schema=_SUMMARY_SCHEMA)
 
 
-def per_class(counts: PredictionCounts) -> pa.Table:
+def build_per_class(counts: PredictionCounts) -> pa.Table:
     """One row per class of the bundle, in its order, absent classes included.
 
     label (string); support, predicted, true_positive (int64); precision, recall, f1, share,
@@ -108,8 +108,8 @@ def per_class(counts: PredictionCounts) -> pa.Table:
     every ok row; support, true_positive, precision, recall and f1 of labelled rows alone, and are
     null in a run without any. A rate whose denominator is 0 is null.
     """
-    support, predicted, hits = label_counts(counts)
-    judged = counts.labelled > 0
+    support, predicted, hits = count_labels(counts)
+    judged = counts.labeled > 0
     return pa.table(
         {
             "label": pa.array(counts.classes, pa.string()),
@@ -127,7 +127,7 @@ def per_class(counts: PredictionCounts) -> pa.Table:
     )
 
 
-def confusion(counts: PredictionCounts) -> pa.Table:
+def build_confusion(counts: PredictionCounts) -> pa.Table:
     """The non-zero cells of the confusion matrix over labelled rows, right predictions included.
 
     label, predicted_label (string), count (int64), sorted by count descending, then by names.
@@ -145,14 +145,14 @@ def confusion(counts: PredictionCounts) -> pa.Table:
     )
 
 
-def calibration(counts: PredictionCounts) -> pa.Table:
+def build_calibration(counts: PredictionCounts) -> pa.Table:
     """One row per confidence bin: [bin_lower, bin_upper), the last one closed.
 
     bin_lower, bin_upper (float64), count (int64), mean_confidence, accuracy (float64, null in an
     empty bin). Speaks of the labelled rows when there are any, so that mean_confidence and accuracy
     judge the same rows; otherwise of every ok row, with accuracy null: their confidence histogram.
     """
-    judged = counts.labelled > 0
+    judged = counts.labeled > 0
     shown = [CORRECT, WRONG] if judged else slice(None)
     count = counts.bin_counts[shown].sum(axis=0)
     edges = bin_edges(counts.num_bins)
@@ -173,7 +173,12 @@ def format_summary(table: pa.Table) -> str:
     table: as from `summary`. Returns lines without a trailing newline.
     """
     rows = [
-        (row["metric"], format_value(row["metric"], row["value"]), _told(row), row["description"])
+        (
+            row["metric"],
+            format_value(row["metric"], row["value"]),
+            _format_row_interval(row),
+            row["description"],
+        )
         for row in table.to_pylist()
     ]
     names, values, intervals = (
@@ -185,70 +190,74 @@ def format_summary(table: pa.Table) -> str:
     )
 
 
-def _row_metrics(counts: PredictionCounts) -> Iterator[Metric]:
+def _compute_row_metrics(counts: PredictionCounts) -> Iterator[Metric]:
     yield Metric("rows", counts.rows, "rows of the manifest")
     yield Metric("ok", counts.ok, "rows with a prediction")
     for name, rows in sorted(counts.status.items()):
         if name != "ok":
             yield Metric(f"status_{name}", rows, f"rows with status {name}")
     if counts.rows:
-        yield _share(
+        yield _make_share(
             "error_rate", counts.error_rows, counts.rows, "share of rows without a prediction"
         )
-    yield Metric("labelled", counts.labelled, "ok rows whose label is one of the classes")
-    if counts.unlabelled:
-        yield Metric("unlabelled", counts.unlabelled, "ok rows without a label")
+    yield Metric("labelled", counts.labeled, "ok rows whose label is one of the classes")
+    if counts.unlabeled:
+        yield Metric("unlabelled", counts.unlabeled, "ok rows without a label")
     if counts.unknown_label:
         what = "ok rows with a label that is no class"
         yield Metric("unknown_label", counts.unknown_label, what)
 
 
-def _label_metrics(counts: PredictionCounts, top_k: int, resamples: int) -> Iterator[Metric]:
-    if not counts.labelled:
+def _compute_label_metrics(
+    counts: PredictionCounts, top_k: int, resamples: int
+) -> Iterator[Metric]:
+    if not counts.labeled:
         return
-    yield _share("accuracy", counts.correct, counts.labelled, "labelled rows predicted right")
+    yield _make_share("accuracy", counts.correct, counts.labeled, "labelled rows predicted right")
     ranked = int(counts.rank_counts.sum())
     if top_k > 1 and ranked:
         within = int(counts.rank_counts[:top_k].sum())
-        yield _share(
+        yield _make_share(
             f"top_{top_k}_accuracy", within, ranked, f"label among the {top_k} best scores"
         )
-    found = _of_confusion(counts, counts.confusion_count)
+    found = _compute_confusion_metrics(counts, counts.confusion_count)
     drawn = bootstrap_intervals(
         [counts.confusion_count],
-        lambda cells: _of_confusion(counts, cells),
+        lambda cells: _compute_confusion_metrics(counts, cells),
         resamples=resamples,
     )
-    edges = limits.of_confusion(*label_counts(counts), found)
+    edges = limits.confusion_intervals(*count_labels(counts), found)
     for name, description in _OF_CONFUSION.items():
         if name in found:
             # f1_micro is a share of rows, like accuracy
             inner = drawn.get(name) if name != "f1_micro" else edges[name]
-            interval = joined(inner, edges[name], low=-1.0 if name in _PLAIN else 0.0, high=1.0)
+            interval = union_interval(
+                inner, edges[name], low=-1.0 if name in _PLAIN else 0.0, high=1.0
+            )
             yield Metric(name, found[name], description, interval)
     if counts.log_loss_rows:
         rows, total = counts.log_loss_rows, counts.log_loss_sum
         interval = nonnegative_mean_interval(
-            total, counts.log_loss_square_sum, rows, _loss_of_a_mistake(counts)
+            total, counts.log_loss_square_sum, rows, _estimate_mistake_loss(counts)
         )
         what = "mean -log of the label's score, in nats"
         yield Metric("log_loss", total / rows, what, interval)
-    found = _of_bins(counts, counts.bin_counts)
+    found = _compute_bin_metrics(counts, counts.bin_counts)
     drawn = bootstrap_intervals(
-        [counts.bin_counts], lambda cells: _of_bins(counts, cells), resamples=resamples
+        [counts.bin_counts], lambda cells: _compute_bin_metrics(counts, cells), resamples=resamples
     )
     judged = [CORRECT, WRONG]
     count = counts.bin_counts[judged].sum(axis=0)
     confidence = counts.bin_confidence[judged].sum(axis=0)
     chance = ece_by_chance(count=count, confidence_sum=confidence)
-    both = limits.of_bins(count, confidence, counts.bin_counts[CORRECT], chance)
+    both = limits.calibration_intervals(count, confidence, counts.bin_counts[CORRECT], chance)
     for (name, description), edge in zip(_OF_BINS.items(), both, strict=True):
-        interval = joined(drawn.get(name), edge, low=0.0, high=1.0)
+        interval = union_interval(drawn.get(name), edge, low=0.0, high=1.0)
         yield Metric(name, found[name], description, interval)
     yield Metric("ece_by_chance", chance, "of a calibrated model on as many rows")
 
 
-def _loss_of_a_mistake(counts: PredictionCounts) -> float:
+def _estimate_mistake_loss(counts: PredictionCounts) -> float:
     """Log loss, in nats, of a wrong row of the mean confidence, the rest shared by other classes.
 
     What log loss may have missed where no row is wrong.
@@ -272,9 +281,9 @@ _OF_CONFUSION = {
 }
 
 
-def _of_confusion(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
+def _compute_confusion_metrics(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
     """What follows from the confusion matrix; cells: (K,) how often each of its cells occurs."""
-    support, predicted, hits = label_counts(counts, cells)
+    support, predicted, hits = count_labels(counts, cells)
     if not support.sum():
         return {}
     present = support + predicted > 0
@@ -290,7 +299,7 @@ def _of_confusion(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
         "f1_micro": hits.sum() / support.sum(),
         "precision_weighted": (precision * share).sum(),
         "f1_weighted": (f1 * share).sum(),
-        "matthews_correlation": matthews(support, predicted, hits.sum()),
+        "matthews_correlation": matthews_correlation(support, predicted, hits.sum()),
     }
     kappa = cohens_kappa(support, predicted, hits.sum())
     return found if kappa is None else found | {"cohens_kappa": kappa}
@@ -302,7 +311,7 @@ _OF_BINS = {
 }
 
 
-def _of_bins(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
+def _compute_bin_metrics(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
     """Calibration errors; cells: (3, B) rows by outcome and bin, each at its mean confidence."""
     mean = counts.bin_confidence / np.maximum(counts.bin_counts, 1)
     judged = cells[[CORRECT, WRONG]]
@@ -319,22 +328,24 @@ def _of_bins(counts: PredictionCounts, cells: Ints) -> dict[str, float]:
     }
 
 
-def _confidence_metrics(counts: PredictionCounts) -> Iterator[Metric]:
+def _compute_confidence_metrics(counts: PredictionCounts) -> Iterator[Metric]:
     if counts.ok:
         mean = counts.bin_confidence.sum() / counts.ok
         yield Metric("mean_confidence", mean, "mean confidence of all predictions")
         what = "predictions accepted by the threshold"
-        yield _share("coverage", counts.accepted, counts.ok, what)
-    if counts.accepted_labelled:
+        yield _make_share("coverage", counts.accepted, counts.ok, what)
+    if counts.accepted_labeled:
         what = "accepted labelled rows predicted right"
-        yield _share("accepted_accuracy", counts.accepted_correct, counts.accepted_labelled, what)
+        yield _make_share(
+            "accepted_accuracy", counts.accepted_correct, counts.accepted_labeled, what
+        )
 
 
-def _share(name: str, part: int, whole: int, description: str) -> Metric:
+def _make_share(name: str, part: int, whole: int, description: str) -> Metric:
     return Metric(name, part / whole, description, wilson_interval(part, whole))
 
 
-def label_counts(counts: PredictionCounts, cells: Ints | None = None) -> tuple[Ints, Ints, Ints]:
+def count_labels(counts: PredictionCounts, cells: Ints | None = None) -> tuple[Ints, Ints, Ints]:
     """Support, predictions and true positives per class, each (C,), over labelled rows.
 
     cells: (K,) how often each cell of the confusion matrix occurs; as counted when not given
@@ -376,7 +387,7 @@ def format_interval(metric: str, interval: Interval | None) -> str:
     return f"{low} to {high}"
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _format_row_interval(row: Mapping[str, Any]) -> str:
     known = row["lower"] is not None
     text = format_interval(row["metric"], (row["lower"], row["upper"]) if known else None)
     return text and f"({text})"

@@ -25,29 +25,29 @@ from pydantic import (
 
 from imgcls.config import Section, UnitFloat
 from imgcls.data import filesystem
-from imgcls.data.preprocess import Decode, Preprocess
+from imgcls.data.preprocess import DecodeMode, Preprocess
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
-from imgcls.models.finite import check_safetensors
+from imgcls.models.finite import check_finite_safetensors
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT_VERSION = 1
-NEVER = 2.0
+BUNDLE_FORMAT_VERSION = 1
+NEVER_ACCEPT = 2.0
 """The threshold of a class whose predictions are never accepted: above any confidence, rounding
 included, and a plain number, so that whoever compares `score >= threshold` gets it right."""
-DESCRIPTION = "bundle.json"
-WEIGHTS = "model.safetensors"
-CARD = "README.md"
+BUNDLE_FILE = "bundle.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_CARD_FILE = "README.md"
 
-Source = Literal["torchvision", "timm", "imgcls"]
+NetworkSource = Literal["torchvision", "timm", "imgcls"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class Architecture(Section):
     """Which network, without its weights."""
 
-    source: Source = "torchvision"
+    source: NetworkSource = "torchvision"
     """Where the code of the network is."""
     name: str
     """Its name there, e.g. resnet18, inception_v3, vit_b_16, small_cnn."""
@@ -62,7 +62,7 @@ class VectorScaling(Section):
     bias: list[FiniteFloat]
 
 
-class Int8(Section):
+class Int8Calibration(Section):
     """What running in int8 needs and costs."""
 
     ranges: dict[str, dict[str, tuple[FiniteFloat, FiniteFloat]]]
@@ -78,7 +78,7 @@ class Int8(Section):
     accuracy_fp32: UnitFloat | None = None
     """The same in fp32."""
 
-    def cost(self) -> str:
+    def describe_cost(self) -> str:
         """What int8 changes, in words."""
         words = f"{self.agreement:.1%} of {self.judged_images:,} images labelled as in fp32"
         if self.accuracy is not None and self.accuracy_fp32 is not None:
@@ -86,13 +86,13 @@ class Int8(Section):
         return words
 
 
-def _threshold(value: float) -> float:
-    if not (0 <= value <= 1 or value == NEVER):
-        raise ValueError(f"{value:g} is not between 0 and 1, nor {NEVER:g} (never accept)")
+def _check_threshold(value: float) -> float:
+    if not (0 <= value <= 1 or value == NEVER_ACCEPT):
+        raise ValueError(f"{value:g} is not between 0 and 1, nor {NEVER_ACCEPT:g} (never accept)")
     return value
 
 
-Threshold = Annotated[float, AfterValidator(_threshold)]
+AcceptanceThreshold = Annotated[float, AfterValidator(_check_threshold)]
 
 
 class BundleSpec(Section):
@@ -106,11 +106,11 @@ class BundleSpec(Section):
     """Logits are divided by this before the softmax."""
     vector_scaling: VectorScaling | None = None
     """Done to the log of the softmax, if at all, and another softmax to that."""
-    threshold: Threshold = 0.0
+    threshold: AcceptanceThreshold = 0.0
     """A prediction is accepted when its confidence is at least this; `NEVER` accepts none."""
-    thresholds: dict[str, Threshold] = {}
+    thresholds: dict[str, AcceptanceThreshold] = {}
     """In place of `threshold`, for predictions of these classes."""
-    int8: Int8 | None = None
+    int8: Int8Calibration | None = None
     """For `precision int8`; made by `imgcls model quantise`."""
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
@@ -140,7 +140,7 @@ class BundleSpec(Section):
             raise ValueError("vector_scaling: needs a scale and a bias for every class")
         return self
 
-    def class_thresholds(self, threshold: float | None = None) -> list[float]:
+    def resolve_thresholds(self, threshold: float | None = None) -> list[float]:
         """What each class's predictions must reach, in class order.
 
         threshold: takes the place of all that the bundle says
@@ -162,7 +162,7 @@ class Bundle:
     weights_sha256: str
     sha256: str
 
-    def with_decode(self, decode: Decode | None) -> Bundle:
+    def with_decode(self, decode: DecodeMode | None) -> Bundle:
         """The same bundle with another decode route for JPEGs; with None its own."""
         if decode is None:
             return self
@@ -170,7 +170,7 @@ class Bundle:
         return replace(self, spec=self.spec.model_copy(update={"preprocess": preprocess}))
 
 
-def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
+def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None) -> None:
     """Refuse a place for a bundle where one is that others may be using.
 
     source: the bundle that the new one is made from
@@ -180,7 +180,7 @@ def check_new(url: str, *, overwrite: bool, source: str | None = None) -> None:
         raise RequestError(
             "output: is the bundle itself, which others may be using; name a new one"
         )
-    if filesystem.exists(filesystem.join(url, DESCRIPTION)) and not overwrite:
+    if filesystem.exists(filesystem.join(url, BUNDLE_FILE)) and not overwrite:
         raise OutputError(f"output {url}: holds a bundle already; say --overwrite to replace it")
 
 
@@ -191,11 +191,11 @@ def load_bundle(url: str) -> Bundle:
     or infinity.
     """
     bundle = read_description(url)
-    _verified_weights(bundle)
+    _read_verified_weights(bundle)
     return bundle
 
 
-def int8_of(bundle: Bundle) -> Int8:
+def require_int8(bundle: Bundle) -> Int8Calibration:
     """What running a bundle in int8 needs; raises BundleError when that was not prepared."""
     if bundle.spec.int8 is None:
         raise BundleError(
@@ -205,11 +205,11 @@ def int8_of(bundle: Bundle) -> Int8:
     return bundle.spec.int8
 
 
-def load_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
+def load_bundle_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     """The bundle's state dict; raises BundleError as `load_bundle` does for the weights."""
     from safetensors.torch import load
 
-    return dict(load(_verified_weights(bundle)))
+    return dict(load(_read_verified_weights(bundle)))
 
 
 def save_bundle(
@@ -224,13 +224,13 @@ def save_bundle(
     from safetensors.torch import save
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
-    check_safetensors(data, f"bundle {url}: the weights to write")
-    filesystem.write(filesystem.join(url, WEIGHTS), data)
+    check_finite_safetensors(data, f"bundle {url}: the weights to write")
+    filesystem.write(filesystem.join(url, WEIGHTS_FILE), data)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
-    body["sha256"] = _digest(body)
-    text = model_card(spec) if card is None else card
-    filesystem.write(filesystem.join(url, CARD), text.encode())
-    filesystem.write(filesystem.join(url, DESCRIPTION), _render(body))
+    body["sha256"] = _compute_digest(body)
+    text = render_minimal_card(spec) if card is None else card
+    filesystem.write(filesystem.join(url, MODEL_CARD_FILE), text.encode())
+    filesystem.write(filesystem.join(url, BUNDLE_FILE), _render_json(body))
     return read_description(url)
 
 
@@ -238,7 +238,7 @@ def read_description(url: str) -> Bundle:
     """The description alone, verified against its own digest."""
     place = f"bundle {url}"
     try:
-        raw = filesystem.read(filesystem.join(url, DESCRIPTION))
+        raw = filesystem.read(filesystem.join(url, BUNDLE_FILE))
     except StorageError as error:
         raise request_error(
             BundleError,
@@ -248,28 +248,28 @@ def read_description(url: str) -> Bundle:
     try:
         body = json.loads(raw)
         stated, weights_sha256 = body.pop("sha256"), body["weights_sha256"]
-        whole = _render(body | {"sha256": stated}) == raw and _digest(body) == stated
+        whole = _render_json(body | {"sha256": stated}) == raw and _compute_digest(body) == stated
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise BundleError(
-            f"{place}: {DESCRIPTION} is not as it was written (its digest differs); copy the "
+            f"{place}: {BUNDLE_FILE} is not as it was written (its digest differs); copy the "
             "bundle again, or make a new one rather than editing it"
         )
-    if body.get("format_version") != FORMAT_VERSION:
+    if body.get("format_version") != BUNDLE_FORMAT_VERSION:
         raise BundleError(
             f"{place}: has format version {body.get('format_version')!r}, this imgcls reads "
-            f"{FORMAT_VERSION}; install the imgcls that made it"
+            f"{BUNDLE_FORMAT_VERSION}; install the imgcls that made it"
         )
     try:
         spec = BundleSpec.model_validate({k: v for k, v in body.items() if k != "weights_sha256"})
     except ValidationError as error:
         raise BundleError(f"{place}: {error.errors()[0]['msg']}") from error
-    spec = _with_never(spec)
+    spec = _restore_never_accept(spec)
     return Bundle(url=url, spec=spec, weights_sha256=weights_sha256, sha256=stated)
 
 
-def _with_never(spec: BundleSpec) -> BundleSpec:
+def _restore_never_accept(spec: BundleSpec) -> BundleSpec:
     """A spec whose classes that never reach their target precision are never accepted.
 
     `calibrate` used to give them 1.0, which a confidence of exactly 1 reaches. It never chose 1.0
@@ -278,11 +278,13 @@ def _with_never(spec: BundleSpec) -> BundleSpec:
     made_by = spec.provenance.get("calibration")
     if not isinstance(made_by, dict) or made_by.get("target_precision") is None:
         return spec
-    chosen = {name: NEVER if value == 1.0 else value for name, value in spec.thresholds.items()}
+    chosen = {
+        name: NEVER_ACCEPT if value == 1.0 else value for name, value in spec.thresholds.items()
+    }
     return spec.model_copy(update={"thresholds": chosen})
 
 
-def class_list(text: str, source: str) -> list[str]:
+def parse_class_list(text: str, source: str) -> list[str]:
     """Class names, one per line; blank lines at the end are dropped.
 
     Raises BundleError naming the line of a blank or repeated name.
@@ -303,24 +305,26 @@ def class_list(text: str, source: str) -> list[str]:
     return names
 
 
-def model_card(spec: BundleSpec) -> str:
+def render_minimal_card(spec: BundleSpec) -> str:
     """The bundle's README where nothing is known of how the weights were made."""
-    lines = [f"# {card_title(spec)}", "", *card_description(spec)]
+    lines = [f"# {render_card_title(spec)}", "", *render_card_description(spec)]
     if spec.metrics:
         lines += ["", "| metric | value |", "| --- | --- |"]
-        lines += [f"| {plain(name)} | {value:.4f} |" for name, value in spec.metrics.items()]
-    lines += ["", *card_usage(), ""]
+        lines += [
+            f"| {escape_markdown(name)} | {value:.4f} |" for name, value in spec.metrics.items()
+        ]
+    lines += ["", *render_card_usage(), ""]
     return "\n".join(lines)
 
 
-def card_title(spec: BundleSpec) -> str:
+def render_card_title(spec: BundleSpec) -> str:
     """Markdown: the network and how many classes it knows."""
-    return f"{plain(spec.architecture.name)}, {len(spec.classes):,} classes"
+    return f"{escape_markdown(spec.architecture.name)}, {len(spec.classes):,} classes"
 
 
-def card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
+def render_card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
     """Lines of Markdown: the classes, the first of them by name, and what is done to an image."""
-    shown = ", ".join(plain(name) for name in spec.classes[:most_classes])
+    shown = ", ".join(escape_markdown(name) for name in spec.classes[:most_classes])
     beyond = len(spec.classes) - most_classes
     more = f" and {beyond:,} more" if beyond > 0 else ""
     pre = spec.preprocess
@@ -329,19 +333,19 @@ def card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
         "",
         f"Input: {pre.crop}x{pre.crop} RGB, {pre.mode} from {pre.resize}, {pre.interpolation}; "
         f"mean {list(pre.mean)}, std {list(pre.std)}.",
-        f"{_calibration(spec)}, acceptance threshold {_acceptance(spec)}.",
+        f"{_describe_calibration(spec)}, acceptance threshold {_describe_acceptance(spec)}.",
     ]
 
 
-def _calibration(spec: BundleSpec) -> str:
+def _describe_calibration(spec: BundleSpec) -> str:
     scaled = "" if spec.vector_scaling is None else "Vector scaling, "
     return f"{scaled}{'t' if scaled else 'T'}emperature {spec.temperature:g}"
 
 
-def _acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
-    chosen = dict(zip(spec.classes, spec.class_thresholds(), strict=True))
-    reached = [value for value in chosen.values() if value < NEVER]
-    never = [plain(name) for name, value in chosen.items() if value == NEVER]
+def _describe_acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
+    chosen = dict(zip(spec.classes, spec.resolve_thresholds(), strict=True))
+    reached = [value for value in chosen.values() if value < NEVER_ACCEPT]
+    never = [escape_markdown(name) for name, value in chosen.items() if value == NEVER_ACCEPT]
     if not reached:
         return "none: no prediction is accepted"
     text = f"{spec.threshold:g}"
@@ -354,12 +358,12 @@ def _acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
     return text
 
 
-def card_usage() -> list[str]:
+def render_card_usage() -> list[str]:
     """Lines of Markdown: how the model is put to work."""
     return ["    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT"]
 
 
-def plain(text: str, longest: int = 80) -> str:
+def escape_markdown(text: str, longest: int = 80) -> str:
     """Markdown that shows `text` as it is, on one line, cut where it is very long."""
     text = " ".join(text.split()) or "(blank)"
     text = text if len(text) <= longest else text[: longest - 3] + "..."
@@ -372,29 +376,30 @@ def is_lfs_pointer(data: bytes) -> bool:
     return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def _verified_weights(bundle: Bundle) -> bytes:
+def _read_verified_weights(bundle: Bundle) -> bytes:
     try:
-        data = filesystem.read(filesystem.join(bundle.url, WEIGHTS))
+        data = filesystem.read(filesystem.join(bundle.url, WEIGHTS_FILE))
     except StorageError as error:
         raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
     if is_lfs_pointer(data):
         raise BundleError(
-            f"bundle {bundle.url}: {WEIGHTS} is a Git LFS pointer, not the weights; fetch them "
+            f"bundle {bundle.url}: {WEIGHTS_FILE} is a Git LFS pointer, not the weights; fetch "
+            "them "
             "with `git lfs pull`"
         )
     found = hashlib.sha256(data).hexdigest()
     if found != bundle.weights_sha256:
         raise BundleError(
-            f"bundle {bundle.url}: {WEIGHTS} has SHA-256 {found[:12]}..., expected "
+            f"bundle {bundle.url}: {WEIGHTS_FILE} has SHA-256 {found[:12]}..., expected "
             f"{bundle.weights_sha256[:12]}...; the file is damaged, copy the bundle again"
         )
-    check_safetensors(data, f"bundle {bundle.url}: {WEIGHTS}")
+    check_finite_safetensors(data, f"bundle {bundle.url}: {WEIGHTS_FILE}")
     return data
 
 
-def _render(body: Mapping[str, Any]) -> bytes:
+def _render_json(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def _compute_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ from torch import nn
 
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -31,14 +31,14 @@ from imgcls.errors import (
     StorageError,
 )
 from imgcls.models import int8, sources, zoo
-from imgcls.models.bundle import Bundle, Precision, int8_of, load_bundle, load_weights
-from imgcls.models.cuda_graph import Download, Replayed, Stopwatch
-from imgcls.models.fold_batchnorm import folded
-from imgcls.models.fuse_cpu import fused
-from imgcls.models.int8 import Ranges
-from imgcls.models.normalize import Normalise
-from imgcls.models.notebook_repr import card, failed_card
-from imgcls.models.sources import Source
+from imgcls.models.bundle import Bundle, Precision, load_bundle, load_bundle_weights, require_int8
+from imgcls.models.cuda_graph import AsyncDownload, CudaGraphRunner, CudaTimer
+from imgcls.models.fold_batchnorm import fold_batch_norms
+from imgcls.models.fuse_cpu import fuse_convolutions
+from imgcls.models.int8 import ValueRanges
+from imgcls.models.normalize import Normalizer
+from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
+from imgcls.models.sources import ImageSource
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Scores:
     embedding: npt.NDArray[np.float32] | None = None
 
     @property
-    def finite(self) -> npt.NDArray[np.bool_]:
+    def is_finite(self) -> npt.NDArray[np.bool_]:
         """(N,) bool: whether the network gave numbers for an image.
 
         Sound weights can still overflow in one of the layers for an image, above all in half
@@ -63,25 +63,25 @@ class Scores:
         return ~np.isnan(self.scores[:, 0])
 
 
-class Pending:
+class PendingScores:
     """Scores that a GPU may still be working on."""
 
     def __init__(
-        self, scores: torch.Tensor, embedding: torch.Tensor | None, watch: Stopwatch
+        self, scores: torch.Tensor, embedding: torch.Tensor | None, watch: CudaTimer
     ) -> None:
         watch.stop()
         self._watch = watch
-        self._scores = Download(scores)
-        self._embedding = None if embedding is None else Download(embedding)
+        self._scores = AsyncDownload(scores)
+        self._embedding = None if embedding is None else AsyncDownload(embedding)
 
     def get(self) -> Scores:
         """The scores; waits for them."""
         embedding = None if self._embedding is None else self._embedding.get().numpy()
         return Scores(self._scores.get().numpy(), embedding)
 
-    def busy_seconds(self) -> float:
+    def gpu_seconds(self) -> float:
         """Time that a GPU worked on them; 0 on a CPU. Waits for the end."""
-        return self._watch.seconds()
+        return self._watch.elapsed_seconds()
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Prediction:
     accepted: bool
     topk_labels: list[str]
     topk_scores: list[float]
-    source: Source | None = field(default=None, repr=False, compare=False)
+    source: ImageSource | None = field(default=None, repr=False, compare=False)
     status: str = "ok"
     error: str | None = None
 
     def _repr_html_(self) -> str:
-        return card(self.source, self.topk_labels, self.topk_scores, self.accepted)
+        return render_prediction(self.source, self.topk_labels, self.topk_scores, self.accepted)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FailedPrediction:
 
     status: str
     error: str
-    source: Source | None = field(default=None, repr=False, compare=False)
+    source: ImageSource | None = field(default=None, repr=False, compare=False)
     label: None = None
     confidence: None = None
     accepted: bool = False
@@ -121,22 +121,22 @@ class FailedPrediction:
     topk_scores: list[float] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
-        return failed_card(self.source, self.error)
+        return render_failed_prediction(self.source, self.error)
 
 
-Answer = TypeVar("Answer", bound=Prediction | FailedPrediction)
+AnyPrediction = TypeVar("AnyPrediction", bound=Prediction | FailedPrediction)
 
 
-class Predictions(list[Answer]):
+class Predictions(list[AnyPrediction]):
     """Predictions in the order of their images; a notebook shows them as pictures with bars."""
 
     def _repr_html_(self) -> str:
-        shown = "".join(prediction._repr_html_() for prediction in self[:MOST_SHOWN])
-        more = len(self) - MOST_SHOWN
+        shown = "".join(prediction._repr_html_() for prediction in self[:MAX_SHOWN])
+        more = len(self) - MAX_SHOWN
         return shown + (f"<p>and {more:,} more</p>" if more > 0 else "")
 
 
-MOST_SHOWN = 24
+MAX_SHOWN = 24
 
 
 class Classifier:
@@ -157,7 +157,7 @@ class Classifier:
         device: str | torch.device | None = None,
         compile: bool = False,
         batch_size: int | None = None,
-        decode: Decode | None = None,
+        decode: DecodeMode | None = None,
     ) -> None:
         bundle = bundle.with_decode(decode)
         self.bundle = bundle
@@ -165,32 +165,32 @@ class Classifier:
         self.preprocess = bundle.spec.preprocess
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision, self.precision_reason = choose_precision(precision, self.device)
-        self._dtype = _floating(self.precision, self.device)
-        self._network = network_of(bundle, self.device, self._dtype)
-        _, last = zoo.head(self._network)
+        self._dtype = _choose_float_dtype(self.precision, self.device)
+        self._network = load_network(bundle, self.device, self._dtype)
+        _, last = zoo.find_head(self._network)
         if self.precision == "int8":
-            self._network = _in_int8(self._network, bundle, last)
+            self._network = _quantize_from_bundle(self._network, bundle, last)
         elif self.device.type == "cpu" and not compile:
-            self._network = fused(self._network, self.preprocess.crop, spare=last)
+            self._network = fuse_convolutions(self._network, self.preprocess.crop, spare=last)
         if self._dtype == torch.bfloat16:
-            _finish_in_fp32(self._network)
-        _keep_small_batches_exact(self._network)
-        self._normalise = Normalise(self.preprocess, self.device)
+            _run_head_in_fp32(self._network)
+        _pad_small_head_batches(self._network)
+        self._normalise = Normalizer(self.preprocess, self.device)
         scaling = bundle.spec.vector_scaling
         self._scaling = None
         if scaling is not None:
             pair = torch.tensor([scaling.scale, scaling.bias], device=self.device)
             self._scaling = (pair[0], pair[1])
-        self._thresholds = np.array(bundle.spec.class_thresholds(), np.float32)
+        self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
         compile = compile and self.precision != "int8"
         self._forward = torch.compile(self._network) if compile else self._network
         if self.device.type == "cuda" and batch_size is not None:
-            self._forward = self._replayed(batch_size)
+            self._forward = self._record_cuda_graph(batch_size)
 
     @property
     def embedding_width(self) -> int:
         """E, the length of an embedding."""
-        return zoo.embedding_width(self._network)
+        return zoo.get_embedding_width(self._network)
 
     @classmethod
     def load(cls, url: str, **options: Any) -> Classifier:
@@ -205,11 +205,11 @@ class Classifier:
         return self.submit(batch, embeddings=embeddings).get()
 
     @torch.inference_mode()
-    def submit(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Pending:
+    def submit(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> PendingScores:
         """As `classify`, without waiting for a GPU to be done."""
         pixels = self._normalise.upload(batch)
-        watch = Stopwatch(self.device)
-        logits, features = self._run(pixels, embeddings)
+        watch = CudaTimer(self.device)
+        logits, features = self._run_network(pixels, embeddings)
         logits = logits[: len(pixels)].float() / self.bundle.spec.temperature
         if self._scaling is not None:
             logits = torch.log_softmax(logits, dim=1) * self._scaling[0] + self._scaling[1]
@@ -217,9 +217,9 @@ class Classifier:
         # softmax alone would turn a logit of minus infinity into a score of 0
         finite = torch.isfinite(logits).all(dim=1, keepdim=True)
         scores = torch.softmax(logits, dim=1).where(finite, math.nan)
-        return Pending(scores, embedding, watch)
+        return PendingScores(scores, embedding, watch)
 
-    def not_finite(self) -> NotFinite:
+    def build_not_finite_error(self) -> NotFinite:
         """The error of an image that the network gives no numbers for."""
         remedy = "" if self.precision == "fp32" else "; run it with --precision fp32"
         return NotFinite(
@@ -230,7 +230,7 @@ class Classifier:
     @overload
     def predict(
         self,
-        images_: Source | Iterable[Source],
+        images_: ImageSource | Iterable[ImageSource],
         *,
         top_k: int = ...,
         batch_size: int = ...,
@@ -240,7 +240,7 @@ class Classifier:
     @overload
     def predict(
         self,
-        images_: Source | Iterable[Source],
+        images_: ImageSource | Iterable[ImageSource],
         *,
         top_k: int = ...,
         batch_size: int = ...,
@@ -249,7 +249,7 @@ class Classifier:
 
     def predict(
         self,
-        images_: Source | Iterable[Source],
+        images_: ImageSource | Iterable[ImageSource],
         *,
         top_k: int = 5,
         batch_size: int = 32,
@@ -271,38 +271,38 @@ class Classifier:
         if errors not in ("raise", "return"):
             raise RequestError(f"errors: {errors!r} is neither 'raise' nor 'return'")
         found: Predictions[Any] = Predictions()
-        for batch in sources.batches(images_, batch_size):
+        for batch in sources.iterate_batches(images_, batch_size):
             ready: list[Pixels] = []
             answers: list[Prediction | FailedPrediction | None] = []
             for place, item in enumerate(batch, len(found)):
                 try:
-                    ready.append(sources.pixels_of(item, self.preprocess))
+                    ready.append(sources.load_pixels(item, self.preprocess))
                     answers.append(None)
                 except ImgclsError as error:
-                    answers.append(_failed(error, item, place, errors))
-            ranked = iter(self._ranked_all(ready, top_k))
+                    answers.append(_build_failed_prediction(error, item, place, errors))
+            ranked = iter(self._predict_pixels(ready, top_k))
             for at, item in enumerate(batch):
                 if answers[at] is None:
                     answer = next(ranked)
                     answers[at] = (
-                        _failed(answer, item, len(found) + at, errors)
+                        _build_failed_prediction(answer, item, len(found) + at, errors)
                         if isinstance(answer, NotFinite)
                         else replace(answer, source=item)
                     )
             found += answers
         return found
 
-    def _ranked_all(self, pixels: list[Pixels], top_k: int) -> list[Prediction | NotFinite]:
+    def _predict_pixels(self, pixels: list[Pixels], top_k: int) -> list[Prediction | NotFinite]:
         if not pixels:
             return []
-        scored = self.classify(decode.stack(pixels))
-        ranked = self.ranked(scored.scores, top_k=top_k)
+        scored = self.classify(decode.stack_images(pixels))
+        ranked = self.rank_scores(scored.scores, top_k=top_k)
         return [
-            prediction if finite else self.not_finite()
-            for prediction, finite in zip(ranked, scored.finite, strict=True)
+            prediction if finite else self.build_not_finite_error()
+            for prediction, finite in zip(ranked, scored.is_finite, strict=True)
         ]
 
-    def ranked(
+    def rank_scores(
         self,
         scores: npt.NDArray[np.float32],
         *,
@@ -315,7 +315,7 @@ class Classifier:
         Raises RequestError for a top_k below 1.
         """
         _check_positive(top_k=top_k)
-        top, values = top_k_of(scores, top_k)
+        top, values = select_top_k(scores, top_k)
         needed = self._thresholds if threshold is None else np.full(len(self.classes), threshold)
         reached = values[:, 0] >= needed.astype(np.float32)[top[:, 0]]
         return [
@@ -330,19 +330,19 @@ class Classifier:
         ]
 
     @torch.inference_mode()
-    def _replayed(self, batch_size: int) -> Replayed:
+    def _record_cuda_graph(self, batch_size: int) -> CudaGraphRunner:
         crop = self.preprocess.crop
         example = torch.empty((batch_size, 3, crop, crop), dtype=self._dtype, device=self.device)
-        return Replayed(self._forward, example.to(memory_format=torch.channels_last))
+        return CudaGraphRunner(self._forward, example.to(memory_format=torch.channels_last))
 
-    def _run(
+    def _run_network(
         self, pixels: torch.Tensor, embeddings: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = self._normalise(pixels).to(self._dtype)
         if not embeddings:
             return self._forward(inputs), None
         caught: list[torch.Tensor] = []
-        _, head = zoo.head(self._network)
+        _, head = zoo.find_head(self._network)
         me = threading.get_ident()
 
         def catch(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -364,11 +364,11 @@ def _check_positive(**numbers: int) -> None:
             raise RequestError(f"{name}: {value!r} is not a whole number of at least 1")
 
 
-def _failed(
-    error: ImgclsError, source: Source, place: int, errors: Literal["raise", "return"]
+def _build_failed_prediction(
+    error: ImgclsError, source: ImageSource, place: int, errors: Literal["raise", "return"]
 ) -> FailedPrediction:
     """The answer for an image that cannot be used; raises the error, with its name, if asked to."""
-    name = sources.name_of(source, place)
+    name = sources.describe_source(source, place)
     words = str(error) if name in str(error) else f"{name}: {error}"
     if not isinstance(error, (StorageError, ImageError)):
         raise type(error)(words) from error  # another type or value is a mistake of the caller's
@@ -377,7 +377,7 @@ def _failed(
     return FailedPrediction(error.status, words, source)
 
 
-def top_k_of(
+def select_top_k(
     scores: npt.NDArray[np.float32], k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """(N, k) class indices and their scores, best first; ties go to the lower index. k >= 1."""
@@ -389,20 +389,20 @@ def top_k_of(
     return order, np.take_along_axis(scores, order, axis=1)
 
 
-def observe(bundle: Bundle, batches: Iterable[Pixels]) -> Ranges:
+def record_int8_ranges(bundle: Bundle, batches: Iterable[Pixels]) -> ValueRanges:
     """What the convolutions of a bundle's network see, for int8.
 
     batches: (N, 3, crop, crop) uint8 RGB
     Raises BundleError when it has none that could be quantised.
     """
     device = torch.device("cpu")
-    dtype = _floating("auto", device)
-    network = network_of(bundle, device, dtype)
-    normalise = Normalise(bundle.spec.preprocess, device)
+    dtype = _choose_float_dtype("auto", device)
+    network = load_network(bundle, device, dtype)
+    normalise = Normalizer(bundle.spec.preprocess, device)
     inputs = (normalise(batch).to(dtype) for batch in batches)
     side = bundle.spec.preprocess.crop
     try:
-        return int8.observe(network, side, spare=zoo.head(network)[1], batches=inputs)
+        return int8.record_ranges(network, side, spare=zoo.find_head(network)[1], batches=inputs)
     except ValueError as error:
         raise BundleError(f"bundle {bundle.url}: int8: {error}") from error
 
@@ -416,7 +416,7 @@ def choose_precision(
     """
     if wanted == "int8" and device.type != "cpu":
         raise RequestError("precision int8: is for CPUs; a GPU does better with bf16, or auto")
-    if wanted == "int8" and not _cpu_flags() & _INT8_FLAGS:
+    if wanted == "int8" and not _read_cpu_flags() & _INT8_FLAGS:
         raise RequestError(
             f"precision int8: this CPU has none of {', '.join(sorted(_INT8_FLAGS))}, without which "
             "sums overflow; say --precision auto"
@@ -426,47 +426,49 @@ def choose_precision(
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "the GPU has it") if native else ("fp32", "the GPU has no bfloat16")
-    flags = _cpu_flags()
+    flags = _read_cpu_flags()
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
 
 
-def network_of(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The bundle's network in eval mode, its batch norms folded, channels last."""
-    network = zoo.build(bundle.spec.architecture, len(bundle.spec.classes))
+    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
     try:
-        network.load_state_dict(load_weights(bundle))
+        network.load_state_dict(load_bundle_weights(bundle))
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
-    return folded(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
+    return fold_batch_norms(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
 
 
-def _in_int8(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:
-    ranges = int8_of(bundle).ranges
+def _quantize_from_bundle(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:
+    ranges = require_int8(bundle).ranges
     try:
-        return int8.quantised(network, bundle.spec.preprocess.crop, spare=last, ranges=ranges)
+        return int8.quantize_network(
+            network, bundle.spec.preprocess.crop, spare=last, ranges=ranges
+        )
     except ValueError as error:
         raise BundleError(f"bundle {bundle.url}: int8: {error}; quantise it anew") from error
 
 
-def _floating(precision: Precision, device: torch.device) -> torch.dtype:
+def _choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of what is not quantised."""
     if precision in ("auto", "int8"):
         precision, _ = choose_precision("auto", device)
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _finish_in_fp32(network: nn.Module) -> None:
+def _run_head_in_fp32(network: nn.Module) -> None:
     """Run a bf16 network's last step in fp32.
 
     Logits rounded to 8 bits tie and flip labels: SqueezeNet on 334 ImageNet photographs differs
     from fp32 in 9 top-1 labels with them and in 6 without. A Linear head costs nothing in fp32; a
     convolution keeps bf16 products, but what averages its outputs over space does so in fp32.
     """
-    for head in zoo.heads(network).values():
+    for head in zoo.find_heads(network).values():
         if isinstance(head, nn.Linear):
             head.float()
             head.register_forward_pre_hook(lambda _, args: (args[0].float(),))
@@ -474,20 +476,22 @@ def _finish_in_fp32(network: nn.Module) -> None:
             head.register_forward_hook(lambda _, args, output: output.float())
 
 
-def _keep_small_batches_exact(network: nn.Module) -> None:
+def _pad_small_head_batches(network: nn.Module) -> None:
     """Have Linear heads see at least four rows, of which the last ones may be of no image.
 
     Three or fewer take another path through the matrix product, which adds up in another order:
     the last bit of an image's scores would depend on what it is classified with. The rows of no
     image end with the head, so that the outputs of several heads can be added up.
     """
-    for head in zoo.heads(network).values():
+    for head in zoo.find_heads(network).values():
         if isinstance(head, nn.Linear):
             layer: Any = head
-            layer.forward = functools.partial(_of_four, head.forward)
+            layer.forward = functools.partial(_forward_padded_to_four, head.forward)
 
 
-def _of_four(forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+def _forward_padded_to_four(
+    forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
     if rows.dim() != 2 or len(rows) >= 4:
         return forward(rows)
     return forward(nn.functional.pad(rows, (0, 0, 0, 4 - len(rows))))[: len(rows)]
@@ -500,13 +504,13 @@ _ISAS = (
 )  # fmt: skip
 """Instruction sets to which oneDNN can be limited, in ascending order.
 Source: oneDNN developer guide, "CPU Dispatcher Control"."""
-_ISA_OF = {
+_ISA_BY_FLAG = {
     "avx_vnni": "AVX2_VNNI", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16",
     "amx_bf16": "AVX512_CORE_AMX", "amx_int8": "AVX512_CORE_AMX",
 }  # fmt: skip
 
 
-def _cpu_flags() -> set[str]:
+def _read_cpu_flags() -> set[str]:
     """The CPU's flags, without those that ONEDNN_MAX_CPU_ISA keeps oneDNN from using."""
     flags: set[str] = set()
     try:
@@ -518,5 +522,5 @@ def _cpu_flags() -> set[str]:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit in _ISAS:
         allowed = _ISAS[: _ISAS.index(limit) + 1]
-        flags -= {flag for flag, isa in _ISA_OF.items() if isa not in allowed}
+        flags -= {flag for flag, isa in _ISA_BY_FLAG.items() if isa not in allowed}
     return flags

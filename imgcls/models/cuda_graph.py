@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-WARM_UP = 3
+WARM_UP_PASSES = 3
 """Passes before a graph is recorded: libraries choose their kernels in the first ones."""
 
 
-class Uploads:
+class PinnedUploader:
     """Copies batches to a GPU through pinned memory, on a stream beside that of the kernels."""
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Uploads:
         return there
 
 
-class Download:
+class AsyncDownload:
     """A tensor on its way to the host, if it is not there."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ class Download:
         return self._host
 
 
-class Stopwatch:
+class CudaTimer:
     """Time that a GPU spends on what is launched between its making and `stop`; 0 on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class Stopwatch:
         if self._marks:
             self._marks[1].record()
 
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Waits for the end."""
         if not self._marks:
             return 0.0
@@ -72,7 +72,7 @@ class Stopwatch:
         return start.elapsed_time(end) / 1000
 
 
-class Replayed:
+class CudaGraphRunner:
     """A network as a CUDA graph: all its kernels at one command, for batches of one size.
 
     Smaller batches are run at that size too, so that a row's scores do not depend on how many rows
@@ -88,7 +88,7 @@ class Replayed:
         aside = torch.cuda.Stream(example.device)
         aside.wait_stream(torch.cuda.current_stream(example.device))
         with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP_PASSES):
                 network(self._input)
         torch.cuda.current_stream(example.device).wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()

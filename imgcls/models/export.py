@@ -39,16 +39,20 @@ from imgcls.errors import (
     RunFailed,
     StorageError,
 )
-from imgcls.models.bundle import CARD, Bundle, BundleSpec, load_bundle
-from imgcls.models.classifier import Classifier, network_of
+from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
+from imgcls.models.classifier import Classifier, load_network
 
-Format = Literal["onnx", "program", "torchscript"]
-FILES: dict[Format, str] = {"onnx": "model.onnx", "program": "model.pt2", "torchscript": "model.ts"}
-DESCRIPTION = "model.json"
-EXAMPLE = "example.py"
-MADE_UP = 16
+ExportFormat = Literal["onnx", "program", "torchscript"]
+EXPORT_FILES: dict[ExportFormat, str] = {
+    "onnx": "model.onnx",
+    "program": "model.pt2",
+    "torchscript": "model.ts",
+}
+EXPORT_DESCRIPTION_FILE = "model.json"
+EXAMPLE_FILE = "example.py"
+SYNTHETIC_IMAGES = 16
 """Images drawn to compare by, where none are given."""
-CLEAR = 0.01
+CLEAR_MARGIN = 0.01
 """Labels must be the same where the best score is ahead of the next by this."""
 
 
@@ -59,18 +63,18 @@ class ExportConfig(Section):
     """The bundle."""
     output: str
     """The folder to write."""
-    formats: Annotated[list[Format], BeforeValidator(names)] = ["onnx"]
+    formats: Annotated[list[ExportFormat], BeforeValidator(names)] = ["onnx"]
     """onnx: for ONNX Runtime and others. program: torch.export. torchscript: for old hosts."""
     images: ManifestConfig | None = None
     """Images to compare the scores by; drawn ones when not given."""
-    most_images: PositiveInt = 64
+    max_images: PositiveInt = 64
     """So many of them, from the first on."""
     overwrite: bool = False
     """Replace an export that is there."""
     storage: StorageConfig = StorageConfig()
 
 
-class Portable(nn.Module):
+class PortableNetwork(nn.Module):
     """A bundle from pixels to scores, in float32."""
 
     scale: torch.Tensor
@@ -83,7 +87,7 @@ class Portable(nn.Module):
         spec = bundle.spec
         std = torch.tensor(spec.preprocess.std).view(1, 3, 1, 1)
         mean = torch.tensor(spec.preprocess.mean).view(1, 3, 1, 1)
-        self.network = network_of(bundle, torch.device("cpu"), torch.float32)
+        self.network = load_network(bundle, torch.device("cpu"), torch.float32)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
         self.temperature = spec.temperature
@@ -101,60 +105,62 @@ class Portable(nn.Module):
         return torch.softmax(logits, dim=1)
 
 
-def export(config: ExportConfig) -> dict[str, Any]:
+def export_bundle(config: ExportConfig) -> dict[str, Any]:
     """Write a bundle in other formats; returns what model.json says of them.
 
     Raises RequestError where a format's package is not installed, the bundle is not whole or its
     network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
     express the network or gives other labels.
     """
-    object_store.use(config.storage)
+    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
     output = filesystem.absolute(config.output)
-    if filesystem.names(output) and not config.overwrite:
+    if filesystem.list_names(output) and not config.overwrite:
         raise OutputError(
-            f"output {output}: holds {filesystem.names(output)[0]}; give another --output, or say "
+            f"output {output}: holds {filesystem.list_names(output)[0]}; give another "
+            "--output, or say "
             "--overwrite"
         )
-    pixels = _pixels(bundle, config)
+    pixels = _load_comparison_images(bundle, config)
     scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)
-    if not scored.finite.all():
+    if not scored.is_finite.all():
         raise BundleError(
             f"bundle {config.model}: its network gives NaN or infinity for "
-            f"{int((~scored.finite).sum())} of {len(scored.finite)} images in fp32; train it again"
+            f"{int((~scored.is_finite).sum())} of {len(scored.is_finite)} images in fp32; "
+            "train it again"
         )
     expected = scored.scores
-    portable = Portable(bundle).eval()
+    portable = PortableNetwork(bundle).eval()
     made: dict[str, Any] = {}
     for format in config.formats:
-        data, run = _MAKERS[format](portable, bundle.spec.preprocess.crop)
-        made[FILES[format]] = compared(format, expected, run(pixels))
-        filesystem.write(filesystem.join(output, FILES[format]), data)
-        told = made[FILES[format]]
+        data, run = _EXPORTERS[format](portable, bundle.spec.preprocess.crop)
+        made[EXPORT_FILES[format]] = compare_scores(format, expected, run(pixels))
+        filesystem.write(filesystem.join(output, EXPORT_FILES[format]), data)
+        told = made[EXPORT_FILES[format]]
         print(
-            f"{FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {told['same_label']} of "
+            f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {told['same_label']} of "
             f"{told['images']} images have the same label, scores differ by "
             f"{told['largest_difference']:.1e} at most",
             flush=True,
         )
-    for name in (*FILES.values(), EXAMPLE):
+    for name in (*EXPORT_FILES.values(), EXAMPLE_FILE):
         if name not in made:
             filesystem.remove(filesystem.join(output, name))
-    described = _description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
+    described = _build_description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
     texts = {
-        DESCRIPTION: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
-        CARD: _card(bundle, config.formats),
+        EXPORT_DESCRIPTION_FILE: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
+        MODEL_CARD_FILE: _build_card(bundle, config.formats),
     }
     if "onnx" in config.formats:
-        texts[EXAMPLE] = example(bundle.spec)
+        texts[EXAMPLE_FILE] = render_example(bundle.spec)
     for name, text in texts.items():
         filesystem.write(filesystem.join(output, name), text.encode())
     print(f"export       {output}", flush=True)
     return described
 
 
-def compared(
+def compare_scores(
     format: str, expected: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
 ) -> dict[str, Any]:
     """How far scores are from those expected; raises RunFailed when a label is another.
@@ -162,7 +168,11 @@ def compared(
     Both (N, C). A label counts where it is ahead by `CLEAR`.
     """
     ahead = np.sort(expected, axis=1)
-    clear = ahead[:, -1] - ahead[:, -2] > CLEAR if expected.shape[1] > 1 else np.ones(len(expected))
+    clear = (
+        ahead[:, -1] - ahead[:, -2] > CLEAR_MARGIN
+        if expected.shape[1] > 1
+        else np.ones(len(expected))
+    )
     same = expected.argmax(axis=1) == scores.argmax(axis=1)
     largest = float(np.abs(expected - scores).max())
     if (~same & clear.astype(bool)).any() or not np.isfinite(largest):
@@ -173,18 +183,18 @@ def compared(
     return {"images": len(same), "same_label": int(same.sum()), "largest_difference": largest}
 
 
-Run = Callable[[Pixels], npt.NDArray[np.float32]]
+RunExported = Callable[[Pixels], npt.NDArray[np.float32]]
 
 
-def _onnx(portable: Portable, crop: int) -> tuple[bytes, Run]:
+def _export_onnx(portable: PortableNetwork, crop: int) -> tuple[bytes, RunExported]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        with _said_plainly("onnx"):
+        with _convert_exporter_errors("onnx"):
             torch.onnx.export(
                 portable,
-                (_example(crop),),
+                (_build_example_input(crop),),
                 file,
                 dynamo=True,
                 dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
@@ -198,37 +208,37 @@ def _onnx(portable: Portable, crop: int) -> tuple[bytes, Run]:
     return data, lambda pixels: session.run(None, {"pixels": np.ascontiguousarray(pixels)})[0]
 
 
-def _program(portable: Portable, crop: int) -> tuple[bytes, Run]:
+def _export_program(portable: PortableNetwork, crop: int) -> tuple[bytes, RunExported]:
     sink = io.BytesIO()
-    with _said_plainly("program"):
+    with _convert_exporter_errors("program"):
         program = torch.export.export(
             portable,
-            (_example(crop),),
+            (_build_example_input(crop),),
             dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
         )
         torch.export.save(program, sink)
         loaded = torch.export.load(io.BytesIO(sink.getvalue())).module()
-    return sink.getvalue(), lambda pixels: _numbers(loaded, pixels)
+    return sink.getvalue(), lambda pixels: _run_module(loaded, pixels)
 
 
-def _torchscript(portable: Portable, crop: int) -> tuple[bytes, Run]:
+def _export_torchscript(portable: PortableNetwork, crop: int) -> tuple[bytes, RunExported]:
     sink = io.BytesIO()
-    with _said_plainly("torchscript"), torch.inference_mode():
-        traced = torch.jit.trace(portable, _example(crop), check_trace=False)
+    with _convert_exporter_errors("torchscript"), torch.inference_mode():
+        traced = torch.jit.trace(portable, _build_example_input(crop), check_trace=False)
         torch.jit.save(traced, sink)
         loaded = torch.jit.load(io.BytesIO(sink.getvalue()))
-    return sink.getvalue(), lambda pixels: _numbers(loaded, pixels)
+    return sink.getvalue(), lambda pixels: _run_module(loaded, pixels)
 
 
-_MAKERS: dict[Format, Callable[[Portable, int], tuple[bytes, Run]]] = {
-    "onnx": _onnx,
-    "program": _program,
-    "torchscript": _torchscript,
+_EXPORTERS: dict[ExportFormat, Callable[[PortableNetwork, int], tuple[bytes, RunExported]]] = {
+    "onnx": _export_onnx,
+    "program": _export_program,
+    "torchscript": _export_torchscript,
 }
 
 
 @contextlib.contextmanager
-def _said_plainly(format: str) -> Iterator[None]:
+def _convert_exporter_errors(format: str) -> Iterator[None]:
     """What an exporter cannot do, in one line that names the format; no advice to its authors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -242,17 +252,17 @@ def _said_plainly(format: str) -> Iterator[None]:
             ) from error
 
 
-def _example(crop: int) -> torch.Tensor:
+def _build_example_input(crop: int) -> torch.Tensor:
     return torch.zeros(2, 3, crop, crop, dtype=torch.uint8)
 
 
 @torch.inference_mode()
-def _numbers(module: Any, pixels: Pixels) -> npt.NDArray[np.float32]:
+def _run_module(module: Any, pixels: Pixels) -> npt.NDArray[np.float32]:
     scores: npt.NDArray[np.float32] = module(torch.from_numpy(pixels)).numpy()
     return scores
 
 
-def _check_packages(formats: list[Format]) -> None:
+def _check_packages(formats: list[ExportFormat]) -> None:
     if not formats:
         raise RequestError("formats: is empty; name onnx, program or torchscript")
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
@@ -264,20 +274,20 @@ def _check_packages(formats: list[Format]) -> None:
             )
 
 
-def _pixels(bundle: Bundle, config: ExportConfig) -> Pixels:
+def _load_comparison_images(bundle: Bundle, config: ExportConfig) -> Pixels:
     """(N, 3, crop, crop) uint8: the images to compare by."""
     if config.images is None:
-        return _drawn(bundle.spec.preprocess.crop)
-    pixels = list(islice(_decoded(bundle, config.images), config.most_images))
+        return _draw_synthetic_images(bundle.spec.preprocess.crop)
+    pixels = list(islice(_decode_manifest_images(bundle, config.images), config.max_images))
     if not pixels:
         raise RequestError(
             f"images {config.images.path}: none of the first could be read; give others, or leave "
             "--images out"
         )
-    return decode.stack(pixels)
+    return decode.stack_images(pixels)
 
 
-def _decoded(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
+def _decode_manifest_images(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
     manifest = open_manifest(config)
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
@@ -285,20 +295,20 @@ def _decoded(bundle: Bundle, config: ManifestConfig) -> Iterator[Pixels]:
             if isinstance(blob, StorageError):
                 continue
             try:
-                yield decode.decode(blob, bundle.spec.preprocess)[0]
+                yield decode.decode_image(blob, bundle.spec.preprocess)[0]
             except ImageError:
                 continue
 
 
-def _drawn(crop: int) -> Pixels:
+def _draw_synthetic_images(crop: int) -> Pixels:
     """Soft spots of colour, the same every time."""
     rng = np.random.default_rng(0)
-    coarse = torch.from_numpy(rng.random((MADE_UP, 3, 6, 6), dtype=np.float32))
+    coarse = torch.from_numpy(rng.random((SYNTHETIC_IMAGES, 3, 6, 6), dtype=np.float32))
     soft = torch.nn.functional.interpolate(coarse, (crop, crop), mode="bicubic").clamp(0, 1)
     return (255 * soft).round().to(torch.uint8).numpy()
 
 
-def _description(spec: BundleSpec) -> dict[str, Any]:
+def _build_description(spec: BundleSpec) -> dict[str, Any]:
     pre = spec.preprocess
     return {
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", 3, pre.crop, pre.crop]},
@@ -312,9 +322,9 @@ def _description(spec: BundleSpec) -> dict[str, Any]:
     }
 
 
-def _card(bundle: Bundle, formats: Sequence[Format]) -> str:
+def _build_card(bundle: Bundle, formats: Sequence[ExportFormat]) -> str:
     """The bundle's own card, with the front matter that the Hugging Face hub reads."""
-    text = filesystem.read(filesystem.join(bundle.url, CARD)).decode().rstrip()
+    text = filesystem.read(filesystem.join(bundle.url, MODEL_CARD_FILE)).decode().rstrip()
     if not text.startswith("---\n"):
         tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
         library = "onnx" if "onnx" in formats else "pytorch"
@@ -329,13 +339,13 @@ def _card(bundle: Bundle, formats: Sequence[Format]) -> str:
     return text + ("\n    python example.py IMAGE\n" if "onnx" in formats else "")
 
 
-def example(spec: BundleSpec) -> str:
+def render_example(spec: BundleSpec) -> str:
     """A script that labels an image with model.onnx and needs no imgcls."""
-    fit = _FIT[spec.preprocess.mode].strip("\n")
-    return _EXAMPLE.format(fit=fit.format(filter=spec.preprocess.interpolation.upper()))
+    fit = _RESIZE_CODE[spec.preprocess.mode].strip("\n")
+    return _EXAMPLE_TEMPLATE.format(fit=fit.format(filter=spec.preprocess.interpolation.upper()))
 
 
-_EXAMPLE = '''\
+_EXAMPLE_TEMPLATE = '''\
 """python example.py IMAGE: label an image. Needs onnxruntime, numpy and pillow."""
 
 import json
@@ -362,7 +372,7 @@ scores = session.run(None, {{"pixels": pixels}})[0][0]
 for place in scores.argsort()[::-1][:5]:
     print(f"{{scores[place]:.4f}}  {{model['classes'][place]}}")
 '''
-_FIT = {
+_RESIZE_CODE = {
     "crop": """
 short = min(image.size)
 image = image.resize([int(resize * side / short) for side in image.size], Image.{filter})

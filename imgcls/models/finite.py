@@ -21,20 +21,20 @@ from imgcls.errors import BundleError
 if TYPE_CHECKING:
     import torch
 
-_FLOATS: dict[str, type] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_FLOAT_DTYPES: dict[str, type] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 _BF16_INFINITY = np.uint16(0x7F80)
 """bfloat16 has no numpy dtype: infinities and NaN are the values with all exponent bits set."""
 
 
-def check_tensors(state: Mapping[str, torch.Tensor], place: str) -> None:
+def check_finite_tensors(state: Mapping[str, torch.Tensor], place: str) -> None:
     """Raise BundleError if a floating tensor of a state dict holds NaN or infinity.
 
     place: the file or the step that the tensors come from, for the message
     """
-    _refuse(find_not_finite(state), len(state), place)
+    _raise_for_non_finite(find_non_finite(state), len(state), place)
 
 
-def find_not_finite(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+def find_non_finite(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
     """The floating tensors that hold NaN or infinity: how many such values, of how many."""
     floats = {
         # torch has no arithmetic for floats of 8 bits
@@ -54,21 +54,23 @@ def _is_finite(value: torch.Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in value.detach().aminmax())
 
 
-def check_safetensors(data: bytes, place: str) -> None:
+def check_finite_safetensors(data: bytes, place: str) -> None:
     """The same for the bytes of a safetensors file, whose header must be sound."""
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     body = memoryview(data)[8 + length :]
-    _refuse(dict(_not_finite(header, body)), len(header), place)
+    _raise_for_non_finite(dict(_find_non_finite_entries(header, body)), len(header), place)
 
 
-def _not_finite(
+def _find_non_finite_entries(
     header: Mapping[str, Any], body: memoryview
 ) -> Iterator[tuple[str, tuple[int, int]]]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        kind: type | None = np.uint16 if entry["dtype"] == "BF16" else _FLOATS.get(entry["dtype"])
+        kind: type | None = (
+            np.uint16 if entry["dtype"] == "BF16" else _FLOAT_DTYPES.get(entry["dtype"])
+        )
         if kind is None:
             continue
         values: NDArray[Any] = np.frombuffer(body[start:end], kind)
@@ -81,7 +83,7 @@ def _not_finite(
             yield name, (int((~finite).sum()), len(values))
 
 
-def _refuse(bad: Mapping[str, tuple[int, int]], tensors: int, place: str) -> None:
+def _raise_for_non_finite(bad: Mapping[str, tuple[int, int]], tensors: int, place: str) -> None:
     if not bad:
         return
     name, (count, size) = next(iter(bad.items()))

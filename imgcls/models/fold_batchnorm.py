@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def folded(network: nn.Module) -> nn.Module:
+def fold_batch_norms(network: nn.Module) -> nn.Module:
     """The network with its convolutions' batch norms folded in; itself where there are none.
 
     network: in eval mode and float32, in which the weights are multiplied
@@ -18,12 +18,12 @@ def folded(network: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    traced = followed(network)
+    traced = trace_network(network)
     if traced is None:
         return network
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
-        convolution = _folds_into(node, modules)
+        convolution = _find_foldable_convolution(node, modules)
         if convolution is None:
             continue
         parent, _, name = str(convolution.target).rpartition(".")
@@ -36,7 +36,7 @@ def folded(network: nn.Module) -> nn.Module:
     return traced
 
 
-def followed(network: nn.Module) -> fx.GraphModule | None:
+def trace_network(network: nn.Module) -> fx.GraphModule | None:
     """The network as a graph of its steps; None when that depends on what it is shown."""
     if isinstance(network, fx.GraphModule):
         return network
@@ -57,7 +57,7 @@ class _Tracer(fx.Tracer):
         return layer or super().is_leaf_module(module, name)
 
 
-def _folds_into(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+def _find_foldable_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     """The convolution that a batch norm may be folded into: run once, for nothing else."""
     if node.op != "call_module" or type(modules[str(node.target)]) is not nn.BatchNorm2d:
         return None

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from imgcls.data.lazy_torchvision import torchvision
-from imgcls.models.fold_batchnorm import followed
+from imgcls.models.fold_batchnorm import trace_network
 
 NOMINAL_BATCH = 32
 """The batch size that weights are laid out for; right for any other."""
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
 }
 """oneDNN's name of an activation, and its parameters."""
 
-_SUMS = (operator.add, operator.iadd, torch.add)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class FusedConv2d(nn.Module):
@@ -92,62 +92,64 @@ class FusedConv2d(nn.Module):
         return done
 
 
-def fused(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
+def fuse_convolutions(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
     """The network with its convolutions run so; itself where that cannot be.
 
     network: in eval mode, on a CPU, its convolutions of one floating dtype and channels last
     side:    pixels of an input's height and width
     spare:   a layer that stays as it is
     """
-    graph = placed(network, side, spare=spare)
+    graph = insert_fused_convolutions(network, side, spare=spare)
     if graph is None:
         return network
-    packed(graph)
+    pack_convolutions(graph)
     return graph
 
 
-def packed(graph: fx.GraphModule) -> None:
+def pack_convolutions(graph: fx.GraphModule) -> None:
     """Make the fused convolutions of a graph ready to be run."""
     for module in graph.modules():
         if isinstance(module, FusedConv2d):
             module.pack()
 
 
-def has_kernels(dtype: torch.dtype) -> bool:
+def has_onednn_kernels(dtype: torch.dtype) -> bool:
     """Whether oneDNN has convolutions of a dtype for this CPU; in bf16 not for AVX2 alone."""
     return torch.backends.mkldnn.is_available() and (
         dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
-def placed(network: nn.Module, side: int, *, spare: nn.Module) -> fx.GraphModule | None:
+def insert_fused_convolutions(
+    network: nn.Module, side: int, *, spare: nn.Module
+) -> fx.GraphModule | None:
     """The network's graph with fused convolutions that are not yet packed; None without any."""
-    convolutions = [module for module in network.modules() if _fits(module)]
+    convolutions = [module for module in network.modules() if _is_fusable(module)]
     if not convolutions:
         return None
     weight: torch.Tensor = next(convolutions[0].parameters())
-    graph = followed(network) if has_kernels(weight.dtype) else None
+    graph = trace_network(network) if has_onednn_kernels(weight.dtype) else None
     if graph is None:
         return None
-    sizes = _Sizes(graph)
+    sizes = _ShapeRecorder(graph)
     with torch.inference_mode():
         sizes.run(weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last))
-    _drop_idle(graph)
+    _remove_training_layers(graph)
     modules = dict(graph.named_modules())
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
     for number, node in enumerate(list(graph.graph.nodes)):
         module = modules[str(node.target)] if node.op == "call_module" else None
-        if module is None or module is spare or not _fits(module):
+        if module is None or module is spare or not _is_fusable(module):
             continue
-        last, residual = node, _residual(node, sizes.of)
+        last, residual = node, _find_residual(node, sizes.of)
         inputs: tuple[Any, ...] = (node.args[0],)
         if residual is not None:
             (last,) = node.users
-            inputs = (*inputs, residual, _is_done_with(residual, last, modules, order))
+            inputs = (*inputs, residual, _is_last_use(residual, last, modules, order))
         activation: tuple[str, tuple[float, ...]] = ("none", ())
         if len(last.users) == 1:
             (follower,) = last.users
-            kind = kind_of(follower, modules)
+            kind = get_node_kind(follower, modules)
             if kind in _ACTIVATIONS:
                 activation, last = _ACTIVATIONS[kind], follower
         size = [NOMINAL_BATCH, *sizes.of[node.args[0]][1:]]
@@ -168,7 +170,7 @@ def placed(network: nn.Module, side: int, *, spare: nn.Module) -> fx.GraphModule
     return graph
 
 
-class _Sizes(fx.Interpreter):
+class _ShapeRecorder(fx.Interpreter):
     """Runs a graph once and keeps the size of each step's tensor."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
@@ -182,7 +184,7 @@ class _Sizes(fx.Interpreter):
         return result
 
 
-def _fits(module: nn.Module) -> bool:
+def _is_fusable(module: nn.Module) -> bool:
     return (
         type(module) is nn.Conv2d
         and module.padding_mode == "zeros"
@@ -190,29 +192,33 @@ def _fits(module: nn.Module) -> bool:
     )
 
 
-def _drop_idle(graph: fx.GraphModule) -> None:
+def _remove_training_layers(graph: fx.GraphModule) -> None:
     """Take out what only training knows: dropout, and blocks left out at random."""
     modules = dict(graph.named_modules())
     for node in list(graph.graph.nodes):
-        kind = kind_of(node, modules)
+        kind = get_node_kind(node, modules)
         if kind in (nn.Dropout, nn.Identity, torchvision.ops.stochastic_depth):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
 
 
-def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+def get_node_kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
     """A layer's class, a function, or None."""
     if node.op == "call_module":
         return type(modules[str(node.target)])
     return node.target if node.op == "call_function" else None
 
 
-def _residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
+def _find_residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
     """What is added to a convolution's result, of its size, where nothing else is done with it."""
     if len(node.users) != 1:
         return None
     (follower,) = node.users
-    if follower.op != "call_function" or follower.target not in _SUMS or len(follower.args) != 2:
+    if (
+        follower.op != "call_function"
+        or follower.target not in _ADDITIONS
+        or len(follower.args) != 2
+    ):
         return None
     others = [each for each in follower.args if each is not node]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
@@ -220,12 +226,12 @@ def _residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node |
     return others[0] if sizes.get(others[0]) == sizes[node] else None
 
 
-def _is_done_with(
+def _is_last_use(
     residual: fx.Node, at: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]
 ) -> bool:
     """Whether nothing reads a tensor, or what shares its memory, after the step `at`."""
     fresh = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
     users = [user for user in residual.users if user is not at]
-    return kind_of(residual, modules) in fresh and all(
-        order[user] < order[at] and kind_of(user, modules) in fresh for user in users
+    return get_node_kind(residual, modules) in fresh and all(
+        order[user] < order[at] and get_node_kind(user, modules) in fresh for user in users
     )

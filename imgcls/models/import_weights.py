@@ -10,10 +10,16 @@ from pydantic import PositiveInt
 from imgcls.config import Section
 from imgcls.data import filesystem, object_store
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import Decode, Preprocess
+from imgcls.data.preprocess import DecodeMode, Preprocess
 from imgcls.errors import BundleError, ConfigError, StorageError, request_error
 from imgcls.models import zoo
-from imgcls.models.bundle import Bundle, BundleSpec, check_new, class_list, save_bundle
+from imgcls.models.bundle import (
+    Bundle,
+    BundleSpec,
+    check_bundle_output,
+    parse_class_list,
+    save_bundle,
+)
 
 
 class ImportConfig(Section):
@@ -33,14 +39,14 @@ class ImportConfig(Section):
     """Length of the shorter side after resizing; the architecture's own if not given."""
     crop: PositiveInt | None = None
     """Side of the model's square input; the architecture's own if not given."""
-    decode: Decode = "exact"
+    decode: DecodeMode = "exact"
     """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
     overwrite: bool = False
     """Replace a bundle that is there."""
     storage: StorageConfig = StorageConfig()
 
 
-class ListConfig(Section):
+class ListModelsConfig(Section):
     """List the architectures."""
 
     contains: str = ""
@@ -52,27 +58,29 @@ def import_model(config: ImportConfig) -> Bundle:
 
     Raises BundleError when they do not fit together, OutputError when a bundle is there already.
     """
-    object_store.use(config.storage)
-    architecture = zoo.architecture(config.arch, config.options)
-    architecture = zoo.pretrained_options(architecture, config.weights)
+    object_store.set_process_settings(config.storage)
+    architecture = zoo.resolve_architecture(config.arch, config.options)
+    architecture = zoo.add_pretrained_options(architecture, config.weights)
     output = filesystem.absolute(config.output)
-    check_new(output, overwrite=config.overwrite)
+    check_bundle_output(output, overwrite=config.overwrite)
     try:
         text = filesystem.read(config.classes).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(
             BundleError, f"classes: {error}; give a text file with one name per line", error
         ) from error
-    classes = class_list(text, config.classes)
-    preprocess = _preprocess(config, zoo.default_preprocess(architecture, config.weights))
+    classes = parse_class_list(text, config.classes)
+    preprocess = _resolve_preprocess(
+        config, zoo.get_default_preprocess(architecture, config.weights)
+    )
     state = zoo.load_weights(config.weights, architecture)
-    network = zoo.build(architecture, len(classes))
-    matched = zoo.matched_weights(network, state)
-    note = matched.note()
+    network = zoo.build_network(architecture, len(classes))
+    matched = zoo.match_weights(network, state)
+    note = matched.describe_unused()
     if note is not None:
         print(f"note: {note}")
     _check_class_count(network, matched.state, config, len(classes))
-    zoo.fit_weights(network, state, replace_head=False)
+    zoo.apply_weights(network, state, replace_head=False)
     spec = BundleSpec(
         architecture=architecture,
         classes=classes,
@@ -84,14 +92,14 @@ def import_model(config: ImportConfig) -> Bundle:
     return bundle
 
 
-def list_models(config: ListConfig) -> None:
+def list_models(config: ListModelsConfig) -> None:
     """Print every architecture's name."""
-    for name in zoo.names():
+    for name in zoo.list_architectures():
         if config.contains in name:
             print(name)
 
 
-def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
+def _resolve_preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
     resize, crop = config.resize or usual.resize, config.crop or usual.crop
     if resize < crop:
         raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); give --resize {crop}")
@@ -101,7 +109,7 @@ def _preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
 def _check_class_count(
     network: Any, state: Mapping[str, Any], config: ImportConfig, count: int
 ) -> None:
-    name, _ = zoo.head(network)
+    name, _ = zoo.find_head(network)
     weight = state.get(f"{name}.weight")
     if weight is not None and len(weight) != count:
         raise BundleError(

@@ -17,46 +17,53 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from imgcls.models.fuse_cpu import FusedConv2d, kind_of, packed, placed
+from imgcls.models.fuse_cpu import (
+    FusedConv2d,
+    get_node_kind,
+    insert_fused_convolutions,
+    pack_convolutions,
+)
 
-Range = tuple[float, float]
-Ranges = dict[str, dict[str, Range]]
+ValueRange = tuple[float, float]
+ValueRanges = dict[str, dict[str, ValueRange]]
 """The least and the largest value seen, by convolution and by `input`, `residual` and `output`."""
 
-_JOINS = (torch.cat, torch.concat)
-_ACTIVATIONS = ("none", "relu", "hardtanh", "hardswish", "swish")
+_CONCATENATIONS = (torch.cat, torch.concat)
+_INT8_ACTIVATIONS = ("none", "relu", "hardtanh", "hardswish", "swish")
 """Those that oneDNN applies to an int8 convolution."""
 _LEVELS = 255
 
 
-def observe(
+def record_ranges(
     network: nn.Module, side: int, *, spare: nn.Module, batches: Iterable[torch.Tensor]
-) -> Ranges:
+) -> ValueRanges:
     """What each convolution of a network is given, and gives, over batches of inputs.
 
     network, side, spare: as for `fuse.fused`; the network is used up
     batches: (N, 3, side, side), as the network is given them; of each, the mean of the extremes
     Raises ValueError when the network has no convolution that could be quantised.
     """
-    graph = placed(network, side, spare=spare)
+    graph = insert_fused_convolutions(network, side, spare=spare)
     if graph is None:
         raise ValueError("it has no convolution that could be quantised")
-    packed(graph)
-    watch = _Watch(graph)
+    pack_convolutions(graph)
+    watch = _RangeRecorder(graph)
     with torch.inference_mode():
         for batch in batches:
             watch.run(batch)
-    return watch.ranges()
+    return watch.compute_ranges()
 
 
-def quantised(network: nn.Module, side: int, *, spare: nn.Module, ranges: Ranges) -> nn.Module:
+def quantize_network(
+    network: nn.Module, side: int, *, spare: nn.Module, ranges: ValueRanges
+) -> nn.Module:
     """The network with its convolutions in int8 where a range is known, and fused where none is.
 
     network, side, spare: as for `fuse.fused`
     Raises ValueError when the network's convolutions are not those of the ranges.
     """
-    graph = placed(network, side, spare=spare)
-    names = {each.name for each in _convolutions(graph)} if graph is not None else set()
+    graph = insert_fused_convolutions(network, side, spare=spare)
+    names = {each.name for each in _list_fused_convolutions(graph)} if graph is not None else set()
     if graph is None or not names & set(ranges):
         raise ValueError("the ranges are those of another network")
     dtype: torch.dtype = next(network.parameters()).dtype
@@ -64,14 +71,15 @@ def quantised(network: nn.Module, side: int, *, spare: nn.Module, ranges: Ranges
     chosen = {
         node: modules[str(node.target)]
         for node in graph.graph.nodes
-        if kind_of(node, modules) is FusedConv2d and _pays(modules[str(node.target)], ranges)
+        if get_node_kind(node, modules) is FusedConv2d
+        and _is_quantizable(modules[str(node.target)], ranges)
     }
-    _Rewriting(graph, modules, chosen, ranges, dtype).run()
-    packed(graph)
+    _GraphRewriter(graph, modules, chosen, ranges, dtype).run()
+    pack_convolutions(graph)
     return graph
 
 
-class QuantisedConv2d(nn.Module):
+class QuantizedConv2d(nn.Module):
     """act(conv(x) + residual) of uint8 tensors; the result uint8 too, or of a floating dtype.
 
     x, residual, result: scale and zero point of each; None for a result that is not quantised
@@ -126,7 +134,7 @@ class QuantisedConv2d(nn.Module):
         return done
 
 
-class Quantise(nn.Module):
+class Quantize(nn.Module):
     """A floating tensor in uint8 steps."""
 
     def __init__(self, scale: float, zero: int) -> None:
@@ -138,27 +146,31 @@ class Quantise(nn.Module):
         return steps.clamp_(0, _LEVELS).to(torch.uint8)
 
 
-class MaxPool2d(nn.Module):
+class QuantizedMaxPool2d(nn.Module):
     """torch's max pooling over squares, which fails on uint8 tensors that are channels last."""
 
     def __init__(self, source: nn.MaxPool2d) -> None:
         super().__init__()
         sizes = (source.kernel_size, source.stride, source.padding, source.dilation)
-        self._kernel, self._stride, self._padding, self._dilation = (_only(each) for each in sizes)
+        self._kernel, self._stride, self._padding, self._dilation = (
+            _unwrap_size(each) for each in sizes
+        )
         self._ceil = source.ceil_mode
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (N, C, H, W) uint8."""
-        (rows, below), (columns, right) = (self._windows(length) for length in x.shape[2:])
+        (rows, below), (columns, right) = (self._count_windows(length) for length in x.shape[2:])
         if self._padding or below or right:
             sides = (0, 0, self._padding, right, self._padding, below)
             x = F.pad(x.permute(0, 2, 3, 1), sides).permute(0, 3, 1, 2)
         taps = range(0, self._kernel * self._dilation, self._dilation)
         down, across = ((count - 1) * self._stride + 1 for count in (rows, columns))
-        x = _most([x[:, :, tap : tap + down : self._stride] for tap in taps])
-        return _most([x[:, :, :, tap : tap + across : self._stride] for tap in taps])
+        x = _compute_elementwise_max([x[:, :, tap : tap + down : self._stride] for tap in taps])
+        return _compute_elementwise_max(
+            [x[:, :, :, tap : tap + across : self._stride] for tap in taps]
+        )
 
-    def _windows(self, length: int) -> tuple[int, int]:
+    def _count_windows(self, length: int) -> tuple[int, int]:
         """How many windows a length has, and what must be added at its end for them."""
         reach = self._dilation * (self._kernel - 1) + 1
         over = length + 2 * self._padding - reach
@@ -169,21 +181,21 @@ class MaxPool2d(nn.Module):
         return count, max(0, (count - 1) * self._stride + reach - self._padding - length)
 
 
-def _only(size: int | tuple[int, ...]) -> int:
+def _unwrap_size(size: int | tuple[int, ...]) -> int:
     if isinstance(size, int):
         return size
     (one,) = set(size)
     return one
 
 
-def _most(windows: list[torch.Tensor]) -> torch.Tensor:
+def _compute_elementwise_max(windows: list[torch.Tensor]) -> torch.Tensor:
     most = windows[0].clone(memory_format=torch.channels_last)
     for window in windows[1:]:
         torch.maximum(most, window, out=most)
     return most
 
 
-class Dequantise(nn.Module):
+class Dequantize(nn.Module):
     """uint8 steps as a floating tensor."""
 
     def __init__(self, scale: float, zero: int, dtype: torch.dtype) -> None:
@@ -194,13 +206,13 @@ class Dequantise(nn.Module):
         return x.float().sub_(self._zero).mul_(self._scale).to(self._dtype)
 
 
-class _Watch(fx.Interpreter):
+class _RangeRecorder(fx.Interpreter):
     """Runs a graph and keeps the extremes of what its convolutions are given and give."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self._modules = dict(graph.named_modules())
-        self._seen: dict[tuple[str, str], list[Range]] = {}
+        self._seen: dict[tuple[str, str], list[ValueRange]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         convolution = self._modules.get(str(n.target)) if n.op == "call_module" else None
@@ -208,21 +220,21 @@ class _Watch(fx.Interpreter):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         for what, tensor in zip(("input", "residual"), args, strict=False):
-            self._note(convolution.name, what, tensor)
+            self._record(convolution.name, what, tensor)
         result = super().run_node(n)
-        self._note(convolution.name, "output", result)
+        self._record(convolution.name, "output", result)
         return result
 
-    def _note(self, name: str, what: str, tensor: torch.Tensor) -> None:
+    def _record(self, name: str, what: str, tensor: torch.Tensor) -> None:
         low, high = torch.aminmax(tensor.float())
         self._seen.setdefault((name, what), []).append((float(low), float(high)))
 
-    def ranges(self) -> Ranges:
+    def compute_ranges(self) -> ValueRanges:
         """The mean, over the batches, of each one's least and largest value.
 
         Raises ValueError when one of them is NaN or infinite.
         """
-        found: Ranges = {}
+        found: ValueRanges = {}
         for (name, what), extremes in self._seen.items():
             lows, highs = zip(*extremes, strict=True)
             low, high = sum(lows) / len(lows), sum(highs) / len(highs)
@@ -232,7 +244,7 @@ class _Watch(fx.Interpreter):
         return found
 
 
-class _Rewriting:
+class _GraphRewriter:
     """Puts quantised convolutions in the place of fused ones, and changes dtypes between them."""
 
     def __init__(
@@ -240,7 +252,7 @@ class _Rewriting:
         graph: fx.GraphModule,
         modules: dict[str, Any],
         chosen: dict[fx.Node, Any],
-        ranges: Ranges,
+        ranges: ValueRanges,
         dtype: torch.dtype,
     ) -> None:
         self._graph = graph
@@ -254,29 +266,29 @@ class _Rewriting:
 
     def run(self) -> None:
         nodes = list(self._graph.graph.nodes)
-        carried = self._carried(nodes)
-        self._give_scales(nodes, carried)
+        carried = self._find_uint8_nodes(nodes)
+        self._assign_scales(nodes, carried)
         for node in nodes:
             if node in self._chosen:
                 self._replace(node, node in carried)
-            elif kind_of(node, self._modules) is nn.MaxPool2d and node in carried:
-                pool = MaxPool2d(self._modules[str(node.target)])
-                node.target = self._added(f"{node.name}_int8", pool)
+            elif get_node_kind(node, self._modules) is nn.MaxPool2d and node in carried:
+                pool = QuantizedMaxPool2d(self._modules[str(node.target)])
+                node.target = self._add_module(f"{node.name}_int8", pool)
             elif node not in carried:
                 for each in list(node.all_input_nodes):
                     if each in self._steps:
-                        node.replace_input_with(each, self._floating(each))
+                        node.replace_input_with(each, self._get_float(each))
         self._graph.delete_all_unused_submodules()
         self._graph.recompile()
 
-    def _carried(self, nodes: list[fx.Node]) -> set[fx.Node]:
+    def _find_uint8_nodes(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """The nodes whose result is uint8: they can be, and somebody after them wants it."""
         able: set[fx.Node] = set()
         for node in nodes:
             alone = all(len(each.users) == 1 for each in node.all_input_nodes)
-            kind = kind_of(node, self._modules)
+            kind = get_node_kind(node, self._modules)
             if node in self._chosen or (
-                (kind is nn.MaxPool2d or (kind in _JOINS and alone))
+                (kind is nn.MaxPool2d or (kind in _CONCATENATIONS and alone))
                 and all(each in able for each in node.all_input_nodes)
             ):
                 able.add(node)
@@ -289,8 +301,8 @@ class _Rewriting:
                 carried.add(node)
         return carried
 
-    def _give_scales(self, nodes: list[fx.Node], carried: set[fx.Node]) -> None:
-        ranges: dict[fx.Node, Range] = {}
+    def _assign_scales(self, nodes: list[fx.Node], carried: set[fx.Node]) -> None:
+        ranges: dict[fx.Node, ValueRange] = {}
         for node in nodes:
             if node not in carried:
                 continue
@@ -303,72 +315,72 @@ class _Rewriting:
             if node not in self._chosen:
                 for each in node.all_input_nodes:
                     ranges[each] = ranges[node]
-        self._steps = {node: _steps(range_) for node, range_ in ranges.items()}
+        self._steps = {node: _compute_quantization(range_) for node, range_ in ranges.items()}
 
     def _replace(self, node: fx.Node, carried: bool) -> None:
         convolution = self._chosen[node]
         seen = self._ranges[convolution.name]
         taken: Any = node.args
-        inputs: list[Any] = [self._quantised(taken[0], seen["input"])]
+        inputs: list[Any] = [self._get_quantized(taken[0], seen["input"])]
         residual = None
         if len(taken) == 3:
             _, given, in_place = taken
             if carried:
-                quantised = self._quantised(given, seen["residual"])
+                quantised = self._get_quantized(given, seen["residual"])
                 residual = self._steps[quantised]
             else:
-                quantised = self._floating(given) if given in self._steps else given
+                quantised = self._get_float(given) if given in self._steps else given
             inputs += [quantised, in_place and quantised is given]
-        made = QuantisedConv2d(
+        made = QuantizedConv2d(
             convolution,
             self._steps[inputs[0]],
             residual,
             self._steps.get(node),
             self._dtype,
         )
-        node.target = self._added(f"{node.name}_int8", made)
+        node.target = self._add_module(f"{node.name}_int8", made)
         node.args = tuple(inputs)
 
-    def _quantised(self, node: fx.Node, range_: Range) -> fx.Node:
+    def _get_quantized(self, node: fx.Node, range_: ValueRange) -> fx.Node:
         if node in self._steps:
             return node
         if (node, "int8") not in self._made:
-            steps = _steps(range_)
-            made = self._after(node, "int8", Quantise(*steps))
+            steps = _compute_quantization(range_)
+            made = self._insert_after(node, "int8", Quantize(*steps))
             self._steps[made] = steps
         return self._made[node, "int8"]
 
-    def _floating(self, node: fx.Node) -> fx.Node:
+    def _get_float(self, node: fx.Node) -> fx.Node:
         if (node, "floating") not in self._made:
-            self._after(node, "floating", Dequantise(*self._steps[node], self._dtype))
+            self._insert_after(node, "floating", Dequantize(*self._steps[node], self._dtype))
         return self._made[node, "floating"]
 
-    def _after(self, node: fx.Node, what: str, module: nn.Module) -> fx.Node:
-        name = self._added(f"{node.name}_{what}", module)
+    def _insert_after(self, node: fx.Node, what: str, module: nn.Module) -> fx.Node:
+        name = self._add_module(f"{node.name}_{what}", module)
         with self._graph.graph.inserting_after(node):
             self._made[node, what] = self._graph.graph.call_module(name, (node,))
         return self._made[node, what]
 
-    def _added(self, name: str, module: nn.Module) -> str:
+    def _add_module(self, name: str, module: nn.Module) -> str:
         self._graph.add_module(name, module)
         return name
 
 
-def _steps(range_: Range) -> tuple[float, int]:
+def _compute_quantization(range_: ValueRange) -> tuple[float, int]:
     """Scale and zero point that make 0 a step of its own."""
     low, high = min(range_[0], 0.0), max(range_[1], 0.0)
     scale = max(high - low, 1e-12) / _LEVELS
     return scale, round(-low / scale)
 
 
-def _pays(convolution: FusedConv2d, ranges: Ranges) -> bool:
+def _is_quantizable(convolution: FusedConv2d, ranges: ValueRanges) -> bool:
     """Whether a convolution is one that oneDNN quantises, and of more than one pixel."""
     return (
         convolution.name in ranges
-        and convolution.activation in _ACTIVATIONS
+        and convolution.activation in _INT8_ACTIVATIONS
         and convolution.input_size[2:] != [1, 1]
     )
 
 
-def _convolutions(graph: fx.GraphModule) -> list[FusedConv2d]:
+def _list_fused_convolutions(graph: fx.GraphModule) -> list[FusedConv2d]:
     return [module for module in graph.modules() if isinstance(module, FusedConv2d)]

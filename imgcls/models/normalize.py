@@ -6,10 +6,10 @@ import torch
 
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.models.cuda_graph import Uploads
+from imgcls.models.cuda_graph import PinnedUploader
 
 
-class Normalise:
+class Normalizer:
     """(x / 255 - mean) / std as one multiply and one add, on one device."""
 
     def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
@@ -18,7 +18,7 @@ class Normalise:
         mean = torch.tensor(preprocess.mean, device=device)
         self._scale = 1 / (255 * std)
         self._shift = -mean / std
-        self._uploads = Uploads(device) if device.type == "cuda" else None
+        self._uploads = PinnedUploader(device) if device.type == "cuda" else None
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) uint8, a tensor on any device, as a tensor on this one."""

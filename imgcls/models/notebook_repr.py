@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image
 
 from imgcls.data import decode, filesystem
-from imgcls.data.pixels import to_rgb
-from imgcls.models.sources import Source
+from imgcls.data.pixels import convert_to_rgb
+from imgcls.models.sources import ImageSource
 
-SIDE = 128
+REPR_SIDE = 128
 
 
-def card(
-    source: Source | None, labels: Sequence[str], scores: Sequence[float], accepted: bool
+def render_prediction(
+    source: ImageSource | None, labels: Sequence[str], scores: Sequence[float], accepted: bool
 ) -> str:
     """HTML of one image: the picture where it can still be had, and its labels with their bars."""
-    picture = _picture(source)
-    shown = f'<img src="{picture}" alt="" style="max-height:{SIDE}px">' if picture else ""
+    picture = _encode_thumbnail(source)
+    shown = f'<img src="{picture}" alt="" style="max-height:{REPR_SIDE}px">' if picture else ""
     bars = "".join(
         f'<div style="display:flex;gap:8px"><span style="flex:1">{html.escape(label)}</span>'
         f"<span>{score:.1%}</span></div>"
@@ -31,15 +31,15 @@ def card(
         for label, score in zip(labels, scores, strict=True)
     )
     word = "accepted" if accepted else "abstained"
-    return _framed(f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}", source)
+    return _render_frame(f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}", source)
 
 
-def failed_card(source: Source | None, error: str) -> str:
+def render_failed_prediction(source: ImageSource | None, error: str) -> str:
     """HTML of one image that could not be used: why."""
-    return _framed(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
+    return _render_frame(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
 
 
-def _framed(inner: str, source: Source | None) -> str:
+def _render_frame(inner: str, source: ImageSource | None) -> str:
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     return (
         '<div style="display:inline-block;vertical-align:top;width:190px;margin:4px;padding:8px;'
@@ -49,19 +49,19 @@ def _framed(inner: str, source: Source | None) -> str:
     )
 
 
-def _picture(source: Source | None) -> str | None:
+def _encode_thumbnail(source: ImageSource | None) -> str | None:
     if source is None:
         return None
     try:
         if isinstance(source, np.ndarray):
             source = Image.fromarray(source)
         if isinstance(source, Image.Image):
-            small = to_rgb(source).copy()
-            small.thumbnail((SIDE, SIDE))
+            small = convert_to_rgb(source).copy()
+            small.thumbnail((REPR_SIDE, REPR_SIDE))
         elif isinstance(source, (str, os.PathLike)):
-            small = decode.picture(filesystem.read_image(os.fspath(source)), SIDE).image
+            small = decode.decode_preview(filesystem.read_image(os.fspath(source)), REPR_SIDE).image
         else:
-            small = decode.picture(bytes(source), SIDE).image
+            small = decode.decode_preview(bytes(source), REPR_SIDE).image
     except Exception:  # noqa: BLE001  a notebook shows the answer without its picture
         return None
     sink = io.BytesIO()

@@ -18,7 +18,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         channels = (3, width, 2 * width, 4 * width)
         self.features = nn.Sequential(
-            *(self._stage(a, b, dropout) for a, b in itertools.pairwise(channels))
+            *(self._build_stage(a, b, dropout) for a, b in itertools.pairwise(channels))
         )
         self.pool = nn.AdaptiveAvgPool2d(2)
         self.head = nn.Sequential(
@@ -30,7 +30,7 @@ class SmallCNN(nn.Module):
         )
 
     @staticmethod
-    def _stage(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
+    def _build_stage(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),

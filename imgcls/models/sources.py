@@ -19,11 +19,15 @@ from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError
 
-Source = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
-TYPES = "a path, a URL, the bytes of a file, a Pillow image or a uint8 array (height, width, 3)"
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
+IMAGE_SOURCE_TYPES = (
+    "a path, a URL, the bytes of a file, a Pillow image or a uint8 array (height, width, 3)"
+)
 
 
-def batches(given: Source | Iterable[Source], size: int) -> Iterator[list[Source]]:
+def iterate_batches(
+    given: ImageSource | Iterable[ImageSource], size: int
+) -> Iterator[list[ImageSource]]:
     """What was given in lists of at most `size`; an iterable is read as it is needed.
 
     Raises RequestError for what is no image and no iterable of images.
@@ -45,37 +49,38 @@ def batches(given: Source | Iterable[Source], size: int) -> Iterator[list[Source
         rest: Iterator[Any] = iter(given)  # type: ignore[arg-type]
     except TypeError:
         raise RequestError(
-            f"images: got a {type(given).__name__}; pass {TYPES}, or an iterable of these"
+            f"images: got a {type(given).__name__}; pass {IMAGE_SOURCE_TYPES}, or an iterable "
+            "of these"
         ) from None
     while batch := list(islice(rest, size)):
         # the values of an Arrow column
         yield [each.as_py() if hasattr(each, "as_py") else each for each in batch]
 
 
-def pixels_of(source: Any, preprocess: Preprocess) -> Pixels:
+def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
     """(3, crop, crop) uint8 of one image.
 
     Raises StorageError or ImageError where it cannot be read, RequestError for another type.
     """
     if isinstance(source, np.ndarray):
-        source = _from_array(source)
+        source = _convert_array(source)
     if isinstance(source, Image.Image):
-        return decode.prepared(source, preprocess)
+        return decode.preprocess_pil_image(source, preprocess)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode.decode(bytes(source), preprocess)[0]
+        return decode.decode_image(bytes(source), preprocess)[0]
     if isinstance(source, (str, os.PathLike)):
-        return decode.decode(filesystem.read_image(os.fspath(source)), preprocess)[0]
-    raise RequestError(f"is a {type(source).__name__}; pass {TYPES}")
+        return decode.decode_image(filesystem.read_image(os.fspath(source)), preprocess)[0]
+    raise RequestError(f"is a {type(source).__name__}; pass {IMAGE_SOURCE_TYPES}")
 
 
-def name_of(source: Any, place: int) -> str:
+def describe_source(source: Any, place: int) -> str:
     """How an error calls an image: its path, else its place in what was given."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return f"image {place} ({type(source).__name__})"
 
 
-def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+def _convert_array(array: npt.NDArray[Any]) -> Image.Image:
     shape = array.shape
     if array.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4))):
         raise RequestError(

@@ -17,42 +17,46 @@ from torch import nn
 from imgcls.data.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError
 
-PREFIX = "timm:"
-_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
+TIMM_PREFIX = "timm:"
+_RESIZE_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
-def check_name(name: str) -> None:
+def check_timm_name(name: str) -> None:
     """Raise a BundleError with the nearest names where timm has none such."""
-    timm = _timm()
+    timm = _import_timm()
     known = timm.list_models()
     base, _, tag = name.partition(".")
     if base in known:
         tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{base}.*")]
         if tag and tag not in tags:
             raise BundleError(
-                f"model {PREFIX}{name}: timm {timm.__version__} has no weights {tag!r} of {base} "
+                f"model {TIMM_PREFIX}{name}: timm {timm.__version__} has no weights {tag!r} of "
+                f"{base} "
                 f"({', '.join(tags) or 'none at all'}); leave the tag out, or give one of these"
             )
         return
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
-    names = " or ".join(f"{PREFIX}{each}" for each in near)
+    names = " or ".join(f"{TIMM_PREFIX}{each}" for each in near)
     hint = f"did you mean {names}?" if near else "see timm.list_models()"
-    raise BundleError(f"model {PREFIX}{name}: timm {timm.__version__} has no such network; {hint}")
+    raise BundleError(
+        f"model {TIMM_PREFIX}{name}: timm {timm.__version__} has no such network; {hint}"
+    )
 
 
-def build(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+def build_timm_network(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The network with random weights; raises what timm does for a wrong option.
 
     Raises BundleError for a network without a classifier.
     """
-    create = _timm().create_model
+    create = _import_timm().create_model
     network: Any = create(name, pretrained=False, num_classes=num_classes, **options)
     if not hasattr(network, "get_classifier"):
         raise BundleError(
-            f"model {PREFIX}{name}: is an encoder without a classifier, which cannot be trained "
+            f"model {TIMM_PREFIX}{name}: is an encoder without a classifier, which cannot be "
+            "trained "
             "here; choose another network"
         )
-    several = _layers_of(network, num_classes)
+    several = _find_class_layers(network, num_classes)
     if len(several) > 1:
         # a hidden layer may be as wide as the classes: the heads are what another number changes
         with torch.device("meta"):
@@ -66,7 +70,7 @@ def build(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def _layers_of(network: Any, num_classes: int) -> list[str]:
+def _find_class_layers(network: Any, num_classes: int) -> list[str]:
     """Names of the layers in timm's classifiers that have as many outputs as there are classes."""
     classifiers = network.get_classifier()
     parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
@@ -80,20 +84,20 @@ def _layers_of(network: Any, num_classes: int) -> list[str]:
     ]
 
 
-def preprocess(name: str) -> Preprocess:
+def resolve_preprocess(name: str) -> Preprocess:
     """What timm does to images for the weights that it has of that name.
 
     Raises a BundleError where `Preprocess` cannot say it.
     """
     from timm.data import resolve_data_config
 
-    known = _timm().get_pretrained_cfg(name)
+    known = _import_timm().get_pretrained_cfg(name)
     said = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
     crop = int(said["input_size"][-1])
-    mode = _MODES[said["crop_mode"]]
+    mode = _RESIZE_MODES[said["crop_mode"]]
     if mode != "crop" and said["crop_pct"] < 1:
         raise BundleError(
-            f"model {PREFIX}{name}: its weights are for images that are made to fit "
+            f"model {TIMM_PREFIX}{name}: its weights are for images that are made to fit "
             f"{int(crop / said['crop_pct'])} pixels and then cropped to {crop}, which is not to be "
             "had here; give another network"
         )
@@ -108,10 +112,10 @@ def preprocess(name: str) -> Preprocess:
     )
 
 
-def pretrained(name: str) -> dict[str, torch.Tensor]:
+def load_pretrained(name: str) -> dict[str, torch.Tensor]:
     """The state dict of timm's own weights, downloaded if need be; raises BundleError."""
     try:
-        return dict(_timm().create_model(name, pretrained=True).state_dict())
+        return dict(_import_timm().create_model(name, pretrained=True).state_dict())
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
@@ -120,7 +124,7 @@ def pretrained(name: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def converted(
+def convert_checkpoint(
     network: nn.Module, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
     """Weights as their authors published them under timm's names, by timm's own conversion.
@@ -137,10 +141,12 @@ def converted(
         return None
 
 
-def _timm() -> ModuleType:
+def _import_timm() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise BundleError(f"model {PREFIX}...: needs timm; pip install 'imgcls[timm]'") from error
+        raise BundleError(
+            f"model {TIMM_PREFIX}...: needs timm; pip install 'imgcls[timm]'"
+        ) from error
     module: ModuleType = timm
     return module

@@ -19,7 +19,7 @@ import torch
 from imgcls.errors import BundleError
 from imgcls.models.bundle import is_lfs_pointer
 
-_WRAPPERS = (
+_WRAPPER_KEYS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "module",
 )  # fmt: skip
@@ -27,7 +27,7 @@ _WRAPPERS = (
 _PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "teacher.")
 """Of several prefixes that fit, these are taken first, in this order."""
 
-_IGNORED = re.compile(
+_IGNORED_GLOBALS = re.compile(
     r"""
     argparse\.Namespace | pathlib(\._local)?\.\w+ | numpy(\.\w+)* | collections\.\w+ | datetime\.\w+
     | typing\.\w+ | (omegaconf|lightning|lightning_fabric|pytorch_lightning|yacs|easydict)(\.\w+)+
@@ -35,12 +35,12 @@ _IGNORED = re.compile(
     re.VERBOSE,
 )
 """Objects that training scripts store with the weights, and that the weights do not need."""
-_VALUES = ("pathlib.", "numpy.", "datetime.")
-_ALWAYS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
+_VALUE_MODULES = ("pathlib.", "numpy.", "datetime.")
+_ALWAYS_REPLACED = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
 """The same for files of before PyTorch 1.6, whose objects cannot be listed beforehand."""
 
 
-class _Value:
+class _InertValue:
     """Stands for a value that is not loaded (a number of numpy, a path, a date)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -48,7 +48,7 @@ class _Value:
     def __setstate__(self, state: Any) -> None: ...
 
 
-class _Fields:
+class _InertFields:
     """Stands for an object with fields or keys: a plain dict, the only kind that torch fills."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -68,10 +68,10 @@ def read_state_dict(name: str, data: bytes) -> dict[str, torch.Tensor]:
             f"{place}: is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
         )
     if name.endswith(".safetensors") or data[8:10] == b'{"':
-        return _unwrapped(place, _read_safetensors(place, data))
+        return _unwrap_state_dict(place, _read_safetensors(place, data))
     if data[:1] == b"<":
         raise BundleError(f"{place}: is an HTML or XML page; download the file itself")
-    return _unwrapped(place, _read_pickle(place, data))
+    return _unwrap_state_dict(place, _read_pickle(place, data))
 
 
 def _read_safetensors(place: str, data: bytes) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def _read_pickle(place: str, data: bytes) -> Any:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # noqa: BLE001  no archive: of before PyTorch 1.6, or no checkpoint at all
         found = []
-    unknown = sorted(each for each in found if not _IGNORED.fullmatch(each))
+    unknown = sorted(each for each in found if not _IGNORED_GLOBALS.fullmatch(each))
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise BundleError(
@@ -97,7 +97,8 @@ def _read_pickle(place: str, data: bytes) -> Any:
             "when loaded); save it with torch.save(model.state_dict(), path)"
         )
     inert: list[Any] = [
-        (_Value if each.startswith(_VALUES) else _Fields, each) for each in {*_ALWAYS, *found}
+        (_InertValue if each.startswith(_VALUE_MODULES) else _InertFields, each)
+        for each in {*_ALWAYS_REPLACED, *found}
     ]
     try:
         with torch.serialization.safe_globals(inert):
@@ -112,9 +113,9 @@ def _read_pickle(place: str, data: bytes) -> Any:
         ) from error
 
 
-def _unwrapped(place: str, state: Any) -> dict[str, torch.Tensor]:
+def _unwrap_state_dict(place: str, state: Any) -> dict[str, torch.Tensor]:
     while isinstance(state, dict):
-        inner = next((key for key in _WRAPPERS if isinstance(state.get(key), dict)), None)
+        inner = next((key for key in _WRAPPER_KEYS if isinstance(state.get(key), dict)), None)
         if inner is None:
             break
         state = state[inner]
@@ -130,7 +131,7 @@ def _unwrapped(place: str, state: Any) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedWeights:
     """A file's tensors under the network's own names.
 
     prefix:   what was taken off the file's keys; None where they were left as they are
@@ -139,20 +140,20 @@ class Matched:
 
     state: Mapping[str, torch.Tensor]
     prefix: str | None = None
-    left_out: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
 
-    def note(self) -> str | None:
+    def describe_unused(self) -> str | None:
         """The message about tensors that are left out; None if there are none."""
-        if not self.prefix or not self.left_out:
+        if not self.prefix or not self.unused_keys:
             return None
-        shown = ", ".join(self.left_out[:3]) + (", ..." if len(self.left_out) > 3 else "")
+        shown = ", ".join(self.unused_keys[:3]) + (", ..." if len(self.unused_keys) > 3 else "")
         return (
-            f"the weights are those below {self.prefix!r}; {len(self.left_out):,} other tensors "
+            f"the weights are those below {self.prefix!r}; {len(self.unused_keys):,} other tensors "
             f"are left out ({shown})"
         )
 
 
-def body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[str]:
+def list_body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[str]:
     """The network's keys that weights must have: those of no head, without counters of batches."""
     return [
         key
@@ -163,16 +164,16 @@ def body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[s
 
 def match_keys(
     own: Mapping[str, torch.Tensor], heads: Collection[str], state: Mapping[str, torch.Tensor]
-) -> Matched:
+) -> MatchedWeights:
     """Take the prefix of a wrapper off a file's keys where all of the network's body then fits.
 
     own:   the network's state dict
     heads: names of its layers whose outputs are classes, which may be missing or of another size
     Raises BundleError when two prefixes fit, of which none is better known.
     """
-    body = {key: own[key].shape for key in body_keys(own, heads)}
+    body = {key: own[key].shape for key in list_body_keys(own, heads)}
     if not body:
-        return Matched(state)
+        return MatchedWeights(state)
     sample = max(body, key=len)
     fitting = [
         key.removesuffix(sample) for key in state if key == sample or key.endswith(f".{sample}")
@@ -183,7 +184,7 @@ def match_keys(
         if all(prefix + k in state and state[prefix + k].shape == s for k, s in body.items())
     ]
     if not fitting or "" in fitting:
-        return Matched(state)
+        return MatchedWeights(state)
     known = [prefix for prefix in _PREFIXES if prefix in fitting]
     if len(fitting) > 1 and not known:
         raise BundleError(
@@ -193,4 +194,4 @@ def match_keys(
     prefix = known[0] if known else fitting[0]
     kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     left_out = tuple(key for key in state if not key.startswith(prefix))
-    return Matched(kept, prefix, left_out)
+    return MatchedWeights(kept, prefix, left_out)

@@ -19,36 +19,36 @@ from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import Interpolation, Preprocess
 from imgcls.errors import BundleError, StorageError, request_error
 from imgcls.models import timm_models
-from imgcls.models.bundle import Architecture, Source
-from imgcls.models.finite import check_tensors
+from imgcls.models.bundle import Architecture, NetworkSource
+from imgcls.models.finite import check_finite_tensors
 from imgcls.models.small_cnn import SmallCNN
-from imgcls.models.weight_files import Matched, body_keys, match_keys, read_state_dict
+from imgcls.models.weight_files import MatchedWeights, list_body_keys, match_keys, read_state_dict
 
 _SMALL_CNN_PREPROCESS = Preprocess(
     resize=32, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="squash"
 )
 
 
-def names() -> list[str]:
+def list_architectures() -> list[str]:
     """Every name that `build` takes, but for timm's own after `timm:`."""
     return ["small_cnn", *torchvision.models.list_models(module=torchvision.models)]
 
 
-def architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
+def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
     """The architecture of that name; raises BundleError that suggests the nearest names."""
-    if name.startswith(timm_models.PREFIX):
-        own = name.removeprefix(timm_models.PREFIX)
-        timm_models.check_name(own)
+    if name.startswith(timm_models.TIMM_PREFIX):
+        own = name.removeprefix(timm_models.TIMM_PREFIX)
+        timm_models.check_timm_name(own)
         return Architecture(source="timm", name=own, options=dict(options or {}))
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+    if name not in list_architectures():
+        near = difflib.get_close_matches(name, list_architectures(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `imgcls model list`"
         raise BundleError(f"model {name!r}: no such architecture; {hint}")
-    source: Source = "imgcls" if name == "small_cnn" else "torchvision"
+    source: NetworkSource = "imgcls" if name == "small_cnn" else "torchvision"
     return Architecture(source=source, name=name, options=dict(options or {}))
 
 
-def build(architecture: Architecture, num_classes: int) -> nn.Module:
+def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
     """The network with a head of `num_classes` outputs and random weights.
 
     Raises BundleError when the name or an option is unknown.
@@ -58,8 +58,8 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
         if architecture.source == "imgcls":
             return SmallCNN(num_classes, **options)
         if architecture.source == "timm":
-            return timm_models.build(architecture.name, num_classes, options)
-        if _is_torchvisions(architecture, "inception_v3", "googlenet"):
+            return timm_models.build_timm_network(architecture.name, num_classes, options)
+        if _is_torchvision(architecture, "inception_v3", "googlenet"):
             options.setdefault("init_weights", True)
         head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
         network = torchvision.models.get_model(
@@ -72,7 +72,7 @@ def build(architecture: Architecture, num_classes: int) -> nn.Module:
         raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
 
 
-def trainable(architecture: Architecture) -> Architecture:
+def adapt_for_training(architecture: Architecture) -> Architecture:
     """The architecture as it is trained best.
 
     SqueezeNet as published ends in a ReLU, which no logit can leave downwards: a class that is once
@@ -86,14 +86,14 @@ def trainable(architecture: Architecture) -> Architecture:
 
 
 def _is_squeezenet(architecture: Architecture) -> bool:
-    return _is_torchvisions(architecture, "squeezenet")
+    return _is_torchvision(architecture, "squeezenet")
 
 
-def _is_torchvisions(architecture: Architecture, *beginnings: str) -> bool:
+def _is_torchvision(architecture: Architecture, *beginnings: str) -> bool:
     return architecture.source == "torchvision" and architecture.name.startswith(beginnings)
 
 
-def default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
+def get_default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
     """The preprocessing that a network's weights were made with.
 
     weights: as for `load_weights`; a file is taken to hold torchvision's first ones
@@ -101,7 +101,7 @@ def default_preprocess(architecture: Architecture, weights: str | None = None) -
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
     if architecture.source == "timm":
-        return timm_models.preprocess(architecture.name)
+        return timm_models.resolve_preprocess(architecture.name)
     known = torchvision.models.get_model_weights(architecture.name)
     name = "DEFAULT" if weights == "torchvision" else weights
     member = known[name] if name in known.__members__ else next(iter(known))
@@ -118,16 +118,16 @@ def default_preprocess(architecture: Architecture, weights: str | None = None) -
     )
 
 
-def pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
+def add_pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
     """The architecture with the options that ImageNet weights of its kind were trained with.
 
     weights: as for `default_preprocess`
     """
     options: dict[str, Any] = {}
-    if _is_torchvisions(architecture, "inception_v3", "googlenet"):
+    if _is_torchvision(architecture, "inception_v3", "googlenet"):
         options = {"transform_input": True, "aux_logits": True}
-    elif _is_torchvisions(architecture, "vit_"):
-        options = {"image_size": default_preprocess(architecture, weights).crop}
+    elif _is_torchvision(architecture, "vit_"):
+        options = {"image_size": get_default_preprocess(architecture, weights).crop}
     return architecture.model_copy(update={"options": {**options, **architecture.options}})
 
 
@@ -139,7 +139,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
     Raises BundleError when they cannot be had.
     """
     if architecture.source == "timm" and weights == "timm":
-        return timm_models.pretrained(architecture.name)
+        return timm_models.load_pretrained(architecture.name)
     known = (
         torchvision.models.get_model_weights(architecture.name)
         if architecture.source == "torchvision"
@@ -164,11 +164,11 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
             BundleError, f"model.weights: {error}; give a file{also}", error
         ) from error
     state = read_state_dict(weights, data)
-    check_tensors(state, f"model.weights {weights}")
+    check_finite_tensors(state, f"model.weights {weights}")
     return state
 
 
-def fit_weights(
+def apply_weights(
     network: nn.Module, state: Mapping[str, torch.Tensor], *, replace_head: bool
 ) -> list[str]:
     """Load a state dict into a network.
@@ -179,8 +179,8 @@ def fit_weights(
     Raises BundleError that lists the keys that do not fit.
     """
     own = network.state_dict()
-    heads = head_names(network)
-    state = matched_weights(network, state).state
+    heads = list_head_names(network)
+    state = match_weights(network, state).state
     resized = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     in_head = [key for key in resized if key.rpartition(".")[0] in heads]
     wrong = [key for key in resized if key not in in_head or not replace_head]
@@ -220,39 +220,39 @@ def fit_weights(
     return in_head + absent
 
 
-def matched_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> Matched:
+def match_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> MatchedWeights:
     """The weights under the network's own names, without what a wrapper has put before them."""
-    own, heads = network.state_dict(), head_names(network)
+    own, heads = network.state_dict(), list_head_names(network)
     found = match_keys(own, heads, state)
-    body = set(body_keys(own, heads))
+    body = set(list_body_keys(own, heads))
     if body <= found.state.keys():
         return found
-    converted = timm_models.converted(network, found.state) or {}
-    return Matched(converted) if body <= converted.keys() else found
+    converted = timm_models.convert_checkpoint(network, found.state) or {}
+    return MatchedWeights(converted) if body <= converted.keys() else found
 
 
-def head_names(network: nn.Module) -> set[str]:
+def list_head_names(network: nn.Module) -> set[str]:
     """Names of the layers whose outputs are classes: all heads, and auxiliary ones."""
-    main = heads(network)
-    width = _outputs(next(iter(main.values())))
+    main = find_heads(network)
+    width = _count_outputs(next(iter(main.values())))
     return {
         other
         for other, module in network.named_modules()
-        if other in main or (other.lower().startswith("aux") and _outputs(module) == width)
+        if other in main or (other.lower().startswith("aux") and _count_outputs(module) == width)
     }
 
 
-def heads(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def find_heads(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers whose outputs are added up to the logits, by name; the last is `head`.
 
     Most networks have one. Some of timm's have a second that was trained by distillation, or one
     for each of their branches.
     """
-    names = getattr(network, "class_heads", None) or (head(network)[0],)
+    names = getattr(network, "class_heads", None) or (find_head(network)[0],)
     return {name: cast("nn.Linear | nn.Conv2d", network.get_submodule(name)) for name in names}
 
 
-def head(network: nn.Module) -> tuple[str, nn.Module]:
+def find_head(network: nn.Module) -> tuple[str, nn.Module]:
     """The final layer (a Linear, or SqueezeNet's 1x1 convolution) and its name.
 
     Its input, averaged over space where it has any, is the network's embedding.
@@ -263,25 +263,25 @@ def head(network: nn.Module) -> tuple[str, nn.Module]:
     candidates = [
         (name, module)
         for name, module in network.named_modules()
-        if _outputs(module) is not None and not name.lower().startswith("aux")
+        if _count_outputs(module) is not None and not name.lower().startswith("aux")
     ]
     if not candidates:
         raise BundleError(f"{type(network).__name__}: no final linear or convolution layer found")
     return candidates[-1]
 
 
-def embedding_width(network: nn.Module) -> int:
+def get_embedding_width(network: nn.Module) -> int:
     """E, the length of the network's embedding."""
-    return input_width(head(network)[1])
+    return get_input_width(find_head(network)[1])
 
 
-def input_width(layer: nn.Module) -> int:
+def get_input_width(layer: nn.Module) -> int:
     """Features that a head takes."""
     width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return cast(int, width)
 
 
-def _outputs(module: nn.Module) -> int | None:
+def _count_outputs(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Conv2d):

@@ -20,7 +20,7 @@ from imgcls.runs import layout
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class RowGroupRange:
     """Row groups `groups` of a part: what one task reads.
 
     file: place of the part in `Run.files`; rows: how many it holds in these groups
@@ -28,13 +28,13 @@ class Piece:
     """
 
     file: int
-    groups: tuple[int, ...]
-    start: int
+    row_groups: tuple[int, ...]
+    first_row: int
     rows: int
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class CommittedRun:
     """A committed run.
 
     files:   URLs of its parts, in row order
@@ -55,13 +55,13 @@ class Run:
     manifest_fingerprint: str
     schema: pa.Schema
     provenance: dict[str, Any]
-    success: dict[str, Any]
-    described: dict[str, Any]
+    success_record: dict[str, Any]
+    run_record: dict[str, Any]
 
     @property
-    def merged(self) -> tuple[str, ...]:
+    def merged_runs(self) -> tuple[str, ...]:
         """The runs that a compacted history was made of; none of a labeling run."""
-        return tuple(self.described["identity"].get("merged", ()))
+        return tuple(self.run_record["identity"].get("merged", ()))
 
     @property
     def has_scores(self) -> bool:
@@ -87,16 +87,20 @@ class Run:
         """Raise RequestError when a column to slice by is missing, or holds no plain values."""
         self.check_columns(names, "slice_by")
         for name in names:
-            self._check_plain(name, "slice_by", "slices are for plain values such as a camera")
+            self._check_scalar_column(
+                name, "slice_by", "slices are for plain values such as a camera"
+            )
 
     def check_key(self, name: str) -> None:
         """Raise RequestError when a column to join by is missing, or holds no plain values."""
         self.check_columns([name], "on")
-        self._check_plain(name, "on", "rows are joined by plain values such as a path or a number")
+        self._check_scalar_column(
+            name, "on", "rows are joined by plain values such as a path or a number"
+        )
 
-    def _check_plain(self, name: str, option: str, use: str) -> None:
+    def _check_scalar_column(self, name: str, option: str, use: str) -> None:
         kind = self.schema.field(name).type
-        if not is_plain(kind):
+        if not is_scalar_type(kind):
             raise RequestError(
                 f"{option}: {self.url}: column {name!r} is {kind}; {use}. Pass another column"
             )
@@ -110,7 +114,7 @@ class Run:
                 "this one first"
             )
 
-    def pieces(self, rows: int) -> list[Piece]:
+    def split_row_groups(self, rows: int) -> list[RowGroupRange]:
         """The whole table in pieces of about so many rows, each within one part."""
         pieces = []
         for file, url in enumerate(self.files):
@@ -123,12 +127,12 @@ class Run:
                 groups.append(group)
                 held += size
                 if held >= rows or group == len(sizes) - 1:
-                    pieces.append(Piece(file, tuple(groups), start, held))
+                    pieces.append(RowGroupRange(file, tuple(groups), start, held))
                     start, held, groups = start + held, 0, []
         return pieces
 
 
-def is_plain(kind: pa.DataType) -> bool:
+def is_scalar_type(kind: pa.DataType) -> bool:
     """Whether values of a type are text, numbers or times, which can be grouped and joined by."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -139,7 +143,7 @@ def is_plain(kind: pa.DataType) -> bool:
     )
 
 
-def without_views(table: pa.Table) -> pa.Table:
+def cast_string_views(table: pa.Table) -> pa.Table:
     """A table whose string views are strings: Arrow can neither take nor filter views."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string_view(field.type):
@@ -147,16 +151,18 @@ def without_views(table: pa.Table) -> pa.Table:
     return table
 
 
-def stream(run: Run, names: Sequence[str], batch_rows: int = 262_144) -> Iterator[pa.Table]:
+def iter_tables(
+    run: CommittedRun, names: Sequence[str], batch_rows: int = 262_144
+) -> Iterator[pa.Table]:
     """Columns of a whole run in row order, batch by batch."""
     for url in run.files:
         with filesystem.open_read(url) as opened:
             file = pq.ParquetFile(opened)
             for batch in file.iter_batches(batch_rows, columns=list(names)):
-                yield without_views(pa.Table.from_batches([batch]))
+                yield cast_string_views(pa.Table.from_batches([batch]))
 
 
-def open_run(url: str) -> Run:
+def open_run(url: str) -> CommittedRun:
     """Open the output folder of `imgcls predict`.
 
     Raises OutputError when there is no run, or none that was committed.
@@ -165,23 +171,24 @@ def open_run(url: str) -> Run:
     described = layout.load_run(url)
     if described is None:
         raise OutputError(
-            f"{url}: holds no labelling run (no {layout.RUN}); give the --output folder of "
+            f"{url}: holds no labelling run (no {layout.RUN_FILE}); give the --output folder of "
             "`imgcls predict`"
         )
     try:
-        success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS)))
+        success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS_FILE)))
     except StorageMissing as error:
         raise OutputError(
-            f"{url}: is not committed (no {layout.SUCCESS}); run `imgcls predict` on it again, "
+            f"{url}: is not committed (no {layout.SUCCESS_FILE}); run `imgcls predict` on it "
+            "again, "
             "which goes on where it stopped"
         ) from error
     except ValueError as error:
-        raise OutputError(layout.damaged_mark(url, str(error))) from error
+        raise OutputError(layout.damaged_success_message(url, str(error))) from error
     if not isinstance(success, dict) or "files" not in success:
-        raise OutputError(layout.damaged_mark(url, "it names no files"))
-    folder = filesystem.join(url, layout.PREDICTIONS)
+        raise OutputError(layout.damaged_success_message(url, "it names no files"))
+    folder = filesystem.join(url, layout.PREDICTIONS_FOLDER)
     names = sorted(success["files"])
-    missing = sorted(set(names) - set(filesystem.names(folder)))
+    missing = sorted(set(names) - set(filesystem.list_names(folder)))
     if missing:
         raise OutputError(f"{url}: lacks {missing[0]}, which it had when it was committed")
     files = tuple(filesystem.join(folder, name) for name in names)
@@ -193,7 +200,7 @@ def open_run(url: str) -> Run:
     except (pa.ArrowException, StorageError) as error:
         raise request_error(OutputError, f"{files[0]}: cannot be read ({error})", error) from error
     identity = described["identity"]
-    return Run(
+    return CommittedRun(
         url=url,
         files=files,
         rows=success["rows"],
@@ -206,6 +213,6 @@ def open_run(url: str) -> Run:
         manifest_fingerprint=success["manifest_fingerprint"],
         schema=schema,
         provenance=described["provenance"],
-        success=success,
-        described=described,
+        success_record=success,
+        run_record=described,
     )

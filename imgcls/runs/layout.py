@@ -27,15 +27,15 @@ from imgcls.data import filesystem
 from imgcls.data.filesystem import join
 from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
 
-FORMAT_VERSION = 1
+RUN_FORMAT_VERSION = 1
 
-RUN = "_run.json"
-STAGING = "_staging"
-PREDICTIONS = "predictions"
-METRICS = "metrics"
-PROGRESS = "_progress.json"
-SINCE = "_since"
-SUCCESS = "_SUCCESS"
+RUN_FILE = "_run.json"
+STAGING_FOLDER = "_staging"
+PREDICTIONS_FOLDER = "predictions"
+METRICS_FOLDER = "metrics"
+PROGRESS_FILE = "_progress.json"
+SINCE_FOLDER = "_since"
+SUCCESS_FILE = "_SUCCESS"
 
 OK = "ok"
 PREDICTION_COLUMNS = (
@@ -64,27 +64,27 @@ def part_name(part: int) -> str:
 
 
 def part_url(output: str, part: int) -> str:
-    return join(output, PREDICTIONS, part_name(part))
+    return join(output, PREDICTIONS_FOLDER, part_name(part))
 
 
 def shard_url(output: str, part: int) -> str:
     """The manifest rows of a part; row group g is chunk g of the part."""
-    return join(output, STAGING, "manifest", part_name(part))
+    return join(output, STAGING_FOLDER, "manifest", part_name(part))
 
 
-def staged_folder(output: str, part: int) -> str:
-    return join(output, STAGING, f"part-{part:05d}")
+def part_staging_folder(output: str, part: int) -> str:
+    return join(output, STAGING_FOLDER, f"part-{part:05d}")
 
 
 def chunk_url(output: str, part: int, chunk: int, run_id: str) -> str:
-    return join(staged_folder(output, part), f"chunk-{chunk:08d}.{run_id}.parquet")
+    return join(part_staging_folder(output, part), f"chunk-{chunk:08d}.{run_id}.parquet")
 
 
 def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
-    return join(staged_folder(output, part), f"retry-{chunk:08d}.{run_id}.parquet")
+    return join(part_staging_folder(output, part), f"retry-{chunk:08d}.{run_id}.parquet")
 
 
-def prediction_schema(
+def build_prediction_schema(
     *,
     labelled: bool,
     scores: int | None = None,
@@ -121,7 +121,7 @@ def prediction_schema(
     return pa.schema(fields)
 
 
-def check_writable(output: str) -> None:
+def check_output_writable(output: str) -> None:
     """Raise OutputError where an output folder cannot be written, and as `request_error` does."""
     try:
         filesystem.check_writable(output)
@@ -133,9 +133,17 @@ def check_writable(output: str) -> None:
         ) from error
 
 
-def clear(output: str) -> None:
+def remove_run(output: str) -> None:
     """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
-    for name in (SUCCESS, PREDICTIONS, METRICS, STAGING, PROGRESS, SINCE, RUN):
+    for name in (
+        SUCCESS_FILE,
+        PREDICTIONS_FOLDER,
+        METRICS_FOLDER,
+        STAGING_FOLDER,
+        PROGRESS_FILE,
+        SINCE_FOLDER,
+        RUN_FILE,
+    ):
         filesystem.remove(join(output, name))
 
 
@@ -152,24 +160,24 @@ def write_table(url: str, table: pa.Table, *, compression: str = "zstd") -> None
     filesystem.write(url, sink.getvalue())
 
 
-def keep_run(output: str, run: Mapping[str, Any]) -> None:
+def write_run(output: str, run: Mapping[str, Any]) -> None:
     """Write `_run.json`: what the run is, and what it has decided."""
-    body = json.dumps({"format_version": FORMAT_VERSION, **run}, indent=2) + "\n"
-    filesystem.write(filesystem.join(output, RUN), body.encode())
+    body = json.dumps({"format_version": RUN_FORMAT_VERSION, **run}, indent=2) + "\n"
+    filesystem.write(filesystem.join(output, RUN_FILE), body.encode())
 
 
-def keep_progress(output: str, fields: Mapping[str, Any]) -> None:
+def write_progress(output: str, fields: Mapping[str, Any]) -> None:
     """Write `_progress.json`."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     filesystem.write(
-        filesystem.join(output, PROGRESS), json.dumps({**fields, "time": now}).encode()
+        filesystem.join(output, PROGRESS_FILE), json.dumps({**fields, "time": now}).encode()
     )
 
 
 def load_progress(output: str) -> dict[str, Any] | None:
     """`_progress.json` of an output folder; None when there is none."""
     with contextlib.suppress(StorageMissing, ValueError):
-        fields: dict[str, Any] = json.loads(filesystem.read(filesystem.join(output, PROGRESS)))
+        fields: dict[str, Any] = json.loads(filesystem.read(filesystem.join(output, PROGRESS_FILE)))
         return fields
     return None
 
@@ -181,29 +189,29 @@ def is_committed(output: str) -> bool:
     hard links.
     """
     try:
-        return filesystem.size(join(output, SUCCESS)) > 0
+        return filesystem.size(join(output, SUCCESS_FILE)) > 0
     except StorageMissing:
         return False
 
 
-def damaged_mark(output: str, why: str) -> str:
+def damaged_success_message(output: str, why: str) -> str:
     """The message for a `_SUCCESS` that cannot be read."""
     return (
-        f"{join(output, SUCCESS)}: is damaged, or another tool wrote over it ({why}); "
+        f"{join(output, SUCCESS_FILE)}: is damaged, or another tool wrote over it ({why}); "
         "remove it and rerun `imgcls predict` with the same --output, which commits the run again"
     )
 
 
 def load_run(output: str) -> dict[str, Any] | None:
     """`_run.json` of an output folder; None when there is none."""
-    url = filesystem.join(output, RUN)
+    url = filesystem.join(output, RUN_FILE)
     try:
         run: dict[str, Any] = json.loads(filesystem.read(url))
     except StorageMissing:
         return None
     except ValueError as error:
         raise OutputError(f"{url}: is damaged ({error}); start over with --overwrite") from error
-    if run.get("format_version") != FORMAT_VERSION:
+    if run.get("format_version") != RUN_FORMAT_VERSION:
         raise OutputError(
             f"{url}: was written by another version of imgcls; start over with --overwrite"
         )

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
-from imgcls.errors import OutputBusy, OutputError, RunFailed, StorageError, StorageMissing
+from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
 from imgcls.log import tell
 
-FOLDER = "_lease"
+LEASE_FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
-_BEATS = 5
+_RENEWALS_PER_TERM = 5
 """Renewals in a term."""
 
 
@@ -38,20 +38,20 @@ class _Process:
 
     @classmethod
     def current(cls) -> _Process:
-        return cls(_machine(), os.getpid(), _start_time(os.getpid()) or "")
+        return cls(_get_machine_id(), os.getpid(), _get_start_time(os.getpid()) or "")
 
     def is_dead(self) -> bool | None:
         """True or False for a process of this machine, None for one that cannot be seen."""
-        if self.machine != _machine():
+        if self.machine != _get_machine_id():
             return None
-        return _start_time(self.pid) != self.started
+        return _get_start_time(self.pid) != self.started
 
 
 class Lease:
     """The right to publish in an output folder, kept alive by a thread until released."""
 
     def __init__(self, output: str, number: int, term: float) -> None:
-        self._folder = filesystem.join(output, FOLDER)
+        self._folder = filesystem.join(output, LEASE_FOLDER)
         self._number = number
         self._term = term
         self._owner = uuid.uuid4().hex
@@ -59,7 +59,7 @@ class Lease:
         self._renewed = time.monotonic()
         self._lost: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     @classmethod
     def acquire(cls, output: str, term: float = DEFAULT_TERM_SECONDS) -> Lease:
@@ -68,15 +68,15 @@ class Lease:
         Raises OutputBusy when another driver holds it and is alive, StorageError when the folder
         cannot be written.
         """
-        folder = filesystem.join(output, FOLDER)
+        folder = filesystem.join(output, LEASE_FOLDER)
         while True:
-            number = _latest(folder)
+            number = _find_latest(folder)
             if number and not _wait_until_free(folder, number, term):
-                raise OutputBusy(_busy(output, _read(folder, number)))
+                raise OutputLocked(_build_locked_message(output, _read_record(folder, number)))
             lease = cls(output, number + 1, term)
-            record = _record(folder, number + 1)
-            if filesystem.create(record, lease._body()):
-                _check_exclusive(record)
+            record = _get_record_url(folder, number + 1)
+            if filesystem.create(record, lease._build_record()):
+                _check_create_is_exclusive(record)
                 lease._thread.start()
                 return lease
 
@@ -84,7 +84,7 @@ class Lease:
         """Raise RunFailed unless this driver still owns the output; called before publishing."""
         if self._lost is None and time.monotonic() - self._renewed > self._term:
             self._lost = f"it could not be renewed for {self._term:.0f} s"
-        if self._lost is None and _latest(self._folder) > self._number:
+        if self._lost is None and _find_latest(self._folder) > self._number:
             self._lost = "another driver has taken over"
         if self._lost is not None:
             raise RunFailed(
@@ -99,27 +99,27 @@ class Lease:
         if self._lost is not None:
             return
         with contextlib.suppress(StorageError):
-            for name in filesystem.names(self._folder):
-                if _number(name) <= self._number:
+            for name in filesystem.list_names(self._folder):
+                if _parse_number(name) <= self._number:
                     filesystem.remove(filesystem.join(self._folder, name))
         if filesystem.is_local(self._folder):
             with contextlib.suppress(OSError):
-                filesystem.sweep(self._folder, older_than=10)
+                filesystem.remove_temporary_files(self._folder, older_than=10)
                 os.rmdir(filesystem.local_path(self._folder))
 
-    def _keep(self) -> None:
-        while not self._stop.wait(self._term / _BEATS):
+    def _renew_until_stopped(self) -> None:
+        while not self._stop.wait(self._term / _RENEWALS_PER_TERM):
             try:
-                if _latest(self._folder) != self._number:
+                if _find_latest(self._folder) != self._number:
                     self._lost = "another driver has taken over"
                     return
                 self._beats += 1
-                filesystem.write(_record(self._folder, self._number), self._body())
+                filesystem.write(_get_record_url(self._folder, self._number), self._build_record())
                 self._renewed = time.monotonic()
             except StorageError:
                 continue  # `check` judges by the time since the last success
 
-    def _body(self) -> bytes:
+    def _build_record(self) -> bytes:
         process = _Process.current()
         return json.dumps(
             {
@@ -135,29 +135,29 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Holder:
+class LeaseHolder:
     """Who has the lease on an output, and whether it was heard of."""
 
     host: str
     pid: int
-    alive: bool
+    is_alive: bool
 
 
-def holder(output: str) -> Holder | None:
+def find_holder(output: str) -> LeaseHolder | None:
     """The driver that has an output: seen at once on its own machine, else heard within seconds."""
-    folder = filesystem.join(output, FOLDER)
-    number = _latest(folder)
-    first = _read(folder, number) if number else None
+    folder = filesystem.join(output, LEASE_FOLDER)
+    number = _find_latest(folder)
+    first = _read_record(folder, number) if number else None
     if not first:
         return None
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is None:
         term = first.get("term", DEFAULT_TERM_SECONDS)
-        dead = _falls_silent(folder, number, first, 2 * term / _BEATS)
-    return Holder(first["host"], first["pid"], not dead)
+        dead = _stops_renewing(folder, number, first, 2 * term / _RENEWALS_PER_TERM)
+    return LeaseHolder(first["host"], first["pid"], not dead)
 
 
-def _check_exclusive(record: str) -> None:
+def _check_create_is_exclusive(record: str) -> None:
     """Raise OutputError for a store that overwrites where it was told to create."""
     if not filesystem.is_local(record) and filesystem.create(record, b"{}"):
         filesystem.remove(record)
@@ -169,32 +169,32 @@ def _check_exclusive(record: str) -> None:
 
 def _wait_until_free(folder: str, number: int, term: float) -> bool:
     """Whether the holder is gone: at once when it can be seen, else after a term of silence."""
-    first = _read(folder, number)
+    first = _read_record(folder, number)
     if first is None:
         return True
     if not first:
-        return _falls_silent(folder, number, first, term)
+        return _stops_renewing(folder, number, first, term)
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is not None:
         return dead
     tell("lease", f"waiting up to {term:.0f} s: {first['host']} held this output, is it alive?")
-    return _falls_silent(folder, number, first, term)
+    return _stops_renewing(folder, number, first, term)
 
 
-def _falls_silent(folder: str, number: int, first: dict[str, Any], seconds: float) -> bool:
+def _stops_renewing(folder: str, number: int, first: dict[str, Any], seconds: float) -> bool:
     """Whether a holder gives up its lease, or is not heard of for so long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(0.5, seconds / 20))
-        now = _read(folder, number)
-        if now is None or _latest(folder) != number:
+        now = _read_record(folder, number)
+        if now is None or _find_latest(folder) != number:
             return now is None
         if now != first:
             return False
     return True
 
 
-def _busy(output: str, record: dict[str, Any] | None) -> str:
+def _build_locked_message(output: str, record: dict[str, Any] | None) -> str:
     who = f"{record['host']}, process {record['pid']}" if record else "another driver"
     return (
         f"output {output}: {who} is at work on it; wait for it to end, stop it, or give another "
@@ -202,9 +202,9 @@ def _busy(output: str, record: dict[str, Any] | None) -> str:
     )
 
 
-def _read(folder: str, number: int) -> dict[str, Any] | None:
+def _read_record(folder: str, number: int) -> dict[str, Any] | None:
     """A holder's record; {} for one that is being created, or was when its driver was killed."""
-    url = _record(folder, number)
+    url = _get_record_url(folder, number)
     try:
         record: dict[str, Any] = json.loads(filesystem.read(url) or b"{}")
         return record
@@ -216,20 +216,20 @@ def _read(folder: str, number: int) -> dict[str, Any] | None:
         ) from error
 
 
-def _latest(folder: str) -> int:
-    return max((_number(name) for name in filesystem.names(folder)), default=0)
+def _find_latest(folder: str) -> int:
+    return max((_parse_number(name) for name in filesystem.list_names(folder)), default=0)
 
 
-def _number(name: str) -> int:
+def _parse_number(name: str) -> int:
     stem = name.partition(".")[0]
     return int(stem) if stem.isdigit() else 0
 
 
-def _record(folder: str, number: int) -> str:
+def _get_record_url(folder: str, number: int) -> str:
     return filesystem.join(folder, f"{number:06d}.json")
 
 
-def _machine() -> str:
+def _get_machine_id() -> str:
     """Names the running kernel and PID namespace, so that two containers are not confused."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
@@ -238,7 +238,7 @@ def _machine() -> str:
         return f"{socket.gethostname()}/{uuid.getnode()}"
 
 
-def _start_time(pid: int) -> str | None:
+def _get_start_time(pid: int) -> str | None:
     """When a process began, in the kernel's ticks; None when it is gone or a zombie."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:

@@ -20,20 +20,26 @@ from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
 from imgcls.runs.layout import OK
 from imgcls.serving import page
-from imgcls.serving.app_middleware import Guard
-from imgcls.serving.auth import Door
+from imgcls.serving.app_middleware import AppMiddleware
+from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.problems import MEDIA_TYPE, Problem, defect, of_image, of_status
-from imgcls.serving.service import Service, Wanted
-from imgcls.serving.uploads import Spool, received
+from imgcls.serving.problems import (
+    MEDIA_TYPE,
+    Problem,
+    build_image_problem,
+    build_internal_error,
+    build_status_problem,
+)
+from imgcls.serving.service import PredictOptions, Service
+from imgcls.serving.uploads import BodyBudget, receive_uploads
 
-_bearer = HTTPBearer(auto_error=False, description="An API key.")
-_header = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
-Bearer = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
-Header = Annotated[str | None, Security(_header)]
+_bearer_scheme = HTTPBearer(auto_error=False, description="An API key.")
+_header_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
+BearerKey = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer_scheme)]
+HeaderKey = Annotated[str | None, Security(_header_scheme)]
 
 
-class Row(BaseModel):
+class PredictionRow(BaseModel):
     """One image, in the columns of a labelling run."""
 
     row: int
@@ -52,15 +58,15 @@ class Row(BaseModel):
     embedding: list[float] | None = None
 
 
-class Answer(BaseModel):
+class PredictResponse(BaseModel):
     """What `POST /v1/predict` says."""
 
     model: str
     """SHA-256 of the bundle that it comes from."""
-    predictions: list[Row]
+    predictions: list[PredictionRow]
 
 
-class Description(BaseModel):
+class ModelDescription(BaseModel):
     """What `GET /v1/model` says."""
 
     sha256: str
@@ -75,7 +81,7 @@ class Description(BaseModel):
     metrics: dict[str, float]
 
 
-class Details(BaseModel):
+class ProblemDetails(BaseModel):
     """A problem (RFC 9457)."""
 
     type: str
@@ -84,29 +90,31 @@ class Details(BaseModel):
     detail: str
 
 
-class Reloading(BaseModel):
+class ReloadResponse(BaseModel):
     """What `POST /v1/model/reload` says."""
 
     reload: int = Field(description="Counts the requests to load the model again.")
 
 
-def _problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+def _describe_problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
     """For the description of a route: which problems it answers with, by HTTP status."""
     return {
-        status: {"model": Details, "content": {MEDIA_TYPE: {}}, "description": text}
+        status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}, "description": text}
         for status, text in texts.items()
     }
 
 
-_ERRORS = _problems(
+_AUTH_ERRORS = _describe_problems(
     {
         400: "The request is malformed.",
         401: "No API key, or one that is not known.",
         403: "The API key has not the scope that this needs.",
     }
 )
-_SHARED_ERRORS = _ERRORS | _problems({503: "A part is being started anew; see Retry-After."})
-_PREDICT_ERRORS = _ERRORS | _problems(
+_COORDINATOR_ERRORS = _AUTH_ERRORS | _describe_problems(
+    {503: "A part is being started anew; see Retry-After."}
+)
+_PREDICT_ERRORS = _AUTH_ERRORS | _describe_problems(
     {
         408: "The body did not arrive in time.",
         413: "Too many bytes, pixels or images.",
@@ -116,14 +124,14 @@ _PREDICT_ERRORS = _ERRORS | _problems(
         503: "Too much is waiting; see Retry-After.",
     }
 )
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {
+_BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
+_PREDICT_BODY = {
     "requestBody": {
         "required": True,
         "description": "One image as it is, or several as the files of a form.",
         "content": {
-            "application/octet-stream": _BINARY,
-            **dict.fromkeys(MIME_TYPES, _BINARY),
+            "application/octet-stream": _BINARY_SCHEMA,
+            **dict.fromkeys(MIME_TYPES, _BINARY_SCHEMA),
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
@@ -142,7 +150,7 @@ _BODY = {
 }
 
 
-def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
+def build_app(service: Service, door: AccessControl, config: ServeConfig) -> ASGIApp:
     """The application; `config` gives what cannot change while it runs."""
     app = FastAPI(
         title="imgcls",
@@ -151,22 +159,22 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
     )
-    spool = Spool(config.limits.spool_bytes)
+    spool = BodyBudget(config.limits.spool_bytes)
 
     def presented(bearer: HTTPAuthorizationCredentials | None, header: str | None) -> str | None:
         return bearer.credentials if bearer is not None else header
 
     @app.post(
         "/v1/predict",
-        response_model=Answer,
+        response_model=PredictResponse,
         responses=_PREDICT_ERRORS,
-        openapi_extra=_BODY,
+        openapi_extra=_PREDICT_BODY,
         summary="Label images",
     )
     async def predict(
         request: Request,
-        bearer: Bearer,
-        header: Header,
+        bearer: BearerKey,
+        header: HeaderKey,
         top_k: Annotated[int | None, Query(ge=1, le=1000, description="Labels per image.")] = None,
         threshold: Annotated[
             float | None,
@@ -174,50 +182,54 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
         ] = None,
         embeddings: Annotated[bool, Query(description="The final layer's input too.")] = False,
     ) -> Response:
-        key = door.enter(presented(bearer, header), "predict", request)
-        service.check_room()
-        await door.pay(key, 1)
-        wanted = Wanted(
+        key = door.authorize(presented(bearer, header), "predict", request)
+        service.check_capacity()
+        await door.charge(key, 1)
+        wanted = PredictOptions(
             top_k or service.config.top_k,
             service.config.threshold if threshold is None else threshold,
             embeddings,
         )
-        async with received(request, service.config.limits, spool) as uploads:
+        async with receive_uploads(request, service.config.limits, spool) as uploads:
             if len(uploads) > 1:
-                await door.pay(key, len(uploads) - 1)
+                await door.charge(key, len(uploads) - 1)
             model, rows = await service.predict(uploads, wanted)
         if len(rows) == 1 and rows[0]["status"] != OK:
-            raise of_image(rows[0]["status"], rows[0]["error"])
+            raise build_image_problem(rows[0]["status"], rows[0]["error"])
         return JSONResponse({"model": model.sha256, "predictions": rows})
 
     @app.get(
-        "/v1/model", response_model=Description, responses=_ERRORS, summary="Describe the model"
+        "/v1/model",
+        response_model=ModelDescription,
+        responses=_AUTH_ERRORS,
+        summary="Describe the model",
     )
-    async def model(request: Request, bearer: Bearer, header: Header) -> Response:
-        door.enter(presented(bearer, header), "predict", request)
-        return JSONResponse(service.described())
+    async def model(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
+        door.authorize(presented(bearer, header), "predict", request)
+        return JSONResponse(service.describe_model())
 
     @app.post(
         "/v1/model/reload",
         status_code=202,
-        response_model=Reloading,
-        responses=_SHARED_ERRORS,
+        response_model=ReloadResponse,
+        responses=_COORDINATOR_ERRORS,
         summary="Load the bundle again, from where it is configured to be",
     )
-    async def reload(request: Request, bearer: Bearer, header: Header) -> Response:
-        door.enter(presented(bearer, header), "admin", request)
-        return JSONResponse({"reload": await door.shared.reload()}, 202)
+    async def reload(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
+        door.authorize(presented(bearer, header), "admin", request)
+        return JSONResponse({"reload": await door.control.request_reload()}, 202)
 
     @app.get(
         "/metrics",
-        responses=_SHARED_ERRORS,
+        responses=_COORDINATOR_ERRORS,
         response_class=PlainTextResponse,
         summary="Metrics",
     )
-    async def metrics(request: Request, bearer: Bearer, header: Header) -> Response:
-        door.enter(presented(bearer, header), "admin", request)
+    async def metrics(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
+        door.authorize(presented(bearer, header), "admin", request)
         return Response(
-            await door.shared.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8"
+            await door.control.render_metrics(),
+            media_type="text/plain; version=0.0.4; charset=utf-8",
         )
 
     @app.get("/healthz", response_class=PlainTextResponse, summary="Whether it is alive")
@@ -227,20 +239,22 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
     @app.get(
         "/readyz",
         response_class=PlainTextResponse,
-        responses=_problems({503: "It is about to end."}),
+        responses=_describe_problems({503: "It is about to end."}),
         summary="Whether it takes requests",
     )
     async def readyz() -> str:
-        if door.draining:
+        if door.is_draining:
             raise Problem(503, "draining", "about to end; ask another", retry_after=5)
         return "ok"
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page.HTML, headers={"Content-Security-Policy": page.POLICY})
+        return HTMLResponse(
+            page.HTML, headers={"Content-Security-Policy": page.CONTENT_SECURITY_POLICY}
+        )
 
-    _handle_errors(app)
-    guarded: ASGIApp = Guard(app, service, config)
+    _add_error_handlers(app)
+    guarded: ASGIApp = AppMiddleware(app, service, config)
     if config.http.cors_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -252,20 +266,20 @@ def build_app(service: Service, door: Door, config: ServeConfig) -> ASGIApp:
     return guarded
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Problem)
     async def of_problem(request: Request, problem: Problem) -> Response:
-        return problem.response()
+        return problem.build_response()
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        response = of_status(error.status_code).response()
+        response = build_status_problem(error.status_code).build_response()
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)  # it goes on to the guard, which logs it
     async def of_defect(request: Request, error: Exception) -> Response:
-        return defect().response()
+        return build_internal_error().build_response()
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> Response:
@@ -273,4 +287,4 @@ def _handle_errors(app: FastAPI) -> None:
             f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}"
             for item in error.errors()
         )
-        return Problem(400, "invalid_parameter", wrong[:500]).response()
+        return Problem(400, "invalid_parameter", wrong[:500]).build_response()

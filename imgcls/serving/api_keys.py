@@ -21,24 +21,24 @@ from pydantic import BeforeValidator, Field, PositiveFloat, StringConstraints, V
 
 from imgcls.config import Section, names
 from imgcls.data import filesystem
-from imgcls.data.object_store import StorageConfig, use
+from imgcls.data.object_store import StorageConfig, set_process_settings
 from imgcls.errors import RequestError, StorageMissing
 
-Scope = Literal["predict", "admin"]
-Scopes = Annotated[list[Scope], BeforeValidator(names)]
+KeyScope = Literal["predict", "admin"]
+KeyScopes = Annotated[list[KeyScope], BeforeValidator(names)]
 
-_PREFIX = "imgcls_"
+_KEY_PREFIX = "imgcls_"
 """By which programs that look for leaked secrets know one."""
 
 
-class Key(Section):
+class ApiKey(Section):
     """What is known of an API key."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.@-]{1,64}$")]
     """Whose it is; stands in metrics and logs."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """Hex digest of the key."""
-    scopes: Scopes = ["predict"]
+    scopes: KeyScopes = ["predict"]
     """predict: label images, describe the model. admin: metrics, load the model again."""
     images_per_minute: PositiveFloat | None = None
     """How many images it may send; as many as it likes if not given."""
@@ -59,12 +59,12 @@ class Keyring:
     broken is no decision of anybody's, so a refresh then leaves what there was.
     """
 
-    def __init__(self, url: str | None, keys: list[Key] | None = None) -> None:
+    def __init__(self, url: str | None, keys: list[ApiKey] | None = None) -> None:
         self._url = url
-        self._fixed = keys or []
-        self._keys = self._read()
+        self._extra_keys = keys or []
+        self._keys = self._load()
 
-    def find(self, presented: str) -> Key | None:
+    def find(self, presented: str) -> ApiKey | None:
         """The record of a key that was presented; None when there is none, or it is expired."""
         digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).hexdigest()
         found = None
@@ -79,11 +79,11 @@ class Keyring:
 
     def refresh(self) -> None:
         """Read the file again; raises as the constructor does, and then keeps what was there."""
-        self._keys = self._read()
+        self._keys = self._load()
 
-    def _read(self) -> list[Key]:
+    def _load(self) -> list[ApiKey]:
         if self._url is None:
-            return self._fixed
+            return self._extra_keys
         try:
             text = filesystem.read(self._url).decode("utf-8", "replace")
         except StorageMissing as error:
@@ -91,10 +91,10 @@ class Keyring:
                 f"keys.file {self._url}: no such file; `imgcls key new --file {self._url} --name "
                 "NAME` makes it, with a first key"
             ) from error
-        return [*self._fixed, *parse(text, f"keys.file {self._url}", may_be_empty=True)]
+        return [*self._extra_keys, *parse_keys(text, f"keys.file {self._url}", may_be_empty=True)]
 
 
-def parse(text: str, place: str, *, may_be_empty: bool = False) -> list[Key]:
+def parse_keys(text: str, place: str, *, may_be_empty: bool = False) -> list[ApiKey]:
     """The records of a YAML list.
 
     Raises RequestError, which begins with `place`, when they are none or not well-formed. No value
@@ -117,7 +117,7 @@ def parse(text: str, place: str, *, may_be_empty: bool = False) -> list[Key]:
     keys = []
     for number, record in enumerate(records, 1):
         try:
-            keys.append(Key.model_validate(record))
+            keys.append(ApiKey.model_validate(record))
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
@@ -130,7 +130,7 @@ def parse(text: str, place: str, *, may_be_empty: bool = False) -> list[Key]:
     return keys
 
 
-def from_environment(variable: str) -> list[Key]:
+def load_keys_from_env(variable: str) -> list[ApiKey]:
     """The records in an environment variable, in the form of the file.
 
     Raises RequestError when it is not set, or its records are not well-formed.
@@ -138,7 +138,7 @@ def from_environment(variable: str) -> list[Key]:
     text = os.environ.get(variable)
     if not text:
         raise RequestError(f"keys.env {variable}: is not set; put the text of a key file into it")
-    return parse(text, f"keys.env {variable}")
+    return parse_keys(text, f"keys.env {variable}")
 
 
 class NewKeyConfig(Section):
@@ -148,7 +148,7 @@ class NewKeyConfig(Section):
     """The YAML file to add it to (path or URL); made when it is not there."""
     name: str
     """Whose it is."""
-    scopes: Scopes = ["predict"]
+    scopes: KeyScopes = ["predict"]
     """predict, admin, or both."""
     images_per_minute: PositiveFloat | None = None
     """How many images it may send."""
@@ -157,24 +157,24 @@ class NewKeyConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
-def new_key(config: NewKeyConfig) -> str:
+def create_key(config: NewKeyConfig) -> str:
     """Make an API key: print it once, and keep its hash in a file.
 
     Raises RequestError when the name is taken or the file is not well-formed.
     """
-    use(config.storage)
+    set_process_settings(config.storage)
     place = f"keys.file {config.file}"
     try:
         text = filesystem.read(config.file).decode("utf-8", "replace")
-        there = [key.name for key in parse(text, place, may_be_empty=True)]
-        text = _HEAD if yaml.safe_load(text) == [] else text
+        there = [key.name for key in parse_keys(text, place, may_be_empty=True)]
+        text = _FILE_HEADER if yaml.safe_load(text) == [] else text
     except StorageMissing:
-        text, there = _HEAD, []
+        text, there = _FILE_HEADER, []
     if config.name in there:
         raise RequestError(
             f"{place}: has a key named {config.name!r}; delete its lines, or take another --name"
         )
-    secret = _PREFIX + secrets.token_urlsafe(32)
+    secret = _KEY_PREFIX + secrets.token_urlsafe(32)
     record: dict[str, Any] = {
         "name": config.name,
         "sha256": hashlib.sha256(secret.encode()).hexdigest(),
@@ -186,12 +186,12 @@ def new_key(config: NewKeyConfig) -> str:
         today = datetime.datetime.now(datetime.UTC).date()
         record["expires"] = today + datetime.timedelta(days=config.days)
     added = yaml.safe_dump([record], sort_keys=False)
-    parse(added, "key")
+    parse_keys(added, "key")
     filesystem.write(config.file, (re.sub(r"(?<!\n)\Z", "\n", text) + added).encode())
     print(secret, flush=True)
     return secret
 
 
-_HEAD = """# API keys of `imgcls serve`, by their hashes. Delete a key's lines to take it back:
+_FILE_HEADER = """# API keys of `imgcls serve`, by their hashes. Delete a key's lines to revoke it:
 # this file is read again within seconds.
 """

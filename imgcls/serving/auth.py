@@ -10,47 +10,51 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-from imgcls.serving.api_keys import Key, Keyring, Scope
+from imgcls.serving.api_keys import ApiKey, Keyring, KeyScope
 from imgcls.serving.problems import Problem
-from imgcls.serving.rate_limit import Pocket
+from imgcls.serving.rate_limit import LocalAllowance
 
-_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
-_OF_PROXIES = ("forwarded", "x-real-ip")
+_LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
+_PROXY_HEADERS = ("forwarded", "x-real-ip")
 """Headers by which a proxy says whom it asks for, beside those that begin with x-forwarded-."""
 
 
-class Shared(Protocol):
+class ServiceControl(Protocol):
     """What the replicas of a service have in common."""
 
-    async def reload(self) -> int:
+    async def request_reload(self) -> int:
         """Have all replicas load their bundle again."""
 
-    async def metrics(self) -> bytes:
+    async def render_metrics(self) -> bytes:
         """The counts of all replicas, as Prometheus reads them."""
 
 
-class Door:
+class AccessControl:
     """What an application needs beside its service; `draining` is set when the end is near.
 
     origins: of web pages from elsewhere that may ask
     """
 
     def __init__(
-        self, keys: Keyring | None, pocket: Pocket, shared: Shared, origins: Sequence[str] = ()
+        self,
+        keys: Keyring | None,
+        pocket: LocalAllowance,
+        shared: ServiceControl,
+        origins: Sequence[str] = (),
     ) -> None:
         self.keys = keys
-        self.pocket = pocket
-        self.shared = shared
-        self.origins = origins
-        self.draining = False
+        self.allowance = pocket
+        self.control = shared
+        self.allowed_origins = origins
+        self.is_draining = False
 
-    def enter(self, presented: str | None, scope: Scope, request: Request) -> Key | None:
+    def authorize(self, presented: str | None, scope: KeyScope, request: Request) -> ApiKey | None:
         """Whose key was presented; None where keys are not asked for.
 
         Raises the Problem of who may not enter.
         """
         if self.keys is None:
-            _check_local(request, self.origins)
+            _check_local_request(request, self.allowed_origins)
             return None
         if not presented:
             raise Problem(401, "key_missing", "send an API key: Authorization: Bearer KEY")
@@ -62,11 +66,11 @@ class Door:
             raise Problem(403, "scope_missing", f"this API key has no scope {scope!r}")
         return key
 
-    async def pay(self, key: Key | None, images: int) -> None:
+    async def charge(self, key: ApiKey | None, images: int) -> None:
         """Count images against a key's rate; raises a Problem when it has sent too many."""
         if key is None or key.images_per_minute is None:
             return
-        wait = await self.pocket.spend(key.name, key.images_per_minute, images)
+        wait = await self.allowance.spend(key.name, key.images_per_minute, images)
         if wait:
             raise Problem(
                 429,
@@ -76,7 +80,7 @@ class Door:
             )
 
 
-def _check_local(request: Request, origins: Sequence[str]) -> None:
+def _check_local_request(request: Request, origins: Sequence[str]) -> None:
     """Without keys only this machine may ask, by its own name and for itself.
 
     A web page from elsewhere that has its name point here (DNS rebinding) does not pass, nor one
@@ -84,10 +88,10 @@ def _check_local(request: Request, origins: Sequence[str]) -> None:
     """
     client = request.client.host if request.client else ""
     passed_on = any(
-        name in _OF_PROXIES or name.startswith("x-forwarded-") for name in request.headers
+        name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in request.headers
     )
-    host = _name(request.headers.get("host", ""))
-    if client not in ("127.0.0.1", "::1") or host not in _LOCAL_HOSTS or passed_on:
+    host = _strip_port(request.headers.get("host", ""))
+    if client not in ("127.0.0.1", "::1") or host not in _LOOPBACK_HOSTS or passed_on:
         raise Problem(
             403, "keys_needed", "without API keys it can be asked from its own machine only"
         )
@@ -95,13 +99,13 @@ def _check_local(request: Request, origins: Sequence[str]) -> None:
     if origin in origins:
         return
     if origin is not None:
-        foreign = _name(origin.partition("://")[2]) not in _LOCAL_HOSTS
+        foreign = _strip_port(origin.partition("://")[2]) not in _LOOPBACK_HOSTS
     else:
         foreign = request.headers.get("sec-fetch-site") == "cross-site"
     if foreign:
         raise Problem(403, "keys_needed", "without API keys no web page from elsewhere may ask")
 
 
-def _name(host: str) -> str:
+def _strip_port(host: str) -> str:
     """A host without its port."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

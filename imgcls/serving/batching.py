@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Batches(Generic[Item, Result]):
+class DynamicBatcher(Generic[Item, Result]):
     """Runs a function over items that come one by one, in a thread of its own.
 
     run:  of at most `size` items at a time; its results in the same order
@@ -26,20 +26,20 @@ class Batches(Generic[Item, Result]):
 
     def __init__(self, run: Callable[[Sequence[Item]], Sequence[Result]], size: int) -> None:
         self.size = size
-        self._run = run
-        self._waiting: queue.SimpleQueue[tuple[Item, asyncio.Future[Result]]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="classify", daemon=True).start()
+        self._run_batch = run
+        self._queue: queue.SimpleQueue[tuple[Item, asyncio.Future[Result]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run_loop, name="classify", daemon=True).start()
 
-    def put(self, item: Item, future: asyncio.Future[Result]) -> None:
+    def submit(self, item: Item, future: asyncio.Future[Result]) -> None:
         """Have an item done; from any thread. The future gets its result, in its own loop."""
-        self._waiting.put((item, future))
+        self._queue.put((item, future))
 
-    def _work(self) -> None:
+    def _run_loop(self) -> None:
         while True:
-            batch = [self._waiting.get()]
+            batch = [self._queue.get()]
             while len(batch) < self.size:
                 try:
-                    batch.append(self._waiting.get_nowait())
+                    batch.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
             # who has hung up needs no answer
@@ -49,20 +49,20 @@ class Batches(Generic[Item, Result]):
             futures = [future for _, future in batch]
             loop = futures[0].get_loop()
             try:
-                results = self._run([item for item, _ in batch])
+                results = self._run_batch([item for item, _ in batch])
             except Exception as error:  # noqa: BLE001  it is raised again where it is awaited
-                loop.call_soon_threadsafe(_fail, futures, error)
+                loop.call_soon_threadsafe(_set_exception, futures, error)
             else:
-                loop.call_soon_threadsafe(_deliver, futures, results)
+                loop.call_soon_threadsafe(_set_results, futures, results)
 
 
-def _deliver(futures: Sequence[asyncio.Future[Result]], results: Sequence[Result]) -> None:
+def _set_results(futures: Sequence[asyncio.Future[Result]], results: Sequence[Result]) -> None:
     for future, result in zip(futures, results, strict=True):
         if not future.done():
             future.set_result(result)
 
 
-def _fail(futures: Sequence[asyncio.Future[Result]], error: Exception) -> None:
+def _set_exception(futures: Sequence[asyncio.Future[Result]], error: Exception) -> None:
     for future in futures:
         if not future.done():
             future.set_exception(error)

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.log import LogFormat
 from imgcls.models.bundle import Precision
 
@@ -27,18 +27,18 @@ class HttpConfig(Section):
     """PEM file of the TLS certificate and its chain; with it, https instead of http."""
     private_key: str | None = None
     """PEM file of the certificate's private key."""
-    door: Literal["python", "haproxy"] = "python"
+    proxy: Literal["python", "haproxy"] = "python"
     """What Ray Serve listens with. haproxy: much faster, without TLS; see docs/serving.md."""
     cors_origins: Names = []
     """Web pages from elsewhere that may ask, e.g. https://app.example.com; none by default."""
-    request_seconds: PositiveFloat = 120.0
+    request_timeout_s: PositiveFloat = 120.0
     """A request that is not answered for so long is given up."""
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key belong together: give both, or neither")
-        if self.door == "haproxy" and self.certificate is not None:
+        if self.proxy == "haproxy" and self.certificate is not None:
             raise ValueError("door haproxy has no TLS in Ray Serve; say python, or end TLS before")
         return self
 
@@ -61,10 +61,10 @@ class KeysConfig(Section):
     """A YAML file of API keys, as `imgcls key new` makes it; read again when it changes."""
     env: str | None = None
     """An environment variable that holds the text of such a file."""
-    refresh_seconds: PositiveFloat = 2.0
+    refresh_interval_s: PositiveFloat = 2.0
     """How often the file is looked at."""
 
-    def are_given(self) -> bool:
+    def is_configured(self) -> bool:
         return self.file is not None or self.env is not None
 
 
@@ -79,11 +79,11 @@ class LimitsConfig(Section):
     """In one request."""
     pixels: PositiveInt = 100_000_000
     """Of one image, as its header says; as in labelling."""
-    upload_seconds: PositiveFloat = 60.0
+    upload_timeout_s: PositiveFloat = 60.0
     """A body that has not arrived after so long is refused."""
     spool_bytes: PositiveInt = 2 << 30
     """Of all bodies that are arriving or waiting, per replica; on disk where one is above 1 MiB."""
-    door_bytes: PositiveInt = 512 * MIB
+    proxy_bytes: PositiveInt = 512 * MIB
     """Of all bodies that came in by a door and are not answered; in Ray Serve's memory."""
     waiting_images: PositiveInt = 256
     """That wait for the model, per replica; more are refused with 503 and Retry-After."""
@@ -94,21 +94,21 @@ class ReplicaConfig(Section):
 
     shorthand: ClassVar[str | None] = "least"
 
-    least: PositiveInt | None = None
+    min_replicas: PositiveInt | None = None
     """One per GPU, or per CPU where there is none, when not given."""
-    most: PositiveInt | None = None
+    max_replicas: PositiveInt | None = None
     """Above `least`: more are started as requests queue up, and ended when they do not."""
     cpus: PositiveFloat | None = None
     """Of each replica; its network and its decoding share them. Chosen from what there is."""
-    target_requests: PositiveInt = 16
+    target_ongoing_requests: PositiveInt = 16
     """Under way per replica, that the number of replicas is steered to."""
-    drain_seconds: NonNegativeFloat = 5.0
+    drain_period_s: NonNegativeFloat = 5.0
     """Between the end being announced at /readyz and the door being shut."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        if self.most is not None and self.most < (self.least or 1):
-            raise ValueError(f"most {self.most} is below least {self.least or 1}")
+        if self.max_replicas is not None and self.max_replicas < (self.min_replicas or 1):
+            raise ValueError(f"most {self.max_replicas} is below least {self.min_replicas or 1}")
         return self
 
 
@@ -123,7 +123,7 @@ class ServeConfig(Section):
     replicas: ReplicaConfig = ReplicaConfig()
     batch_size: PositiveInt = 16
     """Images per forward pass at most: those that wait when the network is free."""
-    decode: Decode | None = None
+    decode: DecodeMode | None = None
     """exact: decode JPEGs whole. fast: large ones at reduced size. Default: the bundle's own."""
     precision: Precision = "auto"
     """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
@@ -137,6 +137,6 @@ class ServeConfig(Section):
     log: LogFormat = "text"
     """json: one object a line."""
 
-    def for_replicas(self) -> dict[str, Any]:
+    def dump_for_replicas(self) -> dict[str, Any]:
         """As JSON, for Ray Serve to hand to every replica."""
         return self.model_dump(mode="json")

@@ -15,19 +15,19 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from imgcls.serving.metrics import Sample, Totals
+from imgcls.serving.metrics import MetricSample, MetricTotals
 from imgcls.serving.problems import Problem
-from imgcls.serving.rate_limit import Purse
+from imgcls.serving.rate_limit import TokenBuckets
 
-HUB = "hub"
-ANSWER_SECONDS = 5.0
+COORDINATOR = "hub"
+CALL_TIMEOUT_S = 5.0
 """The hub answers within milliseconds, or is not there."""
 
 logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
-class Report:
+class ReplicaReport:
     """What a replica says of itself every second.
 
     sha256: of the bundle that it answers with
@@ -36,98 +36,98 @@ class Report:
     """
 
     replica: str
-    samples: list[Sample]
+    samples: list[MetricSample]
     sha256: str
-    asked: str
+    settings_id: str
     error: str | None
 
 
 @dataclass(frozen=True)
-class Orders:
+class Commands:
     """What a replica is told in return."""
 
-    reload: int
-    draining: bool
+    reload_count: int
+    is_draining: bool
 
 
 @serve.deployment(
-    name=HUB,
+    name=COORDINATOR,
     num_replicas=1,
     max_ongoing_requests=1000,
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=2,
 )
-class Hub:
+class Coordinator:
     """The process; everything in it is of all replicas together."""
 
     def __init__(self) -> None:
-        self._purse = Purse()
-        self._totals = Totals()
-        self._reports: dict[str, Report] = {}
-        self._reload = 0
-        self._draining = False
+        self._buckets = TokenBuckets()
+        self._totals = MetricTotals()
+        self._reports: dict[str, ReplicaReport] = {}
+        self._reload_count = 0
+        self._is_draining = False
 
-    async def take(
+    async def take_tokens(
         self, name: str, per_second: float, need: int, ahead: float
     ) -> tuple[float, float]:
-        return self._purse.take(name, per_second, need, ahead)
+        return self._buckets.take(name, per_second, need, ahead)
 
-    async def report(self, report: Report) -> Orders:
+    async def report(self, report: ReplicaReport) -> Commands:
         self._totals.report(report.replica, report.samples)
         self._reports[report.replica] = report
-        return await self.orders()
+        return await self.get_commands()
 
-    async def orders(self) -> Orders:
-        return Orders(self._reload, self._draining)
+    async def get_commands(self) -> Commands:
+        return Commands(self._reload_count, self._is_draining)
 
-    async def reports(self) -> list[Report]:
+    async def list_reports(self) -> list[ReplicaReport]:
         """The last one of every replica that is there."""
-        there = self._totals.names()
+        there = self._totals.find_active_replicas()
         self._reports = {name: said for name, said in self._reports.items() if name in there}
         return list(self._reports.values())
 
-    async def reload(self) -> int:
-        self._reload += 1
-        return self._reload
+    async def request_reload(self) -> int:
+        self._reload_count += 1
+        return self._reload_count
 
-    async def drain(self) -> None:
-        self._draining = True
+    async def start_draining(self) -> None:
+        self._is_draining = True
 
-    async def metrics(self) -> bytes:
-        return self._totals.text()
+    async def render_metrics(self) -> bytes:
+        return self._totals.render()
 
 
-class Line:
+class CoordinatorClient:
     """The hub as a replica sees it; every call raises a Problem while it is not there."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def take(
+    async def take_tokens(
         self, name: str, per_second: float, need: int, ahead: float
     ) -> tuple[float, float]:
-        taken: tuple[float, float] = await self._ask("take", name, per_second, need, ahead)
+        taken: tuple[float, float] = await self._call("take", name, per_second, need, ahead)
         return taken
 
-    async def report(self, report: Report) -> Orders:
-        orders: Orders = await self._ask("report", report)
+    async def report(self, report: ReplicaReport) -> Commands:
+        orders: Commands = await self._call("report", report)
         return orders
 
-    async def orders(self) -> Orders:
-        orders: Orders = await self._ask("orders")
+    async def get_commands(self) -> Commands:
+        orders: Commands = await self._call("orders")
         return orders
 
-    async def reload(self) -> int:
-        count: int = await self._ask("reload")
+    async def request_reload(self) -> int:
+        count: int = await self._call("reload")
         return count
 
-    async def metrics(self) -> bytes:
-        text: bytes = await self._ask("metrics")
+    async def render_metrics(self) -> bytes:
+        text: bytes = await self._call("metrics")
         return text
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
+    async def _call(self, method: str, *arguments: Any) -> Any:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await getattr(self._handle, method).remote(*arguments)
         except (RayError, RayServeException, TimeoutError) as error:
             logger.warning("the hub does not answer: %s", type(error).__name__)

@@ -13,19 +13,19 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
-_TYPES = "urn:imgcls:problem:"
+_TYPE_PREFIX = "urn:imgcls:problem:"
 
-SAFE_HEADERS = {
+SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 """What browsers should mind with every answer."""
-NOTHING = "default-src 'none'; frame-ancestors 'none'"
+DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of all but the page."""
 
-_OF_IMAGES = {"not_an_image": 415, "unsupported": 415, "too_large": 413}
+_IMAGE_HTTP_STATUS = {"not_an_image": 415, "unsupported": 415, "too_large": 413}
 """HTTP status by status of an image; 422 for all the others."""
 
 
@@ -44,9 +44,9 @@ class Problem(Exception):
         self.kind = kind
         self.detail = detail
         self.retry_after = retry_after
-        self.more = more
+        self.extra = more
 
-    def response(self) -> JSONResponse:
+    def build_response(self) -> JSONResponse:
         """As it goes over the wire."""
         headers = {}
         if self.retry_after is not None:
@@ -54,37 +54,37 @@ class Problem(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="imgcls"'
         body = {
-            "type": f"{_TYPES}{self.kind}",
+            "type": f"{_TYPE_PREFIX}{self.kind}",
             "title": self.kind.replace("_", " "),
             "status": self.status,
             "detail": self.detail,
-            **self.more,
+            **self.extra,
         }
         return JSONResponse(body, self.status, headers, MEDIA_TYPE)
 
 
-def of_image(status: str, error: str) -> Problem:
+def build_image_problem(status: str, error: str) -> Problem:
     """The problem of a request whose one image cannot be used, in the words of its row."""
-    return Problem(_OF_IMAGES.get(status, 422), status, error)
+    return Problem(_IMAGE_HTTP_STATUS.get(status, 422), status, error)
 
 
-def of_status(status: int, detail: str | None = None) -> Problem:
+def build_status_problem(status: int, detail: str | None = None) -> Problem:
     """A problem that needs no more than HTTP's own words."""
     phrase = http.HTTPStatus(status).phrase
     return Problem(status, phrase.lower().replace(" ", "_"), detail or phrase)
 
 
-def defect() -> Problem:
+def build_internal_error() -> Problem:
     return Problem(500, "internal_error", "this is a defect; the log has more")
 
 
-def too_many_bytes(limit: int) -> Problem:
+def build_too_large_problem(limit: int) -> Problem:
     return Problem(
         413, "too_many_bytes", f"the body has more than {limit:,} bytes, which is the most here"
     )
 
 
-def busy(seconds: float) -> Problem:
+def build_busy_problem(seconds: float) -> Problem:
     """No room for more images now."""
     return Problem(
         503,
@@ -94,7 +94,7 @@ def busy(seconds: float) -> Problem:
     )
 
 
-def may_be_endless(scope: Scope, most: int) -> bool:
+def can_exceed_limit(scope: Scope, most: int) -> bool:
     """Whether a body was announced that is longer than any is allowed to be, or may be.
 
     The server would go on reading it after the answer, unless the connection is closed.

@@ -13,12 +13,12 @@ from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
-ROUTER = f"{__name__}:Router"
-WAIT_SECONDS = 5.0
+ROUTER_CLASS = f"{__name__}:Router"
+REPLICA_TIMEOUT_S = 5.0
 """For a replica that is being started, before a request is answered with 503."""
 
 
-class Router(PowerOfTwoChoicesRequestRouter):
+class FailFastRouter(PowerOfTwoChoicesRequestRouter):
     """Ray Serve's default router, but requests do not wait long when the last replica is gone.
 
     Before the first replica is known requests wait: a proxy hears of the application before it
@@ -30,17 +30,17 @@ class Router(PowerOfTwoChoicesRequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         self._has_served |= bool(replicas)
-        self._refuse_waiting()
+        self._reject_pending()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
-        self._refuse_waiting()
+        self._reject_pending()
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, **options: Any
     ) -> RunningReplica:
         if self._has_served:
-            await self._wait_for_a_replica()
+            await self._wait_for_replica()
         try:
             return await super()._choose_replica_for_request(pending_request, **options)
         except DeploymentUnavailableError:
@@ -48,15 +48,15 @@ class Router(PowerOfTwoChoicesRequestRouter):
             self._remove_pending_request_from_indices(pending_request)
             raise
 
-    async def _wait_for_a_replica(self) -> None:
+    async def _wait_for_replica(self) -> None:
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            async with asyncio.timeout(REPLICA_TIMEOUT_S):
                 while not self._replicas:
                     await asyncio.sleep(0.1)
         except TimeoutError:
             raise DeploymentUnavailableError(self._deployment_id) from None
 
-    def _refuse_waiting(self) -> None:
+    def _reject_pending(self) -> None:
         if not self._has_served or self._replicas:
             return
         for waiting in list(self._pending_requests_to_fulfill):

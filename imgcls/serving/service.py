@@ -22,15 +22,15 @@ from imgcls.errors import ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
 from imgcls.runs.layout import OK
-from imgcls.serving.batching import Batches
+from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.metrics import Telemetry
-from imgcls.serving.problems import busy
+from imgcls.serving.metrics import ReplicaMetrics
+from imgcls.serving.problems import build_busy_problem
 from imgcls.serving.uploads import Upload
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PredictOptions:
     """What a request asks of each of its images."""
 
     top_k: int
@@ -38,7 +38,7 @@ class Wanted:
     embeddings: bool = False
 
 
-class Model:
+class ServedModel:
     """A bundle that is ready to answer: loaded, and its network run once at either batch size."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -46,7 +46,7 @@ class Model:
         self.sha256 = classifier.bundle.sha256
 
     @classmethod
-    def load(cls, config: ServeConfig) -> Model:
+    def load(cls, config: ServeConfig) -> ServedModel:
         """Raises BundleError when the bundle is missing or damaged."""
         bundle = load_bundle(config.model)
         on_gpu = torch.cuda.is_available()
@@ -62,7 +62,7 @@ class Model:
             classifier.classify(blank, embeddings=count == 1)
         return cls(classifier)
 
-    def described(self, threshold: float | None) -> dict[str, Any]:
+    def describe(self, threshold: float | None) -> dict[str, Any]:
         """What anyone with a key may know of it.
 
         threshold: takes the place of the bundle's own, and of those of its classes
@@ -83,16 +83,16 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Item:
+class ForwardItem:
     """One image on its way through the network."""
 
-    model: Model
+    model: ServedModel
     pixels: Pixels
     embedding: bool
 
 
 @dataclass(frozen=True)
-class Scored:
+class ImageScores:
     """scores: (C,) float32; embedding: (E,) float32, None unless asked for"""
 
     scores: np.ndarray[Any, np.dtype[np.float32]]
@@ -106,123 +106,129 @@ class Service:
     """
 
     def __init__(
-        self, config: ServeConfig, model: Model, telemetry: Telemetry, *, decoders: int
+        self, config: ServeConfig, model: ServedModel, telemetry: ReplicaMetrics, *, decoders: int
     ) -> None:
         self.config = config
         self.model = model
-        self.telemetry = telemetry
-        self._decoders = ThreadPoolExecutor(decoders, "decode")
-        self._batches: Batches[Item, Scored] = Batches(self._forward, config.batch_size)
-        self._waiting = 0
-        self._image_seconds = 0.05
-        self._swapping = asyncio.Lock()
+        self.metrics = telemetry
+        self._decode_pool = ThreadPoolExecutor(decoders, "decode")
+        self._batcher: DynamicBatcher[ForwardItem, ImageScores] = DynamicBatcher(
+            self._classify_batch, config.batch_size
+        )
+        self._num_waiting = 0
+        self._seconds_per_image = 0.05
+        self._update_lock = asyncio.Lock()
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         """Images that have been let in and not answered."""
-        return self._waiting
+        return self._num_waiting
 
-    def check_room(self, count: int = 1) -> None:
+    def check_capacity(self, count: int = 1) -> None:
         """Raise the Problem of a service that has more to do than it may keep waiting."""
-        if self._waiting + count > self.config.limits.waiting_images:
-            raise busy(self._waiting * self._image_seconds)
+        if self._num_waiting + count > self.config.limits.waiting_images:
+            raise build_busy_problem(self._num_waiting * self._seconds_per_image)
 
-    def described(self) -> dict[str, Any]:
+    def describe_model(self) -> dict[str, Any]:
         """The model in use, with the threshold in force."""
-        return self.model.described(self.config.threshold)
+        return self.model.describe(self.config.threshold)
 
     async def predict(
-        self, uploads: Sequence[Upload], wanted: Wanted
-    ) -> tuple[Model, list[dict[str, Any]]]:
+        self, uploads: Sequence[Upload], wanted: PredictOptions
+    ) -> tuple[ServedModel, list[dict[str, Any]]]:
         """One row per image, in the columns of a labelling run, and the model that they come from.
 
         Raises a Problem when they cannot be taken in now.
         """
-        self.check_room(len(uploads))
+        self.check_capacity(len(uploads))
         model = self.model
-        self._waiting += len(uploads)
+        self._num_waiting += len(uploads)
         began = time.perf_counter()
         try:
-            rows = await asyncio.gather(*(self._row(model, item, wanted) for item in uploads))
+            rows = await asyncio.gather(
+                *(self._predict_one(model, item, wanted) for item in uploads)
+            )
         finally:
-            self._waiting -= len(uploads)
+            self._num_waiting -= len(uploads)
         # what an image takes of this replica, for who is told to come again
-        spent = (time.perf_counter() - began) / (self._waiting + len(uploads))
-        self._image_seconds += 0.05 * (spent - self._image_seconds)
+        spent = (time.perf_counter() - began) / (self._num_waiting + len(uploads))
+        self._seconds_per_image += 0.05 * (spent - self._seconds_per_image)
         for place, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
             row["row"], row["name"] = place, upload.name
-            self.telemetry.images.labels(status=row["status"]).inc()
+            self.metrics.images.labels(status=row["status"]).inc()
         return model, rows
 
-    async def swap(self, config: ServeConfig) -> bool:
+    async def update(self, config: ServeConfig) -> bool:
         """Answer with the bundle that is now at `config.model`; the old one does so until then.
 
         Returns whether it was another. Raises BundleError, and then keeps the old one.
         """
-        async with self._swapping:
+        async with self._update_lock:
             loop = asyncio.get_running_loop()
-            model = await loop.run_in_executor(None, Model.load, config)
+            model = await loop.run_in_executor(None, ServedModel.load, config)
             changed = model.sha256 != self.model.sha256
             self.config, self.model = config, model
-            self._batches.size = config.batch_size
+            self._batcher.size = config.batch_size
             return changed
 
-    async def _row(self, model: Model, upload: Upload, wanted: Wanted) -> dict[str, Any]:
-        scores: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
+    async def _predict_one(
+        self, model: ServedModel, upload: Upload, wanted: PredictOptions
+    ) -> dict[str, Any]:
+        scores: asyncio.Future[ImageScores] = asyncio.get_running_loop().create_future()
 
         def decode() -> tuple[int, int]:
-            pixels, shown = self._decode(model, upload)
-            self._batches.put(Item(model, pixels, wanted.embeddings), scores)
+            pixels, shown = self._decode_upload(model, upload)
+            self._batcher.submit(ForwardItem(model, pixels, wanted.embeddings), scores)
             return shown
 
         try:
-            width, height = await asyncio.wrap_future(self._decoders.submit(decode))
+            width, height = await asyncio.wrap_future(self._decode_pool.submit(decode))
         except ImageError as error:
-            return _row(None, status=error.status, error=str(error))
+            return _build_row(None, status=error.status, error=str(error))
         scored = await scores
         if np.isnan(scored.scores).any():
-            failure = model.classifier.not_finite()
-            return _row(None, status=failure.status, error=str(failure))
-        prediction = model.classifier.ranked(
+            failure = model.classifier.build_not_finite_error()
+            return _build_row(None, status=failure.status, error=str(failure))
+        prediction = model.classifier.rank_scores(
             scored.scores[None], top_k=wanted.top_k, threshold=wanted.threshold
         )[0]
-        row = _row(prediction, width=width, height=height)
+        row = _build_row(prediction, width=width, height=height)
         if scored.embedding is not None:
             row["embedding"] = scored.embedding.tolist()
         return row
 
-    def _decode(self, model: Model, upload: Upload) -> tuple[Pixels, tuple[int, int]]:
+    def _decode_upload(self, model: ServedModel, upload: Upload) -> tuple[Pixels, tuple[int, int]]:
         limits = self.config.limits
         if upload.size > limits.image_bytes:
             raise ImageTooLarge(
                 f"{upload.size:,} bytes, more than image_bytes {limits.image_bytes:,}"
             )
-        with self.telemetry.stage("decode"):
-            return decode.decode(
+        with self.metrics.time_stage("decode"):
+            return decode.decode_image(
                 upload.read(), model.classifier.preprocess, max_pixels=limits.pixels
             )
 
-    def _forward(self, items: Sequence[Item]) -> list[Scored]:
+    def _classify_batch(self, items: Sequence[ForwardItem]) -> list[ImageScores]:
         """Batches of one model each: while it changes, both are asked for."""
-        results: dict[int, Scored] = {}
+        results: dict[int, ImageScores] = {}
         groups: dict[tuple[str, bool], list[int]] = {}
         for place, item in enumerate(items):
             groups.setdefault((item.model.sha256, item.embedding), []).append(place)
         for places in groups.values():
             first = items[places[0]]
-            self.telemetry.batch.observe(len(places))
-            with self.telemetry.stage("classify"):
+            self.metrics.batch_images.observe(len(places))
+            with self.metrics.time_stage("classify"):
                 said = first.model.classifier.classify(
-                    decode.stack([items[place].pixels for place in places]),
+                    decode.stack_images([items[place].pixels for place in places]),
                     embeddings=first.embedding,
                 )
             for i, place in enumerate(places):
                 embedding = None if said.embedding is None else said.embedding[i]
-                results[place] = Scored(said.scores[i], embedding)
+                results[place] = ImageScores(said.scores[i], embedding)
         return [results[place] for place in range(len(items))]
 
 
-def _row(
+def _build_row(
     prediction: Prediction | None,
     *,
     width: int | None = None,

@@ -19,9 +19,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from imgcls.serving.config import MIB, LimitsConfig
-from imgcls.serving.problems import Problem, busy, too_many_bytes
+from imgcls.serving.problems import Problem, build_busy_problem, build_too_large_problem
 
-FIELDS = 16
+MAX_FORM_FIELDS = 16
 """Form fields beside the images: none is needed, and some forms send a few."""
 
 
@@ -41,26 +41,26 @@ class Upload:
         return self.file.read()
 
 
-class Spool:
+class BodyBudget:
     """Counts the bytes of all bodies that are held, so that they never exceed a bound."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self.held = 0
+        self._max_bytes = most
+        self.held_bytes = 0
 
-    def add(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """Hold so many bytes more; raises a Problem when there is no room."""
-        if self.held + count > self._most:
-            raise busy(1)
-        self.held += count
+        if self.held_bytes + count > self._max_bytes:
+            raise build_busy_problem(1)
+        self.held_bytes += count
 
-    def drop(self, count: int) -> None:
-        self.held -= count
+    def release(self, count: int) -> None:
+        self.held_bytes -= count
 
 
 @asynccontextmanager
-async def received(
-    request: Request, limits: LimitsConfig, spool: Spool
+async def receive_uploads(
+    request: Request, limits: LimitsConfig, spool: BodyBudget
 ) -> AsyncIterator[list[Upload]]:
     """The images in a request's body: itself, or the files of a multipart form.
 
@@ -75,35 +75,37 @@ async def received(
             f"content type {kind[:80]!r}: send the bytes of an image as image/* or "
             "application/octet-stream, or several as multipart/form-data",
         )
-    body = _Body(request, limits.body_bytes if form else limits.image_bytes, limits, spool)
+    body = _BoundedBody(request, limits.body_bytes if form else limits.image_bytes, limits, spool)
     uploads: list[Upload] = []
     try:
-        uploads = await (_form(request, body, limits) if form else _raw(body))
+        uploads = await (_read_form(request, body, limits) if form else _read_raw(body))
         if not uploads:
             raise Problem(400, "no_image", "the form has no file; send each image as one")
         yield uploads
     finally:
         for upload in uploads:
             upload.file.close()
-        spool.drop(body.count)
+        spool.release(body.num_bytes)
 
 
-class _Body:
+class _BoundedBody:
     """A request's body, chunk by chunk, held to a size and a time."""
 
-    def __init__(self, request: Request, most: int, limits: LimitsConfig, spool: Spool) -> None:
-        self.count = 0
+    def __init__(
+        self, request: Request, most: int, limits: LimitsConfig, spool: BodyBudget
+    ) -> None:
+        self.num_bytes = 0
         self._request = request
-        self._most = most
-        self._spool = spool
-        self._seconds = limits.upload_seconds
+        self._max_bytes = most
+        self._budget = spool
+        self._timeout_s = limits.upload_timeout_s
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > most:
-            raise too_many_bytes(most)
+            raise build_too_large_problem(most)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    async def iter_chunks(self) -> AsyncGenerator[bytes, None]:
         """The bytes as they come; raises a Problem when they are too many or too slow."""
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + self._timeout_s
         stream = self._request.stream()
         while True:
             try:
@@ -115,29 +117,29 @@ class _Body:
                 raise Problem(
                     408,
                     "too_slow",
-                    f"the body did not arrive within {self._seconds:g} seconds",
+                    f"the body did not arrive within {self._timeout_s:g} seconds",
                 ) from None
-            if self.count + len(chunk) > self._most:
-                raise too_many_bytes(self._most)
-            self._spool.add(len(chunk))
-            self.count += len(chunk)
+            if self.num_bytes + len(chunk) > self._max_bytes:
+                raise build_too_large_problem(self._max_bytes)
+            self._budget.reserve(len(chunk))
+            self.num_bytes += len(chunk)
             yield chunk
 
 
-async def _raw(body: _Body) -> list[Upload]:
+async def _read_raw(body: _BoundedBody) -> list[Upload]:
     file = tempfile.SpooledTemporaryFile(max_size=MIB)  # noqa: SIM115  closed by `received`
     try:
-        async for chunk in body.chunks():
+        async for chunk in body.iter_chunks():
             file.write(chunk)
     except BaseException:
         file.close()
         raise
-    return [Upload(file, body.count)]
+    return [Upload(file, body.num_bytes)]
 
 
-async def _form(request: Request, body: _Body, limits: LimitsConfig) -> list[Upload]:
+async def _read_form(request: Request, body: _BoundedBody, limits: LimitsConfig) -> list[Upload]:
     parser = MultiPartParser(
-        request.headers, body.chunks(), max_files=limits.images, max_fields=FIELDS
+        request.headers, body.iter_chunks(), max_files=limits.images, max_fields=MAX_FORM_FIELDS
     )
     try:
         form = await parser.parse()
@@ -150,12 +152,12 @@ async def _form(request: Request, body: _Body, limits: LimitsConfig) -> list[Upl
     except (KeyError, UnicodeError, LookupError):
         raise Problem(400, "malformed_form", "multipart/form-data: without a boundary") from None
     return [
-        Upload(part.file, part.size or 0, _sayable(part.filename))
+        Upload(part.file, part.size or 0, _clean_filename(part.filename))
         for _, part in form.multi_items()
         if isinstance(part, UploadFile)
     ]
 
 
-def _sayable(name: str | None) -> str | None:
+def _clean_filename(name: str | None) -> str | None:
     """A name without what cannot be told back: in some charsets half a character may be one."""
     return None if name is None else name.encode("utf-8", "replace").decode("utf-8")

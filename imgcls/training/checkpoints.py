@@ -23,20 +23,20 @@ from safetensors.torch import load, save
 
 from imgcls.data import filesystem
 from imgcls.errors import BundleError, OutputError, StorageMissing
-from imgcls.training.epoch_metrics import Epoch
+from imgcls.training.epoch_metrics import EpochMetrics
 
-FOLDER = "_train"
-RUN = "run.json"
-KEPT = 2
+CHECKPOINT_FOLDER = "_train"
+IDENTITY_FILE = "run.json"
+KEPT_STATES = 2
 """States that are kept, so that a damaged one has a predecessor."""
 _MARKER = re.compile(r"state-(\d{6})\.json")
 
-State = dict[str, Any]
+TrainState = dict[str, Any]
 Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrainProgress:
     """How far a run has come.
 
     epoch:   the epoch under way, counted from 1; 0 before the first of them
@@ -49,16 +49,16 @@ class Standing:
     epoch: int = 0
     step: int = 0
     totals: tuple[float, ...] = ()
-    history: tuple[Epoch, ...] = ()
+    history: tuple[EpochMetrics, ...] = ()
     best: int | None = None
 
     @property
-    def best_epoch(self) -> Epoch | None:
+    def best_epoch(self) -> EpochMetrics | None:
         return None if self.best is None else self.history[self.best]
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A state as its marker describes it.
 
     number: counts the states of a run; the highest whole one is where it goes on
@@ -67,24 +67,24 @@ class Saved:
     number: int
     sha256: str
     best: str | None
-    standing: Standing = field(default_factory=Standing)
+    standing: TrainProgress = field(default_factory=TrainProgress)
 
 
 class Checkpoints:
     """The states of one run; one writer at a time, any number of readers."""
 
     def __init__(self, output: str) -> None:
-        self.folder = filesystem.join(output, FOLDER)
+        self.folder = filesystem.join(output, CHECKPOINT_FOLDER)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._number = max((each.number for each in self.saved()), default=0)
+        self._number = max((each.number for each in self.list_states()), default=0)
         self._best: str | None = None
 
     # ------------------------------------------------------------------ the run's identity
 
-    def identity(self) -> dict[str, Any] | None:
+    def read_identity(self) -> dict[str, Any] | None:
         """What the run in this folder is; None when there is none."""
-        url = filesystem.join(self.folder, RUN)
+        url = filesystem.join(self.folder, IDENTITY_FILE)
         try:
             stored: dict[str, Any] = json.loads(filesystem.read(url))
             return stored
@@ -95,67 +95,67 @@ class Checkpoints:
                 f"{url}: is damaged ({error}); start over with --overwrite"
             ) from error
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
+    def start_run(self, identity: Mapping[str, Any]) -> None:
         """Start an empty folder for a run."""
         filesystem.remove(self.folder)
         body = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
-        filesystem.write(filesystem.join(self.folder, RUN), body.encode())
+        filesystem.write(filesystem.join(self.folder, IDENTITY_FILE), body.encode())
         self._number, self._best = 0, None
 
     # ------------------------------------------------------------------ reading
 
-    def saved(self) -> list[Saved]:
+    def list_states(self) -> list[SavedState]:
         """The states that were written to their end, newest first; their bytes are not read."""
         found = []
-        for name in filesystem.names(self.folder):
+        for name in filesystem.list_names(self.folder):
             if _MARKER.fullmatch(name):
                 try:
                     body = json.loads(filesystem.read(filesystem.join(self.folder, name)))
                     standing = body["standing"]
-                    history = tuple(Epoch(**epoch) for epoch in standing.pop("history"))
+                    history = tuple(EpochMetrics(**epoch) for epoch in standing.pop("history"))
                     totals = tuple(standing.pop("totals"))
-                    body["standing"] = Standing(**standing, totals=totals, history=history)
-                    found.append(Saved(**body))
+                    body["standing"] = TrainProgress(**standing, totals=totals, history=history)
+                    found.append(SavedState(**body))
                 except (ValueError, TypeError, KeyError, StorageMissing):
                     continue
         return sorted(found, key=lambda each: -each.number)
 
-    def latest(self, at_most: int | None = None) -> tuple[Saved, State] | None:
+    def load_latest(self, at_most: int | None = None) -> tuple[SavedState, TrainState] | None:
         """The newest state that is whole, and its tensors; None when there is none.
 
         at_most: the highest number to look at
         """
-        for saved in self.saved():
+        for saved in self.list_states():
             if at_most is not None and saved.number > at_most:
                 continue
             try:
-                data = filesystem.read(self._state(saved.number))
+                data = filesystem.read(self._state_url(saved.number))
             except StorageMissing:
                 continue
             if hashlib.sha256(data).hexdigest() != saved.sha256:
                 continue
-            if saved.best is not None and not filesystem.exists(self._at(saved.best)):
+            if saved.best is not None and not filesystem.exists(self._url(saved.best)):
                 continue
             self._best = saved.best
-            state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state: TrainState = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             return saved, state
         return None
 
-    def best_weights(self, saved: Saved) -> dict[str, torch.Tensor]:
+    def load_best_weights(self, saved: SavedState) -> dict[str, torch.Tensor]:
         """The weights of the best epoch of a state."""
         if saved.best is None:
             raise BundleError(f"{self.folder}: holds no weights yet")
-        return dict(load(filesystem.read(self._at(saved.best))))
+        return dict(load(filesystem.read(self._url(saved.best))))
 
     # ------------------------------------------------------------------ writing
 
-    def save(self, standing: Standing, state: State, best: Weights | None) -> None:
+    def save(self, standing: TrainProgress, state: TrainState, best: Weights | None) -> None:
         """Write a state in the background, after the one before it.
 
         best: the best weights, when they are new; the tensors must not change any more
         Raises what went wrong with the one before.
         """
-        self.wait()
+        self.wait_until_saved()
         self._number += 1
         if best is not None:
             self._best = f"best-{self._number:06d}.safetensors"
@@ -165,11 +165,11 @@ class Checkpoints:
 
     def discard_after(self, number: int) -> None:
         """Remove states beyond one that a run goes on from; they were found damaged."""
-        for name in filesystem.names(self.folder):
-            if _number_of(name) > number:
-                filesystem.remove(self._at(name))
+        for name in filesystem.list_names(self.folder):
+            if _parse_number(name) > number:
+                filesystem.remove(self._url(name))
 
-    def wait(self) -> None:
+    def wait_until_saved(self) -> None:
         """Return when the last state is on storage; raises the StorageError if it is not."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -179,45 +179,47 @@ class Checkpoints:
         self,
         number: int,
         best_name: str | None,
-        standing: Standing,
-        state: State,
+        standing: TrainProgress,
+        state: TrainState,
         best: Weights | None,
     ) -> None:
         if best is not None and best_name is not None:
-            filesystem.write(self._at(best_name), save(dict(best)))
+            filesystem.write(self._url(best_name), save(dict(best)))
         sink = io.BytesIO()
         torch.save(state, sink)
         data = sink.getvalue()
-        filesystem.write(self._state(number), data)
-        saved = Saved(number, hashlib.sha256(data).hexdigest(), best_name, standing)
+        filesystem.write(self._state_url(number), data)
+        saved = SavedState(number, hashlib.sha256(data).hexdigest(), best_name, standing)
         marker = json.dumps(asdict(saved)) + "\n"
-        filesystem.write(self._at(f"state-{number:06d}.json"), marker.encode())
+        filesystem.write(self._url(f"state-{number:06d}.json"), marker.encode())
         self._prune()
 
     def _prune(self) -> None:
-        kept = self.saved()[:KEPT]
-        if len(kept) < KEPT:
+        kept = self.list_states()[:KEPT_STATES]
+        if len(kept) < KEPT_STATES:
             return
-        names = {self._name(each.number, suffix) for each in kept for suffix in ("json", "pt")}
-        names |= {each.best for each in kept if each.best is not None} | {RUN}
+        names = {
+            self._state_name(each.number, suffix) for each in kept for suffix in ("json", "pt")
+        }
+        names |= {each.best for each in kept if each.best is not None} | {IDENTITY_FILE}
         newest = kept[0].number
-        for name in filesystem.names(self.folder):
+        for name in filesystem.list_names(self.folder):
             # of the highest number there may be a state whose marker is not yet written
-            if name not in names and _number_of(name) <= newest:
-                filesystem.remove(self._at(name))
-        filesystem.sweep(self.folder, older_than=60)
+            if name not in names and _parse_number(name) <= newest:
+                filesystem.remove(self._url(name))
+        filesystem.remove_temporary_files(self.folder, older_than=60)
 
-    def _state(self, number: int) -> str:
-        return self._at(self._name(number, "pt"))
+    def _state_url(self, number: int) -> str:
+        return self._url(self._state_name(number, "pt"))
 
     @staticmethod
-    def _name(number: int, suffix: str) -> str:
+    def _state_name(number: int, suffix: str) -> str:
         return f"state-{number:06d}.{suffix}"
 
-    def _at(self, name: str) -> str:
+    def _url(self, name: str) -> str:
         return filesystem.join(self.folder, name)
 
 
-def _number_of(name: str) -> int:
+def _parse_number(name: str) -> int:
     digits = re.search(r"-(\d{6})\.", name)
     return int(digits[1]) if digits else 0

@@ -10,21 +10,29 @@ from imgcls.config import Section
 from imgcls.data.object_store import StorageConfig
 from imgcls.training.augment.augment import AugmentConfig
 from imgcls.training.data.examples import DataConfig
-from imgcls.training.epoch_metrics import Criterion
+from imgcls.training.epoch_metrics import SelectionMetric
 from imgcls.training.loggers.base import TrackConfig
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim.loss import LossConfig
 from imgcls.training.optim.optimizer import OptimConfig
 from imgcls.training.optim.strategy import FinetuneConfig, ProbeConfig, Strategy
-from imgcls.training.scaling import ScaleConfig
+from imgcls.training.scaling import TrainScaleConfig
 
 TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
-RESULT_FREE = ("output", "overwrite", "scale", "track", "checkpoint_minutes", "find_lr", "storage")
+NON_IDENTITY_KEYS = (
+    "output",
+    "overwrite",
+    "scale",
+    "track",
+    "checkpoint_minutes",
+    "find_lr",
+    "storage",
+)
 """Settings that a resumed run may change: they do not decide what is learnt."""
 
 
-class StopConfig(Section):
+class EarlyStoppingConfig(Section):
     """When further epochs are not worth their time."""
 
     patience: PositiveInt | None = None
@@ -45,8 +53,8 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    early_stopping: StopConfig = StopConfig()
-    scale: ScaleConfig = ScaleConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    scale: TrainScaleConfig = TrainScaleConfig()
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
     output: str
@@ -55,7 +63,7 @@ class TrainConfig(Section):
     """Replace the bundle, or the unfinished other run, that is there."""
     epochs: PositiveInt = 10
     """Passes over the training images; the weights of the best one are kept."""
-    best_by: Criterion = "val_loss"
+    best_by: SelectionMetric = "val_loss"
     """What makes an epoch the best; of a few hundred images the accuracy says little."""
     batch_size: PositiveInt = 64
     """Images per step, over all workers together."""
@@ -71,4 +79,4 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is learnt."""
         settings = self.model_dump(mode="json")
-        return {key: value for key, value in settings.items() if key not in RESULT_FREE}
+        return {key: value for key, value in settings.items() if key not in NON_IDENTITY_KEYS}

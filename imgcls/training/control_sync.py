@@ -17,15 +17,15 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-SECONDS = 1.0
+SYNC_INTERVAL_S = 1.0
 """How often workers agree; a signal is answered within about this time and a step."""
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
-_train: Any = ray.train
+_ray_train: Any = ray.train
 
 
 @dataclass(frozen=True)
-class Agreed:
+class ControlDecision:
     """The same on all workers.
 
     stop:    save and end
@@ -33,12 +33,12 @@ class Agreed:
     finite:  whether every worker's loss still is
     """
 
-    stop: bool
-    save: bool
-    finite: bool
+    should_stop: bool
+    should_save: bool
+    is_finite: bool
 
 
-class Pulse:
+class ControlSync:
     """Counts steps up to the next agreement."""
 
     def __init__(self, board: Any, device: torch.device, *, save_seconds: float) -> None:
@@ -48,7 +48,7 @@ class Pulse:
         self._last = self._saved = time.monotonic()
         self._preempted = False
 
-    def beat(self, finite: torch.Tensor | bool = True) -> Agreed | None:
+    def step(self, finite: torch.Tensor | bool = True) -> ControlDecision | None:
         """Called after each step by every worker; None between the agreements.
 
         finite: whether this worker's loss is; a tensor is looked at only when it is time
@@ -58,9 +58,9 @@ class Pulse:
             return None
         self._steps = 0
         now = time.monotonic()
-        stop = self._is_told()
+        stop = self._is_stop_requested()
         # a barrier of its own, so that all workers hear of it at the same beat
-        preempted = _train.get_preemption_info() is not None
+        preempted = _ray_train.get_preemption_info() is not None
         flags = torch.tensor(
             [
                 float(stop),
@@ -73,14 +73,14 @@ class Pulse:
         )
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         told, broken, seconds, unsaved = flags.tolist()
-        fitting = int(self._stride * SECONDS / max(seconds, 1e-3))
+        fitting = int(self._stride * SYNC_INTERVAL_S / max(seconds, 1e-3))
         self._stride = max(1, min(2 * self._stride, fitting))
         self._last = time.monotonic()
         save = unsaved > self._save_seconds or (preempted and not self._preempted)
         self._preempted = preempted
-        return Agreed(stop=told > 0, save=save, finite=broken == 0)
+        return ControlDecision(should_stop=told > 0, should_save=save, is_finite=broken == 0)
 
-    def _is_told(self) -> bool:
+    def _is_stop_requested(self) -> bool:
         if not ray.wait([self._told], timeout=0)[0]:
             return False
         with contextlib.suppress(ray.exceptions.RayError):
@@ -88,6 +88,6 @@ class Pulse:
             return True
         return False  # the board is gone, which is not the driver's wish
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """A state was saved just now, by whichever worker saves."""
         self._saved = time.monotonic()

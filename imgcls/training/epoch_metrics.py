@@ -17,11 +17,11 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-Criterion = Literal["val_loss", "val_accuracy"]
+SelectionMetric = Literal["val_loss", "val_accuracy"]
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochMetrics:
     """One pass over the training rows, judged on all validation rows.
 
     losses in nats per image (train_loss as it is minimised, with weights still moving), accuracies
@@ -52,7 +52,7 @@ class Epoch:
     val_failed: int = 0
     phase: Literal["probe", "train"] = "train"
 
-    def line(self, epochs: int) -> str:
+    def format_line(self, epochs: int) -> str:
         width = len(str(epochs))
         judged = (
             f"  train loss {self.train_loss:.3f} acc {100 * self.train_accuracy:5.1f} %"
@@ -72,7 +72,7 @@ class Epoch:
     def name(self) -> str:
         return "the probe" if self.phase == "probe" else f"epoch {self.epoch}"
 
-    def better_than(self, other: Epoch | None, by: Criterion) -> bool:
+    def is_better_than(self, other: EpochMetrics | None, by: SelectionMetric) -> bool:
         """Lower validation loss, or higher validation accuracy and among equals lower loss."""
         if other is None:
             return True
@@ -81,7 +81,9 @@ class Epoch:
         return (self.val_accuracy, -self.val_loss) > (other.val_accuracy, -other.val_loss)
 
 
-def probe_note(history: Sequence[Epoch], best: Epoch, *, lr: float) -> str | None:
+def format_probe_note(
+    history: Sequence[EpochMetrics], best: EpochMetrics, *, lr: float
+) -> str | None:
     """The note about a fine-tuning that ended no better than its linear probe; None otherwise.
 
     best: the epoch whose weights are kept
@@ -111,7 +113,7 @@ def probe_note(history: Sequence[Epoch], best: Epoch, *, lr: float) -> str | Non
     return None
 
 
-class Board:
+class DriverChannel:
     """A Ray actor between workers and driver.
 
     From the workers: lines, epochs, their handles, and a failure that no restart would mend. From
@@ -120,7 +122,7 @@ class Board:
 
     def __init__(self) -> None:
         self._workers: list[Any] = []
-        self._posts: list[str | Epoch] = []
+        self._posts: list[str | EpochMetrics] = []
         self._failure: str | None = None
         self._closed = False
         self._stop = asyncio.Event()
@@ -145,7 +147,7 @@ class Board:
         """Returns once the driver wants the workers to save and end."""
         await self._stop.wait()
 
-    async def post(self, item: str | Epoch) -> None:
+    async def post(self, item: str | EpochMetrics) -> None:
         async with self._changed:
             self._posts.append(item)
             self._changed.notify_all()
@@ -156,7 +158,7 @@ class Board:
             self._closed = True
             self._changed.notify_all()
 
-    async def after(self, seen: int) -> tuple[list[str | Epoch], bool]:
+    async def after(self, seen: int) -> tuple[list[str | EpochMetrics], bool]:
         """Posts beyond the first `seen`, once there are any or the board is closed; and whether."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or len(self._posts) > seen)
@@ -164,7 +166,7 @@ class Board:
 
 
 @contextlib.contextmanager
-def followed_board(epochs: int, on_epoch: Callable[[Epoch], None]) -> Iterator[Any]:
+def open_driver_channel(epochs: int, on_epoch: Callable[[EpochMetrics], None]) -> Iterator[Any]:
     """A board whose lines and epochs are printed here as they are posted; epochs are passed on.
 
     epochs: how many there will be at most
@@ -172,7 +174,7 @@ def followed_board(epochs: int, on_epoch: Callable[[Epoch], None]) -> Iterator[A
     here = ray.get_runtime_context().get_node_id()
     # Ray's types do not know the methods of an async actor
     board: Any = (
-        ray.remote(num_cpus=0)(Board)
+        ray.remote(num_cpus=0)(DriverChannel)
         # no machine but the driver's own can take it away
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False))
         .remote()
@@ -185,8 +187,11 @@ def followed_board(epochs: int, on_epoch: Callable[[Epoch], None]) -> Iterator[A
                 posts, closed = ray.get(board.after.remote(seen))
                 seen += len(posts)
                 for post in posts:
-                    print(post.line(epochs) if isinstance(post, Epoch) else post, flush=True)
-                    if isinstance(post, Epoch):
+                    print(
+                        post.format_line(epochs) if isinstance(post, EpochMetrics) else post,
+                        flush=True,
+                    )
+                    if isinstance(post, EpochMetrics):
                         on_epoch(post)
 
     follower = threading.Thread(target=follow, name="epoch lines", daemon=True)

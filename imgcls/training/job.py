@@ -14,29 +14,41 @@ import pandas as pd
 import ray
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import awaited, started
+from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
 from imgcls.cluster.session import Interruption
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.models.bundle import BundleSpec
-from imgcls.provenance import provenance
+from imgcls.provenance import build_provenance
 from imgcls.runs.lease import Lease
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.data.batches import Views
-from imgcls.training.data.cached import Decoded, store_bytes
-from imgcls.training.data.streaming import Streamed
-from imgcls.training.epoch_metrics import Epoch, followed_board, probe_note
+from imgcls.training.data.batches import DecodeSettings
+from imgcls.training.data.cached import CachedImages, find_store_bytes
+from imgcls.training.data.streaming import StreamedImages
+from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note, open_driver_channel
 from imgcls.training.loggers import base
-from imgcls.training.optim.lr_finder import steepest
-from imgcls.training.plots import lr_range, smoothed
-from imgcls.training.publish import publish
-from imgcls.training.ray_trainer import fit
-from imgcls.training.scaling import Workers, awaited_workers, decoding_cpus, fits_store
-from imgcls.training.setup import SAMPLES, Task, announce, decode, draw_samples, too_many
-from imgcls.training.trainer import Outcome, Work
+from imgcls.training.optim.lr_finder import find_steepest_lr
+from imgcls.training.plots import draw_lr_range, smooth_curve
+from imgcls.training.publish import publish_bundle
+from imgcls.training.ray_trainer import fit_torch_trainer
+from imgcls.training.scaling import (
+    WorkerPlan,
+    compute_decode_cpus,
+    fits_object_store,
+    wait_for_worker_plan,
+)
+from imgcls.training.setup import (
+    SAMPLES_PLOT,
+    TrainSetup,
+    build_too_many_errors,
+    decode_dataset,
+    draw_samples,
+    log_setup,
+)
+from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
 
-TRACKERS = "trackers.json"
+LOGGER_STATE_FILE = "trackers.json"
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,14 @@ class TrainResult:
     """
 
     bundle: str
-    history: list[Epoch]
-    best: Epoch | None
+    history: list[EpochMetrics]
+    best: EpochMetrics | None
     failed: int
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Shared:
+class TrialContext:
     """What the trials of a search have in common.
 
     images: decoded once, for those that see them alike; None where each decodes its own
@@ -66,84 +78,88 @@ class Shared:
     interruption: by which the trial is stopped
     """
 
-    images: Decoded | None
-    told: Callable[[Epoch], None]
+    images: CachedImages | None
+    on_epoch: Callable[[EpochMetrics], None]
     interruption: Interruption
 
 
-def run(
-    task: Task,
+def run_training(
+    task: TrainSetup,
     checkpoints: Checkpoints,
     lease: Lease,
     interruption: Interruption,
-    shared: Shared | None = None,
+    shared: TrialContext | None = None,
 ) -> TrainResult:
     """Decode, train and publish; see `train` for what it raises."""
     begun = time.monotonic()
     try:
-        workers = awaited_workers(task.config.scale, interruption)
-        return _run(task, workers, checkpoints, lease, interruption, shared, begun)
+        workers = wait_for_worker_plan(task.config.scale, interruption)
+        return _decode_train_publish(task, workers, checkpoints, lease, interruption, shared, begun)
     finally:
-        autoscaler.give_back()
+        autoscaler.cancel_request()
 
 
-def _run(
-    task: Task,
-    workers: Workers,
+def _decode_train_publish(
+    task: TrainSetup,
+    workers: WorkerPlan,
     checkpoints: Checkpoints,
     lease: Lease,
     interruption: Interruption,
-    shared: Shared | None,
+    shared: TrialContext | None,
     begun: float,
 ) -> TrainResult:
-    config, nodes = task.config, session.nodes()
-    cropped = config.augment.recipe().crop_scale is not None
-    views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
+    config, nodes = task.config, session.list_nodes()
+    cropped = config.augment.build_recipe().crop_scale is not None
+    views = DecodeSettings.from_preprocess(
+        task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
+    )
     rows = task.examples.rows
-    fits = fits_store(views.bytes_of(rows), store_bytes())
+    fits = fits_object_store(views.compute_decoded_bytes(rows), find_store_bytes())
     cached = fits if config.data.cache is None else config.data.cache
-    announce(task, workers, views, cached=cached)
-    images: Decoded | Streamed
+    log_setup(task, workers, views, cached=cached)
+    images: CachedImages | StreamedImages
     if shared is not None and shared.images is not None and shared.images.views == views:
         images = shared.images
     elif cached:
         cpus = sum(node.cpus for node in nodes)
-        images = awaited(started(lambda: decode(task, views, cpus)), interruption)
+        images = wait_interruptibly(
+            run_in_thread(lambda: decode_dataset(task, views, cpus)), interruption
+        )
     else:
-        images = Streamed(ray.put(rows), views, decoding_cpus(nodes, workers))
+        images = StreamedImages(ray.put(rows), views, compute_decode_cpus(nodes, workers))
     draw_samples(task, images)
-    work = Work(
+    work = TrainLoopSpec(
         config=config,
         strategy=task.strategy,
         architecture=task.architecture,
-        classes=len(task.examples.classes),
-        weights=ray.put(task.network.state_dict()),
+        num_classes=len(task.examples.classes),
+        initial_weights=ray.put(task.network.state_dict()),
         preprocess=task.preprocess,
         images=images,
         class_weights=task.class_weights,
-        head_shares=task.head_shares,
+        head_coefficients=task.head_coefficients,
     )
     if config.find_lr:
-        with followed_board(config.epochs, lambda epoch: None) as board:
-            outcome = fit(work, workers, board, interruption)
-        if checkpoints.identity() is None:
+        with open_driver_channel(config.epochs, lambda epoch: None) as board:
+            outcome = fit_torch_trainer(work, workers, board, interruption)
+        if checkpoints.read_identity() is None:
             filesystem.remove(checkpoints.folder)  # else it belongs to an unfinished training
-        return _suggest_lr(config, outcome)
-    with _tracking(task, checkpoints) as tracking:
+        return _write_lr_curve(config, outcome)
+    with _open_loggers(task, checkpoints) as tracking:
 
-        def told(epoch: Epoch) -> None:
-            tracking.epoch(epoch.epoch, _numbers(epoch))
-            _keep_trackers(checkpoints, tracking)
+        def told(epoch: EpochMetrics) -> None:
+            tracking.log_epoch(epoch.epoch, _numeric_metrics(epoch))
+            _save_logger_state(checkpoints, tracking)
             if shared is not None:
-                shared.told(epoch)
+                shared.on_epoch(epoch)
 
-        with followed_board(config.epochs, told) as board:
-            outcome = fit(work, workers, board, interruption)
-        _check(task, outcome, checkpoints)
+        with open_driver_channel(config.epochs, told) as board:
+            outcome = fit_torch_trainer(work, workers, board, interruption)
+        _raise_failure(task, outcome, checkpoints)
         lease.check()
-        failed = _failed(images, outcome)
-        best, files = _publish(task, outcome, checkpoints, workers, failed, begun)
-        tracking.finish({f"best_{k}": v for k, v in _numbers(best).items()}, files)
+        failed = _count_failed(images, outcome)
+        best, files = _publish_best(task, outcome, checkpoints, workers, failed, begun)
+        tracking.finish({f"best_{k}": v for k, v in _numeric_metrics(best).items()}, files)
     filesystem.remove(checkpoints.folder)
     return TrainResult(config.output, list(outcome.history), best, sum(failed))
 
@@ -152,27 +168,27 @@ def _run(
 
 
 @contextlib.contextmanager
-def _tracking(task: Task, checkpoints: Checkpoints) -> Iterator[base.Tracking]:
-    url = filesystem.join(checkpoints.folder, TRACKERS)
+def _open_loggers(task: TrainSetup, checkpoints: Checkpoints) -> Iterator[base.MetricLoggers]:
+    url = filesystem.join(checkpoints.folder, LOGGER_STATE_FILE)
     try:
         state = json.loads(filesystem.read(url))
     except (StorageMissing, ValueError):
         state = None
-    latest = checkpoints.latest()
+    latest = checkpoints.load_latest()
     history = latest[0].standing.history if latest else ()
     first = history[-1].epoch + 1 if history else 0
-    with base.tracking(task.config.track, task.config.output, state) as tracking:
+    with base.open_loggers(task.config.track, task.config.output, state) as tracking:
         tracking.start(task.config.model_dump(mode="json"), first)
-        _keep_trackers(checkpoints, tracking)
+        _save_logger_state(checkpoints, tracking)
         yield tracking
 
 
-def _keep_trackers(checkpoints: Checkpoints, tracking: base.Tracking) -> None:
+def _save_logger_state(checkpoints: Checkpoints, tracking: base.MetricLoggers) -> None:
     body = json.dumps(tracking.state).encode()
-    filesystem.write(filesystem.join(checkpoints.folder, TRACKERS), body)
+    filesystem.write(filesystem.join(checkpoints.folder, LOGGER_STATE_FILE), body)
 
 
-def _numbers(epoch: Epoch) -> dict[str, float]:
+def _numeric_metrics(epoch: EpochMetrics) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in asdict(epoch).items()
@@ -183,12 +199,12 @@ def _numbers(epoch: Epoch) -> dict[str, float]:
 # ---------------------------------------------------------------------- after them
 
 
-def _check(task: Task, outcome: Outcome, checkpoints: Checkpoints) -> None:
+def _raise_failure(task: TrainSetup, outcome: TrainLoopResult, checkpoints: Checkpoints) -> None:
     """Raise what the workers ended for."""
     config = task.config
     if outcome.kind == "diverged":
         coarse = f", or say --precision fp32 (it was {outcome.precision})"
-        saved = checkpoints.saved()
+        saved = checkpoints.list_states()
         kept = ""
         if saved and saved[0].best is not None:
             kept = (
@@ -201,28 +217,32 @@ def _check(task: Task, outcome: Outcome, checkpoints: Checkpoints) -> None:
         )
     if outcome.kind == "failures":
         failed, rows = outcome.failed
-        raise too_many(failed, rows, config.data.max_error_rate, " (some are named above)")
+        raise build_too_many_errors(
+            failed, rows, config.data.max_error_rate, " (some are named above)"
+        )
 
 
-def _failed(images: Decoded | Streamed, outcome: Outcome) -> tuple[int, int]:
+def _count_failed(
+    images: CachedImages | StreamedImages, outcome: TrainLoopResult
+) -> tuple[int, int]:
     """Images left out of training and of validation."""
-    if isinstance(images, Decoded):
+    if isinstance(images, CachedImages):
         held = sum(failure.held for failure in images.failures)
         return len(images.failures) - held, held
     last = outcome.history[-1]
     return last.train_failed, last.val_failed
 
 
-def _publish(
-    task: Task,
-    outcome: Outcome,
+def _publish_best(
+    task: TrainSetup,
+    outcome: TrainLoopResult,
     checkpoints: Checkpoints,
-    workers: Workers,
+    workers: WorkerPlan,
     failed: tuple[int, int],
     begun: float,
-) -> tuple[Epoch, list[str]]:
+) -> tuple[EpochMetrics, list[str]]:
     """Write the bundle; returns its best epoch and the files beside it."""
-    latest = checkpoints.latest()
+    latest = checkpoints.load_latest()
     best = None if latest is None else latest[0].standing.best_epoch
     if latest is None or best is None:
         raise RunFailed(f"{checkpoints.folder}: the saved states are gone; run it again")
@@ -231,7 +251,7 @@ def _publish(
         architecture=task.architecture,
         classes=examples.classes,
         preprocess=task.preprocess,
-        provenance=provenance(config.model_dump(mode="json", exclude={"storage"}))
+        provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"}))
         | {
             "seed": config.seed,
             "run": task.identity,
@@ -246,12 +266,12 @@ def _publish(
                 "val_failed": failed[1],
             },
         },
-        metrics=_metrics(best),
+        metrics=_bundle_metrics(best),
     )
-    files = publish(
+    files = publish_bundle(
         config.output,
         spec,
-        checkpoints.best_weights(latest[0]),
+        checkpoints.load_best_weights(latest[0]),
         outcome.history,
         best,
         workers=str(workers),
@@ -260,16 +280,16 @@ def _publish(
             name: (train, val)
             for name, train, val in zip(
                 examples.classes,
-                examples.per_class(held=False),
-                examples.per_class(held=True),
+                examples.count_per_class(held=False),
+                examples.count_per_class(held=True),
                 strict=True,
             )
         },
-        validation=examples.manifest(held=True),
-        samples=SAMPLES,
+        validation=examples.build_manifest(held=True),
+        samples=SAMPLES_PLOT,
     )
     assert config.optim.lr is not None
-    note = probe_note(outcome.history, best, lr=config.optim.lr)
+    note = format_probe_note(outcome.history, best, lr=config.optim.lr)
     if note is not None:
         print(f"note: {note}", flush=True)
     print(
@@ -279,7 +299,7 @@ def _publish(
     return best, files
 
 
-def _metrics(best: Epoch) -> dict[str, float]:
+def _bundle_metrics(best: EpochMetrics) -> dict[str, float]:
     names = (
         "val_accuracy",
         "val_balanced_accuracy",
@@ -291,13 +311,13 @@ def _metrics(best: Epoch) -> dict[str, float]:
     return {name: float(getattr(best, name)) for name in names}
 
 
-def _suggest_lr(config: TrainConfig, outcome: Outcome) -> TrainResult:
+def _write_lr_curve(config: TrainConfig, outcome: TrainLoopResult) -> TrainResult:
     """Draw the LR range test and say what to take from it."""
     if outcome.kind is not None or len(outcome.lr_curve) < 2:
         raise RunFailed(f"the LR range test came to nothing: {outcome.problem or 'no step'}")
     lrs, losses = zip(*outcome.lr_curve, strict=True)
-    suggestion = steepest(lrs, smoothed(np.asarray(losses)))
-    files = {f"plots/{n}": data for n, data in lr_range(lrs, losses, suggestion).items()}
+    suggestion = find_steepest_lr(lrs, smooth_curve(np.asarray(losses)))
+    files = {f"plots/{n}": data for n, data in draw_lr_range(lrs, losses, suggestion).items()}
     sink = io.BytesIO()
     pd.DataFrame({"lr": lrs, "loss": losses}).to_parquet(sink, index=False)
     files["lr_range.parquet"] = sink.getvalue()

@@ -17,26 +17,26 @@ import yaml
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
     BundleSpec,
-    card_description,
-    card_title,
-    card_usage,
-    plain,
+    escape_markdown,
+    render_card_description,
+    render_card_title,
+    render_card_usage,
 )
 
-MOST_ROWS = 50
+MAX_CLASS_ROWS = 50
 """Classes in the table of training images; the others are counted."""
-_RESULTS = {
+_RESULT_TITLES = {
     "val_accuracy": "validation accuracy",
     "val_balanced_accuracy": "validation balanced accuracy",
     "val_loss": "validation loss, nats",
     "train_accuracy": "training accuracy, while it learns",
     "train_loss": "training loss, nats",
 }
-_ELSEWHERE = ("data", "model", "output", "overwrite", "track")
+_EXCLUDED_SETTINGS = ("data", "model", "output", "overwrite", "track")
 """Settings that the card tells in words, or that concern nobody else."""
 
 
-def model_card(
+def build_model_card(
     spec: BundleSpec,
     history: pd.DataFrame,
     best: int,
@@ -57,23 +57,23 @@ def model_card(
     class_rows: class name -> images (to train on, to validate on)
     plots:      pictures to show, as paths below the bundle, e.g. "plots/curves.png"
     """
-    row = _row(history, best)
+    row = _find_epoch(history, best)
     parts = [
-        _front_matter(spec, row),
-        f"# {card_title(spec)}\n",
-        _summary(spec, row, parameters),
-        *(f"![{_alt(plot)}]({plot})\n" for plot in plots),
-        _usage(spec),
-        _data(spec, class_rows),
-        _procedure(spec, history, workers, seconds),
-        _results(row, history),
-        _limits(spec, row, class_rows),
-        _versions(spec),
+        _format_front_matter(spec, row),
+        f"# {render_card_title(spec)}\n",
+        _format_summary(spec, row, parameters),
+        *(f"![{_format_alt_text(plot)}]({plot})\n" for plot in plots),
+        _format_usage(spec),
+        _format_data(spec, class_rows),
+        _format_procedure(spec, history, workers, seconds),
+        _format_results(row, history),
+        _format_limitations(spec, row, class_rows),
+        _format_versions(spec),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
+def _format_front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
     names = {
         "accuracy": ("val_accuracy", "Accuracy"),
         "balanced_accuracy": ("val_balanced_accuracy", "Balanced accuracy"),
@@ -84,7 +84,9 @@ def _front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
         for kind, (column, name) in names.items()
         if column in row
     ]
-    manifest = _at(spec.provenance, "data", "manifests", "data.train", "manifest") or "images"
+    manifest = (
+        _get_nested(spec.provenance, "data", "manifests", "data.train", "manifest") or "images"
+    )
     name = os.path.splitext(os.path.basename(str(manifest).rstrip("/")))[0] or "images"
     task = {"type": "image-classification", "name": "Image Classification"}
     dataset = {"type": name, "name": name, "split": "validation"}
@@ -100,41 +102,48 @@ def _front_matter(spec: BundleSpec, row: Mapping[str, float]) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _summary(spec: BundleSpec, row: Mapping[str, float], parameters: int | None) -> str:
-    weights = _at(spec.provenance, "config", "model", "weights")
-    origin = f"fine-tuned from {_code(weights)}" if weights else "trained from random weights"
-    known = "trained" if _at(spec.provenance, "config") is None else origin
+def _format_summary(spec: BundleSpec, row: Mapping[str, float], parameters: int | None) -> str:
+    weights = _get_nested(spec.provenance, "config", "model", "weights")
+    origin = (
+        f"fine-tuned from {_format_code(weights)}" if weights else "trained from random weights"
+    )
+    known = "trained" if _get_nested(spec.provenance, "config") is None else origin
     size = "" if parameters is None else f" with {parameters:,} parameters"
-    network = f"{_code(spec.architecture.name)} ({spec.architecture.source}){size}"
+    network = f"{_format_code(spec.architecture.name)} ({spec.architecture.source}){size}"
     lines = [f"An image classifier: {network}, {known}."]
     if "val_accuracy" in row:
-        rows = f" of {_count(row['val_rows'], 'validation image')}" if "val_rows" in row else ""
-        lines.append(f"It is right about {_accuracy(row)}{rows}.")
-    return "\n".join([*lines, "", *card_description(spec), ""])
+        rows = (
+            f" of {_format_count(row['val_rows'], 'validation image')}" if "val_rows" in row else ""
+        )
+        lines.append(f"It is right about {_format_accuracy(row)}{rows}.")
+    return "\n".join([*lines, "", *render_card_description(spec), ""])
 
 
-def _alt(plot: str) -> str:
-    return plain(os.path.splitext(os.path.basename(plot))[0].replace("_", " "))
+def _format_alt_text(plot: str) -> str:
+    return escape_markdown(os.path.splitext(os.path.basename(plot))[0].replace("_", " "))
 
 
-def _usage(spec: BundleSpec) -> str:
+def _format_usage(spec: BundleSpec) -> str:
     python = (
         "from imgcls import Classifier\n\n"
         'classifier = Classifier.load("THIS_FOLDER")\n'
         'for prediction in classifier.predict(["photo.jpg"], top_k=3):\n'
         "    print(prediction.label, prediction.confidence, prediction.topk_labels)\n"
     )
-    return "\n".join(["## Use", "", *card_usage(), "", f"```python\n{python}```", ""])
+    return "\n".join(["## Use", "", *render_card_usage(), "", f"```python\n{python}```", ""])
 
 
-def _data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | None) -> str:
-    data = _at(spec.provenance, "data") or {}
+def _format_data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | None) -> str:
+    data = _get_nested(spec.provenance, "data") or {}
     lines: list[str] = []
     if "train_rows" in data and "val_rows" in data:
         failed = data.get("train_failed", 0) + data.get("val_failed", 0)
-        origin = "" if _at(data, "manifests", "data.val") else ", held out of the same manifest"
+        origin = (
+            "" if _get_nested(data, "manifests", "data.val") else ", held out of the same manifest"
+        )
         lines.append(
-            f"{_count(data['train_rows'], 'image')} to train on, {data['val_rows']:,} to validate"
+            f"{_format_count(data['train_rows'], 'image')} to train on, {data['val_rows']:,} "
+            "to validate"
             f"{origin}; {failed:,} of them could not be decoded and were left out."
         )
     manifests = data.get("manifests") or {}
@@ -142,14 +151,18 @@ def _data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | None) ->
         lines += ["", "| | manifest | rows | fingerprint |", "| --- | --- | --- | --- |"]
         for key, source in manifests.items():
             rows = f"{source['rows']:,}" if "rows" in source else ""
-            cells = (_code(source.get("manifest", "")), rows, _code(source.get("fingerprint", "")))
+            cells = (
+                _format_code(source.get("manifest", "")),
+                rows,
+                _format_code(source.get("fingerprint", "")),
+            )
             lines.append(f"| {key} | {' | '.join(cells)} |")
     if class_rows:
-        lines += ["", *_balance(class_rows)]
+        lines += ["", *_format_class_balance(class_rows)]
     return "\n".join(["## Data", "", *lines, ""]) if lines else ""
 
 
-def _balance(class_rows: Mapping[str, tuple[int, int]]) -> list[str]:
+def _format_class_balance(class_rows: Mapping[str, tuple[int, int]]) -> list[str]:
     counts = sorted(train for train, _ in class_rows.values())
     lines = [
         f"Training images per class: {counts[0]:,} to {counts[-1]:,}, "
@@ -160,51 +173,53 @@ def _balance(class_rows: Mapping[str, tuple[int, int]]) -> list[str]:
         "| class | to train | to validate |",
         "| --- | --- | --- |",
     ]
-    shown = list(class_rows.items())[:MOST_ROWS]
-    lines += [f"| {plain(name)} | {train:,} | {val:,} |" for name, (train, val) in shown]
-    if len(class_rows) > MOST_ROWS:
-        lines += ["", f"... and {len(class_rows) - MOST_ROWS:,} more classes."]
+    shown = list(class_rows.items())[:MAX_CLASS_ROWS]
+    lines += [f"| {escape_markdown(name)} | {train:,} | {val:,} |" for name, (train, val) in shown]
+    if len(class_rows) > MAX_CLASS_ROWS:
+        lines += ["", f"... and {len(class_rows) - MAX_CLASS_ROWS:,} more classes."]
     return [*lines, "", "</details>"]
 
 
-def _procedure(
+def _format_procedure(
     spec: BundleSpec, history: pd.DataFrame, workers: str | None, seconds: float | None
 ) -> str:
-    made, config = spec.provenance, _at(spec.provenance, "config") or {}
-    told = {"model": ", ".join(_pairs(config["model"]))} if config.get("model") else {}
+    made, config = spec.provenance, _get_nested(spec.provenance, "config") or {}
+    told = {"model": ", ".join(_list_settings(config["model"]))} if config.get("model") else {}
     for name, value in config.items():
-        if name not in _ELSEWHERE:
-            told[name] = ", ".join(_pairs(value)) if isinstance(value, Mapping) else str(value)
+        if name not in _EXCLUDED_SETTINGS:
+            told[name] = (
+                ", ".join(_list_settings(value)) if isinstance(value, Mapping) else str(value)
+            )
     told.setdefault("seed", str(made.get("seed", "")))
     if "precision" in made:
         told["precision"] = str(made["precision"])
     told["workers"] = workers or ""
     if seconds is None and "seconds" in history:
         seconds = float(history["seconds"].sum())
-    told["wall time"] = "" if seconds is None else _duration(seconds)
-    rows = [f"| {name} | {plain(value, 500)} |" for name, value in told.items() if value]
+    told["wall time"] = "" if seconds is None else _format_duration(seconds)
+    rows = [f"| {name} | {escape_markdown(value, 500)} |" for name, value in told.items() if value]
     if not rows:
         return ""
     return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |", *rows, ""])
 
 
-def _results(row: Mapping[str, float], history: pd.DataFrame) -> str:
+def _format_results(row: Mapping[str, float], history: pd.DataFrame) -> str:
     if not row:
         return ""
     best, last = int(row["epoch"]), int(history["epoch"].iloc[-1])
     # epoch 0 is the linear probe, before any other weight moved
     told = {0: "epoch 0 (probe)", last: f"epoch {last} (last)", best: f"epoch {best} (kept)"}
-    columns = {title: _row(history, epoch) for epoch, title in sorted(told.items())}
+    columns = {title: _find_epoch(history, epoch) for epoch, title in sorted(told.items())}
     columns = {title: values for title, values in columns.items() if values}
     lines = [f"| | {' | '.join(columns)} |", f"| --- {'| --- ' * len(columns)}|"]
-    for name, title in _RESULTS.items():
+    for name, title in _RESULT_TITLES.items():
         if any(name in values for values in columns.values()):
-            cells = [_figure(values, name) for values in columns.values()]
+            cells = [_format_metric(values, name) for values in columns.values()]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(["## Results", "", *lines, ""])
 
 
-def _limits(
+def _format_limitations(
     spec: BundleSpec,
     row: Mapping[str, float],
     class_rows: Mapping[str, tuple[int, int]] | None,
@@ -219,7 +234,7 @@ def _limits(
         limits.append("Confidences are not calibrated (temperature 1).")
     unseen = [name for name, (_, val) in (class_rows or {}).items() if val == 0]
     if unseen:
-        names = ", ".join(plain(name) for name in unseen[:20])
+        names = ", ".join(escape_markdown(name) for name in unseen[:20])
         more = f" and {len(unseen) - 20:,} more" if len(unseen) > 20 else ""
         limits.append(f"No validation image shows these classes: {names}{more}.")
     if 0 < row.get("val_rows", 0) < 100:
@@ -227,7 +242,7 @@ def _limits(
     return "\n".join(["## Limits", "", *(f"- {limit}" for limit in limits), ""])
 
 
-def _versions(spec: BundleSpec) -> str:
+def _format_versions(spec: BundleSpec) -> str:
     made = spec.provenance
     versions = dict(made.get("versions") or {})
     if "python" in made:
@@ -236,28 +251,28 @@ def _versions(spec: BundleSpec) -> str:
     if made.get("created"):
         lines.append(f"- Made {made['created']}")
     if made.get("git_commit"):
-        lines.append(f"- imgcls at commit {_code(made['git_commit'])}")
+        lines.append(f"- imgcls at commit {_format_code(made['git_commit'])}")
     if versions:
         lines.append("- " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     return "\n".join(["## Made with", "", *lines, ""]) if lines else ""
 
 
-def _row(history: pd.DataFrame, epoch: int) -> dict[str, float]:
+def _find_epoch(history: pd.DataFrame, epoch: int) -> dict[str, float]:
     """The numbers of one epoch, without those that are NaN."""
     found = history[history["epoch"] == epoch].select_dtypes("number")
     values = found.iloc[-1].to_dict() if len(found) else {}
     return {str(name): float(value) for name, value in values.items() if math.isfinite(value)}
 
 
-def _figure(row: Mapping[str, float], name: str) -> str:
+def _format_metric(row: Mapping[str, float], name: str) -> str:
     if name not in row:
         return ""
     if name == "val_accuracy":
-        return _accuracy(row)
+        return _format_accuracy(row)
     return f"{row[name]:.4f}" if name.endswith("loss") else f"{100 * row[name]:.1f} %"
 
 
-def _accuracy(row: Mapping[str, float]) -> str:
+def _format_accuracy(row: Mapping[str, float]) -> str:
     share = row["val_accuracy"]
     told = f"{100 * share:.1f} %"
     if "val_rows" not in row:
@@ -266,7 +281,7 @@ def _accuracy(row: Mapping[str, float]) -> str:
     return f"{told} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
-def _at(tree: Mapping[str, Any], *keys: str) -> Any:
+def _get_nested(tree: Mapping[str, Any], *keys: str) -> Any:
     """The value below nested keys; None where there is none."""
     value: Any = tree
     for key in keys:
@@ -274,30 +289,30 @@ def _at(tree: Mapping[str, Any], *keys: str) -> Any:
     return value
 
 
-def _pairs(section: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _list_settings(section: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`name value` of every setting that is set, sections within named by dots."""
     pairs = []
     for name, value in section.items():
         if isinstance(value, Mapping):
-            pairs += _pairs(value, f"{prefix}{name}.")
+            pairs += _list_settings(value, f"{prefix}{name}.")
         elif value is not None:
             pairs.append(f"{prefix}{name} {value}")
     return pairs
 
 
-def _code(text: object) -> str:
+def _format_code(text: object) -> str:
     """Text as code, in a table too, whatever is in it."""
     shown = " ".join(str(text).split()).replace("|", "\\|")
     if "`" in shown:
-        return f"`` {shown} ``" if "``" not in shown else plain(shown, len(shown))
+        return f"`` {shown} ``" if "``" not in shown else escape_markdown(shown, len(shown))
     return f"`{shown}`" if shown else ""
 
 
-def _count(number: float, noun: str) -> str:
+def _format_count(number: float, noun: str) -> str:
     return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

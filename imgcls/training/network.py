@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from imgcls.config import Section
-from imgcls.data.preprocess import Decode, Preprocess, ResizeMode
+from imgcls.data.preprocess import DecodeMode, Preprocess, ResizeMode
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture
 
-_CROP_PCT = 0.965
+_MIN_CROP_PCT = 0.965
 """As torchvision's training recipe of 2021 has it: the 0.875 of the one before cuts off what
 random crops of half an image's area and more have shown in training.
 """
@@ -44,21 +44,21 @@ class ModelConfig(Section):
     """crop, pad or squash what is not square; as the network's weights were made if none."""
     crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
     """Share of the shorter side that labelling sees, from the centre; at least 0.965 if none."""
-    decode: Decode = "exact"
+    decode: DecodeMode = "exact"
     """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
 
 
-def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
+def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     """The architecture and the preprocessing that the bundle will carry.
 
     Raises BundleError when there is no such network.
     """
-    architecture = zoo.trainable(zoo.architecture(config.name, config.options))
+    architecture = zoo.adapt_for_training(zoo.resolve_architecture(config.name, config.options))
     if config.weights is not None:
-        architecture = zoo.pretrained_options(architecture, config.weights)
-    preprocess = zoo.default_preprocess(architecture, config.weights)
+        architecture = zoo.add_pretrained_options(architecture, config.weights)
+    preprocess = zoo.get_default_preprocess(architecture, config.weights)
     crop = config.image_size or preprocess.crop
-    kept = config.crop_pct or max(_CROP_PCT, preprocess.crop / preprocess.resize)
+    kept = config.crop_pct or max(_MIN_CROP_PCT, preprocess.crop / preprocess.resize)
     changes: dict[str, Any] = {
         "crop": crop,
         "resize": round(crop / kept),
@@ -69,7 +69,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     return architecture, preprocess.model_copy(update=changes)
 
 
-def start(
+def build_initial_network(
     architecture: Architecture, weights: str | None, num_classes: int, *, seed: int
 ) -> nn.Module:
     """The network as it is before the first step: weights where given, the rest from the seed.
@@ -78,20 +78,20 @@ def start(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = zoo.build(architecture, num_classes)
+        network = zoo.build_network(architecture, num_classes)
     if weights is not None:
         state = zoo.load_weights(weights, architecture)
-        matched = zoo.matched_weights(network, state)
-        left = zoo.fit_weights(network, state, replace_head=True)
+        matched = zoo.match_weights(network, state)
+        left = zoo.apply_weights(network, state, replace_head=True)
         absent = [key for key in left if key not in matched.state]
         headless = f"the weights have no head ({', '.join(absent)}); training begins with a new one"
-        for note in (matched.note(), headless if absent else None):
+        for note in (matched.describe_unused(), headless if absent else None):
             if note is not None:
                 print(f"note: model.weights {weights}: {note}", flush=True)
     return network
 
 
-def head_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]:
+def compute_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]:
     """The weight of each head's outputs in the logits, which a linear probe needs.
 
     1 for a network with one head, 0.5 each where two are averaged. Found by running the network
@@ -99,14 +99,14 @@ def head_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]
     heads that enter the logits (VOLO's) are set to zero, where fine-tuning begins with them.
     Raises BundleError when the logits are no weighted sum of the heads' outputs.
     """
-    shares = _fitted_shares(network, preprocess)
+    shares = _fit_head_coefficients(network, preprocess)
     if shares is None:
-        auxiliary = zoo.head_names(network) - zoo.heads(network).keys()
+        auxiliary = zoo.list_head_names(network) - zoo.find_heads(network).keys()
         with torch.no_grad():
             for name in auxiliary:
                 for parameter in network.get_submodule(name).parameters():
                     parameter.zero_()
-        shares = _fitted_shares(network, preprocess) if auxiliary else None
+        shares = _fit_head_coefficients(network, preprocess) if auxiliary else None
     if shares is None:
         raise BundleError(
             f"strategy: a linear probe cannot be fitted to {type(network).__name__}, whose logits "
@@ -116,9 +116,9 @@ def head_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]
 
 
 @torch.no_grad()
-def _fitted_shares(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...] | None:
+def _fit_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...] | None:
     """Least squares over a few random images; None where it does not hold exactly."""
-    heads = zoo.heads(network)
+    heads = zoo.find_heads(network)
     saved = {name: copy.deepcopy(layer.state_dict()) for name, layer in heads.items()}
     outputs: dict[str, torch.Tensor] = {}
     hooks = [
@@ -156,7 +156,7 @@ def spatial_mean(features: torch.Tensor) -> torch.Tensor:
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 
-def regularise(network: nn.Module, config: ModelConfig) -> None:
+def set_regularization(network: nn.Module, config: ModelConfig) -> None:
     """Set what drops features and blocks in training; in evaluation it does nothing.
 
     Raises BundleError when the architecture has no stochastic depth.
@@ -176,7 +176,7 @@ def regularise(network: nn.Module, config: ModelConfig) -> None:
 
 def _set_dropout(network: nn.Module, share: float) -> None:
     """Set the rate of the dropout layers next to the heads; a head without one gets one."""
-    for name, head in zoo.heads(network).items():
+    for name, head in zoo.find_heads(network).items():
         parent = network.get_submodule(name.rpartition(".")[0])
         layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
         for layer in layers:
@@ -187,7 +187,7 @@ def _set_dropout(network: nn.Module, share: float) -> None:
             )
 
 
-def try_on(network: nn.Module, preprocess: Preprocess, rows: int) -> None:
+def check_can_train(network: nn.Module, preprocess: Preprocess, rows: int) -> None:
     """Run a training step's shapes through the network, without computing anything.
 
     rows: the smallest number of images that a worker has in a step

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-Floats = npt.NDArray[np.float64]
+_Floats = npt.NDArray[np.float64]
 
 # Okabe and Ito's palette (Color Universal Design, 2008)
-TRAIN, VAL, OTHER = "#0072B2", "#D55E00", "#009E73"
-GREY = "#666666"
+TRAIN_COLOR, VAL_COLOR, LR_COLOR = "#0072B2", "#D55E00", "#009E73"
+GRAY = "#666666"
 DPI = 150
 
 _STYLE: Any = {
@@ -54,7 +54,7 @@ _STYLE: Any = {
 }
 
 
-def curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
+def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
     """Loss, accuracy and learning rate over the epochs, as `curves.png` and `curves.svg`.
 
     history: one row per epoch, as in the bundle's history.parquet; of its columns epoch, phase
@@ -62,36 +62,38 @@ def curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
         NaN or absent ones are left out
     best: the epoch whose weights were kept, which is marked
     """
-    probe = (history["epoch"] == 0) | (_text(history, "phase") == "probe")
-    lr = _values(history, "lr")
+    probe = (history["epoch"] == 0) | (_get_text_column(history, "phase") == "probe")
+    lr = _get_column(history, "lr")
     panels = 3 if np.isfinite(lr).any() else 2
     with matplotlib.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
         figure = Figure(figsize=(4.0 * panels, 3.6), dpi=DPI, layout=layout)
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        _curve(axes[0], history, probe, "loss", best)
+        _draw_curve(axes[0], history, probe, "loss", best)
         axes[0].set(title="Loss", ylabel="nats per image")
-        _curve(axes[1], history, probe, "accuracy", best)
+        _draw_curve(axes[1], history, probe, "accuracy", best)
         axes[1].set(title="Accuracy", ylabel="images classified right")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         low, high = axes[1].get_ylim()
         axes[1].set_ylim(max(low, -0.02), min(high, 1 + 0.03 * (1 - low)))
         if panels == 3:
-            axes[2].plot(history["epoch"], lr, color=OTHER, **_dots(len(history)))
+            axes[2].plot(history["epoch"], lr, color=LR_COLOR, **_marker_style(len(history)))
             axes[2].set(title="Learning rate", ylabel="at the end of the epoch")
             axes[2].yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
             axes[2].set_ylim(bottom=0)
         for axis in axes:
-            axis.axvline(best, color=GREY, linewidth=1, linestyle=":", zorder=1)
+            axis.axvline(best, color=GRAY, linewidth=1, linestyle=":", zorder=1)
             axis.set_xlabel("epoch")
-            axis.set_xlim(*_span(history["epoch"]))
+            axis.set_xlim(*_compute_xlim(history["epoch"]))
             few = len(history) <= 10
             places = FixedLocator(history["epoch"]) if few else MaxNLocator(nbins=8, integer=True)
             axis.xaxis.set_major_locator(places)
-        return _rendered(figure, "curves")
+        return _render(figure, "curves")
 
 
-def lr_range(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -> dict[str, bytes]:
+def draw_lr_range(
+    lrs: Sequence[float], losses: Sequence[float], suggestion: float
+) -> dict[str, bytes]:
     """The loss while the learning rate rises, as `lr_range.png` and `lr_range.svg`.
 
     lrs, losses: one value per step; losses that are not finite are left out
@@ -99,14 +101,18 @@ def lr_range(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -
     """
     x, y = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-    smooth = smoothed(y)
+    smooth = smooth_curve(y)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=0.08))
         axis = figure.subplots()
-        axis.plot(x, y, color=TRAIN, alpha=0.3, linewidth=1, label="each step")
-        axis.plot(x, smooth, color=TRAIN, linewidth=2, label="smoothed")
+        axis.plot(x, y, color=TRAIN_COLOR, alpha=0.3, linewidth=1, label="each step")
+        axis.plot(x, smooth, color=TRAIN_COLOR, linewidth=2, label="smoothed")
         axis.axvline(
-            suggestion, color=VAL, linestyle="--", label=f"suggested: {suggestion:.2g}", zorder=3
+            suggestion,
+            color=VAL_COLOR,
+            linestyle="--",
+            label=f"suggested: {suggestion:.2g}",
+            zorder=3,
         )
         axis.set_xscale("log")
         axis.set(
@@ -118,25 +124,25 @@ def lr_range(lrs: Sequence[float], losses: Sequence[float], suggestion: float) -
             room = max(start - low, 0.1 * abs(start), 1e-3)
             axis.set_ylim(low - 0.15 * room, start + 0.5 * room)
         axis.legend(loc="lower left")
-        return _rendered(figure, "lr_range")
+        return _render(figure, "lr_range")
 
 
-def smoothed(values: Floats) -> Floats:
+def smooth_curve(values: _Floats) -> _Floats:
     """(N,) means over neighbours under a Gaussian of 2 % of N, which moves no minimum sideways."""
     if len(values) < 3:
         return values
     places = np.arange(len(values))
     width = max(1.0, 0.02 * len(values))
     weights = np.exp(-0.5 * ((places[:, None] - places[None, :]) / width) ** 2)
-    means: Floats = weights @ values / weights.sum(1)
+    means: _Floats = weights @ values / weights.sum(1)
     return means
 
 
-def _curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best: int) -> None:
+def _draw_curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best: int) -> None:
     """Train and val of one quantity; the probe apart from the line; the best epoch ringed."""
-    lines = (("train", TRAIN, "--"), ("val", VAL, "-"))
+    lines = (("train", TRAIN_COLOR, "--"), ("val", VAL_COLOR, "-"))
     for split, colour, style in lines:
-        values = _values(history, f"{split}_{what}")
+        values = _get_column(history, f"{split}_{what}")
         rows = ~probe & np.isfinite(values)
         if rows.any():
             axis.plot(
@@ -145,18 +151,18 @@ def _curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best:
                 color=colour,
                 linestyle=style,
                 label={"train": "training", "val": "validation"}[split],
-                **_dots(int(rows.sum())),
+                **_marker_style(int(rows.sum())),
             )
         rows = probe & np.isfinite(values)
         if rows.any():
-            label = f"probe: {_told(values[rows][0], what)}" if split == "val" else None
+            label = f"probe: {_format_value(values[rows][0], what)}" if split == "val" else None
             axis.plot(history["epoch"][rows], values[rows], "D", color=colour, ms=6, label=label)
-    values = _values(history, f"val_{what}")
+    values = _get_column(history, f"val_{what}")
     rows = (history["epoch"] == best).to_numpy() & np.isfinite(values)
     if rows.any():
-        label = f"best: {_told(values[rows][0], what)}, epoch {best}"
+        label = f"best: {_format_value(values[rows][0], what)}, epoch {best}"
         ring: dict[str, Any] = {"markersize": 11, "markeredgewidth": 1.8, "markerfacecolor": "none"}
-        axis.plot([best], values[rows][:1], "o", color=GREY, label=label, **ring)
+        axis.plot([best], values[rows][:1], "o", color=GRAY, label=label, **ring)
     drawn = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.empty(0)])
     if len(drawn):
         axis.margins(y=0.12)
@@ -165,33 +171,33 @@ def _curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best:
         axis.legend(loc="best")
 
 
-def _told(value: float, what: str) -> str:
+def _format_value(value: float, what: str) -> str:
     return f"{100 * value:.1f} %" if what == "accuracy" else f"{value:.3f}"
 
 
-def _values(history: pd.DataFrame, column: str) -> Floats:
+def _get_column(history: pd.DataFrame, column: str) -> _Floats:
     if column not in history:
         return np.full(len(history), np.nan)
-    values: Floats = history[column].to_numpy(dtype=float, na_value=np.nan)
+    values: _Floats = history[column].to_numpy(dtype=float, na_value=np.nan)
     return values
 
 
-def _text(history: pd.DataFrame, column: str) -> pd.Series:
+def _get_text_column(history: pd.DataFrame, column: str) -> pd.Series:
     return history[column] if column in history else pd.Series("", index=history.index)
 
 
-def _dots(points: int) -> dict[str, Any]:
+def _marker_style(points: int) -> dict[str, Any]:
     """A dot per epoch where there is room; a single epoch would be invisible without."""
     return {"marker": "o", "markersize": 4} if points <= 30 else {}
 
 
-def _span(epochs: pd.Series) -> tuple[float, float]:
+def _compute_xlim(epochs: pd.Series) -> tuple[float, float]:
     low, high = float(epochs.min()), float(epochs.max())
     margin = max(0.5 if high - low < 4 else 0.3, 0.03 * (high - low))
     return low - margin, high + margin
 
 
-def _rendered(figure: Figure, name: str) -> dict[str, bytes]:
+def _render(figure: Figure, name: str) -> dict[str, bytes]:
     """The figure in both formats, without a date or a version that would change the bytes."""
     plain: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
@@ -205,7 +211,7 @@ def _rendered(figure: Figure, name: str) -> dict[str, bytes]:
     return files
 
 
-def parallel_coordinates(
+def draw_parallel_coordinates(
     results: pd.DataFrame, axes: Mapping[str, bool], by: str
 ) -> dict[str, bytes]:
     """The trials of a search as lines over its axes, as `trials.png` and `trials.svg`.
@@ -216,8 +222,8 @@ def parallel_coordinates(
     Source: Inselberg, The plane with parallel coordinates, The Visual Computer 1985.
     """
     names = [*axes, by]
-    shown = results[np.isfinite(_values(results, by))]
-    places = {name: _places(shown[name], log=axes.get(name, False)) for name in names}
+    shown = results[np.isfinite(_get_column(results, by))]
+    places = {name: _scale_axis(shown[name], log=axes.get(name, False)) for name in names}
     with matplotlib.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
         figure = Figure(figsize=(max(5.0, 1.9 * len(names)), 4.2), dpi=DPI, layout=layout)
@@ -228,14 +234,14 @@ def parallel_coordinates(
             axis.plot(
                 range(len(names)),
                 [places[name][0][rank] for name in names],
-                color=VAL if rank == 0 else _BLUES(0.9 - 0.65 * share),
+                color=VAL_COLOR if rank == 0 else _BLUES(0.9 - 0.65 * share),
                 linewidth=2.6 if rank == 0 else 1.4,
                 marker="o",
                 markersize=3.5,
                 label="best" if rank == 0 else None,
             )
         for place, name in enumerate(names):
-            axis.axvline(place, color=GREY, linewidth=0.8, zorder=0)
+            axis.axvline(place, color=GRAY, linewidth=0.8, zorder=0)
             for at, text in places[name][1]:
                 axis.annotate(text, (place, at), (3, 3), textcoords="offset points", fontsize=8)
         axis.set_xticks(range(len(names)), names)
@@ -247,13 +253,13 @@ def parallel_coordinates(
         axis.set_title(f"{len(shown)} trials, the darker the better")
         if len(shown):
             axis.legend(loc="upper left", bbox_to_anchor=(0.0, -0.08))
-        return _rendered(figure, "trials")
+        return _render(figure, "trials")
 
 
 _BLUES = matplotlib.colormaps["Blues"]
 
 
-def _places(column: pd.Series, *, log: bool) -> tuple[Floats, list[tuple[float, str]]]:
+def _scale_axis(column: pd.Series, *, log: bool) -> tuple[_Floats, list[tuple[float, str]]]:
     """Where values lie between 0 and 1 on their axis, and what is written there."""
     values: Any = pd.to_numeric(column, errors="coerce")
     if values.isna().any() or column.map(type).eq(bool).any():

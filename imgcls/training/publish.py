@@ -12,21 +12,21 @@ import pyarrow.parquet as pq
 import torch
 
 from imgcls.data import filesystem
-from imgcls.models.bundle import DESCRIPTION, BundleSpec, save_bundle
-from imgcls.training.epoch_metrics import Epoch
-from imgcls.training.model_card import model_card
-from imgcls.training.plots import curves
+from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
+from imgcls.training.epoch_metrics import EpochMetrics
+from imgcls.training.model_card import build_model_card
+from imgcls.training.plots import draw_curves
 
-HISTORY = "history.parquet"
-VALIDATION = "validation.parquet"
+HISTORY_FILE = "history.parquet"
+VALIDATION_FILE = "validation.parquet"
 
 
-def publish(
+def publish_bundle(
     url: str,
     spec: BundleSpec,
     state: Mapping[str, torch.Tensor],
-    history: Sequence[Epoch],
-    best: Epoch,
+    history: Sequence[EpochMetrics],
+    best: EpochMetrics,
     *,
     workers: str,
     seconds: float,
@@ -46,13 +46,13 @@ def publish(
     table.to_parquet(sink, index=False)
     held_out = io.BytesIO()
     pq.write_table(validation, held_out)
-    files = {HISTORY: sink.getvalue(), VALIDATION: held_out.getvalue()}
-    files |= {f"plots/{name}": data for name, data in curves(table, best.epoch).items()}
-    filesystem.remove(filesystem.join(url, DESCRIPTION))
+    files = {HISTORY_FILE: sink.getvalue(), VALIDATION_FILE: held_out.getvalue()}
+    files |= {f"plots/{name}": data for name, data in draw_curves(table, best.epoch).items()}
+    filesystem.remove(filesystem.join(url, BUNDLE_FILE))
     for name, data in files.items():
         filesystem.write(filesystem.join(url, name), data)
     plots = ["plots/curves.png", samples]
-    card = model_card(
+    card = build_model_card(
         spec,
         table,
         best.epoch,

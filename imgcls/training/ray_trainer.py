@@ -22,106 +22,111 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from imgcls.cluster.autoscaler import Patience
-from imgcls.cluster.interrupts import started
-from imgcls.cluster.session import Interruption, is_alive, keep_memory
+from imgcls.cluster.autoscaler import WaitTimeout
+from imgcls.cluster.interrupts import run_in_thread
+from imgcls.cluster.session import Interruption, build_malloc_env, is_actor_alive
 from imgcls.data import filesystem, object_store
 from imgcls.errors import Interrupted, RunFailed
-from imgcls.training.checkpoints import FOLDER
-from imgcls.training.scaling import Workers
-from imgcls.training.trainer import Outcome, Work
-from imgcls.training.worker import LOST_TOUCH, run_worker
+from imgcls.training.checkpoints import CHECKPOINT_FOLDER
+from imgcls.training.scaling import WorkerPlan
+from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
+from imgcls.training.worker import PEER_LOSS_MARKERS, train_loop_per_worker
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
-_train: Any = ray.train
+_ray_train: Any = ray.train
 
-START_ATTEMPTS = 5
+MAX_START_FAILURES = 5
 """Times that workers may fail to start, beside those that Ray waits a minute for their CPUs."""
-SAVE_SECONDS = 60
+SAVE_TIMEOUT_S = 60
 """Time for an interrupted run to save; what is left then ends with this process."""
-STOP_SECONDS = 10
-LOOK_SECONDS = 2.0
+STOP_TIMEOUT_S = 10
+LIVENESS_INTERVAL_S = 2.0
 """So often the driver looks whether a worker is there."""
-POLL_SECONDS = 0.5
+POLL_INTERVAL_S = 0.5
 """Ray's default of 2 would hold back epochs that are shorter: it takes one report per poll."""
 
 
-def fit(work: Work, workers: Workers, board: Any, interruption: Interruption) -> Outcome:
+def fit_torch_trainer(
+    work: TrainLoopSpec, workers: WorkerPlan, board: Any, interruption: Interruption
+) -> TrainLoopResult:
     """Train until the workers end, replacing those that are lost.
 
     Raises Interrupted after a signal, when the workers have saved; RunFailed, also when no worker
-    is to be had for `scale.wait_seconds`.
+    is to be had for `scale.resource_timeout_s`.
     """
     # a new name each time: Ray's own record of a killed run may be cut short, and is not needed
     scale = work.config.scale
-    folder = filesystem.join(work.config.output, FOLDER, "ray")
-    path, file_system = ray_storage(folder)
+    folder = filesystem.join(work.config.output, CHECKPOINT_FOLDER, "ray")
+    path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    elastic = workers.fewest < workers.most
-    loop: Any = object_store.carried(run_worker)
+    elastic = workers.min_count < workers.max_count
+    loop: Any = object_store.bind_settings(train_loop_per_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"work": work, "board": board},
-        scaling_config=_train.ScalingConfig(
-            num_workers=(workers.fewest, workers.most) if elastic else workers.count,
+        scaling_config=_ray_train.ScalingConfig(
+            num_workers=(workers.min_count, workers.max_count) if elastic else workers.count,
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
         ),
-        run_config=_train.RunConfig(
+        run_config=_ray_train.RunConfig(
             name=uuid.uuid4().hex[:12],
             storage_path=path,
             storage_filesystem=file_system,
-            failure_config=_train.FailureConfig(
+            failure_config=_ray_train.FailureConfig(
                 max_failures=scale.max_failures,
-                controller_failure_limit=START_ATTEMPTS + math.ceil(scale.wait_seconds / 60),
+                controller_failure_limit=MAX_START_FAILURES
+                + math.ceil(scale.resource_timeout_s / 60),
             ),
-            logging_config=_train.LoggingConfig(log_level="ERROR"),
-            worker_runtime_env=keep_memory(),
+            logging_config=_ray_train.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env=build_malloc_env(),
         ),
     )
     try:
-        with _environment("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS)):
-            team = _Team(board, str(workers), scale.wait_seconds)
-            outcome = _awaited(started(trainer.fit), board, team, interruption)
+        with _env_default("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL_S)):
+            team = _WorkerLiveness(board, str(workers), scale.resource_timeout_s)
+            outcome = _wait_for_result(run_in_thread(trainer.fit), board, team, interruption)
     finally:
         filesystem.remove(folder)
     return outcome
 
 
-class _Team:
+class _WorkerLiveness:
     """The workers as the driver sees them: whether any is there, and for how long none was."""
 
     def __init__(self, board: Any, wanted: str, wait_seconds: float) -> None:
         self._board = board
         self._wanted = f"training workers, {wanted}"
-        self._patience = Patience(wait_seconds)
+        self._patience = WaitTimeout(wait_seconds)
         self._seen = self._looked = time.monotonic()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Say when none is there; raises RunFailed when that takes too long. To be called often."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < LIVENESS_INTERVAL_S:
             return
         self._looked = now
-        if any(is_alive(worker) for worker in ray.get(self._board.workers.remote())):
+        if any(is_actor_alive(worker) for worker in ray.get(self._board.workers.remote())):
             self._seen = now
-        self._patience.spend(now - self._seen, self._wanted)
+        self._patience.check(now - self._seen, self._wanted)
 
 
-def _awaited(run: Future[Any], board: Any, team: _Team, interruption: Interruption) -> Outcome:
+def _wait_for_result(
+    run: Future[Any], board: Any, team: _WorkerLiveness, interruption: Interruption
+) -> TrainLoopResult:
     try:
         while not wait([run], timeout=0.2).done:
             interruption.check()
-            team.look()
+            team.check()
         result = run.result()
     except Interrupted as interrupted:  # a RunFailed too, so it must be caught before
-        raise _stopped(run, board, interrupted) from None
+        raise _stop_workers(run, board, interrupted) from None
     except RunFailed as failure:
         # Ray Train goes on trying, and has no way to be told: a worker that comes ends at once
         board.fail.remote(str(failure))
         raise
     except ray.train.WorkerGroupError as error:
-        raise RunFailed(told(error)) from error
+        raise RunFailed(format_worker_failure(error)) from error
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise RunFailed(
@@ -129,56 +134,56 @@ def _awaited(run: Future[Any], board: Any, team: _Team, interruption: Interrupti
                 "cluster's CPUs or GPUs (see `ray status`)"
             ) from error
         raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
-    outcome: Outcome = result.return_value
+    outcome: TrainLoopResult = result.return_value
     if outcome.kind == "failed":
-        raise RunFailed(with_remedy(outcome.problem or ""))
+        raise RunFailed(append_remedy(outcome.problem or ""))
     return outcome
 
 
-def _stopped(run: Future[Any], board: Any, interrupted: Interrupted) -> Interrupted:
+def _stop_workers(run: Future[Any], board: Any, interrupted: Interrupted) -> Interrupted:
     """Have the workers save and end; they are killed if they do not, as Ray Train has no way."""
     board.stop.remote()
-    wait([run], timeout=SAVE_SECONDS)
+    wait([run], timeout=SAVE_TIMEOUT_S)
     if run.done() and run.exception() is None:
-        outcome: Outcome | None = run.result().return_value
+        outcome: TrainLoopResult | None = run.result().return_value
         if outcome is None or outcome.kind is None:
             return Interrupted(
                 f"{interrupted}; all is saved, and the same command goes on from here"
             )
         return Interrupted(f"{interrupted}; the training had failed: {outcome.problem}")
     with contextlib.suppress(ray.exceptions.RayError):
-        for worker in ray.get(board.workers.remote(), timeout=STOP_SECONDS):
+        for worker in ray.get(board.workers.remote(), timeout=STOP_TIMEOUT_S):
             ray.kill(worker)
-    wait([run], timeout=STOP_SECONDS)
+    wait([run], timeout=STOP_TIMEOUT_S)
     return Interrupted(f"{interrupted}; the same command goes on from the last saved state")
 
 
-def told(error: ray.train.WorkerGroupError) -> str:
+def format_worker_failure(error: ray.train.WorkerGroupError) -> str:
     """The failure in one line: the one of the workers that did not fail because another had."""
     failures = []
     for rank, failure in sorted(error.worker_failures.items()):
         lines = str(failure).strip().splitlines() or [type(failure).__name__]
-        lost_touch = any(sign in lines[-1].lower() for sign in LOST_TOUCH)
+        lost_touch = any(sign in lines[-1].lower() for sign in PEER_LOSS_MARKERS)
         failures.append((lost_touch, f"training worker {rank} failed: {lines[-1].strip()[:300]}"))
-    return with_remedy(min(failures)[1])
+    return append_remedy(min(failures)[1])
 
 
-def with_remedy(line: str) -> str:
+def append_remedy(line: str) -> str:
     if "out of memory" not in line.lower():
         return line
     return f"{line}; give a smaller batch_size, or a larger scale.accumulate"
 
 
-def ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
+def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
     """Where Ray keeps its notes; through fsspec, as all other files of this package."""
     if filesystem.is_local(folder):
         return folder, None
-    file_system, path = object_store.store(folder)
+    file_system, path = object_store.resolve_store(folder)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def _env_default(name: str, value: str) -> Iterator[None]:
     """Set a variable, unless the user has, for as long as Ray Train reads it."""
     if name in os.environ:
         yield

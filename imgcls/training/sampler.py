@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Rows = npt.NDArray[np.int64]
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Hand:
+class StepShare:
     """One worker's part of one step.
 
     rows:  (n,) int64, which rows; n is at least 1
     batch: rows that all workers together have in this step
     """
 
-    rows: Rows
-    batch: int
+    rows: Int64Array
+    global_batch_size: int
 
 
 def steps_per_epoch(rows: int, batch_size: int, workers: int) -> int:
@@ -35,12 +35,12 @@ def steps_per_epoch(rows: int, batch_size: int, workers: int) -> int:
     return min(-(-rows // batch_size), rows // workers)
 
 
-def shuffled(rows: int, *, epoch: int, seed: int) -> Rows:
+def shuffle_rows(rows: int, *, epoch: int, seed: int) -> Int64Array:
     """(rows,) int64: every row once."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def balanced(labels: Rows, *, epoch: int, seed: int) -> Rows:
+def sample_balanced(labels: Int64Array, *, epoch: int, seed: int) -> Int64Array:
     """(N,) int64: N rows with as many of each class as of any other, give or take one.
 
     labels: (N,) int64; a class that is repeated shows all its rows before any of them again
@@ -56,9 +56,9 @@ def balanced(labels: Rows, *, epoch: int, seed: int) -> Rows:
     return rng.permutation(np.concatenate(chosen))
 
 
-def deal(
-    order: Rows, batch_size: int, *, rank: int, workers: int, start: int = 0
-) -> Iterator[Hand]:
+def iter_step_shares(
+    order: Int64Array, batch_size: int, *, rank: int, workers: int, start: int = 0
+) -> Iterator[StepShare]:
     """The steps of one worker in one epoch.
 
     order:      (N,) int64, the rows of the epoch over all workers
@@ -72,9 +72,9 @@ def deal(
     for step in range(start, steps):
         first, last = step * rows // steps, (step + 1) * rows // steps
         # card number i goes to worker i % workers, over the whole epoch
-        yield Hand(order[first + (rank - first) % workers : last : workers], last - first)
+        yield StepShare(order[first + (rank - first) % workers : last : workers], last - first)
 
 
-def shard(rows: int, *, rank: int, workers: int) -> Rows:
+def shard_rows(rows: int, *, rank: int, workers: int) -> Int64Array:
     """The rows that one worker evaluates; over all workers every row once."""
     return np.arange(rank, rows, workers)

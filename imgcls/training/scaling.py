@@ -16,11 +16,11 @@ from imgcls.cluster.session import Interruption, Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
 
-STORE_SHARE = 0.8
+MAX_STORE_FRACTION = 0.8
 """Share of an object store that decoded images may fill; beyond it Ray would spill them to disk."""
 
 
-class ScaleConfig(Section):
+class TrainScaleConfig(Section):
     """How many workers, and on what."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
@@ -37,12 +37,12 @@ class ScaleConfig(Section):
     """torch.compile the network; pays on long runs."""
     max_failures: NonNegativeInt = 8
     """Times that lost workers are replaced before the run is given up."""
-    wait_seconds: PositiveFloat = 1800.0
+    resource_timeout_s: PositiveFloat = 1800.0
     """To wait for machines or workers at most."""
 
     @model_validator(mode="after")
-    def _check(self) -> ScaleConfig:
-        if self.smallest > self.largest:
+    def _check(self) -> TrainScaleConfig:
+        if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers {list(self.bounds)}: give the smaller number first")
         return self
 
@@ -53,16 +53,16 @@ class ScaleConfig(Section):
         return (wanted, wanted) if isinstance(wanted, int) else wanted
 
     @property
-    def smallest(self) -> int:
+    def min_workers(self) -> int:
         return self.bounds[0]
 
     @property
-    def largest(self) -> int:
+    def max_workers(self) -> int:
         return self.bounds[1]
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerPlan:
     """A group of workers that fits the cluster.
 
     count: how many there are now; an elastic group may grow up to `most` and shrink to `fewest`
@@ -71,16 +71,18 @@ class Workers:
     count: int
     cpus: float
     gpus: int
-    fewest: int
-    most: int
+    min_count: int
+    max_count: int
 
     def __str__(self) -> str:
         per = f"{self.cpus:g} CPU" + (f" + {self.gpus} GPU" if self.gpus else "")
-        elastic = "" if self.fewest == self.most else f", {self.fewest} to {self.most}"
+        elastic = (
+            "" if self.min_count == self.max_count else f", {self.min_count} to {self.max_count}"
+        )
         return f"{self.count} x ({per}){elastic}"
 
 
-def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
+def plan_workers(nodes: Sequence[Node], config: TrainScaleConfig) -> WorkerPlan:
     """The workers that were asked for.
 
     Raises ResourcesError, with the arithmetic, when they do not fit the machines.
@@ -88,11 +90,11 @@ def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
     use_gpu = config.use_gpu
     fewest, most = config.bounds
     if use_gpu is None:
-        use_gpu = _places(nodes, config.cpus_per_worker, 1) >= fewest
+        use_gpu = _count_slots(nodes, config.cpus_per_worker, 1) >= fewest
     gpus = 1 if use_gpu else 0
-    places = _places(nodes, config.cpus_per_worker, gpus)
+    places = _count_slots(nodes, config.cpus_per_worker, gpus)
     count = max(fewest, min(most, places))
-    workers = Workers(count, config.cpus_per_worker, gpus, fewest, most)
+    workers = WorkerPlan(count, config.cpus_per_worker, gpus, fewest, most)
     if config.sync_batchnorm and not gpus:
         raise ResourcesError(
             "scale.sync_batchnorm: PyTorch has it for GPUs only, and these workers have none; "
@@ -108,23 +110,25 @@ def plan_workers(nodes: Sequence[Node], config: ScaleConfig) -> Workers:
     return workers
 
 
-def awaited_workers(config: ScaleConfig, interruption: Interruption) -> Workers:
+def wait_for_worker_plan(config: TrainScaleConfig, interruption: Interruption) -> WorkerPlan:
     """The workers on the machines that are there; waits for machines where more may come.
 
     Raises ResourcesError as `plan_workers` does, when it will not fit, or did not in
-    `scale.wait_seconds`.
+    `scale.resource_timeout_s`.
     """
-    return autoscaler.fitted(
+    return autoscaler.wait_until_fit(
         lambda nodes: plan_workers(nodes, config),
-        lambda most: bundles(most, config),
-        config.wait_seconds,
+        lambda most: plan_worker_bundles(most, config),
+        config.resource_timeout_s,
         interruption,
     )
 
 
-def bundles(most: Sequence[Node] | None, config: ScaleConfig) -> list[dict[str, float]]:
+def plan_worker_bundles(
+    most: Sequence[Node] | None, config: TrainScaleConfig
+) -> list[dict[str, float]]:
     """What to ask an autoscaler for, by the machines that may come; None: that is not known."""
-    count, gpus = config.smallest, int(config.use_gpu or False)
+    count, gpus = config.min_workers, int(config.use_gpu or False)
     if most is not None:
         workers = plan_workers(most, config)
         count, gpus = workers.count, workers.gpus
@@ -132,16 +136,16 @@ def bundles(most: Sequence[Node] | None, config: ScaleConfig) -> list[dict[str, 
     return [each] * count
 
 
-def fits_store(needed: int, capacity: int) -> bool:
+def fits_object_store(needed: int, capacity: int) -> bool:
     """Whether decoded images may all be kept.
 
     needed:   bytes of all decoded images
     capacity: bytes of the smallest object store among the machines
     """
-    return needed <= STORE_SHARE * capacity
+    return needed <= MAX_STORE_FRACTION * capacity
 
 
-def decoding_cpus(nodes: Sequence[Node], workers: Workers) -> float:
+def compute_decode_cpus(nodes: Sequence[Node], workers: WorkerPlan) -> float:
     """CPUs that are left to decode in every epoch.
 
     Raises ResourcesError, with the arithmetic, when less than one is.
@@ -159,29 +163,29 @@ def decoding_cpus(nodes: Sequence[Node], workers: Workers) -> float:
     return left
 
 
-def trials_that_fit(nodes: Sequence[Node], workers: Workers, *, cached: bool) -> int:
+def count_fitting_trials(nodes: Sequence[Node], workers: WorkerPlan, *, cached: bool) -> int:
     """Trainings that the machines hold beside each other, none waiting for another's CPUs.
 
     cached: images are decoded before; else each training needs a whole CPU more, to decode
     """
-    most = _places(nodes, workers.cpus, workers.gpus) // workers.most
+    most = _count_slots(nodes, workers.cpus, workers.gpus) // workers.max_count
     for trials in range(most, 1, -1):
-        if cached or _spare_cores(nodes, workers, trials * workers.most) >= trials:
+        if cached or _count_spare_cpus(nodes, workers, trials * workers.max_count) >= trials:
             return trials
     return 1
 
 
-def _spare_cores(nodes: Sequence[Node], workers: Workers, count: int) -> int:
+def _count_spare_cpus(nodes: Sequence[Node], workers: WorkerPlan, count: int) -> int:
     """Whole CPUs that are left beside so many workers, one machine filled before the next."""
     spare = 0
     for node in nodes:
-        here = min(count, _places([node], workers.cpus, workers.gpus))
+        here = min(count, _count_slots([node], workers.cpus, workers.gpus))
         count -= here
         spare += math.floor(node.cpus - here * workers.cpus + 1e-6)
     return spare
 
 
-def _places(nodes: Sequence[Node], cpus: float, gpus: int) -> int:
+def _count_slots(nodes: Sequence[Node], cpus: float, gpus: int) -> int:
     """Workers that the machines hold, each worker whole on one of them."""
     return sum(
         # the tolerance keeps ten times 0.1 CPU on one CPU

@@ -13,7 +13,7 @@ from imgcls.config import Section, build
 from imgcls.errors import ConfigError
 from imgcls.training.config import TrainConfig
 
-Range = tuple[float, float]
+SearchRange = tuple[float, float]
 
 
 class Axis(Section):
@@ -23,9 +23,9 @@ class Axis(Section):
     """One of these values."""
     grid: list[Any] | None = None
     """Each of these values in turn, `trials` times over; with random search only."""
-    uniform: Range | None = None
+    uniform: SearchRange | None = None
     """[low, high], any number alike."""
-    loguniform: Range | None = None
+    loguniform: SearchRange | None = None
     """[low, high], any order of magnitude alike: for learning rates and the like."""
     randint: tuple[int, int] | None = None
     """[low, high], any whole number alike, both ends included."""
@@ -62,7 +62,7 @@ class Axis(Section):
         (kind,) = self.model_dump(exclude_none=True)
         return str(kind)
 
-    def domain(self) -> Any:
+    def build_domain(self) -> Any:
         """As Ray Tune takes it."""
         values = getattr(self, self.kind)
         if self.kind == "choice":
@@ -71,7 +71,7 @@ class Axis(Section):
             return tune.grid_search(values)
         return self._domains[self.kind](*values)
 
-    def corners(self) -> list[Any]:
+    def list_extremes(self) -> list[Any]:
         """Values that must be possible if all are."""
         return list(getattr(self, self.kind))
 
@@ -82,9 +82,9 @@ class AshaConfig(Section):
     Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020.
     """
 
-    grace: PositiveInt = 1
+    grace_period: PositiveInt = 1
     """Epochs that every trial may have."""
-    reduction: int = Field(default=3, ge=2)
+    reduction_factor: int = Field(default=3, ge=2)
     """Of so many trials that reach a rung one goes on; rungs are this factor of epochs apart."""
 
 
@@ -100,13 +100,13 @@ class SearchConfig(Section):
     scheduler: Literal["asha", "fifo"] = "asha"
     """fifo: every trial runs to its end."""
     asha: AshaConfig = AshaConfig()
-    concurrent: PositiveInt | None = None
+    max_concurrent: PositiveInt | None = None
     """Trials at a time; as many as the machines hold."""
     seed: NonNegativeInt = 0
     """Of the values that are drawn."""
 
     @property
-    def total(self) -> int:
+    def total_trials(self) -> int:
         """Trainings in all: each combination of the grids' values, `trials` times over."""
         grids = (axis.grid for axis in self.space.values() if axis.grid is not None)
         return self.trials * math.prod(len(values) for values in grids)
@@ -122,7 +122,7 @@ class TuneConfig(TrainConfig):
     """Throw away the search that is there."""
 
 
-def settings_of(config: TuneConfig, values: dict[str, Any], output: str) -> TrainConfig:
+def build_trial_config(config: TuneConfig, values: dict[str, Any], output: str) -> TrainConfig:
     """The training of one trial.
 
     Raises ConfigError when a value is none that the training takes.
@@ -146,9 +146,9 @@ def check_space(config: TuneConfig) -> None:
             continue
         if axis.kind == "grid" and search.search != "random":
             problems.append(f"tune.space.{key}: grid needs tune.search random")
-        for value in axis.corners():
+        for value in axis.list_extremes():
             try:
-                settings_of(config, {key: value}, config.output)
+                build_trial_config(config, {key: value}, config.output)
             except ConfigError as error:
                 line = str(error).splitlines()[-1].strip()
                 problems.append(f"tune.space.{key}: {value!r}: {line}")

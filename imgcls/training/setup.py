@@ -16,23 +16,23 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import TooManyErrors
 from imgcls.models.bundle import Architecture
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.preview import grid, sample_rows
+from imgcls.training.augment.preview import choose_sample_rows, draw_preview
 from imgcls.training.config import TrainConfig
-from imgcls.training.data.batches import Failure, Views, decode_chunk, pixels_of
-from imgcls.training.data.cached import Decoded, decode_images
+from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
+from imgcls.training.data.cached import CachedImages, decode_images
 from imgcls.training.data.examples import Examples
-from imgcls.training.data.streaming import Streamed
+from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.optim.strategy import Strategy
 from imgcls.training.sampler import steps_per_epoch
-from imgcls.training.scaling import Workers
+from imgcls.training.scaling import WorkerPlan
 
-SAMPLES = "plots/augmented.png"
-SAMPLED = 8
+SAMPLES_PLOT = "plots/augmented.png"
+SAMPLE_COUNT = 8
 """Images in the picture of augmented samples."""
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainSetup:
     """What was settled before anything started.
 
     strategy:      as it is meant
@@ -48,11 +48,13 @@ class Task:
     preprocess: Preprocess
     network: nn.Module
     class_weights: list[float] | None
-    head_shares: tuple[float, ...]
+    head_coefficients: tuple[float, ...]
     identity: dict[str, Any]
 
 
-def announce(task: Task, workers: Workers, views: Views, *, cached: bool) -> None:
+def log_setup(
+    task: TrainSetup, workers: WorkerPlan, views: DecodeSettings, *, cached: bool
+) -> None:
     config, examples = task.config, task.examples
     rows, held = examples.count(held=False), examples.count(held=True)
     origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"
@@ -64,17 +66,18 @@ def announce(task: Task, workers: Workers, views: Views, *, cached: bool) -> Non
     print(
         f"data: {rows:,} training images of {len(examples.classes)} classes from "
         f"{config.data.train.path}, {held:,} to validate {origin}\n"
-        f"      {views.bytes_of(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
+        f"      {views.compute_decoded_bytes(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
         f"model: {config.model.name}, {parameters:,} parameters, {weights}, "
         f"{pre.crop}x{pre.crop} input ({pre.mode})\n"
-        f"strategy: {task.strategy}; augment {config.augment.preset}: {config.augment.recipe()}\n"
+        f"strategy: {task.strategy}; augment {config.augment.preset}: "
+        f"{config.augment.build_recipe()}\n"
         f"workers: {workers}, {steps:,} steps of {rows // steps} to {-(-rows // steps)} images "
         "per epoch",
         flush=True,
     )
     absent = [
         name
-        for name, count in zip(examples.classes, examples.per_class(held=True), strict=True)
+        for name, count in zip(examples.classes, examples.count_per_class(held=True), strict=True)
         if not count
     ]
     if absent:
@@ -86,7 +89,7 @@ def announce(task: Task, workers: Workers, views: Views, *, cached: bool) -> Non
         )
 
 
-def decode(task: Task, views: Views, cpus: float) -> Decoded:
+def decode_dataset(task: TrainSetup, views: DecodeSettings, cpus: float) -> CachedImages:
     """Decode all images and see whether what is left can be trained on."""
     start = time.perf_counter()
     decoded = decode_images(task.examples.rows, views, cpus=cpus)
@@ -99,23 +102,27 @@ def decode(task: Task, views: Views, cpus: float) -> Decoded:
     allowed = task.config.data.max_error_rate
     listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
     if len(failures) > allowed * rows:
-        raise too_many(len(failures), rows, allowed, listed)
+        raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
         print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
-    _check_remains(task.examples, failures, task.config.scale.largest)
+    _check_enough_decoded(task.examples, failures, task.config.scale.max_workers)
     return decoded
 
 
-def too_many(failed: int, rows: int, allowed: float, listed: str = "") -> TooManyErrors:
+def build_too_many_errors(
+    failed: int, rows: int, allowed: float, listed: str = ""
+) -> TooManyErrors:
     return TooManyErrors(
         f"{failed:,} of {rows:,} images cannot be decoded, more than data.max_error_rate "
         f"{allowed:g} allows:{listed}\nmend or remove them, or raise data.max_error_rate"
     )
 
 
-def _check_remains(examples: Examples, failures: tuple[Failure, ...], workers: int) -> None:
+def _check_enough_decoded(
+    examples: Examples, failures: tuple[DecodeFailure, ...], workers: int
+) -> None:
     lost = Counter((failure.held, failure.label) for failure in failures)
-    train = examples.per_class(held=False)
+    train = examples.count_per_class(held=False)
     for code, name in enumerate(examples.classes):
         if train[code] <= lost[False, code]:
             raise TooManyErrors(
@@ -135,23 +142,25 @@ def _check_remains(examples: Examples, failures: tuple[Failure, ...], workers: i
         )
 
 
-def draw_samples(task: Task, images: Decoded | Streamed) -> None:
+def draw_samples(task: TrainSetup, images: CachedImages | StreamedImages) -> None:
     """The picture of what augmentation makes of some training images."""
     augment = Augment(
         task.config.augment, size=task.preprocess.crop, num_classes=len(task.examples.classes)
     )
-    if isinstance(images, Decoded):
-        shown = images.split(held=False)
-        rows = sample_rows(shown.labels, SAMPLED)
-        pixels, labels = shown.pixels(rows), shown.labels[rows]
+    if isinstance(images, CachedImages):
+        shown = images.load_split(held=False)
+        rows = choose_sample_rows(shown.labels, SAMPLE_COUNT)
+        pixels, labels = shown.gather_pixels(rows), shown.labels[rows]
     else:
         train = task.examples.rows.filter(pc.invert(task.examples.rows.column("held")))
-        rows = sample_rows(train.column("label").to_numpy(), SAMPLED)
-        table = decode_chunk(train.take(pa.array(rows)), images.views).combine_chunks()
+        rows = choose_sample_rows(train.column("label").to_numpy(), SAMPLE_COUNT)
+        table = decode_block(train.take(pa.array(rows)), images.views).combine_chunks()
         (batch,) = table.to_batches()
         good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
-        pixels = pixels_of(batch, images.views.train)[good]
+        pixels = view_pixels(batch, images.views.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
-        picture = grid(pixels, labels, task.examples.classes, augment, seed=task.config.seed)
-        filesystem.write(filesystem.join(task.config.output, SAMPLES), picture)
+        picture = draw_preview(
+            pixels, labels, task.examples.classes, augment, seed=task.config.seed
+        )
+        filesystem.write(filesystem.join(task.config.output, SAMPLES_PLOT), picture)

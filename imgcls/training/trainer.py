@@ -21,24 +21,30 @@ from torch import nn
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import Architecture
-from imgcls.models.finite import find_not_finite
-from imgcls.training.checkpoints import Checkpoints, Standing
-from imgcls.training.config import StopConfig, TrainConfig
-from imgcls.training.control_sync import Pulse
-from imgcls.training.data.batches import Batch, Images
-from imgcls.training.data.cached import Decoded
-from imgcls.training.data.streaming import Streamed
-from imgcls.training.epoch_metrics import Criterion, Epoch
+from imgcls.models.finite import find_non_finite
+from imgcls.training.checkpoints import Checkpoints, TrainProgress
+from imgcls.training.config import EarlyStoppingConfig, TrainConfig
+from imgcls.training.control_sync import ControlSync
+from imgcls.training.data.batches import Batch, ImageDataset
+from imgcls.training.data.cached import CachedImages
+from imgcls.training.data.streaming import StreamedImages
+from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric
 from imgcls.training.optim import linear_probe, strategy
-from imgcls.training.optim.lr_finder import RangeTest
-from imgcls.training.optim.optimizer import set_rates
-from imgcls.training.sampler import Hand, balanced, deal, shuffled, steps_per_epoch
-from imgcls.training.train_step import Learner, Place
-from imgcls.training.validation import Tally, Verdict, shares, summed
+from imgcls.training.optim.lr_finder import LrFinder
+from imgcls.training.optim.optimizer import set_learning_rates
+from imgcls.training.sampler import (
+    StepShare,
+    iter_step_shares,
+    sample_balanced,
+    shuffle_rows,
+    steps_per_epoch,
+)
+from imgcls.training.train_step import TrainStep, WorkerContext
+from imgcls.training.validation import EvalAccumulator, EvalMetrics, all_reduce_sum, shard_batches
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainLoopSpec:
     """All that a worker must know.
 
     strategy:      as settled
@@ -51,16 +57,16 @@ class Work:
     config: TrainConfig
     strategy: strategy.Strategy
     architecture: Architecture
-    classes: int
-    weights: Any
+    num_classes: int
+    initial_weights: Any
     preprocess: Preprocess
-    images: Decoded | Streamed
+    images: CachedImages | StreamedImages
     class_weights: list[float] | None
-    head_shares: tuple[float, ...]
+    head_coefficients: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainLoopResult:
     """What the workers came to.
 
     precision: what `auto` came to
@@ -72,7 +78,7 @@ class Outcome:
     lr_curve:  (learning rate, loss) pairs of an LR range test
     """
 
-    history: tuple[Epoch, ...]
+    history: tuple[EpochMetrics, ...]
     precision: str
     kind: str | None = None
     problem: str | None = None
@@ -81,7 +87,7 @@ class Outcome:
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
-class Ended(Exception):
+class StopTraining(Exception):
     """The workers have agreed to end before the last epoch."""
 
     def __init__(self, **outcome: Any) -> None:
@@ -90,62 +96,64 @@ class Ended(Exception):
 
 
 @dataclass(frozen=True)
-class Totals:
+class EpochTotals:
     """What the steps of an epoch add up to: of one worker as a tensor, of all as numbers."""
 
     loss: float
     correct: float
     rows: float
-    wait: float
-    compute: float
+    wait_s: float
+    compute_s: float
     failed: float
 
     @classmethod
-    def over_all(cls, totals: torch.Tensor) -> Totals:
-        return cls(*summed(totals.clone()))
+    def all_reduce(cls, totals: torch.Tensor) -> EpochTotals:
+        return cls(*all_reduce_sum(totals.clone()))
 
 
 class Trainer:
     """One worker: its learner, its rows and what they came to."""
 
-    def __init__(self, work: Work, place: Place, network: nn.Module, board: Any) -> None:
+    def __init__(
+        self, work: TrainLoopSpec, place: WorkerContext, network: nn.Module, board: Any
+    ) -> None:
         config = work.config
         self.work, self.config, self.board = work, config, board
-        self.rank, self.workers, self.device = place.rank, place.workers, place.device
+        self.rank, self.workers, self.device = place.rank, place.world_size, place.device
         self.place = place
-        self.train: Images = work.images.split(held=False)
-        self.val: Images = work.images.split(held=True)
-        self.learner = Learner(
+        self.train: ImageDataset = work.images.load_split(held=False)
+        self.val: ImageDataset = work.images.load_split(held=True)
+        self.learner = TrainStep(
             config,
             work.strategy,
             work.preprocess,
             work.class_weights,
-            work.classes,
+            work.num_classes,
             network,
             place,
         )
         self.steps = steps_per_epoch(len(self.train), config.batch_size, self.workers)
-        self.pulse = Pulse(board, self.device, save_seconds=60 * config.checkpoint_minutes)
+        self.pulse = ControlSync(board, self.device, save_seconds=60 * config.checkpoint_minutes)
         self.checkpoints = Checkpoints(config.output)
-        self.standing = Standing()
+        self.standing = TrainProgress()
 
     # ------------------------------------------------------------------ the run
 
-    def run(self, report: Callable[[Epoch], None]) -> Outcome:
+    def run(self, report: Callable[[EpochMetrics], None]) -> TrainLoopResult:
         """Train to the end; report is called with every epoch by every worker."""
         try:
             if self.config.find_lr:
-                return self._outcome(lr_curve=self._range_test())
+                return self._build_result(lr_curve=self._run_lr_finder())
             self._resume()
             while not self._is_done():
-                report(self._next())
-            self.checkpoints.wait()
-        except Ended as end:
-            return self._outcome(**end.outcome)
-        return self._outcome()
+                report(self._run_next_epoch())
+            self.checkpoints.wait_until_saved()
+        except StopTraining as end:
+            return self._build_result(**end.outcome)
+        return self._build_result()
 
-    def _outcome(self, **what: Any) -> Outcome:
-        return Outcome(self.standing.history, self.place.precision, **what)
+    def _build_result(self, **what: Any) -> TrainLoopResult:
+        return TrainLoopResult(self.standing.history, self.place.precision, **what)
 
     def _is_done(self) -> bool:
         history = self.standing.history
@@ -157,15 +165,15 @@ class Trainer:
             or is_stalled(history, self.config.early_stopping, self.config.best_by)
         )
 
-    def _next(self) -> Epoch:
+    def _run_next_epoch(self) -> EpochMetrics:
         """The probe or an epoch; judged, told and saved."""
         probes = strategy.has_probe(self.work.strategy) and not self.standing.history
-        epoch = self._probe() if probes else self._epoch()
+        epoch = self._run_probe() if probes else self._train_epoch()
         history = (*self.standing.history, epoch)
-        better = epoch.better_than(self.standing.best_epoch, self.config.best_by)
+        better = epoch.is_better_than(self.standing.best_epoch, self.config.best_by)
         best = len(history) - 1 if better else self.standing.best
-        self.standing = Standing(epoch=epoch.epoch + 1, history=history, best=best)
-        self._say(epoch)
+        self.standing = TrainProgress(epoch=epoch.epoch + 1, history=history, best=best)
+        self._post(epoch)
         self._save(self.standing, best=better)
         return epoch
 
@@ -173,7 +181,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest whole state, the same for all workers."""
-        found = self.checkpoints.latest() if self.rank == 0 else None
+        found = self.checkpoints.load_latest() if self.rank == 0 else None
         number = torch.tensor(found[0].number if found else 0, device=self.device)
         dist.broadcast(number, 0)
         if int(number) == 0:
@@ -181,65 +189,67 @@ class Trainer:
         if self.rank == 0:
             self.checkpoints.discard_after(int(number))
         else:
-            found = self.checkpoints.latest(at_most=int(number))
+            found = self.checkpoints.load_latest(at_most=int(number))
         if found is None or found[0].number != int(number):
             raise RuntimeError(
                 f"{self.checkpoints.folder} is not the same for all workers; give an --output that "
                 "every machine reaches"
             )
         saved, state = found
-        self.learner.load(state)
+        self.learner.load_state_dict(state)
         self.standing = saved.standing
         step = f", step {saved.standing.step} of {self.steps}" if saved.standing.step else ""
-        self._say(f"going on: epoch {saved.standing.epoch}{step}")
+        self._post(f"going on: epoch {saved.standing.epoch}{step}")
 
-    def _save(self, standing: Standing, *, best: bool = False) -> None:
+    def _save(self, standing: TrainProgress, *, best: bool = False) -> None:
         """Save the state; called by all workers, as running statistics are averaged first."""
-        self.learner.average_statistics()
-        self.pulse.saved()
+        self.learner.average_running_stats()
+        self.pulse.mark_saved()
         if self.rank == 0:
-            state = self.learner.state()
+            state = self.learner.state_dict()
             kept = state["average"] or state["network"]
             self.checkpoints.save(standing, state, kept if best else None)
 
-    def _beat(self, standing: Standing, totals: torch.Tensor | None = None) -> None:
+    def _sync_control(self, standing: TrainProgress, totals: torch.Tensor | None = None) -> None:
         """See whether all are to save or end; `standing` and `totals` are what would be saved."""
-        agreed = self.pulse.beat(True if totals is None else torch.isfinite(totals[0]))
+        agreed = self.pulse.step(True if totals is None else torch.isfinite(totals[0]))
         if agreed is None:
             return
-        if not agreed.finite:
-            raise Ended(kind="diverged", problem=f"train_loss is nan in epoch {standing.epoch}")
+        if not agreed.is_finite:
+            raise StopTraining(
+                kind="diverged", problem=f"train_loss is nan in epoch {standing.epoch}"
+            )
         # a range test has nothing to save, and an unfinished training may lie where it would
-        if (agreed.stop or agreed.save) and not self.config.find_lr:
+        if (agreed.should_stop or agreed.should_save) and not self.config.find_lr:
             if totals is not None:
-                standing = replace(standing, totals=tuple(summed(totals.clone())))
+                standing = replace(standing, totals=tuple(all_reduce_sum(totals.clone())))
             self._save(standing)
-        if agreed.stop:
-            self.checkpoints.wait()
-            raise Ended(stopped=True)
+        if agreed.should_stop:
+            self.checkpoints.wait_until_saved()
+            raise StopTraining(stopped=True)
 
     # ------------------------------------------------------------------ an epoch
 
-    def _epoch(self) -> Epoch:
+    def _train_epoch(self) -> EpochMetrics:
         number = max(1, self.standing.epoch)
         self.standing = replace(self.standing, epoch=number)
-        self.learner.free(number)
-        local = self._learn(number)
-        totals = Totals.over_all(local)
+        self.learner.set_trainable(number)
+        local = self._train_steps(number)
+        totals = EpochTotals.all_reduce(local)
         learnt = time.perf_counter()
-        self.learner.average_statistics()
-        done = replace(self.standing, step=self.steps, totals=tuple(summed(local)))
+        self.learner.average_running_stats()
+        done = replace(self.standing, step=self.steps, totals=tuple(all_reduce_sum(local)))
         verdict, val_failed = self._evaluate(done)
         for name, value in (("train_loss", totals.loss), ("val_loss", verdict.loss)):
             if not math.isfinite(value):
-                raise Ended(kind="diverged", problem=f"{name} is {value} in epoch {number}")
+                raise StopTraining(kind="diverged", problem=f"{name} is {value} in epoch {number}")
         # an infinite running variance, for one, leaves the losses finite
-        for name in find_not_finite(self.learner.judged.state_dict()):
+        for name in find_non_finite(self.learner.judged.state_dict()):
             problem = f"the tensor {name!r} holds NaN or infinity in epoch {number}"
-            raise Ended(kind="diverged", problem=problem)
+            raise StopTraining(kind="diverged", problem=problem)
         self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + verdict.rows)
-        seconds = (totals.wait + totals.compute) / self.workers
-        return Epoch(
+        seconds = (totals.wait_s + totals.compute_s) / self.workers
+        return EpochMetrics(
             epoch=number,
             train_loss=totals.loss / totals.rows,
             train_accuracy=totals.correct / totals.rows,
@@ -251,106 +261,111 @@ class Trainer:
             train_rows=int(totals.rows),
             val_rows=verdict.rows,
             val_balanced_accuracy=verdict.balanced_accuracy,
-            wait_seconds=totals.wait / self.workers,
-            compute_seconds=totals.compute / self.workers,
+            wait_seconds=totals.wait_s / self.workers,
+            compute_seconds=totals.compute_s / self.workers,
             train_failed=int(totals.failed),
             val_failed=val_failed,
         )
 
-    def _learn(self, number: int) -> torch.Tensor:
+    def _train_steps(self, number: int) -> torch.Tensor:
         """The steps of an epoch that are not yet done; (6,) float64, this worker's Totals."""
         totals = torch.zeros(6, dtype=torch.float64, device=self.device)
         if self.rank == 0 and self.standing.totals:
             totals += torch.tensor(self.standing.totals, dtype=torch.float64, device=self.device)
         mark = time.perf_counter()
-        for step, hand, batch in self._steps(number, self.standing.step):
+        for step, hand, batch in self._iter_steps(number, self.standing.step):
             arrived = time.perf_counter()
             at = (number - 1) * self.steps + step
             last = self.steps * self.config.epochs
-            set_rates(self.learner.optimizer, self.config.optim, at, last)
-            self.learner.seed(number, step)
-            totals[:2] += self.learner.step(batch, hand.batch, at)
-            self._tell_failures(batch, number)
+            set_learning_rates(self.learner.optimizer, self.config.optim, at, last)
+            self.learner.seed_rng(number, step)
+            totals[:2] += self.learner.step(batch, hand.global_batch_size, at)
+            self._post_failures(batch, number)
             finished = time.perf_counter()
             spent = (len(batch.labels), arrived - mark, finished - arrived, len(batch.failures))
             totals[2:] += torch.tensor(spent, dtype=torch.float64, device=self.device)
             mark = finished
-            self._beat(replace(self.standing, step=step + 1), totals)
+            self._sync_control(replace(self.standing, step=step + 1), totals)
         return totals
 
-    def _steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, Hand, Batch]]:
+    def _iter_steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, StepShare, Batch]]:
         """The steps of an epoch from the first on, with this worker's images."""
         if self.config.data.sampling == "balanced":
-            order = balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
+            order = sample_balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
         else:
-            order = shuffled(len(self.train), epoch=epoch, seed=self.config.seed)
+            order = shuffle_rows(len(self.train), epoch=epoch, seed=self.config.seed)
         size, rank, workers = self.config.batch_size, self.rank, self.workers
-        hands = list(deal(order, size, rank=rank, workers=workers, start=first))
-        batches = self.train.batches([hand.rows for hand in hands])
+        hands = list(iter_step_shares(order, size, rank=rank, workers=workers, start=first))
+        batches = self.train.iter_batches([hand.rows for hand in hands])
         for place, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
             yield first + place, hand, batch
 
     @torch.inference_mode()
-    def _evaluate(self, standing: Standing) -> tuple[Verdict, int]:
+    def _evaluate(self, standing: TrainProgress) -> tuple[EvalMetrics, int]:
         """All validation rows, shared out; and how many could not be decoded."""
         self.learner.judged.eval()
-        tally = Tally(self.work.classes, self.device)
+        tally = EvalAccumulator(self.work.num_classes, self.device)
         failed = 0
-        for batch in self._shared(self.val):
+        for batch in self._iter_sharded(self.val):
             if len(batch.labels):
-                tally.add(self.learner.logits(batch.pixels), self.learner.labels(batch.labels))
+                tally.update(
+                    self.learner.predict_logits(batch.pixels),
+                    self.learner.labels_to_device(batch.labels),
+                )
             failed += len(batch.failures)
-            self._tell_failures(batch, standing.epoch)
-            self._beat(standing)
-        (total,) = summed(torch.tensor([float(failed)], device=self.device))
-        return tally.verdict(), int(total)
+            self._post_failures(batch, standing.epoch)
+            self._sync_control(standing)
+        (total,) = all_reduce_sum(torch.tensor([float(failed)], device=self.device))
+        return tally.compute(), int(total)
 
-    def _shared(self, images: Images) -> Iterator[Batch]:
+    def _iter_sharded(self, images: ImageDataset) -> Iterator[Batch]:
         """This worker's share of a split, in manifest order."""
         size = self.config.batch_size
-        return images.batches(shares(len(images), size, rank=self.rank, workers=self.workers))
+        return images.iter_batches(
+            shard_batches(len(images), size, rank=self.rank, workers=self.workers)
+        )
 
     # ------------------------------------------------------------------ other things to do
 
-    def _probe(self) -> Epoch:
+    def _run_probe(self) -> EpochMetrics:
         """Fit the head on frozen features, and put it into the network and its average."""
         started = time.perf_counter()
         views = self.config.probe.views if self.learner.augment.recipe.hflip > 0 else 1
 
-        def beating(images: Images) -> Iterator[Batch]:
-            for batch in self._shared(images):
+        def beating(images: ImageDataset) -> Iterator[Batch]:
+            for batch in self._iter_sharded(images):
                 yield batch
-                self._beat(self.standing)
+                self._sync_control(self.standing)
 
-        train = linear_probe.features(self.learner, beating(self.train), views)
-        val = linear_probe.features(self.learner, beating(self.val), 1)
+        train = linear_probe.extract_features(self.learner, beating(self.train), views)
+        val = linear_probe.extract_features(self.learner, beating(self.val), 1)
         computed = time.perf_counter()
-        overflowed = linear_probe.count_not_finite(train) + linear_probe.count_not_finite(val)
+        overflowed = linear_probe.count_non_finite(train) + linear_probe.count_non_finite(val)
         if overflowed:
             remedy = "" if self.place.precision == "fp32" else "; run it with --precision fp32"
-            raise Ended(
+            raise StopTraining(
                 kind="failed",
                 problem=f"the features of {overflowed:,} views of images are NaN or too large in "
                 f"{self.place.precision}{remedy}, or start from other model.weights",
             )
-        head = linear_probe.fit(
+        head = linear_probe.fit_head(
             train,
             val,
-            self.work.classes,
+            self.work.num_classes,
             l2=self.config.probe.l2,
             weights=self.learner.loss.weights,
         )
         for network in {self.learner.network, self.learner.judged}:
-            linear_probe.install(network, head, self.work.head_shares)
+            linear_probe.install_head(network, head, self.work.head_coefficients)
         learnt, verdict = (
-            linear_probe.judge(head, split, self.work.classes) for split in (train, val)
+            linear_probe.evaluate_head(head, split, self.work.num_classes) for split in (train, val)
         )
         fitted = time.perf_counter()
-        self._say(
+        self._post(
             f"probe: {learnt.rows:,} features in {computed - started:.1f} s, head fitted in "
             f"{fitted - computed:.1f} s, l2 {head.l2:g}"
         )
-        return Epoch(
+        return EpochMetrics(
             epoch=0,
             phase="probe",
             train_loss=learnt.loss,
@@ -365,21 +380,23 @@ class Trainer:
             val_rows=verdict.rows,
         )
 
-    def _range_test(self) -> tuple[tuple[float, float], ...]:
+    def _run_lr_finder(self) -> tuple[tuple[float, float], ...]:
         """Losses while the learning rate grows from step to step; ends when they blow up."""
         if strategy.has_probe(self.work.strategy):
-            self._probe()
-        self.learner.free(1)
-        test = RangeTest(self.learner.optimizer)
+            self._run_probe()
+        self.learner.set_trainable(1)
+        test = LrFinder(self.learner.optimizer)
         for epoch in itertools.count(1):
-            for step, hand, batch in self._steps(epoch):
-                test.set_rate()
-                self.learner.seed(epoch, step)
-                loss, _ = summed(self.learner.step(batch, hand.batch, len(test.curve)))
-                test.add(loss / hand.batch)
+            for step, hand, batch in self._iter_steps(epoch):
+                test.set_lr()
+                self.learner.seed_rng(epoch, step)
+                loss, _ = all_reduce_sum(
+                    self.learner.step(batch, hand.global_batch_size, len(test.curve))
+                )
+                test.record(loss / hand.global_batch_size)
                 if test.is_over:
                     return tuple(test.curve)
-                self._beat(self.standing)
+                self._sync_control(self.standing)
         raise AssertionError("unreachable")
 
     # ------------------------------------------------------------------ small parts
@@ -388,20 +405,22 @@ class Trainer:
         """End when more images fail than allowed; after a decoded cache there are none."""
         rows = failed + good
         if failed > self.config.data.max_error_rate * rows:
-            raise Ended(kind="failures", failed=(failed, rows))
+            raise StopTraining(kind="failures", failed=(failed, rows))
 
-    def _tell_failures(self, batch: Batch, epoch: int) -> None:
+    def _post_failures(self, batch: Batch, epoch: int) -> None:
         if epoch <= 1:
             for failure in batch.failures[:3]:
                 self.board.post.remote(f"left out: {failure.url}: {failure.error}")
 
-    def _say(self, post: str | Epoch) -> None:
+    def _post(self, post: str | EpochMetrics) -> None:
         """Post, and wait until it is there: calls of an async actor may overtake each other."""
         if self.rank == 0:
             ray.get(self.board.post.remote(post))
 
 
-def is_stalled(history: tuple[Epoch, ...], config: StopConfig, by: Criterion) -> bool:
+def is_stalled(
+    history: tuple[EpochMetrics, ...], config: EarlyStoppingConfig, by: SelectionMetric
+) -> bool:
     """Whether the last `patience` epochs brought no improvement."""
     if config.patience is None:
         return False

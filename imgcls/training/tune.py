@@ -23,30 +23,35 @@ import pandas as pd
 from ray import tune as ray_tune
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import awaited, started
+from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
 from imgcls.cluster.session import Interruption, Node
 from imgcls.data import filesystem, object_store
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
-from imgcls.models.bundle import DESCRIPTION
+from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
-from imgcls.training.data.batches import Views
-from imgcls.training.data.cached import Decoded, store_bytes
-from imgcls.training.epoch_metrics import Epoch
-from imgcls.training.job import Shared
-from imgcls.training.plots import parallel_coordinates
-from imgcls.training.ray_trainer import ray_storage
-from imgcls.training.scaling import Workers, awaited_workers, fits_store, trials_that_fit
-from imgcls.training.search_space import TuneConfig, check_space, settings_of
-from imgcls.training.setup import Task, decode
+from imgcls.training.data.batches import DecodeSettings
+from imgcls.training.data.cached import CachedImages, find_store_bytes
+from imgcls.training.epoch_metrics import EpochMetrics
+from imgcls.training.job import TrialContext
+from imgcls.training.plots import draw_parallel_coordinates
+from imgcls.training.ray_trainer import resolve_ray_storage
+from imgcls.training.scaling import (
+    WorkerPlan,
+    count_fitting_trials,
+    fits_object_store,
+    wait_for_worker_plan,
+)
+from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
+from imgcls.training.setup import TrainSetup, decode_dataset
 
-TRIALS = "trials"
-BEST = "best"
-STATE = "_tune"
-IDENTITY = "_tune.json"
-RESULTS = "results.parquet"
-STOP_SECONDS = 90
+TRIALS_FOLDER = "trials"
+BEST_FOLDER = "best"
+STATE_FOLDER = "_tune"
+SEARCH_FILE = "_tune.json"
+RESULTS_FILE = "results.parquet"
+STOP_TIMEOUT_SECONDS = 90
 """For a trial that is stopped early to end its workers."""
 
 
@@ -70,22 +75,22 @@ def tune(config: TuneConfig) -> TuneResult:
     Raises a RequestError before anything starts, RunFailed when no trial ends with a bundle. The
     same command goes on with a search that was broken off.
     """
-    object_store.use(config.storage)
-    config = _with_whole_paths(config)
+    object_store.set_process_settings(config.storage)
+    config = _resolve_paths(config)
     check_space(config)
-    task = training.settled(settings_of(config, {}, config.output))
-    with session.Interruption().watched() as interruption:
+    task = training.resolve_setup(build_trial_config(config, {}, config.output))
+    with session.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
-            _claim(config)
+            _claim_output(config)
             session.connect()
-            return _search(config, task, interruption)
+            return _run_search(config, task, interruption)
         finally:
-            autoscaler.give_back()
+            autoscaler.cancel_request()
             lease.release()
 
 
-def _with_whole_paths(config: TuneConfig) -> TuneConfig:
+def _resolve_paths(config: TuneConfig) -> TuneConfig:
     """The same from any working directory: Ray Tune runs each trial in one of its own."""
 
     def whole(manifest: ManifestConfig | None) -> ManifestConfig | None:
@@ -111,15 +116,15 @@ def _with_whole_paths(config: TuneConfig) -> TuneConfig:
     )
 
 
-def _claim(config: TuneConfig) -> None:
+def _claim_output(config: TuneConfig) -> None:
     """Make the folder this search's; raises OutputError when it is another's."""
-    url = filesystem.join(config.output, IDENTITY)
+    url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
         exclude={"concurrent"}
     )
     if config.overwrite:
-        for name in (BEST, TRIALS, STATE, RESULTS, IDENTITY):
+        for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):
             filesystem.remove(filesystem.join(config.output, name))
     try:
         there = filesystem.read(url).decode()
@@ -133,47 +138,54 @@ def _claim(config: TuneConfig) -> None:
         )
 
 
-def _search(config: TuneConfig, task: Task, interruption: Interruption) -> TuneResult:
-    workers = awaited_workers(config.scale, interruption)
-    nodes = session.nodes()
-    cropped = config.augment.recipe().crop_scale is not None
-    views = Views.of(task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes)
-    cached = fits_store(views.bytes_of(task.examples.rows), store_bytes())
+def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption) -> TuneResult:
+    workers = wait_for_worker_plan(config.scale, interruption)
+    nodes = session.list_nodes()
+    cropped = config.augment.build_recipe().crop_scale is not None
+    views = DecodeSettings.from_preprocess(
+        task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
+    )
+    cached = fits_object_store(views.compute_decoded_bytes(task.examples.rows), find_store_bytes())
     cpus = sum(node.cpus for node in nodes)
-    at_a_time = concurrent(config, workers, nodes, cached=cached)
+    at_a_time = resolve_concurrency(config, workers, nodes, cached=cached)
     print(
-        f"search: {config.tune.total} trials of {', '.join(config.tune.space)}; {at_a_time} at a "
+        f"search: {config.tune.total_trials} trials of {', '.join(config.tune.space)}; "
+        f"{at_a_time} at a "
         f"time, each {workers}, of {cpus:g} CPUs",
         flush=True,
     )
-    images: Decoded | None = None
+    images: CachedImages | None = None
     if cached:
-        images = awaited(started(lambda: decode(task, views, cpus)), interruption)
-    with _quiet():
-        tuner = _tuner(config, images, at_a_time)
-        grid = awaited(started(tuner.fit), interruption)
-    return _concluded(config, grid)
+        images = wait_interruptibly(
+            run_in_thread(lambda: decode_dataset(task, views, cpus)), interruption
+        )
+    with _silence_tune():
+        tuner = _build_tuner(config, images, at_a_time)
+        grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
+    return _write_results(config, grid)
 
 
-def concurrent(config: TuneConfig, workers: Workers, nodes: Sequence[Node], *, cached: bool) -> int:
+def resolve_concurrency(
+    config: TuneConfig, workers: WorkerPlan, nodes: Sequence[Node], *, cached: bool
+) -> int:
     """Trials at a time whose workers the machines hold; none that would wait for another's CPUs.
 
     cached: images are decoded before; else each trial needs a CPU more, to decode
     Raises RequestError when more are asked for than fit.
     """
-    fit = trials_that_fit(nodes, workers, cached=cached)
-    wanted = config.tune.concurrent
+    fit = count_fitting_trials(nodes, workers, cached=cached)
+    wanted = config.tune.max_concurrent
     if wanted is not None and wanted > fit:
-        each = workers.most * workers.cpus + (0 if cached else 1)
+        each = workers.max_count * workers.cpus + (0 if cached else 1)
         raise RequestError(
-            f"tune.concurrent {wanted}: each trial takes {each:g} CPUs of "
+            f"tune.max_concurrent {wanted}: each trial takes {each:g} CPUs of "
             f"{sum(node.cpus for node in nodes):g}, so at most {fit} fit; give fewer, or a smaller "
             "scale.cpus_per_worker"
         )
-    return min(fit, wanted or fit, config.tune.total)
+    return min(fit, wanted or fit, config.tune.total_trials)
 
 
-def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
+def _build_tuner(config: TuneConfig, images: CachedImages | None, at_a_time: int) -> Any:
     search = config.tune
     mode = "min" if config.best_by == "val_loss" else "max"
     # its workers reserve the CPUs; Tune wants a trial to reserve something itself: one byte
@@ -181,36 +193,39 @@ def _tuner(config: TuneConfig, images: Decoded | None, at_a_time: int) -> Any:
         ray_tune.with_parameters(Trial, config=config, images=images),
         ray_tune.PlacementGroupFactory([{"memory": 1}]),
     )
-    state = filesystem.join(config.output, STATE)
-    path, file_system = ray_storage(config.output)
+    state = filesystem.join(config.output, STATE_FOLDER)
+    path, file_system = resolve_ray_storage(config.output)
     if filesystem.exists(filesystem.join(state, "tuner.pkl")):
         print("search: goes on where it was broken off", flush=True)
         return ray_tune.Tuner.restore(
-            f"{path}/{STATE}", trainable, storage_filesystem=file_system, restart_errored=True
+            f"{path}/{STATE_FOLDER}",
+            trainable,
+            storage_filesystem=file_system,
+            restart_errored=True,
         )
     return ray_tune.Tuner(
         trainable,
-        param_space={key: axis.domain() for key, axis in search.space.items()},
+        param_space={key: axis.build_domain() for key, axis in search.space.items()},
         tune_config=ray_tune.TuneConfig(
             metric=config.best_by,
             mode=mode,
             num_samples=search.trials,
             max_concurrent_trials=None if search.search == "random" else at_a_time,
-            search_alg=_searcher(config, mode, at_a_time),
-            scheduler=_scheduler(config),
+            search_alg=_build_search_algorithm(config, mode, at_a_time),
+            scheduler=_build_scheduler(config),
         ),
         run_config=ray_tune.RunConfig(
-            name=STATE,
+            name=STATE_FOLDER,
             storage_path=path,
             storage_filesystem=file_system,
             verbose=0,
             checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # has its own
-            callbacks=[_Lines(config)],
+            callbacks=[_TrialPrinter(config)],
         ),
     )
 
 
-def _searcher(config: TuneConfig, mode: str, at_a_time: int) -> Any:
+def _build_search_algorithm(config: TuneConfig, mode: str, at_a_time: int) -> Any:
     if config.tune.search == "random":
         # of which Tune ignores max_concurrent_trials
         return ray_tune.search.BasicVariantGenerator(
@@ -229,104 +244,105 @@ def _searcher(config: TuneConfig, mode: str, at_a_time: int) -> Any:
         ) from error
 
 
-def _scheduler(config: TuneConfig) -> Any:
+def _build_scheduler(config: TuneConfig) -> Any:
     asha = config.tune.asha
-    if config.tune.scheduler == "fifo" or config.epochs <= asha.grace:
+    if config.tune.scheduler == "fifo" or config.epochs <= asha.grace_period:
         return ray_tune.schedulers.FIFOScheduler()
     return ray_tune.schedulers.ASHAScheduler(
         time_attr="epoch",
         # after the last epoch a trial writes its bundle, and ends by itself
         max_t=config.epochs + 1,
-        grace_period=asha.grace,
-        reduction_factor=asha.reduction,
+        grace_period=asha.grace_period,
+        reduction_factor=asha.reduction_factor,
     )
 
 
 class Trial(ray_tune.Trainable):
     """One trial, in a process of Ray Tune's: a training that is heard of epoch by epoch."""
 
-    def setup(self, values: Any, *, config: TuneConfig, images: Decoded | None) -> None:  # type: ignore[override]
-        object_store.use(config.storage)
-        folder = filesystem.join(config.output, TRIALS, self.trial_id)
-        self._by = config.best_by
-        self._begun = time.monotonic()
-        self._epochs: queue.SimpleQueue[Epoch] = queue.SimpleQueue()
-        self._told: dict[str, Any] = {}
-        self._best: Epoch | None = None
+    def setup(self, values: Any, *, config: TuneConfig, images: CachedImages | None) -> None:  # type: ignore[override]
+        object_store.set_process_settings(config.storage)
+        folder = filesystem.join(config.output, TRIALS_FOLDER, self.trial_id)
+        self._metric = config.best_by
+        self._started_at = time.monotonic()
+        self._epochs: queue.SimpleQueue[EpochMetrics] = queue.SimpleQueue()
+        self._metrics: dict[str, Any] = {}
+        self._best: EpochMetrics | None = None
         self._interruption = Interruption()
-        shared = Shared(images, self._epochs.put, self._interruption)
-        settings = settings_of(config, values, folder)
-        self._run = started(lambda: training.train(settings, shared=shared))
+        shared = TrialContext(images, self._epochs.put, self._interruption)
+        settings = build_trial_config(config, values, folder)
+        self._future = run_in_thread(lambda: training.train(settings, shared=shared))
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch, or for the end."""
         while True:
-            ended = self._run.done()
+            ended = self._future.done()
             try:
-                return self._tell(self._epochs.get(timeout=0.2))
+                return self._record_epoch(self._epochs.get(timeout=0.2))
             except queue.Empty:
                 if not ended:
                     continue
-            result = self._run.result()
-            if not self._told:  # it had ended before, and its epochs were not heard of
+            result = self._future.result()
+            if not self._metrics:  # it had ended before, and its epochs were not heard of
                 for epoch in result.history:
-                    self._tell(epoch)
-            return {**self._told, "done": True}
+                    self._record_epoch(epoch)
+            return {**self._metrics, "done": True}
 
-    def _tell(self, epoch: Epoch) -> dict[str, Any]:
-        best = epoch if epoch.better_than(self._best, self._by) else self._best
+    def _record_epoch(self, epoch: EpochMetrics) -> dict[str, Any]:
+        best = epoch if epoch.is_better_than(self._best, self._metric) else self._best
         assert best is not None
         self._best = best
-        self._told = {
+        self._metrics = {
             "epoch": epoch.epoch,
             "val_loss": best.val_loss,
             "val_accuracy": best.val_accuracy,
             "best_epoch": best.epoch,
-            "trial_seconds": time.monotonic() - self._begun,
+            "trial_seconds": time.monotonic() - self._started_at,
         }
-        return self._told
+        return self._metrics
 
     def cleanup(self) -> None:
         """Have a training that was stopped early give its workers back."""
-        self._interruption.ask("the search")
-        wait([self._run], timeout=STOP_SECONDS)
+        self._interruption.request_stop("the search")
+        wait([self._future], timeout=STOP_TIMEOUT_SECONDS)
 
 
-class _Lines(ray_tune.Callback):
+class _TrialPrinter(ray_tune.Callback):
     """A line per trial that ends."""
 
     def __init__(self, config: TuneConfig) -> None:
         self._epochs = config.epochs
-        self._by = config.best_by
-        self._ended = 0
-        self._trials = config.tune.total
+        self._metric = config.best_by
+        self._num_ended = 0
+        self._num_trials = config.tune.total_trials
 
     def get_state(self) -> dict[str, Any]:
-        return {"ended": self._ended}
+        return {"ended": self._num_ended}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._ended = state["ended"]
+        self._num_ended = state["ended"]
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._tell(trial, "ended")
+        self._print_trial(trial, "ended")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._tell(trial, "failed")
+        self._print_trial(trial, "failed")
 
-    def _tell(self, trial: Any, how: str) -> None:
-        self._ended += 1
+    def _print_trial(self, trial: Any, how: str) -> None:
+        self._num_ended += 1
         last = trial.last_result or {}
         if how == "ended" and last.get("epoch", 0) < self._epochs:
             how = f"stopped after epoch {last.get('epoch', 0)}"
-        value = last.get(self._by, math.nan)
+        value = last.get(self._metric, math.nan)
         print(
-            f"trial {self._ended}/{self._trials}  {_shown(trial.config)}  {self._by} {value:.4f}  "
+            f"trial {self._num_ended}/{self._num_trials}  {_format_values(trial.config)}  "
+            f"{self._metric} {value:.4f}  "
             f"{how}",
             flush=True,
         )
 
 
-def _shown(values: dict[str, Any]) -> str:
+def _format_values(values: dict[str, Any]) -> str:
     return "  ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in values.items()
@@ -336,14 +352,14 @@ def _shown(values: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- after the trials
 
 
-def _concluded(config: TuneConfig, grid: Any) -> TuneResult:
+def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     """Write the table and the picture, and keep the best trial's bundle."""
-    table = _table(config, grid)
+    table = _build_table(config, grid)
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)
-    filesystem.write(filesystem.join(config.output, RESULTS), sink.getvalue())
+    filesystem.write(filesystem.join(config.output, RESULTS_FILE), sink.getvalue())
     axes = {key: axis.kind.startswith("log") for key, axis in config.tune.space.items()}
-    for name, data in parallel_coordinates(table, axes, config.best_by).items():
+    for name, data in draw_parallel_coordinates(table, axes, config.best_by).items():
         filesystem.write(filesystem.join(config.output, "plots", name), data)
     finished = table[table["state"] == "finished"]
     if finished.empty:
@@ -352,23 +368,23 @@ def _concluded(config: TuneConfig, grid: Any) -> TuneResult:
             f"{table['error'].dropna().iloc[-1] if table['error'].notna().any() else 'none'}"
         )
     first = finished.iloc[0]
-    best = filesystem.join(config.output, BEST)
-    _promote(str(first["bundle"]), best)
+    best = filesystem.join(config.output, BEST_FOLDER)
+    _copy_best(str(first["bundle"]), best)
     values = {key: first[key] for key in config.tune.space}
     print(
-        f"best: {_shown(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"
-        f"all {len(table)} trials: {filesystem.join(config.output, RESULTS)}",
+        f"best: {_format_values(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"
+        f"all {len(table)} trials: {filesystem.join(config.output, RESULTS_FILE)}",
         flush=True,
     )
     return TuneResult(best, values, table)
 
 
-def _table(config: TuneConfig, grid: Any) -> pd.DataFrame:
+def _build_table(config: TuneConfig, grid: Any) -> pd.DataFrame:
     rows = []
     for result in grid:
         metrics = result.metrics or {}
-        bundle = filesystem.join(config.output, TRIALS, str(metrics.get("trial_id")))
-        done = filesystem.exists(filesystem.join(bundle, DESCRIPTION))
+        bundle = filesystem.join(config.output, TRIALS_FOLDER, str(metrics.get("trial_id")))
+        done = filesystem.exists(filesystem.join(bundle, BUNDLE_FILE))
         error = str(result.error).strip().splitlines()[-1] if result.error else None
         rows.append(
             {
@@ -388,18 +404,18 @@ def _table(config: TuneConfig, grid: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(config.best_by, ascending=ascending, ignore_index=True)
 
 
-def _promote(bundle: str, best: str) -> None:
+def _copy_best(bundle: str, best: str) -> None:
     """Copy a bundle, its description last: until then there is none."""
     files = [name for name in filesystem.walk(bundle) if not name.startswith("_")]
     filesystem.remove(best)
-    for name in sorted(files, key=lambda name: name == DESCRIPTION):
+    for name in sorted(files, key=lambda name: name == BUNDLE_FILE):
         filesystem.write(
             filesystem.join(best, name), filesystem.read(filesystem.join(bundle, name))
         )
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_tune() -> Iterator[None]:
     """Tune's own tables and warnings are left out; errors come back with the trials."""
     logger = logging.getLogger("ray.tune")
     level = logger.level

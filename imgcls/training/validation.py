@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from imgcls.training.sampler import Rows, shard
+from imgcls.training.sampler import Int64Array, shard_rows
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EvalMetrics:
     """The validation rows as one network sees them; loss in nats per row, accuracies in [0, 1].
 
     balanced_accuracy: mean recall over the classes that have rows
@@ -31,7 +31,7 @@ class Verdict:
     rows: int
 
 
-class Tally:
+class EvalAccumulator:
     """Adds up validation batches of one worker, then those of all.
 
     Everything is a sum, so that the order and the sharing out of rows change nothing.
@@ -42,20 +42,20 @@ class Tally:
         self._seen = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self._right = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """logits (N, C) float32, labels (N,) int64."""
         self._loss += F.cross_entropy(logits, labels, reduction="sum").double()
         right = labels[logits.argmax(1) == labels]
         self._seen += torch.bincount(labels, minlength=len(self._seen))
         self._right += torch.bincount(right, minlength=len(self._right))
 
-    def verdict(self) -> Verdict:
+    def compute(self) -> EvalMetrics:
         """Over all workers, each of which must ask for it."""
         for part in (self._loss, self._seen, self._right):
             dist.all_reduce(part)
         present = self._seen > 0
         rows = self._seen.sum()
-        return Verdict(
+        return EvalMetrics(
             loss=float(self._loss / rows),
             accuracy=float(self._right.sum() / rows),
             balanced_accuracy=float((self._right[present] / self._seen[present]).mean()),
@@ -63,12 +63,12 @@ class Tally:
         )
 
 
-def shares(rows: int, batch_size: int, *, rank: int, workers: int) -> list[Rows]:
+def shard_batches(rows: int, batch_size: int, *, rank: int, workers: int) -> list[Int64Array]:
     """One worker's rows in batches, as many for every worker, some of which may be empty.
 
     batch_size: rows of a batch over all workers, at most, give or take one per worker
     """
-    mine = shard(rows, rank=rank, workers=workers)
+    mine = shard_rows(rows, rank=rank, workers=workers)
     count = max(1, -(-rows // batch_size))
     return [np.asarray(part) for part in np.array_split(mine, count)]
 
@@ -77,16 +77,16 @@ def average_buffers(network: nn.Module, workers: int) -> None:
     """Give all workers the mean of their running statistics, so that they judge one network."""
     if workers == 1:
         return
-    for buffer in _floats(network.buffers()):
+    for buffer in _floating_point(network.buffers()):
         dist.all_reduce(buffer)
         buffer /= workers
 
 
-def _floats(buffers: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _floating_point(buffers: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     return (buffer for buffer in buffers if buffer.is_floating_point())
 
 
-def summed(totals: torch.Tensor) -> list[float]:
+def all_reduce_sum(totals: torch.Tensor) -> list[float]:
     """Over all workers, the same on each; the tensor is added to in place."""
     dist.all_reduce(totals)
     values: list[float] = totals.tolist()

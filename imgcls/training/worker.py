@@ -15,66 +15,66 @@ from imgcls.models import zoo
 from imgcls.models.classifier import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.config import TrainPrecision
-from imgcls.training.train_step import Place
-from imgcls.training.trainer import Outcome, Trainer, Work
+from imgcls.training.train_step import WorkerContext
+from imgcls.training.trainer import Trainer, TrainLoopResult, TrainLoopSpec
 
 # Ray Train's own names differ between what runs (V2) and what is type-checked (V1)
-_train: Any = ray.train
+_ray_train: Any = ray.train
 
-LOST_TOUCH = ("gloo", "nccl", "connection", "socket", "barrier")
+PEER_LOSS_MARKERS = ("gloo", "nccl", "connection", "socket", "barrier")
 """In a failure of a worker whose peer is gone; the peer's is the one to look at."""
 
 
-def run_worker(config: dict[str, Any]) -> Outcome:
+def train_loop_per_worker(config: dict[str, Any]) -> TrainLoopResult:
     """The training function that Ray Train calls in every worker."""
     work, board = config["work"], config["board"]
     reason = ray.get(board.failure.remote())
     if reason is not None:
         # a failure that would only be repeated: Ray Train restarts workers whatever it was
-        return Outcome((), "", problem=reason, kind="failed")
+        return TrainLoopResult((), "", problem=reason, kind="failed")
     board.enlist.remote(ray.get_runtime_context().current_actor)
     try:
-        return _run(work, board)
+        return _run_trainer(work, board)
     except Exception as error:
-        if not has_lost_touch(error):
+        if not is_peer_loss(error):
             lines = str(error).strip().splitlines() or [""]
             line = f"{type(error).__name__}: {lines[-1].strip()[:300]}"
-            rank = _train.get_context().get_world_rank()
+            rank = _ray_train.get_context().get_world_rank()
             ray.get(board.fail.remote(f"training worker {rank} failed: {line}"))
         raise
 
 
-def has_lost_touch(error: BaseException) -> bool:
+def is_peer_loss(error: BaseException) -> bool:
     """Whether a failure says no more than that another worker, or a machine, is gone."""
     if isinstance(error, ray.exceptions.RayError):
         return True
     text = f"{type(error).__name__} {error}".lower()
-    return any(sign in text for sign in LOST_TOUCH)
+    return any(sign in text for sign in PEER_LOSS_MARKERS)
 
 
-def _run(work: Work, board: Any) -> Outcome:
-    context = _train.get_context()
+def _run_trainer(work: TrainLoopSpec, board: Any) -> TrainLoopResult:
+    context = _ray_train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    _use_cores(context.get_local_world_size())
+    _set_num_threads(context.get_local_world_size())
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    precision, reason = _precision(work.config.precision, device)
-    network = zoo.build(work.architecture, work.classes)
-    network.load_state_dict(ray.get(work.weights))
-    networks.regularise(network, work.config.model)
-    trainer = Trainer(work, Place(rank, workers, device, precision), network, board)
+    precision, reason = _resolve_precision(work.config.precision, device)
+    network = zoo.build_network(work.architecture, work.num_classes)
+    network.load_state_dict(ray.get(work.initial_weights))
+    networks.set_regularization(network, work.config.model)
+    trainer = Trainer(work, WorkerContext(rank, workers, device, precision), network, board)
     if rank == 0:
         board.post.remote(f"training: {workers} on {device.type}, {precision} ({reason})")
-    return trainer.run(lambda epoch: _train.report(asdict(epoch)))
+    return trainer.run(lambda epoch: _ray_train.report(asdict(epoch)))
 
 
-def _precision(wanted: TrainPrecision, device: torch.device) -> tuple[str, str]:
+def _resolve_precision(wanted: TrainPrecision, device: torch.device) -> tuple[str, str]:
     if wanted == "fp16":
         return "fp16", "as asked"
     return choose_precision(wanted, device)
 
 
-def _use_cores(workers_here: int) -> None:
+def _set_num_threads(workers_here: int) -> None:
     """Share the machine's cores among its workers; Ray's default of one thread would idle them."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers_here))

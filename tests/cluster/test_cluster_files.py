@@ -16,7 +16,7 @@ from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.kuberay import autoscaling_config as kuberay
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from imgcls.cluster.autoscaler import nodes_of
+from imgcls.cluster.autoscaler import parse_launcher_nodes
 from imgcls.cluster.session import Node
 from tests.conftest import REPOSITORY
 
@@ -76,9 +76,9 @@ def test_what_the_aws_machines_may_grow_to_is_read_from_the_file_as_ray_fills_it
     for name in ("gpu_spot", "gpu_on_demand"):
         types[name]["resources"] = {"CPU": 16, "GPU": 1, "accelerator_type:L4": 1, "memory": 1}
     # machines on demand stand in for those of the spot market
-    assert nodes_of(config) == [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
+    assert parse_launcher_nodes(config) == [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
     types["gpu_on_demand"]["priority"] = types["gpu_spot"]["priority"]
-    assert nodes_of(config) == [Node(16, 1, "L4")] * 8 + [Node(16, 0)] * 4  # 12 in all
+    assert parse_launcher_nodes(config) == [Node(16, 1, "L4")] * 8 + [Node(16, 0)] * 4  # 12 in all
 
 
 def test_the_aws_file_names_the_versions_that_the_tests_run_with() -> None:
@@ -134,7 +134,7 @@ def test_the_dashboard_draws_metrics_that_there_are(monkeypatch: pytest.MonkeyPa
 
     for kind in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(ray_metrics, kind, noted(kind))
-    ray_metrics.Telemetry("a-run")
+    ray_metrics.RayMetrics("a-run")
     endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_sum", "_count", "_bucket"]}
     exported = {
         f"ray_{name}{ending}": tags | ({"le"} if kind == "Histogram" else set())

@@ -17,7 +17,7 @@ import ray
 import ray.data
 
 from imgcls.cluster import session
-from imgcls.cluster.session import check_reachable, keep_memory, unwrapped
+from imgcls.cluster.session import build_malloc_env, check_reachable, unwrap_ray_errors
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
 from tests.conftest import draw
 from tests.processes import imgcls as run_imgcls
@@ -84,7 +84,7 @@ def test_a_cluster_that_is_gone_is_named(scheme: str, closed_port: int) -> None:
 def test_a_port_that_does_not_answer_is_no_cluster(
     silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "_ANSWER_SECONDS", 1)
+    monkeypatch.setattr(session, "_CONNECT_TIMEOUT_S", 1)
     with pytest.raises(RunFailed, match="the port is open, but no Ray server answered in 1 s"):
         check_reachable(f"127.0.0.1:{silent_port}")
 
@@ -127,9 +127,15 @@ def test_a_command_ends_when_its_cluster_is_gone(
 
 def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: None) -> None:
     task: Any = ray.remote(max_retries=0)(refuse)
-    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+    with (
+        pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),
+        unwrap_ray_errors(),
+    ):
         ray.get(task.remote(None))
-    with pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"), unwrapped():
+    with (
+        pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),
+        unwrap_ray_errors(),
+    ):
         ray.data.range(1).map_batches(refuse).materialize()
 
 
@@ -137,10 +143,10 @@ def test_a_worker_keeps_what_a_batch_frees_for_the_next(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task: Any = ray.remote(faults_of_a_batch)
-    kept = ray.get(task.options(runtime_env=keep_memory()).remote())
+    kept = ray.get(task.options(runtime_env=build_malloc_env()).remote())
     assert kept < 100 < ray.get(task.remote())
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
-    assert keep_memory()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
+    assert build_malloc_env()["env_vars"]["MALLOC_ARENA_MAX"] == "8"
 
 
 PRIVATE = """

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.build import ManifestBuildConfig, _check_columns, build
+from imgcls.curation.build import ManifestBuildConfig, _check_columns, build_manifest
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError
 
@@ -18,10 +18,10 @@ def test_a_table_is_read_as_a_manifest_is(tmp_path: Path) -> None:
     table.write_bytes('file,kind\na.jpg,"fou\u00e9 \\"x\\"\r\ny"\n'.encode("latin-1"))
     asked = {"source": str(table), "output": str(tmp_path / "out"), "path_column": "file"}
     with pytest.raises(ManifestError, match=r"say --encoding$"):
-        build(ManifestBuildConfig(**asked))
+        build_manifest(ManifestBuildConfig(**asked))
     with pytest.raises(ManifestError, match=r"pass --escape"):
-        build(ManifestBuildConfig(**asked, encoding="latin-1"))
-    assert build(ManifestBuildConfig(**asked, encoding="latin-1", escape="\\")) == 1
+        build_manifest(ManifestBuildConfig(**asked, encoding="latin-1"))
+    assert build_manifest(ManifestBuildConfig(**asked, encoding="latin-1", escape="\\")) == 1
     assert pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist() == [
         {"path": f"{tmp_path}/a.jpg", "kind": 'fou\u00e9 "x"\r\ny'}
     ]

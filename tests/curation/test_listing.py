@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError, StorageError
@@ -40,7 +40,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_image_of_a_folder_is_listed_once(tree: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "manifest")
-    count = build_manifest(BuildConfig(source=str(tree), output=output, labels=True, listings=2))
+    count = build_listing(
+        ListingConfig(source=str(tree), output=output, labels=True, list_concurrency=2)
+    )
     rows = rows_of(output)
     assert count == len(rows) == len(NAMES)
     assert sorted(row["path"] for row in rows) == sorted(f"{tree}/{name}" for name in NAMES)
@@ -61,7 +63,7 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
     s3.put_object(Bucket=BUCKET, Key="photos/cat/", Body=b"")  # a folder, to some tools
     s3.put_object(Bucket=BUCKET, Key="photos-of-others/1.jpg", Body=b"x")
     output = url("manifests/tonight")
-    build_manifest(BuildConfig(source=url("photos"), output=output))
+    build_listing(ListingConfig(source=url("photos"), output=output))
     rows = {row["path"]: row for row in rows_of(output)}
     assert sorted(rows) == sorted(url(f"photos/{name}") for name in (*names, "top.jpg"))
     told = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
@@ -70,7 +72,7 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
     assert row["size"] == told["ContentLength"]
     assert row["mtime"].replace(microsecond=0) == told["LastModified"]  # a listing may tell more
     with pytest.raises(RequestError, match=r"top.jpg: lies beside the class folders"):
-        build_manifest(BuildConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
+        build_listing(ListingConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
 
 
 def test_what_a_listing_passes_over_is_counted_and_named(
@@ -83,7 +85,7 @@ def test_what_a_listing_passes_over_is_counted_and_named(
         (source / name).touch()
     for listings in (1, 16):  # few folders are listed as they are, many are descended into
         output = str(tmp_path / f"manifest-{listings}")
-        build_manifest(BuildConfig(source=str(source), output=output, listings=listings))
+        build_listing(ListingConfig(source=str(source), output=output, list_concurrency=listings))
         assert sorted(row["path"] for row in rows_of(output)) == [
             f"{source}/a/1.jpg",
             f"{source}/b/2.jpg",
@@ -94,15 +96,15 @@ def test_what_a_listing_passes_over_is_counted_and_named(
     (source / "a" / "1.jpg").unlink()
     (source / "b" / "2.jpg").unlink()
     with pytest.raises(RequestError, match=r"no image below it; .* \(passed over 4 files: "):
-        build_manifest(BuildConfig(source=str(source), output=str(tmp_path / "none")))
+        build_listing(ListingConfig(source=str(source), output=str(tmp_path / "none")))
 
 
 def test_a_listing_that_was_broken_off_goes_on(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "manifest"
-    config = BuildConfig(source=str(tree), output=str(output), listings=1)
-    build_manifest(config)
+    config = ListingConfig(source=str(tree), output=str(output), list_concurrency=1)
+    build_listing(config)
     whole = rows_of(str(output))
     parts = sorted(output.glob("part-*.parquet"))
     kept = parts[1].stat()
@@ -111,32 +113,32 @@ def test_a_listing_that_was_broken_off_goes_on(
     capsys.readouterr()
     with pytest.raises(ManifestError, match=r"its listing was broken off; run `imgcls manifest"):
         rows_of(str(output))
-    build_manifest(config)
+    build_listing(config)
     assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
     assert rows_of(str(output)) == whole
     assert parts[1].stat().st_mtime_ns == kept.st_mtime_ns
     (output / "_SUCCESS").unlink()
     parts[0].unlink()  # what lies above the groups, and is not one of them
-    build_manifest(config)
+    build_listing(config)
     assert rows_of(str(output)) == whole
 
 
 def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "manifest"
-    config = BuildConfig(source=str(tree / "cat"), output=str(output))
-    build_manifest(config)
+    config = ListingConfig(source=str(tree / "cat"), output=str(output))
+    build_listing(config)
     for changes in ({}, {"source": str(tree)}):
         with pytest.raises(OutputError, match="say --overwrite, or give another"):
-            build_manifest(config.model_copy(update=changes))
+            build_listing(config.model_copy(update=changes))
     more = config.model_copy(update={"source": str(tree), "overwrite": True})
-    assert build_manifest(more) == len(NAMES)
+    assert build_listing(more) == len(NAMES)
     assert pq.read_table(output).num_rows == len(NAMES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
         other = {"output": str(tmp_path / "full"), "overwrite": overwrite}
         with pytest.raises(OutputError, match=r"holds other files \(thesis.txt\)"):
-            build_manifest(config.model_copy(update=other))
+            build_listing(config.model_copy(update=other))
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
@@ -144,8 +146,8 @@ def test_an_empty_or_missing_source_is_refused(tmp_path: Path, s3: Any) -> None:
     (tmp_path / "empty").mkdir()
     for source in (str(tmp_path / "empty"), url("nothing")):
         with pytest.raises(RequestError, match="no image below it"):
-            build_manifest(BuildConfig(source=source, output=str(tmp_path / "out")))
+            build_listing(ListingConfig(source=source, output=str(tmp_path / "out")))
     for source, told in ((str(tmp_path / "gone"), "no such file"), ("s3://no-bucket", "bucket")):
         with pytest.raises((RequestError, StorageError), match=told):
-            build_manifest(BuildConfig(source=source, output=str(tmp_path / "new")))
-    assert filesystem.names(str(tmp_path / "new")) == []
+            build_listing(ListingConfig(source=source, output=str(tmp_path / "new")))
+    assert filesystem.list_names(str(tmp_path / "new")) == []

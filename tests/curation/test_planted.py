@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from imgcls.curation.checks import label_errors
-from imgcls.curation.checks.duplicates import CopiesConfig
-from imgcls.curation.checks.hash_search import near_pairs
-from imgcls.curation.checks.label_errors import LabelsConfig
-from imgcls.data.image_features import MIRROR, facts_of
+from imgcls.curation.checks.duplicates import DuplicatesConfig
+from imgcls.curation.checks.hash_search import find_near_pairs
+from imgcls.curation.checks.label_errors import LabelErrorsConfig
+from imgcls.data.image_features import MIRROR_BITS, compute_features
 from tests.conftest import write_manifest
 from tests.curation.test_check import Row, images_of
 from tests.data.pictures import encoded
@@ -42,7 +42,7 @@ CHANGES: dict[str, tuple[Change, int, float]] = {
 
 
 def hashes_of(blobs: list[bytes]) -> np.ndarray:
-    return np.stack([facts_of(blob).hash for blob in blobs]).view(np.uint64)
+    return np.stack([compute_features(blob).hash for blob in blobs]).view(np.uint64)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def test_changed_copies_of_photographs_are_found(photographs: list[bytes], kind:
     wanted = CHANGES[kind][2]
     copies = [planted(kind, blob) for blob in photographs]
     hashes = np.concatenate([hashes_of(photographs), hashes_of(copies)])
-    pairs = near_pairs(hashes, MIRROR.view(np.uint64), most=CopiesConfig().near_bits)
+    pairs = find_near_pairs(
+        hashes, MIRROR_BITS.view(np.uint64), most=DuplicatesConfig().max_hash_distance
+    )
     told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     count = len(photographs)
     assert len(told & {(i, i + count) for i in range(count)}) >= wanted * count
@@ -86,7 +88,9 @@ def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path
     embeddings = []
     for start in range(0, len(files), 50):
         blobs = [file.read_bytes() for file in files[start : start + 50]]
-        pixels = decode.stack([decode.decode(blob, classifier.preprocess)[0] for blob in blobs])
+        pixels = decode.stack_images(
+            [decode.decode_image(blob, classifier.preprocess)[0] for blob in blobs]
+        )
         embeddings.append(classifier.classify(pixels, embeddings=True).embedding)
     rows: list[Row] = [(file.name, file.read_bytes(), file.parent.name) for file in files]
     images_ = images_of(tmp_path, rows, embeddings=np.concatenate(embeddings))
@@ -96,8 +100,10 @@ def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path
         wrong = np.random.default_rng(seed).choice(len(files), len(files) // 20, replace=False)
         given = truth.copy()
         given[wrong] = 1 - truth[wrong]
-        (errors, *_) = label_errors.suspected(replace(images_, label=given), LabelsConfig())
-        first = errors.at[errors.order()][: len(files) // 10]
+        (errors, *_) = label_errors.find_label_issues(
+            replace(images_, label=given), LabelErrorsConfig()
+        )
+        first = errors.indices[errors.sort_worst_first()][: len(files) // 10]
         shares.append(len(set(first.tolist()) & set(wrong.tolist())) / len(wrong))
     print(f"flipped labels among the first 10 %: {', '.join(f'{each:.1%}' for each in shares)}")
     assert min(shares) >= 0.7

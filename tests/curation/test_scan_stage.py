@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from imgcls.curation.scan_stage import look
+from imgcls.curation.scan_stage import scan_chunk
 from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import ExamineSpec, Spent, Work
+from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw
 from tests.execution.runs import manifest_of, plan_at
@@ -24,7 +24,7 @@ def test_an_image_without_a_finite_embedding_is_an_error(
     Image.new("RGB", (64, 48), "white").save(tmp_path / "white.png")
     table = pa.table({"path": ["red.png", "white.png", "absent.png", "green.png"]})
     manifest = manifest_of(tmp_path, table)
-    spec = ExamineSpec(
+    spec = ScanSpec(
         output=str(tmp_path / "out"),
         plan=plan_at(tmp_path / "out", manifest),
         bundle_url=str(overflowing_bundle),
@@ -34,12 +34,12 @@ def test_an_image_without_a_finite_embedding_is_an_error(
         root=manifest.root,
         batch_size=2,
         max_pixels=100_000_000,
-        fetches=4,
+        io_concurrency=4,
         storage=StorageConfig(),
         session="a-test",
         crash_retries=1,
     )
-    rows = look(spec, classifier, table, Work(0), Spent()).to_pylist()
+    rows = scan_chunk(spec, classifier, table, ChunkTask(0), StageTimings()).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "not_finite", "missing", "ok"]
     assert [row["embedding"] is None for row in rows] == [False, True, True, False]
     assert "gives NaN or infinity for this image in fp32" in rows[1]["error"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.config import build
-from imgcls.curation.split import SplitConfig, parts_of, split
+from imgcls.curation.split import SplitConfig, assign_parts, split_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from tests.conftest import draw, write_manifest
 
@@ -27,16 +27,16 @@ SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 def test_new_data_moves_nothing_that_was_there(
     old: list[bytes], new: list[bytes], seed: int
 ) -> None:
-    before = dict(zip(old, parts_of(old, SHARES, seed), strict=True))
+    before = dict(zip(old, assign_parts(old, SHARES, seed), strict=True))
     everything = [*new, *old]
-    after = dict(zip(everything, parts_of(everything, SHARES, seed), strict=True))
+    after = dict(zip(everything, assign_parts(everything, SHARES, seed), strict=True))
     assert before.items() <= after.items()
 
 
 def test_the_parts_have_their_shares_in_every_class() -> None:
     for label in range(10):
         keys = [f"{label}/{row}".encode() for row in range(5000)]
-        counts = Counter(parts_of(keys, SHARES, 0))
+        counts = Counter(assign_parts(keys, SHARES, 0))
         for part, share in SHARES.items():
             # five standard deviations of a binomial
             assert abs(counts[part] - 5000 * share) < 5 * (5000 * share * (1 - share)) ** 0.5
@@ -44,9 +44,10 @@ def test_the_parts_have_their_shares_in_every_class() -> None:
 
 def test_a_seed_gives_another_split() -> None:
     keys = [str(row).encode() for row in range(1000)]
-    assert parts_of(keys, SHARES, 0) == parts_of(keys, SHARES, 0)
+    assert assign_parts(keys, SHARES, 0) == assign_parts(keys, SHARES, 0)
     same = [
-        a == b for a, b in zip(parts_of(keys, SHARES, 0), parts_of(keys, SHARES, 1), strict=True)
+        a == b
+        for a, b in zip(assign_parts(keys, SHARES, 0), assign_parts(keys, SHARES, 1), strict=True)
     ]
     assert sum(same) < 800
 
@@ -77,7 +78,7 @@ def test_every_row_is_in_one_part_with_its_columns_and_a_path_that_is_whole(
     tmp_path: Path,
 ) -> None:
     manifest = photographs(tmp_path, 60)
-    counts = split(asked(manifest, tmp_path / "out"))
+    counts = split_manifest(asked(manifest, tmp_path / "out"))
     found = rows_of(tmp_path / "out")
     assert sum(counts.values()) == len(found) == 60
     assert set(found) == {str(tmp_path / "images" / f"{i}.png") for i in range(60)}
@@ -91,14 +92,14 @@ def test_copies_stay_together_wherever_they_lie(tmp_path: Path) -> None:
         for copy in "ab":
             draw("red", seed=i).save(tmp_path / f"{copy}{i}.png")
             rows.append((f"{copy}{i}.png",))
-    split(asked(write_manifest(tmp_path / "m.csv", rows, ("path",)), tmp_path / "out"))
+    split_manifest(asked(write_manifest(tmp_path / "m.csv", rows, ("path",)), tmp_path / "out"))
     found = {Path(path).name: row["part"] for path, row in rows_of(tmp_path / "out").items()}
     assert all(found[f"a{i}.png"] == found[f"b{i}.png"] for i in range(30))
     assert len(set(found.values())) == 3
 
 
 def test_a_group_is_in_one_part(tmp_path: Path) -> None:
-    split(asked(photographs(tmp_path, 90), tmp_path / "out", by="patient"))
+    split_manifest(asked(photographs(tmp_path, 90), tmp_path / "out", by="patient"))
     parts: dict[str, set[str]] = {}
     for row in rows_of(tmp_path / "out").values():
         parts.setdefault(row["patient"], set()).add(row["part"])
@@ -107,15 +108,15 @@ def test_a_group_is_in_one_part(tmp_path: Path) -> None:
 
 
 def test_ten_percent_more_images_leave_the_others_where_they_were(tmp_path: Path) -> None:
-    split(asked(photographs(tmp_path, 100), tmp_path / "before"))
-    split(asked(photographs(tmp_path, 110), tmp_path / "after"))
+    split_manifest(asked(photographs(tmp_path, 100), tmp_path / "before"))
+    split_manifest(asked(photographs(tmp_path, 110), tmp_path / "after"))
     before, after = rows_of(tmp_path / "before"), rows_of(tmp_path / "after")
     assert len(after) == 110
     assert all(after[path]["part"] == row["part"] for path, row in before.items())
 
 
 def test_each_fold_is_held_out_once(tmp_path: Path) -> None:
-    split(asked(photographs(tmp_path, 60), tmp_path / "out", folds=3, by="patient"))
+    split_manifest(asked(photographs(tmp_path, 60), tmp_path / "out", folds=3, by="patient"))
     held = []
     for number in range(3):
         parts = {
@@ -132,7 +133,7 @@ def test_each_fold_is_held_out_once(tmp_path: Path) -> None:
 def test_digests_of_a_manifest_are_used_and_no_image_is_read(tmp_path: Path) -> None:
     rows = [(f"gone/{i}.png", f"{i // 2:032x}") for i in range(40)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "digest"))
-    split(asked(manifest, tmp_path / "out"))
+    split_manifest(asked(manifest, tmp_path / "out"))
     found = {row["digest"]: set() for row in rows_of(tmp_path / "out").values()}
     for row in rows_of(tmp_path / "out").values():
         found[row["digest"]].add(row["part"])
@@ -146,26 +147,26 @@ def test_only_images_without_a_digest_are_read(tmp_path: Path) -> None:
     config = build(
         SplitConfig, {"manifest": str(tmp_path / "m.parquet"), "output": str(tmp_path / "split")}
     )
-    assert sum(split(config).values()) == 2
+    assert sum(split_manifest(config).values()) == 2
 
 
 def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     manifest = photographs(tmp_path, 12)
     output = tmp_path / "out"
     with pytest.raises(ManifestError, match="no column 'site'"):
-        split(asked(manifest, output, by="site"))
+        split_manifest(asked(manifest, output, by="site"))
     with pytest.raises(ConfigError, match="at least two"):
-        split(asked(manifest, output, parts={"train": 1.0}))
+        split_manifest(asked(manifest, output, parts={"train": 1.0}))
     with pytest.raises(ConfigError, match="no name for a file"):
-        split(asked(manifest, output, parts={"../train": 1.0, "test": 1}))
+        split_manifest(asked(manifest, output, parts={"../train": 1.0, "test": 1}))
     (tmp_path / "images" / "3.png").unlink()
     with pytest.raises(ManifestError, match=r"3\.png: no such file.*--drop unreadable"):
-        split(asked(manifest, output))
+        split_manifest(asked(manifest, output))
     assert not list(output.glob("*.parquet"))
     output.mkdir(exist_ok=True)
     (output / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds notes\.txt"):
-        split(asked(manifest, output, by="patient", overwrite=True))
+        split_manifest(asked(manifest, output, by="patient", overwrite=True))
 
 
 def test_a_class_that_a_part_lacks_is_told(
@@ -173,36 +174,36 @@ def test_a_class_that_a_part_lacks_is_told(
 ) -> None:
     rows = [(f"{i}.png", f"{i:032x}", "rare" if i == 0 else "common") for i in range(50)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "digest", "label"))
-    split(asked(manifest, tmp_path / "out"))
+    split_manifest(asked(manifest, tmp_path / "out"))
     assert "class 'rare' has no image in " in capsys.readouterr().out
     with pytest.raises(OutputError, match="--overwrite"):
-        split(asked(manifest, tmp_path / "out"))
-    split(asked(manifest, tmp_path / "out", overwrite=True))
+        split_manifest(asked(manifest, tmp_path / "out"))
+    split_manifest(asked(manifest, tmp_path / "out", overwrite=True))
 
 
 def test_an_earlier_split_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     manifest, output = photographs(tmp_path, 60), tmp_path / "out"
-    split(asked(manifest, output, folds=4, by="patient"))
+    split_manifest(asked(manifest, output, folds=4, by="patient"))
     with pytest.raises(OutputError, match="--overwrite"):
-        split(asked(manifest, output, folds=2, by="patient"))
+        split_manifest(asked(manifest, output, folds=2, by="patient"))
     with pytest.raises(ManifestError, match="'site'"):
-        split(asked(manifest, output, folds=2, by="site", overwrite=True))
+        split_manifest(asked(manifest, output, folds=2, by="site", overwrite=True))
     assert len(list(output.iterdir())) == 4
-    split(asked(manifest, output, folds=2, by="patient", overwrite=True))
+    split_manifest(asked(manifest, output, folds=2, by="patient", overwrite=True))
     assert sorted(path.name for path in output.iterdir()) == ["fold-0", "fold-1"]
 
 
 def test_a_manifest_without_a_row_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [], ("path", "label"))
     with pytest.raises(ManifestError, match="has no row"):
-        split(asked(manifest, tmp_path / "out"))
+        split_manifest(asked(manifest, tmp_path / "out"))
 
 
 def test_the_row_without_a_group_is_named(tmp_path: Path) -> None:
     rows = [(f"{i}.png", "p" if i != 20_000 else "") for i in range(20_010)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "patient"))
     with pytest.raises(ManifestError, match="row 20,000 has no 'patient'"):
-        split(asked(manifest, tmp_path / "out", by="patient"))
+        split_manifest(asked(manifest, tmp_path / "out", by="patient"))
 
 
 def test_spellings_of_one_class_are_named(
@@ -210,5 +211,5 @@ def test_spellings_of_one_class_are_named(
 ) -> None:
     rows = [(f"{i}.png", "cat" if i % 3 else "Cat ", str(i)) for i in range(30)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label", "group"))
-    split(asked(manifest, tmp_path / "out", by="group"))
+    split_manifest(asked(manifest, tmp_path / "out", by="group"))
     assert "'Cat ' (10 rows) and 'cat' (20 rows)" in capsys.readouterr().out

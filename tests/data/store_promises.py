@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data import filesystem, object_store
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import (
-    OutputBusy,
+    OutputLocked,
     StorageCredentials,
     StorageError,
     StorageForbidden,
@@ -71,19 +71,21 @@ class Place:
 @contextmanager
 def placed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """The store through a proxy, and every client led there."""
-    before = object_store.settings()
+    before = object_store.current_settings()
     with ExitStack() as stack:
         proxy = stack.enter_context(Proxy(cloud.endpoint).running())
         for name, value in cloud.environment(proxy.url).items():
             monkeypatch.setenv(name, value)
         forget_connections()
         anon = cloud.scheme == "gs"
-        object_store.use(StorageConfig(anon=anon, attempt_seconds=5, deadline_seconds=20))
+        object_store.set_process_settings(
+            StorageConfig(anon=anon, attempt_timeout_s=5, retry_timeout_s=20)
+        )
         yield Place(cloud, proxy)
         proxy.says = None
         proxy.share = {}
         filesystem.remove(cloud.url("t"))
-        object_store.use(before)
+        object_store.set_process_settings(before)
         forget_connections()
 
 
@@ -101,7 +103,7 @@ class StorePromises:
         assert list(filesystem.read_ahead([url])) == [b"one"]
         assert filesystem.size(url) == 3
         assert filesystem.exists(url)
-        assert filesystem.names(place.url(f"t/folder/{name}")) == [f"{name}.txt"]
+        assert filesystem.list_names(place.url(f"t/folder/{name}")) == [f"{name}.txt"]
         assert list(filesystem.walk(place.url("t/folder"))) == [f"{name}/{name}.txt"]
         assert filesystem.create(url, b"two") is False
         filesystem.remove(url)
@@ -113,7 +115,7 @@ class StorePromises:
         for call in (filesystem.read, filesystem.size):
             with pytest.raises(StorageMissing, match="no such file"):
                 call(gone)
-        assert filesystem.names(gone) == list(filesystem.walk(gone)) == []
+        assert filesystem.list_names(gone) == list(filesystem.walk(gone)) == []
         assert not filesystem.exists(gone)
         assert not filesystem.is_folder(gone)
 
@@ -133,7 +135,7 @@ class StorePromises:
             filesystem.write(place.url(f"t/{name}"), b"12345")
 
         def listed(*, deep: bool) -> tuple[list[str], dict[str, Any]]:
-            pages = list(filesystem.pages(place.url("t"), deep=deep))
+            pages = list(filesystem.iter_pages(place.url("t"), deep=deep))
             return [f for page in pages for f in page.folders], {
                 file.path: file for page in pages for file in page.files
             }
@@ -155,19 +157,19 @@ class StorePromises:
     def test_a_listing_goes_on_from_page_to_page(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(self.module, "PAGE", 3)  # type: ignore[attr-defined]
+        monkeypatch.setattr(self.module, "_PAGE_SIZE", 3)  # type: ignore[attr-defined]
         urls = [place.url(f"t/{i:02d}.jpg") for i in range(10)]
         for url in urls:
             filesystem.write(url, b"x")
-        pages = list(filesystem.pages(place.url("t"), deep=True))
+        pages = list(filesystem.iter_pages(place.url("t"), deep=True))
         assert [file.path for page in pages for file in page.files] == urls
         assert len(pages) > 1
 
     def test_a_manifest_is_built_of_a_bucket(self, place: Place, tmp_path: Path) -> None:
         for name in ("cat/1.jpg", "dog/2.png", "dog/notes.txt"):
             filesystem.write(place.url(f"t/{name}"), b"x")
-        config = BuildConfig(source=place.url("t"), output=str(tmp_path / "m"), labels=True)
-        assert build_manifest(config) == 2
+        config = ListingConfig(source=place.url("t"), output=str(tmp_path / "m"), labels=True)
+        assert build_listing(config) == 2
         rows = pq.read_table(tmp_path / "m").sort_by("path").to_pylist()
         assert [(row["path"], row["label"]) for row in rows] == [
             (place.url("t/cat/1.jpg"), "cat"),
@@ -190,7 +192,7 @@ class StorePromises:
     def test_one_driver_has_the_output_and_the_next_one_after_it(self, place: Place) -> None:
         output = place.url("t/out")
         lease = Lease.acquire(output, 1.0)
-        with pytest.raises(OutputBusy):
+        with pytest.raises(OutputLocked):
             Lease.acquire(output, 1.0)
         lease.release()
         second = Lease.acquire(output, 1.0)
@@ -217,7 +219,9 @@ class StorePromises:
 
     def test_refusals_are_told_apart(self, place: Place) -> None:
         filesystem.write(place.url("t/x.jpg"), b"x")
-        object_store.use(object_store.settings().model_copy(update={"deadline_seconds": 0.3}))
+        object_store.set_process_settings(
+            object_store.current_settings().model_copy(update={"retry_timeout_s": 0.3})
+        )
         expected: dict[int, type[StorageError]] = {
             401: StorageCredentials, 403: StorageForbidden, 404: StorageMissing,
             429: StorageThrottled, 500: StorageUnavailable, 503: StorageThrottled,
@@ -227,7 +231,7 @@ class StorePromises:
             calls: list[Callable[[], object]] = [
                 lambda: filesystem.read(place.url("t/x.jpg")),
                 lambda: filesystem.write(place.url("t/y"), b"y"),
-                lambda: list(filesystem.pages(place.url("t"), deep=True)),
+                lambda: list(filesystem.iter_pages(place.url("t"), deep=True)),
             ]
             for call in calls:
                 with pytest.raises(StorageError) as caught:

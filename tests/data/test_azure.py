@@ -39,10 +39,10 @@ class TestAzure(StorePromises):
 
 def test_a_url_may_name_the_account() -> None:
     url = "abfss://photos@myaccount.dfs.core.windows.net/2026/a#b.jpg"
-    assert azure.account_of(url) == "myaccount"
-    assert azure.account_of("az://photos/a@b.jpg") is None
-    assert object_store.url_of(url, "photos/2026/c.jpg") == (
+    assert azure.get_account(url) == "myaccount"
+    assert azure.get_account("az://photos/a@b.jpg") is None
+    assert object_store.build_url(url, "photos/2026/c.jpg") == (
         "abfss://photos@myaccount.dfs.core.windows.net/2026/c.jpg"
     )
     with pytest.raises(StorageError, match=r"host example\.com is no Azure storage account"):
-        azure.account_of("abfs://photos@example.com/a.jpg")
+        azure.get_account("abfs://photos@example.com/a.jpg")

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.data import csv_reader
-from imgcls.data.csv_reader import Dialect, read_batches, read_header
+from imgcls.data.csv_reader import CsvDialect, read_csv_batches, read_csv_header
 from imgcls.errors import ManifestError
 
 
 def rows_of(path: Path, **dialect: Any) -> list[list[str | None]]:
     """The values of a file, row by row."""
     found: list[list[str | None]] = []
-    for batch in read_batches(str(path), Dialect(**dialect)):
+    for batch in read_csv_batches(str(path), CsvDialect(**dialect)):
         found += [list(row.values()) for row in batch.to_pylist()]
     return found
 
@@ -120,7 +120,7 @@ def test_a_row_that_is_too_long_is_refused_with_its_place_and_the_remedy(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(csv_reader, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(csv_reader, "_LONGEST_ROW_BYTES", 10_000)
+    monkeypatch.setattr(csv_reader, "_MAX_ROW_BYTES", 10_000)
     file.write_text("path,x\n" + "a,b\n" * 1000 + "c," + "x" * 30_000 + "\n")
     message = refused(file)
     assert "is longer than 128 MiB; write long values to files of their own" in message
@@ -217,7 +217,7 @@ def test_an_impossible_escape_is_refused(file: Path, escape: str) -> None:
 def test_several_byte_order_marks_are_no_part_of_the_first_name(file: Path) -> None:
     for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
         file.write_bytes('\ufeff\ufeff"path",x\na.jpg,b\n'.encode(encoding))
-        assert read_header(str(file), Dialect()).names == ["path", "x"]
+        assert read_csv_header(str(file), CsvDialect()).names == ["path", "x"]
         assert rows_of(file) == [["a.jpg", "b"]]
 
 

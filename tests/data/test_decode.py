@@ -22,7 +22,7 @@ from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from imgcls.data import decode
-from imgcls.data.decode import decode_batch, picture, target_size
+from imgcls.data.decode import compute_resized_size, decode_batch, decode_preview
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
 from tests.data.pictures import (
@@ -101,7 +101,7 @@ LOSSY = {"JPEG", "WEBP"}
     ("format", "mode"), [(f, mode) for f, modes in HELD.items() for mode in modes.split()]
 )
 def test_every_mode_of_every_format_becomes_rgb_of_the_models_size(format: str, mode: str) -> None:
-    pixels, shown = decode.decode(encoded(plain(mode), format), SPEC)
+    pixels, shown = decode.decode_image(encoded(plain(mode), format), SPEC)
     assert pixels.shape == (3, 224, 224)
     assert pixels.dtype == np.uint8
     assert pixels.transpose(1, 2, 0).flags.c_contiguous
@@ -113,7 +113,7 @@ def test_every_mode_of_every_format_becomes_rgb_of_the_models_size(format: str, 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits", "group4", "jpeg"])
 def test_compressed_tiffs_are_read(compression: str) -> None:
     mode = "1" if compression == "group4" else "RGB"
-    pixels, _ = decode.decode(encoded(plain(mode), "TIFF", compression=compression), SPEC)
+    pixels, _ = decode.decode_image(encoded(plain(mode), "TIFF", compression=compression), SPEC)
     assert np.abs(pixels.mean((1, 2)) - MODES[mode]).max() < 3
 
 
@@ -127,13 +127,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None
     values = np.tile(ramp, (224, 1))
     kind = {"I;16": "<u2", "I;16B": ">u2"}[mode]
     data = encoded(Image.fromarray(values.astype(kind)), format)
-    pixels, _ = decode.decode(data, fast(resize=224, crop=224))
+    pixels, _ = decode.decode_image(data, fast(resize=224, crop=224))
     assert (pixels == np.round(values / 257).astype(np.uint8)).all()
 
 
 def test_sixteen_bits_per_colour_are_scaled_too() -> None:
     row = b"\0" + struct.pack(">HHH", *(value * 257 for value in COLOUR)) * 8
-    pixels, _ = decode.decode(png_of_size(8, 8, bits=16, rows=row * 8), SMALL)
+    pixels, _ = decode.decode_image(png_of_size(8, 8, bits=16, rows=row * 8), SMALL)
     assert np.abs(pixels.astype(int) - np.array(COLOUR).reshape(3, 1, 1)).max() <= 1
 
 
@@ -162,7 +162,7 @@ def test_what_is_transparent_is_white(format: str, mode: str) -> None:
     image, options = checkered(mode)
     if format == "WEBP":
         options["lossless"] = True
-    pixels, _ = decode.decode(encoded(image, format, **options), fast(resize=64, crop=64))
+    pixels, _ = decode.decode_image(encoded(image, format, **options), fast(resize=64, crop=64))
     assert (pixels[:, :, :20] == 255).all()
     right = COLOUR if mode not in ("L", "LA") else (99, 99, 99)
     assert np.abs(pixels[:, :, -20:].mean((1, 2)) - right).max() < 2
@@ -174,7 +174,7 @@ def test_of_many_frames_or_pages_the_first_is_taken(format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(first, format, save_all=True, append_images=others, **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
-    pixels, shown = decode.decode(data, SMALL)
+    pixels, shown = decode.decode_image(data, SMALL)
     assert shown == SIZE
     assert np.abs(pixels.mean((1, 2)) - COLOUR).max() < 3
 
@@ -184,7 +184,7 @@ def test_a_phones_jpeg_with_a_second_picture_behind_it_is_the_first_one() -> Non
     data = stored(upright, "MPO", 6, save_all=True, append_images=[Image.new("RGB", (50, 50))])
     assert Image.open(io.BytesIO(data)).format == "MPO"
     for spec in (SPEC, fast(resize=900, crop=900)):
-        pixels, shown = decode.decode(data, spec)
+        pixels, shown = decode.decode_image(data, spec)
         assert shown == upright.size
         assert difference(pixels, reference(upright, spec)) < 2
 
@@ -216,7 +216,7 @@ def test_every_route_agrees_with_pillow_on_photographs(
     apart = []
     for path in paths[:: len(paths) // 12]:
         data, seen = through(route, Image.open(folder / path).convert("RGB"), spec)
-        apart.append(difference(decode.decode(data, spec)[0], reference(seen, spec)))
+        apart.append(difference(decode.decode_image(data, spec)[0], reference(seen, spec)))
     mean, worst = AGREEMENT[route]
     assert np.mean(apart) < mean
     assert max(apart) < worst
@@ -231,7 +231,10 @@ def test_every_route_agrees_with_pillow_on_drawings(
     for interpolation in ("bilinear", "bicubic"):
         spec = fast(mode=mode, interpolation=interpolation)
         data, seen = through(route, drawn(*size), spec)
-        assert difference(decode.decode(data, spec)[0], reference(seen, spec)) < AGREEMENT[route][1]
+        assert (
+            difference(decode.decode_image(data, spec)[0], reference(seen, spec))
+            < AGREEMENT[route][1]
+        )
 
 
 @pytest.mark.parametrize("extra", range(8))
@@ -239,7 +242,7 @@ def test_sizes_that_eighths_do_not_divide_are_not_shifted(extra: int) -> None:
     upright = drawn(720 + extra, 727 - extra)
     for orientation in range(1, 9):
         data = stored(upright, "JPEG", orientation, quality=95, subsampling=0)
-        pixels, _ = decode.decode(data, fast(resize=64, crop=64))
+        pixels, _ = decode.decode_image(data, fast(resize=64, crop=64))
         assert difference(pixels, reference(upright, fast(resize=64, crop=64))) < 1
 
 
@@ -249,13 +252,15 @@ def test_small_pictures_are_enlarged_as_the_reference_does(
     route: str, size: tuple[int, int]
 ) -> None:
     data, seen = through(route, drawn(*size), SPEC)
-    assert difference(decode.decode(data, SPEC)[0], reference(seen, SPEC)) < AGREEMENT[route][1]
+    assert (
+        difference(decode.decode_image(data, SPEC)[0], reference(seen, SPEC)) < AGREEMENT[route][1]
+    )
 
 
 @pytest.mark.parametrize("route", AGREEMENT)
 def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
     data, seen = through(route, drawn(640, 480).convert("L"), SPEC)
-    pixels, _ = decode.decode(data, SPEC)
+    pixels, _ = decode.decode_image(data, SPEC)
     assert (pixels[0] == pixels[1]).all()
     assert (pixels[0] == pixels[2]).all()
     assert difference(pixels, reference(seen, SPEC)) < AGREEMENT[route][1]
@@ -269,10 +274,10 @@ def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 def test_a_turned_jpeg_is_shown_upright(orientation: int, size: tuple[int, int], mode: Any) -> None:
     upright, spec = drawn(*size), fast(mode=mode)
-    pixels, shown = decode.decode(
+    pixels, shown = decode.decode_image(
         stored(upright, "JPEG", orientation, quality=95, subsampling=0), spec
     )
-    same, _ = decode.decode(encoded(upright, "BMP"), spec)
+    same, _ = decode.decode_image(encoded(upright, "BMP"), spec)
     assert shown == upright.size
     assert difference(pixels, same) < 2
 
@@ -282,9 +287,9 @@ def test_a_turned_jpeg_is_shown_upright(orientation: int, size: tuple[int, int],
 def test_a_turned_file_of_another_format_is_shown_upright(orientation: int, format: str) -> None:
     upright = drawn(120, 200)
     data = stored(upright, format, orientation, **LOSSLESS[format])
-    pixels, shown = decode.decode(data, SPEC)
+    pixels, shown = decode.decode_image(data, SPEC)
     assert shown == (120, 200)
-    assert difference(pixels, decode.decode(encoded(upright, "BMP"), SPEC)[0]) < 1
+    assert difference(pixels, decode.decode_image(encoded(upright, "BMP"), SPEC)[0]) < 1
 
 
 def test_what_a_png_says_of_itself_behind_its_pixels_is_heeded() -> None:
@@ -295,15 +300,15 @@ def test_what_a_png_says_of_itself_behind_its_pixels_is_heeded() -> None:
     exif = turned[place : place + 12 + length]
     rest = turned[:place] + turned[place + 12 + length :]
     end = rest.index(b"IEND") - 4
-    pixels, shown = decode.decode(rest[:end] + exif + rest[end:], SPEC)
+    pixels, shown = decode.decode_image(rest[:end] + exif + rest[end:], SPEC)
     assert shown == (120, 200)
-    assert difference(pixels, decode.decode(encoded(upright, "BMP"), SPEC)[0]) < 1
+    assert difference(pixels, decode.decode_image(encoded(upright, "BMP"), SPEC)[0]) < 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_plain_png_is_what_torchvision_makes_of_its_pixels(mode: str) -> None:
     image = drawn(400, 300).convert(mode)
-    pixels, _ = decode.decode(encoded(image, "PNG"), SPEC)
+    pixels, _ = decode.decode_image(encoded(image, "PNG"), SPEC)
     tensor = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     resized = Resize(SPEC.resize, antialias=True)(tensor)
     away = np.abs(pixels.astype(int) - CenterCrop(SPEC.crop)(resized).numpy())
@@ -314,21 +319,21 @@ def test_a_plain_png_is_what_torchvision_makes_of_its_pixels(mode: str) -> None:
 def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None:
     image = drawn(60, 40)
     for format in ("PNG", "JPEG", "TIFF"):
-        pixels, shown = decode.decode(encoded(image, format, orientation), SMALL)
-        assert picture(encoded(image, format, orientation), 20).orientation == 1
+        pixels, shown = decode.decode_image(encoded(image, format, orientation), SMALL)
+        assert decode_preview(encoded(image, format, orientation), 20).orientation == 1
         assert shown == (60, 40)
-        assert difference(pixels, decode.decode(encoded(image, format), SMALL)[0]) < 1
+        assert difference(pixels, decode.decode_image(encoded(image, format), SMALL)[0]) < 1
 
 
 def test_broken_exif_says_nothing_about_the_pixels() -> None:
     data = encoded(drawn(60, 40), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
-    assert decode.decode(data, SMALL)[1] == (60, 40)
+    assert decode.decode_image(data, SMALL)[1] == (60, 40)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 def test_a_picture_is_upright_and_no_larger_than_asked(orientation: int, format: str) -> None:
-    small = picture(stored(drawn(900, 600), format, orientation), 96).image
+    small = decode_preview(stored(drawn(900, 600), format, orientation), 96).image
     assert small.mode == "RGB"
     assert small.size == (96, 64)
     assert difference(np.asarray(small), np.asarray(drawn(900, 600).resize((96, 64)))) < 3
@@ -343,7 +348,7 @@ def test_the_resized_length_is_rounded_as_torchvision_does(
 ) -> None:
     spec = fast(resize=resize, crop=1)
     expected = _compute_resized_output_size((height, width), [resize])
-    assert target_size((width, height), spec) == tuple(reversed(expected))
+    assert compute_resized_size((width, height), spec) == tuple(reversed(expected))
 
 
 @given(
@@ -355,7 +360,9 @@ def test_any_size_becomes_the_models_size(
     width: int, height: int, crop: int, margin: int, mode: Any, format: str
 ) -> None:
     spec = fast(resize=crop + margin, crop=crop, mode=mode)
-    pixels, shown = decode.decode(encoded(Image.new("RGB", (width, height), COLOUR), format), spec)
+    pixels, shown = decode.decode_image(
+        encoded(Image.new("RGB", (width, height), COLOUR), format), spec
+    )
     assert pixels.shape == (3, crop, crop)
     assert shown == (width, height)
     if mode != "pad":
@@ -372,7 +379,7 @@ def test_pad_shows_the_whole_picture_between_black_bars(
 ) -> None:
     spec = fast(mode="pad")
     data = encoded(drawn(*size), format)
-    pixels, _ = decode.decode(data, spec)
+    pixels, _ = decode.decode_image(data, spec)
     fitted = (224, 112) if size[0] > size[1] else (112, 224)
     whole = Image.open(io.BytesIO(data)).resize(fitted, Image.Resampling.BILINEAR)
     assert difference(pixels[:, *inside], np.asarray(whole).transpose(2, 0, 1)) < 2
@@ -385,7 +392,9 @@ def test_pad_shows_the_whole_picture_between_black_bars(
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (20_000, 3), (1, 1)])
 def test_a_line_of_pixels_is_a_picture_too(format: str, mode: Any, size: tuple[int, int]) -> None:
-    pixels, shown = decode.decode(encoded(Image.new("RGB", size, COLOUR), format), fast(mode=mode))
+    pixels, shown = decode.decode_image(
+        encoded(Image.new("RGB", size, COLOUR), format), fast(mode=mode)
+    )
     assert pixels.shape == (3, 224, 224)
     assert shown == size
     seen = pixels.reshape(3, -1).max(1)
@@ -399,7 +408,7 @@ def test_a_line_of_pixels_is_a_picture_too(format: str, mode: Any, size: tuple[i
 @pytest.mark.parametrize("size", [(13_000, 13_000), (65_000, 65_000), (65_000, 2_000)])
 def test_too_many_pixels_are_refused_from_the_header(format: str, size: tuple[int, int]) -> None:
     with pytest.raises(ImageTooLarge) as caught:
-        decode.decode(enlarged(format, *size), SPEC)
+        decode.decode_image(enlarged(format, *size), SPEC)
     assert caught.value.status == "too_large"
     assert f"{size[0] * size[1]:,}" in str(caught.value) or str(size[0] * size[1]) in str(
         caught.value
@@ -408,22 +417,22 @@ def test_too_many_pixels_are_refused_from_the_header(format: str, size: tuple[in
 
 def test_the_limit_is_what_was_asked_for_and_includes_itself() -> None:
     data = encoded(drawn(50, 40), "PNG")
-    assert decode.decode(data, SMALL, max_pixels=2000)[1] == (50, 40)
+    assert decode.decode_image(data, SMALL, max_pixels=2000)[1] == (50, 40)
     with pytest.raises(ImageTooLarge, match=r"50x40 is 2,000 pixels, more than max_pixels 1,999"):
-        decode.decode(data, SMALL, max_pixels=1999)
+        decode.decode_image(data, SMALL, max_pixels=1999)
 
 
 _BOMB = """
 import resource, sys
-from imgcls.data.decode import decode
+from imgcls.data.decode import decode_image
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageTooLarge
 from tests.data.pictures import drawn, encoded, png_of_size
-decode(encoded(drawn(600, 400), "PNG"), Preprocess())
+decode_image(encoded(drawn(600, 400), "PNG"), Preprocess())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for size in ((50_000, 50_000), (13_000, 13_000)):
     try:
-        decode(png_of_size(*size), Preprocess())
+        decode_image(png_of_size(*size), Preprocess())
     except ImageTooLarge:
         print("refused")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -438,7 +447,7 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
 
 
 def test_a_file_without_bytes_is_empty() -> None:
-    for call in (lambda: decode.decode(b"", SPEC), lambda: picture(b"", 64)):
+    for call in (lambda: decode.decode_image(b"", SPEC), lambda: decode_preview(b"", 64)):
         with pytest.raises(EmptyImage, match="no bytes") as caught:
             call()
         assert caught.value.status == "empty"
@@ -463,7 +472,7 @@ def test_a_file_without_bytes_is_empty() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
-    for call in (lambda: decode.decode(data, SPEC), lambda: picture(data, 64)):
+    for call in (lambda: decode.decode_image(data, SPEC), lambda: decode_preview(data, 64)):
         with pytest.raises(NotAnImage, match=r"JPEG, PNG, WebP, .* are decoded") as caught:
             call()
         assert caught.value.status == "not_an_image"
@@ -496,7 +505,7 @@ def test_a_file_cut_off_anywhere_is_an_image_error(name: str) -> None:
     cuts = sorted({*range(1, 40), *range(40, len(whole), max(1, len(whole) // 60)), len(whole) - 1})
     for cut in cuts:
         try:
-            decode.decode(whole[:cut], SPEC)
+            decode.decode_image(whole[:cut], SPEC)
             statuses[cut] = "ok"
         except ImageError as error:
             statuses[cut] = error.status
@@ -512,12 +521,12 @@ def test_a_file_cut_off_anywhere_is_an_image_error(name: str) -> None:
 def test_a_cut_off_file_is_said_to_be_so_with_its_size() -> None:
     data = FILES["jpeg"][:2000]
     with pytest.raises(TruncatedImage, match=r"truncated.*\(2,000 bytes\)") as caught:
-        decode.decode(data, SPEC)
+        decode.decode_image(data, SPEC)
     assert ".cpp" not in str(caught.value)
     with pytest.raises(ImageError, match="begins as a PNG does, but its header"):
-        decode.decode(FILES["png"][:10], SPEC)
+        decode.decode_image(FILES["png"][:10], SPEC)
     with pytest.raises(ImageError):
-        picture(data, 64)
+        decode_preview(data, 64)
 
 
 STATUSES = {"empty", "truncated", "not_an_image", "unsupported", "too_large", "unreadable"}
@@ -525,7 +534,7 @@ STATUSES = {"empty", "truncated", "not_an_image", "unsupported", "too_large", "u
 
 def decodes_or_is_refused(data: bytes) -> None:
     try:
-        pixels, (width, height) = decode.decode(data, SMALL, max_pixels=4_000_000)
+        pixels, (width, height) = decode.decode_image(data, SMALL, max_pixels=4_000_000)
     except ImageError as error:
         told = error
         assert told.status in STATUSES
@@ -535,7 +544,7 @@ def decodes_or_is_refused(data: bytes) -> None:
         assert pixels.dtype == np.uint8
         assert 0 < width * height <= 4_000_000
     try:
-        small = picture(data, 20).image
+        small = decode_preview(data, 20).image
     except ImageError:
         return
     assert max(small.size) <= 20
@@ -596,10 +605,10 @@ def test_a_batch_is_decoded_as_its_images_one_by_one() -> None:
         for data, result in zip(files, found, strict=True):
             if isinstance(result, ImageError):
                 with pytest.raises(type(result)):
-                    decode.decode(data, SPEC)
+                    decode.decode_image(data, SPEC)
                 continue
             pixels, shown = result
-            alone, size = decode.decode(data, SPEC)
+            alone, size = decode.decode_image(data, SPEC)
             assert (pixels.shape, pixels.dtype, shown) == (alone.shape, torch.uint8, size)
             assert difference(pixels.numpy(), alone) < AGREEMENT["dct"][1]
 
@@ -610,7 +619,7 @@ def test_threads_decode_as_one_after_the_other() -> None:
 
     def outcome(data: bytes) -> object:
         try:
-            return decode.decode(data, SPEC)[0].tobytes()
+            return decode.decode_image(data, SPEC)[0].tobytes()
         except ImageError as error:
             return error.status, str(error)
 
@@ -631,7 +640,7 @@ def test_damage_within_the_pixels_ends_in_an_error_and_never_in_a_dead_process(k
         for place in rng.integers(40, len(whole), 4):
             damaged[place] = rng.integers(256)
         try:
-            decode.decode(bytes(damaged), SPEC)
+            decode.decode_image(bytes(damaged), SPEC)
             ends.add("decoded")
         except ImageError as error:
             ends.add(error.status)

@@ -187,13 +187,13 @@ def test_a_glob_of_several_kinds_is_refused_with_the_remedy(put: Put, tmp_path: 
 
 
 def test_the_query_of_a_signed_url_is_no_part_of_its_name() -> None:
-    from imgcls.data.discovery import table_format
-    from imgcls.data.manifest import folder_of
+    from imgcls.data.discovery import detect_table_format
+    from imgcls.data.manifest import get_table_folder
 
     url = "https://host/lists/m.csv?X-Amz-Signature=a/b%2Fc"
-    assert table_format(url) == "csv"
-    assert folder_of(url) == "https://host/lists"
-    assert table_format("s3://bucket/what?.csv") == "csv"
+    assert detect_table_format(url) == "csv"
+    assert get_table_folder(url) == "https://host/lists"
+    assert detect_table_format("s3://bucket/what?.csv") == "csv"
 
 
 def test_a_bucket_is_taken_for_what_a_folder_of_the_same_files_is(s3: Any, tmp_path: Path) -> None:

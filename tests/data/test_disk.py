@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from imgcls.data import disk, filesystem
-from imgcls.data.readahead import Allowance
+from imgcls.data.readahead import ReadAllowance
 from imgcls.errors import (
-    OutputBusy,
+    OutputLocked,
     StorageError,
     StorageForbidden,
     StorageMissing,
@@ -140,7 +140,7 @@ def test_a_file_that_grows_while_it_is_read_is_cut_off_at_the_limit(
     real = os.read
     monkeypatch.setattr(os, "read", growing)
     with pytest.raises(StorageTooLarge):
-        disk.read(str(path), Allowance(5 << 20))
+        disk.read_local_file(str(path), ReadAllowance(5 << 20))
     assert took <= 7 << 20
 
 
@@ -149,10 +149,10 @@ def test_a_name_that_is_not_utf8_is_a_row_that_is_missing(tmp_path: Path, name: 
     Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"x")
     (listed,) = filesystem.walk(str(tmp_path))
     assert listed == name.decode("utf-8", "replace")
-    assert [f.path for page in filesystem.pages(str(tmp_path), deep=True) for f in page.files] == [
-        f"{tmp_path}/{listed}"
-    ]
-    assert filesystem.names(str(tmp_path)) == [listed]
+    assert [
+        f.path for page in filesystem.iter_pages(str(tmp_path), deep=True) for f in page.files
+    ] == [f"{tmp_path}/{listed}"]
+    assert filesystem.list_names(str(tmp_path)) == [listed]
     (found,) = filesystem.read_ahead([f"{tmp_path}/{listed}"])
     assert isinstance(found, StorageMissing)
 
@@ -188,7 +188,7 @@ def test_without_hard_links_a_file_is_created_once_and_whole(tmp_path: Path, no_
 
 def test_without_hard_links_one_driver_has_the_output(tmp_path: Path, no_links: str) -> None:
     lease = Lease.acquire(str(tmp_path), 1.0)
-    with pytest.raises(OutputBusy):
+    with pytest.raises(OutputLocked):
         Lease.acquire(str(tmp_path), 1.0)
     lease.release()
     Lease.acquire(str(tmp_path), 1.0).release()
@@ -203,15 +203,15 @@ def test_a_lease_left_empty_by_a_killed_driver_is_taken_over(tmp_path: Path, no_
 
 _RIVAL = """
 import errno, os, sys, time
-from imgcls.data import storage
+from imgcls.data import filesystem
 def refused(*_, **__):
     raise OSError(errno.EOPNOTSUPP, "no links")
 os.link = refused
 folder, me = sys.argv[1:]
-storage.write(f"{folder}/ready-{me}", b"")
+filesystem.write(f"{folder}/ready-{me}", b"")
 while not os.path.exists(f"{folder}/go"):
     time.sleep(0.001)
-print([i for i in range(200) if storage.create(f"{folder}/prize-{i}", me.encode() * 1000)])
+print([i for i in range(200) if filesystem.create(f"{folder}/prize-{i}", me.encode() * 1000)])
 """
 
 

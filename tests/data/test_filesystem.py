@@ -79,7 +79,7 @@ def test_a_missing_file_is_missing(tmp_path: Path) -> None:
         assert message == f"{gone}: no such file"
     assert not filesystem.exists(gone)
     assert not filesystem.is_folder(gone)
-    assert filesystem.names(gone) == []
+    assert filesystem.list_names(gone) == []
     filesystem.remove(gone)
     fails(StorageMissing, lambda: list(filesystem.walk(gone)))
 
@@ -96,7 +96,11 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"kept")
     below = str(tmp_path / "file" / "below")
-    for call in (lambda: filesystem.read(below), *writes(below), lambda: filesystem.names(below)):
+    for call in (
+        lambda: filesystem.read(below),
+        *writes(below),
+        lambda: filesystem.list_names(below),
+    ):
         fails(StorageError, call)
     assert (tmp_path / "file").read_bytes() == b"kept"
 
@@ -114,7 +118,7 @@ def test_refused_access_is_forbidden(tmp_path: Path) -> None:
             for call in (
                 lambda: filesystem.read(path),
                 lambda: filesystem.size(path),
-                lambda: filesystem.names(str(locked)),
+                lambda: filesystem.list_names(str(locked)),
                 lambda: list(filesystem.walk(str(locked))),
                 lambda: filesystem.check_writable(str(locked)),
                 lambda: filesystem.remove(path),
@@ -162,7 +166,7 @@ def test_any_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
         assert filesystem.read(place) == b"one"
         assert filesystem.size(place) == 3
         assert filesystem.exists(place)
-        assert filesystem.names(folder) == [name]
+        assert filesystem.list_names(folder) == [name]
         assert list(filesystem.walk(folder)) == [name]
         assert filesystem.create(place, b"two") is False
         filesystem.remove(place)
@@ -171,7 +175,7 @@ def test_any_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
             stream.seek(1)
             assert stream.read() == b"wo"
         filesystem.remove(place)
-        assert filesystem.names(folder) == []
+        assert filesystem.list_names(folder) == []
 
 
 @settings(max_examples=60)
@@ -191,13 +195,13 @@ def test_folders_are_listed_sorted_and_without_hidden_or_unfinished_files(tmp_pa
     assert list(filesystem.walk(str(tmp_path))) == [
         "a/1.txt", "a-b/1.txt", "b/10.txt", "b/2.txt", "c.txt",
     ]  # fmt: skip
-    assert filesystem.names(str(tmp_path)) == ["c.txt"]
-    assert filesystem.find(f"{tmp_path}/*/1*.txt") == [
+    assert filesystem.list_names(str(tmp_path)) == ["c.txt"]
+    assert filesystem.glob(f"{tmp_path}/*/1*.txt") == [
         f"{tmp_path}/a-b/1.txt", f"{tmp_path}/a/1.txt", f"{tmp_path}/b/10.txt",
     ]  # fmt: skip
-    assert filesystem.find(f"{tmp_path}/**/2.txt") == [f"{tmp_path}/b/2.txt"]
-    assert filesystem.find(f"{tmp_path}/*") == [f"{tmp_path}/c.txt"]
-    assert filesystem.find(f"{tmp_path}/none/*") == []
+    assert filesystem.glob(f"{tmp_path}/**/2.txt") == [f"{tmp_path}/b/2.txt"]
+    assert filesystem.glob(f"{tmp_path}/*") == [f"{tmp_path}/c.txt"]
+    assert filesystem.glob(f"{tmp_path}/none/*") == []
 
 
 def test_removing_takes_a_file_or_a_folder_and_no_neighbour(tmp_path: Path) -> None:
@@ -206,10 +210,10 @@ def test_removing_takes_a_file_or_a_folder_and_no_neighbour(tmp_path: Path) -> N
     (tmp_path / "run" / "link").symlink_to(tmp_path / "outside")
     filesystem.remove(str(tmp_path / "run[1]" / "part-1"))
     filesystem.remove(str(tmp_path / "run" / "part-1"))
-    assert filesystem.names(str(tmp_path / "run")) == ["part-10"]
-    assert filesystem.names(str(tmp_path / "run1")) == ["part-1"]
+    assert filesystem.list_names(str(tmp_path / "run")) == ["part-10"]
+    assert filesystem.list_names(str(tmp_path / "run1")) == ["part-1"]
     filesystem.remove(str(tmp_path / "run" / "link"))
-    assert filesystem.names(str(tmp_path / "outside")) == ["kept"]
+    assert filesystem.list_names(str(tmp_path / "outside")) == ["kept"]
     filesystem.remove(str(tmp_path / "run"))
     assert sorted(os.listdir(tmp_path)) == ["outside", "run1", "run[1]"]
 
@@ -250,8 +254,8 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path, before: by
 
 _WRITER = """
 import sys
-from imgcls.data import storage, stores
-with storage.open_write(sys.argv[1]) as stream:
+from imgcls.data import filesystem
+with filesystem.open_write(sys.argv[1]) as stream:
     while True:
         stream.write(bytes(1 << 16))
         stream.flush()
@@ -273,9 +277,9 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, before: bytes | Non
             assert writer.stdout.readline() == b"more\n"
         writer.send_signal(signal.SIGKILL)
     expected = ["file"] if before else []
-    assert filesystem.names(str(path.parent)) == expected
+    assert filesystem.list_names(str(path.parent)) == expected
     assert list(filesystem.walk(str(path.parent))) == expected
-    assert filesystem.find(f"{path.parent}/*") == [str(path)] * len(expected)
+    assert filesystem.glob(f"{path.parent}/*") == [str(path)] * len(expected)
     assert (path.read_bytes() if before else None) == before
     filesystem.write(str(path), b"after")
     assert filesystem.read(str(path)) == b"after"
@@ -283,12 +287,12 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, before: bytes | Non
 
 _RIVAL = """
 import os, sys, time
-from imgcls.data import storage, stores
+from imgcls.data import filesystem
 folder, me, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-storage.create(f"{folder}/ready-{me}", b"")
+filesystem.create(f"{folder}/ready-{me}", b"")
 while not os.path.exists(f"{folder}/go"):
     time.sleep(0.001)
-print([i for i in range(rounds) if storage.create(f"{folder}/prize-{i}", me.encode() * 1000)])
+print([i for i in range(rounds) if filesystem.create(f"{folder}/prize-{i}", me.encode() * 1000)])
 """
 
 
@@ -316,7 +320,7 @@ def test_of_eight_rivals_exactly_one_creates_a_file(tmp_path: Path) -> None:
 
 def test_a_folder_can_be_tried_for_writing(tmp_path: Path) -> None:
     filesystem.check_writable(str(tmp_path / "new" / "deep"))
-    assert filesystem.names(str(tmp_path / "new" / "deep")) == []
+    assert filesystem.list_names(str(tmp_path / "new" / "deep")) == []
 
 
 @pytest.fixture
@@ -457,10 +461,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def short_deadline() -> Iterator[None]:
-    before = object_store.settings()
-    object_store.use(object_store.StorageConfig(deadline_seconds=0.5))
+    before = object_store.current_settings()
+    object_store.set_process_settings(object_store.StorageConfig(retry_timeout_s=0.5))
     yield
-    object_store.use(before)
+    object_store.set_process_settings(before)
 
 
 def test_reads_ahead_really_are_under_way_together(server: Server) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from imgcls.data import formats
-from imgcls.data.formats import foreign, is_image_name, recognize
+from imgcls.data.formats import has_image_suffix, identify_format, identify_unsupported_format
 
 
 @pytest.mark.parametrize(
@@ -20,20 +20,20 @@ from imgcls.data.formats import foreign, is_image_name, recognize
     ],
 )
 def test_the_suffixes_of_all_formats_are_images(name: str) -> None:
-    assert is_image_name(name)
+    assert has_image_suffix(name)
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a", "jpg", "a.txt", "a.json", "a.parquet", "a.mp4"])
 def test_other_suffixes_are_not_images(name: str) -> None:
-    assert not is_image_name(name)
+    assert not has_image_suffix(name)
 
 
 def test_no_suffix_and_no_pillow_name_belongs_to_two_formats() -> None:
-    suffixes = [suffix for entry in formats.FORMATS for suffix in entry.suffixes]
-    names = [name for entry in formats.FORMATS for name in entry.pillow]
+    suffixes = [suffix for entry in formats.IMAGE_FORMATS for suffix in entry.suffixes]
+    names = [name for entry in formats.IMAGE_FORMATS for name in entry.pillow_names]
     assert len(set(suffixes)) == len(suffixes)
     assert len(set(names)) == len(names)
-    assert set(suffixes) == formats.EXTENSIONS
+    assert set(suffixes) == formats.IMAGE_SUFFIXES
 
 
 def _box(brand: bytes, *compatible: bytes) -> bytes:
@@ -66,7 +66,7 @@ def _tga(kind: int, depth: int, *, mapped: int = 0) -> bytes:
     ],
 )  # fmt: skip
 def test_a_format_is_recognized_by_its_first_bytes(data: bytes, name: str) -> None:
-    found = recognize(data)
+    found = identify_format(data)
     assert found is not None
     assert found.name == name
 
@@ -79,8 +79,8 @@ def test_a_format_is_recognized_by_its_first_bytes(data: bytes, name: str) -> No
     ],
 )  # fmt: skip
 def test_other_bytes_are_no_format(data: bytes) -> None:
-    assert recognize(data) is None
-    assert foreign(data) is None
+    assert identify_format(data) is None
+    assert identify_unsupported_format(data) is None
 
 
 @pytest.mark.parametrize(
@@ -98,12 +98,17 @@ def test_other_bytes_are_no_format(data: bytes) -> None:
     ],
 )  # fmt: skip
 def test_other_image_formats_are_named(data: bytes, name: str) -> None:
-    assert recognize(data) is None
-    assert name in (foreign(data) or "")
+    assert identify_format(data) is None
+    assert name in (identify_unsupported_format(data) or "")
 
 
 def test_a_web_page_with_a_drawing_in_it_is_no_drawing() -> None:
-    assert foreign(b"<!DOCTYPE html><html><body><svg width='1'></svg></body></html>") is None
+    assert (
+        identify_unsupported_format(
+            b"<!DOCTYPE html><html><body><svg width='1'></svg></body></html>"
+        )
+        is None
+    )
 
 
 def test_the_table_needs_neither_torch_nor_pillow() -> None:

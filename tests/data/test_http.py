@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from imgcls.data import filesystem, object_store
-from imgcls.data.http import request_url
+from imgcls.data.http import encode_url
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import StorageMissing, StorageThrottled, StorageTooLarge, StorageUnavailable
 
@@ -100,14 +100,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[Callable[..., None]]:
-    before = object_store.settings()
+    before = object_store.current_settings()
 
     def use(**given: object) -> None:
-        object_store.use(StorageConfig(**given))  # type: ignore[arg-type]
+        object_store.set_process_settings(StorageConfig(**given))  # type: ignore[arg-type]
 
-    use(attempt_seconds=20, deadline_seconds=20)
+    use(attempt_timeout_s=20, retry_timeout_s=20)
     yield use
-    object_store.use(before)
+    object_store.set_process_settings(before)
 
 
 def endless() -> Iterator[bytes]:
@@ -165,14 +165,14 @@ def test_many_large_files_at_once_hold_no_more_than_the_budget(
         server.replies[f"/{i}"] = [Reply(body=body if i % 2 else lambda body=body: iter([body]))]  # type: ignore[misc]
     held = most = 0
 
-    class Watched(filesystem.Budget):
-        def _take(self, read: int, total: int) -> bool:
+    class Watched(filesystem.ByteBudget):
+        def _try_take(self, read: int, total: int) -> bool:
             nonlocal most
-            taken = super()._take(read, total)
+            taken = super()._try_take(read, total)
             most = max(most, sum(self._held.values()))
             return taken
 
-    monkeypatch.setattr(filesystem, "Budget", Watched)
+    monkeypatch.setattr(filesystem, "ByteBudget", Watched)
     urls = [f"{server.url}/{i}" for i in range(12)]
     for i, data in enumerate(filesystem.read_ahead(urls, in_flight=8, max_bytes=2 * MB)):
         assert data == bytes([i]) * MB
@@ -205,10 +205,10 @@ def test_a_url_reaches_the_server_byte_for_byte(server: Server, rest: str) -> No
 
 
 def test_what_no_request_can_hold_is_encoded_as_utf8() -> None:
-    assert request_url("http://h/猫 é.jpg?ü=1") == "http://h/%E7%8C%AB%20%C3%A9.jpg?%C3%BC=1"
-    assert request_url("http://h/a\r\nHost: evil") == "http://h/a%0D%0AHost:%20evil"
-    assert request_url("http://bücher.example/a") == "http://xn--bcher-kva.example/a"
-    assert request_url("http://h") == "http://h/"
+    assert encode_url("http://h/猫 é.jpg?ü=1") == "http://h/%E7%8C%AB%20%C3%A9.jpg?%C3%BC=1"
+    assert encode_url("http://h/a\r\nHost: evil") == "http://h/a%0D%0AHost:%20evil"
+    assert encode_url("http://bücher.example/a") == "http://xn--bcher-kva.example/a"
+    assert encode_url("http://h") == "http://h/"
 
 
 def test_a_redirection_is_followed_to_the_letter(server: Server) -> None:
@@ -254,7 +254,7 @@ def test_requests_carry_the_projects_name_or_another(
 def test_no_more_requests_than_allowed_are_under_way_to_a_host(
     server: Server, settings: Callable[..., None]
 ) -> None:
-    settings(host_requests=3, attempt_seconds=0.5, deadline_seconds=1)
+    settings(max_requests_per_host=3, attempt_timeout_s=0.5, retry_timeout_s=1)
     server.pause = 0.1
     # in the queue for longer than an attempt may take, and than the retry time
     found = list(filesystem.read_ahead((f"{server.url}/{i}" for i in range(60)), in_flight=48))
@@ -267,7 +267,10 @@ def test_no_more_requests_than_allowed_are_under_way_to_a_host(
     ("limit", "processes", "share"), [(64, 1, 64), (64, 7, 9), (64, 64, 1), (8, 3, 2), (4, 9, 1)]
 )
 def test_the_workers_of_a_run_share_the_limit(limit: int, processes: int, share: int) -> None:
-    assert StorageConfig(host_requests=limit).shared_by(processes).host_requests == share
+    assert (
+        StorageConfig(max_requests_per_host=limit).split_across(processes).max_requests_per_host
+        == share
+    )
 
 
 def test_gone_is_missing(server: Server) -> None:
@@ -285,7 +288,7 @@ def test_a_server_that_never_ends_its_answer_is_given_up(
             time.sleep(0.05)
             yield b"x"
 
-    settings(attempt_seconds=0.3, deadline_seconds=0.5)
+    settings(attempt_timeout_s=0.3, retry_timeout_s=0.5)
     server.replies["/x"] = [Reply(body=slow)]
     with pytest.raises(StorageUnavailable, match="did not answer"):
         filesystem.read_image(f"{server.url}/x")

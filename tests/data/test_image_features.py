@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from imgcls.data.image_features import HASH_BITS, MIRROR, digest_of, facts_of, perceptual_hash
+from imgcls.data.image_features import (
+    HASH_BITS,
+    MIRROR_BITS,
+    compute_digest,
+    compute_features,
+    compute_perceptual_hash,
+)
 from imgcls.errors import ImageTooLarge, NotAnImage, TruncatedImage
 from tests.data.pictures import drawn, encoded, stored
 
@@ -19,11 +25,11 @@ def bits(one: np.ndarray, other: np.ndarray) -> int:
 
 def test_a_file_is_described_as_a_viewer_shows_it() -> None:
     data = stored(drawn(300, 200), "JPEG", 6)
-    facts = facts_of(data)
+    facts = compute_features(data)
     assert (facts.format, facts.width, facts.height, facts.orientation) == ("JPEG", 300, 200, 6)
-    assert facts.digest == digest_of(data)
+    assert facts.digest == compute_digest(data)
     assert len(facts.hash) * 8 == HASH_BITS
-    upright = facts_of(encoded(drawn(300, 200), "JPEG"))
+    upright = compute_features(encoded(drawn(300, 200), "JPEG"))
     assert bits(facts.hash, upright.hash) < 10
 
 
@@ -40,21 +46,29 @@ def test_a_file_is_described_as_a_viewer_shows_it() -> None:
 )
 def test_a_picture_that_was_changed_a_little_keeps_its_hash(change: object) -> None:
     image = drawn(450, 300)
-    near = bits(perceptual_hash(image), perceptual_hash(change(image)))  # type: ignore[operator]
+    near = bits(compute_perceptual_hash(image), compute_perceptual_hash(change(image)))  # type: ignore[operator]
     assert near < 40
     other = ImageOps.flip(image)
-    assert bits(perceptual_hash(image), perceptual_hash(other)) > 80
+    assert bits(compute_perceptual_hash(image), compute_perceptual_hash(other)) > 80
 
 
 def test_mirroring_changes_known_bits_of_the_hash() -> None:
     image = drawn(512, 320)
-    assert bits(perceptual_hash(image), perceptual_hash(ImageOps.mirror(image)) ^ MIRROR) <= 8
-    assert bits(perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))) > 80
+    assert (
+        bits(
+            compute_perceptual_hash(image),
+            compute_perceptual_hash(ImageOps.mirror(image)) ^ MIRROR_BITS,
+        )
+        <= 8
+    )
+    assert (
+        bits(compute_perceptual_hash(image), compute_perceptual_hash(ImageOps.mirror(image))) > 80
+    )
 
 
 def test_the_measures_say_what_they_are_called() -> None:
     def of(image: Image.Image) -> object:
-        return facts_of(encoded(image, "PNG"))
+        return compute_features(encoded(image, "PNG"))
 
     black, white = of(Image.new("RGB", (64, 64))), of(Image.new("RGB", (64, 64), "white"))
     assert (black.bright, white.dark) == (0, 1)  # type: ignore[attr-defined]
@@ -70,7 +84,7 @@ def test_the_measures_say_what_they_are_called() -> None:
 
 def test_percentiles_are_numpys_to_a_shade() -> None:
     image = drawn(200, 120)
-    facts = facts_of(encoded(image, "PNG"))
+    facts = compute_features(encoded(image, "PNG"))
     luma = np.asarray(image.convert("L")) / 255
     assert (facts.dark, facts.bright) == pytest.approx(np.percentile(luma, (5, 95)), abs=1 / 255)
     assert facts.contrast == pytest.approx(luma.std(), abs=1e-6)
@@ -78,13 +92,13 @@ def test_percentiles_are_numpys_to_a_shade() -> None:
 
 def test_what_is_no_image_is_refused_as_decoding_refuses_it() -> None:
     with pytest.raises(NotAnImage):
-        facts_of(b"no image at all")
+        compute_features(b"no image at all")
     with pytest.raises(TruncatedImage):
-        facts_of(encoded(drawn(300, 200), "JPEG")[:2000])
+        compute_features(encoded(drawn(300, 200), "JPEG")[:2000])
     with pytest.raises(ImageTooLarge):
-        facts_of(encoded(drawn(300, 200), "JPEG"), max_pixels=1000)
+        compute_features(encoded(drawn(300, 200), "JPEG"), max_pixels=1000)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2)])
 def test_the_smallest_images_have_facts(size: tuple[int, int]) -> None:
-    assert facts_of(encoded(Image.new("RGB", size, "red"), "PNG")).sharpness == 0
+    assert compute_features(encoded(Image.new("RGB", size, "red"), "PNG")).sharpness == 0

@@ -57,12 +57,12 @@ FILES = files()
 
 
 def by_prepared(data: bytes) -> Any:
-    return decode.prepared(Image.open(io.BytesIO(data)), SPEC)
+    return decode.preprocess_pil_image(Image.open(io.BytesIO(data)), SPEC)
 
 
 def by_checked(data: bytes) -> Any:
     """What decode_batch gives a GPU, and what Pillow decodes of it."""
-    (found,) = decode.checked_jpegs([data])
+    (found,) = decode.check_jpegs([data])
     if isinstance(found, ImageError):
         raise found
     return np.asarray(Image.open(io.BytesIO(found)).convert("RGB"))
@@ -76,11 +76,11 @@ def by_batch(data: bytes) -> Any:
 
 
 ROUTES: dict[str, Callable[[bytes], Any]] = {
-    "decode": lambda data: decode.decode(data, SPEC)[0],
-    "decode exact": lambda data: decode.decode(data, EXACT)[0],
+    "decode": lambda data: decode.decode_image(data, SPEC)[0],
+    "decode exact": lambda data: decode.decode_image(data, EXACT)[0],
     "decode_batch": by_batch,
     "checked_jpegs": by_checked,
-    "picture": lambda data: np.asarray(decode.picture(data, 96).image),
+    "picture": lambda data: np.asarray(decode.decode_preview(data, 96).image),
     "prepared": by_prepared,
 }
 
@@ -157,7 +157,7 @@ def test_a_progressive_file_without_its_later_scans_is_truncated(route: str) -> 
         for end in (EOI, b"", bytes(64)):
             assert statuses(whole[:table] + end) == dict.fromkeys(ROUTES, "truncated")
     with pytest.raises(TruncatedImage, match=r"truncated: scans are missing \([\d,]+ bytes\)"):
-        jpeg.decode(whole[: whole.rindex(b"\xff\xc4", 0, scans[4])] + EOI)
+        jpeg.decode_jpeg(whole[: whole.rindex(b"\xff\xc4", 0, scans[4])] + EOI)
 
 
 def in_three_scans() -> tuple[list[bytes], Image.Image]:
@@ -179,7 +179,7 @@ def in_three_scans() -> tuple[list[bytes], Image.Image]:
 def test_a_sequential_file_without_one_of_its_scans_is_truncated() -> None:
     pieces, image = in_three_scans()
     whole = b"".join([*pieces, EOI])
-    assert np.abs(jpeg.decode(whole).astype(int) - np.asarray(image)).max() <= 1
+    assert np.abs(jpeg.decode_jpeg(whole).astype(int) - np.asarray(image)).max() <= 1
     assert statuses(whole) == dict.fromkeys(ROUTES, "ok")
     for count in (2, 3):
         for end in (EOI, b""):
@@ -195,7 +195,7 @@ def test_corrupt_image_data_are_unreadable_on_every_route(name: str) -> None:
     data = whole[:middle] + inserted + whole[middle:]
     assert statuses(data) == dict.fromkeys(ROUTES, "unreadable")
     with pytest.raises(ImageError, match="the JPEG image data are corrupt: "):
-        decode.decode(data, SPEC)
+        decode.decode_image(data, SPEC)
 
 
 def unknown_jfif(data: bytes) -> bytes:
@@ -218,7 +218,7 @@ def test_what_libjpeg_warns_of_outside_the_image_data_hides_and_causes_no_error(
     change: Callable[[bytes], bytes],
 ) -> None:
     whole = FILES["torchvision baseline"]
-    assert (jpeg.decode(change(whole)) == jpeg.decode(whole)).all()
+    assert (jpeg.decode_jpeg(change(whole)) == jpeg.decode_jpeg(whole)).all()
     assert statuses(change(whole)) == dict.fromkeys(ROUTES, "ok")
     for cut in (whole[: len(whole) // 2] + EOI, whole[: len(whole) // 2]):
         assert statuses(change(cut)) == dict.fromkeys(ROUTES, "truncated")
@@ -227,7 +227,7 @@ def test_what_libjpeg_warns_of_outside_the_image_data_hides_and_causes_no_error(
 def test_a_few_bytes_before_the_end_marker_are_no_damage() -> None:
     whole = FILES["torchvision restart"]  # after a restart libjpeg counts them exactly
     few, many = whole[:-2] + b"ab" + EOI, whole[:-2] + b"abcdefgh" * 4 + EOI
-    assert (jpeg.decode(few) == jpeg.decode(whole)).all()
+    assert (jpeg.decode_jpeg(few) == jpeg.decode_jpeg(whole)).all()
     assert statuses(few) == dict.fromkeys(ROUTES, "ok")
     assert statuses(many) == dict.fromkeys(ROUTES, "unreadable")
 
@@ -239,7 +239,7 @@ def test_bytes_before_restart_markers_are_no_damage_and_hide_none(kind: str) -> 
     start = scan_start(whole)
     padded = whole[:start] + re.sub(rb"(?=\xff[\xd0-\xd7])", b"\x55", whole[start:])
     assert len(padded) > len(whole) + 10
-    assert (jpeg.decode(padded) == jpeg.decode(whole)).all()
+    assert (jpeg.decode_jpeg(padded) == jpeg.decode_jpeg(whole)).all()
     assert statuses(padded) == dict.fromkeys(ROUTES, "ok")
     assert statuses(padded[:-2] + bytes(64)) == dict.fromkeys(ROUTES, "ok")
     last = max(match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", padded))
@@ -294,7 +294,7 @@ def test_sampling_factors_that_simplejpeg_refuses_are_decoded_by_pillow(
 ) -> None:
     data = of_sampling(odd, 150, 110)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert (jpeg.decode(data) == expected).all()
+    assert (jpeg.decode_jpeg(data) == expected).all()
     assert set(statuses(data).values()) == {"ok"}
     assert set(statuses(data[:-2]).values()) == {"ok"}
     for share in (0.4, 0.7, 0.95):
@@ -316,7 +316,7 @@ def test_a_factor_gives_the_means_of_squares() -> None:
     whole = encoded(noisy(203, 157).convert("L"), "JPEG", quality=95)
     pixels = np.asarray(Image.open(io.BytesIO(whole))).astype(float)
     for factor in (2, 4, 8):
-        found = jpeg.decode(whole, factor)
+        found = jpeg.decode_jpeg(whole, factor)
         assert found.shape == (-(-157 // factor), -(-203 // factor), 3)
         rows, columns = 157 // factor, 203 // factor
         squares = pixels[: rows * factor, : columns * factor]
@@ -325,14 +325,14 @@ def test_a_factor_gives_the_means_of_squares() -> None:
 
 
 def test_the_frame_header_is_read() -> None:
-    frame = jpeg.read_frame(FILES["torchvision progressive"])
-    assert frame == jpeg.Frame(0xC2, 8, (150, 110), {1: (2, 2), 2: (1, 1), 3: (1, 1)}, 3)
-    assert frame.has_many_scans
-    gray = jpeg.read_frame(FILES["dct gray"])
-    assert gray == jpeg.Frame(0xC0, 8, (507, 381), {1: (1, 1)}, 1)
-    assert not gray.has_many_scans
+    frame = jpeg.read_frame_header(FILES["torchvision progressive"])
+    assert frame == jpeg.FrameHeader(0xC2, 8, (150, 110), {1: (2, 2), 2: (1, 1), 3: (1, 1)}, 3)
+    assert frame.has_multiple_scans
+    gray = jpeg.read_frame_header(FILES["dct gray"])
+    assert gray == jpeg.FrameHeader(0xC0, 8, (507, 381), {1: (1, 1)}, 1)
+    assert not gray.has_multiple_scans
     for junk in (b"", b"\xff\xd8", b"\xff\xd8\xff", FILES["dct gray"][:180], bytes(1000)):
-        assert jpeg.read_frame(junk) is None
+        assert jpeg.read_frame_header(junk) is None
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_the_frame_header_is_read() -> None:
 def test_the_color_of_a_reduced_image_is_as_coarse_as_libjpeg_leaves_it(
     sampling: dict[int, tuple[int, int]], coarser: tuple[int, int]
 ) -> None:
-    assert jpeg.Frame(0xC0, 8, (1, 1), sampling, 3).reduced_chroma == coarser
+    assert jpeg.FrameHeader(0xC0, 8, (1, 1), sampling, 3).chroma_spans == coarser
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -359,8 +359,8 @@ def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: A
     data = encoded(noisy(*SIZES["dct"], grain=4), "JPEG", quality=90, **KINDS[kind])
     spec = SPEC.model_copy(update={"interpolation": interpolation})
     expected = reference(Image.open(io.BytesIO(data)), spec)
-    exact = decode.decode(data, spec.model_copy(update={"decode": "exact"}))[0]
-    fast = decode.decode(data, spec)[0]
+    exact = decode.decode_image(data, spec.model_copy(update={"decode": "exact"}))[0]
+    fast = decode.decode_image(data, spec)[0]
     assert difference(exact, expected) < 0.02
     exactly = spec.model_copy(update={"decode": "exact"})
     (found,) = decode.decode_batch([data], exactly, device=torch.device("cpu"))
@@ -380,8 +380,8 @@ def test_photographs_keep_their_status_and_pixels_when_the_end_marker_is_lost(sh
         pixels = np.asarray(Image.open(path).convert("RGB"))
         end = data.rindex(EOI)
         for sound in (data, data[:end], data[:end] + bytes(64), data[:end] + bytes(99) + EOI):
-            assert (jpeg.decode(sound) == pixels).all(), path
+            assert (jpeg.decode_jpeg(sound) == pixels).all(), path
         for few in (1, 8, 500):
             for padding in (b"", EOI, bytes(64), bytes(4096) + EOI):
                 with pytest.raises(TruncatedImage):
-                    jpeg.checked(data[: end - few] + padding)
+                    jpeg.verify_jpeg(data[: end - few] + padding)

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from imgcls.data.manifest import (
     ManifestConfig,
-    alike_labels,
-    labels_as_text,
+    find_label_variants,
+    normalize_labels,
     open_manifest,
-    resolve,
-    resolved,
+    resolve_path,
+    resolve_paths,
 )
 from imgcls.errors import ManifestError, RequestError
 
@@ -669,8 +669,8 @@ def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(
     ],
 )
 def test_absolute_paths_and_urls_stay_as_they_are(path: str) -> None:
-    assert resolve(path, "/root") == path
-    assert resolve(path, "s3://other/root") == path
+    assert resolve_path(path, "/root") == path
+    assert resolve_path(path, "s3://other/root") == path
 
 
 def test_paths_of_a_glob_start_at_the_folder_of_their_own_file(put: Put, tmp_path: Path) -> None:
@@ -719,9 +719,9 @@ def test_the_type_of_paths_in_several_folders_is_kept(tmp_path: Path, kind: pa.D
     ],
 )
 def test_dots_in_a_relative_path_are_resolved_on_a_store(path: str, place: str) -> None:
-    assert resolve(path, "s3://bucket/lists") == place
+    assert resolve_path(path, "s3://bucket/lists") == place
     column = pa.chunked_array([[path, "b.jpg", None]])
-    assert resolved(column, "s3://bucket/lists").to_pylist() == [
+    assert resolve_paths(column, "s3://bucket/lists").to_pylist() == [
         place, "s3://bucket/lists/b.jpg", None,
     ]  # fmt: skip
 
@@ -756,7 +756,7 @@ def test_the_option_for_a_delimiter_is_named_where_it_was_not_found(put: Put) ->
 
 def test_decomposed_letters_and_blanks_are_one_label_and_none() -> None:
     labels = pa.array(["caf\u00e9", "cafe\u0301", " ", "", "\u3000", " x", None])
-    assert labels_as_text(labels).to_pylist() == ["caf\u00e9"] * 2 + [None] * 3 + [" x", None]
+    assert normalize_labels(labels).to_pylist() == ["caf\u00e9"] * 2 + [None] * 3 + [" x", None]
     wide = pa.chunked_array(
         [
             pa.DictionaryArray.from_arrays(
@@ -765,16 +765,16 @@ def test_decomposed_letters_and_blanks_are_one_label_and_none() -> None:
             for n in range(3)
         ]
     )
-    assert labels_as_text(wide).to_pylist() == [f"{n}-{i}" for n in range(3) for i in range(100)]
+    assert normalize_labels(wide).to_pylist() == [f"{n}-{i}" for n in range(3) for i in range(100)]
 
 
 def test_labels_that_differ_only_by_case_or_spaces_are_found_with_their_counts() -> None:
     counts = {"cat": 120, "Cat": 3, "cat ": 1, "dog": 5, "ﬁsh": 2, "fish": 2}
-    assert alike_labels(counts) == [
+    assert find_label_variants(counts) == [
         "'Cat' (3 rows) and 'cat' (120 rows) and 'cat ' (1 row)",
         "'fish' (2 rows) and 'ﬁsh' (2 rows)",
     ]
-    assert alike_labels({"Dog": 2, "bird": 1}, ["dog", "cat", "Cat"]) == [
+    assert find_label_variants({"Dog": 2, "bird": 1}, ["dog", "cat", "Cat"]) == [
         "'Dog' (2 rows) and class 'dog'"
     ]
 
@@ -802,7 +802,7 @@ def test_labels_that_differ_only_by_case_or_spaces_are_found_with_their_counts()
     ids=lambda value: str(value.type) if hasattr(value, "type") else "",
 )
 def test_labels_of_any_plain_type_become_text(labels: Any, text: list[str | None]) -> None:
-    found = labels_as_text(labels)
+    found = normalize_labels(labels)
     assert found.type == pa.string()
     assert found.to_pylist() == text
 
@@ -810,7 +810,7 @@ def test_labels_of_any_plain_type_become_text(labels: Any, text: list[str | None
 @pytest.mark.parametrize("labels", [pa.array([["cat"]]), pa.array([{"a": 1}]), pa.array([b"\xff"])])
 def test_labels_that_are_no_names_are_refused(labels: pa.Array) -> None:
     with pytest.raises(ManifestError, match=r"name another --manifest\.label-column"):
-        labels_as_text(labels)
+        normalize_labels(labels)
 
 
 # ------------------------------------------------------------------------------ fingerprints

@@ -34,9 +34,9 @@ from tests.faults import KINDS, Proxy, refusal
 from tests.s3 import BUCKET, REAL, forget_connections, keys, url
 
 MIX = dict.fromkeys(KINDS, 0.03) | {"slow_down": 0.05}
-QUICK = {"attempt_seconds": 1.0, "deadline_seconds": 40.0}
+QUICK = {"attempt_timeout_s": 1.0, "retry_timeout_s": 40.0}
 # a busy machine may take more than a second to answer: no request is made a second time
-PATIENT = {"attempt_seconds": 60.0, "deadline_seconds": 60.0}
+PATIENT = {"attempt_timeout_s": 60.0, "retry_timeout_s": 60.0}
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ def network(
     s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Proxy]]:
     """Puts a failing network between us and the store."""
-    before = object_store.settings()
+    before = object_store.current_settings()
     with ExitStack() as stack:
 
         def put(share: dict[str, float], seed: int = 0, **settings: Any) -> Proxy:
             proxy = stack.enter_context(Proxy(endpoint, share, seed=seed).running())
             given = QUICK | settings
-            object_store.use(StorageConfig(endpoint_url=proxy.url, **given))
+            object_store.set_process_settings(StorageConfig(endpoint_url=proxy.url, **given))
             return proxy
 
         yield put
-        object_store.use(before)
+        object_store.set_process_settings(before)
         forget_connections()
 
 
@@ -98,7 +98,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     proxy = network({}, requester_pays=True)
     proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     assert list(filesystem.read_ahead(made)) == list(made.values())
-    fs, _ = object_store.store(url(""))
+    fs, _ = object_store.resolve_store(url(""))
     long_way: list[str] = []
     call = fs._call_s3
 
@@ -190,7 +190,7 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
     made = list(objects(s3, 2))
     # what may pass is tried until the deadline; all else must not depend on it
     deadline = 3 if issubclass(kind, StorageUnavailable) else 60
-    proxy = network({}, deadline_seconds=deadline, attempt_seconds=10)
+    proxy = network({}, retry_timeout_s=deadline, attempt_timeout_s=10)
     answer = refusal(status, code, "So says the store.")
     for before in (False, True):
         if before:
@@ -207,7 +207,7 @@ def test_a_wrong_clock_is_told_with_the_difference_and_ends_the_reading(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     made = list(objects(s3, 2))
-    proxy = network({}, deadline_seconds=5)
+    proxy = network({}, retry_timeout_s=5)
     behind = email.utils.formatdate(time.time() + 3600, usegmt=True)
     answer = refusal(403, "RequestTimeTooSkewed", "The difference is too large.",
                      head=f"Date: {behind}\r\n")  # fmt: skip
@@ -229,7 +229,7 @@ def test_more_bytes_than_allowed_are_not_read(s3: Any, network: Callable[..., Pr
 
 def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..., Proxy]) -> None:
     made = list(objects(s3, 2))
-    proxy = network({}, attempt_seconds=20)
+    proxy = network({}, attempt_timeout_s=20)
     body = b"".join(b"10000\r\n" + bytes(1 << 16) + b"\r\n" for _ in range(200))
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body  # without its end
     for first in (False, True):
@@ -267,7 +267,7 @@ def test_writing_creating_and_listing_come_out_right(
         pq.write_table(table, stream, row_group_size=5_000)
     with filesystem.open_read(url("out/table.parquet")) as stream:
         assert pq.read_table(stream).equals(table)
-    assert filesystem.names(url("out")) == [*(str(i) for i in range(6)), "table.parquet"]
+    assert filesystem.list_names(url("out")) == [*(str(i) for i in range(6)), "table.parquet"]
     assert [filesystem.read(url(f"made/{i}")) for i in range(6)] == [
         b"mine %d" % i for i in range(6)
     ]
@@ -290,7 +290,7 @@ def test_a_lasting_fault_is_told_apart_from_a_missing_object(
 ) -> None:
     made = objects(s3, 4)
     for kind, word in (("slow_down", "fewer requests"), ("reset", "did not answer")):
-        network({kind: 1.0}, deadline_seconds=1.0)
+        network({kind: 1.0}, retry_timeout_s=1.0)
         found = list(filesystem.read_ahead(made))
         assert all(isinstance(each, StorageUnavailable) for each in found)
         assert all(word in str(each) for each in found)
@@ -321,22 +321,22 @@ def test_credentials_that_are_refused_end_the_reading(
 def test_settings_reach_the_driver_and_other_processes(
     s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = object_store.settings()
+    before = object_store.current_settings()
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     forget_connections()
     try:
-        object_store.use(
+        object_store.set_process_settings(
             StorageConfig(endpoint_url=endpoint, region="eu-north-1", requester_pays=True)
         )
-        fs, _ = object_store.store(url("x"))
+        fs, _ = object_store.resolve_store(url("x"))
         filesystem.write(url("x"), b"1")
         assert (fs.s3.meta.region_name, fs.req_kw) == ("eu-north-1", {"RequestPayer": "requester"})
-        read = object_store.carried(filesystem.read)
-        object_store.use(before)
+        read = object_store.bind_settings(filesystem.read)
+        object_store.set_process_settings(before)
         assert read(url("x")) == b"1"
-        assert object_store.settings().region == "eu-north-1"
+        assert object_store.current_settings().region == "eu-north-1"
     finally:
-        object_store.use(before)
+        object_store.set_process_settings(before)
         forget_connections()
 
 

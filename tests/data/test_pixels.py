@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data.decode import decode, decode_batch, picture, prepared
-from imgcls.data.image_features import facts_of
-from imgcls.data.image_headers import jpeg_xl_header
+from imgcls.data.decode import decode_batch, decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.image_features import compute_features
+from imgcls.data.image_headers import read_jpeg_xl_header
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 from tests.data.pictures import STORED, difference, drawn, encoded
@@ -45,10 +45,10 @@ def over_white(color: Array, alpha: Array) -> Array:
 
 def away(data: bytes, expected: Array) -> int:
     """The largest difference of a file's pixels from those that it must have, on two routes."""
-    pixels, shown = decode(data, SPEC)
+    pixels, shown = decode_image(data, SPEC)
     assert shown == (SIDE, SIDE)
     apart = np.abs(pixels.transpose(1, 2, 0).astype(int) - expected).max()
-    again = prepared(Image.open(io.BytesIO(data)), SPEC)
+    again = preprocess_pil_image(Image.open(io.BytesIO(data)), SPEC)
     return int(max(apart, np.abs(again.transpose(1, 2, 0).astype(int) - expected).max()))
 
 
@@ -140,7 +140,7 @@ def test_texts_and_profiles_of_any_length_do_not_refuse_a_png() -> None:
         chunk(b"iCCP", b"profile\0\0" + long),
     )  # fmt: skip
     for data in (png(RGB, 8, 2, *chunks), png(RGB, 8, 2, after=chunks[0])):
-        pixels, _ = decode(data, SPEC)
+        pixels, _ = decode_image(data, SPEC)
         assert (pixels.transpose(1, 2, 0) == RGB).all()
 
 
@@ -196,8 +196,9 @@ def test_a_damaged_png_is_refused_on_every_route(name: str) -> None:
     assert isinstance(batched, ImageError)
     assert batched.status == "unreadable"
     calls = (
-        lambda: decode(data, SPEC), lambda: picture(data, 20), lambda: facts_of(data),
-        lambda: prepared(Image.open(io.BytesIO(data)), SPEC),
+        lambda: decode_image(data, SPEC), lambda: decode_preview(data, 20),
+        lambda: compute_features(data),
+        lambda: preprocess_pil_image(Image.open(io.BytesIO(data)), SPEC),
     )  # fmt: skip
     for call in calls:
         with pytest.raises(ImageError, match="checksum of its chunk IDAT") as caught:
@@ -208,10 +209,10 @@ def test_a_damaged_png_is_refused_on_every_route(name: str) -> None:
 def test_a_png_whose_tail_is_zeros_is_damaged_and_a_cut_one_truncated() -> None:
     whole = png(NOISE[..., :3], 8, 2, interlaced=1)
     with pytest.raises(ImageError, match="damaged") as caught:
-        decode(whole[:2000] + bytes(len(whole) - 2000), SPEC)
+        decode_image(whole[:2000] + bytes(len(whole) - 2000), SPEC)
     assert caught.value.status == "unreadable"
     with pytest.raises(TruncatedImage, match="truncated in its chunk IDAT"):
-        decode(whole[:2000], SPEC)
+        decode_image(whole[:2000], SPEC)
 
 
 @pytest.mark.parametrize("kind", [b"tRNS", b"PLTE", b"sBIT", b"eXIf"])
@@ -219,7 +220,7 @@ def test_damage_in_other_chunks_of_a_png_is_seen(kind: bytes) -> None:
     held = bytearray(chunk(kind, bytes(6)))
     held[9] ^= 1
     with pytest.raises(ImageError, match=f"checksum of its chunk {kind.decode()}"):
-        decode(png(RGB, 8, 2, bytes(held)), SPEC)
+        decode_image(png(RGB, 8, 2, bytes(held)), SPEC)
 
 
 # ------------------------------------------------------------------ TIFF
@@ -355,7 +356,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_sound_tiff_that_is_not_decoded_is_named_and_never_guessed(name: str) -> None:
     data = UNSUPPORTED[name]
-    for call in (lambda: decode(data, SPEC), lambda: picture(data, 20)):
+    for call in (lambda: decode_image(data, SPEC), lambda: decode_preview(data, 20)):
         with pytest.raises(UnsupportedImage, match="not supported") as caught:
             call()
         assert caught.value.status == "unsupported"
@@ -365,7 +366,7 @@ def test_a_sound_tiff_that_is_not_decoded_is_named_and_never_guessed(name: str) 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_a_pillow_image_of_unknown_range_is_refused(mode: str) -> None:
     with pytest.raises(UnsupportedImage, match="32-bit"):
-        prepared(Image.fromarray(GREY).convert(mode), SPEC)
+        preprocess_pil_image(Image.fromarray(GREY).convert(mode), SPEC)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate"])
@@ -373,7 +374,7 @@ def test_a_cut_tiff_is_truncated(compression: str | None) -> None:
     whole = encoded(Image.fromarray(NOISE[..., :3]), "TIFF", compression=compression)
     for share in (0.2, 0.5, 0.9):
         with pytest.raises(TruncatedImage, match="truncated"):
-            decode(whole[: int(share * len(whole))], SPEC)
+            decode_image(whole[: int(share * len(whole))], SPEC)
 
 
 # ------------------------------------------------------------------ other formats
@@ -448,10 +449,10 @@ def test_a_damaged_png_within_an_icon_is_refused() -> None:
     data = bytearray(encoded(Image.fromarray(NOISE), "ICO", sizes=[(SIDE, SIDE)]))
     data[data.index(b"IDAT") + 500] ^= 255
     with pytest.raises(ImageError) as caught:
-        decode(bytes(data), SPEC)
+        decode_image(bytes(data), SPEC)
     assert caught.value.status == "unreadable"
     with pytest.raises(TruncatedImage, match="truncated"):
-        decode(bytes(data[:600]), SPEC)
+        decode_image(bytes(data[:600]), SPEC)
 
 
 @pytest.mark.parametrize(
@@ -468,14 +469,14 @@ def test_a_jpeg_process_that_is_not_decoded_is_named(
     body = struct.pack(">BHHB", precision, SIDE, SIDE, count) + b"\1\x11\0" * count
     data = b"\xff\xd8\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
     with pytest.raises(UnsupportedImage, match=name):
-        decode(data + b"\xff\xda\0\x08\1\1\0\0\0\0" + bytes(64) + b"\xff\xd9", SPEC)
+        decode_image(data + b"\xff\xda\0\x08\1\1\0\0\0\0" + bytes(64) + b"\xff\xd9", SPEC)
 
 
 def test_jpeg_2000_samples_with_signs_are_refused() -> None:
     data = bytearray(_saved("JPEG2000", GREY, no_jp2=True))
     data[data.index(b"\xff\x4f\xff\x51") + 42] |= 0x80
     with pytest.raises(UnsupportedImage, match="8-bit signed"):
-        decode(bytes(data), SPEC)
+        decode_image(bytes(data), SPEC)
 
 
 def _extra(format: str, image: Image.Image, **options: Any) -> bytes:
@@ -513,27 +514,27 @@ def test_the_new_formats_are_turned_once(
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = _extra(format, upright.transpose(turn), exif=exif.tobytes(), **options)
-    seen = picture(data, 100).image
+    seen = decode_preview(data, 100).image
     assert seen.size == (60, 40)
     assert difference(np.asarray(seen), np.asarray(upright)) < 1
 
 
 def test_the_header_of_a_jpeg_xl_file_gives_its_size_and_orientation() -> None:
     for size in ((60, 40), (300, 200), (1000, 8), (64, 64)):
-        assert jpeg_xl_header(_extra("JXL", Image.new("RGB", size))) == (*size, 1)
+        assert read_jpeg_xl_header(_extra("JXL", Image.new("RGB", size))) == (*size, 1)
     # 8 x 8 in multiples of 8, the same width, extra fields, orientation 6
     bits = 1 | 0 << 1 | 1 << 6 | 0 << 9 | 1 << 10 | 5 << 11
     bare = b"\xff\x0a" + bits.to_bytes(16, "little")
-    assert jpeg_xl_header(bare) == (8, 8, 6)
+    assert read_jpeg_xl_header(bare) == (8, 8, 6)
     boxed = b"\0\0\0\x0cJXL \r\n\x87\n" + struct.pack(">I4sI", 12 + len(bare), b"jxlp", 0) + bare
-    assert jpeg_xl_header(boxed) == (8, 8, 6)
+    assert read_jpeg_xl_header(boxed) == (8, 8, 6)
 
 
 @pytest.mark.parametrize(("format", "limit"), [("HEIF", 1000), ("JXL", 1000)])
 def test_their_pixels_are_limited_too(format: str, limit: int) -> None:
     data = _extra(format, drawn(64, 48))
     with pytest.raises(ImageError, match="64x48 is 3,072 pixels"):
-        decode(data, SPEC, max_pixels=limit)
+        decode_image(data, SPEC, max_pixels=limit)
 
 
 @pytest.mark.parametrize(
@@ -546,4 +547,4 @@ def test_without_the_extra_they_are_unsupported_and_the_remedy_is_named(
     data = _extra(format, Image.fromarray(RGB))
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(UnsupportedImage, match=rf"{name} .* pip install 'imgcls\[formats\]'"):
-        decode(data, SPEC)
+        decode_image(data, SPEC)

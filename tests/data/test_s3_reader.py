@@ -54,7 +54,7 @@ def test_any_key_is_taken_as_it_is(s3: Any, name: str) -> None:
     assert filesystem.read(place) == b"one"
     assert filesystem.size(place) == 3
     assert filesystem.exists(place)
-    assert filesystem.names(url(f"folder/{name}")) == [f"{name}.txt"]
+    assert filesystem.list_names(url(f"folder/{name}")) == [f"{name}.txt"]
     assert list(filesystem.walk(url("folder"))) == [f"{name}/{name}.txt"]
     assert filesystem.create(place, b"two") is False
     filesystem.remove(place)
@@ -67,9 +67,9 @@ def test_what_is_not_there_is_missing(s3: Any) -> None:
         assert fails(StorageMissing, lambda call=call: call(url("none"))) == (  # type: ignore[misc]
             f"s3://{BUCKET}/none: no such file"
         )
-    assert filesystem.names(url("none")) == []
+    assert filesystem.list_names(url("none")) == []
     assert list(filesystem.walk(url("none"))) == []
-    assert filesystem.find(url("none/*")) == []
+    assert filesystem.glob(url("none/*")) == []
     assert not filesystem.exists(url("none"))
     assert not filesystem.is_folder(url("none"))
     found = list(filesystem.read_ahead([url("none"), None]))
@@ -124,7 +124,7 @@ def test_the_permission_that_is_missing_is_named(
     s3.put_object(Bucket=BUCKET, Key="in/x", Body=b"kept")
     calls: dict[str, Callable[[], object]] = {
         "read": lambda: filesystem.read(url("in/x")),
-        "list": lambda: filesystem.names(url("in")),
+        "list": lambda: filesystem.list_names(url("in")),
         "write": lambda: filesystem.write(url("y"), b""),
         "create": lambda: filesystem.create(url("z"), b""),
     }
@@ -152,9 +152,9 @@ def test_of_many_rivals_one_creates_an_object(s3: Any) -> None:
 def test_listings_show_files_only_and_what_others_wrote_since(s3: Any) -> None:
     def listed() -> tuple[object, ...]:
         return (
-            filesystem.names(url("in")),
+            filesystem.list_names(url("in")),
             list(filesystem.walk(url("in"))),
-            filesystem.find(url("in/*")),
+            filesystem.glob(url("in/*")),
             filesystem.exists(url("in/late.jpg")),
         )
 
@@ -172,7 +172,7 @@ def test_listings_show_files_only_and_what_others_wrote_since(s3: Any) -> None:
     assert filesystem.size(url("in/late.jpg")) == 3
     s3.delete_object(Bucket=BUCKET, Key="in/late.jpg")
     assert listed() == (["b.jpg"], walked, [url("in/b.jpg")], False)
-    assert filesystem.find(url("in/**/1.jpg")) == [
+    assert filesystem.glob(url("in/**/1.jpg")) == [
         url(f"in/{name}/1.jpg") for name in (".y", "_x", "a-b", "a")
     ]
 

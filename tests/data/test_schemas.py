@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from imgcls.data.schemas import conform, unify_schemas, widened
+from imgcls.data.schemas import conform_table, unify_schemas, widen_dictionaries
 from imgcls.errors import ManifestError
 
 TEXT8 = pa.dictionary(pa.int8(), pa.string())
@@ -19,7 +19,7 @@ def unified(one: pa.Array, other: pa.Array) -> tuple[pa.DataType, list[Any]]:
     """The type of both columns together, and the values of both in it."""
     tables = [pa.table({"x": array}) for array in (one, other)]
     schema = unify_schemas([("a", tables[0].schema), ("b", tables[1].schema)], "manifest")
-    both = pa.concat_tables(conform(table, schema, "a") for table in tables)
+    both = pa.concat_tables(conform_table(table, schema, "a") for table in tables)
     return schema.field("x").type, both["x"].to_pylist()
 
 
@@ -126,7 +126,7 @@ def test_an_absent_column_is_null_only_where_columns_are_optional() -> None:
     with pytest.raises(ManifestError, match=r"its columns \(y, z\) differ from \(x, y\) in a"):
         unify_schemas(schemas, "manifest")
     schema = unify_schemas(schemas, "run", optional=True)
-    both = pa.concat_tables(conform(each, schema, "") for each in (one, other))
+    both = pa.concat_tables(conform_table(each, schema, "") for each in (one, other))
     assert both.to_pylist() == [{"x": 1, "y": "a", "z": None}, {"x": None, "y": "b", "z": 2.5}]
 
 
@@ -135,9 +135,9 @@ def test_dictionaries_hold_the_values_of_any_number_of_files() -> None:
         codes, names = pa.array(range(100), pa.int8()), [f"{number}-{i}" for i in range(100)]
         return pa.table({"x": pa.DictionaryArray.from_arrays(codes, pa.array(names))})
 
-    schema = widened(shard(0).schema)
+    schema = widen_dictionaries(shard(0).schema)
     assert schema.field("x").type == TEXT32
-    whole = pa.concat_tables(conform(shard(n), schema, "") for n in range(5)).combine_chunks()
+    whole = pa.concat_tables(conform_table(shard(n), schema, "") for n in range(5)).combine_chunks()
     assert whole["x"].to_pylist() == [f"{n}-{i}" for n in range(5) for i in range(100)]
 
 
@@ -149,4 +149,4 @@ def test_a_schema_that_needs_no_change_is_left_as_it_is() -> None:
             pa.field("c", pa.string(), metadata={"PARQUET:field_id": "3"}),
         ]
     )
-    assert widened(schema).equals(schema, check_metadata=True)
+    assert widen_dictionaries(schema).equals(schema, check_metadata=True)

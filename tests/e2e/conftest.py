@@ -33,7 +33,7 @@ def demonstrated(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) 
             draw(name, seed=seed).save(folder / "photos" / name / f"{seed}.jpg")
     for name in ("cat", "dog"):
         draw("red", (64, 64)).save(folder / f"{name}.jpg")
-    network = zoo.build(zoo.architecture("resnet18"), 3)
+    network = zoo.build_network(zoo.resolve_architecture("resnet18"), 3)
     torch.save(network.state_dict(), folder / "resnet18.pth")
     (folder / "imagenet.txt").write_text("\n".join(COLOURS))
     environment = cluster.environment()

@@ -47,15 +47,15 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def save_untrained(folder: Path, classes: list[str], temperature: float = 1.0) -> Path:
-    architecture = networks.architecture("small_cnn", {"width": 8})
+    architecture = networks.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(0)
     spec = BundleSpec(
         architecture=architecture,
         classes=classes,
-        preprocess=networks.default_preprocess(architecture),
+        preprocess=networks.get_default_preprocess(architecture),
         temperature=temperature,
     )
-    save_bundle(str(folder), spec, networks.build(architecture, len(classes)).state_dict())
+    save_bundle(str(folder), spec, networks.build_network(architecture, len(classes)).state_dict())
     return folder
 
 

@@ -27,7 +27,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from imgcls.data.decode import decode
+from imgcls.data.decode import decode_image
 from imgcls.data.preprocess import Preprocess
 from tests.conftest import COLOURS, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
@@ -186,7 +186,7 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
     with RayCluster.start(cpus=2) as cluster:
         order = words(
-            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.hang-seconds", 5,
+            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
         )  # fmt: skip
         with started(*order, env=cluster.environment()) as driver:
             wait_for(lambda: durable(output) > 2)
@@ -210,7 +210,7 @@ def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
     stopped = tmp_path / "stopped"
     with RayCluster.start(cpus=2, env=stopping(tmp_path / "hook", stopped)) as cluster:
         order = words(
-            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.hang-seconds", 5,
+            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
         )  # fmt: skip
         done = imgcls(*order, env=cluster.environment(), timeout=300)
         assert done.returncode == 0, done.stderr
@@ -309,7 +309,7 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
     manifest, output = photographs(tmp_path / "images", 40), tmp_path / "out"
     with RayCluster.start(cpus=0) as cluster:
         order = words(manifest, colour_bundle, output)
-        told = imgcls(*order, "--scale.wait-seconds", 3, env=cluster.environment())
+        told = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
         assert told.returncode == 2
         assert "the cluster has 0 CPUs" in told.stderr
         assert "waited 3 s for machines" in told.stderr
@@ -390,7 +390,7 @@ def worth(folder: Path, seconds: float) -> int:
     blobs = [file.read_bytes() for file in folder.glob("*.png")]
     began = time.process_time()
     for blob in blobs:
-        decode(blob, Preprocess())
+        decode_image(blob, Preprocess())
     return int(seconds * len(blobs) / (time.process_time() - began))
 
 

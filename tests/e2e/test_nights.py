@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import COLOURS, draw, save
@@ -24,14 +24,14 @@ SETTINGS = ("--precision", "fp32", "--max-error-rate", 0.5, "--chunk-rows", 4)
 
 
 def bundle(folder: Path, seed: int) -> Path:
-    architecture = zoo.architecture("small_cnn", {"width": 8})
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(seed)
     spec = BundleSpec(
         architecture=architecture,
         classes=list(COLOURS),
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
-    save_bundle(str(folder), spec, zoo.build(architecture, len(COLOURS)).state_dict())
+    save_bundle(str(folder), spec, zoo.build_network(architecture, len(COLOURS)).state_dict())
     return folder
 
 
@@ -108,8 +108,8 @@ def test_nights_come_to_what_labelling_the_last_state_from_scratch_gives(
     labelled = []
     for number in range(nights):
         world.day(number, {0: 24, killed: 40}.get(number, 6))
-        build_manifest(
-            BuildConfig(source=str(world.folder), output=str(manifest), overwrite=bool(number))
+        build_listing(
+            ListingConfig(source=str(world.folder), output=str(manifest), overwrite=bool(number))
         )
         words = [
             *("predict", "--manifest", manifest, "--model", new if number >= new_model else old),

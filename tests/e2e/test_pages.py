@@ -125,7 +125,7 @@ def _tables(folder: Path) -> None:
 
 def _weights(folder: Path) -> None:
     """Weights of networks, drawn at random, where a hub and the reader would have put them."""
-    network = zoo.build(zoo.architecture("squeezenet1_0"), len(COLOURS))
+    network = zoo.build_network(zoo.resolve_architecture("squeezenet1_0"), len(COLOURS))
     for weights, classes in (("squeezenet1_0", "imagenet"), ("weights", "classes")):
         torch.save(network.state_dict(), folder / f"{weights}.pth")
         (folder / f"{classes}.txt").write_text("\n".join(COLOURS))
@@ -136,7 +136,7 @@ def _weights(folder: Path) -> None:
     hub = folder / "hub" / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     for name, file in HUB.items():
-        torch.save(zoo.build(zoo.architecture(name), 1000).state_dict(), hub / file)
+        torch.save(zoo.build_network(zoo.resolve_architecture(name), 1000).state_dict(), hub / file)
 
 
 @contextlib.contextmanager

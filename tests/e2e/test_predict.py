@@ -117,7 +117,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     classifier = Classifier.load(str(bundle))
     folder = manifest.parent
     pixels = [
-        decode.decode((folder / path).read_bytes(), classifier.preprocess)[0]
+        decode.decode_image((folder / path).read_bytes(), classifier.preprocess)[0]
         for path in found["path"].to_pylist()
     ]
     direct = np.concatenate(
@@ -181,7 +181,7 @@ def test_the_gpu_layouts_write_the_same_table(
     assert plain.returncode == 0, plain.stderr
     with RayCluster.start(cpus=2, gpus=1) as logical:
         env = logical.environment()
-        asked = ("--scale.layout", layout, "--scale.host-share", host_share)
+        asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
         done = imgcls(*base, "--output", place / layout, *asked, env=env)
         assert done.returncode == 0, done.stderr
     assert "model workers on GPUs" in done.stdout

@@ -147,7 +147,7 @@ def test_a_network_that_fails_changes_no_row(
             run = imgcls(
                 *("predict", "--manifest", url("manifest.csv"), "--model", url("bundle")),
                 *("--output", url("out"), *settings, "--storage.endpoint-url", proxy.url),
-                *("--storage.attempt-seconds", 1, "--lease-seconds", 10),
+                *("--storage.attempt-timeout-s", 1, "--lease-seconds", 10),
             )
             assert run.returncode in (0, 1), run.stderr
             if run.returncode == 0:

@@ -26,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
 from imgcls.models.bundle import load_bundle, read_description
-from imgcls.serving.api_keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, create_key
 from imgcls.serving.config import ServeConfig
 from tests.browser import opened
 from tests.conftest import draw, write_manifest
@@ -84,14 +84,14 @@ def served(tmp_path: Path, bundle: Path, *options: object, replicas: int = 1) ->
     shutil.copytree(bundle, copy)
     keys = tmp_path / "keys.yaml"
     predict, admin = (
-        new_key(build(NewKeyConfig, {"file": str(keys), "name": name, "scopes": [name]}))
+        create_key(build(NewKeyConfig, {"file": str(keys), "name": name, "scopes": [name]}))
         for name in ("predict", "admin")
     )
     port = service_port()
     command = [
         *("serve", "--config", REPOSITORY / "jobs" / "serve.yaml", "--model", copy),
-        *("--keys", keys, "--http.port", port, "--replicas.least", replicas),
-        *("--replicas.cpus", 1, "--keys.refresh-seconds", 0.3, "--replicas.drain-seconds", 1),
+        *("--keys", keys, "--http.port", port, "--replicas.min_replicas", replicas),
+        *("--replicas.cpus", 1, "--keys.refresh-interval-s", 0.3, "--replicas.drain-period-s", 1),
         *options,
     ]
     told = tmp_path / "told.txt"
@@ -207,7 +207,7 @@ def test_many_at_once_are_answered_and_counted(service: Served) -> None:
 
 
 def test_keys_are_made_and_taken_back_without_a_restart(service: Served) -> None:
-    secret = new_key(build(NewKeyConfig, {"file": str(service.keys), "name": "visitor"}))
+    secret = create_key(build(NewKeyConfig, {"file": str(service.keys), "name": "visitor"}))
 
     def enters(key: str) -> bool:
         answers = {
@@ -612,7 +612,7 @@ def test_no_key_is_in_any_log(service: Served) -> None:
 
 
 def test_who_is_told_to_stop_answers_what_is_under_way(colour_bundle: Path, tmp_path: Path) -> None:
-    with served(tmp_path, colour_bundle, "--replicas.drain-seconds", 3) as running:
+    with served(tmp_path, colour_bundle, "--replicas.drain-period-s", 3) as running:
         body = jpeg()
         head = (
             f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {running.predict}\r\n"
@@ -653,8 +653,8 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(
         taken.listen()
         port = taken.getsockname()[1]
         assert f"http.port {port}: Address already in use" in refused("--http.port", port)
-    assert "replicas.least 9: each takes" in refused(
-        "--replicas.least", 9, "--replicas.cpus", 4, "--http.port", service_port()
+    assert "replicas.min_replicas 9: each takes" in refused(
+        "--replicas.min_replicas", 9, "--replicas.cpus", 4, "--http.port", service_port()
     )
 
 
@@ -678,7 +678,7 @@ def test_tls_is_an_option(colour_bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_other_door_answers_as_the_first_one_does(colour_bundle: Path, tmp_path: Path) -> None:
-    with served(tmp_path, colour_bundle, "--http.door", "haproxy") as running:
+    with served(tmp_path, colour_bundle, "--http.proxy", "haproxy") as running:
         with running.client() as client:
             (row,) = client.predict(jpeg())
             assert row["status"] == "ok"
@@ -752,7 +752,16 @@ def test_what_is_left_serving_is_changed_by_the_same_command(
 
     def serve(bundle: Path) -> str:
         done = imgcls(
-            *("serve", "--model", bundle, "--http.port", port, "--replicas.least", 1, "--detach"),
+            *(
+                "serve",
+                "--model",
+                bundle,
+                "--http.port",
+                port,
+                "--replicas.min_replicas",
+                1,
+                "--detach",
+            ),
             env=cluster.environment(),
         )
         assert done.returncode == 0, done.stderr

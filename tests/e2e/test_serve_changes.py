@@ -13,7 +13,7 @@ import requests
 from imgcls.config import build
 from imgcls.models.bundle import read_description
 from imgcls.serving import proxy_middleware
-from imgcls.serving.api_keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, create_key
 from tests.processes import RayCluster, imgcls, service_port, started, wait_for
 from tests.serving.app import recalibrate
 from tests.serving.test_api import jpeg
@@ -27,7 +27,7 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
     url = f"http://127.0.0.1:{port}"
     bundle = tmp_path / "bundle"
     shutil.copytree(colour_bundle, bundle)
-    key = new_key(
+    key = create_key(
         build(
             NewKeyConfig,
             {"file": f"{tmp_path}/keys.yaml", "name": "me", "scopes": ["predict", "admin"]},
@@ -37,7 +37,7 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
     # paths as they are typed: Ray's own processes have another working directory
     command = (
         *("serve", "--model", "bundle", "--keys", "keys.yaml", "--http.port", port),
-        *("--replicas.least", 1, "--detach"),
+        *("--replicas.min_replicas", 1, "--detach"),
     )
 
     def change() -> None:
@@ -51,8 +51,8 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
         return str(response.json()["sha256"])
 
     gated = {
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK,
-        **proxy_middleware.settings(1 << 20, 8 << 20),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK_PATH,
+        **proxy_middleware.build_environment(1 << 20, 8 << 20),
     }
     with RayCluster.start(cpus=2, env=gated) as cluster:
         change()

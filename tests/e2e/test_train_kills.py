@@ -26,7 +26,7 @@ from PIL import Image
 from upath import UPath
 
 from imgcls.models.classifier import Classifier
-from imgcls.training.checkpoints import Checkpoints, Standing
+from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from tests.conftest import copied, save, write_manifest
 from tests.e2e.outputs import parquet
 from tests.processes import RayCluster, imgcls, kill_family, machine, started, wait_for
@@ -99,10 +99,10 @@ def reference(digits: Path, cluster: RayCluster, place: Path) -> Path:
     return left_alone(digits, place / "reference" / "bundle", cluster, EPOCHS)
 
 
-def standing(output: Path) -> Standing:
+def standing(output: Path) -> TrainProgress:
     """How far the newest state that is on disk has come."""
-    saved = Checkpoints(str(output)).saved()
-    return saved[0].standing if saved else Standing()
+    saved = Checkpoints(str(output)).list_states()
+    return saved[0].standing if saved else TrainProgress()
 
 
 def learnt(output: Path) -> int:
@@ -265,7 +265,7 @@ def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
     digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
 ) -> None:
     copied(broken_off, output)
-    newest, before, *_ = Checkpoints(str(output)).saved()
+    newest, before, *_ = Checkpoints(str(output)).list_states()
     state = output / "_train" / f"state-{newest.number:06d}.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
     # and a marker of one more, written in part
@@ -289,14 +289,18 @@ def test_workers_that_cannot_be_had_are_waited_for_aloud_and_not_for_ever(
             other = kind.remote()  # of another job's
             ray.get(other.there.remote())
             done = imgcls(
-                *words, "--scale.wait-seconds", 40, env=cluster.environment(), timeout=PATIENCE
+                *words,
+                "--scale.resource-timeout-s",
+                40,
+                env=cluster.environment(),
+                timeout=PATIENCE,
             )
         finally:
             ray.shutdown()
     assert done.returncode == 1
     told = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
     assert re.search(told, done.stdout), done.stdout
-    assert "(scale.wait_seconds) of training workers" in done.stderr
+    assert "(scale.resource_timeout_s) of training workers" in done.stderr
     assert not is_finished(output)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls.training.checkpoints import Checkpoints, Standing
+from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from tests.conftest import save, write_manifest
 from tests.processes import RayCluster, started
 
@@ -31,7 +31,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(
     manifest: Path, output: Path, cluster: RayCluster, number: signal.Signals, *, group: bool
-) -> tuple[Standing, str]:
+) -> tuple[TrainProgress, str]:
     """Stop a training within an epoch; its newest saved state, and what it printed.
 
     group: signal all processes of the command, as Ctrl-C in a terminal does
@@ -56,7 +56,7 @@ def interrupt(
     assert f"stopped by {number.name}; all is saved, and the same command goes on" in errors
     assert not (output / "bundle.json").exists()
     assert not (output / "_lease").exists()
-    newest, *_ = Checkpoints(str(output)).saved()
+    newest, *_ = Checkpoints(str(output)).list_states()
     return newest.standing, "".join(lines) + out
 
 

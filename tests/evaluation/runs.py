@@ -94,7 +94,7 @@ def commit(
     fingerprint: str = "f" * 32,
 ) -> Path:
     """Lay a table out as the committed output of a labelling run."""
-    where = folder / layout.PREDICTIONS
+    where = folder / layout.PREDICTIONS_FOLDER
     where.mkdir(parents=True)
     files = {}
     ends = np.linspace(0, table.num_rows, parts + 1).astype(int)
@@ -103,7 +103,7 @@ def commit(
         pq.write_table(table.slice(start, end - start), where / name, row_group_size=group_rows)
         files[name] = (where / name).stat().st_size
     run = {
-        "format_version": layout.FORMAT_VERSION,
+        "format_version": layout.RUN_FORMAT_VERSION,
         "identity": {
             "manifest": {
                 "fingerprint": fingerprint, "path_column": "path", "label_column": label_column,
@@ -116,7 +116,7 @@ def commit(
         "provenance": {"config": {"model": "bundle", "manifest": {"path": "drawn.csv"}}},
         "classes": list(classes),
     }  # fmt: skip
-    (folder / layout.RUN).write_text(json.dumps(run))
+    (folder / layout.RUN_FILE).write_text(json.dumps(run))
     success = {
         "rows": table.num_rows, "status": dict(Counter(table["status"].to_pylist())),
         "run_id": "drawn", "bundle_sha256": bundle_sha256,
@@ -124,5 +124,5 @@ def commit(
         "precision": ["fp32"], "versions": {"imgcls": "0"}, "committed": "2026-01-01T00:00:00",
         "settings": {"top_k": 3},
     }  # fmt: skip
-    (folder / layout.SUCCESS).write_text(json.dumps(success))
+    (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
     return folder

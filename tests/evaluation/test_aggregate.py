@@ -13,28 +13,28 @@ from hypothesis import strategies as st
 
 from imgcls.errors import RequestError
 from imgcls.evaluation import aggregate as tally_module
-from imgcls.evaluation.aggregate import Tally, TopRows, Wanted
+from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, TopRows
 from tests.evaluation.runs import CLASSES, drawn
 
-WANTED = Wanted(CLASSES, "label", ("camera",), scores=True, gallery=7, issues=11)
+WANTED = AggregateSpec(CLASSES, "label", ("camera",), scores=True, gallery=7, issues=11)
 
 
-def described(tally: Tally) -> dict[str, Any]:
+def described(tally: RunAggregate) -> dict[str, Any]:
     """All that a tally holds, floats rounded."""
     assert tally.scores is not None
     return {
         "counts": rounded(tally.counts.to_dict()),
         "selective": tally.selective.counts.tolist(),
-        "own": tally.scores.own.tolist(),
-        "other": tally.scores.other.tolist(),
+        "own": tally.scores.positive.tolist(),
+        "other": tally.scores.negative.tolist(),
         "brier": round(tally.scores.brier_sum, 6),
-        "own_score": np.round(tally.own_score_sum, 6).tolist(),
+        "own_score": np.round(tally.label_score_sum, 6).tolist(),
         "slices": {
             name: {value: rounded(c.to_dict()) for value, c in sorted(found.items())}
             for name, found in tally.slices.items()
         },
         "kept": [
-            (kept.value.tolist(), kept.file.tolist(), kept.place.tolist())
+            (kept.value.tolist(), kept.file.tolist(), kept.position.tolist())
             for kept in (tally.mistakes, tally.uncertain, tally.issues)
         ],
     }
@@ -56,16 +56,16 @@ def rounded(values: Any) -> Any:
 )
 def test_any_partition_in_any_order_keeps_the_same(cuts: list[int], seed: int, order: Any) -> None:
     table = drawn(200, seed, failed=0.1, unlabelled=0.1, unknown=0.1, sharpness=0.5)
-    whole = Tally(WANTED)
+    whole = RunAggregate(WANTED)
     whole.add(table, 0, 0)
     ends = [0, *sorted(cuts), 200]
     parts = []
     for start, end in itertools.pairwise(ends):
-        part = Tally(WANTED)
+        part = RunAggregate(WANTED)
         part.add(table.slice(start, end - start), 0, start)
         parts.append(part)
     order.shuffle(parts)
-    merged = Tally(WANTED)
+    merged = RunAggregate(WANTED)
     for part in parts:
         merged.merge(part)
     assert described(merged) == described(whole)
@@ -75,7 +75,7 @@ def test_kept_rows_are_the_extreme_ones_and_ties_go_to_the_first() -> None:
     top = TopRows(3)
     top.add(np.array([1.0, 5.0, 5.0]), np.array([0, 0, 0]), np.array([0, 1, 2]))
     top.add(np.array([5.0, 9.0]), np.array([1, 1]), np.array([0, 1]))
-    assert list(zip(top.value, top.file, top.place, strict=True)) == [
+    assert list(zip(top.value, top.file, top.position, strict=True)) == [
         (9.0, 1, 1), (5.0, 0, 1), (5.0, 0, 2),
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_labels_of_any_type_are_matched_by_their_text() -> None:
     as_numbers = table.set_column(index, "label", numbers)
     tallies = []
     for each in (table, as_numbers):
-        tally = Tally(Wanted(("0", "1", "2"), "label"))
+        tally = RunAggregate(AggregateSpec(("0", "1", "2"), "label"))
         tally.add(each, 0, 0)
         tallies.append(tally.counts.to_dict())
     assert tallies[0] == tallies[1]
@@ -95,7 +95,7 @@ def test_labels_of_any_type_are_matched_by_their_text() -> None:
 
 def test_a_column_that_is_no_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tally_module, "MAX_SLICES", 50)
-    tally = Tally(Wanted(CLASSES, "label", ("path",)))
+    tally = RunAggregate(AggregateSpec(CLASSES, "label", ("path",)))
     with pytest.raises(
         RequestError, match=r"'path' has more than 50 values; slices are for groups"
     ):
@@ -104,4 +104,4 @@ def test_a_column_that_is_no_group_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_predictions_of_other_classes_are_refused() -> None:
     with pytest.raises(RequestError, match="come from another model"):
-        Tally(Wanted(("ant", "bee"), "label")).add(drawn(50), 0, 0)
+        RunAggregate(AggregateSpec(("ant", "bee"), "label")).add(drawn(50), 0, 0)

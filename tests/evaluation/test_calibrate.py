@@ -14,26 +14,26 @@ import torch
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.calibrate import (
     CalibrateConfig,
-    HeldOut,
+    HeldOutScores,
     calibrate,
-    confidences,
+    compute_confidences,
+    explain_undetermined,
     fit_temperature,
-    fit_vector,
-    why_undetermined,
+    fit_vector_scaling,
 )
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
-from imgcls.models.bundle import NEVER, Bundle, BundleSpec, load_bundle, save_bundle
+from imgcls.models.bundle import NEVER_ACCEPT, Bundle, BundleSpec, load_bundle, save_bundle
 from imgcls.models.classifier import Classifier
 from tests.evaluation.runs import CLASSES, commit, drawn
 
 
-def overconfident(rows: int, factor: float, seed: int = 0) -> HeldOut:
+def overconfident(rows: int, factor: float, seed: int = 0) -> HeldOutScores:
     """Labels drawn from a softmax, scored by one whose logits are `factor` times as large."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(rows, 4, generator=generator)
     label = torch.multinomial(torch.softmax(logits, 1), 1, generator=generator)[:, 0]
-    return HeldOut(torch.log_softmax(factor * logits, 1).numpy(), label.numpy())
+    return HeldOutScores(torch.log_softmax(factor * logits, 1).numpy(), label.numpy())
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0])
@@ -41,32 +41,32 @@ def test_the_temperature_that_was_put_in_is_found(factor: float) -> None:
     rows = overconfident(20_000, factor)
     temperature = fit_temperature(rows)
     assert temperature == pytest.approx(factor, rel=0.04)
-    confidence, predicted = confidences(rows, np.array([1 / temperature], np.float32), None)
+    confidence, predicted = compute_confidences(rows, np.array([1 / temperature], np.float32), None)
     assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
 
 
 def test_vector_scaling_mends_one_class_alone() -> None:
     rows = overconfident(20_000, 1.0)
-    skewed = HeldOut(rows.log_scores + np.array([0, 0, 2, 0], np.float32), rows.label)
-    scale, bias = fit_vector(skewed)
+    skewed = HeldOutScores(rows.log_scores + np.array([0, 0, 2, 0], np.float32), rows.label)
+    scale, bias = fit_vector_scaling(skewed)
     assert bias is not None
     assert bias[2] - bias[[0, 1, 3]].mean() == pytest.approx(-2, abs=0.15)
-    confidence, predicted = confidences(skewed, scale, bias)
+    confidence, predicted = compute_confidences(skewed, scale, bias)
     assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
 
 
-def always(rows: int, label: int) -> HeldOut:
+def always(rows: int, label: int) -> HeldOutScores:
     """Rows that all score class 0 best, 1 next and so on, with one label."""
     logits = torch.tensor([[3.0, 1.0, 0.0, -1.0]]).repeat(rows, 1)
-    return HeldOut(torch.log_softmax(logits, 1).numpy(), np.full(rows, label))
+    return HeldOutScores(torch.log_softmax(logits, 1).numpy(), np.full(rows, label))
 
 
 @pytest.mark.parametrize("rows", [1, 20, 5000])
 def test_rows_that_are_all_right_determine_no_temperature(rows: int) -> None:
     given = always(rows, 0)
-    assert "predictions are right" in str(why_undetermined(given))
+    assert "predictions are right" in str(explain_undetermined(given))
     assert fit_temperature(given) == 1.0
-    scale, bias = fit_vector(given)
+    scale, bias = fit_vector_scaling(given)
     assert scale.tolist() == [1.0]
     assert bias is None
 
@@ -75,27 +75,27 @@ def test_rows_that_are_all_wrong_get_nearly_equal_scores() -> None:
     given = always(20, 3)
     temperature = fit_temperature(given)
     assert temperature == pytest.approx(50, rel=1e-3)
-    confidence, _ = confidences(given, np.array([1 / temperature], np.float32), None)
+    confidence, _ = compute_confidences(given, np.array([1 / temperature], np.float32), None)
     assert confidence == pytest.approx(np.full(20, 0.25), abs=0.02)
 
 
 def test_one_wrong_row_among_many_determines_the_temperature() -> None:
     """The loss of n right rows and a wrong one has its minimum where the scores say n / (n + 1)."""
     logits = torch.tensor([[2.0, 0.0]]).repeat(100, 1)
-    rows = HeldOut(torch.log_softmax(logits, 1).numpy(), np.array([1] + [0] * 99))
-    assert why_undetermined(rows) is None
+    rows = HeldOutScores(torch.log_softmax(logits, 1).numpy(), np.array([1] + [0] * 99))
+    assert explain_undetermined(rows) is None
     assert fit_temperature(rows) == pytest.approx(2 / np.log(99), rel=1e-3)
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    architecture = zoo.architecture("small_cnn", {"width": 4})
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 4})
     torch.manual_seed(0)
     spec = BundleSpec(
         architecture=architecture, classes=list(CLASSES), temperature=2.0, threshold=0.3,
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )  # fmt: skip
-    network = zoo.build(architecture, len(CLASSES))
+    network = zoo.build_network(architecture, len(CLASSES))
     return save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
 
 
@@ -215,20 +215,20 @@ def test_per_class_thresholds_are_obeyed_and_hopeless_classes_are_not_accepted(
     run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
     changes = {"target_precision": 0.7, "per_class": True, "method": "none"}
     result = calibrate(request(bundle, run, **changes))
-    thresholds = result.bundle.spec.class_thresholds()
-    assert thresholds[CLASSES.index("eel")] == NEVER > 1
+    thresholds = result.bundle.spec.resolve_thresholds()
+    assert thresholds[CLASSES.index("eel")] == NEVER_ACCEPT > 1
     assert all(0 < t < 1 for t in thresholds[:4])
     assert result.bundle.spec.temperature == 2.0
     assert "1 of 5 classes never reach the target (eel)" in capsys.readouterr().out
     classifier = Classifier(result.bundle, precision="fp32")
     np.testing.assert_allclose(classifier._thresholds, thresholds)
     certain = np.eye(5, dtype=np.float32)  # a confidence of exactly 1 for each class
-    accepted = [each.accepted for each in classifier.ranked(certain)]
+    accepted = [each.accepted for each in classifier.rank_scores(certain)]
     assert accepted == [True, True, True, True, False]
     # what others compare with: the strictest threshold that was reached, and valid JSON
     assert result.bundle.spec.threshold == max(thresholds[:4])
     stored = json.loads((Path(result.bundle.url) / "bundle.json").read_text())
-    assert stored["thresholds"]["eel"] == NEVER
+    assert stored["thresholds"]["eel"] == NEVER_ACCEPT
     assert "never accepted: eel." in (Path(result.bundle.url) / "README.md").read_text()
 
 
@@ -243,8 +243,8 @@ def test_without_a_class_that_reaches_the_target_nothing_is_accepted(
     run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
     changes = {"target_precision": 0.9, "per_class": True, "method": "none"}
     made = calibrate(request(bundle, run, **changes)).bundle
-    assert made.spec.threshold == NEVER
-    ranked = Classifier(made, precision="fp32").ranked(np.eye(5, dtype=np.float32))
+    assert made.spec.threshold == NEVER_ACCEPT
+    ranked = Classifier(made, precision="fp32").rank_scores(np.eye(5, dtype=np.float32))
     assert not any(each.accepted for each in ranked)
     card = (Path(made.url) / "README.md").read_text()
     assert "acceptance threshold none: no prediction is accepted." in card

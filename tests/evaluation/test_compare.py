@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import RequestError, TooManyErrors
-from imgcls.evaluation.compare import CompareConfig, compare, points
-from imgcls.evaluation.compute import JudgeConfig, judge
-from imgcls.evaluation.label_join import LabelsConfig
+from imgcls.evaluation.compare import CompareConfig, compare, parse_points
+from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
+from imgcls.evaluation.label_join import LabelTableConfig
 from imgcls.inference.history import CompactConfig, compact
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn
@@ -48,11 +48,11 @@ def test_the_verdict_and_every_difference_are_those_of_the_rows(
     judged = (left.status == "ok") & left.label.notna()
     right_a = (left.predicted_label == left.label) & judged
     right_b = (right.predicted_label == left.label) & judged
-    assert found.both.rows == judged.sum()
-    assert found.both.only_a == (right_a & ~right_b).sum()
-    assert found.both.only_b == (right_b & ~right_a).sum()
-    assert found.both.difference == pytest.approx((right_b.sum() - right_a.sum()) / judged.sum())
-    assert found.both.p_value < 1e-6
+    assert found.paired.rows == judged.sum()
+    assert found.paired.only_a == (right_a & ~right_b).sum()
+    assert found.paired.only_b == (right_b & ~right_a).sum()
+    assert found.paired.difference == pytest.approx((right_b.sum() - right_a.sum()) / judged.sum())
+    assert found.paired.p_value < 1e-6
     assert "verdict: A is better" in capsys.readouterr().out
     by_class = {row["label"]: row for row in found.per_class.to_pylist()}
     for name in CLASSES:
@@ -64,12 +64,12 @@ def test_the_verdict_and_every_difference_are_those_of_the_rows(
         mine = judged & (left.camera == value)
         assert row["accuracy_a"] == pytest.approx(right_a[mine].mean())
     differ = judged & (left.predicted_label != right.predicted_label)
-    assert found.different == differ.sum()
+    assert found.num_differing == differ.sum()
     rows = pq.read_table(output / "differing.parquet").to_pandas()
     assert sorted(rows.row) == sorted(left.row[differ])
-    assert (rows.right == "a").sum() == found.both.only_a
+    assert (rows.right == "a").sum() == found.paired.only_a
     told = json.loads((output / "summary.json").read_text())
-    assert told["only_a"] == found.both.only_a
+    assert told["only_a"] == found.paired.only_a
 
 
 def test_a_run_has_the_accuracy_that_evaluate_gives_it(
@@ -81,14 +81,16 @@ def test_a_run_has_the_accuracy_that_evaluate_gives_it(
         run_a=str(run), run_b=str(run), slice_by=["camera"], output=str(tmp_path / "c")
     )
     compared = compare(config)
-    evaluated = judge(str(run), JudgeConfig(slice_by=["camera"]), need_labels=True)
-    counts = evaluated.tally.counts
+    evaluated = compute_evaluation(
+        str(run), EvaluationOptions(slice_by=["camera"]), need_labels=True
+    )
+    counts = evaluated.aggregate.counts
     assert counts.unknown_label > 200
     assert compared.unknown_label == counts.unknown_label
-    assert (compared.both.rows, compared.correct_a) == (counts.labelled, counts.correct)
+    assert (compared.paired.rows, compared.correct_a) == (counts.labeled, counts.correct)
     assert f"note: {counts.unknown_label} more rows have a label" in capsys.readouterr().out
     stored = json.loads((tmp_path / "c" / "summary.json").read_text())
-    assert stored["accuracy_a"] == pytest.approx(counts.correct / counts.labelled)
+    assert stored["accuracy_a"] == pytest.approx(counts.correct / counts.labeled)
     assert stored["unknown_label"] == counts.unknown_label
     assert set(compared.per_class["label"].to_pylist()) == set(CLASSES)
     by_camera = {row["value"]: row["accuracy"] for row in evaluated.slices.to_pylist()}
@@ -108,7 +110,7 @@ def test_models_of_other_classes_are_judged_on_the_classes_of_both(tmp_path: Pat
     for pair in ((run_a, run_b), (run_b, run_a)):
         found = compare(CompareConfig(run_a=str(pair[0]), run_b=str(pair[1])))
         assert found.unknown_label == labels.count("eel")
-        assert found.both.rows == 600 - labels.count("eel")
+        assert found.paired.rows == 600 - labels.count("eel")
         correct = {
             run_a: sum(p == name != "eel" for p, name in zip(predicted, labels, strict=True)),
             run_b: sum(p == name != "eel" for p, name in zip(said, labels, strict=True)),
@@ -119,7 +121,7 @@ def test_models_of_other_classes_are_judged_on_the_classes_of_both(tmp_path: Pat
 def test_the_gate_fails_only_beyond_what_is_allowed(tmp_path: Path) -> None:
     run_a, run_b, *_ = runs(tmp_path, share=0.03)
     found = compare(CompareConfig(run_a=str(run_a), run_b=str(run_b)))
-    lost = -100 * found.both.difference
+    lost = -100 * found.paired.difference
     assert 1 < lost < 4
     request = {"run_a": str(run_a), "run_b": str(run_b)}
     compare(CompareConfig(**request, fail_if_worse=f"{lost + 0.1:.3f}pt"))
@@ -143,7 +145,7 @@ def test_runs_of_other_manifests_are_joined_by_a_column(
     right = shuffled.to_pandas().set_index("path")
     both = left.join(right, how="inner", rsuffix="_b")
     both = both[(both.status == "ok") & both.label.notna()]
-    assert found.both.rows == len(both)
+    assert found.paired.rows == len(both)
     assert found.correct_b == (both.predicted_label_b == both.label).sum()
 
 
@@ -162,11 +164,11 @@ def test_labels_that_came_later_judge_both(tmp_path: Path) -> None:
     rows = [row for row in rows if row[1] is not None]
     late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
     found = compare(
-        CompareConfig(run_a=str(run_a), run_b=str(run_b), labels=LabelsConfig(path=str(late)))
+        CompareConfig(run_a=str(run_a), run_b=str(run_b), labels=LabelTableConfig(path=str(late)))
     )
     ok = sum(s == "ok" and label is not None for s, label in zip(
         a["status"].to_pylist()[:500], a["label"].to_pylist()[:500], strict=True))  # fmt: skip
-    assert found.both.rows == ok
+    assert found.paired.rows == ok
 
 
 def test_a_join_that_matches_nothing_or_twice_is_refused(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_runs_without_labels_are_refused(tmp_path: Path) -> None:
 def test_equal_runs_show_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = commit(tmp_path / "a", drawn(100))
     found = compare(CompareConfig(run_a=str(run), run_b=str(run), fail_if_worse="0"))
-    assert (found.both.difference, found.different, found.both.p_value) == (0, 0, 1)
+    assert (found.paired.difference, found.num_differing, found.paired.p_value) == (0, 0, 1)
     assert "no difference that these rows can show" in capsys.readouterr().out
 
 
@@ -200,10 +202,10 @@ def test_equal_runs_show_no_difference(tmp_path: Path, capsys: pytest.CaptureFix
     ("text", "value"), [("0.5pt", 0.005), ("2%", 0.02), ("0.01", 0.01), ("1 pp", 0.01)]
 )
 def test_points_are_read(text: str, value: float) -> None:
-    assert points(text) == pytest.approx(value)
+    assert parse_points(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["a bit", "-1pt", "5"])
 def test_what_is_no_number_of_points_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"could not convert|between 0 and 100 points"):
-        points(text)
+        parse_points(text)

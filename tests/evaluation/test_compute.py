@@ -18,12 +18,12 @@ from sklearn import metrics as sk
 from imgcls.config import build
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.evaluation import count as counting
-from imgcls.evaluation.aggregate import Tally, Wanted
+from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
 from imgcls.evaluation.compare import CompareConfig, compare
-from imgcls.evaluation.compute import JudgeConfig, judge
-from imgcls.evaluation.compute import _more as more_metrics
+from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
+from imgcls.evaluation.compute import _compute_score_metrics as more_metrics
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
-from imgcls.evaluation.label_join import LabelsConfig, LateLabels
+from imgcls.evaluation.label_join import JoinedLabels, LabelTableConfig
 from imgcls.metrics import tables
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.metrics.tables import Metric
@@ -49,7 +49,7 @@ def judged(table: pa.Table) -> pd.DataFrame:
 
 
 def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
-    found = judge(str(run), JudgeConfig(thumbnails=False), need_labels=True)
+    found = compute_evaluation(str(run), EvaluationOptions(thumbnails=False), need_labels=True)
     rows = judged(table)
     y, p = rows.label, rows.predicted_label
     scores = np.stack(rows.scores.to_list()).astype(np.float64)
@@ -88,7 +88,7 @@ def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
         auroc = sk.roc_auc_score(one_hot[:, c], scores[:, c])
         assert per_class.auroc[name] == pytest.approx(auroc, abs=1e-9)
     assert (
-        found.tally.counts.unknown_label
+        found.aggregate.counts.unknown_label
         == (
             (table.to_pandas().status == "ok") & (table.to_pandas().label == "never heard of")
         ).sum()
@@ -96,7 +96,7 @@ def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
 
 
 def test_a_slice_has_the_numbers_of_its_rows_alone(table: pa.Table, run: Path) -> None:
-    found = judge(str(run), JudgeConfig(slice_by="camera"), need_labels=True)  # type: ignore[arg-type]
+    found = compute_evaluation(str(run), EvaluationOptions(slice_by="camera"), need_labels=True)  # type: ignore[arg-type]
     rows = judged(table)
     slices = found.slices.to_pandas()
     assert slices.accuracy.is_monotonic_increasing
@@ -111,7 +111,7 @@ def test_a_slice_has_the_numbers_of_its_rows_alone(table: pa.Table, run: Path) -
 
 def test_columns_that_labeling_adds_make_slices_too(table: pa.Table, run: Path) -> None:
     names = ["label", "predicted_label", "status", "accepted"]
-    found = judge(str(run), JudgeConfig(slice_by=names), need_labels=True)
+    found = compute_evaluation(str(run), EvaluationOptions(slice_by=names), need_labels=True)
     slices = found.slices.to_pandas()
     rows, all_rows = judged(table), table.to_pandas()
     for name in names:
@@ -133,9 +133,9 @@ def test_labels_that_came_later_make_slices(tmp_path: Path) -> None:
     run = commit(tmp_path / "blind", blind, label_column=None)
     rows = list(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
     late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
-    labels = LabelsConfig(path=str(late))
-    config = JudgeConfig(labels=labels, slice_by=["label"])
-    slices = judge(str(run), config, need_labels=True).slices
+    labels = LabelTableConfig(path=str(late))
+    config = EvaluationOptions(labels=labels, slice_by=["label"])
+    slices = compute_evaluation(str(run), config, need_labels=True).slices
     counted = dict(zip(slices["value"].to_pylist(), slices["labelled"].to_pylist(), strict=True))
     assert counted == dict(Counter(table["label"].to_pylist()))
     compared = compare(
@@ -148,8 +148,10 @@ def test_labels_that_came_later_make_slices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 20])
 def test_right_rows_alone_have_possible_intervals(tmp_path: Path, rows: int) -> None:
     table = drawn(rows, 1, sharpness=100.0)
-    found = judge(str(commit(tmp_path / "out", table)), JudgeConfig(), need_labels=True)
-    assert found.tally.counts.correct == rows
+    found = compute_evaluation(
+        str(commit(tmp_path / "out", table)), EvaluationOptions(), need_labels=True
+    )
+    assert found.aggregate.counts.correct == rows
     highest = {"log_loss": np.inf, "brier_score": 2.0}
     for metric in found.metrics:
         if metric.interval is not None:
@@ -157,12 +159,14 @@ def test_right_rows_alone_have_possible_intervals(tmp_path: Path, rows: int) -> 
             lowest = -1.0 if metric.name in ("matthews_correlation", "cohens_kappa") else 0.0
             assert lowest <= low <= metric.value <= high <= highest.get(metric.name, 1.0)
             assert high - low > 1 / (rows + 100), metric.name
-    area = found.value("area_under_risk_coverage")
+    area = found.get_metric("area_under_risk_coverage")
     assert area is not None
     assert area.interval == pytest.approx((0, 1 - wilson_interval(rows, rows)[0]))
 
 
-def population(rng: np.random.Generator, rows: int, prior: list[float], skill: float) -> Tally:
+def population(
+    rng: np.random.Generator, rows: int, prior: list[float], skill: float
+) -> RunAggregate:
     """A run of a model of some skill, classes drawn by `prior`."""
     size, names = len(prior), np.array([f"c{i}" for i in range(len(prior))])
     truth = rng.choice(size, rows, p=prior)
@@ -171,7 +175,7 @@ def population(rng: np.random.Generator, rows: int, prior: list[float], skill: f
     scores = np.exp(logits - logits.max(1, keepdims=True))
     scores = (scores / scores.sum(1, keepdims=True)).astype(np.float16)
     exact = scores.astype(np.float32)
-    tally = Tally(Wanted(tuple(names), "label", scores=True))
+    tally = RunAggregate(AggregateSpec(tuple(names), "label", scores=True))
     table = pa.table(
         {
             "label": names[truth],
@@ -188,8 +192,11 @@ def population(rng: np.random.Generator, rows: int, prior: list[float], skill: f
     return tally
 
 
-def of_tally(tally: Tally, resamples: int) -> list[Metric]:
-    return [*tables.metrics(tally.counts, top_k=1, resamples=resamples), *more_metrics(tally)]
+def of_tally(tally: RunAggregate, resamples: int) -> list[Metric]:
+    return [
+        *tables.compute_metrics(tally.counts, top_k=1, resamples=resamples),
+        *more_metrics(tally),
+    ]
 
 
 @pytest.mark.slow
@@ -231,11 +238,13 @@ def test_worst_mistakes_and_contradicted_labels_are_found(tmp_path: Path) -> Non
     own = scores[np.arange(2000), codes]
     for name, values in (("label", pa.array(labels)), ("label_score", pa.array(own))):
         table = table.set_column(table.schema.get_field_index(name), name, values)
-    found = judge(str(commit(tmp_path / "out", table)), JudgeConfig(), need_labels=True)
-    rows = found.issues["row"].to_pylist()
+    found = compute_evaluation(
+        str(commit(tmp_path / "out", table)), EvaluationOptions(), need_labels=True
+    )
+    rows = found.label_issues["row"].to_pylist()
     top = rows[: len(planted)]
     assert len(set(top) & set(planted)) >= 18  # of 20: a drawn model is wrong now and then
-    margins = found.issues["margin"].to_pylist()
+    margins = found.label_issues["margin"].to_pylist()
     assert margins == sorted(margins, reverse=True)
     wrong = table.filter(pa.array(np.array(labels) != np.array(table["predicted_label"])))
     worst = wrong.sort_by([("confidence", "descending"), ("row", "ascending")])["row"][:24]
@@ -249,13 +258,13 @@ def test_ray_data_counts_what_one_process_counts(
 ) -> None:
     import ray
 
-    config = JudgeConfig(slice_by="camera")  # type: ignore[arg-type]
-    here = judge(str(run), config, need_labels=True)
-    monkeypatch.setattr(counting, "HERE_ROWS", 0)
+    config = EvaluationOptions(slice_by="camera")  # type: ignore[arg-type]
+    here = compute_evaluation(str(run), config, need_labels=True)
+    monkeypatch.setattr(counting, "MAX_LOCAL_ROWS", 0)
     monkeypatch.setattr(counting, "PIECE_ROWS", 500)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     try:
-        there = judge(str(run), config, need_labels=True)
+        there = compute_evaluation(str(run), config, need_labels=True)
     finally:
         ray.shutdown()
     assert "counted 3,000 of 3,000 rows" in capsys.readouterr().out
@@ -275,23 +284,25 @@ def test_labels_that_came_later_give_the_numbers_of_labels_that_were_there(
     tmp_path: Path, scores: bool
 ) -> None:
     table = drawn(800, 3, failed=0.05, scores=scores, sharpness=1.0)
-    known = judge(str(commit(tmp_path / "known", table)), JudgeConfig(), need_labels=True)
+    known = compute_evaluation(
+        str(commit(tmp_path / "known", table)), EvaluationOptions(), need_labels=True
+    )
     blind = table.drop_columns(["label", "label_score", "label_rank"])
     folder = commit(tmp_path / "blind", blind, label_column=None)
     rows = list(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
     late = write_manifest(tmp_path / "late.csv", rows[::-1], ("path", "truth"))
-    config = JudgeConfig(labels=LabelsConfig(path=str(late), column="truth"))
-    found = judge(str(folder), config, need_labels=True)
+    config = EvaluationOptions(labels=LabelTableConfig(path=str(late), column="truth"))
+    found = compute_evaluation(str(folder), config, need_labels=True)
     expected = {m.name: m.value for m in known.metrics}
     got = {m.name: m.value for m in found.metrics}
     if not scores:
         assert "log_loss" not in got
-        assert any("--scores" in sentence for sentence in found.left_out)
+        assert any("--scores" in sentence for sentence in found.omitted)
         expected.pop("log_loss")
     assert got == pytest.approx(expected, abs=1e-3)  # scores are float16
     assert got["accuracy"] == expected["accuracy"]
     assert got["top_3_accuracy"] == pytest.approx(expected["top_3_accuracy"], abs=2e-3)
-    assert found.issues.num_rows == (known.issues.num_rows if scores else 0)
+    assert found.label_issues.num_rows == (known.label_issues.num_rows if scores else 0)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +317,9 @@ def test_a_join_that_matches_nothing_or_twice_is_refused(
 ) -> None:
     late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
     with pytest.raises(RequestError, match=told):
-        judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
+        compute_evaluation(
+            str(run), EvaluationOptions(labels=LabelTableConfig(path=str(late))), need_labels=True
+        )
 
 
 KEYS = {
@@ -336,13 +349,15 @@ def test_keys_of_different_types_join_by_value(tmp_path: Path, kinds: dict[str, 
     for mine, theirs in itertools.product(kinds, kinds):
         late = tmp_path / f"{theirs}.parquet"
         pq.write_table(pa.table({"key": kinds[theirs], "truth": labels}), late)
-        config = JudgeConfig(labels=LabelsConfig(path=str(late), column="truth"), on="key")
-        found = judge(runs[mine], config, need_labels=True)
+        config = EvaluationOptions(
+            labels=LabelTableConfig(path=str(late), column="truth"), on="key"
+        )
+        found = compute_evaluation(runs[mine], config, need_labels=True)
         support = dict(zip(CLASSES, found.per_class["support"].to_pylist(), strict=True))
         assert support == {"ant": 1, "bee": 0, "cat": 0, "dog": 0, "eel": 39}
         if mine != theirs:
             compared = compare(CompareConfig(run_a=runs[mine], run_b=runs[theirs], on="key"))
-            assert (compared.both.rows, compared.different) == (40, 0)
+            assert (compared.paired.rows, compared.num_differing) == (40, 0)
 
 
 def test_a_key_without_plain_values_is_refused(tmp_path: Path, run: Path) -> None:
@@ -352,9 +367,9 @@ def test_a_key_without_plain_values_is_refused(tmp_path: Path, run: Path) -> Non
         ("topk_labels", "on: .* column 'topk_labels' is list"),
         ("camera", "is list<"),
     ):
-        config = JudgeConfig(labels=LabelsConfig(path=str(late)), on=on)
+        config = EvaluationOptions(labels=LabelTableConfig(path=str(late)), on=on)
         with pytest.raises(RequestError, match=told):
-            judge(str(run), config, need_labels=True)
+            compute_evaluation(str(run), config, need_labels=True)
 
 
 def test_a_row_without_a_key_has_no_label(tmp_path: Path) -> None:
@@ -364,15 +379,17 @@ def test_a_row_without_a_key_has_no_label(tmp_path: Path) -> None:
     run = commit(tmp_path / "out", table.set_column(at, "path", pa.array(paths, pa.string())))
     rows = [(path, "ant") for path in paths if path is not None]
     late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
-    found = judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
-    assert (found.tally.counts.labelled, found.tally.counts.unlabelled) == (30, 10)
+    found = compute_evaluation(
+        str(run), EvaluationOptions(labels=LabelTableConfig(path=str(late))), need_labels=True
+    )
+    assert (found.aggregate.counts.labeled, found.aggregate.counts.unlabeled) == (30, 10)
 
 
 def test_a_key_that_several_rows_have_is_refused(run: Path, tmp_path: Path) -> None:
     late = write_manifest(tmp_path / "late.csv", [("camera 1", "ant")], ("camera", "label"))
-    config = JudgeConfig(labels=LabelsConfig(path=str(late)), on="camera")
+    config = EvaluationOptions(labels=LabelTableConfig(path=str(late)), on="camera")
     with pytest.raises(RequestError, match="'camera 1' stands in several rows"):
-        judge(str(run), config, need_labels=True)
+        compute_evaluation(str(run), config, need_labels=True)
 
 
 def test_labels_are_read_as_manifests_are(tmp_path: Path) -> None:
@@ -380,9 +397,9 @@ def test_labels_are_read_as_manifests_are(tmp_path: Path) -> None:
     notes = [f'a "b\r\n{row}' for row in range(6)]
     run = commit(tmp_path / "out", table.append_column("note", pa.array(notes)))
 
-    def read(**options: str) -> LateLabels:
-        config = LabelsConfig(path=f"{tmp_path}/late/*/labels.csv", **options)
-        return LateLabels(config, open_run(str(run)), "note")
+    def read(**options: str) -> JoinedLabels:
+        config = LabelTableConfig(path=f"{tmp_path}/late/*/labels.csv", **options)
+        return JoinedLabels(config, open_run(str(run)), "note")
 
     for part in range(2):  # keys in two folders are no paths that start there
         keys = [note.replace('"', '\\"') for note in notes[3 * part : 3 * part + 3]]
@@ -409,38 +426,40 @@ def test_a_run_without_labels_is_refused_with_the_remedy(tmp_path: Path, table: 
     folder = commit(tmp_path / "blind", blind, label_column=None)
     with pytest.raises(RequestError, match="--labels TABLE"):
         evaluate(EvaluateConfig(predictions=str(folder)))
-    found = judge(str(folder), JudgeConfig(), need_labels=False)
-    assert not found.labelled
-    assert found.value("accuracy") is None
-    assert found.value("mean_confidence") is not None
+    found = compute_evaluation(str(folder), EvaluationOptions(), need_labels=False)
+    assert not found.has_labels
+    assert found.get_metric("accuracy") is None
+    assert found.get_metric("mean_confidence") is not None
 
 
 def test_a_run_that_is_not_there_or_not_committed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds no labelling run"):
-        judge(str(tmp_path), JudgeConfig(), need_labels=True)
+        compute_evaluation(str(tmp_path), EvaluationOptions(), need_labels=True)
     folder = commit(tmp_path / "out", drawn(20))
-    (folder / layout.SUCCESS).unlink()
+    (folder / layout.SUCCESS_FILE).unlink()
     with pytest.raises(OutputError, match="is not committed"):
-        judge(str(folder), JudgeConfig(), need_labels=True)
+        compute_evaluation(str(folder), EvaluationOptions(), need_labels=True)
 
 
 def test_a_part_that_is_gone_is_missed(tmp_path: Path) -> None:
     folder = commit(tmp_path / "out", drawn(20), parts=2)
     (folder / "predictions" / "part-00001.parquet").unlink()
     with pytest.raises(OutputError, match=r"lacks part-00001.parquet"):
-        judge(str(folder), JudgeConfig(), need_labels=True)
+        compute_evaluation(str(folder), EvaluationOptions(), need_labels=True)
 
 
 def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None:
-    config = JudgeConfig(slice_by="site")  # type: ignore[arg-type]
+    config = EvaluationOptions(slice_by="site")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=r"slice_by: .* no column 'site' \(found: path, label"):
-        judge(str(run), config, need_labels=True)
-    lists = JudgeConfig(slice_by=["topk_labels"])
+        compute_evaluation(str(run), config, need_labels=True)
+    lists = EvaluationOptions(slice_by=["topk_labels"])
     with pytest.raises(RequestError, match="'topk_labels' is list"):
-        judge(str(run), lists, need_labels=True)
+        compute_evaluation(str(run), lists, need_labels=True)
     late = write_manifest(tmp_path / "late.csv", [("a", "ant")], ("file", "label"))
     with pytest.raises(ManifestError, match="no column 'path'"):
-        judge(str(run), JudgeConfig(labels=LabelsConfig(path=str(late))), need_labels=True)
+        compute_evaluation(
+            str(run), EvaluationOptions(labels=LabelTableConfig(path=str(late))), need_labels=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -492,7 +511,7 @@ def test_tables_summary_and_report_are_written(
     found = evaluate(EvaluateConfig(predictions=str(run), output=str(output), slice_by=["camera"]))
     assert not (run / "report.html").exists()
     told = json.loads((output / "summary.json").read_text())
-    metric = found.value("accuracy")
+    metric = found.get_metric("accuracy")
     assert metric is not None
     assert told["metrics"]["accuracy"]["value"] == metric.value
     assert told["metrics"]["accuracy"]["lower"] < metric.value

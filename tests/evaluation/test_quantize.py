@@ -10,7 +10,7 @@ import pytest
 
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError
-from imgcls.evaluation.quantize import QuantiseConfig, quantise
+from imgcls.evaluation.quantize import QuantizeConfig, quantize_bundle
 from imgcls.models import classifier as classifier_module
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
@@ -18,13 +18,13 @@ from imgcls.models.import_weights import ImportConfig, import_model
 from tests.conftest import COLOURS
 
 pytestmark = pytest.mark.skipif(
-    not classifier_module._cpu_flags() & classifier_module._INT8_FLAGS,
+    not classifier_module._read_cpu_flags() & classifier_module._INT8_FLAGS,
     reason="this machine does not multiply int8",
 )
 
 
-def order(manifest: Path, bundle: Path, output: Path, **more: object) -> QuantiseConfig:
-    return QuantiseConfig.model_validate(
+def order(manifest: Path, bundle: Path, output: Path, **more: object) -> QuantizeConfig:
+    return QuantizeConfig.model_validate(
         {"model": str(bundle), "manifest": str(manifest), "output": str(output), **more}
     )
 
@@ -38,7 +38,7 @@ def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
     manifest, output = colours(70), tmp_path / "int8"
     (tmp_path / "images" / "00003.jpg").write_bytes(b"broken")
     (tmp_path / "images" / "00005.jpg").unlink()
-    made = quantise(order(manifest, colour_bundle, output, images=64))
+    made = quantize_bundle(order(manifest, colour_bundle, output, images=64))
     told = made.spec.int8
     assert told is not None
     assert (told.calibration_images, told.judged_images) == (32, 32)
@@ -65,10 +65,10 @@ def test_without_labels_agreement_alone_is_told(
 ) -> None:
     colours(40)
     manifest = ManifestConfig(path=str(tmp_path / "images"))
-    config = QuantiseConfig(
+    config = QuantizeConfig(
         manifest=manifest, model=str(colour_bundle), output=str(tmp_path / "int8")
     )
-    told = quantise(config).spec.int8
+    told = quantize_bundle(config).spec.int8
     assert told is not None
     assert told.accuracy is told.accuracy_fp32 is None
 
@@ -78,14 +78,14 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 ) -> None:
     manifest = colours(20)
     with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
-        quantise(order(manifest, colour_bundle, tmp_path / "int8"))
+        quantize_bundle(order(manifest, colour_bundle, tmp_path / "int8"))
     assert not (tmp_path / "int8").exists()
     with pytest.raises(RequestError, match="is the bundle itself"):
-        quantise(order(manifest, colour_bundle, colour_bundle))
+        quantize_bundle(order(manifest, colour_bundle, colour_bundle))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "bundle.json").write_text("{}")
     with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
-        quantise(order(manifest, colour_bundle, tmp_path / "there"))
+        quantize_bundle(order(manifest, colour_bundle, tmp_path / "there"))
 
 
 @pytest.mark.shared
@@ -99,7 +99,7 @@ def test_real_weights_say_nearly_the_same_of_real_photographs(shared: Path, tmp_
     )
     import_model(config)
     manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
-    told = quantise(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
+    told = quantize_bundle(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
     assert told is not None
     assert told.judged_images == 167
     assert told.agreement > 0.9  # 158 of 167 were the same when this was written

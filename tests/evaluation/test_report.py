@@ -13,8 +13,8 @@ from PIL import Image
 
 from imgcls.errors import RequestError
 from imgcls.evaluation import confusion_plot
-from imgcls.evaluation.compute import JudgeConfig
-from imgcls.evaluation.report import ReportConfig, report
+from imgcls.evaluation.compute import EvaluationOptions
+from imgcls.evaluation.report import ReportConfig, write_report
 from imgcls.metrics import PredictionCounts
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
@@ -34,8 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if i % 50:
             colour = ("red", "green", "blue")[i % 3]
             draw(colour, (320, 200), seed=i).save(folder / "images" / f"{i:06d}.jpg")
-    judge = JudgeConfig(slice_by=["camera"])
-    report(ReportConfig(source=str(folder), judge=judge))
+    judge = EvaluationOptions(slice_by=["camera"])
+    write_report(ReportConfig(source=str(folder), evaluation=judge))
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_gallery_image_that_is_gone_is_said(tmp_path: Path) -> None:
     folder = commit(tmp_path / "out", drawn(30, sharpness=0.0))
     (folder / "images").mkdir()
     (folder / "images" / "000001.jpg").write_bytes(b"no image any more")
-    text = Path(report(ReportConfig(source=str(folder)))).read_text()
+    text = Path(write_report(ReportConfig(source=str(folder)))).read_text()
     assert text.count("no picture") > 10
     assert "<img" not in text
 
@@ -100,7 +100,9 @@ def test_a_gallery_image_that_is_gone_is_said(tmp_path: Path) -> None:
 def test_an_unlabelled_run_is_told_without_what_labels_would_say(tmp_path: Path) -> None:
     blind = drawn(200, failed=0.1).drop_columns(["label", "label_score", "label_rank"])
     folder = commit(tmp_path / "blind", blind, label_column=None)
-    place = report(ReportConfig(source=str(folder), judge=JudgeConfig(slice_by=["camera"])))
+    place = write_report(
+        ReportConfig(source=str(folder), evaluation=EvaluationOptions(slice_by=["camera"]))
+    )
     with opened(Path(place).as_uri()) as seen:
         body = seen.page.inner_text("body")
         assert "mean confidence" in body
@@ -116,12 +118,16 @@ def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
     names = [f"class number {i}" for i in range(size)]
     table = drawn(3000, classes=names, sharpness=4.0, scores=size < 1000)
     folder = commit(tmp_path / "out", table, classes=names)
-    place = Path(report(ReportConfig(source=str(folder), judge=JudgeConfig(thumbnails=False))))
+    place = Path(
+        write_report(
+            ReportConfig(source=str(folder), evaluation=EvaluationOptions(thumbnails=False))
+        )
+    )
     assert place.stat().st_size < 5_000_000
     with opened(place.as_uri()) as seen:
         shown = seen.page.locator("table.matrix tbody tr").count()
-        assert shown == min(size, confusion_plot.TABLE_CLASSES)
-        assert seen.page.locator("img.picture").count() == (size > confusion_plot.TABLE_CLASSES)
+        assert shown == min(size, confusion_plot.MAX_TABLE_CLASSES)
+        assert seen.page.locator("img.picture").count() == (size > confusion_plot.MAX_TABLE_CLASSES)
         if size == 1000:
             assert "The 1000 with the most rows" not in seen.page.inner_text("body")
         seen.screenshot(f"confusion-{size}")
@@ -140,11 +146,11 @@ def test_classes_that_are_confused_stand_together() -> None:
     counts = dataclasses.replace(
         counts, confusion_label=cells // 12, confusion_predicted=cells % 12, confusion_count=number
     )
-    order = [int(name) % 2 for name in confusion_plot.matrix(counts, 24).classes]
+    order = [int(name) % 2 for name in confusion_plot.build_matrix(counts, 24).classes]
     assert order in ([0] * 6 + [1] * 6, [1] * 6 + [0] * 6)
-    worst = confusion_plot.matrix(counts, 5)
+    worst = confusion_plot.build_matrix(counts, 5)
     assert len(worst.classes) == 5
-    assert worst.left_out == 7
+    assert worst.omitted_classes == 7
 
 
 def test_the_most_frequent_mistakes_come_first() -> None:
@@ -156,7 +162,7 @@ def test_the_most_frequent_mistakes_come_first() -> None:
         confusion_predicted=np.array([0, 1, 0]),
         confusion_count=np.array([6, 2, 5]),
     )
-    assert confusion_plot.worst_pairs(counts, 9) == [
+    assert confusion_plot.find_worst_pairs(counts, 9) == [
         {"label": "b", "predicted": "a", "count": 5, "share": 1.0},
         {"label": "a", "predicted": "b", "count": 2, "share": 0.25},
     ]
@@ -166,14 +172,14 @@ def test_the_most_frequent_mistakes_come_first() -> None:
 
 
 def trained(folder: Path, history: pd.DataFrame | None) -> Path:
-    architecture = zoo.architecture("small_cnn", {"width": 4})
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 4})
     spec = BundleSpec(
         architecture=architecture, classes=list(CLASSES),
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
         provenance={"seed": 3, "config": {"epochs": 2}},
         metrics={"epoch": 2, "val_accuracy": 0.75, "val_loss": 0.5},
     )  # fmt: skip
-    save_bundle(str(folder), spec, zoo.build(architecture, len(CLASSES)).state_dict())
+    save_bundle(str(folder), spec, zoo.build_network(architecture, len(CLASSES)).state_dict())
     if history is not None:
         history.to_parquet(folder / "history.parquet")
         (folder / "plots").mkdir()
@@ -189,7 +195,7 @@ def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path
         }
     )  # fmt: skip
     folder = trained(tmp_path / "bundle", history)
-    with opened(Path(report(ReportConfig(source=str(folder)))).as_uri()) as seen:
+    with opened(Path(write_report(ReportConfig(source=str(folder)))).as_uri()) as seen:
         body = seen.page.inner_text("body")
         assert "3 epochs, the weights of epoch 2 kept" in body
         assert "75.0 %" in body
@@ -201,6 +207,6 @@ def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path
 
 def test_what_is_neither_a_run_nor_a_trained_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds no labelling run"):
-        report(ReportConfig(source=str(tmp_path)))
+        write_report(ReportConfig(source=str(tmp_path)))
     with pytest.raises(RequestError, match="was not trained here"):
-        report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))
+        write_report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))

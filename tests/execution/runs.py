@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import WorkSpec
-from imgcls.execution.plan import Identity, Plan, make_plan
+from imgcls.execution.messages import PredictSpec
+from imgcls.execution.plan import Plan, RunIdentity, make_plan
 from imgcls.runs import layout
 
 CLASSES = ["red", "green", "blue"]
@@ -29,8 +29,8 @@ def manifest_of(folder: Path, table: pa.Table, **config: Any) -> Manifest:
     return open_manifest(ManifestConfig(path=str(path), **config))
 
 
-def identity_of(manifest: Manifest, **settings: Any) -> Identity:
-    return Identity(
+def identity_of(manifest: Manifest, **settings: Any) -> RunIdentity:
+    return RunIdentity(
         manifest={"fingerprint": manifest.fingerprint(), "path_column": manifest.path_column},
         bundle={"sha256": "b" * 64},
         settings=settings,
@@ -46,7 +46,7 @@ def plan_at(
     row_bytes: int = 128,
     limit: int | None = None,
     classes: Sequence[str] = CLASSES,
-    identity: Identity | None = None,
+    identity: RunIdentity | None = None,
     any_labels: bool = False,
 ) -> Plan:
     """Plan a run in an output folder, as `predict` does."""
@@ -64,9 +64,11 @@ def plan_at(
     )
 
 
-def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes: Any) -> WorkSpec:
+def spec_of(
+    output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes: Any
+) -> PredictSpec:
     """What a worker must know to do the chunks of a plan."""
-    spec = WorkSpec(
+    spec = PredictSpec(
         output=str(output),
         plan=plan,
         bundle_url=bundle,
@@ -84,7 +86,7 @@ def spec_of(output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes
         batch_size=8,
         max_pixels=100_000_000,
         max_bytes=100_000_000,
-        fetches=4,
+        io_concurrency=4,
         storage=StorageConfig(),
         session="a-test",
         crash_retries=1,
@@ -121,7 +123,7 @@ def predictions(
         "status": pa.array(np.where(failed, rng.choice(["missing", "truncated"], len(rows)), "ok")),
         "error": _unless(~failed, [f"error {seed} of row {row}" for row in rows]),
     }
-    schema = layout.prediction_schema(
+    schema = layout.build_prediction_schema(
         labelled=True, scores=len(CLASSES) if wide else None, embedding=4 if wide else None
     )
     arrays = [columns[name] for name in schema.names]

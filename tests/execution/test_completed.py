@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.execution import completed
-from imgcls.execution.completed import Ledger
-from imgcls.execution.messages import Spent, Work, WorkSpec
+from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.messages import ChunkTask, PredictSpec, StageTimings
 from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.metrics import PredictionCounts
@@ -35,7 +35,7 @@ class Run:
     manifest: Manifest
     table: pa.Table
     plan: Plan
-    spec: WorkSpec
+    spec: PredictSpec
 
     @classmethod
     def planned(cls, folder: Path, rows: int, **sizes: Any) -> Run:
@@ -56,12 +56,12 @@ class Run:
         return self.spec.output
 
     def commit(self, chunk: int, table: pa.Table, offsets: Sequence[int] | None = None) -> None:
-        work = Work(chunk, None if offsets is None else tuple(offsets))
-        stages.commit(self.spec, work, table, Spent())
+        work = ChunkTask(chunk, None if offsets is None else tuple(offsets))
+        stages.write_chunk(self.spec, work, table, StageTimings())
 
     def label(self, chunks: Sequence[int] | None = None, **options: Any) -> None:
         """Commit drawn predictions of some chunks, or of all."""
-        for chunk in range(self.plan.chunks) if chunks is None else chunks:
+        for chunk in range(self.plan.num_chunks) if chunks is None else chunks:
             self.commit(chunk, predictions(self.plan.rows_of(chunk), seed=chunk, **options))
 
     def roll_up(self, part: int) -> PredictionCounts:
@@ -74,13 +74,13 @@ class Run:
         return Path(self.output) / "_staging" / f"part-{part:05d}"
 
     def rolled_up(self) -> pa.Table:
-        for part in range(self.plan.parts):
+        for part in range(self.plan.num_parts):
             self.roll_up(part)
-            Ledger.read(self.output, self.plan).rolled_up(part)
+            CompletedChunks.load(self.output, self.plan).mark_rolled_up(part)
         return self.read()
 
     def read(self) -> pa.Table:
-        parts = [pq.read_table(self.part(part)) for part in range(self.plan.parts)]
+        parts = [pq.read_table(self.part(part)) for part in range(self.plan.num_parts)]
         return pa.concat_tables(parts).unify_dictionaries()
 
 
@@ -97,14 +97,14 @@ def run(tmp_path: Path) -> Run:
 def test_a_part_is_its_manifest_rows_and_their_predictions_in_order(
     run: Run, monkeypatch: pytest.MonkeyPatch, group_rows: int
 ) -> None:
-    monkeypatch.setattr(completed, "_GROUP_ROWS", group_rows)
+    monkeypatch.setattr(completed, "_ROW_GROUP_ROWS", group_rows)
     run.label(wide=True)
     found = run.rolled_up()
     assert found["row"].to_pylist() == list(range(100))
     names = run.table.schema.names
     assert found.select(names).to_pylist() == run.table.to_pylist()
     assert found.select(names).schema.equals(run.table.schema)
-    drawn = [predictions(run.plan.rows_of(c), c, wide=True) for c in range(run.plan.chunks)]
+    drawn = [predictions(run.plan.rows_of(c), c, wide=True) for c in range(run.plan.num_chunks)]
     made = pa.concat_tables(drawn)
     assert found.select(made.schema.names).to_pylist() == made.to_pylist()
     assert found.schema.field("status").type == pa.dictionary(pa.int32(), pa.string())
@@ -126,7 +126,7 @@ def test_dictionaries_of_8_bits_come_through_with_the_values_of_all_shards(tmp_p
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=64, part_rows=512)
     run = Run(tmp_path, manifest, table, plan, spec_of(tmp_path / "out", plan, manifest, ""))
     run.label()
-    for part in range(plan.parts):
+    for part in range(plan.num_parts):
         completed.roll_up(run.output, plan, part, None, CLASSES)
     assert run.read()["site"].to_pylist() == wanted
 
@@ -148,17 +148,18 @@ def test_shards_that_were_planned_with_8_bits_are_rolled_up(tmp_path: Path) -> N
 
 def test_counting_a_part_anew_gives_the_counts_of_its_roll_up(run: Run) -> None:
     run.label()
-    rolled = [run.roll_up(part) for part in range(run.plan.parts)]
+    rolled = [run.roll_up(part) for part in range(run.plan.num_parts)]
     again = [
-        completed.count_part(run.output, part, "label", CLASSES) for part in range(run.plan.parts)
+        completed.count_part(run.output, part, "label", CLASSES)
+        for part in range(run.plan.num_parts)
     ]
     assert [c.to_dict() for c in again] == [c.to_dict() for c in rolled]
-    whole = completed.count(run.read(), "label", CLASSES)
+    whole = completed.count_table(run.read(), "label", CLASSES)
     merged = sum(rolled[1:], start=rolled[0])
     assert merged.rows == whole.rows == 100
     assert merged.status == whole.status
     assert merged.unknown_label == whole.unknown_label > 0
-    assert merged.unlabelled == whole.unlabelled > 0
+    assert merged.unlabeled == whole.unlabeled > 0
     assert (merged.confusion_count == whole.confusion_count).all()
 
 
@@ -167,7 +168,7 @@ def test_an_unlabelled_part_is_counted_by_what_was_predicted(run: Run) -> None:
     run.roll_up(0)
     counts = completed.count_part(run.output, 0, None, CLASSES)
     assert counts.rows == 24
-    assert counts.predicted_counts.sum() == counts.status["ok"] == counts.unlabelled
+    assert counts.predicted_counts.sum() == counts.status["ok"] == counts.unlabeled
 
 
 def test_whoever_rolls_a_part_up_writes_the_same_bytes(run: Run) -> None:
@@ -199,7 +200,7 @@ def test_a_run_that_was_started_over_meanwhile_publishes_nothing(run: Run, chang
     run.label()
     run.roll_up(0)
     before = run.part(0).read_bytes()
-    work = Work(1, (2, 3))
+    work = ChunkTask(1, (2, 3))
     run.commit(1, predictions([10, 11], seed=99), work.offsets)
     if change == "replaced":
         replace_run(run)
@@ -217,21 +218,21 @@ def test_a_run_that_was_started_over_meanwhile_publishes_nothing(run: Run, chang
 
 
 def test_the_ledger_follows_chunks_into_parts(run: Run) -> None:
-    book = Ledger.read(run.output, run.plan)
-    assert [work.chunk for work in book.missing()] == list(range(13))
-    assert (book.rows_done, book.complete_parts()) == (0, [])
+    book = CompletedChunks.load(run.output, run.plan)
+    assert [work.chunk for work in book.list_remaining()] == list(range(13))
+    assert (book.rows_done, book.list_complete_parts()) == (0, [])
     run.label([0, 2, 12])
-    book = Ledger.read(run.output, run.plan)
-    assert [work.chunk for work in book.missing()] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    assert (book.rows_done, book.complete_parts()) == (8 + 8 + 4, [4])
+    book = CompletedChunks.load(run.output, run.plan)
+    assert [work.chunk for work in book.list_remaining()] == [1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert (book.rows_done, book.list_complete_parts()) == (8 + 8 + 4, [4])
     assert book.add(3) is None
     run.label([1])
     assert book.add(1) == 0
     run.roll_up(0)
-    book.rolled_up(0)
+    book.mark_rolled_up(0)
     assert not run.staged(0).exists()
     assert book.rows_done == 24 + 4 + 8
-    again = Ledger.read(run.output, run.plan)
+    again = CompletedChunks.load(run.output, run.plan)
     assert (again.parts, again.chunks) == ({0}, {4: {12}})
     assert again.rows_done == 24 + 4
 
@@ -239,7 +240,7 @@ def test_the_ledger_follows_chunks_into_parts(run: Run) -> None:
 def test_chunks_of_a_part_that_is_rolled_up_are_not_counted_twice(run: Run) -> None:
     run.label([0, 1, 2])
     run.roll_up(0)  # killed before the chunks were removed
-    book = Ledger.read(run.output, run.plan)
+    book = CompletedChunks.load(run.output, run.plan)
     assert (book.parts, book.chunks, book.rows_done) == ({0}, {}, 24)
 
 
@@ -259,7 +260,7 @@ def test_files_that_are_not_of_this_run_are_not_taken_for_its_work(run: Run) -> 
     predictions_.mkdir()
     for name in ("part-00001.parquet.bak", ".part-00001.parquet.0a1b2c3d4e5f.tmp", "part-99999"):
         (predictions_ / name).write_bytes(b"x")
-    book = Ledger.read(run.output, run.plan)
+    book = CompletedChunks.load(run.output, run.plan)
     assert (book.parts, book.chunks) == (set(), {0: {0}})
 
 
@@ -269,7 +270,7 @@ def test_files_that_are_not_of_this_run_are_not_taken_for_its_work(run: Run) -> 
 def test_failed_rows_are_the_rows_that_are_not_ok_with_their_paths_and_labels(run: Run) -> None:
     run.label()
     found = run.rolled_up()
-    work = completed.failed_rows(run.output, run.plan, ["path", "label"])
+    work = completed.list_failed_rows(run.output, run.plan, ["path", "label"])
     assert [item.chunk for item in work] == sorted({item.chunk for item in work})
     named = []
     for item in work:
@@ -281,7 +282,7 @@ def test_failed_rows_are_the_rows_that_are_not_ok_with_their_paths_and_labels(ru
         assert item.rows.to_pylist() == expected.to_pylist()
     bad = [r["row"] for r in found.to_pylist() if r["status"] != "ok"]
     assert named == bad
-    listed = pa.concat_tables(completed.failures(run.output, run.plan, "path"))
+    listed = pa.concat_tables(completed.read_failed_rows(run.output, run.plan, "path"))
     assert listed["row"].to_pylist() == bad
     assert listed["path"].to_pylist() == [f"{row}.jpg" for row in bad]
     assert all(text.startswith("error ") for text in listed["error"].to_pylist())
@@ -290,7 +291,7 @@ def test_failed_rows_are_the_rows_that_are_not_ok_with_their_paths_and_labels(ru
 def test_a_run_without_failures_has_nothing_to_retry(run: Run) -> None:
     run.label(failing=0)
     run.rolled_up()
-    assert completed.failed_rows(run.output, run.plan, ["path"]) == []
+    assert completed.list_failed_rows(run.output, run.plan, ["path"]) == []
 
 
 def test_what_a_broken_off_retry_left_behind_is_dropped(run: Run) -> None:
@@ -298,8 +299,8 @@ def test_what_a_broken_off_retry_left_behind_is_dropped(run: Run) -> None:
     run.rolled_up()
     run.commit(4, predictions([32], seed=5), [0])
     assert run.staged(1).exists()
-    completed.drop_retries(run.output, run.plan)
-    assert not any(run.staged(part).exists() for part in range(run.plan.parts))
+    completed.remove_retries(run.output, run.plan)
+    assert not any(run.staged(part).exists() for part in range(run.plan.num_parts))
 
 
 @settings(max_examples=30)
@@ -327,7 +328,7 @@ def test_a_retry_exchanges_just_its_rows_whatever_the_partition(
         part_rows=chunk_rows * chunks_per_part,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(completed, "_GROUP_ROWS", group_rows)
+        patch.setattr(completed, "_ROW_GROUP_ROWS", group_rows)
         run.label(wide=wide)
         before = run.rolled_up()
         chosen = data.draw(st.sets(st.integers(0, rows - 1), min_size=1))
@@ -341,7 +342,7 @@ def test_a_retry_exchanges_just_its_rows_whatever_the_partition(
             start = run.plan.rows_of(chunk).start
             run.commit(chunk, made, [row - start for row in mine])
         for part in {run.plan.part_of(chunk) for chunk in by_chunk}:
-            work = [Work(chunk) for chunk in by_chunk if run.plan.part_of(chunk) == part]
+            work = [ChunkTask(chunk) for chunk in by_chunk if run.plan.part_of(chunk) == part]
             completed.merge_retries(run.output, run.plan, part, work)
             assert not run.staged(part).exists()
     after = run.read()

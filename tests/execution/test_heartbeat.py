@@ -9,7 +9,12 @@ import ray
 
 from imgcls.errors import RunFailed
 from imgcls.execution import heartbeat
-from imgcls.execution.heartbeat import HOPELESS_ROWS, TRIES, TRIES_ALONE, Attempt
+from imgcls.execution.heartbeat import (
+    CRASHES_TO_CONFIRM,
+    MAX_UNEXPLAINED_CRASHES,
+    SYSTEMIC_CRASH_ROWS,
+    Attempt,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def session() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def forgotten(session: str) -> Iterator[None]:
     yield
-    heartbeat.forget(session)
+    heartbeat.clear_session(session)
 
 
 def begun(session: str, retries: int = 1) -> Attempt:
@@ -32,78 +37,78 @@ def begun(session: str, retries: int = 1) -> Attempt:
 
 def test_what_is_durable_leaves_no_note(session: str) -> None:
     attempt = begun(session)
-    assert list(heartbeat.notes(session)) == ["a-session/label-3"]
-    attempt.end()
-    assert heartbeat.notes(session) == {}
-    assert begun(session).deaths == 0
+    assert list(heartbeat.read_attempts(session)) == ["a-session/label-3"]
+    attempt.complete()
+    assert heartbeat.read_attempts(session) == {}
+    assert begun(session).crashes == 0
 
 
 def test_a_chunk_is_done_as_a_whole_until_it_has_cost_too_many_workers(session: str) -> None:
     for deaths in (0, 1):
         attempt = begun(session, retries=1)
-        assert (attempt.deaths, list(attempt.suspects(4))) == (deaths, [])
-    assert list(begun(session, retries=1).suspects(4)) == [0, 1, 2, 3]
+        assert (attempt.crashes, list(attempt.iter_suspect_rows(4))) == (deaths, [])
+    assert list(begun(session, retries=1).iter_suspect_rows(4)) == [0, 1, 2, 3]
 
 
 def test_a_row_that_two_workers_die_at_alone_is_crashed_and_the_others_are_not_tried_again(
     session: str,
 ) -> None:
     begun(session, retries=0)
-    rows = begun(session, retries=0).suspects(6)
+    rows = begun(session, retries=0).iter_suspect_rows(6)
     assert [next(rows) for _ in range(3)] == [0, 1, 2]  # and dies at row 2
     third = begun(session, retries=0)
-    assert list(third.crashed) == []
-    assert next(third.suspects(6)) == 2  # and dies again
+    assert list(third.crashed_rows) == []
+    assert next(third.iter_suspect_rows(6)) == 2  # and dies again
     fourth = begun(session, retries=0)
-    assert list(fourth.crashed) == [2]
-    assert list(fourth.suspects(6)) == [3, 4, 5]
-    fourth.end()
+    assert list(fourth.crashed_rows) == [2]
+    assert list(fourth.iter_suspect_rows(6)) == [3, 4, 5]
+    fourth.complete()
 
 
 def test_a_row_that_is_survived_when_tried_again_was_not_to_blame(session: str) -> None:
     begun(session, retries=0)
-    for row in begun(session, retries=0).suspects(4):
+    for row in begun(session, retries=0).iter_suspect_rows(4):
         if row == 2:
             break
     again = begun(session, retries=0)
-    assert list(again.suspects(4)) == [2, 3]
-    assert again.crashed == {}
+    assert list(again.iter_suspect_rows(4)) == [2, 3]
+    assert again.crashed_rows == {}
 
 
 def test_a_chunk_may_have_several_such_rows(session: str) -> None:
     begun(session, retries=0)
     for bad in (1, 1, 4, 4):
-        for row in begun(session, retries=0).suspects(6):
+        for row in begun(session, retries=0).iter_suspect_rows(6):
             if row == bad:
                 break
     last = begun(session, retries=0)
-    assert list(last.suspects(6)) == [5]
-    assert list(last.crashed) == [1, 4]
+    assert list(last.iter_suspect_rows(6)) == [5]
+    assert list(last.crashed_rows) == [1, 4]
 
 
 def test_when_the_first_images_all_kill_it_is_not_the_images(session: str) -> None:
     begun(session, retries=0)
-    for row in range(HOPELESS_ROWS):
-        for _ in range(TRIES_ALONE):
-            assert next(begun(session, retries=0).suspects(100)) == row
+    for row in range(SYSTEMIC_CRASH_ROWS):
+        for _ in range(CRASHES_TO_CONFIRM):
+            assert next(begun(session, retries=0).iter_suspect_rows(100)) == row
     with pytest.raises(RunFailed, match=r"chunk 3 .* whichever it was, so it is not the images"):
-        next(begun(session, retries=0).suspects(100))
+        next(begun(session, retries=0).iter_suspect_rows(100))
 
 
 def test_when_only_the_whole_chunk_kills_it_is_not_the_images_either(session: str) -> None:
-    for _ in range(TRIES + 1):
-        list(begun(session, retries=0).suspects(3))
+    for _ in range(MAX_UNEXPLAINED_CRASHES + 1):
+        list(begun(session, retries=0).iter_suspect_rows(3))
     with pytest.raises(RunFailed, match=r"although each of its images alone is survived"):
-        next(begun(session, retries=0).suspects(3))
+        next(begun(session, retries=0).iter_suspect_rows(3))
 
 
 def test_a_worker_that_goes_on_is_seen_to(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = begun(session)
-    (before,) = heartbeat.notes(session).values()
-    attempt.beat()
-    (soon,) = heartbeat.notes(session).values()
+    (before,) = heartbeat.read_attempts(session).values()
+    attempt.heartbeat()
+    (soon,) = heartbeat.read_attempts(session).values()
     assert soon == before  # not with every row
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.0)
-    attempt.beat()
-    (after,) = heartbeat.notes(session).values()
-    assert after.beats > before.beats
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.0)
+    attempt.heartbeat()
+    (after,) = heartbeat.read_attempts(session).values()
+    assert after.heartbeats > before.heartbeats

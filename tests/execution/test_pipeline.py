@@ -15,10 +15,10 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.object_store import StorageConfig
 from imgcls.execution import pipeline
 from imgcls.execution.heartbeat import Attempt
-from imgcls.execution.messages import Done, Work
-from imgcls.execution.pipeline import GpuWorker, politely, ready_task
-from imgcls.execution.placement import ScaleConfig, plan_layout
-from imgcls.inference.stages import Prepared
+from imgcls.execution.messages import ChunkResult, ChunkTask
+from imgcls.execution.pipeline import GpuWorker, apply_host_limits, prepare_chunk
+from imgcls.execution.placement import ScaleConfig, plan_placement
+from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
 from tests.execution.runs import plan_at, spec_of
 
@@ -30,16 +30,16 @@ def session() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, Prepared)])
+@pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])
 def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
     most: int, kind: type, colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pipeline, "FILE_BYTES", most)
+    monkeypatch.setattr(pipeline, "MAX_TRANSFER_BYTES", most)
     manifest = open_manifest(ManifestConfig(path=str(colours(4))))
     plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
     spec = spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), bundle_sha256="")
-    made = ready_task(pa.table({"work": [pickle.dumps(Work(0))]}), spec, 0.0)
+    made = prepare_chunk(pa.table({"work": [pickle.dumps(ChunkTask(0))]}), spec, 0.0)
     _, ready, _, _ = pickle.loads(made["ready"][0])
     assert type(ready) is kind
     assert len(ready if isinstance(ready, list) else ready.status) == 4
@@ -61,12 +61,16 @@ def test_workers_together_keep_the_limit_per_host_and_queue_for_it_shortly(
     manifest = open_manifest(ManifestConfig(path=str(colours(4))))
     plan = plan_at(tmp_path / "out", manifest)
     spec = spec_of(
-        tmp_path / "out", plan, manifest, "", on_web=on_web, fetches=16,
-        storage=StorageConfig(host_requests=limit),
+        tmp_path / "out", plan, manifest, "", on_web=on_web, io_concurrency=16,
+        storage=StorageConfig(max_requests_per_host=limit),
     )  # fmt: skip
-    layout = plan_layout([Node(cpus=workers, gpus=0)], ScaleConfig())
-    shared, planned = politely(spec, layout, 1000)
-    assert (planned.workers, shared.storage.host_requests, shared.fetches) == expected
+    layout = plan_placement([Node(cpus=workers, gpus=0)], ScaleConfig())
+    shared, planned = apply_host_limits(spec, layout, 1000)
+    assert (
+        planned.workers,
+        shared.storage.max_requests_per_host,
+        shared.io_concurrency,
+    ) == expected
 
 
 @pytest.mark.parametrize("host_share", [1.0, 0.0])
@@ -79,8 +83,8 @@ def test_workers_that_died_in_either_stage_are_told_of_with_the_chunk(
     sha256 = load_bundle(str(colour_bundle)).sha256
     spec = spec_of(output, plan, manifest, str(colour_bundle), bundle_sha256=sha256)
     for stage in ("prepare", "prepare", "classify"):
-        Attempt.at(spec, Work(0), stage)  # and its worker dies
-    ready = ready_task(pa.table({"work": [pickle.dumps(Work(0))]}), spec, host_share)
+        Attempt.for_chunk(spec, ChunkTask(0), stage)  # and its worker dies
+    ready = prepare_chunk(pa.table({"work": [pickle.dumps(ChunkTask(0))]}), spec, host_share)
     receipt = GpuWorker(spec, 1)(pa.table(ready))
-    done: Done = pickle.loads(receipt["done"][0])
-    assert (done.rows, done.status, done.deaths) == (4, {"ok": 4}, 3)
+    done: ChunkResult = pickle.loads(receipt["done"][0])
+    assert (done.rows, done.status, done.crashes) == (4, {"ok": 4}, 3)

@@ -15,19 +15,19 @@ from imgcls.cluster.session import Node
 from imgcls.errors import ResourcesError
 from imgcls.execution.placement import (
     GPU_WORKER_CPUS,
-    HARDWARE_JPEG,
-    TASK_CPUS,
+    JPEG_ENGINE_GPUS,
+    ROLLUP_TASK_CPUS,
     WORKER_CPUS,
-    Layout,
+    Placement,
     ScaleConfig,
-    first_bundles,
-    machines_for,
-    plan_layout,
+    compute_first_bundles,
+    plan_placement,
+    select_nodes,
 )
 
 
-def planned(*nodes: Node, **scale: object) -> Layout:
-    return plan_layout(nodes, ScaleConfig.model_validate(scale))
+def planned(*nodes: Node, **scale: object) -> Placement:
+    return plan_placement(nodes, ScaleConfig.model_validate(scale))
 
 
 def refusal(*nodes: Node, **scale: object) -> str:
@@ -42,7 +42,7 @@ def refusal(*nodes: Node, **scale: object) -> str:
 def test_without_a_gpu_every_core_holds_a_worker_that_does_all_stages() -> None:
     layout = planned(Node(cpus=4, gpus=0), Node(cpus=2, gpus=0))
     assert (layout.name, layout.workers, layout.worker_gpus) == ("cpu", 6, 0)
-    assert (layout.threads, layout.decoders, layout.batch_size) == (1, 0, 32)
+    assert (layout.threads, layout.prepare_tasks, layout.batch_size) == (1, 0, 32)
     assert layout.reasons == (
         "no GPU among 6 CPUs: every stage in one worker per core",
         "6 workers x 0.9 CPU leave 0.6 for Ray's own tasks",
@@ -51,26 +51,30 @@ def test_without_a_gpu_every_core_holds_a_worker_that_does_all_stages() -> None:
 
 def test_no_more_processes_read_from_a_web_server_than_it_may_be_asked_at_a_time() -> None:
     many = planned(Node(cpus=40, gpus=0))
-    assert (many.readers, many.with_readers(8).readers, many.with_readers(64).readers) == (
+    assert (
+        many.num_readers,
+        many.limit_readers(8).num_readers,
+        many.limit_readers(64).num_readers,
+    ) == (
         40,
         8,
         40,
     )
     gpu = planned(Node(cpus=16, gpus=1, accelerator="T4"))
-    assert (gpu.readers, gpu.with_readers(8).readers) == (17, 8)
-    assert gpu.with_readers(8).workers == 1
+    assert (gpu.num_readers, gpu.limit_readers(8).num_readers) == (17, 8)
+    assert gpu.limit_readers(8).workers == 1
 
 
 def test_with_gpus_and_cpus_in_plenty_the_cpus_decode() -> None:
     layout = planned(Node(cpus=16, gpus=1, accelerator="T4"))
     assert (layout.name, layout.workers, layout.worker_gpus) == ("gpu", 1, 1)
-    assert (layout.decoders, layout.batch_size) == (17, 128)
+    assert (layout.prepare_tasks, layout.batch_size) == (17, 128)
     assert layout.reasons[0] == "1 GPUs, 16 CPUs each: CPUs decode for GPUs"
     rich = planned(Node(cpus=96, gpus=4, accelerator="H100"))
     assert rich.name == "gpu"
 
 
-@pytest.mark.parametrize("accelerator", HARDWARE_JPEG)
+@pytest.mark.parametrize("accelerator", JPEG_ENGINE_GPUS)
 def test_gpus_with_jpeg_engines_and_few_cpus_decode_themselves(accelerator: str) -> None:
     layout = planned(Node(cpus=16, gpus=1, accelerator=accelerator))
     assert (layout.name, layout.workers) == ("gpu_decode", 1)
@@ -132,7 +136,7 @@ def test_gpu_workers_that_leave_no_cpu_for_fetching_are_refused_with_the_arithme
     message = refusal(Node(4, 8))
     assert "8 GPU workers x 0.5 CPU leave at most 0 of 4 CPUs on one machine" in message
     assert "fetching needs 0.95" in message
-    assert planned(Node(4, 8), workers=6).decoders == 1
+    assert planned(Node(4, 8), workers=6).prepare_tasks == 1
     # 4 CPUs are left in all, but no machine has room for a single fetching task
     scattered = [Node(1, 1)] * 8
     assert "leave at most 0.5 of 8 CPUs on one machine" in refusal(*scattered)
@@ -173,7 +177,7 @@ class Room:
         self.gpus -= round(gpus * 10_000)
 
 
-def placed(nodes: Sequence[Node], layout: Layout, seed: int) -> list[Room]:
+def placed(nodes: Sequence[Node], layout: Placement, seed: int) -> list[Room]:
     """Put every worker on any machine with room for it, as Ray might; the room that is left."""
     rng = random.Random(seed)
     rooms = [Room(round(n.cpus * 10_000), round(n.gpus * 10_000)) for n in nodes]
@@ -192,23 +196,23 @@ def test_whatever_the_cluster_all_workers_start_and_a_task_always_has_room(
     nodes: list[Node], scale: ScaleConfig, seed: int
 ) -> None:
     try:
-        layout = plan_layout(nodes, scale)
+        layout = plan_placement(nodes, scale)
     except ResourcesError:
         return
     assert layout.workers >= 1
     rooms = placed(nodes, layout, seed)
-    assert any(room.fits(TASK_CPUS, 0) for room in rooms)
-    reserved = layout.workers * layout.worker_cpus + layout.decoders * WORKER_CPUS
-    assert sum(node.cpus for node in nodes) - reserved >= TASK_CPUS - 1e-9
+    assert any(room.fits(ROLLUP_TASK_CPUS, 0) for room in rooms)
+    reserved = layout.workers * layout.worker_cpus + layout.prepare_tasks * WORKER_CPUS
+    assert sum(node.cpus for node in nodes) - reserved >= ROLLUP_TASK_CPUS - 1e-9
     if layout.name != "cpu":
-        assert layout.decoders >= 1
-        assert any(room.fits(WORKER_CPUS + TASK_CPUS, 0) for room in rooms)
+        assert layout.prepare_tasks >= 1
+        assert any(room.fits(WORKER_CPUS + ROLLUP_TASK_CPUS, 0) for room in rooms)
 
 
 @given(nodes=NODES)
 def test_without_wishes_no_core_and_no_gpu_that_can_work_is_left_out(nodes: list[Node]) -> None:
     try:
-        layout = plan_layout(nodes, ScaleConfig())
+        layout = plan_placement(nodes, ScaleConfig())
     except ResourcesError:
         return
     if layout.name == "cpu":
@@ -219,8 +223,8 @@ def test_without_wishes_no_core_and_no_gpu_that_can_work_is_left_out(nodes: list
 
 
 def test_few_rows_start_few_workers() -> None:
-    layout = plan_layout([Node(8, 0)], ScaleConfig())
-    workers = [layout.for_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
+    layout = plan_placement([Node(8, 0)], ScaleConfig())
+    workers = [layout.limit_to_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
     assert workers == [1, 1, 1, 2, 8, layout.workers]
 
 
@@ -228,23 +232,23 @@ def test_few_rows_start_few_workers() -> None:
 
 
 def test_no_more_tasks_decode_than_the_object_store_holds_the_pixels_of() -> None:
-    node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=4e9)
-    wide = plan_layout([node], ScaleConfig(), chunk_bytes=1_000_000)
-    narrow = plan_layout([node], ScaleConfig(), chunk_bytes=38_535_168)
-    assert narrow.decoders == 10 < wide.decoders
+    node = Node(cpus=64, gpus=1, accelerator="T4", object_store_bytes=4e9)
+    wide = plan_placement([node], ScaleConfig(), chunk_bytes=1_000_000)
+    narrow = plan_placement([node], ScaleConfig(), chunk_bytes=38_535_168)
+    assert narrow.prepare_tasks == 10 < wide.prepare_tasks
     assert narrow.reasons[-1] == (
         "10 x 5 chunks of 39 MB take 1.9 of the 2.0 GB of object store that they may"
     )
 
 
 def test_a_machine_with_many_cpus_and_a_small_object_store_sets_the_limit() -> None:
-    gpu = Node(cpus=16, gpus=1, accelerator="T4", store_bytes=40e9)
-    alike = plan_layout([gpu, gpu], ScaleConfig(), chunk_bytes=38_535_168)
-    assert alike.decoders == 34  # all of them
-    small = Node(cpus=64, gpus=0, store_bytes=4e9)
-    layout = plan_layout([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
+    gpu = Node(cpus=16, gpus=1, accelerator="T4", object_store_bytes=40e9)
+    alike = plan_placement([gpu, gpu], ScaleConfig(), chunk_bytes=38_535_168)
+    assert alike.prepare_tasks == 34  # all of them
+    small = Node(cpus=64, gpus=0, object_store_bytes=4e9)
+    layout = plan_placement([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
     # of the small one's 71 tasks its store holds 10, so of all 88 twelve may decode
-    assert layout.decoders == 12
+    assert layout.prepare_tasks == 12
     assert layout.reasons[-1] == (
         "12 x 5 chunks of 39 MB take 2.3 of the 22.0 GB of object store that they may; a machine "
         "with 2.0 GB for 71 such tasks sets the limit"
@@ -252,9 +256,9 @@ def test_a_machine_with_many_cpus_and_a_small_object_store_sets_the_limit() -> N
 
 
 def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic() -> None:
-    node = Node(cpus=64, gpus=1, accelerator="T4", store_bytes=1e8)
+    node = Node(cpus=64, gpus=1, accelerator="T4", object_store_bytes=1e8)
     with pytest.raises(ResourcesError) as caught:
-        plan_layout([node], ScaleConfig(), chunk_bytes=38_535_168)
+        plan_placement([node], ScaleConfig(), chunk_bytes=38_535_168)
     assert str(caught.value) == (
         "a task that decodes has up to 5 chunks of 39 MB in the object store, of which 50 MB may "
         "be used: give a smaller --chunk-rows, or start Ray with a larger --object-store-memory"
@@ -262,7 +266,9 @@ def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic()
 
 
 def test_on_cpus_alone_no_pixels_pass_through_the_object_store() -> None:
-    layout = plan_layout([Node(4, 0, store_bytes=1.0)], ScaleConfig(), chunk_bytes=38_535_168)
+    layout = plan_placement(
+        [Node(4, 0, object_store_bytes=1.0)], ScaleConfig(), chunk_bytes=38_535_168
+    )
     assert layout.name == "cpu"
 
 
@@ -272,14 +278,14 @@ def test_on_cpus_alone_no_pixels_pass_through_the_object_store() -> None:
 def test_the_least_to_begin_with_is_a_gpu_where_there_may_be_one() -> None:
     may_come = [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
     gpu, core = {"CPU": GPU_WORKER_CPUS, "GPU": 1.0}, {"CPU": 1.0}
-    assert first_bundles(may_come, ScaleConfig(), 0) == [gpu, core]
-    assert first_bundles(may_come, ScaleConfig(workers=2), 0) == [gpu, gpu, core]
-    assert first_bundles(may_come, ScaleConfig(layout="cpu"), 0) == [core]
+    assert compute_first_bundles(may_come, ScaleConfig(), 0) == [gpu, core]
+    assert compute_first_bundles(may_come, ScaleConfig(workers=2), 0) == [gpu, gpu, core]
+    assert compute_first_bundles(may_come, ScaleConfig(layout="cpu"), 0) == [core]
     with pytest.raises(ResourcesError, match="the cluster has 4; give at most 4"):
-        first_bundles(may_come, ScaleConfig(workers=5), 0)
+        compute_first_bundles(may_come, ScaleConfig(workers=5), 0)
     # where nobody says what may come, it is as was said
-    assert first_bundles(None, ScaleConfig(), 0) == [core]
-    assert first_bundles(None, ScaleConfig(layout="gpu", workers=2), 0) == [gpu, gpu, core]
+    assert compute_first_bundles(None, ScaleConfig(), 0) == [core]
+    assert compute_first_bundles(None, ScaleConfig(layout="gpu", workers=2), 0) == [gpu, gpu, core]
 
 
 def test_no_more_machines_are_asked_for_than_there_are_rows_for() -> None:
@@ -287,7 +293,7 @@ def test_no_more_machines_are_asked_for_than_there_are_rows_for() -> None:
     may_come = [cpu] * 8 + [gpu] * 4
 
     def wanted(rows: int, **scale: object) -> list[Node]:
-        return machines_for(may_come, ScaleConfig.model_validate(scale), 0, rows)
+        return select_nodes(may_come, ScaleConfig.model_validate(scale), 0, rows)
 
     assert wanted(10**6) == [gpu] * 4 + [cpu] * 8
     assert wanted(1) == [gpu]

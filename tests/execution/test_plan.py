@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError
-from imgcls.execution.plan import LARGE_CHUNK, PART_BYTES, Identity, Plan, plan_of, restore_shards
+from imgcls.execution.plan import (
+    DEFAULT_CHUNK_ROWS,
+    MAX_PART_BYTES,
+    Plan,
+    RunIdentity,
+    parse_plan,
+    restore_shards,
+)
 from imgcls.runs.layout import load_run
 from tests.execution.runs import identity_of, manifest_of, plan_at
 from tests.processes import REPOSITORY
@@ -73,21 +80,21 @@ def test_chunks_tile_the_rows_and_row_group_g_of_a_shard_is_its_chunk_g(
     assert plan.rows == expected.num_rows
     assert plan.part_rows <= part_rows
     assert plan.part_rows % plan.chunk_rows == 0
-    tiled = [row for chunk in range(plan.chunks) for row in plan.rows_of(chunk)]
+    tiled = [row for chunk in range(plan.num_chunks) for row in plan.rows_of(chunk)]
     assert tiled == list(range(plan.rows))
-    by_part = [chunk for part in range(plan.parts) for chunk in plan.chunks_of(part)]
-    assert by_part == list(range(plan.chunks))
-    assert all(plan.part_of(c) == p for p in range(plan.parts) for c in plan.chunks_of(p))
+    by_part = [chunk for part in range(plan.num_parts) for chunk in plan.chunks_of(part)]
+    assert by_part == list(range(plan.num_chunks))
+    assert all(plan.part_of(c) == p for p in range(plan.num_parts) for c in plan.chunks_of(p))
 
     files = shards(output)
-    assert len(files) == plan.parts
+    assert len(files) == plan.num_parts
     for part, file in enumerate(files):
         assert file.metadata.num_row_groups == len(plan.chunks_of(part))
         for group, chunk in enumerate(plan.chunks_of(part)):
             span = plan.rows_of(chunk)
             wanted = expected.slice(span.start, len(span))
             assert file.read_row_group(group).equals(wanted)
-    assert plan_of(load_run(str(output)) or {}) == plan
+    assert parse_plan(load_run(str(output)) or {}) == plan
 
 
 def test_chunks_grow_with_the_manifest_and_keep_a_small_one_in_many_hands(tmp_path: Path) -> None:
@@ -97,15 +104,16 @@ def test_chunks_grow_with_the_manifest_and_keep_a_small_one_in_many_hands(tmp_pa
         manifest = manifest_of(folder, pa.table({"path": ["a"] * rows}))
         cut[rows] = plan_at(folder / "out", manifest).chunk_rows
     assert cut == {
-        1: 32, 100: 32, 2000: 64, 8191: LARGE_CHUNK, 8192: LARGE_CHUNK, 30_000: LARGE_CHUNK,
+        1: 32, 100: 32, 2000: 64, 8191: DEFAULT_CHUNK_ROWS, 8192: DEFAULT_CHUNK_ROWS,
+        30_000: DEFAULT_CHUNK_ROWS,
     }  # fmt: skip
 
 
 def test_wide_rows_make_final_files_of_fewer_rows(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, numbered(3000))
-    plan = plan_at(tmp_path / "out", manifest, row_bytes=PART_BYTES // 1000)
+    plan = plan_at(tmp_path / "out", manifest, row_bytes=MAX_PART_BYTES // 1000)
     assert plan.part_rows == 1000 // plan.chunk_rows * plan.chunk_rows
-    assert plan.parts == -(-3000 // plan.part_rows)
+    assert plan.num_parts == -(-3000 // plan.part_rows)
 
 
 def test_shards_that_are_gone_are_cut_again_as_they_were(tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_shards_that_are_gone_are_cut_again_as_they_were(tmp_path: Path) -> None
 # ------------------------------------------------------------------ who a run is
 
 
-BASE = Identity(
+BASE = RunIdentity(
     manifest={"fingerprint": "f", "path_column": "path", "label_column": None, "root": "/data"},
     bundle={"sha256": "s"},
     settings={"top_k": 5, "threshold": 0.0, "limit": None, "scores": False},
@@ -146,12 +154,12 @@ def test_runs_that_differ_in_anything_have_other_ids_and_the_difference_is_named
     other = replace(BASE, **{section: {**values, key: value}})
     stored = asdict(BASE)
     if key in values and json.dumps(value) == json.dumps(values[key]):
-        assert other.run_id() == BASE.run_id()
-        assert other.differences(stored) == []
+        assert other.compute_run_id() == BASE.compute_run_id()
+        assert other.find_differences(stored) == []
         return
-    assert other.run_id() != BASE.run_id()
+    assert other.compute_run_id() != BASE.compute_run_id()
     if value != values.get(key):  # 0 and False are one value in a refusal, and so is a null
-        assert other.differences(stored) == [
+        assert other.find_differences(stored) == [
             f"{section}.{key}: {values.get(key)!r} then, {value!r} now"
         ]
 
@@ -161,7 +169,7 @@ def test_every_difference_is_named_at_once_also_of_keys_that_came_or_went() -> N
         "manifest": {**BASE.manifest, "root": "/elsewhere"},
         "settings": {"top_k": 3, "threshold": 0.0, "limit": None, "precision": "fp32"},
     }
-    assert BASE.differences(stored) == [
+    assert BASE.find_differences(stored) == [
         "manifest.root: '/elsewhere' then, '/data' now",
         "bundle.sha256: None then, 's' now",
         "settings.precision: 'fp32' then, None now",
@@ -172,7 +180,7 @@ def test_every_difference_is_named_at_once_also_of_keys_that_came_or_went() -> N
 
 def test_the_order_of_the_settings_does_not_make_another_run() -> None:
     turned = replace(BASE, settings=dict(reversed(BASE.settings.items())))
-    assert turned.run_id() == BASE.run_id()
+    assert turned.compute_run_id() == BASE.compute_run_id()
 
 
 def test_a_damaged_or_foreign_run_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_the_run_file_is_written_after_the_last_shard(tmp_path: Path) -> None:
     written = max(path.stat().st_mtime_ns for path in (output / "_staging" / "manifest").iterdir())
     assert (output / "_run.json").stat().st_mtime_ns >= written
     assert [file.metadata.num_rows for file in shards(output)] == [24, 24, 24, 24, 4]
-    assert plan == Plan(identity_of(manifest, limit=None).run_id(), 100, 8, 24)
+    assert plan == Plan(identity_of(manifest, limit=None).compute_run_id(), 100, 8, 24)
 
 
 def test_a_manifest_without_rows_is_refused(tmp_path: Path) -> None:
@@ -284,7 +292,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.labeling import plan
+from imgcls.execution import plan
 from tests.execution.runs import plan_at
 
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from imgcls.execution import progress
-from imgcls.execution.messages import Done, Spent, Work
+from imgcls.execution.messages import ChunkResult, ChunkTask, StageTimings
 from imgcls.execution.progress import Progress
 
 
@@ -27,9 +27,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> Done:
+def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> ChunkResult:
     status = {"ok": rows - errors, "missing": errors}
-    return Done(Work(0), rows, status, Spent(**seconds), "fp32", worker)
+    return ChunkResult(ChunkTask(0), rows, status, StageTimings(**seconds), "fp32", worker)
 
 
 def test_a_log_gets_a_line_now_and_then_and_not_with_every_chunk(clock: Clock) -> None:
@@ -86,7 +86,9 @@ def test_the_rate_is_that_of_late_and_a_resume_counts_only_its_own_rows(clock: C
         clock.now += 1
         bar.add(done(20))
     assert bar.rate == pytest.approx(20, rel=0.02)
-    assert bar.line().startswith("4,810/10,000 rows (48.1%)  20.0 images/s  0 errors  ETA 4 min")
+    assert bar.format_line().startswith(
+        "4,810/10,000 rows (48.1%)  20.0 images/s  0 errors  ETA 4 min"
+    )
     assert bar.steady_rate == pytest.approx(20)
 
 
@@ -131,25 +133,25 @@ def test_the_time_left_is_told_in_units_that_suit(clock: Clock, left: int, told:
     bar = Progress(1 + left, 0, every=60, stream=io.StringIO())
     clock.now += 1
     bar.add(done(1))
-    assert told in bar.line()
+    assert told in bar.format_line()
 
 
 def test_the_stage_that_takes_longest_is_named_with_its_share(clock: Clock) -> None:
     bar = Progress(100, 0, every=60, stream=io.StringIO())
     clock.now += 1
     bar.add(done(10))
-    assert "bottleneck" not in bar.line()
+    assert "bottleneck" not in bar.format_line()
     bar.add(done(10, fetch=1.0, prepare=4.0, classify=1.0))
     bar.add(done(10, fetch=3.0, classify=1.0, commit=0.5))
-    assert "bottleneck fetch (38% of time)" in bar.line()
-    assert bar.spent == Spent(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
+    assert "bottleneck fetch (38% of time)" in bar.format_line()
+    assert bar.timings == StageTimings(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
 
 
 def test_a_run_without_a_rate_yet_promises_no_end(clock: Clock) -> None:
     bar = Progress(100, 0, every=60, stream=io.StringIO())
     bar.add(done(10))  # in no time at all
-    assert "ETA" not in bar.line()
-    assert "0.0 images/s" in bar.line()
+    assert "ETA" not in bar.format_line()
+    assert "0.0 images/s" in bar.format_line()
 
 
 def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
@@ -158,8 +160,8 @@ def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
         clock.now += 1
         bar.add(done(10, worker=worker, classify=0.9, gpu=0.6))
     assert bar.gpu_busy == pytest.approx(1.2 / (2 * 2))
-    assert "GPU busy 30%" in bar.line()
-    assert "bottleneck classify (100% of time)" in bar.line()
+    assert "GPU busy 30%" in bar.format_line()
+    assert "bottleneck classify (100% of time)" in bar.format_line()
 
 
 def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:

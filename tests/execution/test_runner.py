@@ -7,24 +7,24 @@ from typing import Any
 import pytest
 
 from imgcls.cluster.session import Node
-from imgcls.execution.placement import Layout, ScaleConfig, plan_layout
-from imgcls.execution.runner import SETTLE_SECONDS, Situation, missing, reason_to_replan
+from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
+from imgcls.execution.runner import SETTLE_SECONDS, RunState, find_missing_nodes, find_replan_reason
 
 A, B, C = (Node(2, 0, id=name) for name in "abc")
 
 
-def layout_of(*nodes: Node) -> Layout:
-    return plan_layout(nodes, ScaleConfig())
+def layout_of(*nodes: Node) -> Placement:
+    return plan_placement(nodes, ScaleConfig())
 
 
 def reason(**changes: Any) -> str | None:
     values: dict[str, Any] = {
         "before": (A, B), "now": (A, B), "steady": 60.0, "idle": 0.0, "rows_left": 100_000,
-        "rate": 100.0, "hang_seconds": 600.0,
+        "rate": 100.0, "worker_timeout_s": 600.0,
     }  # fmt: skip
-    it = Situation(**{**values, **changes})
-    fits = layout_of(*it.now) if it.now else None
-    return reason_to_replan(it, layout_of(*it.before), lambda: fits)
+    it = RunState(**{**values, **changes})
+    fits = layout_of(*it.nodes_now) if it.nodes_now else None
+    return find_replan_reason(it, layout_of(*it.nodes_before), lambda: fits)
 
 
 def test_nothing_is_touched_while_nothing_changes() -> None:
@@ -82,8 +82,8 @@ def test_before_the_first_rows_nobody_knows_what_would_be_saved() -> None:
 
 def test_what_is_missing_is_what_is_wanted_and_not_there() -> None:
     gpu, cpu = Node(4, 1, "L4"), Node(2, 0)
-    assert missing([gpu, gpu, cpu], [Node(2, 0, id="x"), Node(4, 1, "L4", "y")]) == [
+    assert find_missing_nodes([gpu, gpu, cpu], [Node(2, 0, id="x"), Node(4, 1, "L4", "y")]) == [
         {"CPU": 4, "GPU": 1}
     ]
-    assert missing([cpu], [cpu, cpu, gpu]) == []
-    assert missing([], []) == []
+    assert find_missing_nodes([cpu], [cpu, cpu, gpu]) == []
+    assert find_missing_nodes([], []) == []

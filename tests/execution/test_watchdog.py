@@ -14,7 +14,7 @@ import ray
 
 from imgcls.execution import heartbeat
 from imgcls.execution.heartbeat import Attempt
-from imgcls.execution.watchdog import Watch
+from imgcls.execution.watchdog import Watchdog
 from tests.processes import wait_for
 
 
@@ -30,16 +30,16 @@ def at_work(session: str, *, hangs: bool) -> None:
     while True:
         time.sleep(0.1)
         if not hangs:
-            attempt.beat()
+            attempt.heartbeat()
 
 
 def test_a_worker_that_hangs_is_ended_and_one_that_goes_on_is_not(session: str) -> None:
     task: Any = ray.remote(num_cpus=0.5, max_retries=0)(at_work)
     hanging, working = (task.remote(session, hangs=hangs) for hangs in (True, False))
-    wait_for(lambda: len(heartbeat.notes(session)) == 2)
-    watch = Watch(session, 3.0)
+    wait_for(lambda: len(heartbeat.read_attempts(session)) == 2)
+    watch = Watchdog(session, 3.0)
     told: list[str] = []
-    wait_for(lambda: bool(told.extend(watch.look()) or told), 60)
+    wait_for(lambda: bool(told.extend(watch.check()) or told), 60)
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(hanging, timeout=60)
     assert len(told) == 1
@@ -48,14 +48,14 @@ def test_a_worker_that_hangs_is_ended_and_one_that_goes_on_is_not(session: str) 
     assert not ray.wait([working], timeout=3)[0]
     ray.cancel(working, force=True)
     watch.close()
-    assert heartbeat.notes(session) == {}
+    assert heartbeat.read_attempts(session) == {}
 
 
 class Idle:
     """A worker that is at no chunk."""
 
     def __init__(self, session: str) -> None:
-        heartbeat.enlist(session)
+        heartbeat.register_worker(session)
 
     def pid(self) -> int:
         return os.getpid()
@@ -66,9 +66,9 @@ def test_a_worker_that_hangs_at_no_chunk_is_ended_with_the_pass(session: str) ->
     actor = kind.remote(session)
     worker = psutil.Process(ray.get(actor.pid.remote(), timeout=60))
     worker.send_signal(signal.SIGSTOP)
-    watch = Watch(session, 3.0)
-    watch.end_workers()
+    watch = Watchdog(session, 3.0)
+    watch.kill_workers()
     psutil.wait_procs([worker], timeout=10)
     assert not worker.is_running()
     watch.close()
-    assert heartbeat.enlisted(session) == []
+    assert heartbeat.list_workers(session) == []

@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.config import build
-from imgcls.curation.listing import BuildConfig, build_manifest
+from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import TooManyErrors
-from imgcls.execution.completed import Ledger, roll_up, write_empty
-from imgcls.execution.messages import Spent, WorkSpec
-from imgcls.execution.plan import Identity, make_plan, plan_of
+from imgcls.execution.completed import CompletedChunks, roll_up, write_empty_part
+from imgcls.execution.messages import PredictSpec, StageTimings
+from imgcls.execution.plan import RunIdentity, make_plan, parse_plan
 from imgcls.inference import commit, gates, stages
 from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.incremental import SinceConfig
-from imgcls.inference.nightly import Job, NightRequest, label_new, planned_manifest
-from imgcls.inference.nights import Series
+from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
+from imgcls.inference.nights import OutputSeries
 from imgcls.metrics import PredictionCounts
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
@@ -99,8 +99,8 @@ class Nightly:
         self.column: Callable[[int], pa.Array] | None = None
 
     def build(self, images: Images) -> None:
-        build_manifest(
-            BuildConfig(source=str(images.folder), output=str(self.manifest), overwrite=True)
+        build_listing(
+            ListingConfig(source=str(images.folder), output=str(self.manifest), overwrite=True)
         )
         if self.column is not None:
             for part in self.manifest.glob("*.parquet"):
@@ -117,16 +117,18 @@ class Nightly:
         """
         self.labeled = 0
 
-        def label(job: Job) -> str:
+        def label(job: PredictJob) -> str:
             self._label(job, killed, clock, settings=options.get("settings"))
             return job.output
 
-        request = NightRequest(
+        request = NightlyRequest(
             since=SinceConfig(path=str(self.labels)),
             bundle_sha256="b" * 64,
             **{
                 "listed": open_manifest(ManifestConfig(path=str(self.manifest))),
-                "series": Series(f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)),
+                "series": OutputSeries(
+                    f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)
+                ),
                 "settings": SETTINGS,
                 "relabel": False,
                 "retry_failed": False,
@@ -150,12 +152,12 @@ class Nightly:
         """Label all that the manifest lists."""
         output = self.folder / "scratch"
         listed = open_manifest(ManifestConfig(path=str(self.manifest)))
-        self._label(Job(str(output), listed), None, 0, max_error_rate=1)
+        self._label(PredictJob(str(output), listed), None, 0, max_error_rate=1)
         return rows_of(output)
 
     def _label(
         self,
-        job: Job,
+        job: PredictJob,
         killed: str | None,
         clock: float,
         max_error_rate: float = 0.01,
@@ -164,16 +166,16 @@ class Nightly:
         """A run from its plan to its commit, in the order of the job."""
         output = job.output
         if job.start_over:
-            layout.clear(output)
+            layout.remove_run(output)
         run = layout.load_run(output)
         if run is None:
             if job.comparison is not None:
-                job.comparison.write(output)
+                job.comparison.write_tables(output)
             manifest = job.manifest
             make_plan(
                 output,
                 manifest,
-                Identity(
+                RunIdentity(
                     {
                         "fingerprint": manifest.fingerprint(),
                         "path_column": manifest.path_column,
@@ -190,55 +192,60 @@ class Nightly:
                 provenance={"config": {}, "versions": {}},
                 classes=list(COLOURS),
                 may_be_empty=job.comparison is not None,
-                notes=job.notes(),
+                notes=job.build_run_entries(),
             )
             run = layout.load_run(output)
             assert run is not None
             run["began"] = _shifted(run["began"], clock)
-            layout.keep_run(output, run)
+            layout.write_run(output, run)
         if killed == "planned":
             raise Killed
-        plan, manifest = plan_of(run), planned_manifest(output, run, job.manifest)
-        spec = WorkSpec(
+        plan, manifest = parse_plan(run), load_planned_manifest(output, run, job.manifest)
+        spec = PredictSpec(
             output=output, plan=plan, bundle_url=self.bundle, bundle_sha256="b" * 64,
             path_column=manifest.path_column, label_column=None, root=manifest.root, top_k=2,
             thresholds=(0.0,) * 3, scores=False, embeddings=False, decode="exact", precision="fp32",
-            compile=False, batch_size=8, max_pixels=10**6, fetches=4, storage=StorageConfig(),
-            session="", crash_retries=1,
+            compile=False, batch_size=8, max_pixels=10**6, io_concurrency=4,
+            storage=StorageConfig(), session="", crash_retries=1,
         )  # fmt: skip
-        book, counts = Ledger.read(output, plan), PredictionCounts.empty(tuple(COLOURS))
-        for work in book.missing():
-            rows = stages.rows_of(spec, work)
-            stages.commit(
-                spec, work, stages.label(spec, self.classifier, rows, work, Spent()), Spent()
+        book, counts = CompletedChunks.load(output, plan), PredictionCounts.empty(tuple(COLOURS))
+        for work in book.list_remaining():
+            rows = stages.read_chunk_rows(spec, work)
+            stages.write_chunk(
+                spec,
+                work,
+                stages.predict_chunk(spec, self.classifier, rows, work, StageTimings()),
+                StageTimings(),
             )
             self.labeled += rows.num_rows
             book.add(work.chunk)
             if killed == "labeled":
                 raise Killed
-        for part in range(plan.parts):
+        for part in range(plan.num_parts):
             if part not in book.parts:
                 roll_up(output, plan, part, None, tuple(COLOURS))
-                book.rolled_up(part)
+                book.mark_rolled_up(part)
                 if killed == "rolled up":
                     raise Killed
         if not plan.rows:
-            added = layout.prediction_schema(labelled=False)
-            write_empty(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
-        for part in range(plan.parts):
+            added = layout.build_prediction_schema(labelled=False)
+            write_empty_part(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
+        for part in range(plan.num_parts):
             table = pq.read_table(layout.part_url(output, part))
-            counts += PredictionCounts.of(table, label_column=None, classes=tuple(COLOURS))
-        commit.write_metrics(output, plan, counts, top_k=2, path_column=manifest.path_column)
-        repeated = gates.repeated_failures(output, plan, manifest.path_column)
+            counts += PredictionCounts.from_table(table, label_column=None, classes=tuple(COLOURS))
+        commit.write_metric_tables(output, plan, counts, top_k=2, path_column=manifest.path_column)
+        repeated = gates.count_repeated_failures(output, plan, manifest.path_column)
         try:
-            gates.check_errors(output, counts, max_error_rate, {}, max_errors=2, repeated=repeated)
+            gates.check_error_rates(
+                output, counts, max_error_rate, {}, max_errors=2, repeated=repeated
+            )
         except TooManyErrors as error:
-            layout.keep_run(output, run | {"refused": str(error)})
+            layout.write_run(output, run | {"refused": str(error)})
             raise
         commit.write_success(
             output, run=run, counts=counts, seconds={"wall": 1.0}, steady_rate=None, precision=[]
         )
-        mark = Path(output) / layout.SUCCESS
+        mark = Path(output) / layout.SUCCESS_FILE
         success = json.loads(mark.read_text())
         success["committed"] = _shifted(success["committed"], clock)
         mark.write_text(json.dumps(success))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import OutputError, RunFailed, TooManyErrors
-from imgcls.inference.gates import ErrorStatus, check_drift, check_errors, told_in_json
+from imgcls.inference.gates import ErrorStatus, check_drift, check_error_rates, report_exit
 from imgcls.metrics import PredictionCounts
 from imgcls.runs.committed import open_run
 from tests.evaluation.runs import CLASSES, commit, drawn
@@ -42,10 +42,10 @@ def test_each_status_may_have_its_own_limit(
     status: dict[str, int], limits: dict[ErrorStatus, float], told: str | None
 ) -> None:
     if told is None:
-        check_errors("out", failed(**status), 0.01, limits)
+        check_error_rates("out", failed(**status), 0.01, limits)
         return
     with pytest.raises(TooManyErrors, match=told):
-        check_errors("out", failed(**status), 0.01, limits)
+        check_error_rates("out", failed(**status), 0.01, limits)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,28 @@ def test_a_few_failures_and_those_of_before_pass(
     status: dict[str, int], max_errors: int, repeated: dict[str, int], told: str | None
 ) -> None:
     with pytest.raises(TooManyErrors, match=told) if told else contextlib.nullcontext():
-        check_errors("out", failed(**status), 0.01, {}, max_errors=max_errors, repeated=repeated)
+        check_error_rates(
+            "out", failed(**status), 0.01, {}, max_errors=max_errors, repeated=repeated
+        )
 
 
 def test_a_status_with_a_limit_of_its_own_has_no_allowance_but_what_failed_before() -> None:
     limits: dict[ErrorStatus, float] = {"throttled": 0.0}
     with pytest.raises(TooManyErrors, match="1 of 100 rows are throttled"):
-        check_errors("out", failed(throttled=1), 0.01, limits, max_errors=10)
-    check_errors("out", failed(throttled=1), 0.01, limits, repeated={"throttled": 1})
+        check_error_rates("out", failed(throttled=1), 0.01, limits, max_errors=10)
+    check_error_rates("out", failed(throttled=1), 0.01, limits, repeated={"throttled": 1})
 
 
 def test_drift_is_written_told_and_may_stop_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference = open_run(str(commit(tmp_path / "then", drawn(3000, 1, failed=0.1))))
-    same = PredictionCounts.of(drawn(3000, 2), label_column=None, classes=CLASSES)
+    same = PredictionCounts.from_table(drawn(3000, 2), label_column=None, classes=CLASSES)
     check_drift(str(tmp_path / "out"), same, reference, 0.25)
     assert "drift   confidence: PSI 0.0" in capsys.readouterr().out
-    dull = PredictionCounts.of(drawn(3000, 2, sharpness=0), label_column=None, classes=CLASSES)
+    dull = PredictionCounts.from_table(
+        drawn(3000, 2, sharpness=0), label_column=None, classes=CLASSES
+    )
     with pytest.raises(TooManyErrors, match=r"confidence has moved by a PSI of .* --max-psi"):
         check_drift(str(tmp_path / "out"), dull, reference, 0.05)
     table = pq.read_table(tmp_path / "out" / "metrics" / "drift.parquet")
@@ -99,16 +103,16 @@ def test_however_a_run_ends_is_told(tmp_path: Path) -> None:
         found: dict[str, object] = json.loads(file.read_text())
         return found
 
-    with told_in_json(str(file), str(run)):
+    with report_exit(str(file), str(run)):
         pass
     assert (told()["exit_code"], told()["rows"], told()["error"]) == (0, 50, None)
     for error, code in ((RunFailed("a"), 1), (OutputError("b"), 2), (TooManyErrors("c"), 3)):
-        with pytest.raises(type(error)), told_in_json(str(file), str(run)):
+        with pytest.raises(type(error)), report_exit(str(file), str(run)):
             raise error
         assert (told()["exit_code"], told()["error"]) == (code, str(error))
         # a wrong request has started nothing; the others say what their output holds
         assert told()["rows"] == (0 if code == 2 else 50)
-    with pytest.raises(KeyboardInterrupt), told_in_json(str(file), str(run)):
+    with pytest.raises(KeyboardInterrupt), report_exit(str(file), str(run)):
         raise KeyboardInterrupt
     assert told()["exit_code"] == 1
 
@@ -123,7 +127,7 @@ def test_the_summary_of_a_refused_run_has_its_rows_and_statuses(tmp_path: Path) 
     file = tmp_path / "told.json"
 
     def refuse() -> None:
-        with told_in_json(str(file), "elsewhere") as outputs:
+        with report_exit(str(file), "elsewhere") as outputs:
             outputs.append(str(run))
             raise TooManyErrors("10 of 50 rows failed")
 
@@ -139,7 +143,7 @@ def test_the_summary_of_a_refused_run_has_its_rows_and_statuses(tmp_path: Path) 
 def test_the_summary_adds_up_the_runs_of_one_command(tmp_path: Path) -> None:
     runs = [str(commit(tmp_path / str(n), drawn(50, n, failed=0.2))) for n in range(2)]
     file = tmp_path / "told.json"
-    with told_in_json(str(file), "elsewhere") as outputs:
+    with report_exit(str(file), "elsewhere") as outputs:
         outputs.extend(runs)
     told = json.loads(file.read_text())
     assert (told["rows"], sum(told["status"].values()), told["output"]) == (100, 100, runs[1])

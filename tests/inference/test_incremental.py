@@ -22,9 +22,9 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import SinceConfig, chosen, only_new
-from imgcls.inference.nights import Series, find_nights, next_sequence
-from imgcls.inference.predict import dated
+from imgcls.inference.incremental import SinceConfig, chosen, select_new_rows
+from imgcls.inference.nights import OutputSeries, compute_next_sequence, find_past_runs
+from imgcls.inference.predict import resolve_output
 from imgcls.runs.committed import open_run
 from tests.evaluation.runs import commit, drawn
 from tests.s3 import url
@@ -64,7 +64,7 @@ def asked(
     output: Path | None = None,
     **config: Any,
 ) -> list[str | None]:
-    found = only_new(
+    found = select_new_rows(
         manifest,
         SinceConfig(path=str(since), **config),
         output=str(output or since / "tonight"),
@@ -122,7 +122,9 @@ def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path)
 
     def fingerprint(**changes: Any) -> str:
         given = {"output": "", "bundle_sha256": NEW, "relabel": False} | changes
-        return only_new(manifest, SinceConfig(path=str(tmp_path / "out")), **given).fingerprint()
+        return select_new_rows(
+            manifest, SinceConfig(path=str(tmp_path / "out")), **given
+        ).fingerprint()
 
     first = fingerprint()
     assert first == fingerprint() != manifest.fingerprint()
@@ -220,7 +222,7 @@ def test_a_history_is_judged_like_any_run(tmp_path: Path) -> None:
     night(tmp_path / "labels" / "1", [f"/{i}" for i in range(40)])
     output = compact(CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "all")))
     found = evaluate(EvaluateConfig(predictions=output, thumbnails=False))
-    assert found.tally.counts.labelled == 40
+    assert found.aggregate.counts.labeled == 40
     assert "drawn.csv" in (tmp_path / "all" / "report.html").read_text()
 
 
@@ -272,10 +274,10 @@ def test_columns_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 def test_the_date_of_an_output_is_written_out() -> None:
     day = datetime.date(2026, 11, 3)
-    assert dated("s3://b/labels/date={date}", day) == "s3://b/labels/date=2026-11-03"
+    assert resolve_output("s3://b/labels/date={date}", day) == "s3://b/labels/date=2026-11-03"
     today = datetime.datetime.now(datetime.UTC).date()
-    assert dated("{date}", None) in {today.isoformat(), str(today + datetime.timedelta(1))}
-    assert dated("plain", day) == "plain"
+    assert resolve_output("{date}", None) in {today.isoformat(), str(today + datetime.timedelta(1))}
+    assert resolve_output("plain", day) == "plain"
 
 
 # ------------------------------------------------------------------ the order of nights
@@ -318,8 +320,8 @@ def test_the_number_of_a_run_decides_before_its_date(tmp_path: Path) -> None:
     started(night(labels / "date=2026-11-22", ["/x"], etag=["v2"]), 3)  # a backfill, made later
     night(labels / "date=2026-12-24", ["/x"], etag=["v0"])  # before there were numbers
     assert asked(manifest_of(tmp_path, ["/x"], etag=["v2"]), labels) == []
-    assert next_sequence(str(labels / "date=2026-11-25"), find_nights(str(labels))) == 4
-    assert next_sequence(str(labels / "date=2026-11-25"), None) == 4
+    assert compute_next_sequence(str(labels / "date=2026-11-25"), find_past_runs(str(labels))) == 4
+    assert compute_next_sequence(str(labels / "date=2026-11-25"), None) == 4
 
 
 def test_rows_of_a_compacted_table_keep_the_place_of_their_night(tmp_path: Path) -> None:
@@ -470,8 +472,8 @@ def test_a_slash_at_the_end_of_an_output_names_the_same_run(s3: Any, tmp_path: P
     local = night(tmp_path / "night", ["/a"])
     for name in ("_run.json", "_SUCCESS", "predictions/part-00000.parquet"):
         filesystem.write(f"{labels}/date=2026-11-01/{name}", (local / name).read_bytes())
-    series = Series(labels + "/date={date}/", datetime.date(2026, 11, 1))
-    assert series.place(1) == f"{labels}/date=2026-11-01"
-    assert series.place(2) == f"{labels}/date=2026-11-01.2"
-    assert len(find_nights(labels).committed) == 1
-    assert find_nights(labels, but=f"{labels}/date=2026-11-01/").committed == ()
+    series = OutputSeries(labels + "/date={date}/", datetime.date(2026, 11, 1))
+    assert series.resolve_folder(1) == f"{labels}/date=2026-11-01"
+    assert series.resolve_folder(2) == f"{labels}/date=2026-11-01.2"
+    assert len(find_past_runs(labels).committed) == 1
+    assert find_past_runs(labels, but=f"{labels}/date=2026-11-01/").committed == ()

@@ -11,10 +11,10 @@ import pytest
 
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
-from imgcls.inference.incremental import failed_before
-from imgcls.inference.keys import KNOWN_BAD, read_table
-from imgcls.inference.nights import Series, find_nights
-from imgcls.inference.status import look
+from imgcls.inference.incremental import read_failed_before
+from imgcls.inference.keys import KNOWN_BAD, read_since_table
+from imgcls.inference.nights import OutputSeries, find_past_runs
+from imgcls.inference.status import read_status
 from tests.inference.night_simulation import Images, Killed, Nightly
 
 
@@ -70,10 +70,10 @@ def test_any_nights_come_to_what_labeling_the_last_state_from_scratch_gives(
             assert (nightly.labels / f"date={day(number)}.2" / "_SUCCESS").exists()
         if kind == 5:  # a quiet night, then an older one is finished
             nightly.predict(day(number))
-            for run in find_nights(str(nightly.labels)).unfinished:
+            for run in find_past_runs(str(nightly.labels)).unfinished:
                 nightly.predict(run.order[1])
-            left = find_nights(str(nightly.labels)).unfinished
-            assert all(run.refused for run in left)
+            left = find_past_runs(str(nightly.labels)).unfinished
+            assert all(run.is_refused for run in left)
         nightly.compact()
     nightly.build(images)
     nightly.predict(day(nights))
@@ -160,14 +160,16 @@ def test_a_broken_image_is_reported_once_and_carried_until_it_changes(
     for number in (2, 3):  # quiet nights
         place = nightly.predict(day(number))
         assert nightly.labeled == 0
-        assert read_table(place, KNOWN_BAD).to_pylist() == [{"path": bad, "status": "not_an_image"}]
+        assert read_since_table(place, KNOWN_BAD).to_pylist() == [
+            {"path": bad, "status": "not_an_image"}
+        ]
     assert nightly.compact()[bad]["status"] == "not_an_image"
     place = nightly.predict(day(4), retry_failed=True)
-    assert (nightly.labeled, failed_before(place).tolist()) == (1, [0])
+    assert (nightly.labeled, read_failed_before(place).tolist()) == (1, [0])
     images.write("camera-0/bad.png")
     nightly.build(images)
     place = nightly.predict(day(5))
-    assert (nightly.labeled, failed_before(place).tolist()) == (1, [])
+    assert (nightly.labeled, read_failed_before(place).tolist()) == (1, [])
     assert nightly.compact()[bad]["status"] == "ok"
 
 
@@ -186,7 +188,7 @@ def test_a_night_that_the_gate_refuses_does_not_fail_the_next_ones(
     nightly.build(images)
     place = nightly.predict(day(3))
     assert place == str(date_folder(nightly, 3))
-    assert len(failed_before(place)) == 5  # reported by the refusal; not new
+    assert len(read_failed_before(place)) == 5  # reported by the refusal; not new
     assert nightly.compact() == nightly.from_scratch()
     images.write("camera-1/bad-0.png", b"spoilt in another way")
     for at in range(5, 9):
@@ -207,7 +209,7 @@ def test_what_a_refused_run_lacks_may_be_mended_the_same_night(
     nightly.build(images)
     assert nightly.predict(day(1)) == f"{date_folder(nightly, 1)}.2"
     assert nightly.compact() == nightly.from_scratch()
-    assert [run.url for run in find_nights(str(nightly.labels)).unfinished] == [
+    assert [run.url for run in find_past_runs(str(nightly.labels)).unfinished] == [
         str(date_folder(nightly, 1))
     ]
 
@@ -221,7 +223,7 @@ def test_a_run_of_other_settings_is_left_and_an_output_without_a_date_is_refused
         nightly.predict(day(1), killed="planned")
     place = nightly.predict(day(1), settings={"top_k": 1, "scores": False})
     assert place == f"{date_folder(nightly, 1)}.2"
-    series = Series(f"{nightly.labels}/fixed", None)
+    series = OutputSeries(f"{nightly.labels}/fixed", None)
     assert nightly.predict(day(2), series=series) == str(nightly.labels / "fixed")
     images.write("camera-0/new.png")
     nightly.build(images)
@@ -282,9 +284,9 @@ def test_an_empty_mark_is_that_of_a_driver_killed_while_it_wrote_it(
     nightly.build(images)
     first = nightly.predict(day(1))
     (date_folder(nightly, 1) / "_SUCCESS").write_text("")
-    assert look(first)["state"] == "waiting"
+    assert read_status(first)["state"] == "waiting"
     assert nightly.predict(day(1)) == first
-    assert look(first)["state"] == "committed"
+    assert read_status(first)["state"] == "committed"
     assert len(nightly.compact()) == 5
 
 
@@ -297,7 +299,7 @@ def test_a_refused_run_that_was_to_be_started_over_does_not_fail_the_next_nights
     assert nightly.predict(day(1)) == "refused"
     shutil.rmtree(date_folder(nightly, 1) / "predictions")  # `--overwrite`, killed
     assert nightly.predict(day(2)) == "refused"
-    assert len(failed_before(str(date_folder(nightly, 2)))) == 0
+    assert len(read_failed_before(str(date_folder(nightly, 2)))) == 0
 
 
 def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, images: Images) -> None:

@@ -11,11 +11,11 @@ import ray
 
 from imgcls.config import build
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.preprocess import Decode
+from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import RequestError
-from imgcls.execution.plan import Identity
+from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
-from imgcls.inference.requests import check_columns, settings_of
+from imgcls.inference.requests import check_columns, resolve_settings
 from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
@@ -54,15 +54,15 @@ def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
     manifest = open_manifest(ManifestConfig(path=str(tmp_path / "manifest.csv")))
     bundle = load_bundle(str(colour_bundle))
 
-    def identity(decode: Decode | None) -> Identity:
+    def identity(decode: DecodeMode | None) -> RunIdentity:
         asked = {"manifest": manifest.files[0], "model": bundle.url, "output": "out"}
-        settings = settings_of(build(PredictConfig, asked), bundle.with_decode(decode))
-        return Identity({}, {"sha256": bundle.sha256}, settings)
+        settings = resolve_settings(build(PredictConfig, asked), bundle.with_decode(decode))
+        return RunIdentity({}, {"sha256": bundle.sha256}, settings)
 
     own = bundle.spec.preprocess.decode
-    other: Decode = "exact" if own == "fast" else "fast"
+    other: DecodeMode = "exact" if own == "fast" else "fast"
     assert identity(None) == identity(own)
-    assert identity(other).differences(asdict(identity(own))) == [
+    assert identity(other).find_differences(asdict(identity(own))) == [
         f"settings.decode: {own!r} then, {other!r} now"
     ]
 
@@ -70,9 +70,11 @@ def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
 def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
-    told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.hang_seconds": 180})
-    assert told.startswith("scale.hang_seconds 180: for s3://b/a.jpg a worker may wait 3 x 60 s")
-    assert "give more than 180, or a smaller --storage.deadline-seconds" in told
+    told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.worker_timeout_s": 180})
+    assert told.startswith(
+        "scale.worker_timeout_s 180: for s3://b/a.jpg a worker may wait 3 x 60 s"
+    )
+    assert "give more than 180, or a smaller --storage.retry-timeout-s" in told
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import Spent, Work, WorkSpec
+from imgcls.execution.messages import ChunkTask, PredictSpec, StageTimings
 from imgcls.execution.plan import Plan
 from imgcls.inference import stages
-from imgcls.inference.stages import Prepared
-from imgcls.models.classifier import Classifier, Pending
-from imgcls.models.cuda_graph import Stopwatch
+from imgcls.inference.stages import PreparedImages
+from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.models.cuda_graph import CudaTimer
 from imgcls.runs import layout
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
@@ -64,24 +64,26 @@ def photographs(tmp_path: Path) -> pa.Table:
 
 
 @pytest.fixture
-def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> WorkSpec:
+def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> PredictSpec:
     manifest = manifest_of(tmp_path, photographs)
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8, part_rows=16)
     wide = {"scores": True, "embeddings": True, "batch_size": 3}
     return spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), **wide)
 
 
-def labelled(spec: WorkSpec, classifier: Classifier, work: Work) -> pa.Table:
-    return stages.label(spec, classifier, stages.rows_of(spec, work), work, Spent())
+def labelled(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
+    return stages.predict_chunk(
+        spec, classifier, stages.read_chunk_rows(spec, work), work, StageTimings()
+    )
 
 
 # ------------------------------------------------------------------ one chunk
 
 
 def test_every_row_of_a_chunk_has_its_row_and_its_reason(
-    spec: WorkSpec, classifier: Classifier
+    spec: PredictSpec, classifier: Classifier
 ) -> None:
-    rows = [row for c in range(3) for row in labelled(spec, classifier, Work(c)).to_pylist()]
+    rows = [row for c in range(3) for row in labelled(spec, classifier, ChunkTask(c)).to_pylist()]
     assert [row["row"] for row in rows] == list(range(21))
     assert {row["row"]: row["status"] for row in rows if row["status"] != "ok"} == {
         3: "missing", 4: "empty", 5: "missing", 9: "truncated", 10: "not_an_image",
@@ -102,10 +104,10 @@ def test_every_row_of_a_chunk_has_its_row_and_its_reason(
 
 
 def test_scores_are_float32_unless_float16_is_asked_for(
-    spec: WorkSpec, classifier: Classifier
+    spec: PredictSpec, classifier: Classifier
 ) -> None:
-    full = labelled(spec, classifier, Work(0))["scores"]
-    half = labelled(replace(spec, scores_type="float16"), classifier, Work(0))["scores"]
+    full = labelled(spec, classifier, ChunkTask(0))["scores"]
+    half = labelled(replace(spec, scores_type="float16"), classifier, ChunkTask(0))["scores"]
     assert full.type == pa.list_(pa.float32(), 3)
     assert half.type == pa.list_(pa.float16(), 3)
     for exact, rounded in zip(full.to_pylist(), half.to_pylist(), strict=True):
@@ -114,51 +116,53 @@ def test_scores_are_float32_unless_float16_is_asked_for(
 
 
 def test_doing_a_chunk_twice_writes_the_same_bytes(
-    spec: WorkSpec, colour_bundle: Path, tmp_path: Path
+    spec: PredictSpec, colour_bundle: Path, tmp_path: Path
 ) -> None:
     written = []
     for _ in range(2):
         fresh = Classifier.load(str(colour_bundle), precision="fp32")
         for number in range(3):
-            work = Work(number)
-            stages.commit(spec, work, labelled(spec, fresh, work), Spent())
+            work = ChunkTask(number)
+            stages.write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
         staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
         written.append({path.name: path.read_bytes() for path in staged})
         assert len(written[-1]) == 3
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("work", [Work(0), Work(1), Work(2)])
+@pytest.mark.parametrize("work", [ChunkTask(0), ChunkTask(1), ChunkTask(2)])
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
-    spec: WorkSpec, classifier: Classifier, work: Work, batch_size: int
+    spec: PredictSpec, classifier: Classifier, work: ChunkTask, batch_size: int
 ) -> None:
     spec = chunk_with(spec, batch_size=batch_size)
-    rows, seconds = stages.rows_of(spec, work), Spent()
-    fused = stages.label(spec, classifier, rows, work, seconds)
-    prepared = stages.prepare_all(spec, rows, classifier.preprocess, seconds)
+    rows, seconds = stages.read_chunk_rows(spec, work), StageTimings()
+    fused = stages.predict_chunk(spec, classifier, rows, work, seconds)
+    prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, seconds)
     split = stages.classify_prepared(spec, classifier, rows, work, prepared, seconds)
-    blobs = list(stages.fetch(spec, rows))
+    blobs = list(stages.fetch_images(spec, rows))
     decoded = stages.prepare_on_device(spec, blobs, classifier, seconds)
     fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
     assert split.equals(fused)
     assert fetched.equals(fused)
-    assert fused.schema.equals(layout.prediction_schema(labelled=True, scores=3, embedding=32))
+    assert fused.schema.equals(
+        layout.build_prediction_schema(labelled=True, scores=3, embedding=32)
+    )
     assert seconds.fetch > 0
     assert seconds.prepare > 0
 
 
 def test_a_retry_does_its_rows_alone_and_without_the_manifest(
-    spec: WorkSpec, classifier: Classifier, photographs: pa.Table, tmp_path: Path
+    spec: PredictSpec, classifier: Classifier, photographs: pa.Table, tmp_path: Path
 ) -> None:
     draw("green", seed=9).save(tmp_path / "9.jpg")
     carried = photographs.take([9, 11]).select(["path", "label"])
-    work = Work(1, (1, 3), carried)
+    work = ChunkTask(1, (1, 3), carried)
     (tmp_path / "out" / "_staging" / "manifest" / "part-00000.parquet").unlink()
     table = labelled(spec, classifier, work)
     assert table["row"].to_pylist() == [9, 11]
     assert table["status"].to_pylist() == ["ok", "ok"]
-    stages.commit(spec, work, table, Spent())
+    stages.write_chunk(spec, work, table, StageTimings())
     [file] = (tmp_path / "out" / "_staging" / "part-00000").iterdir()
     assert file.name == f"retry-00000001.{spec.plan.run_id}.parquet"
 
@@ -171,12 +175,12 @@ def test_a_run_that_starts_over_reads_its_own_manifest(tmp_path: Path) -> None:
         manifest = manifest_of(tmp_path / name, table)
         plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
         spec = spec_of(tmp_path / "out", plan, manifest, "")
-        found.append(stages.rows_of(spec, Work(0)).to_pylist() == table.to_pylist())
+        found.append(stages.read_chunk_rows(spec, ChunkTask(0)).to_pylist() == table.to_pylist())
     assert found == [True, True]
 
 
-def chunk_with(spec: WorkSpec, **changes: Any) -> WorkSpec:
-    return WorkSpec(**{**vars(spec), **changes})
+def chunk_with(spec: PredictSpec, **changes: Any) -> PredictSpec:
+    return PredictSpec(**{**vars(spec), **changes})
 
 
 # ------------------------------------------------------------------ what the model says
@@ -194,16 +198,16 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
 ) -> None:
     """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
     classes = ["a", "b", "c", "d", "e"]
-    pending = Pending(torch.from_numpy(scores), None, Stopwatch(torch.device("cpu")))
+    pending = PendingScores(torch.from_numpy(scores), None, CudaTimer(torch.device("cpu")))
     oracle: Any = SimpleNamespace(classes=classes, submit=lambda _, **__: pending)
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
-    prepared = Prepared(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
+    prepared = PreparedImages(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
     thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
     spec = bare(
         6, label_column="label", top_k=top_k, batch_size=6, thresholds=tuple(thresholds.values())
     )
     rows = pa.table({"path": ["p"] * 6, "label": pa.array(labels, pa.string())})
-    table = stages.classify_prepared(spec, oracle, rows, Work(0), prepared, Spent())
+    table = stages.classify_prepared(spec, oracle, rows, ChunkTask(0), prepared, StageTimings())
     for row, label, score in zip(table.to_pylist(), labels, scores, strict=True):
         if label not in classes:
             assert row["label_rank"] is row["label_score"] is None
@@ -220,7 +224,7 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
 # ------------------------------------------------------------------ whatever comes
 
 
-def bare(rows: int, **changes: Any) -> WorkSpec:
+def bare(rows: int, **changes: Any) -> PredictSpec:
     """An order for one chunk that is nowhere on disk."""
     values: dict[str, Any] = {
         "output": "/nowhere", "plan": Plan("r", rows, rows, rows), "bundle_url": "",
@@ -229,17 +233,17 @@ def bare(rows: int, **changes: Any) -> WorkSpec:
         "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
         "decode": "fast", "precision": "fp32", "compile": False, "batch_size": 4,
         "max_pixels": 1_000_000,
-        "fetches": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
+        "io_concurrency": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
     }  # fmt: skip
-    return WorkSpec(**{**values, **changes})
+    return PredictSpec(**{**values, **changes})
 
 
 def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> list[str]:
     """Label a manifest of these paths; the statuses, after checking that each has its row."""
     rows = pa.table({"path": pa.array(paths, pa.string())})
-    table = stages.label(bare(len(paths)), classifier, rows, Work(0), Spent())
+    table = stages.predict_chunk(bare(len(paths)), classifier, rows, ChunkTask(0), StageTimings())
     table.validate(full=True)
-    assert table.schema.equals(layout.prediction_schema(labelled=False))
+    assert table.schema.equals(layout.build_prediction_schema(labelled=False))
     assert table["row"].to_pylist() == list(range(len(paths)))
     statuses: list[str] = table["status"].to_pylist()
     assert set(statuses) <= STATUSES
@@ -381,11 +385,15 @@ def test_damaged_images_give_a_row_at_length(classifier: Classifier, seed: int) 
     check_mutated_images(classifier, seed)
 
 
-def test_a_row_that_is_known_to_crash_is_left_alone(spec: WorkSpec, classifier: Classifier) -> None:
-    work = Work(0)
-    rows = stages.rows_of(spec, work)
-    whole = stages.label(spec, classifier, rows, work, Spent())
-    without = stages.label(spec, classifier, rows, work, Spent(), {1: "it died of it"})
+def test_a_row_that_is_known_to_crash_is_left_alone(
+    spec: PredictSpec, classifier: Classifier
+) -> None:
+    work = ChunkTask(0)
+    rows = stages.read_chunk_rows(spec, work)
+    whole = stages.predict_chunk(spec, classifier, rows, work, StageTimings())
+    without = stages.predict_chunk(
+        spec, classifier, rows, work, StageTimings(), {1: "it died of it"}
+    )
     assert without["status"].to_pylist()[1] == "crashed"
     assert without["error"].to_pylist()[1] == "it died of it"
     assert without["predicted_label"].to_pylist()[1] is None
@@ -394,11 +402,11 @@ def test_a_row_that_is_known_to_crash_is_left_alone(spec: WorkSpec, classifier: 
     assert without["row"].to_pylist() == whole["row"].to_pylist()
 
 
-def test_what_was_read_is_counted_in_bytes(spec: WorkSpec, classifier: Classifier) -> None:
-    work, spent = Work(0), Spent()
-    rows = stages.rows_of(spec, work)
-    stages.label(spec, classifier, rows, work, spent)
-    blobs = [blob for blob in stages.fetch(spec, rows) if isinstance(blob, bytes)]
+def test_what_was_read_is_counted_in_bytes(spec: PredictSpec, classifier: Classifier) -> None:
+    work, spent = ChunkTask(0), StageTimings()
+    rows = stages.read_chunk_rows(spec, work)
+    stages.predict_chunk(spec, classifier, rows, work, spent)
+    blobs = [blob for blob in stages.fetch_images(spec, rows) if isinstance(blob, bytes)]
     assert spent.bytes == sum(len(blob) for blob in blobs) > 0
 
 
@@ -415,7 +423,7 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
     wide = {"scores": True, "embeddings": True, "batch_size": 2}
     spec = spec_of(tmp_path / "out", plan, manifest, str(overflowing_bundle), **wide)
-    rows = labelled(spec, classifier, Work(0)).to_pylist()
+    rows = labelled(spec, classifier, ChunkTask(0)).to_pylist()
     statuses = ["ok", "not_finite", "missing", "ok", "not_finite", "ok"]
     assert [row["status"] for row in rows] == statuses
     alone = classifier.predict([draw(name) for name in ("red", "green", "blue")])
@@ -430,10 +438,15 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
             assert not any(value is not None for key, value in row.items() if key not in kept)
             assert row["accepted"] is False
     # the layout with GPUs composes the same stages
-    prepared = stages.prepare_all(
-        spec, stages.rows_of(spec, Work(0)), classifier.preprocess, Spent()
+    prepared = stages.prepare_on_cpu(
+        spec, stages.read_chunk_rows(spec, ChunkTask(0)), classifier.preprocess, StageTimings()
     )
     halves = stages.classify_prepared(
-        spec, classifier, stages.rows_of(spec, Work(0)), Work(0), prepared, Spent()
+        spec,
+        classifier,
+        stages.read_chunk_rows(spec, ChunkTask(0)),
+        ChunkTask(0),
+        prepared,
+        StageTimings(),
     )
     assert halves.to_pylist() == rows

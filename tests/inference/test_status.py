@@ -11,9 +11,9 @@ import pytest
 
 from imgcls.errors import OutputError
 from imgcls.execution import completed
-from imgcls.execution.messages import Spent, Work
+from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.inference import stages
-from imgcls.inference.status import StatusConfig, look, status
+from imgcls.inference.status import StatusConfig, read_status, status
 from imgcls.runs import layout as names
 from imgcls.runs.lease import Lease
 from tests.execution.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
@@ -28,17 +28,20 @@ def begun(tmp_path: Path) -> Path:
     spec = spec_of(output, plan, manifest, "")
     for number in range(6):
         table = predictions(plan.rows_of(number), number)
-        stages.commit(
-            spec, Work(number), table.drop_columns(["label_score", "label_rank"]), Spent()
+        stages.write_chunk(
+            spec,
+            ChunkTask(number),
+            table.drop_columns(["label_score", "label_rank"]),
+            StageTimings(),
         )
     completed.roll_up(str(output), plan, 0, None, CLASSES)
-    book = completed.Ledger.read(str(output), plan)
-    book.rolled_up(0)
+    book = completed.CompletedChunks.load(str(output), plan)
+    book.mark_rolled_up(0)
     return output
 
 
 def test_rows_and_statuses_are_those_of_the_durable_files(begun: Path) -> None:
-    told = look(str(begun))
+    told = read_status(str(begun))
     assert (told["rows_done"], told["rows"]) == (60, 100)
     assert (told["files_done"], told["files"]) == (1, 2)
     assert sum(told["status"].values()) == 60
@@ -48,15 +51,15 @@ def test_rows_and_statuses_are_those_of_the_durable_files(begun: Path) -> None:
 
 
 def test_a_driver_is_seen_by_its_lease_and_the_rate_is_what_it_said(begun: Path) -> None:
-    names.keep_progress(str(begun), {"images_per_second": 8.0})
+    names.write_progress(str(begun), {"images_per_second": 8.0})
     lease = Lease.acquire(str(begun), 5)
     try:
-        told = look(str(begun))
+        told = read_status(str(begun))
     finally:
         lease.release()
     assert told["state"] == "running"
     assert (told["images_per_second"], told["seconds_left"]) == (8.0, 5.0)
-    assert look(str(begun))["state"] == "waiting"
+    assert read_status(str(begun))["state"] == "waiting"
 
 
 def test_it_is_told_in_words_and_in_json(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +73,7 @@ def test_it_is_told_in_words_and_in_json(begun: Path, capsys: pytest.CaptureFixt
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"holds no _run\.json, so no labelling run began here"):
-        look(str(tmp_path))
+        read_status(str(tmp_path))
 
 
 def test_a_run_that_waits_for_machines_is_seen_before_there_is_a_plan(
@@ -79,10 +82,10 @@ def test_a_run_that_waits_for_machines_is_seen_before_there_is_a_plan(
     lease = Lease.acquire(str(tmp_path), 5)
     try:
         status(StatusConfig(output=str(tmp_path)))
-        told = look(str(tmp_path))
+        told = read_status(str(tmp_path))
     finally:
         lease.release()
     assert told["state"] == "starting"
     assert f"process {os.getpid()}: it waits for machines" in capsys.readouterr().out
     with pytest.raises(OutputError, match="no labelling run began here"):
-        look(str(tmp_path))
+        read_status(str(tmp_path))

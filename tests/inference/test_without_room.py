@@ -17,10 +17,15 @@ from ray.util import placement_group_table
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import Interruption, Node
 from imgcls.errors import ResourcesError
-from imgcls.execution.messages import Work
+from imgcls.execution.messages import ChunkTask
 from imgcls.execution.pipeline import Pipeline
-from imgcls.execution.placement import ScaleConfig, first_bundles, machines_for, plan_layout
-from imgcls.execution.runner import fitted, missing
+from imgcls.execution.placement import (
+    ScaleConfig,
+    compute_first_bundles,
+    plan_placement,
+    select_nodes,
+)
+from imgcls.execution.runner import find_missing_nodes, wait_for_placement
 from tests.execution.runs import manifest_of, plan_at, spec_of
 from tests.processes import wait_for
 
@@ -46,9 +51,9 @@ def test_without_a_worker_it_waits_without_end_and_ends_when_it_is_stopped(
     manifest = manifest_of(tmp_path, pa.table({"path": ["a.jpg"]}))
     output = tmp_path / "out"
     spec = spec_of(output, plan_at(output, manifest), manifest, "")
-    layout = dataclasses.replace(plan_layout([Node(2, 0)], ScaleConfig()), worker_cpus=2)
-    pipeline = Pipeline(spec, layout, [Work(0)])
-    receipts = session.in_background(pipeline.receipts(), Interruption())
+    layout = dataclasses.replace(plan_placement([Node(2, 0)], ScaleConfig()), worker_cpus=2)
+    pipeline = Pipeline(spec, layout, [ChunkTask(0)])
+    receipts = session.iterate_in_thread(pipeline.run(), Interruption())
     began = time.monotonic()
     while time.monotonic() - began < 5:
         assert next(receipts) is None
@@ -59,19 +64,21 @@ def test_without_a_worker_it_waits_without_end_and_ends_when_it_is_stopped(
 def test_what_a_run_has_lost_is_waited_for_and_what_was_never_there_is_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scale = ScaleConfig(workers=2, wait_seconds=1)
+    scale = ScaleConfig(workers=2, resource_timeout_s=1)
     with pytest.raises(ResourcesError) as caught:
-        fitted(scale, Interruption(), 0)
+        wait_for_placement(scale, Interruption(), 0)
     assert str(caught.value).endswith("give at most 1")
     assert capsys.readouterr().out == ""
-    steps = autoscaler.fitting(
-        lambda nodes: plan_layout(nodes, scale),
-        lambda most: first_bundles(most, scale, 0),
-        scale.wait_seconds,
+    steps = autoscaler.iter_until_fit(
+        lambda nodes: plan_placement(nodes, scale),
+        lambda most: compute_first_bundles(most, scale, 0),
+        scale.resource_timeout_s,
         Interruption(),
         under_way=True,
     )
-    with pytest.raises(ResourcesError, match=r"waited 1 s for machines, as scale\.wait_seconds"):
+    with pytest.raises(
+        ResourcesError, match=r"waited 1 s for machines, as scale\.resource_timeout_s"
+    ):
         list(steps)
     assert capsys.readouterr().out.startswith("waiting  for machines: scale.workers 2")
     assert asked_for() == []
@@ -94,16 +101,16 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"available_node_types": groups, "head_node_type": "head", "max_workers": 4}
     file = tmp_path / "ray_bootstrap_config.yaml"
     file.write_text(json.dumps(config))
-    monkeypatch.setattr(autoscaler, "LAUNCHED", str(file))
+    monkeypatch.setattr(autoscaler, "LAUNCHER_CONFIG", str(file))
 
 
 def test_the_first_machine_is_asked_for_until_it_is_there_or_nobody_waits_any_more(
     launched: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scale = ScaleConfig(layout="gpu", wait_seconds=1)
-    steps = autoscaler.fitting(
-        lambda nodes: plan_layout(nodes, scale),
-        lambda most: first_bundles(most, scale, 0),
+    scale = ScaleConfig(layout="gpu", resource_timeout_s=1)
+    steps = autoscaler.iter_until_fit(
+        lambda nodes: plan_placement(nodes, scale),
+        lambda most: compute_first_bundles(most, scale, 0),
         60,
         Interruption(),
     )
@@ -113,24 +120,27 @@ def test_the_first_machine_is_asked_for_until_it_is_there_or_nobody_waits_any_mo
     steps.close()
     wait_for(lambda: asked_for() == [])
     with pytest.raises(ResourcesError, match="waited 1 s for machines"):
-        fitted(scale, Interruption(), 0)
+        wait_for_placement(scale, Interruption(), 0)
     wait_for(lambda: asked_for() == [])
 
 
 def test_while_there_is_work_what_may_come_is_asked_for_and_what_has_come_is_let_go(
     launched: None,
 ) -> None:
-    may_come = autoscaler.most_nodes()
+    may_come = autoscaler.find_max_nodes()
     assert may_come is not None
     whole = {"CPU": 4, "GPU": 1}
-    assert missing(machines_for(may_come, ScaleConfig(), 0, 200), session.nodes()) == [whole] * 2
-    autoscaler.keep_asking([whole, whole])
+    assert (
+        find_missing_nodes(select_nodes(may_come, ScaleConfig(), 0, 200), session.list_nodes())
+        == [whole] * 2
+    )
+    autoscaler.update_request([whole, whole])
     wait_for(lambda: asked_for() == [whole, whole])
-    autoscaler.keep_asking([whole])
+    autoscaler.update_request([whole])
     wait_for(lambda: asked_for() == [whole])
-    autoscaler.keep_asking([{"CPU": 1}, whole])  # the first of which is there
+    autoscaler.update_request([{"CPU": 1}, whole])  # the first of which is there
     wait_for(lambda: asked_for() == [whole])
-    autoscaler.keep_asking([whole])
+    autoscaler.update_request([whole])
     wait_for(lambda: ray.available_resources().get("CPU") == 1)
-    autoscaler.give_back()
+    autoscaler.cancel_request()
     wait_for(lambda: asked_for() == [])

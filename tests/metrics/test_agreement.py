@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score, matthews_corrcoef
 
-from imgcls.metrics.agreement import cohens_kappa, matthews, mcnemar
+from imgcls.metrics.agreement import cohens_kappa, matthews_correlation, mcnemar_test
 
 
 @given(
@@ -21,7 +21,7 @@ def test_single_numbers_of_a_confusion_matrix_are_scikit_learns(
     label, predicted = np.array(pairs).T
     support, said = np.bincount(label, minlength=5), np.bincount(predicted, minlength=5)
     correct = int((label == predicted).sum())
-    got = matthews(support, said, correct)
+    got = matthews_correlation(support, said, correct)
     assert got == pytest.approx(matthews_corrcoef(label, predicted), abs=1e-9)
     kappa = cohens_kappa(support, said, correct)
     if kappa is None:
@@ -36,7 +36,9 @@ def test_single_numbers_do_not_depend_on_the_number_of_rows(times: int) -> None:
     predicted = np.repeat([0, 1, 1, 2, 2, 0], [480, 120, 250, 50, 90, 10])
     support, said = np.bincount(label) * times, np.bincount(predicted) * times
     correct = int((label == predicted).sum()) * times
-    assert matthews(support, said, correct) == pytest.approx(matthews_corrcoef(label, predicted))
+    assert matthews_correlation(support, said, correct) == pytest.approx(
+        matthews_corrcoef(label, predicted)
+    )
     assert cohens_kappa(support, said, correct) == pytest.approx(
         cohen_kappa_score(label, predicted)
     )
@@ -44,7 +46,7 @@ def test_single_numbers_do_not_depend_on_the_number_of_rows(times: int) -> None:
 
 @given(only_a=st.integers(0, 300), only_b=st.integers(0, 300), both=st.integers(1, 1000))
 def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, both: int) -> None:
-    found = mcnemar(only_a + only_b + both, only_a, only_b)
+    found = mcnemar_test(only_a + only_b + both, only_a, only_b)
     expected = 1.0
     if only_a + only_b:
         expected = binomtest(only_a, only_a + only_b, 0.5).pvalue
@@ -54,7 +56,7 @@ def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, both: int)
 
 
 def test_large_counts_meet_the_exact_test() -> None:
-    found = mcnemar(10**6, 5_000, 5_300)
+    found = mcnemar_test(10**6, 5_000, 5_300)
     assert found.p_value == pytest.approx(binomtest(5_000, 10_300, 0.5).pvalue, rel=0.01)
 
 
@@ -64,11 +66,11 @@ def test_the_interval_holds_the_true_difference_about_95_times_of_100() -> None:
     draws = rng.multinomial(400, shares, size=2000)
     held = [
         found.lower <= 0.03 <= found.upper
-        for found in (mcnemar(400, int(a), int(b)) for a, b, _ in draws)
+        for found in (mcnemar_test(400, int(a), int(b)) for a, b, _ in draws)
     ]
     assert 0.93 <= np.mean(held) <= 0.97
 
 
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(ValueError, match="no row"):
-        mcnemar(0, 0, 0)
+        mcnemar_test(0, 0, 0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.metrics import PredictionCounts
-from imgcls.metrics.counts import CORRECT, MAX_RANK, UNJUDGED, WRONG
+from imgcls.metrics.counts import CORRECT, MAX_RANK, UNLABELED, WRONG
 
 CLASSES = [f"class {i}" for i in range(7)]
 FLOATS = ("log_loss_sum", "log_loss_square_sum", "predicted_confidence", "bin_confidence")
@@ -26,7 +26,7 @@ def assert_same(one: PredictionCounts, other: PredictionCounts) -> None:
 
 
 def count(table, label_column="label", classes=CLASSES, **options):
-    return PredictionCounts.of(table, label_column=label_column, classes=classes, **options)
+    return PredictionCounts.from_table(table, label_column=label_column, classes=classes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def test_every_row_is_counted_once_by_what_it_is(mixed):
     labelled = ok[ok.label.isin(CLASSES)]
     assert counts.rows == len(frame) == counts.ok + counts.error_rows
     assert counts.status == frame.status.value_counts().to_dict()
-    assert counts.ok == len(ok) == counts.labelled + counts.unlabelled + counts.unknown_label
-    assert counts.labelled == len(labelled)
-    assert counts.unlabelled == ok.label.isna().sum()
+    assert counts.ok == len(ok) == counts.labeled + counts.unlabeled + counts.unknown_label
+    assert counts.labeled == len(labelled)
+    assert counts.unlabeled == ok.label.isna().sum()
     assert counts.unknown_label == (ok.label == "not a class").sum()
     assert counts.correct == (labelled.label == labelled.predicted_label).sum()
     assert counts.accepted == ok.accepted.sum()
-    assert counts.accepted_labelled == labelled.accepted.sum()
+    assert counts.accepted_labeled == labelled.accepted.sum()
     right = labelled[labelled.label == labelled.predicted_label]
     assert counts.accepted_correct == right.accepted.sum()
 
@@ -64,8 +64,8 @@ def test_confidence_bins_hold_every_ok_row_by_its_outcome(mixed):
     counts = count(mixed, num_bins=10)
     assert counts.bin_counts.shape == (3, 10)
     assert counts.bin_counts[CORRECT].sum() == counts.correct
-    assert counts.bin_counts[WRONG].sum() == counts.labelled - counts.correct
-    assert counts.bin_counts[UNJUDGED].sum() == counts.unlabelled + counts.unknown_label
+    assert counts.bin_counts[WRONG].sum() == counts.labeled - counts.correct
+    assert counts.bin_counts[UNLABELED].sum() == counts.unlabeled + counts.unknown_label
     assert counts.bin_confidence.sum() == pytest.approx(counts.predicted_confidence.sum())
 
 
@@ -90,7 +90,7 @@ def test_a_row_without_a_label_score_or_rank_is_left_out_of_their_means(make_pre
     table = table.set_column(4, "label_score", pa.array([0.5, None, None], pa.float32()))
     table = table.set_column(5, "label_rank", pa.array([2, 1, None], pa.int32()))
     counts = count(table)
-    assert (counts.labelled, counts.log_loss_rows) == (3, 1)
+    assert (counts.labeled, counts.log_loss_rows) == (3, 1)
     assert counts.rank_counts[:3].tolist() == [1, 1, 0]
 
 
@@ -186,8 +186,8 @@ def test_without_a_label_column_every_ok_row_is_unlabelled(make_predictions):
     table = make_predictions(200, CLASSES, failed=0.1)
     table = table.drop_columns(["label", "label_score", "label_rank"])
     counts = count(table, label_column=None)
-    assert (counts.labelled, counts.unlabelled) == (0, counts.ok)
-    assert counts.bin_counts[UNJUDGED].sum() == counts.ok
+    assert (counts.labeled, counts.unlabeled) == (0, counts.ok)
+    assert counts.bin_counts[UNLABELED].sum() == counts.ok
 
 
 def test_a_table_of_failures_alone_is_counted():

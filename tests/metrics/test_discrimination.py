@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from imgcls.metrics.discrimination import ScoreCounts, brier, discrimination, table
+from imgcls.metrics.discrimination import (
+    ScoreCounts,
+    brier_score,
+    build_discrimination_table,
+    compute_discrimination,
+)
 
 
 def softmax(rows: int, classes: int, seed: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +44,7 @@ def test_few_classes_are_exact_ties_and_absent_classes_included(
 ) -> None:
     scores, label = softmax(rows, classes, seed, scale)
     label[label == 2] = 0  # a class that never occurs
-    found = discrimination(ScoreCounts.of(scores, label, names(classes)))
+    found = compute_discrimination(ScoreCounts.from_scores(scores, label, names(classes)))
     for c in range(classes):
         truth = label == c
         if truth.all() or not truth.any():
@@ -58,7 +63,7 @@ def test_few_classes_are_exact_ties_and_absent_classes_included(
 def test_many_classes_stay_within_the_bound_that_is_told(seed: int, scale: float) -> None:
     classes = 70
     scores, label = softmax(200, classes, seed, scale)
-    found = discrimination(ScoreCounts.of(scores, label, names(classes)))
+    found = compute_discrimination(ScoreCounts.from_scores(scores, label, names(classes)))
     for c in np.unique(label)[::3]:
         exact = scores[:, c].astype(np.float64)
         off = abs(found.auroc[c] - roc_auc_score(label == c, exact))
@@ -72,8 +77,10 @@ def test_brier_is_the_squared_distance_from_the_truth() -> None:
     scores, label = softmax(500, 7, 1, 1.0)
     truth = np.eye(7)[label]
     expected = ((scores.astype(np.float64) - truth) ** 2).sum(1).mean()
-    assert brier(ScoreCounts.of(scores, label, names(7))) == pytest.approx(expected, abs=1e-9)
-    assert brier(ScoreCounts.empty(names(7))) is None
+    assert brier_score(ScoreCounts.from_scores(scores, label, names(7))) == pytest.approx(
+        expected, abs=1e-9
+    )
+    assert brier_score(ScoreCounts.empty(names(7))) is None
 
 
 @given(cuts=st.lists(st.integers(0, 300), max_size=5), seed=st.integers(0, 1000))
@@ -81,20 +88,23 @@ def test_any_partition_in_any_order_gives_the_same_counts(cuts: list[int], seed:
     scores, label = softmax(300, 66, seed, 2.0)
     ends = [0, *sorted(cuts), 300]
     parts = [
-        ScoreCounts.of(scores[a:b], label[a:b], names(66)) for a, b in itertools.pairwise(ends)
+        ScoreCounts.from_scores(scores[a:b], label[a:b], names(66))
+        for a, b in itertools.pairwise(ends)
     ]
     np.random.default_rng(seed).shuffle(parts)  # type: ignore[arg-type]
     merged = functools.reduce(operator.add, parts, ScoreCounts.empty(names(66)))
-    whole = ScoreCounts.of(scores, label, names(66))
-    np.testing.assert_array_equal(merged.own, whole.own)
-    np.testing.assert_array_equal(merged.other, whole.other)
+    whole = ScoreCounts.from_scores(scores, label, names(66))
+    np.testing.assert_array_equal(merged.positive, whole.positive)
+    np.testing.assert_array_equal(merged.negative, whole.negative)
     assert merged.rows == whole.rows
     assert merged.brier_sum == pytest.approx(whole.brier_sum, abs=1e-9)
 
 
 def test_the_table_leaves_undefined_figures_null() -> None:
     scores, label = softmax(40, 3, 0, 1.0)
-    got = table(ScoreCounts.of(scores, np.where(label == 1, 0, label), names(3))).to_pylist()
+    got = build_discrimination_table(
+        ScoreCounts.from_scores(scores, np.where(label == 1, 0, label), names(3))
+    ).to_pylist()
     assert got[1]["auroc"] is None
     assert 0 <= got[0]["auroc"] <= 1
 
@@ -103,11 +113,11 @@ def test_the_table_leaves_undefined_figures_null() -> None:
 def test_logits_are_refused(wrong: float) -> None:
     scores = np.array([[wrong, 0.5]], np.float16)
     with pytest.raises(ValueError, match="softmax, not logits"):
-        ScoreCounts.of(scores, np.array([0]), names(2))
+        ScoreCounts.from_scores(scores, np.array([0]), names(2))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="expected float16"):
-        ScoreCounts.of(np.zeros((2, 3), np.float16), np.zeros(2, int), names(4))
+        ScoreCounts.from_scores(np.zeros((2, 3), np.float16), np.zeros(2, int), names(4))
     with pytest.raises(ValueError, match="different classes"):
         ScoreCounts.empty(names(2)) + ScoreCounts.empty(names(3))

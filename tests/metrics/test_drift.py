@@ -10,7 +10,11 @@ from scipy.spatial import distance
 from scipy.stats import entropy
 
 from imgcls.metrics import PredictionCounts
-from imgcls.metrics.drift import drift, jensen_shannon, population_stability_index
+from imgcls.metrics.drift import (
+    compute_drift,
+    jensen_shannon_divergence,
+    population_stability_index,
+)
 from tests.evaluation.runs import drawn
 
 cells = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=2, max_size=40)
@@ -24,37 +28,37 @@ def test_both_are_scipys(pairs: list[tuple[int, int]]) -> None:
     assert population_stability_index(now, then) == pytest.approx(expected, rel=1e-9, abs=1e-12)
     if now.any() and then.any():
         expected = distance.jensenshannon(now, then, base=2) ** 2
-        assert jensen_shannon(now, then) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert jensen_shannon_divergence(now, then) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_equal_shares_have_not_moved_and_disjoint_ones_have_nothing_in_common() -> None:
     some = np.array([10, 20, 70])
     assert population_stability_index(some, some) == 0
-    assert jensen_shannon(some, 3 * some) == pytest.approx(0)
-    assert jensen_shannon(np.array([5, 0]), np.array([0, 9])) == pytest.approx(1)
+    assert jensen_shannon_divergence(some, 3 * some) == pytest.approx(0)
+    assert jensen_shannon_divergence(np.array([5, 0]), np.array([0, 9])) == pytest.approx(1)
 
 
 def counts(seed: int, **changes: object) -> PredictionCounts:
     table = drawn(4000, seed, **changes)  # type: ignore[arg-type]
     classes = changes.get("classes", ("ant", "bee", "cat", "dog", "eel"))
-    return PredictionCounts.of(table, label_column=None, classes=classes)  # type: ignore[arg-type]
+    return PredictionCounts.from_table(table, label_column=None, classes=classes)  # type: ignore[arg-type]
 
 
 def test_another_draw_of_the_same_has_hardly_moved_and_a_duller_model_has() -> None:
-    same = drift(counts(1), counts(2)).to_pylist()
+    same = compute_drift(counts(1), counts(2)).to_pylist()
     assert [row["of"] for row in same] == ["predicted_label", "confidence"]
     assert all(row["psi"] < 0.02 and row["jensen_shannon"] < 0.01 for row in same)
-    dull = drift(counts(1, sharpness=0.0), counts(2, sharpness=4.0)).to_pylist()
+    dull = compute_drift(counts(1, sharpness=0.0), counts(2, sharpness=4.0)).to_pylist()
     assert dull[1]["psi"] > 0.25
     assert (dull[1]["rows"], dull[1]["reference_rows"]) == (4000, 4000)
 
 
 def test_classes_meet_by_name() -> None:
     other = counts(1, classes=("ant", "bee", "cat", "dog", "fox"))
-    found = drift(counts(1), other).to_pylist()[0]
+    found = compute_drift(counts(1), other).to_pylist()[0]
     assert found["jensen_shannon"] > 0.15  # a fifth on either side has nothing to meet
 
 
 def test_nothing_is_not_compared() -> None:
     empty = PredictionCounts.empty(("ant",))
-    assert drift(empty, counts(1)).num_rows == 0
+    assert compute_drift(empty, counts(1)).num_rows == 0

@@ -9,11 +9,11 @@ import pytest
 
 from imgcls.metrics.intervals import (
     Z_95,
-    around,
     auroc_limits,
     bootstrap_intervals,
-    joined,
+    mover_interval,
     nonnegative_mean_interval,
+    union_interval,
     wilson_interval,
     wilson_limits,
 )
@@ -72,8 +72,8 @@ def test_many_shares_have_the_limits_of_each() -> None:
 
 
 def test_one_share_keeps_its_limits_and_several_add_up_their_squares() -> None:
-    assert around(0.9, np.array([0.2]), np.array([0.05])) == pytest.approx((0.7, 0.95))
-    low, high = around(0.9, np.array([0.03, 0.04]), np.array([0.0, 0.0]))
+    assert mover_interval(0.9, np.array([0.2]), np.array([0.05])) == pytest.approx((0.7, 0.95))
+    low, high = mover_interval(0.9, np.array([0.03, 0.04]), np.array([0.0, 0.0]))
     assert (low, high) == pytest.approx((0.85, 0.9))
 
 
@@ -111,6 +111,6 @@ def test_the_limits_of_an_auroc_solve_newcombes_equation() -> None:
 
 
 def test_joined_intervals_hold_all_and_stay_within_what_can_be() -> None:
-    assert joined((0.2, 0.4), (0.3, 0.6), low=0.0, high=1.0) == (0.2, 0.6)
-    assert joined((-0.1, 1.2), (0.3, 0.6), low=0.0, high=1.0) == (0.0, 1.0)
-    assert joined(None, (0.3, 0.6), low=0.0, high=1.0) is None
+    assert union_interval((0.2, 0.4), (0.3, 0.6), low=0.0, high=1.0) == (0.2, 0.6)
+    assert union_interval((-0.1, 1.2), (0.3, 0.6), low=0.0, high=1.0) == (0.0, 1.0)
+    assert union_interval(None, (0.3, 0.6), low=0.0, high=1.0) is None

@@ -31,8 +31,8 @@ def measured(
             "status": ["ok"] * rows,
         }
     )
-    counts = PredictionCounts.of(table, label_column="label", classes=CLASSES)
-    return {each.name: each for each in tables.metrics(counts, top_k=1)}
+    counts = PredictionCounts.from_table(table, label_column="label", classes=CLASSES)
+    return {each.name: each for each in tables.compute_metrics(counts, top_k=1)}
 
 
 def interval(found: dict[str, Metric], name: str) -> tuple[float, float]:

@@ -22,7 +22,7 @@ RUNS = {
 
 
 def count(table, classes=CLASSES, label_column="label"):
-    return PredictionCounts.of(table, label_column=label_column, classes=classes)
+    return PredictionCounts.from_table(table, label_column=label_column, classes=classes)
 
 
 @pytest.fixture(params=RUNS)
@@ -42,7 +42,7 @@ def unlabelled(make_predictions):
 
 
 def values(counts, top_k=1):
-    table = tables.summary(counts, top_k=top_k)
+    table = tables.compute_summary(counts, top_k=top_k)
     return dict(zip(table["metric"].to_pylist(), table["value"].to_pylist(), strict=True))
 
 
@@ -156,24 +156,24 @@ def test_an_unlabelled_run_has_no_label_metrics_rather_than_nan(unlabelled):
 def test_no_rows_at_all_still_make_tables():
     empty = PredictionCounts.empty(CLASSES)
     assert values(empty) == {"rows": 0, "ok": 0, "labelled": 0}
-    assert tables.confusion(empty).num_rows == 0
-    assert tables.per_class(empty)["share"].null_count == len(CLASSES)
-    assert tables.calibration(empty)["count"].to_pylist() == [0] * 15
+    assert tables.build_confusion(empty).num_rows == 0
+    assert tables.build_per_class(empty)["share"].null_count == len(CLASSES)
+    assert tables.build_calibration(empty)["count"].to_pylist() == [0] * 15
 
 
 def test_top_k_must_be_one_that_counts_know(unlabelled):
     for top_k in (0, 21):
         with pytest.raises(ValueError, match="from 1 to 20"):
-            tables.summary(unlabelled, top_k=top_k)
+            tables.compute_summary(unlabelled, top_k=top_k)
 
 
 def test_no_table_holds_a_nan_and_every_schema_is_fixed(run, unlabelled, tmp_path):
     _, counts, _ = run
     for make in (
-        lambda c: tables.summary(c, top_k=5),
-        tables.per_class,
-        tables.confusion,
-        tables.calibration,
+        lambda c: tables.compute_summary(c, top_k=5),
+        tables.build_per_class,
+        tables.build_confusion,
+        tables.build_calibration,
     ):
         assert make(counts).schema == make(unlabelled).schema
         for table in (make(counts), make(unlabelled)):
@@ -192,7 +192,7 @@ def test_per_class_rates_are_those_of_scikit_learn_and_null_where_undefined(run)
         labels=list(counts.classes),
         zero_division=np.nan,
     )
-    got = tables.per_class(counts)
+    got = tables.build_per_class(counts)
     assert got["label"].to_pylist() == list(counts.classes)
     assert got["support"].to_pylist() == support.tolist()
     for name, expected in (("precision", precision), ("recall", recall), ("f1", f1)):
@@ -201,7 +201,7 @@ def test_per_class_rates_are_those_of_scikit_learn_and_null_where_undefined(run)
 
 
 def test_per_class_of_an_unlabelled_run_says_what_was_predicted(unlabelled):
-    got = tables.per_class(unlabelled)
+    got = tables.build_per_class(unlabelled)
     for name in ("support", "true_positive", "precision", "recall", "f1"):
         assert got[name].null_count == len(CLASSES), name
     assert sum(got["predicted"].to_pylist()) == unlabelled.ok
@@ -215,7 +215,7 @@ def test_the_confusion_table_is_the_matrix_without_its_zeros(run):
     matrix = sk.confusion_matrix(
         frame.label.to_numpy(), frame.predicted_label.to_numpy(), labels=list(counts.classes)
     )
-    got = tables.confusion(counts)
+    got = tables.build_confusion(counts)
     cells = {(row["label"], row["predicted_label"]): row["count"] for row in got.to_pylist()}
     assert cells == {
         (counts.classes[i], counts.classes[j]): matrix[i, j] for i, j in np.argwhere(matrix)
@@ -226,7 +226,7 @@ def test_the_confusion_table_is_the_matrix_without_its_zeros(run):
 
 def test_calibration_bins_judge_the_labelled_rows(run):
     _, counts, frame = run
-    got = tables.calibration(counts).to_pandas()
+    got = tables.build_calibration(counts).to_pandas()
     confidence = frame.confidence.to_numpy(np.float64)
     expected, edges = np.histogram(confidence, np.linspace(0, 1, 16))
     assert got["count"].tolist() == expected.tolist()
@@ -239,7 +239,7 @@ def test_calibration_bins_judge_the_labelled_rows(run):
 
 
 def test_calibration_of_an_unlabelled_run_is_its_confidence_histogram(unlabelled):
-    got = tables.calibration(unlabelled)
+    got = tables.build_calibration(unlabelled)
     assert sum(got["count"].to_pylist()) == unlabelled.ok
     assert got["accuracy"].null_count == got.num_rows == 15
 
@@ -265,6 +265,6 @@ def test_a_formatted_summary_lines_up_for_a_terminal():
 def test_every_summary_fits_a_terminal(run, unlabelled):
     _, counts, _ = run
     for each in (counts, unlabelled):
-        lines = tables.format_summary(tables.summary(each, top_k=5)).splitlines()
+        lines = tables.format_summary(tables.compute_summary(each, top_k=5)).splitlines()
         assert max(map(len, lines)) <= 100
         assert "nan" not in "\n".join(lines)

@@ -22,13 +22,13 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError, RequestError, StorageError
 from imgcls.models import zoo
 from imgcls.models.bundle import (
-    NEVER,
+    NEVER_ACCEPT,
     BundleSpec,
-    class_list,
     load_bundle,
-    load_weights,
-    model_card,
+    load_bundle_weights,
+    parse_class_list,
     read_description,
+    render_minimal_card,
     save_bundle,
 )
 
@@ -36,13 +36,13 @@ FILES = ("bundle.json", "model.safetensors")
 
 
 def spec_of(classes: list[str], **changes: Any) -> BundleSpec:
-    architecture = zoo.architecture("small_cnn", {"width": 1})
-    preprocess = changes.pop("preprocess", zoo.default_preprocess(architecture))
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 1})
+    preprocess = changes.pop("preprocess", zoo.get_default_preprocess(architecture))
     return BundleSpec(architecture=architecture, classes=classes, preprocess=preprocess, **changes)
 
 
 def network_of(spec: BundleSpec) -> torch.nn.Module:
-    return zoo.build(spec.architecture, len(spec.classes))
+    return zoo.build_network(spec.architecture, len(spec.classes))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_bundle_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     loaded = load_bundle(str(tmp_path / "bundle"))
     assert loaded == saved
     assert loaded.spec == spec
-    weights = load_weights(loaded)
+    weights = load_bundle_weights(loaded)
     assert weights.keys() == state.keys()
     for key, value in state.items():
         assert weights[key].dtype == value.dtype
@@ -144,13 +144,13 @@ def test_weights_may_lie_in_memory_in_any_way(tmp_path: Path) -> None:
         "half": torch.ones(3, dtype=torch.bfloat16),
         "count": torch.tensor(7),
     }
-    found = load_weights(save_bundle(str(tmp_path / "b"), spec_of(["a"]), state))
+    found = load_bundle_weights(save_bundle(str(tmp_path / "b"), spec_of(["a"]), state))
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
 def test_the_card_says_what_the_model_is() -> None:
     spec = spec_of([f"class {i}" for i in range(25)], metrics={"accuracy": 0.5})
-    card = model_card(spec)
+    card = render_minimal_card(spec)
     assert "# small_cnn, 25 classes" in card
     assert "class 19 and 5 more" in card
     assert "| accuracy | 0.5000 |" in card
@@ -291,9 +291,9 @@ def test_a_preprocessing_that_cannot_be_is_refused() -> None:
 
 
 def test_a_class_list_is_one_name_per_line() -> None:
-    assert class_list("cat\ndog\n", "f") == ["cat", "dog"]
-    assert class_list("cat\r\n dog \r\n\r\n\n", "f") == ["cat", "dog"]
-    assert class_list("ünï→猫\n007", "f") == ["ünï→猫", "007"]
+    assert parse_class_list("cat\ndog\n", "f") == ["cat", "dog"]
+    assert parse_class_list("cat\r\n dog \r\n\r\n\n", "f") == ["cat", "dog"]
+    assert parse_class_list("ünï→猫\n007", "f") == ["ünï→猫", "007"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_class_list_with_a_blank_or_doubled_name_is_refused_by_its_line(
     text: str, told: str
 ) -> None:
     with pytest.raises(BundleError) as caught:
-        class_list(text, "f")
+        parse_class_list(text, "f")
     assert str(caught.value).startswith(told)
 
 
@@ -338,24 +338,27 @@ def test_a_description_is_read_and_verified_without_torch(pristine: Path) -> Non
 
 def test_each_class_has_the_threshold_that_was_chosen_for_it_or_the_common_one() -> None:
     spec = spec_of(["cat", "dog"], threshold=0.5, thresholds={"dog": 0.9})
-    assert spec.class_thresholds() == [0.5, 0.9]
-    assert spec.class_thresholds(0.7) == [0.7, 0.7]
-    assert "acceptance threshold per class, 0.5 to 0.9" in model_card(spec)
+    assert spec.resolve_thresholds() == [0.5, 0.9]
+    assert spec.resolve_thresholds(0.7) == [0.7, 0.7]
+    assert "acceptance threshold per class, 0.5 to 0.9" in render_minimal_card(spec)
 
 
 def test_a_class_that_is_never_accepted_is_named_on_the_card() -> None:
-    spec = spec_of(["cat", "dog"], threshold=0.5, thresholds={"cat": 0.9, "dog": NEVER})
-    assert spec.class_thresholds() == [0.9, NEVER]
-    assert "acceptance threshold per class, 0.9 to 0.9; never accepted: dog." in model_card(spec)
+    spec = spec_of(["cat", "dog"], threshold=0.5, thresholds={"cat": 0.9, "dog": NEVER_ACCEPT})
+    assert spec.resolve_thresholds() == [0.9, NEVER_ACCEPT]
+    assert (
+        "acceptance threshold per class, 0.9 to 0.9; never accepted: dog."
+        in render_minimal_card(spec)
+    )
 
 
 def test_the_hopeless_classes_of_older_calibrations_are_never_accepted(tmp_path: Path) -> None:
     thresholds = {"cat": 1.0, "dog": 0.75}
     made_by = {"calibration": {"target_precision": 0.95}}
-    network = zoo.build(spec_of(["cat", "dog"]).architecture, 2)
+    network = zoo.build_network(spec_of(["cat", "dog"]).architecture, 2)
     found = {}
     for name, provenance in (("calibrated", made_by), ("by hand", {})):
         spec = spec_of(["cat", "dog"], thresholds=thresholds, provenance=provenance)
         save_bundle(str(tmp_path / name), spec, network.state_dict())
-        found[name] = load_bundle(str(tmp_path / name)).spec.class_thresholds()
-    assert found == {"calibrated": [NEVER, 0.75], "by hand": [1.0, 0.75]}
+        found[name] = load_bundle(str(tmp_path / name)).spec.resolve_thresholds()
+    assert found == {"calibrated": [NEVER_ACCEPT, 0.75], "by hand": [1.0, 0.75]}

@@ -25,8 +25,8 @@ from imgcls.data import decode
 from imgcls.errors import BundleError, NotAnImage, StorageMissing
 from imgcls.models import classifier as classifier_module
 from imgcls.models import zoo
-from imgcls.models.bundle import BundleSpec, load_weights, save_bundle
-from imgcls.models.classifier import Classifier, choose_precision, top_k_of
+from imgcls.models.bundle import BundleSpec, load_bundle_weights, save_bundle
+from imgcls.models.classifier import Classifier, choose_precision, select_top_k
 from tests.conftest import COLOURS, draw
 
 Scores = npt.NDArray[np.float32]
@@ -39,13 +39,13 @@ BF16_AGREEMENT = 0.98
 
 def bundle_of(folder: Path, name: str, num_classes: int = 5, **changes: Any) -> Path:
     """A bundle with random weights, the same every time."""
-    architecture = zoo.architecture(name, changes.pop("options", {}))
+    architecture = zoo.resolve_architecture(name, changes.pop("options", {}))
     torch.manual_seed(0)
-    network = zoo.build(architecture, num_classes)
+    network = zoo.build_network(architecture, num_classes)
     spec = BundleSpec(
         architecture=architecture,
         classes=[f"class {i}" for i in range(num_classes)],
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
         **changes,
     )
     save_bundle(str(folder), spec, network.state_dict())
@@ -65,10 +65,10 @@ def plain(
 ) -> torch.Tensor:
     """The same weights in a network of torchvision's own, run as its tutorials do."""
     spec = classifier.bundle.spec
-    network = zoo.build(spec.architecture, len(spec.classes)).eval()
+    network = zoo.build_network(spec.architecture, len(spec.classes)).eval()
     network.load_state_dict(
         {k: v.float() if v.is_floating_point() else v
-         for k, v in load_weights(classifier.bundle).items()}
+         for k, v in load_bundle_weights(classifier.bundle).items()}
     )  # fmt: skip
     inputs = normalize(
         torch.from_numpy(batch).float() / 255, spec.preprocess.mean, spec.preprocess.std
@@ -233,7 +233,7 @@ def test_the_top_are_the_best_first_and_ties_go_to_the_first_class(
     scores: list[list[float]], k: int
 ) -> None:
     table: Scores = np.array(scores, np.float32).reshape(-1, 4)
-    order, values = top_k_of(table, k)
+    order, values = select_top_k(table, k)
     expected = [[i for _, i in sorted((-s, i) for i, s in enumerate(row))][:k] for row in scores]
     assert order.tolist() == expected
     assert order.shape == values.shape == (len(table), min(k, 4))
@@ -283,9 +283,11 @@ def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> 
     for route in ("exact", "fast"):
         classifier = Classifier(small.bundle, precision="fp32", device="cpu", decode=route)
         spec = small.preprocess.model_copy(update={"decode": route})
-        pixels = decode.decode(sink.getvalue(), spec)[0]
+        pixels = decode.decode_image(sink.getvalue(), spec)[0]
         scores[route] = classifier.predict([sink.getvalue()], top_k=5)[0].topk_scores
-        best = classifier.ranked(classifier.classify(decode.stack([pixels])).scores, top_k=5)
+        best = classifier.rank_scores(
+            classifier.classify(decode.stack_images([pixels])).scores, top_k=5
+        )
         assert scores[route] == best[0].topk_scores
     assert scores["exact"] != scores["fast"]
     assert Classifier(small.bundle).preprocess == small.preprocess
@@ -303,7 +305,7 @@ def test_an_image_that_cannot_be_used_is_an_error_here(small: Classifier, tmp_pa
 
 def test_a_bundle_whose_weights_do_not_fit_is_refused(tmp_path: Path, small: Classifier) -> None:
     spec = small.bundle.spec.model_copy(update={"classes": ["a", "b"]})
-    save_bundle(str(tmp_path / "b"), spec, load_weights(small.bundle))
+    save_bundle(str(tmp_path / "b"), spec, load_bundle_weights(small.bundle))
     with pytest.raises(BundleError, match=r"the weights do not fit: .*head"):
         Classifier.load(str(tmp_path / "b"))
 
@@ -334,7 +336,7 @@ def test_the_public_names_are_those_of_the_package(colour_bundle: Path) -> None:
 def test_bf16_is_chosen_where_the_processor_has_it(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str, reason: str
 ) -> None:
-    monkeypatch.setattr(classifier_module, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(classifier_module, "_read_cpu_flags", lambda: flags)
     assert choose_precision("auto", torch.device("cpu")) == (precision, reason)
     assert choose_precision("fp32", torch.device("cpu")) == ("fp32", "as asked")
     assert choose_precision("bf16", torch.device("cpu")) == ("bf16", "as asked")
@@ -354,7 +356,7 @@ def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
     info = "flags : avx2 avx512_vnni avx512_bf16 amx_int8 amx_bf16\nflags : none\n"
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(info))
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert classifier_module._cpu_flags() - {"flags", ":"} == left
+    assert classifier_module._read_cpu_flags() - {"flags", ":"} == left
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18", "squeezenet1_1"])
@@ -379,12 +381,12 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Labels and scores of the ImageNet sample under real weights, at both precisions."""
     folder = shared / "data" / "imagenet-sample"
     names = (shared / "weights" / "imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
-    architecture = zoo.architecture("squeezenet1_0")
+    architecture = zoo.resolve_architecture("squeezenet1_0")
     weights = str(shared / "weights" / "squeezenet1_0-imagenet.pth")
     spec = BundleSpec(
         architecture=architecture,
         classes=names,
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     place = str(tmp_path_factory.mktemp("squeezenet") / "bundle")
     save_bundle(place, spec, zoo.load_weights(weights, architecture))
@@ -392,7 +394,7 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         rows = list(csv.DictReader(stream))
     assert len(rows) == SAMPLE
     pixels = [
-        decode.decode((folder / row["path"]).read_bytes(), spec.preprocess)[0] for row in rows
+        decode.decode_image((folder / row["path"]).read_bytes(), spec.preprocess)[0] for row in rows
     ]
     scores = {}
     for precision in ("fp32", "bf16"):
@@ -406,7 +408,7 @@ def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.mark.shared
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_real_weights_find_what_plain_pytorch_finds(sample: dict[str, Any], precision: str) -> None:
-    top, _ = top_k_of(sample[precision], 5)
+    top, _ = select_top_k(sample[precision], 5)
     hits = top == sample["truth"][:, None]
     assert abs(int(hits[:, 0].sum()) - TOP_1) <= GIVE
     assert abs(int(hits.any(1).sum()) - TOP_5) <= GIVE
@@ -426,12 +428,12 @@ def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
     shared: Path, tmp_path: Path
 ) -> None:
     """Decoded at a fraction of their size, beside Pillow's full decode; see also benchmarks."""
-    architecture = zoo.architecture("squeezenet1_0")
+    architecture = zoo.resolve_architecture("squeezenet1_0")
     weights = str(shared / "weights" / "squeezenet1_0-imagenet.pth")
     spec = BundleSpec(
         architecture=architecture,
         classes=[f"class {i}" for i in range(1000)],
-        preprocess=zoo.default_preprocess(architecture).model_copy(update={"decode": "fast"}),
+        preprocess=zoo.get_default_preprocess(architecture).model_copy(update={"decode": "fast"}),
     )
     save_bundle(str(tmp_path / "bundle"), spec, zoo.load_weights(weights, architecture))
     classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
@@ -448,9 +450,9 @@ def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
         large.save(sink, "JPEG", quality=90)
         reference = steps(Image.open(io.BytesIO(sink.getvalue())).convert("RGB"))
         whole.append(np.asarray(reference).transpose(2, 0, 1))
-        scaled.append(decode.decode(sink.getvalue(), spec.preprocess)[0])
-    expected = classifier.classify(decode.stack(whole)).scores
-    found = classifier.classify(decode.stack(scaled)).scores
+        scaled.append(decode.decode_image(sink.getvalue(), spec.preprocess)[0])
+    expected = classifier.classify(decode.stack_images(whole)).scores
+    found = classifier.classify(decode.stack_images(scaled)).scores
     assert len(files) > 40
     assert (found.argmax(1) == expected.argmax(1)).sum() >= len(files) - 1
     assert np.abs(found - expected).max() < 0.15

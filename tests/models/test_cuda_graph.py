@@ -45,7 +45,7 @@ def test_batches_under_way_do_not_disturb_each_other(pair: tuple[Classifier, Cla
     pending = [replayed.submit(batch) for batch in batches]
     for batch, each in zip(batches, pending, strict=True):
         np.testing.assert_allclose(each.get().scores, plain.classify(batch).scores, atol=1e-5)
-        assert each.busy_seconds() > 0
+        assert each.gpu_seconds() > 0
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(replayed.classify, batches))
     for batch, scores in zip(batches, found, strict=True):

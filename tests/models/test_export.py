@@ -20,7 +20,7 @@ from imgcls.errors import OutputError, RequestError, RunFailed
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, VectorScaling, save_bundle
 from imgcls.models.classifier import Classifier
-from imgcls.models.export import ExportConfig, compared, export
+from imgcls.models.export import ExportConfig, compare_scores, export_bundle
 from tests.conftest import draw
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -49,13 +49,13 @@ def pictures(folder: Path) -> list[Path]:
 def test_every_format_gives_the_classifiers_scores(
     tmp_path: Path, mode: Any, colour_bundle: Path
 ) -> None:
-    architecture = zoo.architecture("small_cnn", {"width": 8})
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(1)
-    network = zoo.build(architecture, 3)
+    network = zoo.build_network(architecture, 3)
     spec = BundleSpec(
         architecture=architecture,
         classes=["red", "green", "blue"],
-        preprocess=zoo.default_preprocess(architecture).model_copy(
+        preprocess=zoo.get_default_preprocess(architecture).model_copy(
             update={"mode": mode, "resize": 40}
         ),
         temperature=0.05,
@@ -64,7 +64,7 @@ def test_every_format_gives_the_classifiers_scores(
     )
     save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
     output = tmp_path / "out"
-    told = export(asked(tmp_path / "bundle", output, formats="onnx,program,torchscript"))
+    told = export_bundle(asked(tmp_path / "bundle", output, formats="onnx,program,torchscript"))
     assert set(told["files"]) == {"model.onnx", "model.pt2", "model.ts"}
     assert all(each["largest_difference"] < 1e-5 for each in told["files"].values())
     # any number of images at a time
@@ -99,16 +99,16 @@ def test_every_format_gives_the_classifiers_scores(
     ["squeezenet1_1", "mobilenet_v3_small", pytest.param("vit_b_16", marks=pytest.mark.slow)],
 )
 def test_networks_of_other_kinds_can_be_exported(tmp_path: Path, name: str) -> None:
-    architecture = zoo.architecture(name)
+    architecture = zoo.resolve_architecture(name)
     torch.manual_seed(0)
-    network = zoo.build(architecture, 4)
+    network = zoo.build_network(architecture, 4)
     spec = BundleSpec(
         architecture=architecture,
         classes=list("abcd"),
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
-    told = export(asked(tmp_path / "bundle", tmp_path / "out"))
+    told = export_bundle(asked(tmp_path / "bundle", tmp_path / "out"))
     assert told["files"]["model.onnx"]["largest_difference"] < 1e-4
 
 
@@ -117,17 +117,17 @@ def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) 
     for seed in range(6):
         draw("red", seed=seed).save(tmp_path / "images" / f"{seed}.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
-    told = export(asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images")))
+    told = export_bundle(asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images")))
     assert told["files"]["model.onnx"]["images"] == 6
 
 
 def test_other_labels_are_not_passed_off_as_the_same() -> None:
     expected = np.array([[0.7, 0.3], [0.4, 0.6]], np.float32)
-    assert compared("onnx", expected, expected + 1e-6)["images"] == 2
+    assert compare_scores("onnx", expected, expected + 1e-6)["images"] == 2
     with pytest.raises(RunFailed, match="1 of 2 images got another label"):
-        compared("onnx", expected, expected[:, ::-1] * [[1], [0]] + expected * [[0], [1]])
+        compare_scores("onnx", expected, expected[:, ::-1] * [[1], [0]] + expected * [[0], [1]])
     close = np.array([[0.5001, 0.4999]], np.float32)
-    assert compared("onnx", close, close[:, ::-1])["images"] == 1
+    assert compare_scores("onnx", close, close[:, ::-1])["images"] == 1
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
@@ -135,11 +135,11 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 ) -> None:
     output = tmp_path / "out"
     with pytest.raises(RequestError, match="is empty"):
-        export(asked(colour_bundle, output, formats=[]))
+        export_bundle(asked(colour_bundle, output, formats=[]))
     with pytest.raises(RequestError, match="no such file or folder"):
-        export(asked(colour_bundle, output, images=str(tmp_path / "none")))
+        export_bundle(asked(colour_bundle, output, images=str(tmp_path / "none")))
     assert not output.exists()
     output.mkdir()
     (output / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds mine\.txt"):
-        export(asked(colour_bundle, output))
+        export_bundle(asked(colour_bundle, output))

@@ -13,38 +13,38 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from imgcls.data.decode import prepared
+from imgcls.data.decode import preprocess_pil_image
 from imgcls.errors import BundleError, NotFinite
-from imgcls.evaluation.quantize import QuantiseConfig, quantise
+from imgcls.evaluation.quantize import QuantizeConfig, quantize_bundle
 from imgcls.models import zoo
 from imgcls.models.bundle import (
     BundleSpec,
-    Int8,
+    Int8Calibration,
     VectorScaling,
     load_bundle,
-    load_weights,
+    load_bundle_weights,
     read_description,
     save_bundle,
 )
 from imgcls.models.classifier import Classifier
-from imgcls.models.export import ExportConfig, export
-from imgcls.models.finite import check_safetensors, check_tensors
+from imgcls.models.export import ExportConfig, export_bundle
+from imgcls.models.finite import check_finite_safetensors, check_finite_tensors
 from imgcls.models.import_weights import ImportConfig, import_model
 from tests.conftest import COLOURS, draw, write_manifest
 
 BAD = [float("nan"), float("inf"), float("-inf")]
-ARCHITECTURE = zoo.architecture("small_cnn", {"width": 4})
+ARCHITECTURE = zoo.resolve_architecture("small_cnn", {"width": 4})
 SPEC = BundleSpec(
     architecture=ARCHITECTURE,
     classes=list(COLOURS),
-    preprocess=zoo.default_preprocess(ARCHITECTURE),
+    preprocess=zoo.get_default_preprocess(ARCHITECTURE),
 )
 
 
 def state_with(name: str, value: float) -> dict[str, torch.Tensor]:
     """The weights of a small CNN, one value of a tensor replaced."""
     torch.manual_seed(0)
-    state = zoo.build(ARCHITECTURE, len(COLOURS)).state_dict()
+    state = zoo.build_network(ARCHITECTURE, len(COLOURS)).state_dict()
     state[name].view(-1)[1] = value
     return state
 
@@ -72,25 +72,25 @@ def test_a_tensor_of_any_floating_dtype_is_checked(dtype: torch.dtype, value: fl
     largest = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
     sound = {"a": largest, "b": -largest, "count": torch.tensor(2**40), "none": torch.zeros(0)}
     sound["tiny"] = torch.full((2,), torch.finfo(dtype).tiny, dtype=dtype)
-    check_tensors(sound, "here")
-    check_safetensors(save(sound), "here")
+    check_finite_tensors(sound, "here")
+    check_finite_safetensors(save(sound), "here")
     broken = sound | {"b": largest.clone(), "c": largest.clone()}
     broken["b"][1, 2] = broken["b"][2, 3] = broken["c"][0, 0] = value
     told = (
         r"^here: 2 of 12 values of the tensor 'b' are NaN or infinite, and in 1 more of 6 tensors"
     )
     with pytest.raises(BundleError, match=told):
-        check_tensors(broken, "here")
+        check_finite_tensors(broken, "here")
     with pytest.raises(BundleError, match=told):
-        check_safetensors(save(broken), "here")
+        check_finite_safetensors(save(broken), "here")
 
 
 def test_a_tensor_of_eight_bit_floats_is_checked() -> None:
     sound = torch.ones(4).to(torch.float8_e5m2)
-    check_tensors({"a": sound}, "here")
+    check_finite_tensors({"a": sound}, "here")
     broken = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
     with pytest.raises(BundleError, match=r"here: 1 of 2 values of the tensor 'b' are NaN"):
-        check_tensors({"a": sound, "b": broken}, "here")
+        check_finite_tensors({"a": sound, "b": broken}, "here")
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -109,7 +109,7 @@ def test_such_weights_become_no_bundle_and_are_loaded_from_none(
         with pytest.raises(BundleError, match=f"bundle .*old: model.safetensors: .* '{name}'"):
             load(url)
     with pytest.raises(BundleError, match=name):
-        load_weights(bundle)
+        load_bundle_weights(bundle)
 
 
 @pytest.mark.parametrize("file", ["weights.pth", "weights.safetensors"])
@@ -141,7 +141,7 @@ def test_such_weights_are_not_imported_nor_trained_from(tmp_path: Path, file: st
         lambda x: {"vector_scaling": VectorScaling(scale=[1.0, x, 1.0], bias=[0.0] * 3)},
         lambda x: {"vector_scaling": VectorScaling(scale=[1.0] * 3, bias=[x, 0.0, 0.0])},
         lambda x: {
-            "int8": Int8(
+            "int8": Int8Calibration(
                 ranges={"conv": {"input": (0.0, x)}},
                 calibration_images=1,
                 judged_images=1,
@@ -173,9 +173,9 @@ def test_an_image_that_the_network_overflows_for_is_no_prediction(
     classifier = Classifier.load(str(overflowing_bundle), precision="fp32", device="cpu")
     white = Image.new("RGB", (64, 48), "white")
     white.save(tmp_path / "white.png")
-    pair = [prepared(image, classifier.preprocess) for image in (draw("red"), white)]
+    pair = [preprocess_pil_image(image, classifier.preprocess) for image in (draw("red"), white)]
     scored = classifier.classify(np.stack(pair))
-    assert scored.finite.tolist() == [True, False]
+    assert scored.is_finite.tolist() == [True, False]
     assert scored.scores[0].sum() == pytest.approx(1.0)
     assert np.isnan(scored.scores[1]).all()
     with pytest.raises(
@@ -188,12 +188,12 @@ def test_an_image_that_the_network_overflows_for_is_no_prediction(
 def test_a_logit_of_minus_infinity_is_no_score_of_zero(
     overflowing_bundle: Path, tmp_path: Path
 ) -> None:
-    state = load_weights(load_bundle(str(overflowing_bundle)))
+    state = load_bundle_weights(load_bundle(str(overflowing_bundle)))
     state["head.4.weight"] = -state["head.4.weight"]
     save_bundle(str(tmp_path), read_description(str(overflowing_bundle)).spec, state)
     classifier = Classifier.load(str(tmp_path), precision="fp32", device="cpu")
-    white = prepared(Image.new("RGB", (64, 48), "white"), classifier.preprocess)
-    assert not classifier.classify(white[None]).finite.any()
+    white = preprocess_pil_image(Image.new("RGB", (64, 48), "white"), classifier.preprocess)
+    assert not classifier.classify(white[None]).is_finite.any()
 
 
 def test_a_network_that_overflows_is_neither_quantized_nor_exported(
@@ -206,7 +206,9 @@ def test_a_network_that_overflows_is_neither_quantized_nor_exported(
     manifest = str(write_manifest(tmp_path / "m.csv", rows, ("path",)))
     config = {"model": str(overflowing_bundle), "output": str(tmp_path / "out")}
     with pytest.raises(BundleError, match="gives NaN or infinity for 1 of 20 images in fp32"):
-        quantise(QuantiseConfig.model_validate(config | {"manifest": manifest}))
+        quantize_bundle(QuantizeConfig.model_validate(config | {"manifest": manifest}))
     with pytest.raises(BundleError, match="gives NaN or infinity for 1 of 40 images in fp32"):
-        export(ExportConfig.model_validate(config | {"images": manifest, "formats": "program"}))
+        export_bundle(
+            ExportConfig.model_validate(config | {"images": manifest, "formats": "program"})
+        )
     assert not (tmp_path / "out").exists()

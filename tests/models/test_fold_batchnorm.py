@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from imgcls.models import zoo
-from imgcls.models.fold_batchnorm import folded
+from imgcls.models.fold_batchnorm import fold_batch_norms
 
 NETWORKS = [
     *("small_cnn", "resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small"),
@@ -24,7 +24,7 @@ def norms(network: nn.Module) -> int:
 @torch.inference_mode()
 def test_a_folded_network_says_the_same(name: str) -> None:
     torch.manual_seed(0)
-    network = zoo.build(zoo.architecture(name), 7)
+    network = zoo.build_network(zoo.resolve_architecture(name), 7)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
@@ -32,16 +32,16 @@ def test_a_folded_network_says_the_same(name: str) -> None:
             module.weight.uniform_(0.5, 1.5)
             module.bias.uniform_(-0.2, 0.2)
     network.eval()
-    side = zoo.default_preprocess(zoo.architecture(name)).crop
+    side = zoo.get_default_preprocess(zoo.resolve_architecture(name)).crop
     batch = torch.randn(3, 3, side, side)
     expected, before = network(batch), norms(network)
-    head, layer = zoo.head(network)
-    made = folded(network)
+    head, layer = zoo.find_head(network)
+    made = fold_batch_norms(network)
     found = made(batch)
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, atol=2e-5 * scale, rtol=1e-3)
-    assert zoo.head(made)[0] == head
-    assert type(zoo.head(made)[1]) is type(layer)
+    assert zoo.find_head(made)[0] == head
+    assert type(zoo.find_head(made)[1]) is type(layer)
     torch.testing.assert_close(made(batch[:1]), found[:1], atol=2e-5 * scale, rtol=1e-3)
     if name in ("resnet18", "mobilenet_v3_small", "inception_v3", "small_cnn"):
         assert before > 0
@@ -60,7 +60,7 @@ def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
             return self.norm(self.convolution(x)) if float(x.sum()) > 0 else x
 
     network = Restless().eval()
-    assert folded(network) is network
+    assert fold_batch_norms(network) is network
 
 
 def test_a_convolution_that_serves_two_keeps_its_norms() -> None:
@@ -78,6 +78,6 @@ def test_a_convolution_that_serves_two_keeps_its_norms() -> None:
     network = Shared().eval()
     network.one.running_mean.uniform_(-1, 1)
     batch = torch.randn(2, 3, 8, 8)
-    made = folded(network)
+    made = fold_batch_norms(network)
     assert norms(made) == 2
     torch.testing.assert_close(made(batch), network(batch))

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from imgcls.models import zoo
-from imgcls.models.fold_batchnorm import folded
-from imgcls.models.fuse_cpu import FusedConv2d, fused, has_kernels
+from imgcls.models.fold_batchnorm import fold_batch_norms
+from imgcls.models.fuse_cpu import FusedConv2d, fuse_convolutions, has_onednn_kernels
 from tests.models.test_fold_batchnorm import NETWORKS
 
 needs_onednn = pytest.mark.skipif(
@@ -28,42 +28,44 @@ def batch_of(count: int, side: int) -> torch.Tensor:
 @torch.inference_mode()
 def test_a_fused_network_says_the_same(name: str) -> None:
     torch.manual_seed(0)
-    architecture = zoo.architecture(name)
-    network = zoo.build(architecture, 7).eval()
+    architecture = zoo.resolve_architecture(name)
+    network = zoo.build_network(architecture, 7).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 2)
-    where, head = zoo.head(network)
+    where, head = zoo.find_head(network)
     if name.startswith("vit"):
         nn.init.normal_(head.weight)  # nothing but zeros as it is built
-    side = zoo.default_preprocess(architecture).crop
+    side = zoo.get_default_preprocess(architecture).crop
     batch = batch_of(3, side)
     expected = network(batch)
-    plain = folded(network).to(memory_format=torch.channels_last)
+    plain = fold_batch_norms(network).to(memory_format=torch.channels_last)
     before = sum(isinstance(module, nn.Conv2d) for module in plain.modules())
-    made = fused(plain, side, spare=zoo.head(plain)[1])
+    made = fuse_convolutions(plain, side, spare=zoo.find_head(plain)[1])
     scale = float(expected.abs().max())
     assert scale > 0
     torch.testing.assert_close(made(batch), expected, atol=2e-5 * scale, rtol=1e-3)
     torch.testing.assert_close(made(batch[:1]), expected[:1], atol=2e-5 * scale, rtol=1e-3)
-    assert zoo.head(made)[0] == where
+    assert zoo.find_head(made)[0] == where
     left = sum(isinstance(module, nn.Conv2d) for module in made.modules())
     assert left == isinstance(head, nn.Conv2d)
     assert sum(isinstance(module, FusedConv2d) for module in made.modules()) == before - left
 
 
-@pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="no bf16 convolutions for this CPU")
+@pytest.mark.skipif(
+    not has_onednn_kernels(torch.bfloat16), reason="no bf16 convolutions for this CPU"
+)
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
 @torch.inference_mode()
 def test_in_bf16_it_is_no_further_from_fp32_than_step_by_step(name: str) -> None:
     torch.manual_seed(0)
-    network = folded(zoo.build(zoo.architecture(name), 7).eval())
+    network = fold_batch_norms(zoo.build_network(zoo.resolve_architecture(name), 7).eval())
     batch = batch_of(8, 224)
     exact = network(batch)
     rounded = copy.deepcopy(network).to(torch.bfloat16).to(memory_format=torch.channels_last)
     stepwise = rounded(batch.bfloat16()).float()
-    made = fused(rounded, 224, spare=zoo.head(rounded)[1])
+    made = fuse_convolutions(rounded, 224, spare=zoo.find_head(rounded)[1])
     found = made(batch.bfloat16()).float()
     assert not any(isinstance(module, nn.Conv2d) for module in made.modules())
     assert float((found - exact).abs().mean()) <= 1.1 * float((stepwise - exact).abs().mean())
@@ -89,7 +91,7 @@ def test_a_residual_that_is_read_again_keeps_its_memory() -> None:
     network = Twice().eval()
     batch = batch_of(2, 16)
     expected = network(batch)
-    made = fused(network, 16, spare=network.head)
+    made = fuse_convolutions(network, 16, spare=network.head)
     torch.testing.assert_close(made(batch), expected)
     assert isinstance(made, fx.GraphModule)
     sums = [node.args for node in made.graph.nodes if len(node.args) == 3]
@@ -109,4 +111,4 @@ def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
             return out
 
     network = Restless().eval()
-    assert fused(network, 8, spare=network.head) is network
+    assert fuse_convolutions(network, 8, spare=network.head) is network

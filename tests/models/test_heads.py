@@ -33,34 +33,34 @@ NAMES = ["a", "b", "c"]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_head_is_found_and_its_weights_of_other_classes_are_replaced(name: str) -> None:
-    architecture = zoo.architecture(f"timm:{name}")
+    architecture = zoo.resolve_architecture(f"timm:{name}")
     with torch.device("meta"):
-        network = zoo.build(architecture, len(NAMES))
-        other = zoo.build(architecture, 10).state_dict()
-    assert set(zoo.heads(network)) == FAMILIES[name]
-    assert list(zoo.heads(network))[-1] == zoo.head(network)[0]
+        network = zoo.build_network(architecture, len(NAMES))
+        other = zoo.build_network(architecture, 10).state_dict()
+    assert set(zoo.find_heads(network)) == FAMILIES[name]
+    assert list(zoo.find_heads(network))[-1] == zoo.find_head(network)[0]
     own = network.state_dict()
     differ = {key.rpartition(".")[0] for key in own if own[key].shape != other[key].shape}
-    assert zoo.head_names(network) == differ, "what another number of classes changes"
-    kept = zoo.fit_weights(network, other, replace_head=True)
+    assert zoo.list_head_names(network) == differ, "what another number of classes changes"
+    kept = zoo.apply_weights(network, other, replace_head=True)
     assert {key.rpartition(".")[0] for key in kept} == differ
     with pytest.raises(BundleError, match=f"do not fit the network in {len(kept)} keys"):
-        zoo.fit_weights(network, other, replace_head=False)
+        zoo.apply_weights(network, other, replace_head=False)
 
 
 def test_a_hidden_layer_as_wide_as_the_classes_is_no_head() -> None:
-    architecture = zoo.architecture("timm:convnext_atto", {"head_hidden_size": 10})
+    architecture = zoo.resolve_architecture("timm:convnext_atto", {"head_hidden_size": 10})
     with torch.device("meta"):
-        network = zoo.build(architecture, 10)
+        network = zoo.build_network(architecture, 10)
     assert network.get_submodule("head.pre_logits.fc").out_features == 10
-    assert set(zoo.heads(network)) == {"head.fc"}
+    assert set(zoo.find_heads(network)) == {"head.fc"}
 
 
 def test_an_encoder_without_a_classifier_is_refused_by_name() -> None:
-    architecture = zoo.architecture("timm:mobilenetv5_300m_enc")
+    architecture = zoo.resolve_architecture("timm:mobilenetv5_300m_enc")
     told = "timm:mobilenetv5_300m_enc: is an encoder without a classifier"
     with torch.device("meta"), pytest.raises(BundleError, match=told):
-        zoo.build(architecture, 3)
+        zoo.build_network(architecture, 3)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_any_number_of_images_of_every_family_has_the_scores_of_timm(
 
 
 def assert_as_timm(name: str, precision: str, folder: Path) -> None:
-    architecture = zoo.architecture(f"timm:{name}")
+    architecture = zoo.resolve_architecture(f"timm:{name}")
     torch.manual_seed(0)
-    network = zoo.build(architecture, len(NAMES)).eval()
-    preprocess = zoo.default_preprocess(architecture)
+    network = zoo.build_network(architecture, len(NAMES)).eval()
+    preprocess = zoo.get_default_preprocess(architecture)
     with torch.no_grad():
-        for layer in zoo.head_names(network):  # some begin at zero
+        for layer in zoo.list_head_names(network):  # some begin at zero
             torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.05)
     spec = BundleSpec(architecture=architecture, classes=NAMES, preprocess=preprocess)
     save_bundle(str(folder), spec, network.state_dict())

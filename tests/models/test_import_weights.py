@@ -23,7 +23,7 @@ Import = Callable[..., int]
 
 def network(num_classes: int = 3, width: int = 4) -> torch.nn.Module:
     torch.manual_seed(0)
-    return zoo.build(zoo.architecture("small_cnn", {"width": width}), num_classes)
+    return zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": width}), num_classes)
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_a_bundle_is_replaced_only_when_told(
 ) -> None:
     assert import_() == 0
     first = load_bundle(str(tmp_path / "bundle"))
-    torch.save(zoo.build(zoo.architecture("small_cnn", {"width": 4}), 3).state_dict(),
-               tmp_path / "other.pth")  # fmt: skip
+    other = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), 3)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
     assert import_(weights=tmp_path / "other.pth") == 2
     assert "holds a bundle already; say --overwrite to replace it" in capsys.readouterr().err
     assert load_bundle(str(tmp_path / "bundle")) == first
@@ -167,6 +167,6 @@ def test_a_wrong_request_makes_no_bundle(
 
 def test_the_architectures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["model", "list"]) == 0
-    assert capsys.readouterr().out.split() == zoo.names()
+    assert capsys.readouterr().out.split() == zoo.list_architectures()
     assert cli.main(["model", "list", "--contains", "squeeze"]) == 0
     assert capsys.readouterr().out.split() == ["squeezenet1_0", "squeezenet1_1"]

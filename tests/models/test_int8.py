@@ -14,18 +14,24 @@ from torch import nn
 from imgcls.errors import BundleError, RequestError
 from imgcls.models import classifier as classifier_module
 from imgcls.models import zoo
-from imgcls.models.bundle import Int8, load_bundle
-from imgcls.models.classifier import Classifier, choose_precision, observe
-from imgcls.models.fold_batchnorm import folded
+from imgcls.models.bundle import Int8Calibration, load_bundle
+from imgcls.models.classifier import Classifier, choose_precision, record_int8_ranges
+from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import FusedConv2d
-from imgcls.models.int8 import Dequantise, MaxPool2d, Quantise, QuantisedConv2d, quantised
-from imgcls.models.int8 import observe as seen_by
+from imgcls.models.int8 import (
+    Dequantize,
+    Quantize,
+    QuantizedConv2d,
+    QuantizedMaxPool2d,
+    quantize_network,
+)
+from imgcls.models.int8 import record_ranges as seen_by
 from tests.models.test_classifier import bundle_of, random_batch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available()
-    or not classifier_module._cpu_flags() & classifier_module._INT8_FLAGS,
+    or not classifier_module._read_cpu_flags() & classifier_module._INT8_FLAGS,
     reason="this machine does not multiply int8",
 )
 
@@ -46,21 +52,23 @@ def test_a_quantised_network_stays_near_what_it_was(
     name: str, convolutions: int, floating: int
 ) -> None:
     torch.manual_seed(0)
-    architecture = zoo.architecture(name)
-    network = folded(zoo.build(architecture, 7).eval()).to(memory_format=torch.channels_last)
-    side = zoo.default_preprocess(architecture).crop
+    architecture = zoo.resolve_architecture(name)
+    network = fold_batch_norms(zoo.build_network(architecture, 7).eval()).to(
+        memory_format=torch.channels_last
+    )
+    side = zoo.get_default_preprocess(architecture).crop
     batch = torch.randn(8, 3, side, side).to(memory_format=torch.channels_last)
     expected = network(batch)
     shown = copy.deepcopy(network)
     halves = [batch[:4], batch[4:]]
-    ranges = seen_by(shown, side, spare=zoo.head(shown)[1], batches=halves)
-    made = quantised(network, side, spare=zoo.head(network)[1], ranges=ranges)
+    ranges = seen_by(shown, side, spare=zoo.find_head(shown)[1], batches=halves)
+    made = quantize_network(network, side, spare=zoo.find_head(network)[1], ranges=ranges)
     spread = float((expected - expected.mean(0)).abs().mean())
     apart = float((made(batch) - expected).abs().mean())
     assert apart < max(0.5 * spread, 0.05 * float(expected.abs().mean()))
     kinds = [type(module) for module in made.modules()]
-    assert kinds.count(QuantisedConv2d) == convolutions
-    assert kinds.count(Dequantise) == floating
+    assert kinds.count(QuantizedConv2d) == convolutions
+    assert kinds.count(Dequantize) == floating
     assert kinds.count(FusedConv2d) == 0
 
 
@@ -76,21 +84,21 @@ def test_pooling_in_int8_is_torchs(
     pixels = torch.randint(0, 256, (2, 5, side, side + 1), dtype=torch.uint8)
     pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
     expected = pool(pixels.float()).to(torch.uint8)
-    found = MaxPool2d(pool)(pixels.contiguous(memory_format=torch.channels_last))
+    found = QuantizedMaxPool2d(pool)(pixels.contiguous(memory_format=torch.channels_last))
     assert torch.equal(found, expected)
 
 
 def test_a_value_survives_the_way_there_and_back_to_half_a_step() -> None:
     values = torch.cat([torch.zeros(1), torch.linspace(-1, 3, 1000)])
     scale, zero = 4 / 255, 64
-    found = Dequantise(scale, zero, torch.float32)(Quantise(scale, zero)(values))
+    found = Dequantize(scale, zero, torch.float32)(Quantize(scale, zero)(values))
     assert float((found - values).abs().max()) <= scale / 2 + 1e-6
     assert float(found[values == 0].abs().max()) == 0
 
 
 def test_ranges_of_another_network_are_refused(tmp_path: Path) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "small_cnn")))
-    other = Int8(ranges={"x": {}}, calibration_images=1, judged_images=1, agreement=1)
+    other = Int8Calibration(ranges={"x": {}}, calibration_images=1, judged_images=1, agreement=1)
     changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": other}))
     with pytest.raises(BundleError, match="ranges are those of another network; quantise it anew"):
         Classifier(changed, precision="int8", device="cpu")
@@ -101,8 +109,8 @@ def test_ranges_of_another_network_are_refused(tmp_path: Path) -> None:
 def test_a_classifier_in_int8_answers_nearly_as_it_does_otherwise(tmp_path: Path) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "resnet18")))
     exact = Classifier(bundle, precision="fp32", device="cpu")
-    ranges = observe(bundle, [random_batch(exact, 8, seed) for seed in range(4)])
-    told = Int8(ranges=ranges, calibration_images=32, judged_images=1, agreement=1)
+    ranges = record_int8_ranges(bundle, [random_batch(exact, 8, seed) for seed in range(4)])
+    told = Int8Calibration(ranges=ranges, calibration_images=32, judged_images=1, agreement=1)
     changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
     rough = Classifier(changed, precision="int8", device="cpu")
     assert (rough.precision, rough.precision_reason) == ("int8", "as asked")
@@ -119,14 +127,14 @@ def test_without_a_convolution_there_is_nothing_to_quantise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "small_cnn")))
-    monkeypatch.setattr("imgcls.models.int8.placed", lambda *_, **__: None)
+    monkeypatch.setattr("imgcls.models.int8.quantize_network", lambda *_, **__: None)
     with pytest.raises(BundleError, match="int8: it has no convolution that could be quantised"):
-        observe(bundle, [])
+        record_int8_ranges(bundle, [])
 
 
 def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="is for CPUs; a GPU does better with bf16"):
         choose_precision("int8", torch.device("cuda"))
-    monkeypatch.setattr(classifier_module, "_cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(classifier_module, "_read_cpu_flags", lambda: {"avx2"})
     with pytest.raises(RequestError, match="amx_int8, avx512_vnni, avx_vnni, without which"):
         choose_precision("int8", CPU)

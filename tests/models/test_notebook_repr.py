@@ -52,8 +52,8 @@ def test_many_images_are_predicted_as_one_at_a_time(classifier: Classifier) -> N
 def test_a_pillow_image_is_turned_as_its_file_is(classifier: Classifier, orientation: int) -> None:
     data = stored(drawn(90, 60), "PNG", orientation)
     with Image.open(io.BytesIO(data)) as image:
-        ours = decode.prepared(image, classifier.preprocess).astype(int)
-    pixels, _ = decode.decode(data, classifier.preprocess)
+        ours = decode.preprocess_pil_image(image, classifier.preprocess).astype(int)
+    pixels, _ = decode.decode_image(data, classifier.preprocess)
     assert abs(ours - pixels).max() <= 2
 
 
@@ -75,7 +75,7 @@ def test_a_file_above_the_limit_has_the_status_of_a_labeling_run(
     classifier: Classifier, tmp_path: Path
 ) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
-        file.truncate(filesystem.MAX_BYTES + 1)
+        file.truncate(filesystem.MAX_IMAGE_BYTES + 1)
     (found,) = classifier.predict(tmp_path / "huge.jpg", errors="return")
     assert found.status == "too_large"
 

@@ -20,14 +20,14 @@ NETWORKS = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_co
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_scores_and_embeddings_are_timms(name: str, tmp_path: Path) -> None:
-    architecture = zoo.architecture(f"timm:{name}")
+    architecture = zoo.resolve_architecture(f"timm:{name}")
     torch.manual_seed(0)
-    network = zoo.build(architecture, 7).eval()
+    network = zoo.build_network(architecture, 7).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
             torch.nn.init.normal_(module.running_mean, std=0.1)
-    preprocess = zoo.default_preprocess(architecture)
+    preprocess = zoo.get_default_preprocess(architecture)
     spec = BundleSpec(architecture=architecture, classes=list("abcdefg"), preprocess=preprocess)
     save_bundle(str(tmp_path), spec, network.state_dict())
     crop = preprocess.crop
@@ -50,7 +50,7 @@ def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
 
     said = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     resize, crop = create_transform(**said).transforms[:2]
-    preprocess = zoo.default_preprocess(zoo.architecture(f"timm:{name}"))
+    preprocess = zoo.get_default_preprocess(zoo.resolve_architecture(f"timm:{name}"))
     assert (preprocess.resize, preprocess.crop) == (
         resize.size if isinstance(resize.size, int) else resize.size[0],
         crop.size[0],
@@ -62,22 +62,22 @@ def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
 def test_preprocessing_that_cannot_be_said_is_refused() -> None:
     name = "timm:vit_medium_patch16_gap_384"
     with pytest.raises(BundleError, match="made to fit 404 pixels and then cropped to 384"):
-        zoo.default_preprocess(zoo.architecture(name))
+        zoo.get_default_preprocess(zoo.resolve_architecture(name))
 
 
 def test_a_name_that_timm_has_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(BundleError, match=r"did you mean .*timm:resnet18"):
-        zoo.architecture("timm:resnet_18")
+        zoo.resolve_architecture("timm:resnet_18")
     with pytest.raises(BundleError, match=r"timm:convnext_tiny|no such architecture"):
-        zoo.architecture("convnext_tinyy")
+        zoo.resolve_architecture("convnext_tinyy")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    architecture = zoo.architecture("timm:resnet18")
-    network = zoo.build(architecture, 5)
+    architecture = zoo.resolve_architecture("timm:resnet18")
+    network = zoo.build_network(architecture, 5)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     state = zoo.load_weights(str(tmp_path / "weights.pth"), architecture)
-    assert zoo.fit_weights(zoo.build(architecture, 3), state, replace_head=True) == [
+    assert zoo.apply_weights(zoo.build_network(architecture, 3), state, replace_head=True) == [
         "fc.weight",
         "fc.bias",
     ]

@@ -21,14 +21,14 @@ from imgcls.models.bundle import BundleSpec, load_bundle, save_bundle
 from imgcls.models.import_weights import ImportConfig, import_model
 from imgcls.training import network as networks
 
-ARCHITECTURE = zoo.architecture("small_cnn", {"width": 4})
+ARCHITECTURE = zoo.resolve_architecture("small_cnn", {"width": 4})
 CLASSES = ["a", "b", "c"]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 def state_of(seed: int = 0) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    return zoo.build(ARCHITECTURE, len(CLASSES)).state_dict()
+    return zoo.build_network(ARCHITECTURE, len(CLASSES)).state_dict()
 
 
 def below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -83,9 +83,9 @@ TAKEN: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_weights_in_wrappers_are_taken(name: str, tmp_path: Path) -> None:
-    network = zoo.build(ARCHITECTURE, len(CLASSES))
+    network = zoo.build_network(ARCHITECTURE, len(CLASSES))
     loaded = zoo.load_weights(saved(TAKEN[name], tmp_path / "weights.pth"), ARCHITECTURE)
-    assert zoo.fit_weights(network, loaded, replace_head=False) == []
+    assert zoo.apply_weights(network, loaded, replace_head=False) == []
     for key, value in network.state_dict().items():
         assert torch.equal(value, STATE[key]), key
 
@@ -114,10 +114,10 @@ def test_safetensors_with_a_prefix_become_a_bundle(
 def test_two_sets_of_weights_are_not_chosen_from() -> None:
     both = below("one.", STATE) | below("two.", state_of(1))
     with pytest.raises(BundleError, match=r"below 'one\.' and below 'two\.'; save the ones"):
-        zoo.fit_weights(zoo.build(ARCHITECTURE, 3), both, replace_head=False)
+        zoo.apply_weights(zoo.build_network(ARCHITECTURE, 3), both, replace_head=False)
     known = below("student.", state_of(1)) | below("teacher.", STATE)
-    network = zoo.build(ARCHITECTURE, 3)
-    zoo.fit_weights(network, known, replace_head=False)
+    network = zoo.build_network(ARCHITECTURE, 3)
+    zoo.apply_weights(network, known, replace_head=False)
     assert torch.equal(network.state_dict()["head.4.weight"], STATE["head.4.weight"])
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_weights_file_is_named(
 def test_a_whole_network_in_a_file_is_refused_with_the_way_to_save_its_weights(
     tmp_path: Path,
 ) -> None:
-    torch.save(zoo.build(ARCHITECTURE, 3), tmp_path / "network.pth")
+    torch.save(zoo.build_network(ARCHITECTURE, 3), tmp_path / "network.pth")
     told = r"it holds objects of .*imgcls\.models\.small_cnn\.SmallCNN.*which could run code"
     with pytest.raises(BundleError, match=told) as caught:
         zoo.load_weights(str(tmp_path / "network.pth"), ARCHITECTURE)
@@ -181,7 +181,7 @@ def test_a_whole_network_in_a_file_is_refused_with_the_way_to_save_its_weights(
 
 
 def test_a_bundle_whose_weights_git_lfs_did_not_fetch_is_named_so(tmp_path: Path) -> None:
-    preprocess = zoo.default_preprocess(ARCHITECTURE)
+    preprocess = zoo.get_default_preprocess(ARCHITECTURE)
     spec = BundleSpec(architecture=ARCHITECTURE, classes=CLASSES, preprocess=preprocess)
     save_bundle(str(tmp_path), spec, STATE)
     (tmp_path / "model.safetensors").write_bytes(POINTER)
@@ -193,9 +193,9 @@ def test_a_bundle_whose_weights_git_lfs_did_not_fetch_is_named_so(tmp_path: Path
 
 
 def headless(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    architecture = zoo.architecture(name)
-    network = zoo.build(architecture, 3)
-    heads = zoo.head_names(network)
+    architecture = zoo.resolve_architecture(name)
+    network = zoo.build_network(architecture, 3)
+    heads = zoo.list_head_names(network)
     state = network.state_dict()
     return architecture, {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}
 
@@ -207,22 +207,22 @@ def test_weights_without_a_head_get_a_new_one_in_training_and_are_not_imported(
     architecture, state = headless(name)
     file = str(tmp_path / "backbone.pth")
     torch.save(below("backbone.", state), file)
-    network = networks.start(architecture, file, 5, seed=3)
-    head, _ = zoo.head(network)
+    network = networks.build_initial_network(architecture, file, 5, seed=3)
+    head, _ = zoo.find_head(network)
     said = capsys.readouterr().out
     assert f"has no head ({head}.weight, {head}.bias)" in said.replace("have no", "has no")
     for key, value in state.items():
         assert torch.equal(network.state_dict()[key], value)
-    fresh = networks.start(architecture, None, 5, seed=3).state_dict()
+    fresh = networks.build_initial_network(architecture, None, 5, seed=3).state_dict()
     assert torch.equal(network.state_dict()[f"{head}.weight"], fresh[f"{head}.weight"])
     told = rf"{head}.weight: is not in the file\n  {head}.bias: .*\nthe weights have no head"
     with pytest.raises(BundleError, match=told):
-        zoo.fit_weights(network, zoo.load_weights(file, architecture), replace_head=False)
+        zoo.apply_weights(network, zoo.load_weights(file, architecture), replace_head=False)
     # a key of the body that is missing is no missing head
     key = next(iter(state))
     torch.save({k: v for k, v in state.items() if k != key}, file)
     with pytest.raises(BundleError, match=f"in 1 keys:\n  {key}: is not in the file$"):
-        networks.start(architecture, file, 5, seed=3)
+        networks.build_initial_network(architecture, file, 5, seed=3)
 
 
 @pytest.mark.slow
@@ -242,10 +242,12 @@ def test_backbones_of_timm_get_a_new_head(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     state = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
     torch.save(state, tmp_path / "backbone.pth")
-    architecture = zoo.architecture(f"timm:{name}")
-    network = networks.start(architecture, str(tmp_path / "backbone.pth"), 3, seed=0)
+    architecture = zoo.resolve_architecture(f"timm:{name}")
+    network = networks.build_initial_network(
+        architecture, str(tmp_path / "backbone.pth"), 3, seed=0
+    )
     own = network.state_dict()
-    heads = zoo.head_names(network)
+    heads = zoo.list_head_names(network)
     body = {key for key in own if key.rpartition(".")[0] not in heads}
     assert body == state.keys()
     assert all(torch.equal(own[key], state[key]) for key in body)
@@ -254,7 +256,7 @@ def test_backbones_of_timm_get_a_new_head(name: str, tmp_path: Path) -> None:
 def test_of_weights_under_other_names_the_names_of_both_sides_are_shown() -> None:
     state = {f"layers.{i}.w": torch.zeros(1) for i in range(50)}
     with pytest.raises(BundleError) as caught:
-        zoo.fit_weights(zoo.build(ARCHITECTURE, 3), state, replace_head=False)
+        zoo.apply_weights(zoo.build_network(ARCHITECTURE, 3), state, replace_head=False)
     lines = str(caught.value).splitlines()
     assert "  features.0.0.weight: is not in the file" in lines
     assert "  layers.0.w: is not in the network" in lines

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from imgcls.errors import BundleError, RequestError
 from imgcls.models import zoo
 
-NAMES = zoo.names()
+NAMES = zoo.list_architectures()
 SMALL = {"width": 4}
 
 
@@ -32,11 +32,13 @@ class Empty(TorchFunctionMode):
 
 def shape_of(name: str, num_classes: int = 7) -> nn.Module:
     with Empty():
-        return zoo.build(zoo.pretrained_options(zoo.architecture(name)), num_classes)
+        return zoo.build_network(
+            zoo.add_pretrained_options(zoo.resolve_architecture(name)), num_classes
+        )
 
 
 def small(num_classes: int = 3) -> nn.Module:
-    return zoo.build(zoo.architecture("small_cnn", SMALL), num_classes)
+    return zoo.build_network(zoo.resolve_architecture("small_cnn", SMALL), num_classes)
 
 
 def test_every_torchvision_classifier_is_listed() -> None:
@@ -49,10 +51,10 @@ def test_every_torchvision_classifier_is_listed() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_builds_with_a_head_of_the_classes(name: str) -> None:
     network = shape_of(name)
-    head_name, head = zoo.head(network)
+    head_name, head = zoo.find_head(network)
     outputs = head.out_features if isinstance(head, nn.Linear) else head.out_channels
     assert outputs == 7
-    assert head_name in zoo.head_names(network)
+    assert head_name in zoo.list_head_names(network)
 
 
 @pytest.mark.parametrize(
@@ -72,29 +74,29 @@ def test_the_heads_are_all_that_the_number_of_classes_changes(name: str) -> None
         for key, value in network.state_dict().items()
         if other[key] != value.shape
     }
-    assert differ == zoo.head_names(network)
+    assert differ == zoo.list_head_names(network)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_has_a_preprocessing(name: str) -> None:
-    spec = zoo.default_preprocess(zoo.architecture(name))
+    spec = zoo.get_default_preprocess(zoo.resolve_architecture(name))
     assert spec.resize >= spec.crop >= 32
     if name == "small_cnn":
         return
     for weights in torchvision.models.get_model_weights(name):
         recipe = weights.transforms()
-        spec = zoo.default_preprocess(zoo.architecture(name), weights.name)
+        spec = zoo.get_default_preprocess(zoo.resolve_architecture(name), weights.name)
         assert (spec.resize, spec.crop) == (recipe.resize_size[0], recipe.crop_size[0])
         assert spec.interpolation == recipe.interpolation.value
         assert (spec.mean, spec.std) == (tuple(recipe.mean), tuple(recipe.std))
 
 
 def test_the_preprocessing_is_that_of_the_weights_that_are_loaded() -> None:
-    resnet = zoo.architecture("resnet50")
+    resnet = zoo.resolve_architecture("resnet50")
     default = torchvision.models.get_model_weights("resnet50").DEFAULT.transforms()
-    assert zoo.default_preprocess(resnet, "torchvision").resize == default.resize_size[0] == 232
-    assert zoo.default_preprocess(resnet, "IMAGENET1K_V1").resize == 256
-    assert zoo.default_preprocess(resnet, "weights/resnet50.pth").resize == 256
+    assert zoo.get_default_preprocess(resnet, "torchvision").resize == default.resize_size[0] == 232
+    assert zoo.get_default_preprocess(resnet, "IMAGENET1K_V1").resize == 256
+    assert zoo.get_default_preprocess(resnet, "weights/resnet50.pth").resize == 256
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,10 @@ def test_the_preprocessing_is_that_of_the_weights_that_are_loaded() -> None:
 def test_pretrained_networks_are_built_as_their_weights_need(
     name: str, weights: str | None, options: dict[str, Any]
 ) -> None:
-    architecture = zoo.pretrained_options(zoo.architecture(name), weights)
+    architecture = zoo.add_pretrained_options(zoo.resolve_architecture(name), weights)
     assert architecture.options == options
     mine = dict.fromkeys(options, "mine")
-    said = zoo.pretrained_options(zoo.architecture(name, mine), weights)
+    said = zoo.add_pretrained_options(zoo.resolve_architecture(name, mine), weights)
     assert said.options == mine
 
 
@@ -129,11 +131,11 @@ def test_pretrained_networks_are_built_as_their_weights_need(
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(BundleError, match="no such architecture; did you mean") as caught:
-        zoo.architecture(name)
+        zoo.resolve_architecture(name)
     assert nearest in str(caught.value)
     assert issubclass(BundleError, RequestError)
     with pytest.raises(BundleError, match="see `imgcls model list`"):
-        zoo.architecture("zzz")
+        zoo.resolve_architecture("zzz")
 
 
 @pytest.mark.parametrize(
@@ -149,13 +151,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) ->
 )
 def test_an_option_that_does_not_suit_is_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=rf"model {name}: .*; check model\.options"):
-        zoo.build(zoo.architecture(name, options), 5)
+        zoo.build_network(zoo.resolve_architecture(name, options), 5)
 
 
 def test_options_reach_the_network() -> None:
-    assert zoo.head(small())[1].in_features == 16
-    wide = zoo.build(zoo.architecture("small_cnn", {"width": 8}), 3)
-    assert zoo.head(wide)[1].in_features == 32
+    assert zoo.find_head(small())[1].in_features == 16
+    wide = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 8}), 3)
+    assert zoo.find_head(wide)[1].in_features == 32
 
 
 # ------------------------------------------------------------------ as it is trained best
@@ -163,45 +165,50 @@ def test_options_reach_the_network() -> None:
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
 def test_squeezenet_is_trained_without_its_last_relu(name: str) -> None:
-    architecture = zoo.trainable(zoo.architecture(name))
+    architecture = zoo.adapt_for_training(zoo.resolve_architecture(name))
     assert architecture.options == {"head_relu": False}
     torch.manual_seed(0)
-    network, published = zoo.build(architecture, 4).eval(), zoo.build(zoo.architecture(name), 4)
+    network, published = (
+        zoo.build_network(architecture, 4).eval(),
+        zoo.build_network(zoo.resolve_architecture(name), 4),
+    )
     assert isinstance(published.classifier[2], nn.ReLU)
     published.eval().load_state_dict(network.state_dict())
     images = torch.randn(4, 3, 64, 64)
     # the ReLU stands before the mean over space: without it, logits are no larger
     assert network(images).min() < 0 <= published(images).min()
     assert (network(images) <= published(images)).all()
-    assert zoo.head(network)[0] == zoo.head(published)[0] == "classifier.1"
+    assert zoo.find_head(network)[0] == zoo.find_head(published)[0] == "classifier.1"
 
 
 def test_who_asks_for_the_last_relu_gets_it() -> None:
-    architecture = zoo.trainable(zoo.architecture("squeezenet1_1", {"head_relu": True}))
-    assert isinstance(zoo.build(architecture, 4).classifier[2], nn.ReLU)
+    architecture = zoo.adapt_for_training(
+        zoo.resolve_architecture("squeezenet1_1", {"head_relu": True})
+    )
+    assert isinstance(zoo.build_network(architecture, 4).classifier[2], nn.ReLU)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "small_cnn", "vit_b_16"])
 def test_other_networks_are_trained_as_they_are(name: str) -> None:
-    architecture = zoo.architecture(name, {"dropout": 0.1})
-    assert zoo.trainable(architecture) == architecture
+    architecture = zoo.resolve_architecture(name, {"dropout": 0.1})
+    assert zoo.adapt_for_training(architecture) == architecture
 
 
 def test_a_bundle_brings_squeezenet_back_without_its_relu(tmp_path: Path) -> None:
-    from imgcls.models.bundle import BundleSpec, load_bundle, load_weights, save_bundle
+    from imgcls.models.bundle import BundleSpec, load_bundle, load_bundle_weights, save_bundle
 
-    architecture = zoo.trainable(zoo.architecture("squeezenet1_1"))
+    architecture = zoo.adapt_for_training(zoo.resolve_architecture("squeezenet1_1"))
     torch.manual_seed(0)
-    network = zoo.build(architecture, 3).eval()
+    network = zoo.build_network(architecture, 3).eval()
     spec = BundleSpec(
         architecture=architecture,
         classes=["a", "b", "c"],
-        preprocess=zoo.default_preprocess(architecture),
+        preprocess=zoo.get_default_preprocess(architecture),
     )
     save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
     bundle = load_bundle(str(tmp_path / "bundle"))
-    again = zoo.build(bundle.spec.architecture, 3).eval()
-    zoo.fit_weights(again, load_weights(bundle), replace_head=False)
+    again = zoo.build_network(bundle.spec.architecture, 3).eval()
+    zoo.apply_weights(again, load_bundle_weights(bundle), replace_head=False)
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(again(images), network(images))
     assert again(images).min() < 0
@@ -213,7 +220,7 @@ def test_a_bundle_brings_squeezenet_back_without_its_relu(tmp_path: Path) -> Non
 def refused(network: nn.Module, state: dict[str, torch.Tensor], **options: Any) -> str:
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with pytest.raises(BundleError) as caught:
-        zoo.fit_weights(network, state, **{"replace_head": False} | options)
+        zoo.apply_weights(network, state, **{"replace_head": False} | options)
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key])
     return str(caught.value)
@@ -221,7 +228,7 @@ def refused(network: nn.Module, state: dict[str, torch.Tensor], **options: Any) 
 
 def test_weights_that_fit_are_taken_whole() -> None:
     network, other = small(), small()
-    assert zoo.fit_weights(network, other.state_dict(), replace_head=False) == []
+    assert zoo.apply_weights(network, other.state_dict(), replace_head=False) == []
     for key, value in other.state_dict().items():
         assert torch.equal(network.state_dict()[key], value)
 
@@ -253,20 +260,20 @@ def test_of_many_keys_that_do_not_fit_some_are_listed_and_all_are_counted() -> N
 
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18", "squeezenet1_1", "mobilenet_v3_small"])
 def test_a_head_of_other_classes_is_left_for_training_when_asked(name: str) -> None:
-    architecture = zoo.architecture(name)
-    network, pretrained = zoo.build(architecture, 3), zoo.build(architecture, 10)
+    architecture = zoo.resolve_architecture(name)
+    network, pretrained = zoo.build_network(architecture, 3), zoo.build_network(architecture, 10)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    left = zoo.fit_weights(network, pretrained.state_dict(), replace_head=True)
-    head, _ = zoo.head(network)
+    left = zoo.apply_weights(network, pretrained.state_dict(), replace_head=True)
+    head, _ = zoo.find_head(network)
     assert sorted(left) == [f"{head}.bias", f"{head}.weight"]
     for key, value in network.state_dict().items():
         source = before if key in left else pretrained.state_dict()
         assert torch.equal(value, source[key])
-    assert "the file has" in refused(zoo.build(architecture, 3), pretrained.state_dict())
+    assert "the file has" in refused(zoo.build_network(architecture, 3), pretrained.state_dict())
 
 
 def test_only_the_head_may_differ_when_it_is_replaced() -> None:
-    wide = zoo.build(zoo.architecture("small_cnn", {"width": 8}), 5)
+    wide = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 8}), 5)
     message = refused(small(), dict(wide.state_dict()), replace_head=True)
     assert "features.0.0.weight: the file has (8, 3, 3, 3), the network (4, 3, 3, 3)" in message
 
@@ -276,7 +283,7 @@ def test_auxiliary_heads_are_replaced_with_the_head() -> None:
         ("inception_v3", {"fc", "AuxLogits.fc"}), ("googlenet", {"fc", "aux1.fc2", "aux2.fc2"}),
     ):  # fmt: skip
         network, pretrained = shape_of(name, 2), shape_of(name, 1000)
-        left = zoo.fit_weights(network, pretrained.state_dict(), replace_head=True)
+        left = zoo.apply_weights(network, pretrained.state_dict(), replace_head=True)
         assert {key.rpartition(".")[0] for key in left} == heads
 
 
@@ -294,7 +301,7 @@ def stored(tmp_path: Path) -> Callable[[Any], str]:
 
 
 def load(path: str) -> dict[str, torch.Tensor]:
-    return zoo.load_weights(path, zoo.architecture("small_cnn", SMALL))
+    return zoo.load_weights(path, zoo.resolve_architecture("small_cnn", SMALL))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +322,7 @@ def test_a_state_dict_is_found_where_training_scripts_put_it(
     found = load(stored(wrap(dict(state))))
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
-    assert zoo.fit_weights(small(), found, replace_head=False) == []
+    assert zoo.apply_weights(small(), found, replace_head=False) == []
 
 
 def test_safetensors_and_urls_are_read(tmp_path: Path) -> None:
@@ -370,5 +377,5 @@ def test_a_damaged_weights_file_is_refused_by_name(
 
 def test_weights_that_are_not_there_are_refused_with_the_choices() -> None:
     with pytest.raises(BundleError, match="no such file") as caught:
-        zoo.load_weights("/none.pth", zoo.architecture("resnet50"))
+        zoo.load_weights("/none.pth", zoo.resolve_architecture("resnet50"))
     assert "one of torchvision, IMAGENET1K_V1, IMAGENET1K_V2" in str(caught.value)

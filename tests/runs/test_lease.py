@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.errors import OutputBusy, OutputError, RunFailed
+from imgcls.errors import OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 from tests.processes import REPOSITORY, wait_for
 
@@ -172,7 +172,7 @@ def test_a_live_driver_is_not_replaced_however_silent(
     assert holder.asked("go") == "held"
     os.kill(holder.process.pid, signal.SIGSTOP)  # it renews nothing, but it may go on
     try:
-        with pytest.raises(OutputBusy, match=f"process {holder.process.pid} is at work"):
+        with pytest.raises(OutputLocked, match=f"process {holder.process.pid} is at work"):
             Lease.acquire(output, term=0.01)
     finally:
         os.kill(holder.process.pid, signal.SIGCONT)
@@ -209,7 +209,7 @@ def test_a_silent_driver_elsewhere_is_replaced_after_a_term(
 
 def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
     alive = Lease.acquire(output, term=TERM)
-    alive._body = lambda: json.dumps(  # type: ignore[method-assign]
+    alive._build_record = lambda: json.dumps(  # type: ignore[method-assign]
         {
             "owner": "x",
             "beats": alive._beats,
@@ -220,7 +220,7 @@ def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
         }
     ).encode()
     wait_for(lambda: '"far"' in record(output, 1).read_text())
-    with pytest.raises(OutputBusy, match="far, process 7 is at work on it"):
+    with pytest.raises(OutputLocked, match="far, process 7 is at work on it"):
         Lease.acquire(output, term=60)
     alive.check()
     alive.release()

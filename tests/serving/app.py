@@ -14,14 +14,14 @@ from typing import Any
 import uvicorn
 
 from imgcls import config as configuration
-from imgcls.models.bundle import load_bundle, load_weights, save_bundle
+from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import Keyring
-from imgcls.serving.auth import Door
+from imgcls.serving.auth import AccessControl
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.metrics import Telemetry, Totals
-from imgcls.serving.rate_limit import Pocket, Purse
-from imgcls.serving.service import Model, Service
+from imgcls.serving.metrics import MetricTotals, ReplicaMetrics
+from imgcls.serving.rate_limit import LocalAllowance, TokenBuckets
+from imgcls.serving.service import ServedModel, Service
 from tests.processes import free_port, wait_for
 
 
@@ -32,18 +32,18 @@ class Running:
     url: str
     port: int
     service: Service
-    door: Door
+    door: AccessControl
     loop: asyncio.AbstractEventLoop
     reloads: int = 0
 
-    async def reload(self) -> int:
+    async def request_reload(self) -> int:
         self.reloads += 1
         return self.reloads
 
-    async def metrics(self) -> bytes:
-        totals = Totals()
-        totals.report("this", self.service.telemetry.samples())
-        return totals.text()
+    async def render_metrics(self) -> bytes:
+        totals = MetricTotals()
+        totals.report("this", self.service.metrics.collect_samples())
+        return totals.render()
 
 
 @contextlib.contextmanager
@@ -51,23 +51,23 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
     """Serve a bundle; settings as dotted keys, `__` for the dot."""
     dotted = {name.replace("__", "."): value for name, value in settings.items()}
     config = configuration.build(ServeConfig, {"model": str(bundle), **dotted})
-    purse = Purse()
+    purse = TokenBuckets()
 
     async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
         return purse.take(name, per_second, need, ahead)
 
-    ring = Keyring(config.keys.file) if config.keys.are_given() else None
+    ring = Keyring(config.keys.file) if config.keys.is_configured() else None
     port = free_port()
     began = threading.Event()
     running: list[Running] = []
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:
-        service = Service(config, Model.load(config), Telemetry(), decoders=1)
-        door = Door(ring, Pocket(take), None, config.http.cors_origins)  # type: ignore[arg-type]
+        service = Service(config, ServedModel.load(config), ReplicaMetrics(), decoders=1)
+        door = AccessControl(ring, LocalAllowance(take), None, config.http.cors_origins)  # type: ignore[arg-type]
         url, loop = f"http://127.0.0.1:{port}", asyncio.get_running_loop()
         mine = Running(url, port, service, door, loop)
-        door.shared = mine
+        door.control = mine
         app = build_app(service, door, config)
         server = uvicorn.Server(
             uvicorn.Config(app, port=port, lifespan="off", log_level="warning", access_log=False)
@@ -97,7 +97,7 @@ def recalibrate(bundle: Path) -> None:
 def saved_anew(bundle: Path, **changes: object) -> None:
     """Change what a bundle says of its network, whether or not that can be."""
     loaded = load_bundle(str(bundle))
-    save_bundle(str(bundle), loaded.spec.model_copy(update=changes), load_weights(loaded))
+    save_bundle(str(bundle), loaded.spec.model_copy(update=changes), load_bundle_weights(loaded))
 
 
 if __name__ == "__main__":

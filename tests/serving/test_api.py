@@ -29,7 +29,7 @@ from PIL import Image
 from imgcls.client import Client, ServiceError
 from imgcls.config import build
 from imgcls.models.classifier import Classifier
-from imgcls.serving.api_keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, create_key
 from tests.conftest import REPOSITORY, draw
 from tests.processes import service_port, wait_for
 from tests.serving.app import Running, recalibrate, serving
@@ -69,7 +69,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ops": {"scopes": ["admin"]},
         "slow": {"images_per_minute": 30},
     }.items():
-        made[name] = new_key(build(NewKeyConfig, {"file": str(file), "name": name, **more}))
+        made[name] = create_key(build(NewKeyConfig, {"file": str(file), "name": name, **more}))
     return made
 
 
@@ -214,7 +214,7 @@ def test_an_answer_names_the_model_that_it_comes_from(colour_bundle: Path, tmp_p
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the body
             recalibrate(bundle)
-            swap = running.service.swap(running.service.config)
+            swap = running.service.update(running.service.config)
             assert asyncio.run_coroutine_threadsafe(swap, running.loop).result(60)
             connection.sendall(body)
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -226,7 +226,7 @@ def test_an_answer_names_the_model_that_it_comes_from(colour_bundle: Path, tmp_p
 
 def test_a_defect_is_a_problem_too(colour_bundle: Path) -> None:
     with serving(colour_bundle) as running:
-        running.service._batches._run = lambda items: [None] * len(items)
+        running.service._batcher._run_batch = lambda items: [None] * len(items)
         response = post(running, jpeg())
         refused(response, 500, "internal_error")
         assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -235,14 +235,14 @@ def test_a_defect_is_a_problem_too(colour_bundle: Path) -> None:
 
 
 def test_what_is_draining_says_so_and_still_answers(server: Running) -> None:
-    server.door.draining = True
+    server.door.is_draining = True
     try:
         response = requests.get(f"{server.url}/readyz", timeout=10)
         refused(response, 503, "draining")
         assert response.headers["Retry-After"]
         assert post(server, jpeg()).status_code == 200
     finally:
-        server.door.draining = False
+        server.door.is_draining = False
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -492,18 +492,18 @@ def answers(url: str) -> bool:
 def test_more_than_may_wait_is_told_to_come_again(colour_bundle: Path) -> None:
     with serving(colour_bundle, limits__waiting_images=2, limits__images=2) as running:
         let_go = threading.Event()
-        running.service._decoders.submit(let_go.wait, 60)  # the one thread that decodes
+        running.service._decode_pool.submit(let_go.wait, 60)  # the one thread that decodes
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(post, running, jpeg()) for _ in range(2)]
             deadline = time.monotonic() + 30
-            while running.service.waiting < 2 and time.monotonic() < deadline:
+            while running.service.num_waiting < 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
             response = post(running, jpeg())
             let_go.set()
             assert [task.result().status_code for task in waiting] == [200, 200]
         refused(response, 503, "busy")
         assert int(response.headers["Retry-After"]) >= 1
-        assert running.service.waiting == 0
+        assert running.service.num_waiting == 0
         assert post(running, jpeg()).status_code == 200
 
 

@@ -11,13 +11,13 @@ import pytest
 from imgcls.config import build
 from imgcls.errors import RequestError
 from imgcls.serving import api_keys
-from imgcls.serving.api_keys import Key, Keyring, NewKeyConfig, new_key, parse
+from imgcls.serving.api_keys import ApiKey, Keyring, NewKeyConfig, create_key, parse_keys
 from imgcls.serving.config import ServeConfig
-from imgcls.serving.deployment import checked
+from imgcls.serving.deployment import run_preflight_checks
 
 
 def made(file: Path, name: str = "nightly", **settings: object) -> str:
-    return new_key(build(NewKeyConfig, {"file": str(file), "name": name, **settings}))
+    return create_key(build(NewKeyConfig, {"file": str(file), "name": name, **settings}))
 
 
 def test_a_new_key_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
@@ -93,17 +93,19 @@ def test_a_service_is_not_started_with_keys_of_which_there_are_none(
     file.write_text("# nobody\n")
     config = build(ServeConfig, {"model": str(colour_bundle), "keys": str(file)})
     with pytest.raises(RequestError, match=r"holds no key; `imgcls key new --file"):
-        checked(config)
+        run_preflight_checks(config)
     made(file)
-    assert checked(config) == []
+    assert run_preflight_checks(config) == []
 
 
 def test_an_expired_key_is_not_found() -> None:
     digest = hashlib.sha256(b"old").hexdigest()
     today = datetime.datetime.now(datetime.UTC).date()
     tomorrow = today + datetime.timedelta(days=1)
-    assert Keyring(None, [Key(name="old", sha256=digest, expires=today)]).find("old") is None
-    assert Keyring(None, [Key(name="old", sha256=digest, expires=tomorrow)]).find("old") is not None
+    assert Keyring(None, [ApiKey(name="old", sha256=digest, expires=today)]).find("old") is None
+    assert (
+        Keyring(None, [ApiKey(name="old", sha256=digest, expires=tomorrow)]).find("old") is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_an_expired_key_is_not_found() -> None:
 )
 def test_a_wrong_file_is_refused_without_a_word_of_what_may_be_a_key(text: str, said: str) -> None:
     with pytest.raises(RequestError) as caught:
-        parse(text, "keys.file keys.yaml")
+        parse_keys(text, "keys.file keys.yaml")
     assert str(caught.value).startswith("keys.file keys.yaml: ")
     assert said in str(caught.value)
     assert "imgcls_secret" not in str(caught.value)
@@ -149,15 +151,15 @@ def test_a_file_without_a_last_line_end_takes_another_key(tmp_path: Path) -> Non
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     digest = hashlib.sha256(b"it").hexdigest()
     monkeypatch.setenv("SERVICE_KEYS", f"- {{name: it, sha256: {digest}}}")
-    assert Keyring(None, api_keys.from_environment("SERVICE_KEYS")).find("it") is not None
+    assert Keyring(None, api_keys.load_keys_from_env("SERVICE_KEYS")).find("it") is not None
     monkeypatch.delenv("SERVICE_KEYS")
     with pytest.raises(RequestError, match=r"keys\.env SERVICE_KEYS: is not set"):
-        api_keys.from_environment("SERVICE_KEYS")
+        api_keys.load_keys_from_env("SERVICE_KEYS")
 
 
 def test_every_record_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [
-        Key(name=f"key{i}", sha256=hashlib.sha256(f"{i}".encode()).hexdigest()) for i in range(5)
+        ApiKey(name=f"key{i}", sha256=hashlib.sha256(f"{i}".encode()).hexdigest()) for i in range(5)
     ]
     compared: list[str] = []
 

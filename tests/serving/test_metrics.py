@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from imgcls.serving.metrics import Telemetry, Totals
+from imgcls.serving.metrics import MetricTotals, ReplicaMetrics
 
 
 class Clock:
@@ -15,30 +15,30 @@ class Clock:
         return self.now
 
 
-def values(totals: Totals) -> dict[str, float]:
+def values(totals: MetricTotals) -> dict[str, float]:
     return {
         sample.name + "".join(sorted(f" {k}={v}" for k, v in sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(totals.text().decode())
+        for family in text_string_to_metric_families(totals.render().decode())
         for sample in family.samples
     }
 
 
 def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     clock = Clock()
-    totals = Totals(silent_seconds=10, clock=clock)
-    one, other = Telemetry(), Telemetry()
+    totals = MetricTotals(silent_seconds=10, clock=clock)
+    one, other = ReplicaMetrics(), ReplicaMetrics()
     one.images.labels(status="ok").inc(3)
-    one.batch.observe(3)
-    one.waiting.set(5)
+    one.batch_images.observe(3)
+    one.waiting_images.set(5)
     other.images.labels(status="ok").inc(4)
     other.images.labels(status="truncated").inc()
-    other.waiting.set(1)
-    one.answers_with("old")
+    other.waiting_images.set(1)
+    one.set_model("old")
     for sha256 in ("old", "new"):
-        other.answers_with(sha256)
-    totals.report("one", one.samples())
-    totals.report("other", other.samples())
-    totals.report("one", one.samples())  # counts since it began, not since it last spoke
+        other.set_model(sha256)
+    totals.report("one", one.collect_samples())
+    totals.report("other", other.collect_samples())
+    totals.report("one", one.collect_samples())  # counts since it began, not since it last spoke
     said = values(totals)
     assert said["imgcls_images_total status=ok"] == 7
     assert said["imgcls_images_total status=truncated"] == 1
@@ -49,7 +49,7 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     assert said["imgcls_model_replicas sha256=new"] == 1
 
     clock.now = 8
-    totals.report("other", other.samples())
+    totals.report("other", other.collect_samples())
     clock.now = 12
     said = values(totals)
     assert said["imgcls_images_total status=ok"] == 7
@@ -57,19 +57,19 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
     assert said["imgcls_waiting_images"] == 1
     assert said["imgcls_replicas"] == 1
     assert "imgcls_model_replicas sha256=old" not in said
-    assert totals.names() == {"other"}
+    assert totals.find_active_replicas() == {"other"}
 
 
 def test_a_replica_that_was_silent_for_a_while_counts_once() -> None:
     clock = Clock()
-    totals = Totals(silent_seconds=10, forget_seconds=100, clock=clock)
-    one = Telemetry()
+    totals = MetricTotals(silent_seconds=10, forget_seconds=100, clock=clock)
+    one = ReplicaMetrics()
     one.images.labels(status="ok").inc(5)
     for now in (0, 30, 60):
         clock.now = now
-        totals.report("one", one.samples())
+        totals.report("one", one.collect_samples())
         clock.now = now + 15
-        assert totals.names() == set()
+        assert totals.find_active_replicas() == set()
         assert values(totals)["imgcls_images_total status=ok"] == 5
     clock.now = 1000
     for _ in range(2):

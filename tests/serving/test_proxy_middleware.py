@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from imgcls.serving import proxy_middleware
 from imgcls.serving.config import LimitsConfig
-from imgcls.serving.proxy_middleware import Gate
+from imgcls.serving.proxy_middleware import BodyLimitMiddleware
 from tests.processes import free_port, wait_for
 from tests.serving.test_api import refused
 
@@ -39,10 +39,10 @@ class Greedy:
 
 
 @contextlib.contextmanager
-def standing(app: ASGIApp) -> Iterator[tuple[int, Gate]]:
+def standing(app: ASGIApp) -> Iterator[tuple[int, BodyLimitMiddleware]]:
     """A server whose gate is small; its port."""
     port = free_port()
-    gate = Gate(app, BODY, DOOR)
+    gate = BodyLimitMiddleware(app, BODY, DOOR)
     server = uvicorn.Server(
         uvicorn.Config(gate, port=port, lifespan="off", log_level="critical", access_log=False)
     )
@@ -93,7 +93,7 @@ def test_a_body_without_an_end_is_not_read_to_it() -> None:
         assert "x-content-type-options: nosniff" in head
         wait_for(lambda: app.left == 1, 30)
         assert app.read <= BODY
-        assert gate.held == 0
+        assert gate.held_bytes == 0
 
 
 def test_what_is_announced_to_be_too_long_gets_no_further() -> None:
@@ -107,7 +107,7 @@ def test_all_bodies_together_have_a_bound_and_leave_room_when_they_go() -> None:
     app = Greedy()
     with standing(app) as (port, gate), contextlib.ExitStack() as stack:
         there = [stack.enter_context(sent(port, bytes(BODY))) for _ in range(3)]
-        wait_for(lambda: gate.held == DOOR, 30)
+        wait_for(lambda: gate.held_bytes == DOOR, 30)
         with sent(port, bytes(10)) as connection:
             head = answer(connection)
         assert head.startswith("http/1.1 503 ")
@@ -115,7 +115,7 @@ def test_all_bodies_together_have_a_bound_and_leave_room_when_they_go() -> None:
         assert "connection: close" in head
         assert app.read == DOOR
         there[0].close()
-        wait_for(lambda: gate.held == DOOR - BODY, 30)
+        wait_for(lambda: gate.held_bytes == DOOR - BODY, 30)
         with sent(port, bytes(10)):
             wait_for(lambda: app.read == DOOR + 10, 30)
 
@@ -187,9 +187,9 @@ def test_its_bounds_come_from_the_environment_and_are_those_of_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits = LimitsConfig()
-    (standard,) = proxy_middleware.middlewares()
-    assert standard.args == (limits.body_bytes, limits.door_bytes)
-    for name, value in proxy_middleware.settings(5, 7).items():
+    (standard,) = proxy_middleware.build_middlewares()
+    assert standard.args == (limits.body_bytes, limits.proxy_bytes)
+    for name, value in proxy_middleware.build_environment(5, 7).items():
         monkeypatch.setenv(name, value)
-    (middleware,) = proxy_middleware.middlewares()
+    (middleware,) = proxy_middleware.build_middlewares()
     assert middleware.args == (5, 7)

@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcls.serving.rate_limit import AHEAD_SECONDS, BURST_SECONDS, Pocket, Purse
+from imgcls.serving.rate_limit import BURST_SECONDS, PREFETCH_SECONDS, LocalAllowance, TokenBuckets
 
 
 class Clock:
@@ -20,7 +20,7 @@ class Clock:
 
 def test_a_burst_goes_and_then_the_rate_holds() -> None:
     clock = Clock()
-    purse = Purse(clock)
+    purse = TokenBuckets(clock)
     assert purse.take("a", 2.0, 20, 0.0) == (20, 0.0)
     assert purse.take("a", 2.0, 1, 0.0) == (0.0, 0.5)
     clock.now += 0.5
@@ -30,7 +30,7 @@ def test_a_burst_goes_and_then_the_rate_holds() -> None:
 
 def test_a_request_larger_than_a_burst_goes_when_the_bucket_is_full_and_is_owed() -> None:
     clock = Clock()
-    purse = Purse(clock)
+    purse = TokenBuckets(clock)
     assert purse.take("a", 0.1, 5, 0.0) == (5, 0.0)
     taken, wait = purse.take("a", 0.1, 1, 0.0)
     assert (taken, round(wait)) == (0.0, 50)
@@ -46,12 +46,12 @@ def test_replicas_together_never_let_more_through_than_the_rate(
     per_minute: float, requests: list[tuple[int, int, float]]
 ) -> None:
     clock = Clock()
-    purse = Purse(clock)
+    purse = TokenBuckets(clock)
 
     async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
         return purse.take(name, per_second, need, ahead)
 
-    pockets = [Pocket(take, clock) for _ in range(4)]
+    pockets = [LocalAllowance(take, clock) for _ in range(4)]
     burst = max(per_minute / 60 * BURST_SECONDS, 1.0)
     let_through, largest = 0, 0
     for replica, images, seconds in requests:
@@ -65,7 +65,7 @@ def test_replicas_together_never_let_more_through_than_the_rate(
 
 def test_most_requests_cost_no_message() -> None:
     clock = Clock()
-    purse = Purse(clock)
+    purse = TokenBuckets(clock)
     messages = 0
 
     async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def test_most_requests_cost_no_message() -> None:
         return purse.take(name, per_second, need, ahead)
 
     async def ask() -> list[int]:
-        pocket = Pocket(take, clock)
+        pocket = LocalAllowance(take, clock)
         waits = []
         for _ in range(1000):
             clock.now += 0.01
@@ -82,18 +82,18 @@ def test_most_requests_cost_no_message() -> None:
         return waits
 
     assert set(asyncio.run(ask())) == {0}
-    assert messages <= 1000 * 0.01 / AHEAD_SECONDS + 1
+    assert messages <= 1000 * 0.01 / PREFETCH_SECONDS + 1
 
 
 def test_who_must_wait_is_told_how_long() -> None:
     clock = Clock()
-    purse = Purse(clock)
+    purse = TokenBuckets(clock)
 
     async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
         return purse.take(name, per_second, need, ahead)
 
     async def ask() -> None:
-        pocket = Pocket(take, clock)
+        pocket = LocalAllowance(take, clock)
         while await pocket.spend("key", 60, 1) == 0:
             pass
         wait = await pocket.spend("key", 60, 5)

@@ -14,13 +14,13 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest
 
 from imgcls.serving import routing
-from imgcls.serving.routing import ROUTER, Router
+from imgcls.serving.routing import ROUTER_CLASS, FailFastRouter
 
 DEPLOYMENT = DeploymentID(name="endpoint", app_name="imgcls")
 
 
 def router() -> Any:
-    return Router(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
+    return FailFastRouter(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
 
 
 def request() -> PendingRequest:
@@ -29,12 +29,12 @@ def request() -> PendingRequest:
 
 
 def run(check: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(routing, "REPLICA_TIMEOUT_S", 0.2)
     asyncio.run(check())
 
 
 def test_it_is_the_router_of_the_deployment() -> None:
-    config = RequestRouterConfig(request_router_class=ROUTER)
+    config = RequestRouterConfig(request_router_class=ROUTER_CLASS)
     assert config.get_request_router_class().__name__ == "Router"
 
 
@@ -70,7 +70,7 @@ def test_a_refused_request_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0)
         assert len(routed._pending_requests_by_id) == 1
         routed._has_served = True
-        routed._refuse_waiting()
+        routed._reject_pending()
         with pytest.raises(DeploymentUnavailableError):
             await choosing
         assert not routed._pending_requests_by_id

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from imgcls.config import build
-from imgcls.serving.api_keys import NewKeyConfig, new_key
+from imgcls.serving.api_keys import NewKeyConfig, create_key
 from tests.serving.app import serving
 
 
@@ -21,7 +21,7 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A key to everything, and the file that it is in."""
     file = tmp_path_factory.mktemp("keys") / "keys.yaml"
     settings_ = {"file": str(file), "name": "all", "scopes": ["predict", "admin"]}
-    return new_key(build(NewKeyConfig, settings_)), file
+    return create_key(build(NewKeyConfig, settings_)), file
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray.serve.schema import DeploymentStatus
 
-from imgcls.serving.serve import misses_replicas
+from imgcls.serving.serve import has_missing_replicas
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ from imgcls.serving.serve import misses_replicas
 def test_a_change_in_the_number_of_replicas_is_no_trouble(
     statuses: list[str], missing: bool | None
 ) -> None:
-    assert misses_replicas(DeploymentStatus(status) for status in statuses) is missing
+    assert has_missing_replicas(DeploymentStatus(status) for status in statuses) is missing

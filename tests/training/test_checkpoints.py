@@ -13,17 +13,23 @@ import pytest
 import torch
 
 from imgcls.errors import BundleError, OutputError, StorageError
-from imgcls.training.checkpoints import FOLDER, KEPT, RUN, Checkpoints, Standing
-from imgcls.training.epoch_metrics import Epoch
+from imgcls.training.checkpoints import (
+    CHECKPOINT_FOLDER,
+    IDENTITY_FILE,
+    KEPT_STATES,
+    Checkpoints,
+    TrainProgress,
+)
+from imgcls.training.epoch_metrics import EpochMetrics
 
 
-def epoch(number: int) -> Epoch:
-    return Epoch(number, 0.4, 0.9, 1.0, 0.5 + number / 100, 1e-3, 1234.4, 4.13, 100, 10, 0.5)
+def epoch(number: int) -> EpochMetrics:
+    return EpochMetrics(number, 0.4, 0.9, 1.0, 0.5 + number / 100, 1e-3, 1234.4, 4.13, 100, 10, 0.5)
 
 
-def standing(epochs: int, best: int | None = None) -> Standing:
+def standing(epochs: int, best: int | None = None) -> TrainProgress:
     history = tuple(epoch(number) for number in range(1, epochs + 1))
-    return Standing(epoch=epochs + 1, history=history, best=best)
+    return TrainProgress(epoch=epochs + 1, history=history, best=best)
 
 
 def state(number: int) -> dict[str, Any]:
@@ -51,8 +57,8 @@ def saved(output: Path, numbers: range, best: tuple[int, ...] = (1,)) -> Path:
         last = number - 1 if number in best else last
         kept = weights(number) if number in best else None
         checkpoints.save(standing(number, last), state(number), kept)
-    checkpoints.wait()
-    return output / FOLDER
+    checkpoints.wait_until_saved()
+    return output / CHECKPOINT_FOLDER
 
 
 def names(folder: Path) -> set[str]:
@@ -61,7 +67,7 @@ def names(folder: Path) -> set[str]:
 
 def found(output: Path) -> float:
     """The number of the state that a new process would go on from."""
-    latest = Checkpoints(str(output)).latest()
+    latest = Checkpoints(str(output)).load_latest()
     assert latest is not None
     number = float(latest[1]["network"]["weight"][0, 0])
     assert latest[0].number == number
@@ -74,11 +80,11 @@ def found(output: Path) -> float:
 
 def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    assert checkpoints.latest() is None
+    assert checkpoints.load_latest() is None
     where = replace(standing(3, best=1), step=17, totals=(1.5, 2.0, 30.0, 0.1, 0.2, 0.0))
     checkpoints.save(where, state(1), weights(7))
-    checkpoints.wait()
-    latest = Checkpoints(str(tmp_path)).latest()
+    checkpoints.wait_until_saved()
+    latest = Checkpoints(str(tmp_path)).load_latest()
     assert latest is not None
     found, tensors = latest
     assert found.standing == where
@@ -86,43 +92,43 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert torch.equal(tensors["network"]["weight"], state(1)["network"]["weight"])
     assert tensors["optimizer"]["param_groups"] == state(1)["optimizer"]["param_groups"]
     assert tensors["optimizer"]["state"][0]["step"] == 1
-    best = Checkpoints(str(tmp_path)).best_weights(found)
+    best = Checkpoints(str(tmp_path)).load_best_weights(found)
     assert torch.equal(best["weight"], weights(7)["weight"])
 
 
 def test_the_probe_whose_rate_is_no_number_comes_back_too(tmp_path: Path) -> None:
     probe = replace(epoch(0), phase="probe", lr=float("nan"))
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(Standing(epoch=1, history=(probe,), best=0), state(1), weights(1))
-    checkpoints.wait()
-    ((back,),) = (each.standing.history for each in Checkpoints(str(tmp_path)).saved())
+    checkpoints.save(TrainProgress(epoch=1, history=(probe,), best=0), state(1), weights(1))
+    checkpoints.wait_until_saved()
+    ((back,),) = (each.standing.history for each in Checkpoints(str(tmp_path)).list_states())
     assert repr(back) == repr(probe)
 
 
 def test_a_state_without_best_weights_has_none_to_give(tmp_path: Path) -> None:
     saved(tmp_path, range(1, 2), best=())
-    latest = Checkpoints(str(tmp_path)).latest()
+    latest = Checkpoints(str(tmp_path)).load_latest()
     assert latest is not None
     with pytest.raises(BundleError, match="holds no weights yet"):
-        Checkpoints(str(tmp_path)).best_weights(latest[0])
+        Checkpoints(str(tmp_path)).load_best_weights(latest[0])
 
 
 def test_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 4))
     checkpoints = Checkpoints(str(tmp_path))
-    assert checkpoints.latest() is not None
+    assert checkpoints.load_latest() is not None
     checkpoints.save(standing(4, 0), state(4), None)
-    checkpoints.wait()
+    checkpoints.wait_until_saved()
     assert {"state-000004.pt", "state-000003.pt", "best-000001.safetensors"} <= names(folder)
     assert found(tmp_path) == 4
-    latest = Checkpoints(str(tmp_path)).latest()
+    latest = Checkpoints(str(tmp_path)).load_latest()
     assert latest is not None
     assert latest[0].best == "best-000001.safetensors", "the best of before the restart stays"
 
 
 def test_only_the_last_states_are_kept_and_the_best_weights_of_each(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 8), best=(1, 3, 6))
-    assert KEPT == 2
+    assert KEPT_STATES == 2
     assert names(folder) == {
         "state-000006.json", "state-000006.pt", "state-000007.json", "state-000007.pt",
         "best-000006.safetensors",
@@ -135,14 +141,14 @@ def test_only_the_last_states_are_kept_and_the_best_weights_of_each(tmp_path: Pa
 
 def test_pruning_leaves_the_identity_and_the_state_that_is_being_written(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.begin({"seed": 1})
+    checkpoints.start_run({"seed": 1})
     folder = saved(tmp_path, range(1, 5))
     for name in ("state-000009.pt", "best-000009.safetensors"):
         (folder / name).write_bytes(b"its marker is still to come")
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(standing(5, 0), state(5), None)
-    checkpoints.wait()
-    assert {RUN, "state-000009.pt", "best-000009.safetensors"} <= names(folder)
+    checkpoints.wait_until_saved()
+    assert {IDENTITY_FILE, "state-000009.pt", "best-000009.safetensors"} <= names(folder)
     assert not (folder / "state-000003.pt").exists()
 
 
@@ -200,24 +206,24 @@ def test_a_state_that_is_not_whole_is_passed_over_for_the_one_before(
     damage(folder)
     assert found(tmp_path) == 2
     checkpoints = Checkpoints(str(tmp_path))
-    latest = checkpoints.latest()
+    latest = checkpoints.load_latest()
     assert latest is not None
-    assert torch.equal(checkpoints.best_weights(latest[0])["weight"], weights(1)["weight"])
+    assert torch.equal(checkpoints.load_best_weights(latest[0])["weight"], weights(1)["weight"])
 
 
 def test_where_no_state_is_whole_the_run_begins_anew(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 3))
     for name in ("state-000001.pt", "state-000002.pt"):
         (folder / name).write_bytes(b"")
-    assert Checkpoints(str(tmp_path)).latest() is None
+    assert Checkpoints(str(tmp_path)).load_latest() is None
 
 
 def test_workers_can_agree_on_an_older_state(tmp_path: Path) -> None:
     saved(tmp_path, range(1, 4))
-    latest = Checkpoints(str(tmp_path)).latest(at_most=2)
+    latest = Checkpoints(str(tmp_path)).load_latest(at_most=2)
     assert latest is not None
     assert latest[0].number == 2
-    assert Checkpoints(str(tmp_path)).latest(at_most=1) is None, "it was pruned"
+    assert Checkpoints(str(tmp_path)).load_latest(at_most=1) is None, "it was pruned"
 
 
 class Trap:
@@ -238,18 +244,18 @@ def test_reading_a_state_runs_no_code(tmp_path: Path) -> None:
     body["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     marker.write_text(json.dumps(body))
     with pytest.raises(Exception, match=r"[Ww]eights only|weights_only"):
-        Checkpoints(str(tmp_path)).latest()
+        Checkpoints(str(tmp_path)).load_latest()
     assert not (tmp_path / "sprung").exists()
 
 
 def test_what_went_wrong_while_writing_is_told_by_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     checkpoints = Checkpoints(str(tmp_path / "output"))
-    checkpoints.folder = str(tmp_path / "file" / FOLDER)
+    checkpoints.folder = str(tmp_path / "file" / CHECKPOINT_FOLDER)
     checkpoints.save(standing(1), state(1), None)
     with pytest.raises(StorageError):
         checkpoints.save(standing(2), state(2), None)
-    checkpoints.wait()
+    checkpoints.wait_until_saved()
 
 
 # ------------------------------------------------------------------ the run's identity
@@ -257,42 +263,42 @@ def test_what_went_wrong_while_writing_is_told_by_the_next_save(tmp_path: Path) 
 
 def test_a_run_is_recognised_by_what_it_is(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    assert checkpoints.identity() is None
-    checkpoints.begin({"settings": {"seed": 1}, "data": {"data.train": "é"}})
-    identity = Checkpoints(str(tmp_path)).identity()
+    assert checkpoints.read_identity() is None
+    checkpoints.start_run({"settings": {"seed": 1}, "data": {"data.train": "é"}})
+    identity = Checkpoints(str(tmp_path)).read_identity()
     assert identity == {"settings": {"seed": 1}, "data": {"data.train": "é"}}
 
 
 def test_beginning_clears_what_another_run_left(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 6), best=(1, 5))
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.begin({"seed": 2})
-    assert names(folder) == {RUN}
-    assert checkpoints.latest() is None
+    checkpoints.start_run({"seed": 2})
+    assert names(folder) == {IDENTITY_FILE}
+    assert checkpoints.load_latest() is None
     checkpoints.save(standing(1), state(1), None)
-    checkpoints.wait()
-    (only,) = Checkpoints(str(tmp_path)).saved()
+    checkpoints.wait_until_saved()
+    (only,) = Checkpoints(str(tmp_path)).list_states()
     assert (only.number, only.best) == (1, None)
 
 
 def test_a_damaged_identity_is_refused_with_the_way_out(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.begin({"seed": 1})
-    (tmp_path / FOLDER / RUN).write_text('{"se')
+    checkpoints.start_run({"seed": 1})
+    (tmp_path / CHECKPOINT_FOLDER / IDENTITY_FILE).write_text('{"se')
     with pytest.raises(OutputError, match=r"run\.json: is damaged .*--overwrite"):
-        checkpoints.identity()
+        checkpoints.read_identity()
 
 
 def test_going_on_leaves_no_damaged_state_to_take_the_place_of_a_good_one(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 4), best=(1, 3))
     (folder / "state-000003.pt").write_bytes(b"cut short")
     checkpoints = Checkpoints(str(tmp_path))
-    found = checkpoints.latest()
+    found = checkpoints.load_latest()
     assert found is not None
     assert found[0].number == 2
     checkpoints.discard_after(2)
     checkpoints.save(standing(3, 0), state(4), None)
-    checkpoints.wait()
-    assert [each.number for each in Checkpoints(str(tmp_path)).saved()] == [4, 2]
+    checkpoints.wait_until_saved()
+    assert [each.number for each in Checkpoints(str(tmp_path)).list_states()] == [4, 2]
     assert "best-000001.safetensors" in names(folder)
     assert "best-000003.safetensors" not in names(folder)

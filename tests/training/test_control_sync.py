@@ -14,59 +14,59 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 
-from imgcls.training.control_sync import SECONDS, Agreed, Pulse
-from imgcls.training.epoch_metrics import Board
+from imgcls.training.control_sync import SYNC_INTERVAL_S, ControlDecision, ControlSync
+from imgcls.training.epoch_metrics import DriverChannel
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
 _train: Any = ray.train
 CPU = torch.device("cpu")
-Beats = list[Agreed | None]
+Beats = list[ControlDecision | None]
 
 NEVER = 1e9
 
 
 def counting(board: Any, rank: int) -> Beats:
     """Steps of 2 ms, of the second worker 4 ms, for two seconds of the first."""
-    pulse = Pulse(board, CPU, save_seconds=NEVER)
+    pulse = ControlSync(board, CPU, save_seconds=NEVER)
     beats = []
     for _ in range(1000):
         time.sleep(0.002 * (1 + rank))
-        beats.append(pulse.beat())
+        beats.append(pulse.step())
     return beats
 
 
 def diverging(board: Any, rank: int) -> Beats:
     """The loss of the second worker is no number."""
-    pulse = Pulse(board, CPU, save_seconds=NEVER)
-    return [pulse.beat(torch.tensor(rank == 0))]
+    pulse = ControlSync(board, CPU, save_seconds=NEVER)
+    return [pulse.step(torch.tensor(rank == 0))]
 
 
 def saving(board: Any, rank: int) -> Beats:
     """The first worker saves when it is time, and tells its pulse; the other does as agreed."""
-    pulse = Pulse(board, CPU, save_seconds=0.2)
-    beats = [pulse.beat()]
+    pulse = ControlSync(board, CPU, save_seconds=0.2)
+    beats = [pulse.step()]
     time.sleep(0.3)
     for _ in range(10):
-        beats.append(pulse.beat())
-        if beats[-1] is not None and beats[-1].save:
-            pulse.saved()
+        beats.append(pulse.step())
+        if beats[-1] is not None and beats[-1].should_save:
+            pulse.mark_saved()
             break
     beats.append(None)  # what is agreed right after it
     for _ in range(10):
-        beats.append(pulse.beat())
+        beats.append(pulse.step())
     return beats
 
 
 def stopping(board: Any, rank: int) -> Beats:
     """The wish to stop is told while they work."""
-    pulse = Pulse(board, CPU, save_seconds=NEVER)
-    beats = [pulse.beat()]
+    pulse = ControlSync(board, CPU, save_seconds=NEVER)
+    beats = [pulse.step()]
     if rank == 0:
         ray.get(board.stop.remote())
         time.sleep(0.3)
     for _ in range(500):
-        beats.append(pulse.beat())
-        if beats[-1] is not None and beats[-1].stop:
+        beats.append(pulse.step())
+        if beats[-1] is not None and beats[-1].should_stop:
             break
         time.sleep(0.01)
     return beats
@@ -74,11 +74,11 @@ def stopping(board: Any, rank: int) -> Beats:
 
 def abandoned(board: Any, rank: int) -> Beats:
     """The board is killed, which nobody wished for."""
-    pulse = Pulse(board, CPU, save_seconds=NEVER)
+    pulse = ControlSync(board, CPU, save_seconds=NEVER)
     if rank == 0:
         ray.kill(board)
     time.sleep(0.5)
-    return [pulse.beat()]
+    return [pulse.step()]
 
 
 SCENES: tuple[Callable[[Any, int], Beats], ...] = (
@@ -100,7 +100,7 @@ def play(config: dict[str, Any]) -> list[list[Beats]] | None:
 @pytest.fixture(scope="module")
 def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Beats]]:
     """What each of two workers was told at each beat of every scene."""
-    remote: Any = ray.remote(num_cpus=0)(Board)
+    remote: Any = ray.remote(num_cpus=0)(DriverChannel)
     boards = [remote.remote() for _ in SCENES]
     loop: Any = play
     trainer = TorchTrainer(
@@ -131,30 +131,38 @@ def test_agreements_are_made_about_once_a_second_and_not_at_every_step(
     gaps = [b - a for a, b in itertools.pairwise(agreed)]
     assert all(gap <= 2 * before for before, gap in itertools.pairwise(gaps))
     # steps take 4 ms at least, that of the slower worker
-    assert 16 < max(gaps) <= SECONDS / 0.004
-    assert all(beat == Agreed(stop=False, save=False, finite=True) for beat in beats if beat)
+    assert 16 < max(gaps) <= SYNC_INTERVAL_S / 0.004
+    assert all(
+        beat == ControlDecision(should_stop=False, should_save=False, is_finite=True)
+        for beat in beats
+        if beat
+    )
 
 
 def test_a_loss_that_is_no_number_on_one_worker_is_heard_by_all(
     played: dict[str, list[Beats]],
 ) -> None:
-    assert played["diverging"][0] == [Agreed(stop=False, save=False, finite=False)]
+    assert played["diverging"][0] == [
+        ControlDecision(should_stop=False, should_save=False, is_finite=False)
+    ]
 
 
 def test_it_is_time_to_save_once_and_then_not_for_a_while(played: dict[str, list[Beats]]) -> None:
     beats = played["saving"][0]
-    cut = beats.index(None, next(i for i, beat in enumerate(beats) if beat and beat.save))
-    saves = [beat.save for beat in beats[:cut] if beat]
+    cut = beats.index(None, next(i for i, beat in enumerate(beats) if beat and beat.should_save))
+    saves = [beat.should_save for beat in beats[:cut] if beat]
     assert saves[-1]
     assert not any(saves[:-1])
-    assert not any(beat.save for beat in beats[cut:] if beat)
+    assert not any(beat.should_save for beat in beats[cut:] if beat)
 
 
 def test_the_wish_to_stop_reaches_all_workers(played: dict[str, list[Beats]]) -> None:
     beats = [beat for beat in played["stopping"][0] if beat]
-    assert beats[-1] == Agreed(stop=True, save=False, finite=True)
-    assert not beats[0].stop
+    assert beats[-1] == ControlDecision(should_stop=True, should_save=False, is_finite=True)
+    assert not beats[0].should_stop
 
 
 def test_a_board_that_is_gone_is_no_wish_to_stop(played: dict[str, list[Beats]]) -> None:
-    assert played["abandoned"][0] == [Agreed(stop=False, save=False, finite=True)]
+    assert played["abandoned"][0] == [
+        ControlDecision(should_stop=False, should_save=False, is_finite=True)
+    ]

@@ -11,37 +11,37 @@ from typing import Any
 import pytest
 import ray
 
-from imgcls.training.epoch_metrics import Epoch, followed_board, probe_note
+from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note, open_driver_channel
 
 
-def epoch(number: int = 1, accuracy: float = 0.5, loss: float = 1.0) -> Epoch:
-    return Epoch(number, 0.4, 0.9, loss, accuracy, 1e-3, 1234.4, 4.13, 100, 10, 0.5)
+def epoch(number: int = 1, accuracy: float = 0.5, loss: float = 1.0) -> EpochMetrics:
+    return EpochMetrics(number, 0.4, 0.9, loss, accuracy, 1e-3, 1234.4, 4.13, 100, 10, 0.5)
 
 
 def test_accuracy_decides_which_epoch_is_best_and_loss_decides_ties() -> None:
-    assert epoch().better_than(None, "val_accuracy")
-    assert epoch(accuracy=0.6, loss=9.0).better_than(epoch(), "val_accuracy")
-    assert epoch(loss=0.9).better_than(epoch(), "val_accuracy")
-    assert not epoch(2).better_than(epoch(1), "val_accuracy"), "the first of equals stays"
-    assert not epoch(accuracy=0.4, loss=0.1).better_than(epoch(), "val_accuracy")
-    assert epoch(accuracy=0.4, loss=0.1).better_than(epoch(), "val_loss")
-    assert not epoch(accuracy=0.6, loss=1.0).better_than(epoch(), "val_loss")
-    assert epoch().better_than(None, "val_loss")
+    assert epoch().is_better_than(None, "val_accuracy")
+    assert epoch(accuracy=0.6, loss=9.0).is_better_than(epoch(), "val_accuracy")
+    assert epoch(loss=0.9).is_better_than(epoch(), "val_accuracy")
+    assert not epoch(2).is_better_than(epoch(1), "val_accuracy"), "the first of equals stays"
+    assert not epoch(accuracy=0.4, loss=0.1).is_better_than(epoch(), "val_accuracy")
+    assert epoch(accuracy=0.4, loss=0.1).is_better_than(epoch(), "val_loss")
+    assert not epoch(accuracy=0.6, loss=1.0).is_better_than(epoch(), "val_loss")
+    assert epoch().is_better_than(None, "val_loss")
 
 
 def test_an_epoch_is_told_in_one_line() -> None:
     told = replace(epoch(1, 0.94, 0.2111), wait_seconds=1.0, compute_seconds=3.0)
-    assert told.line(10) == (
+    assert told.format_line(10) == (
         "epoch  1/10  train loss 0.400 acc  90.0 %  val loss 0.211 acc  94.0 %  lr 1.0e-03"
         "  1,234 images/s (waiting 25%)  4.1 s"
     )
-    assert "(waiting 0%)" in epoch().line(10), "no time at all is no division by zero"
+    assert "(waiting 0%)" in epoch().format_line(10), "no time at all is no division by zero"
 
 
 def test_the_probe_is_told_in_line_with_the_epochs() -> None:
     probe = replace(epoch(0, 0.94, 0.2111), phase="probe", lr=math.nan)
-    line = probe.line(10)
-    assert line.index("train loss") == epoch(1).line(10).index("train loss")
+    line = probe.format_line(10)
+    assert line.index("train loss") == epoch(1).format_line(10).index("train loss")
     assert line.startswith("probe ")
     assert line.endswith("acc  94.0 %  4.1 s")
     assert "nan" not in line
@@ -51,18 +51,19 @@ def test_the_probe_is_told_in_line_with_the_epochs() -> None:
 def test_lines_and_epochs_reach_the_driver_in_order_and_all_of_them(
     local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[Epoch] = []
-    with followed_board(3, told.append) as board:
+    told: list[EpochMetrics] = []
+    with open_driver_channel(3, told.append) as board:
         for post in ("training: 2 on cpu", epoch(1), epoch(2), epoch(3), "the last words"):
             ray.get(board.post.remote(post))
     assert told == [epoch(1), epoch(2), epoch(3)]
     assert capsys.readouterr().out.splitlines() == [
-        "training: 2 on cpu", *(epoch(number).line(3) for number in (1, 2, 3)), "the last words",
+        "training: 2 on cpu", *(epoch(number).format_line(3) for number in (1, 2, 3)), "the "
+        "last words",
     ]  # fmt: skip
 
 
 def test_workers_hear_of_the_wish_to_stop_once_it_is_told(local_ray: None) -> None:
-    with followed_board(3, lambda epoch: None) as board:
+    with open_driver_channel(3, lambda epoch: None) as board:
         stopping = board.stopping.remote()
         assert ray.wait([stopping], timeout=0.2)[0] == []
         board.stop.remote()
@@ -70,7 +71,7 @@ def test_workers_hear_of_the_wish_to_stop_once_it_is_told(local_ray: None) -> No
 
 
 def test_the_first_failure_is_the_one_that_is_told(local_ray: None) -> None:
-    with followed_board(3, lambda epoch: None) as board:
+    with open_driver_channel(3, lambda epoch: None) as board:
         assert ray.get(board.failure.remote()) is None
         ray.get(board.fail.remote("out of memory"))
         ray.get(board.fail.remote("connection closed by peer"))
@@ -79,15 +80,15 @@ def test_the_first_failure_is_the_one_that_is_told(local_ray: None) -> None:
 
 def test_a_board_that_is_gone_holds_up_nothing(local_ray: None) -> None:
     began = time.monotonic()
-    with followed_board(3, lambda epoch: None) as board:
+    with open_driver_channel(3, lambda epoch: None) as board:
         ray.kill(board)
     assert time.monotonic() - began < 5
     assert not [thread for thread in threading.enumerate() if thread.name == "epoch lines"]
 
 
-def made(number: int, loss: float, accuracy: float) -> Epoch:
+def made(number: int, loss: float, accuracy: float) -> EpochMetrics:
     phase: Any = "train" if number else "probe"
-    return Epoch(number, 0.4, 0.9, loss, accuracy, 1e-3, 1.0, 1.0, 100, 10, phase=phase)
+    return EpochMetrics(number, 0.4, 0.9, loss, accuracy, 1e-3, 1.0, 1.0, 100, 10, phase=phase)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_training_that_ends_below_its_probe_says_so_and_what_to_do(
     epochs: list[tuple[float, float]], best: int, told: str | None
 ) -> None:
     history = [made(number, *numbers) for number, numbers in enumerate(epochs)]
-    note = probe_note(history, history[best], lr=3e-4)
+    note = format_probe_note(history, history[best], lr=3e-4)
     if told is None:
         assert note is None
     else:
@@ -119,4 +120,4 @@ def test_a_training_that_ends_below_its_probe_says_so_and_what_to_do(
 
 def test_without_a_probe_there_is_nothing_to_be_worse_than() -> None:
     history = [made(1, 0.1, 1.0), made(2, 0.5, 0.9)]
-    assert probe_note(history, history[0], lr=3e-4) is None
+    assert format_probe_note(history, history[0], lr=3e-4) is None

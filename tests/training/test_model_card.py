@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from imgcls.models import zoo
-from imgcls.models.bundle import BundleSpec, plain, save_bundle
-from imgcls.training.model_card import model_card
+from imgcls.models.bundle import BundleSpec, escape_markdown, save_bundle
+from imgcls.training.model_card import build_model_card
 
 PROVENANCE: dict[str, Any] = {
     "created": "2026-01-02T03:04:05+00:00",
@@ -64,14 +64,14 @@ HISTORY = pd.DataFrame(
 
 
 def spec_of(classes: list[str], **changes: Any) -> BundleSpec:
-    architecture = zoo.architecture("small_cnn", {"width": 8})
-    preprocess = zoo.default_preprocess(architecture)
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
+    preprocess = zoo.get_default_preprocess(architecture)
     return BundleSpec(architecture=architecture, classes=classes, preprocess=preprocess, **changes)
 
 
 def card_of(**changes: Any) -> str:
     spec = spec_of(["cat", "dog", "owl"], provenance=PROVENANCE)
-    return model_card(spec, HISTORY, 2, **changes)
+    return build_model_card(spec, HISTORY, 2, **changes)
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_it_says_what_the_model_is_and_how_to_use_it() -> None:
 def test_fine_tuned_weights_are_named() -> None:
     model = PROVENANCE["config"]["model"] | {"weights": "IMAGENET1K_V1"}
     made = PROVENANCE | {"config": PROVENANCE["config"] | {"model": model}}
-    assert "fine-tuned from `IMAGENET1K_V1`" in model_card(
+    assert "fine-tuned from `IMAGENET1K_V1`" in build_model_card(
         spec_of(["a", "b"], provenance=made), HISTORY, 2
     )
 
@@ -168,8 +168,8 @@ def test_what_is_uncalibrated_or_hardly_judged_is_said() -> None:
     few = HISTORY.assign(val_rows=12)
     spec = spec_of(["a", "b"], temperature=1.5)
     assert "not calibrated" in card_of()
-    assert "not calibrated" not in model_card(spec, HISTORY, 2)
-    assert "So few validation images" in model_card(spec, few, 2)
+    assert "not calibrated" not in build_model_card(spec, HISTORY, 2)
+    assert "So few validation images" in build_model_card(spec, few, 2)
     assert "So few validation images" not in card_of()
 
 
@@ -184,7 +184,7 @@ def test_versions_and_commit_are_told() -> None:
 def test_a_card_can_be_written_whatever_is_not_known(missing: str) -> None:
     made = {key: value for key, value in PROVENANCE.items() if key != missing}
     made = {} if missing == "everything" else made
-    card = model_card(spec_of(["a", "b"], provenance=made), HISTORY, 2)
+    card = build_model_card(spec_of(["a", "b"], provenance=made), HISTORY, 2)
     assert front_matter(card)["library_name"] == "imgcls"
     assert "None" not in card
     for empty in ("## Data\n\n\n", "## Training\n\n| setting | value |\n| --- | --- |\n\n"):
@@ -193,11 +193,11 @@ def test_a_card_can_be_written_whatever_is_not_known(missing: str) -> None:
 
 def test_a_history_of_few_columns_will_do() -> None:
     history = pd.DataFrame({"epoch": [1], "val_loss": [0.5], "val_accuracy": [0.5]})
-    card = model_card(spec_of(["a", "b"]), history, 1)
+    card = build_model_card(spec_of(["a", "b"]), history, 1)
     assert cells(card, "validation accuracy") == ["50.0 %"]
     assert "balanced" not in card
     history = history.assign(val_loss=math.nan, val_accuracy=math.nan)
-    assert "model-index" not in front_matter(model_card(spec_of(["a", "b"]), history, 1))
+    assert "model-index" not in front_matter(build_model_card(spec_of(["a", "b"]), history, 1))
 
 
 NASTY = ["a|b", "<script>", "_under_", "`tick`", "*", "[x](y)", "two\nlines", "a_b", "x" * 500, " "]
@@ -205,22 +205,22 @@ NASTY = ["a|b", "<script>", "_under_", "`tick`", "*", "[x](y)", "two\nlines", "a
 
 def test_class_names_cannot_break_the_page() -> None:
     rows = dict.fromkeys(NASTY, (1, 0))
-    card = model_card(spec_of(NASTY), HISTORY, 2, class_rows=rows)
+    card = build_model_card(spec_of(NASTY), HISTORY, 2, class_rows=rows)
     assert cells(card.replace("\\|", "!"), "a!b") == ["1", "0"]
     for harmless in ("\\<script\\>", "\\_under\\_", "\\`tick\\`", "\\[x\\](y)", "two lines", "a_b"):
         assert harmless in card
     assert "x" * 81 not in card
     assert "<script>" not in card
-    assert plain(" ") == "(blank)"
+    assert escape_markdown(" ") == "(blank)"
     made = {"data": {"manifests": {"data.train": {"manifest": "odd`|name.csv"}}}}
-    odd = model_card(spec_of(["a", "b"], provenance=made), HISTORY, 2)
+    odd = build_model_card(spec_of(["a", "b"], provenance=made), HISTORY, 2)
     assert "| data.train | `` odd`\\|name.csv `` |" in odd
     assert front_matter(odd)["model-index"][0]["name"] == "small_cnn-odd`|name"
 
 
 def test_long_lists_of_classes_are_cut() -> None:
     names = [f"class {i}" for i in range(1000)]
-    card = model_card(spec_of(names), HISTORY, 2, class_rows=dict.fromkeys(names, (5, 0)))
+    card = build_model_card(spec_of(names), HISTORY, 2, class_rows=dict.fromkeys(names, (5, 0)))
     assert "class 19 and 980 more" in card
     assert "... and 950 more classes." in card
     assert "class 19 and 980 more." in card.split("No validation image shows")[1]

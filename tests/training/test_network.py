@@ -13,10 +13,16 @@ from torchvision.ops import StochasticDepth
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
-from imgcls.models.normalize import Normalise
-from imgcls.training.network import ModelConfig, describe, regularise, start, try_on
+from imgcls.models.normalize import Normalizer
+from imgcls.training.network import (
+    ModelConfig,
+    build_initial_network,
+    check_can_train,
+    resolve_model,
+    set_regularization,
+)
 
-SMALL = zoo.architecture("small_cnn", {"width": 8})
+SMALL = zoo.resolve_architecture("small_cnn", {"width": 8})
 
 
 @pytest.mark.parametrize(
@@ -32,26 +38,28 @@ SMALL = zoo.architecture("small_cnn", {"width": 8})
 def test_labelling_sees_nearly_all_of_an_image_unless_told_otherwise(
     settings: dict[str, Any], crop: int, resize: int
 ) -> None:
-    _, preprocess = describe(ModelConfig.model_validate(settings))
+    _, preprocess = resolve_model(ModelConfig.model_validate(settings))
     assert (preprocess.crop, preprocess.resize) == (crop, resize)
 
 
 def test_the_resize_mode_can_be_chosen() -> None:
-    _, preprocess = describe(ModelConfig(name="resnet18", resize_mode="pad"))
+    _, preprocess = resolve_model(ModelConfig(name="resnet18", resize_mode="pad"))
     assert (preprocess.mode, preprocess.crop) == ("pad", 224)
 
 
 def test_the_decode_setting_travels_in_the_bundle() -> None:
     for decode in ("exact", "fast"):
-        _, preprocess = describe(ModelConfig.model_validate({"decode": decode}))
+        _, preprocess = resolve_model(ModelConfig.model_validate({"decode": decode}))
         assert preprocess.decode == decode
-    _, preprocess = describe(ModelConfig())
+    _, preprocess = resolve_model(ModelConfig())
     assert preprocess.decode == Preprocess().decode
 
 
 def test_the_first_weights_depend_on_the_seed_alone() -> None:
     def weights(seed: int) -> torch.Tensor:
-        return torch.cat([p.flatten() for p in start(SMALL, None, 3, seed=seed).parameters()])
+        return torch.cat(
+            [p.flatten() for p in build_initial_network(SMALL, None, 3, seed=seed).parameters()]
+        )
 
     before = torch.get_rng_state()
     assert torch.equal(weights(1), weights(1))
@@ -61,9 +69,9 @@ def test_the_first_weights_depend_on_the_seed_alone() -> None:
 
 def test_given_weights_are_kept_but_for_the_head_of_other_classes(tmp_path: Path) -> None:
     file = str(tmp_path / "weights.safetensors")
-    old = start(SMALL, None, 5, seed=1).state_dict()
+    old = build_initial_network(SMALL, None, 5, seed=1).state_dict()
     save_file(old, file)
-    new = start(SMALL, file, 3, seed=2).state_dict()
+    new = build_initial_network(SMALL, file, 3, seed=2).state_dict()
     head = {"head.4.weight", "head.4.bias"}
     assert all(torch.equal(new[key], old[key]) for key in old if key not in head)
     assert new["head.4.weight"].shape[0] == 3
@@ -72,43 +80,46 @@ def test_given_weights_are_kept_but_for_the_head_of_other_classes(tmp_path: Path
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     file = str(tmp_path / "weights.safetensors")
     save_file(
-        start(zoo.architecture("small_cnn", {"width": 4}), None, 3, seed=0).state_dict(), file
+        build_initial_network(
+            zoo.resolve_architecture("small_cnn", {"width": 4}), None, 3, seed=0
+        ).state_dict(),
+        file,
     )
     with pytest.raises(BundleError, match="the weights do not fit the network"):
-        start(SMALL, file, 3, seed=0)
+        build_initial_network(SMALL, file, 3, seed=0)
 
 
 def test_images_that_the_network_cannot_take_are_refused_before_the_start() -> None:
-    network = start(SMALL, None, 3, seed=0)
+    network = build_initial_network(SMALL, None, 3, seed=0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    try_on(network, Preprocess(resize=32, crop=32), 2)
+    check_can_train(network, Preprocess(resize=32, crop=32), 2)
     with pytest.raises(BundleError, match="cannot train on 2 images of 4x4 per worker"):
-        try_on(network, Preprocess(resize=4, crop=4), 2)
+        check_can_train(network, Preprocess(resize=4, crop=4), 2)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
 def test_pixels_are_normalised_by_mean_and_std() -> None:
     preprocess = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     batch = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7), np.uint8)
-    found = Normalise(preprocess, torch.device("cpu"))(batch)
+    found = Normalizer(preprocess, torch.device("cpu"))(batch)
     mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
     np.testing.assert_allclose(found.numpy(), (batch / 255 - mean) / std, atol=1e-5)
 
 
 def test_squeezenet_is_trained_without_the_relu_that_no_logit_could_leave() -> None:
-    architecture, _ = describe(ModelConfig(name="squeezenet1_1"))
+    architecture, _ = resolve_model(ModelConfig(name="squeezenet1_1"))
     assert architecture.options == {"head_relu": False}
-    network = start(architecture, None, 5, seed=0).eval()
+    network = build_initial_network(architecture, None, 5, seed=0).eval()
     assert network(torch.randn(2, 3, 64, 64)).min() < 0
-    kept, _ = describe(ModelConfig(name="squeezenet1_1", options={"head_relu": True}))
-    assert start(kept, None, 5, seed=0).eval()(torch.randn(2, 3, 64, 64)).min() >= 0
+    kept, _ = resolve_model(ModelConfig(name="squeezenet1_1", options={"head_relu": True}))
+    assert build_initial_network(kept, None, 5, seed=0).eval()(torch.randn(2, 3, 64, 64)).min() >= 0
 
 
 # ------------------------------------------------------------------ dropout, stochastic depth
 
 
 def built(name: str, **options: Any) -> nn.Module:
-    return start(zoo.architecture(name, options), None, 3, seed=0)
+    return build_initial_network(zoo.resolve_architecture(name, options), None, 3, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +128,16 @@ def built(name: str, **options: Any) -> nn.Module:
 def test_dropout_is_set_where_the_head_has_some(name: str, options: dict[str, Any]) -> None:
     network = built(name, **options)
     before = [m.p for m in network.modules() if isinstance(m, nn.Dropout2d)]
-    regularise(network, ModelConfig(dropout=0.45))
+    set_regularization(network, ModelConfig(dropout=0.45))
     assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.45}
     assert [m.p for m in network.modules() if isinstance(m, nn.Dropout2d)] == before
 
 
 def test_a_head_without_dropout_gets_it_in_training_alone() -> None:
     network = built("resnet18")
-    _, head = zoo.head(network)
+    _, head = zoo.find_head(network)
     seen: list[torch.Tensor] = []
-    regularise(network, ModelConfig(dropout=0.25))
+    set_regularization(network, ModelConfig(dropout=0.25))
     head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     images = torch.randn(8, 3, 32, 32)
     keys = list(network.state_dict())
@@ -143,13 +154,13 @@ def test_a_head_without_dropout_gets_it_in_training_alone() -> None:
 
 def test_dropout_is_left_alone_where_it_is_not_given() -> None:
     network = built("small_cnn", width=4, dropout=0.3)
-    regularise(network, ModelConfig())
+    set_regularization(network, ModelConfig())
     assert {m.p for m in network.modules() if isinstance(m, nn.Dropout)} == {0.3}
 
 
 def test_stochastic_depth_grows_from_none_to_what_was_asked_for() -> None:
     network = built("efficientnet_b0")
-    regularise(network, ModelConfig(name="efficientnet_b0", stochastic_depth=0.4))
+    set_regularization(network, ModelConfig(name="efficientnet_b0", stochastic_depth=0.4))
     shares = [m.p for m in network.modules() if isinstance(m, StochasticDepth)]
     assert len(shares) > 5
     np.testing.assert_allclose(shares, np.linspace(0, 0.4, len(shares)))
@@ -157,4 +168,4 @@ def test_stochastic_depth_grows_from_none_to_what_was_asked_for() -> None:
 
 def test_stochastic_depth_is_refused_where_there_is_none() -> None:
     with pytest.raises(BundleError, match=r"model\.stochastic_depth: resnet18 has none"):
-        regularise(built("resnet18"), ModelConfig(name="resnet18", stochastic_depth=0.1))
+        set_regularization(built("resnet18"), ModelConfig(name="resnet18", stochastic_depth=0.1))

@@ -14,7 +14,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from imgcls.training.plots import curves, lr_range, parallel_coordinates, smoothed
+from imgcls.training.plots import (
+    draw_curves,
+    draw_lr_range,
+    draw_parallel_coordinates,
+    smooth_curve,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAN = math.nan
@@ -43,7 +48,7 @@ def words(svg: bytes) -> list[str]:
 
 def drawn(history: pd.DataFrame, best: int = 1) -> list[str]:
     """Draws both formats, checks that they open and are not blank, and returns the words."""
-    files = curves(history, best)
+    files = draw_curves(history, best)
     assert set(files) == {"curves.png", "curves.svg"}
     image = Image.open(io.BytesIO(files["curves.png"]))
     image.load()
@@ -67,10 +72,10 @@ def test_three_panels_with_units_and_the_best_epoch() -> None:
 
 def test_the_same_history_gives_the_same_bytes() -> None:
     history = epochs(5, probe=True)
-    assert curves(history, 3) == curves(history.copy(), 3)
-    assert curves(history, 3) != curves(history, 4)
+    assert draw_curves(history, 3) == draw_curves(history.copy(), 3)
+    assert draw_curves(history, 3) != draw_curves(history, 4)
     rates, losses = [1e-5, 1e-4, 1e-3, 1e-2], [2.0, 1.5, 1.0, 3.0]
-    assert lr_range(rates, losses, 1e-3) == lr_range(rates, losses, 1e-3)
+    assert draw_lr_range(rates, losses, 1e-3) == draw_lr_range(rates, losses, 1e-3)
 
 
 @pytest.mark.parametrize("probe", [False, True])
@@ -108,7 +113,7 @@ def test_the_columns_of_phase_and_of_whole_splits_may_be_absent() -> None:
 
 def test_many_epochs_are_lines_without_dots() -> None:
     def dots(count: int) -> int:
-        svg = ET.fromstring(curves(epochs(count), 1)["curves.svg"])
+        svg = ET.fromstring(draw_curves(epochs(count), 1)["curves.svg"])
         return sum(1 for _ in svg.iter(f"{SVG}use"))
 
     assert dots(500) < 80 < dots(30)
@@ -130,7 +135,7 @@ def test_accuracy_stays_within_what_can_be() -> None:
 def test_the_range_test_marks_what_it_suggests() -> None:
     rates = np.geomspace(1e-6, 1, 50)
     losses = np.concatenate([np.linspace(2, 1, 40), [5, 50, 1e9, NAN, math.inf], [NAN] * 5])
-    files = lr_range(list(rates), list(losses), 3.2e-3)
+    files = draw_lr_range(list(rates), list(losses), 3.2e-3)
     assert set(files) == {"lr_range.png", "lr_range.svg"}
     Image.open(io.BytesIO(files["lr_range.png"])).load()
     found = words(files["lr_range.svg"])
@@ -139,18 +144,18 @@ def test_the_range_test_marks_what_it_suggests() -> None:
 
 
 def test_a_range_test_without_a_finite_loss_is_drawn_all_the_same() -> None:
-    files = lr_range([1e-3, 1e-2], [NAN, NAN], 1e-3)
+    files = draw_lr_range([1e-3, 1e-2], [NAN, NAN], 1e-3)
     assert "suggested: 0.001" in words(files["lr_range.svg"])
 
 
 def test_smoothing_keeps_the_minimum_where_it_is() -> None:
     noise = np.random.default_rng(0).normal(0, 0.02, 201)
     values = np.abs(np.linspace(-1, 1, 201)) + noise
-    smooth = smoothed(values)
+    smooth = smooth_curve(values)
     assert abs(int(smooth.argmin()) - 100) <= 4
     assert np.abs(np.diff(smooth)).mean() < np.abs(np.diff(values)).mean()
-    assert smoothed(np.full(50, 3.0)) == pytest.approx(3.0)
-    assert smoothed(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+    assert smooth_curve(np.full(50, 3.0)) == pytest.approx(3.0)
+    assert smooth_curve(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
 
 
 def test_drawing_leaves_the_global_state_alone() -> None:
@@ -176,8 +181,8 @@ def test_the_trials_of_a_search_are_lines_over_its_axes() -> None:
         }
     )
     axes = {"optim.lr": True, "augment.preset": False}
-    files = parallel_coordinates(results, axes, "val_loss")
-    assert files == parallel_coordinates(results, axes, "val_loss")  # the same bytes each time
+    files = draw_parallel_coordinates(results, axes, "val_loss")
+    assert files == draw_parallel_coordinates(results, axes, "val_loss")  # the same bytes each time
     text = files["trials.svg"].decode()
     for word in ("optim.lr", "augment.preset", "val_loss", "none", "light", "0.001", "2 trials"):
         assert word in text

@@ -12,17 +12,17 @@ import ray
 from imgcls.cluster import autoscaler
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
-from imgcls.training.epoch_metrics import followed_board
+from imgcls.training.epoch_metrics import open_driver_channel
 
 
 class Worker:
     def there(self) -> None: ...
 
 
-def look_for(seconds: float, team: ray_trainer._Team) -> None:
+def look_for(seconds: float, team: ray_trainer._WorkerLiveness) -> None:
     began = time.monotonic()
     while time.monotonic() - began < seconds:
-        team.look()
+        team.check()
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def session() -> Iterator[None]:
 def test_while_a_worker_is_there_nothing_is_waited_for_and_without_one_not_for_ever(
     session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(autoscaler, "IDLE_SECONDS", 0)
-    monkeypatch.setattr(ray_trainer, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_SECONDS", 0)
+    monkeypatch.setattr(ray_trainer, "LIVENESS_INTERVAL_S", 0.2)
     kind: Any = ray.remote(num_cpus=0)(Worker)
     worker = kind.remote()
     ray.get(worker.there.remote())
-    with followed_board(1, lambda epoch: None) as board:
+    with open_driver_channel(1, lambda epoch: None) as board:
         ray.get(board.enlist.remote(worker))
-        team = ray_trainer._Team(board, "1 x (1 CPU)", wait_seconds=1)
+        team = ray_trainer._WorkerLiveness(board, "1 x (1 CPU)", wait_seconds=1)
         look_for(2, team)
         assert capsys.readouterr().out == ""
         ray.kill(worker)

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from imgcls.training.sampler import Hand, balanced, deal, shard, shuffled, steps_per_epoch
+from imgcls.training.sampler import (
+    StepShare,
+    iter_step_shares,
+    sample_balanced,
+    shard_rows,
+    shuffle_rows,
+    steps_per_epoch,
+)
 
 ROWS = st.integers(1, 300)
 WORKERS = st.integers(1, 9)
@@ -17,11 +24,12 @@ BATCH = st.integers(1, 80)
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=200)
 
 
-def hands(rows: int, batch: int, workers: int, start: int = 0) -> list[list[Hand]]:
+def hands(rows: int, batch: int, workers: int, start: int = 0) -> list[list[StepShare]]:
     """Per worker, the list of its hands; the rows are in order."""
     order = np.arange(rows)
     return [
-        list(deal(order, batch, rank=rank, workers=workers, start=start)) for rank in range(workers)
+        list(iter_step_shares(order, batch, rank=rank, workers=workers, start=start))
+        for rank in range(workers)
     ]
 
 
@@ -30,11 +38,11 @@ def test_an_epoch_holds_every_row_exactly_once(
     rows: int, batch: int, workers: int, epoch: int, seed: int
 ) -> None:
     assume(rows >= workers)
-    order = shuffled(rows, epoch=epoch, seed=seed)
+    order = shuffle_rows(rows, epoch=epoch, seed=seed)
     dealt = [
         hand.rows
         for rank in range(workers)
-        for hand in deal(order, batch, rank=rank, workers=workers)
+        for hand in iter_step_shares(order, batch, rank=rank, workers=workers)
     ]
     assert sorted(np.concatenate(dealt).tolist()) == list(range(rows))
 
@@ -68,7 +76,7 @@ def test_workers_and_batches_differ_by_at_most_one_row(rows: int, batch: int, wo
     assume(rows >= workers)
     dealt = hands(rows, batch, workers)
     totals = [sum(len(hand.rows) for hand in worker) for worker in dealt]
-    batches = [hand.batch for hand in dealt[0]]
+    batches = [hand.global_batch_size for hand in dealt[0]]
     assert max(totals) - min(totals) <= 1
     assert max(batches) - min(batches) <= 1
 
@@ -78,7 +86,7 @@ def test_no_batch_is_larger_than_asked_for_unless_a_worker_would_be_idle(
     rows: int, batch: int, workers: int
 ) -> None:
     assume(rows >= workers)
-    largest = max(hand.batch for hand in hands(rows, batch, workers)[0])
+    largest = max(hand.global_batch_size for hand in hands(rows, batch, workers)[0])
     assert largest <= batch or largest < 2 * workers
 
 
@@ -93,12 +101,12 @@ def test_an_epoch_goes_on_from_any_step_as_it_would_have(
         assert len(rest) == max(0, len(whole) - start)
         for expected, found in zip(whole[start:], rest, strict=True):
             assert found.rows.tolist() == expected.rows.tolist()
-            assert found.batch == expected.batch
+            assert found.global_batch_size == expected.global_batch_size
 
 
 def test_37_rows_in_batches_of_8_for_2_workers() -> None:
     first, second = hands(37, 8, 2)
-    assert [hand.batch for hand in first] == [7, 7, 8, 7, 8]
+    assert [hand.global_batch_size for hand in first] == [7, 7, 8, 7, 8]
     assert sum(len(hand.rows) for hand in first) == 19
     assert sum(len(hand.rows) for hand in second) == 18
 
@@ -106,8 +114,8 @@ def test_37_rows_in_batches_of_8_for_2_workers() -> None:
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     labels = np.arange(50) % 3
     for order in (
-        lambda **change: shuffled(50, **change).tolist(),
-        lambda **change: balanced(labels, **change).tolist(),
+        lambda **change: shuffle_rows(50, **change).tolist(),
+        lambda **change: sample_balanced(labels, **change).tolist(),
     ):
         once = order(epoch=1, seed=3)
         np.random.seed(7)  # the state of others must not matter
@@ -118,7 +126,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
 
 @given(st.integers(0, 100), WORKERS)
 def test_evaluation_shards_hold_every_row_exactly_once(rows: int, workers: int) -> None:
-    shards = [shard(rows, rank=rank, workers=workers) for rank in range(workers)]
+    shards = [shard_rows(rows, rank=rank, workers=workers) for rank in range(workers)]
     assert sorted(np.concatenate(shards).tolist()) == list(range(rows))
 
 
@@ -134,7 +142,7 @@ def test_fewer_rows_than_workers_are_refused() -> None:
 def test_a_balanced_epoch_has_as_many_rows_of_each_class_give_or_take_one(
     labels: list[int], seed: int
 ) -> None:
-    rows = balanced(np.array(labels), epoch=1, seed=seed)
+    rows = sample_balanced(np.array(labels), epoch=1, seed=seed)
     counts = Counter(labels[row] for row in rows)
     quotas = [counts[label] for label in set(labels)]
     assert len(rows) == len(labels)
@@ -143,7 +151,7 @@ def test_a_balanced_epoch_has_as_many_rows_of_each_class_give_or_take_one(
 
 @given(LABELS, st.integers(0, 99))
 def test_a_repeated_class_shows_all_its_rows_before_any_again(labels: list[int], seed: int) -> None:
-    shown = Counter(balanced(np.array(labels), epoch=1, seed=seed).tolist())
+    shown = Counter(sample_balanced(np.array(labels), epoch=1, seed=seed).tolist())
     for label in set(labels):
         times = [shown[row] for row, other in enumerate(labels) if other == label]
         assert max(times) - min(times) <= 1
@@ -153,5 +161,5 @@ def test_which_rows_of_a_large_class_are_left_out_changes_from_epoch_to_epoch() 
     labels = np.array([0] * 90 + [1] * 10)
     seen: set[int] = set()
     for epoch in range(1, 8):
-        seen |= set(balanced(labels, epoch=epoch, seed=0).tolist())
+        seen |= set(sample_balanced(labels, epoch=epoch, seed=0).tolist())
     assert len(seen) > 95

@@ -8,11 +8,11 @@ from imgcls.cluster.session import Node
 from imgcls.config import load
 from imgcls.errors import ConfigError, ResourcesError
 from imgcls.training.scaling import (
-    ScaleConfig,
-    Workers,
-    bundles,
-    decoding_cpus,
-    fits_store,
+    TrainScaleConfig,
+    WorkerPlan,
+    compute_decode_cpus,
+    fits_object_store,
+    plan_worker_bundles,
     plan_workers,
 )
 
@@ -20,46 +20,46 @@ LAPTOP = [Node(2, 0)]
 
 
 def test_two_workers_fit_two_cores() -> None:
-    assert plan_workers(LAPTOP, ScaleConfig(num_workers=2)) == Workers(2, 1.0, 0, 2, 2)
+    assert plan_workers(LAPTOP, TrainScaleConfig(num_workers=2)) == WorkerPlan(2, 1.0, 0, 2, 2)
 
 
 def test_workers_may_share_a_core() -> None:
-    config = ScaleConfig(num_workers=20, cpus_per_worker=0.1)
+    config = TrainScaleConfig(num_workers=20, cpus_per_worker=0.1)
     assert plan_workers(LAPTOP, config).count == 20
 
 
 def test_too_many_workers_are_refused_with_the_arithmetic() -> None:
     with pytest.raises(ResourcesError, match=r"3 x \(1 CPU\) do not fit .* hold 2"):
-        plan_workers(LAPTOP, ScaleConfig(num_workers=3))
+        plan_workers(LAPTOP, TrainScaleConfig(num_workers=3))
 
 
 def test_a_worker_is_not_split_between_machines() -> None:
     with pytest.raises(ResourcesError, match="which hold 2"):
-        plan_workers([Node(3, 0), Node(3, 0)], ScaleConfig(num_workers=3, cpus_per_worker=2))
+        plan_workers([Node(3, 0), Node(3, 0)], TrainScaleConfig(num_workers=3, cpus_per_worker=2))
 
 
 def test_gpus_are_taken_when_there_are_enough_for_all() -> None:
     machines = [Node(8, 1), Node(8, 1)]
-    assert plan_workers(machines, ScaleConfig(num_workers=2)).gpus == 1
-    assert plan_workers(machines, ScaleConfig(num_workers=3)).gpus == 0
-    assert plan_workers(machines, ScaleConfig(num_workers=2, use_gpu=False)).gpus == 0
+    assert plan_workers(machines, TrainScaleConfig(num_workers=2)).gpus == 1
+    assert plan_workers(machines, TrainScaleConfig(num_workers=3)).gpus == 0
+    assert plan_workers(machines, TrainScaleConfig(num_workers=2, use_gpu=False)).gpus == 0
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ResourcesError, match=r"1 x \(1 CPU \+ 1 GPU\) do not fit"):
-        plan_workers(LAPTOP, ScaleConfig(use_gpu=True))
+        plan_workers(LAPTOP, TrainScaleConfig(use_gpu=True))
 
 
 def test_a_cluster_without_machines_is_refused() -> None:
     with pytest.raises(ResourcesError, match=r"\(none\), which hold 0"):
-        plan_workers([], ScaleConfig())
+        plan_workers([], TrainScaleConfig())
 
 
 def test_synchronised_batch_norm_is_refused_without_gpus() -> None:
     with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* for GPUs only"):
-        plan_workers(LAPTOP, ScaleConfig(sync_batchnorm=True))
+        plan_workers(LAPTOP, TrainScaleConfig(sync_batchnorm=True))
     machines = [Node(8, 2)]
-    assert plan_workers(machines, ScaleConfig(num_workers=2, sync_batchnorm=True)).gpus == 1
+    assert plan_workers(machines, TrainScaleConfig(num_workers=2, sync_batchnorm=True)).gpus == 1
 
 
 # ------------------------------------------------------------------ elastic groups
@@ -71,18 +71,18 @@ def test_synchronised_batch_norm_is_refused_without_gpus() -> None:
 def test_an_elastic_group_takes_what_there_is_within_its_bounds(
     cores: int, count: int | None
 ) -> None:
-    config = ScaleConfig(num_workers=(2, 4))
+    config = TrainScaleConfig(num_workers=(2, 4))
     if count is None:
         with pytest.raises(ResourcesError, match=r"num_workers 2: .* which hold 1"):
             plan_workers([Node(cores, 0)], config)
         return
     workers = plan_workers([Node(cores, 0)], config)
-    assert workers == Workers(count, 1.0, 0, 2, 4)
+    assert workers == WorkerPlan(count, 1.0, 0, 2, 4)
     assert str(workers) == f"{count} x (1 CPU), 2 to 4"
 
 
 def test_an_elastic_group_runs_on_gpus_when_the_fewest_workers_can() -> None:
-    config = ScaleConfig(num_workers=(2, 4))
+    config = TrainScaleConfig(num_workers=(2, 4))
     assert plan_workers([Node(8, 1)], config).gpus == 0
     found = plan_workers([Node(8, 3)], config)
     assert (found.count, found.gpus) == (3, 1)
@@ -92,37 +92,37 @@ def test_an_elastic_group_runs_on_gpus_when_the_fewest_workers_can() -> None:
     ("said", "bounds"), [("3", (3, 3)), ("[1, 4]", (1, 4)), ("[2, 2]", (2, 2))]
 )
 def test_the_number_of_workers_is_one_or_a_pair(said: str, bounds: tuple[int, int]) -> None:
-    config = load(ScaleConfig, ["--num-workers", said], prog="test")
-    assert config.bounds == (config.smallest, config.largest) == bounds
+    config = load(TrainScaleConfig, ["--num-workers", said], prog="test")
+    assert config.bounds == (config.min_workers, config.max_workers) == bounds
 
 
 @pytest.mark.parametrize("said", ["0", "[0, 2]", "[1, 2, 3]", "[4, 2]", "many"])
 def test_other_numbers_of_workers_are_refused(said: str) -> None:
     with pytest.raises(ConfigError, match="num_workers"):
-        load(ScaleConfig, ["--num-workers", said], prog="test")
+        load(TrainScaleConfig, ["--num-workers", said], prog="test")
 
 
 # ------------------------------------------------------------------ room for images
 
 
 def test_images_are_kept_while_they_leave_a_fifth_of_the_object_store() -> None:
-    assert fits_store(8_000_000_000, 10_000_000_000)
-    assert not fits_store(8_000_000_001, 10_000_000_000)
+    assert fits_object_store(8_000_000_000, 10_000_000_000)
+    assert not fits_object_store(8_000_000_001, 10_000_000_000)
 
 
 def test_what_the_workers_leave_is_for_decoding() -> None:
     nodes = [Node(4, 0), Node(4, 0)]
-    assert decoding_cpus(nodes, Workers(3, 2.0, 0, 3, 3)) == 2
-    assert decoding_cpus(nodes, Workers(7, 1.0, 0, 1, 7)) == 1
+    assert compute_decode_cpus(nodes, WorkerPlan(3, 2.0, 0, 3, 3)) == 2
+    assert compute_decode_cpus(nodes, WorkerPlan(7, 1.0, 0, 1, 7)) == 1
 
 
 def test_no_cpu_left_to_decode_is_refused_with_what_would_leave_one() -> None:
-    workers = Workers(2, 1.0, 0, 2, 2)
+    workers = WorkerPlan(2, 1.0, 0, 2, 2)
     with pytest.raises(
         ResourcesError, match=r"of 2 the workers reserve 2; give a .* of at most 0\.5"
     ):
-        decoding_cpus(LAPTOP, workers)
-    assert decoding_cpus(LAPTOP, Workers(2, 0.5, 0, 2, 2)) == 1
+        compute_decode_cpus(LAPTOP, workers)
+    assert compute_decode_cpus(LAPTOP, WorkerPlan(2, 0.5, 0, 2, 2)) == 1
 
 
 # ------------------------------------------------------------------ machines that may come
@@ -130,9 +130,18 @@ def test_no_cpu_left_to_decode_is_refused_with_what_would_leave_one() -> None:
 
 def test_what_is_asked_of_an_autoscaler_is_what_the_workers_would_reserve() -> None:
     may_come = [Node(16, 1)] * 2 + [Node(16, 0)] * 8
-    assert bundles(may_come, ScaleConfig(num_workers=2)) == [{"CPU": 1.0, "GPU": 1.0}] * 2
-    assert bundles(may_come, ScaleConfig(num_workers=3, cpus_per_worker=4)) == [{"CPU": 4.0}] * 3
-    assert bundles(may_come, ScaleConfig(num_workers=(1, 40), use_gpu=False)) == [{"CPU": 1.0}] * 40
+    assert (
+        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=2))
+        == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    )
+    assert (
+        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=3, cpus_per_worker=4))
+        == [{"CPU": 4.0}] * 3
+    )
+    assert (
+        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=(1, 40), use_gpu=False))
+        == [{"CPU": 1.0}] * 40
+    )
     # where nobody says what may come: no more than it cannot do without
-    assert bundles(None, ScaleConfig(num_workers=(1, 40))) == [{"CPU": 1.0}]
-    assert bundles(None, ScaleConfig(use_gpu=True)) == [{"CPU": 1.0, "GPU": 1.0}]
+    assert plan_worker_bundles(None, TrainScaleConfig(num_workers=(1, 40))) == [{"CPU": 1.0}]
+    assert plan_worker_bundles(None, TrainScaleConfig(use_gpu=True)) == [{"CPU": 1.0, "GPU": 1.0}]

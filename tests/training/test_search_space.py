@@ -10,9 +10,9 @@ from ray import tune as ray_tune
 from imgcls.cluster.session import Node
 from imgcls.config import build
 from imgcls.errors import ConfigError, RequestError
-from imgcls.training.scaling import Workers
-from imgcls.training.search_space import Axis, TuneConfig, check_space, settings_of
-from imgcls.training.tune import concurrent
+from imgcls.training.scaling import WorkerPlan
+from imgcls.training.search_space import Axis, TuneConfig, build_trial_config, check_space
+from imgcls.training.tune import resolve_concurrency
 
 
 def order(space: dict[str, Any], **more: Any) -> TuneConfig:
@@ -30,7 +30,7 @@ def order(space: dict[str, Any], **more: Any) -> TuneConfig:
     ],
 )
 def test_values_are_drawn_from_the_whole_axis_and_nothing_else(axis: Any, within: Any) -> None:
-    drawn = [Axis.model_validate(axis).domain().sample() for _ in range(300)]
+    drawn = [Axis.model_validate(axis).build_domain().sample() for _ in range(300)]
     assert all(map(within, drawn))
     assert len(set(drawn)) > 1
     if "randint" in axis:
@@ -38,7 +38,7 @@ def test_values_are_drawn_from_the_whole_axis_and_nothing_else(axis: Any, within
 
 
 def test_of_a_grid_each_value_is_tried() -> None:
-    assert Axis(grid=[1, 2]).domain() == ray_tune.grid_search([1, 2])
+    assert Axis(grid=[1, 2]).build_domain() == ray_tune.grid_search([1, 2])
 
 
 @pytest.mark.parametrize(
@@ -76,40 +76,48 @@ def test_all_that_is_wrong_with_a_space_is_told_at_once() -> None:
 
 def test_a_trial_is_the_training_with_the_drawn_values() -> None:
     config = order({"optim.lr": {"uniform": [0.1, 0.2]}})
-    trial = settings_of(config, {"optim.lr": 0.15, "augment.preset": "none"}, "/out/trials/1")
+    trial = build_trial_config(
+        config, {"optim.lr": 0.15, "augment.preset": "none"}, "/out/trials/1"
+    )
     assert (trial.optim.lr, trial.augment.preset) == (0.15, "none")
     assert (trial.output, trial.epochs) == ("/out/trials/1", config.epochs)
 
 
 def test_no_more_trials_run_at_a_time_than_the_cpus_hold() -> None:
     config = order({"epochs": {"choice": [1, 2]}}, trials=20)
-    one, two = Workers(1, 1.0, 0, 1, 1), Workers(2, 1.0, 0, 2, 2)
+    one, two = WorkerPlan(1, 1.0, 0, 1, 1), WorkerPlan(2, 1.0, 0, 2, 2)
     eight = [Node(8, 0)]
-    assert concurrent(config, one, eight, cached=True) == 8
-    assert concurrent(config, one, eight, cached=False) == 4  # each decodes as well
-    assert concurrent(config, two, eight, cached=True) == 4
-    assert concurrent(config, Workers(1, 1.0, 1, 1, 1), [Node(8, 2)], cached=True) == 2
+    assert resolve_concurrency(config, one, eight, cached=True) == 8
+    assert resolve_concurrency(config, one, eight, cached=False) == 4  # each decodes as well
+    assert resolve_concurrency(config, two, eight, cached=True) == 4
+    assert resolve_concurrency(config, WorkerPlan(1, 1.0, 1, 1, 1), [Node(8, 2)], cached=True) == 2
     few = order({"epochs": {"choice": [1, 2]}}, trials=3)
-    assert concurrent(few, one, eight, cached=True) == 3
+    assert resolve_concurrency(few, one, eight, cached=True) == 3
     with pytest.raises(RequestError, match=r"each trial takes 2 CPUs of 4, so at most 2 fit"):
-        concurrent(order({}, concurrent=3), two, [Node(4, 0)], cached=True)
+        resolve_concurrency(order({}, concurrent=3), two, [Node(4, 0)], cached=True)
 
 
 def test_no_trial_is_counted_on_that_would_have_to_be_split_between_machines() -> None:
     config = order({"epochs": {"choice": [1, 2]}}, trials=20)
-    large = Workers(1, 12.0, 0, 1, 1)
-    assert concurrent(config, large, [Node(16, 0)] * 3, cached=True) == 3
-    assert concurrent(config, large, [Node(16, 0)] * 3, cached=False) == 3
+    large = WorkerPlan(1, 12.0, 0, 1, 1)
+    assert resolve_concurrency(config, large, [Node(16, 0)] * 3, cached=True) == 3
+    assert resolve_concurrency(config, large, [Node(16, 0)] * 3, cached=False) == 3
     # half a core is left on each of two machines, and no task decodes in halves
-    assert concurrent(config, Workers(1, 1.5, 0, 1, 1), [Node(2, 0)] * 2, cached=False) == 1
+    assert (
+        resolve_concurrency(config, WorkerPlan(1, 1.5, 0, 1, 1), [Node(2, 0)] * 2, cached=False)
+        == 1
+    )
     # the workers of one trial may lie on different machines
-    assert concurrent(config, Workers(2, 12.0, 0, 2, 2), [Node(16, 0)] * 4, cached=True) == 2
+    assert (
+        resolve_concurrency(config, WorkerPlan(2, 12.0, 0, 2, 2), [Node(16, 0)] * 4, cached=True)
+        == 2
+    )
 
 
 def test_a_grid_is_as_many_trials_as_it_has_values() -> None:
     grids = {"optim.lr": {"grid": [0.1] * 12}, "epochs": {"grid": [1, 2]}}
-    one = Workers(1, 1.0, 0, 1, 1)
+    one = WorkerPlan(1, 1.0, 0, 1, 1)
     config = order({**grids, "batch_size": {"choice": [32, 64]}}, trials=2)
-    assert config.tune.total == 2 * 12 * 2
-    assert concurrent(config, one, [Node(60, 0)], cached=True) == 48
-    assert order({"epochs": {"choice": [1, 2]}}, trials=3).tune.total == 3
+    assert config.tune.total_trials == 2 * 12 * 2
+    assert resolve_concurrency(config, one, [Node(60, 0)], cached=True) == 48
+    assert order({"epochs": {"choice": [1, 2]}}, trials=3).tune.total_trials == 3

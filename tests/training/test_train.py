@@ -35,8 +35,8 @@ from imgcls.errors import (
 from imgcls.models import zoo
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.ray_trainer import told
-from imgcls.training.train import TrainConfig, TrainResult, settled, train
+from imgcls.training.ray_trainer import format_worker_failure
+from imgcls.training.train import TrainConfig, TrainResult, resolve_setup, train
 from tests.conftest import REPOSITORY, write_manifest
 
 TRAIN_ROWS, VAL_ROWS = 397, 83  # primes: nothing divides by workers or batches
@@ -137,9 +137,9 @@ def test_a_wrong_request_starts_nothing(
 def test_a_batch_larger_than_the_training_set_is_lowered_with_a_note(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert settled(config(digits, tmp_path, batch_size=398)).config.batch_size == 398
+    assert resolve_setup(config(digits, tmp_path, batch_size=398)).config.batch_size == 398
     assert capsys.readouterr().out == ""
-    lowered = settled(config(digits, tmp_path, batch_size=9999))
+    lowered = resolve_setup(config(digits, tmp_path, batch_size=9999))
     assert lowered.config.batch_size == 398
     note = "note: batch_size is lowered from 9999 to the 398 training images\n"
     assert capsys.readouterr().out == note
@@ -185,7 +185,7 @@ def test_what_is_told_is_the_failure_and_not_that_others_lost_touch() -> None:
         0: RuntimeError("[gloo/transport] Connection closed by peer"),
         1: RuntimeError("Traceback\n  ...\nRuntimeError: CUDA out of memory. Tried to allocate"),
     }
-    line = told(ray.train.WorkerGroupError("", failures))
+    line = format_worker_failure(ray.train.WorkerGroupError("", failures))
     assert line.startswith("training worker 1 failed: RuntimeError: CUDA out of memory")
     assert line.endswith("give a smaller batch_size, or a larger scale.accumulate")
 
@@ -243,8 +243,8 @@ def test_the_bundle_holds_the_best_epoch_and_how_it_was_made(
 def test_features_that_overflow_end_the_training_before_it_writes_a_bundle(
     two_cpus: None, digits: Path, tmp_path: Path
 ) -> None:
-    architecture = zoo.architecture("small_cnn", {"width": 16})
-    state = zoo.build(architecture, 10).state_dict()
+    architecture = zoo.resolve_architecture("small_cnn", {"width": 16})
+    state = zoo.build_network(architecture, 10).state_dict()
     scale = [name for name, value in state.items() if value.dim() == 1 and "weight" in name][-1]
     state[scale].fill_(3e38)  # finite, as the file must be; the squares of the features are not
     torch.save(state, tmp_path / "weights.pth")
@@ -548,6 +548,6 @@ def test_an_interrupted_run_saves_and_ends_at_once(digits: Path, tmp_path: Path)
     assert "imgcls train: stopped by SIGTERM; all is saved, and the same command goes" in errors
     assert not (output / "bundle.json").exists()
     assert not (output / "_lease").exists()
-    (newest, *_) = Checkpoints(str(output)).saved()
+    (newest, *_) = Checkpoints(str(output)).list_states()
     assert len(newest.standing.history) >= 2
     assert {path.name for path in (output / "_train").iterdir()} >= {"run.json", newest.best}

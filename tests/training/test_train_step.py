@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
-from imgcls.models.normalize import Normalise
+from imgcls.models.normalize import Normalizer
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import Batch
-from imgcls.training.optim.optimizer import set_rates
+from imgcls.training.optim.optimizer import set_learning_rates
 from imgcls.training.optim.strategy import Strategy
-from imgcls.training.sampler import deal
-from imgcls.training.train_step import Learner, Place
+from imgcls.training.sampler import iter_step_shares
+from imgcls.training.train_step import TrainStep, WorkerContext
 from tests.training.team import Team
 
 CLASSES, ROWS, SIDE = 4, 37, 8
@@ -47,17 +47,19 @@ def without_norms() -> nn.Module:
 def small_cnn() -> nn.Module:
     """Batch norms, dropout and all."""
     torch.manual_seed(1)
-    return zoo.build(zoo.architecture("small_cnn", {"width": 4, "dropout": 0.3}), CLASSES)
+    return zoo.build_network(
+        zoo.resolve_architecture("small_cnn", {"width": 4, "dropout": 0.3}), CLASSES
+    )
 
 
 def learner(
     network: nn.Module,
     settings: TrainConfig,
-    place: Place = Place(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
+    place: WorkerContext = WorkerContext(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
     weights: list[float] | None = None,
-) -> Learner:
-    made = Learner(settings, "scratch", PREPROCESS, weights, CLASSES, network, place)
-    made.free(1)
+) -> TrainStep:
+    made = TrainStep(settings, "scratch", PREPROCESS, weights, CLASSES, network, place)
+    made.set_trainable(1)
     return made
 
 
@@ -71,7 +73,7 @@ def empty() -> Batch:
     return Batch(np.zeros((0, 3, SIDE, SIDE), np.uint8), np.zeros(0, np.int64))
 
 
-def moved(made: Learner, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def moved(made: TrainStep, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """How far each parameter has come, the other way round: its gradient under PLAIN_SGD."""
     return {name: before[name] - p.detach() for name, p in made.network.named_parameters()}
 
@@ -89,13 +91,13 @@ def one_step(
     rank: int, workers: int, settings: TrainConfig, weights: list[float] | None
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The gradient of all rows at once, and what this worker tells of its own."""
-    place = Place(rank, workers, torch.device("cpu"), "fp32")
+    place = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
     made = learner(without_norms(), settings, place, weights)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     whole = rows()
-    (hand,) = deal(np.arange(ROWS), ROWS, rank=rank, workers=workers)
+    (hand,) = iter_step_shares(np.arange(ROWS), ROWS, rank=rank, workers=workers)
     part = Batch(whole.pixels[hand.rows], whole.labels[hand.rows])
-    told = made.step(part, hand.batch, 0)
+    told = made.step(part, hand.global_batch_size, 0)
     return moved(made, before), told.tolist()
 
 
@@ -108,7 +110,7 @@ def whole_batch(
 ) -> tuple[dict[str, torch.Tensor], float, int]:
     """The mean over all rows by autograd alone: gradient, summed loss, correct predictions."""
     network, batch = without_norms(), rows()
-    inputs = Normalise(PREPROCESS, torch.device("cpu"))(batch.pixels)
+    inputs = Normalizer(PREPROCESS, torch.device("cpu"))(batch.pixels)
     labels = torch.from_numpy(batch.labels)
     logits = network(inputs)
     weight = None if weights is None else torch.tensor(weights)
@@ -164,7 +166,7 @@ def test_a_batch_whose_images_all_failed_moves_nothing() -> None:
 def step_without_images_but_in_one(
     rank: int, workers: int, settings: TrainConfig
 ) -> dict[str, torch.Tensor]:
-    place = Place(rank, workers, torch.device("cpu"), "fp32")
+    place = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
     made = learner(without_norms(), settings, place)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     made.step(rows() if rank == 1 else empty(), ROWS, 0)
@@ -181,20 +183,20 @@ def test_a_worker_whose_images_all_failed_holds_up_no_other(team: Team) -> None:
 # ------------------------------------------------------------------ going on and repeating
 
 
-def steps(made: Learner, first: int, last: int, *, seeded: bool = True) -> None:
+def steps(made: TrainStep, first: int, last: int, *, seeded: bool = True) -> None:
     """As an epoch makes them, on batches that differ from step to step."""
     made.network.train()
     whole = rows()
     for step in range(first, last):
         chosen = np.random.default_rng(step).permutation(ROWS)[:16]
-        set_rates(made.optimizer, made.config.optim, step, 10)
+        set_learning_rates(made.optimizer, made.config.optim, step, 10)
         if seeded:
-            made.seed(1, step)
+            made.seed_rng(1, step)
         made.step(Batch(whole.pixels[chosen], whole.labels[chosen]), 16, step)
 
 
-def everything(made: Learner) -> dict[str, Any]:
-    return copy.deepcopy(made.state())
+def everything(made: TrainStep) -> dict[str, Any]:
+    return copy.deepcopy(made.state_dict())
 
 
 def same(one: Any, other: Any) -> bool:
@@ -222,14 +224,16 @@ def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) 
     made = learner(small_cnn(), settings)
     steps(made, 0, 3)
     stored = io.BytesIO()
-    torch.save(made.state(), stored)
+    torch.save(made.state_dict(), stored)
     steps(made, 3, 6)
     stored.seek(0)
-    resumed = learner(zoo.build(zoo.architecture("small_cnn", {"width": 4}), CLASSES), settings)
+    resumed = learner(
+        zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), CLASSES), settings
+    )
     for module in resumed.network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.3 if isinstance(module, nn.Dropout) else 0.15
-    resumed.load(torch.load(stored, weights_only=True))
+    resumed.load_state_dict(torch.load(stored, weights_only=True))
     torch.manual_seed(99)
     steps(resumed, 3, 6)
     assert same(everything(resumed), everything(made))
@@ -239,20 +243,20 @@ def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) 
 def test_a_state_is_a_copy_that_later_steps_leave_alone(optim: dict[str, Any]) -> None:
     made = learner(small_cnn(), config(optim=optim))
     steps(made, 0, 2)
-    state = made.state()
+    state = made.state_dict()
     kept = copy.deepcopy(state)
     steps(made, 2, 4)
     assert same(state, kept)
-    assert not same(made.state(), kept)
+    assert not same(made.state_dict(), kept)
 
 
 def test_what_is_random_in_a_step_depends_on_seed_epoch_step_and_worker() -> None:
     def drawn(seed: int, epoch: int, step: int, rank: int) -> list[float]:
-        place = Place(rank, 2, torch.device("cpu"), "fp32")
-        made = Learner(
+        place = WorkerContext(rank, 2, torch.device("cpu"), "fp32")
+        made = TrainStep(
             config(seed=seed), "scratch", PREPROCESS, None, CLASSES, without_norms(), place
         )
-        made.seed(epoch, step)
+        made.seed_rng(epoch, step)
         return torch.rand(4).tolist()
 
     base = (1, 2, 3, 0)
@@ -289,10 +293,10 @@ def test_frozen_layers_stay_where_they_are_and_get_no_gradient() -> None:
         optim={"weight_decay": 0.5, "ema": None},
     )
     network = without_norms()
-    made = Learner(settings, "finetune", PREPROCESS, None, CLASSES, network, learner_place())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, network, learner_place())
     seen: list[set[str]] = []
     for epoch in (1, 2):
-        made.free(epoch)
+        made.set_trainable(epoch)
         before = {name: p.detach().clone() for name, p in network.named_parameters()}
         made.step(rows(), ROWS, epoch)
         seen.append({name for name, change in moved(made, before).items() if change.any()})
@@ -319,14 +323,14 @@ def two_norms() -> nn.Sequential:
 def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_with(
     strategy: Strategy,
 ) -> None:
-    made = Learner(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made = TrainStep(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), learner_place())
     before = statistics(made.network)
-    made.free(1)
+    made.set_trainable(1)
     with torch.no_grad():
         made.network.eval()
-        wanted = made.network(made.inputs(rows().pixels))
+        wanted = made.network(made.normalize_inputs(rows().pixels))
     loss, _ = made.step(rows(), ROWS, 0)
-    expected = F.cross_entropy(wanted, made.labels(rows().labels), reduction="sum")
+    expected = F.cross_entropy(wanted, made.labels_to_device(rows().labels), reduction="sum")
     if strategy == "scratch":
         assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
         assert loss.item() != pytest.approx(expected.item(), rel=1e-3)
@@ -337,10 +341,10 @@ def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_
 
 def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs() -> None:
     settings = config(finetune={"unfreeze_every": 1, "batchnorm": "train"}, optim={"ema": None})
-    made = Learner(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), learner_place())
     seen = []
     for epoch in (1, 2, 3):
-        made.free(epoch)
+        made.set_trainable(epoch)
         before = statistics(made.network)
         made.step(rows(), ROWS, epoch)
         seen.append({name.rpartition(".")[0] for name in changed(made.network, before)})
@@ -348,8 +352,8 @@ def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs
 
 
 def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_next() -> None:
-    made = Learner(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), learner_place())
-    made.free(1)
+    made = TrainStep(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made.set_trainable(1)
     before = statistics(made.network)
     made.step(empty(), ROWS, 0)
     assert changed(made.network, before) == set()
@@ -357,8 +361,8 @@ def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_ne
     assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
 
 
-def learner_place(precision: str = "fp32") -> Place:
-    return Place(0, 1, torch.device("cpu"), precision)
+def learner_place(precision: str = "fp32") -> WorkerContext:
+    return WorkerContext(0, 1, torch.device("cpu"), precision)
 
 
 def test_the_average_is_judged_where_there_is_one() -> None:
@@ -369,11 +373,11 @@ def test_the_average_is_judged_where_there_is_one() -> None:
     assert plain.judged is plain.network
     steps(averaged, 0, 3)
     averaged.judged.eval()
-    logits = averaged.logits(rows().pixels)
-    expected = averaged.average.network(averaged.inputs(rows().pixels))
+    logits = averaged.predict_logits(rows().pixels)
+    expected = averaged.average.network(averaged.normalize_inputs(rows().pixels))
     torch.testing.assert_close(logits, expected)
     averaged.network.eval()
-    assert not torch.allclose(logits, averaged.network(averaged.inputs(rows().pixels)))
+    assert not torch.allclose(logits, averaged.network(averaged.normalize_inputs(rows().pixels)))
 
 
 def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
@@ -386,15 +390,15 @@ def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
 
 def test_half_precision_keeps_the_weights_in_full() -> None:
     settings = config(optim={"ema": None})
-    made = Learner(
+    made = TrainStep(
         settings, "scratch", PREPROCESS, None, CLASSES, small_cnn(), learner_place("bf16")
     )
-    made.free(1)
+    made.set_trainable(1)
     told = made.step(rows(), ROWS, 0)
     assert torch.isfinite(told).all()
     assert {p.dtype for p in made.network.parameters()} == {torch.float32}
     made.judged.eval()
-    assert made.logits(rows().pixels).dtype == torch.float32
+    assert made.predict_logits(rows().pixels).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -409,6 +413,6 @@ def test_steps_learn_what_can_be_learnt(build: Callable[[], nn.Module], falls: f
     made = learner(build(), config(optim={"lr": 0.01, "ema": None, "weight_decay": 0.0}))
     losses = []
     for step in range(30):
-        made.seed(1, step)
+        made.seed_rng(1, step)
         losses.append(float(made.step(Batch(pixels, labels), 32, step)[0]) / 32)
     assert losses[-1] < falls * losses[0]

@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from imgcls.training.config import StopConfig
-from imgcls.training.epoch_metrics import Epoch
+from imgcls.training.config import EarlyStoppingConfig
+from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.trainer import is_stalled
 
 
-def history(losses: list[float], accuracies: list[float] | None = None) -> tuple[Epoch, ...]:
+def history(losses: list[float], accuracies: list[float] | None = None) -> tuple[EpochMetrics, ...]:
     pairs = zip(losses, accuracies or [0.5] * len(losses), strict=True)
     return tuple(
-        Epoch(number, 0.4, 0.9, loss, accuracy, 1e-3, 1.0, 1.0, 100, 10, 0.5)
+        EpochMetrics(number, 0.4, 0.9, loss, accuracy, 1e-3, 1.0, 1.0, 100, 10, 0.5)
         for number, (loss, accuracy) in enumerate(pairs, start=1)
     )
 
@@ -36,21 +36,21 @@ def history(losses: list[float], accuracies: list[float] | None = None) -> tuple
 def test_it_is_over_when_as_many_epochs_as_the_patience_improved_nothing(
     losses: list[float], stalled: bool
 ) -> None:
-    assert is_stalled(history(losses), StopConfig(patience=2), "val_loss") == stalled
-    assert not is_stalled(history(losses), StopConfig(), "val_loss"), (
+    assert is_stalled(history(losses), EarlyStoppingConfig(patience=2), "val_loss") == stalled
+    assert not is_stalled(history(losses), EarlyStoppingConfig(), "val_loss"), (
         "without a patience it never is"
     )
 
 
 def test_improvements_that_are_too_small_do_not_count() -> None:
     falling = history([1.0, 0.99, 0.98, 0.97])
-    assert not is_stalled(falling, StopConfig(patience=3), "val_loss")
-    assert is_stalled(falling, StopConfig(patience=3, min_delta=0.1), "val_loss")
+    assert not is_stalled(falling, EarlyStoppingConfig(patience=3), "val_loss")
+    assert is_stalled(falling, EarlyStoppingConfig(patience=3, min_delta=0.1), "val_loss")
     # small ones add up
-    assert not is_stalled(falling, StopConfig(patience=3, min_delta=0.025), "val_loss")
+    assert not is_stalled(falling, EarlyStoppingConfig(patience=3, min_delta=0.025), "val_loss")
 
 
 def test_an_accuracy_improves_upwards() -> None:
     rising = history([1.0, 2.0, 3.0], [0.1, 0.2, 0.3])
-    assert not is_stalled(rising, StopConfig(patience=2), "val_accuracy")
-    assert is_stalled(rising, StopConfig(patience=2), "val_loss")
+    assert not is_stalled(rising, EarlyStoppingConfig(patience=2), "val_accuracy")
+    assert is_stalled(rising, EarlyStoppingConfig(patience=2), "val_loss")

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from imgcls.training.validation import Tally, Verdict, average_buffers, shares, summed
+from imgcls.training.validation import (
+    EvalAccumulator,
+    EvalMetrics,
+    all_reduce_sum,
+    average_buffers,
+    shard_batches,
+)
 from tests.training.team import Team
 
 CPU = torch.device("cpu")
@@ -24,19 +30,21 @@ def validation() -> tuple[torch.Tensor, torch.Tensor]:
     return 2 * torch.randn(ROWS, CLASSES, generator=generator), labels
 
 
-def judged(rank: int, workers: int, batch_size: int = 8) -> Verdict:
+def judged(rank: int, workers: int, batch_size: int = 8) -> EvalMetrics:
     logits, labels = validation()
-    tally = Tally(CLASSES, CPU)
-    for rows in shares(ROWS, batch_size, rank=rank, workers=workers):
-        tally.add(logits[rows], labels[rows])
-    return tally.verdict()
+    tally = EvalAccumulator(CLASSES, CPU)
+    for rows in shard_batches(ROWS, batch_size, rank=rank, workers=workers):
+        tally.update(logits[rows], labels[rows])
+    return tally.compute()
 
 
 @given(st.integers(0, 200), st.integers(1, 40), st.integers(1, 5))
 def test_every_row_is_judged_once_in_equally_many_batches_of_the_size_asked_for(
     rows: int, batch_size: int, workers: int
 ) -> None:
-    by_worker = [shares(rows, batch_size, rank=rank, workers=workers) for rank in range(workers)]
+    by_worker = [
+        shard_batches(rows, batch_size, rank=rank, workers=workers) for rank in range(workers)
+    ]
     assert len({len(batches) for batches in by_worker}) == 1
     everything = np.concatenate([batch for batches in by_worker for batch in batches])
     assert sorted(everything.tolist()) == list(range(rows))
@@ -74,10 +82,10 @@ def test_workers_together_come_to_the_verdict_of_one(alone: None, team: Team) ->
 
 def test_the_loss_is_the_mean_over_rows_and_not_over_batches(alone: None) -> None:
     logits, labels = validation()
-    tally = Tally(CLASSES, CPU)
-    tally.add(logits[:36], labels[:36])
-    tally.add(logits[36:], labels[36:])
-    assert tally.verdict().loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    tally = EvalAccumulator(CLASSES, CPU)
+    tally.update(logits[:36], labels[:36])
+    tally.update(logits[36:], labels[36:])
+    assert tally.compute().loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
 
 
 def averaged(rank: int, workers: int) -> dict[str, torch.Tensor]:
@@ -101,7 +109,7 @@ def test_running_statistics_become_the_mean_of_the_workers(team: Team) -> None:
 
 
 def total(rank: int, workers: int) -> list[float]:
-    return summed(torch.tensor([rank + 1.0, 0.5]))
+    return all_reduce_sum(torch.tensor([rank + 1.0, 0.5]))
 
 
 def test_sums_are_over_all_workers_and_the_same_on_each(team: Team) -> None:

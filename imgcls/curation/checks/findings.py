@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import pyarrow as pa
 
-from imgcls.curation.checks.image_table import Flags, Floats, Images, Ints
+from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
 
 Issue = Literal[
     "unreadable",
@@ -32,16 +32,16 @@ Issue = Literal[
     "outlier",
 ]
 ISSUES: tuple[Issue, ...] = get_args(Issue)
-COPIES: tuple[Issue, ...] = ("exact-duplicates", "near-duplicates", "similar")
+DUPLICATE_ISSUES: tuple[Issue, ...] = ("exact-duplicates", "near-duplicates", "similar")
 """Issues of groups, of which one image is to be kept."""
 
-OF_A_MODEL: tuple[Issue, ...] = ("similar", "label-error", "outlier")
+MODEL_ISSUES: tuple[Issue, ...] = ("similar", "label-error", "outlier")
 """Issues that embeddings show."""
 
-Alike = Callable[[Ints, Ints], Flags]
+DuplicateTest = Callable[[IntArray, IntArray], BoolArray]
 """Of places (K,) and (M,): (K, M) bool, which of the ones are copies of which of the others."""
 
-SCHEMA = pa.schema(
+ISSUES_SCHEMA = pa.schema(
     [
         pa.field("manifest", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
@@ -67,49 +67,49 @@ class Finding:
     """
 
     issue: Issue
-    at: Ints
-    score: Floats
-    detail: Sequence[str]
-    group: Ints | None = None
-    alike: Alike | None = None
+    indices: IntArray
+    score: FloatArray
+    details: Sequence[str]
+    group: IntArray | None = None
+    is_duplicate: DuplicateTest | None = None
 
-    def order(self) -> Ints:
+    def sort_worst_first(self) -> IntArray:
         """(K,) int64: the worst first; images of a group stay together, at their worst."""
         if self.group is None:
-            return np.lexsort((self.at, -self.score))
+            return np.lexsort((self.indices, -self.score))
         _, group = np.unique(self.group, return_inverse=True)
-        worst = np.zeros(len(self.at))
+        worst = np.zeros(len(self.indices))
         np.maximum.at(worst, group, self.score)
-        return np.lexsort((self.at, self.group, -worst[group]))
+        return np.lexsort((self.indices, self.group, -worst[group]))
 
 
-def table_of(images: Images, findings: Sequence[Finding]) -> pa.Table:
+def build_issue_table(images: ImageTable, findings: Sequence[Finding]) -> pa.Table:
     """All findings as one table, by issue and with the worst first; groups stay together."""
     parts = []
     for finding in findings:
-        order = finding.order()
-        at = finding.at[order]
+        order = finding.sort_worst_first()
+        at = finding.indices[order]
         label = images.label[at]
         group = None if finding.group is None else finding.group[order]
         parts.append(
             pa.table(
                 [
-                    pa.array(images.manifests).take(pa.array(images.manifest[at])),
+                    pa.array(images.manifests).take(pa.array(images.manifest_index[at])),
                     pa.array(images.row[at]),
                     images.path.take(pa.array(at)).combine_chunks(),
-                    _names(images.classes, label),
+                    _get_label_names(images.classes, label),
                     pa.array([finding.issue] * len(at), pa.string()),
                     pa.array(finding.score[order], pa.float32()),
                     pa.nulls(len(at), pa.int64()) if group is None else pa.array(group),
-                    pa.array([finding.detail[i] for i in order], pa.string()),
+                    pa.array([finding.details[i] for i in order], pa.string()),
                 ],
-                schema=SCHEMA,
+                schema=ISSUES_SCHEMA,
             )
         )
-    return pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+    return pa.concat_tables(parts) if parts else ISSUES_SCHEMA.empty_table()
 
 
-def _names(classes: Sequence[str], label: Ints) -> pa.Array:
+def _get_label_names(classes: Sequence[str], label: IntArray) -> pa.Array:
     named = label >= 0
     if not classes:
         return pa.nulls(len(label), pa.string())

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Hashes = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+HashArray = npt.NDArray[np.uint64]
+RowIndices = npt.NDArray[np.int64]
+RowMask = npt.NDArray[np.bool_]
 
-WINDOW = 16
+NEIGHBOR_WINDOW = 16
 """Hashes that share them with many others are compared with so many that come next in order."""
 
 
@@ -30,23 +30,23 @@ class Pairs:
     mirrored:      (P,) bool, whether one is like the other's mirror image
     """
 
-    first: Rows
-    second: Rows
+    first: RowIndices
+    second: RowIndices
     distance: npt.NDArray[np.int16]
-    mirrored: Flags
+    mirrored: RowMask
 
     def __len__(self) -> int:
         return len(self.first)
 
 
-class Groups:
+class DisjointSets:
     """Rows put together by pairs, as they come (union-find, a whole array at a time)."""
 
     def __init__(self, count: int) -> None:
-        self.root: Rows = np.arange(count)
+        self.root: RowIndices = np.arange(count)
         """(N,) int64: the first row of each row's group."""
 
-    def join(self, first: Rows, second: Rows) -> None:
+    def union(self, first: RowIndices, second: RowIndices) -> None:
         """Put the groups of first[i] and second[i] together, for all i."""
         while True:
             one, other = self.root[first], self.root[second]
@@ -63,12 +63,12 @@ class Groups:
                 self.root = further
 
 
-def near_pairs(
-    hashes: Hashes,
-    mirror: Hashes | None,
+def find_near_pairs(
+    hashes: HashArray,
+    mirror: HashArray | None,
     *,
     most: int,
-    alike: Callable[[Rows, Rows], Flags] | None = None,
+    alike: Callable[[RowIndices, RowIndices], RowMask] | None = None,
     shared: int = 3,
     words: int = 2,
 ) -> Pairs:
@@ -88,10 +88,10 @@ def near_pairs(
     """
     count = len(hashes)
     both = hashes if mirror is None else np.concatenate([hashes, hashes ^ mirror])
-    groups = Groups(count)
-    found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]] = []
-    for order, key in _tables(both[:, :words], shared):
-        for step in range(1, WINDOW + 1):
+    groups = DisjointSets(count)
+    found: list[tuple[RowIndices, RowIndices, npt.NDArray[np.int16], RowMask]] = []
+    for order, key in _sort_by_shared_bytes(both[:, :words], shared):
+        for step in range(1, NEIGHBOR_WINDOW + 1):
             at = np.flatnonzero(key[step:] == key[:-step])
             if not at.size:
                 break
@@ -108,12 +108,14 @@ def near_pairs(
             one, other, distance = one[close], other[close], distance[close]
             mirrored = (one < count) != (other < count)
             one, other = one % count, other % count
-            groups.join(one, other)
+            groups.union(one, other)
             found.append((np.minimum(one, other), np.maximum(one, other), distance, mirrored))
-    return _once(found)
+    return _deduplicate_pairs(found)
 
 
-def _tables(words: Hashes, shared: int) -> Iterator[tuple[Rows, npt.NDArray[np.uint64]]]:
+def _sort_by_shared_bytes(
+    words: HashArray, shared: int
+) -> Iterator[tuple[RowIndices, npt.NDArray[np.uint64]]]:
     """For each choice of shared bytes of a word: its rows in an order in which those that share
     them are neighbours, and by their other bytes within; the shared bytes in that order."""
     for word in words.T:
@@ -126,7 +128,9 @@ def _tables(words: Hashes, shared: int) -> Iterator[tuple[Rows, npt.NDArray[np.u
             yield order, permuted[order] >> np.uint64(8 * (8 - shared))
 
 
-def _once(found: list[tuple[Rows, Rows, npt.NDArray[np.int16], Flags]]) -> Pairs:
+def _deduplicate_pairs(
+    found: list[tuple[RowIndices, RowIndices, npt.NDArray[np.int16], RowMask]],
+) -> Pairs:
     """Each pair once, at its smallest distance."""
     if not found:
         none = np.empty(0, np.int64)

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifest import Manifest, labels_as_text, resolved, tell_alike_labels
+from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels, resolve_paths
 from imgcls.runs.layout import OK
 
-Floats = npt.NDArray[np.floating[Any]]
-Ints = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageTable:
     """N images, those of the checked manifest first.
 
     manifests: what they come from
@@ -33,55 +33,55 @@ class Images:
     """
 
     manifests: Sequence[str]
-    manifest: Ints
-    row: Ints
+    manifest_index: IntArray
+    row: IntArray
     path: pa.ChunkedArray
-    label: Ints
+    label: IntArray
     classes: Sequence[str]
-    facts: pa.Table
+    features: pa.Table
     embedding: npt.NDArray[np.float16] | None
 
     def __len__(self) -> int:
         return len(self.row)
 
     @property
-    def ok(self) -> Flags:
+    def is_ok(self) -> BoolArray:
         """(N,) bool: which could be decoded."""
-        return np.asarray(pc.equal(self.facts.column("status"), OK).to_numpy())
+        return np.asarray(pc.equal(self.features.column("status"), OK).to_numpy())
 
     @property
-    def own(self) -> Flags:
+    def is_own(self) -> BoolArray:
         """(N,) bool: which are of the checked manifest, and not of one that it is held against."""
-        return self.manifest == 0
+        return self.manifest_index == 0
 
-    def number(self, name: str) -> Floats:
+    def get_numbers(self, name: str) -> FloatArray:
         """(N,) float64: a fact; NaN where it is null."""
-        return np.asarray(self.facts.column(name).cast(pa.float64(), safe=False).to_numpy())
+        return np.asarray(self.features.column(name).cast(pa.float64(), safe=False).to_numpy())
 
-    def words(self, name: str, width: int) -> npt.NDArray[np.uint8]:
+    def get_bytes(self, name: str, width: int) -> npt.NDArray[np.uint8]:
         """(N, width) uint8: a fact of `width` bytes; zeros where it is null."""
-        column = pc.fill_null(self.facts.column(name), b"\0" * width).combine_chunks()
+        column = pc.fill_null(self.features.column(name), b"\0" * width).combine_chunks()
         data = b"".join(column.to_pylist())
         return np.frombuffer(data, np.uint8).reshape(-1, width)
 
 
-def gathered(
+def build_image_table(
     sources: Iterable[tuple[Manifest, Iterable[tuple[pa.Table, pa.Table]]]],
-) -> Images:
+) -> ImageTable:
     """All rows of manifests, each with the facts of its images, chunk by chunk."""
     names: list[str] = []
     columns: dict[str, list[pa.ChunkedArray]] = {"path": [], "label": []}
     facts: list[pa.Table] = []
     embeddings: list[npt.NDArray[np.float16]] = []
-    of: list[Ints] = []
+    of: list[IntArray] = []
     for number, (manifest, chunks) in enumerate(sources):
         names.append(manifest.source)
         for rows, table in chunks:
             paths = rows.column(manifest.path_column)
-            columns["path"].append(resolved(paths, manifest.root))
-            columns["label"].append(_labels(rows, manifest.label_column))
+            columns["path"].append(resolve_paths(paths, manifest.root))
+            columns["label"].append(_read_labels(rows, manifest.label_column))
             if "embedding" in table.schema.names:
-                embeddings.append(_vectors(table.column("embedding")))
+                embeddings.append(_read_embeddings(table.column("embedding")))
                 table = table.drop_columns("embedding")
             facts.append(table)
             of.append(np.full(rows.num_rows, number))
@@ -90,26 +90,26 @@ def gathered(
     encoded = label.combine_chunks().dictionary_encode()
     counts = {each["values"]: each["counts"] for each in pc.value_counts(label).to_pylist()}
     counts.pop(None, None)
-    tell_alike_labels(", ".join(f"manifest {name}" for name in names), counts)
-    return Images(
+    log_label_variants(", ".join(f"manifest {name}" for name in names), counts)
+    return ImageTable(
         manifests=names,
-        manifest=np.concatenate(of),
+        manifest_index=np.concatenate(of),
         row=table.column("row").to_numpy(),
         path=pa.chunked_array([c for part in columns["path"] for c in part.chunks]),
         label=pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy(),
         classes=encoded.dictionary.to_pylist(),
-        facts=table,
+        features=table,
         embedding=np.concatenate(embeddings) if embeddings else None,
     )
 
 
-def _labels(rows: pa.Table, column: str | None) -> pa.ChunkedArray:
+def _read_labels(rows: pa.Table, column: str | None) -> pa.ChunkedArray:
     if column is None:
         return pa.chunked_array([pa.nulls(rows.num_rows, pa.string())])
-    return pa.chunked_array([labels_as_text(rows.column(column)).cast(pa.string())])
+    return pa.chunked_array([normalize_labels(rows.column(column)).cast(pa.string())])
 
 
-def _vectors(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
+def _read_embeddings(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
     width = column.type.list_size
     array = column.combine_chunks()
     vectors = np.full((len(array), width), np.nan, np.float16)

@@ -15,53 +15,55 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.config import Section, UnitFloat
 from imgcls.curation.checks.findings import Finding
-from imgcls.curation.checks.image_table import Floats, Images, Ints
-from imgcls.curation.checks.similarity import normalised
+from imgcls.curation.checks.image_table import FloatArray, ImageTable, IntArray
+from imgcls.curation.checks.similarity import normalize_embeddings
 
-BLOCK = 4096
-DECAYS = (0.003, 0.03, 0.3)
+OUTLIER_BLOCK = 4096
+PROBE_WEIGHT_DECAYS = (0.003, 0.03, 0.3)
 """Weight decays of the probe, of which the one that fits unseen labels best is taken."""
 
 
-class LabelsConfig(Section):
+class LabelErrorsConfig(Section):
     """How labels and outliers are judged, with a model."""
 
     folds: int = Field(default=5, ge=2, le=20)
     """Parts of the data, each judged by a probe of the others."""
-    probe_images: PositiveInt = 50_000
+    max_probe_images: PositiveInt = 50_000
     """A probe learns from about so many at most; of a class with few images, from all of them."""
     min_margin: UnitFloat = 0.0
     """Label errors: the likeliest class must be likelier than the label by more than this."""
-    neighbours: PositiveInt = 10
+    neighbors: PositiveInt = 10
     """Outliers: how far an image is from so many of its nearest."""
-    reference_images: PositiveInt = 10_000
+    max_reference_images: PositiveInt = 10_000
     """They are looked for among so many."""
     outlier_deviations: PositiveFloat = 5.0
     """So many robust standard deviations above the median make an outlier."""
     seed: int = 1
 
 
-def suspected(images: Images, config: LabelsConfig) -> Iterator[Finding]:
+def find_label_issues(images: ImageTable, config: LabelErrorsConfig) -> Iterator[Finding]:
     """Label errors, the likeliest first, and outliers; nothing without a model."""
     if images.embedding is None:
         return
-    unit = normalised(np.nan_to_num(images.embedding))
-    labelled = images.ok & (images.label >= 0)
+    unit = normalize_embeddings(np.nan_to_num(images.embedding))
+    labelled = images.is_ok & (images.label >= 0)
     # of the only image of a class no probe of the others can know
     alone = np.bincount(images.label[labelled], minlength=len(images.classes)) < 2
     labelled[labelled] = ~alone[images.label[labelled]]
     if len(np.unique(images.label[labelled])) > 1:
-        yield _label_errors(images, unit, np.flatnonzero(labelled), config)
-    yield _outliers(unit, np.flatnonzero(images.ok), config)
+        yield _find_label_errors(images, unit, np.flatnonzero(labelled), config)
+    yield _find_outliers(unit, np.flatnonzero(images.is_ok), config)
 
 
-def _label_errors(images: Images, unit: Floats, at: Ints, config: LabelsConfig) -> Finding:
+def _find_label_errors(
+    images: ImageTable, unit: FloatArray, at: IntArray, config: LabelErrorsConfig
+) -> Finding:
     """Labels whose class a probe that has not seen them holds to be less likely than another.
 
     The score is (1 + p(likeliest other class) - p(label)) / 2.
     Source: normalised margin, Northcutt, Jiang and Chuang, "Confident Learning", JAIR 2021.
     """
-    scores = out_of_fold(unit[at], images.label[at], len(images.classes), config)
+    scores = predict_out_of_fold(unit[at], images.label[at], len(images.classes), config)
     rows = np.arange(len(at))
     own = scores[rows, images.label[at]].copy()
     scores[rows, images.label[at]] = -1
@@ -81,8 +83,8 @@ def _label_errors(images: Images, unit: Floats, at: Ints, config: LabelsConfig) 
     return Finding("label-error", at[wrong], ((1 + margin) / 2)[wrong].astype(np.float32), detail)
 
 
-def out_of_fold(
-    unit: Floats, label: Ints, classes: int, config: LabelsConfig
+def predict_out_of_fold(
+    unit: FloatArray, label: IntArray, classes: int, config: LabelErrorsConfig
 ) -> npt.NDArray[np.float32]:
     """(N, C) float32: what a linear probe of the other folds says of each image.
 
@@ -95,16 +97,16 @@ def out_of_fold(
     inputs = torch.from_numpy((unit - mean) / spread)
     rows = np.arange(len(label))
     best, least = np.empty((0, classes), np.float32), np.inf
-    for decay in DECAYS:
-        scores = _judged(inputs, label, classes, decay, config)
+    for decay in PROBE_WEIGHT_DECAYS:
+        scores = _predict_folds(inputs, label, classes, decay, config)
         loss = -np.log(np.maximum(scores[rows, label], 1e-12)).mean()
         if loss < least:
             best, least = scores, loss
     return best
 
 
-def _judged(
-    inputs: torch.Tensor, label: Ints, classes: int, decay: float, config: LabelsConfig
+def _predict_folds(
+    inputs: torch.Tensor, label: IntArray, classes: int, decay: float, config: LabelErrorsConfig
 ) -> npt.NDArray[np.float32]:
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(label))
@@ -114,15 +116,17 @@ def _judged(
     scores = np.empty((len(label), classes), np.float32)
     for number in range(config.folds):
         learn = np.flatnonzero(fold != number)
-        if len(learn) > config.probe_images:
-            learn = _sampled(learn, label, config.probe_images, rng)
-        weight, bias = _probe(inputs[learn], torch.from_numpy(label[learn]), classes, decay)
+        if len(learn) > config.max_probe_images:
+            learn = _sample_per_class(learn, label, config.max_probe_images, rng)
+        weight, bias = _fit_probe(inputs[learn], torch.from_numpy(label[learn]), classes, decay)
         held = np.flatnonzero(fold == number)
         scores[held] = torch.softmax(inputs[held] @ weight + bias, dim=1).numpy()
     return scores
 
 
-def _sampled(at: Ints, label: Ints, count: int, rng: np.random.Generator, least: int = 20) -> Ints:
+def _sample_per_class(
+    at: IntArray, label: IntArray, count: int, rng: np.random.Generator, least: int = 20
+) -> IntArray:
     """So many of the places: as many of each class as its share, but `least` where it has them."""
     order = rng.permutation(at)
     order = order[np.argsort(label[order], kind="stable")]
@@ -132,7 +136,7 @@ def _sampled(at: Ints, label: Ints, count: int, rng: np.random.Generator, least:
     return order[place < np.repeat(wanted, sizes)]
 
 
-def _probe(
+def _fit_probe(
     inputs: torch.Tensor, label: torch.Tensor, classes: int, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (E, C) and bias (C,) of a multinomial logistic regression."""
@@ -151,27 +155,27 @@ def _probe(
     return weight.detach(), bias.detach()
 
 
-def _outliers(unit: Floats, at: Ints, config: LabelsConfig) -> Finding:
+def _find_outliers(unit: FloatArray, at: IntArray, config: LabelErrorsConfig) -> Finding:
     """Images far from their nearest neighbours, among a sample of all.
 
     The score is the mean cosine distance to them over 2.
     """
     rng = np.random.default_rng(config.seed)
     sample = at
-    if len(at) > config.reference_images:
-        sample = rng.choice(at, config.reference_images, replace=False)
-    count = min(config.neighbours, len(sample) - 1)
+    if len(at) > config.max_reference_images:
+        sample = rng.choice(at, config.max_reference_images, replace=False)
+    count = min(config.neighbors, len(sample) - 1)
     if count < 1:
         return Finding("outlier", at[:0], np.empty(0, np.float32), [])
     reference = torch.from_numpy(unit[sample])
     far = np.empty(len(at), np.float32)
-    for start in range(0, len(at), BLOCK):
-        block = at[start : start + BLOCK]
+    for start in range(0, len(at), OUTLIER_BLOCK):
+        block = at[start : start + OUTLIER_BLOCK]
         near = (torch.from_numpy(unit[block]) @ reference.T).topk(count + 1, dim=1).values
         # an image of the sample finds itself first
         itself = np.isin(block, sample)
         nearest = torch.where(torch.from_numpy(itself)[:, None], near[:, 1:], near[:, :-1])
-        far[start : start + BLOCK] = 1 - nearest.mean(dim=1).numpy()
+        far[start : start + OUTLIER_BLOCK] = 1 - nearest.mean(dim=1).numpy()
     median = np.median(far)
     deviation = 1.4826 * np.median(np.abs(far - median))
     out = far > median + config.outlier_deviations * deviation

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from imgcls.curation.checks.findings import Finding, Issue
-from imgcls.curation.checks.image_table import Images, Ints
-from imgcls.data.thumbnails import thumbnails
-from imgcls.html import rendered
+from imgcls.curation.checks.image_table import ImageTable, IntArray
+from imgcls.data.thumbnails import build_thumbnails
+from imgcls.html import render_page
 
-MEANING: dict[Issue, str] = {
+ISSUE_DESCRIPTIONS: dict[Issue, str] = {
     "unreadable": "Could not be read or decoded; a labelling run gives them a status of their own.",
     "wrong-extension": "The name says another format than the bytes.",
     "tiny": "So few pixels that little can be seen.",
@@ -34,54 +34,54 @@ MEANING: dict[Issue, str] = {
 }
 
 
-def of_check(
-    images: Images, findings: Sequence[Finding], summary: Mapping[str, Any], gallery: int
+def render_check_report(
+    images: ImageTable, findings: Sequence[Finding], summary: Mapping[str, Any], gallery: int
 ) -> str:
     """The page, with up to `gallery` images of each issue."""
-    sections = [_section(images, finding, gallery) for finding in findings]
+    sections = [_build_section(images, finding, gallery) for finding in findings]
     checked = summary["manifests"][0]
-    return rendered(
-        "imgcls.quality",
+    return render_page(
+        "imgcls.curation",
         "check.html.j2",
         {
             "title": f"{checked['manifest']}: {checked['rows']:,} rows checked",
             "against": summary["manifests"][1:],
             "sections": sections,
-            "clean": int(images.own.sum()) - len(_touched(images, findings)),
+            "clean": int(images.is_own.sum()) - len(_find_affected(images, findings)),
         },
     )
 
 
-def _touched(images: Images, findings: Sequence[Finding]) -> Ints:
+def _find_affected(images: ImageTable, findings: Sequence[Finding]) -> IntArray:
     """The checked images that have any issue."""
     if not findings:
         return np.empty(0, np.int64)
-    at = np.unique(np.concatenate([finding.at for finding in findings]))
-    return at[images.own[at]]
+    at = np.unique(np.concatenate([finding.indices for finding in findings]))
+    return at[images.is_own[at]]
 
 
-def _section(images: Images, finding: Finding, gallery: int) -> dict[str, Any]:
-    shown = finding.order()[:gallery]
-    at = finding.at[shown]
+def _build_section(images: ImageTable, finding: Finding, gallery: int) -> dict[str, Any]:
+    shown = finding.sort_worst_first()[:gallery]
+    at = finding.indices[shown]
     paths = [images.path[int(place)].as_py() for place in at]
     return {
         "issue": finding.issue,
-        "meaning": MEANING[finding.issue],
-        "count": len(finding.at),
-        "share": len(finding.at) / len(images),
+        "meaning": ISSUE_DESCRIPTIONS[finding.issue],
+        "count": len(finding.indices),
+        "share": len(finding.indices) / len(images),
         "groups": None if finding.group is None else len(np.unique(finding.group)),
         "items": [
             {
                 "image": image,
                 "path": path or "(no path)",
-                "manifest": images.manifests[images.manifest[place]],
+                "manifest": images.manifests[images.manifest_index[place]],
                 "row": int(images.row[place]),
                 "label": images.classes[images.label[place]] if images.label[place] >= 0 else None,
-                "detail": finding.detail[number],
+                "detail": finding.details[number],
                 "group": None if finding.group is None else int(finding.group[number]),
             }
             for image, path, place, number in zip(
-                thumbnails(paths, ""), paths, at.tolist(), shown.tolist(), strict=True
+                build_thumbnails(paths, ""), paths, at.tolist(), shown.tolist(), strict=True
             )
         ],
     }

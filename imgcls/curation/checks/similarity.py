@@ -12,14 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from imgcls.curation.checks.image_table import Flags, Floats, Images, Ints
-from imgcls.data.image_features import DIGEST_BYTES, HASH_BITS, MIRROR
+from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
+from imgcls.data.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
 
-_PAIRS = 1 << 20
+_BLOCK_PAIRS = 1 << 20
 """Compared at a time."""
 
 
-class Likeness:
+class ImageSimilarity:
     """Of the images of a check.
 
     exact:        (N,) int64: the first image with the same bytes; -1 where there is no image
@@ -30,25 +30,25 @@ class Likeness:
 
     def __init__(
         self,
-        images: Images,
+        images: ImageTable,
         *,
         min_contrast: float,
         min_side: int,
         near_bits: int,
         similar: float,
     ) -> None:
-        self.near_bits, self.least_cosine = near_bits, similar
-        digests = images.words("digest", DIGEST_BYTES).view(np.uint64)
+        self.max_hash_distance, self.min_cosine = near_bits, similar
+        digests = images.get_bytes("digest", DIGEST_BYTES).view(np.uint64)
         _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
-        self.exact: Ints = np.where(images.ok, first[inverse.ravel()], -1)
-        side = np.fmin(images.number("width"), images.number("height"))
-        self.hashed: Flags = (
-            images.ok & (images.number("contrast") >= min_contrast) & (side >= min_side)
+        self.first_identical: IntArray = np.where(images.is_ok, first[inverse.ravel()], -1)
+        side = np.fmin(images.get_numbers("width"), images.get_numbers("height"))
+        self.has_hash: BoolArray = (
+            images.is_ok & (images.get_numbers("contrast") >= min_contrast) & (side >= min_side)
         )
-        self.hashes = images.words("hash", HASH_BITS // 8).copy().view(np.uint64)
+        self.hashes = images.get_bytes("hash", HASH_BITS // 8).copy().view(np.uint64)
         self._embedding = images.embedding
 
-    def bits(self, one: Ints, other: Ints) -> npt.NDArray[np.int16]:
+    def compute_hash_distance(self, one: IntArray, other: IntArray) -> npt.NDArray[np.int16]:
         """(K, M) int16: bits of the hash in which images (K,) and (M,) differ, mirrored ones too.
 
         0 for the same bytes, 256 where a hash says nothing.
@@ -56,43 +56,48 @@ class Likeness:
         apart = self.hashes[one][:, None] ^ self.hashes[other][None]
         straight, turned = (
             np.bitwise_count(each).sum(axis=2, dtype=np.int16)
-            for each in (apart, apart ^ MIRROR.view(np.uint64))
+            for each in (apart, apart ^ MIRROR_BITS.view(np.uint64))
         )
         told = np.minimum(straight, turned)
-        told[~(self.hashed[one][:, None] & self.hashed[other][None])] = HASH_BITS
-        told[self.same(one, other)] = 0
+        told[~(self.has_hash[one][:, None] & self.has_hash[other][None])] = HASH_BITS
+        told[self.is_identical(one, other)] = 0
         return told
 
-    def same(self, one: Ints, other: Ints) -> Flags:
+    def is_identical(self, one: IntArray, other: IntArray) -> BoolArray:
         """(K, M) bool: the same bytes."""
-        return np.asarray(self.exact[one][:, None] == self.exact[other][None])
+        return np.asarray(self.first_identical[one][:, None] == self.first_identical[other][None])
 
-    def near(self, one: Ints, other: Ints) -> Flags:
+    def is_near(self, one: IntArray, other: IntArray) -> BoolArray:
         """(K, M) bool: the same picture."""
-        return np.asarray(self.bits(one, other) <= self.near_bits)
+        return np.asarray(self.compute_hash_distance(one, other) <= self.max_hash_distance)
 
-    def similar(self, one: Ints, other: Ints) -> Flags:
+    def is_similar(self, one: IntArray, other: IntArray) -> BoolArray:
         """(K, M) bool: the same picture, or alike to the model."""
         assert self._embedding is not None
-        cosine = normalised(self._embedding[one]) @ normalised(self._embedding[other]).T
-        return np.asarray((cosine >= self.least_cosine) | self.near(one, other))
+        cosine = (
+            normalize_embeddings(self._embedding[one])
+            @ normalize_embeddings(self._embedding[other]).T
+        )
+        return np.asarray((cosine >= self.min_cosine) | self.is_near(one, other))
 
-    def blocks(self, one: Ints, other: Ints) -> Iterator[tuple[Ints, npt.NDArray[np.int16]]]:
+    def iterate_distances(
+        self, one: IntArray, other: IntArray
+    ) -> Iterator[tuple[IntArray, npt.NDArray[np.int16]]]:
         """`bits` of many with many, some of the first at a time."""
-        step = max(1, _PAIRS // max(1, len(other)))
+        step = max(1, _BLOCK_PAIRS // max(1, len(other)))
         for start in range(0, len(one), step):
             block = one[start : start + step]
-            yield block, self.bits(block, other)
+            yield block, self.compute_hash_distance(block, other)
 
 
-def normalised(embedding: npt.NDArray[np.floating]) -> Floats:
+def normalize_embeddings(embedding: npt.NDArray[np.floating]) -> FloatArray:
     """Vectors of length 1, float32."""
     vectors = embedding.astype(np.float32)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(length, 1e-12)
 
 
-def members(groups: Ints) -> Iterator[Ints]:
+def iterate_groups(groups: IntArray) -> Iterator[IntArray]:
     """The images of each group that has more than one, in order; groups below 0 are none."""
     there = np.flatnonzero(groups >= 0)
     order = there[np.argsort(groups[there], kind="stable")]

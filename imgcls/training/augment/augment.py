@@ -21,10 +21,10 @@ from imgcls.config import Section
 from imgcls.training.augment import ops as steps
 
 Preset = Literal["none", "light", "standard", "strong"]
-Auto = Literal["off", "randaugment", "trivialaugment"]
-Range = tuple[float, float]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Ratio = Annotated[float, Field(ge=0.1, le=10.0)]
+AutoPolicy = Literal["off", "randaugment", "trivialaugment"]
+Bounds = tuple[float, float]
+AreaFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+AspectRatio = Annotated[float, Field(ge=0.1, le=10.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Strength = Annotated[float, Field(ge=0.0, le=1.0)]
 Alpha = Annotated[float, Field(ge=0.0, le=10.0)]
@@ -37,15 +37,15 @@ class Recipe:
     As it stands, it changes nothing: the centre is cut out, as in evaluation.
     """
 
-    crop_scale: Range | None = None  # None: the centre instead of a random part
-    crop_ratio: Range = (3 / 4, 4 / 3)
+    crop_scale: Bounds | None = None  # None: the centre instead of a random part
+    crop_ratio: Bounds = (3 / 4, 4 / 3)
     hflip: float = 0.0
     vflip: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    auto: Auto = "off"
+    auto: AutoPolicy = "off"
     num_ops: int = 2
     magnitude: int = 9
     erase: float = 0.0
@@ -54,12 +54,12 @@ class Recipe:
     mix_prob: float = 1.0
 
     @property
-    def mixes(self) -> bool:
+    def has_mixing(self) -> bool:
         """Whether images are mixed with others, so that targets are shares of classes."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     @property
-    def jitters(self) -> bool:
+    def has_jitter(self) -> bool:
         return max(self.brightness, self.contrast, self.saturation, self.hue) > 0
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Recipe:
         elif self.auto == "trivialaugment":
             told["trivialaugment"] = ""
         told["erase"] = self.erase or None
-        if self.mixes:
+        if self.has_mixing:
             told |= {"mixup": self.mixup or None, "cutmix": self.cutmix or None}
             told["mix_prob"] = self.mix_prob
         parts = [f"{name} {value}".strip() for name, value in told.items() if value is not None]
@@ -111,9 +111,9 @@ class AugmentConfig(Section):
     # the command line reads the word none as no value, and YAML reads the word off as false
     preset: Annotated[Preset, BeforeValidator(lambda v: "none" if v is None else v)] = "standard"
     """none, light (crop, flip), standard (colours too) or strong (TrivialAugment, mixing)."""
-    crop_scale: tuple[Share, Share] | None = None
+    crop_scale: tuple[AreaFraction, AreaFraction] | None = None
     """Smallest and largest share of the area that a random crop keeps, e.g. [0.5, 1]."""
-    crop_ratio: tuple[Ratio, Ratio] | None = None
+    crop_ratio: tuple[AspectRatio, AspectRatio] | None = None
     """Narrowest and widest shape (width / height) of a random crop, e.g. [0.75, 1.33]."""
     hflip: Probability | None = None
     """Probability of mirroring left and right; 0 where a mirror image is another class (text)."""
@@ -127,7 +127,7 @@ class AugmentConfig(Section):
     """Saturation is multiplied by up to 1 ± this."""
     hue: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
     """Colours are turned by up to ± this share of the colour wheel."""
-    auto: Annotated[Auto | None, BeforeValidator(lambda v: "off" if v is False else v)] = None
+    auto: Annotated[AutoPolicy | None, BeforeValidator(lambda v: "off" if v is False else v)] = None
     """Operations drawn from torchvision's list for each image: randaugment, trivialaugment, off."""
     num_ops: Annotated[int, Field(ge=1, le=10)] | None = None
     """Operations per image with auto randaugment."""
@@ -148,7 +148,7 @@ class AugmentConfig(Section):
             bounds = getattr(self, name)
             if bounds is not None and bounds[0] > bounds[1]:
                 raise ValueError(f"{name} {list(bounds)}: give the smaller number first")
-        recipe = self.recipe()
+        recipe = self.build_recipe()
         needed = {
             "crop_ratio": (recipe.crop_scale is not None, "crop_scale"),
             "num_ops": (recipe.auto == "randaugment", "auto randaugment"),
@@ -160,7 +160,7 @@ class AugmentConfig(Section):
                 raise ValueError(f"{name} has no effect here; give {remedy} too")
         return self
 
-    def recipe(self) -> Recipe:
+    def build_recipe(self) -> Recipe:
         """The preset with what was given laid over it."""
         given = {name: value for name, value in self if name != "preset" and value is not None}
         return dataclasses.replace(PRESETS[self.preset], **given)
@@ -171,10 +171,10 @@ class Augment:
 
     def __init__(self, config: AugmentConfig, *, size: int, num_classes: int) -> None:
         """size: side of the square that the network sees, in pixels"""
-        self.recipe = config.recipe()
+        self.recipe = config.build_recipe()
         self.size = size
         self.num_classes = num_classes
-        self._auto = _auto(self.recipe)
+        self._auto_policy = _build_auto_policy(self.recipe)
 
     def __call__(
         self, pixels: torch.Tensor, labels: torch.Tensor
@@ -186,47 +186,47 @@ class Augment:
         Returns (N, 3, size, size) uint8, and the labels, or (N, num_classes) float32 shares of the
         classes where the recipe mixes images.
         """
-        with _one_thread() if pixels.device.type == "cpu" else contextlib.nullcontext():
-            pixels = self._varied(pixels)
-            if not self.recipe.mixes:
+        with _single_thread() if pixels.device.type == "cpu" else contextlib.nullcontext():
+            pixels = self._apply_ops(pixels)
+            if not self.recipe.has_mixing:
                 return pixels, labels
             recipe = self.recipe
-            pixels, share = steps.mix(pixels, recipe.mixup, recipe.cutmix, recipe.mix_prob)
-            return pixels, steps.mixed_targets(labels, share, self.num_classes)
+            pixels, share = steps.mix_images(pixels, recipe.mixup, recipe.cutmix, recipe.mix_prob)
+            return pixels, steps.mix_targets(labels, share, self.num_classes)
 
-    def _varied(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _apply_ops(self, pixels: torch.Tensor) -> torch.Tensor:
         """All that is done to an image without the help of others."""
         recipe = self.recipe
-        pixels = self._cut(pixels)
-        if self._auto is not None:
-            pixels = torch.stack([self._auto(image) for image in pixels])
-        if recipe.jitters:
-            pixels = steps.jitter(
+        pixels = self._crop_and_flip(pixels)
+        if self._auto_policy is not None:
+            pixels = torch.stack([self._auto_policy(image) for image in pixels])
+        if recipe.has_jitter:
+            pixels = steps.jitter_color(
                 pixels, recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue
             )
-        return steps.erase(pixels, recipe.erase) if recipe.erase > 0 else pixels
+        return steps.erase_rectangles(pixels, recipe.erase) if recipe.erase > 0 else pixels
 
-    def _cut(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _crop_and_flip(self, pixels: torch.Tensor) -> torch.Tensor:
         recipe, count, side = self.recipe, len(pixels), pixels.shape[-1]
         if recipe.crop_scale is None and recipe.hflip == recipe.vflip == 0:
-            return centre(pixels, self.size)
+            return center_crop(pixels, self.size)
         if recipe.crop_scale is None:
-            boxes = steps.centre_boxes(count, side, self.size)
+            boxes = steps.build_center_boxes(count, side, self.size)
         else:
-            area = steps.uniform(count, recipe.crop_scale)
-            boxes = steps.random_boxes(area, recipe.crop_ratio, side)
+            area = steps.draw_uniform(count, recipe.crop_scale)
+            boxes = steps.draw_boxes(area, recipe.crop_ratio, side)
         flips = torch.rand(2, count) < torch.tensor([[recipe.hflip], [recipe.vflip]])
-        return steps.cut(pixels, boxes, flips, self.size)
+        return steps.crop_and_flip(pixels, boxes, flips, self.size)
 
 
-def centre(pixels: torch.Tensor, size: int) -> torch.Tensor:
+def center_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
     """(..., S, S) to (..., size, size): the middle, as torchvision's CenterCrop cuts it."""
-    at = steps.margin(pixels.shape[-1], size)
+    at = steps.compute_center_offset(pixels.shape[-1], size)
     return pixels[..., at : at + size, at : at + size]
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _single_thread() -> Iterator[None]:
     """Keep the work within on the calling thread.
 
     It is hundreds of small operations: on a machine with more to do, waiting for a second thread at
@@ -240,7 +240,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _auto(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _build_auto_policy(recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """torchvision's transform of one uint8 image; it draws from torch's global generator alone."""
     if recipe.auto == "off":
         return None

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-ERASED_AREA = (0.02, 0.33)
-ERASED_RATIO = (0.3, 3.3)
+ERASE_AREA = (0.02, 0.33)
+ERASE_RATIO = (0.3, 3.3)
 """Of erased rectangles, as in Zhong et al., AAAI 2020, and torchvision's RandomErasing."""
-PART_VALUES = 1 << 19
+CACHED_VALUES = 1 << 19
 """float32 values that stay in a CPU's cache from one operation to the next (2 MiB)."""
 
 # YIQ, the colours of NTSC television: Y is the luma, I and Q span the plane that a hue turns in.
@@ -24,12 +24,12 @@ _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115,
 _LUMA = _YIQ[0]
 
 
-def uniform(count: int, bounds: tuple[float, float]) -> torch.Tensor:
+def draw_uniform(count: int, bounds: tuple[float, float]) -> torch.Tensor:
     """(count,) float32, drawn evenly between the bounds."""
     return torch.empty(count).uniform_(*bounds)
 
 
-def random_boxes(area: torch.Tensor, ratio: tuple[float, float], side: int) -> torch.Tensor:
+def draw_boxes(area: torch.Tensor, ratio: tuple[float, float], side: int) -> torch.Tensor:
     """Boxes of given areas, of random shape and place, within a square of `side` pixels.
 
     area:  (N,) shares of the square
@@ -46,18 +46,20 @@ def random_boxes(area: torch.Tensor, ratio: tuple[float, float], side: int) -> t
     return torch.cat([corners, sizes], 1)
 
 
-def margin(side: int, size: int) -> int:
+def compute_center_offset(side: int, size: int) -> int:
     """Where the middle `size` of `side` pixels starts, rounded as torchvision's CenterCrop does."""
     return round((side - size) / 2)
 
 
-def centre_boxes(count: int, side: int, size: int) -> torch.Tensor:
+def build_center_boxes(count: int, side: int, size: int) -> torch.Tensor:
     """(count, 4) int64: the middle of a square, as often as asked for."""
-    at = margin(side, size)
+    at = compute_center_offset(side, size)
     return torch.tensor([[at, at, size, size]]).expand(count, 4)
 
 
-def cut(pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int) -> torch.Tensor:
+def crop_and_flip(
+    pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int
+) -> torch.Tensor:
     """Cut a box out of each image, mirror it where asked, and resize it to a square.
 
     pixels: (N, 3, S, S) uint8
@@ -66,11 +68,11 @@ def cut(pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: in
     Returns (N, 3, size, size) uint8, resampled bilinearly with antialiasing.
     """
     if pixels.device.type == "cpu":
-        return _cut_each(pixels, boxes, flips, size)
-    return _cut_together(pixels, boxes, flips, size)
+        return _crop_on_cpu(pixels, boxes, flips, size)
+    return _crop_on_gpu(pixels, boxes, flips, size)
 
 
-def _cut_each(
+def _crop_on_cpu(
     pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int
 ) -> torch.Tensor:
     """On a CPU: torch resizes uint8 with vector instructions, four times as fast as grid_sample."""
@@ -85,20 +87,22 @@ def _cut_each(
     return torch.cat(out)
 
 
-def _cut_together(
+def _crop_on_gpu(
     pixels: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int
 ) -> torch.Tensor:
     """On a GPU: two products of matrices for the whole batch; unlike grid_sample, antialiased."""
     side, device = pixels.shape[-1], pixels.device
-    columns = resampling(boxes[:, 1], boxes[:, 3], flips[0], size, side).to(
+    columns = build_resampling_weights(boxes[:, 1], boxes[:, 3], flips[0], size, side).to(
         device, non_blocking=True
     )
-    rows = resampling(boxes[:, 0], boxes[:, 2], flips[1], size, side).to(device, non_blocking=True)
+    rows = build_resampling_weights(boxes[:, 0], boxes[:, 2], flips[1], size, side).to(
+        device, non_blocking=True
+    )
     out = torch.matmul(torch.matmul(rows[:, None], pixels.float()), columns[:, None].mT)
     return _to_uint8(out)
 
 
-def resampling(
+def build_resampling_weights(
     start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor, size: int, side: int
 ) -> torch.Tensor:
     """(N, size, side) float32: the weights with which each output pixel sums up the inputs.
@@ -118,7 +122,7 @@ def resampling(
     return weights / weights.sum(-1, keepdim=True)
 
 
-def jitter(
+def jitter_color(
     pixels: torch.Tensor, brightness: float, contrast: float, saturation: float, hue: float
 ) -> torch.Tensor:
     """Change the colours of each image, all four at once, by one matrix per image.
@@ -130,18 +134,18 @@ def jitter(
     """
     count = len(pixels)
     bright, contrasts, saturations = (
-        uniform(count, (max(0.0, 1 - strength), 1 + strength))
+        draw_uniform(count, (max(0.0, 1 - strength), 1 + strength))
         for strength in (brightness, contrast, saturation)
     )
     matrix = (
         bright[:, None, None]
         * contrasts[:, None, None]
-        * colour_matrix(saturations, uniform(count, (-hue, hue)))
+        * build_color_matrix(saturations, draw_uniform(count, (-hue, hue)))
     )
     grey = bright * (1 - contrasts)  # share of the image's mean luma that contrast mixes in
     matrix, grey, luma = (t.to(pixels.device, non_blocking=True) for t in (matrix, grey, _LUMA))
     parts = []
-    for part in _parts(pixels):
+    for part in _iter_slices(pixels):
         values = pixels[part].flatten(2).float()
         offset = (values.mean(2) @ luma) * grey[part]
         offset = offset[:, None, None].expand(-1, 3, 1)
@@ -149,7 +153,7 @@ def jitter(
     return torch.cat(parts).view_as(pixels)
 
 
-def colour_matrix(saturation: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
+def build_color_matrix(saturation: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
     """(N, 3, 3) float32 on RGB columns: chroma stretched and turned, luma kept.
 
     saturation: (N,) factors
@@ -164,16 +168,16 @@ def colour_matrix(saturation: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
     return torch.linalg.inv(_YIQ) @ turned @ _YIQ
 
 
-def erase(pixels: torch.Tensor, probability: float) -> torch.Tensor:
+def erase_rectangles(pixels: torch.Tensor, probability: float) -> torch.Tensor:
     """Paint over a rectangle of some images, each with a random colour; returns a copy."""
     count, side = len(pixels), pixels.shape[-1]
     chosen = torch.rand(count) < probability
-    boxes = random_boxes(uniform(count, ERASED_AREA), ERASED_RATIO, side)
+    boxes = draw_boxes(draw_uniform(count, ERASE_AREA), ERASE_RATIO, side)
     colours = torch.randint(0, 256, (count, 3, 1, 1), dtype=torch.uint8)
     return _paste(pixels, colours.to(pixels.device, non_blocking=True), boxes, chosen)
 
 
-def mix(
+def mix_images(
     pixels: torch.Tensor, mixup: float, cutmix: float, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix some images with the image before them in the batch.
@@ -192,16 +196,16 @@ def mix(
     before = pixels.roll(1, 0)
     out = pixels
     if cutmix > 0:
-        boxes = random_boxes(1 - _larger_share(cutmix, count), (1.0, 1.0), side)
+        boxes = draw_boxes(1 - _draw_own_share(cutmix, count), (1.0, 1.0), side)
         share = torch.where(pasted, 1 - boxes[:, 2] * boxes[:, 3] / side**2, share)
         out = _paste(out, before, boxes, pasted)
     if mixup > 0:
-        share = torch.where(blended, _larger_share(mixup, count), share)
+        share = torch.where(blended, _draw_own_share(mixup, count), share)
         out = _blend(out, before, share, blended)
     return out, share
 
 
-def mixed_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -> torch.Tensor:
+def mix_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -> torch.Tensor:
     """(N, num_classes) float32: the shares of the classes in images as `mix` returns them.
 
     labels: (N,) int64 of the images before they were mixed
@@ -213,7 +217,7 @@ def mixed_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -
     return own * share + own.roll(1, 0) * (1 - share)
 
 
-def _larger_share(alpha: float, count: int) -> torch.Tensor:
+def _draw_own_share(alpha: float, count: int) -> torch.Tensor:
     """(count,) float32 of 0.5 to 1: from Beta(alpha, alpha), or what is left if that is more."""
     share = torch.distributions.Beta(alpha, alpha).sample((count,))
     return torch.maximum(share, 1 - share)
@@ -242,16 +246,16 @@ def _blend(
     rows = chosen.nonzero().flatten()
     weight = (1 - share[rows])[:, None, None, None].to(pixels.device, non_blocking=True)
     rows = rows.to(pixels.device, non_blocking=True)
-    for part in _parts(pixels, len(rows)):
+    for part in _iter_slices(pixels, len(rows)):
         at = rows[part]
         out[at] = _to_uint8(torch.lerp(pixels[at].float(), other[at].float(), weight[part]))
     return out
 
 
-def _parts(pixels: torch.Tensor, count: int | None = None) -> Iterator[slice]:
+def _iter_slices(pixels: torch.Tensor, count: int | None = None) -> Iterator[slice]:
     """Slices over a batch, or over `count` of its images: whole on a GPU, cache-sized on a CPU."""
     count = len(pixels) if count is None else count
-    step = max(1, PART_VALUES // pixels[0].numel()) if pixels.device.type == "cpu" else count
+    step = max(1, CACHED_VALUES // pixels[0].numel()) if pixels.device.type == "cpu" else count
     return (slice(start, start + step) for start in range(0, count, max(1, step)))
 
 

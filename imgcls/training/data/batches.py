@@ -19,17 +19,17 @@ from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, StorageError
-from imgcls.training.sampler import Rows
+from imgcls.training.sampler import Int64Array
 
-BLOCK_BYTES = 32 << 20
+MAX_BLOCK_BYTES = 32 << 20
 """Largest decoded block; far below Ray Data's 128 MiB, above which it would split it."""
-BLOCK_ROWS = 256
-BATCHES_AHEAD = 2
+MAX_BLOCK_ROWS = 256
+PREFETCH_BATCHES = 2
 """Batches gathered while the network is at work."""
 
 
 @dataclass(frozen=True)
-class Views:
+class DecodeSettings:
     """How each split is decoded.
 
     train:     larger than what the network sees where random crops are to be taken from it
@@ -39,30 +39,30 @@ class Views:
 
     train: Preprocess
     val: Preprocess
-    max_bytes: int = filesystem.MAX_BYTES
+    max_bytes: int = filesystem.MAX_IMAGE_BYTES
 
     @classmethod
-    def of(
-        cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = filesystem.MAX_BYTES
-    ) -> Views:
+    def from_preprocess(
+        cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = filesystem.MAX_IMAGE_BYTES
+    ) -> DecodeSettings:
         """cropped: whether training takes random crops"""
         if cropped and preprocess.mode == "crop":
             larger = preprocess.model_copy(update={"crop": preprocess.resize})
             return cls(larger, preprocess, max_bytes)
         return cls(preprocess, preprocess, max_bytes)
 
-    def of_split(self, *, held: bool) -> Preprocess:
+    def for_split(self, *, held: bool) -> Preprocess:
         return self.val if held else self.train
 
-    def bytes_of(self, rows: pa.Table) -> int:
+    def compute_decoded_bytes(self, rows: pa.Table) -> int:
         """Bytes that all these rows take when decoded."""
         held = rows.column("held").to_numpy().sum()
         train = rows.num_rows - held
-        return int(held * image_bytes(self.val) + train * image_bytes(self.train))
+        return int(held * compute_image_bytes(self.val) + train * compute_image_bytes(self.train))
 
 
 @dataclass(frozen=True)
-class Failure:
+class DecodeFailure:
     """An image that could not be decoded."""
 
     url: str | None
@@ -76,37 +76,37 @@ class Batch:
     """pixels (N, 3, S, S) uint8, labels (N,) int64; failed images are left out and counted."""
 
     pixels: Pixels
-    labels: Rows
-    failures: tuple[Failure, ...] = ()
+    labels: Int64Array
+    failures: tuple[DecodeFailure, ...] = ()
 
 
-class Images(Protocol):
+class ImageDataset(Protocol):
     """One split, as a worker sees it. labels: (N,) int64 class indices."""
 
-    labels: Rows
+    labels: Int64Array
 
     def __len__(self) -> int: ...
 
-    def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+    def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
         """A batch for each of the given sets of rows, in order, gathered ahead of their use."""
 
 
-def block_rows(preprocess: Preprocess) -> int:
+def compute_block_rows(preprocess: Preprocess) -> int:
     """Rows of a decoded block."""
-    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // image_bytes(preprocess)))
+    return max(1, min(MAX_BLOCK_ROWS, MAX_BLOCK_BYTES // compute_image_bytes(preprocess)))
 
 
-def image_bytes(preprocess: Preprocess) -> int:
+def compute_image_bytes(preprocess: Preprocess) -> int:
     """Bytes of one decoded image."""
     return 3 * preprocess.crop**2
 
 
-def decode_chunk(rows: pa.Table, views: Views) -> pa.Table:
+def decode_block(rows: pa.Table, views: DecodeSettings) -> pa.Table:
     """Fetch and decode rows of one split: the same with error (string) and pixels (binary).
 
     A row with an error has pixels that mean nothing.
     """
-    preprocess = views.of_split(held=rows.column("held")[0].as_py())
+    preprocess = views.for_split(held=rows.column("held")[0].as_py())
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)
     errors: list[str | None] = []
@@ -115,11 +115,11 @@ def decode_chunk(rows: pa.Table, views: Views) -> pa.Table:
         try:
             if isinstance(data, StorageError):
                 raise data
-            stacked[place] = decode.decode(data, preprocess)[0]
+            stacked[place] = decode.decode_image(data, preprocess)[0]
             errors.append(None)
         except (ImageError, StorageError) as error:
             errors.append(str(error))
-    offsets = np.arange(rows.num_rows + 1, dtype=np.int32) * image_bytes(preprocess)
+    offsets = np.arange(rows.num_rows + 1, dtype=np.int32) * compute_image_bytes(preprocess)
     pixels = pa.Array.from_buffers(
         pa.binary(), rows.num_rows, [None, pa.py_buffer(offsets), pa.py_buffer(stacked)]
     )
@@ -128,9 +128,9 @@ def decode_chunk(rows: pa.Table, views: Views) -> pa.Table:
     )
 
 
-def pixels_of(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
+def view_pixels(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
     """(N, 3, crop, crop) uint8, the bytes of the column `pixels` in place."""
-    stored, width = batch.column("pixels"), image_bytes(preprocess)
+    stored, width = batch.column("pixels"), compute_image_bytes(preprocess)
     offsets = np.frombuffer(stored.buffers()[1], np.int32)
     start = int(offsets[stored.offset])
     buffer = np.frombuffer(stored.buffers()[2], np.uint8)
@@ -138,9 +138,9 @@ def pixels_of(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
     return buffer[start : start + len(stored) * width].reshape(shape)
 
 
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, made by a thread that stays some ahead; it ends when they are let go."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(BATCHES_AHEAD)
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH_BATCHES)
     stop = threading.Event()
 
     def give(item: Batch | BaseException | None) -> None:

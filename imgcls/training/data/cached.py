@@ -16,27 +16,27 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
-from imgcls.cluster.session import hush_data
+from imgcls.cluster.session import silence_data_logger
 from imgcls.data import object_store
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import (
     Batch,
-    Failure,
-    Views,
-    ahead,
-    block_rows,
-    decode_chunk,
-    pixels_of,
+    DecodeFailure,
+    DecodeSettings,
+    compute_block_rows,
+    decode_block,
+    prefetch,
+    view_pixels,
 )
-from imgcls.training.sampler import Rows
+from imgcls.training.sampler import Int64Array
 
 BLOCKS_PER_CPU = 4
 """Small sets are cut finer, so that every CPU has its part of the decoding."""
 
 
 @dataclass(frozen=True)
-class Decoded:
+class CachedImages:
     """Decoded images in the object store, for as long as this is kept.
 
     blocks:   references to Arrow tables as `decode_chunk` makes them, in no particular order
@@ -44,30 +44,30 @@ class Decoded:
     """
 
     blocks: tuple[Any, ...]
-    failures: tuple[Failure, ...]
-    views: Views
+    failures: tuple[DecodeFailure, ...]
+    views: DecodeSettings
 
-    def split(self, *, held: bool) -> ImageSet:
+    def load_split(self, *, held: bool) -> CachedDataset:
         """The rows of one split, for a worker."""
-        return ImageSet(ray.get(list(self.blocks)), self.views.of_split(held=held), held=held)
+        return CachedDataset(ray.get(list(self.blocks)), self.views.for_split(held=held), held=held)
 
 
-def decode_images(rows: pa.Table, views: Views, *, cpus: float) -> Decoded:
+def decode_images(rows: pa.Table, views: DecodeSettings, *, cpus: float) -> CachedImages:
     """Fetch and decode rows (row, url, label, held), one task per CPU at a time."""
     cut = -(-rows.num_rows // int(BLOCKS_PER_CPU * max(1, cpus)))
     chunks = []
     for held in (False, True):
         split = rows.filter(pc.equal(rows.column("held"), held))
-        size = max(1, min(block_rows(views.of_split(held=held)), cut))
+        size = max(1, min(compute_block_rows(views.for_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
-    hush_data()
+    silence_data_logger()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         decoded = (
             ray.data.from_blocks(chunks)
             .map_batches(
-                object_store.carried_to(math.ceil(cpus), decode_chunk, views=views),
+                object_store.bind_settings_split(math.ceil(cpus), decode_block, views=views),
                 batch_format="pyarrow",
             )
             .materialize()
@@ -75,47 +75,49 @@ def decode_images(rows: pa.Table, views: Views, *, cpus: float) -> Decoded:
         told = decoded.select_columns(["row", "url", "label", "held", "error"])
         bad = told.filter(expr=col("error").is_not_null()).take_all()
     failures = [
-        Failure(row["url"], row["label"], row["held"], row["error"])
+        DecodeFailure(row["url"], row["label"], row["held"], row["error"])
         for row in sorted(bad, key=lambda row: (row["held"], row["row"]))
     ]
-    return Decoded(tuple(decoded.to_arrow_refs()), tuple(failures), views)
+    return CachedImages(tuple(decoded.to_arrow_refs()), tuple(failures), views)
 
 
-def store_bytes() -> int:
+def find_store_bytes() -> int:
     """Capacity of the smallest object store among the machines that do work."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return min(int(r.get("object_store_memory", 0)) for r in resources if r.get("CPU"))
 
 
-class ImageSet:
+class CachedDataset:
     """The decoded rows of one split, in manifest order, read in place from the object store."""
 
     def __init__(self, blocks: Sequence[pa.Table], preprocess: Preprocess, *, held: bool) -> None:
-        self._views: list[Pixels] = []
-        found: list[tuple[Rows, Rows, Rows, Rows]] = []  # row, label, view, place within it
+        self._blocks: list[Pixels] = []
+        found: list[
+            tuple[Int64Array, Int64Array, Int64Array, Int64Array]
+        ] = []  # row, label, view, place within it
         for batch in (batch for block in blocks for batch in block.to_batches()):
             if not batch.num_rows or batch.column("held")[0].as_py() != held:
                 continue
             (place,) = np.nonzero(batch.column("error").is_null().to_numpy(zero_copy_only=False))
-            view = np.full(len(place), len(self._views))
+            view = np.full(len(place), len(self._blocks))
             rows, labels = (batch.column(name).to_numpy()[place] for name in ("row", "label"))
             found.append((rows, labels, view, place))
-            self._views.append(pixels_of(batch, preprocess))
+            self._blocks.append(view_pixels(batch, preprocess))
         rows, labels, view, place = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(rows, kind="stable")
-        self.labels: Rows = labels[order]
-        self._view, self._place = view[order], place[order]
+        self.labels: Int64Array = labels[order]
+        self._block_index, self._row_index = view[order], place[order]
         self._shape = (3, preprocess.crop, preprocess.crop)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixels(self, rows: Rows) -> Pixels:
+    def gather_pixels(self, rows: Int64Array) -> Pixels:
         """(N, 3, crop, crop) uint8, a copy of the given rows."""
         out = np.empty((len(rows), *self._shape), np.uint8)
         for at, row in enumerate(rows):
-            out[at] = self._views[self._view[row]][self._place[row]]
+            out[at] = self._blocks[self._block_index[row]][self._row_index[row]]
         return out
 
-    def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
-        return ahead(Batch(self.pixels(each), self.labels[each]) for each in rows)
+    def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
+        return prefetch(Batch(self.gather_pixels(each), self.labels[each]) for each in rows)

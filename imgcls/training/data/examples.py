@@ -19,13 +19,13 @@ import pyarrow.compute as pc
 from pydantic import Field, PositiveInt, field_validator
 
 from imgcls.config import Section
-from imgcls.data.filesystem import MAX_BYTES
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import (
     ManifestConfig,
-    labels_as_text,
+    log_label_variants,
+    normalize_labels,
     open_manifest,
-    resolve,
-    tell_alike_labels,
+    resolve_path,
 )
 from imgcls.errors import ManifestError
 
@@ -47,7 +47,7 @@ class DataConfig(Section):
     """Images that cannot be decoded are left out; above this share of them nothing is trained."""
     sampling: Literal["natural", "balanced"] = "natural"
     """natural: every image once per epoch; balanced: as many of each class, rare ones repeated."""
-    max_bytes: PositiveInt = MAX_BYTES
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
     cache: bool | None = None
     """Decode once, into memory; if none, whenever all images fit in Ray's object store."""
@@ -66,7 +66,7 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A manifest as the provenance names it."""
 
     manifest: str
@@ -85,15 +85,15 @@ class Examples:
 
     classes: list[str]
     rows: pa.Table
-    sources: dict[str, Source]
+    sources: dict[str, DataSource]
 
-    def per_class(self, *, held: bool) -> list[int]:
+    def count_per_class(self, *, held: bool) -> list[int]:
         """Rows of each class to validate on (held) or to train on."""
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
         counts = Counter(split.column("label").to_pylist())
         return [counts[code] for code in range(len(self.classes))]
 
-    def manifest(self, *, held: bool) -> pa.Table:
+    def build_manifest(self, *, held: bool) -> pa.Table:
         """path (string, as it is found from anywhere) and label (string) of one part."""
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
         names = pa.array(self.classes, pa.string())
@@ -112,9 +112,9 @@ def read_examples(config: DataConfig) -> Examples:
     Raises ManifestError that names the manifest and the row when a label is missing or unknown, a
     class has nothing to train on, or there is nothing to train or validate on.
     """
-    train, root, source = _read(config.train, "data.train")
+    train, root, source = _read_manifest(config.train, "data.train")
     counts = Counter(train.column("label").to_pylist())
-    tell_alike_labels(f"data.train {source.manifest}", counts)
+    log_label_variants(f"data.train {source.manifest}", counts)
     classes = config.classes or sorted(counts)
     sources = {"data.train": source}
     if len(classes) < 2:
@@ -123,13 +123,13 @@ def read_examples(config: DataConfig) -> Examples:
             "with a label column, or a folder that holds one folder per class"
         )
     if config.val is None:
-        held = _held_out(train, config.val_fraction)
-        rows = _coded(train, root, classes, held, "data.train", source)
+        held = _choose_held_out(train, config.val_fraction)
+        rows = _encode_labels(train, root, classes, held, "data.train", source)
     else:
-        other, other_root, sources["data.val"] = _read(config.val, "data.val")
+        other, other_root, sources["data.val"] = _read_manifest(config.val, "data.val")
         parts = [
-            _coded(train, root, classes, [False] * len(train), "data.train", source),
-            _coded(
+            _encode_labels(train, root, classes, [False] * len(train), "data.train", source),
+            _encode_labels(
                 other, other_root, classes, [True] * len(other), "data.val", sources["data.val"]
             ),
         ]
@@ -144,7 +144,7 @@ def read_examples(config: DataConfig) -> Examples:
     return examples
 
 
-def _read(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Source]:
+def _read_manifest(config: ManifestConfig, key: str) -> tuple[pa.Table, str, DataSource]:
     """A manifest's rows (row, path, label), the root of its paths, and what it is."""
     try:
         manifest = open_manifest(config)
@@ -161,7 +161,7 @@ def _read(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Source]:
     rows = 0
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string())
-        labels = labels_as_text(batch.column(manifest.label_column))
+        labels = normalize_labels(batch.column(manifest.label_column))
         if labels.null_count:
             missing = labels.is_null().index(True).as_py()
             raise ManifestError(
@@ -173,17 +173,17 @@ def _read(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Source]:
         rows += batch.num_rows
     if rows == 0:
         raise ManifestError(f"{key} {config.path}: has no row; give a manifest of labelled images")
-    source = Source(config.path, manifest.fingerprint(), rows)
+    source = DataSource(config.path, manifest.fingerprint(), rows)
     return pa.concat_tables(tables), manifest.root, source
 
 
-def _coded(
+def _encode_labels(
     table: pa.Table,
     root: str,
     classes: Sequence[str],
     held: Sequence[bool],
     key: str,
-    source: Source,
+    source: DataSource,
 ) -> pa.Table:
     """Rows with labels as class indices and paths as the places they name."""
     codes = pc.index_in(table.column("label"), pa.array(classes, pa.string())).cast(pa.int64())
@@ -197,7 +197,7 @@ def _coded(
             f"{found['label']!r}, which is not among {origin} ({listed}); mend the label or add "
             "the class"
         )
-    urls = [resolve(path, root) for path in table.column("path").to_pylist()]
+    urls = [resolve_path(path, root) for path in table.column("path").to_pylist()]
     return pa.table(
         {
             "row": table.column("row"),
@@ -208,7 +208,7 @@ def _coded(
     )
 
 
-def _held_out(table: pa.Table, fraction: float) -> list[bool]:
+def _choose_held_out(table: pa.Table, fraction: float) -> list[bool]:
     """Whether each row is held out: of every class the given share, in the order of a path hash.
 
     All rows of one path go the same way, or the model would be judged on what it has learnt.
@@ -221,15 +221,15 @@ def _held_out(table: pa.Table, fraction: float) -> list[bool]:
     for members in by_class.values():
         # at least one image of every class is left to train on
         count = min(round(fraction * len(members)), len(members) - 1)
-        held.update(sorted(members, key=_path_hash)[:count])
+        held.update(sorted(members, key=_hash_path)[:count])
     return [path in held for path in paths]
 
 
-def _path_hash(path: str) -> bytes:
+def _hash_path(path: str) -> bytes:
     return hashlib.blake2b(path.encode(), digest_size=8).digest()
 
 
-def _check_every_class(examples: Examples, source: Source) -> None:
+def _check_every_class(examples: Examples, source: DataSource) -> None:
     train = examples.rows.filter(pc.invert(examples.rows.column("held")))
     present = set(train.column("label").unique().to_pylist())
     absent = [name for code, name in enumerate(examples.classes) if code not in present]

@@ -17,22 +17,22 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.session import hush_data
+from imgcls.cluster.session import silence_data_logger
 from imgcls.data import object_store
 from imgcls.training.data.batches import (
     Batch,
-    Failure,
-    Views,
-    ahead,
-    block_rows,
-    decode_chunk,
-    pixels_of,
+    DecodeFailure,
+    DecodeSettings,
+    compute_block_rows,
+    decode_block,
+    prefetch,
+    view_pixels,
 )
-from imgcls.training.sampler import Rows
+from imgcls.training.sampler import Int64Array
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedImages:
     """Images that are decoded anew in every epoch.
 
     rows: reference to the table (row, url, label, held)
@@ -40,41 +40,41 @@ class Streamed:
     """
 
     rows: Any
-    views: Views
+    views: DecodeSettings
     cpus: float
 
-    def split(self, *, held: bool) -> StreamedSet:
+    def load_split(self, *, held: bool) -> StreamedDataset:
         """The rows of one split, for a worker."""
         context = ray.train.get_context()
-        return StreamedSet(self, held=held, cpus=self.cpus / context.get_world_size())
+        return StreamedDataset(self, held=held, cpus=self.cpus / context.get_world_size())
 
 
-class StreamedSet:
+class StreamedDataset:
     """The rows of one split, decoded by Ray Data each time that they are asked for."""
 
-    def __init__(self, source: Streamed, *, held: bool, cpus: float) -> None:
+    def __init__(self, source: StreamedImages, *, held: bool, cpus: float) -> None:
         table = ray.get(source.rows)
-        (self._places,) = np.nonzero(table.column("held").to_numpy() == held)
-        self.labels: Rows = table.column("label").to_numpy()[self._places]
+        (self._row_indices,) = np.nonzero(table.column("held").to_numpy() == held)
+        self.labels: Int64Array = table.column("label").to_numpy()[self._row_indices]
         self._source, self._cpus = source, cpus
-        self._preprocess = source.views.of_split(held=held)
+        self._preprocess = source.views.for_split(held=held)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def readers(self) -> int:
+    def num_readers(self) -> int:
         """Processes that read images at a time, over all workers: each worker has at least one."""
         return math.ceil(self._source.cpus / self._cpus * max(1.0, self._cpus))
 
-    def batches(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+    def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
         if not rows:
             return iter(())
-        return ahead(self._cut(rows))
+        return prefetch(self._slice_batches(rows))
 
-    def _cut(self, rows: Sequence[Rows]) -> Iterator[Batch]:
+    def _slice_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
         """Blocks as they come, cut into the batches that were asked for."""
-        tables = self._decoded(np.concatenate(list(rows)))
+        tables = self._decode_in_order(np.concatenate(list(rows)))
         crop = self._preprocess.crop
         left: pa.Table | None = None
         for wanted in rows:
@@ -84,21 +84,21 @@ class StreamedSet:
             while left is None or left.num_rows < len(wanted):
                 arrived = next(tables)
                 left = arrived if left is None else pa.concat_tables([left, arrived])
-            yield self._batch(left.slice(0, len(wanted)))
+            yield self._build_batch(left.slice(0, len(wanted)))
             left = left.slice(len(wanted))
 
-    def _decoded(self, rows: Rows) -> Iterator[pa.Table]:
+    def _decode_in_order(self, rows: Int64Array) -> Iterator[pa.Table]:
         """The given rows in order, decoded, as tables of some hundred rows."""
-        size = block_rows(self._preprocess)
-        wanted = ray.put(self._places[rows])
-        decode = object_store.carried_to(
-            self.readers,
-            _decode_places,
+        size = compute_block_rows(self._preprocess)
+        wanted = ray.put(self._row_indices[rows])
+        decode = object_store.bind_settings_split(
+            self.num_readers,
+            _decode_indices,
             table=self._source.rows,
             wanted=wanted,
             views=self._source.views,
         )
-        hush_data()
+        silence_data_logger()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
@@ -113,22 +113,22 @@ class StreamedSet:
                 batch_size=None, batch_format="pyarrow", prefetch_batches=2
             )
 
-    def _batch(self, table: pa.Table) -> Batch:
+    def _build_batch(self, table: pa.Table) -> Batch:
         good = table.column("error").is_null().to_numpy()
         labels = table.column("label").to_numpy()
         held = table.column("held")[0].as_py()
-        parts = [pixels_of(batch, self._preprocess) for batch in table.to_batches()]
+        parts = [view_pixels(batch, self._preprocess) for batch in table.to_batches()]
         told = tuple(
-            Failure(row["url"], row["label"], held, row["error"])
+            DecodeFailure(row["url"], row["label"], held, row["error"])
             for row in table.select(["url", "label", "error"]).to_pylist()
             if row["error"] is not None
         )
         return Batch(np.concatenate(parts)[good], labels[good], told)
 
 
-def _decode_places(
-    block: dict[str, npt.NDArray[np.int64]], *, table: Any, wanted: Any, views: Views
+def _decode_indices(
+    block: dict[str, npt.NDArray[np.int64]], *, table: Any, wanted: Any, views: DecodeSettings
 ) -> pa.Table:
     """Decode the rows that stand at some places of a list of rows to come."""
     rows: pa.Table = ray.get(table)
-    return decode_chunk(rows.take(ray.get(wanted)[block["id"]]), views)
+    return decode_block(rows.take(ray.get(wanted)[block["id"]]), views)

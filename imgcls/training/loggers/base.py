@@ -22,10 +22,10 @@ from pydantic import field_validator
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted
-from imgcls.training.loggers.remote import MLflow, WeightsAndBiases
-from imgcls.training.loggers.tensorboard import TensorBoard
+from imgcls.training.loggers.remote import MLflowLogger, WandbLogger
+from imgcls.training.loggers.tensorboard import TensorBoardLogger
 
-PAUSE_SECONDS = 60.0
+RETRY_PAUSE_SECONDS = 60.0
 """For which a tracker is left alone that failed, lest every epoch wait for its time-out."""
 
 
@@ -59,7 +59,7 @@ class TrackConfig(Section):
         return project
 
 
-class Tracker(Protocol):
+class MetricLogger(Protocol):
     """One who is told of a training; any method may raise whatever it likes.
 
     name:  what the terminal calls it
@@ -79,7 +79,7 @@ class Tracker(Protocol):
         first:    number of the first epoch to be told
         """
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         """Values by the names of the history's columns, none of them NaN."""
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
@@ -89,21 +89,21 @@ class Tracker(Protocol):
         """The training broke off: it was interrupted, or it failed."""
 
 
-class Tracking:
+class MetricLoggers:
     """Tells all trackers, from one thread at a time, and lets none of them stop the training.
 
     state: of all trackers by name, to be kept with the checkpoints; it may change with every call
     """
 
-    def __init__(self, trackers: Sequence[Tracker], output: str) -> None:
-        self._listeners = [_Listener(tracker) for tracker in trackers]
+    def __init__(self, trackers: Sequence[MetricLogger], output: str) -> None:
+        self._queues = [_LoggerQueue(tracker) for tracker in trackers]
         self._output = output
-        self._open = False
+        self._is_open = False
         self._lock = threading.Lock()
 
     @property
     def state(self) -> dict[str, Any]:
-        return {each.tracker.name: dict(each.tracker.state) for each in self._listeners}
+        return {each.logger.name: dict(each.logger.state) for each in self._queues}
 
     def start(self, settings: Mapping[str, Any], first: int = 1) -> None:
         """Begin, or go on after a stop; prints where the training can be seen.
@@ -112,24 +112,24 @@ class Tracking:
         first:    number of the first epoch that will be told; points from there on that a killed
             driver had told before its last checkpoint are replaced
         """
-        flat = dotted(settings)
+        flat = flatten_settings(settings)
 
-        def start(tracker: Tracker) -> None:
+        def start(tracker: MetricLogger) -> None:
             print(f"{tracker.name}: {tracker.start(flat, first)}", flush=True)
 
         with self._lock:
-            self._open = True
-            self._tell(start)
+            self._is_open = True
+            self._send(start)
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         """Tell what an epoch came to, under the names of the history's columns; NaN is left out.
 
         Nothing happens once the training is over.
         """
-        known = _known(values)
+        known = _drop_nan(values)
         with self._lock:
-            if self._open:
-                self._tell(lambda tracker: tracker.epoch(number, known))
+            if self._is_open:
+                self._send(lambda tracker: tracker.log_epoch(number, known))
 
     def finish(self, summary: Mapping[str, float], files: Sequence[str] = ()) -> None:
         """Tell that the training is done.
@@ -138,33 +138,33 @@ class Tracking:
         files:   names below the output folder, e.g. "plots/curves.png"; kept by MLflow and W&B
         """
         urls = {name: filesystem.join(self._output, name) for name in files}
-        known = _known(summary)
+        known = _drop_nan(summary)
         with self._lock:
-            self._open = False
-            self._tell(lambda tracker: tracker.finish(known, urls), last=True)
+            self._is_open = False
+            self._send(lambda tracker: tracker.finish(known, urls), last=True)
 
     def stop(self, *, interrupted: bool) -> None:
         """Tell that the training broke off; nothing happens before `start` or after `finish`."""
         with self._lock:
-            if self._open:
-                self._open = False
-                self._tell(lambda tracker: tracker.stop(interrupted=interrupted), last=True)
+            if self._is_open:
+                self._is_open = False
+                self._send(lambda tracker: tracker.stop(interrupted=interrupted), last=True)
 
-    def _tell(self, call: Callable[[Tracker], None], last: bool = False) -> None:
-        for listener in self._listeners:
-            listener.tell(call, last)
+    def _send(self, call: Callable[[MetricLogger], None], last: bool = False) -> None:
+        for listener in self._queues:
+            listener.send(call, last)
 
 
 @contextlib.contextmanager
-def tracking(
+def open_loggers(
     config: TrackConfig, output: str, state: Mapping[str, Any] | None = None
-) -> Iterator[Tracking]:
+) -> Iterator[MetricLoggers]:
     """All trackers of a configuration; an exception within tells them that the training broke off.
 
     output: the bundle folder, below which TensorBoard's files are written
     state:  `Tracking.state` as it was kept, to go on with the same runs
     """
-    tracked = Tracking(_trackers(config, output, state or {}), output)
+    tracked = MetricLoggers(_build_loggers(config, output, state or {}), output)
     try:
         yield tracked
     except BaseException as error:
@@ -173,85 +173,92 @@ def tracking(
     tracked.stop(interrupted=False)
 
 
-def check(config: TrackConfig, output: str) -> None:
+def check_loggers(config: TrackConfig, output: str) -> None:
     """Raises RequestError when a tracker's package is missing or its server does not answer."""
-    for tracker in _trackers(config, output, {}):
+    for tracker in _build_loggers(config, output, {}):
         tracker.check()
 
 
-def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted keys; empty sections stay as they are."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= dotted(value, f"{prefix}{name}.")
+            flat |= flatten_settings(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
-class _Listener:
+class _LoggerQueue:
     """A tracker and what it has yet to be told, of which the first call is the start."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-        self._untold: deque[Callable[[Tracker], None]] = deque()
-        self._started = False
-        self._failing = False
-        self._again = -math.inf
+    def __init__(self, tracker: MetricLogger) -> None:
+        self.logger = tracker
+        self._pending: deque[Callable[[MetricLogger], None]] = deque()
+        self._is_started = False
+        self._is_failing = False
+        self._retry_at = -math.inf
 
-    def tell(self, call: Callable[[Tracker], None], last: bool) -> None:
+    def send(self, call: Callable[[MetricLogger], None], last: bool) -> None:
         """Make this call after those that failed before; the last one is not put off."""
-        self._untold.append(call)
-        if time.monotonic() < self._again and not last:
+        self._pending.append(call)
+        if time.monotonic() < self._retry_at and not last:
             return
         try:
-            while self._untold:
-                self._untold[0](self.tracker)
-                self._untold.popleft()
-                self._started = True
+            while self._pending:
+                self._pending[0](self.logger)
+                self._pending.popleft()
+                self._is_started = True
         except Exception as error:  # noqa: BLE001 - of a library, and the training matters more
-            self._fail(error, last)
+            self._handle_failure(error, last)
         else:
-            self._recover()
+            self._handle_recovery()
 
-    def _fail(self, error: Exception, last: bool) -> None:
-        self._again = time.monotonic() + PAUSE_SECONDS
+    def _handle_failure(self, error: Exception, last: bool) -> None:
+        self._retry_at = time.monotonic() + RETRY_PAUSE_SECONDS
         if last:
             # state: a start that failed halfway has made a run, too
-            if (self._started or self.tracker.state) and len(self._untold) > 1:
+            if (self._is_started or self.logger.state) and len(self._pending) > 1:
                 # whatever was lost, the run should not seem to go on
                 with contextlib.suppress(Exception):
-                    self._untold[-1](self.tracker)
-            self._say(f"{len(self._untold):,} of its messages were lost ({_line(error)})")
-        elif not self._failing:
-            self._say(
-                f"cannot be told ({_line(error)}); the training goes on, and it is tried again"
+                    self._pending[-1](self.logger)
+            self._report(
+                f"{len(self._pending):,} of its messages were lost ({_format_error(error)})"
             )
-        self._failing = True
+        elif not self._is_failing:
+            self._report(
+                f"cannot be told ({_format_error(error)}); the training goes on, and it is "
+                "tried again"
+            )
+        self._is_failing = True
 
-    def _recover(self) -> None:
-        if self._failing:
-            self._failing = False
-            self._say("answers again and was told what it missed")
+    def _handle_recovery(self) -> None:
+        if self._is_failing:
+            self._is_failing = False
+            self._report("answers again and was told what it missed")
 
-    def _say(self, text: str) -> None:
-        print(f"{self.tracker.name}: {text}", flush=True)
+    def _report(self, text: str) -> None:
+        print(f"{self.logger.name}: {text}", flush=True)
 
 
-def _known(values: Mapping[str, float]) -> dict[str, float]:
+def _drop_nan(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if not math.isnan(value)}
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _trackers(config: TrackConfig, output: str, state: Mapping[str, Any]) -> list[Tracker]:
+def _build_loggers(
+    config: TrackConfig, output: str, state: Mapping[str, Any]
+) -> list[MetricLogger]:
     run = config.run or output.rstrip("/").rpartition("/")[2]
-    found: list[Tracker] = [TensorBoard(output, state.get(TensorBoard.name))]
+    found: list[MetricLogger] = [TensorBoardLogger(output, state.get(TensorBoardLogger.name))]
     if config.mlflow is not None:
-        found.append(MLflow(config.mlflow, config.experiment, run, state.get(MLflow.name)))
+        found.append(
+            MLflowLogger(config.mlflow, config.experiment, run, state.get(MLflowLogger.name))
+        )
     if config.wandb is not None:
-        found.append(WeightsAndBiases(config.wandb, run, state.get(WeightsAndBiases.name)))
+        found.append(WandbLogger(config.wandb, run, state.get(WandbLogger.name)))
     return found

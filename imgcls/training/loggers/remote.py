@@ -21,17 +21,17 @@ from typing import Any
 
 from imgcls.data import filesystem
 from imgcls.errors import RequestError
-from imgcls.training.loggers.tensorboard import tag
+from imgcls.training.loggers.tensorboard import build_tag
 
-PARAMS_AT_ONCE = 100
+MAX_PARAMS_PER_CALL = 100
 """MLflow's limit on the parameters of one call."""
-SERVER_SECONDS = 10
+SERVER_TIMEOUT_SECONDS = 10
 """For MLflow's server to answer: its own 7 attempts of 120 s would hold up the driver."""
-UPLOAD_SECONDS = 60.0
+UPLOAD_TIMEOUT_SECONDS = 60.0
 """For Weights & Biases to send what is left at the end; what it keeps can be sent by hand."""
 
 
-class MLflow:
+class MLflowLogger:
     """A run of an experiment, with the settings as parameters and the files as artifacts.
 
     state: run_id, by which a resumed training goes on; epochs that the run knows are not told again
@@ -44,24 +44,25 @@ class MLflow:
     ) -> None:
         self.state: dict[str, Any] = dict(state or {})
         self._uri, self._experiment, self._run = uri, experiment, run
-        self._resumed = "run_id" in self.state
+        self._is_resumed = "run_id" in self.state
         self._client: Any = None
-        self._last = -1
+        self._last_epoch = -1
 
     def check(self) -> None:
-        package = _package("mlflow", "MlflowClient", "track.mlflow")
+        package = _import_package("mlflow", "MlflowClient", "track.mlflow")
         try:
-            with _patience():
+            with _short_timeouts():
                 package.MlflowClient(self._uri).search_experiments(max_results=1)
         except Exception as error:
             raise RequestError(
-                f"track.mlflow {self._uri}: {_line(error)}; give the URI of an MLflow server that "
+                f"track.mlflow {self._uri}: {_format_error(error)}; give the URI of an MLflow "
+                "server that "
                 "runs, or of a file as in sqlite:///mlflow.db"
             ) from error
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
-        mlflow = _package("mlflow", "MlflowClient", "track.mlflow")
-        with _patience():
+        mlflow = _import_package("mlflow", "MlflowClient", "track.mlflow")
+        with _short_timeouts():
             self._client = client = mlflow.MlflowClient(self._uri)
             if "run_id" not in self.state:
                 found = client.get_experiment_by_name(self._experiment)
@@ -70,75 +71,77 @@ class MLflow:
                 created = client.create_run(home, run_name=self._run, tags=tags)
                 self.state = {"run_id": created.info.run_id}
             run = client.get_run(self.state["run_id"])
-            if self._resumed:
+            if self._is_resumed:
                 client.update_run(run.info.run_id, status="RUNNING")
                 for metric in run.data.metrics:
                     known = client.get_metric_history(run.info.run_id, metric)
-                    self._last = max([self._last, *(point.step for point in known)])
+                    self._last_epoch = max([self._last_epoch, *(point.step for point in known)])
             else:
                 params = [
-                    mlflow.entities.Param(mlflow_key(key), str(value)[:500])
+                    mlflow.entities.Param(build_mlflow_key(key), str(value)[:500])
                     for key, value in settings.items()
                 ]
-                for at in range(0, len(params), PARAMS_AT_ONCE):
-                    client.log_batch(run.info.run_id, params=params[at : at + PARAMS_AT_ONCE])
+                for at in range(0, len(params), MAX_PARAMS_PER_CALL):
+                    client.log_batch(run.info.run_id, params=params[at : at + MAX_PARAMS_PER_CALL])
         where = f"{self._uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/"
         web = self._uri.startswith(("http://", "https://"))
         return f"{where}{run.info.run_id}" if web else f"run {run.info.run_id} in {self._uri}"
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
-        if number > self._last:
-            self._log(values, number)
-            self._last = number
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
+        if number > self._last_epoch:
+            self._log_metrics(values, number)
+            self._last_epoch = number
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
         try:
-            self._log(summary, max(0, self._last))
-            with tempfile.TemporaryDirectory() as folder, _patience():
+            self._log_metrics(summary, max(0, self._last_epoch))
+            with tempfile.TemporaryDirectory() as folder, _short_timeouts():
                 for name, url in files.items():
                     filesystem.write(filesystem.join(folder, name), filesystem.read(url))
                 self._client.log_artifacts(self.state["run_id"], folder)
         finally:
-            self._end("FINISHED")
+            self._terminate("FINISHED")
 
     def stop(self, *, interrupted: bool) -> None:
-        self._end("KILLED" if interrupted else "FAILED")
+        self._terminate("KILLED" if interrupted else "FAILED")
 
-    def _log(self, values: Mapping[str, float], step: int) -> None:
-        metric = _package("mlflow", "MlflowClient", "track.mlflow").entities.Metric
+    def _log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        metric = _import_package("mlflow", "MlflowClient", "track.mlflow").entities.Metric
         now = int(time.time() * 1000)
-        metrics = [metric(mlflow_key(name), value, now, step) for name, value in values.items()]
-        with _patience():
+        metrics = [
+            metric(build_mlflow_key(name), value, now, step) for name, value in values.items()
+        ]
+        with _short_timeouts():
             self._client.log_batch(self.state["run_id"], metrics=metrics)
 
-    def _end(self, status: str) -> None:
-        with _patience():
+    def _terminate(self, status: str) -> None:
+        with _short_timeouts():
             self._client.set_terminated(self.state["run_id"], status)
 
 
-def mlflow_key(name: str) -> str:
+def build_mlflow_key(name: str) -> str:
     """A name that MLflow takes: letters, digits, spaces and _ - . : / in a plain relative path.
 
     Any other character, as the brackets of a class `cat [wild]`, is written -uHEX-, with its
     Unicode code point: `cat -u5b-wild-u5d-`. So names differ where the originals do. One above
     MLflow's limit of 250 characters is cut and ends in a hash of the whole.
     """
-    key = re.sub(r"[^/\w.\- :]|-(?=u[0-9a-f]+-)", _escaped, name)
+    key = re.sub(r"[^/\w.\- :]|-(?=u[0-9a-f]+-)", _escape_character, name)
     if key in ("", ".") or posixpath.normpath(key) != key or key.startswith(("/", "..")):
-        key = re.sub(r"/|^\.+", _escaped, key) or "-u-"
-    if len(key) > _MLFLOW_KEY:
-        key = key[: _MLFLOW_KEY - 13] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
+        key = re.sub(r"/|^\.+", _escape_character, key) or "-u-"
+    if len(key) > _MAX_KEY_LENGTH:
+        key = key[: _MAX_KEY_LENGTH - 13] + "-" + hashlib.sha256(name.encode()).hexdigest()[:12]
     return key
 
 
-def _escaped(found: re.Match[str]) -> str:
+def _escape_character(found: re.Match[str]) -> str:
     return "".join(f"-u{ord(character):x}-" for character in found[0])
 
 
-_MLFLOW_KEY = 250
+_MAX_KEY_LENGTH = 250
 
 
-class WeightsAndBiases:
+class WandbLogger:
     """A run of a project; sent in the background, or kept here if W&B was told to be offline.
 
     state: id, by which a resumed training goes on; W&B itself drops steps that it knows
@@ -153,15 +156,15 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def check(self) -> None:
-        wandb = _package("wandb", "init", "track.wandb")
-        if self._offline(wandb):
+        wandb = _import_package("wandb", "init", "track.wandb")
+        if self._is_offline(wandb):
             return
         place = f"track.wandb {self._project}"
         try:
             known = wandb.login(prompt=False)
         except Exception as error:
             raise RequestError(
-                f"{place}: {_line(error)}; see to the key and the network, or set "
+                f"{place}: {_format_error(error)}; see to the key and the network, or set "
                 "WANDB_MODE=offline and send the run later with `wandb sync`"
             ) from error
         if not known:
@@ -171,7 +174,7 @@ class WeightsAndBiases:
             )
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
-        wandb = _package("wandb", "init", "track.wandb")
+        wandb = _import_package("wandb", "init", "track.wandb")
         self._run = wandb.init(
             entity=self._entity or None,
             project=self._project,
@@ -184,17 +187,17 @@ class WeightsAndBiases:
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                finish_timeout=UPLOAD_SECONDS,
+                finish_timeout=UPLOAD_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
-        if self._offline(wandb):
+        if self._is_offline(wandb):
             folder = os.path.dirname(self._run.dir)
             return f"offline; send it with `wandb sync {folder}`"
         return str(self._run.url)
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
-        points = {tag(name): value for name, value in values.items()}
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
+        points = {build_tag(name): value for name, value in values.items()}
         self._run.log(points | {"epoch": number}, step=number, commit=True)
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
@@ -211,11 +214,11 @@ class WeightsAndBiases:
         self._run.finish(exit_code=130 if interrupted else 1)
 
     @staticmethod
-    def _offline(wandb: ModuleType) -> bool:
+    def _is_offline(wandb: ModuleType) -> bool:
         return wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
 
 
-def _package(name: str, attribute: str, key: str) -> ModuleType:
+def _import_package(name: str, attribute: str, key: str) -> ModuleType:
     """An optional package; raises RequestError when it is not installed."""
     try:
         package = importlib.import_module(name)
@@ -223,18 +226,18 @@ def _package(name: str, attribute: str, key: str) -> ModuleType:
         getattr(package, attribute)
     except (ImportError, AttributeError) as error:
         raise RequestError(
-            f"{key}: the package {name} is not installed ({_line(error)}); "
+            f"{key}: the package {name} is not installed ({_format_error(error)}); "
             f"pip install 'imgcls[{name}]' on the machine that runs the driver"
         ) from error
     return package
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def _short_timeouts() -> Iterator[None]:
     """Within it MLflow gives up on its server sooner, unless the user has set it otherwise."""
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_SECONDS),
     }
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
@@ -245,5 +248,5 @@ def _patience() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,10 +16,10 @@ import yaml
 
 from imgcls.data import filesystem
 
-EVENTS = "tensorboard"
+EVENTS_FOLDER = "tensorboard"
 
 
-class TensorBoard:
+class TensorBoardLogger:
     """Event files in `<output>/tensorboard`: written in place, or here and uploaded each time.
 
     Points of a killed driver that are told again are dropped by TensorBoard itself, which is what
@@ -30,11 +30,11 @@ class TensorBoard:
 
     def __init__(self, output: str, state: Mapping[str, Any] | None) -> None:
         self.state: dict[str, Any] = dict(state or {})
-        self._folder = filesystem.join(output, EVENTS)
+        self._folder = filesystem.join(output, EVENTS_FOLDER)
         self._events: Any = None
         self._local: str = ""
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._last = -1
+        self._last_epoch = -1
 
     def check(self) -> None:
         """Nothing to ask: the output folder is known to be writable."""
@@ -46,7 +46,7 @@ class TensorBoard:
 
         if not self.state:
             # of a training that this one replaces
-            for name in filesystem.names(self._folder):
+            for name in filesystem.list_names(self._folder):
                 if ".tfevents." in name:
                     filesystem.remove(filesystem.join(self._folder, name))
         self._local = self._folder
@@ -59,23 +59,23 @@ class TensorBoard:
         # not SummaryWriter: its thread writes later, and hides that it could not
         self._events = EventsWriter(os.path.join(self._local, "events"), suffix)
         if self.state:
-            self._add(first, session_log=SessionLog(status=SessionLog.START))
+            self._write_event(first, session_log=SessionLog(status=SessionLog.START))
         else:
             shown = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
             indented = "".join(f"    {line}\n" for line in shown.splitlines())
-            self._add(0, summary=text("settings", indented))
-        self._publish()
+            self._write_event(0, summary=text("settings", indented))
+        self._upload()
         self.state = {"folder": self._folder}
         return f"tensorboard --logdir {self._folder}"
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        if number > self._last:  # else it was written, and only the upload failed
-            points = [Summary.Value(tag=tag(n), simple_value=v) for n, v in values.items()]
-            self._add(number, summary=Summary(value=points))
-            self._last = number
-        self._publish()
+        if number > self._last_epoch:  # else it was written, and only the upload failed
+            points = [Summary.Value(tag=build_tag(n), simple_value=v) for n, v in values.items()]
+            self._write_event(number, summary=Summary(value=points))
+            self._last_epoch = number
+        self._upload()
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
         self._close()
@@ -83,26 +83,26 @@ class TensorBoard:
     def stop(self, *, interrupted: bool) -> None:
         self._close()
 
-    def _add(self, step: int, **content: Any) -> None:
+    def _write_event(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def _publish(self) -> None:
+    def _upload(self) -> None:
         self._events.flush()
         if self._temporary is not None:
-            for name in filesystem.names(self._local):
+            for name in filesystem.list_names(self._local):
                 data = filesystem.read(filesystem.join(self._local, name))
                 filesystem.write(filesystem.join(self._folder, name), data)
 
     def _close(self) -> None:
-        self._publish()
+        self._upload()
         self._events.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
 
-def tag(name: str) -> str:
+def build_tag(name: str) -> str:
     """A column of the history as a chart's name, so that charts of one kind stand together."""
     split, _, what = name.partition("_")
     if split in ("train", "val"):

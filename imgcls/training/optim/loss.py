@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from imgcls.config import Section
 from imgcls.errors import ConfigError
 
-AUXILIARY = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
+AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 """Weights of Inception's and GoogLeNet's auxiliary losses (Szegedy et al., CVPR 2016 and 2015)."""
 
 
@@ -31,7 +31,7 @@ class LossConfig(Section):
     """Focal loss (Lin et al. 2017): weakens what is already right; 2 is usual, 0 is none."""
 
 
-class Loss:
+class TrainingLoss:
     """The training loss of a batch.
 
     weights: (C,) float32 per class, or None for equal ones
@@ -48,15 +48,15 @@ class Loss:
         targets: (N,) int64 class indices, or (N, C) float32 shares of classes
         """
         if isinstance(outputs, torch.Tensor):
-            return self._of(outputs, targets), outputs.float()
-        loss = self._of(outputs.logits, targets)
-        for name, weight in AUXILIARY.items():
+            return self._compute_sum(outputs, targets), outputs.float()
+        loss = self._compute_sum(outputs.logits, targets)
+        for name, weight in AUXILIARY_WEIGHTS.items():
             auxiliary = getattr(outputs, name, None)
             if auxiliary is not None:
-                loss = loss + weight * self._of(auxiliary, targets)
+                loss = loss + weight * self._compute_sum(auxiliary, targets)
         return loss, outputs.logits.float()
 
-    def _of(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _compute_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
         if self._gamma == 0:
             return F.cross_entropy(
@@ -75,7 +75,7 @@ class Loss:
         return (terms if self.weights is None else terms * self.weights).sum()
 
 
-def class_weights(
+def compute_class_weights(
     config: LossConfig, classes: Sequence[str], counts: Sequence[int]
 ) -> list[float] | None:
     """Weight of each class's rows, with mean 1 over the training rows; None for equal weights.

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-RANGE = (1e-6, 1.0)
-STEPS = 150
-BLOWN = 4.0
+LR_RANGE = (1e-6, 1.0)
+MAX_STEPS = 150
+DIVERGENCE_FACTOR = 4.0
 """It ends when the smoothed loss is this many times its lowest."""
 SMOOTHING = 0.9
 
 
-class RangeTest:
+class LrFinder:
     """Sets the learning rate of each step and keeps what came of it.
 
     curve: (highest learning rate of the step, mean loss) pairs, finite ones
@@ -33,29 +33,29 @@ class RangeTest:
         self._smooth, self._lowest = 0.0, math.inf
 
     @property
-    def rate(self) -> float:
-        low, high = RANGE
-        return low * (high / low) ** (len(self.curve) / (STEPS - 1))
+    def lr(self) -> float:
+        low, high = LR_RANGE
+        return low * (high / low) ** (len(self.curve) / (MAX_STEPS - 1))
 
-    def set_rate(self) -> None:
+    def set_lr(self) -> None:
         """For the next step; groups keep their proportions."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate * group["peak"] / self._peak
+            group["lr"] = self.lr * group["peak"] / self._peak
 
-    def add(self, loss: float) -> None:
+    def record(self, loss: float) -> None:
         """Take in the mean loss of a step over all workers."""
         if math.isfinite(loss):
-            self.curve.append((self.rate, loss))
+            self.curve.append((self.lr, loss))
             self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
             unbiased = self._smooth / (1 - SMOOTHING ** len(self.curve))
             self._lowest = min(self._lowest, unbiased)
-            blown = unbiased > BLOWN * self._lowest
+            blown = unbiased > DIVERGENCE_FACTOR * self._lowest
         else:
             blown = True
-        self.is_over = blown or len(self.curve) == STEPS
+        self.is_over = blown or len(self.curve) == MAX_STEPS
 
 
-def steepest(lrs: Sequence[float], smoothed: npt.NDArray[np.float64]) -> float:
+def find_steepest_lr(lrs: Sequence[float], smoothed: npt.NDArray[np.float64]) -> float:
     """The learning rate at which the smoothed loss falls fastest per decade, before its minimum."""
     lowest = max(2, int(np.argmin(smoothed)) + 1)
     slope = np.gradient(smoothed[:lowest], np.log10(lrs[:lowest]))

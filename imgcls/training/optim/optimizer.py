@@ -15,14 +15,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from imgcls.config import Section, UnitFloat
-from imgcls.training.optim.param_groups import Group
+from imgcls.training.optim.param_groups import ParamGroup
 
 OptimizerName = Literal["adamw", "sgd"]
 ScheduleName = Literal["cosine", "one_cycle", "step", "constant"]
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
 ONE_CYCLE_MOMENTUM = (0.85, 0.95)
-EMA_RAMP = 10
+EMA_WARMUP = 10
 
 
 class OptimConfig(Section):
@@ -52,25 +52,25 @@ class OptimConfig(Section):
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.99
     """Decay per step of the averaged weights, which are judged and kept; none for no average."""
 
-    def peak_lr(self, batch_size: int) -> float:
+    def compute_peak_lr(self, batch_size: int) -> float:
         """The highest learning rate for batches of this size."""
         if self.lr is None:
             raise ValueError("optim.lr is still open; `default_lr` of the strategy is meant")
         return self.lr * (batch_size / self.scale_lr_from if self.scale_lr_from else 1)
 
 
-def optimizer(
-    network: nn.Module, groups: Sequence[Group], config: OptimConfig, *, batch_size: int
+def build_optimizer(
+    network: nn.Module, groups: Sequence[ParamGroup], config: OptimConfig, *, batch_size: int
 ) -> torch.optim.Optimizer:
     """The optimiser over all parameters; every group remembers its highest rate as `peak`."""
     parameters = dict(network.named_parameters())
-    peak = config.peak_lr(batch_size)
+    peak = config.compute_peak_lr(batch_size)
     settings = [
         {
             "params": [parameters[name] for name in group.names],
             "lr": peak * group.lr_scale,
             "peak": peak * group.lr_scale,
-            "weight_decay": config.weight_decay if group.decayed else 0.0,
+            "weight_decay": config.weight_decay if group.has_weight_decay else 0.0,
         }
         for group in groups
     ]
@@ -81,14 +81,16 @@ def optimizer(
     return torch.optim.AdamW(settings, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> None:
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
+) -> None:
     """Give every group its learning rate for step number `step` of `steps`, counted from 0."""
-    factor = lr_factor(config, step, steps)
+    factor = compute_lr_factor(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     if config.schedule == "one_cycle":
         low, high = ONE_CYCLE_MOMENTUM
-        momentum = high + (low - high) * _one_cycle(config, step, steps, 0.0, 0.0)
+        momentum = high + (low - high) * _compute_one_cycle(config, step, steps, 0.0, 0.0)
         for group in optimizer.param_groups:
             if "betas" in group:
                 group["betas"] = (momentum, group["betas"][1])
@@ -96,33 +98,35 @@ def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, 
                 group["momentum"] = momentum
 
 
-def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
+def compute_lr_factor(config: OptimConfig, step: int, steps: int) -> float:
     """Share of the highest learning rate at a step."""
     warmup = round(config.warmup * steps)
     if config.schedule == "one_cycle":
-        return _one_cycle(config, step, steps, ONE_CYCLE_START, ONE_CYCLE_END)
+        return _compute_one_cycle(config, step, steps, ONE_CYCLE_START, ONE_CYCLE_END)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "step":
         return config.step_factor ** int(step / (config.step_every * steps) + 1e-9)
-    return _half_cosine(1.0, 0.0, (step - warmup) / max(1, steps - warmup))
+    return _interpolate_cosine(1.0, 0.0, (step - warmup) / max(1, steps - warmup))
 
 
-def _one_cycle(config: OptimConfig, step: int, steps: int, start: float, end: float) -> float:
+def _compute_one_cycle(
+    config: OptimConfig, step: int, steps: int, start: float, end: float
+) -> float:
     """Half a cosine from `start` to 1 at the end of the warm-up, and another down to `end`."""
     peak = config.warmup * max(1, steps - 1)
     if step < peak:
-        return _half_cosine(start, 1.0, step / peak)
-    return _half_cosine(1.0, end, (step - peak) / max(1.0, steps - 1 - peak))
+        return _interpolate_cosine(start, 1.0, step / peak)
+    return _interpolate_cosine(1.0, end, (step - peak) / max(1.0, steps - 1 - peak))
 
 
-def _half_cosine(start: float, end: float, share: float) -> float:
+def _interpolate_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-class AveragedWeights:
+class ModelEma:
     """Exponential moving average of a network's weights and running statistics.
 
     The decay of step t is min(decay, (1 + t) / (10 + t)), so that an average of few steps does not
@@ -140,13 +144,13 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the network's weights after step number `step`, counted from 0."""
-        share = 1 - min(self._decay, (1 + step) / (EMA_RAMP + step))
+        share = 1 - min(self._decay, (1 + step) / (EMA_WARMUP + step))
         torch._foreach_lerp_(self._averages, self._sources, share)
         for mine, theirs in self._counters:
             mine.copy_(theirs)
 
 
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+def copy_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of a state dict in main memory, which further steps do not change."""
     return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -154,7 +158,7 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def copy_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A copy of an optimiser's state in main memory."""
 
     def copied(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from imgcls.config import Section
 from imgcls.errors import RequestError
 from imgcls.models.bundle import Architecture
-from imgcls.training.optim.param_groups import Group, groups, layers
+from imgcls.training.optim.param_groups import ParamGroup, build_param_groups, split_layers
 
 Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
 
@@ -42,7 +42,7 @@ class FinetuneConfig(Section):
     """Epochs after which one more layer, from the head down, begins to move; at once if none."""
 
 
-def settle(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
+def resolve_strategy(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
     """The strategy that is meant: the head and then all from weights, else from scratch.
 
     Raises RequestError when a strategy needs weights and there are none.
@@ -57,7 +57,7 @@ def settle(strategy: Strategy | None, *, pretrained: bool) -> Strategy:
     return strategy
 
 
-def default_lr(strategy: Strategy, architecture: Architecture) -> float:
+def choose_default_lr(strategy: Strategy, architecture: Architecture) -> float:
     """The highest learning rate of a batch of 64 under AdamW.
 
     The small CNN, all normalised, bears more than most do; 1e-3 leaves it short of what it can.
@@ -71,14 +71,18 @@ def has_probe(strategy: Strategy) -> bool:
     return strategy in ("probe", "probe_then_finetune")
 
 
-def parameter_groups(network: nn.Module, strategy: Strategy, config: FinetuneConfig) -> list[Group]:
+def plan_param_groups(
+    network: nn.Module, strategy: Strategy, config: FinetuneConfig
+) -> list[ParamGroup]:
     """Which parameters share a learning rate under a strategy."""
     if strategy == "scratch":
-        return groups(network)
-    return groups(network, backbone_scale=config.backbone_lr_scale, layer_decay=config.layer_decay)
+        return build_param_groups(network)
+    return build_param_groups(
+        network, backbone_scale=config.backbone_lr_scale, layer_decay=config.layer_decay
+    )
 
 
-def held_norms(
+def find_frozen_norms(
     network: nn.Module, strategy: Strategy, config: FinetuneConfig, moving: Collection[str]
 ) -> list[nn.Module]:
     """The batch normalization layers that keep their statistics while others train.
@@ -104,9 +108,11 @@ def held_norms(
     ]
 
 
-def moving(network: nn.Module, strategy: Strategy, config: FinetuneConfig, epoch: int) -> set[str]:
+def find_trainable(
+    network: nn.Module, strategy: Strategy, config: FinetuneConfig, epoch: int
+) -> set[str]:
     """Names of the parameters that move in an epoch, counted from 1."""
-    cut = layers(network)
+    cut = split_layers(network)
     if strategy == "scratch" or config.unfreeze_every is None:
         return {name for layer in cut for name in layer}
     # after a probe, an epoch of the head alone would teach it nothing

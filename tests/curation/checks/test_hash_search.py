@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcls.curation.checks.hash_search import Groups, near_pairs
+from imgcls.curation.checks.hash_search import DisjointSets, find_near_pairs
 
 
 def random_hashes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -23,8 +23,8 @@ def flipped(rng: np.random.Generator, hashes: np.ndarray, share: float) -> np.nd
 
 
 def groups_of(count: int, first: np.ndarray, second: np.ndarray) -> set[frozenset[int]]:
-    groups = Groups(count)
-    groups.join(first, second)
+    groups = DisjointSets(count)
+    groups.union(first, second)
     found: dict[int, set[int]] = {}
     for row, root in enumerate(groups.root.tolist()):
         found.setdefault(root, set()).add(row)
@@ -38,7 +38,7 @@ def test_the_groups_are_those_of_comparing_every_pair() -> None:
     hashes = np.concatenate([originals, *copies])
     mirror = random_hashes(rng, 1)[0]
     hashes[450:500] ^= mirror
-    pairs = near_pairs(hashes, mirror, most=24)
+    pairs = find_near_pairs(hashes, mirror, most=24)
     distance = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(axis=2)
     mirrored = np.bitwise_count(hashes[:, None] ^ hashes[None] ^ mirror).sum(axis=2)
     one, other = np.nonzero(np.triu(np.minimum(distance, mirrored) <= 24, 1))
@@ -59,7 +59,7 @@ def test_no_pair_of_few_bits_in_the_first_word_is_missed() -> None:
     for row in range(200):
         for bit in rng.choice(64, 5, replace=False):
             near[row, 0] ^= np.uint64(1) << np.uint64(bit)
-    pairs = near_pairs(np.concatenate([hashes, near]), None, most=10)
+    pairs = find_near_pairs(np.concatenate([hashes, near]), None, most=10)
     assert set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == {
         (row, row + 200) for row in range(200)
     }
@@ -69,24 +69,26 @@ def test_many_copies_of_one_image_are_one_group_at_little_cost() -> None:
     rng = np.random.default_rng(2)
     one = random_hashes(rng, 1)
     hashes = flipped(rng, np.repeat(one, 20_000, axis=0), 0.01)
-    pairs = near_pairs(hashes, None, most=30)
+    pairs = find_near_pairs(hashes, None, most=30)
     assert len(groups_of(len(hashes), pairs.first, pairs.second)) == 1
     assert len(pairs) < 4 * len(hashes)
 
 
 def test_of_nothing_there_are_no_pairs() -> None:
     for count in (0, 1):
-        assert len(near_pairs(random_hashes(np.random.default_rng(0), count), None, most=60)) == 0
+        assert (
+            len(find_near_pairs(random_hashes(np.random.default_rng(0), count), None, most=60)) == 0
+        )
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=60), st.integers(1, 3))
 def test_joined_rows_are_together_whatever_the_order(
     pairs: list[tuple[int, int]], pieces: int
 ) -> None:
-    groups = Groups(31)
+    groups = DisjointSets(31)
     for piece in range(pieces):
         part = np.array(pairs[piece::pieces], np.int64).reshape(-1, 2)
-        groups.join(part[:, 0], part[:, 1])
+        groups.union(part[:, 0], part[:, 1])
     sets = [{row} for row in range(31)]
     for one, other in pairs:
         joined = sets[one] | sets[other]
@@ -99,7 +101,7 @@ def test_joined_rows_are_together_whatever_the_order(
 def test_every_pair_is_told_once(most: int) -> None:
     rng = np.random.default_rng(3)
     hashes = np.repeat(random_hashes(rng, 50), 2, axis=0)
-    pairs = near_pairs(hashes, random_hashes(rng, 1)[0], most=most)
+    pairs = find_near_pairs(hashes, random_hashes(rng, 1)[0], most=most)
     told = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     assert told == [(i, i + 1) for i in range(0, 100, 2)]
     assert not list(itertools.compress(told, pairs.mirrored))

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as TF
 from imgcls.config import Section, dump, load
 from imgcls.errors import ConfigError
 from imgcls.training.augment import ops as steps
-from imgcls.training.augment.augment import PRESETS, Augment, AugmentConfig, Recipe, centre
-from imgcls.training.augment.preview import grid, sample_rows
+from imgcls.training.augment.augment import PRESETS, Augment, AugmentConfig, Recipe, center_crop
+from imgcls.training.augment.preview import choose_sample_rows, draw_preview
 
 VARYING = ["light", "standard", "strong"]
 
@@ -44,17 +44,17 @@ def augmented(
 
 def test_a_bare_word_is_the_preset() -> None:
     config = load(Job, ["--augment", "strong"], prog="imgcls train")
-    assert config.augment.recipe() == PRESETS["strong"]
-    assert Job().augment.recipe() == PRESETS["standard"]
+    assert config.augment.build_recipe() == PRESETS["strong"]
+    assert Job().augment.build_recipe() == PRESETS["standard"]
 
 
 def test_no_augmentation_can_be_asked_for_where_none_means_no_value(tmp_path: Path) -> None:
     config = load(Job, ["--augment.preset", "none"], prog="imgcls train")
-    assert config.augment.recipe() == Recipe()
+    assert config.augment.build_recipe() == Recipe()
     file = tmp_path / "job.yaml"
     file.write_text("augment: {preset: strong, auto: off}")  # off is YAML for false
     config = load(Job, ["--config", str(file)], prog="imgcls train")
-    assert config.augment.recipe() == dataclasses.replace(PRESETS["strong"], auto="off")
+    assert config.augment.build_recipe() == dataclasses.replace(PRESETS["strong"], auto="off")
 
 
 OVERRIDES: dict[str, Any] = {
@@ -92,7 +92,7 @@ def test_every_setting_overrides_its_preset_and_only_itself(preset: Any) -> None
             text = str(list(one)) if isinstance(one, tuple) else str(one)
             argv += [f"--augment.{key.replace('_', '-')}", text]
         config = load(Job, argv, prog="imgcls train").augment
-        assert config.recipe() == dataclasses.replace(PRESETS[preset], **given)
+        assert config.build_recipe() == dataclasses.replace(PRESETS[preset], **given)
         assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
         assert config.preset in dump(Job(augment=config))
 
@@ -224,8 +224,10 @@ def test_a_cpu_works_on_one_thread_and_leaves_the_others_to_the_network(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = []
-    cut = steps.cut
-    monkeypatch.setattr(steps, "cut", lambda *a: found.append(torch.get_num_threads()) or cut(*a))
+    cut = steps.crop_and_flip
+    monkeypatch.setattr(
+        steps, "crop_and_flip", lambda *a: found.append(torch.get_num_threads()) or cut(*a)
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -261,8 +263,8 @@ def test_a_gpu_gives_what_a_cpu_gives(preset: str) -> None:
 
 def boxes_of(count: int, side: int, scale: Any = (0.05, 1.0), ratio: Any = (0.5, 2.0)) -> Any:
     torch.manual_seed(0)
-    area = steps.uniform(count, scale)
-    return area, steps.random_boxes(area, ratio, side)
+    area = steps.draw_uniform(count, scale)
+    return area, steps.draw_boxes(area, ratio, side)
 
 
 def test_boxes_lie_within_the_image_and_have_the_area_and_shape_asked_for() -> None:
@@ -289,7 +291,7 @@ def test_a_box_of_the_whole_area_is_the_whole_image_whatever_its_shape() -> None
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (40, 32), (20, 32), (90, 24)])
-@pytest.mark.parametrize("how", [steps._cut_each, steps._cut_together])
+@pytest.mark.parametrize("how", [steps._crop_on_cpu, steps._crop_on_gpu])
 def test_crops_are_those_of_torchvision(side: int, size: int, how: Any) -> None:
     """The GPU's way sums in float32 what the CPU's sums in integers: one level of 255 apart."""
     pixels = noise(24, side)
@@ -303,10 +305,10 @@ def test_crops_are_those_of_torchvision(side: int, size: int, how: Any) -> None:
         torch.testing.assert_close(out.int(), expected.int(), atol=1, rtol=0)
 
 
-@pytest.mark.parametrize("how", [steps._cut_each, steps._cut_together])
+@pytest.mark.parametrize("how", [steps._crop_on_cpu, steps._crop_on_gpu])
 def test_flips_move_pixels_and_change_none(how: Any) -> None:
     pixels = noise(4, 19)
-    boxes = steps.centre_boxes(4, 19, 16)
+    boxes = steps.build_center_boxes(4, 19, 16)
     flips = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]]) > 0
     plain, mirrored, turned, both = how(pixels, boxes, flips, 16)
     middle = TF.center_crop(pixels, [16, 16])
@@ -364,7 +366,9 @@ def test_colours_change_as_in_torchvision(
     monkeypatch: pytest.MonkeyPatch, setting: str, reference: Any, end: int
 ) -> None:
     """At either end of the range that is drawn from; two levels, since torchvision rounds down."""
-    monkeypatch.setattr(steps, "uniform", lambda n, bounds: torch.full((n,), float(bounds[end])))
+    monkeypatch.setattr(
+        steps, "draw_uniform", lambda n, bounds: torch.full((n,), float(bounds[end]))
+    )
     pixels = coloured_noise(3, 8)
     found, _ = augmented(pixels, 8, **{setting: 0.3})
     expected = reference(pixels, (0.7, 1.3)[end])
@@ -372,7 +376,7 @@ def test_colours_change_as_in_torchvision(
 
 
 def test_colours_change_together_as_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "uniform", lambda n, bounds: torch.full((n,), float(bounds[0])))
+    monkeypatch.setattr(steps, "draw_uniform", lambda n, bounds: torch.full((n,), float(bounds[0])))
     pixels = coloured_noise(3, 8)
     found, _ = augmented(pixels, 8, brightness=0.3, contrast=0.4, saturation=0.5)
     expected = TF.adjust_saturation(pixels / 255, 0.5)
@@ -391,7 +395,7 @@ def test_factors_are_drawn_from_the_whole_range() -> None:
 def test_a_hue_keeps_the_luma_and_half_a_turn_is_the_complement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(steps, "uniform", lambda n, bounds: torch.full((n,), float(bounds[1])))
+    monkeypatch.setattr(steps, "draw_uniform", lambda n, bounds: torch.full((n,), float(bounds[1])))
     pixels = coloured_noise(3, 8)
     found, _ = augmented(pixels, 8, hue=0.5)
     luma = TF.rgb_to_grayscale(pixels.float(), num_output_channels=3)
@@ -399,11 +403,11 @@ def test_a_hue_keeps_the_luma_and_half_a_turn_is_the_complement(
 
 
 def test_four_quarter_turns_of_the_hue_are_none_and_grey_stays_grey() -> None:
-    quarter = steps.colour_matrix(torch.ones(1), torch.tensor([0.25]))[0]
+    quarter = steps.build_color_matrix(torch.ones(1), torch.tensor([0.25]))[0]
     torch.testing.assert_close(quarter.matrix_power(4), torch.eye(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(quarter @ torch.ones(3), torch.ones(3), atol=1e-4, rtol=0)
-    paler = steps.colour_matrix(torch.tensor([0.5]), torch.zeros(1))[0]
-    both = steps.colour_matrix(torch.tensor([0.5]), torch.tensor([0.25]))[0]
+    paler = steps.build_color_matrix(torch.tensor([0.5]), torch.zeros(1))[0]
+    both = steps.build_color_matrix(torch.tensor([0.5]), torch.tensor([0.25]))[0]
     torch.testing.assert_close(both, paler @ quarter)
     grey = torch.full((8, 3, 4, 4), 77, dtype=torch.uint8)
     assert torch.equal(augmented(grey, 4, hue=0.5, saturation=1.0)[0], grey)
@@ -477,7 +481,7 @@ def test_targets_are_the_shares_of_the_classes_in_the_pixels(settings: Any) -> N
 def test_mixup_blends_each_image_with_the_one_before() -> None:
     pixels = noise(12, 6)
     torch.manual_seed(0)
-    found, share = steps.mix(pixels, 1.0, 0.0, 1.0)
+    found, share = steps.mix_images(pixels, 1.0, 0.0, 1.0)
     weight = share[:, None, None, None]
     expected = weight * pixels + (1 - weight) * pixels.roll(1, 0)
     torch.testing.assert_close(found.float(), expected, atol=0.51, rtol=0)
@@ -489,7 +493,7 @@ def test_cutmix_pastes_a_square_of_the_image_before() -> None:
     own, other = torch.full((2, 3, 10, 10), 1, dtype=torch.uint8)
     pixels = torch.stack([own, other + 1] * 10)
     torch.manual_seed(0)
-    found, share = steps.mix(pixels, 0.0, 1.0, 1.0)
+    found, share = steps.mix_images(pixels, 0.0, 1.0, 1.0)
     for before, after, rest in zip(pixels, found, share, strict=True):
         rows, columns = (before != after)[0].nonzero().unbind(1)
         side = int(rows.max() - rows.min()) + 1
@@ -531,7 +535,7 @@ def sheet(preset: str, side: int = 20, size: int = 16, **settings: Any) -> Image
     augment = Augment(config, size=size, num_classes=3)
     pixels, labels = noise(3, side).numpy(), np.array([0, 1, 2])
     names = ["cat", "dog", "a name so long that no caption can hold it"]
-    return Image.open(io.BytesIO(grid(pixels, labels, names, augment, **settings)))
+    return Image.open(io.BytesIO(draw_preview(pixels, labels, names, augment, **settings)))
 
 
 def contains(picture: Image.Image, tile: np.ndarray) -> bool:
@@ -546,7 +550,7 @@ def contains(picture: Image.Image, tile: np.ndarray) -> bool:
 def test_the_grid_shows_every_image_as_it_is_evaluated(preset: str) -> None:
     picture = sheet(preset)
     assert (picture.format, picture.mode) == ("PNG", "RGB")
-    for image in centre(noise(3, 20), 16):
+    for image in center_crop(noise(3, 20), 16):
         tile = image.permute(1, 2, 0).numpy().repeat(9, 0).repeat(9, 1)
         assert contains(picture, tile)
 
@@ -579,8 +583,8 @@ def test_the_grid_depends_on_its_seed_and_leaves_the_callers_randomness_alone() 
 
 
 def test_the_sample_has_as_many_classes_as_possible() -> None:
-    assert sample_rows(np.array([0, 0, 0, 1, 1, 2]), 4).tolist() == [0, 1, 3, 5]
-    assert sample_rows(np.array([5, 3, 5]), 8).tolist() == [1, 0, 2]
-    many = sample_rows(np.arange(1000) // 10, 8)
+    assert choose_sample_rows(np.array([0, 0, 0, 1, 1, 2]), 4).tolist() == [0, 1, 3, 5]
+    assert choose_sample_rows(np.array([5, 3, 5]), 8).tolist() == [1, 0, 2]
+    many = choose_sample_rows(np.arange(1000) // 10, 8)
     assert len(many) == 8
     assert (many[0], many[-1]) == (0, 990)

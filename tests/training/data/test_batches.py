@@ -15,20 +15,20 @@ import pytest
 from imgcls.data import decode
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import (
-    BATCHES_AHEAD,
-    BLOCK_BYTES,
-    BLOCK_ROWS,
+    MAX_BLOCK_BYTES,
+    MAX_BLOCK_ROWS,
+    PREFETCH_BATCHES,
     Batch,
-    Views,
-    ahead,
-    block_rows,
-    decode_chunk,
-    pixels_of,
+    DecodeSettings,
+    compute_block_rows,
+    decode_block,
+    prefetch,
+    view_pixels,
 )
 from tests.training.rows import draw_rows
 
 SPEC = Preprocess(resize=16, crop=16, mode="squash")
-VIEWS = Views.of(SPEC, cropped=False)
+VIEWS = DecodeSettings.from_preprocess(SPEC, cropped=False)
 
 
 @pytest.fixture
@@ -45,36 +45,36 @@ def split(rows: pa.Table, *, held: bool) -> pa.Table:
 
 def test_images_that_are_cropped_at_random_are_decoded_with_their_margin() -> None:
     spec = Preprocess(resize=256, crop=224)
-    views = Views.of(spec, cropped=True)
+    views = DecodeSettings.from_preprocess(spec, cropped=True)
     assert (views.train.crop, views.train.resize) == (256, 256)
-    assert views.val == spec == views.of_split(held=True)
-    assert views.of_split(held=False) == views.train
-    assert Views.of(spec, cropped=False).train == spec
+    assert views.val == spec == views.for_split(held=True)
+    assert views.for_split(held=False) == views.train
+    assert DecodeSettings.from_preprocess(spec, cropped=False).train == spec
 
 
 @pytest.mark.parametrize("mode", ["pad", "squash"])
 def test_without_a_margin_both_splits_are_decoded_alike(mode: str) -> None:
     spec = Preprocess(resize=256, crop=224, mode=mode)
-    assert Views.of(spec, cropped=True) == Views(spec, spec)
+    assert DecodeSettings.from_preprocess(spec, cropped=True) == DecodeSettings(spec, spec)
 
 
 def test_the_bytes_of_all_rows_are_those_of_their_views(rows: pa.Table) -> None:
-    views = Views.of(Preprocess(resize=20, crop=16), cropped=True)
-    assert views.bytes_of(rows) == 6 * 3 * 20 * 20 + 4 * 3 * 16 * 16
+    views = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
+    assert views.compute_decoded_bytes(rows) == 6 * 3 * 20 * 20 + 4 * 3 * 16 * 16
 
 
 def test_blocks_stay_below_their_limits() -> None:
-    assert block_rows(Preprocess(resize=16, crop=16)) == BLOCK_ROWS
-    large = block_rows(Preprocess(resize=1000, crop=1000))
-    assert large * 3_000_000 <= BLOCK_BYTES < (large + 1) * 3_000_000
-    assert block_rows(Preprocess(resize=9000, crop=9000)) == 1
+    assert compute_block_rows(Preprocess(resize=16, crop=16)) == MAX_BLOCK_ROWS
+    large = compute_block_rows(Preprocess(resize=1000, crop=1000))
+    assert large * 3_000_000 <= MAX_BLOCK_BYTES < (large + 1) * 3_000_000
+    assert compute_block_rows(Preprocess(resize=9000, crop=9000)) == 1
 
 
 # ------------------------------------------------------------------ decoding
 
 
 def test_a_bad_image_is_a_row_with_its_reason(rows: pa.Table) -> None:
-    decoded = decode_chunk(split(rows, held=False), VIEWS)
+    decoded = decode_block(split(rows, held=False), VIEWS)
     errors = dict(
         zip(decoded.column("row").to_pylist(), decoded.column("error").to_pylist(), strict=True)
     )
@@ -84,22 +84,22 @@ def test_a_bad_image_is_a_row_with_its_reason(rows: pa.Table) -> None:
 
 
 def test_each_split_is_decoded_by_its_own_view(rows: pa.Table) -> None:
-    views = Views.of(Preprocess(resize=20, crop=16), cropped=True)
+    views = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
     for held, side in ((False, 20), (True, 16)):
-        decoded = decode_chunk(split(rows, held=held), views).combine_chunks()
+        decoded = decode_block(split(rows, held=held), views).combine_chunks()
         (batch,) = decoded.to_batches()
-        pixels = pixels_of(batch, views.of_split(held=held))
+        pixels = view_pixels(batch, views.for_split(held=held))
         assert pixels.shape == (len(decoded), 3, side, side)
         url = decoded.column("url")[0].as_py()
-        expected, _ = decode.decode(Path(url).read_bytes(), views.of_split(held=held))
+        expected, _ = decode.decode_image(Path(url).read_bytes(), views.for_split(held=held))
         np.testing.assert_array_equal(pixels[0], expected)
 
 
 def test_a_slice_of_a_block_holds_its_own_pixels(rows: pa.Table) -> None:
-    (batch,) = decode_chunk(split(rows, held=True), VIEWS).combine_chunks().to_batches()
-    whole = pixels_of(batch, SPEC)
-    np.testing.assert_array_equal(pixels_of(batch.slice(2, 1), SPEC), whole[2:3])
-    np.testing.assert_array_equal(pixels_of(batch.slice(1), SPEC), whole[1:])
+    (batch,) = decode_block(split(rows, held=True), VIEWS).combine_chunks().to_batches()
+    whole = view_pixels(batch, SPEC)
+    np.testing.assert_array_equal(view_pixels(batch.slice(2, 1), SPEC), whole[2:3])
+    np.testing.assert_array_equal(view_pixels(batch.slice(1), SPEC), whole[1:])
 
 
 # ------------------------------------------------------------------ batches made ahead of use
@@ -124,8 +124,8 @@ def wait_for(condition: object) -> None:
 
 
 def test_batches_come_in_order_and_all_of_them() -> None:
-    assert numbers(ahead(batch(i) for i in range(20))) == list(range(20))
-    assert numbers(ahead(iter(()))) == []
+    assert numbers(prefetch(batch(i) for i in range(20))) == list(range(20))
+    assert numbers(prefetch(iter(()))) == []
 
 
 def test_batches_are_made_ahead_of_their_use_but_not_many() -> None:
@@ -136,9 +136,9 @@ def test_batches_are_made_ahead_of_their_use_but_not_many() -> None:
             made.append(i)
             yield batch(i)
 
-    batches = ahead(source())
+    batches = prefetch(source())
     next(batches)
-    most = 1 + BATCHES_AHEAD + 1  # taken, ready, and in the maker's hand
+    most = 1 + PREFETCH_BATCHES + 1  # taken, ready, and in the maker's hand
     wait_for(lambda: len(made) == most)
     time.sleep(0.3)
     assert len(made) == most
@@ -150,7 +150,7 @@ def test_a_failure_is_raised_where_the_batch_is_awaited() -> None:
         yield batch(0)
         raise ZeroDivisionError("in the thread")
 
-    batches = ahead(source())
+    batches = prefetch(source())
     assert int(next(batches).labels[0]) == 0
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(batches)
@@ -158,7 +158,7 @@ def test_a_failure_is_raised_where_the_batch_is_awaited() -> None:
 
 def test_batches_that_are_let_go_leave_no_thread_behind() -> None:
     before = gathering()
-    batches = ahead(batch(i) for i in range(1000))
+    batches = prefetch(batch(i) for i in range(1000))
     next(batches)
     assert gathering() == before + 1
     batches.close()

@@ -11,12 +11,12 @@ import pytest
 
 from imgcls.data import decode
 from imgcls.data.preprocess import Preprocess
-from imgcls.training.data.batches import Views, decode_chunk
-from imgcls.training.data.cached import ImageSet, decode_images, store_bytes
+from imgcls.training.data.batches import DecodeSettings, decode_block
+from imgcls.training.data.cached import CachedDataset, decode_images, find_store_bytes
 from tests.training.rows import draw_rows
 
 SPEC = Preprocess(resize=16, crop=16, mode="squash")
-VIEWS = Views.of(SPEC, cropped=False)
+VIEWS = DecodeSettings.from_preprocess(SPEC, cropped=False)
 GOOD = {False: [1, 2, 7, 8], True: [0, 3, 6, 9]}
 """The rows of each split that can be decoded."""
 
@@ -34,13 +34,13 @@ def blocks(rows: pa.Table, *sizes: int) -> list[pa.Table]:
         start = 0
         for size in (*sizes, len(split)):
             if start < len(split):
-                made.append(decode_chunk(split.slice(start, size), VIEWS))
+                made.append(decode_block(split.slice(start, size), VIEWS))
             start += size
     return made[::-1]
 
 
 def expected(rows: pa.Table, row: int) -> np.ndarray:
-    pixels, _ = decode.decode(Path(rows.column("url")[row].as_py()).read_bytes(), SPEC)
+    pixels, _ = decode.decode_image(Path(rows.column("url")[row].as_py()).read_bytes(), SPEC)
     return pixels
 
 
@@ -49,43 +49,45 @@ def expected(rows: pa.Table, row: int) -> np.ndarray:
 def test_a_split_holds_its_good_rows_in_manifest_order_whichever_block_came_first(
     rows: pa.Table, held: bool, sizes: tuple[int, ...]
 ) -> None:
-    split = ImageSet(blocks(rows, *sizes), SPEC, held=held)
+    split = CachedDataset(blocks(rows, *sizes), SPEC, held=held)
     assert len(split) == 4
     assert split.labels.tolist() == [row % 3 for row in GOOD[held]]
     for at, row in enumerate(GOOD[held]):
-        np.testing.assert_array_equal(split.pixels(np.array([at]))[0], expected(rows, row))
+        np.testing.assert_array_equal(split.gather_pixels(np.array([at]))[0], expected(rows, row))
 
 
 def test_pixels_come_in_the_order_asked_for_and_as_often(rows: pa.Table) -> None:
-    train = ImageSet(blocks(rows, 2), SPEC, held=False)
-    forward = train.pixels(np.arange(4))
-    np.testing.assert_array_equal(train.pixels(np.array([3, 1, 1])), forward[[3, 1, 1]])
-    assert train.pixels(np.zeros(0, np.int64)).shape == (0, 3, 16, 16)
+    train = CachedDataset(blocks(rows, 2), SPEC, held=False)
+    forward = train.gather_pixels(np.arange(4))
+    np.testing.assert_array_equal(train.gather_pixels(np.array([3, 1, 1])), forward[[3, 1, 1]])
+    assert train.gather_pixels(np.zeros(0, np.int64)).shape == (0, 3, 16, 16)
 
 
 def test_a_sliced_block_is_read_from_where_it_starts(rows: pa.Table) -> None:
-    whole = ImageSet(blocks(rows), SPEC, held=True)
-    block = decode_chunk(rows.filter(rows.column("held")), VIEWS)
-    parts = ImageSet([block.slice(0, 1), block.slice(1)], SPEC, held=True)
-    np.testing.assert_array_equal(parts.pixels(np.arange(4)), whole.pixels(np.arange(4)))
+    whole = CachedDataset(blocks(rows), SPEC, held=True)
+    block = decode_block(rows.filter(rows.column("held")), VIEWS)
+    parts = CachedDataset([block.slice(0, 1), block.slice(1)], SPEC, held=True)
+    np.testing.assert_array_equal(
+        parts.gather_pixels(np.arange(4)), whole.gather_pixels(np.arange(4))
+    )
 
 
 def test_what_is_changed_in_a_batch_does_not_change_the_images(rows: pa.Table) -> None:
-    train = ImageSet(blocks(rows), SPEC, held=False)
-    before = train.pixels(np.arange(4))
-    taken = train.pixels(np.arange(4))
+    train = CachedDataset(blocks(rows), SPEC, held=False)
+    before = train.gather_pixels(np.arange(4))
+    taken = train.gather_pixels(np.arange(4))
     taken[:] = 0
-    np.testing.assert_array_equal(train.pixels(np.arange(4)), before)
+    np.testing.assert_array_equal(train.gather_pixels(np.arange(4)), before)
 
 
 def test_a_batch_for_each_set_of_rows(rows: pa.Table) -> None:
-    train = ImageSet(blocks(rows), SPEC, held=False)
+    train = CachedDataset(blocks(rows), SPEC, held=False)
     wanted = [np.array([2, 0]), np.zeros(0, np.int64), np.array([3])]
-    found = list(train.batches(wanted))
+    found = list(train.iter_batches(wanted))
     assert [batch.labels.tolist() for batch in found] == [
         train.labels[each].tolist() for each in wanted
     ]
-    np.testing.assert_array_equal(found[0].pixels, train.pixels(wanted[0]))
+    np.testing.assert_array_equal(found[0].pixels, train.gather_pixels(wanted[0]))
     assert all(batch.failures == () for batch in found)
 
 
@@ -96,8 +98,10 @@ def test_ray_decodes_every_row_once_and_tells_the_bad_ones(local_ray: None, rows
     assert bad == [(rows.column("url")[4].as_py(), 1, False), (None, 2, False)]
     assert "web page" in decoded.failures[0].error
     for held in (False, True):
-        split = decoded.split(held=held)
+        split = decoded.load_split(held=held)
         assert len(split) == 4
         for at, row in enumerate(GOOD[held]):
-            np.testing.assert_array_equal(split.pixels(np.array([at]))[0], expected(rows, row))
-    assert store_bytes() > 10_000_000
+            np.testing.assert_array_equal(
+                split.gather_pixels(np.array([at]))[0], expected(rows, row)
+            )
+    assert find_store_bytes() > 10_000_000

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from imgcls.config import load
 from imgcls.errors import ConfigError, ManifestError
-from imgcls.training.data.examples import DataConfig, Examples, _held_out, read_examples
+from imgcls.training.data.examples import DataConfig, Examples, _choose_held_out, read_examples
 from tests.conftest import write_manifest
 
 Rows = list[tuple[str, str]]
@@ -56,7 +56,7 @@ def test_rows_of_one_path_are_never_on_both_sides(rows: list[tuple[str, str]]) -
     import pyarrow as pa
 
     table = pa.table({"path": [p for p, _ in rows], "label": [name for _, name in rows]})
-    held = _held_out(table, 0.5)
+    held = _choose_held_out(table, 0.5)
     sides: dict[str, set[bool]] = {}
     for (path, _), side in zip(rows, held, strict=True):
         sides.setdefault(path, set()).add(side)
@@ -120,13 +120,13 @@ def test_a_class_name_given_twice_is_refused() -> None:
 def test_images_are_counted_by_class_and_split(tmp_path: Path) -> None:
     rows = rows_of("a", each=30) + rows_of("b", each=10)
     examples = read(tmp_path, rows, val_fraction=0.2)
-    assert examples.per_class(held=False) == [24, 8]
-    assert examples.per_class(held=True) == [6, 2]
+    assert examples.count_per_class(held=False) == [24, 8]
+    assert examples.count_per_class(held=True) == [6, 2]
 
 
 def test_a_class_without_a_validation_image_counts_none(tmp_path: Path) -> None:
     examples = read(tmp_path, rows_of("cat", "dog"), [("1.png", "cat")])
-    assert examples.per_class(held=True) == [1, 0]
+    assert examples.count_per_class(held=True) == [1, 0]
 
 
 def test_given_classes_keep_their_order(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import ray
 from imgcls.data import decode
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data import batches
-from imgcls.training.data.batches import Views
-from imgcls.training.data.streaming import Streamed, StreamedSet
+from imgcls.training.data.batches import DecodeSettings
+from imgcls.training.data.streaming import StreamedDataset, StreamedImages
 from tests.training.rows import draw_rows
 
 SPEC = Preprocess(resize=20, crop=16)
@@ -27,59 +27,61 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def source(local_ray: None, rows: pa.Table) -> Streamed:
-    return Streamed(ray.put(rows), Views.of(SPEC, cropped=True), cpus=1.0)
+def source(local_ray: None, rows: pa.Table) -> StreamedImages:
+    return StreamedImages(
+        ray.put(rows), DecodeSettings.from_preprocess(SPEC, cropped=True), cpus=1.0
+    )
 
 
-def test_a_split_knows_all_its_rows_before_any_is_decoded(source: Streamed) -> None:
-    train, held = (StreamedSet(source, held=held, cpus=1.0) for held in (False, True))
+def test_a_split_knows_all_its_rows_before_any_is_decoded(source: StreamedImages) -> None:
+    train, held = (StreamedDataset(source, held=held, cpus=1.0) for held in (False, True))
     assert train.labels.tolist() == [row % 3 for row in TRAIN]
     assert held.labels.tolist() == [row % 3 for row in HELD]
     assert (len(train), len(held)) == (6, 4)
-    assert list(train.batches([])) == []
+    assert list(train.iter_batches([])) == []
 
 
 @pytest.mark.parametrize(
     ("cpus", "workers", "readers"), [(8.0, 1, 8), (8.0, 4, 8), (6.0, 4, 6), (2.0, 4, 4)]
 )
 def test_the_readers_of_all_workers_share_the_limit_per_host(
-    source: Streamed, cpus: float, workers: int, readers: int
+    source: StreamedImages, cpus: float, workers: int, readers: int
 ) -> None:
     shared = replace(source, cpus=cpus)
-    assert StreamedSet(shared, held=False, cpus=cpus / workers).readers == readers
+    assert StreamedDataset(shared, held=False, cpus=cpus / workers).num_readers == readers
 
 
 def test_batches_hold_the_rows_asked_for_in_their_order(
-    source: Streamed, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+    source: StreamedImages, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # blocks of two rows, so that batches begin and end within them
-    monkeypatch.setattr(batches, "BLOCK_ROWS", 2)
-    train = StreamedSet(source, held=False, cpus=1.0)
+    monkeypatch.setattr(batches, "MAX_BLOCK_ROWS", 2)
+    train = StreamedDataset(source, held=False, cpus=1.0)
     wanted = [np.array([5, 0, 3]), np.array([1]), np.array([2, 4, 5])]
-    found = list(train.batches(wanted))
+    found = list(train.iter_batches(wanted))
     urls = rows.column("url").to_pylist()
     for asked, batch in zip(wanted, found, strict=True):
         good = [TRAIN[place] for place in asked if TRAIN[place] not in (4, 5)]
         bad = [TRAIN[place] for place in asked if TRAIN[place] in (4, 5)]
         assert batch.labels.tolist() == [row % 3 for row in good]
         for row, pixels in zip(good, batch.pixels, strict=True):
-            decoded, _ = decode.decode(Path(urls[row]).read_bytes(), source.views.train)
+            decoded, _ = decode.decode_image(Path(urls[row]).read_bytes(), source.views.train)
             np.testing.assert_array_equal(pixels, decoded)
         assert [(f.url, f.label, f.held) for f in batch.failures] == [
             (urls[row], row % 3, False) for row in bad
         ]
 
 
-def test_a_batch_may_hold_no_row_or_no_good_one(source: Streamed) -> None:
-    train = StreamedSet(source, held=False, cpus=1.0)
-    none, bad, good = train.batches([np.zeros(0, np.int64), np.array([2, 3]), np.array([0])])
+def test_a_batch_may_hold_no_row_or_no_good_one(source: StreamedImages) -> None:
+    train = StreamedDataset(source, held=False, cpus=1.0)
+    none, bad, good = train.iter_batches([np.zeros(0, np.int64), np.array([2, 3]), np.array([0])])
     assert (len(none.labels), len(none.failures)) == (0, 0)
     assert (len(bad.labels), len(bad.failures)) == (0, 2)
     assert bad.pixels.shape == (0, 3, 20, 20)
     assert good.labels.tolist() == [1]
 
 
-def test_where_no_row_is_asked_for_there_are_empty_batches(source: Streamed) -> None:
-    held = StreamedSet(source, held=True, cpus=1.0)
-    empty = list(held.batches([np.zeros(0, np.int64)] * 2))
+def test_where_no_row_is_asked_for_there_are_empty_batches(source: StreamedImages) -> None:
+    held = StreamedDataset(source, held=True, cpus=1.0)
+    empty = list(held.iter_batches([np.zeros(0, np.int64)] * 2))
     assert [len(batch.labels) for batch in empty] == [0, 0]

@@ -24,9 +24,15 @@ from imgcls.config import load
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted, RequestError
 from imgcls.training.loggers import base
-from imgcls.training.loggers.base import TrackConfig, Tracking, check, dotted, tracking
-from imgcls.training.loggers.remote import mlflow_key
-from imgcls.training.loggers.tensorboard import tag
+from imgcls.training.loggers.base import (
+    MetricLoggers,
+    TrackConfig,
+    check_loggers,
+    flatten_settings,
+    open_loggers,
+)
+from imgcls.training.loggers.remote import build_mlflow_key
+from imgcls.training.loggers.tensorboard import build_tag
 
 SETTINGS = {"model": {"name": "resnet18", "options": {}}, "epochs": 5, "classes": ["a", "b"]}
 
@@ -55,10 +61,10 @@ def broken_off(
     kept: dict[str, Any] = {}
 
     def train() -> None:
-        with tracking(config, str(output), state) as tracked:
+        with open_loggers(config, str(output), state) as tracked:
             tracked.start(settings, first=numbers[0])
             for number in numbers:
-                tracked.epoch(number, values(number))
+                tracked.log_epoch(number, values(number))
             kept.update(json.loads(json.dumps(tracked.state)))
             raise error
 
@@ -89,7 +95,7 @@ class Telling:
         self._tell("start", dict(settings), first)
         return "in memory"
 
-    def epoch(self, number: int, values: Mapping[str, float]) -> None:
+    def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         self._tell(number, dict(values))
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
@@ -106,9 +112,9 @@ def test_settings_come_flat_and_what_is_no_number_is_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tracker = Telling()
-    tracked = Tracking([tracker], "/out")
+    tracked = MetricLoggers([tracker], "/out")
     tracked.start(SETTINGS)
-    tracked.epoch(0, values(0))
+    tracked.log_epoch(0, values(0))
     tracked.finish({"best_epoch": 1, "best_lr": math.nan}, ["plots/curves.png"])
     start, epoch, finish = tracker.told
     assert start[1] == {
@@ -123,35 +129,39 @@ def test_settings_come_flat_and_what_is_no_number_is_left_out(
 
 
 def test_dotted_keeps_what_is_no_section() -> None:
-    assert dotted({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "a.d": {}, "e": None}
+    assert flatten_settings({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": {},
+        "e": None,
+    }
 
 
 def test_charts_of_one_kind_stand_together() -> None:
-    assert tag("train_loss") == "loss/train"
-    assert tag("val_loss") == "loss/val"
-    assert tag("val_balanced_accuracy") == "balanced_accuracy/val"
-    assert tag("lr") == "lr"
+    assert build_tag("train_loss") == "loss/train"
+    assert build_tag("val_loss") == "loss/val"
+    assert build_tag("val_balanced_accuracy") == "balanced_accuracy/val"
+    assert build_tag("lr") == "lr"
     for name in ("seconds", "wait_seconds", "images_per_second"):
-        assert tag(name) == f"speed/{name}"
+        assert build_tag(name) == f"speed/{name}"
 
 
 def test_a_tracker_that_fails_is_named_once_and_told_again_later(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing, other = Telling(), Telling()
-    tracked = Tracking([failing, other], "/out")
+    tracked = MetricLoggers([failing, other], "/out")
     tracked.start(SETTINGS)
     capsys.readouterr()
     failing.broken = True
     for number in (1, 2, 3):
-        tracked.epoch(number, values(number))
+        tracked.log_epoch(number, values(number))
     said = capsys.readouterr().out
     assert said.count("telling: cannot be told (no route to host); the training goes on") == 1
     assert said.count("\n") == 1
     failing.broken = False
-    tracked.epoch(4, values(4))
+    tracked.log_epoch(4, values(4))
     assert len(failing.told) == 1, "it should be left alone for a while"
-    monkeypatch.setattr(base, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(base, "RETRY_PAUSE_SECONDS", 0.0)
     tracked.finish({})
     assert "answers again" in capsys.readouterr().out
     assert failing.told == other.told
@@ -161,13 +171,13 @@ def test_what_was_lost_in_the_end_is_said_and_the_run_is_ended(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Picky(Telling):
-        def epoch(self, number: int, values: Mapping[str, float]) -> None:
+        def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
             raise ValueError("bad value")
 
     tracker = Picky()
-    tracked = Tracking([tracker], "/out")
+    tracked = MetricLoggers([tracker], "/out")
     tracked.start({})
-    tracked.epoch(1, values(1))
+    tracked.log_epoch(1, values(1))
     tracked.finish({"best_epoch": 1})
     assert "telling: 2 of its messages were lost (bad value)" in capsys.readouterr().out
     assert [told[0] for told in tracker.told] == ["start", "finish"]
@@ -178,7 +188,7 @@ def test_a_tracker_that_never_started_is_not_told_to_end(
 ) -> None:
     tracker = Telling()
     tracker.broken = True
-    tracked = Tracking([tracker], "/out")
+    tracked = MetricLoggers([tracker], "/out")
     tracked.start({})
     tracked.finish({})
     assert tracker.told == []
@@ -193,7 +203,7 @@ def test_a_training_that_breaks_off_is_told_as_such(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, interrupted: bool
 ) -> None:
     tracker = Telling()
-    monkeypatch.setattr(base, "_trackers", lambda *_: [tracker])
+    monkeypatch.setattr(base, "_build_loggers", lambda *_: [tracker])
     broken_off(TrackConfig(), Path("/out"), [1], error=error)
     assert [told[0] for told in tracker.told] == ["start", 1, "stop"]
     assert tracker.told[-1] == ("stop", interrupted)
@@ -201,16 +211,16 @@ def test_a_training_that_breaks_off_is_told_as_such(
 
 def test_what_never_started_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Telling()
-    monkeypatch.setattr(base, "_trackers", lambda *_: [tracker])
-    with tracking(TrackConfig(), "/out"):
+    monkeypatch.setattr(base, "_build_loggers", lambda *_: [tracker])
+    with open_loggers(TrackConfig(), "/out"):
         pass
     assert tracker.told == []
 
 
 def test_a_finished_training_is_not_stopped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Telling()
-    monkeypatch.setattr(base, "_trackers", lambda *_: [tracker])
-    with tracking(TrackConfig(), "/out") as tracked:
+    monkeypatch.setattr(base, "_build_loggers", lambda *_: [tracker])
+    with open_loggers(TrackConfig(), "/out") as tracked:
         tracked.start({})
         tracked.finish({})
     assert [told[0] for told in tracker.told] == ["start", "finish"]
@@ -220,20 +230,20 @@ def test_the_end_waits_for_an_epoch_that_is_being_told_by_another_thread() -> No
     begun, go = threading.Event(), threading.Event()
 
     class Slow(Telling):
-        def epoch(self, number: int, values: Mapping[str, float]) -> None:
+        def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
             begun.set()
             assert go.wait(10)
-            super().epoch(number, values)
+            super().log_epoch(number, values)
 
     tracker = Slow()
-    tracked = Tracking([tracker], "/out")
+    tracked = MetricLoggers([tracker], "/out")
     tracked.start({})
-    follower = threading.Thread(target=tracked.epoch, args=(1, values(1)))
+    follower = threading.Thread(target=tracked.log_epoch, args=(1, values(1)))
     follower.start()
     assert begun.wait(10)
     threading.Timer(0.2, go.set).start()
     tracked.finish({})
-    tracked.epoch(2, values(2))  # it came too late, and breaks nothing
+    tracked.log_epoch(2, values(2))  # it came too late, and breaks nothing
     follower.join()
     assert [told[0] for told in tracker.told] == ["start", 1, "finish"]
 
@@ -247,12 +257,12 @@ def test_every_key_is_a_flag() -> None:
     assert config == TrackConfig(
         mlflow="http://m:5000", wandb="team/pets", experiment="pets", run="first"
     )
-    found = base._trackers(config, "/out/bundle", {})
+    found = base._build_loggers(config, "/out/bundle", {})
     assert [tracker.name for tracker in found] == ["tensorboard", "mlflow", "wandb"]
     assert vars(found[1])["_experiment"] == "pets"
     assert vars(found[1])["_run"] == vars(found[2])["_name"] == "first"
     assert (vars(found[2])["_entity"], vars(found[2])["_project"]) == ("team", "pets")
-    unnamed = base._trackers(TrackConfig(wandb="pets"), "s3://bucket/bundle/", {})
+    unnamed = base._build_loggers(TrackConfig(wandb="pets"), "s3://bucket/bundle/", {})
     assert vars(unnamed[1])["_name"] == "bundle"
 
 
@@ -278,7 +288,7 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(
     for absent in (None, types.ModuleType(name)):
         monkeypatch.setitem(sys.modules, name, absent)
         with pytest.raises(RequestError, match=rf"track.{name}: .* pip install 'imgcls\[{name}\]'"):
-            check(config, "/out")
+            check_loggers(config, "/out")
 
 
 def test_nothing_is_imported_that_was_not_asked_for() -> None:
@@ -313,10 +323,10 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_the_run_while_it_goes_on(tmp_path: Path) -> None:
-    with tracking(TrackConfig(), str(tmp_path)) as tracked:
+    with open_loggers(TrackConfig(), str(tmp_path)) as tracked:
         tracked.start(SETTINGS)
         for number in (0, 1, 2):
-            tracked.epoch(number, values(number))
+            tracked.log_epoch(number, values(number))
             shown = points(tmp_path / "tensorboard")
             assert [step for step, _ in shown["loss/train"]] == list(range(number + 1))
         assert set(shown) == {
@@ -333,7 +343,7 @@ def test_tensorboard_shows_the_run_while_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_the_settings(tmp_path: Path) -> None:
-    with tracking(TrackConfig(), str(tmp_path)) as tracked:
+    with open_loggers(TrackConfig(), str(tmp_path)) as tracked:
         tracked.start(SETTINGS)
     events = read_events(tmp_path / "tensorboard")
     (name,) = events.Tags()["tensors"]
@@ -343,17 +353,17 @@ def test_tensorboard_shows_the_settings(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_shows_every_epoch_once(tmp_path: Path) -> None:
-    killed = Tracking(base._trackers(TrackConfig(), str(tmp_path), {}), str(tmp_path))
+    killed = MetricLoggers(base._build_loggers(TrackConfig(), str(tmp_path), {}), str(tmp_path))
     killed.start(SETTINGS, first=1)
     for number in (1, 2, 3):
-        killed.epoch(number, values(number))
+        killed.log_epoch(number, values(number))
     state = json.loads(json.dumps(killed.state))
     for first in (3, 5):  # epoch 3 was told, but the checkpoint is older
-        with tracking(TrackConfig(), str(tmp_path), state) as tracked:
+        with open_loggers(TrackConfig(), str(tmp_path), state) as tracked:
             tracked.start(SETTINGS, first=first)
             for number in (first, first + 1):
-                tracked.epoch(number, values(number) | {"val_loss": 9.0})
-                tracked.epoch(number, values(number) | {"val_loss": 9.0})  # workers restarted
+                tracked.log_epoch(number, values(number) | {"val_loss": 9.0})
+                tracked.log_epoch(number, values(number) | {"val_loss": 9.0})  # workers restarted
             state = tracked.state
     shown = points(tmp_path / "tensorboard")["loss/val"]
     assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
@@ -365,29 +375,29 @@ def test_another_training_takes_the_place_of_the_first(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "notes.txt").write_text("mine")
     for epochs in (3, 1):
-        with tracking(TrackConfig(), str(tmp_path)) as tracked:
+        with open_loggers(TrackConfig(), str(tmp_path)) as tracked:
             tracked.start(SETTINGS)
             for number in range(1, epochs + 1):
-                tracked.epoch(number, values(number))
+                tracked.log_epoch(number, values(number))
     assert [step for step, _ in points(tmp_path / "tensorboard")["loss/val"]] == [1]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
 def test_event_files_reach_a_remote_folder_after_every_epoch(tmp_path: Path) -> None:
     output = f"memory://tracked/{tmp_path.name}"
-    with tracking(TrackConfig(), output) as tracked:
+    with open_loggers(TrackConfig(), output) as tracked:
         tracked.start(SETTINGS)
         for number in (1, 2):
-            tracked.epoch(number, values(number))
-            (name,) = filesystem.names(f"{output}/tensorboard")
+            tracked.log_epoch(number, values(number))
+            (name,) = filesystem.list_names(f"{output}/tensorboard")
             data = filesystem.read(f"{output}/tensorboard/{name}")
             filesystem.write(str(tmp_path / name), data)
             assert [step for step, _ in points(tmp_path)["lr"]] == list(range(1, number + 1))
         state = tracked.state
-    with tracking(TrackConfig(), output, state) as tracked:
+    with open_loggers(TrackConfig(), output, state) as tracked:
         tracked.start(SETTINGS, first=3)
-        tracked.epoch(3, values(3))
-    for name in filesystem.names(f"{output}/tensorboard"):
+        tracked.log_epoch(3, values(3))
+    for name in filesystem.list_names(f"{output}/tensorboard"):
         filesystem.write(str(tmp_path / name), filesystem.read(f"{output}/tensorboard/{name}"))
     assert [step for step, _ in points(tmp_path)["lr"]] == [1, 2, 3]
 
@@ -395,7 +405,7 @@ def test_event_files_reach_a_remote_folder_after_every_epoch(tmp_path: Path) -> 
 def test_an_upload_that_fails_is_made_up_for_without_doubled_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(base, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(base, "RETRY_PAUSE_SECONDS", 0.0)
     output = f"memory://tracked/{tmp_path.name}"
     write, fails = filesystem.write, [False]
 
@@ -405,14 +415,14 @@ def test_an_upload_that_fails_is_made_up_for_without_doubled_points(
         write(url, data)
 
     monkeypatch.setattr(filesystem, "write", flaky)
-    with tracking(TrackConfig(), output) as tracked:
+    with open_loggers(TrackConfig(), output) as tracked:
         tracked.start(SETTINGS)
         for number in (1, 2, 3, 4):
             fails[0] = number in (2, 3)
-            tracked.epoch(number, values(number))
+            tracked.log_epoch(number, values(number))
         tracked.finish({})
     assert capsys.readouterr().out.count("the store is away") == 1
-    (name,) = filesystem.names(f"{output}/tensorboard")
+    (name,) = filesystem.list_names(f"{output}/tensorboard")
     write(str(tmp_path / name), filesystem.read(f"{output}/tensorboard/{name}"))
     assert [step for step, _ in points(tmp_path)["lr"]] == [1, 2, 3, 4]
 
@@ -444,13 +454,13 @@ def test_mlflow_keeps_settings_metrics_and_files(mlflow: Any, tmp_path: Path) ->
     config = TrackConfig(mlflow=uri, experiment="pets")
     output = tmp_path / "bundle"
     filesystem.write(str(output / "plots" / "curves.png"), b"picture")
-    check(config, str(output))
+    check_loggers(config, str(output))
     many = {f"key{i}": "x" * 600 for i in range(150)}
-    with tracking(config, str(output)) as tracked:
+    with open_loggers(config, str(output)) as tracked:
         tracked.start(SETTINGS | {"many": many}, first=0)
         assert only_run(client).info.status == "RUNNING"
         for number in (0, 1, 2):
-            tracked.epoch(number, values(number))
+            tracked.log_epoch(number, values(number))
         tracked.finish({"best_epoch": 2, "best_val_accuracy": 0.5}, ["plots/curves.png"])
     run = only_run(client)
     assert run.info.status == "FINISHED"
@@ -467,10 +477,10 @@ def test_mlflow_keeps_settings_metrics_and_files(mlflow: Any, tmp_path: Path) ->
 def test_mlflow_goes_on_with_the_run_of_a_killed_driver(mlflow: Any, tmp_path: Path) -> None:
     client, uri = mlflow
     config = TrackConfig(mlflow=uri, experiment="pets", run="first")
-    killed = Tracking(base._trackers(config, str(tmp_path), {}), str(tmp_path))
+    killed = MetricLoggers(base._build_loggers(config, str(tmp_path), {}), str(tmp_path))
     killed.start(SETTINGS)
     for number in (1, 2, 3):
-        killed.epoch(number, values(number))
+        killed.log_epoch(number, values(number))
     state = json.loads(json.dumps(killed.state))
     # a setting that may differ between runs: MLflow would refuse to change a parameter
     other = SETTINGS | {"epochs": 9}
@@ -487,7 +497,7 @@ def test_mlflow_shows_a_failed_training_as_failed(mlflow: Any, tmp_path: Path) -
     config = TrackConfig(mlflow=uri, experiment="pets")
     state = broken_off(config, tmp_path, [1], error=ValueError("diverged"))
     assert only_run(client).info.status == "FAILED"
-    with tracking(config, str(tmp_path), state) as tracked:
+    with open_loggers(config, str(tmp_path), state) as tracked:
         tracked.start(SETTINGS, first=2)
         assert only_run(client).info.status == "RUNNING"
 
@@ -512,20 +522,22 @@ def test_names_that_mlflow_refuses_are_kept_in_a_form_that_it_takes(
 ) -> None:
     client, uri = mlflow
     columns = {f"{name}": float(place) for place, name in enumerate(NAMES)}
-    with tracking(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked:
+    with open_loggers(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked:
         tracked.start(SETTINGS | {"classes": {"cat [wild]": 3}})
-        tracked.epoch(1, columns)
+        tracked.log_epoch(1, columns)
         tracked.finish({"best_epoch": 1}, [])
     run = only_run(client)
     assert run.info.status == "FINISHED"
-    assert run.data.metrics == {mlflow_key(k): v for k, v in columns.items()} | {"best_epoch": 1.0}
+    assert run.data.metrics == {build_mlflow_key(k): v for k, v in columns.items()} | {
+        "best_epoch": 1.0
+    }
     assert run.data.params["classes.cat -u5b-wild-u5d-"] == "3"
 
 
 def test_names_that_mlflow_takes_stay_and_others_can_be_read_back() -> None:
     for name in ("val_loss", "recall/cat.wild", "a: b-c_d", "dog-u", "ключ"):
-        assert mlflow_key(name) == name
-    keys = [mlflow_key(name) for name in NAMES]
+        assert build_mlflow_key(name) == name
+    keys = [build_mlflow_key(name) for name in NAMES]
     assert len(set(keys)) == len(NAMES)
     for name, key in zip(NAMES[:-2], keys, strict=False):  # not the blank and the long one
         assert re.sub(r"-u([0-9a-f]+)-", lambda found: chr(int(found[1], 16)), key) == name
@@ -540,9 +552,9 @@ def test_a_run_whose_start_failed_halfway_is_ended(
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.suppress(ValueError),
-        tracking(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked,
+        open_loggers(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked,
     ):
-        patch.setattr("imgcls.training.loggers.remote.mlflow_key", lambda name: name)
+        patch.setattr("imgcls.training.loggers.remote.build_mlflow_key", lambda name: name)
         tracked.start(SETTINGS | refused)
         if error is not None:
             raise error
@@ -554,7 +566,7 @@ def test_files_that_mlflow_cannot_take_leave_no_run_running(
     mlflow: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client, uri = mlflow
-    with tracking(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked:
+    with open_loggers(TrackConfig(mlflow=uri, experiment="pets"), str(tmp_path)) as tracked:
         tracked.start(SETTINGS)
         tracked.finish({}, ["gone.png"])
     assert only_run(client).info.status == "FINISHED"
@@ -564,7 +576,7 @@ def test_files_that_mlflow_cannot_take_leave_no_run_running(
 def test_an_mlflow_server_that_does_not_answer_is_refused_at_once(mlflow: Any) -> None:
     before = dict(os.environ)
     with pytest.raises(RequestError, match=r"track.mlflow http://127.0.0.1:9: .*sqlite:///"):
-        check(TrackConfig(mlflow="http://127.0.0.1:9"), "/out")
+        check_loggers(TrackConfig(mlflow="http://127.0.0.1:9"), "/out")
     assert dict(os.environ) == before
 
 
@@ -617,13 +629,13 @@ def test_wandb_keeps_settings_metrics_and_files(
     config = TrackConfig(wandb="team/pets", run="first")
     output = tmp_path / "bundle"
     filesystem.write(str(output / "plots" / "curves.png"), b"picture")
-    check(config, str(output))
-    with tracking(config, str(output)) as tracked:
+    check_loggers(config, str(output))
+    with open_loggers(config, str(output)) as tracked:
         tracked.start(SETTINGS, first=0)
         (folder,) = (tmp_path / "wandb").glob("offline-run-*")
         assert f"wandb: offline; send it with `wandb sync {folder}`" in capsys.readouterr().out
         for number in (0, 1, 2):
-            tracked.epoch(number, values(number))
+            tracked.log_epoch(number, values(number))
         state = tracked.state
         tracked.finish({"best_epoch": 2}, ["plots/curves.png"])
     wandb.teardown()  # `finish` may return before the file is written
@@ -663,7 +675,7 @@ def test_wandb_without_a_key_is_refused_with_the_remedy(
     monkeypatch.setenv("WANDB_MODE", "online")
     wandb.teardown()
     with pytest.raises(RequestError, match="has no key; run `wandb login`, set WANDB_API_KEY"):
-        check(TrackConfig(wandb="pets"), "/out")
+        check_loggers(TrackConfig(wandb="pets"), "/out")
 
 
 @pytest.mark.slow  # how long wandb takes to give up is its own affair: seconds, or minutes

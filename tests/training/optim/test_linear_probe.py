@@ -17,17 +17,17 @@ from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import Batch
-from imgcls.training.network import ModelConfig, describe, head_shares
+from imgcls.training.network import ModelConfig, compute_head_coefficients, resolve_model
 from imgcls.training.optim import linear_probe
-from imgcls.training.optim.linear_probe import Features, Head
-from imgcls.training.train_step import Learner, Place
+from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
+from imgcls.training.train_step import TrainStep, WorkerContext
 from tests.training.team import Team
 
 CLASSES, WIDTH, TRAIN, VAL = 3, 5, 101, 37
 SIDE = 8
 
 
-def split(rows: int, seed: int) -> Features:
+def split(rows: int, seed: int) -> ProbeFeatures:
     """Classes that overlap, on features of very different means and widths."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, rows)
@@ -39,17 +39,17 @@ def split(rows: int, seed: int) -> Features:
         0,
         9,
     ]
-    return Features(torch.tensor(inputs, dtype=torch.float32), torch.from_numpy(labels))
+    return ProbeFeatures(torch.tensor(inputs, dtype=torch.float32), torch.from_numpy(labels))
 
 
-def share(features: Features, rank: int, workers: int) -> Features:
-    return Features(features.inputs[rank::workers], features.labels[rank::workers])
+def share(features: ProbeFeatures, rank: int, workers: int) -> ProbeFeatures:
+    return ProbeFeatures(features.inputs[rank::workers], features.labels[rank::workers])
 
 
-def fitted(rank: int, workers: int, l2: float | None, weights: list[float] | None) -> Head:
+def fitted(rank: int, workers: int, l2: float | None, weights: list[float] | None) -> LinearHead:
     weight = None if weights is None else torch.tensor(weights)
     train, val = share(split(TRAIN, 1), rank, workers), share(split(VAL, 2), rank, workers)
-    return linear_probe.fit(train, val, CLASSES, l2=l2, weights=weight)
+    return linear_probe.fit_head(train, val, CLASSES, l2=l2, weights=weight)
 
 
 # ------------------------------------------------------------------ the fit
@@ -98,11 +98,11 @@ def test_workers_come_to_the_head_of_one(alone: None, team: Team, workers: int) 
         torch.testing.assert_close(head.weight, one.weight, rtol=0.02, atol=5e-3)
 
 
-def fitted_by_the_first(rank: int, workers: int) -> Head:
-    def mine(features: Features) -> Features:
+def fitted_by_the_first(rank: int, workers: int) -> LinearHead:
+    def mine(features: ProbeFeatures) -> ProbeFeatures:
         return features if rank == 0 else share(features, len(features.labels), 1)
 
-    return linear_probe.fit(
+    return linear_probe.fit_head(
         mine(split(TRAIN, 1)), mine(split(VAL, 2)), CLASSES, l2=0.03, weights=None
     )
 
@@ -119,7 +119,7 @@ def test_the_penalty_is_the_strongest_that_is_no_worse_than_the_best_within_its_
     chosen = fitted(0, 1, None, None)
     heads = [fitted(0, 1, l2, None) for l2 in linear_probe.L2_CHOICES]
     best = min(heads, key=lambda head: head.val_loss)
-    within = [head for head in heads if head.val_loss <= best.val_loss + best.val_error]
+    within = [head for head in heads if head.val_loss <= best.val_loss + best.val_loss_error]
     assert chosen.l2 == max(head.l2 for head in within)
     assert chosen.l2 > best.l2, "the rule matters here"
     assert len(within) < len(heads), "and so does its limit"
@@ -129,7 +129,7 @@ def test_the_error_of_the_validation_loss_is_its_standard_error(alone: None, tea
     head, val = fitted(0, 1, 0.03, None), split(VAL, 2)
     losses = F.cross_entropy(val.inputs @ head.weight.T + head.bias, val.labels, reduction="none")
     expected = losses.std(correction=0).item() / VAL**0.5
-    assert head.val_error == pytest.approx(expected, rel=1e-4)
+    assert head.val_loss_error == pytest.approx(expected, rel=1e-4)
     for shared in team.call(3, fitted, 0.03, None):
         assert shared.val_error == pytest.approx(expected, rel=1e-3)
 
@@ -138,14 +138,14 @@ def test_a_feature_that_is_the_same_everywhere_does_no_harm(alone: None) -> None
     train, val = split(TRAIN, 1), split(VAL, 2)
     for each in (train, val):
         each.inputs[:, 2] = 7.0
-    head = linear_probe.fit(train, val, CLASSES, l2=0.03, weights=None)
+    head = linear_probe.fit_head(train, val, CLASSES, l2=0.03, weights=None)
     assert torch.isfinite(head.weight).all()
     assert head.val_loss < np.log(CLASSES)
 
 
 def test_what_a_head_is_judged_by_is_what_it_was_chosen_by(alone: None) -> None:
     head, val = fitted(0, 1, 0.03, None), split(VAL, 2)
-    verdict = linear_probe.judge(head, val, CLASSES)
+    verdict = linear_probe.evaluate_head(head, val, CLASSES)
     assert verdict.loss == pytest.approx(head.val_loss, rel=1e-5)
     assert verdict.rows == VAL
     predicted = (val.inputs @ head.weight.T + head.bias).argmax(1)
@@ -163,15 +163,17 @@ def with_conv_head() -> nn.Module:
 
 
 def small_cnn() -> nn.Module:
-    return zoo.build(zoo.architecture("small_cnn", {"width": 4, "dropout": 0.5}), CLASSES)
+    return zoo.build_network(
+        zoo.resolve_architecture("small_cnn", {"width": 4, "dropout": 0.5}), CLASSES
+    )
 
 
-def learner(network: nn.Module) -> Learner:
+def learner(network: nn.Module) -> TrainStep:
     request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
     config = TrainConfig.model_validate(request)
-    place = Place(0, 1, torch.device("cpu"), "fp32")
+    place = WorkerContext(0, 1, torch.device("cpu"), "fp32")
     spec = Preprocess(resize=SIDE, crop=SIDE)
-    return Learner(config, "probe", spec, None, CLASSES, network, place)
+    return TrainStep(config, "probe", spec, None, CLASSES, network, place)
 
 
 def batches(side: int = SIDE) -> list[Batch]:
@@ -185,7 +187,7 @@ def batches(side: int = SIDE) -> list[Batch]:
 def test_features_too_large_to_be_fitted_are_counted_over_all_workers(
     alone: None, team: Team
 ) -> None:
-    assert linear_probe.count_not_finite(split(TRAIN, 1)) == 0
+    assert linear_probe.count_non_finite(split(TRAIN, 1)) == 0
     assert team.call(2, counted) == [5, 5]
 
 
@@ -193,18 +195,18 @@ def counted(rank: int, workers: int) -> int:
     features = share(split(TRAIN, 1), rank, workers)
     for row, value in enumerate((float("nan"), float("inf"), -1e30)[rank:]):
         features.inputs[row, rank] = value
-    return linear_probe.count_not_finite(features)
+    return linear_probe.count_non_finite(features)
 
 
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
 def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
     made = learner(build())
-    found = linear_probe.features(made, iter(batches()), 1)
-    assert tuple(found.inputs.shape) == (7, zoo.embedding_width(made.network))
+    found = linear_probe.extract_features(made, iter(batches()), 1)
+    assert tuple(found.inputs.shape) == (7, zoo.get_embedding_width(made.network))
     assert found.labels.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
-    _, head = zoo.head(made.network)
+    _, head = zoo.find_head(made.network)
     made.judged.eval()
-    expected = torch.cat([made.logits(b.pixels) for b in batches() if len(b.labels)])
+    expected = torch.cat([made.predict_logits(b.pixels) for b in batches() if len(b.labels)])
     mine = F.linear(found.inputs, head.weight.flatten(1), head.bias)
     torch.testing.assert_close(mine, expected)
     assert not head._forward_pre_hooks, "nothing is left behind"
@@ -212,10 +214,10 @@ def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
 
 def test_the_second_view_is_mirrored_and_later_ones_differ() -> None:
     made = learner(small_cnn())
-    four = linear_probe.features(made, iter(batches()), 4)
-    plain = linear_probe.features(made, iter(batches()), 1)
+    four = linear_probe.extract_features(made, iter(batches()), 4)
+    plain = linear_probe.extract_features(made, iter(batches()), 1)
     flipped = [dataclasses.replace(b, pixels=b.pixels[..., ::-1].copy()) for b in batches()]
-    mirrored = linear_probe.features(made, iter(flipped), 1)
+    mirrored = linear_probe.extract_features(made, iter(flipped), 1)
     first = four.inputs[:16].reshape(4, 4, -1)  # views of the first batch of four images
     torch.testing.assert_close(first[0], plain.inputs[:4])
     torch.testing.assert_close(first[1], mirrored.inputs[:4])
@@ -229,8 +231,8 @@ def test_features_see_the_middle_of_larger_images() -> None:
     larger = batches(side=SIDE + 4)
     middle = [dataclasses.replace(b, pixels=b.pixels[..., 2:-2, 2:-2].copy()) for b in larger]
     torch.testing.assert_close(
-        linear_probe.features(made, iter(larger), 1).inputs,
-        linear_probe.features(made, iter(middle), 1).inputs,
+        linear_probe.extract_features(made, iter(larger), 1).inputs,
+        linear_probe.extract_features(made, iter(middle), 1).inputs,
     )
 
 
@@ -240,26 +242,30 @@ def test_a_worker_without_an_image_has_no_features() -> None:
     def nothing() -> Iterator[Batch]:
         yield batches()[1]
 
-    found = linear_probe.features(made, nothing(), 2)
-    assert tuple(found.inputs.shape) == (0, zoo.embedding_width(made.network))
+    found = linear_probe.extract_features(made, nothing(), 2)
+    assert tuple(found.inputs.shape) == (0, zoo.get_embedding_width(made.network))
     assert len(found.labels) == 0
 
 
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
 def test_an_installed_head_is_the_networks_own(build: Any) -> None:
     made = learner(build())
-    found = linear_probe.features(made, iter(batches()), 1)
-    width = zoo.embedding_width(made.network)
-    head = Head(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
-    linear_probe.install(made.network, head)
+    found = linear_probe.extract_features(made, iter(batches()), 1)
+    width = zoo.get_embedding_width(made.network)
+    head = LinearHead(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
+    linear_probe.install_head(made.network, head)
     made.network.eval()
-    logits = torch.cat([made.network(made.inputs(b.pixels)) for b in batches() if len(b.labels)])
+    logits = torch.cat(
+        [made.network(made.normalize_inputs(b.pixels)) for b in batches() if len(b.labels)]
+    )
     torch.testing.assert_close(logits, found.inputs @ head.weight.T + head.bias)
 
 
 def test_a_head_without_a_bias_is_installed_too() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES, bias=False))
-    linear_probe.install(network, Head(torch.ones(CLASSES, 4), torch.ones(CLASSES), 1.0, 0.0, 0.0))
+    linear_probe.install_head(
+        network, LinearHead(torch.ones(CLASSES, 4), torch.ones(CLASSES), 1.0, 0.0, 0.0)
+    )
     assert (network[1].weight == 1).all()
 
 
@@ -277,23 +283,23 @@ QUICK = ("deit_tiny_distilled_patch16_224", "crossvit_tiny_240")
 )
 def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> None:
     pytest.importorskip("timm")
-    architecture, preprocess = describe(ModelConfig(name=f"timm:{name}"))
-    network = zoo.build(architecture, CLASSES)
-    shares = head_shares(network, preprocess)
+    architecture, preprocess = resolve_model(ModelConfig(name=f"timm:{name}"))
+    network = zoo.build_network(architecture, CLASSES)
+    shares = compute_head_coefficients(network, preprocess)
     request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
     config = TrainConfig.model_validate(request)
-    place = Place(0, 1, torch.device("cpu"), "fp32")
-    made = Learner(config, "probe", preprocess, None, CLASSES, network, place)
+    place = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+    made = TrainStep(config, "probe", preprocess, None, CLASSES, network, place)
     given = batches(preprocess.crop)
-    found = linear_probe.features(made, iter(given), 1)
-    width = sum(zoo.input_width(layer) for layer in zoo.heads(network).values())
+    found = linear_probe.extract_features(made, iter(given), 1)
+    width = sum(zoo.get_input_width(layer) for layer in zoo.find_heads(network).values())
     assert tuple(found.inputs.shape) == (7, width)
     torch.manual_seed(0)
-    head = Head(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
+    head = LinearHead(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
     for each in (made.network, made.judged):
-        linear_probe.install(each, head, shares)
+        linear_probe.install_head(each, head, shares)
     made.judged.eval()
-    logits = torch.cat([made.logits(b.pixels) for b in given if len(b.labels)])
+    logits = torch.cat([made.predict_logits(b.pixels) for b in given if len(b.labels)])
     wanted = found.inputs @ head.weight.T + head.bias
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
@@ -315,8 +321,8 @@ def test_a_network_that_a_linear_probe_cannot_describe_is_refused_by_name() -> N
     with pytest.raises(
         BundleError, match=r"cannot be fitted to Squared, whose .*strategy finetune"
     ):
-        head_shares(Squared(), preprocess)
+        compute_head_coefficients(Squared(), preprocess)
     network = with_conv_head()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert head_shares(network, preprocess) == pytest.approx((1.0,))
+    assert compute_head_coefficients(network, preprocess) == pytest.approx((1.0,))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from imgcls.config import load
 from imgcls.errors import ConfigError
-from imgcls.training.optim.loss import Loss, LossConfig, class_weights
+from imgcls.training.optim.loss import LossConfig, TrainingLoss, compute_class_weights
 
 INCEPTION = namedtuple("INCEPTION", ("logits", "aux_logits"))
 GOOGLENET = namedtuple("GOOGLENET", ("logits", "aux_logits2", "aux_logits1"))
@@ -42,7 +42,7 @@ def batch(rows: int = 37, *, soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def test_parts_of_a_batch_add_up_to_the_whole(
     settings: dict[str, Any], weights: torch.Tensor | None, soft: bool
 ) -> None:
-    loss = Loss(LossConfig(**settings), weights)
+    loss = TrainingLoss(LossConfig(**settings), weights)
     logits, targets = batch(soft=soft)
     whole, _ = loss(logits, targets)
     (expected,) = torch.autograd.grad(whole, logits)
@@ -57,7 +57,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(
 @pytest.mark.parametrize("soft", [False, True])
 def test_without_settings_it_is_the_cross_entropy(soft: bool) -> None:
     logits, targets = batch(soft=soft)
-    loss, told = Loss(LossConfig(), None)(logits, targets)
+    loss, told = TrainingLoss(LossConfig(), None)(logits, targets)
     torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="sum"))
     assert torch.equal(told, logits)
 
@@ -65,7 +65,7 @@ def test_without_settings_it_is_the_cross_entropy(soft: bool) -> None:
 @pytest.mark.parametrize("soft", [False, True])
 def test_smoothing_and_weights_are_those_of_torch(soft: bool) -> None:
     logits, targets = batch(soft=soft)
-    loss, _ = Loss(LossConfig(label_smoothing=0.1), WEIGHTS)(logits, targets)
+    loss, _ = TrainingLoss(LossConfig(label_smoothing=0.1), WEIGHTS)(logits, targets)
     expected = F.cross_entropy(
         logits, targets, weight=WEIGHTS, label_smoothing=0.1, reduction="sum"
     )
@@ -79,8 +79,8 @@ def test_a_focal_loss_that_hardly_focuses_is_the_cross_entropy(
     smoothing: float, weights: torch.Tensor | None, soft: bool
 ) -> None:
     logits, targets = batch(soft=soft)
-    plain, _ = Loss(LossConfig(label_smoothing=smoothing), weights)(logits, targets)
-    focal, _ = Loss(LossConfig(label_smoothing=smoothing, focal_gamma=1e-7), weights)(
+    plain, _ = TrainingLoss(LossConfig(label_smoothing=smoothing), weights)(logits, targets)
+    focal, _ = TrainingLoss(LossConfig(label_smoothing=smoothing, focal_gamma=1e-7), weights)(
         logits, targets
     )
     torch.testing.assert_close(focal, plain)
@@ -89,7 +89,7 @@ def test_a_focal_loss_that_hardly_focuses_is_the_cross_entropy(
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
 def test_the_focal_loss_is_that_of_the_paper(gamma: float) -> None:
     logits, targets = batch(soft=False)
-    loss, _ = Loss(LossConfig(focal_gamma=gamma), None)(logits, targets)
+    loss, _ = TrainingLoss(LossConfig(focal_gamma=gamma), None)(logits, targets)
     score = logits.softmax(1)[torch.arange(37), targets]  # p_t
     torch.testing.assert_close(loss, (-((1 - score) ** gamma) * score.log()).sum())
 
@@ -97,7 +97,7 @@ def test_the_focal_loss_is_that_of_the_paper(gamma: float) -> None:
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_a_row_that_is_right_beyond_doubt_spoils_no_focal_gradient(gamma: float) -> None:
     logits = torch.tensor([[60.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
-    loss, _ = Loss(LossConfig(focal_gamma=gamma), None)(logits, torch.tensor([0, 1]))
+    loss, _ = TrainingLoss(LossConfig(focal_gamma=gamma), None)(logits, torch.tensor([0, 1]))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.isfinite(gradient).all()
     assert gradient[0].abs().max() < 1e-6
@@ -106,12 +106,12 @@ def test_a_row_that_is_right_beyond_doubt_spoils_no_focal_gradient(gamma: float)
 
 def test_half_precision_logits_are_summed_in_full() -> None:
     logits, targets = batch(soft=False)
-    loss, told = Loss(LossConfig(), None)(logits.bfloat16(), targets)
+    loss, told = TrainingLoss(LossConfig(), None)(logits.bfloat16(), targets)
     assert (loss.dtype, told.dtype) == (torch.float32, torch.float32)
 
 
 def test_auxiliary_heads_weigh_as_in_the_papers() -> None:
-    loss = Loss(LossConfig(), None)
+    loss = TrainingLoss(LossConfig(), None)
     generator = torch.Generator().manual_seed(0)
     logits, first, second = torch.randn(3, 5, 4, generator=generator)
     labels = torch.tensor([0, 1, 2, 3, 0])
@@ -131,7 +131,7 @@ NAMES = ["cat", "dog", "emu"]
 
 
 def weights_of(setting: Any, counts: list[int]) -> list[float] | None:
-    return class_weights(LossConfig(class_weights=setting), NAMES, counts)
+    return compute_class_weights(LossConfig(class_weights=setting), NAMES, counts)
 
 
 def test_without_class_weights_there_are_none() -> None:

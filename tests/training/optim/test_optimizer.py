@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 from imgcls.training.optim.optimizer import (
-    AveragedWeights,
+    ModelEma,
     OptimConfig,
-    lr_factor,
-    optimizer,
-    optimizer_state,
-    set_rates,
-    state_of,
+    build_optimizer,
+    compute_lr_factor,
+    copy_optimizer_state,
+    copy_state_dict,
+    set_learning_rates,
 )
-from imgcls.training.optim.param_groups import Group, groups
+from imgcls.training.optim.param_groups import ParamGroup, build_param_groups
 
 
 def factors(steps: int, **settings: Any) -> list[float]:
     config = OptimConfig(**settings)
-    return [lr_factor(config, step, steps) for step in range(steps)]
+    return [compute_lr_factor(config, step, steps) for step in range(steps)]
 
 
 def small() -> nn.Module:
@@ -73,7 +73,7 @@ def test_steps_drop_the_rate_where_they_were_asked_to() -> None:
 def test_one_cycle_follows_the_rates_and_momenta_of_torch(kind: str, warmup: float) -> None:
     steps, peak = 1000, 0.7
     config = OptimConfig(name=kind, lr=peak, schedule="one_cycle", warmup=warmup)
-    mine = optimizer(small(), [Group(("0.weight",), 1.0, True)], config, batch_size=8)
+    mine = build_optimizer(small(), [ParamGroup(("0.weight",), 1.0, True)], config, batch_size=8)
     parameter = [nn.Parameter(torch.zeros(1))]
     theirs: torch.optim.Optimizer = (
         torch.optim.SGD(parameter, lr=peak, momentum=0.9)
@@ -88,10 +88,10 @@ def test_one_cycle_follows_the_rates_and_momenta_of_torch(kind: str, warmup: flo
         group = optimizer.param_groups[0]
         return group["betas"][0] if kind == "adamw" else group["momentum"]
 
-    set_rates(mine, config, 0, steps)
+    set_learning_rates(mine, config, 0, steps)
     assert mine.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
     for step in range(steps):
-        set_rates(mine, config, step, steps)
+        set_learning_rates(mine, config, step, steps)
         # torch counts the peak from the end of a step: they are a fraction of a step apart
         expected = theirs.param_groups[0]["lr"]
         assert mine.param_groups[0]["lr"] == pytest.approx(expected, abs=0.012 * peak)
@@ -119,24 +119,24 @@ def test_no_step_is_above_the_peak_or_without_a_rate(
 
 def test_groups_keep_their_proportions_through_the_schedule() -> None:
     config = OptimConfig(lr=0.5, schedule="cosine")
-    made = optimizer(
+    made = build_optimizer(
         small(),
-        [Group(("0.weight",), 0.1, True), Group(("3.weight",), 1.0, True)],
+        [ParamGroup(("0.weight",), 0.1, True), ParamGroup(("3.weight",), 1.0, True)],
         config,
         batch_size=8,
     )
     for step in (0, 30, 70, 99):
-        set_rates(made, config, step, 100)
+        set_learning_rates(made, config, step, 100)
         low, high = (group["lr"] for group in made.param_groups)
-        assert high == pytest.approx(0.5 * lr_factor(config, step, 100))
+        assert high == pytest.approx(0.5 * compute_lr_factor(config, step, 100))
         assert low == pytest.approx(0.1 * high)
 
 
 def test_the_linear_scaling_rule_raises_the_peak_with_the_batch() -> None:
-    assert OptimConfig(lr=0.1).peak_lr(1024) == 0.1
+    assert OptimConfig(lr=0.1).compute_peak_lr(1024) == 0.1
     config = OptimConfig(lr=0.1, scale_lr_from=256)
-    assert config.peak_lr(1024) == pytest.approx(0.4)
-    made = optimizer(small(), [Group(("0.weight",), 0.5, True)], config, batch_size=64)
+    assert config.compute_peak_lr(1024) == pytest.approx(0.4)
+    made = build_optimizer(small(), [ParamGroup(("0.weight",), 0.5, True)], config, batch_size=64)
     assert made.param_groups[0]["peak"] == pytest.approx(0.1 / 4 / 2)
 
 
@@ -145,7 +145,9 @@ def test_the_linear_scaling_rule_raises_the_peak_with_the_batch() -> None:
 
 def test_biases_and_normalisation_are_left_free_of_decay() -> None:
     network = small()
-    made = optimizer(network, groups(network), OptimConfig(lr=1e-3, weight_decay=0.5), batch_size=8)
+    made = build_optimizer(
+        network, build_param_groups(network), OptimConfig(lr=1e-3, weight_decay=0.5), batch_size=8
+    )
     decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
     assert {name: decay[id(p)] for name, p in network.named_parameters()} == {
         "0.weight": 0.5,
@@ -162,7 +164,7 @@ def test_sgd_moves_by_nesterovs_rule(momentum: float) -> None:
     network = nn.Linear(1, 1, bias=False)
     before = network.weight.item()
     config = OptimConfig(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.0)
-    made = optimizer(network, [Group(("weight",), 1.0, True)], config, batch_size=1)
+    made = build_optimizer(network, [ParamGroup(("weight",), 1.0, True)], config, batch_size=1)
     for _ in range(2):
         network.weight.grad = torch.ones(1, 1)
         made.step()
@@ -174,7 +176,9 @@ def test_sgd_moves_by_nesterovs_rule(momentum: float) -> None:
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_saved_state_is_a_copy_that_later_steps_leave_alone(kind: str) -> None:
     network = small()
-    made = optimizer(network, groups(network), OptimConfig(name=kind, lr=1e-3), batch_size=8)
+    made = build_optimizer(
+        network, build_param_groups(network), OptimConfig(name=kind, lr=1e-3), batch_size=8
+    )
 
     def step() -> None:
         for parameter in network.parameters():
@@ -182,7 +186,7 @@ def test_a_saved_state_is_a_copy_that_later_steps_leave_alone(kind: str) -> None
         made.step()
 
     step()
-    weights, moments = state_of(network), optimizer_state(made)
+    weights, moments = copy_state_dict(network), copy_optimizer_state(made)
     kept = copy.deepcopy((weights, moments))
     step()
     torch.testing.assert_close((weights, moments["state"]), (kept[0], kept[1]["state"]))
@@ -198,7 +202,7 @@ def test_a_saved_state_is_a_copy_that_later_steps_leave_alone(kind: str) -> None
 
 def test_saved_weights_are_contiguous_whatever_their_memory_format() -> None:
     network = small().to(memory_format=torch.channels_last)
-    assert all(value.is_contiguous() for value in state_of(network).values())
+    assert all(value.is_contiguous() for value in copy_state_dict(network).values())
 
 
 # ------------------------------------------------------------------ the averaged weights
@@ -207,8 +211,8 @@ def test_saved_weights_are_contiguous_whatever_their_memory_format() -> None:
 def test_the_average_follows_its_formula_buffers_included() -> None:
     torch.manual_seed(0)
     network = small()
-    average = AveragedWeights(network, copy.deepcopy(network), 0.8)
-    expected = {key: value.double() for key, value in state_of(network).items()}
+    average = ModelEma(network, copy.deepcopy(network), 0.8)
+    expected = {key: value.double() for key, value in copy_state_dict(network).items()}
     for step in range(60):
         with torch.no_grad():
             for parameter in network.parameters():
@@ -230,7 +234,7 @@ def test_the_average_follows_its_formula_buffers_included() -> None:
 
 def test_the_average_of_few_steps_does_not_hold_on_to_where_it_began() -> None:
     network = nn.Linear(2, 2)
-    average = AveragedWeights(network, copy.deepcopy(network), 0.999)
+    average = ModelEma(network, copy.deepcopy(network), 0.999)
     with torch.no_grad():
         network.weight.fill_(7.0)
     for step in range(20):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from imgcls.models import zoo
-from imgcls.training.optim.param_groups import Group, groups, layers
+from imgcls.training.optim.param_groups import ParamGroup, build_param_groups, split_layers
 
 FAMILIES = {
     "alexnet": 3, "convnext_tiny": 9, "densenet121": 9, "efficientnet_b0": 10,
@@ -36,19 +36,19 @@ class Empty(TorchFunctionMode):
 @functools.cache
 def shape_of(name: str) -> nn.Module:
     with Empty():
-        return zoo.build(zoo.pretrained_options(zoo.architecture(name)), 7)
+        return zoo.build_network(zoo.add_pretrained_options(zoo.resolve_architecture(name)), 7)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_is_in_one_layer_and_the_head_in_the_last(name: str) -> None:
     network = shape_of(name)
-    cut = layers(network)
+    cut = split_layers(network)
     assert sorted(n for layer in cut for n in layer) == sorted(
         n for n, _ in network.named_parameters()
     )
     assert all(cut), "no layer is empty"
     assert len(cut) == FAMILIES[name]
-    head, _ = zoo.head(network)
+    head, _ = zoo.find_head(network)
     assert f"{head}.weight" in cut[-1]
     others = {n for n in cut[-1] if not n.startswith(f"{head}.")}
     assert all(n.lower().startswith("aux") for n in others)
@@ -58,7 +58,7 @@ def test_every_parameter_is_in_one_layer_and_the_head_in_the_last(name: str) -> 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_come_in_the_order_in_which_images_pass_through(name: str) -> None:
     network = shape_of(name).eval()
-    place = {n: depth for depth, layer in enumerate(layers(network)) for n in layer}
+    place = {n: depth for depth, layer in enumerate(split_layers(network)) for n in layer}
     visited: list[int] = []
     hooks = []
     for module_name, module in network.named_modules():
@@ -70,7 +70,7 @@ def test_layers_come_in_the_order_in_which_images_pass_through(name: str) -> Non
         n: torch.empty_like(t, device="meta")
         for n, t in (*network.named_parameters(), *network.named_buffers())
     }
-    size = zoo.default_preprocess(zoo.architecture(name)).crop
+    size = zoo.get_default_preprocess(zoo.resolve_architecture(name)).crop
     torch.func.functional_call(network, tables, torch.zeros(2, 3, size, size, device="meta"))
     for hook in hooks:
         hook.remove()
@@ -90,13 +90,13 @@ def test_layers_come_in_the_order_in_which_images_pass_through(name: str) -> Non
 def test_what_belongs_to_the_input_moves_with_the_first_layer(
     name: str, first: list[str], second: str
 ) -> None:
-    cut = layers(shape_of(name))
+    cut = split_layers(shape_of(name))
     assert set(first) <= set(cut[0])
     assert all(n.startswith(second) for n in cut[1])
 
 
 def test_positions_and_last_norms_are_no_layers_of_their_own() -> None:
-    cut = layers(shape_of("vit_b_16"))
+    cut = split_layers(shape_of("vit_b_16"))
     assert "encoder.pos_embedding" in cut[0]
     assert "encoder.ln.weight" in cut[-2]
     assert any(n.startswith("encoder.layers.encoder_layer_11.") for n in cut[-2])
@@ -105,21 +105,21 @@ def test_positions_and_last_norms_are_no_layers_of_their_own() -> None:
 # ------------------------------------------------------------------ parameter groups
 
 
-def by_name(made: list[Group]) -> dict[str, Group]:
+def by_name(made: list[ParamGroup]) -> dict[str, ParamGroup]:
     return {name: group for group in made for name in group.names}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny", "swin_t", "swin_v2_t"])
 def test_decay_pulls_on_matrices_and_filters_alone(name: str) -> None:
     network = shape_of(name)
-    group = by_name(groups(network))
+    group = by_name(build_param_groups(network))
     norms = tuple(
         n for n, m in network.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm)) and n
     )
     for parameter, _ in network.named_parameters():
         module, _, kind = parameter.rpartition(".")
         matrix = module not in norms and kind in ("weight", "in_proj_weight")
-        assert group[parameter].decayed == matrix, parameter
+        assert group[parameter].has_weight_decay == matrix, parameter
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,21 @@ def test_decay_pulls_on_matrices_and_filters_alone(name: str) -> None:
     ],
 )  # fmt: skip
 def test_tables_tokens_and_scales_are_free_of_decay(name: str, free: str, decayed: str) -> None:
-    group = by_name(groups(shape_of(name)))
-    assert not group[free].decayed
-    assert group[decayed].decayed
+    group = by_name(build_param_groups(shape_of(name)))
+    assert not group[free].has_weight_decay
+    assert group[decayed].has_weight_decay
 
 
 def test_each_layer_moves_by_the_decay_less_than_the_one_above() -> None:
     network = shape_of("vit_b_16")
-    group = by_name(groups(network, backbone_scale=0.5, layer_decay=0.8))
-    for depth, names in enumerate(reversed(layers(network))):
+    group = by_name(build_param_groups(network, backbone_scale=0.5, layer_decay=0.8))
+    for depth, names in enumerate(reversed(split_layers(network))):
         expected = 1.0 if depth == 0 else 0.5 * 0.8 ** (depth - 1)
         assert [group[n].lr_scale for n in names] == pytest.approx([expected] * len(names))
-    assert sorted(n for g in groups(network, layer_decay=0.8) for n in g.names) == sorted(
-        n for n, _ in network.named_parameters()
-    )
+    assert sorted(
+        n for g in build_param_groups(network, layer_decay=0.8) for n in g.names
+    ) == sorted(n for n, _ in network.named_parameters())
 
 
 def test_without_scales_everything_moves_alike() -> None:
-    assert {group.lr_scale for group in groups(shape_of("resnet18"))} == {1.0}
+    assert {group.lr_scale for group in build_param_groups(shape_of("resnet18"))} == {1.0}

@@ -9,15 +9,15 @@ from torch import nn
 
 from imgcls.errors import RequestError
 from imgcls.models import zoo
-from imgcls.training.optim.param_groups import layers
+from imgcls.training.optim.param_groups import split_layers
 from imgcls.training.optim.strategy import (
     FinetuneConfig,
     Strategy,
-    default_lr,
+    choose_default_lr,
+    find_trainable,
     has_probe,
-    moving,
-    parameter_groups,
-    settle,
+    plan_param_groups,
+    resolve_strategy,
 )
 
 NETWORK = nn.Sequential(
@@ -28,18 +28,18 @@ HEAD, MIDDLE = {"4.weight", "4.bias"}, {"2.weight", "2.bias"}
 
 
 def test_it_depends_on_weights_where_none_is_given() -> None:
-    assert settle(None, pretrained=True) == "probe_then_finetune"
-    assert settle(None, pretrained=False) == "scratch"
+    assert resolve_strategy(None, pretrained=True) == "probe_then_finetune"
+    assert resolve_strategy(None, pretrained=False) == "scratch"
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_only_scratch_does_without_weights(strategy: Strategy) -> None:
-    assert settle(strategy, pretrained=True) == strategy
+    assert resolve_strategy(strategy, pretrained=True) == strategy
     if strategy == "scratch":
-        assert settle(strategy, pretrained=False) == strategy
+        assert resolve_strategy(strategy, pretrained=False) == strategy
         return
     with pytest.raises(RequestError, match=rf"strategy {strategy}: needs weights .*--model"):
-        settle(strategy, pretrained=False)
+        resolve_strategy(strategy, pretrained=False)
 
 
 def test_the_two_that_probe() -> None:
@@ -51,7 +51,7 @@ def test_finetuning_slows_the_layers_below_the_head() -> None:
     for strategy, low, middle in (("scratch", 1.0, 1.0), ("finetune", 0.1, 0.2)):
         scale = {
             name: group.lr_scale
-            for group in parameter_groups(NETWORK, strategy, config)
+            for group in plan_param_groups(NETWORK, strategy, config)
             for name in group.names
         }
         assert scale["4.weight"] == scale["4.bias"] == 1.0
@@ -62,27 +62,27 @@ def test_finetuning_slows_the_layers_below_the_head() -> None:
 
 def test_everything_moves_at_once_unless_asked_otherwise() -> None:
     for strategy in ("scratch", "finetune", "probe_then_finetune"):
-        assert moving(NETWORK, strategy, FinetuneConfig(), 1) == EVERYTHING
+        assert find_trainable(NETWORK, strategy, FinetuneConfig(), 1) == EVERYTHING
     # from random weights there is nothing to be careful with
-    assert moving(NETWORK, "scratch", FinetuneConfig(unfreeze_every=1), 1) == EVERYTHING
+    assert find_trainable(NETWORK, "scratch", FinetuneConfig(unfreeze_every=1), 1) == EVERYTHING
 
 
 def test_layers_are_set_free_one_by_one_from_the_head_down() -> None:
-    assert len(layers(NETWORK)) == 3
+    assert len(split_layers(NETWORK)) == 3
     config = FinetuneConfig(unfreeze_every=2)
-    free = [moving(NETWORK, "finetune", config, epoch) for epoch in range(1, 9)]
+    free = [find_trainable(NETWORK, "finetune", config, epoch) for epoch in range(1, 9)]
     assert free == [HEAD, HEAD, HEAD | MIDDLE, HEAD | MIDDLE] + [EVERYTHING] * 4
 
 
 def test_after_a_probe_the_layer_below_the_head_is_free_from_the_start() -> None:
     config = FinetuneConfig(unfreeze_every=1)
-    free = [moving(NETWORK, "probe_then_finetune", config, epoch) for epoch in (1, 2, 3)]
+    free = [find_trainable(NETWORK, "probe_then_finetune", config, epoch) for epoch in (1, 2, 3)]
     assert free == [HEAD | MIDDLE, EVERYTHING, EVERYTHING]
 
 
 def test_weights_that_are_good_already_are_moved_more_carefully() -> None:
-    resnet, small = zoo.architecture("resnet18"), zoo.architecture("small_cnn")
-    assert default_lr("scratch", small) == 3e-3
-    assert default_lr("scratch", resnet) == 1e-3
+    resnet, small = zoo.resolve_architecture("resnet18"), zoo.resolve_architecture("small_cnn")
+    assert choose_default_lr("scratch", small) == 3e-3
+    assert choose_default_lr("scratch", resnet) == 1e-3
     for strategy in ("finetune", "probe_then_finetune"):
-        assert default_lr(strategy, resnet) == default_lr(strategy, small) == 3e-4
+        assert choose_default_lr(strategy, resnet) == choose_default_lr(strategy, small) == 3e-4
