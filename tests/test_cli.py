@@ -68,12 +68,6 @@ def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.Monkey
         cli.main(["train"])
 
 
-def test_completion_shows_the_public_names() -> None:
-    import imgcls as package
-
-    assert set(package.__all__) <= set(dir(package))
-
-
 @pytest.mark.parametrize(
     ("argv", "named", "listed"),
     [
