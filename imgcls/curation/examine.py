@@ -26,7 +26,7 @@ from imgcls.inference.requests import is_on_web
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
 from imgcls.provenance import build_provenance
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
 PART_ROWS = 1_000_000
@@ -43,7 +43,7 @@ class ScannedManifest:
     def read_rows(self) -> Iterator[pa.Table]:
         """The manifest's rows, chunk by chunk, in order."""
         for part in range(self.plan.num_parts):
-            with filesystem.open_read(names.shard_url(self.output, part)) as stream:
+            with filesystem.open_read(layout.shard_url(self.output, part)) as stream:
                 shard = pq.ParquetFile(stream)
                 for group in range(len(self.plan.chunks_of(part))):
                     yield shard.read_row_group(group)
@@ -52,7 +52,7 @@ class ScannedManifest:
         """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
         for chunk, rows in enumerate(self.read_rows()):
             part = self.plan.part_of(chunk)
-            url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
+            url = layout.chunk_url(self.output, part, chunk, self.plan.run_id)
             with filesystem.open_read(url) as file:
                 yield rows, pq.read_table(file)
 
@@ -85,7 +85,7 @@ def scan_manifest(
         bundle={"sha256": None if bundle is None else bundle.sha256},
         settings={"max_pixels": max_pixels, "max_bytes": max_bytes, "decode": decode},
     )
-    stored = names.load_run(output)
+    stored = layout.load_run(output)
     if stored is not None:
         lines = "\n".join(f"  {line}" for line in identity.find_differences(stored["identity"]))
         if lines:
@@ -115,15 +115,15 @@ def scan_manifest(
     todo = book.list_remaining()
     if todo:
         scale = scale.model_copy(update={"layout": "cpu"})
-        layout = wait_for_placement(scale, interruption, 0)
-        for reason in layout.reasons:
+        placement = wait_for_placement(scale, interruption, 0)
+        for reason in placement.reasons:
             tell("layout", reason)
         spec = ScanSpec(
             output=output,
             plan=plan,
             path_column=manifest.path_column,
             root=manifest.root,
-            batch_size=layout.batch_size,
+            batch_size=placement.batch_size,
             max_pixels=max_pixels,
             max_bytes=max_bytes,
             io_concurrency=scale.io_concurrency,
@@ -138,7 +138,7 @@ def scan_manifest(
         progress = Progress(plan.rows, book.rows_done, progress_seconds)
         try:
             passes = ChunkRunner(spec, scale, interruption, lambda fits: fits, 0)
-            for receipt in passes.run(layout, todo):
+            for receipt in passes.run(placement, todo):
                 lease.check()
                 if receipt is None:
                     progress.tick()

@@ -20,8 +20,7 @@ from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.runner import add_resume_hint
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
-from imgcls.runs.lease import LEASE_FOLDER as LEASE
-from imgcls.runs.lease import Lease
+from imgcls.runs.lease import LEASE_FOLDER, Lease
 
 SCAN_FOLDER = "_looks"
 
@@ -109,7 +108,7 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
 
 def _check_output(output: str, results: Sequence[str]) -> None:
     layout.check_output_writable(output)
-    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE, *results}
+    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *results}
     if others:
         raise OutputError(
             f"output {output}: holds other files ({min(others)}); give another --output"
