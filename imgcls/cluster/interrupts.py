@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from imgcls.cluster.session import Interruption, register_ray_thread
+from imgcls.data.storage_settings import bind_settings
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ def run_in_thread(call: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
             future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="call", daemon=True)
+    thread = threading.Thread(target=bind_settings(run), name="call", daemon=True)
     register_ray_thread(thread)
     thread.start()
     return future

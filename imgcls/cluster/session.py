@@ -28,6 +28,7 @@ import grpc
 import ray
 
 from imgcls import errors
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import ImgclsError, Interrupted, RequestError, RunFailed
 
 T = TypeVar("T")
@@ -367,7 +368,7 @@ def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterato
         except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
             ready.put((None, error))
 
-    thread = threading.Thread(target=consume, name="consume", daemon=True)
+    thread = threading.Thread(target=bind_settings(consume), name="consume", daemon=True)
     register_ray_thread(thread)
     thread.start()
     try:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.cluster import session
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
 from imgcls.execution.completed import CompletedChunks
@@ -127,7 +127,7 @@ def scan_manifest(
             max_pixels=max_pixels,
             max_bytes=max_bytes,
             io_concurrency=scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
             is_on_web=is_on_web(manifest),

@@ -14,7 +14,7 @@ from imgcls.curation.examine import ScannedManifest, scan_manifest
 from imgcls.data import filesystem
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.runner import add_resume_hint

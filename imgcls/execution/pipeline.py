@@ -24,7 +24,7 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from imgcls.cluster.session import build_malloc_env, silence_data_logger
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from imgcls.errors import BundleError, CrashingImage, RunFailed
 from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt, register_worker
 from imgcls.execution.messages import (
@@ -199,7 +199,7 @@ class ChunkWorker:
                 f"{socket.gethostname()}; find out why in Ray's logs there (a signal, no memory "
                 "left)"
             )
-        object_store.set_process_settings(spec.storage)
+        storage_settings.set_process_settings(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._stages = stages
@@ -338,7 +338,7 @@ def prepare_chunk(batch: pa.Table, spec: PredictSpec, host_share: float) -> dict
     """The first half where there are GPUs: fetch a chunk, and decode it unless a GPU is to."""
     from imgcls.inference import stages
 
-    object_store.set_process_settings(spec.storage)
+    storage_settings.set_process_settings(spec.storage)
     work: ChunkTask = _unpickle(batch, "work")
     rows, spent = stages.read_chunk_rows(spec, work), StageTimings()
     attempt = Attempt.for_chunk(spec, work, "prepare")

@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -22,11 +22,11 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.config import Section, UnitFloat, requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     CrashingImage,
     OutputError,
@@ -155,18 +155,18 @@ class PredictResult:
     output: str
     rows: int
     counts: PredictionCounts | None
+    storage: StorageConfig = field(default_factory=storage_settings.current_settings, repr=False)
 
     def frame(self) -> pd.DataFrame:
         """The table as pandas has it, all of it in memory: one row per manifest row, in order."""
         import pandas as pd
 
-        parts = filesystem.list_names(filesystem.join(self.output, layout.PREDICTIONS_FOLDER))
+        folder = filesystem.join(self.output, layout.PREDICTIONS_FOLDER)
         frames = []
-        for part in sorted(parts):
-            with filesystem.open_read(
-                filesystem.join(self.output, layout.PREDICTIONS_FOLDER, part)
-            ) as stream:
-                frames.append(pd.read_parquet(stream))
+        with storage_settings.use_settings(self.storage):
+            for part in filesystem.list_names(folder):
+                with filesystem.open_read(filesystem.join(folder, part)) as stream:
+                    frames.append(pd.read_parquet(stream))
         return pd.concat(frames, ignore_index=True)
 
 
@@ -187,11 +187,11 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         'label(manifest="photos.csv", model="bundle", output="out")',
     )
     log.use(config.log)
-    object_store.set_process_settings(config.storage)
     if config.date is None:  # once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = filesystem.absolute(resolve_output(config.output, config.date))
     with (
+        storage_settings.use_settings(config.storage),
         gates.report_exit(config.summary_json, output) as outputs,
         session.Interruption().handle_signals() as interruption,
     ):
@@ -397,7 +397,7 @@ class _PredictRun:
                 urls=tuple(
                     itertools.islice(iter_image_urls(self.manifest), autotune.BENCHMARK_IMAGES)
                 ),
-                storage=object_store.current_settings(),
+                storage=storage_settings.current_settings(),
                 max_bytes=config.max_bytes,
             )
             patience = autoscaler.WaitTimeout(config.scale.resource_timeout_s)
@@ -442,7 +442,7 @@ class _PredictRun:
             max_pixels=settings["max_pixels"],
             max_bytes=settings["max_bytes"],
             io_concurrency=self.config.scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
             is_on_web=is_on_web(manifest),
@@ -673,8 +673,8 @@ class PartRollup:
             return
         self._shared_classes: Any = ray.put(self._classes)
         remote = ray.remote(num_cpus=ROLLUP_TASK_CPUS, max_retries=3)
-        self._roll_up = remote(object_store.bind_settings(completed.roll_up))
-        self._count = remote(object_store.bind_settings(completed.count_part))
+        self._roll_up = remote(storage_settings.bind_settings(completed.roll_up))
+        self._count = remote(storage_settings.bind_settings(completed.count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is durable."""

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -22,6 +22,7 @@ from torch import nn
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -193,12 +194,26 @@ class Classifier:
         return zoo.get_embedding_width(self._network)
 
     @classmethod
-    def load(cls, url: str, **options: Any) -> Classifier:
-        """The classifier of a bundle folder; options as for the constructor.
+    def load(
+        cls, url: str, *, storage: StorageConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> Classifier:
+        """Load the classifier of a bundle.
 
-        Raises BundleError when the bundle is missing or damaged.
+        Parameters
+        ----------
+        url
+            Path or URL of the bundle folder.
+        storage
+            How to reach its store, as in `{"endpoint_url": "http://localhost:9000"}`.
+        **options
+            As for the constructor.
+
+        Raises
+        ------
+        BundleError
+            The bundle is missing or damaged.
         """
-        return cls(load_bundle(url), **options)
+        return cls(load_bundle(url, storage=storage), **options)
 
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""

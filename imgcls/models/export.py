@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
 from imgcls.config import Section, names
-from imgcls.data import decode, filesystem, object_store
+from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -105,6 +105,7 @@ class PortableNetwork(nn.Module):
         return torch.softmax(logits, dim=1)
 
 
+@with_config_storage
 def export_bundle(config: ExportConfig) -> dict[str, Any]:
     """Write a bundle in other formats; returns what model.json says of them.
 
@@ -112,7 +113,6 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
     express the network or gives other labels.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
     output = filesystem.absolute(config.output)

@@ -24,7 +24,8 @@ from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import Interruption
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ImgclsError, Interrupted, RequestError, ResourcesError, RunFailed
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
@@ -42,6 +43,7 @@ STATUS_INTERVAL_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+@with_config_storage
 def serve(config: ServeConfig) -> None:
     """Label images over HTTP, with a page to try it on, until SIGTERM or Ctrl-C.
 
@@ -49,7 +51,6 @@ def serve(config: ServeConfig) -> None:
     """
     log.use(config.log)
     config = _resolve_paths(config)
-    object_store.set_process_settings(config.storage)
     _check_http(config)
     fixed = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:

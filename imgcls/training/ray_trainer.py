@@ -25,7 +25,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import run_in_thread
 from imgcls.cluster.session import Interruption, build_malloc_env, is_actor_alive
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.scaling import WorkerPlan
@@ -60,7 +60,7 @@ def fit_torch_trainer(
     path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     elastic = workers.min_count < workers.max_count
-    loop: Any = object_store.bind_settings(train_loop_per_worker)
+    loop: Any = storage_settings.bind_settings(train_loop_per_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"work": work, "board": board},

@@ -15,7 +15,8 @@ from torch import nn
 
 from imgcls.cluster import session
 from imgcls.config import requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import (
     BundleError,
     OutputError,
@@ -68,7 +69,11 @@ def train(
     command goes on from the last saved state.
     """
     config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _train(config, shared)
+
+
+def _train(config: TrainConfig, shared: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     task = resolve_setup(config)
     config = task.config

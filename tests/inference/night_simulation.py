@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from imgcls.config import build
 from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
 from imgcls.execution.completed import CompletedChunks, roll_up, write_empty_part
 from imgcls.execution.messages import PredictSpec, StageTimings

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, PredictSpec, StageTimings
 from imgcls.execution.plan import Plan
 from imgcls.inference import stages

@@ -17,7 +17,7 @@ import ray
 from ray.data.expressions import col
 
 from imgcls.cluster.session import silence_data_logger
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import (
@@ -67,7 +67,7 @@ def decode_images(rows: pa.Table, views: DecodeSettings, *, cpus: float) -> Cach
         decoded = (
             ray.data.from_blocks(chunks)
             .map_batches(
-                object_store.bind_settings_split(math.ceil(cpus), decode_block, views=views),
+                storage_settings.bind_settings_split(math.ceil(cpus), decode_block, views=views),
                 batch_format="pyarrow",
             )
             .materialize()
