@@ -116,7 +116,7 @@ def check(plain: Any, bundle: str, pixels: Any) -> None:
             [classifier.classify(pixels[i : i + 64]).scores for i in range(0, len(pixels), 64)]
         )
         if np.abs(found - expected).max() > 0.01:
-            raise SystemExit(f"compile={compile}: scores differ by {np.abs(found - expected).max():.3f}")
+            raise SystemExit(f"{compile=}: scores differ by {np.abs(found - expected).max():.3f}")
 
 
 def classify(classifier: Any, batch: Any, rows: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
@@ -67,7 +67,7 @@ def scan_manifest(
     scale: ScaleConfig,
     progress_seconds: float,
     lease: Lease,
-    interruption: session.Interruption,
+    interruption: interrupts.Interruption,
 ) -> ScannedManifest:
     """Look at every image of a manifest that has not been looked at in an earlier run.
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts, session
 from imgcls.config import Section
 from imgcls.curation.examine import ScannedManifest, scan_manifest
 from imgcls.data import filesystem
@@ -65,7 +65,7 @@ def scan_manifests(
     _check_output(output, (*results, *beside))
     if config.overwrite:
         _check_inputs(output, results, manifests)
-    with session.Interruption().handle_signals() as interruption:
+    with interrupts.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(output)
         try:
             if config.overwrite:

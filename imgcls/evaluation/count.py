@@ -54,7 +54,7 @@ def _aggregate_on_cluster(
     import ray.data
 
     session.connect()
-    session.silence_data_logger()
+    session.configure_ray_data()
     started = time.monotonic()
     work = storage_settings.bind_settings(_aggregate_piece, run, wanted)
     context = ray.data.DataContext.get_current()

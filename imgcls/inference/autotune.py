@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from imgcls.cluster.session import Interruption, build_malloc_env
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import build_malloc_env
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode

@@ -20,7 +20,7 @@ import ray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.config import Section, UnitFloat, requested
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
@@ -193,13 +193,13 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
     with (
         storage_settings.use_settings(config.storage),
         gates.report_exit(config.summary_json, output) as outputs,
-        session.Interruption().handle_signals() as interruption,
+        interrupts.Interruption().handle_signals() as interruption,
     ):
         return _predict(config, output, interruption, outputs)
 
 
 def _predict(
-    config: PredictConfig, output: str, interruption: session.Interruption, outputs: list[str]
+    config: PredictConfig, output: str, interruption: interrupts.Interruption, outputs: list[str]
 ) -> PredictResult:
     listed = open_manifest(config.manifest)
     listed = replace(listed, _compute_fingerprint=functools.cache(listed.fingerprint))
@@ -263,7 +263,7 @@ class _PredictRun:
         job: PredictJob,
         bundle: Bundle,
         lease: Lease,
-        interruption: session.Interruption,
+        interruption: interrupts.Interruption,
         started: float,
     ) -> None:
         self.config = config

@@ -30,6 +30,7 @@ from imgcls.errors import (
     NotFinite,
     RequestError,
     StorageError,
+    one_line,
 )
 from imgcls.models import int8, sources, zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_bundle_weights, require_int8
@@ -454,8 +455,9 @@ def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn
     try:
         network.load_state_dict(load_bundle_weights(bundle))
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
+        raise BundleError(
+            f"bundle {bundle.url}: the weights do not fit: {one_line(error)}"
+        ) from error
     return fold_batch_norms(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
 
 

@@ -38,6 +38,7 @@ from imgcls.errors import (
     RequestError,
     RunFailed,
     StorageError,
+    first_line,
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, load_network
@@ -245,10 +246,9 @@ def _convert_exporter_errors(format: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(
-                f"{format}: torch cannot write this network so: {first}; leave the format out of "
-                "--formats"
+                f"{format}: torch cannot write this network so: {first_line(error)}; "
+                "leave the format out of --formats"
             ) from error
 
 

@@ -14,8 +14,7 @@ import pandas as pd
 import ray
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.models.bundle import BundleSpec

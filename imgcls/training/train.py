@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts, session
 from imgcls.config import requested
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import use_settings
@@ -85,7 +85,7 @@ def _train(config: TrainConfig, shared: TrialContext | None) -> TrainResult:
     try:
         checkpoints = _claim_output(task)
         session.connect()
-        interruption = session.Interruption() if shared is None else shared.interruption
+        interruption = interrupts.Interruption() if shared is None else shared.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
             return run_training(task, checkpoints, lease, interruption, shared)
     finally:

@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,9 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption, Node
+from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.session import Node
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import ManifestConfig
 from imgcls.data.storage_settings import with_config_storage
@@ -80,7 +79,7 @@ def tune(config: TuneConfig) -> TuneResult:
     config = _resolve_paths(config)
     check_space(config)
     task = training.resolve_setup(build_trial_config(config, {}, config.output))
-    with session.Interruption().handle_signals() as interruption:
+    with interrupts.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim_output(config)
@@ -421,14 +420,11 @@ def _silence_tune() -> Iterator[None]:
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
     try:
-        yield
+        with session.set_env_defaults(_ENVIRONMENT):
+            yield
     finally:
         logger.setLevel(level)
-        for name in added:
-            del os.environ[name]
 
 
 _ENVIRONMENT = {

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.session import silence_data_logger
+from imgcls.cluster.session import configure_ray_data
 from imgcls.data import storage_settings
 from imgcls.training.data.batches import (
     Batch,
@@ -98,7 +98,7 @@ class StreamedDataset:
             wanted=wanted,
             views=self._source.views,
         )
-        silence_data_logger()
+        configure_ray_data()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
