@@ -315,13 +315,14 @@ class SimulatedWorker:
 
 def made_up(start: int, count: int, classes: list[str]) -> pa.Table:
     """Predictions of `count` rows from `start` on."""
-    from imgcls.runs import layout
+
+    from imgcls.runs.schema import build_prediction_schema
 
     rng = np.random.default_rng(start)
     labels = pa.array(classes).take(pa.array(rng.integers(0, len(classes), count)))
     confidence = pa.array(rng.uniform(0.5, 1, count).astype(np.float32))
     offsets = pa.array(np.arange(count + 1, dtype=np.int32))
-    schema = layout.build_prediction_schema(labelled=False)
+    schema = build_prediction_schema(labelled=False)
     columns: dict[str, Any] = {
         "row": np.arange(start, start + count),
         "predicted_label": labels,

@@ -25,9 +25,9 @@ from imgcls.execution.runner import ChunkRunner, wait_for_placement
 from imgcls.inference.requests import is_on_web
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 PART_ROWS = 1_000_000
 

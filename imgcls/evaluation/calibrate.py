@@ -36,7 +36,7 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]

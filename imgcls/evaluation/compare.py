@@ -32,7 +32,8 @@ from imgcls.evaluation.label_join import (
 )
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK, write_tables
+from imgcls.runs.layout import write_tables
+from imgcls.runs.schema import OK
 
 _MAX_DIFFERING = 1_000_000
 

@@ -26,7 +26,7 @@ from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.models.bundle import Precision
 from imgcls.runs.committed import is_scalar_type
-from imgcls.runs.layout import build_prediction_schema
+from imgcls.runs.schema import build_prediction_schema
 
 
 class EvaluateConfig(EvaluationOptions):

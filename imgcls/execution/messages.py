@@ -16,7 +16,7 @@ from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.plan import Plan
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,10 +27,10 @@ from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import MAX_PART_BYTES
 from imgcls.inference.keys import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 _ROW_GROUP_ROWS = 65_536
 _PROVENANCE_TYPES = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}

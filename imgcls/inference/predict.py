@@ -70,10 +70,11 @@ from imgcls.inference.requests import (
 from imgcls.log import LogFormat, tell
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.runs.lease import DEFAULT_TERM_SECONDS, Lease
+from imgcls.runs.provenance import build_provenance
+from imgcls.runs.schema import build_prediction_schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -485,7 +486,7 @@ class _PredictRun:
 
     def _build_empty_table(self, spec: PredictSpec) -> pa.Table:
         """The table of a night on which there was nothing to do."""
-        added = layout.build_prediction_schema(
+        added = build_prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,

@@ -27,6 +27,7 @@ from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
+from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
 if TYPE_CHECKING:
     from imgcls.inference.predict import PredictConfig
@@ -71,8 +72,8 @@ def check_columns(manifest: Manifest) -> None:
     DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.
     """
     place = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in layout.PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in layout.PROVENANCE_COLUMNS}
+    written = {name.casefold(): name for name in PREDICTION_COLUMNS}
+    added = {name.casefold(): name for name in PROVENANCE_COLUMNS}
     seen: dict[str, str] = {}
     for name in manifest.schema.names:
         key = name.casefold()
@@ -80,13 +81,13 @@ def check_columns(manifest: Manifest) -> None:
             case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
             raise ManifestError(
                 f"{place}: column {name!r} is one that labelling writes{case}; rename it in the "
-                f"manifest (labelling writes {', '.join(layout.PREDICTION_COLUMNS)})"
+                f"manifest (labelling writes {', '.join(PREDICTION_COLUMNS)})"
             )
         if key in added:
             raise ManifestError(
                 f"{place}: column {name!r} is one that `imgcls history compact` writes, for the "
                 f"run a row is of; rename it in the manifest, or leave it out (compact writes "
-                f"{', '.join(layout.PROVENANCE_COLUMNS)})"
+                f"{', '.join(PROVENANCE_COLUMNS)})"
             )
         if key in seen:
             raise ManifestError(

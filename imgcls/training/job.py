@@ -18,8 +18,8 @@ from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interrup
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.models.bundle import BundleSpec
-from imgcls.provenance import build_provenance
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import DecodeSettings

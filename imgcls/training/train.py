@@ -25,9 +25,9 @@ from imgcls.errors import (
     StorageUnavailable,
 )
 from imgcls.models.bundle import BUNDLE_FILE, read_description
-from imgcls.provenance import list_differences
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import list_differences
 from imgcls.training import network as networks
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
