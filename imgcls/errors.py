@@ -7,6 +7,16 @@ code that a scheduler sees; nothing else in the package calls `sys.exit` with a 
 from __future__ import annotations
 
 
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error on one line, cut after `limit` characters; else the error's class."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; else the error's class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ImgclsError(Exception):
     """Anything imgcls says to its user."""
 

@@ -20,7 +20,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from imgcls.cluster.session import Interruption, Node, build_node, is_private_session, list_nodes
+from imgcls.cluster import ray_internals
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
 from imgcls.log import tell
 
@@ -42,7 +44,7 @@ class _PendingRequest:
 
 def find_max_nodes() -> list[Node] | None:
     """The machines that an autoscaling cluster may grow to; None where it does not say."""
-    told = ray._private.state.state.get_cluster_config()
+    told = ray_internals.get_cluster_config()
     if told is not None and told.node_group_configs:
         return [
             build_node(group.resources)

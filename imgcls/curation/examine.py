@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.cluster import session
-from imgcls.data import filesystem, object_store
+from imgcls.cluster import interrupts
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
 from imgcls.execution.completed import CompletedChunks
@@ -25,9 +25,9 @@ from imgcls.execution.runner import ChunkRunner, wait_for_placement
 from imgcls.inference.requests import is_on_web
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import build_provenance
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 PART_ROWS = 1_000_000
 
@@ -43,7 +43,7 @@ class ScannedManifest:
     def read_rows(self) -> Iterator[pa.Table]:
         """The manifest's rows, chunk by chunk, in order."""
         for part in range(self.plan.num_parts):
-            with filesystem.open_read(names.shard_url(self.output, part)) as stream:
+            with filesystem.open_read(layout.shard_url(self.output, part)) as stream:
                 shard = pq.ParquetFile(stream)
                 for group in range(len(self.plan.chunks_of(part))):
                     yield shard.read_row_group(group)
@@ -52,7 +52,7 @@ class ScannedManifest:
         """Chunk by chunk, in order: the manifest's rows, and the facts of their images."""
         for chunk, rows in enumerate(self.read_rows()):
             part = self.plan.part_of(chunk)
-            url = names.chunk_url(self.output, part, chunk, self.plan.run_id)
+            url = layout.chunk_url(self.output, part, chunk, self.plan.run_id)
             with filesystem.open_read(url) as file:
                 yield rows, pq.read_table(file)
 
@@ -67,7 +67,7 @@ def scan_manifest(
     scale: ScaleConfig,
     progress_seconds: float,
     lease: Lease,
-    interruption: session.Interruption,
+    interruption: interrupts.Interruption,
 ) -> ScannedManifest:
     """Look at every image of a manifest that has not been looked at in an earlier run.
 
@@ -85,7 +85,7 @@ def scan_manifest(
         bundle={"sha256": None if bundle is None else bundle.sha256},
         settings={"max_pixels": max_pixels, "max_bytes": max_bytes, "decode": decode},
     )
-    stored = names.load_run(output)
+    stored = layout.load_run(output)
     if stored is not None:
         lines = "\n".join(f"  {line}" for line in identity.find_differences(stored["identity"]))
         if lines:
@@ -115,19 +115,19 @@ def scan_manifest(
     todo = book.list_remaining()
     if todo:
         scale = scale.model_copy(update={"layout": "cpu"})
-        layout = wait_for_placement(scale, interruption, 0)
-        for reason in layout.reasons:
+        placement = wait_for_placement(scale, interruption, 0)
+        for reason in placement.reasons:
             tell("layout", reason)
         spec = ScanSpec(
             output=output,
             plan=plan,
             path_column=manifest.path_column,
             root=manifest.root,
-            batch_size=layout.batch_size,
+            batch_size=placement.batch_size,
             max_pixels=max_pixels,
             max_bytes=max_bytes,
             io_concurrency=scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
             is_on_web=is_on_web(manifest),
@@ -138,7 +138,7 @@ def scan_manifest(
         progress = Progress(plan.rows, book.rows_done, progress_seconds)
         try:
             passes = ChunkRunner(spec, scale, interruption, lambda fits: fits, 0)
-            for receipt in passes.run(layout, todo):
+            for receipt in passes.run(placement, todo):
                 lease.check()
                 if receipt is None:
                     progress.tick()

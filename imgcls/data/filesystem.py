@@ -25,6 +25,7 @@ from imgcls.data import disk, object_store, storage_errors, store_listing
 from imgcls.data.formats import is_hidden_name
 from imgcls.data.object_store import FileInfo, ListingPage
 from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 T = TypeVar("T")
@@ -129,7 +130,7 @@ def read_ahead(
             yield _get_outcome(waiting.popleft())
             budget.release_oldest()
 
-    with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
+    with create_thread_pool(in_flight, "fetch") as pool:
         try:
             for number, url in enumerate(urls):
                 waiting.append(_start_read(url, pool, ReadAllowance(max_bytes, budget, number)))

@@ -21,9 +21,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
-from pydantic import PositiveFloat, PositiveInt
-
-from imgcls.config import Section
 from imgcls.data import azure, gcs, http
 from imgcls.data.readahead import UNLIMITED, BudgetFull, ReadAllowance
 from imgcls.data.s3_reader import S3Reader
@@ -37,6 +34,7 @@ from imgcls.data.storage_errors import (
     too_large_error,
     translate_error,
 )
+from imgcls.data.storage_settings import StorageConfig, current_settings
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
 T = TypeVar("T")
@@ -49,67 +47,6 @@ AZURE_PROTOCOLS = ("az", "abfs", "abfss")
 HTTP_PROTOCOLS = ("http", "https")
 BUCKET_PROTOCOLS = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *AZURE_PROTOCOLS)
 """Stores of named objects in buckets or containers, which create an object atomically."""
-
-
-class StorageConfig(Section):
-    """How object stores are reached; credentials come by the store's own chain, never from here."""
-
-    endpoint_url: str | None = None
-    """Of an S3 store that is not AWS; AWS_ENDPOINT_URL when not given."""
-    region: str | None = None
-    """Of S3; by the usual chain when not given."""
-    profile: str | None = None
-    """The profile of ~/.aws to use."""
-    anon: bool = False
-    """Read public buckets without credentials."""
-    requester_pays: bool = False
-    """Agree to pay for requests to buckets that ask for it."""
-    attempt_timeout_s: PositiveFloat = 15.0
-    """Timeout of one request attempt, in seconds."""
-    retry_timeout_s: PositiveFloat = 60.0
-    """Total time to retry a request after transient errors, in seconds."""
-    max_requests_per_host: PositiveInt = 64
-    """Maximum concurrent requests to one HTTP host, over all workers of a run."""
-    user_agent: str = "imgcls"
-    """User-Agent header of HTTP requests; some hosts require a contact address in it."""
-
-    def split_across(self, processes: int) -> StorageConfig:
-        """The settings of each of several processes, which together keep the limit per host."""
-        share = max(1, self.max_requests_per_host // max(1, processes))
-        return self.model_copy(update={"max_requests_per_host": share})
-
-
-class _Process:
-    settings = StorageConfig()
-
-
-def set_process_settings(settings: StorageConfig) -> None:
-    """Reach stores this way, from now on and in this process."""
-    _Process.settings = settings
-
-
-def current_settings() -> StorageConfig:
-    """How this process reaches stores; handed to the processes that it starts."""
-    return _Process.settings
-
-
-def bind_settings(function: Callable[..., T], /, *given: Any, **named: Any) -> Callable[..., T]:
-    """The function, with arguments, for another process, where it reaches stores as here."""
-    return bind_settings_split(1, function, *given, **named)
-
-
-def bind_settings_split(
-    processes: int, function: Callable[..., T], /, *given: Any, **named: Any
-) -> Callable[..., T]:
-    """As `carried`, for several processes at a time, which keep the limit per host together."""
-    here = current_settings().split_across(processes)
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **more: Any) -> T:
-        set_process_settings(here)
-        return function(*given, *arguments, **named, **more)
-
-    return call
 
 
 def resolve_store(url: str) -> tuple[Any, str]:

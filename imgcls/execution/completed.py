@@ -26,6 +26,7 @@ from imgcls.execution.messages import ChunkTask
 from imgcls.execution.plan import Plan
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
+from imgcls.runs.schema import OK
 
 _GROUP_ROWS = 65_536
 _GROUP_BYTES = 64_000_000
@@ -197,7 +198,7 @@ def read_failed_rows(output: str, plan: Plan, path_column: str) -> Iterator[pa.T
 
 
 def _is_not_ok(table: pa.Table) -> pa.ChunkedArray:
-    return pc.not_equal(table.column("status").cast(pa.string()), layout.OK)
+    return pc.not_equal(table.column("status").cast(pa.string()), OK)
 
 
 def _has_status(table: pa.Table, statuses: Collection[str]) -> pa.ChunkedArray:

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 
+from imgcls.cluster import ray_internals
 from imgcls.errors import RunFailed
 from imgcls.execution.messages import ChunkTask, RunSpec
 
-KV_NAMESPACE = "imgcls"
 _WORKERS_PREFIX = "workers-of-"
 HEARTBEAT_SECONDS = 1.0
 """So often a worker tells at most that it goes on."""
@@ -66,7 +65,7 @@ class AttemptRecord:
 def read_attempts(session: str) -> dict[str, AttemptRecord]:
     """All that is being worked on, by key."""
     found = {}
-    for text in _list_keys(f"{session}/"):
+    for text in ray_internals.list_kv(f"{session}/"):
         note = _read_record(text)
         if note is not None:
             found[text] = note
@@ -79,14 +78,13 @@ def register_worker(session: str) -> None:
     place = json.dumps([context.get_node_id(), os.getpid()])
     # a restarted actor takes the place of the one that died
     key = f"{_WORKERS_PREFIX}{session}/{context.get_actor_id()}"
-    internal_kv._internal_kv_put(key, place, namespace=KV_NAMESPACE)
+    ray_internals.put_kv(key, place)
 
 
 def list_workers(session: str) -> list[tuple[str, int]]:
     """Node and process of each worker."""
     found: list[Any] = [
-        internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
-        for key in _list_keys(f"{_WORKERS_PREFIX}{session}/")
+        ray_internals.get_kv(key) for key in ray_internals.list_kv(f"{_WORKERS_PREFIX}{session}/")
     ]
     return [tuple(json.loads(place)) for place in found if place is not None]
 
@@ -94,7 +92,7 @@ def list_workers(session: str) -> list[tuple[str, int]]:
 def clear_session(session: str) -> None:
     """Strike out all that is noted of a session that has ended."""
     for prefix in (f"{session}/", f"{_WORKERS_PREFIX}{session}/"):
-        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=KV_NAMESPACE)
+        ray_internals.delete_kv(prefix, prefix=True)
 
 
 class Attempt:
@@ -196,20 +194,16 @@ class Attempt:
 
     def complete(self) -> None:
         """It is durable."""
-        internal_kv._internal_kv_del(self._key, namespace=KV_NAMESPACE)
+        ray_internals.delete_kv(self._key)
 
     def _write(self) -> None:
         self._told = time.monotonic()
         value = json.dumps(asdict(self._note))
-        internal_kv._internal_kv_put(self._key, value, namespace=KV_NAMESPACE)
-
-
-def _list_keys(prefix: str) -> list[str]:
-    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=KV_NAMESPACE)]
+        ray_internals.put_kv(self._key, value)
 
 
 def _read_record(key: str) -> AttemptRecord | None:
-    value: Any = internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
+    value = ray_internals.get_kv(key)
     if value is None:
         return None
     fields = json.loads(value)

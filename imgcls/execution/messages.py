@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 import pyarrow as pa
 
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.plan import Plan
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from imgcls.cluster.session import build_malloc_env, silence_data_logger
-from imgcls.data import object_store
+from imgcls.cluster import ray_internals
+from imgcls.cluster.session import build_malloc_env, configure_ray_data
+from imgcls.data import storage_settings
 from imgcls.errors import BundleError, CrashingImage, RunFailed
 from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt, register_worker
 from imgcls.execution.messages import (
@@ -60,7 +60,7 @@ some hundred bytes; where there is, pixels of a chunk.
 """
 
 
-class _ExecutorRegistry(ExecutionCallback):
+class _ExecutorRegistry(ray_internals.ExecutionCallback):
     """Tells a pipeline what executes it, before the first result; Ray Data itself tells it after.
 
     Ray Data makes it, by its class, so the two find each other by a name in the pipeline's context.
@@ -70,22 +70,21 @@ class _ExecutorRegistry(ExecutionCallback):
     executors: ClassVar[dict[str, Any]] = {}
 
     def before_execution_starts(self, executor: Any) -> None:
-        self.executors[executor._data_context.get_config(self.KEY)] = executor
+        self.executors[ray_internals.get_execution_config(executor, self.KEY)] = executor
 
 
 class Pipeline:
     """Work laid out on the cluster; one that was stopped may be followed by another."""
 
     def __init__(self, spec: RunSpec, layout: Placement, work: Sequence[ChunkTask]) -> None:
-        silence_data_logger()
+        configure_ray_data()
         spec, layout = apply_host_limits(spec, layout, len(work))
         self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.raise_original_map_exception = True
         # each chunk's result leaves its worker at once, not when the block that it came in is done
         context.target_max_block_size = 1
-        context._max_num_blocks_in_streaming_gen_buffer = MAX_BUFFERED_RESULTS[layout.name]
+        ray_internals.limit_result_buffer(context, MAX_BUFFERED_RESULTS[layout.name])
         context.execution_no_progress_timeout_s = -1  # how long to wait is said by `scale`
         context.set_config(_ExecutorRegistry.KEY, self._name)
         context.custom_execution_callback_classes.append(_ExecutorRegistry)
@@ -199,7 +198,7 @@ class ChunkWorker:
                 f"{socket.gethostname()}; find out why in Ray's logs there (a signal, no memory "
                 "left)"
             )
-        object_store.set_process_settings(spec.storage)
+        storage_settings.set_process_settings(spec.storage)
         torch.set_num_threads(threads)
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._stages = stages
@@ -338,7 +337,7 @@ def prepare_chunk(batch: pa.Table, spec: PredictSpec, host_share: float) -> dict
     """The first half where there are GPUs: fetch a chunk, and decode it unless a GPU is to."""
     from imgcls.inference import stages
 
-    object_store.set_process_settings(spec.storage)
+    storage_settings.set_process_settings(spec.storage)
     work: ChunkTask = _unpickle(batch, "work")
     rows, spent = stages.read_chunk_rows(spec, work), StageTimings()
     attempt = Attempt.for_chunk(spec, work, "prepare")

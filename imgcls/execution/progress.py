@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from imgcls.execution.messages import ChunkResult, StageTimings
 from imgcls.log import is_json, tell
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 _WINDOW_SECONDS = 30.0
 

@@ -18,10 +18,18 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.session import Interruption, Node
-from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
+from imgcls.errors import (
+    ImgclsError,
+    Interrupted,
+    ResourcesError,
+    RunFailed,
+    StorageError,
+    first_line,
+)
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import (
     Placement,
@@ -207,7 +215,7 @@ class ChunkRunner:
         rows_left = self._count_rows(left)
         rows, first = 0, 0.0
         try:
-            for receipt in session.iterate_in_thread(pipeline.run(), self._interruption):
+            for receipt in interrupts.iterate_in_thread(pipeline.run(), self._interruption):
                 for line in watch.check():
                     tell("watch", line)
                 if receipt is not None and receipt.task.chunk in left:
@@ -304,9 +312,9 @@ def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
         _check_lease(lease)
         cause = session.find_cause(error)
         if isinstance(cause, ImgclsError):
-            raise type(cause)(f"{_first_line(cause)}; {again}") from error
+            raise type(cause)(f"{first_line(cause)}; {again}") from error
         name = type(cause).__name__
-        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
+        raise RunFailed(f"a worker failed: {name}: {first_line(cause)}; {again}") from error
     except StorageError as error:
         _check_lease(lease)
         raise type(error)(f"{error}; {again}") from error
@@ -315,8 +323,3 @@ def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
 def _check_lease(lease: Lease) -> None:
     with contextlib.suppress(StorageError):
         lease.check()
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's own words, without the advice that Ray adds below them."""
-    return (str(error).strip() or "no message").splitlines()[0]

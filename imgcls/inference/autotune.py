@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from imgcls.cluster.session import Interruption, build_malloc_env
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
 from imgcls.execution.placement import Placement, PlacementName, ScaleConfig
 from imgcls.models.bundle import load_bundle
@@ -156,7 +157,7 @@ def measure_rates(asked: BenchmarkSpec, case: BenchmarkInput, threads: int) -> B
 
     from imgcls.models.classifier import Classifier
 
-    object_store.set_process_settings(case.storage)
+    storage_settings.set_process_settings(case.storage)
     torch.set_num_threads(threads)
     bundle = load_bundle(case.bundle_url).with_decode(case.decode)
     precision: Any = case.precision

@@ -12,7 +12,7 @@ import functools
 import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -20,13 +20,13 @@ import ray
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.config import Section, UnitFloat, requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     CrashingImage,
     OutputError,
@@ -70,10 +70,11 @@ from imgcls.inference.requests import (
 from imgcls.log import LogFormat, tell
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
-from imgcls.provenance import build_provenance
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.runs.lease import DEFAULT_TERM_SECONDS, Lease
+from imgcls.runs.provenance import build_provenance
+from imgcls.runs.schema import build_prediction_schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,18 +156,18 @@ class PredictResult:
     output: str
     rows: int
     counts: PredictionCounts | None
+    storage: StorageConfig = field(default_factory=storage_settings.current_settings, repr=False)
 
     def frame(self) -> pd.DataFrame:
         """The table as pandas has it, all of it in memory: one row per manifest row, in order."""
         import pandas as pd
 
-        parts = filesystem.list_names(filesystem.join(self.output, names.PREDICTIONS_FOLDER))
+        folder = filesystem.join(self.output, layout.PREDICTIONS_FOLDER)
         frames = []
-        for part in sorted(parts):
-            with filesystem.open_read(
-                filesystem.join(self.output, names.PREDICTIONS_FOLDER, part)
-            ) as stream:
-                frames.append(pd.read_parquet(stream))
+        with storage_settings.use_settings(self.storage):
+            for part in filesystem.list_names(folder):
+                with filesystem.open_read(filesystem.join(folder, part)) as stream:
+                    frames.append(pd.read_parquet(stream))
         return pd.concat(frames, ignore_index=True)
 
 
@@ -187,19 +188,19 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         'label(manifest="photos.csv", model="bundle", output="out")',
     )
     log.use(config.log)
-    object_store.set_process_settings(config.storage)
     if config.date is None:  # once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = filesystem.absolute(resolve_output(config.output, config.date))
     with (
+        storage_settings.use_settings(config.storage),
         gates.report_exit(config.summary_json, output) as outputs,
-        session.Interruption().handle_signals() as interruption,
+        interrupts.Interruption().handle_signals() as interruption,
     ):
         return _predict(config, output, interruption, outputs)
 
 
 def _predict(
-    config: PredictConfig, output: str, interruption: session.Interruption, outputs: list[str]
+    config: PredictConfig, output: str, interruption: interrupts.Interruption, outputs: list[str]
 ) -> PredictResult:
     listed = open_manifest(config.manifest)
     listed = replace(listed, _compute_fingerprint=functools.cache(listed.fingerprint))
@@ -263,7 +264,7 @@ class _PredictRun:
         job: PredictJob,
         bundle: Bundle,
         lease: Lease,
-        interruption: session.Interruption,
+        interruption: interrupts.Interruption,
         started: float,
     ) -> None:
         self.config = config
@@ -282,41 +283,41 @@ class _PredictRun:
 
     def run(self) -> PredictResult:
         config = self.config
-        if config.overwrite or (self.job.start_over and not names.is_committed(self.output)):
-            names.remove_run(self.output)
+        if config.overwrite or (self.job.start_over and not layout.is_committed(self.output)):
+            layout.remove_run(self.output)
         # how fast the driver before was is not how fast this one is
-        filesystem.remove(filesystem.join(self.output, names.PROGRESS_FILE))
-        stored = names.load_run(self.output)
+        filesystem.remove(filesystem.join(self.output, layout.PROGRESS_FILE))
+        stored = layout.load_run(self.output)
         if stored is not None:
             self._check_identity(stored)
-            if names.is_committed(self.output) and not config.retry_errors:
+            if layout.is_committed(self.output) and not config.retry_errors:
                 rows = parse_plan(stored).rows
                 _remove_staging(self.output)  # after a kill at the end
                 tell("committed", f"{self.output}: committed before, {rows:,} rows; nothing to do")
                 return PredictResult(self.output, rows, None)
         session.connect()
         self.chunk_bytes = self._estimate_chunk_bytes()
-        layout = wait_for_placement(config.scale, self.interruption, self.chunk_bytes)
-        for reason in layout.reasons:
+        placement = wait_for_placement(config.scale, self.interruption, self.chunk_bytes)
+        for reason in placement.reasons:
             tell("layout", reason)
         self.plan = parse_plan(stored) if stored is not None else self._make_plan()
         self.resumed = stored is not None
-        run = names.load_run(self.output)
+        run = layout.load_run(self.output)
         assert run is not None
         log.use(config.log, run_id=self.plan.run_id)
-        layout, self.choice = self._tune(run, layout)
+        placement, self.choice = self._tune(run, placement)
         spec = self._build_spec(run, self.choice)
-        counts = self._run_first_pass(spec, layout)
+        counts = self._run_first_pass(spec, placement)
         if self.resumed and config.retry_errors:
-            counts = self._retry_rows(spec, layout, None) or counts
+            counts = self._retry_rows(spec, placement, None) or counts
         elif self.resumed and config.since is not None and "refused" in run:
             # it is asked for again after a gate refused it: what may have passed is tried again
-            counts = self._retry_rows(spec, layout, TRANSIENT_STATUSES) or counts
+            counts = self._retry_rows(spec, placement, TRANSIENT_STATUSES) or counts
         return self._commit(run, counts)
 
     def _check_identity(self, stored: dict[str, Any]) -> None:
         identity = self._build_identity()
-        if names.is_committed(self.output) and not self.config.retry_errors:
+        if layout.is_committed(self.output) and not self.config.retry_errors:
             # a run of an earlier version has no values of settings that were added since
             known = stored["identity"]["settings"]
             settings = {key: value for key, value in identity.settings.items() if key in known}
@@ -353,7 +354,7 @@ class _PredictRun:
                 notes=self.job.build_run_entries(),
             )
         except RequestError:
-            filesystem.remove(filesystem.join(self.output, names.STAGING_FOLDER))
+            filesystem.remove(filesystem.join(self.output, layout.STAGING_FOLDER))
             raise
         tell(
             "plan",
@@ -362,7 +363,7 @@ class _PredictRun:
             **asdict(plan),
         )
         if comparison is not None:
-            run = names.load_run(self.output)
+            run = layout.load_run(self.output)
             assert run is not None
             self.manifest = load_planned_manifest(self.output, run, self.manifest)
             comparison.close()
@@ -381,30 +382,30 @@ class _PredictRun:
             settings=resolve_settings(self.config, self.bundle),
         )
 
-    def _tune(self, run: dict[str, Any], layout: Placement) -> tuple[Placement, TunedSettings]:
+    def _tune(self, run: dict[str, Any], placement: Placement) -> tuple[Placement, TunedSettings]:
         """What the run chose when it began, or chooses now: by a trial, where it is a long one."""
         config = self.config
         kept = TunedSettings(**run["chosen"]) if "chosen" in run else None
-        choice = kept or TunedSettings(layout.batch_size, config.compile == "always")
+        choice = kept or TunedSettings(placement.batch_size, config.compile == "always")
         may_compile = "never" if config.precision == "int8" else config.compile
-        asked = autotune.plan_benchmark(config.scale, may_compile, layout, self.plan.rows, kept)
+        asked = autotune.plan_benchmark(config.scale, may_compile, placement, self.plan.rows, kept)
         if asked is not None:
             case = autotune.BenchmarkInput(
                 bundle_url=filesystem.absolute(self.bundle.url),
                 decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
-                rows=self.plan.rows // layout.workers,
+                rows=self.plan.rows // placement.workers,
                 urls=tuple(
                     itertools.islice(iter_image_urls(self.manifest), autotune.BENCHMARK_IMAGES)
                 ),
-                storage=object_store.current_settings(),
+                storage=storage_settings.current_settings(),
                 max_bytes=config.max_bytes,
             )
             patience = autoscaler.WaitTimeout(config.scale.resource_timeout_s)
             answer = autotune.run_benchmark(
                 asked,
                 case,
-                layout,
+                placement,
                 self.interruption,
                 lambda waited: patience.check(waited, "a worker's trial"),
             )
@@ -413,12 +414,12 @@ class _PredictRun:
             for reason in reasons:
                 tell("trial", reason)
             if asked.decode:
-                choice, reason = autotune.balance_decoding(answer, layout, choice)
+                choice, reason = autotune.balance_decoding(answer, placement, choice)
                 tell("trial", reason)
         if kept is None:
             run["chosen"] = asdict(choice)
-            names.write_run(self.output, run)
-        return autotune.apply_decode_split(layout, choice), choice
+            layout.write_run(self.output, run)
+        return autotune.apply_decode_split(placement, choice), choice
 
     def _build_spec(self, run: dict[str, Any], choice: TunedSettings) -> PredictSpec:
         settings, manifest = run["identity"]["settings"], self.manifest
@@ -442,7 +443,7 @@ class _PredictRun:
             max_pixels=settings["max_pixels"],
             max_bytes=settings["max_bytes"],
             io_concurrency=self.config.scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
             is_on_web=is_on_web(manifest),
@@ -462,7 +463,7 @@ class _PredictRun:
             each = max(each, sum(read) // max(1, len(read)))
         return each * (self.config.chunk_rows or DEFAULT_CHUNK_ROWS)
 
-    def _run_first_pass(self, spec: PredictSpec, layout: Placement) -> PredictionCounts:
+    def _run_first_pass(self, spec: PredictSpec, placement: Placement) -> PredictionCounts:
         """Do every chunk that is not durable, roll parts up as they complete, count them all."""
         book = CompletedChunks.load(self.output, self.plan)
         todo = book.list_remaining()
@@ -475,7 +476,7 @@ class _PredictRun:
             counting.count(part)
         for part in book.list_complete_parts():
             counting.roll_up(book, part)
-        for done_chunk in self._run_chunks(spec, layout, todo, self.plan.rows, book.rows_done):
+        for done_chunk in self._run_chunks(spec, placement, todo, self.plan.rows, book.rows_done):
             whole = book.add(done_chunk)
             if whole is not None:
                 counting.roll_up(book, whole)
@@ -485,7 +486,7 @@ class _PredictRun:
 
     def _build_empty_table(self, spec: PredictSpec) -> pa.Table:
         """The table of a night on which there was nothing to do."""
-        added = names.build_prediction_schema(
+        added = build_prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,
@@ -494,7 +495,7 @@ class _PredictRun:
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
     def _retry_rows(
-        self, spec: PredictSpec, layout: Placement, statuses: Collection[str] | None
+        self, spec: PredictSpec, placement: Placement, statuses: Collection[str] | None
     ) -> PredictionCounts | None:
         """Do failed rows, all or those of some statuses, again; exchange the parts they are in."""
         completed.remove_retries(self.output, self.plan)
@@ -506,8 +507,8 @@ class _PredictRun:
             return None
         rows = sum(len(work.offsets or ()) for work in todo)
         tell("retry", f"{rows:,} rows that failed before")
-        filesystem.remove(filesystem.join(self.output, names.SUCCESS_FILE))
-        for _ in self._run_chunks(spec, layout, todo, rows, 0):
+        filesystem.remove(filesystem.join(self.output, layout.SUCCESS_FILE))
+        for _ in self._run_chunks(spec, placement, todo, rows, 0):
             pass
         counting = PartRollup(self, spec)
         for part in range(self.plan.num_parts):
@@ -519,7 +520,12 @@ class _PredictRun:
         return counting.finish(None)
 
     def _run_chunks(
-        self, spec: PredictSpec, layout: Placement, todo: Sequence[ChunkTask], total: int, done: int
+        self,
+        spec: PredictSpec,
+        placement: Placement,
+        todo: Sequence[ChunkTask],
+        total: int,
+        done: int,
     ) -> Iterator[int]:
         if not todo:
             return
@@ -533,7 +539,7 @@ class _PredictRun:
         telemetry = RayMetrics(self.plan.run_id)
         progress, kept = Progress(total, done, self.config.progress_seconds), time.monotonic()
         try:
-            for receipt in passes.run(layout, todo):
+            for receipt in passes.run(placement, todo):
                 if receipt is None:
                     progress.tick()
                 else:
@@ -547,7 +553,7 @@ class _PredictRun:
                     kept = time.monotonic()
                     self.lease.check()
                     telemetry.set_progress(progress.snapshot())
-                    names.write_progress(self.output, progress.snapshot())
+                    layout.write_progress(self.output, progress.snapshot())
             telemetry.set_progress(
                 progress.snapshot()
             )  # else a gauge stays at what was left before
@@ -580,7 +586,7 @@ class _PredictRun:
         self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)
-        for folder in (names.PREDICTIONS_FOLDER, names.METRICS_FOLDER, ""):
+        for folder in (layout.PREDICTIONS_FOLDER, layout.METRICS_FOLDER, ""):
             filesystem.remove_temporary_files(filesystem.join(self.output, folder))
         self.lease.check()
         commit.write_success(
@@ -612,11 +618,11 @@ class _PredictRun:
                 repeated=repeated,
             )
         except TooManyErrors as error:
-            names.write_run(self.output, run | {"refused": str(error)})
+            layout.write_run(self.output, run | {"refused": str(error)})
             raise
         if "refused" in run:
             del run["refused"]
-            names.write_run(self.output, run)
+            layout.write_run(self.output, run)
 
 
 def _log_chunk(done: ChunkResult) -> None:
@@ -668,8 +674,8 @@ class PartRollup:
             return
         self._shared_classes: Any = ray.put(self._classes)
         remote = ray.remote(num_cpus=ROLLUP_TASK_CPUS, max_retries=3)
-        self._roll_up = remote(object_store.bind_settings(completed.roll_up))
-        self._count = remote(object_store.bind_settings(completed.count_part))
+        self._roll_up = remote(storage_settings.bind_settings(completed.roll_up))
+        self._count = remote(storage_settings.bind_settings(completed.count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is durable."""
@@ -733,5 +739,5 @@ def _find_embedding_width(bundle: Bundle) -> int:
 
 def _remove_staging(output: str) -> None:
     """Remove what a committed run needs no more."""
-    for name in (names.STAGING_FOLDER, names.PROGRESS_FILE):
+    for name in (layout.STAGING_FOLDER, layout.PROGRESS_FILE):
         filesystem.remove(filesystem.join(output, name))

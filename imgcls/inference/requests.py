@@ -26,7 +26,8 @@ from imgcls.errors import (
 from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.log import tell
 from imgcls.models.bundle import Bundle
-from imgcls.runs import layout as names
+from imgcls.runs import layout
+from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
 if TYPE_CHECKING:
     from imgcls.inference.predict import PredictConfig
@@ -71,8 +72,8 @@ def check_columns(manifest: Manifest) -> None:
     DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.
     """
     place = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in names.PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in names.PROVENANCE_COLUMNS}
+    written = {name.casefold(): name for name in PREDICTION_COLUMNS}
+    added = {name.casefold(): name for name in PROVENANCE_COLUMNS}
     seen: dict[str, str] = {}
     for name in manifest.schema.names:
         key = name.casefold()
@@ -80,13 +81,13 @@ def check_columns(manifest: Manifest) -> None:
             case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
             raise ManifestError(
                 f"{place}: column {name!r} is one that labelling writes{case}; rename it in the "
-                f"manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+                f"manifest (labelling writes {', '.join(PREDICTION_COLUMNS)})"
             )
         if key in added:
             raise ManifestError(
                 f"{place}: column {name!r} is one that `imgcls history compact` writes, for the "
                 f"run a row is of; rename it in the manifest, or leave it out (compact writes "
-                f"{', '.join(names.PROVENANCE_COLUMNS)})"
+                f"{', '.join(PROVENANCE_COLUMNS)})"
             )
         if key in seen:
             raise ManifestError(
@@ -167,14 +168,14 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
 
 def check_resumable(output: str, config: PredictConfig) -> None:
     """Raise OutputError where a run can neither be begun nor resumed in a folder."""
-    names.check_output_writable(output)
+    layout.check_output_writable(output)
     if config.overwrite:
         return
-    if names.load_run(output) is None and filesystem.list_names(
-        filesystem.join(output, names.PREDICTIONS_FOLDER)
+    if layout.load_run(output) is None and filesystem.list_names(
+        filesystem.join(output, layout.PREDICTIONS_FOLDER)
     ):
         raise OutputError(
-            f"output {output}: holds predictions but no {names.RUN_FILE}, so it is no run that "
+            f"output {output}: holds predictions but no {layout.RUN_FILE}, so it is no run that "
             "can be "
             "resumed; give another --output, or start over with --overwrite"
         )

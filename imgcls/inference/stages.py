@@ -26,6 +26,7 @@ from imgcls.execution.messages import ChunkTask, PredictSpec, RunSpec, StageTimi
 from imgcls.metrics.columns import compute_label_scores, encode_classes
 from imgcls.models.classifier import Classifier, PendingScores, select_top_k
 from imgcls.runs import layout
+from imgcls.runs.schema import OK, build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 HeartbeatFn = Callable[[], None]
@@ -53,7 +54,7 @@ class PreparedImages:
 
     def add_image(self, size: tuple[int, int]) -> None:
         """A good image of (width, height)."""
-        self.status.append(layout.OK)
+        self.status.append(OK)
         self.error.append(None)
         self.width.append(size[0])
         self.height.append(size[1])
@@ -294,7 +295,7 @@ def _build_table(
 ) -> pa.Table:
     """The prediction columns of a chunk: one row per manifest row, null without an image."""
     classes = classifier.classes
-    schema = layout.build_prediction_schema(
+    schema = build_prediction_schema(
         labelled=spec.label_column is not None,
         scores=len(classes) if spec.scores else None,
         scores_type=spec.scores_type,
@@ -303,7 +304,7 @@ def _build_table(
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
     _mark_not_finite(prepared, head, classifier)
     # place[i] is the row of `scores` that belongs to row i; a null where there is none
-    ok = np.array([status == layout.OK for status in prepared.status], bool)
+    ok = np.array([status == OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(work.chunk).start
     offsets = range(rows.num_rows) if work.offsets is None else work.offsets
@@ -345,7 +346,7 @@ def _mark_not_finite(
     if finite.all():
         return
     error = classifier.build_not_finite_error()
-    good = [row for row, status in enumerate(prepared.status) if status == layout.OK]
+    good = [row for row, status in enumerate(prepared.status) if status == OK]
     for row in np.array(good)[~finite]:
         prepared.status[row], prepared.error[row] = error.status, str(error)
         prepared.width[row] = prepared.height[row] = None

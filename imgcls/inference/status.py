@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import collections
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
 from imgcls.execution.plan import Plan, parse_plan
@@ -38,12 +37,12 @@ class StatusConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def status(config: StatusConfig) -> dict[str, Any]:
     """Tell how far a labelling run is, from its output alone.
 
     Raises OutputError when there is no run.
     """
-    object_store.set_process_settings(config.storage)
     told = read_status(filesystem.absolute(config.output))
     log.show(json.dumps(told) if config.json_lines else _format_status(told))
     return told
@@ -130,7 +129,7 @@ def _count_statuses(output: str, plan: Plan, book: CompletedChunks) -> dict[str,
         for part, chunks in book.chunks.items()
         for chunk in chunks
     ]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         total = sum(pool.map(_count_file, urls), collections.Counter())
     return dict(sorted(total.items()))
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
 from imgcls.log import tell
 
@@ -59,13 +60,15 @@ class Lease:
         self._renewed = time.monotonic()
         self._lost: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
+        self._thread = threading.Thread(
+            target=bind_settings(self._renew_until_stopped), name="lease", daemon=True
+        )
 
     @classmethod
     def acquire(cls, output: str, term: float = DEFAULT_TERM_SECONDS) -> Lease:
         """Take the lease, waiting at most a term for a holder that may be dead.
 
-        Raises OutputBusy when another driver holds it and is alive, StorageError when the folder
+        Raises OutputLocked when another driver holds it and is alive, StorageError when the folder
         cannot be written.
         """
         folder = filesystem.join(output, LEASE_FOLDER)

@@ -8,7 +8,7 @@ import pyarrow as pa
 from PIL import Image
 
 from imgcls.curation.scan_stage import scan_chunk
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import (
     StorageError,
     StorageForbidden,
@@ -461,10 +461,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def short_deadline() -> Iterator[None]:
-    before = object_store.current_settings()
-    object_store.set_process_settings(object_store.StorageConfig(retry_timeout_s=0.5))
+    before = storage_settings.current_settings()
+    storage_settings.set_process_settings(storage_settings.StorageConfig(retry_timeout_s=0.5))
     yield
-    object_store.set_process_settings(before)
+    storage_settings.set_process_settings(before)
 
 
 def test_reads_ahead_really_are_under_way_together(server: Server) -> None:

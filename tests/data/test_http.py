@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.http import encode_url
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageMissing, StorageThrottled, StorageTooLarge, StorageUnavailable
 
 MB = 1_000_000
@@ -100,14 +100,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[Callable[..., None]]:
-    before = object_store.current_settings()
+    before = storage_settings.current_settings()
 
     def use(**given: object) -> None:
-        object_store.set_process_settings(StorageConfig(**given))  # type: ignore[arg-type]
+        storage_settings.set_process_settings(StorageConfig(**given))  # type: ignore[arg-type]
 
     use(attempt_timeout_s=20, retry_timeout_s=20)
     yield use
-    object_store.set_process_settings(before)
+    storage_settings.set_process_settings(before)
 
 
 def endless() -> Iterator[bytes]:

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.config import Config
 
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem, object_store, storage_settings
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputError,
     StorageClockSkew,
@@ -44,17 +44,17 @@ def network(
     s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Proxy]]:
     """Puts a failing network between us and the store."""
-    before = object_store.current_settings()
+    before = storage_settings.current_settings()
     with ExitStack() as stack:
 
         def put(share: dict[str, float], seed: int = 0, **settings: Any) -> Proxy:
             proxy = stack.enter_context(Proxy(endpoint, share, seed=seed).running())
             given = QUICK | settings
-            object_store.set_process_settings(StorageConfig(endpoint_url=proxy.url, **given))
+            storage_settings.set_process_settings(StorageConfig(endpoint_url=proxy.url, **given))
             return proxy
 
         yield put
-        object_store.set_process_settings(before)
+        storage_settings.set_process_settings(before)
         forget_connections()
 
 
@@ -316,28 +316,6 @@ def test_credentials_that_are_refused_end_the_reading(
     forget_connections()
     with pytest.raises(StorageCredentials, match="check the credentials, which come from"):
         list(filesystem.read_ahead(made))
-
-
-def test_settings_reach_the_driver_and_other_processes(
-    s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = object_store.current_settings()
-    monkeypatch.delenv("AWS_ENDPOINT_URL")
-    forget_connections()
-    try:
-        object_store.set_process_settings(
-            StorageConfig(endpoint_url=endpoint, region="eu-north-1", requester_pays=True)
-        )
-        fs, _ = object_store.resolve_store(url("x"))
-        filesystem.write(url("x"), b"1")
-        assert (fs.s3.meta.region_name, fs.req_kw) == ("eu-north-1", {"RequestPayer": "requester"})
-        read = object_store.bind_settings(filesystem.read)
-        object_store.set_process_settings(before)
-        assert read(url("x")) == b"1"
-        assert object_store.current_settings().region == "eu-north-1"
-    finally:
-        object_store.set_process_settings(before)
-        forget_connections()
 
 
 @pytest.mark.skipif(REAL is not None, reason="a real store checks the signature of all headers")

@@ -12,7 +12,7 @@ import ray
 
 from imgcls.cluster.session import Node
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution import pipeline
 from imgcls.execution.heartbeat import Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask

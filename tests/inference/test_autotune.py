@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imgcls.cluster.session import Node
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.pipeline import is_decoded_on_cpu
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
 from imgcls.inference import autotune

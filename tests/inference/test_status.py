@@ -14,7 +14,7 @@ from imgcls.execution import completed
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.inference import stages
 from imgcls.inference.status import StatusConfig, read_status, status
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from tests.execution.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
 
@@ -51,7 +51,7 @@ def test_rows_and_statuses_are_those_of_the_durable_files(begun: Path) -> None:
 
 
 def test_a_driver_is_seen_by_its_lease_and_the_rate_is_what_it_said(begun: Path) -> None:
-    names.write_progress(str(begun), {"images_per_second": 8.0})
+    layout.write_progress(str(begun), {"images_per_second": 8.0})
     lease = Lease.acquire(str(begun), 5)
     try:
         told = read_status(str(begun))

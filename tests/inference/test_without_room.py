@@ -14,8 +14,9 @@ import ray
 import ray.data
 from ray.util import placement_group_table
 
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.session import Interruption, Node
+from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
 from imgcls.errors import ResourcesError
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.pipeline import Pipeline
@@ -53,7 +54,7 @@ def test_without_a_worker_it_waits_without_end_and_ends_when_it_is_stopped(
     spec = spec_of(output, plan_at(output, manifest), manifest, "")
     layout = dataclasses.replace(plan_placement([Node(2, 0)], ScaleConfig()), worker_cpus=2)
     pipeline = Pipeline(spec, layout, [ChunkTask(0)])
-    receipts = session.iterate_in_thread(pipeline.run(), Interruption())
+    receipts = interrupts.iterate_in_thread(pipeline.run(), Interruption())
     began = time.monotonic()
     while time.monotonic() - began < 5:
         assert next(receipts) is None

@@ -23,14 +23,14 @@ TERM = 1.0
 
 HOLD = """
 import sys, time
-from imgcls.errors import OutputBusy, RunFailed
+from imgcls.errors import OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     lease = Lease.acquire(sys.argv[1], float(sys.argv[2]))
-except OutputBusy as error:
+except OutputLocked as error:
     print("busy", error, flush=True)
     sys.exit(2)
 print("held", flush=True)
