@@ -121,7 +121,7 @@ def _claim_output(config: TuneConfig) -> None:
     url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
-        exclude={"concurrent"}
+        exclude={"max_concurrent"}
     )
     if config.overwrite:
         for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):

@@ -89,7 +89,7 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: Path) -> None:
-    settings = {"trials": 4, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
+    settings = {"trials": 4, "max_concurrent": 1, "scheduler": "fifo", "search": "optuna"}
     words = [*job(tmp_path, **settings), "--epochs", 2]
     with RayCluster.start(cpus=2) as cluster:
         with started(*words, env=cluster.environment()) as command:

@@ -94,7 +94,7 @@ def test_no_more_trials_run_at_a_time_than_the_cpus_hold() -> None:
     few = order({"epochs": {"choice": [1, 2]}}, trials=3)
     assert resolve_concurrency(few, one, eight, cached=True) == 3
     with pytest.raises(RequestError, match=r"each trial takes 2 CPUs of 4, so at most 2 fit"):
-        resolve_concurrency(order({}, concurrent=3), two, [Node(4, 0)], cached=True)
+        resolve_concurrency(order({}, max_concurrent=3), two, [Node(4, 0)], cached=True)
 
 
 def test_no_trial_is_counted_on_that_would_have_to_be_split_between_machines() -> None:
