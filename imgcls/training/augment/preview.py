@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from imgcls.data.decode import Pixels
-from imgcls.training.augment.augment import Augment, center_crop
+from imgcls.training.augment.augment import Augment
+from imgcls.training.augment.ops.crop import center_crop
 from imgcls.training.sampler import Int64Array
 
 TILE_SIZE = 144
@@ -69,7 +70,7 @@ def draw_preview(
         shown += [augment(batch, targets) for _ in range(columns)]
 
     tile = _compute_tile_size(augment.size)
-    below = 2 * LINE_HEIGHT if augment.recipe.has_mixing else 0
+    below = 2 * LINE_HEIGHT if augment.recipe.mixes_targets else 0
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     names = [_shorten(classes[label], large, CAPTION_WIDTH) for label in labels.tolist()]
     left = EDGE + round(max(large.getlength(name) for name in names)) + 2 * GAP
