@@ -115,7 +115,7 @@ def test_wandb_without_a_key_is_refused_with_the_remedy(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     wandb.teardown()
-    with pytest.raises(RequestError, match="has no key. Run `wandb login`, set WANDB_API_KEY"):
+    with pytest.raises(RequestError, match=r"has no key\. Run `wandb login`, set WANDB_API_KEY"):
         check_loggers(TrackConfig(wandb="pets"), "/out")
 
 
