@@ -43,7 +43,7 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of each class to hold out if data.val is not set; chosen by a hash of the path."""
     max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Maximum share of images that cannot be decoded. They are left out; above it training fails."""
+    """Maximum share of undecodable images. They are left out; above this share training fails."""
     sampling: Literal["natural", "balanced"] = "natural"
     """natural: every image once per epoch; balanced: equally many per class, rare ones repeated."""
     max_bytes: PositiveInt = MAX_IMAGE_BYTES
