@@ -33,7 +33,7 @@ def test_a_bare_word_is_the_preset() -> None:
     assert Job().augment.build_recipe() == PRESETS["standard"]
 
 
-def test_no_augmentation_can_be_asked_for_where_none_means_no_value(tmp_path: Path) -> None:
+def test_the_preset_none_can_be_set_although_none_means_no_value(tmp_path: Path) -> None:
     config = load(Job, ["--augment.preset", "none"], prog="imgcls train")
     assert config.augment.build_recipe() == Recipe()
     file = tmp_path / "job.yaml"
@@ -106,7 +106,7 @@ def test_every_setting_overrides_its_preset_and_only_itself(preset: Any) -> None
         ("mix_prob", "2"),
     ],
 )
-def test_a_setting_out_of_its_range_is_named(key: str, value: str) -> None:
+def test_a_setting_out_of_range_is_named(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"augment\.{key}"):
         load(Job, [f"--augment.{key}", value], prog="imgcls train")
 
@@ -130,7 +130,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: Any, message:
         AugmentConfig.model_validate(settings)
 
 
-def test_a_recipe_is_told_in_the_words_of_the_settings() -> None:
+def test_a_recipe_is_described_by_its_settings() -> None:
     assert str(PRESETS["none"]) == "center crop only"
     assert str(PRESETS["light"]) == "crop 75-100 % of the area, hflip 0.5"
     assert str(PRESETS["strong"]) == (
@@ -164,11 +164,11 @@ def test_the_seed_alone_decides(preset: str) -> None:
     assert torch.equal(found, again)
     assert torch.equal(targets, same_targets)
     assert not torch.equal(found, augmented(pixels, 16, seed=6, preset=preset)[0])
-    assert torch.equal(pixels, before), "the caller's images are left alone"
+    assert torch.equal(pixels, before), "the caller's images must not change"
 
 
 @pytest.mark.parametrize("preset", VARYING)
-def test_what_comes_out_is_what_the_network_takes(preset: str) -> None:
+def test_the_output_is_the_input_of_the_network(preset: str) -> None:
     found, targets = augmented(noise(5, 20), 16, preset=preset)
     assert (found.shape, found.dtype) == ((5, 3, 16, 16), torch.uint8)
     if preset == "strong":
@@ -191,7 +191,7 @@ def test_what_comes_out_is_what_the_network_takes(preset: str) -> None:
     ],
     ids=str,
 )
-def test_every_image_of_a_batch_has_a_draw_of_its_own(settings: Any) -> None:
+def test_every_image_of_a_batch_has_its_own_random_draw(settings: Any) -> None:
     pixels = noise(1, 16).expand(8, -1, -1, -1)
     found, _ = augmented(pixels, 16, **settings)
     different = len({image.numpy().tobytes() for image in found})
@@ -199,8 +199,8 @@ def test_every_image_of_a_batch_has_a_draw_of_its_own(settings: Any) -> None:
 
 
 @pytest.mark.parametrize("preset", VARYING)
-def test_a_device_is_never_asked_for_a_value(preset: str) -> None:
-    """Meta tensors hold no values, so that what would wait for a GPU fails."""
+def test_no_value_is_ever_copied_from_the_device(preset: str) -> None:
+    """Meta tensors have no values: an operation that would synchronize with a GPU fails."""
     config = AugmentConfig.model_validate({"preset": preset, "auto": "off", "hue": 0.1})
     pixels, labels = noise(6, 20).to("meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     found, targets = Augment(config, size=16, num_classes=4)(pixels, labels)
@@ -208,7 +208,7 @@ def test_a_device_is_never_asked_for_a_value(preset: str) -> None:
     assert targets.device.type == "meta"
 
 
-def test_a_cpu_works_on_one_thread_and_leaves_the_others_to_the_network(
+def test_a_cpu_augments_on_one_thread_and_restores_the_number_of_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = []

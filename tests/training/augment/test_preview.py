@@ -25,7 +25,7 @@ def sheet(preset: str, side: int = 20, size: int = 16, **settings: Any) -> Image
 
 
 def contains(picture: Image.Image, tile: np.ndarray) -> bool:
-    """Whether the tile stands somewhere in the picture, pixel for pixel."""
+    """Whether the tile is somewhere in the picture, pixel for pixel."""
     pixels = np.asarray(picture)
     height, width, _ = tile.shape
     corners = np.argwhere((pixels == tile[0, 0]).all(-1))
@@ -33,7 +33,7 @@ def contains(picture: Image.Image, tile: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_grid_shows_every_image_as_it_is_evaluated(preset: str) -> None:
+def test_the_preview_shows_every_image_as_it_is_evaluated(preset: str) -> None:
     picture = sheet(preset)
     assert (picture.format, picture.mode) == ("PNG", "RGB")
     for image in center_crop(noise(3, 20), 16):
@@ -41,7 +41,7 @@ def test_the_grid_shows_every_image_as_it_is_evaluated(preset: str) -> None:
         assert contains(picture, tile)
 
 
-def test_the_grid_shows_what_a_worker_would_see() -> None:
+def test_the_preview_shows_what_a_worker_would_see() -> None:
     torch.manual_seed(4)
     config = AugmentConfig(preset="light")
     found, _ = Augment(config, size=16, num_classes=3)(noise(3, 20), torch.arange(3))
@@ -50,17 +50,17 @@ def test_the_grid_shows_what_a_worker_would_see() -> None:
         assert contains(picture, image.permute(1, 2, 0).numpy().repeat(9, 0).repeat(9, 1))
 
 
-def test_the_grid_grows_with_its_columns_and_shrinks_large_images() -> None:
+def test_the_preview_grows_with_its_columns_and_shrinks_large_images() -> None:
     narrow, wide = sheet("standard", columns=2), sheet("standard", columns=5)
     assert wide.width - narrow.width == 3 * (16 * 9 + 6)
     assert sheet("light", side=300, size=256, columns=2).width == narrow.width
 
 
-def test_the_grid_makes_room_for_the_targets_of_mixed_images() -> None:
+def test_the_preview_makes_room_for_the_targets_of_mixed_images() -> None:
     assert sheet("strong").height > sheet("standard").height
 
 
-def test_the_grid_depends_on_its_seed_and_leaves_the_callers_randomness_alone() -> None:
+def test_the_preview_depends_on_its_seed_and_keeps_the_random_state_of_the_caller() -> None:
     before = torch.get_rng_state()
     first, second, other = sheet("strong"), sheet("strong"), sheet("strong", seed=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -68,7 +68,7 @@ def test_the_grid_depends_on_its_seed_and_leaves_the_callers_randomness_alone() 
     assert first.tobytes() != other.tobytes()
 
 
-def test_the_sample_has_as_many_classes_as_possible() -> None:
+def test_the_sample_rows_have_as_many_classes_as_possible() -> None:
     assert choose_sample_rows(np.array([0, 0, 0, 1, 1, 2]), 4).tolist() == [0, 1, 3, 5]
     assert choose_sample_rows(np.array([5, 3, 5]), 8).tolist() == [1, 0, 2]
     many = choose_sample_rows(np.arange(1000) // 10, 8)

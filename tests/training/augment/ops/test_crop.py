@@ -19,7 +19,7 @@ def boxes_of(count: int, side: int, scale: Any = (0.05, 1.0), ratio: Any = (0.5,
     return area, draw_boxes(area, ratio, side)
 
 
-def test_boxes_lie_within_the_image_and_have_the_area_and_shape_asked_for() -> None:
+def test_boxes_lie_within_the_image_and_have_the_area_and_requested_shape() -> None:
     area, boxes = boxes_of(2000, 64, scale=(0.05, 0.4))
     top, left, height, width = boxes.unbind(1)
     assert boxes.min() >= 0
@@ -71,7 +71,7 @@ def test_flips_move_pixels_and_change_none(how: Any) -> None:
 
 
 @pytest.mark.parametrize(("setting", "axis"), [("hflip", -1), ("vflip", -2)])
-def test_flips_are_as_frequent_as_asked_for(setting: str, axis: int) -> None:
+def test_flips_are_as_frequent_as_requested(setting: str, axis: int) -> None:
     pixels = noise(400, 4)
     found, _ = augmented(pixels, 4, **{setting: 1.0})
     assert torch.equal(found, pixels.flip(axis))
@@ -81,7 +81,7 @@ def test_flips_are_as_frequent_as_asked_for(setting: str, axis: int) -> None:
     assert torch.equal(found[~flipped], pixels[~flipped])
 
 
-def test_crops_keep_the_share_of_the_area_that_was_asked_for() -> None:
+def test_crops_keep_the_share_of_the_area_that_was_requested() -> None:
     # red tells the column and green the row, so that a crop shows where it was
     ramp = torch.arange(64, dtype=torch.uint8) * 4
     red, green = ramp.expand(64, 64), ramp[:, None].expand(64, 64)

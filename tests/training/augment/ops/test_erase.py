@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.training.augment.batches import augmented, noise
 
 
-def test_erasing_paints_one_rectangle_of_one_color() -> None:
+def test_erasing_covers_one_rectangle_of_one_color() -> None:
     pixels = noise(60, 20)
     found, _ = augmented(pixels, 20, erase=1.0)
     areas = []
@@ -18,7 +18,7 @@ def test_erasing_paints_one_rectangle_of_one_color() -> None:
     assert 0.25 < max(areas) < 0.37
 
 
-def test_erasing_is_as_frequent_as_asked_for() -> None:
+def test_erasing_is_as_frequent_as_requested() -> None:
     pixels = noise(400, 8)
     found, _ = augmented(pixels, 8, erase=0.25)
     assert 70 <= (found != pixels).flatten(1).any(1).sum() <= 130

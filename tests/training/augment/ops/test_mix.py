@@ -23,7 +23,7 @@ def test_targets_are_the_shares_of_the_classes_in_the_pixels(settings: Any) -> N
     assert targets.min() >= 0
     in_pixels = found.float().mean((1, 2, 3))
     torch.testing.assert_close(in_pixels, targets @ brightness.float(), atol=0.51, rtol=0)
-    assert targets.max(1).values.min() < 0.7, "some are mixed in earnest"
+    assert targets.max(1).values.min() < 0.7, "some are really mixed"
 
 
 def test_mixup_blends_each_image_with_the_one_before() -> None:
@@ -46,11 +46,11 @@ def test_cutmix_pastes_a_square_of_the_image_before() -> None:
         rows, columns = (before != after)[0].nonzero().unbind(1)
         side = int(rows.max() - rows.min()) + 1
         assert side == columns.max() - columns.min() + 1
-        assert len(rows) == side**2, "the whole square is another's"
+        assert len(rows) == side**2, "the whole square is from the other image"
         assert rest == pytest.approx(1 - side**2 / 100)
 
 
-def test_images_are_mixed_as_often_as_asked_for_half_of_them_by_each() -> None:
+def test_images_are_mixed_as_often_as_requested_half_of_them_by_each() -> None:
     pixels = torch.tensor([0, 200], dtype=torch.uint8).repeat(300)[:, None, None, None]
     found, targets = augmented(
         pixels.expand(-1, 3, 8, 8), 8, mixup=1.0, cutmix=1.0, mix_prob=0.5, classes=2
