@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
-from torchvision.transforms import v2
 
 from imgcls.training.augment.ops.base import ImageBatch, Operation
 
@@ -49,6 +48,9 @@ class AutoAugment(Operation):
 
     def _build_transform(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """torchvision's transform of one uint8 image, drawing from torch's global generator."""
+        # imported here: it imports torch's compiler, 2 s of CPU time in every worker
+        from torchvision.transforms import v2
+
         if self.auto == "trivialaugment":
             return v2.TrivialAugmentWide()
         num_ops, magnitude = self._resolve_strength()
