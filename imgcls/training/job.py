@@ -117,7 +117,7 @@ def _decode_train_publish(
     cached = fits if config.data.cache is None else config.data.cache
     log_setup(task, workers, views, cached=cached)
     images: CachedImages | StreamedImages
-    if shared is not None and shared.images is not None and shared.images.views == views:
+    if shared is not None and shared.images is not None and shared.images.settings == views:
         images = shared.images
     elif cached:
         cpus = sum(node.cpus for node in nodes)

@@ -154,10 +154,10 @@ def draw_samples(task: TrainSetup, images: CachedImages | StreamedImages) -> Non
     else:
         train = task.examples.rows.filter(pc.invert(task.examples.rows.column("held")))
         rows = choose_sample_rows(train.column("label").to_numpy(), SAMPLE_COUNT)
-        table = decode_block(train.take(pa.array(rows)), images.views).combine_chunks()
+        table = decode_block(train.take(pa.array(rows)), images.settings).combine_chunks()
         (batch,) = table.to_batches()
         good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
-        pixels = view_pixels(batch, images.views.train)[good]
+        pixels = view_pixels(batch, images.settings.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
         picture = draw_preview(

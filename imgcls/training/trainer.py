@@ -330,7 +330,7 @@ class Trainer:
     def _run_probe(self) -> EpochMetrics:
         """Fit the head on frozen features, and put it into the network and its average."""
         started = time.perf_counter()
-        views = self.config.probe.views if self.learner.augment.recipe.hflip > 0 else 1
+        views = self.config.probe.views if self.learner.augment.recipe.hflip else 1
 
         def beating(images: ImageDataset) -> Iterator[Batch]:
             for batch in self._iter_sharded(images):

@@ -89,7 +89,7 @@ def test_eight_trials_find_settings_far_better_than_the_worst(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: Path) -> None:
-    settings = {"trials": 4, "concurrent": 1, "scheduler": "fifo", "search": "optuna"}
+    settings = {"trials": 4, "max_concurrent": 1, "scheduler": "fifo", "search": "optuna"}
     words = [*job(tmp_path, **settings), "--epochs", 2]
     with RayCluster.start(cpus=2) as cluster:
         with started(*words, env=cluster.environment()) as command:
@@ -100,7 +100,7 @@ def test_a_killed_search_goes_on_and_one_that_ended_is_not_made_again(tmp_path: 
         written = {name: made(tmp_path, name) for name in first}
         done = imgcls(*words, env=cluster.environment(), timeout=400)
         assert done.returncode == 0, done.stderr
-        assert "goes on where it was broken off" in done.stdout
+        assert "search: resuming" in done.stdout
         assert "trial 4/4" in done.stdout
     table = results(tmp_path)
     assert len(table) == 4
@@ -119,7 +119,7 @@ def test_what_cannot_be_searched_is_refused_before_anything_starts(tmp_path: Pat
     done = imgcls(*job(tmp_path), "--tune.space", json.dumps(space))
     assert done.returncode == 2
     assert "greater than 0" in done.stderr
-    assert "give exactly one of" in done.stderr
+    assert "set exactly one of" in done.stderr
     good = {"optim.learning_rate": {"uniform": [0.1, 0.2]}, "output": {"choice": ["a"]}}
     again = imgcls(*job(tmp_path, space=good))
     assert again.returncode == 2
