@@ -96,14 +96,14 @@ COMMANDS = {
         "imgcls report demo/bundle",
     ),
     "serve": Command(
-        "label images over HTTP, with a page to try it on",
+        "serve a model over HTTP, with a demo page",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",
         "imgcls serve --model demo/bundle",
     ),
     "key new": Command(
-        "make an API key for `serve`",
+        "create an API key for `serve`",
         "imgcls.serving.api_keys",
         "NewKeyConfig",
         "create_key",
