@@ -13,7 +13,6 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest
 
-from imgcls.serving import routing
 from imgcls.serving.routing import ROUTER_CLASS, FailFastRouter
 
 DEPLOYMENT = DeploymentID(name="endpoint", app_name="imgcls")
@@ -29,7 +28,9 @@ def request() -> PendingRequest:
 
 
 def run(check: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "REPLICA_TIMEOUT_S", 0.2)
+    # not by the module: Ray pickles the class by value, and gives its methods other globals
+    names = FailFastRouter._wait_for_replica.__globals__
+    monkeypatch.setitem(names, "REPLICA_TIMEOUT_S", 0.2)
     asyncio.run(check())
 
 
