@@ -84,7 +84,7 @@ COMMANDS = {
         "imgcls report demo/bundle",
     ),
     "serve": Command(
-        "serve a bundle over HTTP, with a web page",
+        "serve a model over HTTP, with a demo page",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",

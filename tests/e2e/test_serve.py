@@ -41,7 +41,7 @@ from tests.processes import (
     title,
     wait_for,
 )
-from tests.serving.app import recalibrate, saved_anew
+from tests.serving.app import recalibrate, rewrite_bundle
 from tests.serving.test_api import jpeg
 from tests.serving.test_proxy_middleware import announced
 
@@ -467,7 +467,7 @@ def test_another_bundle_is_taken_up_and_nobody_notices(service: Served) -> None:
         # what cannot be loaded changes nothing, nor does what there is no memory for
         huge = load_bundle(str(service.bundle)).spec.preprocess
         huge = huge.model_copy(update={"resize": 10_000_000, "crop": 10_000_000})
-        saved_anew(service.bundle, preprocess=huge)
+        rewrite_bundle(service.bundle, preprocess=huge)
         service.client(service.admin).reload()
         time.sleep(3)
         (service.bundle / "model.safetensors").write_bytes(b"damaged")

@@ -1,4 +1,4 @@
-"""What the service's own log takes for a replica that is missing."""
+"""Checks before Ray starts, and the detection of missing replicas."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from imgcls.serving.serve import has_missing_replicas
         (["HEALTHY", "UNHEALTHY"], True),
         (["DEPLOY_FAILED", "HEALTHY"], True),
         (["UNHEALTHY", "UPDATING"], True),
-        (["UPSCALING", "HEALTHY"], None),  # more are started as requests queue up
+        (["UPSCALING", "HEALTHY"], None),  # autoscaling under load
         (["DOWNSCALING", "HEALTHY"], None),
         (["UPDATING", "HEALTHY"], None),
     ],
 )
-def test_a_change_in_the_number_of_replicas_is_no_trouble(
+def test_a_change_of_the_number_of_replicas_is_not_a_missing_replica(
     statuses: list[str], missing: bool | None
 ) -> None:
     assert has_missing_replicas(DeploymentStatus(status) for status in statuses) is missing

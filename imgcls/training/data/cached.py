@@ -70,7 +70,9 @@ def decode_images(rows: pa.Table, settings: DecodeSettings, *, cpus: float) -> C
         decoded = (
             ray.data.from_blocks(chunks)
             .map_batches(
-                storage_settings.bind_settings_split(math.ceil(cpus), decode_block, settings=settings),
+                storage_settings.bind_settings_split(
+                    math.ceil(cpus), decode_block, settings=settings
+                ),
                 batch_format="pyarrow",
             )
             .materialize()
