@@ -34,7 +34,6 @@ from imgcls.training import train as training
 from imgcls.training.data.batches import DecodeSettings
 from imgcls.training.data.cached import CachedImages, find_store_bytes
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.job import TrialContext
 from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
@@ -44,7 +43,7 @@ from imgcls.training.scaling import (
     wait_for_worker_plan,
 )
 from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
-from imgcls.training.setup import TrainSetup, decode_dataset
+from imgcls.training.setup import TrainSetup, decode_dataset, resolve_setup
 
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
@@ -78,7 +77,7 @@ def tune(config: TuneConfig) -> TuneResult:
     object_store.set_process_settings(config.storage)
     config = _resolve_paths(config)
     check_space(config)
-    task = training.resolve_setup(build_trial_config(config, {}, config.output))
+    task = resolve_setup(build_trial_config(config, {}, config.output))
     with session.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
@@ -269,9 +268,9 @@ class Trial(ray_tune.Trainable):
         self._metrics: dict[str, Any] = {}
         self._best: EpochMetrics | None = None
         self._interruption = Interruption()
-        shared = TrialContext(images, self._epochs.put, self._interruption)
+        trial = training.TrialContext(images, self._epochs.put, self._interruption)
         settings = build_trial_config(config, values, folder)
-        self._future = run_in_thread(lambda: training.train(settings, shared=shared))
+        self._future = run_in_thread(lambda: training.train(settings, trial=trial))
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch, or for the end."""
