@@ -9,7 +9,7 @@ from imgcls.curation.checks.duplicates import DuplicatesConfig
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.data.manifest import ManifestConfig
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
 from imgcls.evaluation.evaluate import EvaluateConfig
 from imgcls.evaluation.label_join import LabelTableConfig
@@ -21,12 +21,12 @@ from imgcls.models.classifier import Classifier as Classifier
 from imgcls.training.augment.augment import AugmentConfig
 from imgcls.training.config import EarlyStoppingConfig
 from imgcls.training.data.examples import DataConfig
-from imgcls.training.job import TrainResult
 from imgcls.training.loggers.base import TrackConfig
 from imgcls.training.network import ModelConfig
 from imgcls.training.optim.loss import LossConfig
 from imgcls.training.optim.optimizer import OptimConfig
 from imgcls.training.optim.strategy import FinetuneConfig, ProbeConfig
+from imgcls.training.result import TrainResult
 from imgcls.training.scaling import TrainScaleConfig
 from imgcls.training.train import TrainConfig
 from os import PathLike

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
-from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster import autoscaler, session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.session import Node
 from imgcls.data import filesystem, storage_settings
@@ -34,7 +34,6 @@ from imgcls.training import train as training
 from imgcls.training.data.batches import DecodeSettings
 from imgcls.training.data.cached import CachedImages, find_store_bytes
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.job import TrialContext
 from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
@@ -44,7 +43,7 @@ from imgcls.training.scaling import (
     wait_for_worker_plan,
 )
 from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
-from imgcls.training.setup import TrainSetup, decode_dataset
+from imgcls.training.setup import TrainSetup, decode_dataset, resolve_setup
 
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
@@ -97,8 +96,8 @@ def tune(config: TuneConfig) -> TuneResult:
     """
     config = _resolve_paths(config)
     check_space(config)
-    task = training.resolve_setup(build_trial_config(config, {}, config.output))
-    with interrupts.Interruption().handle_signals() as interruption:
+    task = resolve_setup(build_trial_config(config, {}, config.output))
+    with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim_output(config)
@@ -292,9 +291,9 @@ class Trial(ray_tune.Trainable):
         self._metrics: dict[str, Any] = {}
         self._best: EpochMetrics | None = None
         self._interruption = Interruption()
-        shared = TrialContext(images, self._epochs.put, self._interruption)
+        trial = training.TrialContext(images, self._epochs.put, self._interruption)
         settings = build_trial_config(config, values, folder)
-        self._future = run_in_thread(lambda: training.train(settings, shared=shared))
+        self._future = run_in_thread(lambda: training.train(settings, trial=trial))
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch or for the end of the training."""

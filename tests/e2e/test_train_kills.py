@@ -102,7 +102,7 @@ def reference(digits: Path, cluster: RayCluster, place: Path) -> Path:
 def standing(output: Path) -> TrainProgress:
     """How far the newest state that is on disk has come."""
     saved = Checkpoints(str(output)).list_states()
-    return saved[0].standing if saved else TrainProgress()
+    return saved[0].progress if saved else TrainProgress()
 
 
 def learnt(output: Path) -> int:
@@ -152,7 +152,7 @@ class Command:
 
     def went_on(self) -> list[tuple[int, int]]:
         """(epoch, step) at which a worker group has gone on."""
-        found = (re.match(r"going on: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
+        found = (re.match(r"resuming: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
         return [(int(match[1]), int(match[2] or 0)) for match in found if match]
 
 
@@ -242,7 +242,7 @@ def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
         command.until_epoch(output, 2)
         command.process.send_signal(signal.SIGTERM)
         assert command.end() == 1
-    assert "stopped by SIGTERM; all is saved, and the same command goes on" in command.errors[-1]
+    assert "stopped by SIGTERM; state saved, rerun the same command to resume" in command.errors[-1]
     assert not is_finished(output)
     assert not (output / "_lease").exists()
     saved = standing(output)
@@ -273,7 +273,7 @@ def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
     marker.write_text('{"number": 9, "sha')
     with Command.running(arguments(digits, output), cluster) as command:
         assert command.end() == 0, command.errors
-    assert command.went_on() == [(before.standing.epoch, before.standing.step)]
+    assert command.went_on() == [(before.progress.epoch, before.progress.step)]
     assert_as_left_alone(output, reference, digits)
 
 
@@ -312,7 +312,7 @@ class Busy:
 
 def groups(command: Command) -> list[str]:
     """How many workers each group had that has trained."""
-    found = (re.match(r"training: (\d) on", line) for line in command.lines)
+    found = (re.match(r"training: (\d) workers? on", line) for line in command.lines)
     return [match[1] for match in found if match]
 
 

@@ -71,7 +71,7 @@ def found(output: Path) -> float:
     assert latest is not None
     number = float(latest[1]["network"]["weight"][0, 0])
     assert latest[0].number == number
-    assert latest[0].standing.history[-1].epoch == number
+    assert latest[0].progress.history[-1].epoch == number
     return number
 
 
@@ -87,8 +87,8 @@ def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     latest = Checkpoints(str(tmp_path)).load_latest()
     assert latest is not None
     found, tensors = latest
-    assert found.standing == where
-    assert found.standing.best_epoch == epoch(2)
+    assert found.progress == where
+    assert found.progress.best_epoch == epoch(2)
     assert torch.equal(tensors["network"]["weight"], state(1)["network"]["weight"])
     assert tensors["optimizer"]["param_groups"] == state(1)["optimizer"]["param_groups"]
     assert tensors["optimizer"]["state"][0]["step"] == 1
@@ -101,7 +101,7 @@ def test_the_probe_whose_rate_is_no_number_comes_back_too(tmp_path: Path) -> Non
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(TrainProgress(epoch=1, history=(probe,), best=0), state(1), weights(1))
     checkpoints.wait_until_saved()
-    ((back,),) = (each.standing.history for each in Checkpoints(str(tmp_path)).list_states())
+    ((back,),) = (each.progress.history for each in Checkpoints(str(tmp_path)).list_states())
     assert repr(back) == repr(probe)
 
 
@@ -285,7 +285,7 @@ def test_a_damaged_identity_is_refused_with_the_way_out(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.start_run({"seed": 1})
     (tmp_path / CHECKPOINT_FOLDER / IDENTITY_FILE).write_text('{"se')
-    with pytest.raises(OutputError, match=r"run\.json: is damaged .*--overwrite"):
+    with pytest.raises(OutputError, match=r"run\.json is damaged .*--overwrite"):
         checkpoints.read_identity()
 
 

@@ -68,7 +68,7 @@ def test_every_worker_has_a_row_in_each_of_equally_many_steps(
         sizes = [len(hand.rows) for hand in step]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
-        assert {hand.batch for hand in step} == {sum(sizes)}
+        assert {hand.global_batch_size for hand in step} == {sum(sizes)}
 
 
 @given(ROWS, BATCH, WORKERS)
@@ -131,7 +131,7 @@ def test_evaluation_shards_hold_every_row_exactly_once(rows: int, workers: int) 
 
 
 def test_fewer_rows_than_workers_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 rows cannot be dealt to 3 workers"):
+    with pytest.raises(ValueError, match="2 rows cannot be split among 3 workers"):
         steps_per_epoch(2, 8, 3)
 
 

@@ -29,12 +29,12 @@ def test_workers_may_share_a_core() -> None:
 
 
 def test_too_many_workers_are_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ResourcesError, match=r"3 x \(1 CPU\) do not fit .* hold 2"):
+    with pytest.raises(ResourcesError, match=r"3 x \(1 CPU\) do not fit .* room for 2"):
         plan_workers(LAPTOP, TrainScaleConfig(num_workers=3))
 
 
 def test_a_worker_is_not_split_between_machines() -> None:
-    with pytest.raises(ResourcesError, match="which hold 2"):
+    with pytest.raises(ResourcesError, match="have room for 2"):
         plan_workers([Node(3, 0), Node(3, 0)], TrainScaleConfig(num_workers=3, cpus_per_worker=2))
 
 
@@ -51,12 +51,12 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_a_cluster_without_machines_is_refused() -> None:
-    with pytest.raises(ResourcesError, match=r"\(none\), which hold 0"):
+    with pytest.raises(ResourcesError, match=r"\(none\), which have room for 0"):
         plan_workers([], TrainScaleConfig())
 
 
 def test_synchronised_batch_norm_is_refused_without_gpus() -> None:
-    with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* for GPUs only"):
+    with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* only on GPUs"):
         plan_workers(LAPTOP, TrainScaleConfig(sync_batchnorm=True))
     machines = [Node(8, 2)]
     assert plan_workers(machines, TrainScaleConfig(num_workers=2, sync_batchnorm=True)).gpus == 1
@@ -73,7 +73,7 @@ def test_an_elastic_group_takes_what_there_is_within_its_bounds(
 ) -> None:
     config = TrainScaleConfig(num_workers=(2, 4))
     if count is None:
-        with pytest.raises(ResourcesError, match=r"num_workers 2: .* which hold 1"):
+        with pytest.raises(ResourcesError, match=r"num_workers 2: .* have room for 1"):
             plan_workers([Node(cores, 0)], config)
         return
     workers = plan_workers([Node(cores, 0)], config)
@@ -118,9 +118,7 @@ def test_what_the_workers_leave_is_for_decoding() -> None:
 
 def test_no_cpu_left_to_decode_is_refused_with_what_would_leave_one() -> None:
     workers = WorkerPlan(2, 1.0, 0, 2, 2)
-    with pytest.raises(
-        ResourcesError, match=r"of 2 the workers reserve 2; give a .* of at most 0\.5"
-    ):
+    with pytest.raises(ResourcesError, match=r"of 2 the workers reserve 2. Set .* to at most 0\.5"):
         compute_decode_cpus(LAPTOP, workers)
     assert compute_decode_cpus(LAPTOP, WorkerPlan(2, 0.5, 0, 2, 2)) == 1
 

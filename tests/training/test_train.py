@@ -115,14 +115,18 @@ def test_the_shipped_yaml_loads_and_shows_every_key() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"batch_size": 1}, RequestError, "without an image; give at least 2"),
+        (
+            {"batch_size": 1},
+            RequestError,
+            "is smaller than scale.num_workers 2. Set it to at least 2",
+        ),
         ({"scale": {"num_workers": 399}}, RequestError, "398 training images are fewer than scale"),
         ({"model": {"name": "resnet19"}}, BundleError, "did you mean resnet18"),
         ({"model": {"name": "small_cnn", "image_size": 4}}, BundleError, "set model.image_size"),
         ({"model": {"name": "small_cnn", "options": {"depth": 9}}}, BundleError, "model.options"),
         ({"model": {"name": "small_cnn", "weights": "gone.pth"}}, BundleError, "no such file"),
-        ({"strategy": "probe"}, RequestError, "strategy probe: needs weights .* --model.weights"),
-        ({"strategy": "finetune"}, RequestError, "strategy finetune: needs weights to start from"),
+        ({"strategy": "probe"}, RequestError, "strategy probe needs weights .* --model.weights"),
+        ({"strategy": "finetune"}, RequestError, "strategy finetune needs weights to start from"),
     ],
 )
 def test_a_wrong_request_starts_nothing(
@@ -141,7 +145,7 @@ def test_a_batch_larger_than_the_training_set_is_lowered_with_a_note(
     assert capsys.readouterr().out == ""
     lowered = resolve_setup(config(digits, tmp_path, batch_size=9999))
     assert lowered.config.batch_size == 398
-    note = "note: batch_size is lowered from 9999 to the 398 training images\n"
+    note = "note: batch_size reduced from 9999 to the 398 training images\n"
     assert capsys.readouterr().out == note
 
 
@@ -169,7 +173,7 @@ def test_a_label_that_only_validation_has_is_refused_by_its_row(
 
 def test_a_bundle_is_not_overwritten_unasked(digits: Path, colour_bundle: Path) -> None:
     before = sorted(file.read_bytes() for file in colour_bundle.iterdir())
-    with pytest.raises(OutputError, match="already holds a bundle; say --overwrite"):
+    with pytest.raises(OutputError, match=r"already holds a bundle\. Pass --overwrite"):
         train(config(digits, colour_bundle))
     assert sorted(file.read_bytes() for file in colour_bundle.iterdir()) == before
 
@@ -187,7 +191,7 @@ def test_what_is_told_is_the_failure_and_not_that_others_lost_touch() -> None:
     }
     line = format_worker_failure(ray.train.WorkerGroupError("", failures))
     assert line.startswith("training worker 1 failed: RuntimeError: CUDA out of memory")
-    assert line.endswith("give a smaller batch_size, or a larger scale.accumulate")
+    assert line.endswith("set a smaller batch_size or a larger scale.accumulate")
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +299,7 @@ def test_the_command_of_a_finished_run_returns_at_once_with_the_same_result(
     before = files(Path(trained.bundle))
     again = train(config(digits, Path(trained.bundle)))
     assert again == trained
-    assert "holds the bundle of this very training" in capsys.readouterr().out
+    assert "already holds the bundle of this training" in capsys.readouterr().out
     assert files(Path(trained.bundle)) == before
     # how many workers there are decides nothing; the learning rate does
     assert train(config(digits, Path(trained.bundle), scale={"num_workers": 1})) == trained
@@ -497,7 +501,7 @@ def test_too_many_bad_images_train_nothing(
 
 
 def test_workers_that_do_not_fit_are_refused(two_cpus: None, digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(ResourcesError, match="do not fit the machines"):
+    with pytest.raises(ResourcesError, match="do not fit the nodes"):
         train(config(digits, tmp_path / "bundle", scale={"num_workers": 3}))
 
 
@@ -545,9 +549,9 @@ def test_an_interrupted_run_saves_and_ends_at_once(digits: Path, tmp_path: Path)
     run.send_signal(signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert "imgcls train: stopped by SIGTERM; all is saved, and the same command goes" in errors
+    assert "imgcls train: stopped by SIGTERM; state saved, rerun the same command" in errors
     assert not (output / "bundle.json").exists()
     assert not (output / "_lease").exists()
     (newest, *_) = Checkpoints(str(output)).list_states()
-    assert len(newest.standing.history) >= 2
+    assert len(newest.progress.history) >= 2
     assert {path.name for path in (output / "_train").iterdir()} >= {"run.json", newest.best}

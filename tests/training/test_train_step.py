@@ -367,14 +367,14 @@ def learner_place(precision: str = "fp32") -> WorkerContext:
 
 def test_the_average_is_judged_where_there_is_one() -> None:
     averaged = learner(small_cnn(), config(optim={"ema": 0.9}))
-    assert averaged.average is not None
-    assert averaged.judged is averaged.average.network
+    assert averaged.ema is not None
+    assert averaged.eval_network is averaged.ema.network
     plain = learner(small_cnn(), config(optim={"ema": None}))
-    assert plain.judged is plain.network
+    assert plain.eval_network is plain.network
     steps(averaged, 0, 3)
-    averaged.judged.eval()
+    averaged.eval_network.eval()
     logits = averaged.predict_logits(rows().pixels)
-    expected = averaged.average.network(averaged.normalize_inputs(rows().pixels))
+    expected = averaged.ema.network(averaged.normalize_inputs(rows().pixels))
     torch.testing.assert_close(logits, expected)
     averaged.network.eval()
     assert not torch.allclose(logits, averaged.network(averaged.normalize_inputs(rows().pixels)))
@@ -397,7 +397,7 @@ def test_half_precision_keeps_the_weights_in_full() -> None:
     told = made.step(rows(), ROWS, 0)
     assert torch.isfinite(told).all()
     assert {p.dtype for p in made.network.parameters()} == {torch.float32}
-    made.judged.eval()
+    made.eval_network.eval()
     assert made.predict_logits(rows().pixels).dtype == torch.float32
 
 

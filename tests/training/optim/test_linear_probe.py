@@ -131,7 +131,7 @@ def test_the_error_of_the_validation_loss_is_its_standard_error(alone: None, tea
     expected = losses.std(correction=0).item() / VAL**0.5
     assert head.val_loss_error == pytest.approx(expected, rel=1e-4)
     for shared in team.call(3, fitted, 0.03, None):
-        assert shared.val_error == pytest.approx(expected, rel=1e-3)
+        assert shared.val_loss_error == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_feature_that_is_the_same_everywhere_does_no_harm(alone: None) -> None:
@@ -205,7 +205,7 @@ def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
     assert tuple(found.inputs.shape) == (7, zoo.get_embedding_width(made.network))
     assert found.labels.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
     _, head = zoo.find_head(made.network)
-    made.judged.eval()
+    made.eval_network.eval()
     expected = torch.cat([made.predict_logits(b.pixels) for b in batches() if len(b.labels)])
     mine = F.linear(found.inputs, head.weight.flatten(1), head.bias)
     torch.testing.assert_close(mine, expected)
@@ -296,9 +296,9 @@ def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> Non
     assert tuple(found.inputs.shape) == (7, width)
     torch.manual_seed(0)
     head = LinearHead(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
-    for each in (made.network, made.judged):
+    for each in (made.network, made.eval_network):
         linear_probe.install_head(each, head, shares)
-    made.judged.eval()
+    made.eval_network.eval()
     logits = torch.cat([made.predict_logits(b.pixels) for b in given if len(b.labels)])
     wanted = found.inputs @ head.weight.T + head.bias
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
