@@ -25,7 +25,7 @@ from imgcls.data.object_store import StorageConfig
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import MAX_PART_BYTES
-from imgcls.inference.keys import KnownImages, rank_runs, take_rows
+from imgcls.inference.known_images import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
 from imgcls.provenance import build_provenance
 from imgcls.runs import layout
