@@ -19,8 +19,8 @@ from imgcls.data import filesystem, object_store
 from imgcls.data.object_store import StorageConfig
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.plan import Plan, parse_plan
 from imgcls.execution.formatting import format_count, format_duration, format_percent
+from imgcls.execution.plan import Plan, parse_plan
 from imgcls.runs import layout, lease
 from imgcls.runs.lease import LeaseHolder
 
