@@ -283,9 +283,10 @@ def replace(receipts: Any) -> None:
 
 
 def simulate() -> None:
-    from imgcls.execution import pipeline
+    from imgcls.execution.worker import Job
+    from imgcls.inference import predict
 
-    pipeline.CpuWorker = SimulatedWorker  # type: ignore[assignment,misc]
+    predict.LABELING = Job("labeling", SimulatedWorker)  # type: ignore[arg-type]
 
 
 class SimulatedWorker:
@@ -301,16 +302,16 @@ class SimulatedWorker:
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        from imgcls.execution.completed import read_chunk_rows, write_chunk
         from imgcls.execution.messages import ChunkResult, StageTimings
-        from imgcls.inference import stages
 
-        work = pickle.loads(batch.column("work")[0].as_py())
-        rows = stages.read_chunk_rows(self._spec, work).num_rows
-        seconds = StageTimings()
-        table = made_up(self._spec.plan.rows_of(work.chunk).start, rows, self._classes)
-        stages.write_chunk(self._spec, work, table, seconds)
-        done = ChunkResult(work, rows, {"ok": rows}, seconds, "simulated", self._name)
-        return {"done": [pickle.dumps(done)]}
+        task = pickle.loads(batch.column("task")[0].as_py())
+        rows = read_chunk_rows(self._spec, task).num_rows
+        timings = StageTimings()
+        table = made_up(self._spec.plan.rows_of(task.chunk).start, rows, self._classes)
+        write_chunk(self._spec, task, table, timings)
+        result = ChunkResult(task, rows, {"ok": rows}, timings, self._name)
+        return {"result": [pickle.dumps(result)]}
 
 
 def made_up(start: int, count: int, classes: list[str]) -> pa.Table:

@@ -13,17 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.cluster import interrupts
+from imgcls.curation.scan_worker import SCAN, ScanSpec
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
-from imgcls.errors import OutputError
-from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.messages import ScanSpec
 from imgcls.execution.placement import ScaleConfig
-from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, restore_shards
-from imgcls.execution.progress import Progress
-from imgcls.execution.runner import ChunkRunner, wait_for_placement
+from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
+from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
 from imgcls.inference.requests import is_on_web
-from imgcls.log import tell
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
@@ -87,12 +83,7 @@ def scan_manifest(
     )
     stored = layout.load_run(output)
     if stored is not None:
-        lines = "\n".join(f"  {line}" for line in identity.find_differences(stored["identity"]))
-        if lines:
-            raise OutputError(
-                f"output {output}: was made of something else:\n{lines}\n"
-                "give another --output, or start over with --overwrite"
-            )
+        identity.check_same_run(output, stored["identity"])
     plan = (
         parse_plan(stored)
         if stored is not None
@@ -108,16 +99,9 @@ def scan_manifest(
             classes=None,
         )
     )
-    book = CompletedChunks.load(output, plan)
-    restore_shards(output, manifest, plan)
-    if book.rows_done:
-        tell("resume", f"{book.rows_done:,} of {plan.rows:,} rows are done")
-    todo = book.list_remaining()
-    if todo:
-        scale = scale.model_copy(update={"layout": "cpu"})
-        placement = wait_for_placement(scale, interruption, 0)
-        for reason in placement.reasons:
-            tell("layout", reason)
+    completed = load_completed(output, plan, manifest)
+    if remaining := completed.list_remaining():
+        placement = wait_for_placement(SCAN, scale, interruption)
         spec = ScanSpec(
             output=output,
             plan=plan,
@@ -135,15 +119,10 @@ def scan_manifest(
             bundle_sha256=None if bundle is None else bundle.sha256,
             decode=decode,
         )
-        progress = Progress(plan.rows, book.rows_done, progress_seconds)
-        try:
-            passes = ChunkRunner(spec, scale, interruption, lambda fits: fits, 0)
-            for receipt in passes.run(placement, todo):
-                lease.check()
-                if receipt is None:
-                    progress.tick()
-                else:
-                    progress.add(receipt)
-        finally:
-            progress.close()
+        driver = Driver(output, lease, interruption, scale, progress_seconds)
+        results = JobRun(SCAN, spec, driver).run(
+            placement, remaining, total=plan.rows, done=completed.rows_done
+        )
+        for _ in results:
+            pass
     return ScannedManifest(output, manifest, plan)

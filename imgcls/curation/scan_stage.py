@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
 from imgcls.data.image_features import FEATURE_FIELDS, ImageFeatures, compute_features
 from imgcls.errors import ImageError, StorageError
-from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
-from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, HeartbeatFn, fetch_images
+from imgcls.execution.messages import ChunkTask, StageTimings
+from imgcls.execution.worker import HeartbeatFn
+from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
 from imgcls.runs.schema import OK
 
@@ -58,7 +60,7 @@ def scan_chunk(
     start = spec.plan.rows_of(work.chunk).start
     looks: list[dict[str, Any]] = []
     embeddings = _EmbeddingBatcher(classifier, spec.batch_size)
-    for place, blob in enumerate(_time_fetch(fetch_images(spec, rows, crashed), spent)):
+    for place, blob in enumerate(time_fetch(fetch_images(spec, rows, crashed), spent)):
         with spent.measure("prepare"):
             told: dict[str, Any] = {"row": start + place, "status": OK, "error": None}
             try:
@@ -68,7 +70,6 @@ def scan_chunk(
                 embeddings.skip()
             if isinstance(blob, bytes):
                 told["bytes"] = len(blob)
-                spent.bytes += len(blob)
         looks.append(told)
         beat()
     with spent.measure("classify"):
@@ -132,13 +133,3 @@ class _EmbeddingBatcher:
             )
         )
         self._batch.clear()
-
-
-def _time_fetch(blobs: Iterator[FetchResult], spent: StageTimings) -> Iterator[FetchResult]:
-    end = object()
-    while True:
-        with spent.measure("fetch"):
-            blob: Any = next(blobs, end)
-        if blob is end:
-            return
-        yield blob

@@ -25,7 +25,7 @@ from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import MAX_PART_BYTES
-from imgcls.inference.keys import KnownImages, rank_runs, take_rows
+from imgcls.inference.known_images import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables

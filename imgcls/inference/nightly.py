@@ -20,7 +20,7 @@ from imgcls.data.manifest import Manifest
 from imgcls.errors import TooManyErrors
 from imgcls.execution.plan import RunIdentity, parse_plan
 from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
-from imgcls.inference.keys import read_planned_rows
+from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
 from imgcls.log import tell
 from imgcls.runs import layout

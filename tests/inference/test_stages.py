@@ -22,9 +22,11 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.execution.messages import ChunkTask, PredictSpec, StageTimings
+from imgcls.execution.completed import read_chunk_rows, write_chunk
+from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan
 from imgcls.inference import stages
+from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.classifier import Classifier, PendingScores
 from imgcls.models.cuda_graph import CudaTimer
@@ -72,9 +74,7 @@ def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> PredictS
 
 
 def labelled(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
-    return stages.predict_chunk(
-        spec, classifier, stages.read_chunk_rows(spec, work), work, StageTimings()
-    )
+    return stages.predict_chunk(spec, classifier, read_chunk_rows(spec, work), work, StageTimings())
 
 
 # ------------------------------------------------------------------ one chunk
@@ -123,7 +123,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
         fresh = Classifier.load(str(colour_bundle), precision="fp32")
         for number in range(3):
             work = ChunkTask(number)
-            stages.write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
+            write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
         staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
         written.append({path.name: path.read_bytes() for path in staged})
         assert len(written[-1]) == 3
@@ -136,7 +136,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     spec: PredictSpec, classifier: Classifier, work: ChunkTask, batch_size: int
 ) -> None:
     spec = chunk_with(spec, batch_size=batch_size)
-    rows, seconds = stages.read_chunk_rows(spec, work), StageTimings()
+    rows, seconds = read_chunk_rows(spec, work), StageTimings()
     fused = stages.predict_chunk(spec, classifier, rows, work, seconds)
     prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, seconds)
     split = stages.classify_prepared(spec, classifier, rows, work, prepared, seconds)
@@ -160,7 +160,7 @@ def test_a_retry_does_its_rows_alone_and_without_the_manifest(
     table = labelled(spec, classifier, work)
     assert table["row"].to_pylist() == [9, 11]
     assert table["status"].to_pylist() == ["ok", "ok"]
-    stages.write_chunk(spec, work, table, StageTimings())
+    write_chunk(spec, work, table, StageTimings())
     [file] = (tmp_path / "out" / "_staging" / "part-00000").iterdir()
     assert file.name == f"retry-00000001.{spec.plan.run_id}.parquet"
 
@@ -173,7 +173,7 @@ def test_a_run_that_starts_over_reads_its_own_manifest(tmp_path: Path) -> None:
         manifest = manifest_of(tmp_path / name, table)
         plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
         spec = spec_of(tmp_path / "out", plan, manifest, "")
-        found.append(stages.read_chunk_rows(spec, ChunkTask(0)).to_pylist() == table.to_pylist())
+        found.append(read_chunk_rows(spec, ChunkTask(0)).to_pylist() == table.to_pylist())
     assert found == [True, True]
 
 
@@ -387,7 +387,7 @@ def test_a_row_that_is_known_to_crash_is_left_alone(
     spec: PredictSpec, classifier: Classifier
 ) -> None:
     work = ChunkTask(0)
-    rows = stages.read_chunk_rows(spec, work)
+    rows = read_chunk_rows(spec, work)
     whole = stages.predict_chunk(spec, classifier, rows, work, StageTimings())
     without = stages.predict_chunk(
         spec, classifier, rows, work, StageTimings(), {1: "it died of it"}
@@ -402,7 +402,7 @@ def test_a_row_that_is_known_to_crash_is_left_alone(
 
 def test_what_was_read_is_counted_in_bytes(spec: PredictSpec, classifier: Classifier) -> None:
     work, spent = ChunkTask(0), StageTimings()
-    rows = stages.read_chunk_rows(spec, work)
+    rows = read_chunk_rows(spec, work)
     stages.predict_chunk(spec, classifier, rows, work, spent)
     blobs = [blob for blob in stages.fetch_images(spec, rows) if isinstance(blob, bytes)]
     assert spent.bytes == sum(len(blob) for blob in blobs) > 0
@@ -437,12 +437,12 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
             assert row["accepted"] is False
     # the layout with GPUs composes the same stages
     prepared = stages.prepare_on_cpu(
-        spec, stages.read_chunk_rows(spec, ChunkTask(0)), classifier.preprocess, StageTimings()
+        spec, read_chunk_rows(spec, ChunkTask(0)), classifier.preprocess, StageTimings()
     )
     halves = stages.classify_prepared(
         spec,
         classifier,
-        stages.read_chunk_rows(spec, ChunkTask(0)),
+        read_chunk_rows(spec, ChunkTask(0)),
         ChunkTask(0),
         prepared,
         StageTimings(),
