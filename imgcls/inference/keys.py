@@ -17,12 +17,16 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.errors import StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.schema import OK
 
-TRANSIENT_STATUSES = frozenset(("missing", "forbidden", "throttled", "unavailable"))
+TRANSIENT_STATUSES = frozenset(
+    error.status
+    for error in (StorageMissing, StorageForbidden, StorageThrottled, StorageUnavailable)
+)
 """Statuses that do not depend on an image's bytes: the next run tries these rows again."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"

@@ -18,10 +18,10 @@ from imgcls.errors import (
     ManifestError,
     OutputError,
     RequestError,
+    StorageBucketMissing,
     StorageCredentials,
     StorageError,
     StorageForbidden,
-    StorageMissing,
 )
 from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.log import tell
@@ -157,9 +157,8 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
         filesystem.read_image(url, max_bytes)
     except StorageCredentials as error:
         raise RequestError(f"the first image: {error}") from error
-    except StorageMissing as error:
-        if str(error).endswith("no such bucket"):
-            raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
+    except StorageBucketMissing as error:
+        raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
     except StorageForbidden as error:
         tell("note", f"the first image: {error}")
     except StorageError:

@@ -132,7 +132,9 @@ def test_the_permission_that_is_missing_is_named(
     with user(endpoint, allowed, monkeypatch), checking_permissions(endpoint):
         for name, call in calls.items():
             if name in denied:
-                assert f"it takes the permission {denied[name]}" in fails(StorageForbidden, call)
+                assert f"the request needs the permission {denied[name]}" in fails(
+                    StorageForbidden, call
+                )
             elif needs[name] in allowed:
                 call()
 
