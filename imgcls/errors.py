@@ -46,7 +46,7 @@ class OutputError(RequestError):
 
 
 class OutputLocked(OutputError):
-    """Another driver is at work on this output."""
+    """Another driver holds the lease on this output."""
 
 
 class ResourcesError(RequestError):

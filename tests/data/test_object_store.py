@@ -324,7 +324,7 @@ def test_a_store_that_overwrites_what_it_should_create_is_refused(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     network({}).drop = "if-none-match"
-    with pytest.raises(OutputError, match="pays no heed to If-None-Match"):
+    with pytest.raises(OutputError, match="ignores If-None-Match"):
         Lease.acquire(url("out"))
     assert keys(s3, "out/") == []
 
