@@ -77,11 +77,9 @@ def test_what_a_run_has_lost_is_waited_for_and_what_was_never_there_is_not(
         Interruption(),
         under_way=True,
     )
-    with pytest.raises(
-        ResourcesError, match=r"waited 1 s for machines, as scale\.resource_timeout_s"
-    ):
+    with pytest.raises(ResourcesError, match=r"waited 1 s for nodes; .* scale\.resource_timeout_s"):
         list(steps)
-    assert capsys.readouterr().out.startswith("waiting  for machines: scale.workers 2")
+    assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 2")
     assert asked_for() == []
 
 
@@ -117,10 +115,10 @@ def test_the_first_machine_is_asked_for_until_it_is_there_or_nobody_waits_any_mo
     )
     next(steps)
     wait_for(lambda: asked_for() == [{"CPU": 0.5, "GPU": 1}])  # there is a core
-    assert "waiting  for machines: scale.layout gpu needs a GPU" in capsys.readouterr().out
+    assert "waiting  for nodes: scale.layout gpu needs a GPU" in capsys.readouterr().out
     steps.close()
     wait_for(lambda: asked_for() == [])
-    with pytest.raises(ResourcesError, match="waited 1 s for machines"):
+    with pytest.raises(ResourcesError, match="waited 1 s for nodes"):
         wait_for_placement(scale, Interruption(), 0)
     wait_for(lambda: asked_for() == [])
 
