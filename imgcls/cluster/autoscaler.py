@@ -192,7 +192,7 @@ class WaitTimeout:
         """To be called repeatedly while waiting; raises RunFailed after the maximum wait."""
         if waited > self._seconds:
             raise RunFailed(
-                f"nothing has come for {waited:.0f} s (scale.resource_timeout_s) of {what}; "
+                f"waited {waited:.0f} s (scale.resource_timeout_s) for {what}; "
                 f"{_describe_capacity()}"
             )
         if (

@@ -180,7 +180,7 @@ def open_run(url: str) -> CommittedRun:
         raise OutputError(
             f"{url}: is not committed (no {layout.SUCCESS_FILE}); run `imgcls predict` on it "
             "again, "
-            "which goes on where it stopped"
+            "which resumes it"
         ) from error
     except ValueError as error:
         raise OutputError(layout.damaged_success_message(url, str(error))) from error
