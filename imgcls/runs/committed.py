@@ -178,9 +178,8 @@ def open_run(url: str) -> CommittedRun:
         success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS_FILE)))
     except StorageMissing as error:
         raise OutputError(
-            f"{url}: is not committed (no {layout.SUCCESS_FILE}); run `imgcls predict` on it "
-            "again, "
-            "which resumes it"
+            f"{url}: is not committed (no {layout.SUCCESS_FILE}); rerun the same "
+            "`imgcls predict` command, which resumes the run"
         ) from error
     except ValueError as error:
         raise OutputError(layout.damaged_success_message(url, str(error))) from error
