@@ -46,7 +46,7 @@ class OutputError(RequestError):
 
 
 class OutputLocked(OutputError):
-    """Another driver is at work on this output."""
+    """Another driver holds the lease on this output."""
 
 
 class ResourcesError(RequestError):
@@ -74,15 +74,24 @@ class IssuesFound(ImgclsError):
 
 
 class StorageError(RunFailed):
-    """Reading or writing a file failed; `status` is the status of a row whose image it is."""
+    """Reading or writing a file failed.
+
+    status:       of the row whose image it is
+    is_temporary: whether the same request may succeed later
+    """
 
     status = "unreadable"
+    is_temporary = False
 
 
 class StorageMissing(StorageError):
     """There is no such file."""
 
     status = "missing"
+
+
+class StorageBucketMissing(StorageMissing):
+    """There is no such bucket or container."""
 
 
 class StorageForbidden(StorageError):
@@ -108,11 +117,14 @@ class StorageTooLarge(StorageError):
 class StorageFull(StorageError):
     """No space is left."""
 
+    is_temporary = True
+
 
 class StorageUnavailable(StorageError):
     """The store did not answer properly, even after retries."""
 
     status = "unavailable"
+    is_temporary = True
 
 
 class StorageThrottled(StorageUnavailable):
@@ -129,7 +141,7 @@ def request_error(
     It is of `kind` (exit code 2), unless a later try may succeed: then it is of the cause's own
     class (exit code 1).
     """
-    if isinstance(cause, (StorageUnavailable, StorageFull)):
+    if isinstance(cause, StorageError) and cause.is_temporary:
         return type(cause)(f"{message}; a later try may succeed")
     return kind(message)
 

@@ -22,6 +22,7 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputLocked,
+    StorageBucketMissing,
     StorageCredentials,
     StorageError,
     StorageForbidden,
@@ -226,6 +227,7 @@ class StorePromises:
             401: StorageCredentials, 403: StorageForbidden, 404: StorageMissing,
             429: StorageThrottled, 500: StorageUnavailable, 503: StorageThrottled,
         }  # fmt: skip
+        by_code = {"ContainerNotFound": StorageBucketMissing}
         for status, code in self.refusals:  # type: ignore[attr-defined]
             place.answers(status, code)
             calls: list[Callable[[], object]] = [
@@ -236,7 +238,7 @@ class StorePromises:
             for call in calls:
                 with pytest.raises(StorageError) as caught:
                     call()
-                assert type(caught.value) is expected[status], (status, code)
+                assert type(caught.value) is by_code.get(code, expected[status]), (status, code)
             place.proxy.says = None
 
     def test_a_store_that_asks_for_time_gets_it(self, place: Place) -> None:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data import filesystem, object_store, storage_settings
+from imgcls.data import filesystem, retries, storage_settings
 from imgcls.errors import (
     StorageError,
     StorageForbidden,
@@ -450,7 +450,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A web server that fails as it is told to; no waiting between attempts."""
-    monkeypatch.setattr(object_store, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()

@@ -20,6 +20,7 @@ from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputError,
+    StorageBucketMissing,
     StorageClockSkew,
     StorageCredentials,
     StorageError,
@@ -170,16 +171,16 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
 @pytest.mark.parametrize(
     ("code", "status", "kind", "words"),
     [
-        ("AccessDenied", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("AccessDenied", 403, StorageForbidden, "the request needs the permission s3:GetObject"),
         ("NoSuchKey", 404, StorageMissing, "no such file"),
-        ("NoSuchBucket", 404, StorageMissing, "no such bucket"),
+        ("NoSuchBucket", 404, StorageBucketMissing, "no such bucket"),
         ("ExpiredToken", 400, StorageCredentials, "check the credentials"),
         ("InvalidAccessKeyId", 403, StorageCredentials, "check the credentials"),
         ("SlowDown", 503, StorageThrottled, "fewer requests"),
         ("InternalError", 500, StorageUnavailable, "did not answer"),
-        ("InvalidObjectState", 403, StorageError, "is archived; have the store restore it"),
+        ("InvalidObjectState", 403, StorageError, "is archived; restore it in the store"),
         ("RequestTimeTooSkewed", 403, StorageClockSkew, "synchronize the clock (NTP)"),
-        ("SomethingNew", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("SomethingNew", 403, StorageForbidden, "the request needs the permission s3:GetObject"),
         ("SomethingNew", 503, StorageThrottled, "fewer requests"),
     ],
 )
@@ -323,7 +324,7 @@ def test_a_store_that_overwrites_what_it_should_create_is_refused(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     network({}).drop = "if-none-match"
-    with pytest.raises(OutputError, match="pays no heed to If-None-Match"):
+    with pytest.raises(OutputError, match="ignores If-None-Match"):
         Lease.acquire(url("out"))
     assert keys(s3, "out/") == []
 

@@ -119,7 +119,7 @@ def test_of_many_rivals_exactly_one_acquires(driver: Callable[..., Driver], outp
     winner = rivals[said.index("held")]
     for word in said:
         if word != "held":
-            assert f"process {winner.process.pid} is at work on it" in word
+            assert f"(pid {winner.process.pid}). Wait for it" in word
             assert "another --output" in word
     assert winner.asked("check") == "mine"
 
@@ -172,7 +172,7 @@ def test_a_live_driver_is_not_replaced_however_silent(
     assert holder.asked("go") == "held"
     os.kill(holder.process.pid, signal.SIGSTOP)  # it renews nothing, but it may go on
     try:
-        with pytest.raises(OutputLocked, match=f"process {holder.process.pid} is at work"):
+        with pytest.raises(OutputLocked, match=rf"locked by .* \(pid {holder.process.pid}\)"):
             Lease.acquire(output, term=0.01)
     finally:
         os.kill(holder.process.pid, signal.SIGCONT)
@@ -202,7 +202,7 @@ def test_a_silent_driver_elsewhere_is_replaced_after_a_term(
     heir = Lease.acquire(output, term=TERM)
     assert "waiting up to 1 s" in capsys.readouterr().out
     heir.check()
-    with pytest.raises(RunFailed, match="another driver has taken over; nothing was harmed"):
+    with pytest.raises(RunFailed, match="another driver has taken over; no results were lost"):
         silent.check()
     heir.release()
 
@@ -220,7 +220,7 @@ def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
         }
     ).encode()
     wait_for(lambda: '"far"' in record(output, 1).read_text())
-    with pytest.raises(OutputLocked, match="far, process 7 is at work on it"):
+    with pytest.raises(OutputLocked, match=r"is locked by far \(pid 7\)"):
         Lease.acquire(output, term=60)
     alive.check()
     alive.release()
@@ -246,8 +246,8 @@ def test_a_lease_that_cannot_be_renewed_for_a_term_is_lost(output: str) -> None:
     lease = Lease.acquire(output, term=TERM)
     lease._stop.set()  # as when the store does not answer
     lease._thread.join()
-    lease._renewed = time.monotonic() - 2 * TERM
-    with pytest.raises(RunFailed, match="could not be renewed for 1 s; nothing was harmed"):
+    lease._last_renewal = time.monotonic() - 2 * TERM
+    with pytest.raises(RunFailed, match="could not be renewed for 1 s; no results were lost"):
         lease.check()
 
 

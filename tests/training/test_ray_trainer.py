@@ -10,7 +10,7 @@ import pytest
 import ray
 import ray.train
 
-from imgcls.cluster import autoscaler
+from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
