@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from imgcls.data import filesystem
 from imgcls.data.filesystem import join
 from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
+from imgcls.models.task import SINGLE_LABEL, Task
 
 RUN_FORMAT_VERSION = 1
 
@@ -90,6 +91,7 @@ def build_prediction_schema(
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> pa.Schema:
     """Columns that labelling adds to a manifest.
 
@@ -99,17 +101,8 @@ def build_prediction_schema(
     """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("predicted_label", pa.string()),
-        pa.field("confidence", pa.float32()),
-        pa.field("accepted", pa.bool_(), nullable=False),
-        pa.field("topk_labels", pa.list_(pa.string())),
-        pa.field("topk_scores", pa.list_(pa.float32())),
+        *task.build_fields(has_labels=labelled, classes=scores, scores_type=scores_type),
     ]
-    if labelled:
-        fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
-    if scores is not None:
-        kind = pa.float16() if scores_type == "float16" else pa.float32()
-        fields.append(pa.field("scores", pa.list_(kind, scores)))
     if embedding is not None:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
     fields += [

@@ -19,6 +19,7 @@ from imgcls.cluster.session import Interruption
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.models.bundle import BundleSpec
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.provenance import build_provenance
 from imgcls.runs.lease import Lease
 from imgcls.training.checkpoints import Checkpoints
@@ -301,9 +302,7 @@ def _publish_best(
 
 def _bundle_metrics(best: EpochMetrics) -> dict[str, float]:
     names = (
-        "val_accuracy",
-        "val_balanced_accuracy",
-        "val_loss",
+        *(f"val_{name}" for name in SINGLE_LABEL.metrics),
         "train_accuracy",
         "train_loss",
         "epoch",

@@ -12,7 +12,7 @@ import ray.train.torch
 import torch
 
 from imgcls.models import zoo
-from imgcls.models.classifier import choose_precision
+from imgcls.models.precision import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.config import TrainPrecision
 from imgcls.training.train_step import WorkerContext
@@ -71,7 +71,7 @@ def _run_trainer(work: TrainLoopSpec, board: Any) -> TrainLoopResult:
 
 def _resolve_precision(wanted: TrainPrecision, device: torch.device) -> tuple[str, str]:
     if wanted == "fp16":
-        return "fp16", "as asked"
+        return "fp16", "as requested"
     return choose_precision(wanted, device)
 
 
