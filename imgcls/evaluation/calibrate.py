@@ -29,12 +29,12 @@ from imgcls.models.bundle import (
     NEVER_ACCEPT,
     Bundle,
     BundleSpec,
-    VectorScaling,
     check_bundle_output,
     load_bundle,
     load_bundle_weights,
     save_bundle,
 )
+from imgcls.models.task import SINGLE_LABEL, find_task
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.schema import OK
 
@@ -125,7 +125,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     after = _compute_cross_fitted_ece(rows, fit) if fit is not None and kept is None else before
     thresholds = list(_choose_thresholds(config, run, rows, *scaling))
     same = fit is None or kept is not None
-    spec = _apply_thresholds(_apply_scaling(bundle.spec, *scaling), config, thresholds, same=same)
+    scaled = find_task(bundle.spec).add_scaling(bundle.spec, *scaling)
+    spec = _apply_thresholds(scaled, config, thresholds, same=same)
     spec = spec.model_copy(
         update={
             "provenance": spec.provenance
@@ -278,19 +279,7 @@ def compute_confidences(
     rows: HeldOutScores, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], Ints]:
     """(N,) confidence and predicted class index under a scaling of the log scores."""
-    confidence = np.empty(len(rows.label), np.float32)
-    predicted = np.empty(len(rows.label), np.int64)
-    block = max(1, 4_000_000 // rows.log_scores.shape[1])
-    for start in range(0, len(rows.label), block):
-        part = slice(start, start + block)
-        logits = rows.log_scores[part] * scale
-        if bias is not None:
-            logits = logits + bias
-        logits -= logits.max(1, keepdims=True)
-        np.exp(logits, out=logits)
-        predicted[part] = logits.argmax(1)
-        confidence[part] = logits.max(1) / logits.sum(1)
-    return confidence, predicted
+    return SINGLE_LABEL.compute_confidences(rows.log_scores, scale, bias)
 
 
 def _compute_ece(
@@ -315,22 +304,6 @@ def _compute_cross_fitted_ece(
     confidence = np.concatenate([each[0] for each in found])
     correct = np.concatenate([each[1] == each[2] for each in found])
     return expected_calibration_error(confidence, correct)
-
-
-def _apply_scaling(
-    spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
-) -> BundleSpec:
-    """What makes the bundle's scores those that were fitted, on top of what it does already."""
-    if bias is not None:
-        scaling = VectorScaling(scale=scale.tolist(), bias=bias.tolist())
-        return spec.model_copy(update={"vector_scaling": scaling})
-    factor, old = float(scale[0]), spec.vector_scaling
-    if old is None:
-        return spec.model_copy(update={"temperature": spec.temperature / factor})
-    scaling = VectorScaling(
-        scale=[factor * value for value in old.scale], bias=[factor * value for value in old.bias]
-    )
-    return spec.model_copy(update={"vector_scaling": scaling})
 
 
 def _choose_thresholds(

@@ -17,7 +17,8 @@ from pydantic import model_validator
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.errors import ManifestError, RequestError
-from imgcls.metrics.columns import compute_label_scores, encode_classes, take_scores
+from imgcls.metrics.columns import encode_classes, take_scores
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
 from imgcls.runs.schema import OK
 
@@ -172,7 +173,8 @@ class JoinedLabels:
         score, rank = np.zeros(len(code), np.float32), np.zeros(len(code), np.int32)
         if "scores" in table.schema.names:
             at = np.flatnonzero(judged)
-            score[at], rank[at] = compute_label_scores(take_scores(table["scores"], at), code[at])
+            scores = take_scores(table["scores"], at)
+            score[at], rank[at] = SINGLE_LABEL.rank_labels(scores, code[at])
             return pa.array(score, mask=~judged), pa.array(rank, mask=~judged)
         names = table["topk_labels"].combine_chunks()
         width = pc.max(pc.list_value_length(names)).as_py() or 0

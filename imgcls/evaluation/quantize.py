@@ -31,7 +31,8 @@ from imgcls.models.bundle import (
     load_bundle_weights,
     save_bundle,
 )
-from imgcls.models.classifier import Classifier, record_int8_ranges
+from imgcls.models.classifier import Classifier
+from imgcls.models.int8_calibration import record_int8_ranges
 
 _BATCH_SIZE = 32
 _IO_CONCURRENCY = 16

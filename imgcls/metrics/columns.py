@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,6 @@ EVALUATED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,18 +124,6 @@ def take_scores(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.floating[Any]
     flat = np.frombuffer(values.buffers()[1], kind)[values.offset :]
     every = flat[: len(flat) // width * width].reshape(-1, width)
     return np.asarray(every[lists.offset + rows])
-
-
-def compute_label_scores(scores: NDArray[AnyFloat], code: Ints) -> tuple[NDArray[AnyFloat], Ints]:
-    """(M,) the score of each row's own label, and (M,) its rank, from 1.
-
-    scores: (M, C); code: (M,) class indices
-    Equal scores rank in class order, as in the top k.
-    """
-    own = np.take_along_axis(scores, code[:, None], axis=1)
-    earlier = np.arange(scores.shape[1])[None, :] < code[:, None]
-    rank: Ints = 1 + ((scores > own) | ((scores == own) & earlier)).sum(1)
-    return own[:, 0], rank
 
 
 def _select_evaluated(table: pa.Table | pa.RecordBatch, label_column: str | None) -> pa.Table:

@@ -30,7 +30,7 @@ from imgcls.cluster.session import build_malloc_env
 from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.models import zoo
-from imgcls.models.classifier import choose_precision
+from imgcls.models.precision import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.config import TrainPrecision

@@ -11,14 +11,14 @@ import pytest
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.quantize import QuantizeConfig, quantize_bundle
-from imgcls.models import classifier as classifier_module
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.import_weights import ImportConfig, import_model
+from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
 from tests.conftest import COLOURS
 
 pytestmark = pytest.mark.skipif(
-    not classifier_module._read_cpu_flags() & classifier_module._INT8_FLAGS,
+    not read_cpu_flags() & INT8_FLAGS,
     reason="this machine does not multiply int8",
 )
 
