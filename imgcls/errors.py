@@ -124,6 +124,11 @@ def request_error(
     return kind(message)
 
 
+def one_line(text: object, limit: int = 300) -> str:
+    """Text of a foreign error in one line of at most `limit` characters, for use in a message."""
+    return " ".join(str(text).split())[:limit]
+
+
 class ImageError(ImgclsError):
     """The bytes are not an image that can be used; `status` is the row's status."""
 

@@ -22,6 +22,7 @@ from imgcls.data.discovery import group_tables
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
+from imgcls.data.manifest_options import KeyNames
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.log import tell
@@ -95,23 +96,19 @@ def build_manifest(config: ManifestBuildConfig) -> int:
         ):  # a resumed run has its own
             given = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))
             listing.build_listing(given.model_copy(update={"output": source, "overwrite": False}))
-    try:
-        manifest = open_manifest(
-            ManifestConfig(
-                path=source,
-                path_column=config.path_column,
-                label_column=config.label_column,
-                delimiter=config.delimiter,
-                encoding=config.encoding,
-                escape=config.escape,
-            )
-        )
-        if config.contents:
-            count = _write_with_contents(config, output, manifest)
-        else:
-            count = _write_rows(target, manifest, _read_rows(manifest))
-    except ManifestError as error:
-        raise ManifestError(str(error).replace("--manifest.", "--")) from error
+    table = ManifestConfig(
+        path=source,
+        path_column=config.path_column,
+        label_column=config.label_column,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
+        escape=config.escape,
+    )
+    manifest = open_manifest(table, keys=KeyNames(section=""))
+    if config.contents:
+        count = _write_with_contents(config, output, manifest)
+    else:
+        count = _write_rows(target, manifest, _read_rows(manifest))
     filesystem.remove(filesystem.join(output, LISTING_FOLDER))
     tell("manifest", f"{count:,} images: {output}", rows=count)
     return count
