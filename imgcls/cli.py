@@ -125,7 +125,7 @@ COMMANDS = {
     ),
     "manifest stats": Command(
         "tell what a data set is made of, with a contact sheet per class",
-        "imgcls.curation.build",
+        "imgcls.curation.stats",
         "StatsConfig",
         "compute_stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",
