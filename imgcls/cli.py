@@ -113,7 +113,7 @@ COMMANDS = {
     ),
     "manifest stats": Command(
         "describe a data set: classes, sizes, formats, sample images per class",
-        "imgcls.curation.build",
+        "imgcls.curation.stats",
         "StatsConfig",
         "compute_stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",

@@ -16,7 +16,8 @@ from pydantic import model_validator
 
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
-from imgcls.errors import ManifestError, RequestError
+from imgcls.data.manifest_options import KeyNames
+from imgcls.errors import RequestError
 from imgcls.metrics.columns import encode_classes, take_scores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
@@ -210,18 +211,14 @@ def _read_labels(config: LabelTableConfig, on: str, *, is_path: bool) -> list[pa
         encoding=config.encoding,
         escape=config.escape,
     )
-    try:
-        manifest = open_manifest(table, any_key=not is_path)
-        kind = manifest.schema.field(on).type
-        if not is_scalar_type(kind):
-            raise RequestError(
-                f"labels {config.path}: column {on!r} is {kind}, which cannot be joined by"
-            )
-        return [batch.select([on, config.column]) for batch in manifest.batches()]
-    except ManifestError as error:
-        text = str(error).replace("--manifest.path-column", "--on")
-        text = text.replace("--manifest.label-column", "--labels.column")
-        raise ManifestError(text.replace("--manifest.", "--labels.")) from error
+    keys = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
+    manifest = open_manifest(table, any_key=not is_path, keys=keys)
+    kind = manifest.schema.field(on).type
+    if not is_scalar_type(kind):
+        raise RequestError(
+            f"labels {config.path}: column {on!r} is {kind}, which cannot be joined by"
+        )
+    return [batch.select([on, config.column]) for batch in manifest.batches()]
 
 
 def normalize_join_keys(column: pa.Array | pa.ChunkedArray) -> pa.Array:
