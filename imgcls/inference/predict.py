@@ -68,7 +68,8 @@ from imgcls.inference.requests import (
     resolve_settings,
 )
 from imgcls.log import LogFormat, tell
-from imgcls.metrics import PredictionCounts, tables
+from imgcls.metrics import PredictionCounts
+from imgcls.metrics.formatting import format_summary
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
 from imgcls.provenance import build_provenance
 from imgcls.runs import layout as names
@@ -576,7 +577,7 @@ class _PredictRun:
             for row in summary.to_pylist():
                 tell("metric", f"{row['metric']} {row['value']}", **row)
         else:
-            log.show(tables.format_summary(summary))
+            log.show(format_summary(summary))
         self._check_errors(run, counts)
         if self.reference is not None:
             gates.check_drift(self.output, counts, self.reference, self.config.max_psi)

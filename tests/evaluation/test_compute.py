@@ -1,4 +1,4 @@
-"""Judging a committed run: every number against scikit-learn, and clear refusals."""
+"""Evaluation of a committed run: every metric against scikit-learn, and clear errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from sklearn import metrics as sk
 
 from imgcls.config import build
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
-from imgcls.evaluation import count as counting
+from imgcls.evaluation import aggregate as aggregate_module
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
 from imgcls.evaluation.compare import CompareConfig, compare
 from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.compute import _compute_score_metrics as more_metrics
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.evaluation.label_join import JoinedLabels, LabelTableConfig
 from imgcls.metrics import tables
@@ -35,7 +34,7 @@ from tests.evaluation.runs import CLASSES, commit, drawn
 
 @pytest.fixture(scope="module")
 def table() -> pa.Table:
-    return drawn(3000, 1, failed=0.05, unlabelled=0.1, unknown=0.05, sharpness=1.5)
+    return drawn(3000, 1, failed=0.05, unlabeled=0.1, unknown=0.05, sharpness=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +42,14 @@ def run(table: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return commit(tmp_path_factory.mktemp("runs") / "out", table, parts=3, group_rows=200)
 
 
-def judged(table: pa.Table) -> pd.DataFrame:
+def labeled_rows(table: pa.Table) -> pd.DataFrame:
     frame = table.to_pandas()
     return frame[(frame.status == "ok") & frame.label.isin(CLASSES)]
 
 
 def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
     found = compute_evaluation(str(run), EvaluationOptions(thumbnails=False), need_labels=True)
-    rows = judged(table)
+    rows = labeled_rows(table)
     y, p = rows.label, rows.predicted_label
     scores = np.stack(rows.scores.to_list()).astype(np.float64)
     codes = rows.label.map(CLASSES.index).to_numpy()
@@ -89,15 +88,13 @@ def test_every_number_is_scikit_learns(table: pa.Table, run: Path) -> None:
         assert per_class.auroc[name] == pytest.approx(auroc, abs=1e-9)
     assert (
         found.aggregate.counts.unknown_label
-        == (
-            (table.to_pandas().status == "ok") & (table.to_pandas().label == "never heard of")
-        ).sum()
+        == ((table.to_pandas().status == "ok") & (table.to_pandas().label == "unknown")).sum()
     )
 
 
 def test_a_slice_has_the_numbers_of_its_rows_alone(table: pa.Table, run: Path) -> None:
     found = compute_evaluation(str(run), EvaluationOptions(slice_by="camera"), need_labels=True)  # type: ignore[arg-type]
-    rows = judged(table)
+    rows = labeled_rows(table)
     slices = found.slices.to_pandas()
     assert slices.accuracy.is_monotonic_increasing
     for each in slices.itertuples():
@@ -113,7 +110,7 @@ def test_columns_that_labeling_adds_make_slices_too(table: pa.Table, run: Path) 
     names = ["label", "predicted_label", "status", "accepted"]
     found = compute_evaluation(str(run), EvaluationOptions(slice_by=names), need_labels=True)
     slices = found.slices.to_pandas()
-    rows, all_rows = judged(table), table.to_pandas()
+    rows, all_rows = labeled_rows(table), table.to_pandas()
     for name in names:
         mine = slices[slices.slice_by == name].set_index("value")
         values = all_rows[name].map(lambda v: str(v).lower() if isinstance(v, bool) else v)
@@ -175,7 +172,7 @@ def population(
     scores = np.exp(logits - logits.max(1, keepdims=True))
     scores = (scores / scores.sum(1, keepdims=True)).astype(np.float16)
     exact = scores.astype(np.float32)
-    tally = RunAggregate(AggregateSpec(tuple(names), "label", scores=True))
+    aggregate = RunAggregate(AggregateSpec(tuple(names), "label", scores=True))
     table = pa.table(
         {
             "label": names[truth],
@@ -188,15 +185,18 @@ def population(
             "scores": pa.FixedSizeListArray.from_arrays(pa.array(scores.ravel()), size),
         }
     )
-    tally.add(table, 0, 0)
-    return tally
+    aggregate.add(table, 0, 0)
+    return aggregate
 
 
-def of_tally(tally: RunAggregate, resamples: int) -> list[Metric]:
-    return [
-        *tables.compute_metrics(tally.counts, top_k=1, resamples=resamples),
-        *more_metrics(tally),
-    ]
+def compute_all(aggregate: RunAggregate, resamples: int) -> list[Metric]:
+    return tables.compute_metrics(
+        aggregate.counts,
+        top_k=1,
+        selective=aggregate.selective,
+        scores=aggregate.scores,
+        resamples=resamples,
+    )
 
 
 @pytest.mark.slow
@@ -213,15 +213,15 @@ def test_intervals_hold_the_truth_in_nine_of_ten_runs_or_more(
     rows: int, prior: list[float], skill: float
 ) -> None:
     rng = np.random.default_rng(7)
-    large = of_tally(population(rng, 400_000, prior, skill), 0)
+    large = compute_all(population(rng, 400_000, prior, skill), 0)
     truth = {each.name: each.value for each in large}
     held: dict[str, list[bool]] = {}
     for _ in range(100):
-        for each in of_tally(population(rng, rows, prior, skill), 60):
+        for each in compute_all(population(rng, rows, prior, skill), 60):
             if each.interval is not None and truth[each.name] not in (0.0, 1.0):
                 low, high = each.interval
                 held.setdefault(each.name, []).append(low <= truth[each.name] <= high)
-    # 95 % less three standard deviations of 100 runs
+    # 95% minus three standard deviations of 100 runs
     short = {name: np.mean(hits) for name, hits in held.items() if np.mean(hits) < 0.885}
     assert not short
     assert len(held) >= 15
@@ -260,8 +260,8 @@ def test_ray_data_counts_what_one_process_counts(
 
     config = EvaluationOptions(slice_by="camera")  # type: ignore[arg-type]
     here = compute_evaluation(str(run), config, need_labels=True)
-    monkeypatch.setattr(counting, "MAX_LOCAL_ROWS", 0)
-    monkeypatch.setattr(counting, "PIECE_ROWS", 500)
+    monkeypatch.setattr(aggregate_module, "MAX_LOCAL_ROWS", 0)
+    monkeypatch.setattr(aggregate_module, "PIECE_ROWS", 500)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     try:
         there = compute_evaluation(str(run), config, need_labels=True)
@@ -272,11 +272,11 @@ def test_ray_data_counts_what_one_process_counts(
         assert one.name == other.name
         assert one.value == pytest.approx(other.value, abs=1e-12)
         assert one.interval == pytest.approx(other.interval, abs=1e-9)
-    for name in ("mistakes", "uncertain", "issues", "per_class"):
+    for name in ("mistakes", "uncertain", "label_issues", "per_class"):
         assert getattr(here, name).equals(getattr(there, name)), name
 
 
-# ------------------------------------------------------------------ labels that came later
+# ------------------------------------------------------------------ joined labels
 
 
 @pytest.mark.parametrize("scores", [True, False])
@@ -306,17 +306,17 @@ def test_labels_that_came_later_give_the_numbers_of_labels_that_were_there(
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([("elsewhere.jpg", "ant")], "no path of the predictions is among its 1"),
-        ([("images/000001.jpg", "ant")] * 2, "'images/000001.jpg' stands there twice"),
+        ([("images/000001.jpg", "ant")] * 2, "'images/000001.jpg' occurs twice"),
     ],
 )
 def test_a_join_that_matches_nothing_or_twice_is_refused(
-    run: Path, tmp_path: Path, rows: list[tuple[str, str]], told: str
+    run: Path, tmp_path: Path, rows: list[tuple[str, str]], message: str
 ) -> None:
     late = write_manifest(tmp_path / "late.csv", rows, ("path", "label"))
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         compute_evaluation(
             str(run), EvaluationOptions(labels=LabelTableConfig(path=str(late))), need_labels=True
         )
@@ -363,12 +363,12 @@ def test_keys_of_different_types_join_by_value(tmp_path: Path, kinds: dict[str, 
 def test_a_key_without_plain_values_is_refused(tmp_path: Path, run: Path) -> None:
     late = tmp_path / "late.parquet"
     pq.write_table(pa.table({"camera": [["a"]], "label": ["ant"]}), late)
-    for on, told in (
+    for on, message in (
         ("topk_labels", "on: .* column 'topk_labels' is list"),
         ("camera", "is list<"),
     ):
         config = EvaluationOptions(labels=LabelTableConfig(path=str(late)), on=on)
-        with pytest.raises(RequestError, match=told):
+        with pytest.raises(RequestError, match=message):
             compute_evaluation(str(run), config, need_labels=True)
 
 
@@ -388,7 +388,7 @@ def test_a_row_without_a_key_has_no_label(tmp_path: Path) -> None:
 def test_a_key_that_several_rows_have_is_refused(run: Path, tmp_path: Path) -> None:
     late = write_manifest(tmp_path / "late.csv", [("camera 1", "ant")], ("camera", "label"))
     config = EvaluationOptions(labels=LabelTableConfig(path=str(late)), on="camera")
-    with pytest.raises(RequestError, match="'camera 1' stands in several rows"):
+    with pytest.raises(RequestError, match="'camera 1' occurs in several rows"):
         compute_evaluation(str(run), config, need_labels=True)
 
 
@@ -463,22 +463,22 @@ def test_columns_that_are_not_there_are_named(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("request_", "told"),
+    ("request_", "message"),
     [
-        ({}, "manifest, model, output: needed to label first"),
-        ({"manifest": {"path": "m.csv"}}, "model, output: needed"),
+        ({}, "manifest, model, output: required to predict first"),
+        ({"manifest": {"path": "m.csv"}}, "model, output: required"),
         ({"predictions": "out", "model": "bundle"}, "predictions and model are both given"),
         ({"predictions": "out", "labels": "late.csv"}, "output: is required with --labels"),
-        ({"predictions": "out", "on": "path"}, "on: joins --labels, which was not given"),
+        ({"predictions": "out", "on": "path"}, "on: is the key of --labels, which is missing"),
     ],
 )
-def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         evaluate(build(EvaluateConfig, request_))
 
 
 @pytest.mark.parametrize(
-    ("header", "settings", "told"),
+    ("header", "settings", "message"),
     [
         (("path", "label"), {"slice_by": "site"}, "slice_by: .* no column 'site' .found: path, la"),
         (
@@ -487,16 +487,20 @@ def test_a_request_that_is_not_one_thing_is_refused(request_: dict[str, Any], to
             "column 'scores' of .* is fixed_size_list",
         ),
         (("path", "label"), {"labels": "l.csv", "on": "key"}, "on: .* no column 'key' .found: pa"),
-        (("path", "truth"), {}, "no label column to judge by; name it with --manifest.label-col"),
+        (
+            ("path", "truth"),
+            {},
+            "no label column to evaluate against; name it with --manifest.label-col",
+        ),
     ],
 )
-def test_what_cannot_be_judged_is_refused_before_anything_is_labelled(
-    tmp_path: Path, header: tuple[str, str], settings: dict[str, Any], told: str
+def test_invalid_requests_are_rejected_before_prediction(
+    tmp_path: Path, header: tuple[str, str], settings: dict[str, Any], message: str
 ) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [("a.jpg", "ant")], header)
     output = tmp_path / "out"
     asked = {"manifest": str(manifest), "model": "no bundle", "output": str(output)}
-    with pytest.raises(ManifestError, match=told):
+    with pytest.raises(ManifestError, match=message):
         evaluate(build(EvaluateConfig, asked | settings))
     assert not output.exists()
 
@@ -507,14 +511,14 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_labelled(
 def test_tables_summary_and_report_are_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "judged"
+    output = tmp_path / "evaluated"
     found = evaluate(EvaluateConfig(predictions=str(run), output=str(output), slice_by=["camera"]))
     assert not (run / "report.html").exists()
-    told = json.loads((output / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     metric = found.get_metric("accuracy")
     assert metric is not None
-    assert told["metrics"]["accuracy"]["value"] == metric.value
-    assert told["metrics"]["accuracy"]["lower"] < metric.value
+    assert summary["metrics"]["accuracy"]["value"] == metric.value
+    assert summary["metrics"]["accuracy"]["lower"] < metric.value
     tables = {p.stem: pq.read_table(p) for p in (output / "metrics").iterdir()}
     assert set(tables) == {
         "summary", "per_class", "confusion", "calibration", "coverage", "slices", "label_issues",
@@ -522,4 +526,4 @@ def test_tables_summary_and_report_are_written(
     assert tables["summary"].num_rows == len(found.metrics)
     assert tables["coverage"]["coverage"][0].as_py() == 1.0
     assert (output / "report.html").stat().st_size < 5_000_000
-    assert f"report     {output}/report.html" in capsys.readouterr().out
+    assert f"report       {output}/report.html" in capsys.readouterr().out
