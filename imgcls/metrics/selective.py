@@ -149,8 +149,8 @@ def build_coverage_curve(counts: SelectiveCounts) -> pa.Table:
     -------
     pyarrow.Table
         Columns threshold, coverage (share of all predictions), accuracy, lower, upper (float64;
-        null if no accepted row is labeled), accepted, judged (int64; accepted rows, and those with
-        a label). The first threshold accepts everything. A threshold that accepts the same
+        null if no accepted row is labeled), accepted, `judged` (int64; accepted rows, and those
+        with a label). The first threshold accepts everything. A threshold that accepts the same
         predictions as the one before it is left out.
 
     Examples

@@ -1,4 +1,4 @@
-"""A bundle that can be run in int8 says what that costs, and is the same bundle otherwise."""
+"""An int8 bundle records its measured cost and is otherwise the same bundle."""
 
 from __future__ import annotations
 

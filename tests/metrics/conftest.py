@@ -1,4 +1,4 @@
-"""Random tables of predictions, shaped as labelling writes them."""
+"""Random tables of predictions with the columns of `imgcls predict`."""
 
 from __future__ import annotations
 

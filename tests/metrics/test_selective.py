@@ -1,4 +1,4 @@
-"""Thresholds: exact counts at every one offered, and a choice that means what it says."""
+"""Thresholds: exact counts at every grid point, and the lowest one that reaches the target."""
 
 from __future__ import annotations
 
