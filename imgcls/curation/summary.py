@@ -67,7 +67,7 @@ def render_stats_page(
         "stats.html.j2",
         {
             "title": f"{images.manifests[0]}: {len(images):,} rows",
-            "told": told,
+            "stats": told,
             "most": max(told["classes"].values(), default=1),
             "percentiles": PERCENTILES,
             "sheets": sheets,

@@ -217,8 +217,8 @@ class _PairCounter:
             self._count_groups(column, values, cell, compared)
         differ = compared & np.asarray(pc.fill_null(pc.not_equal(*predicted), False))
         self.num_differing += int(differ.sum())
-        kept = sum(table.num_rows for table in self.differing)
-        if differ.any() and kept < _MAX_DIFFERING:
+        num_kept = sum(table.num_rows for table in self.differing)
+        if differ.any() and num_kept < _MAX_DIFFERING:
             at = np.flatnonzero(differ)
             self.differing.append(
                 pa.table(
@@ -418,5 +418,5 @@ def _write_comparison(
         "mcnemar_p_value": both.p_value,
         "predictions_differ": comparison.num_differing,
     }
-    place = filesystem.join(output, "summary.json")
-    filesystem.write(place, (json.dumps(body, indent=2) + "\n").encode())
+    url = filesystem.join(output, "summary.json")
+    filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())

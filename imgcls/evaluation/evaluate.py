@@ -97,8 +97,8 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
     output = filesystem.absolute(config.output or source)
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)
-    place = filesystem.join(output, report.REPORT_FILE)
-    filesystem.write(place, report.render_run(evaluation).encode())
+    report_url = filesystem.join(output, report.REPORT_FILE)
+    filesystem.write(report_url, report.render_run(evaluation).encode())
     _print_result(evaluation, output, has_printed=has_printed)
     return evaluation
 

@@ -122,13 +122,13 @@ def render_training(bundle: Bundle) -> str:
     import pandas as pd
 
     url, spec = bundle.url, bundle.spec
-    place = filesystem.join(url, "history.parquet")
-    if not filesystem.exists(place):
+    history_url = filesystem.join(url, "history.parquet")
+    if not filesystem.exists(history_url):
         raise RequestError(
             f"{url}: is a bundle without a training history (history.parquet); pass a bundle of "
             "`imgcls train`, or the output folder of `imgcls predict`"
         )
-    with filesystem.open_read(place) as stream:
+    with filesystem.open_read(history_url) as stream:
         history = pd.read_parquet(stream)
     augmented = None
     if filesystem.exists(filesystem.join(url, "plots", "augmented.png")):

@@ -46,8 +46,8 @@ def lookup_rows(
         names += [label_column, "label_score"]
     names += ["status"]
     names = list(dict.fromkeys(names))
-    files = np.concatenate([kept.file for kept in lists])
-    positions = np.concatenate([kept.position for kept in lists])
+    files = np.concatenate([top.file for top in lists])
+    positions = np.concatenate([top.position for top in lists])
     found = [
         _read_part_rows(run.files[file], names, positions[files == file])
         for file in np.unique(files)
@@ -77,10 +77,10 @@ def lookup_rows(
             **{name: table[name] for name in _SHOWN_COLUMNS[3:]},
         }
     )
-    ends = np.cumsum([len(kept.file) for kept in lists])
+    ends = np.cumsum([len(top.file) for top in lists])
     return [
-        shown.slice(end - len(kept.file), len(kept.file))
-        for end, kept in zip(ends, lists, strict=True)
+        shown.slice(end - len(top.file), len(top.file))
+        for end, top in zip(ends, lists, strict=True)
     ]
 
 

@@ -116,29 +116,30 @@ def compute_metrics(
     """
     if not 1 <= top_k <= MAX_RANK:
         raise ValueError(f"top_k is {top_k}; counts keep the rank of a label from 1 to {MAX_RANK}")
-    statistics = Statistics(counts, top_k, selective, scores)
-    shared = {}
-    if counts.labeled:
-        shared = _estimate_from_confusion(counts, resamples) | _estimate_from_bins(
-            counts, resamples
-        )
+    estimates = _estimate_metrics(Statistics(counts, top_k, selective, scores), resamples)
     found = []
+    for spec in METRICS:
+        estimate = estimates.get(spec.name)
+        if estimate is not None:
+            description = spec.description.format(k=top_k) + estimate.note
+            name = spec.name.format(k=top_k)
+            found.append(Metric(name, estimate.value, description, estimate.interval))
+        if spec.name == "ok":
+            found += _compute_status_metrics(counts)
+    return found
+
+
+def _estimate_metrics(statistics: Statistics, resamples: int) -> dict[str, Estimate]:
+    """Estimates by name in the registry; undefined metrics are left out."""
+    counts, found = statistics.counts, {}
+    if counts.labeled:
+        found = _estimate_from_confusion(counts, resamples)
+        found |= _estimate_from_bins(counts, resamples)
     for spec in METRICS:
         if isinstance(spec.source, FromStatistics):
             estimate = spec.source.compute(statistics)
-        else:
-            estimate = shared.get(spec.name)
-        if estimate is not None:
-            found.append(
-                Metric(
-                    spec.name.format(k=top_k),
-                    estimate.value,
-                    spec.description.format(k=top_k) + estimate.note,
-                    estimate.interval,
-                )
-            )
-        if spec.name == "ok":
-            found += _compute_status_metrics(counts)
+            if estimate is not None:
+                found[spec.name] = estimate
     return found
 
 
