@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
 from imgcls.evaluation.report import ReportConfig, write_report
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
-from tests.browser import opened
+from tests.browser import launched, opened
 from tests.conftest import draw
 from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +46,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_it_opens_from_disk_without_an_error_or_a_request(
-    run: Path, width: int, scheme: str
+    run: Path, width: int, scheme: str, browser: Any
 ) -> None:
     page = (run / "report.html").as_uri()
-    with opened(page, width=width, scheme=scheme) as seen:
+    with opened(page, width=width, scheme=scheme, browser=browser) as seen:
         assert seen.page.title() == "nightly <b>run: 400 rows"
         assert seen.page.locator("h1 b").count() == 0
         seen.page.wait_for_load_state("networkidle")
@@ -56,8 +63,8 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
         seen.screenshot(f"report-{width}")
 
 
-def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path) -> None:
-    with opened((run / "report.html").as_uri()) as seen:
+def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path, browser: Any) -> None:
+    with opened((run / "report.html").as_uri(), browser=browser) as seen:
         table = seen.page.locator("#per-class")
         heads = table.locator("thead th")
         names = heads.all_inner_texts()
@@ -95,13 +102,15 @@ def test_a_missing_gallery_image_is_marked(tmp_path: Path) -> None:
     assert "<img" not in text
 
 
-def test_the_report_of_an_unlabeled_run_leaves_out_label_metrics(tmp_path: Path) -> None:
+def test_the_report_of_an_unlabeled_run_leaves_out_label_metrics(
+    tmp_path: Path, browser: Any
+) -> None:
     blind = drawn(200, failed=0.1).drop_columns(["label", "label_score", "label_rank"])
     folder = commit(tmp_path / "blind", blind, label_column=None)
     place = write_report(
         ReportConfig(source=str(folder), evaluation=EvaluationOptions(slice_by=["camera"]))
     )
-    with opened(Path(place).as_uri()) as seen:
+    with opened(Path(place).as_uri(), browser=browser) as seen:
         body = seen.page.inner_text("body")
         assert "mean confidence" in body
         assert "Left out: Accuracy and all metrics that need labels" in body
@@ -112,7 +121,7 @@ def test_the_report_of_an_unlabeled_run_leaves_out_label_metrics(tmp_path: Path)
 
 
 @pytest.mark.parametrize("size", [2, 10, 1000])
-def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
+def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int, browser: Any) -> None:
     names = [f"class number {i}" for i in range(size)]
     table = drawn(3000, classes=names, sharpness=4.0, scores=size < 1000)
     folder = commit(tmp_path / "out", table, classes=names)
@@ -122,7 +131,7 @@ def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
         )
     )
     assert place.stat().st_size < 5_000_000
-    with opened(place.as_uri()) as seen:
+    with opened(place.as_uri(), browser=browser) as seen:
         shown = seen.page.locator("table.matrix tbody tr").count()
         assert shown == min(size, confusion_plot.MAX_TABLE_CLASSES)
         assert seen.page.locator("img.picture").count() == (size > confusion_plot.MAX_TABLE_CLASSES)
@@ -179,7 +188,7 @@ def test_other_sources_are_rejected(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_in_a_notebook_shows_numbers_matrix_curves_and_mistakes(
-    run: Path, tmp_path: Path
+    run: Path, tmp_path: Path, browser: Any
 ) -> None:
     found = compute_evaluation(str(run), EvaluationOptions(), need_labels=True)
     accuracy = found.get_metric("accuracy")
@@ -187,7 +196,7 @@ def test_an_evaluation_in_a_notebook_shows_numbers_matrix_curves_and_mistakes(
     assert len(repr(found)) < 250 + len(str(run))
     place = tmp_path / "cell.html"
     place.write_text(f"<!doctype html><meta charset=utf-8>{found._repr_html_()}")
-    with opened(place.as_uri()) as seen:
+    with opened(place.as_uri(), browser=browser) as seen:
         text = seen.page.inner_text("body")
         for words in ("macro F1", "Confusion matrix", "Calibration", "Worst mistakes"):
             assert words in text
