@@ -76,8 +76,18 @@ class CalibrateConfig(LabelJoinConfig):
 class Calibration:
     """Result of a calibration.
 
-    ece_before, ece_after: expected calibration error, as fractions; after is cross-fitted
-    unchanged_reason: why the confidences are those of the old bundle; None if they were fitted
+    Attributes
+    ----------
+    bundle : Bundle
+        The new bundle.
+    temperature : float
+        Its temperature.
+    ece_before, ece_after : float
+        Expected calibration error, as fractions; `ece_after` is cross-fitted.
+    thresholds : list of Threshold
+        Chosen thresholds: none, one for all classes, or one per class.
+    unchanged_reason : str or None
+        Why the confidences are those of the old bundle; None if they were fitted.
     """
 
     bundle: Bundle
@@ -92,8 +102,12 @@ class Calibration:
 class HeldOutScores:
     """Labeled rows with their scores.
 
-    log_scores: (N, C) float32, logits up to a constant per row
-    label:      (N,) int64 class index
+    Attributes
+    ----------
+    log_scores : ndarray of float32, shape (N, C)
+        Logits up to a constant per row.
+    label : ndarray of int64, shape (N,)
+        Class indices.
     """
 
     log_scores: Logits
@@ -103,8 +117,23 @@ class HeldOutScores:
 def calibrate(config: CalibrateConfig) -> Calibration:
     """Calibrate a bundle, choose thresholds, and write the new bundle.
 
-    Raises RequestError if the run is not committed, was made by another bundle, or has no labels or
-    scores; OutputError if the output has a bundle.
+    Parameters
+    ----------
+    config : CalibrateConfig
+        Settings of `imgcls calibrate`.
+
+    Returns
+    -------
+    Calibration
+        The new bundle, the calibration errors before and after, and the thresholds.
+
+    Raises
+    ------
+    RequestError
+        If the run was made by another bundle, has no labels or no scores, or no threshold reaches
+        the target precision.
+    OutputError
+        If the run is not committed, or the output has a bundle.
     """
     object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)

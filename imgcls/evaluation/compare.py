@@ -102,15 +102,24 @@ class CompareConfig(Section):
 class RunComparison:
     """Comparison of two runs, A and B.
 
-    paired: difference of the accuracies on the compared rows, with McNemar's test
-    correct_a, correct_b: correct predictions among the compared rows
-    per_class: label, rows, accuracy_a, accuracy_b, difference, lower, upper, only_a, only_b,
-        p_value
-    slices: slice_by, value, then as per_class
-    differing: rows with different predictions, those that only one run predicts correctly first;
-        at most a million
-    num_differing: number of all such rows
-    unknown_label: rows with predictions of both whose label is not a class of both models
+    Attributes
+    ----------
+    paired : PairedComparison
+        Difference of the accuracies on the compared rows, with McNemar's test.
+    correct_a, correct_b : int
+        Correct predictions among the compared rows.
+    per_class : pyarrow.Table
+        Columns label, rows, accuracy_a, accuracy_b, difference, lower, upper, only_a, only_b,
+        p_value.
+    slices : pyarrow.Table
+        Columns slice_by, value, then as in `per_class`.
+    differing : pyarrow.Table
+        Rows with different predictions, at most a million; those that only one run predicts
+        correctly come first.
+    num_differing : int
+        Number of all rows with different predictions.
+    unknown_label : int
+        Rows with predictions of both whose label is not a class of both models.
     """
 
     paired: PairedComparison
@@ -126,8 +135,22 @@ class RunComparison:
 def compare(config: CompareConfig) -> RunComparison:
     """Compare two runs and print the result.
 
-    Raises RequestError if the runs cannot be compared, TooManyErrors (exit code 3) if run_b is
-    worse than `fail_if_worse` allows.
+    Parameters
+    ----------
+    config : CompareConfig
+        Settings of `imgcls compare`.
+
+    Returns
+    -------
+    RunComparison
+        The difference of the accuracies, per class and slice, and the differing rows.
+
+    Raises
+    ------
+    RequestError
+        If the runs cannot be compared.
+    TooManyErrors
+        If run_b is worse than `fail_if_worse` allows (exit code 3).
     """
     object_store.set_process_settings(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)

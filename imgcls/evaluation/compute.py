@@ -121,8 +121,25 @@ class Evaluation:
 def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool) -> Evaluation:
     """Evaluate a committed run.
 
-    need_labels: reject a run without labels
-    Raises RequestError if the run, a column or the labels cannot be used.
+    Parameters
+    ----------
+    url : str
+        Output folder of `imgcls predict`.
+    config : EvaluationOptions
+        Labels and contents of the report.
+    need_labels : bool
+        Whether to reject a run without labels.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    RequestError
+        If a column or the labels cannot be used.
+    OutputError
+        If there is no committed run.
     """
     run = open_run(url)
     label_column, joined = resolve_labels(run, config.labels, config.on, required=need_labels)

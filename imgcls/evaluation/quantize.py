@@ -55,10 +55,26 @@ class QuantizeConfig(Section):
 
 
 def quantize_bundle(config: QuantizeConfig) -> Bundle:
-    """Calibrate for int8, evaluate it, and write the new bundle.
+    """Calibrate a bundle for int8, evaluate it, and write the new bundle.
 
-    Raises BundleError if the network cannot be quantized, RequestError if too few images can be
-    read, OutputError if the output has a bundle.
+    Parameters
+    ----------
+    config : QuantizeConfig
+        Settings of `imgcls model quantize`.
+
+    Returns
+    -------
+    Bundle
+        The new bundle.
+
+    Raises
+    ------
+    BundleError
+        If the network cannot be quantized.
+    RequestError
+        If too few images can be read.
+    OutputError
+        If the output has a bundle.
     """
     object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
@@ -77,30 +93,42 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
         agreement=0.0,
     )
     prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": calibration}))
-    exact = _predict_labels(Classifier(bundle, precision="fp32", device="cpu"), evaluated)
-    rough_network = Classifier(prepared, precision="int8", device="cpu")
-    rough = _predict_labels(rough_network, evaluated)
-    found = {"agreement": float((exact == rough).mean())}
-    known = label >= 0
-    if known.any():
-        found["accuracy"] = float((rough == label)[known].mean())
-        found["accuracy_fp32"] = float((exact == label)[known].mean())
-    calibration = calibration.model_copy(update=found)
+    int8 = Classifier(prepared, precision="int8", device="cpu")
+    calibration = _measure_cost(calibration, bundle, int8, evaluated, label)
     spec = bundle.spec.model_copy(update={"int8": calibration})
     made = save_bundle(config.output, spec, load_bundle_weights(bundle))
-    low, high = wilson_interval(int((exact == rough).sum()), len(evaluated))
+    usual = Classifier(bundle, device="cpu")
+    gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)
+    agreeing = round(calibration.agreement * len(evaluated))
+    low, high = wilson_interval(agreeing, len(evaluated))
     print(
         f"int8    {calibration.describe_cost()}; 95% interval of the agreement {low:.1%} to "
         f"{high:.1%}"
     )
-    usual = Classifier(bundle, device="cpu")
-    gain = _time_batch(usual, evaluated) / _time_batch(rough_network, evaluated)
     print(
         f"speed   {gain:.2f} times the throughput of {usual.precision} on this machine"
         + ("" if gain > 1 else ": int8 is not faster for this network")
     )
     print(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
     return made
+
+
+def _measure_cost(
+    calibration: Int8Calibration,
+    bundle: Bundle,
+    int8: Classifier,
+    pixels: Sequence[Pixels],
+    label: NDArray[np.int64],
+) -> Int8Calibration:
+    """Add the agreement of int8 with fp32 and, with labels, the accuracy of both."""
+    exact = _predict_labels(Classifier(bundle, precision="fp32", device="cpu"), pixels)
+    rough = _predict_labels(int8, pixels)
+    found = {"agreement": float((exact == rough).mean())}
+    known = label >= 0
+    if known.any():
+        found["accuracy"] = float((rough == label)[known].mean())
+        found["accuracy_fp32"] = float((exact == label)[known].mean())
+    return calibration.model_copy(update=found)
 
 
 def _read_pixels(

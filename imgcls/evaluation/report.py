@@ -52,9 +52,22 @@ class ReportConfig(Section):
 
 
 def write_report(config: ReportConfig) -> str:
-    """Write the report of a run or a trained bundle; returns its URL.
+    """Write the report of a run or a trained bundle.
 
-    Raises RequestError if the source is neither.
+    Parameters
+    ----------
+    config : ReportConfig
+        Settings of `imgcls report`.
+
+    Returns
+    -------
+    str
+        URL of the report.
+
+    Raises
+    ------
+    RequestError
+        If the source is neither a run nor a trained bundle.
     """
     object_store.set_process_settings(config.storage)
     source = filesystem.absolute(config.source)
