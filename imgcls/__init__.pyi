@@ -4,7 +4,7 @@ from typing import Literal, overload
 from collections.abc import Mapping
 from datetime import date
 from imgcls.client import Client as Client
-from imgcls.curation.check import CheckConfig
+from imgcls.curation.check import CheckConfig, CheckResult
 from imgcls.curation.checks.duplicates import DuplicatesConfig
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.curation.checks.rules import RulesConfig
@@ -15,7 +15,8 @@ from imgcls.evaluation.evaluate import EvaluateConfig
 from imgcls.evaluation.label_join import LabelTableConfig
 from imgcls.execution.placement import ScaleConfig
 from imgcls.inference.incremental import SinceConfig
-from imgcls.inference.predict import PredictConfig, PredictResult
+from imgcls.inference.predict import PredictConfig
+from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
 from imgcls.training.augment.augment import AugmentConfig
@@ -30,14 +31,13 @@ from imgcls.training.result import TrainResult
 from imgcls.training.scaling import TrainScaleConfig
 from imgcls.training.train import TrainConfig
 from os import PathLike
-from pyarrow.lib import Table
 
 __version__: str
 LAZY_EXPORTS: dict[str, tuple[str, str]]
 __all__: list[str]
 
 @overload
-def check(config: CheckConfig, /) -> Table: ...
+def check(config: CheckConfig, /) -> CheckResult: ...
 @overload
 def check(
     *,
@@ -58,7 +58,7 @@ def check(
     duplicates: DuplicatesConfig | Mapping[str, object] = ...,
     labels: LabelErrorsConfig | Mapping[str, object] = ...,
     gallery: int = ...,
-) -> Table: ...
+) -> CheckResult: ...
 
 @overload
 def evaluate(config: EvaluateConfig, /) -> Evaluation: ...

@@ -17,12 +17,11 @@ from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
 from imgcls.data.image_features import FEATURE_FIELDS, compute_features
-from imgcls.errors import ImageError, StorageError
+from imgcls.errors import OK, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
-from imgcls.runs.schema import OK
 
 
 def scan_schema(embedding_width: int | None) -> pa.Schema:

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
-from imgcls.errors import RequestError
+from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import read_piece
 from imgcls.evaluation.label_join import JoinedLabels, LabelJoinConfig, resolve_labels
 from imgcls.metrics import expected_calibration_error, selective
@@ -36,7 +36,6 @@ from imgcls.models.bundle import (
 )
 from imgcls.models.task import SINGLE_LABEL, find_task
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.schema import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]

@@ -20,7 +20,7 @@ from imgcls.config import Names, Section
 from imgcls.data import filesystem
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
-from imgcls.errors import RequestError, TooManyErrors
+from imgcls.errors import OK, RequestError, TooManyErrors
 from imgcls.evaluation.aggregate import NO_VALUE, read_piece
 from imgcls.evaluation.label_join import (
     LabelTableConfig,
@@ -31,7 +31,6 @@ from imgcls.evaluation.label_join import (
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.layout import write_tables
-from imgcls.runs.schema import OK
 
 _MAX_DIFFERING = 1_000_000
 _GROUP_FIELDS = [

@@ -17,11 +17,10 @@ from pydantic import model_validator
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifest_options import KeyNames
-from imgcls.errors import RequestError
+from imgcls.errors import OK, RequestError
 from imgcls.metrics.columns import encode_classes, take_scores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
-from imgcls.runs.schema import OK
 
 JOINED_COLUMN = "label"
 """Column of the joined label."""

@@ -20,13 +20,13 @@ import torch
 from imgcls.data import decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import CrashingImage, ImageError, StorageError
+from imgcls.errors import OK, CrashingImage, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.metrics.columns import encode_classes
 from imgcls.models.classifier import Classifier, PendingScores
-from imgcls.runs.schema import OK, build_prediction_schema
+from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""

@@ -6,9 +6,6 @@ import pyarrow as pa
 
 from imgcls.models.task import SINGLE_LABEL, Task
 
-OK = "ok"
-"""Status of an image with a prediction; the others are the `status` of an error's class."""
-
 PREDICTION_COLUMNS = (
     "row",
     "predicted_label",
