@@ -36,7 +36,7 @@ _CLASSES = {
     "ExecutionCallback": "ray.data._internal.execution.execution_callback",
     # Ray Serve's default router. The public base class, RequestRouter, chooses no replica itself.
     "PowerOfTwoChoicesRequestRouter": "ray.serve._private.request_router",
-    # Tells "no room on the cluster" from other failures of the controller.
+    # Distinguishes "no room on the cluster" from other failures of the controller.
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions",
 }
 

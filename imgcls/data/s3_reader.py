@@ -73,9 +73,9 @@ class S3Reader:
     ) -> tuple[bytes, Mapping[str, str]]:
         await self._fs.set_session()
         client = await self._fs.get_s3(bucket)
-        asked = self._buckets.get(bucket)
-        if asked is not None:
-            answer = await _send_from_template(client, asked, bucket, key, version, allowance)
+        template = self._buckets.get(bucket)
+        if template is not None:
+            answer = await _send_from_template(client, template, bucket, key, version, allowance)
             if answer is not None:
                 return answer
         known = bucket in self._buckets
@@ -104,7 +104,7 @@ class S3Reader:
 
 async def _send_from_template(
     client: Any,
-    asked: _RequestTemplate,
+    template: _RequestTemplate,
     bucket: str,
     key: str,
     version: str,
@@ -121,14 +121,16 @@ async def _send_from_template(
     params = {"versionId": version} if version else {}
     request = AWSRequest(
         "GET",
-        asked.url_prefix + _quote_key(key),
-        headers=asked.headers,
+        template.url_prefix + _quote_key(key),
+        headers=template.headers,
         params=params,
         stream_output=True,  # otherwise the body is read before its size is checked
     )
-    if asked.signing_region is not None:
+    if template.signing_region is not None:
         # the client's signer refreshes credentials that expire
-        signer = await client._request_signer.get_auth_instance("s3", asked.signing_region, "s3v4")
+        signer = await client._request_signer.get_auth_instance(
+            "s3", template.signing_region, "s3v4"
+        )
         signer.add_auth(request)
     answer = await client._endpoint.http_session.send(request.prepare())
     status = answer.status_code

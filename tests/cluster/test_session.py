@@ -1,4 +1,4 @@
-"""What a job asks of the Ray session beneath it."""
+"""The Ray session of a job: joined, started, ended, and its errors."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def closed_port() -> int:
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_gone_is_named(scheme: str, closed_port: int) -> None:
     address = f"{scheme}127.0.0.1:{closed_port}"
-    told = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
-    with pytest.raises(RunFailed, match=told) as caught:
+    message = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
+    with pytest.raises(RunFailed, match=message) as caught:
         check_reachable(address)
     assert caught.value.exit_code == 1  # it may be back later
 
@@ -95,15 +95,15 @@ def test_a_port_that_does_not_answer_is_no_cluster(
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("head", "is not an address"),
         ("head:port", "is not an address"),
         ("http://head:8265", "is the address of a dashboard"),
     ],
 )
-def test_what_cannot_be_an_address_is_a_wrong_request(address: str, told: str) -> None:
-    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {told}") as caught:
+def test_what_cannot_be_an_address_is_a_wrong_request(address: str, message: str) -> None:
+    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {message}") as caught:
         check_reachable(address)
     assert caught.value.exit_code == 2
 

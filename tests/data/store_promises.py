@@ -51,12 +51,12 @@ class Place:
         left = times
         refusal = self.refusal(status, code, *lines)
 
-        def says(head: str) -> bytes | None:
+        def respond(head: str) -> bytes | None:
             nonlocal left
             left -= 1
             return refusal if left >= 0 else None
 
-        self.proxy.says = says
+        self.proxy.respond = respond
 
     def refusal(self, status: int, code: str, *lines: str) -> bytes:
         if self.cloud.scheme == "gs":
@@ -83,7 +83,7 @@ def placed(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
             StorageConfig(anon=anon, attempt_timeout_s=5, retry_timeout_s=20)
         )
         yield Place(cloud, proxy)
-        proxy.says = None
+        proxy.respond = None
         proxy.share = {}
         filesystem.remove(cloud.url("t"))
         storage_settings.set_process_settings(before)
@@ -239,7 +239,7 @@ class StorePromises:
                 with pytest.raises(StorageError) as caught:
                     call()
                 assert type(caught.value) is by_code.get(code, expected[status]), (status, code)
-            place.proxy.says = None
+            place.proxy.respond = None
 
     def test_a_store_that_asks_for_time_gets_it(self, place: Place) -> None:
         filesystem.write(place.url("t/x.jpg"), b"x")

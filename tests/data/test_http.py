@@ -32,7 +32,7 @@ class Reply:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each path by what a test has put up, and remembers what it was asked."""
+    """Answers each path as a test has set it up, and records the requests."""
 
     daemon_threads = True
 
@@ -224,9 +224,9 @@ def test_a_redirection_is_followed_to_the_letter(server: Server) -> None:
 
 
 def test_a_host_is_asked_again_when_it_said(server: Server) -> None:
-    for asked in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
+    for value in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
         server.times.clear()
-        headers = {"Retry-After": asked}
+        headers = {"Retry-After": value}
         server.replies["/x"] = [Reply(429, headers=headers), Reply(body=b"image")]
         assert filesystem.read_image(f"{server.url}/x") == b"image"
         assert server.times[1] - server.times[0] >= 0.9
@@ -237,7 +237,7 @@ def test_a_host_that_asks_for_longer_than_the_retry_time_is_left_alone(server: S
     with pytest.raises(StorageThrottled, match="fewer requests"):
         filesystem.read_image(f"{server.url}/0")
     found = list(filesystem.read_ahead(f"{server.url}/{i}" for i in range(1, 20)))
-    assert len(server.lines) == 1  # the others have not been asked for
+    assert len(server.lines) == 1  # the others were not requested
     assert all(isinstance(each, StorageThrottled) for each in found)
     assert "asks for no request for 3600 s" in str(found[0])
 

@@ -97,7 +97,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     made = objects(s3, 25)
     seen: list[str] = []
     proxy = network({}, requester_pays=True)
-    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     assert list(filesystem.read_ahead(made)) == list(made.values())
     fs, _ = object_store.resolve_store(url(""))
     long_way: list[str] = []
@@ -142,7 +142,7 @@ def test_a_public_bucket_is_read_without_credentials(
         s3.put_object_acl(Bucket=BUCKET, Key=place.split("/", 3)[3], ACL="public-read")
     proxy = network({}, anon=True)
     seen: list[str] = []
-    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     for _ in range(2):
         assert list(filesystem.read_ahead(made)) == list(made.values())
     assert not [head for head in seen if "authorization:" in head]
@@ -152,7 +152,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
     made = objects(s3, 20)
 
     def elsewhere(head: str) -> bytes | None:
-        """What S3 says to who signed for another region than the bucket's."""
+        """The answer of S3 to a request that was signed for another region than the bucket's."""
         if "/eu-north-1/s3/aws4_request" in head:
             return None
         return refusal(
@@ -161,7 +161,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
         )
 
     proxy = network({})
-    proxy.says = elsewhere
+    proxy.respond = elsewhere
     for _ in range(2):
         assert list(filesystem.read_ahead(made)) == list(made.values())
     filesystem.write(url("out/x"), b"x")
@@ -192,12 +192,12 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
     # what may pass is tried until the deadline; all else must not depend on it
     deadline = 3 if issubclass(kind, StorageUnavailable) else 60
     proxy = network({}, retry_timeout_s=deadline, attempt_timeout_s=10)
-    answer = refusal(status, code, "So says the store.")
+    answer = refusal(status, code, "An answer of the store.")
     for before in (False, True):
         if before:
-            proxy.says = None
+            proxy.respond = None
             assert filesystem.read(made[0])
-        proxy.says = lambda head: answer
+        proxy.respond = lambda head: answer
         with pytest.raises(StorageError) as caught:
             filesystem.read(made[1])
         assert type(caught.value) is kind
@@ -212,7 +212,7 @@ def test_a_wrong_clock_is_told_with_the_difference_and_ends_the_reading(
     behind = email.utils.formatdate(time.time() + 3600, usegmt=True)
     answer = refusal(403, "RequestTimeTooSkewed", "The difference is too large.",
                      head=f"Date: {behind}\r\n")  # fmt: skip
-    proxy.says = lambda head: answer
+    proxy.respond = lambda head: answer
     with pytest.raises(StorageClockSkew, match=r"clock is (1:00:00|0:59:5\d) behind the store's"):
         list(filesystem.read_ahead(made))
     assert proxy.requests.total() <= 2  # a wrong clock does not pass
@@ -235,9 +235,9 @@ def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body  # without its end
     for first in (False, True):
         if first:
-            proxy.says = None
+            proxy.respond = None
             assert filesystem.read(made[0])
-        proxy.says = lambda head: answer
+        proxy.respond = lambda head: answer
         with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100,000"):
             filesystem.read_image(made[1], 100_000)
 
@@ -300,7 +300,7 @@ def test_a_lasting_fault_is_told_apart_from_a_missing_object(
 def test_bytes_that_never_match_their_etag_are_taken_when_they_come_twice_alike(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
-    """As on stores whose ETag is no MD5: half an object, each time the same half, looks like it."""
+    """As on stores whose ETag is no MD5: the same half of an object each time looks complete."""
     plain = boto3.client("s3", config=Config(request_checksum_calculation="when_required"))
     plain.put_object(Bucket=BUCKET, Key="in/000.jpg", Body=b"0123456789")
     proxy = network({"damage": 1.0})
