@@ -1,4 +1,4 @@
-"""Evaluate predictions, or predict and evaluate: `python jobs/evaluate.py --predictions OUT ...`."""
+"""Evaluate predictions, or predict first: `python jobs/evaluate.py --predictions OUT ...`."""
 
 import sys
 
