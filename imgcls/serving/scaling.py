@@ -63,5 +63,5 @@ def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: boo
         cpus_each,
         gpus_each,
         max(1, math.floor(cpus_each)),
-        f"{reason}: {count} replicas with {cpus_each:g} CPUs each",
+        f"{reason}: {count} replicas, CPUs per replica: {cpus_each:g}",
     )
