@@ -57,9 +57,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(
 @pytest.mark.parametrize("soft", [False, True])
 def test_without_settings_it_is_the_cross_entropy(soft: bool) -> None:
     logits, targets = batch(soft=soft)
-    loss, told = TrainingLoss(LossConfig(), None)(logits, targets)
+    loss, returned = TrainingLoss(LossConfig(), None)(logits, targets)
     torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="sum"))
-    assert torch.equal(told, logits)
+    assert torch.equal(returned, logits)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -106,8 +106,8 @@ def test_a_row_that_is_right_beyond_doubt_spoils_no_focal_gradient(gamma: float)
 
 def test_half_precision_logits_are_summed_in_full() -> None:
     logits, targets = batch(soft=False)
-    loss, told = TrainingLoss(LossConfig(), None)(logits.bfloat16(), targets)
-    assert (loss.dtype, told.dtype) == (torch.float32, torch.float32)
+    loss, returned = TrainingLoss(LossConfig(), None)(logits.bfloat16(), targets)
+    assert (loss.dtype, returned.dtype) == (torch.float32, torch.float32)
 
 
 def test_auxiliary_heads_weigh_as_in_the_papers() -> None:
@@ -116,9 +116,9 @@ def test_auxiliary_heads_weigh_as_in_the_papers() -> None:
     logits, first, second = torch.randn(3, 5, 4, generator=generator)
     labels = torch.tensor([0, 1, 2, 3, 0])
     main, one, two = (F.cross_entropy(x, labels, reduction="sum") for x in (logits, first, second))
-    total, told = loss(INCEPTION(logits, first), labels)
+    total, returned = loss(INCEPTION(logits, first), labels)
     torch.testing.assert_close(total, main + 0.4 * one)
-    assert torch.equal(told, logits)
+    assert torch.equal(returned, logits)
     total, _ = loss(GOOGLENET(logits, second, first), labels)
     torch.testing.assert_close(total, main + 0.3 * one + 0.3 * two)
     total, _ = loss(GOOGLENET(logits, None, None), labels)
