@@ -138,7 +138,7 @@ def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path)
 def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, ["/a"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OutputError, match="holds no committed run. Pass the output"):
+    with pytest.raises(OutputError, match=r"holds no committed run\. Pass the output"):
         asked(manifest, tmp_path / "empty", output=tmp_path / "elsewhere")
     night(tmp_path / "out", ["/a"])
     with pytest.raises(ManifestError, match=r"no column 'sha' \(found: path\)"):
