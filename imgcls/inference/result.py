@@ -45,7 +45,7 @@ class PredictResult:
         if self.counts is not None:
             return dict(sorted(self.counts.status.items()))
         success = json.loads(filesystem.read(filesystem.join(self.output, layout.SUCCESS_FILE)))
-        return dict(success["status"])
+        return dict(sorted(success["status"].items()))
 
     @property
     def metrics(self) -> dict[str, float]:
