@@ -17,11 +17,12 @@ from imgcls.curation import listing, summary
 from imgcls.curation.checks.image_table import build_image_table
 from imgcls.curation.listing import ListingConfig
 from imgcls.curation.scan import ScanConfig, scan_manifests
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.discovery import group_tables
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.log import tell
@@ -59,6 +60,7 @@ class ManifestBuildConfig(ListingConfig):
     """With contents."""
 
 
+@with_config_storage
 def build_manifest(config: ManifestBuildConfig) -> int:
     """Make a manifest; returns its rows.
 
@@ -68,7 +70,6 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
     (run it again to resume).
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     listed = filesystem.is_folder(config.source) and not _is_table_folder(config.source)
     if config.perceptual and not config.contents:
@@ -128,13 +129,13 @@ class StatsConfig(ScanConfig):
     """Which images are on them."""
 
 
+@with_config_storage
 def compute_stats(config: StatsConfig) -> dict[str, Any]:
     """Look at every image and tell what there is; returns the numbers of stats.json.
 
     Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
     (run it again to resume).
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
     with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (

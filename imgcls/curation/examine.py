@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts
 from imgcls.curation.scan_worker import SCAN, ScanSpec
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
 from imgcls.inference.requests import is_on_web
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout as names
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 PART_ROWS = 1_000_000
 
@@ -63,7 +63,7 @@ def scan_manifest(
     scale: ScaleConfig,
     progress_seconds: float,
     lease: Lease,
-    interruption: session.Interruption,
+    interruption: interrupts.Interruption,
 ) -> ScannedManifest:
     """Look at every image of a manifest that has not been looked at in an earlier run.
 
@@ -111,7 +111,7 @@ def scan_manifest(
             max_pixels=max_pixels,
             max_bytes=max_bytes,
             io_concurrency=scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=scale.crash_retries,
             is_on_web=is_on_web(manifest),

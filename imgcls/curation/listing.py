@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 from pydantic import PositiveInt
 
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
 from imgcls.data.formats import LISTING_DONE_FILE as DONE
 from imgcls.data.formats import LISTING_FILE as PLAN
 from imgcls.data.formats import has_image_suffix, is_hidden_name
-from imgcls.data.object_store import FileInfo, StorageConfig
+from imgcls.data.object_store import FileInfo
+from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, RequestError
 
 _MAX_GROUPS = 64
@@ -52,6 +53,7 @@ class ListingConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def build_listing(config: ListingConfig) -> int:
     """List all images below a folder; returns how many.
 
@@ -60,7 +62,6 @@ def build_listing(config: ListingConfig) -> int:
     Raises RequestError when there is no image or one lies beside the class folders, OutputError
     when another manifest is there. The same command goes on where it was broken off.
     """
-    object_store.set_process_settings(config.storage)
     started = time.monotonic()
     output, source = (
         filesystem.absolute(config.output),
@@ -73,7 +74,7 @@ def build_listing(config: ListingConfig) -> int:
     todo = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in there]
     if len(parts) - len(todo) > 1:
         print(f"resume  {len(parts) - len(todo):,} of {len(parts):,} groups are listed")
-    with ThreadPoolExecutor(config.list_concurrency, thread_name_prefix="list") as pool:
+    with create_thread_pool(config.list_concurrency, "list") as pool:
         tasks = [
             pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
             for at in todo
@@ -155,7 +156,7 @@ def _find_prefixes(top: _PartWriter, source: str, listings: int) -> list[str]:
     for _ in range(_MAX_DEPTH):
         if len(folders) >= 2 * listings:
             break
-        with ThreadPoolExecutor(listings, thread_name_prefix="list") as pool:
+        with create_thread_pool(listings, "list") as pool:
             folders = sorted(each for found in pool.map(level, folders) for each in found)
     return folders
 

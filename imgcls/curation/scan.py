@@ -8,20 +8,19 @@ from typing import ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts, session
 from imgcls.config import Section
 from imgcls.curation.examine import ScannedManifest, scan_manifest
 from imgcls.data import filesystem
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.runner import add_resume_hint
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
-from imgcls.runs.lease import LEASE_FOLDER as LEASE
-from imgcls.runs.lease import Lease
+from imgcls.runs.lease import LEASE_FOLDER, Lease
 
 SCAN_FOLDER = "_looks"
 
@@ -66,7 +65,7 @@ def scan_manifests(
     _check_output(output, (*results, *beside))
     if config.overwrite:
         _check_inputs(output, results, manifests)
-    with session.Interruption().handle_signals() as interruption:
+    with interrupts.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(output)
         try:
             if config.overwrite:
@@ -109,7 +108,7 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
 
 def _check_output(output: str, results: Sequence[str]) -> None:
     layout.check_output_writable(output)
-    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE, *results}
+    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *results}
     if others:
         raise OutputError(
             f"output {output}: holds other files ({min(others)}); give another --output"

@@ -21,7 +21,7 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
-from imgcls.runs import layout
+from imgcls.runs.schema import OK
 
 
 def scan_schema(embedding: int | None) -> pa.Schema:
@@ -62,7 +62,7 @@ def scan_chunk(
     embeddings = _EmbeddingBatcher(classifier, spec.batch_size)
     for place, blob in enumerate(time_fetch(fetch_images(spec, rows, crashed), spent)):
         with spent.measure("prepare"):
-            told: dict[str, Any] = {"row": start + place, "status": layout.OK, "error": None}
+            told: dict[str, Any] = {"row": start + place, "status": OK, "error": None}
             try:
                 told |= _scan_image(spec, blob, embeddings)
             except (StorageError, ImageError) as error:
@@ -75,7 +75,7 @@ def scan_chunk(
     with spent.measure("classify"):
         vectors = embeddings.finish()
     for told, vector in zip(looks, vectors, strict=True):
-        if classifier is not None and told["status"] == layout.OK and vector is None:
+        if classifier is not None and told["status"] == OK and vector is None:
             failure = classifier.build_not_finite_error()
             told |= {"status": failure.status, "error": str(failure)}
         told["embedding"] = vector

@@ -17,9 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.data import object_store
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError
 from imgcls.evaluation.count import read_piece
 from imgcls.evaluation.label_join import JoinedLabels, LabelJoinConfig, resolve_labels
@@ -37,7 +36,7 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
@@ -99,13 +98,13 @@ class HeldOutScores:
     label: Ints
 
 
+@with_config_storage
 def calibrate(config: CalibrateConfig) -> Calibration:
     """Fit, choose, and write the new bundle.
 
     Raises RequestError when the run is not committed, is of another bundle, or has no labels or
     scores; OutputError when a bundle is there already.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)

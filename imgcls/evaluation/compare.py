@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator
 
 from imgcls.config import Names, Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.evaluation.aggregate import NO_VALUE
 from imgcls.evaluation.count import read_piece
@@ -32,7 +32,8 @@ from imgcls.evaluation.label_join import (
 )
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK, write_tables
+from imgcls.runs.layout import write_tables
+from imgcls.runs.schema import OK
 
 _MAX_DIFFERING = 1_000_000
 
@@ -99,13 +100,13 @@ class RunComparison:
     unknown_label: int
 
 
+@with_config_storage
 def compare(config: CompareConfig) -> RunComparison:
     """Compare two runs, print the verdict, and gate on it.
 
     Raises RequestError when the runs do not fit, TooManyErrors (exit code 3) when run_b is worse
     than `fail_if_worse` allows.
     """
-    object_store.set_process_settings(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)
     comparison = compare_runs(a, b, config)
     _print_comparison(a, b, comparison)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.cluster import session
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
 from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
 from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
@@ -54,9 +54,9 @@ def _aggregate_on_cluster(
     import ray.data
 
     session.connect()
-    session.silence_data_logger()
+    session.configure_ray_data()
     started = time.monotonic()
-    work = object_store.bind_settings(_aggregate_piece, run, wanted)
+    work = storage_settings.bind_settings(_aggregate_piece, run, wanted)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from imgcls.config import UnitFloat, requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig, use_settings
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.compute import (
@@ -26,7 +26,7 @@ from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.models.bundle import Precision
 from imgcls.runs.committed import is_scalar_type
-from imgcls.runs.layout import build_prediction_schema
+from imgcls.runs.schema import build_prediction_schema
 
 
 class EvaluateConfig(EvaluationOptions):
@@ -63,7 +63,11 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
     Raises RequestError when something is wrong with what was asked; what `predict` raises.
     """
     config = requested(EvaluateConfig, config, settings, 'evaluate(predictions="out")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
     source = _resolve_run(config)
     output = filesystem.absolute(config.output or source)
     evaluation = compute_evaluation(source, config, need_labels=True)

@@ -19,7 +19,7 @@ from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.errors import ManifestError, RequestError
 from imgcls.metrics.columns import compute_label_scores, encode_classes, take_scores
 from imgcls.runs.committed import CommittedRun, is_scalar_type
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 JOINED_COLUMN = "label"
 """The column that judged tables carry the joined label in."""

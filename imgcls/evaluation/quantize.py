@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from imgcls.config import Section
-from imgcls.data import decode, filesystem, object_store
+from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import Manifest, ManifestConfig, normalize_labels, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import BundleError, ImageError, RequestError, StorageError
 from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
@@ -54,13 +54,13 @@ class QuantizeConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def quantize_bundle(config: QuantizeConfig) -> Bundle:
     """See what the network meets, judge it in int8, and write the new bundle.
 
     Raises BundleError when the network cannot be quantised, RequestError when too few images can be
     read, OutputError when a bundle is there already.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
     pixels, codes = _read_pixels(open_manifest(config.manifest), bundle, config.images)

@@ -14,8 +14,8 @@ import pyarrow as pa
 import yaml
 
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.errors import RequestError
 from imgcls.evaluation import charts, confusion_plot
@@ -42,12 +42,12 @@ class ReportConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def write_report(config: ReportConfig) -> str:
     """Write the report of a run or a bundle; returns where.
 
     Raises RequestError when the source is neither.
     """
-    object_store.set_process_settings(config.storage)
     source = filesystem.absolute(config.source)
     target = config.output or filesystem.join(source, REPORT_FILE)
     if filesystem.exists(filesystem.join(source, BUNDLE_FILE)):

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from imgcls.cluster import ray_internals
 from imgcls.errors import RunFailed
 from imgcls.execution.messages import ChunkTask, RunSpec
 
-KV_NAMESPACE = "imgcls"
 _WORKERS_PREFIX = "workers-of-"
 HEARTBEAT_SECONDS = 1.0
 """Minimum time between two heartbeats of a worker."""
@@ -72,7 +71,7 @@ class AttemptRecord:
 def read_attempts(session: str) -> dict[str, AttemptRecord]:
     """The records of all attempts in progress, by key."""
     found = {}
-    for key in _list_keys(f"{session}/"):
+    for key in ray_internals.list_kv(f"{session}/"):
         record = _read_record(key)
         if record is not None:
             found[key] = record
@@ -85,14 +84,13 @@ def register_worker(session: str) -> None:
     location = json.dumps([context.get_node_id(), os.getpid()])
     # a restarted actor replaces the one that crashed
     key = f"{_WORKERS_PREFIX}{session}/{context.get_actor_id()}"
-    internal_kv._internal_kv_put(key, location, namespace=KV_NAMESPACE)
+    ray_internals.put_kv(key, location)
 
 
 def list_workers(session: str) -> list[tuple[str, int]]:
     """Node id and process id of each registered worker."""
     found: list[Any] = [
-        internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
-        for key in _list_keys(f"{_WORKERS_PREFIX}{session}/")
+        ray_internals.get_kv(key) for key in ray_internals.list_kv(f"{_WORKERS_PREFIX}{session}/")
     ]
     return [tuple(json.loads(location)) for location in found if location is not None]
 
@@ -100,7 +98,7 @@ def list_workers(session: str) -> list[tuple[str, int]]:
 def clear_session(session: str) -> None:
     """Remove all records of a session that has ended."""
     for prefix in (f"{session}/", f"{_WORKERS_PREFIX}{session}/"):
-        internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=KV_NAMESPACE)
+        ray_internals.delete_kv(prefix, prefix=True)
 
 
 class Attempt:
@@ -197,20 +195,16 @@ class Attempt:
 
     def complete(self) -> None:
         """Remove the record: the result is written."""
-        internal_kv._internal_kv_del(self._key, namespace=KV_NAMESPACE)
+        ray_internals.delete_kv(self._key)
 
     def _write(self) -> None:
         self._written_at = time.monotonic()
         value = json.dumps(asdict(self._record))
-        internal_kv._internal_kv_put(self._key, value, namespace=KV_NAMESPACE)
-
-
-def _list_keys(prefix: str) -> list[str]:
-    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=KV_NAMESPACE)]
+        ray_internals.put_kv(self._key, value)
 
 
 def _read_record(key: str) -> AttemptRecord | None:
-    value: Any = internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE)
+    value = ray_internals.get_kv(key)
     if value is None:
         return None
     fields = json.loads(value)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.plan import Plan
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import ray.data
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from imgcls.cluster.session import silence_data_logger
+from imgcls.cluster import ray_internals
+from imgcls.cluster.session import configure_ray_data
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import Placement
 from imgcls.execution.worker import Job
@@ -25,7 +25,7 @@ MAX_BLOCK_CHUNKS = 256
 """Maximum number of chunks in a block. A block costs the driver 40 KB and 4 ms."""
 
 
-class _ExecutorRegistry(ExecutionCallback):
+class _ExecutorRegistry(ray_internals.ExecutionCallback):
     """Gives a pipeline its executor before the first result; Ray Data itself gives it after.
 
     Ray Data constructs the callback from its class, so the two find each other by a name in the
@@ -36,7 +36,7 @@ class _ExecutorRegistry(ExecutionCallback):
     executors: ClassVar[dict[str, Any]] = {}
 
     def before_execution_starts(self, executor: Any) -> None:
-        self.executors[executor._data_context.get_config(self.KEY)] = executor
+        self.executors[ray_internals.get_execution_config(executor, self.KEY)] = executor
 
 
 class Pipeline:
@@ -45,15 +45,14 @@ class Pipeline:
     def __init__(
         self, job: Job, spec: RunSpec, placement: Placement, tasks: Sequence[ChunkTask]
     ) -> None:
-        silence_data_logger()
+        configure_ray_data()
         spec, placement = apply_host_limits(spec, placement, len(tasks))
         self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.raise_original_map_exception = True
         # each result leaves its worker at once, not when the block of its chunk is done
         context.target_max_block_size = 1
-        context._max_num_blocks_in_streaming_gen_buffer = placement.max_buffered_results
+        ray_internals.limit_result_buffer(context, placement.max_buffered_results)
         context.execution_no_progress_timeout_s = -1  # `scale` sets the timeouts
         context.set_config(_ExecutorRegistry.KEY, self._name)
         context.custom_execution_callback_classes.append(_ExecutorRegistry)

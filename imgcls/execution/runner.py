@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import ray
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.session import Interruption
+from imgcls.cluster.interrupts import Interruption
 from imgcls.data.manifest import Manifest
 from imgcls.errors import (
     CrashingImage,
@@ -30,6 +30,7 @@ from imgcls.errors import (
     ResourcesError,
     RunFailed,
     StorageError,
+    first_line,
 )
 from imgcls.execution import replan
 from imgcls.execution.completed import CompletedChunks
@@ -255,7 +256,7 @@ class ChunkRunner:
         rows_left = self._count_rows(remaining)
         rows, first_at = 0, 0.0
         try:
-            for result in session.iterate_in_thread(pipeline.run(), self._interruption):
+            for result in interrupts.iterate_in_thread(pipeline.run(), self._interruption):
                 for message in watchdog.check():
                     tell("watch", message)
                 if result is not None and result.task.chunk in remaining:
@@ -370,9 +371,9 @@ def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
         _check_lease(lease)
         cause = session.find_cause(error)
         if isinstance(cause, ImgclsError):
-            raise type(cause)(f"{_first_line(cause)}; {hint}") from error
+            raise type(cause)(f"{first_line(cause)}; {hint}") from error
         name = type(cause).__name__
-        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {hint}") from error
+        raise RunFailed(f"a worker failed: {name}: {first_line(cause)}; {hint}") from error
     except StorageError as error:
         _check_lease(lease)
         raise type(error)(f"{error}; {hint}") from error
@@ -381,8 +382,3 @@ def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
 def _check_lease(lease: Lease) -> None:
     with contextlib.suppress(StorageError):
         lease.check()
-
-
-def _first_line(error: BaseException) -> str:
-    """The message of an error without the advice that Ray adds below it."""
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 import ray
 
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from imgcls.errors import RunFailed
 from imgcls.execution import completed, heartbeat
 from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt
@@ -69,7 +69,7 @@ class BaseWorker(abc.ABC, Generic[SpecT]):
                 f"last on {socket.gethostname()}. Find the cause in Ray's logs there (a signal, "
                 "out of memory)"
             )
-        object_store.set_process_settings(spec.storage)
+        storage_settings.set_process_settings(spec.storage)
         self.spec = spec
         self.details: dict[str, str] = {}
         self._name = f"{socket.gethostname()}/{os.getpid()}"
@@ -182,7 +182,7 @@ def run_first_stage(
                   done here, the timings to add to, and the attempt; returns `PreparedChunk.data`
     cpu_fraction: fraction of the chunks of which CPUs do all that they can
     """
-    object_store.set_process_settings(spec.storage)
+    storage_settings.set_process_settings(spec.storage)
     task: ChunkTask = unpickle_cell(batch, "task")
     rows, timings = completed.read_chunk_rows(spec, task), StageTimings()
     attempt = Attempt.for_chunk(spec, task, "prepare")

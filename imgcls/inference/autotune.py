@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.session import Interruption, build_malloc_env
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
 from imgcls.execution.formatting import format_count, format_percent
 from imgcls.execution.placement import Placement, ScaleConfig
@@ -212,7 +213,7 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
 
     from imgcls.models.classifier import Classifier
 
-    object_store.set_process_settings(images.storage)
+    storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
     bundle = load_bundle(images.bundle_url).with_decode(images.decode)
     precision: Any = images.precision

@@ -17,11 +17,16 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.errors import StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
+from imgcls.runs.schema import OK
 
-TRANSIENT_STATUSES = frozenset(("missing", "forbidden", "throttled", "unavailable"))
+TRANSIENT_STATUSES = frozenset(
+    error.status
+    for error in (StorageMissing, StorageForbidden, StorageThrottled, StorageUnavailable)
+)
 """Statuses that do not depend on an image's bytes: the next run retries these rows."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
@@ -42,7 +47,7 @@ class KnownImages:
         import duckdb  # 0.1 s to import, only where it is needed
 
         self.version = list(version)
-        self.statuses: list[str] = [layout.OK]
+        self.statuses: list[str] = [OK]
         """By code: the index in the list."""
         self._nulls = nulls
         self.db = duckdb.connect(str(Path(folder) / "keys.duckdb"))
@@ -161,9 +166,7 @@ class KnownImages:
                     for batch in file.iter_batches(columns=names):
                         table = pa.Table.from_batches([batch])
                         status = table["status"].cast(pa.string())
-                        fine = pc.is_in(
-                            status, value_set=pa.array([layout.OK, *TRANSIENT_STATUSES])
-                        )
+                        fine = pc.is_in(status, value_set=pa.array([OK, *TRANSIENT_STATUSES]))
                         bad = table.filter(pc.invert(fine))
                         columns = {
                             "place": resolve_paths(bad[path], root),

@@ -12,12 +12,12 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_FILE
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
 from imgcls.log import tell
@@ -119,7 +119,7 @@ def find_past_runs(url: str, exclude: str | None = None) -> PastRuns:
         "ignored, not written by a predict run",
         [filesystem.join(url, each, layout.SUCCESS_FILE) for each in marked - planned - listings],
     )
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         runs = pool.map(open_run, _list_run_folders(url, planned & marked, exclude))
         committed = tuple(sorted(runs, key=compute_run_order))
         started = _list_run_folders(url, planned - marked, exclude)
@@ -191,7 +191,7 @@ def compute_next_sequence(output: str, past_runs: PastRuns | None) -> int:
     except (StorageMissing, StorageForbidden):
         return highest + 1
     folders = [filesystem.absolute(name) for page in pages for name in page.folders]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         return 1 + max([highest, *pool.map(_read_sequence, folders)])
 
 

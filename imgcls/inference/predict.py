@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.config import requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import RequestError, RunFailed
 from imgcls.execution.formatting import format_count
@@ -55,10 +55,11 @@ from imgcls.inference.workers import LABELING
 from imgcls.log import tell
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
+from imgcls.runs.schema import build_prediction_schema
 
 
 def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictResult:
@@ -98,13 +99,13 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         'label(manifest="photos.csv", model="bundle", output="out")',
     )
     log.use(config.log)
-    object_store.set_process_settings(config.storage)
     if config.date is None:  # only once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = filesystem.absolute(resolve_output(config.output, config.date))
     with (
+        storage_settings.use_settings(config.storage),
         commit.report_exit(config.summary_json, output) as outputs,
-        session.Interruption().handle_signals() as interruption,
+        interrupts.Interruption().handle_signals() as interruption,
     ):
         config, manifest, bundle = check_request(config, output)
         label = functools.partial(_label_job, config, bundle, interruption, outputs)
@@ -159,7 +160,7 @@ def _label_new(
 def _label_job(
     config: PredictConfig,
     bundle: Bundle,
-    interruption: session.Interruption,
+    interruption: interrupts.Interruption,
     outputs: list[str],
     job: PredictJob,
 ) -> PredictResult:
@@ -321,7 +322,7 @@ class _PredictRun:
                 precision=config.precision,
                 rows=rows_per_worker,
                 urls=tuple(urls),
-                storage=object_store.current_settings(),
+                storage=storage_settings.current_settings(),
                 max_bytes=config.max_bytes,
             )
 
@@ -361,7 +362,7 @@ class _PredictRun:
             max_pixels=settings["max_pixels"],
             max_bytes=settings["max_bytes"],
             io_concurrency=self.config.scale.io_concurrency,
-            storage=object_store.current_settings(),
+            storage=storage_settings.current_settings(),
             session="",  # each pass has its own
             crash_retries=self.config.scale.crash_retries,
             is_on_web=is_on_web(manifest),
@@ -390,7 +391,7 @@ class _PredictRun:
     def _build_empty_table(self) -> pa.Table:
         """The table of a run without rows, as of a night with nothing new."""
         spec = self.spec
-        added = layout.build_prediction_schema(
+        added = build_prediction_schema(
             labelled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,

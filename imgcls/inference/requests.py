@@ -21,16 +21,16 @@ from imgcls.config import Section, UnitFloat
 from imgcls.data import filesystem, object_store
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     ManifestError,
     OutputError,
     RequestError,
+    StorageBucketMissing,
     StorageCredentials,
     StorageError,
     StorageForbidden,
-    StorageMissing,
 )
 from imgcls.execution.placement import MAX_STORAGE_WAITS, ScaleConfig
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
@@ -40,6 +40,7 @@ from imgcls.log import LogFormat, tell
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
 from imgcls.runs import layout
 from imgcls.runs.lease import DEFAULT_TERM_SECONDS
+from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
 SAMPLED_FILES = 16
 """Files at the start of the manifest whose size is read, to estimate the size of a chunk."""
@@ -179,8 +180,8 @@ def check_columns(manifest: Manifest) -> None:
     DuckDB, Spark, Athena and BigQuery do not distinguish names that differ only by case.
     """
     source = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in layout.PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in layout.PROVENANCE_COLUMNS}
+    written = {name.casefold(): name for name in PREDICTION_COLUMNS}
+    added = {name.casefold(): name for name in PROVENANCE_COLUMNS}
     seen: dict[str, str] = {}
     for name in manifest.schema.names:
         key = name.casefold()
@@ -188,13 +189,13 @@ def check_columns(manifest: Manifest) -> None:
             case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
             raise ManifestError(
                 f"{source}: column {name!r} is an output column of predict{case}. Rename it in the "
-                f"manifest (output columns: {', '.join(layout.PREDICTION_COLUMNS)})"
+                f"manifest (output columns: {', '.join(PREDICTION_COLUMNS)})"
             )
         if key in added:
             raise ManifestError(
                 f"{source}: column {name!r} is an output column of `imgcls history compact`. "
                 f"Rename it in the manifest, or remove it (output columns: "
-                f"{', '.join(layout.PROVENANCE_COLUMNS)})"
+                f"{', '.join(PROVENANCE_COLUMNS)})"
             )
         if key in seen:
             raise ManifestError(
@@ -261,9 +262,8 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
         filesystem.read_image(url, max_bytes)
     except StorageCredentials as error:
         raise RequestError(f"the first image: {error}") from error
-    except StorageMissing as error:
-        if str(error).endswith("no such bucket"):
-            raise RequestError(f"the first image: {error}. Correct the manifest's paths") from error
+    except StorageBucketMissing as error:
+        raise RequestError(f"the first image: {error}. Correct the manifest's paths") from error
     except StorageForbidden as error:
         tell("note", f"the first image: {error}")
     except StorageError:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.schemas import conform_table, widen_dictionaries
 from imgcls.errors import RunFailed
@@ -31,6 +31,7 @@ from imgcls.execution.plan import Plan
 from imgcls.execution.runner import Driver
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
+from imgcls.runs.schema import OK
 
 _ROW_GROUP_ROWS = 65_536
 _ROW_GROUP_BYTES = 64_000_000
@@ -56,8 +57,8 @@ class PartRollup:
             return
         self._shared_classes: Any = ray.put(classes)
         remote = ray.remote(num_cpus=ROLLUP_TASK_CPUS, max_retries=3)
-        self._roll_up = remote(object_store.bind_settings(roll_up))
-        self._count = remote(object_store.bind_settings(count_part))
+        self._roll_up = remote(storage_settings.bind_settings(roll_up))
+        self._count = remote(storage_settings.bind_settings(count_part))
 
     def count(self, part: int) -> None:
         """Count a part that is written."""
@@ -205,7 +206,7 @@ def read_failed_rows(output: str, plan: Plan, path_column: str) -> Iterator[pa.T
 
 
 def _is_not_ok(table: pa.Table) -> pa.ChunkedArray:
-    return pc.not_equal(table.column("status").cast(pa.string()), layout.OK)
+    return pc.not_equal(table.column("status").cast(pa.string()), OK)
 
 
 def _has_status(table: pa.Table, statuses: Collection[str]) -> pa.ChunkedArray:

@@ -25,7 +25,7 @@ from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.metrics.columns import compute_label_scores, encode_classes
 from imgcls.models.classifier import Classifier, PendingScores, select_top_k
-from imgcls.runs import layout
+from imgcls.runs.schema import OK, build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""
@@ -53,7 +53,7 @@ class PreparedImages:
 
     def add_image(self, size: tuple[int, int]) -> None:
         """Add a good image of (width, height)."""
-        self.status.append(layout.OK)
+        self.status.append(OK)
         self.error.append(None)
         self.width.append(size[0])
         self.height.append(size[1])
@@ -254,7 +254,7 @@ def _iter_decoded(
 
 def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
     """The prediction columns that the spec asks for."""
-    return layout.build_prediction_schema(
+    return build_prediction_schema(
         labelled=spec.label_column is not None,
         scores=len(classifier.classes) if spec.scores else None,
         scores_type=spec.scores_type,
@@ -276,7 +276,7 @@ def _build_table(
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
     _mark_not_finite(prepared, head, classifier)
     # place[i]: the row of `scores` for row i, null where there is none
-    ok = np.array([status == layout.OK for status in prepared.status], bool)
+    ok = np.array([status == OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(task.chunk).start
     offsets = range(rows.num_rows) if task.offsets is None else task.offsets
@@ -318,7 +318,7 @@ def _mark_not_finite(
     if finite.all():
         return
     error = classifier.build_not_finite_error()
-    good = [row for row, status in enumerate(prepared.status) if status == layout.OK]
+    good = [row for row, status in enumerate(prepared.status) if status == OK]
     for row in np.array(good)[~finite]:
         prepared.status[row], prepared.error[row] = error.status, str(error)
         prepared.width[row] = prepared.height[row] = None

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import collections
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
 from imgcls.execution.formatting import format_count, format_duration, format_percent
@@ -38,12 +37,12 @@ class StatusConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def status(config: StatusConfig) -> dict[str, Any]:
     """Print the progress of a run, and return it; see `read_status`.
 
     Raises OutputError when there is no run.
     """
-    object_store.set_process_settings(config.storage)
     found = read_status(filesystem.absolute(config.output))
     log.show(json.dumps(found) if config.json_lines else _format_status(found))
     return found
@@ -131,7 +130,7 @@ def _count_statuses(output: str, plan: Plan, completed: CompletedChunks) -> dict
         for part, chunks in completed.chunks.items()
         for chunk in chunks
     ]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         total = sum(pool.map(_count_file, urls), collections.Counter())
     return dict(sorted(total.items()))
 

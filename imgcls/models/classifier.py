@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -22,6 +22,7 @@ from torch import nn
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -29,6 +30,7 @@ from imgcls.errors import (
     NotFinite,
     RequestError,
     StorageError,
+    one_line,
 )
 from imgcls.models import int8, sources, zoo
 from imgcls.models.bundle import Bundle, Precision, load_bundle, load_bundle_weights, require_int8
@@ -193,12 +195,26 @@ class Classifier:
         return zoo.get_embedding_width(self._network)
 
     @classmethod
-    def load(cls, url: str, **options: Any) -> Classifier:
-        """The classifier of a bundle folder; options as for the constructor.
+    def load(
+        cls, url: str, *, storage: StorageConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> Classifier:
+        """Load the classifier of a bundle.
 
-        Raises BundleError when the bundle is missing or damaged.
+        Parameters
+        ----------
+        url
+            Path or URL of the bundle folder.
+        storage
+            How to reach its store, as in `{"endpoint_url": "http://localhost:9000"}`.
+        **options
+            As for the constructor.
+
+        Raises
+        ------
+        BundleError
+            The bundle is missing or damaged.
         """
-        return cls(load_bundle(url), **options)
+        return cls(load_bundle(url, storage=storage), **options)
 
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
@@ -439,8 +455,9 @@ def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn
     try:
         network.load_state_dict(load_bundle_weights(bundle))
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise BundleError(f"bundle {bundle.url}: the weights do not fit: {first}") from error
+        raise BundleError(
+            f"bundle {bundle.url}: the weights do not fit: {one_line(error)}"
+        ) from error
     return fold_batch_norms(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
 
 

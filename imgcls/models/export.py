@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
 from imgcls.config import Section, names
-from imgcls.data import decode, filesystem, object_store
+from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -38,6 +38,7 @@ from imgcls.errors import (
     RequestError,
     RunFailed,
     StorageError,
+    first_line,
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, load_network
@@ -105,6 +106,7 @@ class PortableNetwork(nn.Module):
         return torch.softmax(logits, dim=1)
 
 
+@with_config_storage
 def export_bundle(config: ExportConfig) -> dict[str, Any]:
     """Write a bundle in other formats; returns what model.json says of them.
 
@@ -112,7 +114,6 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
     express the network or gives other labels.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
     output = filesystem.absolute(config.output)
@@ -245,10 +246,9 @@ def _convert_exporter_errors(format: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(
-                f"{format}: torch cannot write this network so: {first}; leave the format out of "
-                "--formats"
+                f"{format}: torch cannot write this network so: {first_line(error)}; "
+                "leave the format out of --formats"
             ) from error
 
 

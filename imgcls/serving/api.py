@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 from imgcls.serving import page
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl

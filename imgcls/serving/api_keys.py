@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, StringConstraints, V
 
 from imgcls.config import Section, names
 from imgcls.data import filesystem
-from imgcls.data.object_store import StorageConfig, set_process_settings
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError, StorageMissing
 
 KeyScope = Literal["predict", "admin"]
@@ -157,12 +157,12 @@ class NewKeyConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def create_key(config: NewKeyConfig) -> str:
     """Make an API key: print it once, and keep its hash in a file.
 
     Raises RequestError when the name is taken or the file is not well-formed.
     """
-    set_process_settings(config.storage)
     place = f"keys.file {config.file}"
     try:
         text = filesystem.read(config.file).decode("utf-8", "replace")

@@ -20,7 +20,7 @@ from starlette.types import Scope as ASGIScope
 
 from imgcls import config as configuration
 from imgcls.cluster import autoscaler, session
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
 from imgcls.serving import api_keys
@@ -79,7 +79,7 @@ class Endpoint:
         """Take up settings; the bundle is loaded before the old one is let go."""
         config = ServeConfig.model_validate(settings["config"])
         fixed = [ApiKey.model_validate(key) for key in settings["keys"]]
-        object_store.set_process_settings(config.storage)
+        storage_settings.set_process_settings(config.storage)
         self._config = config
         if self._service is None:
             with contextlib.suppress(Problem):  # no hub yet, so nobody has asked for anything
@@ -230,7 +230,7 @@ def build_from_args(settings: dict[str, Any]) -> serve.Application:
     Raises ConfigError, BundleError or ResourcesError before anything is changed.
     """
     config = configuration.build(ServeConfig, settings)
-    object_store.set_process_settings(config.storage)
+    storage_settings.set_process_settings(config.storage)
     fixed = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
+
+from imgcls.cluster import ray_internals
 
 ROUTER_CLASS = f"{__name__}:Router"
 REPLICA_TIMEOUT_S = 5.0
 """For a replica that is being started, before a request is answered with 503."""
 
 
-class FailFastRouter(PowerOfTwoChoicesRequestRouter):
+class FailFastRouter(ray_internals.PowerOfTwoChoicesRequestRouter):
     """Ray Serve's default router, but requests do not wait long when the last replica is gone.
 
     Before the first replica is known requests wait: a proxy hears of the application before it
@@ -45,20 +46,23 @@ class FailFastRouter(PowerOfTwoChoicesRequestRouter):
             return await super()._choose_replica_for_request(pending_request, **options)
         except DeploymentUnavailableError:
             # Ray Serve does so where a request is cancelled; else it is kept with its body
-            self._remove_pending_request_from_indices(pending_request)
+            ray_internals.forget_pending_request(self, pending_request)
             raise
 
     async def _wait_for_replica(self) -> None:
         try:
             async with asyncio.timeout(REPLICA_TIMEOUT_S):
-                while not self._replicas:
+                while not ray_internals.list_router_replicas(self):
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            raise DeploymentUnavailableError(self._deployment_id) from None
+            raise self._build_error() from None
 
     def _reject_pending(self) -> None:
-        if not self._has_served or self._replicas:
+        if not self._has_served or ray_internals.list_router_replicas(self):
             return
-        for waiting in list(self._pending_requests_to_fulfill):
+        for waiting in ray_internals.iter_pending_requests(self):
             if not waiting.future.done():
-                waiting.future.set_exception(DeploymentUnavailableError(self._deployment_id))
+                waiting.future.set_exception(self._build_error())
+
+    def _build_error(self) -> DeploymentUnavailableError:
+        return DeploymentUnavailableError(ray_internals.get_router_deployment(self))

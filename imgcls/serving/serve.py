@@ -12,20 +12,25 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
-import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import RayServeException
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.session import Interruption
+from imgcls.cluster import autoscaler, ray_internals, session
+from imgcls.cluster.interrupts import Interruption
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.errors import ImgclsError, Interrupted, RequestError, ResourcesError, RunFailed
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import with_config_storage
+from imgcls.errors import (
+    ImgclsError,
+    Interrupted,
+    RequestError,
+    ResourcesError,
+    RunFailed,
+    one_line,
+)
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.serving import proxy_middleware
@@ -42,6 +47,7 @@ STATUS_INTERVAL_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+@with_config_storage
 def serve(config: ServeConfig) -> None:
     """Label images over HTTP, with a page to try it on, until SIGTERM or Ctrl-C.
 
@@ -49,7 +55,6 @@ def serve(config: ServeConfig) -> None:
     """
     log.use(config.log)
     config = _resolve_paths(config)
-    object_store.set_process_settings(config.storage)
     _check_http(config)
     fixed = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:
@@ -95,8 +100,8 @@ def _handle_failed_start(
         if config.detach:
             raise error
         return
-    why = _find_start_error() or _format_error(
-        error
+    why = _find_start_error() or one_line(
+        error, 500
     )  # what Ray Serve raises of replicas that do not start
     if found:
         raise RunFailed(
@@ -240,7 +245,7 @@ def _start_proxies(config: ServeConfig) -> None:
     """Start Ray Serve's doors, or find those that are there to be the same."""
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    there = _find_http_address()
+    there = ray_internals.find_serve_address()
     wanted = (config.http.host, config.http.port)
     if there is not None and there != wanted:
         raise RequestError(
@@ -259,19 +264,6 @@ def _start_proxies(config: ServeConfig) -> None:
             ssl_keyfile=config.http.private_key,
         ),
     )
-
-
-def _find_http_address() -> tuple[str, int] | None:
-    """Where Ray Serve listens on this cluster; None when it does not run."""
-
-    try:
-        client: Any = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
-    except RayServeException:
-        return None
-    if client is None:
-        return None
-    options = ray.get(client._controller.get_http_config.remote())
-    return options.host, options.port
 
 
 def _check_port_free(http: HttpConfig) -> None:
@@ -332,7 +324,3 @@ def _find_start_error() -> str | None:
         if lines:
             return lines[-1]
     return None
-
-
-def _format_error(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -21,7 +21,7 @@ from imgcls.data.decode import Pixels
 from imgcls.errors import ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
-from imgcls.runs.layout import OK
+from imgcls.runs.schema import OK
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics

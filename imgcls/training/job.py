@@ -14,13 +14,12 @@ import pandas as pd
 import ray
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.models.bundle import BundleSpec
-from imgcls.provenance import build_provenance
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import DecodeSettings

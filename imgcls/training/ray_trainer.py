@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -20,12 +18,12 @@ import pyarrow.fs
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from imgcls.cluster import ray_internals, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.interrupts import run_in_thread
-from imgcls.cluster.session import Interruption, build_malloc_env, is_actor_alive
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption, run_in_thread
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.scaling import WorkerPlan
@@ -60,7 +58,7 @@ def fit_torch_trainer(
     path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     elastic = workers.min_count < workers.max_count
-    loop: Any = object_store.bind_settings(train_loop_per_worker)
+    loop: Any = storage_settings.bind_settings(train_loop_per_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"work": work, "board": board},
@@ -83,7 +81,7 @@ def fit_torch_trainer(
         ),
     )
     try:
-        with _env_default("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL_S)):
+        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
             team = _WorkerLiveness(board, str(workers), scale.resource_timeout_s)
             outcome = _wait_for_result(run_in_thread(trainer.fit), board, team, interruption)
     finally:
@@ -106,7 +104,9 @@ class _WorkerLiveness:
         if now - self._looked < LIVENESS_INTERVAL_S:
             return
         self._looked = now
-        if any(is_actor_alive(worker) for worker in ray.get(self._board.workers.remote())):
+        if any(
+            ray_internals.is_actor_alive(worker) for worker in ray.get(self._board.workers.remote())
+        ):
             self._seen = now
         self._patience.check(now - self._seen, self._wanted)
 
@@ -128,7 +128,7 @@ def _wait_for_result(
     except ray.train.WorkerGroupError as error:
         raise RunFailed(format_worker_failure(error)) from error
     except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        if isinstance(error.controller_failure, ray_internals.WorkerGroupStartupTimeoutError):
             raise RunFailed(
                 "the training workers were not to be had, time and again; another job may hold the "
                 "cluster's CPUs or GPUs (see `ray status`)"
@@ -180,16 +180,3 @@ def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]
         return folder, None
     file_system, path = object_store.resolve_store(folder)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
-
-
-@contextlib.contextmanager
-def _env_default(name: str, value: str) -> Iterator[None]:
-    """Set a variable, unless the user has, for as long as Ray Train reads it."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]

@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts, session
 from imgcls.config import requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import (
     BundleError,
     OutputError,
@@ -24,9 +25,9 @@ from imgcls.errors import (
     StorageUnavailable,
 )
 from imgcls.models.bundle import BUNDLE_FILE, read_description
-from imgcls.provenance import list_differences
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import list_differences
 from imgcls.training import network as networks
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
@@ -68,7 +69,11 @@ def train(
     command goes on from the last saved state.
     """
     config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _train(config, shared)
+
+
+def _train(config: TrainConfig, shared: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     task = resolve_setup(config)
     config = task.config
@@ -80,7 +85,7 @@ def train(
     try:
         checkpoints = _claim_output(task)
         session.connect()
-        interruption = session.Interruption() if shared is None else shared.interruption
+        interruption = interrupts.Interruption() if shared is None else shared.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
             return run_training(task, checkpoints, lease, interruption, shared)
     finally:

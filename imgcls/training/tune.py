@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,12 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption, Node
-from imgcls.data import filesystem, object_store
+from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.session import Node
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import ManifestConfig
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
@@ -69,17 +69,17 @@ class TuneResult:
     results: pd.DataFrame
 
 
+@with_config_storage
 def tune(config: TuneConfig) -> TuneResult:
     """Search the settings of a training; prints a line per trial and writes the best one's bundle.
 
     Raises a RequestError before anything starts, RunFailed when no trial ends with a bundle. The
     same command goes on with a search that was broken off.
     """
-    object_store.set_process_settings(config.storage)
     config = _resolve_paths(config)
     check_space(config)
     task = training.resolve_setup(build_trial_config(config, {}, config.output))
-    with session.Interruption().handle_signals() as interruption:
+    with interrupts.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim_output(config)
@@ -261,7 +261,7 @@ class Trial(ray_tune.Trainable):
     """One trial, in a process of Ray Tune's: a training that is heard of epoch by epoch."""
 
     def setup(self, values: Any, *, config: TuneConfig, images: CachedImages | None) -> None:  # type: ignore[override]
-        object_store.set_process_settings(config.storage)
+        storage_settings.set_process_settings(config.storage)
         folder = filesystem.join(config.output, TRIALS_FOLDER, self.trial_id)
         self._metric = config.best_by
         self._started_at = time.monotonic()
@@ -420,14 +420,11 @@ def _silence_tune() -> Iterator[None]:
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
     try:
-        yield
+        with session.set_env_defaults(_ENVIRONMENT):
+            yield
     finally:
         logger.setLevel(level)
-        for name in added:
-            del os.environ[name]
 
 
 _ENVIRONMENT = {

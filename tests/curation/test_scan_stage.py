@@ -9,7 +9,7 @@ from PIL import Image
 
 from imgcls.curation.scan_stage import scan_chunk
 from imgcls.curation.scan_worker import ScanSpec
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw

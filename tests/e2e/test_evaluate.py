@@ -96,4 +96,4 @@ def test_labels_that_come_later_judge_without_touching_the_run(
 
     blind = imgcls("evaluate", "--predictions", place / "late")
     assert blind.returncode == 2
-    assert "holds no labelling run" in blind.stderr
+    assert "holds no labeling run" in blind.stderr

@@ -433,7 +433,7 @@ def test_a_run_without_labels_is_refused_with_the_remedy(tmp_path: Path, table: 
 
 
 def test_a_run_that_is_not_there_or_not_committed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="holds no labelling run"):
+    with pytest.raises(OutputError, match="holds no labeling run"):
         compute_evaluation(str(tmp_path), EvaluationOptions(), need_labels=True)
     folder = commit(tmp_path / "out", drawn(20))
     (folder / layout.SUCCESS_FILE).unlink()

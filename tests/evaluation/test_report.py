@@ -206,7 +206,7 @@ def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path
 
 
 def test_what_is_neither_a_run_nor_a_trained_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no labelling run"):
+    with pytest.raises(RequestError, match="holds no labeling run"):
         write_report(ReportConfig(source=str(tmp_path)))
     with pytest.raises(RequestError, match="was not trained here"):
         write_report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.completed import CompletedChunks, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan, RunIdentity, make_plan
 from imgcls.inference import rollup
 from imgcls.inference.specs import PredictSpec
 from imgcls.metrics import PredictionCounts
-from imgcls.runs import layout
+from imgcls.runs.schema import build_prediction_schema
 
 CLASSES = ["red", "green", "blue"]
 
@@ -128,7 +128,7 @@ def predictions(
         "status": pa.array(np.where(failed, rng.choice(["missing", "truncated"], len(rows)), "ok")),
         "error": _unless(~failed, [f"error {seed} of row {row}" for row in rows]),
     }
-    schema = layout.build_prediction_schema(
+    schema = build_prediction_schema(
         labelled=True, scores=len(CLASSES) if wide else None, embedding=4 if wide else None
     )
     arrays = [columns[name] for name in schema.names]

@@ -9,7 +9,7 @@ import pytest
 
 from imgcls.cluster.session import Node
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.pipeline import apply_host_limits
 from imgcls.execution.placement import ScaleConfig, plan_placement
 from tests.execution.runs import plan_at, spec_of

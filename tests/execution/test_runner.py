@@ -15,9 +15,10 @@ import ray
 import ray.data
 from ray.util import placement_group_table
 
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.session import Interruption, Node
-from imgcls.data.object_store import StorageConfig
+from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ResourcesError
 from imgcls.execution.completed import write_chunk
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec, StageTimings
@@ -60,7 +61,7 @@ def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
     spec = spec_of(output, plan_at(output, manifest), manifest, "")
     placement = dataclasses.replace(plan_placement([Node(2, 0)], ScaleConfig()), worker_cpus=2)
     pipeline = Pipeline(LABELING, spec, placement, [ChunkTask(0)])
-    results = session.iterate_in_thread(pipeline.run(), Interruption())
+    results = interrupts.iterate_in_thread(pipeline.run(), Interruption())
     start = time.monotonic()
     while time.monotonic() - start < 3:
         assert next(results) is None
@@ -83,11 +84,9 @@ def test_a_run_waits_for_nodes_it_has_lost_and_not_for_nodes_that_never_were(
         Interruption(),
         under_way=True,
     )
-    with pytest.raises(
-        ResourcesError, match=r"waited 1 s for machines, as scale\.resource_timeout_s"
-    ):
+    with pytest.raises(ResourcesError, match=r"waited 1 s for nodes; .* scale\.resource_timeout_s"):
         list(steps)
-    assert capsys.readouterr().out.startswith("waiting  for machines: scale.workers 2")
+    assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 2")
     assert requested() == []
 
 
@@ -123,10 +122,10 @@ def test_the_first_node_is_requested_until_it_joins_or_the_wait_ends(
     )
     next(steps)
     wait_for(lambda: requested() == [{"CPU": 0.5, "GPU": 1}])  # there is a core
-    assert "waiting  for machines: scale.layout gpu needs a GPU" in capsys.readouterr().out
+    assert "waiting  for nodes: scale.layout gpu needs a GPU" in capsys.readouterr().out
     steps.close()
     wait_for(lambda: requested() == [])
-    with pytest.raises(ResourcesError, match="waited 1 s for machines"):
+    with pytest.raises(ResourcesError, match="waited 1 s for nodes"):
         wait_for_placement(LABELING, scale, Interruption())
     wait_for(lambda: requested() == [])
 

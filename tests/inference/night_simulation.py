@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from imgcls.config import build
 from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
 from imgcls.execution.completed import CompletedChunks, read_chunk_rows, write_chunk
 from imgcls.execution.messages import StageTimings
@@ -35,6 +35,7 @@ from imgcls.inference.specs import PredictSpec
 from imgcls.metrics import PredictionCounts
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
+from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import COLOURS, draw, save
 
 SETTINGS = {"top_k": 2, "scores": False}
@@ -230,7 +231,7 @@ class Nightly:
                 if killed == "rolled up":
                     raise Killed
         if not plan.rows:
-            added = layout.build_prediction_schema(labelled=False)
+            added = build_prediction_schema(labelled=False)
             write_empty_part(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
         for part in range(plan.num_parts):
             table = pq.read_table(layout.part_url(output, part))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from imgcls.cluster.session import Interruption, Node
-from imgcls.data.object_store import StorageConfig
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.formatting import format_percent
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
 from imgcls.execution.worker import is_cpu_chunk

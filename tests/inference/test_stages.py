@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.completed import read_chunk_rows, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan
@@ -30,7 +30,7 @@ from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.classifier import Classifier, PendingScores
 from imgcls.models.cuda_graph import CudaTimer
-from imgcls.runs import layout
+from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
 
@@ -145,9 +145,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
     assert split.equals(fused)
     assert fetched.equals(fused)
-    assert fused.schema.equals(
-        layout.build_prediction_schema(labelled=True, scores=3, embedding=32)
-    )
+    assert fused.schema.equals(build_prediction_schema(labelled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
 
@@ -243,7 +241,7 @@ def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> li
     rows = pa.table({"path": pa.array(paths, pa.string())})
     table = stages.predict_chunk(bare(len(paths)), classifier, rows, ChunkTask(0), StageTimings())
     table.validate(full=True)
-    assert table.schema.equals(layout.build_prediction_schema(labelled=False))
+    assert table.schema.equals(build_prediction_schema(labelled=False))
     assert table["row"].to_pylist() == list(range(len(paths)))
     statuses: list[str] = table["status"].to_pylist()
     assert set(statuses) <= STATUSES

@@ -46,6 +46,8 @@ def test_while_a_worker_is_there_nothing_is_waited_for_and_without_one_not_for_e
         look_for(2, team)
         assert capsys.readouterr().out == ""
         ray.kill(worker)
-        with pytest.raises(RunFailed, match=r"of training workers, 1 x \(1 CPU\); the cluster has"):
+        with pytest.raises(
+            RunFailed, match=r"for training workers, 1 x \(1 CPU\); the cluster has"
+        ):
             look_for(60, team)
         assert "waiting  for training workers, 1 x (1 CPU)" in capsys.readouterr().out

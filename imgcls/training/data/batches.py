@@ -18,6 +18,7 @@ import pyarrow as pa
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import ImageError, StorageError
 from imgcls.training.sampler import Int64Array
 
@@ -161,7 +162,7 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
         except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
             give(error)
 
-    threading.Thread(target=work, name="batches", daemon=True).start()
+    threading.Thread(target=bind_settings(work), name="batches", daemon=True).start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):

@@ -21,7 +21,7 @@ from pydantic import field_validator
 
 from imgcls.config import Section
 from imgcls.data import filesystem
-from imgcls.errors import Interrupted
+from imgcls.errors import Interrupted, one_line
 from imgcls.training.loggers.remote import MLflowLogger, WandbLogger
 from imgcls.training.loggers.tensorboard import TensorBoardLogger
 
@@ -224,11 +224,11 @@ class _LoggerQueue:
                 with contextlib.suppress(Exception):
                     self._pending[-1](self.logger)
             self._report(
-                f"{len(self._pending):,} of its messages were lost ({_format_error(error)})"
+                f"{len(self._pending):,} of its messages were lost ({one_line(error, 200)})"
             )
         elif not self._is_failing:
             self._report(
-                f"cannot be told ({_format_error(error)}); the training goes on, and it is "
+                f"cannot be told ({one_line(error, 200)}); the training goes on, and it is "
                 "tried again"
             )
         self._is_failing = True
@@ -244,10 +244,6 @@ class _LoggerQueue:
 
 def _drop_nan(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if not math.isnan(value)}
-
-
-def _format_error(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _build_loggers(

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from imgcls.cluster.session import set_env_defaults
 from imgcls.data import filesystem
-from imgcls.errors import RequestError
+from imgcls.errors import RequestError, one_line
 from imgcls.training.loggers.tensorboard import build_tag
 
 MAX_PARAMS_PER_CALL = 100
@@ -55,7 +56,7 @@ class MLflowLogger:
                 package.MlflowClient(self._uri).search_experiments(max_results=1)
         except Exception as error:
             raise RequestError(
-                f"track.mlflow {self._uri}: {_format_error(error)}; give the URI of an MLflow "
+                f"track.mlflow {self._uri}: {one_line(error)}; give the URI of an MLflow "
                 "server that "
                 "runs, or of a file as in sqlite:///mlflow.db"
             ) from error
@@ -164,7 +165,7 @@ class WandbLogger:
             known = wandb.login(prompt=False)
         except Exception as error:
             raise RequestError(
-                f"{place}: {_format_error(error)}; see to the key and the network, or set "
+                f"{place}: {one_line(error)}; see to the key and the network, or set "
                 "WANDB_MODE=offline and send the run later with `wandb sync`"
             ) from error
         if not known:
@@ -226,7 +227,7 @@ def _import_package(name: str, attribute: str, key: str) -> ModuleType:
         getattr(package, attribute)
     except (ImportError, AttributeError) as error:
         raise RequestError(
-            f"{key}: the package {name} is not installed ({_format_error(error)}); "
+            f"{key}: the package {name} is not installed ({one_line(error)}); "
             f"pip install 'imgcls[{name}]' on the machine that runs the driver"
         ) from error
     return package
@@ -235,18 +236,9 @@ def _import_package(name: str, attribute: str, key: str) -> ModuleType:
 @contextlib.contextmanager
 def _short_timeouts() -> Iterator[None]:
     """Within it MLflow gives up on its server sooner, unless the user has set it otherwise."""
-    wanted = {
+    timeouts = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_SECONDS),
     }
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
+    with set_env_defaults(timeouts):
         yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _format_error(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
