@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgcls.data import azure, gcs
-from imgcls.data.object_store import AZURE_PROTOCOLS, GCS_PROTOCOLS, S3_PROTOCOLS, FileInfo, ListingPage, build_url, call_store, get_protocol, resolve_store
+from imgcls.data.object_store import (
+    AZURE_PROTOCOLS,
+    GCS_PROTOCOLS,
+    S3_PROTOCOLS,
+    FileInfo,
+    ListingPage,
+    build_url,
+    call_store,
+    get_protocol,
+    resolve_store,
+)
 from imgcls.data.retries import retry_async
 from imgcls.data.storage_errors import LIST
 

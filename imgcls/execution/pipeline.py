@@ -50,7 +50,6 @@ class Pipeline:
         self._name = secrets.token_hex(8)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.raise_original_map_exception = True
         # each result leaves its worker at once, not when the block of its chunk is done
         context.target_max_block_size = 1
         ray_internals.limit_result_buffer(context, placement.max_buffered_results)

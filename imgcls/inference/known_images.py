@@ -1,7 +1,7 @@
-"""Tables on disk of which images are known: every row's place, version, status and night.
+"""Tables on disk of the images that earlier runs know: path, version, status and night of each row.
 
-What `--since` and `history compact` decide is asked of these tables (DuckDB), so that memory does
-not grow with the rows. Also owns `_since/` in a run's folder: what the comparison found.
+`--since` and `history compact` query these tables (DuckDB), so that memory does not grow with the
+rows. Also reads and writes `_since/` in a run's folder: the results of the comparison.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ TRANSIENT_STATUSES = frozenset(
     error.status
     for error in (StorageMissing, StorageForbidden, StorageThrottled, StorageUnavailable)
 )
-"""Statuses that do not depend on an image's bytes: the next run tries these rows again."""
+"""Statuses that do not depend on an image's bytes: the next run retries these rows."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
-"""Tables in `_since/`: images that the listing lacks, broken ones that were not tried again, and
+"""Tables in `_since/`: images that the listing lacks, broken images that were not tried again, and
 rows of the run whose image had failed before."""
 
 _DUCKDB_MEMORY = "1GB"
 
 
 class KnownImages:
-    """Tables on disk of which rows are known, and which of them is the newest of its image.
+    """Tables of known rows, on disk. `place` is a hash of the absolute path, `nth` a row number.
 
     version: columns whose change means another image
-    nulls:   whether a null version is one like any other, not one that is unknown
+    nulls:   whether a null version is a value, instead of unknown
     """
 
     def __init__(self, folder: str, version: Sequence[str] = (), *, nulls: bool = False) -> None:
-        import duckdb  # a tenth of a second, only where it is asked for
+        import duckdb  # 0.1 s to import, only where it is needed
 
         self.version = list(version)
         self.statuses: list[str] = [OK]
-        """By code; a row's code is its place."""
+        """By code: the index in the list."""
         self._nulls = nulls
         self.db = duckdb.connect(str(Path(folder) / "keys.duckdb"))
         self.db.execute(f"SET memory_limit = '{_DUCKDB_MEMORY}'")
@@ -73,12 +73,13 @@ class KnownImages:
         bundle_sha256: str | None = None,
         below: str | None = None,
     ) -> None:
-        """Enter a run's rows.
+        """Add the rows of a run.
 
-        source: names the run; nights: the number of each night by its URL, later ones higher
-        below:  a folder; which images lie in it is noted
+        source: number of the run
+        nights: rank of each night by URL, later ones higher
+        below:  a folder; whether an image lies in it is stored
         """
-        # a labeling run's column of this name comes from its manifest, not from the run
+        # in a predict run, a column of this name comes from the manifest
         own = ["run", "bundle_sha256"] if run.merged_runs else []
         have = [name for name in self.version if name in run.schema.names]
         names = list(dict.fromkeys([run.path_column, "status", *have, *own]))
@@ -91,7 +92,7 @@ class KnownImages:
                 night = pa.array(np.full(size, newest))
                 current = pa.array(np.full(size, run.bundle_sha256 == bundle_sha256))
                 if own:
-                    # before the run itself, whose rows may have been labeled again since
+                    # lower than the run itself, whose rows may have been labeled again since
                     night = pc.subtract(_find_ranks(table["run"], nights, newest), 1)
                     current = pc.equal(table["bundle_sha256"].cast(pa.string()), bundle_sha256)
                 place = resolve_paths(table[run.path_column], run.root)
@@ -115,7 +116,7 @@ class KnownImages:
         self._insert("known", rows(), "status", "current", "below", "night", "source", "nth")
 
     def add_deleted(self, run: CommittedRun, nights: Mapping[str, int]) -> None:
-        """Enter the images that a run found to be deleted."""
+        """Add the images that a run found deleted."""
         if not run.run_record.get("since", {}).get(DELETED) or run.merged_runs:
             return
         table = read_since_table(run.url, DELETED)
@@ -129,7 +130,7 @@ class KnownImages:
         )
 
     def add_planned(self, run: PlannedRun, source: int, night: int, below: str) -> None:
-        """Enter the images below a folder that an unfinished run is going to label."""
+        """Add the images below a folder that an unfinished run will label."""
         path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
@@ -152,7 +153,7 @@ class KnownImages:
         self._insert("planned", rows(), "night", "source", "nth", versions=0)
 
     def add_refused(self, run: PlannedRun) -> None:
-        """Enter the broken images of a run that a gate has refused, and so has reported."""
+        """Add the broken images of a refused run, which have been reported by the refusal."""
         path, root = find_path_column(run)
 
         def rows() -> Iterator[pa.RecordBatch]:
@@ -175,7 +176,7 @@ class KnownImages:
         self._insert("refused", rows())
 
     def add_manifest(self, manifest: Manifest) -> None:
-        """Enter a manifest's rows."""
+        """Add the rows of a manifest."""
 
         def rows() -> Iterator[pa.RecordBatch]:
             start = 0
@@ -192,13 +193,13 @@ class KnownImages:
         self._insert("asked", rows(), "nth")
 
     def iter_column(self, query: str) -> Iterator[np.ndarray]:
-        """The first column of a query, an array at a time."""
+        """The first column of a query, array by array."""
         found: Any = self.db.sql(query)
         for batch in found.to_arrow_reader(1 << 20):
             yield batch.column(0).to_numpy(zero_copy_only=False)
 
     def read_counts(self, query: str) -> dict[Any, int]:
-        """A query of two columns, the second of which counts."""
+        """The result of a query for keys and counts."""
         return dict(self.db.execute(query).fetchall())
 
     def _build_versions(self, table: pa.Table) -> dict[str, Any]:
@@ -239,7 +240,7 @@ class KnownImages:
         try:
             self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
         except Exception:
-            if failed:  # DuckDB gives every error of its input as one of its own
+            if failed:  # DuckDB replaces errors of its input by its own
                 raise failed[0] from None
             raise
         finally:
@@ -255,7 +256,7 @@ def _build_schema(texts: Sequence[str], *numbers: str) -> pa.Schema:
 
 
 def _find_ranks(urls: pa.ChunkedArray, nights: Mapping[str, int], otherwise: int) -> pa.Array:
-    """The number of each row's night, `otherwise` for one that is not known."""
+    """The rank of each row's night, `otherwise` for an unknown night."""
     names = pa.array(list(nights), pa.string())
     at = pc.index_in(urls.cast(pa.string()), value_set=names)
     return pc.fill_null(pa.array(list(nights.values()), pa.int64()).take(at), otherwise)
@@ -270,7 +271,7 @@ def _is_below(place: pa.ChunkedArray, below: str | None) -> Any:
 def rank_runs(
     runs: Sequence[CommittedRun], unfinished: Sequence[PlannedRun] = ()
 ) -> dict[str, int]:
-    """Each night by its URL and an even number in their order, those of merged runs included."""
+    """An even rank for each night by its URL, those of merged runs included."""
     orders: dict[str, RunOrder] = {run.url: run.order for run in unfinished}
     for run in runs:
         for url, order in find_origins(run).items():
@@ -280,13 +281,15 @@ def rank_runs(
     return {url: rank[order] for url, order in orders.items()}
 
 
-def take_rows(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Iterator[pa.Table]:
-    """Of a stream of tables, the rows at these places, which rise."""
+def take_rows(tables: Iterator[pa.Table], positions: Iterator[np.ndarray]) -> Iterator[pa.Table]:
+    """The rows of a stream of tables at some positions, which must ascend."""
     waiting = np.zeros(0, np.int64)
     start = 0
     for table in tables:
         end = start + table.num_rows
-        while (not len(waiting) or waiting[-1] < end) and (more := next(places, None)) is not None:
+        while (not len(waiting) or waiting[-1] < end) and (
+            more := next(positions, None)
+        ) is not None:
             waiting = np.concatenate([waiting, more])
         here = int(np.searchsorted(waiting, end))
         if here:
@@ -295,13 +298,13 @@ def take_rows(tables: Iterator[pa.Table], places: Iterator[np.ndarray]) -> Itera
 
 
 def find_path_column(run: PlannedRun) -> tuple[str, str]:
-    """The path column of a planned run, and where its relative paths start."""
-    manifest = run.run_json["identity"]["manifest"]
+    """The path column of a planned run, and the root of its relative paths."""
+    manifest = run.run_record["identity"]["manifest"]
     return manifest["path_column"], manifest["root"]
 
 
 def read_planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The manifest rows of a planned run, in order, with the prediction columns it may have.
+    """The manifest rows of a planned run, in order, with its prediction columns if it has any.
 
     columns: read only these
     """
@@ -312,19 +315,20 @@ def read_planned_rows(run: PlannedRun, columns: Sequence[str] | None = None) -> 
 
 
 def read_since_table(output: str, name: str) -> pa.Table:
-    """A table of a run's `_since/`."""
+    """Read a table of a run's `_since/`."""
     with filesystem.open_read(get_since_table_url(output, name)) as opened:
         return pq.read_table(opened)
 
 
 def get_since_table_url(output: str, name: str) -> str:
+    """The URL of a table in a run's `_since/`."""
     return filesystem.join(output, layout.SINCE_FOLDER, f"{name}.parquet")
 
 
 def normalize_version(column: pa.ChunkedArray, *, nulls: bool = False) -> pa.ChunkedArray:
-    """A version column as text, alike for alike values of another type or unit.
+    """A version column as text; equal values of different types or units get equal text.
 
-    nulls: give a null a text of its own
+    nulls: whether a null gets its own text
     """
     kind = column.type
     if pa.types.is_dictionary(kind):

@@ -48,7 +48,7 @@ from imgcls.inference.requests import (
     iter_image_urls,
     resolve_settings,
 )
-from imgcls.inference.result import PredictResult
+from imgcls.inference.result import PredictResult as PredictResult
 from imgcls.inference.rollup import PartRollup
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.workers import LABELING

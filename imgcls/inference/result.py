@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
+from imgcls.data import filesystem, storage_settings
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageError
 from imgcls.execution.formatting import format_count, format_percent
 from imgcls.metrics import PredictionCounts
@@ -26,16 +26,16 @@ _SHOWN_METRICS = ("accuracy", "f1_macro", "expected_calibration_error")
 class PredictResult:
     """A committed run.
 
-    output: its folder
-    rows:   number of rows in its table
-    counts: of the table; None if the run had been committed before
-    storage: with which the table is read; by default the settings that apply where this is built
+    output:  its folder
+    rows:    number of rows in its table
+    counts:  of the table; None if the run had been committed before
+    storage: settings of the store that the output is on
     """
 
     output: str
     rows: int
     counts: PredictionCounts | None
-    storage: StorageConfig = field(default_factory=current_settings, repr=False)
+    storage: StorageConfig = field(default_factory=storage_settings.current_settings)
 
     @property
     def table(self) -> str:
@@ -47,16 +47,16 @@ class PredictResult:
         """Number of rows by status, such as `ok` and `missing`."""
         if self.counts is not None:
             return dict(sorted(self.counts.status.items()))
-        with use_settings(self.storage):
-            text = filesystem.read(filesystem.join(self.output, layout.SUCCESS_FILE))
-        success = json.loads(text)
-        return dict(success["status"])
+        with storage_settings.use_settings(self.storage):
+            data = filesystem.read(filesystem.join(self.output, layout.SUCCESS_FILE))
+        success = json.loads(data)
+        return dict(sorted(success["status"].items()))
 
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of `metrics/summary.parquet` by name; accuracy only where rows have labels."""
         url = filesystem.join(self.output, layout.METRICS_FOLDER, "summary.parquet")
-        with use_settings(self.storage), filesystem.open_read(url) as stream:
+        with storage_settings.use_settings(self.storage), filesystem.open_read(url) as stream:
             rows = pq.read_table(stream).to_pylist()
         return {row["metric"]: row["value"] for row in rows}
 
@@ -65,7 +65,7 @@ class PredictResult:
         import pandas as pd
 
         frames = []
-        with use_settings(self.storage):
+        with storage_settings.use_settings(self.storage):
             for name in sorted(filesystem.list_names(self.table)):
                 with filesystem.open_read(filesystem.join(self.table, name)) as stream:
                     frames.append(pd.read_parquet(stream))

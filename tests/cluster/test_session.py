@@ -17,7 +17,12 @@ import ray
 import ray.data
 
 from imgcls.cluster import session
-from imgcls.cluster.session import build_malloc_env, check_reachable, configure_ray_data, unwrap_ray_errors
+from imgcls.cluster.session import (
+    build_malloc_env,
+    check_reachable,
+    configure_ray_data,
+    unwrap_ray_errors,
+)
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
 from tests.conftest import draw
 from tests.processes import imgcls as run_imgcls

@@ -227,7 +227,7 @@ def test_a_run_of_other_settings_is_left_and_an_output_without_a_date_is_refused
     assert nightly.predict(day(2), series=series) == str(nightly.labels / "fixed")
     images.write("camera-0/new.png")
     nightly.build(images)
-    with pytest.raises(OutputError, match=r"write \{date\} in --output"):
+    with pytest.raises(OutputError, match=r"Put \{date\} in --output"):
         nightly.predict(day(3), series=series)
 
 
