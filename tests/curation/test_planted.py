@@ -19,7 +19,7 @@ from imgcls.curation.checks.hash_search import find_near_pairs
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.data.image_features import MIRROR_BITS, compute_features
 from tests.conftest import write_manifest
-from tests.curation.test_check import Row, images_of
+from tests.curation.pictures import Row, images_of
 from tests.data.pictures import encoded
 from tests.processes import RayCluster, imgcls
 
@@ -58,7 +58,7 @@ def test_changed_copies_of_photographs_are_found(photographs: list[bytes], kind:
     copies = [planted(kind, blob) for blob in photographs]
     hashes = np.concatenate([hashes_of(photographs), hashes_of(copies)])
     pairs = find_near_pairs(
-        hashes, MIRROR_BITS.view(np.uint64), most=DuplicatesConfig().max_hash_distance
+        hashes, MIRROR_BITS.view(np.uint64), max_distance=DuplicatesConfig().max_hash_distance
     )
     told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     count = len(photographs)
