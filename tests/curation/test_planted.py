@@ -1,4 +1,4 @@
-"""Faults put into real data, and how many of them are found."""
+"""Problems planted in real data, and the share of them that is found."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def test_changed_copies_of_photographs_are_found(photographs: list[bytes], kind:
     pairs = find_near_pairs(
         hashes, MIRROR_BITS.view(np.uint64), max_distance=DuplicatesConfig().max_hash_distance
     )
-    told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    found = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     count = len(photographs)
-    assert len(told & {(i, i + count) for i in range(count)}) >= wanted * count
+    assert len(found & {(i, i + count) for i in range(count)}) >= wanted * count
     # every other pair is a false one
-    false = {(i, j) for i, j in told if j - i != count}
+    false = {(i, j) for i, j in found if j - i != count}
     assert len(false) < 0.001 * count * (count - 1) / 2
 
 
@@ -111,7 +111,7 @@ def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_check_finds_what_was_planted_in_photographs(
+def test_a_check_finds_planted_problems_in_photographs(
     photographs: list[bytes], tmp_path: Path, cluster: RayCluster
 ) -> None:
     kinds = ["same bytes", "truncated", *CHANGES]

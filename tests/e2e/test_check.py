@@ -60,9 +60,7 @@ def issues_in(output: Path) -> dict[str, list[int]]:
 
 
 @ON_BOTH
-def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
-    place: Path, cluster: RayCluster
-) -> None:
+def test_a_check_finds_issues_and_writes_a_clean_manifest(place: Path, cluster: RayCluster) -> None:
     train, test = data_set(place)
     clean = place / "clean.parquet"
     done = imgcls(
@@ -96,7 +94,7 @@ def test_a_check_finds_what_is_wrong_and_writes_a_manifest_without_it(
 
 
 @pytest.mark.slow
-def test_a_check_that_is_killed_goes_on_where_it_was(tmp_path: Path, cluster: RayCluster) -> None:
+def test_a_killed_check_is_resumed(tmp_path: Path, cluster: RayCluster) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for i in range(8):
@@ -117,7 +115,7 @@ def test_a_check_that_is_killed_goes_on_where_it_was(tmp_path: Path, cluster: Ra
     assert kept is not None, done.stdout
     assert 0 < there <= int(kept[1])
     assert issues_in_all(output, "exact-duplicates") == 400
-    # done, it looks again when it is asked again: the images may have been mended
+    # a finished check scans again when it is repeated: images may have been replaced
     assert not (output / "_looks").exists()
 
 
@@ -125,7 +123,7 @@ def issues_in_all(output: Path, issue: str) -> int:
     return json.loads((output / "summary.json").read_text())["issues"][issue]
 
 
-def test_the_page_of_a_check_shows_what_was_found(
+def test_the_page_of_a_check_shows_the_issues(
     tmp_path: Path, cluster: RayCluster, colour_bundle: Path
 ) -> None:
     train, test = data_set(tmp_path)
@@ -145,18 +143,16 @@ def test_the_page_of_a_check_shows_what_was_found(
         assert all(url.startswith(("file:", "data:")) for url in page.requests)
 
 
-def test_a_data_set_is_described_in_numbers_and_pictures(
-    tmp_path: Path, cluster: RayCluster
-) -> None:
+def test_stats_have_numbers_and_pictures(tmp_path: Path, cluster: RayCluster) -> None:
     train, _ = data_set(tmp_path)
     output = tmp_path / "stats"
     done = imgcls("manifest", "stats", train, "--output", output, env=cluster.environment())
     assert done.returncode == 0, done.stderr
-    told = json.loads((output / "stats.json").read_text())
-    assert told["status"] == {"ok": 43, "truncated": 1}
-    assert told["classes"] == {"even": 24, "odd": 20}
-    assert told["formats"] == {"JPEG": 43}
-    assert told["width"]["50"] == 320
+    stats = json.loads((output / "stats.json").read_text())
+    assert stats["status"] == {"ok": 43, "truncated": 1}
+    assert stats["classes"] == {"even": 24, "odd": 20}
+    assert stats["formats"] == {"JPEG": 43}
+    assert stats["width"]["50"] == 320
     with opened(f"file://{output}/stats.html") as page:
         assert page.page.locator("h2", has_text="even").count() == 1
         assert page.page.locator("ul.gallery img").count() == 24
@@ -165,7 +161,9 @@ def test_a_data_set_is_described_in_numbers_and_pictures(
 
 
 @ON_BOTH
-def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayCluster) -> None:
+def test_a_manifest_is_built_with_the_features_of_its_images(
+    place: Path, cluster: RayCluster
+) -> None:
     data_set(place)
     output = place / "built"
     done = imgcls(
@@ -190,7 +188,7 @@ def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayC
     assert done.returncode == 0, done.stderr
 
 
-def test_a_table_in_another_shape_becomes_a_manifest(tmp_path: Path) -> None:
+def test_a_table_with_other_columns_becomes_a_manifest(tmp_path: Path) -> None:
     rows = [("a.jpg", "cat", "x"), ("b.jpg", "dog", "y")]
     table = write_manifest(tmp_path / "t.csv", rows, ("file", "species", "site"))
     output = tmp_path / "out"

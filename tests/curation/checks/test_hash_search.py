@@ -74,7 +74,7 @@ def test_many_copies_of_one_image_are_one_group_at_little_cost() -> None:
     assert len(pairs) < 4 * len(hashes)
 
 
-def test_of_nothing_there_are_no_pairs() -> None:
+def test_no_hashes_have_no_pairs() -> None:
     for count in (0, 1):
         assert (
             len(
@@ -102,11 +102,11 @@ def test_joined_rows_are_together_whatever_the_order(
     assert groups.root.tolist() == [min(rows) for rows in sets]
 
 
-@pytest.mark.parametrize("most", [0, 20])
-def test_every_pair_is_told_once(most: int) -> None:
+@pytest.mark.parametrize("max_distance", [0, 20])
+def test_every_pair_is_returned_once(max_distance: int) -> None:
     rng = np.random.default_rng(3)
     hashes = np.repeat(random_hashes(rng, 50), 2, axis=0)
-    pairs = find_near_pairs(hashes, random_hashes(rng, 1)[0], max_distance=most)
-    told = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
-    assert told == [(i, i + 1) for i in range(0, 100, 2)]
-    assert not list(itertools.compress(told, pairs.mirrored))
+    pairs = find_near_pairs(hashes, random_hashes(rng, 1)[0], max_distance=max_distance)
+    found = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    assert found == [(i, i + 1) for i in range(0, 100, 2)]
+    assert not list(itertools.compress(found, pairs.mirrored))
