@@ -60,7 +60,7 @@ def read_csv_header(file: str, options: ReadOptions) -> CsvHeader:
     with open_decompressed(file) as stream:
         head = read_block(stream, _HEAD_BYTES, file)
     if (found := detect_foreign_format(head, options.keys)) is not None:
-        raise ManifestError(f"{place}: holds binary data, not CSV: it is {found}")
+        raise ManifestError(f"{place}: contains binary data, not CSV: it is {found}")
     encoding = _detect_encoding(head, options, place)
     whole = len(head) < _HEAD_BYTES
     try:
@@ -110,7 +110,7 @@ def read_csv_batches(file: str, options: ReadOptions) -> Iterator[pa.RecordBatch
     table.check_quotes()
     raise ManifestError(
         f"manifest {file}: the row after row {done:,} is longer than 128 MiB; write long values "
-        "to separate files and give their paths"
+        "to separate files and use their paths"
     )
 
 
@@ -293,7 +293,7 @@ def _check_first_line(line: str, place: str, options: ReadOptions) -> None:
         raise ManifestError(f"{place}: is empty; the first line must name the columns")
     if "\x00" in line:
         raise ManifestError(
-            f"{place}: holds binary data, not CSV; pass {options.keys.option('format')} parquet if "
+            f"{place}: contains binary data, not CSV; pass {options.keys.option('format')} parquet if "
             "it is a Parquet file"
         )
     if _JSON_START.match(line):

@@ -37,7 +37,7 @@ class ManifestFiles:
 
     format:     a key of MANIFEST_FORMATS
     files:      the tables, or the images that a glob matches; empty for a folder of images
-    folder:     the folder that was given, where relative paths of partitioned tables start
+    folder:     the folder that was passed, where relative paths of partitioned tables start
     partitions: for each table, the values in its folder names such as year=2026, null allowed
     """
 
@@ -48,7 +48,7 @@ class ManifestFiles:
 
 
 def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) -> ManifestFiles:
-    """Find the files of a manifest given as a file, folder or glob.
+    """Find the files of a manifest passed as a file, folder or glob.
 
     format: "auto", or a key of MANIFEST_FORMATS
     Raises ManifestError where nothing is found, or where the format is ambiguous.
@@ -74,7 +74,7 @@ def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) ->
     is_relative = filesystem.is_local(url) and not os.path.isabs(url)
     where = f" relative to {os.getcwd()}" if is_relative else ""
     raise ManifestError(
-        f"manifest {url}: no such file or folder{where}; give a CSV or Parquet file, a glob, or a "
+        f"manifest {url}: no such file or folder{where}; pass a CSV or Parquet file, a glob, or a "
         "folder of images"
     )
 
@@ -144,7 +144,7 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
     if "_delta_log" in folders:
         raise ManifestError(
             f"manifest {url}: is a Delta Lake table, whose files may contain deleted rows; export "
-            "its rows to Parquet and give the exported files"
+            "its rows to Parquet and pass the exported files"
         )
     tables = group_tables(names)
     if format == "auto":
@@ -160,7 +160,7 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
         return partitioned
     if format != "auto":
         below = _find_first(url, lambda path: detect_table_format(path) == format)
-        fix = f"; it has some in subfolders ({below!r}): give a glob, such as {url}/**/*"
+        fix = f"; it has some in subfolders ({below!r}): pass a glob, such as {url}/**/*"
         raise ManifestError(
             f"manifest {url}: the folder contains no {format} file" + (fix if below else "")
         )
@@ -206,7 +206,7 @@ def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames)
         )
         raise ManifestError(
             f"manifest {url}: contains {found}; pass {suggest_formats(keys, tuple(TABLE_FORMATS))} "
-            "to read only those, or give a glob"
+            "to read only those, or pass a glob"
         )
     if not tables:
         return
@@ -226,7 +226,7 @@ def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames)
         tell(
             "note",
             f"manifest {url}: the tables in its subfolders are not read ({below!r}); to read them, "
-            f"give a glob such as {url}/**/*",
+            f"pass a glob such as {url}/**/*",
         )
 
 
@@ -285,7 +285,7 @@ def _find_partitioned(
         if list(partitions[file]) != names:
             raise ManifestError(
                 f"manifest {file}: is in partitions {list(partitions[file])}, and {files[0]} in "
-                f"{names}; give a glob of the files that belong together"
+                f"{names}; pass a glob of the files that belong together"
             )
     return ManifestFiles(found.pop(), tuple(files), url, partitions)
 
@@ -297,7 +297,7 @@ def _parse_partition_values(url: str, path: str, above: list[str]) -> dict[str, 
         if not separator or not key or key in values:
             raise ManifestError(
                 f"manifest {url}: {path!r} is in a folder {name!r} that is not a partition such as "
-                "year=2026; give a glob of the tables that belong together"
+                "year=2026; pass a glob of the tables that belong together"
             )
         values[unquote(key)] = None if value == _NULL_PARTITION else unquote(value)
     return values

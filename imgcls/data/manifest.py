@@ -463,7 +463,7 @@ def find_label_variants(counts: Mapping[str, int], classes: Iterable[str] = ()) 
     """Labels that differ only by case, spaces or compatibility forms, as text with their counts.
 
     counts:  rows by label, as `normalize_labels` returns them
-    classes: classes of a model; if given, only labels that are similar to a class are returned
+    classes: classes of a model; with it, only labels that are similar to a class are returned
     """
     known = set(classes)
     groups: dict[str, set[str]] = {}

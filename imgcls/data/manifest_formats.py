@@ -29,7 +29,7 @@ class TableFormat:
     suffixes:           in lower case, with the dot
     read_schema:        columns of a file, from as few bytes as possible
     read_batches:       streams the rows of a file, in order
-    explicit_suffixes:  suffixes that count only where the file or a glob is given: in a folder,
+    explicit_suffixes:  suffixes that count only if the file or a glob is passed: in a folder,
                         such files may be anything
     fallback_suffixes:  suffixes that are read from a folder only where no other file of the format
                         is in it

@@ -89,7 +89,7 @@ _VALUES = st.text(st.sampled_from('a,;"\r\n\\é \t'), max_size=6)
     size=st.integers(64, 200),
     newline=st.sampled_from(["\n", "\r\n"]),
 )
-def test_what_python_writes_is_read_in_blocks_of_any_size(
+def test_a_csv_of_python_is_read_in_blocks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], size: int, newline: str
 ) -> None:
     text = io.StringIO(newline="")
@@ -102,7 +102,7 @@ def test_what_python_writes_is_read_in_blocks_of_any_size(
         assert rows_of(path) == rows
 
 
-def test_a_row_longer_than_a_block_is_read_and_none_is_lost_or_doubled(
+def test_a_row_longer_than_a_block_is_read_once(
     file: Path, small_blocks: Callable[[int], None]
 ) -> None:
     rows = [[f"{i}.jpg", "x" * (1000 if i % 40 == 39 else 3)] for i in range(200)]
@@ -117,7 +117,7 @@ def test_a_field_of_40_mb_is_read(file: Path) -> None:
     assert rows_of(file) == [["a.jpg", "cat"], [long, "dog"]]
 
 
-def test_a_row_that_is_too_long_is_refused_with_its_place_and_the_remedy(
+def test_a_row_that_is_too_long_is_refused_with_its_number_and_the_fix(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(csv_reader, "_BLOCK_BYTES", 1000)
@@ -171,9 +171,7 @@ def test_no_malformed_quoting_is_read_as_something_else(file: Path, text: str) -
         ('x""y', 'x""y'),
     ],
 )
-def test_quotes_and_backslashes_that_are_right_stay_as_they_are(
-    file: Path, text: str, value: str
-) -> None:
+def test_valid_quotes_and_backslashes_are_not_changed(file: Path, text: str, value: str) -> None:
     file.write_text(f"path,x\na.jpg,{text}\nb.jpg,y\n")
     assert rows_of(file) == [["a.jpg", value], ["b.jpg", "y"]]
 
@@ -194,7 +192,7 @@ def _as_spark(value: str) -> str:
     ),
     size=st.integers(120, 300),
 )
-def test_what_spark_writes_is_read_when_its_escape_is_declared(
+def test_a_csv_of_spark_is_read_with_its_escape(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], size: int
 ) -> None:
     lines = ["path,x", *(f"{_as_spark(a)},{_as_spark(b)}" for a, b in rows)]
@@ -277,6 +275,6 @@ def test_a_compressed_csv_is_read_and_one_that_is_cut_off_refused(
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )
-def test_another_format_is_named_with_the_remedy(file: Path, content: bytes, what: str) -> None:
+def test_another_format_is_named_with_the_fix(file: Path, content: bytes, what: str) -> None:
     file.write_bytes(content)
     assert what in refused(file)

@@ -18,7 +18,7 @@ from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from tests.browser import opened
 from tests.conftest import save, write_manifest
-from tests.curation.test_check import picture
+from tests.curation.pictures import picture
 from tests.processes import RayCluster, imgcls, started, wait_for
 
 pytestmark = pytest.mark.timeout(600)
