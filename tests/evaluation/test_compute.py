@@ -246,7 +246,7 @@ def test_ray_data_counts_what_one_process_counts(
 
 
 def test_a_missing_or_uncommitted_run_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="holds no labelling run"):
+    with pytest.raises(OutputError, match=r"\(no _run.json\)"):
         compute_evaluation(str(tmp_path), EvaluationOptions(), need_labels=True)
     folder = commit(tmp_path / "out", drawn(20))
     (folder / layout.SUCCESS_FILE).unlink()

@@ -178,7 +178,7 @@ def test_the_report_of_a_training_has_curves_and_augmented_samples(tmp_path: Pat
 
 
 def test_other_sources_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no labelling run"):
+    with pytest.raises(RequestError, match=r"\(no _run.json\)"):
         write_report(ReportConfig(source=str(tmp_path)))
     with pytest.raises(RequestError, match="without a training history"):
         write_report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))

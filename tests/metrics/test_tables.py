@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import metrics as sk
 
-from imgcls.metrics import PredictionCounts, expected_calibration_error, registry, tables
+from imgcls.metrics import PredictionCounts, expected_calibration_error, tables
 from imgcls.metrics.formatting import format_summary
 
 CLASSES = [f"class {i}" for i in range(9)]
@@ -245,31 +245,6 @@ def test_calibration_of_an_unlabeled_run_is_its_confidence_histogram(unlabeled):
     assert got["accuracy"].null_count == got.num_rows == 15
 
 
-def test_a_formatted_summary_has_the_headline_numbers_for_a_terminal():
-    table = pa.table(
-        {
-            "metric": [
-                "rows",
-                "ok",
-                "status_missing",
-                "labelled",
-                "accuracy",
-                "f1_micro",
-                "log_loss",
-            ],
-            "value": [1234567.0, 1234564.0, 3.0, 1234564.0, 0.97224, 0.97224, 0.12345],
-            "lower": [None, None, None, None, 0.9612, 0.9612, 0.1],
-            "upper": [None, None, None, None, 0.9812, 0.9812, 0.14999],
-        }
-    )
-    assert format_summary(table).splitlines() == [
-        "rows             1,234,567  (1,234,564 ok, 3 missing)",
-        "labeled          1,234,564",
-        "accuracy         97.22%     (96.12 to 98.12)",
-        "log loss (nats)  0.1235     (0.1000 to 0.1500)",
-    ]
-
-
 def test_every_summary_is_short_and_fits_a_terminal(run, unlabeled):
     _, counts, _ = run
     for each in (counts, unlabeled):
@@ -277,25 +252,3 @@ def test_every_summary_is_short_and_fits_a_terminal(run, unlabeled):
         assert max(map(len, lines)) <= 100
         assert len(lines) <= 12
         assert "nan" not in "\n".join(lines)
-
-
-def test_a_new_metric_is_a_function_and_a_registry_line(run, monkeypatch):
-    _, counts, frame = run
-    spec = registry.MetricSpec(
-        "worst_recall",
-        "lowest recall of a class with labels",
-        registry.FromConfusion(lambda c: float(c.recall[c.is_labeled].min())),
-    )
-    monkeypatch.setattr(tables, "METRICS", (*registry.METRICS, spec))
-    found = {metric.name: metric for metric in tables.compute_metrics(counts, top_k=1)}
-    correct = (frame.label == frame.predicted_label).groupby(frame.label).mean()
-    assert found["worst_recall"].value == pytest.approx(correct.min())
-    low, high = found["worst_recall"].interval
-    assert 0 <= low <= correct.min() <= high <= 1
-    assert "worst_recall" in tables.build_summary_table(list(found.values()))["metric"].to_pylist()
-
-
-def test_names_of_metrics_and_headlines_are_unique_and_match():
-    names = [spec.name for spec in registry.METRICS]
-    assert len(names) == len(set(names))
-    assert set(registry.HEADLINES) <= set(names)
