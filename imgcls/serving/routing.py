@@ -3,9 +3,9 @@
 Ray Serve's own router keeps a request until a replica starts, up to the request timeout: health
 probes and clients would wait for a service that cannot start.
 
-Subclasses a private class of Ray 2.60: `RequestRouterConfig` takes custom routers, but the public
-base class has no default to extend. Check `_choose_replica_for_request`,
-`_pending_requests_to_fulfill` and `_remove_pending_request_from_indices` when Ray is upgraded.
+Subclasses a private class of Ray 2.60, see `cluster.ray_internals`: `RequestRouterConfig` takes
+custom routers, but the public base class has no default to extend. Check
+`_choose_replica_for_request` when Ray is upgraded.
 """
 
 from __future__ import annotations
