@@ -323,7 +323,7 @@ def made_up(start: int, count: int, classes: list[str]) -> pa.Table:
     labels = pa.array(classes).take(pa.array(rng.integers(0, len(classes), count)))
     confidence = pa.array(rng.uniform(0.5, 1, count).astype(np.float32))
     offsets = pa.array(np.arange(count + 1, dtype=np.int32))
-    schema = build_prediction_schema(labelled=False)
+    schema = build_prediction_schema(labeled=False)
     columns: dict[str, Any] = {
         "row": np.arange(start, start + count),
         "predicted_label": labels,

@@ -392,7 +392,7 @@ class _PredictRun:
         """The table of a run without rows, as of a night with nothing new."""
         spec = self.spec
         added = build_prediction_schema(
-            labelled=spec.label_column is not None,
+            labeled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,
             embedding=_find_embedding_width(self.bundle) if spec.embeddings else None,

@@ -256,7 +256,7 @@ def _iter_decoded(
 def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
     """The prediction columns that the spec asks for."""
     return build_prediction_schema(
-        labelled=spec.label_column is not None,
+        labeled=spec.label_column is not None,
         scores=len(classifier.classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,

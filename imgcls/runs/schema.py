@@ -29,7 +29,7 @@ PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
 
 def build_prediction_schema(
     *,
-    labelled: bool,
+    labeled: bool,
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
@@ -37,14 +37,14 @@ def build_prediction_schema(
 ) -> pa.Schema:
     """Schema of the columns that a run adds to its manifest.
 
-    labelled:    add the score and the rank of the manifest's label
+    labeled:    add the score and the rank of the manifest's label
     scores:      number of classes, to add the score of every class
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
     """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
-        *task.build_fields(has_labels=labelled, classes=scores, scores_type=scores_type),
+        *task.build_fields(has_labels=labeled, classes=scores, scores_type=scores_type),
     ]
     if embedding is not None:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))

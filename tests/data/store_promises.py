@@ -1,4 +1,4 @@
-"""What every store of named objects promises, whoever runs it: tests to be inherited.
+"""Guarantees of every object store, of any vendor: tests to be inherited.
 
 A class that inherits them has a fixture `cloud`, a store behind a proxy that fails on request.
 """

@@ -129,7 +129,7 @@ def predictions(
         "error": _unless(~failed, [f"error {seed} of row {row}" for row in rows]),
     }
     schema = build_prediction_schema(
-        labelled=True, scores=len(CLASSES) if wide else None, embedding=4 if wide else None
+        labeled=True, scores=len(CLASSES) if wide else None, embedding=4 if wide else None
     )
     arrays = [columns[name] for name in schema.names]
     return pa.table(

@@ -231,7 +231,7 @@ class Nightly:
                 if killed == "rolled up":
                     raise Killed
         if not plan.rows:
-            added = build_prediction_schema(labelled=False)
+            added = build_prediction_schema(labeled=False)
             write_empty_part(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
         for part in range(plan.num_parts):
             table = pq.read_table(layout.part_url(output, part))

@@ -146,7 +146,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
     assert split.equals(fused)
     assert fetched.equals(fused)
-    assert fused.schema.equals(build_prediction_schema(labelled=True, scores=3, embedding=32))
+    assert fused.schema.equals(build_prediction_schema(labeled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
 
@@ -244,7 +244,7 @@ def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> li
     rows = pa.table({"path": pa.array(paths, pa.string())})
     table = stages.predict_chunk(bare(len(paths)), classifier, rows, ChunkTask(0), StageTimings())
     table.validate(full=True)
-    assert table.schema.equals(build_prediction_schema(labelled=False))
+    assert table.schema.equals(build_prediction_schema(labeled=False))
     assert table["row"].to_pylist() == list(range(len(paths)))
     statuses: list[str] = table["status"].to_pylist()
     assert set(statuses) <= STATUSES
