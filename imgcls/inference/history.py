@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest, resolve_paths
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.schemas import conform_table, unify_schemas
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import MAX_PART_BYTES
-from imgcls.inference.keys import KnownImages, rank_runs, take_rows
+from imgcls.inference.known_images import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 _ROW_GROUP_ROWS = 65_536
 _PROVENANCE_TYPES = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
@@ -54,6 +54,7 @@ class CompactConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def compact(config: CompactConfig) -> str:
     """Write the newest row of every image; returns the output folder.
 
@@ -63,7 +64,6 @@ def compact(config: CompactConfig) -> str:
     order of the nights, see `nights`. Images that a later night found to be deleted are left out.
     Raises RequestError when there is no run, or columns of one name do not fit together.
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     runs = find_past_runs(config.source, but=output).committed
     if not runs:

@@ -20,10 +20,11 @@ from imgcls.data.manifest import Manifest
 from imgcls.errors import TooManyErrors
 from imgcls.execution.plan import RunIdentity, parse_plan
 from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
-from imgcls.inference.keys import read_planned_rows
+from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
 from imgcls.log import tell
 from imgcls.runs import layout
+from imgcls.runs.schema import PREDICTION_COLUMNS
 
 T = TypeVar("T")
 
@@ -230,7 +231,7 @@ def load_planned_manifest(output: str, described: Mapping[str, Any], listed: Man
     if files:
         with filesystem.open_read(files[0]) as stream:
             stored = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()
-        names = [name for name in stored.names if name not in layout.PREDICTION_COLUMNS]
+        names = [name for name in stored.names if name not in PREDICTION_COLUMNS]
         schema = pa.schema([stored.field(name) for name in names])
 
     def batches() -> Iterator[pa.RecordBatch]:

@@ -12,12 +12,12 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_FILE
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
 from imgcls.log import tell
@@ -117,7 +117,7 @@ def find_past_runs(url: str, but: str | None = None) -> PastRuns:
         "no labeling run wrote this file, ignored",
         [filesystem.join(url, each, layout.SUCCESS_FILE) for each in marked - planned - listings],
     )
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         runs = pool.map(open_run, _list_run_folders(url, planned & marked, but))
         committed = tuple(sorted(runs, key=compute_run_order))
         started = _list_run_folders(url, planned - marked, but)
@@ -190,7 +190,7 @@ def compute_next_sequence(output: str, nights: PastRuns | None) -> int:
     except (StorageMissing, StorageForbidden):
         return highest + 1
     places = [filesystem.absolute(folder) for page in pages for folder in page.folders]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         return 1 + max([highest, *pool.map(_read_sequence, places)])
 
 

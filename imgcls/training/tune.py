@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,11 @@ import pandas as pd
 from ray import tune as ray_tune
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption, Node
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.session import Node
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import ManifestConfig
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
@@ -34,7 +34,6 @@ from imgcls.training import train as training
 from imgcls.training.data.batches import DecodeSettings
 from imgcls.training.data.cached import CachedImages, find_store_bytes
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.job import TrialContext
 from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
@@ -44,7 +43,7 @@ from imgcls.training.scaling import (
     wait_for_worker_plan,
 )
 from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
-from imgcls.training.setup import TrainSetup, decode_dataset
+from imgcls.training.setup import TrainSetup, decode_dataset, resolve_setup
 
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
@@ -69,6 +68,7 @@ class TuneResult:
     results: pd.DataFrame
 
 
+@with_config_storage
 def tune(config: TuneConfig) -> TuneResult:
     """Run a hyperparameter search and write the bundle of the best trial.
 
@@ -94,11 +94,10 @@ def tune(config: TuneConfig) -> TuneResult:
     RunFailed
         No trial ended with a bundle.
     """
-    object_store.set_process_settings(config.storage)
     config = _resolve_paths(config)
     check_space(config)
-    task = training.resolve_setup(build_trial_config(config, {}, config.output))
-    with session.Interruption().handle_signals() as interruption:
+    task = resolve_setup(build_trial_config(config, {}, config.output))
+    with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim_output(config)
@@ -284,7 +283,7 @@ class Trial(ray_tune.Trainable):
     """One trial in an actor of Ray Tune: a training that reports each epoch."""
 
     def setup(self, values: Any, *, config: TuneConfig, images: CachedImages | None) -> None:  # type: ignore[override]
-        object_store.set_process_settings(config.storage)
+        storage_settings.set_process_settings(config.storage)
         folder = filesystem.join(config.output, TRIALS_FOLDER, self.trial_id)
         self._metric = config.best_by
         self._started_at = time.monotonic()
@@ -292,9 +291,9 @@ class Trial(ray_tune.Trainable):
         self._metrics: dict[str, Any] = {}
         self._best: EpochMetrics | None = None
         self._interruption = Interruption()
-        shared = TrialContext(images, self._epochs.put, self._interruption)
+        trial = training.TrialContext(images, self._epochs.put, self._interruption)
         settings = build_trial_config(config, values, folder)
-        self._future = run_in_thread(lambda: training.train(settings, shared=shared))
+        self._future = run_in_thread(lambda: training.train(settings, trial=trial))
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch or for the end of the training."""
@@ -442,14 +441,11 @@ def _silence_tune() -> Iterator[None]:
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
     try:
-        yield
+        with session.set_env_defaults(_ENVIRONMENT):
+            yield
     finally:
         logger.setLevel(level)
-        for name in added:
-            del os.environ[name]
 
 
 _ENVIRONMENT = {

@@ -17,7 +17,7 @@ def test_a_table_is_read_as_a_manifest_is(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_bytes('file,kind\na.jpg,"fou\u00e9 \\"x\\"\r\ny"\n'.encode("latin-1"))
     asked = {"source": str(table), "output": str(tmp_path / "out"), "path_column": "file"}
-    with pytest.raises(ManifestError, match=r"say --encoding$"):
+    with pytest.raises(ManifestError, match=r"set --encoding$"):
         build_manifest(ManifestBuildConfig(**asked))
     with pytest.raises(ManifestError, match=r"pass --escape"):
         build_manifest(ManifestBuildConfig(**asked, encoding="latin-1"))

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
 from imgcls import config as configuration
-from imgcls.curation import build, summary
+from imgcls.curation import build, stats
 from imgcls.curation.build import ManifestBuildConfig
 from imgcls.curation.check import CheckConfig, _open_manifests, check, find_dropped
 from imgcls.curation.checks import duplicates, label_errors, rules
@@ -21,7 +21,7 @@ from imgcls.curation.checks.duplicates import DuplicatesConfig, find_similar_pai
 from imgcls.curation.checks.findings import ISSUES, Finding, Issue, build_issue_table
 from imgcls.curation.checks.image_table import ImageTable, build_image_table
 from imgcls.curation.checks.label_errors import LabelErrorsConfig, _sample_per_class
-from imgcls.curation.checks.report import ISSUE_DESCRIPTIONS, render_check_report
+from imgcls.curation.checks.report import ISSUE_DESCRIPTIONS, build_section, render_check_report
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.scan_stage import scan_schema
@@ -316,7 +316,8 @@ def test_names_from_a_manifest_are_text_on_the_page(tmp_path: Path) -> None:
     images = images_of(tmp_path, [(name, b"nothing", "<b>x</b>")])
     findings = [f for f in rules.apply_rules(images, RulesConfig()) if len(f.indices)]
     summary = {"manifests": [{"manifest": "<i>m</i>", "rows": 1}]}
-    page = render_check_report(images, findings, summary, 24)
+    sections = [build_section(images, each, 24) for each in findings]
+    page = render_check_report(images, findings, summary, sections)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;.jpg" in page
     assert "<i>m</i>" not in page
@@ -393,10 +394,10 @@ def test_classes_with_few_images_are_learnt_from_whole() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"fail_on": "leakage"}, "say --against"),
-        ({"drop": "leakage"}, "say --against"),
-        ({"fail_on": "label-error"}, "say --model BUNDLE"),
-        ({"drop": "similar"}, "say --model BUNDLE"),
+        ({"fail_on": "leakage"}, "pass --against"),
+        ({"drop": "leakage"}, "pass --against"),
+        ({"fail_on": "label-error"}, "pass --model BUNDLE"),
+        ({"drop": "similar"}, "pass --model BUNDLE"),
     ],
 )
 def test_a_gate_that_could_not_see_is_refused(
@@ -439,7 +440,7 @@ def test_columns_of_the_users_own_are_not_replaced_by_facts(tmp_path: Path) -> N
 def test_labels_are_not_promised_where_there_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "a.jpg").write_bytes(jpeg(picture(0)))
-    with pytest.raises(ConfigError, match="is no folder with one per class"):
+    with pytest.raises(ConfigError, match="is not a folder with one folder per class"):
         describe(source=f"{tmp_path}/*/*.jpg", labels=True, output=str(tmp_path / "out"))
 
 
@@ -472,11 +473,11 @@ def test_large_files_and_large_classes_are_described(tmp_path: Path) -> None:
     place = images.features.schema.get_field_index("bytes")
     sizes = pa.array([20_000_001] + [None] + [10] * 7, pa.int64())
     images = replace(images, features=images.features.set_column(place, "bytes", sizes))
-    told = summary.summarize_images(images)
-    assert told["total_bytes"] == 20_000_071
-    shown = summary.render_stats_page(images, told, shown=2, classes=2, seed=0)
+    found = stats.summarize_images(images)
+    assert found["total_bytes"] == 20_000_071
+    shown = stats.render_stats_page(images, found, sheet_images=2, max_sheets=2, seed=0)
     assert shown.count("<li>") == 4
-    assert "1 more classes have no sheet" in shown
+    assert "1 more classes are not shown" in shown
 
 
 @pytest.mark.parametrize("drop", [["tiny", "near-duplicates"], ["near-duplicates", "tiny"]])

@@ -157,7 +157,7 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path) -> N
         split_manifest(asked(manifest, output, by="site"))
     with pytest.raises(ConfigError, match="at least two"):
         split_manifest(asked(manifest, output, parts={"train": 1.0}))
-    with pytest.raises(ConfigError, match="no name for a file"):
+    with pytest.raises(ConfigError, match="not a valid file name"):
         split_manifest(asked(manifest, output, parts={"../train": 1.0, "test": 1}))
     (tmp_path / "images" / "3.png").unlink()
     with pytest.raises(ManifestError, match=r"3\.png: no such file.*--drop unreadable"):
@@ -165,7 +165,7 @@ def test_what_cannot_be_split_is_refused_and_leaves_nothing(tmp_path: Path) -> N
     assert not list(output.glob("*.parquet"))
     output.mkdir(exist_ok=True)
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds notes\.txt"):
+    with pytest.raises(OutputError, match=r"contains notes\.txt"):
         split_manifest(asked(manifest, output, by="patient", overwrite=True))
 
 
@@ -195,14 +195,14 @@ def test_an_earlier_split_is_replaced_whole_or_not_at_all(tmp_path: Path) -> Non
 
 def test_a_manifest_without_a_row_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [], ("path", "label"))
-    with pytest.raises(ManifestError, match="has no row"):
+    with pytest.raises(ManifestError, match="has no rows"):
         split_manifest(asked(manifest, tmp_path / "out"))
 
 
 def test_the_row_without_a_group_is_named(tmp_path: Path) -> None:
     rows = [(f"{i}.png", "p" if i != 20_000 else "") for i in range(20_010)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "patient"))
-    with pytest.raises(ManifestError, match="row 20,000 has no 'patient'"):
+    with pytest.raises(ManifestError, match="row 20,000 has no value in column 'patient'"):
         split_manifest(asked(manifest, tmp_path / "out", by="patient"))
 
 

@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.data import csv_reader
-from imgcls.data.csv_reader import CsvDialect, read_csv_batches, read_csv_header
+from imgcls.data.csv_reader import read_csv_batches, read_csv_header
+from imgcls.data.manifest_options import ReadOptions
 from imgcls.errors import ManifestError
 
 
 def rows_of(path: Path, **dialect: Any) -> list[list[str | None]]:
     """The values of a file, row by row."""
     found: list[list[str | None]] = []
-    for batch in read_csv_batches(str(path), CsvDialect(**dialect)):
+    for batch in read_csv_batches(str(path), ReadOptions(**dialect)):
         found += [list(row.values()) for row in batch.to_pylist()]
     return found
 
@@ -123,7 +124,7 @@ def test_a_row_that_is_too_long_is_refused_with_its_place_and_the_remedy(
     monkeypatch.setattr(csv_reader, "_MAX_ROW_BYTES", 10_000)
     file.write_text("path,x\n" + "a,b\n" * 1000 + "c," + "x" * 30_000 + "\n")
     message = refused(file)
-    assert "is longer than 128 MiB; write long values to files of their own" in message
+    assert "is longer than 128 MiB; write long values to separate files" in message
 
 
 # ------------------------------------------------------------------------------ quotes
@@ -217,7 +218,7 @@ def test_an_impossible_escape_is_refused(file: Path, escape: str) -> None:
 def test_several_byte_order_marks_are_no_part_of_the_first_name(file: Path) -> None:
     for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
         file.write_bytes('\ufeff\ufeff"path",x\na.jpg,b\n'.encode(encoding))
-        assert read_csv_header(str(file), CsvDialect()).names == ["path", "x"]
+        assert read_csv_header(str(file), ReadOptions()).names == ["path", "x"]
         assert rows_of(file) == [["a.jpg", "b"]]
 
 
@@ -264,7 +265,7 @@ def test_a_compressed_csv_is_read_and_one_that_is_cut_off_refused(
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"PAR1\x15\x04", "a Parquet file; say --manifest.format parquet"),
+        (b"PAR1\x15\x04", "a Parquet file; pass --manifest.format parquet"),
         (b"ARROW1\0\0rest", "an Arrow IPC (Feather) file; convert it to Parquet"),
         (b"PK\x03\x04rest", "a ZIP archive"),
         (b"SQLite format 3\0rest", "an SQLite database"),

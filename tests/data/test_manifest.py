@@ -161,7 +161,7 @@ def test_text_in_another_encoding_is_refused_with_the_option_to_say(put: Put) ->
     for path in (early, late):
         message = refused(path)
         assert message.startswith(f"manifest {path}: ")
-        assert message.endswith("say --manifest.encoding")
+        assert message.endswith("set --manifest.encoding")
     assert "unknown encoding: klingon" in refused(early, encoding="klingon")
 
 
@@ -181,7 +181,7 @@ def test_a_ragged_row_is_refused_by_its_number(put: Put, text: str, row: int, fo
     assert message.startswith(f"manifest {path}: ")
     assert f"Row #{row}:" in message
     assert found in message
-    assert "mend the row, or quote values that hold the delimiter" in message
+    assert "fix the row, or quote values that contain the delimiter" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -427,8 +427,9 @@ def test_tables_of_one_shape_may_differ_in_order_and_width(tmp_path: Path) -> No
 
 def test_another_format_named_parquet_is_refused_by_its_name(tmp_path: Path) -> None:
     feather.write_feather(_pets(), str(tmp_path / "a.parquet"), compression="uncompressed")
-    assert "is no Parquet file but an Arrow IPC (Feather) file; convert it to Parquet" in refused(
-        tmp_path / "a.parquet"
+    assert (
+        "is not a Parquet file but an Arrow IPC (Feather) file; convert it to Parquet"
+        in refused(tmp_path / "a.parquet")
     )
 
 
@@ -527,8 +528,8 @@ def test_a_stray_image_beside_the_class_folders_is_refused_unless_said_to_be_mea
     tree: Path, put: Put
 ) -> None:
     put(b"", "pets/zebra.jpg")
-    assert "'zebra.jpg' lies beside the class folders" in refused(tree, format="tree")
-    assert "images beside its folders ('zebra.jpg') and in them ('_other/1.tif')" in refused(tree)
+    assert "'zebra.jpg' is next to the class folders" in refused(tree, format="tree")
+    assert "images next to its folders ('zebra.jpg') and in them ('_other/1.tif')" in refused(tree)
     manifest = open_at(tree, format="images")
     assert (manifest.format, manifest.label_column) == ("images", None)
 
@@ -549,7 +550,7 @@ def test_a_folder_or_glob_of_images_is_an_unlabelled_manifest(
 
 
 def test_a_glob_is_no_tree(tree: Path) -> None:
-    assert "is no folder" in refused(f"{tree}/*/*.jpeg", format="tree")
+    assert "is not a folder" in refused(f"{tree}/*/*.jpeg", format="tree")
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(put: Put, tmp_path: Path) -> None:
@@ -578,7 +579,7 @@ def test_a_dead_link_is_a_row_like_any_other(tree: Path) -> None:
 def test_a_folder_without_an_image_is_refused(put: Put, tmp_path: Path) -> None:
     put("nothing", "empty/cat/notes.txt")
     message = refused(tmp_path / "empty")
-    assert message.startswith(f"manifest {tmp_path / 'empty'}: no image in it")
+    assert message.startswith(f"manifest {tmp_path / 'empty'}: contains no image")
     assert "*.jpg" in message
 
 
@@ -615,7 +616,7 @@ def test_a_column_name_that_stands_twice_is_refused(put: Put, tmp_path: Path, fo
     else:
         columns = [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])]
         pq.write_table(pa.Table.from_arrays(columns, ["path", "x", "x"]), tmp_path / "rows.parquet")
-    assert "column 'x' stands there twice" in refused(tmp_path)
+    assert "column 'x' is in it twice" in refused(tmp_path)
 
 
 def test_the_label_column_is_label_when_there_is_one(put: Put) -> None:
@@ -636,10 +637,10 @@ def test_a_manifest_that_is_not_there_is_refused(
 
 def test_a_format_that_cannot_be_told_is_asked_for(put: Put, tmp_path: Path) -> None:
     path = put("path,label\na.jpg,x\n", "rows")
-    assert "say --manifest.format csv, parquet or images" in refused(path)
+    assert "pass --manifest.format csv, parquet or images" in refused(path)
     assert rows_of(path, format="csv") == [{"path": "a.jpg", "label": "x"}]
-    assert "the folder holds no parquet file" in refused(tmp_path, format="parquet")
-    assert "if it is CSV, say --manifest.format csv" in refused(path, format="parquet")
+    assert "the folder contains no parquet file" in refused(tmp_path, format="parquet")
+    assert "if it is CSV, pass --manifest.format csv" in refused(path, format="parquet")
 
 
 def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(

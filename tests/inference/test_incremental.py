@@ -22,7 +22,8 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import SinceConfig, chosen, select_new_rows
+from imgcls.inference.incremental import SinceConfig, select_new_rows
+from imgcls.inference.known_images import take_rows
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, find_past_runs
 from imgcls.inference.predict import resolve_output
 from imgcls.runs.committed import open_run
@@ -192,7 +193,7 @@ def test_rows_are_chosen_from_any_cut_of_a_stream() -> None:
     for size, cut in ((7, 3), (1000, 5), (33, 1000)):
         tables = (table.slice(start, size) for start in range(0, 1000, size))
         pieces = (places[start : start + cut] for start in range(0, len(places), cut))
-        found = [n for each in chosen(tables, pieces) for n in each["n"].to_pylist()]
+        found = [n for each in take_rows(tables, pieces) for n in each["n"].to_pylist()]
         assert found == places.tolist()
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import ImageError, StorageError
 from imgcls.training.sampler import Int64Array
 
@@ -166,7 +167,7 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer
             put(error)
 
-    threading.Thread(target=produce, name="batches", daemon=True).start()
+    threading.Thread(target=bind_settings(produce), name="batches", daemon=True).start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
-from imgcls.cluster.session import silence_data_logger
-from imgcls.data import object_store
+from imgcls.cluster.session import configure_ray_data
+from imgcls.data import storage_settings
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import (
@@ -63,14 +63,16 @@ def decode_images(rows: pa.Table, settings: DecodeSettings, *, cpus: float) -> C
         split = rows.filter(pc.equal(rows.column("held"), held))
         size = max(1, min(compute_block_rows(settings.for_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
-    silence_data_logger()
+    configure_ray_data()
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     with ray.data.DataContext.current(context):
         decoded = (
             ray.data.from_blocks(chunks)
             .map_batches(
-                object_store.bind_settings_split(math.ceil(cpus), decode_block, settings=settings),
+                storage_settings.bind_settings_split(
+                    math.ceil(cpus), decode_block, settings=settings
+                ),
                 batch_format="pyarrow",
             )
             .materialize()

@@ -17,8 +17,8 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.session import silence_data_logger
-from imgcls.data import object_store
+from imgcls.cluster.session import configure_ray_data
+from imgcls.data import storage_settings
 from imgcls.training.data.batches import (
     Batch,
     DecodeFailure,
@@ -91,14 +91,14 @@ class StreamedDataset:
         """The given rows, decoded and in order, as tables of up to `MAX_BLOCK_ROWS` rows."""
         size = compute_block_rows(self._preprocess)
         wanted = ray.put(self._row_indices[rows])
-        decode = object_store.bind_settings_split(
+        decode = storage_settings.bind_settings_split(
             self.num_readers,
             _decode_indices,
             table=self._source.rows,
             wanted=wanted,
             settings=self._source.settings,
         )
-        silence_data_logger()
+        configure_ray_data()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True

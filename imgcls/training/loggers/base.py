@@ -22,9 +22,8 @@ from pydantic import field_validator
 
 from imgcls.config import Section
 from imgcls.data import filesystem
-from imgcls.errors import Interrupted
+from imgcls.errors import Interrupted, one_line
 from imgcls.training.loggers.mlflow import MLflowLogger
-from imgcls.training.loggers.packages import format_error
 from imgcls.training.loggers.tensorboard import TensorBoardLogger
 from imgcls.training.loggers.wandb import WandbLogger
 
@@ -248,10 +247,10 @@ class _LoggerQueue:
                 # whatever was lost, the run must not appear to be running
                 with contextlib.suppress(Exception):
                     self._pending[-1](self.logger)
-            self._report(f"lost {len(self._pending):,} of its updates ({format_error(error)})")
+            self._report(f"lost {len(self._pending):,} of its updates ({one_line(error, 200)})")
         elif not self._is_failing:
             self._report(
-                f"logging failed ({format_error(error)}); the training continues, retrying every "
+                f"logging failed ({one_line(error, 200)}); the training continues, retrying every "
                 f"{RETRY_PAUSE_SECONDS:.0f} s"
             )
         self._is_failing = True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import posixpath
 import re
 import tempfile
@@ -16,9 +15,10 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from imgcls.cluster.session import set_env_defaults
 from imgcls.data import filesystem
-from imgcls.errors import RequestError
-from imgcls.training.loggers.packages import format_error, import_package
+from imgcls.errors import RequestError, one_line
+from imgcls.training.loggers.packages import import_package
 
 if TYPE_CHECKING:
     from imgcls.training.loggers.base import TrackConfig
@@ -66,7 +66,7 @@ class MLflowLogger:
                 package.MlflowClient(self._uri).search_experiments(max_results=1)
         except Exception as error:
             raise RequestError(
-                f"track.mlflow {self._uri}: {format_error(error)}. Pass the URI of a running "
+                f"track.mlflow {self._uri}: {one_line(error)}. Pass the URI of a running "
                 "MLflow server, or of a file as in sqlite:///mlflow.db."
             ) from error
 
@@ -168,14 +168,9 @@ def _import_mlflow() -> ModuleType:
 @contextlib.contextmanager
 def _short_timeouts() -> Iterator[None]:
     """Shorten MLflow's retries and timeouts, unless the environment already sets them."""
-    wanted = {
+    timeouts = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_SECONDS),
     }
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
+    with set_env_defaults(timeouts):
         yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)

@@ -1,11 +1,11 @@
-"""Import of the optional packages that loggers use, and errors of these packages as one line."""
+"""Import of the optional packages that loggers use."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-from imgcls.errors import RequestError
+from imgcls.errors import RequestError, one_line
 
 
 def import_package(name: str, attribute: str, key: str) -> ModuleType:
@@ -20,12 +20,7 @@ def import_package(name: str, attribute: str, key: str) -> ModuleType:
         getattr(package, attribute)
     except (ImportError, AttributeError) as error:
         raise RequestError(
-            f"{key}: the package {name} is not installed ({format_error(error)}). Run pip install "
+            f"{key}: the package {name} is not installed ({one_line(error)}). Run pip install "
             f"'imgcls[{name}]' on the machine that runs the driver."
         ) from error
     return package
-
-
-def format_error(error: Exception) -> str:
-    """An exception as one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

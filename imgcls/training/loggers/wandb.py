@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from imgcls.data import filesystem
-from imgcls.errors import RequestError
-from imgcls.training.loggers.packages import format_error, import_package
+from imgcls.errors import RequestError, one_line
+from imgcls.training.loggers.packages import import_package
 from imgcls.training.loggers.tensorboard import build_tag
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class WandbLogger:
             known = package.login(prompt=False)
         except Exception as error:
             raise RequestError(
-                f"{place}: {format_error(error)}. Check the API key and the network, or set "
+                f"{place}: {one_line(error)}. Check the API key and the network, or set "
                 "WANDB_MODE=offline and upload the run later with `wandb sync`."
             ) from error
         if not known:

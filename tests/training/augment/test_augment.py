@@ -28,17 +28,17 @@ class Job(Section):
 
 
 def test_a_bare_word_is_the_preset() -> None:
-    config = load(Job, ["--augment", "strong"], prog="imgcls train")
+    config = load(Job, ["--augment", "strong"])
     assert config.augment.build_recipe() == PRESETS["strong"]
     assert Job().augment.build_recipe() == PRESETS["standard"]
 
 
 def test_the_preset_none_can_be_set_although_none_means_no_value(tmp_path: Path) -> None:
-    config = load(Job, ["--augment.preset", "none"], prog="imgcls train")
+    config = load(Job, ["--augment.preset", "none"])
     assert config.augment.build_recipe() == Recipe()
     file = tmp_path / "job.yaml"
     file.write_text("augment: {preset: strong, auto: off}")  # off is YAML for false
-    config = load(Job, ["--config", str(file)], prog="imgcls train")
+    config = load(Job, ["--config", str(file)])
     assert config.augment.build_recipe() == PRESETS["strong"].model_copy(update={"auto": "off"})
 
 
@@ -76,7 +76,7 @@ def test_every_setting_overrides_its_preset_and_only_itself(preset: Any) -> None
         for key, one in given.items():
             text = str(list(one)) if isinstance(one, tuple) else str(one)
             argv += [f"--augment.{key.replace('_', '-')}", text]
-        config = load(Job, argv, prog="imgcls train").augment
+        config = load(Job, argv).augment
         assert config.build_recipe() == PRESETS[preset].model_copy(update=given)
         assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
         assert config.preset in dump(Job(augment=config))
@@ -108,7 +108,7 @@ def test_every_setting_overrides_its_preset_and_only_itself(preset: Any) -> None
 )
 def test_a_setting_out_of_range_is_named(key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"augment\.{key}"):
-        load(Job, [f"--augment.{key}", value], prog="imgcls train")
+        load(Job, [f"--augment.{key}", value])
 
 
 @pytest.mark.parametrize(

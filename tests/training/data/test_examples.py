@@ -114,7 +114,7 @@ def test_a_set_too_small_to_hold_any_out_is_refused(tmp_path: Path) -> None:
 def test_a_class_name_given_twice_is_refused() -> None:
     argv = ["--train", "m.csv", "--classes", "[cat, dog, cat]"]
     with pytest.raises(ConfigError, match="class 'cat' is listed twice"):
-        load(DataConfig, argv, prog="imgcls train")
+        load(DataConfig, argv)
 
 
 def test_images_are_counted_by_class_and_split(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_given_classes_keep_their_order(tmp_path: Path) -> None:
     ("argv", "cache"), [([], None), (["--cache"], True), (["--no-cache"], False)]
 )
 def test_caching_can_be_set_or_left_open(argv: list[str], cache: bool | None) -> None:
-    config = load(DataConfig, ["--train", "m.csv", *argv], prog="test")
+    config = load(DataConfig, ["--train", "m.csv", *argv])
     assert config.cache is cache
     assert config.sampling == "natural"
     assert config.train.path == "m.csv"

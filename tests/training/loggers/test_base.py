@@ -199,7 +199,7 @@ def test_the_end_waits_for_an_epoch_that_another_thread_is_logging() -> None:
 
 def test_every_key_is_an_option() -> None:
     argv = "--mlflow http://m:5000 --wandb team/pets --experiment pets --run first".split()
-    config = load(TrackConfig, argv, prog="x")
+    config = load(TrackConfig, argv)
     assert config == TrackConfig(
         mlflow="http://m:5000", wandb="team/pets", experiment="pets", run="first"
     )

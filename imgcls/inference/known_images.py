@@ -17,11 +17,15 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 
-TRANSIENT_STATUSES = frozenset(("missing", "forbidden", "throttled", "unavailable"))
+TRANSIENT_STATUSES = frozenset(
+    error.status
+    for error in (StorageMissing, StorageForbidden, StorageThrottled, StorageUnavailable)
+)
 """Statuses that do not depend on an image's bytes: the next run tries these rows again."""
 
 DELETED, KNOWN_BAD, FAILED_BEFORE = "deleted", "known_bad", "failed_before"
@@ -42,7 +46,7 @@ class KnownImages:
         import duckdb  # a tenth of a second, only where it is asked for
 
         self.version = list(version)
-        self.statuses: list[str] = [layout.OK]
+        self.statuses: list[str] = [OK]
         """By code; a row's code is its place."""
         self._nulls = nulls
         self.db = duckdb.connect(str(Path(folder) / "keys.duckdb"))
@@ -160,9 +164,7 @@ class KnownImages:
                     for batch in file.iter_batches(columns=names):
                         table = pa.Table.from_batches([batch])
                         status = table["status"].cast(pa.string())
-                        fine = pc.is_in(
-                            status, value_set=pa.array([layout.OK, *TRANSIENT_STATUSES])
-                        )
+                        fine = pc.is_in(status, value_set=pa.array([OK, *TRANSIENT_STATUSES]))
                         bad = table.filter(pc.invert(fine))
                         columns = {
                             "place": resolve_paths(bad[path], root),

@@ -1,4 +1,4 @@
-"""By which code, when and on what a result was made: what stands beside every output."""
+"""Provenance record of a run: configuration, code version, library versions, time and host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import imgcls
 
 PACKAGES = ("imgcls", "ray", "torch", "torchvision", "pyarrow", "pillow")
 _IMPORT_NAMES = {"pillow": "PIL"}
-"""Import names of packages that are imported under another name."""
+"""Packages whose import name is not their distribution name."""
 
 
 def build_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A record, ready for JSON, of a resolved configuration and the software that ran it."""
+    """Provenance record of a resolved configuration, as JSON values."""
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": dict(config),
@@ -33,7 +33,7 @@ def build_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
 def list_differences(
     then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:
-    """One line for each value of a record, at any depth, that is not as it was."""
+    """One line for each value, at any depth, in which two records differ."""
     lines = []
     for key in sorted({*now, *then}):
         old, new = then.get(key), now.get(key)
@@ -45,11 +45,11 @@ def list_differences(
 
 
 def _find_version(package: str) -> str:
-    """The version of the code that runs.
+    """The version of the imported code.
 
     A checkout that is not pip-installed (as `ray job submit --working-dir` leaves it) has no
-    package metadata, and one put before an installed imgcls on the path would get the metadata of
-    the other. Builds under another distribution name (pillow-simd) have no metadata either.
+    package metadata, and one that precedes an installed imgcls on the path would get the metadata
+    of the other. Builds under another distribution name (pillow-simd) have no metadata either.
     """
     if package == "imgcls":
         return imgcls.__version__
@@ -61,10 +61,10 @@ def _find_version(package: str) -> str:
 
 
 def _find_git_commit() -> str | None:
-    """The commit of the package's own checkout, `-dirty` when it was changed since."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """Commit of the package's own checkout, with `-dirty` when files have changed since."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(imgcls.__file__)))
     if not os.path.exists(os.path.join(root, ".git")):
-        return None  # installed, or sent along with a job
+        return None  # installed, or uploaded with a job
     command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

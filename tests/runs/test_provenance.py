@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import imgcls
-from imgcls.provenance import PACKAGES, build_provenance, list_differences
+from imgcls.runs.provenance import PACKAGES, build_provenance, list_differences
 from tests.conftest import REPOSITORY
 
 
@@ -42,7 +42,7 @@ def test_a_checkout_that_is_not_installed_has_a_record_too(tmp_path: Path) -> No
         if not entry.name.lower().startswith(("imgcls", "__editable__.imgcls", "pillow-")):
             (packages / entry.name).symlink_to(entry)
     code = (
-        "import json; from imgcls.provenance import build_provenance; "
+        "import json; from imgcls.runs.provenance import build_provenance; "
         "print(json.dumps(build_provenance({})['versions']))"
     )
     path = os.pathsep.join([str(tmp_path / "checkout"), str(packages)])
