@@ -24,8 +24,8 @@ def test_a_network_is_trained_and_predicts(
     cluster: RayCluster, tmp_path: Path, name: str, size: int
 ) -> None:
     for i in range(12):
-        colour = list(COLOURS)[i % len(COLOURS)]
-        draw(colour, (400, 320), seed=i).save(tmp_path / f"{i}.jpg")
+        color = list(COLOURS)[i % len(COLOURS)]
+        draw(color, (400, 320), seed=i).save(tmp_path / f"{i}.jpg")
     rows = [(f"{i}.jpg", list(COLOURS)[i % len(COLOURS)]) for i in range(12)]
     train = write_manifest(tmp_path / "train.csv", rows[:9], ("path", "label"))
     held = write_manifest(tmp_path / "held.csv", rows[9:], ("path", "label"))

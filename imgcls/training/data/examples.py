@@ -1,8 +1,7 @@
-"""What is learnt from: labelled rows of one or two manifests, checked before anything starts.
+"""Labeled rows of the training and validation manifests, checked before the training starts.
 
-Owns the class list, the split into training and validation rows and the errors that name a row;
-promises that the split depends on the paths alone, so that it is the same on every machine. What
-the paths lead to is looked at by `ingest`.
+Resolves the class list and splits the rows. The split depends only on the paths, so that it is the
+same on every machine. The images themselves are read later, by `batches`.
 """
 
 from __future__ import annotations
@@ -34,41 +33,41 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.st
 
 
 class DataConfig(Section):
-    """What is learnt from, and what is held out to judge it."""
+    """Training and validation data."""
 
     shorthand: ClassVar[str | None] = "train"
 
     train: ManifestConfig
-    """The training images with their labels."""
+    """Labeled training images."""
     val: ManifestConfig | None = None
-    """The validation images with their labels; held out of data.train when not given."""
+    """Labeled validation images (default: a part of data.train is held out)."""
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of each class to hold out when there is no data.val; chosen by a hash of the path."""
+    """Share of each class to hold out if data.val is not set; chosen by a hash of the path."""
     max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Images that cannot be decoded are left out; above this share of them nothing is trained."""
+    """Maximum share of undecodable images. They are left out; above this share training fails."""
     sampling: Literal["natural", "balanced"] = "natural"
-    """natural: every image once per epoch; balanced: as many of each class, rare ones repeated."""
+    """natural: every image once per epoch; balanced: equally many per class, rare ones repeated."""
     max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
     cache: bool | None = None
-    """Decode once, into memory; if none, whenever all images fit in Ray's object store."""
+    """Decode once and keep in memory (default: if all images fit into Ray's object store)."""
     classes: list[str] | None = None
-    """Class names in the order of the outputs; the sorted labels of data.train when not given."""
+    """Class names in the order of the outputs (default: the sorted labels of data.train)."""
 
     @field_validator("classes")
     @classmethod
     def _check_classes(cls, classes: list[str] | None) -> list[str] | None:
-        if classes is not None:  # as labels are normalized
+        if classes is not None:  # the same normalization as for labels
             classes = [unicodedata.normalize("NFC", name) for name in classes]
         if classes is not None and len(set(classes)) < len(classes):
-            doubled = next(name for name in classes if classes.count(name) > 1)
-            raise ValueError(f"class {doubled!r} stands there twice; class names must differ")
+            duplicate = next(name for name in classes if classes.count(name) > 1)
+            raise ValueError(f"class {duplicate!r} is listed twice; class names must be unique")
         return classes
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A manifest as the provenance names it."""
+    """A manifest in the provenance of a bundle; the fields are written as JSON keys."""
 
     manifest: str
     fingerprint: str
@@ -77,11 +76,11 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows to train and to validate on, and the classes that they are of.
+    """The rows to train and validate on, and their classes.
 
-    rows:    row (int64, the manifest row), url (string, null for a null path), label (int64, index
-             into `classes`), held (bool, true for validation)
-    sources: the manifests they came from, by config key
+    rows:    row (int64, row in the manifest), url (string, null for a null path), label (int64,
+             index into `classes`), held (bool, true for held-out validation rows)
+    sources: the manifests of the rows, by configuration key
     """
 
     classes: list[str]
@@ -89,29 +88,29 @@ class Examples:
     sources: dict[str, DataSource]
 
     def count_per_class(self, *, held: bool) -> list[int]:
-        """Rows of each class to validate on (held) or to train on."""
+        """Number of rows of each class to validate on (held) or to train on."""
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
         counts = Counter(split.column("label").to_pylist())
         return [counts[code] for code in range(len(self.classes))]
 
     def build_manifest(self, *, held: bool) -> pa.Table:
-        """path (string, as it is found from anywhere) and label (string) of one part."""
+        """One split as a manifest: path (string, absolute) and label (string)."""
         split = self.rows.filter(pc.equal(self.rows.column("held"), held))
         names = pa.array(self.classes, pa.string())
         label = names.take(split.column("label").combine_chunks())
         return pa.table({"path": split.column("url"), "label": label})
 
     def count(self, *, held: bool) -> int:
-        """Rows to validate on (held) or to train on."""
+        """Number of rows to validate on (held) or to train on."""
         total: int = pc.sum(self.rows.column("held")).as_py() or 0
         return total if held else self.rows.num_rows - total
 
 
 def read_examples(config: DataConfig) -> Examples:
-    """Read the manifests, settle the classes and split.
+    """Read the manifests, resolve the classes and split the rows.
 
-    Raises ManifestError that names the manifest and the row when a label is missing or unknown, a
-    class has nothing to train on, or there is nothing to train or validate on.
+    Raises ManifestError with the manifest and the row if a label is missing or unknown, a class has
+    no training row, or there is no row to train or validate on.
     """
     train, root, source = _read_manifest(config.train, "data.train")
     counts = Counter(train.column("label").to_pylist())
@@ -120,8 +119,8 @@ def read_examples(config: DataConfig) -> Examples:
     sources = {"data.train": source}
     if len(classes) < 2:
         raise ManifestError(
-            f"data.train {source.manifest}: has only one class ({classes[0]!r}); give a manifest "
-            "with a label column, or a folder that holds one folder per class"
+            f"data.train {source.manifest}: has only one class ({classes[0]!r}); pass a manifest "
+            "with a label column, or a folder with one subfolder per class"
         )
     if config.val is None:
         held = _choose_held_out(train, config.val_fraction)
@@ -139,21 +138,21 @@ def read_examples(config: DataConfig) -> Examples:
     if examples.count(held=True) == 0:
         raise ManifestError(
             f"data.train {source.manifest}: its {source.rows} rows leave nothing to hold out at "
-            f"data.val_fraction {config.val_fraction:g}; raise it, or give data.val"
+            f"data.val_fraction {config.val_fraction:g}; raise it, or set data.val"
         )
     _check_every_class(examples, source)
     return examples
 
 
 def _read_manifest(config: ManifestConfig, key: str) -> tuple[pa.Table, str, DataSource]:
-    """A manifest's rows (row, path, label), the root of its paths, and what it is."""
+    """The rows of a manifest (row, path, label), the root of its paths, and its record."""
     keys = KeyNames(key)
     manifest = open_manifest(config, keys=keys)
     if manifest.label_column is None:
         raise ManifestError(
-            f"{key} {config.path}: no column of labels (found: "
-            f"{', '.join(manifest.schema.names)}); name it with --{key}.label-column, or give one "
-            "folder per class"
+            f"{key} {config.path}: no label column (found: "
+            f"{', '.join(manifest.schema.names)}); set --{key}.label-column, or pass a folder "
+            "with one subfolder per class"
         )
     tables = [_SCHEMA.empty_table()]
     rows = 0
@@ -164,13 +163,13 @@ def _read_manifest(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Dat
             missing = labels.is_null().index(True).as_py()
             raise ManifestError(
                 f"{key} {config.path}: row {rows + missing} ({paths[missing].as_py()!r}) has no "
-                f"label in column {manifest.label_column!r}; label it or leave it out"
+                f"label in column {manifest.label_column!r}; add the label or remove the row"
             )
         numbers = pa.array(range(rows, rows + batch.num_rows), pa.int64())
         tables.append(pa.table([numbers, paths, labels], schema=_SCHEMA))
         rows += batch.num_rows
     if rows == 0:
-        raise ManifestError(f"{key} {config.path}: has no row; give a manifest of labelled images")
+        raise ManifestError(f"{key} {config.path}: has no row; pass a manifest of labeled images")
     source = DataSource(config.path, manifest.fingerprint(), rows)
     return pa.concat_tables(tables), manifest.root, source
 
@@ -183,7 +182,7 @@ def _encode_labels(
     key: str,
     source: DataSource,
 ) -> pa.Table:
-    """Rows with labels as class indices and paths as the places they name."""
+    """Rows with labels as class indices and paths as absolute URLs."""
     codes = pc.index_in(table.column("label"), pa.array(classes, pa.string())).cast(pa.int64())
     if codes.null_count:
         unknown = codes.is_null().index(True).as_py()
@@ -192,8 +191,8 @@ def _encode_labels(
         origin = "data.classes" if key == "data.train" else "the training classes"
         raise ManifestError(
             f"{key} {source.manifest}: row {found['row']} ({found['path']!r}) has label "
-            f"{found['label']!r}, which is not among {origin} ({listed}); mend the label or add "
-            "the class"
+            f"{found['label']!r}, which is not among {origin} ({listed}); correct the label "
+            "or add the class"
         )
     urls = [resolve_path(path, root) for path in table.column("path").to_pylist()]
     return pa.table(
@@ -207,9 +206,9 @@ def _encode_labels(
 
 
 def _choose_held_out(table: pa.Table, fraction: float) -> list[bool]:
-    """Whether each row is held out: of every class the given share, in the order of a path hash.
+    """Whether each row is held out: the given share of every class, by a hash of the path.
 
-    All rows of one path go the same way, or the model would be judged on what it has learnt.
+    All rows of one path are in the same split; otherwise training images would be validated on.
     """
     paths = [path or "" for path in table.column("path").to_pylist()]
     by_class: dict[str, set[str]] = defaultdict(set)
@@ -217,7 +216,7 @@ def _choose_held_out(table: pa.Table, fraction: float) -> list[bool]:
         by_class[label].add(path)
     held: set[str] = set()
     for members in by_class.values():
-        # at least one image of every class is left to train on
+        # at least one image of every class remains to train on
         count = min(round(fraction * len(members)), len(members) - 1)
         held.update(sorted(members, key=_hash_path)[:count])
     return [path in held for path in paths]
@@ -235,5 +234,5 @@ def _check_every_class(examples: Examples, source: DataSource) -> None:
         raise ManifestError(
             f"data.train {source.manifest}: no training image for class {absent[0]!r}"
             + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
-            + "; add some, or take it out of data.classes"
+            + "; add images, or remove it from data.classes"
         )

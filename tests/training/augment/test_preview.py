@@ -20,7 +20,7 @@ def sheet(preset: str, side: int = 20, size: int = 16, **settings: Any) -> Image
     config = AugmentConfig.model_validate({"preset": preset})
     augment = Augment(config, size=size, num_classes=3)
     pixels, labels = noise(3, side).numpy(), np.array([0, 1, 2])
-    names = ["cat", "dog", "a name so long that no caption can hold it"]
+    names = ["cat", "dog", "a name that is too long for the width of a caption"]
     return Image.open(io.BytesIO(draw_preview(pixels, labels, names, augment, **settings)))
 
 

@@ -82,7 +82,7 @@ def test_flips_are_as_frequent_as_requested(setting: str, axis: int) -> None:
 
 
 def test_crops_keep_the_share_of_the_area_that_was_requested() -> None:
-    # red tells the column and green the row, so that a crop shows where it was
+    # red is the column and green the row, so that a crop shows its position
     ramp = torch.arange(64, dtype=torch.uint8) * 4
     red, green = ramp.expand(64, 64), ramp[:, None].expand(64, 64)
     pixels = torch.stack([red, green, red]).expand(200, -1, -1, -1)
