@@ -67,6 +67,10 @@ def test_a_detached_service_survives_changes_that_fail(colour_bundle: Path, tmp_
         assert response.status_code == 200, response.text
         return str(response.json()["sha256"])
 
+    def is_serving() -> bool:
+        """Ray replaces a replica that was suspended for 30 s, so a slow machine may see a 503."""
+        return requests.get(f"{url}/v1/model", headers=headers, timeout=60).status_code == 200
+
     environment = {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK_PATH,
         **proxy_middleware.build_environment(1 << 20, 8 << 20),
@@ -107,7 +111,8 @@ def test_a_detached_service_survives_changes_that_fail(colour_bundle: Path, tmp_
                 assert process.wait(60) != 0
         finally:
             replica.resume()
-        wait_for(lambda: served_model() in (before, read_hash(bundle)), 60)
+        wait_for(is_serving, 90)
+        assert served_model() in (before, read_hash(bundle))
         response = requests.post(f"{url}/v1/predict", jpeg(), headers=headers, timeout=60)
         assert response.status_code == 200, response.text
         change()
