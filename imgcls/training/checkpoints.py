@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load, save
 
 from imgcls.data import filesystem
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import BundleError, OutputError, StorageMissing
 from imgcls.training.epoch_metrics import EpochMetrics
 
@@ -76,7 +77,7 @@ class Checkpoints:
 
     def __init__(self, output: str) -> None:
         self.folder = filesystem.join(output, CHECKPOINT_FOLDER)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool = create_thread_pool(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._number = max((each.number for each in self.list_states()), default=0)
         self._best: str | None = None

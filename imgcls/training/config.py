@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Section
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.training.augment.augment import AugmentConfig
 from imgcls.training.data.examples import DataConfig
 from imgcls.training.epoch_metrics import SelectionMetric

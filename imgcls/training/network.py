@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from imgcls.config import Section
+from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import DecodeMode, Preprocess, ResizeMode
 from imgcls.errors import BundleError
 from imgcls.models import zoo
@@ -164,7 +164,7 @@ def set_regularization(network: nn.Module, config: ModelConfig) -> None:
     if config.dropout is not None:
         _set_dropout(network, config.dropout)
     if config.stochastic_depth is not None:
-        blocks = [m for m in network.modules() if isinstance(m, StochasticDepth)]
+        blocks = [m for m in network.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
         if not blocks:
             raise BundleError(
                 f"model.stochastic_depth: {config.name} has none (EfficientNet, ConvNeXt, Swin and "

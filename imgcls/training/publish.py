@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed
 from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
-from imgcls.provenance import build_provenance
+from imgcls.models.task import SINGLE_LABEL
+from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.model_card import build_model_card
@@ -26,9 +27,7 @@ from imgcls.training.trainer import TrainLoopResult
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
 METRICS = (
-    "val_accuracy",
-    "val_balanced_accuracy",
-    "val_loss",
+    *(f"val_{name}" for name in SINGLE_LABEL.metrics),
     "train_accuracy",
     "train_loss",
     "epoch",

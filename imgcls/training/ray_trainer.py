@@ -12,7 +12,6 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from typing import Any
@@ -23,15 +22,15 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from imgcls.cluster import ray_internals, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.interrupts import run_in_thread
-from imgcls.cluster.session import Interruption, build_malloc_env, is_actor_alive
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption, run_in_thread
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
 from imgcls.models import zoo
-from imgcls.models.classifier import choose_precision
+from imgcls.models.precision import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.config import TrainPrecision
@@ -71,7 +70,7 @@ def fit_torch_trainer(
     path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     is_elastic = workers.min_count < workers.max_count
-    loop: Any = object_store.bind_settings(train_loop_per_worker)
+    loop: Any = storage_settings.bind_settings(train_loop_per_worker)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"spec": spec, "channel": channel},
@@ -95,7 +94,7 @@ def fit_torch_trainer(
         ),
     )
     try:
-        with _env_default("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL_S)):
+        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
             liveness = _WorkerLiveness(channel, str(workers), scale.resource_timeout_s)
             return _wait_for_result(run_in_thread(trainer.fit), channel, liveness, interruption)
     finally:
@@ -118,7 +117,7 @@ class _WorkerLiveness:
             return
         self._last_check = now
         workers = ray.get(self._channel.list_workers.remote())
-        if any(is_actor_alive(worker) for worker in workers):
+        if any(ray_internals.is_actor_alive(worker) for worker in workers):
             self._last_alive = now
         self._timeout.check(now - self._last_alive, self._description)
 
@@ -140,7 +139,7 @@ def _wait_for_result(
     except ray.train.WorkerGroupError as error:
         raise RunFailed(format_worker_failure(error)) from error
     except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        if isinstance(error.controller_failure, ray_internals.WorkerGroupStartupTimeoutError):
             raise RunFailed(
                 "the training workers could not be started in repeated attempts. Another job may "
                 "use the cluster's CPUs or GPUs (see `ray status`)."
@@ -191,19 +190,6 @@ def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]
         return folder, None
     file_system, path = object_store.resolve_store(folder)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
-
-
-@contextlib.contextmanager
-def _env_default(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable while Ray Train reads it, unless the user has set it."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 # ---------------------------------------------------------------------- in a worker

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.cluster import autoscaler
-from imgcls.cluster.session import Interruption, Node
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
 

@@ -251,13 +251,12 @@ def draw_samples(setup: TrainSetup, images: CachedImages | StreamedImages) -> No
         rows = choose_sample_rows(train.labels, SAMPLE_COUNT)
         pixels, labels = train.gather_pixels(rows), train.labels[rows]
     else:
-        table = setup.examples.rows.filter(pc.invert(setup.examples.rows.column("held")))
-        rows = choose_sample_rows(table.column("label").to_numpy(), SAMPLE_COUNT)
-        (batch,) = (
-            decode_block(table.take(pa.array(rows)), images.views).combine_chunks().to_batches()
-        )
+        train = setup.examples.rows.filter(pc.invert(setup.examples.rows.column("held")))
+        rows = choose_sample_rows(train.column("label").to_numpy(), SAMPLE_COUNT)
+        table = decode_block(train.take(pa.array(rows)), images.settings).combine_chunks()
+        (batch,) = table.to_batches()
         good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
-        pixels = view_pixels(batch, images.views.train)[good]
+        pixels = view_pixels(batch, images.settings.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
         picture = draw_preview(

@@ -18,10 +18,10 @@ import pandas as pd
 import ray
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.config import requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import (
     BundleError,
     OutputError,
@@ -31,9 +31,9 @@ from imgcls.errors import (
     StorageUnavailable,
 )
 from imgcls.models.bundle import BUNDLE_FILE, read_description
-from imgcls.provenance import list_differences
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import list_differences
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import DecodeSettings
@@ -135,7 +135,11 @@ def train(
     0.9312
     """
     config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _train(config, trial)
+
+
+def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
     setup = resolve_setup(config)
     layout.check_output_writable(setup.config.output)
@@ -146,7 +150,7 @@ def train(
     try:
         checkpoints = _claim_output(setup)
         session.connect()
-        interruption = session.Interruption() if trial is None else trial.interruption
+        interruption = Interruption() if trial is None else trial.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
             return _Run(setup, checkpoints, lease, interruption, trial).run()
     finally:
@@ -249,7 +253,7 @@ class _Run:
         cached = fits if config.data.cache is None else config.data.cache
         log_setup(self.setup, workers, decoding, cached=cached)
         given = None if self.trial is None else self.trial.images
-        if given is not None and given.views == decoding:
+        if given is not None and given.settings == decoding:
             return given
         if not cached:
             return StreamedImages(ray.put(rows), decoding, compute_decode_cpus(nodes, workers))

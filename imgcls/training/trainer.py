@@ -337,7 +337,7 @@ class Trainer:
     def _run_probe(self) -> EpochMetrics:
         """Fit the head on frozen features and install it in the network and its moving average."""
         started = time.perf_counter()
-        views = self.config.probe.views if self.train_step.augment.recipe.hflip > 0 else 1
+        views = self.config.probe.views if self.train_step.augment.recipe.hflip else 1
 
         def iter_synced(images: ImageDataset) -> Iterator[Batch]:
             for batch in self._iter_sharded(images):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.training.sampler import Int64Array, shard_rows
 
 
@@ -45,7 +45,7 @@ class EvalAccumulator:
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch: logits (N, C) float32, labels (N,) int64."""
-        self._loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        self._loss += SINGLE_LABEL.compute_loss(logits, labels).double()
         correct = labels[logits.argmax(1) == labels]
         self._rows += torch.bincount(labels, minlength=len(self._rows))
         self._correct += torch.bincount(correct, minlength=len(self._correct))

@@ -102,7 +102,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
             *("predict", "--manifest", manifest, "--model", placed_bundle, "--chunk-rows", 5),
             *("--output", place / "out"),
         )
-        proxy.says = expired
+        proxy.respond = expired
         first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr

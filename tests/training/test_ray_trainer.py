@@ -10,8 +10,8 @@ import pytest
 import ray
 import ray.train
 
-from imgcls.cluster import autoscaler
-from imgcls.cluster.session import Interruption, is_actor_alive
+from imgcls.cluster import autoscaler, ray_internals
+from imgcls.cluster.interrupts import Interruption
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
 from imgcls.training.driver_channel import open_driver_channel
@@ -51,7 +51,7 @@ def test_workers_that_are_alive_are_not_waited_for_and_lost_ones_only_until_the_
             liveness.check()
         assert capsys.readouterr().out == ""
         ray.kill(worker)
-        wait_for(lambda: not is_actor_alive(worker), 60)
+        wait_for(lambda: not ray_internals.is_actor_alive(worker), 60)
         for _ in range(33):
             clock.now += 3
             liveness.check()

@@ -92,14 +92,14 @@ def test_an_elastic_group_runs_on_gpus_when_the_fewest_workers_can() -> None:
     ("text", "bounds"), [("3", (3, 3)), ("[1, 4]", (1, 4)), ("[2, 2]", (2, 2))]
 )
 def test_the_number_of_workers_is_one_or_a_pair(text: str, bounds: tuple[int, int]) -> None:
-    config = load(TrainScaleConfig, ["--num-workers", text], prog="test")
+    config = load(TrainScaleConfig, ["--num-workers", text])
     assert config.bounds == (config.min_workers, config.max_workers) == bounds
 
 
 @pytest.mark.parametrize("text", ["0", "[0, 2]", "[1, 2, 3]", "[4, 2]", "many"])
 def test_other_numbers_of_workers_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="num_workers"):
-        load(TrainScaleConfig, ["--num-workers", text], prog="test")
+        load(TrainScaleConfig, ["--num-workers", text])
 
 
 # ------------------------------------------------------------------ room for images

@@ -98,7 +98,7 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def test_the_shipped_yaml_loads_and_shows_every_key() -> None:
     file = REPOSITORY / "jobs" / "train.yaml"
-    load(TrainConfig, ["--config", str(file)], prog="imgcls train")
+    load(TrainConfig, ["--config", str(file)])
 
     def shown(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         for key, value in tree.items():

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.models import zoo
-from imgcls.training.augment.augment import Augment, AugmentConfig, center_crop
+from imgcls.training.augment.augment import Augment, AugmentConfig
+from imgcls.training.augment.ops.crop import center_crop
 from imgcls.training.data.batches import Batch
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
-from torch.nn import functional as F
 
 from imgcls.config import Section
 from imgcls.errors import ConfigError
+from imgcls.models.task import SINGLE_LABEL
 
 AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 """Weights of Inception's and GoogLeNet's auxiliary losses (Szegedy et al., CVPR 2016 and 2015)."""
@@ -57,22 +57,13 @@ class TrainingLoss:
         return loss, outputs.logits.float()
 
     def _compute_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
-        if self._gamma == 0:
-            return F.cross_entropy(
-                logits,
-                targets,
-                weight=self.weights,
-                reduction="sum",
-                label_smoothing=self._smoothing,
-            )
-        target = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
-        target = target * (1 - self._smoothing) + self._smoothing / logits.shape[1]
-        log_scores = F.log_softmax(logits, dim=1)
-        # at a score of exactly 1 the power of gamma < 1 has an infinite slope: the gradient is NaN
-        missing = (-torch.expm1(log_scores)).clamp_min(torch.finfo(torch.float32).tiny)
-        terms = -target * missing**self._gamma * log_scores
-        return (terms if self.weights is None else terms * self.weights).sum()
+        return SINGLE_LABEL.compute_loss(
+            logits.float(),
+            targets,
+            weights=self.weights,
+            label_smoothing=self._smoothing,
+            focal_gamma=self._gamma,
+        )
 
 
 def compute_class_weights(

@@ -182,10 +182,10 @@ def test_a_weight_for_no_class_is_refused_with_the_classes() -> None:
     ],
 )
 def test_class_weights_can_be_said_on_the_command_line(argv: list[str], expected: Any) -> None:
-    assert load(LossConfig, argv, prog="test").class_weights == expected
+    assert load(LossConfig, argv).class_weights == expected
 
 
 @pytest.mark.parametrize("value", ["{cat: -1}", "heavy", "null"])
 def test_class_weights_of_another_kind_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="class_weights"):
-        load(LossConfig, ["--class-weights", value], prog="test")
+        load(LossConfig, ["--class-weights", value])
