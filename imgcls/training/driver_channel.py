@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from imgcls.data.storage_settings import bind_settings
 from imgcls.training.epoch_metrics import EpochMetrics
 
 THREAD_NAME = "driver channel"
@@ -98,7 +99,7 @@ def open_driver_channel(epochs: int, on_epoch: Callable[[EpochMetrics], None]) -
                     if is_epoch:
                         on_epoch(post)
 
-    follower = threading.Thread(target=follow, name=THREAD_NAME, daemon=True)
+    follower = threading.Thread(target=bind_settings(follow), name=THREAD_NAME, daemon=True)
     follower.start()
     try:
         yield channel

@@ -143,10 +143,10 @@ def _fit_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[
     if len(parts) < len(heads) or any(part.shape != logits.shape for part in parts):
         return None
     columns = torch.stack([part.flatten().double() for part in parts], dim=1)
-    wanted = logits.flatten().double()
-    coefficients = torch.linalg.lstsq(columns, wanted).solution
-    error = (columns @ coefficients - wanted).abs().max()
-    if not error <= 1e-4 * wanted.abs().max() or bool((coefficients.abs() < 1e-6).any()):
+    expected = logits.flatten().double()
+    coefficients = torch.linalg.lstsq(columns, expected).solution
+    error = (columns @ coefficients - expected).abs().max()
+    if not error <= 1e-4 * expected.abs().max() or bool((coefficients.abs() < 1e-6).any()):
         return None
     return tuple(coefficients.tolist())
 

@@ -104,9 +104,9 @@ def fit_torch_trainer(
 class _WorkerLiveness:
     """Checks whether any training worker is alive, and measures for how long none was."""
 
-    def __init__(self, channel: Any, wanted: str, timeout_s: float) -> None:
+    def __init__(self, channel: Any, group: str, timeout_s: float) -> None:
         self._channel = channel
-        self._wanted = f"training workers, {wanted}"
+        self._description = f"training workers, {group}"
         self._timeout = WaitTimeout(timeout_s)
         self._last_alive = self._last_check = time.monotonic()
 
@@ -119,7 +119,7 @@ class _WorkerLiveness:
         workers = ray.get(self._channel.list_workers.remote())
         if any(ray_internals.is_actor_alive(worker) for worker in workers):
             self._last_alive = now
-        self._timeout.check(now - self._last_alive, self._wanted)
+        self._timeout.check(now - self._last_alive, self._description)
 
 
 def _wait_for_result(

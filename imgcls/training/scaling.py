@@ -91,23 +91,23 @@ def plan_workers(nodes: Sequence[Node], config: TrainScaleConfig) -> WorkerPlan:
     Raises ResourcesError, with the arithmetic, when it does not fit.
     """
     use_gpu = config.use_gpu
-    fewest, most = config.bounds
+    minimum, maximum = config.bounds
     if use_gpu is None:
-        use_gpu = _count_slots(nodes, config.cpus_per_worker, 1) >= fewest
+        use_gpu = _count_slots(nodes, config.cpus_per_worker, 1) >= minimum
     gpus = 1 if use_gpu else 0
-    places = _count_slots(nodes, config.cpus_per_worker, gpus)
-    count = max(fewest, min(most, places))
-    workers = WorkerPlan(count, config.cpus_per_worker, gpus, fewest, most)
+    slots = _count_slots(nodes, config.cpus_per_worker, gpus)
+    count = max(minimum, min(maximum, slots))
+    workers = WorkerPlan(count, config.cpus_per_worker, gpus, minimum, maximum)
     if config.sync_batchnorm and not gpus:
         raise ResourcesError(
             "scale.sync_batchnorm: PyTorch supports it only on GPUs, and these workers have none. "
             "Set it to false."
         )
-    if places < fewest:
+    if slots < minimum:
         listed = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
         raise ResourcesError(
-            f"scale.num_workers {fewest}: {workers} do not fit the nodes of the cluster "
-            f"({listed}), which have room for {places}. Use fewer workers, a smaller "
+            f"scale.num_workers {minimum}: {workers} do not fit the nodes of the cluster "
+            f"({listed}), which have room for {slots}. Use fewer workers, a smaller "
             "scale.cpus_per_worker, or add nodes."
         )
     return workers
@@ -120,22 +120,22 @@ def wait_for_worker_plan(config: TrainScaleConfig, interruption: Interruption) -
     """
     return autoscaler.wait_until_fit(
         lambda nodes: plan_workers(nodes, config),
-        lambda most: plan_worker_bundles(most, config),
+        lambda possible: plan_worker_bundles(possible, config),
         config.resource_timeout_s,
         interruption,
     )
 
 
 def plan_worker_bundles(
-    most: Sequence[Node] | None, config: TrainScaleConfig
+    possible: Sequence[Node] | None, config: TrainScaleConfig
 ) -> list[dict[str, float]]:
     """Resource bundles to request from an autoscaler.
 
-    most: the nodes that it can provide; None if that is unknown
+    possible: the nodes that it can provide; None if that is unknown
     """
     count, gpus = config.min_workers, int(config.use_gpu or False)
-    if most is not None:
-        workers = plan_workers(most, config)
+    if possible is not None:
+        workers = plan_workers(possible, config)
         count, gpus = workers.count, workers.gpus
     each = {"CPU": config.cpus_per_worker} | ({"GPU": float(gpus)} if gpus else {})
     return [each] * count
@@ -173,8 +173,8 @@ def count_fitting_trials(nodes: Sequence[Node], workers: WorkerPlan, *, cached: 
 
     cached: images are decoded before; otherwise each training needs one more CPU for decoding
     """
-    most = _count_slots(nodes, workers.cpus, workers.gpus) // workers.max_count
-    for trials in range(most, 1, -1):
+    fitting = _count_slots(nodes, workers.cpus, workers.gpus) // workers.max_count
+    for trials in range(fitting, 1, -1):
         if cached or _count_spare_cpus(nodes, workers, trials * workers.max_count) >= trials:
             return trials
     return 1

@@ -202,15 +202,15 @@ class TrainStep:
         parts = min(self.config.scale.accumulate, len(targets))
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         pairs = zip(pixels.tensor_split(parts), targets.tensor_split(parts), strict=True)
-        for part, (images, wanted) in enumerate(pairs):
+        for part, (images, part_targets) in enumerate(pairs):
             with self._no_sync_if(part < parts - 1):
                 with self.autocast():
                     outputs = self._forward(self.normalize_inputs(images))
-                loss, logits = self.loss(outputs, wanted)
+                loss, logits = self.loss(outputs, part_targets)
                 # DDP averages the gradients of workers; this makes it the mean over the batch
                 scale = weight * self.context.world_size / global_batch_size
                 self._scaler.scale(loss * scale).backward()
-            classes = wanted.argmax(1) if wanted.dim() == 2 else wanted
+            classes = part_targets.argmax(1) if part_targets.dim() == 2 else part_targets
             correct = (logits.detach().argmax(1) == classes).sum()
             totals += weight * torch.stack([loss.detach().double(), correct.double()])
         return totals

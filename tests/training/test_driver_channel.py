@@ -7,6 +7,7 @@ import threading
 import pytest
 import ray
 
+from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.training.driver_channel import THREAD_NAME, open_driver_channel
 from imgcls.training.epoch_metrics import EpochMetrics
 
@@ -28,6 +29,17 @@ def test_lines_and_epochs_reach_the_driver_in_order_and_all_of_them(
         *(epoch(number).format_line(3) for number in (1, 2, 3)),
         "last line",
     ]
+
+
+def test_epochs_are_handled_with_the_storage_settings_of_the_job(local_ray: None) -> None:
+    found: list[StorageConfig] = []
+    settings = StorageConfig(endpoint_url="http://store:9000")
+    with (
+        use_settings(settings),
+        open_driver_channel(3, lambda epoch: found.append(current_settings())) as channel,
+    ):
+        ray.get(channel.post.remote(epoch(1)))
+    assert [each.endpoint_url for each in found] == ["http://store:9000"]
 
 
 def test_workers_are_notified_of_the_stop_request_and_not_before(local_ray: None) -> None:

@@ -34,7 +34,7 @@ from imgcls.errors import (
 from imgcls.models import zoo
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.train import TrainConfig, TrainResult, resolve_setup, train
+from imgcls.training.train import TrainConfig, TrainResult, train
 from tests.conftest import REPOSITORY, write_manifest
 
 TRAIN_ROWS, VAL_ROWS = 397, 83  # primes: nothing divides by workers or batches
@@ -134,17 +134,6 @@ def test_a_wrong_request_starts_nothing(
     with pytest.raises(error, match=message):
         train(config(digits, output, **changes))
     assert not output.exists()
-
-
-def test_a_batch_larger_than_the_training_set_is_lowered_with_a_note(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert resolve_setup(config(digits, tmp_path, batch_size=398)).config.batch_size == 398
-    assert capsys.readouterr().out == ""
-    lowered = resolve_setup(config(digits, tmp_path, batch_size=9999))
-    assert lowered.config.batch_size == 398
-    note = "note: batch_size reduced from 9999 to the 398 training images\n"
-    assert capsys.readouterr().out == note
 
 
 def test_weights_that_do_not_fit_are_refused_key_by_key(
@@ -337,17 +326,6 @@ def test_weights_are_finetuned_from_where_they_are(
     assert trained.best is not None
     # one careful epoch from random weights would be little better than guessing
     assert result.history[0].val_accuracy >= trained.best.val_accuracy - 0.05
-
-
-def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
-    digits: Path, colour_bundle: Path, tmp_path: Path
-) -> None:
-    weights = str(colour_bundle / "model.safetensors")
-    model = {"name": "small_cnn", "options": {"width": 8}, "weights": weights}
-    setup = resolve_setup(config(digits, tmp_path / "bundle", model=model, optim={}))
-    assert setup.strategy == "probe_then_finetune"
-    assert setup.config.optim.lr == 3e-4
-    assert setup.head_coefficients == pytest.approx((1.0,))
 
 
 @pytest.mark.slow  # test_trainer covers the phases

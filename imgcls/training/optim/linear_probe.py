@@ -68,36 +68,42 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
     """
     network = train_step.network.eval()
     size = train_step.augment.size
-    gentle = Augment(AugmentConfig(preset="light"), size=size, num_classes=1)
+    light = Augment(AugmentConfig(preset="light"), size=size, num_classes=1)
     heads = zoo.find_heads(network)
-    caught: dict[str, torch.Tensor] = {}
+    head_inputs: dict[str, torch.Tensor] = {}
     width = sum(zoo.get_input_width(head) for head in heads.values())
-    found = [torch.zeros(0, width, device=train_step.context.device)]
+    features = [torch.zeros(0, width, device=train_step.context.device)]
     labels = [torch.zeros(0, dtype=torch.int64, device=train_step.context.device)]
     hooks = [
-        head.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args[0]}))
+        head.register_forward_pre_hook(
+            lambda _, args, name=name: head_inputs.update({name: args[0]})
+        )
         for name, head in heads.items()
     ]
     try:
         for index, batch in enumerate(batches):
             if not len(batch.labels):
                 continue
-            pixels, wanted = (
+            pixels, batch_labels = (
                 train_step.pixels_to_device(batch.pixels),
                 train_step.labels_to_device(batch.labels),
             )
-            middle = center_crop(pixels, size)
+            center = center_crop(pixels, size)
             for view in range(views):
                 train_step.seed_rng(0, index * views + view)
-                seen = (middle, middle.flip(3))[view] if view < 2 else gentle(pixels, wanted)[0]
+                view_pixels = (
+                    (center, center.flip(3))[view] if view < 2 else light(pixels, batch_labels)[0]
+                )
                 with train_step.autocast():
-                    network(train_step.normalize_inputs(seen))
-                found.append(torch.cat([spatial_mean(caught[n].float()) for n in heads], dim=1))
-                labels.append(wanted)
+                    network(train_step.normalize_inputs(view_pixels))
+                features.append(
+                    torch.cat([spatial_mean(head_inputs[n].float()) for n in heads], dim=1)
+                )
+                labels.append(batch_labels)
     finally:
         for hook in hooks:
             hook.remove()
-    return ProbeFeatures(torch.cat(found), torch.cat(labels))
+    return ProbeFeatures(torch.cat(features), torch.cat(labels))
 
 
 def count_non_finite(split: ProbeFeatures) -> int:

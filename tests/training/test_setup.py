@@ -1,0 +1,73 @@
+"""What a request resolves to before Ray starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls.training.config import TrainConfig
+from imgcls.training.setup import resolve_setup
+
+ROWS = 30
+
+
+@pytest.fixture
+def config(colours: Callable[..., Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Build a request with 30 training images and as many for validation."""
+    manifest = str(colours(ROWS))
+
+    def build(**changes: Any) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {"data": {"train": manifest, "val": manifest}, "output": str(tmp_path / "bundle")}
+            | {"model": {"name": "small_cnn", "options": {"width": 8}}, **changes}
+        )
+
+    return build
+
+
+def test_a_batch_larger_than_the_training_set_is_reduced_with_a_note(
+    config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resolve_setup(config(batch_size=ROWS)).config.batch_size == ROWS
+    assert capsys.readouterr().out == ""
+    assert resolve_setup(config(batch_size=9999)).config.batch_size == ROWS
+    note = "note: batch_size reduced from 9999 to the 30 training images\n"
+    assert capsys.readouterr().out == note
+
+
+def test_from_random_weights_the_default_is_scratch(config: Callable[..., TrainConfig]) -> None:
+    setup = resolve_setup(config())
+    assert setup.strategy == "scratch"
+    assert setup.config.optim.lr == 3e-3
+    assert setup.head_coefficients == ()
+
+
+def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
+    config: Callable[..., TrainConfig], colour_bundle: Path
+) -> None:
+    weights = str(colour_bundle / "model.safetensors")
+    model = {"name": "small_cnn", "options": {"width": 8}, "weights": weights}
+    setup = resolve_setup(config(model=model))
+    assert setup.strategy == "probe_then_finetune"
+    assert setup.config.optim.lr == 3e-4
+    assert setup.head_coefficients == pytest.approx((1.0,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"scale": {"num_workers": 2}, "checkpoint_minutes": 1.0}, True),
+        ({"seed": 1}, False),
+        ({"optim": {"lr": 1e-4}}, False),
+        ({"model": {"name": "small_cnn", "options": {"width": 4}}}, False),
+    ],
+)
+def test_two_requests_are_one_training_if_data_settings_and_weights_are_equal(
+    config: Callable[..., TrainConfig], changes: dict[str, Any], is_same: bool
+) -> None:
+    identity = resolve_setup(config()).identity
+    assert set(identity) == {"settings", "data", "initial_weights"}
+    assert (resolve_setup(config(**changes)).identity == identity) == is_same
