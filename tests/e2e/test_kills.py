@@ -208,7 +208,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
         driver.send_signal(number)
         _, err = driver.communicate(timeout=30)
     assert driver.returncode == 1
-    assert "run the same command again" in err
+    assert "rerun the same command to resume" in err
     assert not (output / "_lease").exists()
     assert not committed(output)
     again = imgcls(*command, env=cluster.environment())

@@ -131,10 +131,10 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     status = found["status"].to_pylist()
     assert [row for row in range(200) if status[row] != "ok"] == [77]
     assert status[77] == "crashed"
-    assert "died or hung" in found["error"].to_pylist()[77]
-    told = re.search(r"watch   chunk 1: (\d+) workers died .* 1 of its rows crashed", done.stdout)
-    assert told is not None, done.stdout
-    assert 2 <= int(told[1]) <= 1 + math.log2(64) + 1
+    assert "crashed or hung" in found["error"].to_pylist()[77]
+    logged = re.search(r"watch   chunk 1: (\d+) workers crashed .* 1 row crashed", done.stdout)
+    assert logged is not None, done.stdout
+    assert 2 <= int(logged[1]) <= 1 + math.log2(64) + 1
 
 
 def with_poison(folder: Path) -> Path:
@@ -159,7 +159,7 @@ def test_a_check_survives_an_image_that_kills_its_worker(
     issues = pq.read_table(output / "issues.parquet").to_pylist()
     (found,) = [row for row in issues if row["issue"] == "unreadable"]
     assert found["row"] == 77
-    assert found["detail"].startswith("crashed: the worker died or hung")
+    assert found["detail"].startswith("crashed: the worker crashed or hung")
 
 
 @pytest.mark.cluster
@@ -174,7 +174,7 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 1
     assert "chunk 0 (rows 0 to 11)" in done.stderr
-    assert "it is not the images" in done.stderr
+    assert "the images are not the cause" in done.stderr
 
 
 # ------------------------------------------------------------------ a worker that hangs
@@ -196,9 +196,11 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
             out, err = driver.communicate(timeout=300)
             assert driver.returncode == 0, err
             assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-    # between two chunks it is at none; then nobody goes on in the end, and it is laid out anew
-    said = r"watch   chunk \d+ \(rows .*\): no image done for \d+ s by|no worker has gone on for"
-    assert re.search(said, out) is not None, out
+    # stopped between two chunks, it has none; then no worker makes progress, and it is replanned
+    message = (
+        r"watch   chunk \d+ \(rows .*\): worker .* made no progress for|no worker has made progress"
+    )
+    assert re.search(message, out) is not None, out
     assert_exactly_once(output, 400)
 
 
@@ -216,7 +218,7 @@ def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
         assert done.returncode == 0, done.stderr
         with contextlib.suppress(psutil.NoSuchProcess):
             assert psutil.Process(int(stopped.read_text())).status() == psutil.STATUS_ZOMBIE
-    assert re.search(r"no worker has gone on for \d+ s: laid out anew", done.stdout) is not None
+    assert re.search(r"no worker has made progress for \d+ s; replanning", done.stdout) is not None
     assert_exactly_once(output, 400)
 
 
@@ -236,16 +238,16 @@ def stopping(folder: Path, stopped: Path) -> dict[str, str]:
                 return spec
 
         def patch(module):
-            end = module.Attempt.end
+            complete = module.Attempt.complete
 
             def stop(attempt):
-                end(attempt)
-                if "/label-" in attempt._key and not os.path.exists({str(stopped)!r}):
+                complete(attempt)
+                if "/process-" in attempt._key and not os.path.exists({str(stopped)!r}):
                     with open({str(stopped)!r}, "w") as file:
                         file.write(str(os.getpid()))
                     os.kill(os.getpid(), signal.SIGSTOP)
 
-            module.Attempt.end = stop
+            module.Attempt.complete = stop
 
         sys.meta_path.insert(0, Stopping())
     """
@@ -297,7 +299,7 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err
-    assert "1 of 1 machines are gone, and no worker goes on: laid out anew" in out
+    assert "lost 1 of 1 node; no worker is making progress; replanning" in out
     assert "waiting  for nodes: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 300)
 
@@ -381,7 +383,7 @@ def test_a_machine_that_comes_is_taken_in_where_that_saves_more_than_it_costs(
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=800)
                 assert driver.returncode == 0, err
-    assert "1 machines have come: 2 workers instead of 1: laid out anew" in out
+    assert "1 node joined: 2 workers instead of 1 worker; replanning" in out
     assert_exactly_once(output, rows)
 
 

@@ -1,4 +1,4 @@
-"""The labelling job as a user runs it: a command, a real Ray cluster, files on disk."""
+"""The predict job as a user runs it: a command, a real Ray cluster, files on disk."""
 
 from __future__ import annotations
 
@@ -251,11 +251,11 @@ def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
     out = tmp_path / "out"
     good = {"--manifest": manifest, "--model": colour_bundle, "--output": out}
     cases: list[tuple[dict[str, object], str]] = [
-        ({"--manifest": empty}, "has no row"),
+        ({"--manifest": empty}, "has no rows"),
         ({"--manifest": tmp_path / "nowhere.csv"}, "no such file"),
         ({"--manifest.path-column": "file"}, "--manifest.path-column"),
         ({"--manifest": other}, "is a class of the model"),
-        ({"--manifest": taken}, "column 'confidence' is one that labelling writes"),
+        ({"--manifest": taken}, "column 'confidence' is an output column of predict"),
         ({"--model": damaged}, "the file is damaged"),
         ({"--model": tmp_path / "nowhere"}, "imgcls model import"),
         ({"--output": file / "below"}, "cannot be written"),
@@ -263,7 +263,7 @@ def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
         ({"--scale.workers": 7}, "at most 2"),
         ({"--topk": 7}, "did you mean top_k"),
     ]
-    planned = ("has no row", "is a class of the model", "needs a GPU", "at most 2")
+    planned = ("has no rows", "is a class of the model", "needs a GPU", "at most 2")
     for change, expected in cases:
         options = [str(part) for pair in {**good, **change}.items() for part in pair]
         if expected in planned:
