@@ -115,7 +115,7 @@ def machines(
         pytest.param("SIGSEGV", 1, marks=pytest.mark.cluster),
     ],
 )
-def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
+def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labeled(
     name: str,
     gpus: int,
     tmp_path: Path,
@@ -180,7 +180,7 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
 # ------------------------------------------------------------------ a worker that hangs
 
 
-def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
+def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
@@ -205,7 +205,7 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
 
 
 @pytest.mark.cluster
-def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
+def test_a_worker_that_hangs_between_two_chunks_is_killed_too(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
@@ -281,7 +281,7 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("chunks", [0, 4])
-def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
+def test_when_the_last_machine_is_lost_the_run_continues_with_the_next_one(
     chunks: int, tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
@@ -294,7 +294,7 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
             kill_family(lost.pid)
             assert chunks or not durable(output)
             time.sleep(30)
-            # also while nothing comes it tells how far it is
+            # it also writes its progress while no chunk is finished
             assert json.loads((output / "_progress.json").read_bytes())["rows"] == 300
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
@@ -305,16 +305,16 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
 
 
 @pytest.mark.cluster
-def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
+def test_without_a_machine_a_run_waits_and_continues_when_one_joins(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 40), tmp_path / "out"
     with RayCluster.start(cpus=0) as cluster:
         order = words(manifest, colour_bundle, output)
-        told = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
-        assert told.returncode == 2
-        assert "the cluster has 0 CPUs" in told.stderr
-        assert "waited 3 s for machines" in told.stderr
+        refused = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
+        assert refused.returncode == 2
+        assert "the cluster has 0 CPUs" in refused.stderr
+        assert "waited 3 s for nodes" in refused.stderr
         with started(*order, env=cluster.environment()) as driver:
             time.sleep(8)
             with machine(cluster, 1):
@@ -370,7 +370,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
 
 
 @pytest.mark.cluster
-def test_a_machine_that_comes_is_taken_in_where_that_saves_more_than_it_costs(
+def test_a_machine_that_joins_is_used_if_that_saves_more_than_it_costs(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     images, output = tmp_path / "images", tmp_path / "out"
@@ -475,10 +475,10 @@ def raylet(host: str, address: str, *more: str, folder: str) -> Iterator[subproc
         *("--disable-usage-stats", f"--node-ip-address={address}", *more),
         "--object-store-memory=200000000",
     ]
-    with open(f"{folder}/{host}.log", "wb") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+    with open(f"{folder}/{host}.log", "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
-        log = Path(told.name)
+        log = Path(output.name)
         wait_for(lambda: b"Ray runtime started" in log.read_bytes(), 60)
         yield process
     finally:

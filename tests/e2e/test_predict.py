@@ -36,7 +36,7 @@ def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
 )
-def test_every_row_is_labelled_and_the_columns_come_through(
+def test_every_row_is_labeled_and_the_columns_come_through(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],
     placed_bundle: Path,
@@ -134,7 +134,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     assert abs(int((rank <= 5).sum()) - 274) <= 4
 
 
-def test_unlabelled_folders_get_counts_and_a_confidence_histogram(
+def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],
     placed_bundle: Path,
@@ -223,8 +223,8 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     assert success(output)["status"] == {"empty": 1, "ok": 99}
 
     save(draw("red", seed=77), place / "images" / "00077.jpg")
-    mended = predict(*arguments, "--retry-errors")
-    assert mended.returncode == 0, mended.stderr
+    repaired = predict(*arguments, "--retry-errors")
+    assert repaired.returncode == 0, repaired.stderr
     whole = assert_exactly_once(output, 100)
     assert set(whole["status"].to_pylist()) == {"ok"}
     assert whole.take(kept).equals(after.take(kept).cast(whole.schema))

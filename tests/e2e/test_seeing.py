@@ -1,4 +1,4 @@
-"""What a run tells of itself: JSON for log systems, numbers for Prometheus, its status."""
+"""What a run shows: JSON for log systems, numbers for Prometheus, its status."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def test_in_json_every_line_is_an_object_with_the_run_and_each_chunk_says_where_
     order = predict(manifest, colour_bundle, output, "--chunk-rows", 16, "--log", "json")
     done = imgcls(*order, env=cluster.environment())
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all({"time", "event", "message"} <= set(line) for line in told)
-    (plan,) = (line for line in told if line["event"] == "plan")
-    after = told[told.index(plan) + 1 :]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all({"time", "event", "message"} <= set(line) for line in lines)
+    (plan,) = (line for line in lines if line["event"] == "plan")
+    after = lines[lines.index(plan) + 1 :]
     assert {line["run_id"] for line in after} == {plan["run_id"]}
-    chunks = [line for line in told if line["event"] == "chunk"]
+    chunks = [line for line in lines if line["event"] == "chunk"]
     assert sorted(line["chunk"] for line in chunks) == [0, 1, 2, 3]
     assert sum(line["status"]["ok"] for line in chunks) == 50
     assert all(line["worker"].startswith(f"{line['node']}/") for line in chunks)
     assert all(line["seconds"]["prepare"] > 0 for line in chunks)
-    assert told[-1]["event"] == "committed"
-    metrics = {line["metric"]: line["value"] for line in told if line["event"] == "metric"}
+    assert lines[-1]["event"] == "committed"
+    metrics = {line["metric"]: line["value"] for line in lines if line["event"] == "metric"}
     assert metrics["rows"] == 50
 
 
-def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
+def test_status_follows_a_run_while_it_runs_and_after_its_driver_died(
     colours: Callable[..., Path], colour_bundle: Path, cluster: RayCluster, tmp_path: Path
 ) -> None:
     manifest, output = colours(400), tmp_path / "out"
@@ -63,8 +63,8 @@ def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
     assert "driver" in dead
     layout.write_progress(str(output), {"images_per_second": 123456.0})
     with started(*order, env=cluster.environment()) as driver:
-        told = output / "_progress.json"
-        wait_for(lambda: not told.exists() or "123456" not in told.read_text())
+        progress = output / "_progress.json"
+        wait_for(lambda: not progress.exists() or "123456" not in progress.read_text())
         assert not (output / "_SUCCESS").exists()
         assert status().get("images_per_second") != 123456.0
         driver.communicate(timeout=200)

@@ -98,7 +98,7 @@ def test_counting_a_part_again_gives_the_counts_of_its_roll_up(run: DrawnRun) ->
     assert (merged.confusion_count == whole.confusion_count).all()
 
 
-def test_an_unlabelled_part_is_counted_by_what_was_predicted(run: DrawnRun) -> None:
+def test_an_unlabeled_part_is_counted_by_what_was_predicted(run: DrawnRun) -> None:
     run.label()
     run.roll_up(0)
     counts = rollup.count_part(run.output, 0, None, CLASSES)
