@@ -154,7 +154,7 @@ states = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(nights=states, tonight=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2)))
 def test_any_nights_leave_what_a_dictionary_says(
     tmp_path_factory: pytest.TempPathFactory,

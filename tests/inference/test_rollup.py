@@ -192,7 +192,7 @@ def test_the_rows_of_an_interrupted_retry_are_removed(run: DrawnRun) -> None:
     assert not any(run.staged(part).exists() for part in range(run.plan.num_parts))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 60),
     chunk_rows=st.integers(3, 40),
