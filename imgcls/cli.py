@@ -84,7 +84,7 @@ COMMANDS = {
         "imgcls report demo/bundle",
     ),
     "serve": Command(
-        "serve a bundle over HTTP, with a web page",
+        "serve a model over HTTP, with a demo page",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",
@@ -113,7 +113,7 @@ COMMANDS = {
     ),
     "manifest stats": Command(
         "describe a data set: classes, sizes, formats, sample images per class",
-        "imgcls.curation.build",
+        "imgcls.curation.stats",
         "StatsConfig",
         "compute_stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",

@@ -6,6 +6,9 @@ code of a command.
 
 from __future__ import annotations
 
+OK = "ok"
+"""The status of a row without an error; an error class has the status of its rows."""
+
 
 def one_line(error: object, limit: int = 300) -> str:
     """The text of an error on one line, cut after `limit` characters; else the error's class."""

@@ -1,7 +1,7 @@
 """A network that fails as networks do: an HTTP proxy before a store that loses, breaks and delays.
 
-Every request may meet one fault, drawn by a seeded generator. The store behind it is real and is
-never reported.
+Every request may meet one fault, drawn by a seeded generator. The store behind it is real and
+does not know of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ reset      the connection is reset before the request arrives
 lost       the request is carried out, and the connection reset before the answer
 stall      no answer, for a long time
 truncate   the answer breaks off half way
-damage     half a response with a matching Content-Length
+damage     half of the answer, with a matching Content-Length
 trickle    the answer comes byte by byte
 """
 
@@ -48,7 +48,7 @@ class Proxy:
 
     share: of requests that meet a fault, by kind; delay: seconds added to every answer
     drop:  a header that requests lose on the way, in lower case
-    respond:  gives the response to a request's head in place of the store, if not None
+    respond: gives the response to a request's head in place of the store, if not None
     met:   faults that happened
     """
 

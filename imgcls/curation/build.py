@@ -1,20 +1,17 @@
-"""Manifests that say what their images are, and what a data set is made of.
+"""Build of a manifest: `imgcls manifest build`.
 
-`manifest build` lists a folder or takes a table in another shape, and looks at every image if asked
-to; `manifest stats` counts.
+Lists a folder, or converts a table or a glob; with `--contents` it scans every image and adds its
+status, size, format and digest as columns.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
-from imgcls.curation import listing, summary
-from imgcls.curation.checks.image_table import build_image_table
+from imgcls.curation import listing
 from imgcls.curation.listing import ListingConfig
 from imgcls.curation.scan import ScanConfig, scan_manifests
 from imgcls.data import filesystem
@@ -22,38 +19,37 @@ from imgcls.data.discovery import group_tables
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
+from imgcls.data.manifest_options import KeyNames
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.log import tell
 from imgcls.runs.layout import write_table
 
-STATS_FILE = "stats.json"
-STATS_PAGE = "stats.html"
 MANIFEST_FILE = "manifest.parquet"
 LISTING_FOLDER = "_listing"
 CONTENT_COLUMNS = ("status", "bytes", "format", "width", "height", "digest")
 
 
 class ManifestBuildConfig(ListingConfig):
-    """List a folder or a bucket into a manifest, or take a glob or a table in another shape."""
+    """List a folder or a bucket into a manifest, or convert a glob or a table to one."""
 
     path_column: str = "path"
-    """Of a table: the column that holds paths; it is named path in the manifest."""
+    """Column of image paths in the source table; named path in the manifest."""
     label_column: str | None = None
-    """Of a table: the column that holds class names; it is named label in the manifest."""
+    """Column of class names in the source table; named label in the manifest."""
     delimiter: str | None = None
-    """Of a CSV table: its delimiter; found in the header line when not given."""
+    """Delimiter of a CSV source, one character (default: detected in the header line)."""
     encoding: str = "utf-8"
-    """Of a CSV table: its text encoding."""
+    """Text encoding of a CSV source."""
     escape: str | None = None
-    """Of a CSV table: the character before a quote inside a quoted value, such as \\ (Spark)."""
+    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
     contents: bool = False
-    """Read every image: status, bytes, format, width, height and digest (BLAKE2b) as columns."""
+    """Read every image; adds the columns status, bytes, format, width, height, digest (BLAKE2b)."""
     perceptual: bool = False
-    """With contents: the perceptual hash too."""
+    """With contents: add the perceptual hash as a column."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """With contents: images with more pixels are refused from their header."""
+    """With contents: maximum number of pixels of an image."""
     max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
     scale: ScaleConfig = ScaleConfig()
@@ -62,106 +58,64 @@ class ManifestBuildConfig(ListingConfig):
 
 @with_config_storage
 def build_manifest(config: ManifestBuildConfig) -> int:
-    """Make a manifest; returns its rows.
+    """Build a manifest; returns the number of its rows.
 
-    A folder or prefix is listed as `listing.build_manifest` does. A glob or a table (CSV, Parquet)
-    comes through with its columns, whole paths, and `path` and `label` under these names. With
-    `contents` every image is looked at, and what can be told of it is added.
-    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
-    (run it again to resume).
+    A folder or prefix is listed by `listing.build_listing`. A glob or a table (CSV, Parquet) keeps
+    its columns, with absolute paths in `path` and labels in `label`. With `contents` every image is
+    scanned, and its features are added.
+    Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
+    resume).
     """
     output = filesystem.absolute(config.output)
-    listed = filesystem.is_folder(config.source) and not _is_table_folder(config.source)
+    is_listed = filesystem.is_folder(config.source) and not _is_table_folder(config.source)
     if config.perceptual and not config.contents:
-        raise ConfigError("perceptual: needs every image to be read; say --contents too")
-    if listed and not config.contents:
+        raise ConfigError("perceptual: requires reading every image; pass --contents too")
+    if is_listed and not config.contents:
         return listing.build_listing(config)
-    if config.labels and not listed:
+    if config.labels and not is_listed:
         raise ConfigError(
-            f"labels: {config.source} is no folder with one per class; give the folder, or name a "
-            "table's column with --label-column"
+            f"labels: {config.source} is not a folder with one folder per class; pass the folder, "
+            "or name the column of a table with --label-column"
         )
     target = filesystem.join(output, MANIFEST_FILE)
     if filesystem.exists(target) and not config.overwrite:
         raise OutputError(
-            f"output {output}: holds a manifest already; say --overwrite, or give another --output"
+            f"output {output}: contains a manifest already; pass --overwrite, or another --output"
         )
-    source = config.source
-    if listed:
-        source = filesystem.join(output, LISTING_FOLDER)
-        if config.overwrite:
-            filesystem.remove(source)
-        if not filesystem.exists(
-            filesystem.join(source, LISTING_DONE_FILE)
-        ):  # a resumed run has its own
-            given = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))
-            listing.build_listing(given.model_copy(update={"output": source, "overwrite": False}))
-    try:
-        manifest = open_manifest(
-            ManifestConfig(
-                path=source,
-                path_column=config.path_column,
-                label_column=config.label_column,
-                delimiter=config.delimiter,
-                encoding=config.encoding,
-                escape=config.escape,
-            )
-        )
-        if config.contents:
-            count = _write_with_contents(config, output, manifest)
-        else:
-            count = _write_rows(target, manifest, _read_rows(manifest))
-    except ManifestError as error:
-        raise ManifestError(str(error).replace("--manifest.", "--")) from error
+    table = ManifestConfig(
+        path=_list_images(config, output) if is_listed else config.source,
+        path_column=config.path_column,
+        label_column=config.label_column,
+        delimiter=config.delimiter,
+        encoding=config.encoding,
+        escape=config.escape,
+    )
+    manifest = open_manifest(table, keys=KeyNames(section=""))
+    if config.contents:
+        rows = _write_with_contents(config, output, manifest)
+    else:
+        rows = _write_rows(target, manifest, _read_rows(manifest))
     filesystem.remove(filesystem.join(output, LISTING_FOLDER))
-    tell("manifest", f"{count:,} images: {output}", rows=count)
-    return count
+    tell("manifest", f"{rows:,} images: {output}", rows=rows)
+    return rows
 
 
-class StatsConfig(ScanConfig):
-    """Tell what a data set is made of: classes, sizes, formats, a contact sheet per class."""
-
-    sheet_images: NonNegativeInt = 12
-    """Images on the contact sheet of a class."""
-    max_sheets: PositiveInt = 50
-    """Classes that have one, the largest first."""
-    seed: int = 0
-    """Which images are on them."""
-
-
-@with_config_storage
-def compute_stats(config: StatsConfig) -> dict[str, Any]:
-    """Look at every image and tell what there is; returns the numbers of stats.json.
-
-    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
-    (run it again to resume).
-    """
-    output = filesystem.absolute(config.output)
-    manifest = open_manifest(config.manifest)
-    with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (
-        [examined],
-        lease,
-    ):
-        images = build_image_table([(manifest, examined.read_tables())])
-        told = summary.summarize_images(images)
-        lease.check()
-        body = json.dumps(told, indent=2) + "\n"
-        filesystem.write(filesystem.join(output, STATS_FILE), body.encode())
-        text = summary.render_stats_page(
-            images, told, shown=config.sheet_images, classes=config.max_sheets, seed=config.seed
-        )
-        filesystem.write(filesystem.join(output, STATS_PAGE), text.encode())
-    good = told["status"].get("ok", 0)
-    tell("stats", f"{told['rows']:,} rows, {good:,} images, {len(told['classes']):,} classes")
-    tell("stats", filesystem.join(output, STATS_PAGE))
-    return told
+def _list_images(config: ManifestBuildConfig, output: str) -> str:
+    """List the source into a folder of the output; an interrupted run keeps its listing."""
+    folder = filesystem.join(output, LISTING_FOLDER)
+    if config.overwrite:
+        filesystem.remove(folder)
+    if not filesystem.exists(filesystem.join(folder, LISTING_DONE_FILE)):
+        listed = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))
+        listing.build_listing(listed.model_copy(update={"output": folder, "overwrite": False}))
+    return folder
 
 
 def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Manifest) -> int:
-    """Write the rows with what can be told of their images; returns how many."""
-    facts = [*CONTENT_COLUMNS, *(["hash"] if config.perceptual else [])]
-    _check_columns(manifest, facts)
-    look = ScanConfig(
+    """Write the rows with the features of their images; returns their number."""
+    added = [*CONTENT_COLUMNS, *(["hash"] if config.perceptual else [])]
+    _check_columns(manifest, added)
+    scan = ScanConfig(
         manifest=ManifestConfig(path=manifest.source),
         output=output,
         max_pixels=config.max_pixels,
@@ -171,18 +125,16 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
         storage=config.storage,
     )
     tables = []
-    kept = (MANIFEST_FILE,)
-    with scan_manifests(look, output, [manifest], results=kept, beside=(LISTING_FOLDER,)) as (
-        [examined],
-        _,
-    ):
-        for rows, table in examined.read_tables():
-            for name in facts:
-                column = table.column(name)
+    with scan_manifests(
+        scan, output, [manifest], results=(MANIFEST_FILE,), ignored=(LISTING_FOLDER,)
+    ) as ([scanned], _):
+        for rows, features in scanned.read_tables():
+            for name in added:
+                column = features.column(name)
                 if pa.types.is_fixed_size_binary(column.type):
                     column = pa.chunked_array([_encode_hex(column)])
-                taken = rows.schema.get_field_index(name)
-                rows = rows.remove_column(taken) if taken >= 0 else rows
+                index = rows.schema.get_field_index(name)
+                rows = rows.remove_column(index) if index >= 0 else rows
                 rows = rows.append_column(name, column)
             tables.append(rows)
         return _write_rows(
@@ -190,16 +142,16 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
         )
 
 
-def _check_columns(manifest: Manifest, facts: Sequence[str]) -> None:
-    """Raise a ManifestError where facts would take the place of a column of the user's own."""
+def _check_columns(manifest: Manifest, added: Sequence[str]) -> None:
+    """Raise a ManifestError where an added column would replace a column of the user."""
     names = manifest.schema.names
-    if set(CONTENT_COLUMNS) <= set(names):  # described before
+    if set(CONTENT_COLUMNS) <= set(names):  # built with contents before
         return
-    written = {name.casefold() for name in facts}  # many readers ignore case
-    taken = [name for name in names if name.casefold() in written]
-    if taken:
+    added_lower = {name.casefold() for name in added}  # many readers ignore case
+    replaced = [name for name in names if name.casefold() in added_lower]
+    if replaced:
         raise ManifestError(
-            f"manifest {manifest.source}: has a column {taken[0]!r}, which --contents writes; "
+            f"manifest {manifest.source}: has a column {replaced[0]!r}, which --contents writes; "
             "rename it"
         )
 
@@ -214,15 +166,15 @@ def _read_rows(manifest: Manifest) -> pa.Table:
 
 
 def _rename_columns(manifest: Manifest, rows: pa.Table) -> pa.Table:
-    """With whole paths, in a column `path`, and labels in `label`, whatever they were called."""
+    """Make the paths absolute, and name the columns of paths and labels `path` and `label`."""
     rows = make_paths_absolute(manifest, rows)
-    wanted = {manifest.path_column: "path", manifest.label_column: "label"}
-    names = [wanted.get(name, name) for name in rows.schema.names]
+    new_names = {manifest.path_column: "path", manifest.label_column: "label"}
+    names = [new_names.get(name, name) for name in rows.schema.names]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        duplicate = next(name for name in names if names.count(name) > 1)
         raise ManifestError(
-            f"manifest {manifest.source}: has another column {twice!r}; rename it, since the one "
-            "that was asked for takes that name"
+            f"manifest {manifest.source}: has another column {duplicate!r}; rename it, since the "
+            "column of paths or labels gets that name"
         )
     return rows.rename_columns(names)
 
@@ -233,7 +185,7 @@ def _encode_hex(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _is_table_folder(source: str) -> bool:
-    """Whether a folder holds tables and no images."""
+    """Whether a folder contains tables and no images."""
     if not group_tables(filesystem.list_names(source)):
         return False
     pages = filesystem.iter_pages(source, deep=True)

@@ -1,15 +1,14 @@
-"""The check of a data set: every image looked at, then all of them compared; findings and a page.
+"""Check of a data set: scans every image, compares all of them, and writes the issues and a page.
 
-Brings labelling's passes over images and the room that judges them together, which do not know each
-other.
+The scan runs on the cluster; the checks in `checks` run on its results, on the driver.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +27,10 @@ from imgcls.curation.checks.findings import (
 )
 from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, build_image_table
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
+from imgcls.curation.checks.report import Section
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import iterate_groups
-from imgcls.curation.examine import ScannedManifest
-from imgcls.curation.scan import ScanConfig, scan_manifests
+from imgcls.curation.scan import ScanConfig, ScannedManifest, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.preprocess import DecodeMode
@@ -40,6 +39,9 @@ from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.layout import write_table
+
+if TYPE_CHECKING:
+    import pandas
 
 ISSUES_FILE = "issues.parquet"
 CHECK_SUMMARY = "summary.json"
@@ -50,41 +52,109 @@ IssueList = Annotated[list[Issue], BeforeValidator(names)]
 
 
 class CheckConfig(ScanConfig):
-    """Check a data set: bad images, copies, leaks between manifests, labels that look mistaken."""
+    """Check a data set: bad images, duplicates, leaks between manifests, probable label errors."""
 
     against: Names = []
-    """Other manifests, such as of the test set: what is in both is a leak."""
+    """Other manifests, such as the test set; an image in both is reported as leakage."""
     model: str | None = None
-    """A bundle: its embeddings find more copies, outliers and labels that look mistaken."""
+    """Bundle whose embeddings are used to find similar images, outliers and label errors."""
     decode: DecodeMode | None = None
     """Decode route for the model: exact or fast (default: bundle's)."""
     output: str
-    """The folder to write; with drop, NAME.parquet is the clean manifest, and NAME the folder."""
+    """Folder for the results; with drop, NAME.parquet writes the clean manifest there."""
     drop: IssueList = []
-    """Write the manifest without rows that have these issues; of copies the first is kept."""
+    """Write the manifest without rows that have these issues; the first duplicate is kept."""
     fail_on: IssueList = []
-    """Exit with 3 when there is one of these."""
+    """Exit with status 3 if one of these issues is found."""
     rules: RulesConfig = RulesConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
     labels: LabelErrorsConfig = LabelErrorsConfig()
     gallery: NonNegativeInt = 24
-    """Images shown per issue."""
+    """Maximum number of images shown per issue."""
 
 
-def check(config: CheckConfig | None = None, /, **settings: Any) -> pa.Table:
-    """Check a data set; returns its issues (`findings.SCHEMA`), the worst first.
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of `imgcls.check`.
 
-    config:   the whole request, or else
-    settings: its keys, as in `check(manifest="train.csv", against="test.csv", output="out")`
-    Raises RequestError when something is wrong with what was asked, RunFailed when it broke off
-    (run it again to resume), IssuesFound for what `fail_on` names.
+    A notebook shows it as counts per issue with pictures of the worst images. Libraries that read
+    Arrow streams (pandas, polars, DuckDB) accept it as the table of issues.
+
+    Attributes
+    ----------
+    issues : pyarrow.Table
+        One row per image and issue, the worst of each issue first: `manifest`, `row`, `path`,
+        `label`, `issue`, `score` (float32 in [0, 1], 1 is the worst), `group`, `detail`.
+    counts : dict of str to int
+        Number of images per issue, over all manifests.
+    rows : int
+        Number of rows of the checked manifest.
+    report : str
+        Path or URL of report.html.
+    clean : str or None
+        Path or URL of the manifest without the dropped rows.
+    """
+
+    issues: pa.Table
+    counts: dict[str, int]
+    rows: int
+    report: str
+    clean: str | None = None
+    _sections: Sequence[Section] = field(default=(), repr=False, compare=False)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table of issues as a pandas DataFrame."""
+        return self.issues.to_pandas()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.issues.__arrow_c_stream__(requested_schema)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} {issue}" for issue, count in self.counts.items())
+        return f"CheckResult({self.rows:,} rows: {counts or 'no issues'}; {self.report})"
+
+    def _repr_html_(self) -> str:
+        return report.render_check_result(self._sections, self.rows, self.report)
+
+
+def check(config: CheckConfig | None = None, /, **settings: Any) -> CheckResult:
+    """Check a data set for bad images, duplicates, leaks and label errors.
+
+    Parameters
+    ----------
+    config : CheckConfig, optional
+        The whole configuration; pass either this or `settings`.
+    **settings
+        Configuration keys, such as `manifest`, `against`, `model`, `output` and `drop`; see
+        `imgcls manifest check --help`.
+
+    Returns
+    -------
+    CheckResult
+        The issues, also written to the output folder as issues.parquet, summary.json and
+        report.html.
+
+    Raises
+    ------
+    RequestError
+        If a key, a manifest, the bundle or the output folder is wrong.
+    RunFailed
+        If the scan of the images was interrupted; the same call resumes it.
+    IssuesFound
+        If an issue of `fail_on` was found; the results are written before.
+
+    Examples
+    --------
+    >>> result = imgcls.check(manifest="train.csv", against="test.csv", output="checked")
+    >>> result.counts
+    {'near-duplicates': 6, 'leakage': 1}
     """
     config = requested(CheckConfig, config, settings, 'check(manifest="train.csv", output="out")')
     with use_settings(config.storage):
         return _check(config)
 
 
-def _check(config: CheckConfig) -> pa.Table:
+def _check(config: CheckConfig) -> CheckResult:
     _check_request(config)
     output, clean = _resolve_outputs(config)
     manifests = list(_open_manifests(config))
@@ -94,43 +164,42 @@ def _check(config: CheckConfig) -> pa.Table:
         bundle = load_bundle(config.model).with_decode(config.decode)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
     with scan_manifests(config, output, manifests, bundle=bundle, results=results) as (
-        examined,
+        scanned,
         lease,
     ):
-        images = build_image_table((each.manifest, each.read_tables()) for each in examined)
+        images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
         _check_readable(images)
         findings = [each for each in _find_issues(images, config) if len(each.indices)]
-        issues = build_issue_table(images, findings)
         lease.check()
-        _write_results(output, images, findings, issues, config)
+        result = _write_results(output, clean, images, findings, config)
         if clean is not None:
-            _write_clean(clean, images, findings, examined[0], config.drop)
-    tell("report", filesystem.join(output, CHECK_REPORT))
+            _write_clean(clean, images, findings, scanned[0], config.drop)
+    tell("report", result.report)
     _fail_on_issues(findings, images, config.fail_on)
-    return issues
+    return result
 
 
 def _check_request(config: CheckConfig) -> None:
-    """Raise a ConfigError for issues that are to have consequences and cannot be seen."""
+    """Raise a ConfigError for issues in `drop` and `fail_on` that the request cannot find."""
     for key, issues in (("drop", config.drop), ("fail_on", config.fail_on)):
         for issue in issues:
             if issue == "leakage" and not config.against:
-                raise ConfigError(f"{key}: leakage is seen beside another manifest; say --against")
+                raise ConfigError(f"{key}: leakage requires another manifest; pass --against")
             if issue in MODEL_ISSUES and config.model is None:
-                raise ConfigError(f"{key}: {issue} is seen by a model; say --model BUNDLE")
+                raise ConfigError(f"{key}: {issue} requires a model; pass --model BUNDLE")
 
 
 def _check_readable(images: ImageTable) -> None:
-    """Raise a ManifestError where a leak could not be seen: nothing of a manifest can be read."""
+    """Raise a ManifestError where no image of a manifest can be read, so no leak can be found."""
     if len(images.manifests) == 1:
         return
     for number, name in enumerate(images.manifests):
-        mine = np.flatnonzero(images.manifest_index == number)
-        if not images.is_ok[mine].any():
-            error = images.features.column("error")[int(mine[0])].as_py()
-            what = "against" if number else "manifest"
+        indices = np.flatnonzero(images.manifest_index == number)
+        if not images.is_ok[indices].any():
+            error = images.features.column("error")[int(indices[0])].as_py()
+            key = "against" if number else "manifest"
             raise ManifestError(
-                f"{what} {name}: not one of its images can be read ({error}); see to its paths"
+                f"{key} {name}: none of its images can be read ({error}); check its paths"
             )
 
 
@@ -146,8 +215,8 @@ def _resolve_outputs(config: CheckConfig) -> tuple[str, str | None]:
     if output.endswith(".parquet"):
         if not config.drop:
             raise ConfigError(
-                f"output {config.output}: is a file, and without --drop there is no manifest to "
-                "write to it; give a folder, or say what to drop"
+                f"output {config.output}: is a file, and without --drop no manifest is written; "
+                "pass a folder, or the issues to --drop"
             )
         return output.removesuffix(".parquet"), output
     return output, filesystem.join(output, CLEAN_MANIFEST) if config.drop else None
@@ -156,19 +225,17 @@ def _resolve_outputs(config: CheckConfig) -> tuple[str, str | None]:
 def _check_clean_target(
     clean: str | None, output: str, manifests: Sequence[Manifest], overwrite: bool
 ) -> None:
-    """Refuse to replace a table that is no earlier check's."""
+    """Refuse to replace a table that an earlier check did not write."""
     if clean is None or not filesystem.exists(clean):
         return
     if clean in [filesystem.absolute(manifest.source) for manifest in manifests]:
-        raise OutputError(f"output {clean}: is a manifest of this check; give another --output")
+        raise OutputError(f"output {clean}: is a manifest of this check; pass another --output")
     if not overwrite and not filesystem.exists(filesystem.join(output, CHECK_SUMMARY)):
-        raise OutputError(
-            f"output {clean}: is there already; give another --output, or say --overwrite"
-        )
+        raise OutputError(f"output {clean}: exists already; pass another --output, or --overwrite")
 
 
 def _open_manifests(config: CheckConfig) -> Iterator[Manifest]:
-    """The checked one, and those beside it, of which labels may stand in another column."""
+    """The checked manifest, then those of `against`, whose label column may have another name."""
     yield open_manifest(config.manifest)
     for path in config.against:
         changes: dict[str, Any] = {"path": path, "format": "auto", "label_column": None}
@@ -183,22 +250,30 @@ def _open_manifests(config: CheckConfig) -> Iterator[Manifest]:
 
 def _write_results(
     output: str,
+    clean: str | None,
     images: ImageTable,
     findings: Sequence[Finding],
-    issues: pa.Table,
     config: CheckConfig,
-) -> None:
+) -> CheckResult:
+    issues = build_issue_table(images, findings)
     write_table(filesystem.join(output, ISSUES_FILE), issues)
     summary = _summarize(images, findings)
     filesystem.write(
         filesystem.join(output, CHECK_SUMMARY), (json.dumps(summary, indent=2) + "\n").encode()
     )
-    filesystem.write(
-        filesystem.join(output, CHECK_REPORT),
-        report.render_check_report(images, findings, summary, config.gallery).encode(),
-    )
+    sections = [report.build_section(images, finding, config.gallery) for finding in findings]
+    page = report.render_check_report(images, findings, summary, sections)
+    filesystem.write(filesystem.join(output, CHECK_REPORT), page.encode())
     for name, count in summary["issues"].items():
         tell("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
+    return CheckResult(
+        issues=issues,
+        counts=summary["issues"],
+        rows=summary["manifests"][0]["rows"],
+        report=filesystem.join(output, CHECK_REPORT),
+        clean=clean,
+        _sections=sections,
+    )
 
 
 def _summarize(images: ImageTable, findings: Sequence[Finding]) -> dict[str, Any]:
@@ -216,17 +291,17 @@ def _write_clean(
     clean: str,
     images: ImageTable,
     findings: Sequence[Finding],
-    examined: ScannedManifest,
+    scanned: ScannedManifest,
     drop: Sequence[Issue],
 ) -> None:
-    """The checked manifest without what is to be dropped, its paths whole."""
+    """Write the checked manifest without the dropped rows, with absolute paths."""
     kept = ~find_dropped(images, findings, drop)[images.is_own]
-    rows = pa.concat_tables(examined.read_rows())
-    rows = make_paths_absolute(examined.manifest, rows).filter(pa.array(kept))
+    rows = pa.concat_tables(scanned.read_rows())
+    rows = make_paths_absolute(scanned.manifest, rows).filter(pa.array(kept))
     write_table(clean, rows)
     tell(
         "clean",
-        f"{rows.num_rows:,} of {len(kept):,} rows are kept: {clean}",
+        f"{rows.num_rows:,} of {len(kept):,} rows kept: {clean}",
         rows=rows.num_rows,
         dropped=len(kept) - rows.num_rows,
     )
@@ -235,31 +310,35 @@ def _write_clean(
 def find_dropped(
     images: ImageTable, findings: Sequence[Finding], drop: Sequence[Issue]
 ) -> BoolArray:
-    """(N,) bool: the images that have to go for the issues of `drop`."""
-    gone = np.zeros(len(images), bool)
-    # of copies one stays that is not to go for anything else, so these come last
+    """(N,) bool: the images to drop for the issues of `drop`."""
+    dropped = np.zeros(len(images), bool)
+    # duplicates come last: the image that is kept must not be dropped for another issue
     for finding in sorted(findings, key=lambda finding: finding.issue in DUPLICATE_ISSUES):
         if finding.issue not in drop:
             continue
-        at = finding.indices
+        indices = finding.indices
         if finding.issue in DUPLICATE_ISSUES and finding.group is not None:
-            there = images.is_own[at] & ~gone[at]
-            at = _find_redundant(at[there], finding.group[there], finding.is_duplicate)
-        gone[at] = True
-    return gone
+            left = images.is_own[indices] & ~dropped[indices]
+            indices = _find_redundant(indices[left], finding.group[left], finding.is_duplicate)
+        dropped[indices] = True
+    return dropped
 
 
-def _find_redundant(at: IntArray, group: IntArray, alike: DuplicateTest | None) -> IntArray:
-    """Those of each group that are alike to one before them which stays."""
-    found = [np.empty(0, np.int64)]
-    for places in iterate_groups(group):
-        rest = at[places]
+def _find_redundant(
+    indices: IntArray, group: IntArray, is_duplicate: DuplicateTest | None
+) -> IntArray:
+    """The images of each group that are duplicates of an earlier image, which is kept."""
+    redundant = [np.empty(0, np.int64)]
+    for members in iterate_groups(group):
+        rest = indices[members]
         while len(rest) > 1:
             first, rest = rest[:1], rest[1:]
-            copy = np.ones(len(rest), bool) if alike is None else alike(first, rest)[0]
-            found.append(rest[copy])
-            rest = rest[~copy]
-    return np.concatenate(found)
+            same = (
+                np.ones(len(rest), bool) if is_duplicate is None else is_duplicate(first, rest)[0]
+            )
+            redundant.append(rest[same])
+            rest = rest[~same]
+    return np.concatenate(redundant)
 
 
 def _fail_on_issues(

@@ -1,7 +1,7 @@
-"""A manifest from a folder or a bucket: `imgcls manifest build`.
+"""Listing of a folder or a bucket into a manifest: `imgcls manifest build`.
 
-Lists by prefix, many at once, streaming into a Parquet file per group of prefixes. What was listed
-when it was broken off is not listed again.
+Lists many prefixes at once and streams the images into one Parquet file per group of prefixes. An
+interrupted listing is resumed: groups that are complete are not listed again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pydantic import PositiveInt
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
-from imgcls.data.formats import LISTING_DONE_FILE as DONE
-from imgcls.data.formats import LISTING_FILE as PLAN
-from imgcls.data.formats import has_image_suffix, is_hidden_name
+from imgcls.data.formats import (
+    LISTING_DONE_FILE,
+    LISTING_FILE,
+    has_image_suffix,
+    is_hidden_name,
+)
 from imgcls.data.object_store import FileInfo
 from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, RequestError
@@ -41,43 +44,43 @@ class ListingConfig(Section):
     positional: ClassVar[tuple[str, ...]] = ("source",)
 
     source: str
-    """The folder or prefix, such as s3://bucket/photos."""
+    """Folder or prefix to list, such as s3://bucket/photos."""
     output: str
-    """The folder of Parquet files to write; `--manifest` takes it as it is."""
+    """Folder of Parquet files to write; pass it to `--manifest`."""
     labels: bool = False
-    """Take the name of the folder right below the source as the label."""
+    """Use the name of the folder right below the source as the label."""
     list_concurrency: PositiveInt = 16
-    """Prefixes that are listed at once."""
+    """Number of prefixes that are listed in parallel."""
     overwrite: bool = False
-    """Replace the manifest that is there."""
+    """Replace an existing manifest."""
     storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage
 def build_listing(config: ListingConfig) -> int:
-    """List all images below a folder; returns how many.
+    """List all images below a folder; returns their number.
 
-    Columns: path (string, whole), size (int64, bytes), mtime (timestamp, UTC), etag (string, null
-    on disks), and label with `labels`. Hidden files and other kinds of files are passed over.
-    Raises RequestError when there is no image or one lies beside the class folders, OutputError
-    when another manifest is there. The same command goes on where it was broken off.
+    Columns: path (string, absolute), size (int64, bytes), mtime (timestamp, UTC), etag (string,
+    null on disks), and label with `labels`. Hidden files and files that are not images are skipped.
+    The same command resumes an interrupted listing.
+    Raises RequestError when there is no image, or one is next to the class folders; OutputError
+    when the output has another manifest.
     """
     started = time.monotonic()
-    output, source = (
-        filesystem.absolute(config.output),
-        filesystem.absolute(config.source).rstrip("/"),
-    )
+    output = filesystem.absolute(config.output)
+    source = filesystem.absolute(config.source).rstrip("/")
     skipped: Counter[str] = Counter()
     groups = _plan_groups(config, source, output, skipped)
     parts = [_get_part_url(output, at) for at in range(len(groups) + 1)]
-    there = set(filesystem.list_names(output))
-    todo = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in there]
-    if len(parts) - len(todo) > 1:
-        print(f"resume  {len(parts) - len(todo):,} of {len(parts):,} groups are listed")
+    present = set(filesystem.list_names(output))
+    remaining = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in present]
+    done = len(parts) - len(remaining)
+    if done > 1:
+        print(f"resume  {done:,} of {len(parts):,} groups are listed already")
     with create_thread_pool(config.list_concurrency, "list") as pool:
         tasks = [
             pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
-            for at in todo
+            for at in remaining
         ]
         listed = 0
         try:
@@ -95,11 +98,13 @@ def build_listing(config: ListingConfig) -> int:
             filesystem.remove(filesystem.join(output, name))
         raise RequestError(
             f"{source}: no image below it; nothing to list"
-            + (f" (passed over {format_suffix_counts(skipped)})" if skipped else "")
+            + (f" (skipped {format_suffix_counts(skipped)})" if skipped else "")
         )
     log_skipped_files(source, skipped, "their names are not those of images")
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
-    filesystem.write(filesystem.join(output, DONE), (json.dumps(body, indent=2) + "\n").encode())
+    filesystem.write(
+        filesystem.join(output, LISTING_DONE_FILE), (json.dumps(body, indent=2) + "\n").encode()
+    )
     print(f"manifest   {rows:,} images: {output}", flush=True)
     return rows
 
@@ -107,26 +112,26 @@ def build_listing(config: ListingConfig) -> int:
 def _plan_groups(
     config: ListingConfig, source: str, output: str, skipped: Counter[str]
 ) -> list[list[str]]:
-    """Groups of folders to list with all below them; an unfinished listing keeps its own.
+    """Groups of folders to list recursively; an interrupted listing keeps its groups.
 
-    What lies above these folders is listed on the way down, into the first part.
+    The files above these folders are listed on the way down, into the first part.
     """
-    asked = {"source": source, "labels": config.labels}
-    url, first = filesystem.join(output, PLAN), _get_part_url(output, 0)
-    there, ours = set(filesystem.list_names(output)), set(_list_own_files(output))
-    if there - ours:
+    request = {"source": source, "labels": config.labels}
+    url, first = filesystem.join(output, LISTING_FILE), _get_part_url(output, 0)
+    ours = set(_list_own_files(output))
+    if others := set(filesystem.list_names(output)) - ours:
         raise OutputError(
-            f"output {output}: holds other files ({min(there - ours)}); give another --output"
+            f"output {output}: contains other files ({min(others)}); pass another --output"
         )
     if config.overwrite:
-        for name in (DONE, *sorted(ours - {DONE})):
+        for name in (LISTING_DONE_FILE, *sorted(ours - {LISTING_DONE_FILE})):
             filesystem.remove(filesystem.join(output, name))
-    elif PLAN in ours:
+    elif LISTING_FILE in ours:
         stored: dict[str, Any] = json.loads(filesystem.read(url))
-        same = {name: stored[name] for name in asked} == asked
-        if not same or DONE in ours:
+        same = {name: stored[name] for name in request} == request
+        if not same or LISTING_DONE_FILE in ours:
             raise OutputError(
-                f"output {output}: holds a manifest already; say --overwrite, or give another "
+                f"output {output}: contains a manifest already; pass --overwrite, or another "
                 "--output"
             )
         if first.rpartition("/")[2] in ours:
@@ -135,15 +140,15 @@ def _plan_groups(
         folders = _find_prefixes(top, source, config.list_concurrency)
         size = -(-len(folders) // _MAX_GROUPS) or 1
         groups = [folders[start : start + size] for start in range(0, len(folders), size)]
-        # before the first part appears, which might be taken for a whole manifest
-        filesystem.write(url, (json.dumps(asked | {"groups": groups}) + "\n").encode())
+        # written before the first part appears, which could be read as a complete manifest
+        filesystem.write(url, (json.dumps(request | {"groups": groups}) + "\n").encode())
     return groups
 
 
-def _find_prefixes(top: _PartWriter, source: str, listings: int) -> list[str]:
-    """Folders enough to be listed side by side, found level by level; files above go to `top`."""
+def _find_prefixes(top: _PartWriter, source: str, concurrency: int) -> list[str]:
+    """Find enough folders to list in parallel, level by level; files above them go to `top`."""
 
-    def level(folder: str) -> list[str]:
+    def list_subfolders(folder: str) -> list[str]:
         below: list[str] = []
         bundle = False
         for page in filesystem.iter_pages(folder, deep=False):
@@ -154,10 +159,10 @@ def _find_prefixes(top: _PartWriter, source: str, listings: int) -> list[str]:
 
     folders = [source]
     for _ in range(_MAX_DEPTH):
-        if len(folders) >= 2 * listings:
+        if len(folders) >= 2 * concurrency:
             break
-        with create_thread_pool(listings, "list") as pool:
-            folders = sorted(each for found in pool.map(level, folders) for each in found)
+        with create_thread_pool(concurrency, "list") as pool:
+            folders = sorted(each for found in pool.map(list_subfolders, folders) for each in found)
     return folders
 
 
@@ -166,7 +171,7 @@ def _list_group(
 ) -> int:
     with _PartWriter.open(part, source, config.labels, skipped) as writer:
         for folder in group:
-            plots: set[str] = set()  # of bundles, whose plots are no images of a data set
+            plots: set[str] = set()  # folders of bundles whose plots are not images of a data set
             for page in filesystem.iter_pages(folder, deep=True):
                 plots |= {
                     file.path.removesuffix("bundle.json") + "plots/"
@@ -178,9 +183,9 @@ def _list_group(
 
 
 class _PartWriter:
-    """A Parquet file of the manifest in the making; several threads may add to it.
+    """Writer of one Parquet file of the manifest; thread-safe.
 
-    skipped: counts, by suffix, the files of all parts that are passed over
+    skipped: counts the skipped files of all parts, by suffix
     """
 
     def __init__(self, writer: pq.ParquetWriter, source: str, skipped: Counter[str]) -> None:
@@ -225,8 +230,8 @@ def _get_part_url(output: str, at: int) -> str:
 
 
 def _list_own_files(output: str) -> list[str]:
-    """The names in the output folder that a listing gives to its files."""
-    own = re.compile(rf"part-\d{{5}}\.parquet|{re.escape(PLAN)}|{DONE}")
+    """The files of a listing in the output folder."""
+    own = re.compile(rf"part-\d{{5}}\.parquet|{re.escape(LISTING_FILE)}|{LISTING_DONE_FILE}")
     return [name for name in filesystem.list_names(output) if own.fullmatch(name)]
 
 
@@ -247,8 +252,7 @@ def _get_labels(files: Sequence[FileInfo], source: str) -> Iterator[str]:
         label, separator, _ = file.path[len(source) + 1 :].partition("/")
         if not separator:
             raise RequestError(
-                f"{file.path}: lies beside the class folders; move it into one, or leave --labels "
-                "out"
+                f"{file.path}: is next to the class folders; move it into one, or omit --labels"
             )
         yield label
 

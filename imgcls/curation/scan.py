@@ -1,49 +1,93 @@
-"""Every image of some manifests looked at, into a folder: how checks and descriptions begin."""
+"""Scan of manifests: the features of every image, computed on the cluster into an output folder.
+
+The first step of `manifest check`, `manifest stats` and `manifest build --contents`. A scan is run
+and resumed as a prediction run is: finished chunks in the staging folder are not scanned again. Its
+results are read where the workers wrote them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.cluster import interrupts, session
 from imgcls.config import Section
-from imgcls.curation.examine import ScannedManifest, scan_manifest
-from imgcls.data import filesystem
+from imgcls.curation.scan_worker import SCAN, ScanSpec
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OutputError
 from imgcls.execution.placement import ScaleConfig
-from imgcls.execution.runner import add_resume_hint
+from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
+from imgcls.execution.runner import (
+    Driver,
+    JobRun,
+    add_resume_hint,
+    load_completed,
+    wait_for_placement,
+)
+from imgcls.inference.requests import is_on_web
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
 from imgcls.runs.lease import LEASE_FOLDER, Lease
+from imgcls.runs.provenance import build_provenance
 
 SCAN_FOLDER = "_looks"
+"""Folder of a scan below the output, until the results are written."""
+PART_ROWS = 1_000_000
 
 
 class ScanConfig(Section):
-    """What to look at, and how."""
+    """The images to scan, and how."""
 
     positional: ClassVar[tuple[str, ...]] = ("manifest",)
 
     manifest: ManifestConfig
-    """The images."""
+    """The manifest of the images."""
     output: str
-    """The folder to write."""
+    """Folder to write the results to."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Images with more pixels are refused from their header."""
+    """Maximum number of pixels of an image; a larger one is refused from its header."""
     max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """Maximum size of an image file, in bytes; a larger one is too_large, and not read further."""
+    """Maximum size of an image file, in bytes; a larger one gets the status too_large."""
     overwrite: bool = False
-    """Throw away what is in the output folder and start over."""
+    """Delete earlier results in the output folder and start over."""
     progress_seconds: PositiveFloat = 5.0
-    """How often a job log gets a line."""
+    """Interval of the progress lines in a job's log, in seconds."""
     scale: ScaleConfig = ScaleConfig()
     storage: StorageConfig = StorageConfig()
+
+
+@dataclass(frozen=True)
+class ScannedManifest:
+    """A manifest with the features of all its images."""
+
+    output: str
+    manifest: Manifest
+    plan: Plan
+
+    def read_rows(self) -> Iterator[pa.Table]:
+        """The rows of the manifest, chunk by chunk, in order."""
+        for part in range(self.plan.num_parts):
+            with filesystem.open_read(layout.shard_url(self.output, part)) as stream:
+                shard = pq.ParquetFile(stream)
+                for group in range(len(self.plan.chunks_of(part))):
+                    yield shard.read_row_group(group)
+
+    def read_tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+        """The rows of the manifest and the features of their images, chunk by chunk, in order."""
+        for chunk, rows in enumerate(self.read_rows()):
+            part = self.plan.part_of(chunk)
+            url = layout.chunk_url(self.output, part, chunk, self.plan.run_id)
+            with filesystem.open_read(url) as file:
+                yield rows, pq.read_table(file)
 
 
 @contextlib.contextmanager
@@ -54,15 +98,16 @@ def scan_manifests(
     *,
     bundle: Bundle | None = None,
     results: Sequence[str],
-    beside: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> Iterator[tuple[list[ScannedManifest], Lease]]:
-    """Look at all images that an earlier run into the same folder has not looked at.
+    """Scan all images that an earlier run into the same folder has not scanned.
 
-    results: the names of what is to be written to the folder while its lease is held
-    beside:  of what else may be there, and is left alone
-    Raises OutputError when the folder holds anything else.
+    bundle:  computes the embeddings too
+    results: names of the files that the caller writes to the folder while its lease is held
+    ignored: names of other files in the folder, which are not touched
+    Raises OutputError when the folder contains anything else.
     """
-    _check_output(output, (*results, *beside))
+    _check_output(output, (*results, *ignored))
     if config.overwrite:
         _check_inputs(output, results, manifests)
     with interrupts.Interruption().handle_signals() as interruption:
@@ -73,43 +118,129 @@ def scan_manifests(
                     filesystem.remove(filesystem.join(output, name))
             with add_resume_hint(output, lease):
                 session.connect()
-                examined = [
+                scanned = [
                     scan_manifest(
                         manifest,
                         filesystem.join(output, SCAN_FOLDER, str(number)),
+                        config,
                         bundle=bundle,
-                        max_pixels=config.max_pixels,
-                        max_bytes=config.max_bytes,
-                        scale=config.scale,
-                        progress_seconds=config.progress_seconds,
                         lease=lease,
                         interruption=interruption,
                     )
                     for number, manifest in enumerate(manifests)
                 ]
-            yield examined, lease
-            # asked again it looks again: images may have been mended
+            yield scanned, lease
+            # the next run scans again: images may have been replaced
             filesystem.remove(filesystem.join(output, SCAN_FOLDER))
         finally:
             lease.release()
 
 
 def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Raise an OutputError where starting over would remove what is to be read."""
-    going = {filesystem.join(output, name) for name in results}
+    """Raise an OutputError where starting over would remove a manifest that is to be read."""
+    removed = {filesystem.join(output, name) for name in results}
     for manifest in manifests:
-        read = going.intersection(filesystem.absolute(file) for file in manifest.files)
+        read = removed.intersection(filesystem.absolute(file) for file in manifest.files)
         if read:
             raise OutputError(
-                f"output {output}: --overwrite would remove {min(read)}, which is to be read; give "
-                "another --output"
+                f"output {output}: --overwrite would remove {min(read)}, which is a manifest to "
+                "read; pass another --output"
             )
 
 
-def _check_output(output: str, results: Sequence[str]) -> None:
+def _check_output(output: str, allowed: Sequence[str]) -> None:
     layout.check_output_writable(output)
-    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *results}
+    others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *allowed}
     if others:
         raise OutputError(
-            f"output {output}: holds other files ({min(others)}); give another --output"
+            f"output {output}: contains other files ({min(others)}); pass another --output"
         )
+
+
+def scan_manifest(
+    manifest: Manifest,
+    output: str,
+    config: ScanConfig,
+    *,
+    bundle: Bundle | None,
+    lease: Lease,
+    interruption: interrupts.Interruption,
+) -> ScannedManifest:
+    """Scan the images of one manifest into a folder of its own; Ray must be connected.
+
+    Raises OutputError when the folder contains another run, RunFailed when it was interrupted.
+    """
+    plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle))
+    completed = load_completed(output, plan, manifest)
+    if remaining := completed.list_remaining():
+        placement = wait_for_placement(SCAN, config.scale, interruption)
+        spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
+        driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
+        results = JobRun(SCAN, spec, driver).run(
+            placement, remaining, total=plan.rows, done=completed.rows_done
+        )
+        for _ in results:
+            pass
+    return ScannedManifest(output, manifest, plan)
+
+
+def _build_identity(manifest: Manifest, config: ScanConfig, bundle: Bundle | None) -> RunIdentity:
+    return RunIdentity(
+        manifest={
+            "fingerprint": manifest.fingerprint(),
+            "path_column": manifest.path_column,
+            "root": manifest.root,
+        },
+        bundle={"sha256": None if bundle is None else bundle.sha256},
+        settings={
+            "max_pixels": config.max_pixels,
+            "max_bytes": config.max_bytes,
+            "decode": None if bundle is None else bundle.spec.preprocess.decode,
+        },
+    )
+
+
+def _load_or_make_plan(manifest: Manifest, output: str, identity: RunIdentity) -> Plan:
+    """The plan of an earlier run of the same identity, else a new one."""
+    stored = layout.load_run(output)
+    if stored is None:
+        return make_plan(
+            output,
+            manifest,
+            identity,
+            chunk_rows=None,
+            part_rows=PART_ROWS,
+            row_bytes=128,
+            limit=None,
+            provenance=build_provenance({}),
+            classes=None,
+        )
+    identity.check_same_run(output, stored["identity"])
+    return parse_plan(stored)
+
+
+def _build_spec(
+    manifest: Manifest,
+    output: str,
+    config: ScanConfig,
+    plan: Plan,
+    bundle: Bundle | None,
+    batch_size: int,
+) -> ScanSpec:
+    return ScanSpec(
+        output=output,
+        plan=plan,
+        path_column=manifest.path_column,
+        root=manifest.root,
+        batch_size=batch_size,
+        max_pixels=config.max_pixels,
+        max_bytes=config.max_bytes,
+        io_concurrency=config.scale.io_concurrency,
+        storage=storage_settings.current_settings(),
+        session="",  # each pass has its own
+        crash_retries=config.scale.crash_retries,
+        is_on_web=is_on_web(manifest),
+        bundle_url=None if bundle is None else filesystem.absolute(bundle.url),
+        bundle_sha256=None if bundle is None else bundle.sha256,
+        decode=None if bundle is None else bundle.spec.preprocess.decode,
+    )

@@ -1,6 +1,7 @@
-"""One chunk, from manifest rows to a table of facts: fetch, look, embed where there is a model.
+"""Scan of one chunk: manifest rows in, a table of image features out.
 
-The counterpart of `chunk` for a run that examines images and labels none; it fetches as that does.
+The counterpart of `inference.stages` for a scan. Fetches as that does, computes the features, and
+the embeddings if there is a model. Nothing here depends on Ray.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import pyarrow as pa
 from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
-from imgcls.data.image_features import FEATURE_FIELDS, ImageFeatures, compute_features
-from imgcls.errors import ImageError, StorageError
+from imgcls.data.image_features import FEATURE_FIELDS, compute_features
+from imgcls.errors import OK, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
-from imgcls.runs.schema import OK
 
 
-def scan_schema(embedding: int | None) -> pa.Schema:
-    """The columns of a table of facts.
-
-    embedding: its width, where there is a model
-    """
-    more = [] if embedding is None else [pa.field("embedding", pa.list_(pa.float16(), embedding))]
+def scan_schema(embedding_width: int | None) -> pa.Schema:
+    """The columns of a scan; `embedding_width` is None without a model."""
+    embedding = (
+        []
+        if embedding_width is None
+        else [pa.field("embedding", pa.list_(pa.float16(), embedding_width))]
+    )
     return pa.schema(
         [
             pa.field("row", pa.int64(), nullable=False),
@@ -37,7 +38,7 @@ def scan_schema(embedding: int | None) -> pa.Schema:
             pa.field("error", pa.string()),
             pa.field("bytes", pa.int64()),
             *FEATURE_FIELDS,
-            *more,
+            *embedding,
         ]
     )
 
@@ -46,54 +47,54 @@ def scan_chunk(
     spec: ScanSpec,
     classifier: Classifier | None,
     rows: pa.Table,
-    work: ChunkTask,
-    spent: StageTimings,
+    task: ChunkTask,
+    timings: StageTimings,
     crashed: Mapping[int, str] = NO_CRASHED_ROWS,
-    beat: HeartbeatFn = lambda: None,
+    heartbeat: HeartbeatFn = lambda: None,
 ) -> pa.Table:
-    """What there is to say of each row's image: one row each, null facts without an image.
+    """Compute the features of each row's image: one row each, null features without an image.
 
-    crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
-    beat:    called after each row, to tell that it goes on
+    crashed:   error messages of rows that must not be processed, by index in `rows`
+    heartbeat: called after each row
     """
-    columns = scan_schema(None if classifier is None else classifier.embedding_width)
-    start = spec.plan.rows_of(work.chunk).start
-    looks: list[dict[str, Any]] = []
+    schema = scan_schema(None if classifier is None else classifier.embedding_width)
+    start = spec.plan.rows_of(task.chunk).start
+    results: list[dict[str, Any]] = []
     embeddings = _EmbeddingBatcher(classifier, spec.batch_size)
-    for place, blob in enumerate(time_fetch(fetch_images(spec, rows, crashed), spent)):
-        with spent.measure("prepare"):
-            told: dict[str, Any] = {"row": start + place, "status": OK, "error": None}
+    for index, blob in enumerate(time_fetch(fetch_images(spec, rows, crashed), timings)):
+        with timings.measure("prepare"):
+            result: dict[str, Any] = {"row": start + index, "status": OK, "error": None}
             try:
-                told |= _scan_image(spec, blob, embeddings)
+                result |= _scan_image(spec, blob, embeddings)
             except (StorageError, ImageError) as error:
-                told |= {"status": error.status, "error": str(error)}
+                result |= {"status": error.status, "error": str(error)}
                 embeddings.skip()
             if isinstance(blob, bytes):
-                told["bytes"] = len(blob)
-        looks.append(told)
-        beat()
-    with spent.measure("classify"):
+                result["bytes"] = len(blob)
+        results.append(result)
+        heartbeat()
+    with timings.measure("classify"):
         vectors = embeddings.finish()
-    for told, vector in zip(looks, vectors, strict=True):
-        if classifier is not None and told["status"] == OK and vector is None:
+    for result, vector in zip(results, vectors, strict=True):
+        if classifier is not None and result["status"] == OK and vector is None:
             failure = classifier.build_not_finite_error()
-            told |= {"status": failure.status, "error": str(failure)}
-        told["embedding"] = vector
-    return pa.Table.from_pylist(looks, schema=columns)
+            result |= {"status": failure.status, "error": str(failure)}
+        result["embedding"] = vector
+    return pa.Table.from_pylist(results, schema=schema)
 
 
 def _scan_image(spec: ScanSpec, blob: FetchResult, embeddings: _EmbeddingBatcher) -> dict[str, Any]:
     if not isinstance(blob, bytes):
         raise blob
-    facts: ImageFeatures = compute_features(blob, max_pixels=spec.max_pixels)
+    features = compute_features(blob, max_pixels=spec.max_pixels)
     embeddings.add(blob, spec.max_pixels)
-    return facts.to_columns()
+    return features.to_columns()
 
 
 class _EmbeddingBatcher:
-    """The embeddings of a chunk's images, a batch at a time; None for each without a model.
+    """Computes the embeddings of a chunk's images in batches; None for each without a model.
 
-    None also for an image that the model gives NaN or infinity for.
+    None also for an image whose outputs are NaN or infinite.
     """
 
     def __init__(self, classifier: Classifier | None, batch_size: int) -> None:
@@ -101,9 +102,10 @@ class _EmbeddingBatcher:
         self._batch_size = batch_size
         self._batch: list[Pixels] = []
         self._vectors: list[npt.NDArray[np.float16] | None] = []
-        self._there: list[bool] = []
+        self._has_image: list[bool] = []
 
     def add(self, data: bytes, max_pixels: int) -> None:
+        """Add an image file; raises an ImageError where it cannot be decoded."""
         if self._classifier is not None:
             pixels, _ = decode.decode_image(
                 data, self._classifier.preprocess, max_pixels=max_pixels
@@ -111,25 +113,27 @@ class _EmbeddingBatcher:
             self._batch.append(pixels)
             if len(self._batch) == self._batch_size:
                 self._run()
-        self._there.append(self._classifier is not None)
+        self._has_image.append(self._classifier is not None)
 
     def skip(self) -> None:
-        self._there.append(False)
+        """Add a row without an image."""
+        self._has_image.append(False)
 
     def finish(self) -> list[npt.NDArray[np.float16] | None]:
+        """The embeddings of all rows, in order."""
         if self._batch:
             self._run()
         vectors: Iterator[npt.NDArray[np.float16] | None] = iter(self._vectors)
-        return [next(vectors) if there else None for there in self._there]
+        return [next(vectors) if has_image else None for has_image in self._has_image]
 
     def _run(self) -> None:
         assert self._classifier is not None
-        said = self._classifier.classify(decode.stack_images(self._batch), embeddings=True)
-        assert said.embedding is not None
+        output = self._classifier.classify(decode.stack_images(self._batch), embeddings=True)
+        assert output.embedding is not None
         self._vectors.extend(
             vector if finite else None
             for vector, finite in zip(
-                said.embedding.astype(np.float16), said.is_finite, strict=True
+                output.embedding.astype(np.float16), output.is_finite, strict=True
             )
         )
         self._batch.clear()

@@ -1,8 +1,7 @@
-"""A manifest into train, validation and test, or into folds: `imgcls manifest split`.
+"""Split of a manifest into train, validation and test, or into folds: `imgcls manifest split`.
 
-Each row's part follows from a hash of its image's bytes, or of a group's name, and from nothing
-else: copies and groups stay together, the same split comes out everywhere, and data that is added
-moves none of what was there.
+The part of a row depends only on a hash of its image's bytes, or of its group's name: duplicates
+and groups stay together, every machine makes the same split, and added rows move no earlier row.
 """
 
 from __future__ import annotations
@@ -45,44 +44,44 @@ NO_LABEL = "(no label)"
 
 
 class SplitConfig(Section):
-    """Split a manifest into parts that no copy and no group is shared between."""
+    """Split a manifest into parts; duplicates and groups are never shared between parts."""
 
     positional: ClassVar[tuple[str, ...]] = ("manifest",)
 
     manifest: ManifestConfig
-    """What to split."""
+    """The manifest to split."""
     output: str
-    """The folder to write: a Parquet file per part, which `--manifest` takes."""
+    """Folder for the parts: one Parquet file each, to be passed to `--manifest`."""
     parts: dict[str, PositiveFloat] = {"train": 0.8, "val": 0.1, "test": 0.1}
-    """The share of each part, by its name."""
+    """Fraction of the rows for each part, by its name."""
     folds: int | None = Field(default=None, ge=2, le=100)
-    """In place of parts: so many folds, each a folder with train.parquet and val.parquet."""
+    """Number of cross-validation folds instead of parts: folders with train and val.parquet."""
     by: str = BY_CONTENT
-    """What stays together: content (images of the same bytes), or a column such as patient."""
+    """Rows to keep together: content (same image bytes), or a column such as patient."""
     seed: int = 0
-    """Another seed, another split."""
+    """Seed of the split."""
     overwrite: bool = False
-    """Replace the split that is there."""
+    """Replace an existing split."""
     storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage
 def split_manifest(config: SplitConfig) -> dict[str, int]:
-    """Split a manifest; returns the rows of each part.
+    """Split a manifest; returns the number of rows of each part.
 
-    Columns come through as they are, paths are whole. The parts of every class have the given
-    shares but for chance: a class of n images strays by about sqrt(n share (1 - share)), and what
-    came of it is printed. With `by: content`, the digests that `manifest build --contents` writes
-    are used where there are some, and else every image is read.
-    Raises ManifestError when the column is not there or an image cannot be read, OutputError when
-    the folder holds something.
+    Columns are kept, paths are made absolute. The fractions are met on average, in every class: for
+    n images the standard deviation is sqrt(n p (1 - p)); the result is printed. With `by: content`
+    the digests of `manifest build --contents` are used where the manifest has them; otherwise every
+    image is read.
+    Raises ManifestError when the column is missing or an image cannot be read, OutputError when the
+    folder contains other files.
     """
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
     if config.by != BY_CONTENT and config.by not in manifest.schema.names:
         raise ManifestError(
             f"manifest {manifest.source}: no column {config.by!r} to split by (found: "
-            f"{', '.join(manifest.schema.names)}); name another, or say --by content"
+            f"{', '.join(manifest.schema.names)}); name another, or pass --by content"
         )
     shares = _resolve_shares(config)
     files = list_part_files(config)
@@ -101,9 +100,9 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
             for part in shares:
                 mask = [each == part for each in parts]
                 writers.add(part, table.filter(pa.array(mask, pa.bool_())))
-                counts[part].update(label for label, here in zip(labels, mask, strict=True) if here)
+                counts[part].update(label for label, own in zip(labels, mask, strict=True) if own)
     if not any(count.total() for count in counts.values()):
-        raise ManifestError(f"manifest {manifest.source}: has no row; nothing to split")
+        raise ManifestError(f"manifest {manifest.source}: has no rows; nothing to split")
     for name in stale:
         filesystem.remove(filesystem.join(output, name))
     labels_of_all = sum(counts.values(), Counter())
@@ -114,9 +113,9 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
 
 
 def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) -> list[str]:
-    """The part of each key: where its hash falls on a line that the parts share out.
+    """Assign a part to each key, by the position of its hash in the cumulative shares.
 
-    A key's part depends on nothing but the key, the shares and the seed.
+    The part depends only on the key, the shares and the seed.
     """
     salt = seed.to_bytes(8, "little", signed=True)
     total = sum(shares.values())
@@ -124,16 +123,16 @@ def assign_parts(keys: Sequence[bytes], shares: Mapping[str, float], seed: int) 
     for part, share in shares.items():
         end += share / total
         ends.append((end, part))
-    found = []
+    assigned = []
     for key in keys:
         digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
-        place = int.from_bytes(digest, "little") / 2**64
-        found.append(next((part for end, part in ends if place < end), ends[-1][1]))
-    return found
+        position = int.from_bytes(digest, "little") / 2**64
+        assigned.append(next((part for end, part in ends if position < end), ends[-1][1]))
+    return assigned
 
 
 def list_part_files(config: SplitConfig) -> dict[str, list[str]]:
-    """The files that a part's rows go to, by part."""
+    """The output files of each part; with folds a part is in every fold, as val or train."""
     if config.folds is None:
         return {part: [f"{part}.parquet"] for part in config.parts}
     numbers = range(config.folds)
@@ -146,29 +145,27 @@ def list_part_files(config: SplitConfig) -> dict[str, list[str]]:
 def _resolve_shares(config: SplitConfig) -> dict[str, float]:
     if config.folds is not None:
         return {str(number): 1.0 for number in range(config.folds)}
-    wrong = [name for name in config.parts if not name.replace("-", "").replace("_", "").isalnum()]
-    if wrong or len(config.parts) < 2:
-        raise ConfigError(
-            f"parts: {wrong[0]!r} is no name for a file; use letters and digits"
-            if wrong
-            else "parts: at least two are needed, such as {train: 0.8, test: 0.2}"
-        )
+    for name in config.parts:
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"parts: {name!r} is not a valid file name; use letters and digits")
+    if len(config.parts) < 2:
+        raise ConfigError("parts: pass at least two, such as {train: 0.8, test: 0.2}")
     return dict(config.parts)
 
 
 def _compute_keys(
     manifest: Manifest, table: pa.Table, first: int, config: SplitConfig
 ) -> Iterator[bytes]:
-    """What the rows that stay together have in common.
+    """The key of each row; rows with the same key stay together.
 
-    first: the manifest's row that the table begins with
+    first: number of the table's first row in the manifest
     """
     if config.by != BY_CONTENT:
         for row, text in enumerate(normalize_labels(table.column(config.by)).to_pylist()):
             if text is None:
                 raise ManifestError(
-                    f"manifest {manifest.source}: row {first + row:,} has no {config.by!r}, so it "
-                    "is not known what it belongs to; fill it in, or leave the row out"
+                    f"manifest {manifest.source}: row {first + row:,} has no value in column "
+                    f"{config.by!r} to split by; fill it in, or remove the row"
                 )
             yield text.encode()
         return
@@ -187,9 +184,9 @@ def _compute_keys(
             url, blob = next(blobs)
             if isinstance(blob, StorageError):
                 raise ManifestError(
-                    f"manifest {manifest.source}: {url or 'a row without a path'}: {blob}; take "
-                    "such rows out with `imgcls manifest check --drop unreadable`, or split --by a "
-                    "column"
+                    f"manifest {manifest.source}: {url or 'a row without a path'}: {blob}; "
+                    "remove such rows with `imgcls manifest check --drop unreadable`, or pass --by "
+                    "with a column"
                 )
             digest = compute_digest(blob).hex()
         yield digest.encode()
@@ -203,21 +200,21 @@ def _read_labels(manifest: Manifest, table: pa.Table) -> list[str]:
 
 
 def _check_output(output: str, ours: set[str], overwrite: bool) -> set[str]:
-    """Refuse a folder that holds something else; returns what an earlier split has left there."""
-    there = set()
+    """Refuse a folder with other files; returns the files and folders of an earlier split."""
+    present = set()
     with contextlib.suppress(StorageMissing):
-        there = {path.partition("/")[0] for path in filesystem.walk(output)}
-    others = sorted(name for name in there - ours if not re.fullmatch(r"fold-\d+", name))
-    if others or (there and not overwrite):
-        remedy = "" if others else ", or say --overwrite"
+        present = {path.partition("/")[0] for path in filesystem.walk(output)}
+    others = sorted(name for name in present - ours if not re.fullmatch(r"fold-\d+", name))
+    if others or (present and not overwrite):
+        fix = "" if others else ", or --overwrite"
         raise OutputError(
-            f"output {output}: holds {min(others or there)}; give another --output{remedy}"
+            f"output {output}: contains {min(others or present)}; pass another --output{fix}"
         )
-    return there
+    return present
 
 
 class _PartWriters:
-    """The files of a split; on an error none of them appears."""
+    """Writers of the files of a split; on an error none of the files appears."""
 
     def __init__(self, output: str, files: Mapping[str, Sequence[str]]) -> None:
         self._output, self._files = output, files
@@ -250,9 +247,9 @@ def _log_summary(
     rows = sum(count.total() for count in counts.values())
     for part, share in shares.items():
         name = part if not part.isdigit() else f"fold {part}"
-        here = counts[part].total()
-        got = here / rows if rows else 0.0
-        tell("split", f"{name:<8} {here:>9,} rows  {got:.1%} (asked {share / total:.1%})")
+        count = counts[part].total()
+        fraction = count / rows if rows else 0.0
+        tell("split", f"{name:<8} {count:>9,} rows  {fraction:.1%} (target {share / total:.1%})")
     classes = sorted({label for count in counts.values() for label in count} - {NO_LABEL})
     for label in classes:
         missing = [part for part in shares if not counts[part][label]]

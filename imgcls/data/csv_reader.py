@@ -1,85 +1,41 @@
-"""CSV files as a stream of Arrow record batches in which every value is text, as it came.
+"""CSV reader: streams Arrow record batches in which every value is text, as written in the file.
 
-Owns delimiter, encoding, compression and quoting. Values are parsed by Arrow, from a byte stream
-that is decoded and checked here, since Arrow accepts some malformed quoting without an error.
-Promises bounded memory, and a ManifestError that names the file, the line and the fix.
+Detects delimiter, encoding and compression. Arrow parses the values; `csv_stream` decodes the bytes
+and checks the quoting. Memory is bounded, and a ManifestError names the file, the line and the fix.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
 import csv
-import gzip
 import io
-import lzma
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, NoReturn, cast
+from typing import NoReturn
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from imgcls.data import filesystem
-from imgcls.errors import ManifestError
+from imgcls.data.csv_stream import Unescaper, Utf8Stream, open_decompressed, read_block
+from imgcls.data.foreign_formats import detect_foreign_format
+from imgcls.data.manifest_options import ReadOptions
+from imgcls.errors import ManifestError, one_line
 
 _BLOCK_BYTES = 8 << 20
 _MAX_ROW_BYTES = 128 << 20
 _HEAD_BYTES = 1 << 20
-_BYTE_ORDER_MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
-_COMPRESSION_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bz2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
-_DECOMPRESSORS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile, pa.CompressedInputStream)
-_DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError, pa.ArrowException)
-
-_FOREIGN_MAGIC = {
-    b"PAR1": "a Parquet file; say --manifest.format parquet",
-    b"PARE": "an encrypted Parquet file; decrypt it first",
-    b"ARROW1": "an Arrow IPC (Feather) file; convert it to Parquet",
-    b"\xff\xff\xff\xff": "an Arrow IPC stream; convert it to Parquet",
-    b"ORC": "an ORC file; convert it to Parquet",
-    b"Obj\x01": "an Avro file; convert it to Parquet",
-    b"\x89HDF": "an HDF5 file; convert it to Parquet",
-    b"SQLite format 3\0": "an SQLite database; export the table as CSV or Parquet",
-    b"PK\x03\x04": "a ZIP archive (or an Excel workbook); extract it, or export it as CSV",
-    b"7z\xbc\xaf": "a 7-Zip archive; extract it first",
-    b"\x04\x22\x4d\x18": "compressed with LZ4; decompress it first, or use gzip or zstd",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook; export it as CSV",
-    b"\x80\x04\x95": "a Python pickle; write it as CSV or Parquet",
-    b"\x80\x05\x95": "a Python pickle; write it as CSV or Parquet",
-    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull` to fetch the file",
-}
-
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 _JSON_START = re.compile(r'\s*(\{\s*"|\[\s*\{?\s*"|[\[{]\s*$)')
 
 
 @dataclass(frozen=True)
-class CsvDialect:
-    """How the CSV files of a manifest are written, as far as it is given.
-
-    delimiter: one ASCII character; found in the header line when None
-    encoding:  text encoding of files without a byte order mark
-    escape:    character before a quote that is part of a quoted value; None where quotes are
-               doubled (RFC 4180)
-    """
-
-    delimiter: str | None = None
-    encoding: str = "utf-8"
-    escape: str | None = None
-
-
-@dataclass(frozen=True)
 class CsvHeader:
-    """What the first bytes of a CSV file show."""
+    """Column names, delimiter and encoding of a CSV file."""
 
     names: list[str]
     delimiter: str
@@ -90,43 +46,35 @@ class CsvHeader:
         return pa.schema([(name, pa.string()) for name in self.names])
 
 
-def detect_foreign_format(head: bytes) -> str | None:
-    """What a file is whose first bytes are those of another format, and what to do with it."""
-    return next((what for magic, what in _FOREIGN_MAGIC.items() if head.startswith(magic)), None)
+def read_csv_schema(file: str, options: ReadOptions) -> pa.Schema:
+    """The columns of a CSV file, all of them text; raises as `read_csv_header`."""
+    return read_csv_header(file, options).schema
 
 
-def read_csv_header(file: str, dialect: CsvDialect) -> CsvHeader:
+def read_csv_header(file: str, options: ReadOptions) -> CsvHeader:
     """Column names, delimiter and encoding of a CSV file, from its first MiB.
 
     Raises ManifestError where the file is not CSV or the header cannot be read.
     """
     place = f"manifest {file}"
-    with _open_decompressed(file) as stream:
-        head = _read_block(stream, _HEAD_BYTES, place)
-    if (what := detect_foreign_format(head)) is not None:
-        raise ManifestError(f"{place}: holds binary data, not CSV: it is {what}")
-    encoding = _detect_encoding(head, dialect, place)
+    with open_decompressed(file) as stream:
+        head = read_block(stream, _HEAD_BYTES, file)
+    if (found := detect_foreign_format(head, options.keys)) is not None:
+        raise ManifestError(f"{place}: contains binary data, not CSV: it is {found}")
+    encoding = _detect_encoding(head, options, place)
     whole = len(head) < _HEAD_BYTES
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
         text = decoder.decode(head, final=whole).lstrip("\ufeff\r\n")
     except (UnicodeDecodeError, LookupError) as error:
-        raise ManifestError(
-            f"{place}: not {encoding} text ({error}); say --manifest.encoding"
-        ) from error
+        raise _build_encoding_error(place, encoding, options, error) from error
     first_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    if not first_line.strip():
-        raise ManifestError(f"{place}: is empty; the first line must name the columns")
-    if "\x00" in first_line:
-        raise ManifestError(
-            f"{place}: holds binary data, not CSV; say --manifest.format parquet if it is"
-        )
+    _check_first_line(first_line, place, options)
     if not whole and not re.search(r"[\r\n]", text):
         raise ManifestError(f"{place}: its first line is longer than 1 MiB; it must name columns")
-    _check_first_line(first_line, place)
-    delimiter = _detect_delimiter(text, dialect)
-    if dialect.escape is not None:
-        text = _Unescaper(delimiter, dialect.escape).add(text.encode(), last=True).decode()
+    delimiter = _detect_delimiter(text, options)
+    if options.escape is not None:
+        text = Unescaper(delimiter, options.escape).add(text.encode(), last=True).decode()
     try:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as error:
@@ -134,18 +82,18 @@ def read_csv_header(file: str, dialect: CsvDialect) -> CsvHeader:
     return CsvHeader(names, delimiter, encoding)
 
 
-def read_csv_batches(file: str, dialect: CsvDialect) -> Iterator[pa.RecordBatch]:
-    """The rows of a CSV file; an unquoted empty value is null, any other value is text.
+def read_csv_batches(file: str, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """Stream the rows of a CSV file; an unquoted empty value is null, any other value is text.
 
     A row may be up to 128 MiB long. Raises ManifestError where the text cannot be decoded, a row
     has too many or too few values, or a quote is misplaced.
     """
-    reading = _CsvFile(file, dialect, read_csv_header(file, dialect))
+    table = _CsvFile(file, options, read_csv_header(file, options))
     done = 0
     for block_bytes in (_BLOCK_BYTES, _MAX_ROW_BYTES):
         try:
             start = 0
-            for batch in reading.batches(block_bytes):
+            for batch in table.read_batches(block_bytes):
                 new = batch.slice(max(0, done - start))
                 start += batch.num_rows
                 if new.num_rows:
@@ -158,27 +106,28 @@ def read_csv_batches(file: str, dialect: CsvDialect) -> Iterator[pa.RecordBatch]
             if empty and block_bytes == _MAX_ROW_BYTES:
                 return
             if not empty and "straddling" not in str(error):
-                reading.raise_parse_error(error)
-    reading.check_quotes()
+                table.raise_parse_error(error)
+    table.check_quotes()
     raise ManifestError(
         f"manifest {file}: the row after row {done:,} is longer than 128 MiB; write long values "
-        "to files of their own and give their paths"
+        "to separate files and use their paths"
     )
 
 
 class _CsvFile:
-    """One CSV file that is being read."""
+    """One CSV file whose header is known."""
 
-    def __init__(self, file: str, dialect: CsvDialect, header: CsvHeader) -> None:
-        self._file, self._dialect, self._header = file, dialect, header
+    def __init__(self, file: str, options: ReadOptions, header: CsvHeader) -> None:
+        self._file, self._options, self._header = file, options, header
         self._place = f"manifest {file}"
-        self._checked = False
+        self._has_valid_quotes = False
 
-    def batches(self, block_bytes: int) -> Iterator[pa.RecordBatch]:
-        with self._open_stream() as blocks:
+    def read_batches(self, block_bytes: int) -> Iterator[pa.RecordBatch]:
+        """Stream the rows; raises pa.ArrowInvalid where Arrow cannot parse them."""
+        with self._open_stream() as stream:
             try:
                 reader = pa_csv.open_csv(
-                    blocks,
+                    stream,
                     read_options=pa_csv.ReadOptions(block_size=block_bytes, use_threads=False),
                     parse_options=pa_csv.ParseOptions(
                         delimiter=self._header.delimiter, newlines_in_values=True
@@ -196,197 +145,83 @@ class _CsvFile:
                         f"{self._header.names} and as {reader.schema.names}; quote its names"
                     )
                 for batch in reader:
-                    if not blocks.quotes.regular:
+                    if not stream.quotes.is_regular:
                         self.check_quotes()
                     if batch.num_rows:
                         yield batch
             except UnicodeDecodeError as error:
-                raise ManifestError(
-                    f"{self._place}: {_one_line(error)}; say --manifest.encoding"
-                ) from error
-            if not blocks.quotes.is_complete():
+                raise self._build_decode_error(error) from error
+            if not stream.quotes.is_complete():
                 self.check_quotes()
 
     def raise_parse_error(self, error: pa.ArrowInvalid) -> NoReturn:
-        """Raise what an error of Arrow's means for the file."""
+        """Raise the ManifestError for an error of Arrow's parser."""
         if "UTF8" in str(error):
-            raise ManifestError(
-                f"{self._place}: {_one_line(error)}; say --manifest.encoding"
-            ) from error
+            raise self._build_decode_error(error) from error
         self.check_quotes()
         raise ManifestError(
-            f"{self._place}: {_one_line(error)}; mend the row, or quote values that hold the "
+            f"{self._place}: {one_line(error)}; fix the row, or quote values that contain the "
             "delimiter"
         ) from error
 
     def check_quotes(self) -> None:
-        """Raise a ManifestError for the first quote that is misplaced, if there is one.
+        """Raise a ManifestError for the first misplaced quote, if there is one.
 
-        Slow (about 50 MB/s), so only for a file with quotes that the fast check does not know: a
-        quote inside an unquoted value is unusual, and right.
+        Slow (about 50 MB/s), so it runs only on a file that fails `QuoteChecker`.
         """
-        if self._checked:
+        if self._has_valid_quotes:
             return
-        escape = self._dialect.escape
-        remedy = (
-            "double it"
-            if escape
-            else "double it, or pass --manifest.escape '\\' if quotes inside "
-            'values are written \\" (as Spark does)'
-        )
-        with self._open_stream() as blocks, _raise_field_limit():
-            lines = _RowLines(blocks)
+        with self._open_stream() as stream, _raise_field_limit():
+            lines = _RowLines(stream)
             rows = csv.reader(lines, delimiter=self._header.delimiter, strict=True)
             try:
                 for _ in rows:
                     lines.start_row()
             except csv.Error as error:
                 if "field larger" in str(error):
-                    return  # the caller names the length
-                start = _one_line("".join(lines.row))
-                if "unexpected end" in str(error):
-                    raise ManifestError(
-                        f"{self._place}: a quote is opened and never closed in the row that begins "
-                        f"on line {lines.row_line:,}: {start!r}; close it, or {remedy} where it is "
-                        "part of a value"
-                    ) from error
-                raise ManifestError(
-                    f"{self._place}: the row that begins on line {lines.row_line:,} has a quote "
-                    f"inside a quoted value: {start!r}; {remedy}"
-                ) from error
-        self._checked = True
+                    return  # the caller reports the length
+                raise self._build_quote_error(error, lines) from error
+        self._has_valid_quotes = True
 
-    @contextlib.contextmanager
-    def _open_stream(self) -> Iterator[_Utf8Stream]:
-        with _open_decompressed(self._file) as stream:
-            yield _Utf8Stream(stream, self._header, self._dialect.escape, self._place)
-
-
-class _Utf8Stream(io.RawIOBase):
-    """A CSV file as UTF-8 without byte order marks; no block ends between CR and LF.
-
-    Arrow drops an LF at the start of a block after a CR at the end of the one before, also inside
-    a quoted value, where it is part of the value (Arrow 26).
-    """
-
-    def __init__(
-        self, stream: IO[bytes], header: CsvHeader, escape: str | None, place: str
-    ) -> None:
-        super().__init__()
-        self._stream, self._place = stream, place
-        utf8 = codecs.lookup(header.encoding).name in ("utf-8", "utf-8-sig")
-        self._decoder = None if utf8 else codecs.getincrementaldecoder(header.encoding)()
-        self._unescape = None if escape is None else _Unescaper(header.delimiter, escape)
-        self._kept = b""
-        self._begun = self._ended = False
-        self.quotes = _QuoteChecker(header.delimiter)
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        """The next block, of about `size` bytes; empty at the end."""
-        block = b""
-        while not block and not self._ended:
-            data = _read_block(self._stream, size, self._place)
-            self._ended = not data
-            block = self._kept + self._decode(data)
-            self._kept = b""
-            if block.endswith(b"\r") and not self._ended:
-                block, self._kept = block[:-1], b"\r"
-        self.quotes.add(block)
-        return block
-
-    def _decode(self, data: bytes) -> bytes:
-        if self._decoder is not None:
-            data = self._decoder.decode(data, final=self._ended).encode()
-        if not self._begun:
-            while data.startswith((codecs.BOM_UTF8, b"\r", b"\n")):
-                data = data.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n")
-            self._begun = bool(data)
-        return data if self._unescape is None else self._unescape.add(data, last=self._ended)
-
-
-class _QuoteChecker:
-    """Whether every quote so far opens or closes a value, or is one of a doubled pair.
-
-    That is what RFC 4180 allows. All else is left to a slower check.
-    """
-
-    def __init__(self, delimiter: str) -> None:
-        self.regular = True
-        self._edges = np.zeros(256, bool)
-        self._edges[[*b'\r\n"', ord(delimiter)]] = True
-        self._open = False
-        self._before = ord("\n")
-        self._closed_last = False
-
-    def add(self, block: bytes) -> None:
-        if not block or not self.regular:
-            return
-        if self._closed_last and not self._edges[block[0]]:
-            self.regular = False
-        self._closed_last = False
-        if b'"' in block:
-            values = np.frombuffer(block, np.uint8)
-            places = np.flatnonzero(values == ord('"'))
-            opening, closing = places[int(self._open) :: 2], places[int(not self._open) :: 2]
-            before = values[opening - 1]
-            if len(opening) and opening[0] == 0:
-                before[0] = self._before
-            last = len(closing) > 0 and closing[-1] == len(values) - 1
-            after = values[(closing[:-1] if last else closing) + 1]
-            self.regular &= bool(self._edges[before].all() and self._edges[after].all())
-            self._open ^= bool(len(places) % 2)
-            self._closed_last = bool(last)
-        self._before = block[-1]
-
-    def is_complete(self) -> bool:
-        """Whether the file may end here."""
-        return self.regular and not self._open
-
-
-class _Unescaper:
-    """Rewrites escaped quotes inside quoted values as doubled quotes, and doubled escapes as one.
-
-    An escape before any other character is part of the value, as it is to Spark.
-    """
-
-    def __init__(self, delimiter: str, escape: str) -> None:
-        mark, comma = re.escape(escape.encode()), re.escape(delimiter.encode())
-        self._escape = escape.encode()
-        # from an opening quote to the closing one, or to the end of the data
-        start = rb"(?:\A|(?<=[\r\n" + comma + rb"]))"
-        inside = rb'(?:[^"' + mark + rb"]++|" + mark + rb'.|"")*+'
-        self._quoted = re.compile(start + rb'"' + inside + rb'(?:"|' + mark + rb"?\Z)", re.DOTALL)
-        self._escaped = re.compile(mark + rb'(["' + mark + rb"])")
-        self._waiting = b""
-
-    def add(self, data: bytes, *, last: bool) -> bytes:
-        """The rows that are complete by now, rewritten; the start of the next one waits."""
-        data = self._waiting + data
-        end = len(data) if last else self._find_end_of_rows(data)
-        self._waiting = data[end:]
-        return self._quoted.sub(
-            lambda found: self._escaped.sub(self._unescape, found[0]), data[:end]
+    def _build_quote_error(self, error: csv.Error, lines: _RowLines) -> ManifestError:
+        fix = "double it"
+        if not self._options.escape:
+            option = self._options.keys.option("escape")
+            fix += (
+                f", or pass {option} '\\' if quotes inside values are written \\\" (as Spark does)"
+            )
+        start = one_line("".join(lines.row))
+        if "unexpected end" in str(error):
+            return ManifestError(
+                f"{self._place}: a quote is opened and never closed in the row that begins on line "
+                f"{lines.row_line:,}: {start!r}; close it, or {fix} where it is part of a value"
+            )
+        return ManifestError(
+            f"{self._place}: the row that begins on line {lines.row_line:,} has a quote inside a "
+            f"quoted value: {start!r}; {fix}"
         )
 
-    def _find_end_of_rows(self, data: bytes) -> int:
-        at = end = 0
-        for found in self._quoted.finditer(data):
-            end = max(end, 1 + _find_last_newline(data, at, found.start()))
-            at = found.end()
-        return max(end, 1 + _find_last_newline(data, at, len(data)))
+    def _build_decode_error(self, error: Exception) -> ManifestError:
+        option = self._options.keys.option("encoding")
+        return ManifestError(f"{self._place}: {one_line(error)}; set {option}")
 
-    def _unescape(self, found: re.Match[bytes]) -> bytes:
-        return b'""' if found[1] == b'"' else self._escape
+    @contextlib.contextmanager
+    def _open_stream(self) -> Iterator[Utf8Stream]:
+        with open_decompressed(self._file) as stream:
+            yield Utf8Stream(
+                stream,
+                self._file,
+                encoding=self._header.encoding,
+                delimiter=self._header.delimiter,
+                escape=self._options.escape,
+            )
 
 
 class _RowLines:
-    """The lines of a file with their ends, and which of them the present row consists of."""
+    """Iterator over the lines of a file with their ends; remembers the lines of the current row."""
 
-    def __init__(self, blocks: _Utf8Stream) -> None:
-        self._lines = self._split(blocks)
+    def __init__(self, stream: Utf8Stream) -> None:
+        self._lines = self._split(stream)
         self.row: list[str] = []
         self.row_line = 1
 
@@ -403,15 +238,15 @@ class _RowLines:
         self.row.clear()
 
     @staticmethod
-    def _split(blocks: _Utf8Stream) -> Iterator[str]:
+    def _split(stream: Utf8Stream) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        waiting = ""
-        while block := blocks.read(_HEAD_BYTES):
-            lines = list(io.StringIO(waiting + decoder.decode(block), newline=""))
-            waiting = lines.pop() if lines else ""
+        rest = ""
+        while block := stream.read(_HEAD_BYTES):
+            lines = list(io.StringIO(rest + decoder.decode(block), newline=""))
+            rest = lines.pop() if lines else ""
             yield from lines
-        if waiting:
-            yield waiting
+        if rest:
+            yield rest
 
 
 @contextlib.contextmanager
@@ -423,56 +258,15 @@ def _raise_field_limit() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _find_last_newline(data: bytes, start: int, end: int) -> int:
-    return max(data.rfind(b"\n", start, end), data.rfind(b"\r", start, end))
-
-
-@contextlib.contextmanager
-def _open_decompressed(file: str) -> Iterator[IO[bytes]]:
-    """The file as a binary stream, decompressed if its first bytes are those of a compression."""
-    with filesystem.open_read(file) as raw:
-        head = raw.read(8)
-        raw.seek(0)
-        kind = next(
-            (kind for magic, kind in _COMPRESSION_MAGIC.items() if head.startswith(magic)), None
-        )
-        stream: Any = raw
-        if kind == "gzip":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif kind == "bz2":
-            stream = bz2.BZ2File(raw)
-        elif kind == "xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115
-        elif kind == "zstd":
-            stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-        yield cast(IO[bytes], stream)
-
-
-def _read_block(stream: IO[bytes], size: int, place: str) -> bytes:
-    if not isinstance(stream, _DECOMPRESSORS):
-        with filesystem.translate_os_errors(place.removeprefix("manifest ")):
-            return stream.read(size)
-    try:
-        return stream.read(size)
-    except _DECOMPRESSION_ERRORS as error:
-        raise ManifestError(
-            f"{place}: cannot be decompressed ({_one_line(error)}); the file is damaged or cut "
-            "off, "
-            "write it again"
-        ) from error
-
-
-def _detect_encoding(head: bytes, dialect: CsvDialect, place: str) -> str:
+def _detect_encoding(head: bytes, options: ReadOptions, place: str) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
     try:
-        if codecs.lookup(dialect.encoding).name not in ("utf-8", "utf-8-sig"):
-            return dialect.encoding
+        if codecs.lookup(options.encoding).name not in ("utf-8", "utf-8-sig"):
+            return options.encoding
     except LookupError as error:
-        raise ManifestError(
-            f"{place}: not {dialect.encoding} text ({error}); say --manifest.encoding"
-        ) from error
+        raise _build_encoding_error(place, options.encoding, options, error) from error
     start = re.split(rb"[\r\n]", head[:64], maxsplit=1)[0].ljust(2, b"x")
     for encoding, zeros, others in (
         ("utf-16-le", start[1::2], start[::2]),
@@ -480,13 +274,28 @@ def _detect_encoding(head: bytes, dialect: CsvDialect, place: str) -> str:
     ):
         if zeros.count(0) > len(zeros) // 2 and not others.count(0):
             raise ManifestError(
-                f"{place}: looks like UTF-16 without a byte order mark; pass --manifest.encoding "
-                f"{encoding}"
+                f"{place}: looks like UTF-16 without a byte order mark; pass "
+                f"{options.keys.option('encoding')} {encoding}"
             )
-    return dialect.encoding
+    return options.encoding
 
 
-def _check_first_line(line: str, place: str) -> None:
+def _build_encoding_error(
+    place: str, encoding: str, options: ReadOptions, error: Exception
+) -> ManifestError:
+    return ManifestError(
+        f"{place}: not {encoding} text ({error}); set {options.keys.option('encoding')}"
+    )
+
+
+def _check_first_line(line: str, place: str, options: ReadOptions) -> None:
+    if not line.strip():
+        raise ManifestError(f"{place}: is empty; the first line must name the columns")
+    if "\x00" in line:
+        raise ManifestError(
+            f"{place}: contains binary data, not CSV; pass {options.keys.option('format')} parquet if "
+            "it is a Parquet file"
+        )
     if _JSON_START.match(line):
         raise ManifestError(
             f"{place}: is JSON, not CSV (it begins with {line[:40]!r}); convert it to CSV or "
@@ -498,25 +307,22 @@ def _check_first_line(line: str, place: str) -> None:
         )
 
 
-def _detect_delimiter(text: str, dialect: CsvDialect) -> str:
+def _detect_delimiter(text: str, options: ReadOptions) -> str:
     header = re.split(r"[\r\n]", re.sub(r'"[^"]*"', "", text), maxsplit=1)[0]
     counts = {mark: header.count(mark) for mark in (",", ";", "\t", "|")}
     best = max(counts, key=lambda mark: counts[mark])
-    delimiter = dialect.delimiter or (best if counts[best] else ",")
+    delimiter = options.delimiter or (best if counts[best] else ",")
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
         raise ManifestError(
-            f"manifest.delimiter: {delimiter!r} must be one ASCII character, as , or ; or a tab"
+            f"{options.keys.key('delimiter')}: {delimiter!r} must be one ASCII character, such as "
+            ", or ; or a tab"
         )
-    escape = dialect.escape
+    escape = options.escape
     if escape is not None and (
         len(escape) != 1 or not escape.isascii() or escape in '"\r\n' or escape == delimiter
     ):
         raise ManifestError(
-            f"manifest.escape: {escape!r} must be one ASCII character other than the quote and the "
-            "delimiter, such as a backslash"
+            f"{options.keys.key('escape')}: {escape!r} must be one ASCII character other than the "
+            "quote and the delimiter, such as a backslash"
         )
     return delimiter
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]

@@ -1,27 +1,27 @@
 """Manifests: any table or folder of images, read as one stream of Arrow record batches.
 
-Owns column names, labels and path resolution; `discovery` finds the files, `csv_reader` and
-`parquet_reader` read them. Promises bounded memory, every row in file order, columns as they came,
-and a ManifestError that names the place. What the paths lead to is not looked at here.
+Owns column names, labels and path resolution. `discovery` finds the files, `manifest_formats` has
+the readers. Memory is bounded, rows keep the order of the files, columns their values and types,
+and a ManifestError names the place. The images themselves are not read here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.config import Section
-from imgcls.data import csv_reader, filesystem, parquet_reader
-from imgcls.data.csv_reader import CsvDialect
+from imgcls.data import filesystem
 from imgcls.data.discovery import (
     ManifestFiles,
     filter_images,
@@ -30,28 +30,36 @@ from imgcls.data.discovery import (
     log_skipped_files,
     walk_images,
 )
+from imgcls.data.manifest_formats import (
+    MANIFEST_FORMATS,
+    ListingFormat,
+    ManifestFormat,
+    TableFormat,
+)
+from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames, ReadOptions
+from imgcls.data.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
 from imgcls.log import tell
 
 
 class ManifestConfig(Section):
-    """Where the rows come from and which columns matter."""
+    """The table or folder that lists the images, and its columns."""
 
     shorthand: ClassVar[str | None] = "path"
 
     path: str
     """CSV or Parquet (file, folder or glob), a folder per class, or a folder or glob of images."""
-    format: Literal["auto", "csv", "parquet", "tree", "images"] = "auto"
-    """tree: one folder per class. images: unlabelled files. auto: told from the path."""
+    format: ManifestFormat = "auto"
+    """tree: one folder per class. images: unlabeled files. auto: detected from the path."""
     path_column: str = "path"
-    """The column that holds image paths."""
+    """Name of the column of image paths."""
     label_column: str | None = None
-    """The column that holds class names; `label` when there is one."""
+    """Name of the column of class names (default: `label`, if the table has it)."""
     root: str | None = None
-    """Where relative paths start; the folder of the table they are in when not given."""
+    """Folder where relative paths start (default: the folder of their table)."""
     delimiter: str | None = None
-    """CSV delimiter; told from the header line when not given."""
+    """CSV delimiter, one character (default: detected in the header line)."""
     encoding: str = "utf-8"
     """CSV text encoding."""
     escape: str | None = None
@@ -60,12 +68,12 @@ class ManifestConfig(Section):
 
 @dataclass(frozen=True)
 class Manifest:
-    """An opened manifest: its schema is known, its rows are not read yet.
+    """An opened manifest: the schema is known, the rows are not read yet.
 
-    schema:       Arrow schema of the columns as they came
+    schema:       Arrow schema of the columns, as in the files
     path_column:  name of the column of image paths
-    label_column: name of the column of class names, None when unlabelled
-    files:        the tables that it is read from; none of a folder or glob of images
+    label_column: name of the column of class names, None when unlabeled
+    files:        the tables of the manifest; empty for a folder or glob of images
     """
 
     source: str
@@ -87,14 +95,14 @@ class Manifest:
         return self._compute_fingerprint()
 
     def resolve(self, path: str | None) -> str | None:
-        """The place that a row's path names: as it is when absolute, else below `root`."""
+        """Resolve the path of a row: unchanged when absolute or a URL, else below `root`."""
         return resolve_path(path, self.root)
 
 
 def resolve_path(path: str | None, root: str) -> str | None:
-    """`path` itself when absolute or a URL, else below `root`; None for a null path.
+    """Resolve a path: unchanged when absolute or a URL, else below `root`; None for a null path.
 
-    On a store `./` and `../` are resolved here, since a key is not a path to it.
+    On an object store `./` and `../` are resolved here, since its keys are plain strings.
     """
     if path is None or filesystem.is_url(path) or os.path.isabs(path):
         return path
@@ -118,7 +126,7 @@ def _remove_dot_segments(path: str, root: str) -> str:
 
 
 def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
-    """`resolve` of a whole column of paths, as large strings."""
+    """`resolve_path` of a whole column, as large strings."""
     text = paths.cast(pa.large_string())
     if (
         not filesystem.is_local(root)
@@ -127,99 +135,105 @@ def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
         return pa.chunked_array(
             [pa.array([resolve_path(path, root) for path in text.to_pylist()], pa.large_string())]
         )
-    whole = pc.match_substring_regex(text, _ABSOLUTE)
+    is_absolute = pc.match_substring_regex(text, _ABSOLUTE)
     start = pa.scalar(root.rstrip("/"), pa.large_string())
     below = pc.binary_join_element_wise(start, text, pa.scalar("/", pa.large_string()))
-    return pc.if_else(whole, text, below)
+    return pc.if_else(is_absolute, text, below)
 
 
 _ABSOLUTE = r"^(/|[A-Za-z0-9+]+://|data:)"
 
 
 def make_paths_absolute(manifest: Manifest, rows: pa.Table) -> pa.Table:
-    """Rows of a manifest that may be stored elsewhere: no path begins at the manifest's folder."""
-    place = rows.schema.get_field_index(manifest.path_column)
-    whole = resolve_paths(rows.column(manifest.path_column), manifest.root)
-    return rows.set_column(place, manifest.path_column, whole)
+    """Rows of a manifest with absolute paths, so that they may be stored in another folder."""
+    index = rows.schema.get_field_index(manifest.path_column)
+    paths = resolve_paths(rows.column(manifest.path_column), manifest.root)
+    return rows.set_column(index, manifest.path_column, paths)
 
 
-def open_manifest(config: ManifestConfig, *, any_key: bool = False) -> Manifest:
-    """Find out what the manifest is and check its columns, without reading its rows.
+def open_manifest(
+    config: ManifestConfig, *, any_key: bool = False, keys: KeyNames = DEFAULT_KEYS
+) -> Manifest:
+    """Detect the format of a manifest and check its columns, without reading its rows.
 
-    any_key: the path column is a key to join by, of any type; no path is read from it
-    Raises ManifestError when there is nothing there, the format is unclear or a column is missing.
+    any_key: the path column is a key for a join, of any type; no path is read from it
+    keys:    the configuration keys that error messages name
+    Raises ManifestError when nothing is found, the format is ambiguous or a column is missing.
     """
     try:
-        found = find_manifest_files(config.path, config.format)
-        if found.format in ("tree", "images"):
-            return _open_listing(config, found)
-        return _open_table(config, found, any_key=any_key)
+        found = find_manifest_files(config.path, config.format, keys)
+        format = MANIFEST_FORMATS[found.format]
+        if isinstance(format, ListingFormat):
+            return _ImageListing(config, found, format, keys).open()
+        return _TableFiles(config, found, format, keys).open(any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
 
 
-def _open_table(config: ManifestConfig, found: ManifestFiles, *, any_key: bool) -> Manifest:
-    files = found.files
-    dialect = CsvDialect(config.delimiter, config.encoding, config.escape)
+class _TableFiles:
+    """The tables of a manifest, read as one table."""
 
-    def own_schema(file: str) -> pa.Schema:
-        if found.format == "csv":
-            return csv_reader.read_csv_header(file, dialect).schema
-        return parquet_reader.read_parquet_schema(file)
+    def __init__(
+        self, config: ManifestConfig, found: ManifestFiles, format: TableFormat, keys: KeyNames
+    ) -> None:
+        self._config, self._found, self._format, self._keys = config, found, format, keys
+        self._options = ReadOptions(config.delimiter, config.encoding, config.escape, keys)
 
-    def partition(file: str, schema: pa.Schema) -> dict[str, str | None]:
-        """The values in the file's folder names that are no columns of its own."""
-        values = found.partitions.get(file, {})
+    def open(self, *, any_key: bool) -> Manifest:
+        config, files = self._config, self._found.files
+        schema = unify_schemas(self._iter_schemas(), "manifest")
+        _check_columns(config, schema, self._keys, any_key=any_key)
+        folders = {get_table_folder(file) for file in files}
+        has_own_folders = (
+            config.root is None and not self._found.partitions and len(folders) > 1 and not any_key
+        )
+        return Manifest(
+            source=config.path,
+            format=self._found.format,
+            schema=schema,
+            path_column=config.path_column,
+            label_column=_find_label_column(config, schema, self._keys),
+            root=filesystem.absolute(config.root or _find_root(self._found)),
+            files=tuple(files),
+            _read_batches=lambda: self._iter_batches(schema, has_own_folders),
+            _compute_fingerprint=lambda: _hash_files(files),
+        )
+
+    def _get_partition(self, file: str, schema: pa.Schema) -> dict[str, str | None]:
+        """The values in the folder names of a file that are not columns of the file."""
+        values = self._found.partitions.get(file, {})
         return {name: value for name, value in values.items() if name not in schema.names}
 
-    def file_schemas() -> Iterator[tuple[str, pa.Schema]]:
-        for file in files:
-            own = own_schema(file)
+    def _iter_schemas(self) -> Iterator[tuple[str, pa.Schema]]:
+        for file in self._found.files:
+            own = self._format.read_schema(file, self._options)
             _check_duplicate_columns(file, own)
-            added = [pa.field(name, pa.string()) for name in partition(file, own)]
+            added = [pa.field(name, pa.string()) for name in self._get_partition(file, own)]
             yield file, pa.schema([*own, *added])
 
-    schema = unify_schemas(file_schemas(), "manifest")
-    _check_columns(config, schema, any_key=any_key)
-    folders = {get_table_folder(file) for file in files}
-    own_folders = config.root is None and not found.partitions and len(folders) > 1 and not any_key
-    place = schema.get_field_index(config.path_column)
+    def _iter_batches(self, schema: pa.Schema, has_own_folders: bool) -> Iterator[pa.RecordBatch]:
+        """All rows in the common schema.
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        for file in files:
-            own = (
-                csv_reader.read_csv_batches(file, dialect)
-                if found.format == "csv"
-                else parquet_reader.read_parquet_batches(file)
-            )
-            for batch in own:
-                if batch.schema.equals(schema) and not own_folders:
+        has_own_folders: relative paths start at the folder of their table
+        """
+        path_index = schema.get_field_index(self._config.path_column)
+        for file in self._found.files:
+            for batch in self._format.read_batches(file, self._options):
+                if batch.schema.equals(schema) and not has_own_folders:
                     yield batch
                     continue
                 table = pa.Table.from_batches([batch])
-                for name, value in partition(file, batch.schema).items():
+                for name, value in self._get_partition(file, batch.schema).items():
                     column = pa.array([value] * table.num_rows, pa.string())
                     table = table.append_column(name, column)
                 table = conform_table(table, schema, f"manifest {file}")
-                if own_folders:
-                    table = _resolve_in_folder(table, place, get_table_folder(file))
+                if has_own_folders:
+                    table = _resolve_in_folder(table, path_index, get_table_folder(file))
                 yield from table.combine_chunks().to_batches()
-
-    return Manifest(
-        source=config.path,
-        format=found.format,
-        schema=schema,
-        path_column=config.path_column,
-        label_column=_find_label_column(config, schema),
-        root=filesystem.absolute(config.root or _find_root(found)),
-        files=tuple(files),
-        _read_batches=batches,
-        _compute_fingerprint=lambda: _hash_files(files),
-    )
 
 
 def get_table_folder(file: str) -> str:
-    """The folder of a table; the query of a signed URL is no part of it."""
+    """The folder of a table, without the query of a signed URL."""
     if file.startswith(("http://", "https://")):
         file = file.partition("?")[0]
     return filesystem.parent(file)
@@ -231,46 +245,51 @@ def _find_root(found: ManifestFiles) -> str:
     return get_table_folder(found.files[0])
 
 
-def _resolve_in_folder(table: pa.Table, place: int, folder: str) -> pa.Table:
-    """The relative paths of a table made whole, of several whose folders differ."""
-    field, paths = table.schema.field(place), table.column(place)
+def _resolve_in_folder(table: pa.Table, path_index: int, folder: str) -> pa.Table:
+    """Make the relative paths of a table absolute, where tables are in several folders."""
+    field, paths = table.schema.field(path_index), table.column(path_index)
     if pc.all(pc.match_substring_regex(paths.cast(pa.large_string()), _ABSOLUTE)).as_py():
         return table
-    return table.set_column(place, field, resolve_paths(paths, folder).cast(field.type))
+    return table.set_column(path_index, field, resolve_paths(paths, folder).cast(field.type))
 
 
 def _check_duplicate_columns(file: str, schema: pa.Schema) -> None:
     names = schema.names
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
         raise ManifestError(
-            f"manifest {file}: column {doubled[0]!r} stands there twice; rename one"
+            f"manifest {file}: column {duplicates[0]!r} is in it twice; rename one of them"
         )
 
 
-def _check_columns(config: ManifestConfig, schema: pa.Schema, *, any_key: bool) -> None:
+def _check_columns(
+    config: ManifestConfig, schema: pa.Schema, keys: KeyNames, *, any_key: bool
+) -> None:
     names = schema.names
-    for option, name in (("path", config.path_column), ("label", config.label_column)):
+    for key, name in (
+        ("path_column", config.path_column),
+        ("label_column", config.label_column),
+    ):
         if name is not None and name not in names:
             raise ManifestError(
                 f"manifest {config.path}: no column {name!r} (found: {_list_columns(schema)}); "
-                f"name it with --manifest.{option}-column{_suggest_fix(name, names)}"
+                f"name it with {keys.option(key)}{_suggest_fix(name, names, keys)}"
             )
-    kind = schema.field(config.path_column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    type = schema.field(config.path_column).type
+    if pa.types.is_dictionary(type):
+        type = type.value_type
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any_key and not any(check(kind) for check in is_text):
+    if not any_key and not any(check(type) for check in is_text):
         raise ManifestError(
-            f"manifest {config.path}: column {config.path_column!r} is {kind}, not text; "
-            "name the column of paths with --manifest.path-column"
+            f"manifest {config.path}: column {config.path_column!r} is {type}, not text; "
+            f"name the column of paths with {keys.option('path_column')}"
         )
 
 
-def _suggest_fix(name: str, names: list[str]) -> str:
-    """What else may be meant where a column is not found."""
+def _suggest_fix(name: str, names: list[str], keys: KeyNames) -> str:
+    """A second fix for a missing column: another delimiter, or a name without spaces."""
     if len(names) == 1 and name in re.split(r"\W+", names[0]):
-        return f", or the delimiter of {names[0]!r} with --manifest.delimiter"
+        return f", or the delimiter of {names[0]!r} with {keys.option('delimiter')}"
     spaced = next((each for each in names if each != name and each.strip() == name), None)
     return "" if spaced is None else f"; {_describe_spaces(spaced)}"
 
@@ -282,22 +301,22 @@ def _describe_spaces(name: str) -> str:
     )
 
 
-def _find_label_column(config: ManifestConfig, schema: pa.Schema) -> str | None:
+def _find_label_column(config: ManifestConfig, schema: pa.Schema, keys: KeyNames) -> str | None:
     if config.label_column is not None:
         return config.label_column
     if "label" in schema.names:
         return "label"
+    option = keys.option("label_column")
     for name in schema.names:
         if name.strip() == "label":
             raise ManifestError(
-                f"manifest {config.path}: {_describe_spaces(name)}; or pass "
-                f"--manifest.label-column {name!r}"
+                f"manifest {config.path}: {_describe_spaces(name)}; or pass {option} {name!r}"
             )
         if name.strip().lower() == "label":
             tell(
                 "note",
-                f"manifest {config.path}: column {name!r} is not read as labels; pass "
-                f"--manifest.label-column {name!r} if it holds them",
+                f"manifest {config.path}: column {name!r} is not read as labels; pass {option} "
+                f"{name!r} if it contains them",
             )
     return None
 
@@ -316,106 +335,106 @@ def _hash_files(files: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-# Listings: a folder per class, a folder of images, or a glob of images.
+class _ImageListing:
+    """Image files of a folder or glob, one row per file; the folder is listed at each pass."""
 
+    def __init__(
+        self, config: ManifestConfig, found: ManifestFiles, format: ListingFormat, keys: KeyNames
+    ) -> None:
+        self._config, self._found, self._keys = config, found, keys
+        self._get_label = format.get_label
+        self._has_logged = False
 
-def _open_listing(config: ManifestConfig, found: ManifestFiles) -> Manifest:
-    labelled = found.format == "tree"
-    columns = [(config.path_column, pa.string())]
-    label_column = (config.label_column or "label") if labelled else None
-    if label_column is not None:
-        columns.append((label_column, pa.string()))
-    schema = pa.schema(columns)
-    if len(set(schema.names)) < len(schema.names):
-        raise ManifestError(
-            f"manifest {config.path}: path_column and label_column are both "
-            f"{config.path_column!r}; name two columns"
-        )
-    here = config.path if found.folder is not None else os.curdir
-    root = filesystem.absolute(config.root or here if found.folder is not None else here)
-    counted = False
-
-    def paths() -> Iterator[str]:
-        nonlocal counted
-        skipped: Counter[str] = Counter()
-        images = (
-            walk_images(config.path, skipped)
-            if found.folder is not None
-            else filter_images(found.files, skipped)
-        )
-        none = True
-        for path in images:
-            none = False
-            yield path
-        if none:
+    def open(self) -> Manifest:
+        """Raises ManifestError where there is no image."""
+        config = self._config
+        label_column = None if self._get_label is None else config.label_column or "label"
+        if label_column == config.path_column:
             raise ManifestError(
-                f"manifest {config.path}: no image in it"
-                + (f" (passed over {format_suffix_counts(skipped)})" if skipped else "")
+                f"manifest {config.path}: {self._keys.option('path_column')} and "
+                f"{self._keys.option('label_column')} are both {config.path_column!r}; name two "
+                "columns"
+            )
+        names = [config.path_column, *([] if label_column is None else [label_column])]
+        schema = pa.schema([(name, pa.string()) for name in names])
+        if self._found.folder is None:
+            root = filesystem.absolute(os.curdir)
+        else:
+            root = filesystem.absolute(config.root or config.path)
+        next(self._iter_paths())
+        return Manifest(
+            source=config.path,
+            format=self._found.format,
+            schema=schema,
+            path_column=config.path_column,
+            label_column=label_column,
+            root=root,
+            files=(),
+            _read_batches=lambda: self._iter_batches(schema),
+            _compute_fingerprint=lambda: _hash_listing(self._iter_paths(), root),
+        )
+
+    def _iter_paths(self) -> Iterator[str]:
+        skipped: Counter[str] = Counter()
+        if self._found.folder is None:
+            images = filter_images(self._found.files, skipped)
+        else:
+            images = walk_images(self._config.path, skipped)
+        first = next(images, None)
+        if first is None:
+            raise ManifestError(
+                f"manifest {self._config.path}: contains no image"
+                + (f" (skipped {format_suffix_counts(skipped)})" if skipped else "")
                 + "; expected files like *.jpg or *.png, or one folder of them per class; images "
                 "with other names can be listed in a CSV"
             )
-        if not counted:
-            counted = True
-            log_skipped_files(config.path, skipped, "their names are not those of images")
+        yield first
+        yield from images
+        if not self._has_logged:
+            self._has_logged = True
+            log_skipped_files(self._config.path, skipped, "their names are not those of images")
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        listing = paths()
-        while chunk := [
-            path for _, path in zip(range(parquet_reader.READ_BATCH_ROWS), listing, strict=False)
-        ]:
-            arrays = [pa.array(chunk, pa.string())]
-            if labelled:
-                arrays.append(
-                    pa.array([_get_class_name(config, path) for path in chunk], pa.string())
-                )
-            yield pa.record_batch(arrays, schema=schema)
+    def _iter_batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        paths = self._iter_paths()
+        while chunk := list(itertools.islice(paths, READ_BATCH_ROWS)):
+            columns = [pa.array(chunk, pa.string())]
+            if self._get_label is not None:
+                columns.append(pa.array([self._read_label(path) for path in chunk], pa.string()))
+            yield pa.record_batch(columns, schema=schema)
 
-    next(paths())
-    return Manifest(
-        source=config.path,
-        format=found.format,
-        schema=schema,
-        path_column=config.path_column,
-        label_column=label_column,
-        root=root,
-        files=(),
-        _read_batches=batches,
-        _compute_fingerprint=lambda: _hash_listing(paths(), root),
-    )
-
-
-def _get_class_name(config: ManifestConfig, path: str) -> str:
-    folder, separator, _ = path.partition("/")
-    if not separator:
-        raise ManifestError(
-            f"manifest {config.path}: {path!r} lies beside the class folders; move it into one, "
-            "or say --manifest.format images"
-        )
-    return folder
+    def _read_label(self, path: str) -> str:
+        assert self._get_label is not None
+        label = self._get_label(path)
+        if label is None:
+            raise ManifestError(
+                f"manifest {self._config.path}: {path!r} is next to the class folders; move it "
+                f"into one, or pass {self._keys.option('format')} images"
+            )
+        return label
 
 
 def _hash_listing(paths: Iterator[str], root: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
-        place = resolve_path(path, root)
-        bytes_ = _get_file_size(place) if place is not None and filesystem.is_local(place) else 0
-        digest.update(f"{path}\x00{bytes_}\n".encode("utf-8", "surrogateescape"))
+        url = resolve_path(path, root)
+        size = _get_file_size(url) if url is not None and filesystem.is_local(url) else 0
+        digest.update(f"{path}\x00{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _get_file_size(place: str) -> int:
+def _get_file_size(url: str) -> int:
     try:
-        return filesystem.size(place)
+        return filesystem.size(url)
     except StorageError:
         return -1  # a dead link is a row, and fails as a row
 
 
-def normalize_labels(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A label column of any type as strings to be matched with class names; nulls stay null.
+def normalize_labels(column: pa.Array | pa.ChunkedArray, keys: KeyNames = DEFAULT_KEYS) -> pa.Array:
+    """Convert a label column of any type to strings that match class names; nulls stay null.
 
-    Whole floats lose their point, since pandas turns integer labels with a gap into 3.0. Text is
-    normalized to NFC, since macOS decomposes the accents of folder names, and a label of nothing
-    but spaces is null.
+    Whole floats lose their decimal point, since pandas turns integer labels with a gap into 3.0.
+    Text is normalized to NFC, since macOS decomposes the accents of folder names, and a blank label
+    is null.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -434,24 +453,24 @@ def normalize_labels(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ManifestError(
             f"labels of type {array.type} cannot be read as class names; name another "
-            "--manifest.label-column"
+            f"{keys.option('label_column')}"
         ) from error
-    blank = pc.equal(pc.utf8_trim_whitespace(text), "")
-    return pc.if_else(blank, None, pc.utf8_normalize(text, form="NFC"))
+    is_blank = pc.equal(pc.utf8_trim_whitespace(text), "")
+    return pc.if_else(is_blank, None, pc.utf8_normalize(text, form="NFC"))
 
 
 def find_label_variants(counts: Mapping[str, int], classes: Iterable[str] = ()) -> list[str]:
     """Labels that differ only by case, spaces or compatibility forms, as text with their counts.
 
-    counts:  rows by label, as `labels_as_text` gives them
-    classes: of a model; given some, only labels that are not among them and are like one of them
+    counts:  rows by label, as `normalize_labels` returns them
+    classes: classes of a model; with it, only labels that are similar to a class are returned
     """
     known = set(classes)
     groups: dict[str, set[str]] = {}
     for name in {*counts, *known}:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
         groups.setdefault(key, set()).add(name)
-    told = []
+    found = []
     for group in groups.values():
         if len(group) > 1 and (not known or (group & known and group - known)):
             shown = [
@@ -460,17 +479,17 @@ def find_label_variants(counts: Mapping[str, int], classes: Iterable[str] = ()) 
                 else f"class {name!r}"
                 for name in sorted(group)
             ]
-            told.append(" and ".join(shown))
-    return sorted(told)
+            found.append(" and ".join(shown))
+    return sorted(found)
 
 
 def log_label_variants(place: str, counts: Mapping[str, int], classes: Iterable[str] = ()) -> None:
     """Log labels that are probably one class written in several ways."""
-    alike = find_label_variants(counts, classes)
-    if alike:
-        more = f", and {len(alike) - 5} more" if len(alike) > 5 else ""
+    variants = find_label_variants(counts, classes)
+    if variants:
+        more = f", and {len(variants) - 5} more" if len(variants) > 5 else ""
         tell(
             "note",
             f"{place}: labels that differ only by case or spaces are different classes: "
-            f"{'; '.join(alike[:5])}{more}",
+            f"{'; '.join(variants[:5])}{more}",
         )

@@ -1,4 +1,4 @@
-"""Parquet files as a stream of Arrow record batches, with errors that name the file and the fix."""
+"""Parquet reader: streams Arrow record batches; errors name the file and the fix."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data import csv_reader, filesystem
-from imgcls.errors import ManifestError
+from imgcls.data import filesystem
+from imgcls.data.foreign_formats import PARQUET_MAGIC, detect_foreign_format
+from imgcls.data.manifest_options import KeyNames, ReadOptions
+from imgcls.errors import ManifestError, one_line
 
 READ_BATCH_ROWS = 16_384
 
 
-def read_parquet_schema(file: str) -> pa.Schema:
+def read_parquet_schema(file: str, options: ReadOptions) -> pa.Schema:
     """The columns of a Parquet file; raises ManifestError where a type cannot be read."""
-    parquet = _open_parquet(file)
+    parquet = _open_parquet(file, options.keys)
     try:
         return parquet.schema_arrow.remove_metadata()
     except pa.ArrowException as error:
-        raise ManifestError(
-            f"manifest {file}: has a column of a type that cannot be read "
-            f"({_one_line(error)}); leave "
-            "it out, or write it as another type"
-        ) from error
+        raise _build_type_error(file, error) from error
 
 
-def read_parquet_batches(file: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file, in order; raises ManifestError where it is damaged."""
+def read_parquet_batches(file: str, options: ReadOptions) -> Iterator[pa.RecordBatch]:
+    """Stream the rows of a Parquet file, in order; raises ManifestError where it is damaged."""
     try:
-        parquet = _open_parquet(file)
+        parquet = _open_parquet(file, options.keys)
         _check_int96_range(file, parquet)
         for batch in parquet.iter_batches(batch_size=READ_BATCH_ROWS):
             if batch.num_rows:
-                batch.validate(full=True)  # Parquet's readers let text pass that is not UTF-8
+                batch.validate(full=True)  # Parquet readers do not check that text is UTF-8
                 yield batch
     except pa.ArrowNotImplementedError as error:
-        raise ManifestError(_describe_unreadable(file, error)) from error
+        raise _build_type_error(file, error, _describe_nested_dictionary(file)) from error
     except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"manifest {file}: {_one_line(error)}; the file is damaged") from error
+        raise ManifestError(f"manifest {file}: {one_line(error)}; the file is damaged") from error
 
 
 def _check_int96_range(file: str, parquet: pq.ParquetFile) -> None:
@@ -48,13 +46,13 @@ def _check_int96_range(file: str, parquet: pq.ParquetFile) -> None:
     names = [column.path for column in columns if column.physical_type == "INT96"]
     if not names:
         return
-    precise = pq.ParquetFile(filesystem.open_read(file)).iter_batches(
+    nanoseconds = pq.ParquetFile(filesystem.open_read(file)).iter_batches(
         READ_BATCH_ROWS, columns=names
     )
-    wide = pq.ParquetFile(
+    microseconds = pq.ParquetFile(
         filesystem.open_read(file), coerce_int96_timestamp_unit="us"
     ).iter_batches(READ_BATCH_ROWS, columns=names)
-    for one, other in zip(precise, wide, strict=True):
+    for one, other in zip(nanoseconds, microseconds, strict=True):
         for name, nanos, micros in zip(one.schema.names, one.columns, other.columns, strict=True):
             if pa.types.is_nested(nanos.type):
                 continue
@@ -68,35 +66,33 @@ def _check_int96_range(file: str, parquet: pq.ParquetFile) -> None:
                 )
 
 
-def _describe_unreadable(file: str, error: pa.ArrowException) -> str:
-    nested = [
-        field.name
-        for field in pq.read_schema(filesystem.open_read(file))
-        if pa.types.is_nested(field.type) and "dictionary" in str(field.type)
-    ]
-    named = f", such as {nested[0]!r} (a dictionary inside a list, struct or map)" if nested else ""
-    return (
-        f"manifest {file}: has a column of a type that cannot be read{named} ({_one_line(error)}); "
-        "leave it out, or write it as another type"
+def _build_type_error(file: str, error: Exception, example: str = "") -> ManifestError:
+    return ManifestError(
+        f"manifest {file}: has a column of a type that cannot be read{example} "
+        f"({one_line(error)}); leave it out, or write it as another type"
     )
 
 
-def _open_parquet(file: str) -> pq.ParquetFile:
+def _describe_nested_dictionary(file: str) -> str:
+    """The first column with a dictionary inside a nested type, which Arrow cannot read."""
+    for field in pq.read_schema(filesystem.open_read(file)):
+        if pa.types.is_nested(field.type) and "dictionary" in str(field.type):
+            return f", such as {field.name!r} (a dictionary inside a list, struct or map)"
+    return ""
+
+
+def _open_parquet(file: str, keys: KeyNames) -> pq.ParquetFile:
     stream = filesystem.open_read(file)
     with filesystem.translate_os_errors(file):
         head = stream.read(32)
         stream.seek(0)
-    what = csv_reader.detect_foreign_format(head)
-    if what is not None and not head.startswith(b"PAR1"):
-        raise ManifestError(f"manifest {file}: is no Parquet file but {what}")
+    found = detect_foreign_format(head, keys)
+    if found is not None and not head.startswith(PARQUET_MAGIC):
+        raise ManifestError(f"manifest {file}: is not a Parquet file but {found}")
     try:
         return pq.ParquetFile(stream, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(
-            f"manifest {file}: not a Parquet file, or a damaged one ({_one_line(error)}); if it is "
-            "CSV, say --manifest.format csv"
+            f"manifest {file}: not a Parquet file, or a damaged one ({one_line(error)}); if it is "
+            f"CSV, pass {keys.option('format')} csv"
         ) from error
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]

@@ -1,9 +1,9 @@
-"""Arrow schemas of several tables, unified into one schema that can hold the rows of all of them.
+"""Unification of Arrow schemas: one schema for the rows of several tables.
 
 Used wherever files are read as one table: the shards of a manifest, the parts of a run, the runs of
 a history. A column that is null in one file, a dictionary with 8-bit indices, or an int32 where
-other files have an int64 is converted without loss; types that do not fit together are refused by
-file and column.
+other files have an int64 is converted without loss. For types that cannot be unified, the error
+names the file and the column.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from imgcls.errors import ManifestError
 
 
 def widen_dictionaries(schema: pa.Schema) -> pa.Schema:
-    """The schema with every dictionary able to hold the values of any number of files.
+    """Widen the dictionaries of a schema, so that they can have the values of all files.
 
-    8-bit and 16-bit indices become int32: pandas writes int8 for up to 127 categories, and the
-    categories of two files together may be more. A dictionary inside a list, struct or map becomes
-    its plain values, since Arrow cannot unify such dictionaries.
+    8-bit and 16-bit indices become int32: pandas writes int8 for up to 127 categories, and two
+    files together may have more. A dictionary inside a list, struct or map becomes its plain
+    values, since Arrow cannot unify such dictionaries.
     """
     fields = []
     for field in schema:
@@ -31,17 +31,17 @@ def widen_dictionaries(schema: pa.Schema) -> pa.Schema:
 
 
 def unify_schemas(
-    schemas: Iterable[tuple[str, pa.Schema]], what: str, *, optional: bool = False
+    schemas: Iterable[tuple[str, pa.Schema]], kind: str, *, optional: bool = False
 ) -> pa.Schema:
-    """The schema that holds the columns of all tables, in the order of the first one.
+    """The schema with the columns of all tables, in the order of the first one.
 
-    schemas:  (place, schema) of each table; the place is named in an error
-    what:     what the tables are, as errors begin with it, such as "manifest"
-    optional: whether a column may be absent from some tables; it is then null for their rows
+    schemas:  (place, schema) of each table; errors name the place
+    kind:     kind of the tables, with which errors begin, such as "manifest"
+    optional: whether a column may be missing in some tables; it is then null for their rows
     Null becomes any other type; integers, floats, decimals, strings and times become the wider
-    type; a dictionary where others have plain values becomes plain values.
-    Raises ManifestError that names the column, both types and both places where types do not fit,
-    or where a column is absent.
+    type; a dictionary becomes plain values where other tables have those.
+    Raises ManifestError that names the column, both types and both places where types cannot be
+    unified, or where a column is missing.
     """
     pairs = iter(schemas)
     first_place, first = next(pairs)
@@ -54,9 +54,9 @@ def unify_schemas(
         last = other
         if not optional and set(other.names) != set(common.names):
             raise ManifestError(
-                f"{what} {place}: its columns ({_list_columns(other)}) differ from "
+                f"{kind} {place}: its columns ({_list_columns(other)}) differ from "
                 f"({_list_columns(common)}) "
-                f"in {first_place}; give tables of one shape"
+                f"in {first_place}; pass tables with the same columns"
             )
         for field in other:
             at = common.get_field_index(field.name)
@@ -65,16 +65,16 @@ def unify_schemas(
                 places[field.name] = place
                 continue
             known = common.field(at)
-            kind = _find_common_type(known.type, field.type)
-            if kind is None:
+            type = _find_common_type(known.type, field.type)
+            if type is None:
                 raise ManifestError(
-                    f"{what} {place}: its column {field.name!r} is {field.type}, and {known.type} "
-                    f"in {places[field.name]}; give tables of one shape"
+                    f"{kind} {place}: its column {field.name!r} is {field.type}, and {known.type} "
+                    f"in {places[field.name]}; write it as one type in all tables"
                 )
             if kinds.is_null(known.type):
                 places[field.name] = place
             nullable = known.nullable or field.nullable
-            common = common.set(at, known.with_type(kind).with_nullable(nullable))
+            common = common.set(at, known.with_type(type).with_nullable(nullable))
         for name in set(common.names) - set(other.names):
             at = common.get_field_index(name)
             common = common.set(at, common.field(at).with_nullable(True))
@@ -82,10 +82,10 @@ def unify_schemas(
 
 
 def conform_table(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
-    """The table with exactly the columns of a unified schema, in its order and types.
+    """Convert a table to exactly the columns of a unified schema, in its order and types.
 
-    place: names the table in an error
-    A column that the table does not have is null. Raises ManifestError where a value does not fit,
+    place: name of the table in errors
+    A missing column is null. Raises ManifestError where a value does not fit,
     such as an integer above 2**53 in a column that is float64 in another file.
     """
     if table.schema.equals(schema):
@@ -155,7 +155,7 @@ def _widen_field(field: pa.Field) -> pa.Field:
 
 
 def _find_common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type that holds the values of both without loss; None where there is none."""
+    """A type for the values of both without loss; None where there is none."""
     if one.equals(other):
         return one
     if kinds.is_null(one) or kinds.is_null(other):

@@ -89,7 +89,7 @@ def register_worker(session: str) -> None:
 
 def list_workers(session: str) -> list[tuple[str, int]]:
     """Node id and process id of each registered worker."""
-    found: list[Any] = [
+    found = [
         ray_internals.get_kv(key) for key in ray_internals.list_kv(f"{_WORKERS_PREFIX}{session}/")
     ]
     return [tuple(json.loads(location)) for location in found if location is not None]

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import OK
 from imgcls.execution.plan import Plan
-from imgcls.runs.schema import OK
 
 
 @dataclass(frozen=True, kw_only=True)

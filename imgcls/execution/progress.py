@@ -7,10 +7,10 @@ import sys
 import time
 from typing import Any, TextIO
 
+from imgcls.errors import OK
 from imgcls.execution.formatting import format_count, format_duration, format_percent
 from imgcls.execution.messages import ChunkResult, StageTimings
 from imgcls.log import is_json, tell
-from imgcls.runs.schema import OK
 
 _WINDOW_SECONDS = 30.0
 _LIVE_SECONDS = 0.2

@@ -25,6 +25,7 @@ from imgcls.inference.status import read_status
 from imgcls.log import tell
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.metrics.drift import compute_drift
+from imgcls.metrics.formatting import format_summary
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 
@@ -72,7 +73,7 @@ def log_metrics(summary: pa.Table) -> None:
         for row in summary.to_pylist():
             tell("metric", f"{row['metric']} {row['value']}", **row)
     else:
-        log.show(tables.format_summary(summary))
+        log.show(format_summary(summary))
 
 
 def write_success(

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, resolve_paths
-from imgcls.errors import StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
+from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
-from imgcls.runs.schema import OK
 
 TRANSIENT_STATUSES = frozenset(
     error.status

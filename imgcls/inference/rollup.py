@@ -22,7 +22,7 @@ from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.schemas import conform_table, widen_dictionaries
-from imgcls.errors import RunFailed
+from imgcls.errors import OK, RunFailed
 from imgcls.execution.completed import CompletedChunks
 from imgcls.execution.formatting import format_count
 from imgcls.execution.messages import ChunkTask
@@ -31,7 +31,6 @@ from imgcls.execution.plan import Plan
 from imgcls.execution.runner import Driver
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
-from imgcls.runs.schema import OK
 
 _ROW_GROUP_ROWS = 65_536
 _ROW_GROUP_BYTES = 64_000_000

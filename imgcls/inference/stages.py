@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from imgcls.data import decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import CrashingImage, ImageError, StorageError
+from imgcls.errors import OK, CrashingImage, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
-from imgcls.metrics.columns import compute_label_scores, encode_classes
-from imgcls.models.classifier import Classifier, PendingScores, select_top_k
-from imgcls.runs.schema import OK, build_prediction_schema
+from imgcls.metrics.columns import encode_classes
+from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""
@@ -280,29 +281,25 @@ def _build_table(
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
     start = spec.plan.rows_of(task.chunk).start
     offsets = range(rows.num_rows) if task.offsets is None else task.offsets
-    top, values = select_top_k(scores, spec.top_k)
-    names = pa.array(classes, pa.string())
-    accepted = np.zeros(len(ok), bool)
-    accepted[ok] = values[:, 0] >= np.array(spec.thresholds, np.float32)[top[:, 0]]
-    columns: dict[str, pa.Array] = {
-        "row": pa.array([start + offset for offset in offsets], pa.int64()),
-        "predicted_label": names.take(pa.array(top[:, 0])).take(place),
-        "confidence": pa.array(values[:, 0]).take(place),
-        "accepted": pa.array(accepted),
-        "topk_labels": _build_lists(names.take(pa.array(top.ravel())), top.shape[1]).take(place),
-        "topk_scores": _build_lists(pa.array(values.ravel()), top.shape[1]).take(place),
-    }
+    codes = None
     if spec.label_column is not None:
-        columns |= _build_label_columns(rows.column(spec.label_column), classes, scores, ok)
-    if spec.scores:
-        flat = pa.array(scores.astype(spec.scores_type).ravel())
-        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes)).take(place)
+        labels = manifest.normalize_labels(rows.column(spec.label_column))
+        codes = encode_classes(pa.chunked_array([labels]), classes)[ok]
+    columns = classifier.task.build_columns(
+        scores,
+        classes,
+        spec.thresholds,
+        top_k=spec.top_k,
+        codes=codes,
+        scores_type=spec.scores_type if spec.scores else None,
+    )
     if spec.embeddings:
         width = classifier.embedding_width
         stacked = np.concatenate([np.empty((0, width), np.float32), *head.embeddings])
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(
-            pa.array(stacked.ravel()), width
-        ).take(place)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), width)
+    columns = {name: column.take(place) for name, column in columns.items()}
+    columns["accepted"] = pc.fill_null(columns["accepted"], False)
+    columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
     columns["width"] = pa.array(prepared.width, pa.int32())
     columns["height"] = pa.array(prepared.height, pa.int32())
     columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
@@ -322,26 +319,3 @@ def _mark_not_finite(
     for row in np.array(good)[~finite]:
         prepared.status[row], prepared.error[row] = error.status, str(error)
         prepared.width[row] = prepared.height[row] = None
-
-
-def _build_lists(values: pa.Array, width: int) -> pa.ListArray:
-    offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, values)
-
-
-def _build_label_columns(
-    labels: pa.ChunkedArray,
-    classes: Sequence[str],
-    scores: npt.NDArray[np.float32],
-    ok: npt.NDArray[np.bool_],
-) -> dict[str, pa.Array]:
-    """Score and rank of each row's own label; null without a prediction or a known label."""
-    text = manifest.normalize_labels(labels)
-    code = encode_classes(pa.chunked_array([text]), classes)
-    is_known = ok & (code >= 0)
-    score, rank = np.zeros(len(ok), np.float32), np.zeros(len(ok), np.int32)
-    score[is_known], rank[is_known] = compute_label_scores(scores[is_known[ok]], code[is_known])
-    return {
-        "label_score": pa.array(score, mask=~is_known),
-        "label_rank": pa.array(rank, mask=~is_known),
-    }

@@ -42,6 +42,7 @@ from imgcls.errors import (
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, load_network
+from imgcls.models.task import ScoreScaling, find_task
 
 ExportFormat = Literal["onnx", "program", "torchscript"]
 EXPORT_FILES: dict[ExportFormat, str] = {
@@ -91,19 +92,20 @@ class PortableNetwork(nn.Module):
         self.network = load_network(bundle, torch.device("cpu"), torch.float32)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
-        self.temperature = spec.temperature
-        self.scaled = spec.vector_scaling is not None
-        if spec.vector_scaling is not None:
-            self.register_buffer("class_scale", torch.tensor(spec.vector_scaling.scale))
-            self.register_buffer("class_bias", torch.tensor(spec.vector_scaling.bias))
+        self.task = find_task(spec)
+        scaling = ScoreScaling.from_spec(spec)
+        self.temperature = scaling.temperature
+        self.has_vector_scaling = scaling.scale is not None
+        self.register_buffer("class_scale", scaling.scale)
+        self.register_buffer("class_bias", scaling.bias)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, crop, crop) uint8 RGB to (N, C) float32 scores that sum to 1."""
         logits = self.network(pixels.to(torch.float32) * self.scale + self.shift)
-        logits = logits / self.temperature
-        if self.scaled:
-            logits = torch.log_softmax(logits, dim=1) * self.class_scale + self.class_bias
-        return torch.softmax(logits, dim=1)
+        scaling = ScoreScaling(self.temperature)
+        if self.has_vector_scaling:
+            scaling = ScoreScaling(self.temperature, self.class_scale, self.class_bias)
+        return self.task.activate(logits, scaling)
 
 
 @with_config_storage

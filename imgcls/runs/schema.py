@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-OK = "ok"
-"""Status of an image with a prediction; the others are the `status` of an error's class."""
+from imgcls.models.task import SINGLE_LABEL, Task
 
 PREDICTION_COLUMNS = (
     "row",
@@ -34,6 +33,7 @@ def build_prediction_schema(
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> pa.Schema:
     """Schema of the columns that a run adds to its manifest.
 
@@ -44,17 +44,8 @@ def build_prediction_schema(
     """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("predicted_label", pa.string()),
-        pa.field("confidence", pa.float32()),
-        pa.field("accepted", pa.bool_(), nullable=False),
-        pa.field("topk_labels", pa.list_(pa.string())),
-        pa.field("topk_scores", pa.list_(pa.float32())),
+        *task.build_fields(has_labels=labelled, classes=scores, scores_type=scores_type),
     ]
-    if labelled:
-        fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
-    if scores is not None:
-        kind = pa.float16() if scores_type == "float16" else pa.float32()
-        fields.append(pa.field("scores", pa.list_(kind, scores)))
     if embedding is not None:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
     fields += [

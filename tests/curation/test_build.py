@@ -8,27 +8,60 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imgcls import config as configuration
 from imgcls.curation.build import ManifestBuildConfig, _check_columns, build_manifest
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ManifestError
+from imgcls.errors import ConfigError, ManifestError, OutputError
+from tests.conftest import write_manifest
+from tests.curation.pictures import jpeg, picture
 
 
 def test_a_table_is_read_as_a_manifest_is(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_bytes('file,kind\na.jpg,"fou\u00e9 \\"x\\"\r\ny"\n'.encode("latin-1"))
-    asked = {"source": str(table), "output": str(tmp_path / "out"), "path_column": "file"}
-    with pytest.raises(ManifestError, match=r"say --encoding$"):
-        build_manifest(ManifestBuildConfig(**asked))
+    settings = {"source": str(table), "output": str(tmp_path / "out"), "path_column": "file"}
+    with pytest.raises(ManifestError, match=r"set --encoding$"):
+        build_manifest(ManifestBuildConfig(**settings))
     with pytest.raises(ManifestError, match=r"pass --escape"):
-        build_manifest(ManifestBuildConfig(**asked, encoding="latin-1"))
-    assert build_manifest(ManifestBuildConfig(**asked, encoding="latin-1", escape="\\")) == 1
+        build_manifest(ManifestBuildConfig(**settings, encoding="latin-1"))
+    assert build_manifest(ManifestBuildConfig(**settings, encoding="latin-1", escape="\\")) == 1
     assert pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist() == [
         {"path": f"{tmp_path}/a.jpg", "kind": 'fou\u00e9 "x"\r\ny'}
     ]
 
 
-def test_facts_do_not_hide_a_column_of_another_case(tmp_path: Path) -> None:
+def test_an_added_column_does_not_hide_a_column_of_another_case(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["a.jpg"], "Width": [3]}), tmp_path / "m.parquet")
     manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.parquet")))
     with pytest.raises(ManifestError, match="has a column 'Width', which --contents writes"):
         _check_columns(manifest, ["width", "height"])
+
+
+def build_from(**settings: object) -> int:
+    return build_manifest(configuration.build(ManifestBuildConfig, settings))
+
+
+def test_a_column_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    write_manifest(table, [("a.jpg", "sold")], ("path", "status"))
+    with pytest.raises(ManifestError, match="has a column 'status', which --contents writes"):
+        build_from(source=str(table), output=str(tmp_path / "out"), contents=True)
+    with pytest.raises(ManifestError, match="has a column 'status', which --contents writes"):
+        build_from(
+            source=str(table), label_column="status", output=str(tmp_path / "out"), contents=True
+        )
+
+
+def test_labels_require_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.jpg").write_bytes(jpeg(picture(0)))
+    with pytest.raises(ConfigError, match="is not a folder with one folder per class"):
+        build_from(source=f"{tmp_path}/*/*.jpg", labels=True, output=str(tmp_path / "out"))
+
+
+def test_overwrite_does_not_remove_the_source(tmp_path: Path) -> None:
+    source = tmp_path / "manifest.parquet"
+    pq.write_table(pa.table({"path": ["a.jpg"]}), source)
+    with pytest.raises(OutputError, match=r"would remove .*manifest\.parquet"):
+        build_from(source=str(tmp_path), output=str(tmp_path), contents=True, overwrite=True)
+    assert source.exists()

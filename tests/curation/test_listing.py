@@ -1,4 +1,4 @@
-"""Manifests from folders and buckets: every image once, with what tells whether it has changed."""
+"""Listing of folders and buckets: every image once, with its size, time and etag."""
 
 from __future__ import annotations
 
@@ -66,16 +66,18 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
     build_listing(ListingConfig(source=url("photos"), output=output))
     rows = {row["path"]: row for row in rows_of(output)}
     assert sorted(rows) == sorted(url(f"photos/{name}") for name in (*names, "top.jpg"))
-    told = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
+    head = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
     row = rows[url("photos/dog/a b.jpg")]
-    assert row["etag"] == told["ETag"].strip('"')
-    assert row["size"] == told["ContentLength"]
-    assert row["mtime"].replace(microsecond=0) == told["LastModified"]  # a listing may tell more
-    with pytest.raises(RequestError, match=r"top.jpg: lies beside the class folders"):
+    assert row["etag"] == head["ETag"].strip('"')
+    assert row["size"] == head["ContentLength"]
+    assert (
+        row["mtime"].replace(microsecond=0) == head["LastModified"]
+    )  # a listing may have more digits
+    with pytest.raises(RequestError, match=r"top.jpg: is next to the class folders"):
         build_listing(ListingConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
 
 
-def test_what_a_listing_passes_over_is_counted_and_named(
+def test_files_that_a_listing_skips_are_counted_and_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "photos"
@@ -90,16 +92,16 @@ def test_what_a_listing_passes_over_is_counted_and_named(
             f"{source}/a/1.jpg",
             f"{source}/b/2.jpg",
         ]
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for count in ("1 .txt", "1 .xyz", "1 (no suffix)", "1 .json"):
-        assert told.count(count) == 2
+        assert output.count(count) == 2
     (source / "a" / "1.jpg").unlink()
     (source / "b" / "2.jpg").unlink()
-    with pytest.raises(RequestError, match=r"no image below it; .* \(passed over 4 files: "):
+    with pytest.raises(RequestError, match=r"no image below it; .* \(skipped 4 files: "):
         build_listing(ListingConfig(source=str(source), output=str(tmp_path / "none")))
 
 
-def test_a_listing_that_was_broken_off_goes_on(
+def test_an_interrupted_listing_is_resumed(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "manifest"
@@ -111,7 +113,7 @@ def test_a_listing_that_was_broken_off_goes_on(
     (output / "_SUCCESS").unlink()
     parts[-1].unlink()
     capsys.readouterr()
-    with pytest.raises(ManifestError, match=r"its listing was broken off; run `imgcls manifest"):
+    with pytest.raises(ManifestError, match=r"its listing is not complete; rerun `imgcls manifest"):
         rows_of(str(output))
     build_listing(config)
     assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
@@ -123,12 +125,12 @@ def test_a_listing_that_was_broken_off_goes_on(
     assert rows_of(str(output)) == whole
 
 
-def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -> None:
+def test_an_existing_manifest_is_replaced_only_with_overwrite(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "manifest"
     config = ListingConfig(source=str(tree / "cat"), output=str(output))
     build_listing(config)
     for changes in ({}, {"source": str(tree)}):
-        with pytest.raises(OutputError, match="say --overwrite, or give another"):
+        with pytest.raises(OutputError, match="pass --overwrite, or another"):
             build_listing(config.model_copy(update=changes))
     more = config.model_copy(update={"source": str(tree), "overwrite": True})
     assert build_listing(more) == len(NAMES)
@@ -137,7 +139,7 @@ def test_what_is_there_is_replaced_only_when_asked(tree: Path, tmp_path: Path) -
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
         other = {"output": str(tmp_path / "full"), "overwrite": overwrite}
-        with pytest.raises(OutputError, match=r"holds other files \(thesis.txt\)"):
+        with pytest.raises(OutputError, match=r"contains other files \(thesis.txt\)"):
             build_listing(config.model_copy(update=other))
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
@@ -147,7 +149,7 @@ def test_an_empty_or_missing_source_is_refused(tmp_path: Path, s3: Any) -> None:
     for source in (str(tmp_path / "empty"), url("nothing")):
         with pytest.raises(RequestError, match="no image below it"):
             build_listing(ListingConfig(source=source, output=str(tmp_path / "out")))
-    for source, told in ((str(tmp_path / "gone"), "no such file"), ("s3://no-bucket", "bucket")):
-        with pytest.raises((RequestError, StorageError), match=told):
+    for source, message in ((str(tmp_path / "gone"), "no such file"), ("s3://no-bucket", "bucket")):
+        with pytest.raises((RequestError, StorageError), match=message):
             build_listing(ListingConfig(source=source, output=str(tmp_path / "new")))
     assert filesystem.list_names(str(tmp_path / "new")) == []

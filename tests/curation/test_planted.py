@@ -1,4 +1,4 @@
-"""Faults put into real data, and how many of them are found."""
+"""Problems planted in real data, and the share of them that is found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imgcls.curation.checks.hash_search import find_near_pairs
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.data.image_features import MIRROR_BITS, compute_features
 from tests.conftest import write_manifest
-from tests.curation.test_check import Row, images_of
+from tests.curation.pictures import Row, images_of
 from tests.data.pictures import encoded
 from tests.processes import RayCluster, imgcls
 
@@ -58,13 +58,13 @@ def test_changed_copies_of_photographs_are_found(photographs: list[bytes], kind:
     copies = [planted(kind, blob) for blob in photographs]
     hashes = np.concatenate([hashes_of(photographs), hashes_of(copies)])
     pairs = find_near_pairs(
-        hashes, MIRROR_BITS.view(np.uint64), most=DuplicatesConfig().max_hash_distance
+        hashes, MIRROR_BITS.view(np.uint64), max_distance=DuplicatesConfig().max_hash_distance
     )
-    told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    found = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     count = len(photographs)
-    assert len(told & {(i, i + count) for i in range(count)}) >= wanted * count
+    assert len(found & {(i, i + count) for i in range(count)}) >= wanted * count
     # every other pair is a false one
-    false = {(i, j) for i, j in told if j - i != count}
+    false = {(i, j) for i, j in found if j - i != count}
     assert len(false) < 0.001 * count * (count - 1) / 2
 
 
@@ -111,7 +111,7 @@ def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_check_finds_what_was_planted_in_photographs(
+def test_a_check_finds_planted_problems_in_photographs(
     photographs: list[bytes], tmp_path: Path, cluster: RayCluster
 ) -> None:
     kinds = ["same bytes", "truncated", *CHANGES]

@@ -1,4 +1,4 @@
-"""What examining a chunk says of its images."""
+"""Scan of a chunk: one row of features for each image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
-from imgcls.curation.scan_stage import scan_chunk
+from imgcls.curation.scan_stage import scan_chunk, scan_schema
 from imgcls.curation.scan_worker import ScanSpec
+from imgcls.data.image_features import ImageFeatures
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.models.classifier import Classifier
@@ -44,3 +45,8 @@ def test_an_image_without_a_finite_embedding_is_an_error(
     assert [row["status"] for row in rows] == ["ok", "not_finite", "missing", "ok"]
     assert [row["embedding"] is None for row in rows] == [False, True, True, False]
     assert "gives NaN or infinity for this image in fp32" in rows[1]["error"]
+
+
+def test_features_and_columns_have_the_same_names() -> None:
+    names = {field.name for field in scan_schema(None)} - {"row", "status", "error", "bytes"}
+    assert names == set(ImageFeatures.__dataclass_fields__)

@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.data import csv_reader
-from imgcls.data.csv_reader import CsvDialect, read_csv_batches, read_csv_header
+from imgcls.data.csv_reader import read_csv_batches, read_csv_header
+from imgcls.data.manifest_options import ReadOptions
 from imgcls.errors import ManifestError
 
 
 def rows_of(path: Path, **dialect: Any) -> list[list[str | None]]:
     """The values of a file, row by row."""
     found: list[list[str | None]] = []
-    for batch in read_csv_batches(str(path), CsvDialect(**dialect)):
+    for batch in read_csv_batches(str(path), ReadOptions(**dialect)):
         found += [list(row.values()) for row in batch.to_pylist()]
     return found
 
@@ -88,7 +89,7 @@ _VALUES = st.text(st.sampled_from('a,;"\r\n\\é \t'), max_size=6)
     size=st.integers(64, 200),
     newline=st.sampled_from(["\n", "\r\n"]),
 )
-def test_what_python_writes_is_read_in_blocks_of_any_size(
+def test_a_csv_of_python_is_read_in_blocks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], size: int, newline: str
 ) -> None:
     text = io.StringIO(newline="")
@@ -101,7 +102,7 @@ def test_what_python_writes_is_read_in_blocks_of_any_size(
         assert rows_of(path) == rows
 
 
-def test_a_row_longer_than_a_block_is_read_and_none_is_lost_or_doubled(
+def test_a_row_longer_than_a_block_is_read_once(
     file: Path, small_blocks: Callable[[int], None]
 ) -> None:
     rows = [[f"{i}.jpg", "x" * (1000 if i % 40 == 39 else 3)] for i in range(200)]
@@ -116,14 +117,14 @@ def test_a_field_of_40_mb_is_read(file: Path) -> None:
     assert rows_of(file) == [["a.jpg", "cat"], [long, "dog"]]
 
 
-def test_a_row_that_is_too_long_is_refused_with_its_place_and_the_remedy(
+def test_a_row_that_is_too_long_is_refused_with_its_number_and_the_fix(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(csv_reader, "_BLOCK_BYTES", 1000)
     monkeypatch.setattr(csv_reader, "_MAX_ROW_BYTES", 10_000)
     file.write_text("path,x\n" + "a,b\n" * 1000 + "c," + "x" * 30_000 + "\n")
     message = refused(file)
-    assert "is longer than 128 MiB; write long values to files of their own" in message
+    assert "is longer than 128 MiB; write long values to separate files" in message
 
 
 # ------------------------------------------------------------------------------ quotes
@@ -170,9 +171,7 @@ def test_no_malformed_quoting_is_read_as_something_else(file: Path, text: str) -
         ('x""y', 'x""y'),
     ],
 )
-def test_quotes_and_backslashes_that_are_right_stay_as_they_are(
-    file: Path, text: str, value: str
-) -> None:
+def test_valid_quotes_and_backslashes_are_not_changed(file: Path, text: str, value: str) -> None:
     file.write_text(f"path,x\na.jpg,{text}\nb.jpg,y\n")
     assert rows_of(file) == [["a.jpg", value], ["b.jpg", "y"]]
 
@@ -193,7 +192,7 @@ def _as_spark(value: str) -> str:
     ),
     size=st.integers(120, 300),
 )
-def test_what_spark_writes_is_read_when_its_escape_is_declared(
+def test_a_csv_of_spark_is_read_with_its_escape(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], size: int
 ) -> None:
     lines = ["path,x", *(f"{_as_spark(a)},{_as_spark(b)}" for a, b in rows)]
@@ -217,7 +216,7 @@ def test_an_impossible_escape_is_refused(file: Path, escape: str) -> None:
 def test_several_byte_order_marks_are_no_part_of_the_first_name(file: Path) -> None:
     for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
         file.write_bytes('\ufeff\ufeff"path",x\na.jpg,b\n'.encode(encoding))
-        assert read_csv_header(str(file), CsvDialect()).names == ["path", "x"]
+        assert read_csv_header(str(file), ReadOptions()).names == ["path", "x"]
         assert rows_of(file) == [["a.jpg", "b"]]
 
 
@@ -264,7 +263,7 @@ def test_a_compressed_csv_is_read_and_one_that_is_cut_off_refused(
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"PAR1\x15\x04", "a Parquet file; say --manifest.format parquet"),
+        (b"PAR1\x15\x04", "a Parquet file; pass --manifest.format parquet"),
         (b"ARROW1\0\0rest", "an Arrow IPC (Feather) file; convert it to Parquet"),
         (b"PK\x03\x04rest", "a ZIP archive"),
         (b"SQLite format 3\0rest", "an SQLite database"),
@@ -276,6 +275,6 @@ def test_a_compressed_csv_is_read_and_one_that_is_cut_off_refused(
     ],
     ids=lambda value: value[:12] if isinstance(value, bytes) else "",
 )
-def test_another_format_is_named_with_the_remedy(file: Path, content: bytes, what: str) -> None:
+def test_another_format_is_named_with_the_fix(file: Path, content: bytes, what: str) -> None:
     file.write_bytes(content)
     assert what in refused(file)

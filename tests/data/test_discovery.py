@@ -1,4 +1,4 @@
-"""What a path, a folder or a glob is taken for; nothing is passed over or mixed silently."""
+"""Detection of the format of a path, folder or glob; nothing is skipped or mixed silently."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ def put(tmp_path: Path) -> Callable[..., None]:
 Put = Callable[..., None]
 
 
-def test_what_is_passed_over_is_counted_by_suffix(
+def test_skipped_files_are_counted_by_suffix(
     put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put("a.jpg", "b.xyz", "c.XYZ", "notes.md", "README", ".hidden.xyz", ".trash/1.xyz")
     assert paths_of(tmp_path) == ["a.jpg"]
-    told = capsys.readouterr().out
-    assert told == (
-        f"note: manifest {tmp_path}: passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md; their "
+    output = capsys.readouterr().out
+    assert output == (
+        f"note: manifest {tmp_path}: skipped 4 files: 2 .xyz, 1 (no suffix), 1 .md; their "
         "names are not those of images\n"
     )
     assert paths_of(f"{tmp_path}/[abc]*", format="images") == [f"{tmp_path}/a.jpg"]
-    assert "passed over 2 files: 2 .xyz" in capsys.readouterr().out
+    assert "skipped 2 files: 2 .xyz" in capsys.readouterr().out
     (tmp_path / "a.jpg").unlink()
-    assert "no image in it (passed over 4 files: 2 .xyz, 1 (no suffix), 1 .md)" in refused(tmp_path)
+    assert "contains no image (skipped 4 files: 2 .xyz, 1 (no suffix), 1 .md)" in refused(tmp_path)
 
 
 def test_the_files_of_systems_and_bundles_are_no_classes(put: Put, tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_the_files_of_systems_and_bundles_are_no_classes(put: Put, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["results.csv", "manifest.parquet", "list.tsv", "list.csv.gz"])
 @pytest.mark.parametrize("image", ["a.jpg", "cats/a.jpg"])
-def test_a_table_among_images_is_refused_with_each_way_out(
+def test_a_table_among_images_is_refused_with_each_fix(
     put: Put, tmp_path: Path, name: str, image: str
 ) -> None:
     put(image, name)
     message = refused(tmp_path)
-    assert f"holds a table ({name!r}) and images ({image!r})" in message
+    assert f"contains a table ({name!r}) and images ({image!r})" in message
     kind = "parquet" if name.endswith(".parquet") else "csv"
     for way in (f"{tmp_path}/{name}", f"--manifest.format {kind}", "--manifest.format tree"):
         assert way in message
@@ -93,15 +93,15 @@ def test_a_table_among_images_is_refused_with_each_way_out(
     assert paths_of(tmp_path, format="images") == [image]
 
 
-def test_csv_beside_parquet_is_refused_unless_one_is_named(
+def test_csv_and_parquet_in_one_folder_are_refused_without_a_format(
     put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put("monday.csv", "tuesday.parquet")
     message = refused(tmp_path)
-    assert "holds CSV files ('monday.csv') and Parquet files ('tuesday.parquet')" in message
+    assert "contains CSV files ('monday.csv') and Parquet files ('tuesday.parquet')" in message
     assert "--manifest.format csv or parquet" in message
     assert paths_of(tmp_path, format="csv") == ["/monday.csv"]
-    assert "passed over 1 file: 1 .parquet; only csv files are read" in capsys.readouterr().out
+    assert "skipped 1 file: 1 .parquet; only csv files are read" in capsys.readouterr().out
     assert paths_of(tmp_path, format="parquet") == ["/tuesday.parquet"]
 
 
@@ -131,10 +131,10 @@ def test_hive_partitions_are_columns(put: Put, tmp_path: Path) -> None:
     assert "is in partitions ['year'], and" in refused(tmp_path)
     (tmp_path / "year=2025" / "d.parquet").unlink()
     put("year=2025/other/d.parquet")
-    assert "'other' that is no partition" in refused(tmp_path)
+    assert "'other' that is not a partition" in refused(tmp_path)
 
 
-def test_relative_paths_of_partitions_start_at_the_folder_that_was_given(tmp_path: Path) -> None:
+def test_relative_paths_of_partitions_start_at_the_passed_folder(tmp_path: Path) -> None:
     (tmp_path / "day=1").mkdir()
     pq.write_table(pa.table({"path": ["x/a.jpg"]}), tmp_path / "day=1" / "a.parquet")
     manifest = open_manifest(ManifestConfig(path=str(tmp_path)))
@@ -147,7 +147,7 @@ def test_relative_paths_of_partitions_start_at_the_folder_that_was_given(tmp_pat
     ["2026/01/x.jpg", "2026-01-31/x.jpg", "2026_01/x.jpg", "20260131/x.jpg", "202601/x.jpg",
      "date=2026-01-31/x.jpg", "2026-W03/x.jpg"],
 )  # fmt: skip
-def test_folders_of_dates_are_not_taken_for_classes(put: Put, tmp_path: Path, name: str) -> None:
+def test_folders_named_like_dates_are_not_classes(put: Put, tmp_path: Path, name: str) -> None:
     put(name)
     message = refused(tmp_path)
     assert f"its folders look like dates or partitions, not classes ({name.split('/')[0]!r})" in (
@@ -167,28 +167,30 @@ def test_tables_in_folders_below_are_named(
     put: Put, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put("below/a.parquet")
-    assert "some lie below it ('below/a.parquet'): give a glob" in refused(
+    assert "it has some in subfolders ('below/a.parquet'): pass a glob" in refused(
         tmp_path, format="parquet"
     )
     put("top.parquet")
     assert paths_of(tmp_path) == ["/top.parquet"]
-    assert "the tables in its folders are not read ('below/a.parquet')" in capsys.readouterr().out
+    assert (
+        "the tables in its subfolders are not read ('below/a.parquet')" in capsys.readouterr().out
+    )
     assert paths_of(f"{tmp_path}/**/*.parquet") == ["/below/a.parquet", "/top.parquet"]
 
 
 def test_a_delta_table_is_refused(put: Put, tmp_path: Path) -> None:
     put("a.parquet", "_delta_log/00000.json")
-    assert "is a Delta Lake table, whose files may hold deleted rows" in refused(tmp_path)
+    assert "is a Delta Lake table, whose files may contain deleted rows" in refused(tmp_path)
 
 
-def test_a_glob_of_several_kinds_is_refused_with_the_remedy(put: Put, tmp_path: Path) -> None:
+def test_a_glob_of_several_formats_is_refused_with_the_fix(put: Put, tmp_path: Path) -> None:
     put("a.jpg", "b.csv")
     assert "narrow the pattern to files of one kind" in refused(f"{tmp_path}/*")
 
 
 def test_the_query_of_a_signed_url_is_no_part_of_its_name() -> None:
-    from imgcls.data.discovery import detect_table_format
     from imgcls.data.manifest import get_table_folder
+    from imgcls.data.manifest_formats import detect_table_format
 
     url = "https://host/lists/m.csv?X-Amz-Signature=a/b%2Fc"
     assert detect_table_format(url) == "csv"
@@ -196,7 +198,7 @@ def test_the_query_of_a_signed_url_is_no_part_of_its_name() -> None:
     assert detect_table_format("s3://bucket/what?.csv") == "csv"
 
 
-def test_a_bucket_is_taken_for_what_a_folder_of_the_same_files_is(s3: Any, tmp_path: Path) -> None:
+def test_a_bucket_is_read_as_a_folder_of_the_same_files(s3: Any, tmp_path: Path) -> None:
     body = tmp_path / "m.parquet"
     pq.write_table(pa.table({"path": ["./a.jpg"]}), body)
 
@@ -216,7 +218,7 @@ def test_a_bucket_is_taken_for_what_a_folder_of_the_same_files_is(s3: Any, tmp_p
     hive = open_manifest(ManifestConfig(path=url("discovery/hive/")))
     assert hive.resolve("./a.jpg") == url("discovery/hive/a.jpg")
     assert rows_of(url("discovery/tree")) == [{"path": "cat/1.jpg", "label": "cat"}]
-    assert "holds a table ('a.csv') and images ('sub/a.jpg')" in refused(url("discovery/both"))
+    assert "contains a table ('a.csv') and images ('sub/a.jpg')" in refused(url("discovery/both"))
     assert "look like dates or partitions" in refused(url("discovery/dated"))
     assert paths_of(url("discovery/lists/*/m.csv")) == [
         url("discovery/lists/x/a.jpg"),

@@ -43,7 +43,7 @@ def rows_of(path: object, **options: Any) -> list[dict[str, Any]]:
 
 
 def refused(path: object, **options: Any) -> str:
-    """What is said when the manifest is opened, or its rows are read."""
+    """The error when the manifest is opened, or its rows are read."""
     with pytest.raises(ManifestError) as caught:
         rows_of(path, **options)
     return str(caught.value)
@@ -72,7 +72,7 @@ Put = Callable[..., Path]
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", [True, False], ids=["ended", "unended"])
-def test_a_csv_is_read_whatever_wrote_it(
+def test_csv_files_of_any_writer_are_read(
     put: Put, bom: bytes, newline: str, delimiter: str, end: bool
 ) -> None:
     lines = [["path", "label"], ["a.jpg", "cat"], ["b.jpg", "dog"]]
@@ -96,7 +96,7 @@ def test_quotes_keep_delimiters_newlines_and_quotes_in_a_value(put: Put) -> None
 @pytest.mark.parametrize(
     "value", ["007", "NA", "null", "None", "nan", "N/A", "-", "1e5", "true", " padded ", "#N/A"]
 )
-def test_a_value_stays_as_it_came(put: Put, value: str) -> None:
+def test_a_value_is_not_changed(put: Put, value: str) -> None:
     (row,) = rows_of(put(f"path,label\n{value},{value}\n"))
     assert row == {"path": value, "label": value}
 
@@ -120,13 +120,13 @@ def test_a_header_alone_is_a_manifest_without_rows(put: Put) -> None:
     assert rows_of(put("path,label\n")) == []
 
 
-def test_the_delimiter_is_told_from_the_header_and_not_from_values(put: Put) -> None:
+def test_the_delimiter_is_detected_in_the_header_only(put: Put) -> None:
     assert rows_of(put("path;label\na,b,c.jpg;x\n")) == [{"path": "a,b,c.jpg", "label": "x"}]
     assert rows_of(put('"path,really"|path\na|b\n')) == [{"path,really": "a", "path": "b"}]
     assert rows_of(put("path,label\na;b.jpg,x\n")) == [{"path": "a;b.jpg", "label": "x"}]
 
 
-def test_the_delimiter_can_be_said(put: Put) -> None:
+def test_the_delimiter_can_be_set(put: Put) -> None:
     path = put("path:label;really\na.jpg:x;y\n")
     assert rows_of(path, delimiter=":") == [{"path": "a.jpg", "label;really": "x;y"}]
 
@@ -138,7 +138,7 @@ def test_an_impossible_delimiter_is_refused(put: Put, delimiter: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_told_by_its_mark(put: Put, encoding: str) -> None:
+def test_utf_16_is_detected_by_its_mark(put: Put, encoding: str) -> None:
     text = 'path,größe\nä.jpg,"ü,\n→"\n猫.jpg,犬\n'
     mark = "" if encoding == "utf-16" else "\ufeff"
     assert rows_of(put((mark + text).encode(encoding))) == [
@@ -148,20 +148,20 @@ def test_utf_16_is_told_by_its_mark(put: Put, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "shift_jis", "utf-16-le"])
-def test_any_other_encoding_can_be_said(put: Put, encoding: str) -> None:
+def test_any_other_encoding_can_be_set(put: Put, encoding: str) -> None:
     text = "猫.jpg,犬" if encoding == "shift_jis" else "ä.jpg,ü"
     path, label = text.split(",")
     found = rows_of(put(f"path,label\n{text}\n".encode(encoding)), encoding=encoding)
     assert found == [{"path": path, "label": label}]
 
 
-def test_text_in_another_encoding_is_refused_with_the_option_to_say(put: Put) -> None:
+def test_text_in_another_encoding_is_refused_with_the_option(put: Put) -> None:
     early = put("path,label\nä.jpg,x\n".encode("latin-1"))
     late = put(b"path,label\n" + b"a.jpg,x\n" * 300_000 + b"\xe4.jpg,x\n", "late.csv")
     for path in (early, late):
         message = refused(path)
         assert message.startswith(f"manifest {path}: ")
-        assert message.endswith("say --manifest.encoding")
+        assert message.endswith("set --manifest.encoding")
     assert "unknown encoding: klingon" in refused(early, encoding="klingon")
 
 
@@ -181,7 +181,7 @@ def test_a_ragged_row_is_refused_by_its_number(put: Put, text: str, row: int, fo
     assert message.startswith(f"manifest {path}: ")
     assert f"Row #{row}:" in message
     assert found in message
-    assert "mend the row, or quote values that hold the delimiter" in message
+    assert "fix the row, or quote values that contain the delimiter" in message
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -204,11 +204,11 @@ def test_a_quoted_newline_may_end_the_last_row(put: Put, encoding: str, end: str
 def test_a_file_that_is_no_csv_is_refused(put: Put) -> None:
     assert "is empty; the first line must name the columns" in refused(put(b""))
     assert "is empty" in refused(put("\n\n\n"))
-    assert "holds binary data, not CSV" in refused(put(b"PAR1\x00\x00\x15\x04,\x00\n"))
+    assert "contains binary data, not CSV" in refused(put(b"PAR1\x00\x00\x15\x04,\x00\n"))
     assert "the header cannot be read" in refused(put("path," + "x" * 200_000 + "\na,b\n"))
 
 
-# Parsed by Arrow, told from the header by Python: any text in any column must come back equal
+# Parsed by Arrow, with the delimiter detected by Python: any text in any column must come back equal
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _NAMES = st.lists(
@@ -234,7 +234,7 @@ def _tables(draw: Any) -> tuple[list[str], list[list[str | None]]]:
     delimiter=st.sampled_from([",", ";", "\t", "|"]),
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
-def test_whatever_csv_writer_writes_comes_back_equal(
+def test_a_written_csv_is_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
     table: tuple[list[str], list[list[str]]],
     quoting: Any,
@@ -264,7 +264,7 @@ def test_whatever_csv_writer_writes_comes_back_equal(
     group=st.integers(1, 5),
     kind=st.sampled_from([pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]),
 )
-def test_whatever_parquet_holds_comes_back_equal(
+def test_a_written_parquet_file_is_read_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
     table: tuple[list[str], list[list[str | None]]],
     group: int,
@@ -346,7 +346,7 @@ def test_a_folder_of_csv_files_is_one_manifest(put: Put, tmp_path: Path) -> None
     assert [row["path"] for row in rows_of(tmp_path)] == ["a.jpg", "b.jpg"]
 
 
-def test_columns_of_any_type_pass_through_as_they_came(tmp_path: Path) -> None:
+def test_columns_of_any_type_are_not_changed(tmp_path: Path) -> None:
     table = _pets(
         box=pa.array([{"x": 1, "tags": ["a"]}, None, {"x": None, "tags": []}]),
         vector=pa.array([[1.0, 2.0]] * 3, pa.list_(pa.float32(), 2)),
@@ -391,7 +391,7 @@ def test_a_path_column_that_is_no_text_is_refused(tmp_path: Path, paths: pa.Arra
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "expected"),
     [
         (_pets(extra=[1, 2, 3]), "its columns (path, label, extra) differ from (path, label)"),
         (_pets().select(["path"]), "its columns (path) differ from (path, label)"),
@@ -400,12 +400,12 @@ def test_a_path_column_that_is_no_text_is_refused(tmp_path: Path, paths: pa.Arra
     ids=["more", "fewer", "type"],
 )
 def test_tables_of_different_shapes_are_refused_by_name(
-    tmp_path: Path, other: pa.Table, told: str
+    tmp_path: Path, other: pa.Table, expected: str
 ) -> None:
     pq.write_table(_pets(), tmp_path / "a.parquet")
     pq.write_table(other, tmp_path / "b.parquet")
     message = refused(tmp_path)
-    assert message.startswith(f"manifest {tmp_path / 'b.parquet'}: {told}")
+    assert message.startswith(f"manifest {tmp_path / 'b.parquet'}: {expected}")
     assert str(tmp_path / "a.parquet") in message
 
 
@@ -427,8 +427,9 @@ def test_tables_of_one_shape_may_differ_in_order_and_width(tmp_path: Path) -> No
 
 def test_another_format_named_parquet_is_refused_by_its_name(tmp_path: Path) -> None:
     feather.write_feather(_pets(), str(tmp_path / "a.parquet"), compression="uncompressed")
-    assert "is no Parquet file but an Arrow IPC (Feather) file; convert it to Parquet" in refused(
-        tmp_path / "a.parquet"
+    assert (
+        "is not a Parquet file but an Arrow IPC (Feather) file; convert it to Parquet"
+        in refused(tmp_path / "a.parquet")
     )
 
 
@@ -467,15 +468,15 @@ def test_a_damaged_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(_pets(), path)
     whole = path.read_bytes()
-    told = []
+    errors = []
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
         try:
             rows_of(path)
         except ManifestError as error:
-            told.append(str(error))
-    assert len(told) > len(whole) // 4
-    assert all(str(path) in message for message in told)
+            errors.append(str(error))
+    assert len(errors) > len(whole) // 4
+    assert all(str(path) in message for message in errors)
     for cut in range(0, len(whole), 7):
         path.write_bytes(whole[:cut])
         assert str(path) in refused(path)
@@ -503,7 +504,7 @@ def tree(put: Put, tmp_path: Path) -> Path:
     return tmp_path / "pets"
 
 
-def test_a_folder_per_class_is_a_labelled_manifest(tree: Path) -> None:
+def test_a_folder_per_class_is_a_labeled_manifest(tree: Path) -> None:
     manifest = open_at(tree)
     assert (manifest.format, manifest.label_column) == ("tree", "label")
     assert rows_of(tree) == [
@@ -523,17 +524,17 @@ def test_the_columns_of_a_tree_can_be_named(tree: Path) -> None:
     assert (manifest.path_column, manifest.label_column) == ("file", "animal")
 
 
-def test_a_stray_image_beside_the_class_folders_is_refused_unless_said_to_be_meant(
+def test_an_image_next_to_the_class_folders_is_refused_without_a_format(
     tree: Path, put: Put
 ) -> None:
     put(b"", "pets/zebra.jpg")
-    assert "'zebra.jpg' lies beside the class folders" in refused(tree, format="tree")
-    assert "images beside its folders ('zebra.jpg') and in them ('_other/1.tif')" in refused(tree)
+    assert "'zebra.jpg' is next to the class folders" in refused(tree, format="tree")
+    assert "images next to its folders ('zebra.jpg') and in them ('_other/1.tif')" in refused(tree)
     manifest = open_at(tree, format="images")
     assert (manifest.format, manifest.label_column) == ("images", None)
 
 
-def test_a_folder_or_glob_of_images_is_an_unlabelled_manifest(
+def test_a_folder_or_glob_of_images_is_an_unlabeled_manifest(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = open_at(tree / "dog")
@@ -549,7 +550,7 @@ def test_a_folder_or_glob_of_images_is_an_unlabelled_manifest(
 
 
 def test_a_glob_is_no_tree(tree: Path) -> None:
-    assert "is no folder" in refused(f"{tree}/*/*.jpeg", format="tree")
+    assert "is not a folder" in refused(f"{tree}/*/*.jpeg", format="tree")
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder(put: Put, tmp_path: Path) -> None:
@@ -578,7 +579,7 @@ def test_a_dead_link_is_a_row_like_any_other(tree: Path) -> None:
 def test_a_folder_without_an_image_is_refused(put: Put, tmp_path: Path) -> None:
     put("nothing", "empty/cat/notes.txt")
     message = refused(tmp_path / "empty")
-    assert message.startswith(f"manifest {tmp_path / 'empty'}: no image in it")
+    assert message.startswith(f"manifest {tmp_path / 'empty'}: contains no image")
     assert "*.jpg" in message
 
 
@@ -609,13 +610,13 @@ def test_a_missing_column_is_refused_with_those_there(put: Put) -> None:
 
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
-def test_a_column_name_that_stands_twice_is_refused(put: Put, tmp_path: Path, format: str) -> None:
+def test_a_duplicate_column_name_is_refused(put: Put, tmp_path: Path, format: str) -> None:
     if format == "csv":
         put("path,x,x\na,1,2\n")
     else:
         columns = [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])]
         pq.write_table(pa.Table.from_arrays(columns, ["path", "x", "x"]), tmp_path / "rows.parquet")
-    assert "column 'x' stands there twice" in refused(tmp_path)
+    assert "column 'x' is in it twice" in refused(tmp_path)
 
 
 def test_the_label_column_is_label_when_there_is_one(put: Put) -> None:
@@ -634,12 +635,12 @@ def test_a_manifest_that_is_not_there_is_refused(
     assert issubclass(ManifestError, RequestError)
 
 
-def test_a_format_that_cannot_be_told_is_asked_for(put: Put, tmp_path: Path) -> None:
+def test_a_format_that_cannot_be_detected_must_be_passed(put: Put, tmp_path: Path) -> None:
     path = put("path,label\na.jpg,x\n", "rows")
-    assert "say --manifest.format csv, parquet or images" in refused(path)
+    assert "pass --manifest.format csv, parquet or images" in refused(path)
     assert rows_of(path, format="csv") == [{"path": "a.jpg", "label": "x"}]
-    assert "the folder holds no parquet file" in refused(tmp_path, format="parquet")
-    assert "if it is CSV, say --manifest.format csv" in refused(path, format="parquet")
+    assert "the folder contains no parquet file" in refused(tmp_path, format="parquet")
+    assert "if it is CSV, pass --manifest.format csv" in refused(path, format="parquet")
 
 
 def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(
@@ -668,7 +669,7 @@ def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(
         "data:image/png;base64,AAAA",
     ],
 )
-def test_absolute_paths_and_urls_stay_as_they_are(path: str) -> None:
+def test_absolute_paths_and_urls_are_not_changed(path: str) -> None:
     assert resolve_path(path, "/root") == path
     assert resolve_path(path, "s3://other/root") == path
 
@@ -729,7 +730,7 @@ def test_dots_in_a_relative_path_are_resolved_on_a_store(path: str, place: str) 
 # ------------------------------------------------------------------------------ labels
 
 
-def test_a_label_column_whose_name_has_spaces_is_not_passed_over(put: Put) -> None:
+def test_a_label_column_whose_name_has_spaces_is_refused(put: Put) -> None:
     path = put("path, label\nx.png, cat\n")
     assert refused(path) == (
         f"manifest {path}: the name ' label' has spaces around it: remove the spaces next to the "
@@ -739,7 +740,7 @@ def test_a_label_column_whose_name_has_spaces_is_not_passed_over(put: Put) -> No
     assert "the name ' path' has spaces around it" in refused(put("label, path\ncat, x\n"))
 
 
-def test_a_column_named_label_in_capitals_is_named_but_not_taken(
+def test_a_column_named_label_in_capitals_is_noted_and_not_used(
     put: Put, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert open_at(put("path,Label\nx.png,cat\n")).label_column is None

@@ -64,7 +64,7 @@ def unified(one: pa.Array, other: pa.Array) -> tuple[pa.DataType, list[Any]]:
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_columns_that_fit_together_keep_every_value(
+def test_unified_columns_keep_every_value(
     one: pa.Array, other: pa.Array, kind: pa.DataType
 ) -> None:
     assert unified(one, other) == (kind, one.to_pylist() + other.to_pylist())
@@ -85,13 +85,13 @@ def test_columns_that_fit_together_keep_every_value(
     ],
     ids=lambda value: str(value.type),
 )
-def test_columns_that_do_not_fit_are_refused_by_name_type_and_place(
+def test_columns_that_cannot_be_unified_are_refused_by_name_type_and_place(
     one: pa.Array, other: pa.Array
 ) -> None:
     with pytest.raises(ManifestError) as caught:
         unified(one, other)
     assert str(caught.value) == (
-        f"manifest b: its column 'x' is {other.type}, and {one.type} in a; give tables of one shape"
+        f"manifest b: its column 'x' is {other.type}, and {one.type} in a; write it as one type in all tables"
     )
 
 
@@ -130,7 +130,7 @@ def test_an_absent_column_is_null_only_where_columns_are_optional() -> None:
     assert both.to_pylist() == [{"x": 1, "y": "a", "z": None}, {"x": None, "y": "b", "z": 2.5}]
 
 
-def test_dictionaries_hold_the_values_of_any_number_of_files() -> None:
+def test_dictionaries_have_the_values_of_any_number_of_files() -> None:
     def shard(number: int) -> pa.Table:
         codes, names = pa.array(range(100), pa.int8()), [f"{number}-{i}" for i in range(100)]
         return pa.table({"x": pa.DictionaryArray.from_arrays(codes, pa.array(names))})
@@ -141,7 +141,7 @@ def test_dictionaries_hold_the_values_of_any_number_of_files() -> None:
     assert whole["x"].to_pylist() == [f"{n}-{i}" for n in range(5) for i in range(100)]
 
 
-def test_a_schema_that_needs_no_change_is_left_as_it_is() -> None:
+def test_a_schema_without_dictionaries_is_not_changed() -> None:
     schema = pa.schema(
         [
             ("a", pa.list_(pa.field("element", pa.string(), nullable=False))),

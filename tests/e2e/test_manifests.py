@@ -12,7 +12,7 @@ from tests.e2e.outputs import assert_exactly_once
 from tests.processes import RayCluster, imgcls
 
 
-def test_a_folder_per_class_is_a_labelled_manifest(
+def test_a_folder_per_class_is_a_labeled_manifest(
     cluster: RayCluster, placed_bundle: Path, place: Path
 ) -> None:
     tree = place / "tree"
@@ -35,7 +35,7 @@ def test_a_folder_per_class_is_a_labelled_manifest(
     assert found["label_rank"].null_count == 0
 
 
-def test_a_glob_of_parquet_files_with_columns_of_other_names_is_labelled_in_order(
+def test_a_glob_of_parquet_files_with_other_column_names_is_labeled_in_order(
     cluster: RayCluster, placed_bundle: Path, place: Path
 ) -> None:
     for i in range(12):

@@ -50,7 +50,7 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     assert "bundle/bundle.json" not in keys(s3)
     done = imgcls(*train, env=env)
     assert done.returncode == 0, done.stderr
-    assert "going on: epoch " in done.stdout
+    assert "resuming: epoch " in done.stdout
     assert {"bundle/bundle.json", "bundle/model.safetensors"} <= set(keys(s3))
     history = pq.read_table(io.BytesIO(body(s3, "bundle/history.parquet")))
     assert history["epoch"].to_pylist() == list(range(1, 17))

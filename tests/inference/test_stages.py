@@ -30,6 +30,7 @@ from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.classifier import Classifier, PendingScores
 from imgcls.models.cuda_graph import CudaTimer
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
@@ -199,7 +200,9 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
     classes = ["a", "b", "c", "d", "e"]
     pending = PendingScores(torch.from_numpy(scores), None, CudaTimer(torch.device("cpu")))
-    oracle: Any = SimpleNamespace(classes=classes, submit=lambda _, **__: pending)
+    oracle: Any = SimpleNamespace(
+        classes=classes, task=SINGLE_LABEL, submit=lambda _, **__: pending
+    )
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
     prepared = PreparedImages(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
     thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))

@@ -14,7 +14,7 @@ from imgcls.execution.completed import CompletedChunks, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.inference import rollup
 from imgcls.inference.status import StatusConfig, read_status, status
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from tests.execution.runs import CLASSES, manifest_of, plan_at, predictions, spec_of
 
@@ -52,7 +52,7 @@ def test_rows_and_statuses_are_those_of_the_written_files(started_run: Path) -> 
 def test_a_driver_is_found_by_its_lease_and_the_rate_by_its_progress_file(
     started_run: Path,
 ) -> None:
-    names.write_progress(str(started_run), {"images_per_second": 8.0})
+    layout.write_progress(str(started_run), {"images_per_second": 8.0})
     lease = Lease.acquire(str(started_run), 5)
     try:
         found = read_status(str(started_run))

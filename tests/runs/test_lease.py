@@ -212,7 +212,7 @@ def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
     alive._build_record = lambda: json.dumps(  # type: ignore[method-assign]
         {
             "owner": "x",
-            "beats": alive._beats,
+            "beats": alive._renewals,
             "host": "far",
             "machine": "m",
             "pid": 7,

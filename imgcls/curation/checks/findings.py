@@ -1,4 +1,4 @@
-"""What a check finds: one line per image and issue, and the table that they make."""
+"""Findings of a check: one row per image and issue, and the table of all of them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Issue = Literal[
 ]
 ISSUES: tuple[Issue, ...] = get_args(Issue)
 DUPLICATE_ISSUES: tuple[Issue, ...] = ("exact-duplicates", "near-duplicates", "similar")
-"""Issues of groups, of which one image is to be kept."""
+"""Issues of groups of duplicates, of which --drop keeps one image."""
 
 MODEL_ISSUES: tuple[Issue, ...] = ("similar", "label-error", "outlier")
-"""Issues that embeddings show."""
+"""Issues that require the embeddings of a model."""
 
 DuplicateTest = Callable[[IntArray, IntArray], BoolArray]
-"""Of places (K,) and (M,): (K, M) bool, which of the ones are copies of which of the others."""
+"""Called with images (K,) and (M,); returns (K, M) bool, whether each pair are duplicates."""
 
 ISSUES_SCHEMA = pa.schema(
     [
@@ -57,13 +57,14 @@ ISSUES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Finding:
-    """One issue of some images.
+    """The images with one issue.
 
-    at:     (K,) int64, places in `Images`
-    score:  (K,) float32 in [0, 1], 1 the worst
-    group:  (K,) int64, the same for images that belong together; None where each is by itself
-    detail: what was found of each, for people
-    alike:  of copies, which are so themselves; a group may hold others together
+    indices:      (K,) int64, indices in `ImageTable`
+    score:        (K,) float32 in [0, 1], 1 is the worst
+    group:        (K,) int64, equal for images that belong together; None without groups
+    details:      what was found about each image, as text
+    is_duplicate: tests pairs of a group, which may contain images that are no duplicates
+                  themselves; None where all of a group are
     """
 
     issue: Issue
@@ -74,7 +75,7 @@ class Finding:
     is_duplicate: DuplicateTest | None = None
 
     def sort_worst_first(self) -> IntArray:
-        """(K,) int64: the worst first; images of a group stay together, at their worst."""
+        """(K,) int64: the order by score, the worst first; groups stay together."""
         if self.group is None:
             return np.lexsort((self.indices, -self.score))
         _, group = np.unique(self.group, return_inverse=True)
@@ -84,23 +85,22 @@ class Finding:
 
 
 def build_issue_table(images: ImageTable, findings: Sequence[Finding]) -> pa.Table:
-    """All findings as one table, by issue and with the worst first; groups stay together."""
+    """All findings as one table (`ISSUES_SCHEMA`), by issue, the worst first."""
     parts = []
     for finding in findings:
         order = finding.sort_worst_first()
-        at = finding.indices[order]
-        label = images.label[at]
+        indices = finding.indices[order]
         group = None if finding.group is None else finding.group[order]
         parts.append(
             pa.table(
                 [
-                    pa.array(images.manifests).take(pa.array(images.manifest_index[at])),
-                    pa.array(images.row[at]),
-                    images.path.take(pa.array(at)).combine_chunks(),
-                    _get_label_names(images.classes, label),
-                    pa.array([finding.issue] * len(at), pa.string()),
+                    pa.array(images.manifests).take(pa.array(images.manifest_index[indices])),
+                    pa.array(images.row[indices]),
+                    images.path.take(pa.array(indices)).combine_chunks(),
+                    _get_label_names(images.classes, images.label[indices]),
+                    pa.array([finding.issue] * len(indices), pa.string()),
                     pa.array(finding.score[order], pa.float32()),
-                    pa.nulls(len(at), pa.int64()) if group is None else pa.array(group),
+                    pa.nulls(len(indices), pa.int64()) if group is None else pa.array(group),
                     pa.array([finding.details[i] for i in order], pa.string()),
                 ],
                 schema=ISSUES_SCHEMA,
@@ -110,8 +110,8 @@ def build_issue_table(images: ImageTable, findings: Sequence[Finding]) -> pa.Tab
 
 
 def _get_label_names(classes: Sequence[str], label: IntArray) -> pa.Array:
-    named = label >= 0
+    labeled = label >= 0
     if not classes:
         return pa.nulls(len(label), pa.string())
-    place = pa.array(np.where(named, label, 0), mask=~named)
-    return pa.array(classes, pa.string()).take(place)
+    codes = pa.array(np.where(labeled, label, 0), mask=~labeled)
+    return pa.array(classes, pa.string()).take(codes)

@@ -1,7 +1,7 @@
-"""Images that are nearly the same, found among millions by their perceptual hashes.
+"""Search for similar hashes: pairs at a small Hamming distance among millions, without all pairs.
 
-Owns the search for close hashes, near-linear in their number, and the groups that pairs make. What
-a hash is made of is `facts`' business; reading the images is not done here.
+The time grows almost linearly with the number of hashes. Used on perceptual hashes of images
+(`data.image_features`) and on bits of random projections of embeddings.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from imgcls.curation.checks.image_table import BoolArray, IntArray
+
 HashArray = npt.NDArray[np.uint64]
-RowIndices = npt.NDArray[np.int64]
-RowMask = npt.NDArray[np.bool_]
 
 NEIGHBOR_WINDOW = 16
-"""Hashes that share them with many others are compared with so many that come next in order."""
+"""A hash is compared with this many next ones in the sorted order, where more share its bytes."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows that look alike: pairs enough to hold every group of them together.
+    """Pairs of similar rows, enough to connect every group of similar rows.
 
     first, second: (P,) int64, first < second
-    distance:      (P,) int16, bits that differ
-    mirrored:      (P,) bool, whether one is like the other's mirror image
+    distance:      (P,) int16, number of bits that differ
+    mirrored:      (P,) bool, whether one row is similar to the mirror image of the other
     """
 
-    first: RowIndices
-    second: RowIndices
+    first: IntArray
+    second: IntArray
     distance: npt.NDArray[np.int16]
-    mirrored: RowMask
+    mirrored: BoolArray
 
     def __len__(self) -> int:
         return len(self.first)
 
 
 class DisjointSets:
-    """Rows put together by pairs, as they come (union-find, a whole array at a time)."""
+    """Union-find over rows, vectorized: joins whole arrays of pairs."""
 
     def __init__(self, count: int) -> None:
-        self.root: RowIndices = np.arange(count)
-        """(N,) int64: the first row of each row's group."""
+        self.root: IntArray = np.arange(count)
+        """(N,) int64: the first row of each row's set."""
 
-    def union(self, first: RowIndices, second: RowIndices) -> None:
-        """Put the groups of first[i] and second[i] together, for all i."""
+    def union(self, first: IntArray, second: IntArray) -> None:
+        """Join the sets of first[i] and second[i], for all i."""
         while True:
             one, other = self.root[first], self.root[second]
             apart = one != other
@@ -57,79 +57,82 @@ class DisjointSets:
             low = np.minimum(one[apart], other[apart])
             np.minimum.at(self.root, np.maximum(one[apart], other[apart]), low)
             while True:
-                further = self.root[self.root]
-                if np.array_equal(further, self.root):
+                next_root = self.root[self.root]
+                if np.array_equal(next_root, self.root):
                     break
-                self.root = further
+                self.root = next_root
 
 
 def find_near_pairs(
     hashes: HashArray,
     mirror: HashArray | None,
     *,
-    most: int,
-    alike: Callable[[RowIndices, RowIndices], RowMask] | None = None,
-    shared: int = 3,
-    words: int = 2,
+    max_distance: int,
+    is_pair: Callable[[IntArray, IntArray], BoolArray] | None = None,
+    shared_bytes: int = 3,
+    num_words: int = 2,
 ) -> Pairs:
-    """Find hashes that differ in few bits, also when one of two images is mirrored.
+    """Find hashes that differ in few bits, also when one of the two images is mirrored.
 
-    hashes: (N, W) uint64, the steadiest bits in the first word
-    mirror: (W,) uint64, the bits that change when an image is mirrored; None not to look for that
-    most:   bits in which the two of a pair may differ
-    alike:  says of rows (P,) and rows (P,) which pairs are ones indeed, where bits tell less
-    shared: bytes, of the 8 of a word, that two hashes must have in common to be compared
-    words:  of how many words, from the first on, one must have them in common
+    hashes:       (N, W) uint64, the most stable bits in the first word
+    mirror:       (W,) uint64, the bits that change when an image is mirrored; None to ignore it
+    max_distance: maximum number of bits in which a pair differs
+    is_pair:      called with rows (P,) and rows (P,), returns (P,) bool: confirms candidates by a
+                  more exact test
+    shared_bytes: number of the 8 bytes of a word that two hashes must share to be compared
+    num_words:    number of words, from the first on, of which one must share bytes
 
-    With 3 shared bytes of one word two hashes are always compared when they differ in at most 5 of
-    its bits, for these are in at most 5 of 8 bytes, and mostly when in some more. A pair whose rows
-    others hold together already is left out.
+    With 3 shared bytes, two hashes are always compared when they differ in at most 5 bits of one
+    word, since these are in at most 5 of its 8 bytes; with some more bits, mostly. A pair whose
+    rows are already connected by other pairs is omitted.
     Source: Manku, Jain and Das Sarma, WWW 2007 (tables of permuted hashes).
     """
     count = len(hashes)
     both = hashes if mirror is None else np.concatenate([hashes, hashes ^ mirror])
-    groups = DisjointSets(count)
-    found: list[tuple[RowIndices, RowIndices, npt.NDArray[np.int16], RowMask]] = []
-    for order, key in _sort_by_shared_bytes(both[:, :words], shared):
+    sets = DisjointSets(count)
+    found: list[tuple[IntArray, IntArray, npt.NDArray[np.int16], BoolArray]] = []
+    for order, key in _sort_by_shared_bytes(both[:, :num_words], shared_bytes):
         for step in range(1, NEIGHBOR_WINDOW + 1):
-            at = np.flatnonzero(key[step:] == key[:-step])
-            if not at.size:
+            equal = np.flatnonzero(key[step:] == key[:-step])
+            if not equal.size:
                 break
-            one, other = order[at], order[at + step]
-            # of two mirrored ones the originals are compared
-            new = (groups.root[one % count] != groups.root[other % count]) & (
+            one, other = order[equal], order[equal + step]
+            # two mirrored hashes are compared as the two originals
+            new = (sets.root[one % count] != sets.root[other % count]) & (
                 (one < count) | (other < count)
             )
             one, other = one[new], other[new]
             distance = np.bitwise_count(both[one] ^ both[other]).sum(axis=1, dtype=np.int16)
-            close = distance <= most
-            if alike is not None:
-                close[close] = alike(one[close] % count, other[close] % count)
+            close = distance <= max_distance
+            if is_pair is not None:
+                close[close] = is_pair(one[close] % count, other[close] % count)
             one, other, distance = one[close], other[close], distance[close]
             mirrored = (one < count) != (other < count)
             one, other = one % count, other % count
-            groups.union(one, other)
+            sets.union(one, other)
             found.append((np.minimum(one, other), np.maximum(one, other), distance, mirrored))
     return _deduplicate_pairs(found)
 
 
 def _sort_by_shared_bytes(
-    words: HashArray, shared: int
-) -> Iterator[tuple[RowIndices, npt.NDArray[np.uint64]]]:
-    """For each choice of shared bytes of a word: its rows in an order in which those that share
-    them are neighbours, and by their other bytes within; the shared bytes in that order."""
+    words: HashArray, shared_bytes: int
+) -> Iterator[tuple[IntArray, npt.NDArray[np.uint64]]]:
+    """For each choice of shared bytes of each word: the sort order, and the shared bytes in it.
+
+    Rows that share these bytes are neighbors in the order, sorted by their other bytes.
+    """
     for word in words.T:
         columns = np.ascontiguousarray(word).view(np.uint8).reshape(-1, 8)
-        for chosen in itertools.combinations(range(8), shared):
+        for chosen in itertools.combinations(range(8), shared_bytes):
             others = [byte for byte in range(8) if byte not in chosen]
             permuted = np.ascontiguousarray(columns[:, [*chosen, *others]]).view(">u8").ravel()
             permuted = permuted.astype(np.uint64)
             order = np.argsort(permuted)
-            yield order, permuted[order] >> np.uint64(8 * (8 - shared))
+            yield order, permuted[order] >> np.uint64(8 * (8 - shared_bytes))
 
 
 def _deduplicate_pairs(
-    found: list[tuple[RowIndices, RowIndices, npt.NDArray[np.int16], RowMask]],
+    found: list[tuple[IntArray, IntArray, npt.NDArray[np.int16], BoolArray]],
 ) -> Pairs:
     """Each pair once, at its smallest distance."""
     if not found:

@@ -1,4 +1,4 @@
-"""All images of all manifests of a check, as columns, whatever they were read from."""
+"""Table of all images of all manifests of a check, as NumPy and Arrow columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels, resolve_paths
-from imgcls.runs.schema import OK
+from imgcls.errors import OK
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]
@@ -23,13 +23,13 @@ BoolArray = npt.NDArray[np.bool_]
 class ImageTable:
     """N images, those of the checked manifest first.
 
-    manifests: what they come from
-    manifest:  (N,) int64, which of them
-    row:       (N,) int64, the row in it
-    path:      whole paths, as large strings; null where the manifest has none
-    label:     (N,) int64, index into `classes`; -1 without a label
-    facts:     (N rows) the columns of `facts.FIELDS`, with `status`, `error`, `bytes`
-    embedding: (N, E) float16, NaN without an image; None without a model
+    manifests:      paths or URLs of the manifests, the checked one first
+    manifest_index: (N,) int64, index into `manifests`
+    row:            (N,) int64, row in the manifest
+    path:           absolute paths, as large strings; null where the manifest has none
+    label:          (N,) int64, index into `classes`; -1 without a label
+    features:       N rows with the columns of FEATURE_FIELDS, `status`, `error` and `bytes`
+    embedding:      (N, E) float16, NaN without an image; None without a model
     """
 
     manifests: Sequence[str]
@@ -46,20 +46,20 @@ class ImageTable:
 
     @property
     def is_ok(self) -> BoolArray:
-        """(N,) bool: which could be decoded."""
+        """(N,) bool: whether the image could be decoded."""
         return np.asarray(pc.equal(self.features.column("status"), OK).to_numpy())
 
     @property
     def is_own(self) -> BoolArray:
-        """(N,) bool: which are of the checked manifest, and not of one that it is held against."""
+        """(N,) bool: whether the image is of the checked manifest, not of one of `against`."""
         return self.manifest_index == 0
 
     def get_numbers(self, name: str) -> FloatArray:
-        """(N,) float64: a fact; NaN where it is null."""
+        """(N,) float64: a numeric feature; NaN where it is null."""
         return np.asarray(self.features.column(name).cast(pa.float64(), safe=False).to_numpy())
 
     def get_bytes(self, name: str, width: int) -> npt.NDArray[np.uint8]:
-        """(N, width) uint8: a fact of `width` bytes; zeros where it is null."""
+        """(N, width) uint8: a feature of `width` bytes; zeros where it is null."""
         column = pc.fill_null(self.features.column(name), b"\0" * width).combine_chunks()
         data = b"".join(column.to_pylist())
         return np.frombuffer(data, np.uint8).reshape(-1, width)
@@ -68,12 +68,12 @@ class ImageTable:
 def build_image_table(
     sources: Iterable[tuple[Manifest, Iterable[tuple[pa.Table, pa.Table]]]],
 ) -> ImageTable:
-    """All rows of manifests, each with the facts of its images, chunk by chunk."""
+    """Build the table from the rows of manifests and the features of their images, by chunk."""
     names: list[str] = []
     columns: dict[str, list[pa.ChunkedArray]] = {"path": [], "label": []}
-    facts: list[pa.Table] = []
+    features: list[pa.Table] = []
     embeddings: list[npt.NDArray[np.float16]] = []
-    of: list[IntArray] = []
+    manifest_index: list[IntArray] = []
     for number, (manifest, chunks) in enumerate(sources):
         names.append(manifest.source)
         for rows, table in chunks:
@@ -83,9 +83,9 @@ def build_image_table(
             if "embedding" in table.schema.names:
                 embeddings.append(_read_embeddings(table.column("embedding")))
                 table = table.drop_columns("embedding")
-            facts.append(table)
-            of.append(np.full(rows.num_rows, number))
-    table = pa.concat_tables(facts)
+            features.append(table)
+            manifest_index.append(np.full(rows.num_rows, number))
+    table = pa.concat_tables(features)
     label = pa.chunked_array([c for part in columns["label"] for c in part.chunks], pa.string())
     encoded = label.combine_chunks().dictionary_encode()
     counts = {each["values"]: each["counts"] for each in pc.value_counts(label).to_pylist()}
@@ -93,7 +93,7 @@ def build_image_table(
     log_label_variants(", ".join(f"manifest {name}" for name in names), counts)
     return ImageTable(
         manifests=names,
-        manifest_index=np.concatenate(of),
+        manifest_index=np.concatenate(manifest_index),
         row=table.column("row").to_numpy(),
         path=pa.chunked_array([c for part in columns["path"] for c in part.chunks]),
         label=pc.fill_null(encoded.indices.cast(pa.int64()), -1).to_numpy(),
@@ -113,6 +113,6 @@ def _read_embeddings(column: pa.ChunkedArray) -> npt.NDArray[np.float16]:
     width = column.type.list_size
     array = column.combine_chunks()
     vectors = np.full((len(array), width), np.nan, np.float16)
-    there = np.asarray(array.is_valid())
-    vectors[there] = array.flatten().to_numpy().reshape(-1, width)
+    valid = np.asarray(array.is_valid())
+    vectors[valid] = array.flatten().to_numpy().reshape(-1, width)
     return vectors

@@ -1,4 +1,4 @@
-"""The page of a check: what was found, how often, and pictures of the worst of each."""
+"""Report of a check: counts per issue, and pictures of the worst images of each."""
 
 from __future__ import annotations
 
@@ -12,33 +12,41 @@ from imgcls.curation.checks.image_table import ImageTable, IntArray
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.html import render_page
 
+NOTEBOOK_IMAGES = 6
+"""Images of an issue that a notebook shows."""
+
+Section = dict[str, Any]
+"""One issue on the page: its description, counts, and the worst images."""
+
 ISSUE_DESCRIPTIONS: dict[Issue, str] = {
-    "unreadable": "Could not be read or decoded; a labelling run gives them a status of their own.",
-    "wrong-extension": "The name says another format than the bytes.",
-    "tiny": "So few pixels that little can be seen.",
+    "unreadable": "Cannot be read or decoded; a prediction run gives such a row an error status.",
+    "wrong-extension": "The file name has the extension of another format than the content.",
+    "tiny": "The shorter side has very few pixels.",
     "extreme-aspect": "Much longer than wide, or wider than long: a square crop loses most of it.",
-    "odd-size": "Many times larger or smaller than most.",
-    "near-black": "Almost nothing but black.",
-    "near-white": "Almost nothing but white.",
-    "low-information": "Few shades: a plain colour, a placeholder, a screenshot.",
-    "blurry": "No sharp edge anywhere.",
-    "greyscale": "Without colour, in a set of colour images.",
-    "rotated": "Stored turned, with a note (EXIF) how to turn it that some readers pass over.",
-    "exact-duplicates": "The same bytes more than once.",
-    "near-duplicates": "The same picture: saved again, resized, mirrored, slightly cropped or lit.",
-    "similar": "Alike to the model, although their pixels differ.",
-    "leakage": "Also in a manifest that this one is held against: what is learnt would be tested.",
-    "label-conflict": "Copies of one picture with different labels.",
-    "label-error": "A probe that has not seen this label holds another class to be likelier.",
-    "outlier": "Unlike everything else, to the model.",
+    "odd-size": "Many times more or fewer pixels than the median image.",
+    "near-black": "Almost all of the image is black.",
+    "near-white": "Almost all of the image is white.",
+    "low-information": "Few shades: a plain color, a placeholder, a screenshot.",
+    "blurry": "No sharp edge in the image.",
+    "greyscale": "Without color, in a data set of color images.",
+    "rotated": "Stored rotated, with an EXIF orientation that some readers ignore.",
+    "exact-duplicates": "Files with the same bytes.",
+    "near-duplicates": "The same picture: recompressed, resized, mirrored, slightly changed.",
+    "similar": "Similar embeddings, although the pixels differ.",
+    "leakage": "Also in a manifest of --against: a model would be tested on training images.",
+    "label-conflict": "Duplicates of one picture with different labels.",
+    "label-error": "A probe that was fitted without this image prefers another class to its label.",
+    "outlier": "The embedding is far from those of all other images.",
 }
 
 
 def render_check_report(
-    images: ImageTable, findings: Sequence[Finding], summary: Mapping[str, Any], gallery: int
+    images: ImageTable,
+    findings: Sequence[Finding],
+    summary: Mapping[str, Any],
+    sections: Sequence[Section],
 ) -> str:
-    """The page, with up to `gallery` images of each issue."""
-    sections = [_build_section(images, finding, gallery) for finding in findings]
+    """Render report.html; `sections` are those of `build_section`, one per finding."""
     checked = summary["manifests"][0]
     return render_page(
         "imgcls.curation",
@@ -52,21 +60,31 @@ def render_check_report(
     )
 
 
+def render_check_result(sections: Sequence[Section], rows: int, report: str) -> str:
+    """Render the result for a notebook: counts per issue, and the worst images of each."""
+    return render_page(
+        "imgcls.curation",
+        "check_result.html.j2",
+        {"sections": sections, "rows": rows, "report": report, "shown": NOTEBOOK_IMAGES},
+    )
+
+
 def _find_affected(images: ImageTable, findings: Sequence[Finding]) -> IntArray:
-    """The checked images that have any issue."""
+    """The images of the checked manifest that have any issue."""
     if not findings:
         return np.empty(0, np.int64)
-    at = np.unique(np.concatenate([finding.indices for finding in findings]))
-    return at[images.is_own[at]]
+    indices = np.unique(np.concatenate([finding.indices for finding in findings]))
+    return indices[images.is_own[indices]]
 
 
-def _build_section(images: ImageTable, finding: Finding, gallery: int) -> dict[str, Any]:
+def build_section(images: ImageTable, finding: Finding, gallery: int) -> Section:
+    """Describe a finding, with up to `gallery` of its worst images."""
     shown = finding.sort_worst_first()[:gallery]
-    at = finding.indices[shown]
-    paths = [images.path[int(place)].as_py() for place in at]
+    indices = finding.indices[shown]
+    paths = [images.path[int(index)].as_py() for index in indices]
     return {
         "issue": finding.issue,
-        "meaning": ISSUE_DESCRIPTIONS[finding.issue],
+        "description": ISSUE_DESCRIPTIONS[finding.issue],
         "count": len(finding.indices),
         "share": len(finding.indices) / len(images),
         "groups": None if finding.group is None else len(np.unique(finding.group)),
@@ -74,14 +92,14 @@ def _build_section(images: ImageTable, finding: Finding, gallery: int) -> dict[s
             {
                 "image": image,
                 "path": path or "(no path)",
-                "manifest": images.manifests[images.manifest_index[place]],
-                "row": int(images.row[place]),
-                "label": images.classes[images.label[place]] if images.label[place] >= 0 else None,
+                "manifest": images.manifests[images.manifest_index[index]],
+                "row": int(images.row[index]),
+                "label": images.classes[images.label[index]] if images.label[index] >= 0 else None,
                 "detail": finding.details[number],
                 "group": None if finding.group is None else int(finding.group[number]),
             }
-            for image, path, place, number in zip(
-                build_thumbnails(paths, ""), paths, at.tolist(), shown.tolist(), strict=True
+            for image, path, index, number in zip(
+                build_thumbnails(paths, ""), paths, indices.tolist(), shown.tolist(), strict=True
             )
         ],
     }

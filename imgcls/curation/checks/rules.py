@@ -1,6 +1,6 @@
-"""Images that look bad by themselves, or beside the others: unreadable, tiny, dark, blurred, odd.
+"""Rules for single images: unreadable, tiny, dark, blurry, of an unusual size and so on.
 
-The limits were set on photographs (docs/data.md has the figures); each is a key.
+The default thresholds were chosen on photographs (docs/data.md has the figures); each is a key.
 """
 
 from __future__ import annotations
@@ -18,49 +18,48 @@ from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable
 from imgcls.data.formats import FORMAT_BY_PILLOW_NAME
 
 DescribeImage = Callable[[int], str]
-"""What to say of the image at a place; asked of those that are found alone."""
+"""The detail text of the image at an index; called only for flagged images."""
 
 
 class RulesConfig(Section):
-    """From where on an image counts as bad."""
+    """Thresholds of the rules for single images."""
 
     min_side: PositiveInt = 16
-    """Tiny: the shorter side has fewer pixels. No issue in a set of which most images have."""
+    """Tiny: minimum length of the shorter side, in pixels; off where the median is below it."""
     max_aspect: PositiveFloat = 4.0
-    """Extreme aspect: the longer side is more than so many times the shorter."""
+    """Extreme aspect: maximum ratio of the longer to the shorter side."""
     max_size_ratio: PositiveFloat = 10.0
-    """Odd size: so many times more pixels than half of the images have, or fewer."""
+    """Odd size: maximum ratio between the number of pixels and its median, either way."""
     black_level: UnitFloat = 0.1
-    """Near-black: 95 % of the picture is darker than this (0 black, 1 white)."""
+    """Near-black: 95 % of the pixels are darker than this (0 is black, 1 is white)."""
     white_level: UnitFloat = 0.95
-    """Near-white: 95 % of the picture is brighter than this."""
+    """Near-white: 95 % of the pixels are brighter than this (0 is black, 1 is white)."""
     min_entropy: NonNegativeFloat = 2.0
-    """Low information: the brightness has fewer bits of entropy (0 to 8)."""
+    """Low information: minimum entropy of the brightness, in bits (0 to 8)."""
     min_sharpness: NonNegativeFloat = 0.12
-    """Blurry: edges are weaker than this, beside the contrast."""
+    """Blurry: minimum sharpness (standard deviation of the Laplacian over that of brightness)."""
     min_color: UnitFloat = 0.03
-    """Greyscale: the channels differ by less."""
+    """Greyscale: minimum difference between the color channels (0 to 1)."""
     max_gray_share: UnitFloat = 0.2
-    """Above this share of greyscale images, they belong to the set and are no issue."""
+    """Greyscale: maximum fraction of such images; above it, none is reported."""
 
 
 def apply_rules(images: ImageTable, rules: RulesConfig) -> Iterator[Finding]:
-    """What the rules find."""
+    """Apply all rules; yields one finding per issue, which may be empty."""
     ok = images.is_ok
     yield _find_unreadable(images)
     yield _find_wrong_extension(images)
     width, height = images.get_numbers("width"), images.get_numbers("height")
     short, long = np.fmin(width, height), np.fmax(width, height)
 
-    def sizes(place: int) -> str:
-        return f"{width[place]:.0f}x{height[place]:.0f} pixels"
+    def describe_size(index: int) -> str:
+        return f"{width[index]:.0f}x{height[index]:.0f} pixels"
 
-    # icons or scanned digits are small as a set: what differs from the others is the issue
-    small_set = bool(ok.any()) and float(np.median(short[ok])) < rules.min_side
-    yield _flag_below("tiny", short, rules.min_side, ok & (not small_set), sizes)
-    aspect = long / short
-    yield _flag_above("extreme-aspect", aspect, rules.max_aspect, ok, sizes)
-    yield _find_odd_sizes(ok, width * height, rules, sizes)
+    # icons or scanned digits are all small, which is not an issue
+    all_small = bool(ok.any()) and float(np.median(short[ok])) < rules.min_side
+    yield _flag_below("tiny", short, rules.min_side, ok & (not all_small), describe_size)
+    yield _flag_above("extreme-aspect", long / short, rules.max_aspect, ok, describe_size)
+    yield _find_odd_sizes(ok, width * height, rules, describe_size)
     bright, dark = images.get_numbers("bright"), images.get_numbers("dark")
     black, white = bright < rules.black_level, dark > rules.white_level
     yield _flag(
@@ -86,84 +85,88 @@ def apply_rules(images: ImageTable, rules: RulesConfig) -> Iterator[Finding]:
         _format_value("sharpness {:.3f}", sharpness),
     )
     yield _find_grayscale(images, rules, ok & ~flat)
-    turned = images.get_numbers("orientation")
+    orientation = images.get_numbers("orientation")
     yield _flag(
         "rotated",
-        ok & (turned > 1),
+        ok & (orientation > 1),
         np.full(len(images), 0.5, np.float32),
-        _format_value("EXIF orientation {:.0f}: readers that pass it over see it turned", turned),
+        _format_value(
+            "EXIF orientation {:.0f}: readers that ignore it see it rotated", orientation
+        ),
     )
 
 
 def _find_unreadable(images: ImageTable) -> Finding:
     status = images.features.column("status").to_pylist()
     error = images.features.column("error").to_pylist()
-    at = np.flatnonzero(~images.is_ok)
+    indices = np.flatnonzero(~images.is_ok)
     return Finding(
         "unreadable",
-        at,
-        np.ones(len(at), np.float32),
-        [f"{status[i]}: {error[i]}" for i in at],
+        indices,
+        np.ones(len(indices), np.float32),
+        [f"{status[i]}: {error[i]}" for i in indices],
     )
 
 
 def _find_wrong_extension(images: ImageTable) -> Finding:
-    at, detail = [], []
+    indices, details = [], []
     formats = images.features.column("format").to_pylist()
-    for place, (path, format) in enumerate(zip(images.path.to_pylist(), formats, strict=True)):
+    for index, (path, format) in enumerate(zip(images.path.to_pylist(), formats, strict=True)):
         if path is None or format not in FORMAT_BY_PILLOW_NAME:
             continue
         name = urlsplit(path).path if path.startswith(("http://", "https://")) else path
         extension = posixpath.splitext(name)[1].lower()
         if extension not in ("", ".", *FORMAT_BY_PILLOW_NAME[format].suffixes):
-            at.append(place)
-            detail.append(f"named {extension}, and is {format}")
-    return Finding("wrong-extension", np.array(at, np.int64), np.ones(len(at), np.float32), detail)
+            indices.append(index)
+            details.append(f"the name ends in {extension}, but the format is {format}")
+    score = np.ones(len(indices), np.float32)
+    return Finding("wrong-extension", np.array(indices, np.int64), score, details)
 
 
 def _find_odd_sizes(
-    ok: BoolArray, area: FloatArray, rules: RulesConfig, sizes: DescribeImage
+    ok: BoolArray, area: FloatArray, rules: RulesConfig, describe_size: DescribeImage
 ) -> Finding:
     if not ok.any():
-        return _flag("odd-size", ok, area, sizes)
+        return _flag("odd-size", ok, area, describe_size)
     median = float(np.median(area[ok]))
-    factor = np.maximum(area / median, median / area)
+    ratio = np.maximum(area / median, median / area)
     return _flag_above(
         "odd-size",
-        factor,
+        ratio,
         rules.max_size_ratio,
         ok,
-        lambda place: f"{sizes(place)}; half of the images have up to {median:,.0f}",
+        lambda index: f"{describe_size(index)}; the median is {median:,.0f}",
     )
 
 
-def _find_grayscale(images: ImageTable, rules: RulesConfig, among: BoolArray) -> Finding:
-    grey = among & (images.get_numbers("colour") < rules.min_color)
-    share = grey.sum() / among.sum() if among.any() else 0.0
+def _find_grayscale(images: ImageTable, rules: RulesConfig, candidates: BoolArray) -> Finding:
+    gray = candidates & (images.get_numbers("colour") < rules.min_color)
+    share = gray.sum() / candidates.sum() if candidates.any() else 0.0
     if share > rules.max_gray_share:
-        grey = np.zeros_like(grey)
-    told = f"without colour, as {share:.1%} of the images"
-    return _flag("greyscale", grey, np.full(len(images), 0.5, np.float32), lambda place: told)
+        gray = np.zeros_like(gray)
+    detail = f"without color, like {share:.1%} of the images"
+    return _flag("greyscale", gray, np.full(len(images), 0.5, np.float32), lambda index: detail)
 
 
-def _flag(issue: Issue, flags: BoolArray, score: FloatArray, detail: DescribeImage) -> Finding:
-    at = np.flatnonzero(flags)
-    return Finding(issue, at, score[at].astype(np.float32), [detail(i) for i in at.tolist()])
+def _flag(issue: Issue, flags: BoolArray, score: FloatArray, describe: DescribeImage) -> Finding:
+    indices = np.flatnonzero(flags)
+    details = [describe(index) for index in indices.tolist()]
+    return Finding(issue, indices, score[indices].astype(np.float32), details)
 
 
 def _flag_below(
-    issue: Issue, value: FloatArray, limit: float, among: BoolArray, detail: DescribeImage
+    issue: Issue, value: FloatArray, limit: float, candidates: BoolArray, describe: DescribeImage
 ) -> Finding:
     score = 1 - np.nan_to_num(value) / limit if limit else np.zeros_like(value)
-    return _flag(issue, among & (value < limit), score, detail)
+    return _flag(issue, candidates & (value < limit), score, describe)
 
 
 def _flag_above(
-    issue: Issue, value: FloatArray, limit: float, among: BoolArray, detail: DescribeImage
+    issue: Issue, value: FloatArray, limit: float, candidates: BoolArray, describe: DescribeImage
 ) -> Finding:
     with np.errstate(invalid="ignore"):
-        return _flag(issue, among & (value > limit), 1 - limit / value, detail)
+        return _flag(issue, candidates & (value > limit), 1 - limit / value, describe)
 
 
 def _format_value(text: str, values: FloatArray) -> DescribeImage:
-    return lambda place: text.format(values[place])
+    return lambda index: text.format(values[index])

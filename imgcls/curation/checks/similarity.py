@@ -1,7 +1,7 @@
-"""How alike any two images are: by their bytes, their perceptual hashes, their embeddings.
+"""Pairwise similarity of images: by their bytes, perceptual hashes and embeddings.
 
-Groups of copies hold images together that need not be alike themselves, as the first and the last
-frame of a scene. Which image is a copy of which is asked here, pair by pair.
+A group of duplicates may contain images that are not similar themselves, such as the first and the
+last frame of a scene. So duplicates are tested pair by pair.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable
 from imgcls.data.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
 
 _BLOCK_PAIRS = 1 << 20
-"""Compared at a time."""
+"""Number of pairs that are compared at once."""
 
 
 class ImageSimilarity:
-    """Of the images of a check.
+    """Pairwise similarity of the N images of a check.
 
-    exact:        (N,) int64: the first image with the same bytes; -1 where there is no image
-    hashed:       (N,) bool: which have a perceptual hash that says something
-    near_bits:    in which the hashes of near duplicates differ at most
-    similar:      cosine that embeddings of similar images have at least
+    first_identical:   (N,) int64, the first image with the same bytes; -1 where it is unreadable
+    has_hash:          (N,) bool, whether the perceptual hash of an image is used
+    max_hash_distance: maximum number of bits in which the hashes of near duplicates differ
+    min_cosine:        minimum cosine similarity of the embeddings of similar images
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class ImageSimilarity:
         *,
         min_contrast: float,
         min_side: int,
-        near_bits: int,
-        similar: float,
+        max_hash_distance: int,
+        min_cosine: float,
     ) -> None:
-        self.max_hash_distance, self.min_cosine = near_bits, similar
+        self.max_hash_distance, self.min_cosine = max_hash_distance, min_cosine
         digests = images.get_bytes("digest", DIGEST_BYTES).view(np.uint64)
         _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
         self.first_identical: IntArray = np.where(images.is_ok, first[inverse.ravel()], -1)
@@ -49,19 +49,19 @@ class ImageSimilarity:
         self._embedding = images.embedding
 
     def compute_hash_distance(self, one: IntArray, other: IntArray) -> npt.NDArray[np.int16]:
-        """(K, M) int16: bits of the hash in which images (K,) and (M,) differ, mirrored ones too.
+        """(K, M) int16: bits in which the hashes of images (K,) and (M,) differ, also if mirrored.
 
-        0 for the same bytes, 256 where a hash says nothing.
+        0 for the same bytes, 256 where a hash is not used.
         """
-        apart = self.hashes[one][:, None] ^ self.hashes[other][None]
-        straight, turned = (
+        difference = self.hashes[one][:, None] ^ self.hashes[other][None]
+        upright, mirrored = (
             np.bitwise_count(each).sum(axis=2, dtype=np.int16)
-            for each in (apart, apart ^ MIRROR_BITS.view(np.uint64))
+            for each in (difference, difference ^ MIRROR_BITS.view(np.uint64))
         )
-        told = np.minimum(straight, turned)
-        told[~(self.has_hash[one][:, None] & self.has_hash[other][None])] = HASH_BITS
-        told[self.is_identical(one, other)] = 0
-        return told
+        distance = np.minimum(upright, mirrored)
+        distance[~(self.has_hash[one][:, None] & self.has_hash[other][None])] = HASH_BITS
+        distance[self.is_identical(one, other)] = 0
+        return distance
 
     def is_identical(self, one: IntArray, other: IntArray) -> BoolArray:
         """(K, M) bool: the same bytes."""
@@ -72,7 +72,7 @@ class ImageSimilarity:
         return np.asarray(self.compute_hash_distance(one, other) <= self.max_hash_distance)
 
     def is_similar(self, one: IntArray, other: IntArray) -> BoolArray:
-        """(K, M) bool: the same picture, or alike to the model."""
+        """(K, M) bool: the same picture, or similar embeddings."""
         assert self._embedding is not None
         cosine = (
             normalize_embeddings(self._embedding[one])
@@ -83,7 +83,7 @@ class ImageSimilarity:
     def iterate_distances(
         self, one: IntArray, other: IntArray
     ) -> Iterator[tuple[IntArray, npt.NDArray[np.int16]]]:
-        """`bits` of many with many, some of the first at a time."""
+        """`compute_hash_distance` of many images in blocks of `one`, to bound the memory."""
         step = max(1, _BLOCK_PAIRS // max(1, len(other)))
         for start in range(0, len(one), step):
             block = one[start : start + step]
@@ -91,16 +91,16 @@ class ImageSimilarity:
 
 
 def normalize_embeddings(embedding: npt.NDArray[np.floating]) -> FloatArray:
-    """Vectors of length 1, float32."""
+    """Scale vectors to length 1, as float32."""
     vectors = embedding.astype(np.float32)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(length, 1e-12)
 
 
 def iterate_groups(groups: IntArray) -> Iterator[IntArray]:
-    """The images of each group that has more than one, in order; groups below 0 are none."""
-    there = np.flatnonzero(groups >= 0)
-    order = there[np.argsort(groups[there], kind="stable")]
+    """The images of each group with more than one, in order; -1 is no group."""
+    grouped = np.flatnonzero(groups >= 0)
+    order = grouped[np.argsort(groups[grouped], kind="stable")]
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1)).tolist()
     for start, end in itertools.pairwise([*starts, len(order)]):
         if end - start > 1:

@@ -27,6 +27,7 @@ from imgcls.data.manifest import (
     open_manifest,
     resolve_path,
 )
+from imgcls.data.manifest_options import KeyNames
 from imgcls.errors import ManifestError
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.string())])
@@ -146,11 +147,8 @@ def read_examples(config: DataConfig) -> Examples:
 
 def _read_manifest(config: ManifestConfig, key: str) -> tuple[pa.Table, str, DataSource]:
     """A manifest's rows (row, path, label), the root of its paths, and what it is."""
-    try:
-        manifest = open_manifest(config)
-    except ManifestError as error:
-        # the manifest does not know under which key it stands here
-        raise ManifestError(str(error).replace("--manifest.", f"--{key}.")) from error
+    keys = KeyNames(key)
+    manifest = open_manifest(config, keys=keys)
     if manifest.label_column is None:
         raise ManifestError(
             f"{key} {config.path}: no column of labels (found: "
@@ -161,7 +159,7 @@ def _read_manifest(config: ManifestConfig, key: str) -> tuple[pa.Table, str, Dat
     rows = 0
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string())
-        labels = normalize_labels(batch.column(manifest.label_column))
+        labels = normalize_labels(batch.column(manifest.label_column), keys)
         if labels.null_count:
             missing = labels.is_null().index(True).as_py()
             raise ManifestError(

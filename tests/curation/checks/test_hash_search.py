@@ -38,7 +38,7 @@ def test_the_groups_are_those_of_comparing_every_pair() -> None:
     hashes = np.concatenate([originals, *copies])
     mirror = random_hashes(rng, 1)[0]
     hashes[450:500] ^= mirror
-    pairs = find_near_pairs(hashes, mirror, most=24)
+    pairs = find_near_pairs(hashes, mirror, max_distance=24)
     distance = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(axis=2)
     mirrored = np.bitwise_count(hashes[:, None] ^ hashes[None] ^ mirror).sum(axis=2)
     one, other = np.nonzero(np.triu(np.minimum(distance, mirrored) <= 24, 1))
@@ -59,7 +59,7 @@ def test_no_pair_of_few_bits_in_the_first_word_is_missed() -> None:
     for row in range(200):
         for bit in rng.choice(64, 5, replace=False):
             near[row, 0] ^= np.uint64(1) << np.uint64(bit)
-    pairs = find_near_pairs(np.concatenate([hashes, near]), None, most=10)
+    pairs = find_near_pairs(np.concatenate([hashes, near]), None, max_distance=10)
     assert set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == {
         (row, row + 200) for row in range(200)
     }
@@ -69,15 +69,20 @@ def test_many_copies_of_one_image_are_one_group_at_little_cost() -> None:
     rng = np.random.default_rng(2)
     one = random_hashes(rng, 1)
     hashes = flipped(rng, np.repeat(one, 20_000, axis=0), 0.01)
-    pairs = find_near_pairs(hashes, None, most=30)
+    pairs = find_near_pairs(hashes, None, max_distance=30)
     assert len(groups_of(len(hashes), pairs.first, pairs.second)) == 1
     assert len(pairs) < 4 * len(hashes)
 
 
-def test_of_nothing_there_are_no_pairs() -> None:
+def test_no_hashes_have_no_pairs() -> None:
     for count in (0, 1):
         assert (
-            len(find_near_pairs(random_hashes(np.random.default_rng(0), count), None, most=60)) == 0
+            len(
+                find_near_pairs(
+                    random_hashes(np.random.default_rng(0), count), None, max_distance=60
+                )
+            )
+            == 0
         )
 
 
@@ -97,11 +102,11 @@ def test_joined_rows_are_together_whatever_the_order(
     assert groups.root.tolist() == [min(rows) for rows in sets]
 
 
-@pytest.mark.parametrize("most", [0, 20])
-def test_every_pair_is_told_once(most: int) -> None:
+@pytest.mark.parametrize("max_distance", [0, 20])
+def test_every_pair_is_returned_once(max_distance: int) -> None:
     rng = np.random.default_rng(3)
     hashes = np.repeat(random_hashes(rng, 50), 2, axis=0)
-    pairs = find_near_pairs(hashes, random_hashes(rng, 1)[0], most=most)
-    told = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
-    assert told == [(i, i + 1) for i in range(0, 100, 2)]
-    assert not list(itertools.compress(told, pairs.mirrored))
+    pairs = find_near_pairs(hashes, random_hashes(rng, 1)[0], max_distance=max_distance)
+    found = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    assert found == [(i, i + 1) for i in range(0, 100, 2)]
+    assert not list(itertools.compress(found, pairs.mirrored))

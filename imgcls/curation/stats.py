@@ -1,0 +1,137 @@
+"""Statistics of a data set: classes, sizes and formats, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+
+from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
+from imgcls.curation.scan import ScanConfig, scan_manifests
+from imgcls.curation.split import NO_LABEL
+from imgcls.data import filesystem
+from imgcls.data.manifest import open_manifest
+from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.thumbnails import build_thumbnails
+from imgcls.html import render_page
+from imgcls.log import tell
+
+STATS_FILE = "stats.json"
+STATS_PAGE = "stats.html"
+PERCENTILES = (0, 5, 50, 95, 100)
+
+
+class StatsConfig(ScanConfig):
+    """Describe a data set: classes, sizes, formats, a contact sheet per class."""
+
+    sheet_images: NonNegativeInt = 12
+    """Number of images on the contact sheet of a class."""
+    max_sheets: PositiveInt = 50
+    """Maximum number of contact sheets; the largest classes come first."""
+    seed: int = 0
+    """Seed for choosing the images of the contact sheets."""
+
+
+@with_config_storage
+def compute_stats(config: StatsConfig) -> dict[str, Any]:
+    """Scan every image and write the statistics; returns the content of stats.json.
+
+    Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
+    resume).
+    """
+    output = filesystem.absolute(config.output)
+    manifest = open_manifest(config.manifest)
+    with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (
+        [scanned],
+        lease,
+    ):
+        images = build_image_table([(manifest, scanned.read_tables())])
+        stats = summarize_images(images)
+        lease.check()
+        body = json.dumps(stats, indent=2) + "\n"
+        filesystem.write(filesystem.join(output, STATS_FILE), body.encode())
+        page = render_stats_page(
+            images,
+            stats,
+            sheet_images=config.sheet_images,
+            max_sheets=config.max_sheets,
+            seed=config.seed,
+        )
+        filesystem.write(filesystem.join(output, STATS_PAGE), page.encode())
+    readable = stats["status"].get("ok", 0)
+    tell("stats", f"{stats['rows']:,} rows, {readable:,} images, {len(stats['classes']):,} classes")
+    tell("stats", filesystem.join(output, STATS_PAGE))
+    return stats
+
+
+def summarize_images(images: ImageTable) -> dict[str, Any]:
+    """Counts by status, class and format; percentiles of sizes in pixels and bytes."""
+    ok = images.is_ok
+    counts = np.bincount(images.label[images.label >= 0], minlength=len(images.classes))
+    order = np.argsort(-counts, kind="stable")
+    nonzero = counts[counts > 0]
+    return {
+        "rows": len(images),
+        "status": _count_values(images, "status"),
+        "labelled": int((images.label >= 0).sum()),
+        "classes": {images.classes[i]: int(counts[i]) for i in order},
+        "imbalance": float(nonzero.max() / nonzero.min()) if len(nonzero) else None,
+        "formats": _count_values(images, "format"),
+        "width": _compute_percentiles(images.get_numbers("width")[ok]),
+        "height": _compute_percentiles(images.get_numbers("height")[ok]),
+        "bytes": _compute_percentiles(images.get_numbers("bytes")[ok]),
+        "total_bytes": int(np.nan_to_num(images.get_numbers("bytes").astype(np.float64)).sum()),
+    }
+
+
+def _count_values(images: ImageTable, name: str) -> dict[str, int]:
+    values = [each for each in images.features.column(name).to_pylist() if each is not None]
+    distinct, counts = np.unique(values, return_counts=True)
+    return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
+
+
+def _compute_percentiles(values: FloatArray) -> dict[str, float]:
+    if not values.size:
+        return {}
+    percentiles = np.percentile(values, PERCENTILES)
+    return {str(p): float(value) for p, value in zip(PERCENTILES, percentiles, strict=True)}
+
+
+def render_stats_page(
+    images: ImageTable, stats: dict[str, Any], *, sheet_images: int, max_sheets: int, seed: int
+) -> str:
+    """Render the statistics as HTML, with a contact sheet of each class.
+
+    sheet_images: number of images of a class, drawn with the seed
+    max_sheets:   maximum number of classes with a sheet, the largest first
+    """
+    rng = np.random.default_rng(seed)
+    codes = {name: code for code, name in enumerate(images.classes)}
+    groups = list(stats["classes"])
+    if stats["labelled"] < len(images):
+        codes[NO_LABEL] = -1
+        groups.append(NO_LABEL)
+    sheets = []
+    for name in groups[:max_sheets]:
+        indices = np.flatnonzero(images.is_ok & (images.label == codes[name]))
+        drawn = np.sort(rng.choice(indices, min(sheet_images, len(indices)), replace=False))
+        paths = [images.path[int(index)].as_py() for index in drawn]
+        pictures = [
+            {"image": image, "path": path}
+            for image, path in zip(build_thumbnails(paths, ""), paths, strict=True)
+        ]
+        sheets.append({"name": name, "count": len(indices), "pictures": pictures})
+    return render_page(
+        "imgcls.curation",
+        "stats.html.j2",
+        {
+            "title": f"{images.manifests[0]}: {len(images):,} rows",
+            "stats": stats,
+            "largest": max(stats["classes"].values(), default=1),
+            "percentiles": PERCENTILES,
+            "sheets": sheets,
+            "omitted": max(0, len(groups) - max_sheets),
+        },
+    )
