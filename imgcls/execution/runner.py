@@ -232,7 +232,7 @@ class ChunkRunner:
                     return
                 if reason is None:
                     raise RunFailed(
-                        f"{len(remaining):,} chunks were sent to workers and did not return"
+                        f"{format_count(len(remaining), 'chunk')} sent to workers and not returned"
                     )
                 tell("layout", f"{reason}; replanning")
                 placement = self._adapt((yield from self._replan()))

@@ -128,7 +128,7 @@ class TunedSettings:
         return placement.with_cpu_decode_fraction(self.cpu_decode_fraction)
 
 
-def tune(
+def tune_settings(
     stored: Mapping[str, Any] | None,
     scale: ScaleConfig,
     compile: CompileMode,

@@ -326,7 +326,7 @@ class _PredictRun:
                 max_bytes=config.max_bytes,
             )
 
-        tuned = autotune.tune(
+        tuned = autotune.tune_settings(
             run.get("chosen"),
             config.scale,
             "never" if config.precision == "int8" else config.compile,

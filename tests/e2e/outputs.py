@@ -1,4 +1,4 @@
-"""Reading what a labelling run left behind, and judging it against its manifest."""
+"""Read the output of a predict run, and compare it with its manifest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def statuses(output: Path) -> dict[str, str]:
 
 
 def assert_exactly_once(output: Path, rows: int) -> pa.Table:
-    """Every manifest row stands in the committed table once, and nothing else lies about."""
+    """Every manifest row is in the committed table once, and no other files are left over."""
     found = table(output)
     assert found["row"].to_pylist() == list(range(rows))
     assert success(output)["rows"] == rows

@@ -54,7 +54,7 @@ def reference(
     photographs: Path, colour_bundle: Path, cluster: RayCluster,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> pa.Table:  # fmt: skip
-    """The table of a run that nobody disturbed."""
+    """The table of an undisturbed run."""
     output = tmp_path_factory.mktemp("reference") / "out"
     done = imgcls(*arguments(photographs, colour_bundle, output), env=cluster.environment())
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def there(photographs: Path, colour_bundle: Path, place: Path) -> tuple[Path, Pa
 
 
 def assert_as_left_alone(output: Path, reference: pa.Table) -> None:
-    """The same table, but for where errors say that the images are; nothing lies about."""
+    """The same table, except for image paths in errors; no files are left over."""
     found = assert_exactly_once(output, ROWS)
     if isinstance(output, os.PathLike):
         assert found.equals(reference)
@@ -95,7 +95,7 @@ def names_of(output: Path) -> list[str]:
 
 
 def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kill]) -> list[str]:
-    """Start the command, kill as told, start again; then let it end. Returns what each kill met."""
+    """Start the command, kill it, restart it; then let it end. Returns the state at each kill."""
     met = []
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
@@ -208,7 +208,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
         driver.send_signal(number)
         _, err = driver.communicate(timeout=30)
     assert driver.returncode == 1
-    assert "run the same command again" in err
+    assert "rerun the same command to resume" in err
     assert not (output / "_lease").exists()
     assert not committed(output)
     again = imgcls(*command, env=cluster.environment())

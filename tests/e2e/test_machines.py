@@ -115,7 +115,7 @@ def machines(
         pytest.param("SIGSEGV", 1, marks=pytest.mark.cluster),
     ],
 )
-def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
+def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labeled(
     name: str,
     gpus: int,
     tmp_path: Path,
@@ -131,10 +131,10 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labelled(
     status = found["status"].to_pylist()
     assert [row for row in range(200) if status[row] != "ok"] == [77]
     assert status[77] == "crashed"
-    assert "died or hung" in found["error"].to_pylist()[77]
-    told = re.search(r"watch   chunk 1: (\d+) workers died .* 1 of its rows crashed", done.stdout)
-    assert told is not None, done.stdout
-    assert 2 <= int(told[1]) <= 1 + math.log2(64) + 1
+    assert "crashed or hung" in found["error"].to_pylist()[77]
+    logged = re.search(r"watch   chunk 1: (\d+) workers crashed .* 1 row crashed", done.stdout)
+    assert logged is not None, done.stdout
+    assert 2 <= int(logged[1]) <= 1 + math.log2(64) + 1
 
 
 def with_poison(folder: Path) -> Path:
@@ -159,7 +159,7 @@ def test_a_check_survives_an_image_that_kills_its_worker(
     issues = pq.read_table(output / "issues.parquet").to_pylist()
     (found,) = [row for row in issues if row["issue"] == "unreadable"]
     assert found["row"] == 77
-    assert found["detail"].startswith("crashed: the worker died or hung")
+    assert found["detail"].startswith("crashed: the worker crashed or hung")
 
 
 @pytest.mark.cluster
@@ -174,13 +174,13 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 1
     assert "chunk 0 (rows 0 to 11)" in done.stderr
-    assert "it is not the images" in done.stderr
+    assert "the images are not the cause" in done.stderr
 
 
 # ------------------------------------------------------------------ a worker that hangs
 
 
-def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
+def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
@@ -196,14 +196,16 @@ def test_a_worker_that_hangs_is_ended_and_its_chunk_is_done_by_another(
             out, err = driver.communicate(timeout=300)
             assert driver.returncode == 0, err
             assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-    # between two chunks it is at none; then nobody goes on in the end, and it is laid out anew
-    said = r"watch   chunk \d+ \(rows .*\): no image done for \d+ s by|no worker has gone on for"
-    assert re.search(said, out) is not None, out
+    # stopped between two chunks, it has none; then no worker makes progress, and it is replanned
+    message = (
+        r"watch   chunk \d+ \(rows .*\): worker .* made no progress for|no worker has made progress"
+    )
+    assert re.search(message, out) is not None, out
     assert_exactly_once(output, 400)
 
 
 @pytest.mark.cluster
-def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
+def test_a_worker_that_hangs_between_two_chunks_is_killed_too(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
@@ -216,7 +218,7 @@ def test_a_worker_that_hangs_between_two_chunks_is_ended_too(
         assert done.returncode == 0, done.stderr
         with contextlib.suppress(psutil.NoSuchProcess):
             assert psutil.Process(int(stopped.read_text())).status() == psutil.STATUS_ZOMBIE
-    assert re.search(r"no worker has gone on for \d+ s: laid out anew", done.stdout) is not None
+    assert re.search(r"no worker has made progress for \d+ s; replanning", done.stdout) is not None
     assert_exactly_once(output, 400)
 
 
@@ -236,16 +238,16 @@ def stopping(folder: Path, stopped: Path) -> dict[str, str]:
                 return spec
 
         def patch(module):
-            end = module.Attempt.end
+            complete = module.Attempt.complete
 
             def stop(attempt):
-                end(attempt)
-                if "/label-" in attempt._key and not os.path.exists({str(stopped)!r}):
+                complete(attempt)
+                if "/process-" in attempt._key and not os.path.exists({str(stopped)!r}):
                     with open({str(stopped)!r}, "w") as file:
                         file.write(str(os.getpid()))
                     os.kill(os.getpid(), signal.SIGSTOP)
 
-            module.Attempt.end = stop
+            module.Attempt.complete = stop
 
         sys.meta_path.insert(0, Stopping())
     """
@@ -279,7 +281,7 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("chunks", [0, 4])
-def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
+def test_when_the_last_machine_is_lost_the_run_continues_with_the_next_one(
     chunks: int, tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
@@ -292,27 +294,27 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
             kill_family(lost.pid)
             assert chunks or not durable(output)
             time.sleep(30)
-            # also while nothing comes it tells how far it is
+            # it also writes its progress while no chunk is finished
             assert json.loads((output / "_progress.json").read_bytes())["rows"] == 300
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err
-    assert "1 of 1 machines are gone, and no worker goes on: laid out anew" in out
+    assert "lost 1 of 1 node; no worker is making progress; replanning" in out
     assert "waiting  for nodes: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 300)
 
 
 @pytest.mark.cluster
-def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
+def test_without_a_machine_a_run_waits_and_continues_when_one_joins(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 40), tmp_path / "out"
     with RayCluster.start(cpus=0) as cluster:
         order = words(manifest, colour_bundle, output)
-        told = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
-        assert told.returncode == 2
-        assert "the cluster has 0 CPUs" in told.stderr
-        assert "waited 3 s for machines" in told.stderr
+        refused = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
+        assert refused.returncode == 2
+        assert "the cluster has 0 CPUs" in refused.stderr
+        assert "waited 3 s for nodes" in refused.stderr
         with started(*order, env=cluster.environment()) as driver:
             time.sleep(8)
             with machine(cluster, 1):
@@ -368,7 +370,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
 
 
 @pytest.mark.cluster
-def test_a_machine_that_comes_is_taken_in_where_that_saves_more_than_it_costs(
+def test_a_machine_that_joins_is_used_if_that_saves_more_than_it_costs(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     images, output = tmp_path / "images", tmp_path / "out"
@@ -381,7 +383,7 @@ def test_a_machine_that_comes_is_taken_in_where_that_saves_more_than_it_costs(
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=800)
                 assert driver.returncode == 0, err
-    assert "1 machines have come: 2 workers instead of 1: laid out anew" in out
+    assert "1 node joined: 2 workers instead of 1 worker; replanning" in out
     assert_exactly_once(output, rows)
 
 
@@ -473,10 +475,10 @@ def raylet(host: str, address: str, *more: str, folder: str) -> Iterator[subproc
         *("--disable-usage-stats", f"--node-ip-address={address}", *more),
         "--object-store-memory=200000000",
     ]
-    with open(f"{folder}/{host}.log", "wb") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+    with open(f"{folder}/{host}.log", "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
-        log = Path(told.name)
+        log = Path(output.name)
         wait_for(lambda: b"Ray runtime started" in log.read_bytes(), 60)
         yield process
     finally:

@@ -1,4 +1,4 @@
-"""The labelling job as a user runs it: a command, a real Ray cluster, files on disk."""
+"""The predict job as a user runs it: a command, a real Ray cluster, files on disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
 )
-def test_every_row_is_labelled_and_the_columns_come_through(
+def test_every_row_is_labeled_and_the_columns_come_through(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],
     placed_bundle: Path,
@@ -134,7 +134,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     assert abs(int((rank <= 5).sum()) - 274) <= 4
 
 
-def test_unlabelled_folders_get_counts_and_a_confidence_histogram(
+def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colours: Callable[..., Path],
     placed_bundle: Path,
@@ -223,8 +223,8 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     assert success(output)["status"] == {"empty": 1, "ok": 99}
 
     save(draw("red", seed=77), place / "images" / "00077.jpg")
-    mended = predict(*arguments, "--retry-errors")
-    assert mended.returncode == 0, mended.stderr
+    repaired = predict(*arguments, "--retry-errors")
+    assert repaired.returncode == 0, repaired.stderr
     whole = assert_exactly_once(output, 100)
     assert set(whole["status"].to_pylist()) == {"ok"}
     assert whole.take(kept).equals(after.take(kept).cast(whole.schema))
@@ -251,11 +251,11 @@ def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
     out = tmp_path / "out"
     good = {"--manifest": manifest, "--model": colour_bundle, "--output": out}
     cases: list[tuple[dict[str, object], str]] = [
-        ({"--manifest": empty}, "has no row"),
+        ({"--manifest": empty}, "has no rows"),
         ({"--manifest": tmp_path / "nowhere.csv"}, "no such file"),
         ({"--manifest.path-column": "file"}, "--manifest.path-column"),
         ({"--manifest": other}, "is a class of the model"),
-        ({"--manifest": taken}, "column 'confidence' is one that labelling writes"),
+        ({"--manifest": taken}, "column 'confidence' is an output column of predict"),
         ({"--model": damaged}, "the file is damaged"),
         ({"--model": tmp_path / "nowhere"}, "imgcls model import"),
         ({"--output": file / "below"}, "cannot be written"),
@@ -263,7 +263,7 @@ def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
         ({"--scale.workers": 7}, "at most 2"),
         ({"--topk": 7}, "did you mean top_k"),
     ]
-    planned = ("has no row", "is a class of the model", "needs a GPU", "at most 2")
+    planned = ("has no rows", "is a class of the model", "needs a GPU", "at most 2")
     for change, expected in cases:
         options = [str(part) for pair in {**good, **change}.items() for part in pair]
         if expected in planned:

@@ -106,7 +106,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
         first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr
-        assert "run the same command again to go on from there" in first.stderr
+        assert "rerun the same command to resume" in first.stderr
     again = imgcls(*words, env=cluster.environment())
     assert again.returncode == 0, again.stderr
     assert "of 60 rows are done" in again.stdout

@@ -1,4 +1,4 @@
-"""What a run tells of itself: JSON for log systems, numbers for Prometheus, its status."""
+"""What a run shows: JSON lines for log systems, metrics for Prometheus, its status."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -18,29 +19,56 @@ def predict(manifest: Path, bundle: Path, output: Path, *more: object) -> list[o
     return ["predict", "--manifest", manifest, "--model", bundle, "--output", output, *more]
 
 
-def test_in_json_every_line_is_an_object_with_the_run_and_each_chunk_says_where_it_was_done(
-    colours: Callable[..., Path], colour_bundle: Path, cluster: RayCluster, tmp_path: Path
+def test_a_run_logs_json_lines_and_exports_metrics_through_ray(
+    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
 ) -> None:
     manifest, output = colours(50), tmp_path / "out"
-    order = predict(manifest, colour_bundle, output, "--chunk-rows", 16, "--log", "json")
-    done = imgcls(*order, env=cluster.environment())
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all({"time", "event", "message"} <= set(line) for line in told)
-    (plan,) = (line for line in told if line["event"] == "plan")
-    after = told[told.index(plan) + 1 :]
+    with RayCluster.start(cpus=2, dashboard=True) as cluster:
+        ray.init(cluster.address, log_to_driver=False)
+        try:
+            (port,) = (node["MetricsExportPort"] for node in ray.nodes())
+            (address,) = (node["NodeManagerAddress"] for node in ray.nodes())
+        finally:
+            ray.shutdown()
+        order = predict(manifest, colour_bundle, output, "--chunk-rows", 16, "--log", "json")
+        exported = ""
+        with started(*order, env=cluster.environment()) as driver:
+            deadline = time.monotonic() + 120
+            while "ray_imgcls_images_total" not in exported and time.monotonic() < deadline:
+                with urllib.request.urlopen(f"http://{address}:{port}/metrics") as response:
+                    exported = response.read().decode()
+                time.sleep(0.5)
+            out, err = driver.communicate(timeout=120)
+            assert driver.returncode == 0, err
+    check_metrics([line for line in exported.splitlines() if line.startswith("ray_imgcls_")])
+    check_json_lines([json.loads(line) for line in out.splitlines()])
+
+
+def check_metrics(lines: list[str]) -> None:
+    """The metrics of 50 images, by status and run."""
+    counted = [line for line in lines if line.startswith("ray_imgcls_images_total")]
+    assert all('status="ok"' in line and 'run="' in line for line in counted)
+    assert sum(float(line.rpartition(" ")[2]) for line in counted) == 50
+    assert any(line.startswith("ray_imgcls_stage_seconds_bucket") for line in lines)
+
+
+def check_json_lines(lines: list[dict[str, Any]]) -> None:
+    """Every line has the run, and each chunk its worker, rows and times."""
+    assert all({"time", "event", "message"} <= set(line) for line in lines)
+    (plan,) = (line for line in lines if line["event"] == "plan")
+    after = lines[lines.index(plan) + 1 :]
     assert {line["run_id"] for line in after} == {plan["run_id"]}
-    chunks = [line for line in told if line["event"] == "chunk"]
+    chunks = [line for line in lines if line["event"] == "chunk"]
     assert sorted(line["chunk"] for line in chunks) == [0, 1, 2, 3]
     assert sum(line["status"]["ok"] for line in chunks) == 50
     assert all(line["worker"].startswith(f"{line['node']}/") for line in chunks)
     assert all(line["seconds"]["prepare"] > 0 for line in chunks)
-    assert told[-1]["event"] == "committed"
-    metrics = {line["metric"]: line["value"] for line in told if line["event"] == "metric"}
+    assert lines[-1]["event"] == "committed"
+    metrics = {line["metric"]: line["value"] for line in lines if line["event"] == "metric"}
     assert metrics["rows"] == 50
 
 
-def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
+def test_status_follows_a_run_while_it_runs_and_after_its_driver_died(
     colours: Callable[..., Path], colour_bundle: Path, cluster: RayCluster, tmp_path: Path
 ) -> None:
     manifest, output = colours(400), tmp_path / "out"
@@ -63,8 +91,8 @@ def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
     assert "driver" in dead
     layout.write_progress(str(output), {"images_per_second": 123456.0})
     with started(*order, env=cluster.environment()) as driver:
-        told = output / "_progress.json"
-        wait_for(lambda: not told.exists() or "123456" not in told.read_text())
+        progress = output / "_progress.json"
+        wait_for(lambda: not progress.exists() or "123456" not in progress.read_text())
         assert not (output / "_SUCCESS").exists()
         assert status().get("images_per_second") != 123456.0
         driver.communicate(timeout=200)
@@ -72,31 +100,3 @@ def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
     ended = status()
     assert (ended["state"], ended["rows_done"]) == ("committed", 400)
     assert ended["status"] == {"ok": 400}
-
-
-def test_prometheus_finds_the_numbers_of_a_run_where_ray_shows_them(
-    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
-) -> None:
-    manifest, output = colours(60), tmp_path / "out"
-    with RayCluster.start(cpus=2, dashboard=True) as cluster:
-        ray.init(cluster.address, log_to_driver=False)
-        try:
-            (port,) = (node["MetricsExportPort"] for node in ray.nodes())
-            (address,) = (node["NodeManagerAddress"] for node in ray.nodes())
-        finally:
-            ray.shutdown()
-        order = predict(manifest, colour_bundle, output, "--chunk-rows", 16)
-        seen = ""
-        with started(*order, env=cluster.environment()) as driver:
-            deadline = time.monotonic() + 120
-            while "ray_imgcls_images_total" not in seen and time.monotonic() < deadline:
-                with urllib.request.urlopen(f"http://{address}:{port}/metrics") as response:
-                    seen = response.read().decode()
-                time.sleep(0.5)
-            _, err = driver.communicate(timeout=120)
-            assert driver.returncode == 0, err
-    lines = [line for line in seen.splitlines() if line.startswith("ray_imgcls_")]
-    counted = [line for line in lines if line.startswith("ray_imgcls_images_total")]
-    assert all('status="ok"' in line and 'run="' in line for line in counted)
-    assert sum(float(line.rpartition(" ")[2]) for line in counted) == 60
-    assert any(line.startswith("ray_imgcls_stage_seconds_bucket") for line in lines)

@@ -1,4 +1,4 @@
-"""The plan: rows cut without a gap, a run told apart from any other, memory that stays put."""
+"""The plan: rows split without gaps, a run distinguished from others, bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.processes import REPOSITORY
 
 
 def numbered(rows: int) -> pa.Table:
-    """A manifest table with nested columns, whose rows can be told apart."""
+    """A manifest table with nested columns, whose rows differ."""
     return pa.table(
         {
             "path": [f"{i:06d}.jpg" for i in range(rows)],

@@ -1,7 +1,7 @@
 """The three commands of a nightly job, executed in this process, and the folder they run over.
 
 Planning, comparing, labeling a chunk, committing and compacting are the functions that the commands
-call; only Ray, which would hand the chunks to workers, is left out.
+call; only Ray, which would send the chunks to workers, is left out.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Images:
         ]
 
     def day(self, number: int, new: int, spoilt: int = 1) -> None:
-        """New, changed, deleted, spoilt and mended images."""
+        """New, changed, deleted, broken and repaired images."""
         for name in self.names(broken=True)[:1]:
             self.write(name)
         sound = self.names(broken=False)

@@ -54,7 +54,7 @@ def test_a_resumed_run_keeps_what_changes_its_results() -> None:
 
     stored = {"batch_size": 64, "compile": True, "host_share": None}
     for placement in (CPUS, GPUS):
-        kept = autotune.tune(
+        kept = autotune.tune_settings(
             stored, ScaleConfig(), "auto", placement, LONG, build_input, Interruption()
         )
         assert kept == TunedSettings(64, True)

@@ -112,7 +112,7 @@ def test_the_summary_is_written_however_a_run_ends(tmp_path: Path) -> None:
         with pytest.raises(type(error)), report_exit(str(file), str(run)):
             raise error
         assert (summary()["exit_code"], summary()["error"]) == (code, str(error))
-        # a wrong request has started nothing; the others say what their output holds
+        # a wrong request has started nothing; the others report their output
         assert summary()["rows"] == (0 if code == 2 else 50)
     with pytest.raises(KeyboardInterrupt), report_exit(str(file), str(run)):
         raise KeyboardInterrupt

@@ -79,7 +79,7 @@ def asked(
 # ------------------------------------------------------------------ what is new
 
 
-def test_new_changed_and_failed_rows_are_labelled_again_and_no_others(tmp_path: Path) -> None:
+def test_new_changed_and_failed_rows_are_labeled_again_and_no_others(tmp_path: Path) -> None:
     night(tmp_path / "out" / "date=1", ["/a", "/b", "/c", "/d"], failed=[2], etag=[*"1234"])
     manifest = manifest_of(tmp_path, ["/e", "/d", "/c", "/b", "/a"], etag=["5", "4", "3", "x", "1"])
     assert asked(manifest, tmp_path / "out") == ["/e", "/c", "/b"]
@@ -154,7 +154,7 @@ states = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(nights=states, tonight=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2)))
 def test_any_nights_leave_what_a_dictionary_says(
     tmp_path_factory: pytest.TempPathFactory,
@@ -384,14 +384,14 @@ def test_what_may_pass_is_tried_again_and_what_is_broken_is_not(
     part = run / "predictions" / "part-00000.parquet"
     table = pq.read_table(part)
     at = table.schema.get_field_index("status")
-    told = pa.array([status, "truncated", "ok"]).dictionary_encode()
-    pq.write_table(table.set_column(at, "status", told), part)
+    statuses = pa.array([status, "truncated", "ok"]).dictionary_encode()
+    pq.write_table(table.set_column(at, "status", statuses), part)
     same = manifest_of(tmp_path, ["/a", "/b", "/c"], size=[1, 2, 3])
     assert asked(same, tmp_path / "labels") == ["/a"]
     assert asked(same, tmp_path / "labels", retry_failed=True) == ["/a", "/b"]
-    mended = manifest_of(tmp_path, ["/a", "/b", "/c"], size=[1, 20, 3])
-    assert asked(mended, tmp_path / "labels") == ["/a", "/b"]
-    # nothing tells whether it was mended
+    repaired = manifest_of(tmp_path, ["/a", "/b", "/c"], size=[1, 20, 3])
+    assert asked(repaired, tmp_path / "labels") == ["/a", "/b"]
+    # no column shows whether it was repaired
     assert asked(manifest_of(tmp_path, ["/a", "/b", "/c"]), tmp_path / "labels") == ["/a", "/b"]
 
 

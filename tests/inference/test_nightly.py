@@ -197,7 +197,7 @@ def test_a_night_that_the_gate_refuses_does_not_fail_the_next_ones(
     assert nightly.predict(day(4)) == "refused"  # five more are new
 
 
-def test_what_a_refused_run_lacks_may_be_mended_the_same_night(
+def test_what_a_refused_run_lacks_may_be_repaired_the_same_night(
     nightly: Nightly, images: Images
 ) -> None:
     for at in range(5):
@@ -231,7 +231,7 @@ def test_a_run_of_other_settings_is_left_and_an_output_without_a_date_is_refused
         nightly.predict(day(3), series=series)
 
 
-def test_a_start_over_that_was_broken_off_is_planned_again(
+def test_a_start_over_that_was_interrupted_is_planned_again(
     nightly: Nightly, images: Images
 ) -> None:
     images.day(1, new=5)
@@ -243,7 +243,7 @@ def test_a_start_over_that_was_broken_off_is_planned_again(
     assert nightly.compact() == nightly.from_scratch()
 
 
-def test_a_retry_that_was_broken_off_keeps_the_rows_of_its_run(
+def test_a_retry_that_was_interrupted_keeps_the_rows_of_its_run(
     nightly: Nightly, images: Images
 ) -> None:
     images.day(1, new=5)
@@ -319,7 +319,7 @@ def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, imag
     assert status == ["ok"] * 5
 
 
-def test_a_retry_of_a_start_over_that_was_broken_off_is_planned_again(
+def test_a_retry_of_a_start_over_that_was_interrupted_is_planned_again(
     nightly: Nightly, images: Images
 ) -> None:
     images.day(1, new=5)

@@ -98,7 +98,7 @@ def test_counting_a_part_again_gives_the_counts_of_its_roll_up(run: DrawnRun) ->
     assert (merged.confusion_count == whole.confusion_count).all()
 
 
-def test_an_unlabelled_part_is_counted_by_what_was_predicted(run: DrawnRun) -> None:
+def test_an_unlabeled_part_is_counted_by_what_was_predicted(run: DrawnRun) -> None:
     run.label()
     run.roll_up(0)
     counts = rollup.count_part(run.output, 0, None, CLASSES)
@@ -192,7 +192,7 @@ def test_the_rows_of_an_interrupted_retry_are_removed(run: DrawnRun) -> None:
     assert not any(run.staged(part).exists() for part in range(run.plan.num_parts))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 60),
     chunk_rows=st.integers(3, 40),

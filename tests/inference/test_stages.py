@@ -74,7 +74,7 @@ def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> PredictS
     return spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), **wide)
 
 
-def labelled(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
+def predict_alone(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
     return stages.predict_chunk(spec, classifier, read_chunk_rows(spec, work), work, StageTimings())
 
 
@@ -84,7 +84,9 @@ def labelled(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.T
 def test_every_row_of_a_chunk_has_its_row_and_its_reason(
     spec: PredictSpec, classifier: Classifier
 ) -> None:
-    rows = [row for c in range(3) for row in labelled(spec, classifier, ChunkTask(c)).to_pylist()]
+    rows = [
+        row for c in range(3) for row in predict_alone(spec, classifier, ChunkTask(c)).to_pylist()
+    ]
     assert [row["row"] for row in rows] == list(range(21))
     assert {row["row"]: row["status"] for row in rows if row["status"] != "ok"} == {
         3: "missing", 4: "empty", 5: "missing", 9: "truncated", 10: "not_an_image",
@@ -107,8 +109,8 @@ def test_every_row_of_a_chunk_has_its_row_and_its_reason(
 def test_scores_are_float32_unless_float16_is_asked_for(
     spec: PredictSpec, classifier: Classifier
 ) -> None:
-    full = labelled(spec, classifier, ChunkTask(0))["scores"]
-    half = labelled(replace(spec, scores_type="float16"), classifier, ChunkTask(0))["scores"]
+    full = predict_alone(spec, classifier, ChunkTask(0))["scores"]
+    half = predict_alone(replace(spec, scores_type="float16"), classifier, ChunkTask(0))["scores"]
     assert full.type == pa.list_(pa.float32(), 3)
     assert half.type == pa.list_(pa.float16(), 3)
     for exact, rounded in zip(full.to_pylist(), half.to_pylist(), strict=True):
@@ -124,7 +126,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
         fresh = Classifier.load(str(colour_bundle), precision="fp32")
         for number in range(3):
             work = ChunkTask(number)
-            write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
+            write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())
         staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
         written.append({path.name: path.read_bytes() for path in staged})
         assert len(written[-1]) == 3
@@ -158,7 +160,7 @@ def test_a_retry_does_its_rows_alone_and_without_the_manifest(
     carried = photographs.take([9, 11]).select(["path", "label"])
     work = ChunkTask(1, (1, 3), carried)
     (tmp_path / "out" / "_staging" / "manifest" / "part-00000.parquet").unlink()
-    table = labelled(spec, classifier, work)
+    table = predict_alone(spec, classifier, work)
     assert table["row"].to_pylist() == [9, 11]
     assert table["status"].to_pylist() == ["ok", "ok"]
     write_chunk(spec, work, table, StageTimings())
@@ -182,7 +184,7 @@ def chunk_with(spec: PredictSpec, **changes: Any) -> PredictSpec:
     return PredictSpec(**{**vars(spec), **changes})
 
 
-# ------------------------------------------------------------------ what the model says
+# ------------------------------------------------------------------ the model's output
 
 COARSE = npst.arrays(np.float32, (6, 5), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5]))
 
@@ -269,10 +271,16 @@ def test_paths_that_lead_nowhere_are_rows_that_say_so(classifier: Classifier) ->
     statuses = assert_a_row_each(classifier, [None, *NOT_FOUND])
     assert statuses[0] == "missing"
     assert "ok" not in statuses
-    told = dict(zip(NOT_FOUND, statuses[1:], strict=True))
-    assert told["file:///nowhere"] == told["*.jpg"] == told["100%"] == "missing"
-    assert told["data:,"] == "empty"
-    assert told["foo://x"] == told["a\0b.jpg"] == told["."] == told["a" * 5000] == "unreadable"
+    status_of = dict(zip(NOT_FOUND, statuses[1:], strict=True))
+    assert status_of["file:///nowhere"] == status_of["*.jpg"] == status_of["100%"] == "missing"
+    assert status_of["data:,"] == "empty"
+    assert (
+        status_of["foo://x"]
+        == status_of["a\0b.jpg"]
+        == status_of["."]
+        == status_of["a" * 5000]
+        == "unreadable"
+    )
 
 
 ANY_TEXT = st.text(max_size=60) | st.text("/.:%\\\0\n\t [?*#é", max_size=20)
@@ -424,7 +432,7 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
     wide = {"scores": True, "embeddings": True, "batch_size": 2}
     spec = spec_of(tmp_path / "out", plan, manifest, str(overflowing_bundle), **wide)
-    rows = labelled(spec, classifier, ChunkTask(0)).to_pylist()
+    rows = predict_alone(spec, classifier, ChunkTask(0)).to_pylist()
     statuses = ["ok", "not_finite", "missing", "ok", "not_finite", "ok"]
     assert [row["status"] for row in rows] == statuses
     alone = classifier.predict([draw(name) for name in ("red", "green", "blue")])
@@ -433,8 +441,8 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
     assert [row["predicted_label"] for row in good] == [p.label for p in alone]
     for row in rows:
         if row["status"] == "not_finite":
-            told = f"the network of {overflowing_bundle} gives NaN or infinity for this image"
-            assert row["error"] == f"{told} in fp32"
+            message = f"the network of {overflowing_bundle} gives NaN or infinity for this image"
+            assert row["error"] == f"{message} in fp32"
             kept = {"row", "accepted", "status", "error"}
             assert not any(value is not None for key, value in row.items() if key not in kept)
             assert row["accepted"] is False

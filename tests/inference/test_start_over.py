@@ -1,4 +1,4 @@
-"""A start-over (`--overwrite`) or a commit killed midway leaves what any later run mends."""
+"""A later run completes a start-over (`--overwrite`) or a commit that was killed midway."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from imgcls.cli import main
 from tests.e2e.outputs import assert_exactly_once, committed
 from tests.processes import RayCluster, imgcls
 
 
-def test_a_run_whose_start_over_or_commit_was_broken_off_ends_with_the_same_table(
-    cluster: RayCluster, colours: Callable[[int], Path], colour_bundle: Path, tmp_path: Path
+def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
+    cluster: RayCluster,
+    colours: Callable[[int], Path],
+    colour_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
     command = (
@@ -23,7 +30,7 @@ def test_a_run_whose_start_over_or_commit_was_broken_off_ends_with_the_same_tabl
     assert first.returncode == 0, first.stderr
     whole = assert_exactly_once(output, 60)
 
-    # what --overwrite removes first, up to a part of the predictions; the shards went at the commit
+    # --overwrite removes these first, then other parts; the commit had removed the shards
     (output / "_SUCCESS").unlink()
     for part in (0, 2):
         (output / "predictions" / f"part-{part:05d}.parquet").unlink()
@@ -32,23 +39,21 @@ def test_a_run_whose_start_over_or_commit_was_broken_off_ends_with_the_same_tabl
     assert "28 of 60 rows are done" in resumed.stdout
     assert assert_exactly_once(output, 60).equals(whole)
 
-    # killed after _SUCCESS, before the staging area was gone
+    # killed after _SUCCESS, before the staging folder was removed
     (output / "_staging" / "part-00001").mkdir(parents=True)
     shutil.copy(output / "_run.json", output / "_staging" / "part-00001")
-    again = imgcls(*command, env=cluster.environment())
-    assert again.returncode == 0, again.stderr
-    assert "committed before" in again.stdout
+    words = [str(word) for word in command]  # a committed run needs no Ray, so no other process
+    assert main(words) == 0
+    assert "committed before" in capsys.readouterr().out
     assert committed(output)
     assert not (output / "_staging").exists()
 
-    # committed by a version that did not have these settings yet
+    # committed by a version without these settings
     run = json.loads((output / "_run.json").read_text())
     for setting in ("decode", "max_bytes"):
         del run["identity"]["settings"][setting]
     (output / "_run.json").write_text(json.dumps(run))
-    older = imgcls(*command, env=cluster.environment())
-    assert older.returncode == 0, older.stderr
-    assert "committed before" in older.stdout
-    other = imgcls(*command, "--top-k", 2, env=cluster.environment())
-    assert other.returncode == 2
-    assert "settings.top_k: 5 then, 2 now" in other.stderr
+    assert main(words) == 0
+    assert "committed before" in capsys.readouterr().out
+    assert main([*words, "--top-k", "2"]) == 2
+    assert "settings.top_k: 5 then, 2 now" in capsys.readouterr().err
