@@ -1,8 +1,8 @@
-"""Resizing what libjpeg has decoded at 1/2, 1/4 or 1/8, as if the whole image had been resized.
+"""Resize a JPEG that libjpeg decoded at 1/2, 1/4 or 1/8, to the result of resizing the whole image.
 
-A pixel of the reduced image is the mean of a square of the whole one: resized by the usual filter
-it would come out blurred. Each output pixel is estimated instead, by the weights of its six nearest
-means along each axis that are best for images whose differences grow with distance.
+A pixel of the reduced image is the mean of a square of the whole one; the usual filter would blur
+the result. Each output pixel is estimated instead from its six nearest means along each axis, by
+the weights that are optimal for images whose differences grow with distance.
 Source: block kriging with a linear variogram; Journel and Huijbregts, Mining Geostatistics, 1978,
 chapter V.
 """
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Pixels = npt.NDArray[np.uint8]
-ResizeFilter = Literal["bilinear", "bicubic"]
+from imgcls.data.pixels import Pixels
+from imgcls.data.preprocess import Interpolation
 
 MIN_TAPS = 6
-"""Smallest number of means that an output pixel is made of, along each axis."""
+"""Minimum number of means that an output pixel is computed from, along each axis."""
 _SAMPLES_PER_UNIT = 16
-"""Points at which the filter is taken, per unit of it."""
+"""Number of samples of the filter, per unit of its argument."""
 _FILTER_RADIUS = {"bilinear": 1, "bicubic": 2}
 
 
@@ -31,9 +30,9 @@ def resize_dct_scaled(
     image: Pixels,
     size: tuple[int, int],
     box: tuple[float, float, float, float],
-    filter_: ResizeFilter,
+    filter_: Interpolation,
 ) -> Pixels:
-    """A part of a reduced image at another size.
+    """Resize a part of a reduced image.
 
     image: (H, W, 3), each pixel the mean of a square
     size:  (width, height) of the result
@@ -52,43 +51,45 @@ def resize_dct_scaled(
     return across.view(width, height, 3).transpose(0, 1).contiguous().numpy()
 
 
-def _sum_weighted(lines: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(N, E): sums of lines (L, E), N times those that are chosen (N, K), times weights (N, K)."""
-    return torch.nn.functional.embedding_bag(chosen, lines, mode="sum", per_sample_weights=weights)
+def _sum_weighted(
+    lines: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """(N, E) weighted sums of lines (L, E), by their indices (N, K) and weights (N, K)."""
+    return torch.nn.functional.embedding_bag(indices, lines, mode="sum", per_sample_weights=weights)
 
 
 @functools.lru_cache(maxsize=64)
 def _compute_taps(
-    count: int, start: float, stop: float, held: int, filter_: ResizeFilter
+    count: int, start: float, stop: float, available: int, filter_: Interpolation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of `held` means each of `count` output pixels is made of, and by what weights.
+    """Indices and weights of the means that each of `count` output pixels is computed from.
 
-    Along one axis, whose means are one unit long and begin at 0. Returns (count, K) int64 and
-    (count, K) float32, each row of which adds up to 1.
+    start, stop: the part of the axis to resize; the `available` means are one unit long each
+    Returns (count, K) int64 and (count, K) float32, each row of which sums to 1.
     """
     step = (stop - start) / count
     scale = max(step, 1.0)
-    centre = start + (np.arange(count) + 0.5) * step
+    center = start + (np.arange(count) + 0.5) * step
     reach = _FILTER_RADIUS[filter_]
-    # fewer taps than the filter is wide change a bicubic resize by 0.5 and more of 255
-    taps = min(held, max(MIN_TAPS, 2 * math.ceil(reach * scale) + 2))
-    first = np.clip(np.round(centre - taps / 2).astype(np.int64), 0, held - taps)
-    chosen = first[:, None] + np.arange(taps)
+    # with fewer taps than the filter's width, a bicubic resize differs by 0.5 of 255 and more
+    taps = min(available, max(MIN_TAPS, 2 * math.ceil(reach * scale) + 2))
+    first = np.clip(np.round(center - taps / 2).astype(np.int64), 0, available - taps)
+    indices = first[:, None] + np.arange(taps)
     points = (np.arange(2 * reach * _SAMPLES_PER_UNIT) + 0.5) / _SAMPLES_PER_UNIT - reach
-    places = centre[:, None] + points * scale
-    # as Pillow does, a filter that reaches beyond the image is cut off there
-    wanted = _FILTERS[filter_](np.abs(points)) * ((places > 0) & (places < held))
-    wanted /= wanted.sum(1, keepdims=True)
-    to_points = np.abs(chosen[:, :, None] + 0.5 - places[:, None, :])
+    places = center[:, None] + points * scale
+    # as in Pillow, the filter is cut off at the border of the image
+    target = _FILTERS[filter_](np.abs(points)) * ((places > 0) & (places < available))
+    target /= target.sum(1, keepdims=True)
+    to_points = np.abs(indices[:, :, None] + 0.5 - places[:, None, :])
     mean_distance = np.where(to_points < 0.5, to_points**2 + 0.25, to_points)
     apart = np.abs(np.subtract.outer(np.arange(taps), np.arange(taps))).astype(float)
     system = np.ones((taps + 1, taps + 1))
     system[:taps, :taps] = apart + np.eye(taps) / 3
     system[taps, taps] = 0
     aim = np.ones((taps + 1, count))
-    aim[:taps] = np.einsum("ikp,ip->ki", mean_distance, wanted)
+    aim[:taps] = np.einsum("ikp,ip->ki", mean_distance, target)
     weights = np.linalg.solve(system, aim)[:taps].T
-    return torch.from_numpy(chosen), torch.from_numpy(weights.astype(np.float32))
+    return torch.from_numpy(indices), torch.from_numpy(weights.astype(np.float32))
 
 
 def _bilinear(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -96,7 +97,7 @@ def _bilinear(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _bicubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Keys' kernel with a = -0.5, as Pillow has it."""
+    """Keys' kernel with a = -0.5, as in Pillow."""
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -1,7 +1,7 @@
-"""The table of image formats: names, suffixes, media types, signatures and decoders.
+"""Table of image formats: names, suffixes, media types, signatures and decoders.
 
-Listing, decoding, quality checks and serving all read this table. It needs neither torch nor
-Pillow, so that listing files stays cheap.
+File listing, decoding, data checks and serving all use this table. It imports neither torch nor
+Pillow, so that listing files starts fast.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 LISTING_FILE, LISTING_DONE_FILE = "_listing.json", "_SUCCESS"
-"""Files beside a manifest that `imgcls manifest build` writes: what it lists, and that it ended."""
+"""Files that `imgcls manifest build` writes next to a manifest: its content, and its success."""
 
 Decoder = Literal["simplejpeg", "pillow", "extra"]
 FORMATS_EXTRA = "formats"
-"""The extra that installs the packages of formats whose decoder is `extra`."""
+"""Extra of `imgcls` that installs the packages for formats whose decoder is `extra`."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """An image format that is decoded.
 
-    name:       as messages and docs have it
-    pillow:     Pillow's names for it; MPO is opened as JPEG
-    suffixes:   lower case, with the dot; the usual one first
-    mime_types: media types, the registered one first
-    signature:  regular expression that the first bytes match; None where `recognize` decides
-    decoder:    simplejpeg (Pillow for the files that it does not decode), pillow, or extra
-    package:    module that registers the format with Pillow, for `extra`
+    name:           name in messages and docs
+    pillow_names:   Pillow's names for it; MPO is opened as JPEG
+    suffixes:       lower case, with the dot; the usual one first
+    mime_types:     media types, the registered one first
+    signature:      regular expression for the first bytes; None if `identify_format` decides
+    decoder:        simplejpeg (Pillow for files that it does not decode), pillow, or extra
+    plugin_package: module that registers the format with Pillow, for `extra`
     """
 
     name: str
@@ -89,7 +89,7 @@ MIME_TYPES = tuple(mime for format_ in IMAGE_FORMATS for mime in format_.mime_ty
 FORMAT_BY_PILLOW_NAME = {
     name: format_ for format_ in IMAGE_FORMATS for name in format_.pillow_names
 }
-"""By the name that Pillow gives to the format of a file."""
+"""Formats by Pillow's name."""
 
 _BUILT_IN_NAMES = [format_.name for format_ in IMAGE_FORMATS if format_.decoder != "extra"]
 _EXTRA_NAMES = [format_.name for format_ in IMAGE_FORMATS if format_.decoder == "extra"]
@@ -98,7 +98,7 @@ DECODED_FORMATS_TEXT = (
     f"{' and '.join(_EXTRA_NAMES)} with "
     f"imgcls[{FORMATS_EXTRA}]"
 )
-"""The formats as messages list them."""
+"""List of the formats, for messages."""
 
 _HEVC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 
@@ -139,7 +139,7 @@ _UNSUPPORTED_FORMATS = (
     ("a JNG image", rb"\x8bJNG"),
     ("a KTX texture", rb"\xabKTX "),
 )
-"""Image formats that are recognized and not decoded: name with its article, first bytes."""
+"""Image formats that are recognized but not decoded: name with its article, first bytes."""
 
 
 def has_image_suffix(path: str) -> bool:
@@ -151,16 +151,16 @@ SYSTEM_FOLDERS = frozenset((
     "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found", "__macosx",
     "$recycle.bin", "system volume information",
 ))  # fmt: skip
-"""Folders that file systems, NAS devices and archives make themselves, in lower case."""
+"""Folders that file systems, NAS devices and archivers create, in lower case."""
 
 
 def is_hidden_name(name: str) -> bool:
-    """Whether a file or folder name is hidden, or one that no user made."""
+    """Whether a file or folder is hidden, or created by the system."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def identify_format(data: bytes) -> ImageFormat | None:
-    """The format of a file by its first bytes; None where it has none of the table's."""
+    """Identify the format of a file by its first bytes; None if it is not in the table."""
     head = data[:64]
     for format_, signature in _SIGNATURES:
         if signature.match(head):
@@ -178,7 +178,7 @@ def identify_format(data: bytes) -> ImageFormat | None:
 
 
 def identify_unsupported_format(data: bytes) -> str | None:
-    """The name, with its article, of an image format that is recognized and not decoded."""
+    """Name, with its article, of an image format that is recognized but not decoded."""
     head = data[:1024]
     return next(
         (name for name, signature in _UNSUPPORTED_SIGNATURES if signature.match(head)), None

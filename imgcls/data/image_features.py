@@ -1,7 +1,7 @@
-"""What can be told of an image file without a model: its kind, its sizes, how it looks, two hashes.
+"""Features of an image file without a model: format, size, brightness, sharpness, two hashes.
 
-Owns the perceptual hash and the measures of darkness, detail and blur; promises that they hardly
-change when a picture is saved again or in another size. Which values are bad is not judged here.
+The perceptual hash and the measures of brightness, detail and blur hardly change when an image is
+saved again or resized. Limits for these values are in `curation.checks`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from PIL import Image
 from imgcls.data import decode
 
 MAX_FEATURE_SIDE = 256
-"""Measures are taken of the picture at no more than so many pixels a side."""
+"""Maximum width and height at which the measures are computed, in pixels."""
 HASH_SIDE = 32
 HASH_BITS = 256
 DIGEST_BYTES = 16
 _MIN_RELATIVE_AMPLITUDE = 0.01
-"""A frequency counts as absent below this share of the root mean square of all: in graphics with
-symmetries most are, and their signs are those of rounding errors."""
+"""Relative amplitude, to the root mean square of all frequencies, below which a frequency counts as
+absent. In symmetric graphics most are, and their signs are rounding errors."""
 FEATURE_FIELDS = (
     pa.field("format", pa.string()),
     pa.field("width", pa.int32()),
@@ -39,18 +39,18 @@ FEATURE_FIELDS = (
     pa.field("sharpness", pa.float32()),
     pa.field("colour", pa.float32()),
 )
-"""The columns that `Facts` fill in a table."""
+"""Columns of `ImageFeatures` in a table."""
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image file.
+    """Features of one image file. The field names are columns of output tables.
 
-    format:        as Pillow names it, such as JPEG
-    width, height: pixels, as a viewer would show it
+    format:        Pillow's name, such as JPEG
+    width, height: in pixels, after EXIF orientation
     orientation:   EXIF, 1 to 8; 1 is upright
     digest:        BLAKE2b of the bytes
-    hash:          (32,) uint8, the perceptual hash, steadiest bits first
+    hash:          (32,) uint8, the perceptual hash, most stable bits first
     dark, bright:  5th and 95th percentile of the luma, 0 black to 1 white
     contrast:      standard deviation of the luma, 0 to 0.5
     entropy:       of the histogram of the luma, in bits, 0 to 8
@@ -72,65 +72,65 @@ class ImageFeatures:
     colour: float
 
     def to_columns(self) -> dict[str, Any]:
-        """By the names of `FIELDS`."""
+        """Values by the names of `FEATURE_FIELDS`."""
         return vars(self) | {"hash": self.hash.tobytes()}
 
 
 def compute_features(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> ImageFeatures:
-    """Look at one image file.
+    """Compute the features of an image file.
 
-    Raises an ImageError as `images.decode` does.
+    Raises an ImageError as `decode.decode_image` does.
     """
-    opened = decode.decode_preview(data, MAX_FEATURE_SIDE, max_pixels=max_pixels)
-    red, green, blue = (np.asarray(band) for band in opened.image.split())
+    preview = decode.decode_preview(data, MAX_FEATURE_SIDE, max_pixels=max_pixels)
+    red, green, blue = (np.asarray(band) for band in preview.image.split())
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    grey = opened.image.convert("L")
-    luma = np.asarray(grey, np.float32) / 255
-    shades = np.bincount(np.asarray(grey).ravel(), minlength=256) / luma.size
-    there = shades[shades > 0]
+    gray = preview.image.convert("L")
+    luma = np.asarray(gray, np.float32) / 255
+    histogram = np.bincount(np.asarray(gray).ravel(), minlength=256) / luma.size
+    present = histogram[histogram > 0]
     contrast = float(luma.std())
     return ImageFeatures(
-        format=opened.format,
-        width=opened.display_size[0],
-        height=opened.display_size[1],
-        orientation=opened.orientation,
+        format=preview.format,
+        width=preview.display_size[0],
+        height=preview.display_size[1],
+        orientation=preview.orientation,
         digest=compute_digest(data),
-        hash=compute_perceptual_hash(grey),
-        dark=_compute_percentile(shades, 5),
-        bright=_compute_percentile(shades, 95),
+        hash=compute_perceptual_hash(gray),
+        dark=_compute_percentile(histogram, 5),
+        bright=_compute_percentile(histogram, 95),
         contrast=contrast,
-        entropy=float(-(there * np.log2(there)).sum()),
+        entropy=float(-(present * np.log2(present)).sum()),
         sharpness=_compute_laplacian_std(luma) / contrast if contrast else 0.0,
         colour=_compute_percentile(np.bincount(spread.ravel(), minlength=256) / spread.size, 95),
     )
 
 
 def compute_digest(data: bytes) -> bytes:
-    """16 bytes by which the same file is known."""
+    """16-byte digest that identifies the content of a file."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def compute_perceptual_hash(picture: Image.Image) -> npt.NDArray[np.uint8]:
-    """The signs of a picture's 256 lowest spatial frequencies, without its mean.
+def compute_perceptual_hash(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Signs of an image's 256 lowest spatial frequencies, without its mean.
 
-    Returns (32,) uint8, the lowest frequencies first. Pictures that look alike differ in few bits;
-    others in 128 on average. Source: discrete cosine transform as of Zauner, "Implementation and
-    Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2; with signs for a median, so
-    that mirroring a picture changes known bits (`MIRROR`).
+    Returns (32,) uint8, the lowest frequencies first. Similar images differ in few bits, others in
+    128 on average. Source: discrete cosine transform of Zauner, "Implementation and Benchmarking of
+    Perceptual Image Hash Functions", 2010, section 3.2; with signs instead of a median, so that
+    mirroring an image flips known bits (`MIRROR_BITS`).
     """
-    small = picture.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
+    small = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32)
     spectrum = (_COSINES @ pixels @ _COSINES.T)[_ROWS, _COLUMNS]
     return np.packbits(spectrum > _MIN_RELATIVE_AMPLITUDE * np.sqrt(np.square(spectrum).mean()))
 
 
 def _compute_percentile(shares: npt.NDArray[Any], percent: float) -> float:
-    """Of values from 0 to 255, given the share of each; returned from 0 to 1."""
+    """Percentile, from 0 to 1, of values from 0 to 255, given the share of each value."""
     return float(np.searchsorted(shares.cumsum(), percent / 100 - 1e-9)) / 255
 
 
 def _compute_laplacian_std(luma: npt.NDArray[Any]) -> float:
-    """Standard deviation of the four-neighbour Laplacian; 0 of what is too small to have one."""
+    """Standard deviation of the four-neighbor Laplacian; 0 for an image that is too small."""
     if min(luma.shape) < 3:
         return 0.0
     inner = luma[1:-1, 1:-1]
@@ -139,8 +139,8 @@ def _compute_laplacian_std(luma: npt.NDArray[Any]) -> float:
 
 
 def _build_cosines() -> npt.NDArray[np.float32]:
-    frequency, place = np.mgrid[:HASH_SIDE, :HASH_SIDE]
-    return np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE)).astype(np.float32)
+    frequency, position = np.mgrid[:HASH_SIDE, :HASH_SIDE]
+    return np.cos(np.pi * frequency * (2 * position + 1) / (2 * HASH_SIDE)).astype(np.float32)
 
 
 def _find_lowest_frequencies() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -153,4 +153,4 @@ _COSINES = _build_cosines()
 _ROWS, _COLUMNS = _find_lowest_frequencies()
 
 MIRROR_BITS = np.packbits(_COLUMNS % 2 == 1)
-"""(32,) uint8: the bits of a hash that change when the picture is mirrored left to right."""
+"""(32,) uint8: the bits of a hash that flip when the image is mirrored left to right."""

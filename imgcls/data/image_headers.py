@@ -1,7 +1,7 @@
-"""What a file's header states about its samples, for every decoded format.
+"""Sample format in a file's header, for every decoded format.
 
-`samples_of` is the one place that reads it; `imgcls.data.pixels` scales by it. Samples whose range
-the header does not give, such as floats, are refused as `unsupported` and never guessed.
+`read_sample_format` reads it, and `imgcls.data.pixels` scales by it. Samples whose range is not in
+the header, such as floats, are rejected as `unsupported` and never guessed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ AlphaKind = Literal["straight", "associated"]
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """How a file stores its samples.
+    """Format of the samples in a file.
 
-    kind:        number type
-    bits:        per sample of each band, as stored
-    color:       photometric interpretation: grey, RGB, palette, CMYK, YCbCr, Lab, or another name
-    inverted:    the lowest value is white
-    planar:      one plane per band
-    alpha:       straight or associated (multiplied into the colors); None without alpha
-    icc:         an ICC profile is embedded; pixels are not converted by it
-    significant: bits of each band that carry data (PNG's sBIT); None where not stated
-    transparent: the gray level or color that is transparent (PNG's tRNS), in stored units
+    kind:              number type
+    bits:              bits per sample of each band, as stored
+    color:             photometric interpretation: gray, RGB, palette, CMYK, YCbCr, Lab, or another
+    is_inverted:       the lowest value is white
+    is_planar:         one plane per band
+    alpha:             straight or associated (multiplied into the colors); None without alpha
+    has_icc_profile:   an ICC profile is embedded; pixels are not converted by it
+    significant_bits:  bits of each band that carry data (PNG's sBIT); None if not stated
+    transparent_color: the gray level or color that is transparent (PNG's tRNS), in stored units
     """
 
     kind: SampleKind = "unsigned"
@@ -48,7 +48,7 @@ class SampleFormat:
         """Such as `32-bit float RGB` or `5 bands of 16-bit unsigned samples`."""
         bits = "/".join(str(n) for n in dict.fromkeys(self.bits))
         count = len(self.bits)
-        bands = {"grey": 1, "palette": 1, "CMYK": 4}.get(self.color, 3) + (self.alpha is not None)
+        bands = {"gray": 1, "palette": 1, "CMYK": 4}.get(self.color, 3) + (self.alpha is not None)
         notes = [
             name
             for name, is_so in (("planar", self.is_planar), ("inverted", self.is_inverted))
@@ -66,11 +66,11 @@ DEFAULT_SAMPLE_FORMAT = SampleFormat()
 
 
 def read_sample_format(format_: ImageFormat, data: bytes) -> SampleFormat:
-    """What the header of a file states about its samples.
+    """Read the sample format from the header of a file.
 
-    Formats that hold nothing but 8-bit unsigned samples give `DEFAULT`.
-    Raises UnsupportedImage for samples that no decoder here gives as they are meant, and
-    TruncatedImage or ImageError for a header that is cut off or contradicts itself.
+    Formats that only have 8-bit unsigned samples give `DEFAULT_SAMPLE_FORMAT`.
+    Raises UnsupportedImage for samples that cannot be decoded correctly, and TruncatedImage or
+    ImageError for a header that is truncated or inconsistent.
     """
     if format_.name == "PNG":
         return _read_png(data)
@@ -85,23 +85,25 @@ def _read_png(data: bytes) -> SampleFormat:
     """Source: Portable Network Graphics specification, third edition, sections 11.2 and 11.3."""
     chunks = png.parse_chunks(data)
     header = png.parse_ihdr(data)
-    held = {chunk.kind: chunk.body(data) for chunk in reversed(chunks) if chunk.kind in _PNG_CHUNKS}
+    bodies = {
+        chunk.kind: chunk.body(data) for chunk in reversed(chunks) if chunk.kind in _PNG_CHUNKS
+    }
     color, bands, alpha = _PNG_COLORS[header.color_type]
     depth = 8 if color == "palette" else header.bit_depth
-    significant: tuple[int, ...] | None = tuple(held.get(b"sBIT", b"")) or None
+    significant: tuple[int, ...] | None = tuple(bodies.get(b"sBIT", b"")) or None
     if significant and (len(significant) < bands or not all(1 <= n <= depth for n in significant)):
-        significant = None  # as libpng, which ignores an invalid one
-    key = held.get(b"tRNS")
+        significant = None  # ignored if invalid, as in libpng
+    key = bodies.get(b"tRNS")
     transparent = None
-    if key is not None and color in ("grey", "RGB") and not alpha and len(key) >= 2 * bands:
-        # the lowest bits count where samples have fewer than 16
+    if key is not None and color in ("gray", "RGB") and not alpha and len(key) >= 2 * bands:
+        # samples of fewer than 16 bits are in the lowest bits
         stored = struct.unpack_from(f">{bands}H", key)
         transparent = tuple(value & (1 << header.bit_depth) - 1 for value in stored)
     return SampleFormat(
         bits=(header.bit_depth,) * bands,
         color=color,
         alpha="straight" if alpha else None,
-        has_icc_profile=b"iCCP" in held,
+        has_icc_profile=b"iCCP" in bodies,
         significant_bits=significant[:bands] if significant else None,
         transparent_color=transparent,
     )
@@ -109,10 +111,10 @@ def _read_png(data: bytes) -> SampleFormat:
 
 _PNG_CHUNKS = (b"sBIT", b"tRNS", b"iCCP")
 _PNG_COLORS = {
-    0: ("grey", 1, False),
+    0: ("gray", 1, False),
     2: ("RGB", 3, False),
     3: ("palette", 1, False),
-    4: ("grey", 2, True),
+    4: ("gray", 2, True),
     6: ("RGB", 4, True),
 }
 
@@ -137,7 +139,7 @@ def _read_tiff(data: bytes) -> SampleFormat:
     alphas: dict[int, AlphaKind] = {1: "associated", 2: "straight", 999: "straight"}
     alpha = next((alphas[n] for n in extra if n in alphas), None)
     if color == "RGB" and count == 4 and not extra:
-        alpha = "straight"  # ExtraSamples is missing: the fourth band is taken for alpha
+        alpha = "straight"  # ExtraSamples is missing: assume that the fourth band is alpha
     samples = SampleFormat(
         kind=kinds.pop() if len(kinds) == 1 else "undefined",
         bits=bits * count if len(bits) == 1 and 0 < count <= 64 else bits,
@@ -150,7 +152,7 @@ def _read_tiff(data: bytes) -> SampleFormat:
     tiff.check_strips(data, tags, samples.bits, planar=samples.is_planar)
     if samples.kind != "unsigned" or max(samples.bits) > 16:
         raise UnsupportedImage(
-            f"TIFF: {samples} is not supported: the header does not state which value is white; "
+            f"TIFF: {samples} is not supported: the header does not state the value of white; "
             "convert it to unsigned 8 or 16 bits"
         )
     return samples
@@ -160,7 +162,7 @@ _TIFF_KINDS: dict[int, SampleKind] = {
     1: "unsigned", 2: "signed", 3: "float", 5: "complex", 6: "complex",
 }  # fmt: skip
 _TIFF_COLORS = {
-    0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab",
+    0: "gray", 1: "gray", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab",
     9: "ICC Lab", 10: "ITU Lab", 32803: "color filter array", 32844: "LogL", 32845: "LogLuv",
     34892: "linear raw",
 }  # fmt: skip
@@ -168,20 +170,20 @@ _TIFF_COLORS = {
 
 def _read_jpeg_2000(data: bytes) -> SampleFormat:
     """Source: ISO/IEC 15444-1, annex A.5.1 (SIZ)."""
-    place = data.find(b"\xff\x4f\xff\x51")
-    if place < 0 or len(data) < place + 43:
-        return DEFAULT_SAMPLE_FORMAT  # the decoder reports what is missing
-    (count,) = struct.unpack_from(">H", data, place + 40)
-    sizes = data[place + 42 : place + 42 + 3 * count : 3]
+    position = data.find(b"\xff\x4f\xff\x51")
+    if position < 0 or len(data) < position + 43:
+        return DEFAULT_SAMPLE_FORMAT  # the decoder reports the missing data
+    (count,) = struct.unpack_from(">H", data, position + 40)
+    sizes = data[position + 42 : position + 42 + 3 * count : 3]
     samples = SampleFormat(
         kind="signed" if any(size & 0x80 for size in sizes) else "unsigned",
         bits=tuple((size & 0x7F) + 1 for size in sizes) or (8,),
-        color="grey" if count < 3 else "RGB",
+        color="gray" if count < 3 else "RGB",
         alpha="straight" if count in (2, 4) else None,
     )
-    # Pillow rounds bands of more than 8 bits up beyond white, which comes out black
-    most = 16 if count == 1 else 8
-    if samples.kind == "signed" or max(samples.bits) > most or count > 4:
+    # Pillow rounds bands of more than 8 bits up beyond white, which becomes black
+    max_bits = 16 if count == 1 else 8
+    if samples.kind == "signed" or max(samples.bits) > max_bits or count > 4:
         raise UnsupportedImage(
             f"JPEG 2000: {samples} is not supported; convert it to unsigned samples, gray of at "
             "most 16 bits or color of 8 bits"
@@ -190,7 +192,7 @@ def _read_jpeg_2000(data: bytes) -> SampleFormat:
 
 
 def read_jpeg_xl_header(data: bytes) -> tuple[int, int, int] | None:
-    """Width, height and orientation in a JPEG XL codestream; None where there is none.
+    """Width, height and orientation in a JPEG XL codestream; None if there is none.
 
     Its decoder applies the orientation, 1 to 8, that the codestream states.
     Source: ISO/IEC 18181-1, clauses 9.1 (SizeHeader) and 9.3 (ImageMetadata); 18181-2 (boxes).
@@ -229,29 +231,29 @@ _JPEG_XL_RATIOS = (None, (1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 
 
 
 def iterate_boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The outermost boxes of an ISO base media file: type, and where the body begins and ends.
+    """Top-level boxes of an ISO base media file: type, start and end of the body.
 
-    The end lies beyond that of the file where a box is cut off.
+    The end of a truncated box exceeds the size of the file.
     """
-    place = 0
-    while place + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        first = place + 8
-        if length == 1 and place + 16 <= len(data):
+    position = 0
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        first = position + 8
+        if length == 1 and position + 16 <= len(data):
             (length,) = struct.unpack_from(">Q", data, first)
-            first = place + 16
-        stop = place + length if length else len(data)
+            first = position + 16
+        stop = position + length if length else len(data)
         yield kind, first, stop
-        if stop <= place:
+        if stop <= position:
             return
-        place = stop
+        position = stop
 
 
 def is_cut_off(data: bytes) -> bool:
-    """Whether a file that is not decoded ends before its own structure does.
+    """Whether a file ends before its own structure does, without decoding it.
 
-    WebP states its length, ISO base media files that of their boxes; a JPEG 2000 codestream and a
-    GIF have an end marker.
+    WebP states its length, ISO base media files the lengths of their boxes; a JPEG 2000 codestream
+    and a GIF have an end marker.
     """
     if data[:4] == b"RIFF":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)

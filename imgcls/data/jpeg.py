@@ -1,13 +1,13 @@
-"""JPEG files: the frame header, and a decoder that reports missing and damaged image data.
+"""JPEG files: frame header, and a decoder that reports missing and damaged image data.
 
-Pillow and torchvision ignore libjpeg's warnings: missing image data come out gray, without an
-error. Here simplejpeg decodes, which runs libjpeg-turbo too, but reports its warnings. One rule
-holds on every decode route:
+Pillow and torchvision ignore libjpeg's warnings: missing image data become gray, without an error.
+This module decodes by simplejpeg, which also runs libjpeg-turbo, but reports its warnings. The same
+rules hold on every decode route:
 
-- All image data are present: the file is sound. Its end marker (EOI) may be missing, and padding
+- All image data are present: the file is valid. Its end marker (EOI) may be missing, and padding
   (bytes of 0x00 or 0xFF) may follow the image data.
 - Image data are missing: TruncatedImage, whether or not an end marker follows. In a progressive
-  file every coefficient must have been sent down to its last bit.
+  file every coefficient must be present down to its last bit.
 - libjpeg finds the image data corrupt: ImageError.
 
 Sources: ITU-T T.81, annexes B (markers) and G (progression); libjpeg-turbo, jerror.h (warnings).
@@ -24,19 +24,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from imgcls.data.pixels import Pixels
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
-Pixels = npt.NDArray[np.uint8]
 ScaleFactor = Literal[1, 2, 4, 8]
 
 MAX_UNUSED_BYTES = 2
-"""Accepted number of unused bytes between the image data and the end marker, as libjpeg counts
-them: some cameras write them. Of 1,336 photographs with one wrong bit 13 % end with unused bytes,
-0.6 % with at most two."""
+"""Maximum number of unused bytes between the image data and the end marker, as libjpeg counts them;
+some cameras write them. Of 1,336 photographs with one wrong bit, 13 % end with unused bytes, 0.6 %
+with at most two."""
 
 _EOI, _SOS, _RESTART_INTERVAL, _COMMENT = 0xD9, 0xDA, 0xDD, 0xFE
 _SOI_BYTES, _EOI_BYTES = b"\xff\xd8", b"\xff\xd9"
@@ -59,7 +58,7 @@ _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd([0-79])")
 _MISSING_DATA = re.compile(r"premature end|found marker 0xd9 instead of RST", re.IGNORECASE)
 _UNSUPPORTED_SAMPLING = "subsampling level"
 _READ_AHEAD_BYTES = 8
-"""Bytes: the bit buffer of libjpeg."""
+"""Size of libjpeg's bit buffer, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -88,26 +87,26 @@ class FrameHeader:
 
     @property
     def chroma_spans(self) -> tuple[float, float]:
-        """How many pixels of a reduced image its coarsest component spans, across and down.
+        """Pixels of a reduced image that its coarsest component spans, across and down.
 
-        libjpeg reduces a subsampled component less than the others, where both of its sampling
-        factors allow it: 1, 1 for 4:4:4 and 4:2:0, 2, 1 for 4:2:2 and 1, 2 for 4:4:0.
+        libjpeg reduces a subsampled component less than the others if both of its sampling factors
+        allow it: 1, 1 for 4:4:4 and 4:2:0, 2, 1 for 4:2:2 and 1, 2 for 4:4:0.
         Source: libjpeg-turbo, jdmaster.c, jpeg_calc_output_dimensions.
         """
-        # damaged files have factors of 0
-        most_across = max(1, *(across for across, _ in self.sampling_factors.values()))
-        most_down = max(1, *(down for _, down in self.sampling_factors.values()))
+        # a damaged file may have factors of 0
+        max_across = max(1, *(across for across, _ in self.sampling_factors.values()))
+        max_down = max(1, *(down for _, down in self.sampling_factors.values()))
         spans = []
         for across, down in self.sampling_factors.values():
             across, down = max(1, across), max(1, down)
-            while most_across % (2 * across) == 0 and most_down % (2 * down) == 0:
+            while max_across % (2 * across) == 0 and max_down % (2 * down) == 0:
                 across, down = 2 * across, 2 * down
-            spans.append((most_across / across, most_down / down))
+            spans.append((max_across / across, max_down / down))
         return max(span for span, _ in spans), max(span for _, span in spans)
 
 
 def read_frame_header(data: bytes) -> FrameHeader | None:
-    """The frame header; None if it is damaged, or not followed by a scan."""
+    """Read the frame header; None if it is damaged, or no scan follows."""
     frame = b""
     for marker, start, stop in _iterate_segments(data, first_scan=True):
         if marker in _FRAME_MARKERS:
@@ -123,9 +122,9 @@ def read_frame_header(data: bytes) -> FrameHeader | None:
 
 
 def find_unsupported_process(data: bytes) -> UnsupportedImage | None:
-    """The error for a JPEG process that is not decoded, such as 12-bit; None for the usual ones.
+    """The error for a JPEG process that is not decoded, such as 12-bit; None for a supported one.
 
-    Needs no scan: a cut file is named as well. Source: ITU-T T.81, table B.1 (markers).
+    Needs no scan, so it also works for a truncated file. Source: ITU-T T.81, table B.1 (markers).
     """
     for marker, start, stop in _iterate_segments(data, first_scan=True):
         if (marker in _FRAME_MARKERS or marker == _JPEG_LS) and stop - start > 9:
@@ -156,16 +155,16 @@ def decode_jpeg(
     """Decode a grayscale, YCbCr or RGB JPEG.
 
     factor: decode at 1/factor of the size, rounded up; each pixel is the mean of a square
-    frame:  of `data`, if it was read before
+    frame:  frame header of `data`, if it was already read
     Returns (H, W, 3) uint8 RGB. Raises TruncatedImage or ImageError.
     """
     frame = frame or read_frame_header(data)
     size = frame.size if frame else (0, 0)
-    least = dict(
+    min_size = dict(
         zip(("min_width", "min_height"), (-(-side // factor) for side in size), strict=True)
     )
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **(least if factor > 1 else {}))
+        pixels = simplejpeg.decode_jpeg(data, "RGB", **(min_size if factor > 1 else {}))
     except ValueError as error:
         data = _verify_after_error(data, frame, error)
         pixels = _decode_with_pillow(data, factor)
@@ -174,10 +173,10 @@ def decode_jpeg(
 
 
 def verify_jpeg(data: bytes) -> bytes:
-    """Check the image data for a decoder that ignores libjpeg's warnings.
+    """Check the image data, for a decoder that ignores libjpeg's warnings.
 
-    Returns the file with an end marker right after the image data. Raises as `decode` does. Takes
-    about half the time of decoding; other threads can run meanwhile.
+    Returns the file with an end marker right after the image data. Raises as `decode_jpeg` does.
+    Takes about half the time of decoding, and releases the GIL.
     """
     frame = read_frame_header(data)
     try:
@@ -189,7 +188,7 @@ def verify_jpeg(data: bytes) -> bytes:
 
 
 def _verify_after_error(data: bytes, frame: FrameHeader | None, error: ValueError) -> bytes:
-    """As `checked`, for a file that simplejpeg reports `error` of."""
+    """As `verify_jpeg`, for a file on which simplejpeg raised `error`."""
     refusal = find_unsupported_process(data)
     if refusal:
         raise refusal
@@ -201,8 +200,8 @@ def _verify_after_error(data: bytes, frame: FrameHeader | None, error: ValueErro
 def _verify_with_pillow(data: bytes) -> bytes:
     """A JPEG of one scan, with an end marker; raises TruncatedImage if image data are missing.
 
-    Pillow reports that only where no end marker follows. To check, a few bytes follow instead, as
-    many as libjpeg reads ahead of the last block.
+    Pillow reports missing data only if no end marker follows. The check replaces the marker by as
+    many bytes as libjpeg reads ahead of the last block.
     """
     scan = next(stop for marker, _, stop in _iterate_segments(data) if marker == _SOS)
     try:
@@ -219,33 +218,33 @@ def _verify_with_pillow(data: bytes) -> bytes:
 
 
 def _decode_with_pillow(data: bytes, factor: ScaleFactor) -> Pixels:
-    """Decode a JPEG that is sound, or has sampling factors that simplejpeg refuses."""
+    """Decode a verified JPEG, or one with sampling factors that simplejpeg rejects."""
     image = Image.open(io.BytesIO(data), formats=["JPEG"])
     if factor > 1:
         image.draft("RGB", (max(1, image.width // factor), max(1, image.height // factor)))
     return np.array(image.convert("RGB"))
 
 
-def _check_entropy_data(data: bytes, extra: int = 0) -> None:
+def _check_entropy_data(data: bytes, max_unused: int = 0) -> None:
     """Decode at 1/8: all entropy-coded data are read. Raises ValueError on a libjpeg warning.
 
-    extra: accepted number of unused bytes before the end marker
+    max_unused: accepted number of unused bytes before the end marker
     """
     try:
         simplejpeg.decode_jpeg(data, "GRAY", min_width=1, min_height=1)
     except ValueError as error:
         unused = _EXTRANEOUS.search(str(error))
-        if unused is None or unused[2] != "9" or int(unused[1]) > extra:
+        if unused is None or unused[2] != "9" or int(unused[1]) > max_unused:
             raise
 
 
 def _verify_without_padding(data: bytes) -> bytes:
     """The file with an end marker right after its image data, if these are complete.
 
-    For a file that libjpeg warns of: other warnings can hide behind the first one.
+    For a file that libjpeg warns about: the first warning can hide others.
     Raises TruncatedImage or ImageError.
     """
-    coding, sound = _strip_padding(data)
+    coding, whole = _strip_padding(data)
     try:
         try:
             _check_entropy_data(coding, MAX_UNUSED_BYTES)
@@ -260,15 +259,15 @@ def _verify_without_padding(data: bytes) -> bytes:
                 f"the JPEG is truncated: image data are missing ({len(data):,} bytes)"
             ) from error
         raise ImageError(f"the JPEG image data are corrupt: {error}") from error
-    return sound
+    return whole
 
 
 def _split_restart_intervals(coding: bytes, warning: str) -> Iterator[bytes]:
     """The restart intervals of a sequential JPEG, each as a JPEG of one row of blocks.
 
-    Webcams write an unused byte before every restart marker. libjpeg adds them up and warns once,
-    and its other warnings hide behind that: each interval is to be checked by itself.
-    Raises ValueError if there are too few, and with `warning` if the file is of another kind.
+    Webcams write an unused byte before every restart marker. libjpeg counts them and warns once,
+    which hides its other warnings; hence each interval is checked by itself.
+    Raises ValueError for missing intervals, and with `warning` for a file of another kind.
     """
     frame = read_frame_header(coding)
     parts = {marker: (start, stop) for marker, start, stop in _iterate_segments(coding)}
@@ -297,11 +296,11 @@ def _split_restart_intervals(coding: bytes, warning: str) -> Iterator[bytes]:
 
 
 def _strip_padding(data: bytes) -> tuple[bytes, bytes]:
-    """A JPEG without the padding that follows its scans: its coding alone, and the whole file.
+    """A JPEG without the padding after its scans: its entropy-coded data alone, and the whole file.
 
-    The coding alone has no application data and comments, about which libjpeg may warn too.
+    The first one has no application data and comments, about which libjpeg may warn, too.
     """
-    coding, sound = [_SOI_BYTES], data
+    coding, whole = [_SOI_BYTES], data
     progressive = False
     for marker, start, stop in _iterate_segments(data):
         if marker in _APP_MARKERS or marker in (_EOI, _COMMENT):
@@ -311,20 +310,20 @@ def _strip_padding(data: bytes) -> tuple[bytes, bytes]:
         if marker == _SOS:
             header = 2 + int.from_bytes(segment[2:4], "big")
             coded = _strip_scan_padding(segment[header:])
-            sound = data[: start + header] + coded + _EOI_BYTES
-            # libjpeg ignores these three in a sequential file, but warns if they are wrong
+            whole = data[: start + header] + coded + _EOI_BYTES
+            # libjpeg ignores these three bytes in a sequential file, but warns if they are wrong
             selection = segment[header - 3 : header] if progressive else _SEQUENTIAL_SPECTRUM
             segment = segment[: header - 3] + selection + coded
         coding.append(segment)
-    return b"".join([*coding, _EOI_BYTES]), sound
+    return b"".join([*coding, _EOI_BYTES]), whole
 
 
 def _strip_scan_padding(coded: bytes) -> bytes:
-    """Entropy-coded data without the bytes of 0x00 and 0xFF at their end, if these are padding.
+    """Entropy-coded data without trailing padding: bytes of 0x00 and 0xFF.
 
-    A single one is taken for data. More than one can be data too, where a picture ends in one flat
-    color: with its end marker lost and padding in its place such a file counts as truncated,
-    because one that was cut and filled up with zeros can consist of the same bytes.
+    A single such byte counts as data. More of them can be data as well, if an image ends in a flat
+    color: without its end marker such a file counts as truncated, because a file that was cut and
+    filled with zeros can consist of the same bytes.
     """
     kept = len(coded.rstrip(b"\x00\xff"))
     stuffed = _STUFFED.match(coded, kept)
@@ -333,7 +332,7 @@ def _strip_scan_padding(coded: bytes) -> bytes:
 
 
 def _check_scans(data: bytes, frame: FrameHeader | None) -> None:
-    """Raise TruncatedImage if a scan is missing; libjpeg decodes without it and does not warn."""
+    """Raise TruncatedImage if a scan is missing, about which libjpeg does not warn."""
     if frame is None or not frame.has_multiple_scans:
         return
     missing_bits = {component: bytearray(b"\xff" * 64) for component in frame.sampling_factors}
@@ -355,7 +354,7 @@ def _check_scans(data: bytes, frame: FrameHeader | None) -> None:
 def _iterate_segments(data: bytes, *, first_scan: bool = False) -> Iterator[tuple[int, int, int]]:
     """(marker code, start, stop) of each marker segment after the start of the image.
 
-    A scan's segment includes its entropy-coded data. Ends at the end marker, at damage, and with
+    A scan's segment includes its entropy-coded data. Stops at the end marker, at damage, and with
     `first_scan` at the header of the first scan.
     """
     stop = 2

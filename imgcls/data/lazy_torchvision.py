@@ -1,8 +1,7 @@
-"""torchvision, without a second of every process's start.
+"""torchvision without its import of torch's compiler, which adds one second to a process's start.
 
-An operator that no classifier has, `torchvision.ops.roi_align`, imports torch's compiler as soon as
-torchvision is imported, to ask one thing of it later. Here it gets something to ask that imports
-the compiler then.
+`torchvision.ops.roi_align`, an operator for detection, imports the compiler for one function. It
+gets a stand-in for this module, whose function imports the compiler when it is called.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ _COMPILER_MODULE = "torch._dynamo.utils"
 
 
 def is_compile_supported(device_type: str) -> bool:
-    """What the compiler says, once somebody asks."""
-    from torch._dynamo.utils import is_compile_supported as asked
+    """Same as `torch._dynamo.utils.is_compile_supported`, imported at the first call."""
+    from torch._dynamo.utils import is_compile_supported as original
 
-    return bool(asked(device_type))
+    return bool(original(device_type))
 
 
 def _import_torchvision() -> ModuleType:

@@ -1,8 +1,8 @@
-"""Decoded samples to 8-bit RGB, scaled by what the file's header states.
+"""Convert decoded samples to 8-bit RGB, scaled by the sample format in the file's header.
 
-Transparency is composited over white. Pillow decodes; where its modes lose what a header states
-(bits below the eighth, a transparent 16-bit color, planes, an inverted scale), the samples are
-taken from it as stored and scaled here.
+Transparency is composited over white. Pillow decodes. Where its modes lose information of the
+header (bits below the eighth, a transparent 16-bit color, planes, an inverted scale), the stored
+samples are read and scaled here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from imgcls.data import formats, png, tiff
 from imgcls.data.image_headers import SampleFormat, read_sample_format
 from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
+Pixels = npt.NDArray[np.uint8]
 SampleArray = npt.NDArray[Any]
 
 
 def load_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """A file's picture as RGB, its first frame or page; EXIF orientation is undone in TIFFs alone.
+    """Decode the first frame or page of a file to RGB; EXIF orientation is applied in TIFFs only.
 
     image: the file, opened and not decoded
     data:  its bytes
-    Raises UnsupportedImage, or what Pillow raises for damaged pixels.
+    Raises UnsupportedImage, or Pillow's error for damaged pixels.
     """
     format_ = formats.FORMAT_BY_PILLOW_NAME[image.format or ""]
     samples = read_sample_format(format_, data)
@@ -41,16 +42,14 @@ def load_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     if format_.name == "ICO":
         return _load_ico(image, data)
     if format_.name == "PPM" and image.mode == "I":
-        return _convert_gray(
-            np.asarray(image), 65535
-        )  # Pillow scales any greater maximum to this one
+        return _convert_gray(np.asarray(image), 65535)  # to which Pillow scales any larger maximum
     if format_.name == "JPEG 2000":
         return _load_jpeg_2000(image, samples)
     return convert_to_rgb(image)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode as RGB: transparency over white, 16 bits scaled to 8.
+    """Convert a Pillow image of any mode to RGB: transparency over white, 16 bits scaled to 8.
 
     Raises UnsupportedImage for modes whose range is unknown.
     """
@@ -66,7 +65,7 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         kind = {"I": "signed 32-bit integer", "F": "32-bit float"}[image.mode]
         raise UnsupportedImage(
-            f"{kind} samples are not supported: which value is white is unknown; convert them to "
+            f"{kind} samples are not supported: the value of white is unknown; convert them to "
             "unsigned 8 or 16 bits"
         )
     if image.mode == "La":
@@ -79,13 +78,13 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert_gray(values: SampleArray, top: int, *, inverted: bool = False) -> Image.Image:
-    """(H, W) samples from 0 to `top`, which is white, or black where they are inverted."""
-    grey = _scale_to_8_bits(values, top)
-    return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+    """(H, W) samples from 0 to `top` to RGB; `top` is white, or black if inverted."""
+    gray = _scale_to_8_bits(values, top)
+    return Image.fromarray(255 - gray if inverted else gray).convert("RGB")
 
 
 def _scale_to_8_bits(values: SampleArray, top: int) -> npt.NDArray[np.uint8]:
-    """Samples from 0 to `top` as 8 bits."""
+    """Scale samples from 0 to `top` to 8 bits."""
     if top == 255:
         return values.astype(np.uint8)
     scaled = np.round(values.astype(np.float32) * np.float32(255 / top))
@@ -97,7 +96,7 @@ def _scale_to_8_bits(values: SampleArray, top: int) -> npt.NDArray[np.uint8]:
 
 def _load_png(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) -> Image.Image:
     if samples.color != "palette":
-        image.info.pop("transparency", None)  # Pillow compares it with samples it has scaled
+        image.info.pop("transparency", None)  # Pillow compares it with scaled samples
     stated = samples.significant_bits or samples.bits
     narrow = any(n < depth for n, depth in zip(stated, samples.bits, strict=True))
     if samples.color == "palette" or not (narrow or samples.transparent_color):
@@ -117,16 +116,16 @@ def _load_png(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) ->
 def _read_png_samples(
     image: ImageFile.ImageFile, data: bytes, samples: SampleFormat
 ) -> SampleArray:
-    """(H, W, bands) samples of a PNG, grey or RGB, as the file has them."""
+    """(H, W, bands) stored samples of a gray or RGB PNG."""
     depth, bands = samples.bits[0], len(samples.bits)
     if depth < 16 or bands == 1:
         image.load()
         values = np.asarray(image)
         if 1 < depth < 8:
-            values = values // (255 // (2**depth - 1))  # Pillow has scaled them
+            values = values // (255 // (2**depth - 1))  # undo Pillow's scaling
         return np.atleast_3d(values).astype(np.uint16)
-    # Pillow keeps one byte of each sample. Two readings, as if the bytes came in either order,
-    # give both; for grey with alpha, one that takes the bytes for four bands.
+    # Pillow keeps one byte of each 16-bit sample. Reading twice, once in each byte order, gives
+    # both; gray with alpha is read once, as four bands of bytes.
     if bands == 2:
         whole = _read_as(image, "RGBA", "RGBA").astype(np.uint16)
         return whole[..., 0::2] << 8 | whole[..., 1::2]
@@ -149,12 +148,12 @@ def _read_as(image: ImageFile.ImageFile, mode: str, raw_mode: str) -> SampleArra
 
 
 def _find_white_levels(values: SampleArray, samples: SampleFormat) -> list[int]:
-    """The value of each band that is white, or opaque.
+    """The value of white, or of opaque, in each band.
 
     By the specification, samples of n significant bits are scaled to all bits of the PNG, so that
-    the greatest value is white whatever sBIT states. Files in which they were left in the low bits
-    exist too. They are distinguished by evidence: no sample exceeds n bits, and some have low bits
-    that none of the specification's ways to scale n bits gives.
+    the maximum is white whatever sBIT states. Some files leave them unscaled in the low bits. These
+    are detected by their samples: none exceeds n bits, and some have low bits that none of the
+    specification's ways to scale n bits produces.
     Source: Portable Network Graphics specification, third edition, sections 11.3.2.7 and 12.4.
     """
     depth = samples.bits[0]
@@ -191,7 +190,7 @@ def _scale_linearly(values: SampleArray, bits: int, depth: int) -> SampleArray:
 
 
 _SCALINGS = (_shift, _replicate, _scale_linearly)
-"""What each way to scale samples of n bits makes of the n highest bits of some values."""
+"""Ways to scale samples of n bits: each recomputes values from their n highest bits."""
 
 
 # ------------------------------------------------------------------ TIFF
@@ -214,14 +213,14 @@ def _load_tiff(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) -
         and tags.get_first(tiff.COMPRESSION, 1) == 1
         and len(samples.bits) == 3
     ):
-        _use_libtiff(image, tags, "RGB", "RGBX")  # it knows subsampling and reference levels
+        _use_libtiff(image, tags, "RGB", "RGBX")  # it handles subsampling and reference levels
     elif samples.color == "palette":
         return _load_tiff_palette(image, tags)
     return convert_to_rgb(image)
 
 
 def _use_libtiff(image: ImageFile.ImageFile, tags: tiff.TiffTags, mode: str, raw_mode: str) -> None:
-    """Have libtiff decode an uncompressed file too: Pillow's own reader confuses planes."""
+    """Let libtiff decode an uncompressed file, too; Pillow's own reader mixes up the planes."""
     image._mode = mode
     image.use_load_libtiff = True  # type: ignore[attr-defined]
     size = (0, 0, tags.get_first(tiff.WIDTH, 0), tags.get_first(tiff.HEIGHT, 0))
@@ -229,7 +228,7 @@ def _use_libtiff(image: ImageFile.ImageFile, tags: tiff.TiffTags, mode: str, raw
 
 
 def _load_tiff_palette(image: ImageFile.ImageFile, tags: tiff.TiffTags) -> Image.Image:
-    """A palette of which no entry exceeds 255 was written with 8 bits, as libtiff takes it."""
+    """Decode a palette TIFF; as in libtiff, a palette without an entry above 255 has 8 bits."""
     image.load()
     colors = tags.get_all(tiff.COLOR_MAP)
     if colors and max(colors) < 256 and image.mode == "P":
@@ -242,7 +241,7 @@ def _load_tiff_palette(image: ImageFile.ImageFile, tags: tiff.TiffTags) -> Image
 
 
 def _load_jpeg_2000(image: ImageFile.ImageFile, samples: SampleFormat) -> Image.Image:
-    """Pillow shifts samples to the high bits of 8 or 16; white is then too dark by the rest."""
+    """Undo Pillow's shift of samples to the high bits of 8 or 16, which makes white too dark."""
     bits = set(samples.bits)
     if image.mode in ("L", "I;16") and bits != {8}:
         image.load()
@@ -254,7 +253,7 @@ def _load_jpeg_2000(image: ImageFile.ImageFile, samples: SampleFormat) -> Image.
 
 
 def _load_gif(image: ImageFile.ImageFile) -> Image.Image:
-    """A first frame smaller than the picture leaves the rest transparent, hence white."""
+    """A first frame smaller than the image leaves the rest transparent, hence white."""
     covered = image.tile[0].extents if image.tile else None
     rgb = convert_to_rgb(image)
     if covered is None or covered == (0, 0, *rgb.size):
@@ -265,7 +264,7 @@ def _load_gif(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _load_ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """The largest picture of an icon; one that is a PNG is decoded as a PNG."""
+    """Decode the largest image of an icon, which can be a PNG."""
     picture = find_ico_image(data)
     if not picture.startswith(png.SIGNATURE):
         return convert_to_rgb(image)
@@ -276,10 +275,10 @@ def _load_ico(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 
 def find_ico_image(data: bytes) -> bytes:
-    """The bytes of the picture that Pillow takes from an icon, its largest.
+    """Bytes of the image that Pillow decodes from an icon, the largest one.
 
-    It is a PNG, or a BMP without its file header. Raises TruncatedImage where the file ends before
-    it, ImageError where it has no bytes.
+    It is a PNG, or a BMP without its file header. Raises TruncatedImage if the file ends before it,
+    ImageError if it has no bytes.
     """
     (count,) = struct.unpack_from("<H", data, 4)
     if 6 + 16 * count > len(data):
@@ -293,7 +292,7 @@ def find_ico_image(data: bytes) -> bytes:
 
     *_, size, offset = min(entries, key=rank)
     if offset + size > len(data):
-        raise TruncatedImage(f"the icon is truncated in its picture ({len(data):,} bytes)")
+        raise TruncatedImage(f"the icon is truncated in its image ({len(data):,} bytes)")
     if not size:
-        raise ImageError("the icon is damaged: its picture has no bytes")
+        raise ImageError("the icon is damaged: its image has no bytes")
     return data[offset : offset + size]

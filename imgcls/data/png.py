@@ -1,7 +1,7 @@
-"""PNG files as chunks: checksums, the header, the EXIF orientation.
+"""PNG chunks: checksums, header and EXIF orientation.
 
-Pillow checks no checksum of the pixel data, decodes a PNG to look for EXIF data, and refuses long
-texts. Here the chunks are read first; Pillow gets those that hold pixels.
+Pillow does not verify the checksums of the pixel data, decodes a PNG to find its EXIF data, and
+rejects long texts. This module reads the chunks first and passes those with pixels to Pillow.
 Source: Portable Network Graphics specification, third edition, sections 5 and 11.
 """
 
@@ -18,7 +18,7 @@ from imgcls.errors import ImageError, TruncatedImage, UnsupportedImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_TEXT_BYTES = 16 << 20
-"""Bytes to which a compressed text is expanded, in search of an orientation."""
+"""Maximum decompressed size of a text that is searched for an orientation, in bytes."""
 _EXIF_ORIENTATION = 0x0112
 _RAW_EXIF = b"Raw profile type exif\0"
 _XMP = b"XML:com.adobe.xmp\0"
@@ -28,7 +28,7 @@ _SAFE_CHUNKS = frozenset((*_PIXEL_CHUNKS, b"pHYs", b"gAMA", b"sRGB", b"cHRM", b"
 
 
 class PngChunk(NamedTuple):
-    """A chunk: its type, and where its body begins and ends in the file."""
+    """Type of a chunk, and start and end of its body in the file."""
 
     kind: bytes
     start: int
@@ -49,7 +49,7 @@ class PngHeader(NamedTuple):
 
 
 def parse_ihdr(data: bytes) -> PngHeader:
-    """Raises TruncatedImage or ImageError when it is cut off or not the first chunk."""
+    """Parse the header chunk. Raises TruncatedImage or ImageError for a missing or damaged one."""
     if len(data) < 33:
         raise TruncatedImage(f"the PNG is truncated in its header ({len(data):,} bytes)")
     width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
@@ -62,24 +62,23 @@ _BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 
 
 def parse_chunks(data: bytes) -> list[PngChunk]:
-    """The chunks of a PNG up to IEND.
+    """Parse the chunks of a PNG up to IEND.
 
-    A file that ends between two chunks is given as far as it goes: whether its pixels are whole is
-    seen when they are decoded. Raises TruncatedImage where it ends within a chunk, UnsupportedImage
-    for Apple's variant.
+    A file may end between two chunks; missing pixels are detected when it is decoded. Raises
+    TruncatedImage if it ends within a chunk, UnsupportedImage for Apple's variant.
     """
     chunks = []
-    place = 8
+    position = 8
     end = len(data)
-    while place + 8 <= end:
-        length, kind = _unpack_length_and_kind(data, place)
-        start, place = place + 8, place + 12 + length
+    while position + 8 <= end:
+        length, kind = _unpack_length_and_kind(data, position)
+        start, position = position + 8, position + 12 + length
         if kind == b"IEND":
             chunks.append(PngChunk(kind, start, start))
             break
         if not kind.isalpha():
             raise ImageError(f"the PNG is damaged: no chunk is called {kind!r}")
-        if place > end:
+        if position > end:
             name = kind.decode()
             raise TruncatedImage(f"the PNG is truncated in its chunk {name} ({end:,} bytes)")
         chunks.append(PngChunk(kind, start, start + length))
@@ -87,7 +86,7 @@ def parse_chunks(data: bytes) -> list[PngChunk]:
         raise TruncatedImage(f"begins as a PNG does, but its header is truncated ({end:,} bytes)")
     if chunks and chunks[0].kind == b"CgBI":
         raise UnsupportedImage("a PNG in Apple's CgBI variant is not supported; convert it to PNG")
-    if all(chunk.kind != b"IDAT" for chunk in chunks) and place + 8 > end:
+    if all(chunk.kind != b"IDAT" for chunk in chunks) and position + 8 > end:
         raise TruncatedImage(f"the PNG is truncated before its pixels ({end:,} bytes)")
     if not chunks or chunks[0].kind != b"IHDR" or chunks[0].stop - chunks[0].start != 13:
         raise ImageError(f"begins as a PNG does, but its header is damaged ({end:,} bytes)")
@@ -98,11 +97,11 @@ _unpack_length_and_kind = struct.Struct(">I4s").unpack_from
 
 
 def verify_checksums(data: bytes, chunks: list[PngChunk]) -> None:
-    """Compare the checksums of all chunks. Raises ImageError for the first that does not match."""
+    """Verify the checksums of all chunks. Raises ImageError for the first mismatch."""
     view = memoryview(data)
     for kind, start, stop in chunks:
         if kind == b"IEND":
-            continue  # has no body, and is where files lack their last bytes
+            continue  # has no body, and truncated files lack its last bytes
         if zlib.crc32(view[start - 4 : stop]) != int.from_bytes(view[stop : stop + 4], "big"):
             raise ImageError(
                 f"the PNG is damaged: the checksum of its chunk {kind.decode('latin-1')} at byte "
@@ -111,7 +110,7 @@ def verify_checksums(data: bytes, chunks: list[PngChunk]) -> None:
 
 
 def find_orientation(data: bytes, chunks: list[PngChunk]) -> int:
-    """The EXIF orientation, 1 where there is none: of eXIf, else of older texts, else of XMP."""
+    """The EXIF orientation from eXIf, else from older texts, else from XMP; 1 if there is none."""
     found: dict[str, bytes] = {}
     for chunk in chunks:
         if chunk.kind == b"eXIf":
@@ -132,7 +131,7 @@ def find_orientation(data: bytes, chunks: list[PngChunk]) -> int:
             if _EXIF_ORIENTATION in tags:
                 value = int(tags[_EXIF_ORIENTATION])
                 return value if 1 <= value <= 8 else 1
-    except Exception:  # noqa: BLE001, S110  damaged EXIF does not concern the pixels
+    except Exception:  # noqa: BLE001, S110  damaged EXIF does not affect the pixels
         pass
     match = _XMP_ORIENTATION.search(found.get("xmp", b""))
     return int(match[1]) if match else 1
@@ -142,7 +141,7 @@ _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 
 
 def _decompress_text(chunk: PngChunk, data: bytes) -> bytes:
-    """The text of a chunk, expanded as far as `_MOST_TEXT`; empty where that fails."""
+    """Decompress the text of a chunk, up to `_MAX_TEXT_BYTES`; empty if it is damaged."""
     _, _, rest = chunk.body(data).partition(b"\0")
     if chunk.kind == b"tEXt":
         return rest
@@ -158,7 +157,7 @@ def _decompress_text(chunk: PngChunk, data: bytes) -> bytes:
 
 
 def strip_metadata(data: bytes, chunks: list[PngChunk]) -> bytes:
-    """The PNG without what Pillow may refuse: long texts and profiles, frames of an animation."""
+    """The PNG without chunks that Pillow may reject: long texts, profiles, animation frames."""
     if all(chunk.kind in _SAFE_CHUNKS for chunk in chunks):
         return data
     parts = [
@@ -168,7 +167,7 @@ def strip_metadata(data: bytes, chunks: list[PngChunk]) -> bytes:
 
 
 def is_plain_png(data: bytes, chunks: list[PngChunk]) -> bool:
-    """Whether a PNG is as it shows: 8 bits, gray or RGB, not interlaced, upright."""
+    """Whether a PNG has 8 bits, gray or RGB, is not interlaced and upright."""
     if data[24:26] not in (b"\x08\x00", b"\x08\x02") or data[28]:
         return False
     return not any(
@@ -179,4 +178,4 @@ def is_plain_png(data: bytes, chunks: list[PngChunk]) -> bool:
 
 
 _NOT_PLAIN_CHUNKS = (b"eXIf", b"tRNS", b"acTL", b"iCCP", b"sBIT")
-"""Chunks that rotate, make transparent, animate, color or scale the picture."""
+"""Chunks for orientation, transparency, animation, color profile and significant bits."""

@@ -1,6 +1,6 @@
-"""What is done to an image before the model sees it: the specification, without the doing.
+"""Specification of the preprocessing: size, crop, interpolation and normalization.
 
-Kept apart from `images` so that reading a bundle's description imports no torch.
+Separate from `decode`, so that reading a bundle's description does not import torch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ DecodeMode = Literal["exact", "fast"]
 
 
 class Preprocess(Section):
-    """How an image becomes the model's input; travels in the bundle."""
+    """Preprocessing of an image to the model's input; stored in the bundle."""
 
     resize: PositiveInt = 256
     """Length of the shorter side after resizing, in pixels (mode crop)."""
     crop: PositiveInt = 224
-    """Side of the square that the model sees, in pixels."""
+    """Side of the model's square input, in pixels."""
     interpolation: Interpolation = "bilinear"
     """Resampling filter, antialiased."""
     mode: ResizeMode = "crop"
-    """crop: resize, then centre crop. pad: fit whole, black bars. squash: ignore the aspect."""
+    """crop: resize, then center crop. pad: fit whole, black bars. squash: stretch to fit."""
     decode: DecodeMode = "exact"
-    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
+    """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean per channel (RGB) of pixels in [0, 1], subtracted on the device."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

@@ -1,4 +1,4 @@
-"""Small pictures of images for a page, read as labelling reads them."""
+"""Thumbnails of images for an HTML page, read as inference reads them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _QUALITY = 72
 
 
 def build_thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
-    """A JPEG data URI for each path, about 5 KB; None where the image cannot be had any more."""
+    """A JPEG data URI of about 5 KB for each path; None if the image cannot be read."""
     urls: Iterable[str | None] = (resolve_path(path, root) for path in paths)
     return [_build_thumbnail(blob) for blob in filesystem.read_ahead(urls)]
 

@@ -1,7 +1,7 @@
-"""The first directory of a TIFF or BigTIFF: its tags, and whether the file holds what they promise.
+"""First directory of a TIFF or BigTIFF: its tags, and a check of the strips against the file size.
 
-Owns no pixels. Pillow opens a TIFF only when it can decode it; the tags are read here so that a
-sound file of another kind is named, and a file that was cut is distinguished from a damaged one.
+Pillow opens a TIFF only if it can decode it. The tags are read here to name an unsupported kind of
+TIFF, and to distinguish a truncated file from a damaged one.
 Source: TIFF, revision 6.0, section 2; Technical Note "BigTIFF", Aware Systems.
 """
 
@@ -39,14 +39,14 @@ _INTEGER_CODES = {
 
 @dataclass(frozen=True)
 class TiffTags:
-    """The integer tags of a directory, and which others it has.
+    """Integer tags of a directory, and the numbers of its other tags.
 
-    values: by tag
-    make:   camera maker, empty where not stated
-    next:   whether another directory follows
-    big:    BigTIFF
-    endian: < or >
-    offset: of the directory in the file
+    values:   by tag
+    make:     camera maker, empty if not stated
+    has_next: whether another directory follows
+    is_big:   BigTIFF
+    endian:   < or >
+    offset:   position of the directory in the file
     """
 
     values: dict[int, tuple[int, ...]]
@@ -60,18 +60,18 @@ class TiffTags:
         return tag in self.values
 
     def get_all(self, tag: int) -> tuple[int, ...]:
-        """All values of a tag; none where it is absent."""
+        """All values of a tag; empty if it is absent."""
         return self.values.get(tag, ())
 
     def get_first(self, tag: int, default: int) -> int:
-        """The first value of a tag."""
+        """The first value of a tag, or the default if it is absent."""
         return self.get_all(tag)[0] if self.get_all(tag) else default
 
 
 def parse_tags(data: bytes) -> TiffTags:
-    """The tags of the first directory.
+    """Parse the tags of the first directory.
 
-    Raises TruncatedImage where it lies beyond the end of the file, ImageError where it is damaged.
+    Raises TruncatedImage if it lies beyond the end of the file, ImageError if it is damaged.
     """
     endian = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
@@ -85,25 +85,27 @@ def parse_tags(data: bytes) -> TiffTags:
     start = offset + struct.calcsize(count_code)
     values: dict[int, tuple[int, ...]] = {}
     make = ""
-    for place in range(start, start + count * entry, entry):
-        tag, kind = _unpack(f"{endian}HH", data, place)
-        (length,) = _unpack(f"{endian}{code}", data, place + 4)
-        held = place + 4 + struct.calcsize(code)
+    for position in range(start, start + count * entry, entry):
+        tag, kind = _unpack(f"{endian}HH", data, position)
+        (length,) = _unpack(f"{endian}{code}", data, position + 4)
+        value_at = position + 4 + struct.calcsize(code)
         size = _TYPE_SIZES.get(kind, 0) * length
         if size > struct.calcsize(code):
-            (held,) = _unpack(f"{endian}{code}", data, held)
+            (value_at,) = _unpack(f"{endian}{code}", data, value_at)
         if tag == _MAKE:
-            make = data[held : held + min(size, 64)].split(b"\0")[0].decode("latin-1").strip()
+            make = (
+                data[value_at : value_at + min(size, 64)].split(b"\0")[0].decode("latin-1").strip()
+            )
         if kind not in _INTEGER_CODES:
             values.setdefault(tag, ())
             continue
         needed = tag in _REQUIRED_TAGS
-        if needed and held + size > len(data):
+        if needed and value_at + size > len(data):
             raise TruncatedImage(
                 f"the TIFF is truncated before the values of its tag {tag} ({len(data):,} bytes)"
             )
         values[tag] = (
-            struct.unpack_from(f"{endian}{length}{_INTEGER_CODES[kind]}", data, held)
+            struct.unpack_from(f"{endian}{length}{_INTEGER_CODES[kind]}", data, value_at)
             if needed
             else ()
         )
@@ -128,9 +130,9 @@ def _unpack(layout: str, data: bytes, offset: int) -> tuple[int, ...]:
 
 
 def find_raw_format(data: bytes, tags: TiffTags) -> str | None:
-    """The name of a camera's raw format, or of a file that begins with a preview of its picture.
+    """Name of a camera's raw format, or of a file that begins with a preview; None for others.
 
-    Their first directory is a thumbnail, which must not pass for the picture.
+    Their first directory is a thumbnail, which must not be used as the image.
     """
     make = f" ({tags.make})" if tags.make else ""
     if data[8:10] == b"CR" and not tags.is_big:
@@ -147,7 +149,7 @@ def find_raw_format(data: bytes, tags: TiffTags) -> str | None:
 
 
 def describe_encoding(data: bytes) -> str:
-    """How a file is compressed and ordered, for the message about one that is not decoded."""
+    """Byte order and compression, for the message about a TIFF that is not decoded."""
     tags = parse_tags(data)
     order = "little" if tags.endian == "<" else "big"
     kind = "BigTIFF" if tags.is_big else "TIFF"
@@ -158,9 +160,9 @@ def describe_encoding(data: bytes) -> str:
 def check_strips(data: bytes, tags: TiffTags, bits: tuple[int, ...], *, planar: bool) -> None:
     """Compare the strips or tiles with the size of the file.
 
-    bits: per sample of each band
-    Raises TruncatedImage where the file ends before one of them, ImageError where their number
-    does not fit the size, UnsupportedImage where some are left out.
+    bits: bits per sample of each band
+    Raises TruncatedImage if the file ends before one of them, ImageError if their number does not
+    match the image size, UnsupportedImage if some are left out.
     """
     width, height = tags.get_first(WIDTH, 0), tags.get_first(HEIGHT, 0)
     if not width or not height:
@@ -173,7 +175,7 @@ def check_strips(data: bytes, tags: TiffTags, bits: tuple[int, ...], *, planar: 
     else:
         across, down = width, min(tags.get_first(ROWS_PER_STRIP, height), height)
     if tags.get_first(COMPRESSION, 1) == 6:
-        return  # old-style JPEG keeps its stream elsewhere
+        return  # old-style JPEG stores its stream elsewhere
     if not across or not down or not offsets:
         raise ImageError("the TIFF is damaged: its directory states no strips or tiles")
     expected = -(-width // across) * -(-height // down) * (len(bits) if planar else 1)
@@ -200,7 +202,7 @@ def _compute_strip_sizes(
     tags: TiffTags, bits: tuple[int, ...], width: int, height: int, across: int, down: int, *,
     tiled: bool, planar: bool,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Bytes of each strip or tile as its size asks for: some writers state other numbers."""
+    """Bytes of each strip or tile by its size; some writers state other numbers."""
     if tags.get_first(PHOTOMETRIC, 0) == 6 and tags.get_all(SUBSAMPLING) != (1, 1):
         return tags.get_all(TILE_BYTES if tiled else STRIP_BYTES)  # subsampled: fewer bytes
     lengths: list[int] = []

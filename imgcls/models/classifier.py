@@ -229,7 +229,11 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, url: str, *, storage: StorageConfig | Mapping[str, Any] | None = None, **options: Any
+        cls,
+        url: str | os.PathLike[str],
+        *,
+        storage: StorageConfig | Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Classifier:
         """Load the classifier of a bundle.
 

@@ -258,7 +258,7 @@ def test_small_pictures_are_enlarged_as_the_reference_does(
 
 
 @pytest.mark.parametrize("route", AGREEMENT)
-def test_a_grey_jpeg_is_grey_on_every_route(route: str) -> None:
+def test_a_gray_jpeg_is_gray_on_every_route(route: str) -> None:
     data, seen = through(route, drawn(640, 480).convert("L"), SPEC)
     pixels, _ = decode.decode_image(data, SPEC)
     assert (pixels[0] == pixels[1]).all()

@@ -34,8 +34,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4)).astype(np.uin
 Array = npt.NDArray[Any]
 
 
-def grey3(grey: Array) -> Array:
-    return np.dstack([grey] * 3)
+def gray3(gray: Array) -> Array:
+    return np.dstack([gray] * 3)
 
 
 def over_white(color: Array, alpha: Array) -> Array:
@@ -88,15 +88,15 @@ def packed(row: Array, depth: int) -> bytes:
 
 @pytest.mark.parametrize("interlaced", [0, 1])
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_grey_of_every_depth_and_its_transparent_level(depth: int, interlaced: int) -> None:
+def test_gray_of_every_depth_and_its_transparent_level(depth: int, interlaced: int) -> None:
     top = 2**depth - 1
     stored = np.round(GREY / 255 * top).astype(int)
     expected = np.round(stored * 255 / top)
-    assert away(png(stored, depth, 0, interlaced=interlaced), grey3(expected)) <= 1
+    assert away(png(stored, depth, 0, interlaced=interlaced), gray3(expected)) <= 1
     level = int(stored[SIDE // 2, SIDE // 2])
     key = chunk(b"tRNS", struct.pack(">H", level))
     expected[stored == level] = 255
-    assert away(png(stored, depth, 0, key, interlaced=interlaced), grey3(expected)) <= 1
+    assert away(png(stored, depth, 0, key, interlaced=interlaced), gray3(expected)) <= 1
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -121,7 +121,7 @@ def test_significant_bits_in_a_png_scale_it_wherever_they_lie(
     top = 2**bits - 1
     low = np.round(values / 255 * top).astype(int)
     expected = over_white(colors, ALPHA) if color in (4, 6) else colors
-    expected = grey3(expected[..., 0]) if bands < 3 else expected
+    expected = gray3(expected[..., 0]) if bands < 3 else expected
     ways = (low, low << 16 - bits, low << 16 - bits | low >> 2 * bits - 16,
             np.round(low * 65535 / top).astype(int))  # fmt: skip
     for stored in ways:
@@ -130,7 +130,7 @@ def test_significant_bits_in_a_png_scale_it_wherever_they_lie(
 
 
 def test_a_dark_16_bit_png_without_such_a_statement_stays_dark() -> None:
-    assert away(png(GREY.astype(int) * 16, 16, 0), grey3(np.round(GREY * (16 / 257)))) <= 1
+    assert away(png(GREY.astype(int) * 16, 16, 0), gray3(np.round(GREY * (16 / 257)))) <= 1
 
 
 def test_texts_and_profiles_of_any_length_do_not_refuse_a_png() -> None:
@@ -169,7 +169,7 @@ def _damaged_pngs() -> dict[str, bytes]:
     whole = {
         "rgb": encoded(noise.convert("RGB"), "PNG"), "rgba": encoded(noise, "PNG"),
         "palette": encoded(noise.convert("RGB").quantize(200), "PNG"),
-        "grey with alpha": encoded(noise.convert("LA"), "PNG"),
+        "gray with alpha": encoded(noise.convert("LA"), "PNG"),
         "1 bit": encoded(noise.convert("1"), "PNG"),
         "16 bit": png(NOISE[..., 0].astype(int) * 257, 16, 0),
         "profile": encoded(noise.convert("RGB"), "PNG", icc_profile=b"p" * 200),
@@ -279,13 +279,13 @@ def _bits12() -> Array:
 
 
 KNOWN = {
-    "gray 8": (tiff([GREY], 1, 8), grey3(GREY)),
-    "gray 8, white is zero": (tiff([255 - GREY], 0, 8), grey3(GREY)),
-    "gray 16": (tiff([GREY16], 1, 16), grey3(GREY)),
-    "gray 16, big endian": (tiff([GREY16], 1, 16, endian=">"), grey3(GREY)),
-    "gray 16, white is zero": (tiff([65535 - GREY16], 0, 16), grey3(GREY)),
-    "gray 12": (tiff([_bits12()], 1, 12), grey3(GREY)),
-    "gray 16, BigTIFF": (tiff([GREY16], 1, 16, big=True), grey3(GREY)),
+    "gray 8": (tiff([GREY], 1, 8), gray3(GREY)),
+    "gray 8, white is zero": (tiff([255 - GREY], 0, 8), gray3(GREY)),
+    "gray 16": (tiff([GREY16], 1, 16), gray3(GREY)),
+    "gray 16, big endian": (tiff([GREY16], 1, 16, endian=">"), gray3(GREY)),
+    "gray 16, white is zero": (tiff([65535 - GREY16], 0, 16), gray3(GREY)),
+    "gray 12": (tiff([_bits12()], 1, 12), gray3(GREY)),
+    "gray 16, BigTIFF": (tiff([GREY16], 1, 16, big=True), gray3(GREY)),
     "RGB 8, BigTIFF": (tiff([RGB], 2, 8, bands=3, big=True), RGB),
     "RGB 16": (tiff([RGB16], 2, 16, bands=3), RGB),
     "RGB 8 planar": (tiff([*np.moveaxis(RGB, 2, 0)], 2, 8, bands=3, planar=2), RGB),
@@ -302,7 +302,7 @@ KNOWN = {
         np.clip(PREMULTIPLIED + 255.0 - ALPHA[..., None], 0, 255),
     ),
     "gray with associated alpha": (
-        tiff([np.dstack([GREY, np.full_like(GREY, 255)])], 1, 8, bands=2, t338=[1]), grey3(GREY),
+        tiff([np.dstack([GREY, np.full_like(GREY, 255)])], 1, 8, bands=2, t338=[1]), gray3(GREY),
     ),
     "RGB with an unspecified band": (
         tiff([np.dstack([RGB, ALPHA])], 2, 8, bands=4, t338=[0]), RGB,
@@ -329,18 +329,18 @@ def test_a_tiff_with_subsampled_colors_is_not_read_as_if_it_had_all() -> None:
     luma = GREY.reshape(SIDE // 2, 2, SIDE // 2, 2).transpose(0, 2, 1, 3).reshape(-1, 4)
     units = np.hstack([luma, np.full((len(luma), 2), 128, np.uint8)])
     strip = units.reshape(SIDE, -1)
-    assert away(tiff([strip], 6, 8, bands=3, t530=[2, 2]), grey3(GREY)) <= 2
+    assert away(tiff([strip], 6, 8, bands=3, t530=[2, 2]), gray3(GREY)) <= 2
 
 
 UNSUPPORTED = {
-    "32-bit float grey": tiff([GREY.astype(np.float32) / 255], 1, 32, format_=3),
-    "16-bit float grey": tiff([GREY.astype(np.float16) / 255], 1, 16, format_=3),
+    "32-bit float gray": tiff([GREY.astype(np.float32) / 255], 1, 32, format_=3),
+    "16-bit float gray": tiff([GREY.astype(np.float16) / 255], 1, 16, format_=3),
     "32-bit float RGB": tiff([RGB.astype(np.float32) / 255], 2, 32, format_=3, bands=3),
-    "32-bit signed grey": tiff([GREY.astype(np.int32)], 1, 32, format_=2),
-    "16-bit signed grey": tiff([GREY.astype(np.int16)], 1, 16, format_=2),
-    "8-bit signed grey": tiff([GREY.astype(np.int8)], 1, 8, format_=2),
-    "32-bit unsigned grey": tiff([GREY.astype(np.uint32) << 24], 1, 32),
-    "16-bit unsigned grey (5 bands)": tiff(
+    "32-bit signed gray": tiff([GREY.astype(np.int32)], 1, 32, format_=2),
+    "16-bit signed gray": tiff([GREY.astype(np.int16)], 1, 16, format_=2),
+    "8-bit signed gray": tiff([GREY.astype(np.int8)], 1, 8, format_=2),
+    "32-bit unsigned gray": tiff([GREY.astype(np.uint32) << 24], 1, 32),
+    "16-bit unsigned gray (5 bands)": tiff(
         [np.dstack([RGB16, RGB16[..., :2]])], 1, 16, bands=5, t338=[0] * 4
     ),
     "8-bit unsigned RGB with associated alpha (planar)": tiff(
@@ -419,12 +419,12 @@ def _saved(format: str, image: Array = RGB, **options: Any) -> bytes:
 OTHERS = {
     "PPM": (_netpbm("P6", RGB, 255), RGB),
     "PPM 10 bit": (_netpbm("P6", np.round(RGB / 255 * 1023).astype(">u2"), 1023), RGB),
-    "PGM 12 bit": (_netpbm("P5", np.round(GREY / 255 * 4095).astype(">u2"), 4095), grey3(GREY)),
-    "PGM 16 bit": (_netpbm("P5", GREY.astype(">u2") * 257, 65535), grey3(GREY)),
-    "PBM": (_netpbm("P4", np.packbits(GREY < 128, axis=1)), grey3(255 * (GREY >= 128))),
+    "PGM 12 bit": (_netpbm("P5", np.round(GREY / 255 * 4095).astype(">u2"), 4095), gray3(GREY)),
+    "PGM 16 bit": (_netpbm("P5", GREY.astype(">u2") * 257, 65535), gray3(GREY)),
+    "PBM": (_netpbm("P4", np.packbits(GREY < 128, axis=1)), gray3(255 * (GREY >= 128))),
     "TGA": (_tga(2, 24, RGB[..., ::-1].tobytes()), RGB),
     "TGA bottom up": (_tga(2, 24, RGB[::-1, :, ::-1].tobytes(), flags=0), RGB),
-    "TGA gray": (_tga(3, 8, GREY.tobytes()), grey3(GREY)),
+    "TGA gray": (_tga(3, 8, GREY.tobytes()), gray3(GREY)),
     "TGA with alpha": (
         _tga(2, 32, np.dstack([RGB[..., ::-1], ALPHA]).tobytes(), flags=0x28),
         over_white(RGB, ALPHA),
@@ -434,7 +434,7 @@ OTHERS = {
     "DIB": (_saved("DIB"), RGB),
     "JPEG 2000": (_saved("JPEG2000"), RGB),
     "JPEG 2000 codestream": (_saved("JPEG2000", no_jp2=True), RGB),
-    "JPEG 2000 gray 16": (_saved("JPEG2000", GREY16), grey3(GREY)),
+    "JPEG 2000 gray 16": (_saved("JPEG2000", GREY16), gray3(GREY)),
     "AVIF": (_saved("AVIF", quality=100, subsampling="4:4:4"), RGB),
 }
 

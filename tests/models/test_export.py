@@ -91,7 +91,7 @@ def test_every_format_gives_the_classifiers_scores(
     assert "imgcls" not in (moved / "example.py").read_text()
     _, front, text = (moved / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["pipeline_tag"] == "image-classification"
-    assert "## As exported" in text
+    assert "## Exported files" in text
 
 
 @pytest.mark.parametrize(

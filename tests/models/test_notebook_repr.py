@@ -170,7 +170,7 @@ def test_what_is_no_image_is_refused_with_what_is(
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "5"])
 @pytest.mark.parametrize("name", ["top_k", "batch_size"])
 def test_numbers_below_one_are_refused(classifier: Classifier, name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"{name}: {value!r} is not a whole number of at least"):
+    with pytest.raises(RequestError, match=f"{name}: {value!r} is not an integer of at least"):
         classifier.predict(draw("red"), **{name: value})
 
 
