@@ -19,7 +19,9 @@ venv: $(STAMP)  ## create .venv and install the package with its development too
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
 	@echo "installing imgcls[dev,demo] into .venv (the first time takes minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@# compat: a path entry, which a folder named imgcls in the working directory does not shadow
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[dev,demo]'
 	@touch $@
 
 azurite: $(AZURITE)  ## install Azurite by npm: the server that the tests of Azure use
@@ -47,7 +49,8 @@ test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_T
 	$(BIN)/pytest -m "not chaos" -k "s3 or test_stores or test_listing" --timeout 1200
 
 bench: venv  ## measure this machine's limits, labelling beside other tools, training, evaluation
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[bench]'
 	$(BIN)/python -m benchmarks.labeling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.evaluation

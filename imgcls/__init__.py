@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {
+LAZY_EXPORTS = {
     "Classifier": ("imgcls.models.classifier", "Classifier"),
     "Client": ("imgcls.client", "Client"),
     "check": ("imgcls.curation.check", "check"),
@@ -30,8 +30,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import the heavy names on first use, so that `import imgcls` stays quick."""
-    if name in _LAZY:
-        module, attribute = _LAZY[name]
+    if name in LAZY_EXPORTS:
+        module, attribute = LAZY_EXPORTS[name]
         return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

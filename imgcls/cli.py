@@ -1,43 +1,31 @@
-"""The `imgcls` command: finds the job, loads its configuration, turns errors into exit codes.
+"""The `imgcls` command: finds the command, loads its configuration, maps errors to exit codes.
 
-Each job's room is imported only when it is called, so that `imgcls --help` answers at once.
+A command's module is imported only when it is called, so that `imgcls --help` answers at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import os
 import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from imgcls import __version__, config
+from imgcls import LAZY_EXPORTS, __version__, config, reference
+from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
+from imgcls.reference import Command
 
 SUMMARY = "--summary-json"
 
 
-@dataclass(frozen=True)
-class Command:
-    """A job: where its configuration and its function are, what it is for, and a call of it.
-
-    example: can be run after `imgcls demo`, where the repository is
-    """
-
-    summary: str
-    module: str
-    config: str
-    function: str
-    example: str
-
-
 COMMANDS = {
     "train": Command(
-        "train a model, write a bundle",
+        "train a model and write a bundle",
         "imgcls.training.train",
         "TrainConfig",
         "train",
@@ -45,7 +33,7 @@ COMMANDS = {
         "--augment.hflip 0 --output demo/small",
     ),
     "tune": Command(
-        "search the best settings of a training",
+        "search hyper-parameters over many trainings",
         "imgcls.training.tune",
         "TuneConfig",
         "tune",
@@ -61,28 +49,28 @@ COMMANDS = {
         "demo/labels --scores --embeddings",
     ),
     "status": Command(
-        "tell how far a labelling run is, from its output alone",
+        "show the progress of a run, from its output folder",
         "imgcls.inference.status",
         "StatusConfig",
         "status",
         "imgcls status demo/labels",
     ),
     "evaluate": Command(
-        "judge predictions: metrics with intervals, slices, a report",
+        "evaluate predictions: metrics with confidence intervals, slices, a report",
         "imgcls.evaluation.evaluate",
         "EvaluateConfig",
         "evaluate",
         "imgcls evaluate --predictions demo/labels",
     ),
     "compare": Command(
-        "tell which of two runs is better, and where",
+        "compare two runs over the same images",
         "imgcls.evaluation.compare",
         "CompareConfig",
         "compare",
         "imgcls compare demo/predictions demo/labels",
     ),
     "calibrate": Command(
-        "make confidence trustworthy and choose thresholds, into a new bundle",
+        "calibrate probabilities and choose thresholds, into a new bundle",
         "imgcls.evaluation.calibrate",
         "CalibrateConfig",
         "calibrate",
@@ -96,14 +84,14 @@ COMMANDS = {
         "imgcls report demo/bundle",
     ),
     "serve": Command(
-        "label images over HTTP, with a page to try it on",
+        "serve a bundle over HTTP, with a web page",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",
         "imgcls serve --model demo/bundle",
     ),
     "key new": Command(
-        "make an API key for `serve`",
+        "create an API key for `serve`",
         "imgcls.serving.api_keys",
         "NewKeyConfig",
         "create_key",
@@ -117,14 +105,14 @@ COMMANDS = {
         "imgcls history compact demo/labels --output demo/latest",
     ),
     "manifest build": Command(
-        "list a folder or a bucket into a manifest",
+        "build a manifest from a folder, a bucket or a table",
         "imgcls.curation.build",
         "ManifestBuildConfig",
         "build_manifest",
         "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
     "manifest stats": Command(
-        "tell what a data set is made of, with a contact sheet per class",
+        "describe a data set: classes, sizes, formats, sample images per class",
         "imgcls.curation.stats",
         "StatsConfig",
         "compute_stats",
@@ -138,7 +126,7 @@ COMMANDS = {
         "imgcls manifest split demo/digits-train.csv --output demo/split",
     ),
     "manifest check": Command(
-        "find bad images, copies, leaks and labels that look mistaken",
+        "find bad images, duplicates, leaks and suspicious labels",
         "imgcls.curation.check",
         "CheckConfig",
         "check",
@@ -146,7 +134,7 @@ COMMANDS = {
         "--output demo/check",
     ),
     "model import": Command(
-        "make a bundle from plain weights",
+        "make a bundle from a weights file",
         "imgcls.models.import_weights",
         "ImportConfig",
         "import_model",
@@ -154,7 +142,7 @@ COMMANDS = {
         "imagenet.txt --output imagenet",
     ),
     "model quantize": Command(
-        "make a bundle that can be run in int8, and tell what that costs",
+        "calibrate a bundle for int8 on CPUs and measure the loss of accuracy",
         "imgcls.evaluation.quantize",
         "QuantizeConfig",
         "quantize_bundle",
@@ -169,26 +157,73 @@ COMMANDS = {
         "imgcls model list --contains resnet",
     ),
     "export": Command(
-        "write a bundle as ONNX, a torch.export program or TorchScript",
+        "export a bundle to ONNX, torch.export or TorchScript",
         "imgcls.models.export",
         "ExportConfig",
         "export_bundle",
         "imgcls export --model demo/bundle --output demo/exported",
     ),
     "demo": Command(
-        "train on handwritten digits, label the test set",
+        "train on handwritten digits and label the test set",
         "imgcls.demo",
         "DemoConfig",
         "demo",
         "imgcls demo",
     ),
+    "completion": Command(
+        "print a completion script for bash, zsh or fish",
+        "imgcls.cli",
+        "CompletionConfig",
+        "print_completion",
+        "imgcls completion bash",
+    ),
+    "reference": Command(
+        "print every key of every command as Markdown",
+        "imgcls.cli",
+        "ReferenceConfig",
+        "print_reference",
+        "imgcls reference",
+    ),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code.
+class CompletionConfig(Section):
+    """Shell completion."""
 
-    0 done; 1 failed, can be resumed; 2 the request was wrong; 3 finished above max_error_rate.
+    positional: ClassVar[tuple[str, ...]] = ("shell",)
+
+    shell: reference.Shell
+    """The shell to complete in."""
+
+
+def print_completion(config: CompletionConfig) -> None:
+    """Print a completion script for a shell, to be evaluated in its start file."""
+    print(reference.render_completion(COMMANDS, config.shell), end="")
+
+
+class ReferenceConfig(Section):
+    """The reference of all keys."""
+
+    format: Literal["markdown", "stub"] = "markdown"
+    """markdown: docs/reference.md. stub: the type stub of the package, imgcls/__init__.pyi."""
+
+
+def print_reference(config: ReferenceConfig) -> None:
+    """Print every key of every command as Markdown."""
+    if config.format == "markdown":
+        print(reference.render_reference(COMMANDS), end="")
+        return
+    by_function = {(each.module, each.function): each for each in COMMANDS.values()}
+    functions = {n: by_function[at] for n, at in LAZY_EXPORTS.items() if at in by_function}
+    others = {n: at for n, at in LAZY_EXPORTS.items() if at not in by_function}
+    print(reference.render_stub(functions, others), end="")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code.
+
+    0: done. 1: failed, may be resumed. 2: wrong request, nothing was started. 3: finished, but a
+    quality gate failed, such as max_error_rate.
     """
     with _quiet_pipe() as broken:
         code = _main(list(sys.argv[1:] if argv is None else argv))
@@ -203,10 +238,21 @@ def _main(arguments: list[str]) -> int:
         print(f"imgcls {__version__}")
         return 0
     name, rest = _command(arguments)
-    if name is None:
-        print(f"imgcls: no command {arguments[0]!r}\n\n{_usage()}", file=sys.stderr)
-        return 2
-    return run(name, rest)
+    if name is not None:
+        return run(name, rest)
+    group = arguments[0]
+    if group in reference.list_groups(COMMANDS):
+        if len(arguments) == 1 or arguments[1] in ("-h", "--help"):
+            print(_usage(group))
+            return 0 if len(arguments) > 1 else 2
+        wrong, usage = " ".join(arguments[:2]), _usage(group)
+    else:
+        wrong, usage = group, _usage()
+    near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1)
+    near = near or difflib.get_close_matches(wrong, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    print(f"imgcls: no command {wrong!r}{hint}\n\n{usage}", file=sys.stderr)
+    return 2
 
 
 BROKEN_PIPE = 141
@@ -241,7 +287,7 @@ def _stdout_is_broken() -> bool:
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Run one job with its options; the scripts in jobs/ are this and nothing more."""
+    """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
     with _quiet_pipe() as broken:
         code = _run(name, argv)
@@ -257,13 +303,20 @@ def _run(name: str, argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(command.module)
         function: Callable[[Any], object] = getattr(module, command.function)
-        settings = config.load(
-            getattr(module, command.config),
-            argv,
-            prog=f"imgcls {name}",
-            example=command.example,
-            description=(function.__doc__ or command.summary).strip().splitlines()[0],
-        )
+        model = command.load_model()
+        if any(word in ("-h", "--help") for word in argv):
+            first = (function.__doc__ or command.summary).strip().split("\n\n")[0]
+            description = " ".join(first.split())
+            print(
+                reference.format_help(
+                    model,
+                    prog=f"imgcls {name}",
+                    description=description,
+                    example=command.example,
+                )
+            )
+            return 0
+        settings = config.load(model, argv)
         function(settings)
     except Interrupted as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
@@ -310,16 +363,19 @@ def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     return None, arguments
 
 
-def _usage() -> str:
-    width = max(len(name) for name in COMMANDS)
+def _usage(group: str = "") -> str:
+    """The commands, or those of a group, such as `manifest`."""
+    names = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
+    width = max(len(name) for name in names)
     lines = [
-        "usage: imgcls COMMAND [--config FILE.yaml] [--KEY VALUE ...]",
+        f"usage: imgcls {f'{group} ' if group else ''}COMMAND [--config FILE.yaml] "
+        "[--KEY VALUE ...]",
         "",
-        "Distributed batch image classification on Ray.",
+        "Distributed batch image classification on Ray." if not group else f"{group} commands:",
         "",
-        *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
+        *(f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names),
         "",
-        "`imgcls COMMAND --help` lists a command's keys.",
+        f"`imgcls {f'{group} ' if group else ''}COMMAND --help` lists the keys of a command.",
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""One loader for every job: defaults < YAML file < command line -> a frozen pydantic model.
+"""Configuration loader: defaults < YAML file < command line, validated into frozen pydantic models.
 
-Owns the rules (unknown keys refused with the nearest valid one, all problems told at once, dotted
-paths everywhere, the environment never read) and the help text made from the models. Each section
-itself lives beside the code that it configures.
+Unknown keys are refused with the nearest valid key, all problems are reported together, keys are
+dotted paths, and the environment is never read. `format_help` renders the help page of a model.
+Each section is defined next to the code that it configures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
@@ -69,43 +68,61 @@ class Section(BaseModel):
         return value
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key as people are told of it; `name` in dotted form, with dashes."""
+RENAMED_KEYS = {
+    "copies": "duplicates",
+    "copies.near_bits": "duplicates.max_hash_distance",
+    "copies.similar": "duplicates.min_cosine",
+    "http.door": "http.proxy",
+    "http.request_seconds": "http.request_timeout_s",
+    "judge": "evaluation",
+    "keys.refresh_seconds": "keys.refresh_interval_s",
+    "labels.neighbours": "labels.neighbors",
+    "labels.probe_images": "labels.max_probe_images",
+    "labels.reference_images": "labels.max_reference_images",
+    "least_rows": "min_rows",
+    "limits.door_bytes": "limits.proxy_bytes",
+    "limits.upload_seconds": "limits.upload_timeout_s",
+    "listings": "list_concurrency",
+    "most_images": "max_images",
+    "replicas.drain_seconds": "replicas.drain_period_s",
+    "replicas.least": "replicas.min_replicas",
+    "replicas.most": "replicas.max_replicas",
+    "replicas.target_requests": "replicas.target_ongoing_requests",
+    "rules.black": "rules.black_level",
+    "rules.grey_colour": "rules.min_color",
+    "rules.max_grey_share": "rules.max_gray_share",
+    "rules.odd_size": "rules.max_size_ratio",
+    "rules.tiny_pixels": "rules.min_side",
+    "rules.white": "rules.white_level",
+    "scale.fetches": "scale.io_concurrency",
+    "scale.hang_seconds": "scale.worker_timeout_s",
+    "scale.host_share": "scale.cpu_decode_fraction",
+    "scale.wait_seconds": "scale.resource_timeout_s",
+    "sheet": "sheet_images",
+    "sheets": "max_sheets",
+    "storage.attempt_seconds": "storage.attempt_timeout_s",
+    "storage.deadline_seconds": "storage.retry_timeout_s",
+    "storage.host_requests": "storage.max_requests_per_host",
+    "tune.asha.grace": "tune.asha.grace_period",
+    "tune.asha.reduction": "tune.asha.reduction_factor",
+    "tune.concurrent": "tune.max_concurrent",
+}
+"""Keys of version 0.1 that have another name now; a section renames all keys below it."""
 
-    name: str
-    type: str
-    default: str
-    meaning: str
 
-
-def keys(model: type[Section]) -> Iterator[Key]:
-    """Every key that may be given, in the order in which they are declared."""
-    for key, field, section in _leaves(model):
-        if key == section:
-            continue
-        default = f"default {_show(field.get_default(call_default_factory=True))}"
-        if field.is_required():
-            owner = _optional_owner(model, key)
-            default = "required" if owner is None else f"required where {owner} is given"
-        meaning = " ".join((field.description or "").split())
-        yield Key(_dashed(key), _type_name(field.annotation), default, meaning)
-
-
-def load(
-    model: type[S], argv: Sequence[str], *, prog: str, description: str = "", example: str = ""
-) -> S:
+def load(model: type[S], argv: Sequence[str]) -> S:
     """Build `model` from the command line `argv`.
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
     dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
     `--no-embeddings`, `--options.width 8` into a map, `--against A B` into a list), or the model's
-    positional ones without a key. `--help` and `--print-config` print and exit 0.
-    Raises ConfigError that lists every problem with its dotted path.
+    positional ones without a key. `--print-config` prints the settings and raises SystemExit(0).
+
+    Raises
+    ------
+    ConfigError
+        Lists every problem with its dotted path.
     """
-    if any(arg in ("-h", "--help") for arg in argv):
-        print(help_text(model, prog=prog, description=description, example=example))
-        raise SystemExit(0)
     problems: list[str] = []
     files, overrides, print_config = _parse(model, argv, problems)
     tree: dict[str, Any] = {}
@@ -123,7 +140,10 @@ def load(
 def build(model: type[S], settings: Mapping[str, Any]) -> S:
     """Build `model` in Python, from nested settings or dotted keys: `{"optim.lr": 1e-3}`.
 
-    Raises ConfigError that lists every problem with its dotted path.
+    Raises
+    ------
+    ConfigError
+        Lists every problem with its dotted path.
     """
     tree: dict[str, Any] = {}
     for key, value in settings.items():
@@ -190,66 +210,39 @@ def dump(config: Section) -> str:
     return text
 
 
-def help_text(model: type[Section], *, prog: str, description: str = "", example: str = "") -> str:
-    """The `--help` page: every dotted key with its type, default and meaning."""
-    unnamed = "".join(f"{name.upper()} " for name in model.positional)
-    lines = [f"usage: {prog} {unnamed}[--config FILE.yaml] [--KEY VALUE ...]", ""]
-    if description:
-        lines += [description, ""]
-    if example:
-        lines += [f"example: {example}", ""]
-    lines += [
-        "  --config FILE.yaml    read settings from a file; the command line wins over it",
-        "  --print-config        print the resolved settings as YAML and stop",
-        "",
-    ]
-    for key in keys(model):
-        lines.append(f"  --{key.name} {key.type}  ({key.default})")
-        if key.meaning:
-            lines.append(f"      {key.meaning}")
-    return "\n".join(lines)
-
-
-def _optional_owner(model: type[Section], key: str) -> str | None:
-    """The outermost section that a key stands in and that may be left out."""
-    parts = key.split(".")
-    section: type[Section] | None = model
-    for depth, part in enumerate(parts[:-1], 1):
-        section, optional = _field_section(section, part)
-        if optional:
-            return ".".join(parts[:depth])
-    return None
-
-
 def _count(problems: Sequence[str]) -> str:
     return "one problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
-def _show(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
-
-
-def _dashed(key: str) -> str:
+def to_option(key: str) -> str:
+    """A key as a command line writes it, with dashes."""
     return key.replace("_", "-")
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def find_section_type(annotation: Any) -> type[Section] | None:
     """The Section class in an annotation such as `Section` or `Section | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         for argument in typing.get_args(annotation):
-            found = _section_of(argument)
+            found = find_section_type(argument)
             if found is not None:
                 return found
     return None
 
 
-def _leaves(model: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str | None]]:
+def iter_sections(model: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Every section at any depth, with its dotted name."""
+    for name, field in model.model_fields.items():
+        section = find_section_type(field.annotation)
+        if section is not None:
+            yield f"{prefix}{name}", section
+            yield from iter_sections(section, f"{prefix}{name}.")
+
+
+def iter_fields(
+    model: type[Section], prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, str | None]]:
     """Every settable (dotted key, field, owner); sections with a shorthand are settable too.
 
     A model's own come before those that it inherits.
@@ -257,29 +250,13 @@ def _leaves(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
     own = inspect.get_annotations(model)
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in own):
         key = f"{prefix}{name}"
-        section = _section_of(field.annotation)
+        section = find_section_type(field.annotation)
         if section is None:
             yield key, field, None
             continue
         if section.shorthand is not None:
             yield key, field, key
-        yield from _leaves(section, f"{key}.")
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin is typing.Literal:
-        return "|".join(str(choice) for choice in typing.get_args(annotation))
-    if origin in (typing.Union, types.UnionType):
-        names = [_type_name(a) for a in typing.get_args(annotation) if a is not type(None)]
-        return "|".join(dict.fromkeys(names))
-    if origin in (list, tuple):
-        return "LIST"
-    if origin is dict:
-        return "MAP"
-    return {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}.get(annotation, "VALUE")
+        yield from iter_fields(section, f"{key}.")
 
 
 def _is_bool(annotation: Any) -> bool:
@@ -299,7 +276,7 @@ def _parse(
     model: type[Section], argv: Sequence[str], problems: list[str]
 ) -> tuple[list[str], list[tuple[str, Any]], bool]:
     """Split the command line into files, (dotted key, value) pairs and `--print-config`."""
-    fields = {key: field for key, field, _ in _leaves(model)}
+    fields = {key: field for key, field, _ in iter_fields(model)}
     files: list[str] = []
     overrides: list[tuple[str, Any]] = []
     print_config = False
@@ -336,8 +313,9 @@ def _parse(
                 continue
             else:
                 value, position = typing.cast(str, following), position + 1
-        if key.partition(".")[0] in unnamed:
-            unnamed.remove(key.partition(".")[0])
+        for given in (key, key.partition(".")[0]):
+            if given in unnamed:
+                unnamed.remove(given)
         if key == "config":
             files.append(value)
         elif field is not None and _is_list(field.annotation) and not equals:
@@ -353,18 +331,18 @@ def _choices(field: FieldInfo | None) -> set[str]:
     """The words that a field takes; `none` may be one of them."""
     if field is None:
         return set()
-    section = _section_of(field.annotation)
+    section = find_section_type(field.annotation)
     if section is not None and section.shorthand is not None:
         return _choices(section.model_fields[section.shorthand])
-    return set(_words(field.annotation))
+    return set(list_choices(field.annotation))
 
 
-def _words(annotation: Any) -> Iterator[str]:
+def list_choices(annotation: Any) -> Iterator[str]:
     for argument in typing.get_args(annotation):
         if typing.get_origin(annotation) is typing.Literal:
             yield str(argument)
         else:
-            yield from _words(argument)
+            yield from list_choices(argument)
 
 
 def _is_negated(key: str, fields: Mapping[str, FieldInfo]) -> bool:
@@ -415,7 +393,7 @@ def _merge(model: type[Section] | None, tree: dict[str, Any], update: Mapping[An
     for raw, value in update.items():
         # YAML 1.1 reads a bare key `on` as true
         name = "on" if raw is True else str(raw).replace("-", "_")
-        section, optional = _field_section(model, name)
+        section, optional = find_section(model, name)
         if section is None:
             tree[name] = value
             continue
@@ -437,7 +415,7 @@ def _set(
     if not rest:
         _merge(model, tree, {name: value})
         return
-    section, _ = _field_section(model, name)
+    section, _ = find_section(model, name)
     branch = tree.get(name)
     if section is None and isinstance(value, str):
         value = _yaml_or_text(value)
@@ -447,12 +425,12 @@ def _set(
     _set(section, tree[name], rest, value)
 
 
-def _field_section(model: type[Section] | None, name: str) -> tuple[type[Section] | None, bool]:
+def find_section(model: type[Section] | None, name: str) -> tuple[type[Section] | None, bool]:
     """The Section that a field holds, if it does, and whether it may be null."""
     field = model.model_fields.get(name) if model is not None else None
     if field is None:
         return None, False
-    return _section_of(field.annotation), not isinstance(field.annotation, type)
+    return find_section_type(field.annotation), not isinstance(field.annotation, type)
 
 
 def _explain(model: type[Section], error: ValidationError) -> list[str]:
@@ -462,7 +440,7 @@ def _explain(model: type[Section], error: ValidationError) -> list[str]:
         if item["type"] == "extra_forbidden":
             problems += [_unknown(model, key) for key in _keys_below(path, found)]
         elif item["type"] == "missing":
-            problems.append(f"{path}: is required; give --{_dashed(path)} VALUE")
+            problems.append(f"{path}: is required; give --{to_option(path)} VALUE")
         elif item["type"] == "value_error":
             problems.append(
                 f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
@@ -472,6 +450,15 @@ def _explain(model: type[Section], error: ValidationError) -> list[str]:
     return problems
 
 
+def _renamed(path: str) -> str | None:
+    """The name that a key of version 0.1 has now: its own entry, else that of its section."""
+    if path in RENAMED_KEYS:
+        return RENAMED_KEYS[path]
+    section, _, last = path.rpartition(".")
+    outer = _renamed(section) if section else None
+    return None if outer is None else f"{outer}.{last}"
+
+
 def _keys_below(path: str, value: Any) -> list[str]:
     if not isinstance(value, Mapping) or not value:
         return [path]
@@ -479,9 +466,12 @@ def _keys_below(path: str, value: Any) -> list[str]:
 
 
 def _unknown(model: type[Section], path: str) -> str:
-    """Name an unknown key and the nearest valid ones: by spelling, then by last part."""
-    valid = [key for key, _, _ in _leaves(model)]
+    """Name an unknown key and its new name, or the nearest valid ones."""
+    valid = [key for key, _, _ in iter_fields(model)]
     sections = sorted({key.rpartition(".")[0] for key in valid} - {""})
+    renamed = _renamed(path)
+    if renamed in valid or renamed in sections:
+        return f"{path}: was renamed; use {renamed}"
     near = difflib.get_close_matches(path, valid + sections, n=2, cutoff=0.7)
     last = path.rpartition(".")[2]
     near += [key for key in valid if key.rpartition(".")[2] == last]

@@ -1,49 +1,390 @@
-"""Every key of every command, as a page: `python -m imgcls.reference > docs/reference.md`."""
+"""Help pages, reference of all keys and shell completion, made from the configuration models."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from imgcls import config
-from imgcls.cli import COMMANDS
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from imgcls.config import (
+    Section,
+    find_section,
+    find_section_type,
+    iter_fields,
+    iter_sections,
+    list_choices,
+    to_option,
+)
+
+Shell = Literal["bash", "zsh", "fish"]
 
 
-def page() -> str:
-    """docs/reference.md, made from the models that read the keys."""
-    return "\n".join(_lines()) + "\n"
+@dataclass(frozen=True)
+class Command:
+    """A command: where its configuration and its function are, what it is for, and an example.
+
+    example: runs after `imgcls demo`, in a clone of the repository
+    """
+
+    summary: str
+    module: str
+    config: str
+    function: str
+    example: str
+
+    def load_model(self) -> type[Section]:
+        """The configuration model; imports the command's module."""
+        model: type[Section] = getattr(importlib.import_module(self.module), self.config)
+        return model
 
 
-def _lines() -> Iterator[str]:
-    yield "# Every key"
-    yield ""
-    yield (
-        "Made from the code by `python -m imgcls.reference`. A key is given as `--key VALUE`, in a "
-        "YAML file (`--config`), or to the function in Python; what may be left out has a default."
+@dataclass(frozen=True)
+class Key:
+    """One configuration key as the help page shows it.
+
+    name:      in dotted form, with dashes
+    section:   the dotted name of the section that it belongs to; "" for a key of the model itself
+    choices:   the words that it takes, where they are listed
+    shorthand: the shorter option that sets the same key, such as `manifest` for `manifest.path`
+    """
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+    section: str
+    choices: tuple[str, ...]
+    shorthand: str | None
+
+    @property
+    def is_required(self) -> bool:
+        return self.default == "required"
+
+
+def list_keys(model: type[Section]) -> list[Key]:
+    """Every key that may be set, in the order of declaration."""
+    short: dict[str, str] = {}
+    for name, section in iter_sections(model):
+        if section.shorthand is not None:
+            short[f"{name}.{section.shorthand}"] = name
+    found = []
+    for key, field, owner in iter_fields(model):
+        if key == owner:
+            continue
+        default = f"default {_show(field.get_default(call_default_factory=True))}"
+        if field.is_required():
+            optional = _optional_owner(model, key)
+            default = "required" if optional is None else f"required where {optional} is given"
+        found.append(
+            Key(
+                name=to_option(key),
+                type=_type_name(field.annotation),
+                default=default,
+                meaning=" ".join((field.description or "").split()),
+                section=to_option(key.rpartition(".")[0]),
+                choices=tuple(list_choices(field.annotation)),
+                shorthand=to_option(short[key]) if key in short else None,
+            )
+        )
+    return found
+
+
+def format_help(
+    model: type[Section],
+    *,
+    prog: str,
+    description: str = "",
+    example: str = "",
+    width: int | None = None,
+) -> str:
+    """The `--help` page: required keys, then the others by section, wrapped to `width` columns.
+
+    width: the width of the terminal, at most 100, if None
+    """
+    width = min(shutil.get_terminal_size().columns, 100) if width is None else width
+    keys = list_keys(model)
+    unnamed = "".join(f"{_unnamed_word(name)} " for name in model.positional)
+    lines = [f"usage: {prog} {unnamed}[--config FILE.yaml] [--KEY VALUE ...]", ""]
+    if description:
+        lines += [*textwrap.wrap(description, width), ""]
+    if example:
+        lines += ["example:", *_wrap_command(example, width), ""]
+    lines += [
+        "Settings files:",
+        "  --config FILE.yaml  (repeatable)",
+        *_indent(
+            "Read settings from a file. Later files and the command line take precedence.", width
+        ),
+        "  --print-config",
+        "      Print the resolved settings as YAML and exit.",
+    ]
+    required = [key for key in keys if key.is_required]
+    if required:
+        lines += ["", "Required:", *_format_keys(required, width)]
+    titles = {to_option(name): (section.__doc__ or "") for name, section in iter_sections(model)}
+    rest = [key for key in keys if not key.is_required]
+    for section in sorted({key.section: None for key in rest}, key=bool):  # the model's own first
+        title = " ".join(titles.get(section, "").split("\n\n")[0].split())
+        heading = f"{section}: {title}" if section else "Options:"
+        group = [key for key in rest if key.section == section]
+        lines += ["", *textwrap.wrap(heading, width), *_format_keys(group, width)]
+    return "\n".join(lines)
+
+
+def _format_keys(keys: Iterable[Key], width: int) -> Iterator[str]:
+    for key in keys:
+        yield f"  --{key.name} {key.type}  ({key.default})"
+        meaning = key.meaning
+        if key.shorthand is not None:
+            meaning = f"{meaning} Short form: --{key.shorthand} {key.type}".strip()
+        yield from _indent(meaning, width)
+
+
+def _indent(text: str, width: int) -> list[str]:
+    indent = " " * 6
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    for name, command in COMMANDS.items():
-        model = getattr(importlib.import_module(command.module), command.config)
-        yield from (
-            "",
-            f"## imgcls {name}",
-            "",
-            f"{command.summary[0].upper()}{command.summary[1:]}.",
-        )
-        yield from (
-            "",
-            f"    {command.example}",
-            "",
-            "| key | type | default | |",
-            "| --- | --- | --- | --- |",
-        )
-        for key in config.keys(model):
+
+
+def _wrap_command(command: str, width: int) -> list[str]:
+    """A command on several lines that a shell reads as one."""
+    lines = textwrap.wrap(
+        command, width - 4, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
+    )
+    return [f"  {line} \\" for line in lines[:-1]] + [f"  {line}" for line in lines[-1:]]
+
+
+def _unnamed_word(key: str) -> str:
+    return key.rpartition(".")[2].upper()
+
+
+def _optional_owner(model: type[Section], key: str) -> str | None:
+    """The outermost section that a key stands in and that may be left out."""
+    parts = key.split(".")
+    section: type[Section] | None = model
+    for depth, part in enumerate(parts[:-1], 1):
+        section, optional = find_section(section, part)
+        if optional:
+            return ".".join(parts[:depth])
+    return None
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        names = [_type_name(a) for a in typing.get_args(annotation) if a is not type(None)]
+        return "|".join(dict.fromkeys(names))
+    if origin in (list, tuple):
+        return "LIST"
+    if origin is dict:
+        return "MAP"
+    return {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false"}.get(annotation, "VALUE")
+
+
+def render_reference(commands: Mapping[str, Command]) -> str:
+    """docs/reference.md: every key of every command, as Markdown."""
+    lines = [
+        "# Every key",
+        "",
+        "Generated by `imgcls reference`. A key is given as `--key VALUE`, in a YAML file "
+        "(`--config`), or to the function in Python. A key without a default is required.",
+    ]
+    for name, command in commands.items():
+        lines += ["", f"## imgcls {name}", ""]
+        lines += [f"{command.summary[0].upper()}{command.summary[1:]}.", ""]
+        lines += [f"    {command.example}", ""]
+        lines += ["| key | type | default | |", "| --- | --- | --- | --- |"]
+        for key in list_keys(command.load_model()):
             default = key.default.removeprefix("default ")
-            yield _row(f"`{key.name}`", key.type, default, key.meaning)
+            lines.append(_format_row(f"`{key.name}`", key.type, default, key.meaning))
+    return "\n".join(lines) + "\n"
 
 
-def _row(*cells: str) -> str:
+def _format_row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-if __name__ == "__main__":
-    print(page(), end="")
+def render_completion(commands: Mapping[str, Command], shell: Shell) -> str:
+    """A script that completes commands, keys and listed values of keys in a shell."""
+    if shell == "fish":
+        return "\n".join(_fish_lines(commands)) + "\n"
+    bash = "\n".join(_bash_lines(commands)) + "\n"
+    return f"autoload -U +X bashcompinit && bashcompinit\n{bash}" if shell == "zsh" else bash
+
+
+def list_groups(commands: Iterable[str]) -> list[str]:
+    """The first words of commands of two words, such as `manifest`."""
+    return list(dict.fromkeys(name.split()[0] for name in commands if " " in name))
+
+
+def _first_words(commands: Mapping[str, Command]) -> dict[str, list[str]]:
+    """What may follow `imgcls` (key "") and a group of commands."""
+    words = {"": list(dict.fromkeys(name.split()[0] for name in commands))}
+    for group in list_groups(commands):
+        words[group] = [name.split()[1] for name in commands if name.startswith(f"{group} ")]
+    return words
+
+
+def _bash_lines(commands: Mapping[str, Command]) -> Iterator[str]:
+    words = _first_words(commands)
+    groups = "|".join(list_groups(commands))
+    yield "_imgcls() {"
+    yield '  local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"'
+    yield '  local command="${COMP_WORDS[1]}" words="" at=1'
+    yield f'  case "$command" in {groups}) command="$command ${{COMP_WORDS[2]}}"; at=2 ;; esac'
+    yield '  if [ "$COMP_CWORD" -le "$at" ]; then'
+    yield '    case "$COMP_CWORD:${COMP_WORDS[1]}" in'
+    for group in list_groups(commands):
+        yield f'      2:{group}) words="{" ".join(words[group])}" ;;'
+    yield f'      *) words="{" ".join(words[""])}" ;;'
+    yield "    esac"
+    yield '    COMPREPLY=($(compgen -W "$words" -- "$current")); return'
+    yield "  fi"
+    yield '  case "$command" in'
+    for name, command in commands.items():
+        keys = list_keys(command.load_model())
+        options = " ".join(f"--{option}" for option in _options(keys))
+        yield f'    "{name}") words="{options}"'
+        yield '      case "$previous" in'
+        for key in keys:
+            if key.choices:
+                yield f'        --{key.name}) words="{" ".join(key.choices)}" ;;'
+        yield "        --*=*) ;;"
+        yield "      esac ;;"
+    yield "  esac"
+    yield '  COMPREPLY=($(compgen -W "$words" -- "$current"))'
+    yield "}"
+    yield "complete -o default -F _imgcls imgcls"
+
+
+def _fish_lines(commands: Mapping[str, Command]) -> Iterator[str]:
+    words = _first_words(commands)
+    yield "complete -c imgcls -f -n __fish_use_subcommand -a " + _quote(" ".join(words[""]))
+    for group in list_groups(commands):
+        chosen = " ".join(words[group])
+        seen = f"__fish_seen_subcommand_from {group}; and not __fish_seen_subcommand_from {chosen}"
+        yield f"complete -c imgcls -f -n {_quote(seen)} -a {_quote(chosen)}"
+    for name, command in commands.items():
+        seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
+        meanings = {key.name: key for key in list_keys(command.load_model())}
+        for option in _options(meanings.values()):
+            key = meanings.get(option)
+            values = f" -a {_quote(' '.join(key.choices))}" if key and key.choices else ""
+            meaning = f" -d {_quote(key.meaning)}" if key and key.meaning else ""
+            yield f"complete -c imgcls -n {_quote(seen)} -l {option} -r{values}{meaning}"
+
+
+def _options(keys: Iterable[Key]) -> Iterator[str]:
+    for key in keys:
+        if key.shorthand is not None:
+            yield key.shorthand
+        yield key.name
+    yield from ("config", "print-config", "help")
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def render_stub(functions: Mapping[str, Command], exports: Mapping[str, tuple[str, str]]) -> str:
+    """imgcls/__init__.pyi: the signatures that type checkers and editors see.
+
+    functions: by public name; their keys become keyword arguments
+    exports:   other public names: module and attribute
+    """
+    types_needed: dict[str, set[str]] = {"collections.abc": {"Mapping"}, "os": {"PathLike"}}
+    body: list[str] = []
+    for name, command in functions.items():
+        model = command.load_model()
+        function = getattr(importlib.import_module(command.module), command.function)
+        result = typing.get_type_hints(function)["return"]
+        types_needed.setdefault(command.module, set()).add(command.config)
+        returned = _type_source(result, types_needed)
+        body += ["", "@overload", f"def {name}(config: {command.config}, /) -> {returned}: ..."]
+        body += ["@overload", f"def {name}(", "    *,"]
+        fields = model.model_fields.items()
+        for key, field in sorted(fields, key=lambda item: not item[1].is_required()):
+            source = _argument_source(field, types_needed)
+            body.append(f"    {key}: {source}{'' if field.is_required() else ' = ...'},")
+        body.append(f") -> {returned}: ...")
+    for name, (module, attribute) in exports.items():
+        types_needed.setdefault(module, set()).add(f"{attribute} as {name}")
+    lines = [
+        "# Generated by `imgcls reference --format stub`. Do not edit.",
+        "from typing import Literal, overload",
+        "",
+        *(
+            f"from {module} import {', '.join(sorted(names))}"
+            for module, names in sorted(types_needed.items())
+            if module != "builtins"
+        ),
+        "",
+        "__version__: str",
+        "LAZY_EXPORTS: dict[str, tuple[str, str]]",
+        "__all__: list[str]",
+        *body,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _argument_source(field: FieldInfo, needed: dict[str, set[str]]) -> str:
+    """The type of a keyword argument: that of the field, and what is converted to it."""
+    section = find_section_type(field.annotation)
+    parts = [_type_source(field.annotation, needed)]
+    if section is not None:
+        parts.append("Mapping[str, object]")
+    if section is not None and section.shorthand is not None:
+        parts.append("str")
+    if any(isinstance(each, BeforeValidator) for each in field.metadata):
+        parts.append("str")
+    source = " | ".join(dict.fromkeys(" | ".join(parts).split(" | ")))
+    return f"{source} | PathLike[str]" if "str" in source.split(" | ") else source
+
+
+def _type_source(annotation: Any, needed: dict[str, set[str]]) -> str:
+    """A type as Python source; its name is noted for the import."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is types.NoneType:
+        return "None"
+    if origin is typing.Annotated:
+        return _type_source(arguments[0], needed)
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(map(repr, arguments))}]"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_source(argument, needed) for argument in arguments)
+    if annotation is Any:
+        return "object"
+    if annotation is Ellipsis:
+        return "..."
+    if origin is not None:
+        inner = ", ".join(_type_source(argument, needed) for argument in arguments)
+        return f"{_type_source(origin, needed)}[{inner}]"
+    needed.setdefault(annotation.__module__, set()).add(annotation.__name__)
+    name: str = annotation.__name__
+    return name

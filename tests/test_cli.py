@@ -27,7 +27,7 @@ def test_help_lists_every_command_and_how_to_go_on() -> None:
             line.split(maxsplit=len(name.split())) == [*name.split(), command.summary]
             for line in done.stdout.splitlines()
         ), name
-    assert "`imgcls COMMAND --help` lists a command's keys." in done.stdout
+    assert "`imgcls COMMAND --help` lists the keys of a command." in done.stdout
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -68,24 +68,40 @@ def test_a_pipe_that_breaks_elsewhere_is_no_quiet_end(monkeypatch: pytest.Monkey
         cli.main(["train"])
 
 
-def test_completion_shows_the_public_names() -> None:
-    import imgcls as package
-
-    assert set(package.__all__) <= set(dir(package))
-
-
 @pytest.mark.parametrize(
-    ("argv", "named"), [(("predicct",), "predicct"), (("model", "frob"), "model"), (("",), "''")]
+    ("argv", "named", "listed"),
+    [
+        (("predicct",), "'predicct'; did you mean 'predict'?", "  predict "),
+        (("model", "frob"), "'model frob'", "  model list "),
+        (
+            ("manifest", "buld"),
+            "'manifest buld'; did you mean 'manifest build'?",
+            "  manifest build ",
+        ),
+        (("manifst", "build"), "'manifst'; did you mean 'manifest build'?", "  predict "),
+        (("",), "''", "  predict "),
+    ],
 )
 def test_an_unknown_command_is_refused_with_the_known_ones(
-    argv: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]
+    argv: tuple[str, ...], named: str, listed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(argv) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert named in told.err
-    assert "no command" in told.err
-    assert "  predict " in told.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"no command {named}" in captured.err
+    assert listed in captured.err
+
+
+@pytest.mark.parametrize("group", ["manifest", "model", "key", "history"])
+def test_the_help_of_a_group_lists_its_commands(
+    group: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([group, "--help"]) == 0
+    listed = capsys.readouterr().out
+    assert cli.main([group]) == 2
+    assert capsys.readouterr().out == listed
+    for name, command in cli.COMMANDS.items():
+        assert (command.summary in listed) == name.startswith(f"{group} "), name
 
 
 def test_no_command_at_all_is_a_wrong_request_that_shows_the_way(
@@ -103,10 +119,10 @@ def test_every_commands_help_lists_every_key_that_it_takes(
     text = capsys.readouterr().out
     command = cli.COMMANDS[name]
     model = getattr(importlib.import_module(command.module), command.config)
-    unnamed = "".join(f"{each.upper()} " for each in model.positional)
+    unnamed = "".join(f"{each.rpartition('.')[2].upper()} " for each in model.positional)
     assert text.startswith(f"usage: imgcls {name} {unnamed}[--config FILE.yaml]")
     lines = text.splitlines()
-    for key, field, section in config._leaves(model):
+    for key, field, section in config.iter_fields(model):
         if key != section:
             [at] = [
                 i

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from imgcls import config, reference
+from imgcls import config
 from imgcls.cli import COMMANDS, main
 from tests.conftest import REPOSITORY
 
@@ -40,7 +40,7 @@ def test_every_command_on_a_page_is_taken(page: Path) -> None:
             continue
         command = COMMANDS[name]
         model = getattr(importlib.import_module(command.module), command.config)
-        config.load(model, words, prog=f"imgcls {name}")
+        config.load(model, words)
 
 
 def test_the_nightly_page_is_full_of_commands() -> None:
@@ -64,11 +64,6 @@ def test_what_schedulers_are_given_is_well_formed() -> None:
     assert (0 <= int(minute) < 60, 0 <= int(hour) < 24, rest) == (True, True, ["*"] * 3)
 
 
-def test_the_reference_is_what_the_code_says() -> None:
-    written = (REPOSITORY / "docs" / "reference.md").read_text()
-    assert written == reference.page(), "run python -m imgcls.reference > docs/reference.md"
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_an_example_that_it_takes(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -78,9 +73,10 @@ def test_every_command_has_an_example_that_it_takes(
     assert words[0] == "imgcls"
     assert words[1 : 1 + len(name.split())] == name.split()
     model = getattr(importlib.import_module(command.module), command.config)
-    config.load(model, words[1 + len(name.split()) :], prog=f"imgcls {name}")
+    config.load(model, words[1 + len(name.split()) :])
     assert main([*name.split(), "--help"]) == 0
-    assert f"example: {command.example}\n" in capsys.readouterr().out
+    page = capsys.readouterr().out.replace("\\\n", " ")
+    assert shlex.split(page.partition("example:\n")[2].partition("\n\n")[0]) == words
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -208,7 +208,7 @@ def test_a_file_that_is_no_csv_is_refused(put: Put) -> None:
     assert "the header cannot be read" in refused(put("path," + "x" * 200_000 + "\na,b\n"))
 
 
-# Parsed by Arrow, with the delimiter detected by Python: any text in any column must come back equal
+# Parsed by Arrow, the delimiter detected by Python: any text in any column must come back equal
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _NAMES = st.lists(
