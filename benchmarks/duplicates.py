@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 SIZES = (10_000, 100_000, 1_000_000)
-MOST = 60
+MAX_DISTANCE = 60
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def measured(count: int, copies: float, bits: float) -> tuple[float, float, floa
     hashes[target] = hashes[source] ^ noise
     mirror = rng.integers(0, 2**64, 4, dtype=np.uint64)
     began = time.perf_counter()
-    pairs = find_near_pairs(hashes, mirror, max_distance=MOST)
+    pairs = find_near_pairs(hashes, mirror, max_distance=MAX_DISTANCE)
     seconds = time.perf_counter() - began
     told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     wanted = set(zip(source.tolist(), target.tolist(), strict=True))

@@ -82,15 +82,8 @@ def test_a_check_finds_issues_and_writes_a_clean_manifest(place: Path, cluster: 
         kept = pq.read_table(stream).column("path").to_pylist()
     assert len(kept) == 41
     assert not [p for p in kept if p.endswith(("/7.jpg", "/copy.jpg", "/cut.jpg"))]
-    assert all((path.endswith(f"images/{Path(path).name}") and "://" in path) or path[0] == "/"
-               for path in kept)  # fmt: skip
-    # the clean manifest is one like any other
-    again = imgcls(
-        *("manifest", "check", clean, "--against", test, "--output", place / "again"),
-        *("--fail-on", "leakage,exact-duplicates,unreadable"),
-        env=cluster.environment(),
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
+    # absolute paths, so that the manifest can be used from any folder
+    assert kept == [str(place / "images" / path.rpartition("/")[2]) for path in kept]
 
 
 @pytest.mark.slow
@@ -129,7 +122,7 @@ def test_the_page_of_a_check_shows_the_issues(
     train, test = data_set(tmp_path)
     done = imgcls(
         *("manifest", "check", train, "--against", test, "--output", tmp_path / "out"),
-        *("--model", colour_bundle),
+        *("--model", colour_bundle, "--fail-on", "tiny"),  # there is none
         env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
