@@ -162,7 +162,8 @@ def at_size(image: Any, megapixels: float) -> Any:
 
 def compare(kind: str, bundle: Any) -> None:
     from imgcls.models.bundle import Int8Calibration
-    from imgcls.models.classifier import Classifier, record_int8_ranges
+    from imgcls.models.classifier import Classifier
+    from imgcls.models.int8_calibration import record_int8_ranges
 
     decoders = settings(bundle.spec.preprocess)
     inputs: dict[str, list[Any]] = {name: [] for name in decoders}

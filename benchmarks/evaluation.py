@@ -1,9 +1,9 @@
-"""How long a judgement takes and what memory it needs, as predictions grow.
+"""Time and memory of `imgcls evaluate` as the number of predictions grows.
 
     python -m benchmarks.evaluation [--rows 2000000 20000000] [--classes 1000]
 
-Predictions are generated once and repeated under other file names; each size is judged by
-`imgcls evaluate` in processes of its own, whose peak memory (all of them together) is watched.
+Predictions are generated once and repeated under other file names. Each size is evaluated in
+separate processes, whose total peak memory is measured.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as name:
             folder = Path(name) / "run"
             commit(folder, rows, options.classes)
-            seconds, peak, base = judged(folder)
+            seconds, peak, base = measure(folder)
         found.append((rows, seconds))
         print(
             f"{rows:>12,} {seconds:>9.1f} {rows / seconds:>11,.0f} {peak / 1e6:>9,.0f} MB"
             f" {(peak - base) / 1e6:>6,.0f} MB",
             flush=True,
         )
-    (least, fast), (most, slow) = found[0], found[-1]
-    if most > least:
-        print(f"\n{most / least:.0f} times the rows take {slow / fast:.1f} times the time")
+    (few, fast), (many, slow) = found[0], found[-1]
+    if many > few:
+        print(f"\n{many / few:.0f} times the rows take {slow / fast:.1f} times the time")
 
 
 def commit(folder: Path, rows: int, classes: int) -> None:
-    """A committed run of drawn predictions, in parts of a million rows."""
+    """Write a committed run of random predictions, in parts of a million rows."""
     names = [f"class {i:04d}" for i in range(classes)]
     where = folder / layout.PREDICTIONS_FOLDER
     where.mkdir(parents=True)
@@ -92,12 +92,12 @@ def drawn(rows: int, names: list[str]) -> pa.Table:
     rng = np.random.default_rng(0)
     label = rng.integers(0, len(names), rows)
     right = rng.random(rows) < 0.75
-    said = np.where(right, label, rng.integers(0, len(names), rows))
-    right = said == label
+    predicted = np.where(right, label, rng.integers(0, len(names), rows))
+    right = predicted == label
     confidence = rng.beta(5, np.where(right, 1, 3)).astype(np.float32)
     own = np.where(right, confidence, (1 - confidence) * rng.random(rows)).astype(np.float32)
     texts = pa.array(names)
-    top = (said[:, None] + np.arange(5)) % len(names)
+    top = (predicted[:, None] + np.arange(5)) % len(names)
     offsets = pa.array(np.arange(0, 5 * rows + 1, 5, dtype=np.int32))
     return pa.table(
         {
@@ -107,7 +107,7 @@ def drawn(rows: int, names: list[str]) -> pa.Table:
                 pa.array(rng.integers(0, 20, rows))
             ),
             "row": pa.array(np.arange(rows)),
-            "predicted_label": texts.take(pa.array(said)),
+            "predicted_label": texts.take(pa.array(predicted)),
             "confidence": confidence,
             "accepted": confidence > 0.5,
             "topk_labels": pa.ListArray.from_arrays(offsets, texts.take(pa.array(top.ravel()))),
@@ -123,8 +123,8 @@ def drawn(rows: int, names: list[str]) -> pa.Table:
     )
 
 
-def judged(folder: Path) -> tuple[float, float, float]:
-    """Seconds of the command, peak bytes of all its processes, and what Ray alone had at first."""
+def measure(folder: Path) -> tuple[float, float, float]:
+    """Seconds of the command, peak bytes of all its processes, and bytes of Ray at the start."""
     command = [
         *(sys.executable, "-m", "imgcls.cli", "evaluate", "--predictions", str(folder)),
         *("--no-thumbnails",),
@@ -159,7 +159,7 @@ def judged(folder: Path) -> tuple[float, float, float]:
 
 
 def memory(pid: int) -> float:
-    """Bytes that a process and its descendants hold alone (PSS: shared pages shared out)."""
+    """Bytes of a process and its descendants (PSS: shared pages divided among processes)."""
     total = 0.0
     try:
         parent = psutil.Process(pid)

@@ -110,13 +110,13 @@ def check(plain: Any, bundle: str, pixels: Any) -> None:
     from imgcls.models.classifier import Classifier
 
     expected = plain.classify(pixels).scores
-    for options in ({"batch_size": 64}, {"batch_size": 64, "compile": True}):
-        classifier = Classifier.load(bundle, **options)
+    for compile in (False, True):
+        classifier = Classifier.load(bundle, batch_size=64, compile=compile)
         found = np.concatenate(
             [classifier.classify(pixels[i : i + 64]).scores for i in range(0, len(pixels), 64)]
         )
         if np.abs(found - expected).max() > 0.01:
-            raise SystemExit(f"{options}: scores differ by {np.abs(found - expected).max():.3f}")
+            raise SystemExit(f"{compile=}: scores differ by {np.abs(found - expected).max():.3f}")
 
 
 def classify(classifier: Any, batch: Any, rows: int) -> None:

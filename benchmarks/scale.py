@@ -183,27 +183,27 @@ def broken_off(rows: int, folder: str, share: float) -> dict[str, Any]:
 def leave_behind(output: Path, share: float) -> int:
     """Finished parts and, of one more part, half its chunks; the rows that they stand for."""
     from imgcls.execution.plan import parse_plan
-    from imgcls.runs import layout as names
+    from imgcls.runs import layout
 
-    run = names.load_run(str(output))
+    run = layout.load_run(str(output))
     assert run is not None
     plan = parse_plan(run)
     full = int(plan.num_parts * share)
     table = made_up(0, plan.part_rows, run["classes"])
-    shards = pq.read_table(names.shard_url(str(output), 0))
+    shards = pq.read_table(layout.shard_url(str(output), 0))
     for name in table.schema.names:
         shards = shards.append_column(table.schema.field(name), table.column(name))
-    Path(names.part_url(str(output), 0)).parent.mkdir(parents=True, exist_ok=True)
-    first = Path(names.part_url(str(output), 0))
+    Path(layout.part_url(str(output), 0)).parent.mkdir(parents=True, exist_ok=True)
+    first = Path(layout.part_url(str(output), 0))
     pq.write_table(shards, first, compression="zstd")
     for part in range(1, full):
-        os.link(first, names.part_url(str(output), part))
+        os.link(first, layout.part_url(str(output), part))
     chunks = plan.chunks_of(full)[: len(plan.chunks_of(full)) // 2]
-    Path(names.part_staging_folder(str(output), full)).mkdir(parents=True, exist_ok=True)
+    Path(layout.part_staging_folder(str(output), full)).mkdir(parents=True, exist_ok=True)
     for chunk in chunks:
         pq.write_table(
             made_up(plan.rows_of(chunk).start, plan.chunk_rows, run["classes"]),
-            names.chunk_url(str(output), full, chunk, plan.run_id),
+            layout.chunk_url(str(output), full, chunk, plan.run_id),
         )
     return full * plan.part_rows + len(chunks) * plan.chunk_rows
 
@@ -283,9 +283,10 @@ def replace(receipts: Any) -> None:
 
 
 def simulate() -> None:
-    from imgcls.execution import pipeline
+    from imgcls.execution.worker import Job
+    from imgcls.inference import predict
 
-    pipeline.CpuWorker = SimulatedWorker  # type: ignore[assignment,misc]
+    predict.LABELING = Job("labeling", SimulatedWorker)  # type: ignore[arg-type]
 
 
 class SimulatedWorker:
@@ -301,27 +302,28 @@ class SimulatedWorker:
         self._name = f"{ray.get_runtime_context().get_node_id()}/{os.getpid()}"
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
+        from imgcls.execution.completed import read_chunk_rows, write_chunk
         from imgcls.execution.messages import ChunkResult, StageTimings
-        from imgcls.inference import stages
 
-        work = pickle.loads(batch.column("work")[0].as_py())
-        rows = stages.read_chunk_rows(self._spec, work).num_rows
-        seconds = StageTimings()
-        table = made_up(self._spec.plan.rows_of(work.chunk).start, rows, self._classes)
-        stages.write_chunk(self._spec, work, table, seconds)
-        done = ChunkResult(work, rows, {"ok": rows}, seconds, "simulated", self._name)
-        return {"done": [pickle.dumps(done)]}
+        task = pickle.loads(batch.column("task")[0].as_py())
+        rows = read_chunk_rows(self._spec, task).num_rows
+        timings = StageTimings()
+        table = made_up(self._spec.plan.rows_of(task.chunk).start, rows, self._classes)
+        write_chunk(self._spec, task, table, timings)
+        result = ChunkResult(task, rows, {"ok": rows}, timings, self._name)
+        return {"result": [pickle.dumps(result)]}
 
 
 def made_up(start: int, count: int, classes: list[str]) -> pa.Table:
     """Predictions of `count` rows from `start` on."""
-    from imgcls.runs import layout as names
+
+    from imgcls.runs.schema import build_prediction_schema
 
     rng = np.random.default_rng(start)
     labels = pa.array(classes).take(pa.array(rng.integers(0, len(classes), count)))
     confidence = pa.array(rng.uniform(0.5, 1, count).astype(np.float32))
     offsets = pa.array(np.arange(count + 1, dtype=np.int32))
-    schema = names.build_prediction_schema(labelled=False)
+    schema = build_prediction_schema(labelled=False)
     columns: dict[str, Any] = {
         "row": np.arange(start, start + count),
         "predicted_label": labels,

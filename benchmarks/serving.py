@@ -1,11 +1,11 @@
-"""The endpoint under load, beside the classifier alone and beside an endpoint as people write it.
+"""Throughput of `imgcls serve`, compared with the classifier alone and with a plain endpoint.
 
     python -m benchmarks.serving [--clients 64] [--seconds 60] [--model resnet18] [--repeats 3]
 
-Clients in a process of their own send photographs, each the next one when it has its answer. In
-turn: `Classifier.predict` in one process over batches of 16, `imgcls serve` with either door, and a
-plain FastAPI application with torch, one forward pass per request in FastAPI's thread pool. Prints
-images per second, what share of the classifier alone that is, latencies, statuses, batch sizes.
+Clients in a separate process send photographs, each the next one when it has its response. Measures
+in turn: `Classifier.predict` in one process over batches of 16, `imgcls serve` with either HTTP
+proxy, and a plain FastAPI application with torch, one forward pass per request in FastAPI's thread
+pool. Prints images per second, the ratio to the classifier alone, latencies, statuses, batch sizes.
 """
 
 from __future__ import annotations
@@ -45,54 +45,55 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain:
-        plain(options.plain, options.port)
+        serve_plain(options.plain, options.port)
         return
     with tempfile.TemporaryDirectory() as name:
         bundle = make_bundle(Path(name), options.model)
         files = [str(file) for file in photographs(SAMPLE)]
         rates: dict[str, list[float]] = {}
         for _ in range(options.repeats):
-            alone = alone_of(str(bundle), files, options.seconds)
-            note(rates, "Classifier alone, batches of 16, one process", alone)
-            for door in ("python", "haproxy"):
-                with imgcls(bundle, door) as port:
-                    told = load(port, files, options)
-                    note(rates, f"imgcls serve, door {door}", told["rate"])
-                    tell(told, batches(port))
-            with plainly(options.model) as port:
-                told = load(port, files, options)
-                note(rates, "FastAPI + torch, as people write it", told["rate"])
-                tell(told, None)
+            alone = measure_classifier(str(bundle), files, options.seconds)
+            add_rate(rates, "Classifier alone, batches of 16, one process", alone)
+            for proxy in ("python", "haproxy"):
+                with imgcls(bundle, proxy) as port:
+                    measured = measure_clients(port, files, options)
+                    add_rate(rates, f"imgcls serve, proxy {proxy}", measured["rate"])
+                    print_latencies(measured, read_batch_sizes(port))
+            with run_plain(options.model) as port:
+                measured = measure_clients(port, files, options)
+                add_rate(rates, "FastAPI + torch, one pass per request", measured["rate"])
+                print_latencies(measured, None)
         first = statistics.median(rates["Classifier alone, batches of 16, one process"])
         print(f"\nmedians of {options.repeats}, {options.clients} clients, {options.model}")
-        for what, values in rates.items():
+        for name, values in rates.items():
             median = statistics.median(values)
-            print(f"  {what:<46} {median:7.1f} images/s  {median / first:5.0%}")
+            print(f"  {name:<46} {median:7.1f} images/s  {median / first:5.0%}")
 
 
-def note(rates: dict[str, list[float]], what: str, rate: float) -> None:
-    rates.setdefault(what, []).append(rate)
-    print(f"{what:<46} {rate:7.1f} images/s", flush=True)
+def add_rate(rates: dict[str, list[float]], name: str, rate: float) -> None:
+    rates.setdefault(name, []).append(rate)
+    print(f"{name:<46} {rate:7.1f} images/s", flush=True)
 
 
-def tell(told: dict[str, Any], batch: str | None) -> None:
+def print_latencies(measured: dict[str, Any], batch: str | None) -> None:
     print(
-        f"    p50 {told['p50']:.0f} ms  p99 {told['p99']:.0f} ms  statuses {told['statuses']}"
+        f"    p50 {measured['p50']:.0f} ms  p99 {measured['p99']:.0f} ms  "
+        f"statuses {measured['statuses']}"
         + (f"  images per forward pass {batch}" if batch else ""),
         flush=True,
     )
 
 
-# ---------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------- measured systems
 
 
-def alone_of(bundle: str, files: list[str], seconds: float) -> float:
-    """The classifier, fed with bytes, in one process that may use all cores."""
+def measure_classifier(bundle: str, files: list[str], seconds: float) -> float:
+    """Throughput of the classifier alone, in one process that may use all cores."""
     with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_alone, (bundle, files, seconds))
+        return pool.apply(_measure_classifier, (bundle, files, seconds))
 
 
-def _alone(bundle: str, files: list[str], seconds: float) -> float:
+def _measure_classifier(bundle: str, files: list[str], seconds: float) -> float:
     from imgcls.models.classifier import Classifier
 
     classifier = Classifier.load(bundle)
@@ -106,11 +107,11 @@ def _alone(bundle: str, files: list[str], seconds: float) -> float:
 
 
 @contextlib.contextmanager
-def imgcls(bundle: Path, door: str) -> Iterator[int]:
+def imgcls(bundle: Path, proxy: str) -> Iterator[int]:
     port = free_port()
     command = [
         *(sys.executable, "-m", "imgcls.cli", "serve", "--model", str(bundle)),
-        *("--http.port", str(port), "--http.proxy", door, "--replicas.drain-period-s", "0"),
+        *("--http.port", str(port), "--http.proxy", proxy, "--replicas.drain-period-s", "0"),
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
@@ -122,7 +123,7 @@ def imgcls(bundle: Path, door: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def plainly(model: str) -> Iterator[int]:
+def run_plain(model: str) -> Iterator[int]:
     port = free_port()
     command = [
         *(sys.executable, "-m", "benchmarks.serving"),
@@ -137,8 +138,8 @@ def plainly(model: str) -> Iterator[int]:
             process.wait(30)
 
 
-def plain(model: str, port: int) -> None:
-    """What tutorials show: one request, one Pillow image, one forward pass."""
+def serve_plain(model: str, port: int) -> None:
+    """An endpoint as in tutorials: one request, one Pillow image, one forward pass."""
     import io
 
     import torch
@@ -169,7 +170,8 @@ def plain(model: str, port: int) -> None:
     async def predict(request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(label, await request.body())
 
-    predict.__annotations__["request"] = Request  # a name of this function, which FastAPI seeks
+    # FastAPI cannot resolve a name that is local to this function
+    predict.__annotations__["request"] = Request
     app.post("/v1/predict")(predict)
 
     @app.get("/readyz")
@@ -182,13 +184,13 @@ def plain(model: str, port: int) -> None:
 # ---------------------------------------------------------------------- the clients
 
 
-def load(port: int, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """What clients in another process see of `options.seconds`, after some to warm up."""
+def measure_clients(port: int, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure for `options.seconds`, after a warm-up, with clients in another process."""
     with mp.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_load, (port, files, options.clients, options.seconds))
+        return pool.apply(_measure_clients, (port, files, options.clients, options.seconds))
 
 
-def _load(port: int, files: list[str], clients: int, seconds: float) -> dict[str, Any]:
+def _measure_clients(port: int, files: list[str], clients: int, seconds: float) -> dict[str, Any]:
     requests = []
     for file in files:
         data = Path(file).read_bytes()
@@ -203,7 +205,7 @@ def _load(port: int, files: list[str], clients: int, seconds: float) -> dict[str
     end = begun + seconds
 
     class Client(asyncio.Protocol):
-        """Sends a photograph, waits for the answer, sends the next."""
+        """Sends a photograph, waits for the response, sends the next."""
 
         def __init__(self, number: int) -> None:
             self.place = number
@@ -262,8 +264,8 @@ def _load(port: int, files: list[str], clients: int, seconds: float) -> dict[str
     }
 
 
-def batches(port: int) -> str:
-    """Forward passes by their size, as the service counts them itself."""
+def read_batch_sizes(port: int) -> str:
+    """Number of forward passes by batch size, from the metrics of the service."""
     time.sleep(2)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         text = response.read().decode()

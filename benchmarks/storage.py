@@ -100,7 +100,7 @@ def note(measured: dict[str, list[float]], name: str, value: float, more: str = 
 def read(files: list[Path], options: argparse.Namespace, measured: dict[str, list[float]]) -> None:
     from pyarrow.fs import S3FileSystem
 
-    from imgcls.data import filesystem, object_store
+    from imgcls.data import filesystem, storage_settings
 
     keys = [f"{BUCKET}/{files[i % len(files)].name}" for i in range(options.rows)]
     urls: list[str | None] = [f"s3://{key}" for key in keys]
@@ -129,7 +129,7 @@ def read(files: list[Path], options: argparse.Namespace, measured: dict[str, lis
 
         return run
 
-    object_store.set_process_settings(object_store.StorageConfig())
+    storage_settings.set_process_settings(storage_settings.StorageConfig())
     few = keys[: max(100, options.rows // 20)]
     on_disk: list[str | None] = [str(files[i % len(files)]) for i in range(options.rows)]
     ways: dict[str, tuple[int, Callable[[], object]]] = {

@@ -53,7 +53,7 @@ from benchmarks.training_loops import (
 )
 from imgcls.data import decode
 from imgcls.models import zoo
-from imgcls.models.classifier import choose_precision
+from imgcls.models.precision import choose_precision
 from imgcls.training.data.batches import DecodeSettings
 
 ROOT = Path(__file__).parents[1]

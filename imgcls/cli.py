@@ -84,7 +84,7 @@ COMMANDS = {
         "imgcls report demo/bundle",
     ),
     "serve": Command(
-        "serve a bundle over HTTP, with a web page",
+        "serve a model over HTTP, with a demo page",
         "imgcls.serving.serve",
         "ServeConfig",
         "serve",
@@ -351,8 +351,8 @@ def _summarize_config_error(name: str, argv: Sequence[str], error: ConfigError) 
         if option.startswith(f"{SUMMARY}=")
     ]
     if name == "predict" and files:
-        gates = importlib.import_module("imgcls.inference.gates")
-        gates.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
+        commit = importlib.import_module("imgcls.inference.commit")
+        commit.write_summary(files[-1], {"exit_code": error.exit_code, "error": str(error)})
 
 
 def _command(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:

@@ -1,6 +1,6 @@
-"""A client of `imgcls serve`: images in, rows out, patient where the service asks for patience.
+"""Python client of `imgcls serve`: sends images, returns rows, retries when the service is busy.
 
-Needs no torch and no Ray, so it can be used where neither is installed.
+Needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ _RETRY_STATUSES = (429, 503)
 
 
 class ServiceError(RunFailed):
-    """The service refused a request or could not be reached.
+    """The service rejected a request or could not be reached.
 
-    status: of HTTP; None when there was no answer
-    kind:   the last word of the problem's type, e.g. truncated, key_unknown, busy
+    Attributes
+    ----------
+    status : int or None
+        HTTP status; None if there was no response.
+    kind : str or None
+        Last part of the problem's type, e.g. ``truncated``, ``key_unknown``, ``busy``.
     """
 
     def __init__(self, message: str, status: int | None = None, kind: str | None = None) -> None:
@@ -38,12 +42,27 @@ class ServiceError(RunFailed):
 
 
 class Client:
-    """Asks one service.
+    """Client of one service, with a pool of connections; a context manager.
 
-    url:             where it is, e.g. http://127.0.0.1:8000
-    key:             an API key; IMGCLS_API_KEY in the environment when not given
-    timeout_seconds: for one answer
-    patience_seconds: a service that is busy is asked again for so long
+    Responses 429 and 503 with a Retry-After header are retried after that time. Every other error
+    is raised at once.
+
+    Parameters
+    ----------
+    url : str
+        Base URL of the service, e.g. ``http://127.0.0.1:8000``.
+    key : str, optional
+        API key. Default: the environment variable ``IMGCLS_API_KEY``.
+    timeout_s : float
+        Timeout of one request attempt, in seconds.
+    retry_timeout_s : float
+        Total time to retry a request while the service is busy, in seconds.
+
+    Examples
+    --------
+    >>> with Client("http://127.0.0.1:8000", key) as client:
+    ...     for row in client.predict(["cat.jpg", "dog.jpg"], top_k=3):
+    ...         print(row["name"], row["predicted_label"], row["confidence"])
     """
 
     def __init__(
@@ -51,14 +70,14 @@ class Client:
         url: str,
         key: str | None = None,
         *,
-        timeout_seconds: float = 120.0,
-        patience_seconds: float = 60.0,
+        timeout_s: float = 120.0,
+        retry_timeout_s: float = 60.0,
     ) -> None:
         self._url = url.rstrip("/")
-        self._timeout_s = timeout_seconds
-        self._retry_timeout_s = patience_seconds
+        self._timeout_s = timeout_s
+        self._retry_timeout_s = retry_timeout_s
         self._session = requests.Session()
-        # not a header of the session: a password in ~/.netrc would take its place
+        # as auth, not as a header: a password in ~/.netrc would replace the header
         self._session.auth = _BearerAuth(key or os.environ.get("IMGCLS_API_KEY"))
 
     def __enter__(self) -> Self:
@@ -68,7 +87,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close all connections."""
         self._session.close()
 
     def predict(
@@ -79,30 +98,70 @@ class Client:
         threshold: float | None = None,
         embeddings: bool = False,
     ) -> list[dict[str, Any]]:
-        """Label image files, given as paths or bytes; one row each, in the columns of a table.
+        """Classify image files.
 
-        A bad image among several is a row with its `status` and `error`.
-        Raises ServiceError when the request is refused, so also for one bad image alone.
+        Parameters
+        ----------
+        images : path, bytes, or a sequence of these
+            Image files, as local paths or as the bytes of a file.
+        top_k : int, optional
+            Number of labels per image. Default: the service's.
+        threshold : float, optional
+            Minimum confidence of an accepted prediction, 0 to 1. Default: the service's.
+        embeddings : bool
+            Also return the embedding of each image.
+
+        Returns
+        -------
+        list of dict
+            One row per image, in the columns of a prediction table. If several images are sent, a
+            rejected image is a row with its ``status`` and ``error``.
+
+        Raises
+        ------
+        RequestError
+            If there is no image, or a path cannot be read.
+        ServiceError
+            If the service rejects the request, or the only image of the request.
         """
         if isinstance(images, (str, bytes, os.PathLike)):
             images = [images]
         if not images:
-            raise RequestError("predict: no image was given")
+            raise RequestError("predict: no image. Pass at least one path or bytes object")
         files = [("image", _read_image(image)) for image in images]
-        asked = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings or None}
-        params = {name: value for name, value in asked.items() if value is not None}
+        options = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings or None}
+        params = {name: value for name, value in options.items() if value is not None}
         rows: list[dict[str, Any]] = self._request(
             "POST", "/v1/predict", files=files, params=params
         ).json()["predictions"]
         return rows
 
     def model(self) -> dict[str, Any]:
-        """Classes, preprocessing, thresholds and metrics of the model that answers."""
-        described: dict[str, Any] = self._request("GET", "/v1/model").json()
-        return described
+        """Describe the model in use.
+
+        Returns
+        -------
+        dict
+            Hash, architecture, classes, preprocessing, thresholds and metrics.
+
+        Raises
+        ------
+        ServiceError
+            If the service rejects the request or cannot be reached.
+        """
+        description: dict[str, Any] = self._request("GET", "/v1/model").json()
+        return description
 
     def reload(self) -> None:
-        """Have the service load its bundle again; needs a key with the scope admin."""
+        """Have the service reload its bundle; needs an API key with the scope ``admin``.
+
+        Returns before the replicas have loaded it.
+
+        Raises
+        ------
+        ServiceError
+            If the service rejects the request or cannot be reached.
+        """
         self._request("POST", "/v1/model/reload")
 
     def _request(self, method: str, path: str, **options: Any) -> requests.Response:
@@ -119,12 +178,12 @@ class Client:
             wait = _parse_retry_after(response.headers.get("Retry-After", ""))
             if response.status_code not in _RETRY_STATUSES or time.monotonic() + wait > deadline:
                 raise _build_error(response)
-            # else all who were told to wait come again at once
+            # jitter, since all clients that were rejected would otherwise retry at the same time
             time.sleep(max(wait, 0.1) * random.uniform(1.0, 1.5))
 
 
 class _BearerAuth(requests.auth.AuthBase):
-    """Gives requests an API key, and nothing else to authenticate with."""
+    """Sends an API key, and no other credentials."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key
@@ -135,23 +194,24 @@ class _BearerAuth(requests.auth.AuthBase):
         return request
 
 
-def _parse_retry_after(retry_after: str) -> float:
-    """How long a Retry-After asks to wait; for ever when it makes no sense.
+def _parse_retry_after(value: str) -> float:
+    """Seconds to wait by a Retry-After header; infinity if it is invalid.
 
-    It is a number of seconds or a date. Source: RFC 9110, section 10.2.3.
+    The value is a number of seconds or a date. Source: RFC 9110, section 10.2.3.
     """
-    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
-        return float(retry_after)
+    if re.fullmatch(r"[0-9]{1,9}", value.strip()):
+        return float(value)
     try:
-        when = email.utils.parsedate_to_datetime(retry_after)
+        when = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return math.inf
-    if when.tzinfo is None:  # as -0000 is read: UTC, and nothing said of where
+    if when.tzinfo is None:  # -0000: the time is in UTC, in an unknown time zone
         when = when.replace(tzinfo=datetime.UTC)
     return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def _read_image(image: ImageInput) -> tuple[str, bytes]:
+    """File name and bytes of an image."""
     if isinstance(image, bytes):
         return "image", image
     path = os.fspath(image)

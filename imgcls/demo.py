@@ -1,8 +1,8 @@
-"""`make demo`: the main job from nothing, on handwritten digits that come with scikit-learn.
+"""End-to-end demo (`make demo`): train, predict and evaluate on scikit-learn's handwritten digits.
 
-Writes the digits as PNG files in one folder per class, builds manifests from them, trains the small
-CNN with two data-parallel workers, labels the test manifest, judges the labels, and says where
-everything is. It calls the same functions as the jobs do.
+Writes the digits as PNG files in one folder per class and a manifest per split, trains the small
+CNN with two data-parallel workers, predicts the test split, evaluates the predictions, and lists
+the files it wrote. Calls the same functions as the jobs.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ TEST_EVERY = 5
 
 
 class DemoConfig(Section):
-    """Run the main job on handwritten digits."""
+    """Train, predict and evaluate on handwritten digits."""
 
     output: str = "demo"
-    """The folder to write."""
+    """Output folder."""
     epochs: int = 8
-    """Passes over the training digits."""
+    """Number of training epochs."""
     num_workers: int = 2
-    """Training workers."""
+    """Number of training workers."""
 
 
 def demo(config: DemoConfig) -> None:
-    """Train on handwritten digits, label the test set, print what came of it."""
+    """Run the demo and print where the results are."""
     started = time.monotonic()
     folder = Path(config.output)
     train_manifest, test_manifest = write_digits(folder)
-    said = f"1. digits written to {folder / 'digits'} ({time.monotonic() - started:.0f} s)"
-    print(said, flush=True)
+    seconds = time.monotonic() - started
+    print(f"1. digits written to {folder / 'digits'} ({seconds:.0f} s)", flush=True)
 
     from imgcls.training import train as training
     from imgcls.training.augment.augment import AugmentConfig
@@ -51,7 +51,7 @@ def demo(config: DemoConfig) -> None:
         training.TrainConfig(
             data=training.DataConfig(train=ManifestConfig(path=str(train_manifest))),
             model=training.ModelConfig(name="small_cnn"),
-            # a mirrored digit is no digit
+            # mirrored digits are not digits
             augment=AugmentConfig(preset="light", hflip=0.0),
             scale=training.TrainScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
             epochs=config.epochs,
@@ -60,12 +60,12 @@ def demo(config: DemoConfig) -> None:
         )
     )
 
-    from imgcls.inference import predict as labeling
+    from imgcls.inference import predict as inference
 
-    print(f"3. predict: label {test_manifest}", flush=True)
+    print(f"3. predict: {test_manifest}", flush=True)
     predictions = folder / "predictions"
-    labeling.predict(
-        labeling.PredictConfig(
+    inference.predict(
+        inference.PredictConfig(
             manifest=ManifestConfig(path=str(test_manifest)),
             model=str(bundle),
             output=str(predictions),
@@ -75,23 +75,23 @@ def demo(config: DemoConfig) -> None:
     )
     from imgcls.evaluation import evaluate
 
-    print("4. evaluate: judge what it said", flush=True)
+    print(f"4. evaluate: {predictions}", flush=True)
     evaluate.evaluate(evaluate.EvaluateConfig(predictions=str(predictions)))
-    print(f"5. done in {time.monotonic() - started:.0f} s; look at")
-    for what, where in (
+    print(f"5. done in {time.monotonic() - started:.0f} s; results:")
+    for name, path in (
         ("images", folder / "digits"),
         ("manifests", f"{train_manifest}, {test_manifest}"),
         ("model bundle", bundle),
         ("predictions", predictions / "predictions"),
         ("metrics", predictions / "metrics"),
         ("report", predictions / "report.html"),
-        ("proof of commit", predictions / "_SUCCESS"),
+        ("commit marker", predictions / "_SUCCESS"),
     ):
-        print(f"   {what:<16} {where}")
+        print(f"   {name:<16} {path}")
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:
-    """Write scikit-learn's 1,797 digits as 8x8 PNG files and a manifest each for train and test.
+    """Write scikit-learn's 1,797 digits as 8x8 PNG files, and a manifest per split.
 
     Every fifth digit is a test digit. Returns the manifests, whose paths are relative to `folder`.
     Raises RequestError without scikit-learn.
@@ -99,7 +99,9 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise RequestError("the demo needs scikit-learn: pip install 'imgcls[demo]'") from error
+        raise RequestError(
+            "the demo needs scikit-learn. Run pip install 'imgcls[demo]'."
+        ) from error
     digits = load_digits()
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -119,7 +121,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    """Store an 8x8 digit with values 0 to 16 as a grey PNG, anew only if it is not there."""
+    """Write an 8x8 digit with values 0 to 16 as a grayscale PNG, unless the file exists."""
     from PIL import Image
 
     if path.exists():

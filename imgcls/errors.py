@@ -1,20 +1,33 @@
-"""The tree of errors a user can meet.
+"""Exceptions of the package, with the exit code of the command and the status of a row.
 
-Every message names the place, what was found there and the remedy. The class decides the exit
-code that a scheduler sees; nothing else in the package calls `sys.exit` with a number of its own.
+Every message names the path, key or row, the reason and the fix. Only the class determines the exit
+code of a command.
 """
 
 from __future__ import annotations
 
+OK = "ok"
+"""The status of a row without an error; an error class has the status of its rows."""
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error on one line, cut after `limit` characters; else the error's class."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; else the error's class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
 
 class ImgclsError(Exception):
-    """Anything imgcls says to its user."""
+    """Base class of all errors of imgcls."""
 
     exit_code = 1
 
 
 class RequestError(ImgclsError):
-    """The request was wrong; nothing was started."""
+    """The request is wrong; nothing was started."""
 
     exit_code = 2
 
@@ -36,43 +49,52 @@ class OutputError(RequestError):
 
 
 class OutputLocked(OutputError):
-    """Another driver is at work on this output."""
+    """Another driver holds the lease on this output."""
 
 
 class ResourcesError(RequestError):
-    """The cluster cannot hold the layout that was asked for."""
+    """The cluster does not have the resources for the requested layout."""
 
 
 class RunFailed(ImgclsError):
-    """The run broke off; the same command resumes it."""
+    """The run failed; rerun the same command to resume it."""
 
 
 class Interrupted(RunFailed):
-    """The run was told to stop; the same command resumes it."""
+    """The run was stopped; rerun the same command to resume it."""
 
 
 class TooManyErrors(ImgclsError):
-    """The run finished, but with more failed rows than allowed; it was not committed."""
+    """More rows failed than `max_error_rate` allows; the run was not committed."""
 
     exit_code = 3
 
 
 class IssuesFound(ImgclsError):
-    """A data set has issues that it must not have."""
+    """A data set has issues that `fail_on` names."""
 
     exit_code = 3
 
 
 class StorageError(RunFailed):
-    """Reading or writing a file failed; `status` is the status of a row whose image it is."""
+    """Reading or writing a file failed.
+
+    status:       of the row whose image it is
+    is_temporary: whether the same request may succeed later
+    """
 
     status = "unreadable"
+    is_temporary = False
 
 
 class StorageMissing(StorageError):
     """There is no such file."""
 
     status = "missing"
+
+
+class StorageBucketMissing(StorageMissing):
+    """There is no such bucket or container."""
 
 
 class StorageForbidden(StorageError):
@@ -82,7 +104,7 @@ class StorageForbidden(StorageError):
 
 
 class StorageCredentials(StorageForbidden):
-    """Credentials are wrong, missing or expired: whatever is asked for will be refused."""
+    """Credentials are wrong, missing or expired; every request will be refused."""
 
 
 class StorageClockSkew(StorageCredentials):
@@ -90,7 +112,7 @@ class StorageClockSkew(StorageCredentials):
 
 
 class StorageTooLarge(StorageError):
-    """The file has more bytes than the limit; none beyond the limit were read."""
+    """The file is larger than the limit; no more was read."""
 
     status = "too_large"
 
@@ -98,15 +120,18 @@ class StorageTooLarge(StorageError):
 class StorageFull(StorageError):
     """No space is left."""
 
+    is_temporary = True
+
 
 class StorageUnavailable(StorageError):
-    """The store did not answer properly, even after retries."""
+    """The store does not answer correctly, even after retries."""
 
     status = "unavailable"
+    is_temporary = True
 
 
 class StorageThrottled(StorageUnavailable):
-    """The store asked for fewer requests, even after retries."""
+    """The store throttles requests, even after retries."""
 
     status = "throttled"
 
@@ -114,19 +139,14 @@ class StorageThrottled(StorageUnavailable):
 def request_error(
     kind: type[RequestError], message: str, cause: BaseException
 ) -> RequestError | StorageError:
-    """The error to raise where a file that a request names cannot be read or written.
+    """The error to raise when a file that a request names cannot be read or written.
 
-    It is of `kind` (exit code 2), unless a later try may succeed: then it is of the cause's own
-    class (exit code 1).
+    It is of `kind` (exit code 2), or of the cause's own class (exit code 1) when a later attempt
+    may succeed.
     """
-    if isinstance(cause, (StorageUnavailable, StorageFull)):
+    if isinstance(cause, StorageError) and cause.is_temporary:
         return type(cause)(f"{message}; a later try may succeed")
     return kind(message)
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """Text of a foreign error in one line of at most `limit` characters, for use in a message."""
-    return " ".join(str(text).split())[:limit]
 
 
 class ImageError(ImgclsError):
@@ -148,30 +168,30 @@ class TruncatedImage(ImageError):
 
 
 class NotAnImage(ImageError):
-    """The bytes are in no image format that is read here."""
+    """The bytes are in no supported image format."""
 
     status = "not_an_image"
 
 
 class UnsupportedImage(ImageError):
-    """A sound image file of a kind that is not decoded here; the message names the kind."""
+    """A valid image file of a kind that is not supported; the message names the kind."""
 
     status = "unsupported"
 
 
 class ImageTooLarge(ImageError):
-    """The header announces more pixels than allowed."""
+    """The header declares more pixels than allowed."""
 
     status = "too_large"
 
 
 class NotFinite(ImageError):
-    """The network gives NaN or infinity for the image."""
+    """The network returns NaN or infinity for the image."""
 
     status = "not_finite"
 
 
 class CrashingImage(ImageError):
-    """A worker died or hung at it."""
+    """A worker crashed or hung on the image."""
 
     status = "crashed"

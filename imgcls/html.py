@@ -1,6 +1,6 @@
-"""HTML pages in one file: they open from disk and ask no server for anything.
+"""Render self-contained HTML pages, which open from disk without a server.
 
-Owns the look that all of them share, in `templates/page.html.j2`; what is on a page is its room's.
+The common layout is in `templates/page.html.j2`; each package has its own page templates.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import jinja2
 
 
-def render_page(room: str, template: str, shown: Mapping[str, Any]) -> str:
-    """A page made from a template in `room`/templates, such as `imgcls.evaluation`.
+def render_page(package: str, template: str, values: Mapping[str, Any]) -> str:
+    """Render a template of `package`/templates, such as `imgcls.evaluation`.
 
-    Raises jinja2.UndefinedError for a name that the template has and `shown` has not.
+    Raises jinja2.UndefinedError if the template uses a name that `values` does not have.
     """
-    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(room), jinja2.PackageLoader("imgcls")])
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(package), jinja2.PackageLoader("imgcls")])
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template(template).render(shown)
+    return environment.get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""Judge a labelling run, or label and judge: `python jobs/evaluate.py --predictions OUT ...`."""
+"""Evaluate predictions, or predict first: `python jobs/evaluate.py --predictions OUT ...`."""
 
 import sys
 

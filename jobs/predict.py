@@ -1,4 +1,4 @@
-"""Label every image of a manifest: `python jobs/predict.py --config jobs/predict.yaml ...`."""
+"""Predict every image of a manifest: `python jobs/predict.py --config jobs/predict.yaml ...`."""
 
 import sys
 

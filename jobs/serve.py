@@ -1,4 +1,4 @@
-"""Label images over HTTP: `python jobs/serve.py --config jobs/serve.yaml ...`."""
+"""Serve a model over HTTP: `python jobs/serve.py --config jobs/serve.yaml ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fine-tune a network and write its bundle: `python jobs/train.py --config jobs/train.yaml ...`."""
+"""Train a network and write its bundle: `python jobs/train.py --config jobs/train.yaml ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Search a training's settings: `python jobs/tune.py --config jobs/tune.yaml ...`."""
+"""Hyperparameter search: `python jobs/tune.py --config jobs/tune.yaml ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A real browser for pages: Debian's Chromium, driven through Playwright, watching what it asks."""
+"""Chromium, driven by Playwright, with the errors and network requests of each page."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 
 @dataclass
 class Watched:
-    """A page, with all that went wrong in it and all that it asked the network for."""
+    """A page with its errors and its network requests."""
 
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def screenshot(self, name: str) -> None:
-        """Keep a picture where IMGCLS_SCREENSHOTS names a folder."""
+        """Save a screenshot to the folder IMGCLS_SCREENSHOTS, if it is set."""
         folder = os.environ.get("IMGCLS_SCREENSHOTS")
         if folder:
             self.page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 @contextlib.contextmanager
-def opened(
-    url: str, *, width: int = 1280, height: int = 900, scheme: str = "light"
-) -> Iterator[Watched]:
-    """Open a page in a fresh browser; skips the test where there is none."""
+def launched() -> Iterator[Any]:
+    """A browser without pages; skips the test if none is installed.
+
+    Playwright runs an event loop in this thread meanwhile, so `asyncio.run` fails here.
+    """
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium, or name one in CHROMIUM")
     from playwright.sync_api import sync_playwright
@@ -42,14 +43,28 @@ def opened(
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            page = browser.new_page(
-                viewport={"width": width, "height": height}, color_scheme=scheme
-            )
-            watched = Watched(page)
-            page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else 0)
-            page.on("pageerror", lambda error: watched.errors.append(str(error)))
-            page.on("request", lambda request: watched.requests.append(request.url))
-            page.goto(url)
-            yield watched
+            yield browser
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def opened(
+    url: str,
+    *,
+    width: int = 1280,
+    height: int = 900,
+    scheme: str = "light",
+    browser: Any | None = None,
+) -> Iterator[Watched]:
+    """Open a page in `browser`, or in a new one; skips the test if none is installed."""
+    with contextlib.ExitStack() as stack:
+        used = browser if browser is not None else stack.enter_context(launched())
+        page = used.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        stack.callback(page.close)
+        watched = Watched(page)
+        page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else 0)
+        page.on("pageerror", lambda error: watched.errors.append(str(error)))
+        page.on("request", lambda request: watched.requests.append(request.url))
+        page.goto(url)
+        yield watched

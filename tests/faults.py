@@ -1,7 +1,7 @@
 """A network that fails as networks do: an HTTP proxy before a store that loses, breaks and delays.
 
-Every request may meet one fault, drawn by a seeded generator. The store behind it is real and is
-never told.
+Every request may meet one fault, drawn by a seeded generator. The store behind it is real and
+does not know of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ reset      the connection is reset before the request arrives
 lost       the request is carried out, and the connection reset before the answer
 stall      no answer, for a long time
 truncate   the answer breaks off half way
-damage     half an answer that says it is whole
+damage     half of the answer, with a matching Content-Length
 trickle    the answer comes byte by byte
 """
 
@@ -48,7 +48,7 @@ class Proxy:
 
     share: of requests that meet a fault, by kind; delay: seconds added to every answer
     drop:  a header that requests lose on the way, in lower case
-    says:  what a store other than the one behind would answer to a request's head, if not None
+    respond: gives the response to a request's head in place of the store, if not None
     met:   faults that happened
     """
 
@@ -56,7 +56,7 @@ class Proxy:
     share: dict[str, float] = field(default_factory=dict)
     delay: float = 0.0
     drop: str | None = None
-    says: Callable[[str], bytes | None] | None = None
+    respond: Callable[[str], bytes | None] | None = None
     seed: int = 0
     met: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
@@ -122,9 +122,9 @@ class Proxy:
         if self.drop is not None:
             head = _without(head, self.drop.encode() + b":")
         self.requests[head.partition(b" ")[0].decode()] += 1
-        said = self.says(head.decode()) if self.says is not None else None
-        if said is not None:
-            writer.write(said)
+        response = self.respond(head.decode()) if self.respond is not None else None
+        if response is not None:
+            writer.write(response)
             await writer.drain()
             return True
         fault = self._fault()

@@ -90,7 +90,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def checking_permissions(endpoint: str) -> Iterator[None]:
-    """Within it, moto asks who it is and whether they may, as a real store always does."""
+    """Within it, moto checks credentials and permissions, as a real store does."""
 
     def check_after(requests: str) -> None:
         if REAL is None:
@@ -110,22 +110,22 @@ def checking_permissions(endpoint: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def user(endpoint: str, allowed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within it, the environment's credentials are of somebody who may do this and no more."""
+    """Within it, the environment's credentials are of a user with these permissions only."""
     iam = boto3.client("iam", endpoint_url=endpoint)
-    iam.create_user(UserName="somebody")
+    iam.create_user(UserName="a-user")
     statement = {"Effect": "Allow", "Action": list(allowed), "Resource": "*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    iam.put_user_policy(UserName="somebody", PolicyName="only", PolicyDocument=policy)
-    key = iam.create_access_key(UserName="somebody")["AccessKey"]
+    iam.put_user_policy(UserName="a-user", PolicyName="only", PolicyDocument=policy)
+    key = iam.create_access_key(UserName="a-user")["AccessKey"]
     with monkeypatch.context() as changed:
         changed.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         changed.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
         forget_connections()
         yield
     forget_connections()
-    iam.delete_access_key(UserName="somebody", AccessKeyId=key["AccessKeyId"])
-    iam.delete_user_policy(UserName="somebody", PolicyName="only")
-    iam.delete_user(UserName="somebody")
+    iam.delete_access_key(UserName="a-user", AccessKeyId=key["AccessKeyId"])
+    iam.delete_user_policy(UserName="a-user", PolicyName="only")
+    iam.delete_user(UserName="a-user")
 
 
 def forget_connections() -> None:

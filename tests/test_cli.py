@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from imgcls import __version__, cli, config, errors
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from tests.conftest import draw
 from tests.processes import free_port, imgcls
 
@@ -224,9 +224,9 @@ def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str])
 def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody")
-    before = object_store.current_settings()
+    before = storage_settings.current_settings()
     yield
-    object_store.set_process_settings(before)
+    storage_settings.set_process_settings(before)
 
 
 @pytest.mark.usefixtures("own_store")

@@ -1,4 +1,4 @@
-"""The client against a server that says what it is told to say."""
+"""The client against a server with scripted responses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from imgcls.client import Client, ServiceError
 
 
 @dataclass
-class Told:
-    """What was asked with which key, and with what the next requests are to be answered."""
+class Script:
+    """The keys that were received, and the responses to the next requests."""
 
     url: str = ""
     keys: list[str | None] = field(default_factory=list)
@@ -27,13 +27,13 @@ class Told:
 
 
 @pytest.fixture
-def server() -> Iterator[Told]:
-    told = Told()
+def server() -> Iterator[Script]:
+    script = Script()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            told.keys.append(self.headers["Authorization"])
-            status, headers = told.answers.pop(0) if told.answers else (200, {})
+            script.keys.append(self.headers["Authorization"])
+            status, headers = script.answers.pop(0) if script.answers else (200, {})
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -44,16 +44,16 @@ def server() -> Iterator[Told]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        told.url = f"http://127.0.0.1:{running.server_port}"
-        thread = threading.Thread(target=running.serve_forever)
+        script.url = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
-        yield told
+        yield script
         running.shutdown()
         thread.join()
 
 
 def date(seconds: float) -> str:
-    """An HTTP date so many seconds from now; for the body of a test, never for its parameters."""
+    """The HTTP date this many seconds from now; for bodies of tests, not for parameters."""
     when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
     return email.utils.format_datetime(when, usegmt=True)
 
@@ -61,7 +61,7 @@ def date(seconds: float) -> str:
 @pytest.mark.parametrize(
     "after", ["0", "1", -60.0, 1.0, "-0000"], ids=["0", "1", "past", "soon", "no zone"]
 )
-def test_who_is_told_when_to_come_again_does_so(server: Told, after: str | float) -> None:
+def test_a_busy_service_is_retried_after_retry_after(server: Script, after: str | float) -> None:
     if after == "-0000":
         after = date(1).replace("GMT", "-0000")
     after = date(after) if isinstance(after, float) else after
@@ -76,8 +76,8 @@ def test_who_is_told_when_to_come_again_does_so(server: Told, after: str | float
     ["", "soon", "-5", "nan", "1e3", "9" * 400, 3600.0, "3600"],
     ids=["blank", "word", "negative", "nan", "float", "huge", "date", "seconds"],
 )
-def test_what_is_too_late_or_makes_no_sense_is_not_waited_for(
-    server: Told, after: str | float
+def test_a_late_or_invalid_retry_after_is_not_waited_for(
+    server: Script, after: str | float
 ) -> None:
     after = date(after) if isinstance(after, float) else after
     server.answers = [(503, {"Retry-After": after})]
@@ -86,8 +86,8 @@ def test_what_is_too_late_or_makes_no_sense_is_not_waited_for(
     assert len(server.keys) == 1
 
 
-def test_no_password_of_this_machine_takes_the_place_of_the_key(
-    server: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_netrc_does_not_replace_the_key(
+    server: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "netrc"
     file.write_text("machine 127.0.0.1 login somebody password secret\n")

@@ -1,7 +1,7 @@
-"""Machines that are not there yet: what may come, asking an autoscaler for it, waiting aloud.
+"""Autoscaling: the nodes that may join, requests for them, and waiting for them.
 
-Owns what this driver has asked for, and promises to take it back. The machines that are there, and
-the session itself, are the business of `cluster`.
+Owns this driver's requests to the autoscaler, and cancels them. The nodes that are there are listed
+by `session`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from imgcls.cluster.session import Interruption, Node, build_node, is_private_session, list_nodes
+from imgcls.cluster import ray_internals
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
 from imgcls.log import tell
 
 T = TypeVar("T")
 
 LOG_WAIT_AFTER_SECONDS = 30.0
-"""After which waiting is said: workers take a while to start."""
+"""Waiting is logged after this time, because workers take a while to start."""
 LAUNCHER_CONFIG = "~/ray_bootstrap_config.yaml"
-"""On the head of a cluster that `ray up` has started: what it may grow to."""
+"""Configuration of a cluster that `ray up` has started, on its head node."""
 UNLIMITED_NODES = 1000
-"""Machines of a kind of which there may be any number."""
+"""Number of nodes assumed for a group without a maximum."""
 LOG_INTERVAL_SECONDS = 5.0
-"""And so often then."""
+"""Interval of the log lines after that."""
 
 
 class _PendingRequest:
@@ -41,12 +43,12 @@ class _PendingRequest:
 
 
 def find_max_nodes() -> list[Node] | None:
-    """The machines that an autoscaling cluster may grow to; None where it does not say."""
-    told = ray._private.state.state.get_cluster_config()
-    if told is not None and told.node_group_configs:
+    """The nodes that an autoscaling cluster may grow to; None where that is unknown."""
+    config = ray_internals.get_cluster_config()
+    if config is not None and config.node_group_configs:
         return [
             build_node(group.resources)
-            for group in told.node_group_configs
+            for group in config.node_group_configs
             for _ in range(group.max_count if group.max_count >= 0 else UNLIMITED_NODES)
         ]
     try:
@@ -57,10 +59,10 @@ def find_max_nodes() -> list[Node] | None:
 
 
 def parse_launcher_nodes(config: Mapping[str, Any]) -> list[Node]:
-    """All machines of a cluster launcher's configuration but the head, those with GPUs first.
+    """All nodes of a cluster launcher's configuration except the head, those with GPUs first.
 
-    Groups of the same machine and different priority stand in for each other, as spot machines and
-    those on demand do: the largest of them counts.
+    Groups of the same node type and different priority replace each other, as spot and on-demand
+    nodes do: only the largest of them counts.
     """
     groups: dict[Node, dict[int, int]] = {}
     for name, group in config["available_node_types"].items():
@@ -74,18 +76,21 @@ def parse_launcher_nodes(config: Mapping[str, Any]) -> list[Node]:
 
 
 def request_nodes(bundles: Iterable[Mapping[str, float]]) -> None:
-    """Ask the autoscaler, where there is one, for machines that hold each of these.
+    """Request nodes from the autoscaler, where there is one, that can hold each of the bundles.
 
-    In place of what was asked for before, and until `give_back`. As reservations that wait: what
-    `ray.autoscaler.sdk.request_resources` is told, Ray Data overwrites every 20 s, and it is kept
-    when the driver is killed; and of what cannot all be had, none is brought.
+    Replaces the previous request, until `cancel_request`. The requests are pending placement
+    groups, because Ray Data overwrites `ray.autoscaler.sdk.request_resources` every 20 s; that
+    request also outlives a killed driver, and brings no nodes at all when it cannot be met in full.
     """
     cancel_request()
     _PendingRequest.placement_groups = [placement_group([dict(bundle)]) for bundle in bundles]
 
 
 def update_request(bundles: Sequence[Mapping[str, float]]) -> None:
-    """To be called now and then with what is wanted and not there: what has come is let go."""
+    """Update the request to the bundles still missing; to be called repeatedly.
+
+    Placement groups that were created have served their purpose, and are removed.
+    """
     waiting = []
     for group in _PendingRequest.placement_groups:
         if placement_group_table(group).get("state") == "CREATED":
@@ -98,7 +103,7 @@ def update_request(bundles: Sequence[Mapping[str, float]]) -> None:
 
 
 def cancel_request() -> None:
-    """Take back what was asked for, if anything."""
+    """Cancel the current request, if any."""
     if ray.is_initialized():
         for group in _PendingRequest.placement_groups:
             remove_placement_group(group)
@@ -113,18 +118,19 @@ def iter_until_fit(
     *,
     under_way: bool = False,
 ) -> Generator[None, None, T]:
-    """What `fit` makes of the machines that are there, in steps of half a second.
+    """Call `fit` on the nodes of the cluster every 0.5 s until it succeeds; yields in between.
 
-    Where more may come they are asked for and waited for.
+    Where nodes may join, they are requested and waited for.
 
-    fit:       of machines; raises ResourcesError where they do not hold what it is about
-    wanted:    what to ask for, by the machines that may come; None where that is not known
-    seconds:   to wait at most: `scale.resource_timeout_s`
-    under_way: it has fitted before, so that what it lacks was lost, and may be replaced
-    Raises ResourcesError when it does not fit and will not, or did not in so long.
+    fit:       plans for a list of nodes; raises ResourcesError when they do not suffice
+    wanted:    the bundles to request, given the nodes that may join (None where unknown)
+    seconds:   maximum wait, `scale.resource_timeout_s`
+    under_way: it succeeded before, so that missing nodes were lost and may be replaced
+    Returns the result of `fit`. Raises ResourcesError when the nodes that may join do not suffice
+    either, or after the maximum wait.
     """
-    started = said = time.monotonic()
-    asked = False
+    started = logged = time.monotonic()
+    requested = False
     try:
         while True:
             there = list_nodes()
@@ -134,28 +140,28 @@ def iter_until_fit(
                 most = None if is_private_session() else find_max_nodes()
                 if is_private_session() or (most is None and there and not under_way):
                     raise
-                if not asked:
+                if not requested:
                     if most is not None:
                         fit(most)
                     request_nodes(wanted(most))
-                    asked = True
+                    requested = True
                 waited = time.monotonic() - started
                 if waited > seconds:
                     raise ResourcesError(
-                        f"{error} (waited {waited:.0f} s for machines, as "
-                        "scale.resource_timeout_s says)"
+                        f"{error} (waited {waited:.0f} s for nodes; to wait longer, raise "
+                        "scale.resource_timeout_s)"
                     ) from None
-                if waited < 1 or time.monotonic() - said > LOG_INTERVAL_SECONDS:
-                    said = time.monotonic()
+                if waited < 1 or time.monotonic() - logged > LOG_INTERVAL_SECONDS:
+                    logged = time.monotonic()
                     tell(
                         "waiting",
-                        f"for machines: {error} ({waited:.0f} of at most {seconds:.0f} s)",
+                        f"for nodes: {error} ({waited:.0f} of at most {seconds:.0f} s)",
                     )
             interruption.check()
             time.sleep(0.5)
             yield
     finally:
-        if asked:
+        if requested:
             cancel_request()
 
 
@@ -165,32 +171,35 @@ def wait_until_fit(
     seconds: float,
     interruption: Interruption,
 ) -> T:
-    """As `fitting`, waited for."""
+    """As `iter_until_fit`, blocking."""
     steps = iter_until_fit(fit, wanted, seconds, interruption)
     while True:
         try:
             next(steps)
         except StopIteration as ended:
-            found: T = ended.value
-            return found
+            result: T = ended.value
+            return result
 
 
 class WaitTimeout:
-    """How long to wait for what the cluster may have no room for; says that it waits."""
+    """Maximum wait for resources that the cluster may not have; logs while it waits."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._said = 0.0
+        self._logged = 0.0
 
     def check(self, waited: float, what: str) -> None:
-        """Called often while nothing comes; raises RunFailed when it has taken too long."""
+        """To be called repeatedly while waiting; raises RunFailed after the maximum wait."""
         if waited > self._seconds:
             raise RunFailed(
-                f"nothing has come for {waited:.0f} s (scale.resource_timeout_s) of {what}; "
+                f"waited {waited:.0f} s (scale.resource_timeout_s) for {what}; "
                 f"{_describe_capacity()}"
             )
-        if waited > LOG_WAIT_AFTER_SECONDS and time.monotonic() - self._said > LOG_INTERVAL_SECONDS:
-            self._said = time.monotonic()
+        if (
+            waited > LOG_WAIT_AFTER_SECONDS
+            and time.monotonic() - self._logged > LOG_INTERVAL_SECONDS
+        ):
+            self._logged = time.monotonic()
             tell(
                 "waiting",
                 f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; "
@@ -201,7 +210,7 @@ class WaitTimeout:
 def _describe_capacity() -> str:
     there, free = list_nodes(), ray.available_resources()
     return (
-        f"the cluster has {len(there)} machines with {sum(node.cpus for node in there):g} CPUs and "
+        f"the cluster has {len(there)} nodes with {sum(node.cpus for node in there):g} CPUs and "
         f"{sum(node.gpus for node in there):g} GPUs, of which {free.get('CPU', 0):g} and "
         f"{free.get('GPU', 0):g} are free"
     )

@@ -1,7 +1,7 @@
-"""The Ray session under a job: connect or start one, quietly, and say what it has.
+"""Ray session of a job: join a cluster or start a private one, and list its nodes.
 
-Shared by the rooms that use Ray. Authentication, addresses and log folders stay Ray's own business:
-what `RAY_ADDRESS` and `RAY_AUTH_MODE` say is obeyed and never changed here.
+Authentication, addresses and log folders are configured as in Ray: `RAY_ADDRESS` and
+`RAY_AUTH_MODE` are obeyed and never changed here.
 """
 
 from __future__ import annotations
@@ -11,33 +11,38 @@ import importlib
 import logging
 import math
 import os
-import queue
-import re
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import grpc
 import ray
 
-from imgcls import errors
-from imgcls.errors import ImgclsError, Interrupted, RequestError, RunFailed
+from imgcls.cluster import ray_internals
+from imgcls.errors import ImgclsError, RequestError, RunFailed, first_line
 
-T = TypeVar("T")
+_CONNECT_TIMEOUT_S = 30
+"""Enough for a busy head node; one that is gone refuses the connection at once."""
+
+_MALLOC_SETTINGS = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+}
+"""Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine's logical resources and the accelerator it names, as Ray knows them.
+    """Logical resources of one node, and its accelerator type as Ray names it.
 
-    store_bytes: of its object store
+    object_store_bytes: size of the node's object store
     """
 
     cpus: float
@@ -47,21 +52,26 @@ class Node:
     object_store_bytes: float = math.inf
 
 
+class _Session:
+    private = False
+    ray_threads: ClassVar[list[threading.Thread]] = []
+
+
 def connect() -> None:
-    """Join the cluster this job was submitted to, or start a private one on this machine.
+    """Join the cluster that this job was submitted to, or start a private one on this machine.
 
     Raises RunFailed within a minute when the cluster that RAY_ADDRESS names does not answer.
     """
-    # Ray's core prints a false alarm for every actor pool; what matters reaches us as an exception
+    # Ray's core logs a false alarm for every actor pool; real errors arrive as exceptions
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if ray.is_initialized():
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = _find_address()
     private = address == "local"
-    # Ray Data imports it next; Ray's own processes take two seconds to start in the meantime
+    # Ray Data imports pandas next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
-    with _hold_back_stderr(), _set_malloc_env() if private else contextlib.nullcontext():
+    with _hold_back_stderr(), set_env_defaults(_MALLOC_SETTINGS if private else {}):
         ray.init(
             address,
             logging_level=logging.WARNING,
@@ -70,49 +80,56 @@ def connect() -> None:
         )
     _Session.private = private
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray puts its own in its place
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced the handler
 
 
-def silence_data_logger() -> None:
-    """Have Ray Data raise its errors without logging them too; once it is imported, not before."""
+def configure_ray_data() -> None:
+    """Make Ray Data raise the original error of a function, and raise errors without logging them.
+
+    To be called once `ray.data` was imported, and before a dataset is made.
+    """
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    ray.data.DataContext.get_current().raise_original_map_exception = True
 
 
 def end_session(exit_code: int) -> None:
-    """End the private session that `connect` has started; a cluster that was joined stays.
+    """Shut down the private session that `connect` started; leave a cluster that was joined alone.
 
-    At the interpreter's exit Ray does so too, a second and a half later: it waits for messages that
-    are shown nowhere here, and for its autoscaler, which in a private session has nothing to do and
-    does not heed SIGTERM.
-    Where a run was broken off, a thread may still be within Ray's native code, which does not
-    survive a shutdown: the process then ends here, with `exit_code`, and the session ends with it.
+    The interpreter would do so too at its exit, but 1.5 s later: Ray then waits for messages, which
+    are not shown here, and for its autoscaler. After an interruption a thread may still be inside
+    Ray's native code, which does not survive a shutdown; the process then exits here, with
+    `exit_code`, and the session ends with it.
     """
     if any(thread.is_alive() for thread in _Session.ray_threads):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
     if _Session.private and ray.is_initialized():
-        node: Any = ray._private.worker._global_node
-        node.kill_monitor(check_alive=False)
+        ray_internals.kill_autoscaler_monitor()
         ray.shutdown()
     _Session.private = False
 
 
 def register_ray_thread(thread: threading.Thread) -> None:
-    """Note a thread that may be within Ray's native code when the process is to end."""
+    """Register a thread that may be inside Ray's native code when the process ends."""
     _Session.ray_threads.append(thread)
 
 
+def is_private_session() -> bool:
+    """Whether `connect` started the session: no node will join it."""
+    return _Session.private
+
+
 def build_malloc_env() -> dict[str, Any]:
-    """The runtime environment of processes that compute on a CPU: what they free, they keep.
+    """Ray runtime environment for CPU workers: freed memory stays in the process.
 
-    By its own rules glibc gives every tensor of more than 32 MB back to the kernel, and clears the
-    pages anew for the next batch: a quarter of the time of a ResNet. They are set from outside,
-    before the process starts, since threads that are there already have heaps of their own. Other
-    C libraries pay no heed; what the environment says already is obeyed.
+    By default glibc returns each tensor above 32 MB to the kernel, which clears the pages again for
+    the next batch: a quarter of the time of a ResNet. The variables must be set before the process
+    starts, because running threads already have arenas of their own. Variables that the user has
+    set are kept; other C libraries ignore them.
 
-    Empty in a private session that `connect` has started: all its processes are like that, and
-    those that wait for work need not be started anew.
+    Empty in a private session, whose processes were all started that way: an own runtime
+    environment would start new ones.
     """
     if _Session.private:
         return {}
@@ -121,36 +138,23 @@ def build_malloc_env() -> dict[str, Any]:
     }
 
 
-class _Session:
-    private = False
-    ray_threads: ClassVar[list[threading.Thread]] = []
-
-
 @contextlib.contextmanager
-def _set_malloc_env() -> Iterator[None]:
-    """Have the processes that are started within it keep what they free."""
-    added = {name: value for name, value in _MALLOC_SETTINGS.items() if name not in os.environ}
+def set_env_defaults(values: Mapping[str, str]) -> Iterator[None]:
+    """Within the block, set environment variables that the user has not set."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
     finally:
         for name in added:
-            del os.environ[name]
-
-
-_MALLOC_SETTINGS = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
-}
-"""In bytes, but for the number of heaps."""
+            os.environ.pop(name, None)
 
 
 def _find_address() -> str | None:
-    """None for a cluster that is there, and `local` for a session of our own.
+    """The address for `ray.init`: None for a running cluster, `local` for a private session.
 
-    The last `ray start` on a machine leaves its address in a file, also when it was killed, and
-    `ray.init` then tries that address for minutes.
+    The last `ray start` on a machine leaves its address in a file even if it was killed; `ray.init`
+    would try that address for minutes.
     """
     named = os.environ.get("RAY_ADDRESS")
     if named == "local":
@@ -158,7 +162,7 @@ def _find_address() -> str | None:
     if named:
         check_reachable(named)
         return None
-    last: Any = ray._private.utils.read_ray_address()
+    last = ray_internals.read_last_address()
     if last is None:
         return "local"
     host, _, port = last.rpartition(":")
@@ -170,11 +174,11 @@ def _find_address() -> str | None:
 
 
 def check_reachable(address: str) -> None:
-    """Raise if no cluster answers at RAY_ADDRESS; `ray.init` would retry for minutes.
+    """Check that a cluster answers at RAY_ADDRESS; `ray.init` would retry for minutes.
 
-    address: `auto`, host:port or ray://host:port; another scheme is left to Ray
-    Raises RunFailed when nothing answers: the cluster may be back later. Raises RequestError when
-    the address cannot be one.
+    address: `auto`, host:port or ray://host:port; other schemes are left to Ray
+    Raises RunFailed when nothing answers (the cluster may be back later), RequestError when the
+    address is invalid.
     """
     place = f"RAY_ADDRESS={address}"
     if address.startswith(("http://", "https://")):
@@ -187,7 +191,7 @@ def check_reachable(address: str) -> None:
         return
     if address == "auto":
         try:
-            found = ray._private.services.canonicalize_bootstrap_address_or_die("auto")
+            found = ray_internals.find_local_cluster()
         except ConnectionError as error:
             raise RunFailed(
                 f"{place}: no Ray cluster runs on this machine. Start one with `ray start --head`, "
@@ -216,13 +220,13 @@ def _split_address(address: str, default: int | None, place: str) -> tuple[str, 
 
 
 def _probe_server(host: str, port: int) -> str | None:
-    """Why no gRPC server answers there within `_ANSWER_SECONDS`; None when one does."""
+    """Why no gRPC server answers within `_CONNECT_TIMEOUT_S`; None when one does."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         return error.strerror or str(error)
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return None  # the certificates are Ray's to check
+        return None  # Ray checks the certificates
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
@@ -232,13 +236,9 @@ def _probe_server(host: str, port: int) -> str | None:
     return None
 
 
-_CONNECT_TIMEOUT_S = 30
-"""For a head node that is busy; one that is gone refuses the connection at once."""
-
-
 @contextlib.contextmanager
 def _hold_back_stderr() -> Iterator[None]:
-    """Hold back what native code writes to stderr; it is shown after all when an error follows."""
+    """Hold back what native code writes to stderr; print it if an error follows."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -255,14 +255,14 @@ def _hold_back_stderr() -> Iterator[None]:
 
 
 def list_nodes() -> list[Node]:
-    """The live machines, those without resources (a head that takes no work) left out."""
-    machines = [node for node in ray.nodes() if node.get("Alive")]
-    found = [build_node(machine.get("Resources", {}), machine["NodeID"]) for machine in machines]
+    """The live nodes that have CPUs or GPUs; a head node that takes no work has none."""
+    alive = [node for node in ray.nodes() if node.get("Alive")]
+    found = [build_node(node.get("Resources", {}), node["NodeID"]) for node in alive]
     return [node for node in found if node.cpus or node.gpus]
 
 
 def build_node(resources: Mapping[str, float], id: str = "") -> Node:
-    """A machine of what Ray calls its resources."""
+    """A node from Ray's mapping of its resources."""
     prefix = "accelerator_type:"
     names = [key[len(prefix) :] for key in resources if key.startswith(prefix)]
     return Node(
@@ -274,115 +274,18 @@ def build_node(resources: Mapping[str, float], id: str = "") -> Node:
     )
 
 
-def is_private_session() -> bool:
-    """Whether the session was started by `connect`: no machine will join it."""
-    return _Session.private
-
-
-def is_actor_alive(actor: Any) -> bool:
-    """Whether an actor's process is there, as far as Ray knows."""
-    return bool(ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE")
-
-
 @contextlib.contextmanager
 def unwrap_ray_errors() -> Iterator[None]:
-    """Within it, an error of this package that a task raised comes out as itself."""
+    """Within the block, an error of this package that a task raised is raised as itself."""
     try:
         yield
     except ray.exceptions.RayError as error:
         cause = find_cause(error)
         if isinstance(cause, ImgclsError):
-            words = (str(cause).strip() or "no message").splitlines()[0]
-            raise type(cause)(words) from error
+            raise type(cause)(first_line(cause)) from error
         raise
 
 
 def find_cause(error: ray.exceptions.RayError) -> BaseException:
-    """What a task raised: the error of this package that Ray tells of, else what Ray holds.
-
-    Ray Data wraps what a function raises, and of the chain only the words come through.
-    """
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-    told = re.search(r"^imgcls\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-    if isinstance(cause, ImgclsError) or told is None:
-        return cause
-    kind: type[ImgclsError] = getattr(errors, told[1], ImgclsError)
-    return kind(told[2])
-
-
-class Interruption:
-    """SIGTERM and Ctrl-C while a job runs.
-
-    The first signal raises Interrupted in the main thread at once. Native code that calls back into
-    Python may swallow that, so the job also asks `check` between its steps.
-    """
-
-    def __init__(self) -> None:
-        self._why: str | None = None
-
-    def request_stop(self, why: str) -> None:
-        """Have `check` raise, for a reason other than a signal."""
-        self._why = why
-
-    def check(self) -> None:
-        """Raise Interrupted if a signal has come, or it was asked for."""
-        if self._why is not None:
-            raise Interrupted(f"stopped by {self._why}")
-
-    @contextlib.contextmanager
-    def handle_signals(self) -> Iterator[Interruption]:
-        """Within it, signals interrupt; outside the main thread they cannot be caught."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._why is None:
-            self._why = signal.Signals(number).name
-            self.check()
-
-
-def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterator[T | None]:
-    """Iterate in a thread of its own, so that a signal is answered while Ray keeps it waiting.
-
-    Yields None every fifth of a second without an item.
-    """
-    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def consume() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                if stop.is_set():
-                    return
-            ready.put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
-            ready.put((None, error))
-
-    thread = threading.Thread(target=consume, name="consume", daemon=True)
-    register_ray_thread(thread)
-    thread.start()
-    try:
-        while True:
-            interruption.check()
-            try:
-                item, error = ready.get(timeout=0.2)
-            except queue.Empty:
-                yield None
-                continue
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()
-        thread.join(timeout=1)  # it has come to its end, or is within Ray and cannot be called back
+    """The error that a task raised, else Ray's own."""
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) else error

@@ -14,12 +14,13 @@ from pydantic import Field, PositiveInt
 from imgcls.curation import listing
 from imgcls.curation.listing import ListingConfig
 from imgcls.curation.scan import ScanConfig, scan_manifests
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.discovery import group_tables
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
 from imgcls.data.manifest_options import KeyNames
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.execution.placement import ScaleConfig
 from imgcls.log import tell
@@ -55,6 +56,7 @@ class ManifestBuildConfig(ListingConfig):
     """With contents."""
 
 
+@with_config_storage
 def build_manifest(config: ManifestBuildConfig) -> int:
     """Build a manifest from a folder, a bucket or a table.
 
@@ -64,7 +66,6 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
     resume).
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     is_listed = filesystem.is_folder(config.source) and not _is_table_folder(config.source)
     if config.perceptual and not config.contents:

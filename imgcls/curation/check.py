@@ -31,9 +31,10 @@ from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import iterate_groups
 from imgcls.curation.scan import ScanConfig, ScannedManifest, scan_manifests
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
@@ -149,7 +150,11 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> CheckResult:
     {'near-duplicates': 6, 'leakage': 1}
     """
     config = requested(CheckConfig, config, settings, 'check(manifest="train.csv", output="out")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _check(config)
+
+
+def _check(config: CheckConfig) -> CheckResult:
     _check_request(config)
     output, clean = _resolve_outputs(config)
     manifests = list(_open_manifests(config))

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import PositiveInt
 
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
 from imgcls.data.formats import (
     LISTING_DONE_FILE,
@@ -29,7 +29,8 @@ from imgcls.data.formats import (
     has_image_suffix,
     is_hidden_name,
 )
-from imgcls.data.object_store import FileInfo, StorageConfig
+from imgcls.data.object_store import FileInfo
+from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, RequestError
 
 _MAX_GROUPS = 64
@@ -55,6 +56,7 @@ class ListingConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def build_listing(config: ListingConfig) -> int:
     """List all images below a folder; returns their number.
 
@@ -64,7 +66,6 @@ def build_listing(config: ListingConfig) -> int:
     Raises RequestError when there is no image, or one is next to the class folders; OutputError
     when the output has another manifest.
     """
-    object_store.set_process_settings(config.storage)
     started = time.monotonic()
     output = filesystem.absolute(config.output)
     source = filesystem.absolute(config.source).rstrip("/")
@@ -76,7 +77,7 @@ def build_listing(config: ListingConfig) -> int:
     done = len(parts) - len(remaining)
     if done > 1:
         print(f"resume  {done:,} of {len(parts):,} groups are listed already")
-    with ThreadPoolExecutor(config.list_concurrency, thread_name_prefix="list") as pool:
+    with create_thread_pool(config.list_concurrency, "list") as pool:
         tasks = [
             pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
             for at in remaining
@@ -160,7 +161,7 @@ def _find_prefixes(top: _PartWriter, source: str, concurrency: int) -> list[str]
     for _ in range(_MAX_DEPTH):
         if len(folders) >= 2 * concurrency:
             break
-        with ThreadPoolExecutor(concurrency, thread_name_prefix="list") as pool:
+        with create_thread_pool(concurrency, "list") as pool:
             folders = sorted(each for found in pool.map(list_subfolders, folders) for each in found)
     return folders
 

@@ -16,25 +16,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from imgcls.cluster import session
+from imgcls.cluster import interrupts, session
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.curation.scan_worker import SCAN, ScanSpec
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import Manifest, ManifestConfig
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OutputError
-from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.messages import ScanSpec
 from imgcls.execution.placement import ScaleConfig
-from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, restore_shards
-from imgcls.execution.progress import Progress
-from imgcls.execution.runner import ChunkRunner, add_resume_hint, wait_for_placement
+from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
+from imgcls.execution.runner import (
+    Driver,
+    JobRun,
+    add_resume_hint,
+    load_completed,
+    wait_for_placement,
+)
 from imgcls.inference.requests import is_on_web
-from imgcls.log import tell
 from imgcls.models.bundle import Bundle
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.lease import LEASE_FOLDER, Lease
+from imgcls.runs.provenance import build_provenance
 
 SCAN_FOLDER = "_looks"
 """Folder of a scan below the output, until the results are written."""
@@ -107,7 +110,7 @@ def scan_manifests(
     _check_output(output, (*results, *ignored))
     if config.overwrite:
         _check_inputs(output, results, manifests)
-    with session.Interruption().handle_signals() as interruption:
+    with interrupts.Interruption().handle_signals() as interruption:
         lease = Lease.acquire(output)
         try:
             if config.overwrite:
@@ -161,34 +164,23 @@ def scan_manifest(
     *,
     bundle: Bundle | None,
     lease: Lease,
-    interruption: session.Interruption,
+    interruption: interrupts.Interruption,
 ) -> ScannedManifest:
     """Scan the images of one manifest into a folder of its own; Ray must be connected.
 
     Raises OutputError when the folder contains another run, RunFailed when it was interrupted.
     """
     plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle))
-    completed = CompletedChunks.load(output, plan)
-    restore_shards(output, manifest, plan)
-    if completed.rows_done:
-        tell("resume", f"{completed.rows_done:,} of {plan.rows:,} rows are done")
+    completed = load_completed(output, plan, manifest)
     if remaining := completed.list_remaining():
-        scale = config.scale.model_copy(update={"layout": "cpu"})
-        placement = wait_for_placement(scale, interruption, 0)
-        for reason in placement.reasons:
-            tell("layout", reason)
+        placement = wait_for_placement(SCAN, config.scale, interruption)
         spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
-        progress = Progress(plan.rows, completed.rows_done, config.progress_seconds)
-        try:
-            runner = ChunkRunner(spec, scale, interruption, lambda wider: wider, 0)
-            for result in runner.run(placement, remaining):
-                lease.check()
-                if result is None:
-                    progress.tick()
-                else:
-                    progress.add(result)
-        finally:
-            progress.close()
+        driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
+        results = JobRun(SCAN, spec, driver).run(
+            placement, remaining, total=plan.rows, done=completed.rows_done
+        )
+        for _ in results:
+            pass
     return ScannedManifest(output, manifest, plan)
 
 
@@ -223,13 +215,7 @@ def _load_or_make_plan(manifest: Manifest, output: str, identity: RunIdentity) -
             provenance=build_provenance({}),
             classes=None,
         )
-    differences = identity.find_differences(stored["identity"])
-    if differences:
-        lines = "\n".join(f"  {line}" for line in differences)
-        raise OutputError(
-            f"output {output}: belongs to a run with other inputs:\n{lines}\n"
-            "pass another --output, or start over with --overwrite"
-        )
+    identity.check_same_run(output, stored["identity"])
     return parse_plan(stored)
 
 
@@ -250,7 +236,7 @@ def _build_spec(
         max_pixels=config.max_pixels,
         max_bytes=config.max_bytes,
         io_concurrency=config.scale.io_concurrency,
-        storage=object_store.current_settings(),
+        storage=storage_settings.current_settings(),
         session="",  # each pass has its own
         crash_retries=config.scale.crash_retries,
         is_on_web=is_on_web(manifest),

@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
 from imgcls.data.image_features import FEATURE_FIELDS, compute_features
-from imgcls.errors import ImageError, StorageError
-from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
-from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, HeartbeatFn, fetch_images
+from imgcls.errors import OK, ImageError, StorageError
+from imgcls.execution.messages import ChunkTask, StageTimings
+from imgcls.execution.worker import HeartbeatFn
+from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
-from imgcls.runs import layout
 
 
 def scan_schema(embedding_width: int | None) -> pa.Schema:
@@ -60,9 +61,9 @@ def scan_chunk(
     start = spec.plan.rows_of(task.chunk).start
     results: list[dict[str, Any]] = []
     embeddings = _EmbeddingBatcher(classifier, spec.batch_size)
-    for index, blob in enumerate(_time_fetch(fetch_images(spec, rows, crashed), timings)):
+    for index, blob in enumerate(time_fetch(fetch_images(spec, rows, crashed), timings)):
         with timings.measure("prepare"):
-            result: dict[str, Any] = {"row": start + index, "status": layout.OK, "error": None}
+            result: dict[str, Any] = {"row": start + index, "status": OK, "error": None}
             try:
                 result |= _scan_image(spec, blob, embeddings)
             except (StorageError, ImageError) as error:
@@ -70,13 +71,12 @@ def scan_chunk(
                 embeddings.skip()
             if isinstance(blob, bytes):
                 result["bytes"] = len(blob)
-                timings.bytes += len(blob)
         results.append(result)
         heartbeat()
     with timings.measure("classify"):
         vectors = embeddings.finish()
     for result, vector in zip(results, vectors, strict=True):
-        if classifier is not None and result["status"] == layout.OK and vector is None:
+        if classifier is not None and result["status"] == OK and vector is None:
             failure = classifier.build_not_finite_error()
             result |= {"status": failure.status, "error": str(failure)}
         result["embedding"] = vector
@@ -137,13 +137,3 @@ class _EmbeddingBatcher:
             )
         )
         self._batch.clear()
-
-
-def _time_fetch(blobs: Iterator[FetchResult], timings: StageTimings) -> Iterator[FetchResult]:
-    end = object()
-    while True:
-        with timings.measure("fetch"):
-            blob: Any = next(blobs, end)
-        if blob is end:
-            return
-        yield blob

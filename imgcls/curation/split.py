@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat
 
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.image_features import compute_digest
 from imgcls.data.manifest import (
     Manifest,
@@ -28,7 +28,7 @@ from imgcls.data.manifest import (
     normalize_labels,
     open_manifest,
 )
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import (
     ConfigError,
     ManifestError,
@@ -65,6 +65,7 @@ class SplitConfig(Section):
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def split_manifest(config: SplitConfig) -> dict[str, int]:
     """Split a manifest into train, validation and test, or into folds.
 
@@ -75,7 +76,6 @@ def split_manifest(config: SplitConfig) -> dict[str, int]:
     Raises ManifestError when the column is missing or an image cannot be read, OutputError when the
     folder contains other files.
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
     if config.by != BY_CONTENT and config.by not in manifest.schema.names:

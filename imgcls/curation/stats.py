@@ -11,8 +11,9 @@ from pydantic import NonNegativeInt, PositiveInt
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
 from imgcls.curation.scan import ScanConfig, scan_manifests
 from imgcls.curation.split import NO_LABEL
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import open_manifest
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.html import render_page
 from imgcls.log import tell
@@ -33,6 +34,7 @@ class StatsConfig(ScanConfig):
     """Seed for choosing the images of the contact sheets."""
 
 
+@with_config_storage
 def compute_stats(config: StatsConfig) -> dict[str, Any]:
     """Describe a data set: classes, sizes and formats, with sample images of each class.
 
@@ -40,7 +42,6 @@ def compute_stats(config: StatsConfig) -> dict[str, Any]:
     Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
     resume).
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
     with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (

@@ -1,7 +1,7 @@
-"""Azure Blob Storage through adlfs: bounded reads, listings by page, names without escapes.
+"""Azure Blob Storage through adlfs: bounded reads, paged listings, names without escapes.
 
-Azure's client retries by itself, for minutes and without a word; here a request is made once, and
-whether it is made again is decided as for every other store.
+Azure's client retries silently for minutes; its retries are turned off here, and `retries` decides
+as for every other store.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from imgcls.errors import StorageError
 
 _PAGE_SIZE = 1000
 FIRST_REQUEST_BYTES = 4 << 20
-"""Bytes of a blob that the first request reads, which also returns its size; most photographs are
-no larger."""
+"""Bytes that the first request reads, which also returns the blob's size; most photographs fit."""
 _PART_BYTES = 32 << 20
 _HOSTS = (".dfs.core.windows.net", ".blob.core.windows.net")
 
 
 def build_azure_file_system(account: str | None, *, anon: bool, seconds: float) -> Any:
-    """adlfs without retries of its own.
+    """adlfs without its own retries.
 
-    account: as a URL names it; None for that of the environment (AZURE_STORAGE_ACCOUNT_NAME,
+    account: of the URL; None for the environment's (AZURE_STORAGE_ACCOUNT_NAME,
         AZURE_STORAGE_CONNECTION_STRING)
-    seconds: without an answer, after which a request has failed
+    seconds: timeout of connecting and of reading
     """
     from azure.storage.blob.aio import BlobServiceClient
 
@@ -56,7 +55,7 @@ def _get_file_system_class() -> Any:
     class _Azure(AzureBlobFileSystem):
         @classmethod
         def _strip_protocol(cls, path: Any) -> Any:
-            """container/name; adlfs itself takes # and ? in a name for marks of a URL."""
+            """container/name; adlfs itself parses # and ? in a name as parts of a URL."""
             if isinstance(path, list):
                 return [cls._strip_protocol(each) for each in path]
             container, separator, name = path.rpartition("://")[2].partition("/")
@@ -74,14 +73,14 @@ def get_account(url: str) -> str | None:
     host = url.partition("://")[2].partition("/")[0].partition("@")[2]
     suffix = next((each for each in _HOSTS if host.endswith(each)), None)
     if host and suffix is None:
-        raise StorageError(f"{url}: the host {host} is no Azure storage account")
+        raise StorageError(f"{url}: the host {host} is not an Azure storage account")
     return host.removesuffix(suffix) if suffix else None
 
 
 async def read_azure_blob(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
-    """A blob's bytes; in several requests, for the same version of it, if it is large.
+    """Read a blob; a large one by several requests, all for the same version of it.
 
-    Raises StorageTooLarge and NoRoom before more is read than is allowed.
+    Raises StorageTooLarge and BudgetFull before more is read than is allowed.
     """
     container, name, _ = fs.split_path(path)
     allowance.reserve(FIRST_REQUEST_BYTES)
@@ -97,7 +96,7 @@ async def read_azure_blob(fs: Any, path: str, allowance: ReadAllowance) -> bytes
 async def list_azure_page(
     fs: Any, path: str, *, deep: bool, token: str | None
 ) -> tuple[list[Any], Any]:
-    """A page of a listing, and the token of the next one; items without a size are folders.
+    """A page of a listing, and the token of the next page; items without a size are folders.
 
     path: container/prefix, of a folder
     """
@@ -118,7 +117,7 @@ async def list_azure_page(
 
 
 def iter_file_items(items: list[Any]) -> Iterator[Any]:
-    """Those of a page's items that are files: not the marks that stand for folders."""
+    """The files among a page's items, without the empty blobs that mark folders."""
     for item in items:
         marks = item.get("metadata") or {}
         folder = any(marks.get(mark) == "true" for mark in ("is_directory", "hdi_isfolder"))

@@ -1,8 +1,7 @@
-"""Files of this machine: bounded reads of regular files, and exclusive creation.
+"""Local files: bounded reads of regular files, durable writes and exclusive creation.
 
-Promises that a read never blocks on what is not a file (a FIFO, a device, a socket), takes no more
-memory than it was allowed, and that of several rivals exactly one creates a file, also on a file
-system without hard links.
+A read never blocks on a FIFO, a device or a socket, and takes no more memory than allowed. Of
+several processes exactly one creates a file, also on file systems without hard links.
 """
 
 from __future__ import annotations
@@ -25,17 +24,16 @@ _SPECIAL_FILES = {
     stat.S_IFSOCK: "a socket",
 }
 _NO_LINK_ERRNOS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
-"""What link(2) fails with where there are no hard links: SMB, exFAT, FUSE object stores."""
+"""Errors of link(2) on file systems without hard links: SMB, exFAT, FUSE object stores."""
 
 
 def read_local_file(path: str, allowance: ReadAllowance) -> bytes:
-    """A regular file's bytes.
+    """Read a regular file.
 
-    Raises StorageTooLarge for more than the allowance, before they are read where the size is
-    known, StorageError for what is no regular file, OSError as the operating system does, and
-    NoRoom.
+    Raises StorageTooLarge for more bytes than allowed (before reading, where the size is known),
+    StorageError when the path is no regular file, OSError, and BudgetFull.
     """
-    found = os.stat(path)  # before it is opened: to open a FIFO or a device has effects of its own
+    found = os.stat(path)  # first, because opening a FIFO or a device has side effects
     kind = stat.S_IFMT(found.st_mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -44,14 +42,14 @@ def read_local_file(path: str, allowance: ReadAllowance) -> bytes:
     if allowance.is_exceeded_by(found.st_size):
         raise too_large_error(path, allowance.max_bytes, found.st_size)
     allowance.reserve(found.st_size)
-    # not to block, should a FIFO have taken the file's place meanwhile
+    # non-blocking, in case a FIFO has replaced the file meanwhile
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         data = os.read(file, found.st_size + 1)
         more = os.read(file, _UNKNOWN_SIZE_STEP)
         if not more:
             return data
-        # it has grown, or it is one of those whose size is not known before, as in /proc
+        # it has grown, or its size is unknown, as in /proc
         with BodyBuffer(path, allowance, None) as body:
             body.append(data)
             while more:
@@ -63,11 +61,11 @@ def read_local_file(path: str, allowance: ReadAllowance) -> bytes:
 
 
 def create_local_file(path: str, data: bytes) -> bool:
-    """Write a file only if there is none: True if this call made it, whole and durable.
+    """Write a file only if there is none; returns whether this call created it, durably.
 
-    The finished file gets its name by a hard link. Where the file system has no hard links the name
-    is claimed with O_CREAT | O_EXCL, which is as exclusive, and the finished file then replaces the
-    empty one: others see it empty or whole, and a writer killed in between leaves it empty.
+    The finished file gets its name by a hard link. Without hard links, the name is created with
+    O_CREAT | O_EXCL, which is as exclusive, and the finished file then replaces the empty one:
+    others see it empty or complete, and a writer that is killed in between leaves it empty.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = temporary_name(path)
@@ -102,7 +100,7 @@ def _create_exclusively(path: str, finished: str) -> bool:
 
 
 def write_durably(path: str, data: bytes) -> None:
-    """Write a file and have it on the disk, not only in memory, when this returns."""
+    """Write a file, and return when it is on the disk (fsync), not only in memory."""
     with open(path, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -110,9 +108,9 @@ def write_durably(path: str, data: bytes) -> None:
 
 
 def temporary_name(path: str) -> str:
-    """The name of a file in the same folder as `path` for data that is not complete yet."""
+    """Name of a temporary file in the folder of `path`, for data that is not complete yet."""
     folder, name = os.path.split(path)
-    # in bytes a name may have 255; cut so that no character of several bytes is halved
+    # names are limited to 255 bytes; cut without splitting a multi-byte character
     stem = os.fsencode(name)[:100].decode("utf-8", "ignore")
     return os.path.join(folder, f".{stem}.{uuid.uuid4().hex[:12]}.tmp")
 

@@ -1,8 +1,7 @@
-"""One way to read and write files, local or on a store.
+"""Files and folders by path or URL, with the same functions for disks and object stores.
 
-Local paths take the short way through the operating system; every other URL goes to `stores`. Both
-give typed errors, try again what will pass, write atomically and create only where there is
-nothing. What the bytes mean is left to the callers.
+Local paths are handled by the operating system, other URLs by `object_store`. Both raise
+StorageErrors, retry transient errors, write atomically and create files exclusively.
 """
 
 from __future__ import annotations
@@ -25,26 +24,28 @@ from imgcls.data import disk, object_store, storage_errors, store_listing
 from imgcls.data.formats import is_hidden_name
 from imgcls.data.object_store import FileInfo, ListingPage
 from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
+from imgcls.data.retries import retry
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 T = TypeVar("T")
 
 MAX_IMAGE_BYTES = 100_000_000
-"""Largest image file that is read, unless another limit is set."""
+"""Default limit for the size of an image file."""
 READ_AHEAD_BYTES = 256_000_000
-"""Bytes of images that one `read_ahead` holds at most, in addition to the next file."""
+"""Maximum bytes that one `read_ahead` buffers, in addition to the next file."""
 
 _DISK_RETRY_SECONDS = 5.0
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path of this machine (`file://` included)."""
+    """Whether `url` is a path on this machine (`file://` included)."""
     return url.startswith("file://") or not is_url(url)
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` names a store, as in `s3://bucket/key` or `data:image/png;base64,...`."""
+    """Whether `text` is a URL, as in `s3://bucket/key` or `data:image/png;base64,...`."""
     scheme, separator, _ = text.partition("://")
     return (bool(separator) and scheme.replace("+", "").isalnum()) or text.startswith("data:")
 
@@ -54,7 +55,7 @@ def local_path(url: str) -> str:
 
 
 def join(folder: str, *names: str) -> str:
-    """Names below a folder, local or remote; never unquoted, never normalised."""
+    """Join names to a folder, local or remote, without unquoting or normalizing them."""
     if is_local(folder):
         return os.path.join(local_path(folder), *names)
     return "/".join([folder.rstrip("/"), *names])
@@ -67,7 +68,7 @@ def parent(url: str) -> str:
 
 
 def absolute(url: str) -> str:
-    """The same place from any working directory."""
+    """An absolute path; a URL is returned unchanged."""
     return os.path.abspath(local_path(url)) if is_local(url) else url
 
 
@@ -84,14 +85,14 @@ def is_folder(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Bytes in the file; raises StorageMissing."""
+    """Size of a file in bytes; raises StorageMissing."""
     if is_local(url):
         return _retry_locally(url, lambda: os.stat(local_path(url)).st_size)
     return int(object_store.call_store(url, "info", needs=storage_errors.GET)["size"])
 
 
 def read(url: str) -> bytes:
-    """The whole of a file of our own, however large: a bundle, a manifest, a record.
+    """Read a whole file of any size: a bundle, a manifest, a record.
 
     Raises StorageMissing, StorageForbidden, StorageUnavailable (after retries) or StorageError.
     """
@@ -101,9 +102,9 @@ def read(url: str) -> bytes:
 
 
 def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """A user's file, read no further than `max_bytes`.
+    """Read an image file of at most `max_bytes`.
 
-    Raises as `read` does, StorageTooLarge for a larger file, and StorageError for what is no
+    Raises as `read` does, StorageTooLarge for a larger file, and StorageError for a path that is no
     regular file, such as a FIFO or a device.
     """
     return _read_limited(url, ReadAllowance(max_bytes))
@@ -112,14 +113,14 @@ def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
 def read_ahead(
     urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_IMAGE_BYTES
 ) -> Iterator[bytes | StorageError]:
-    """Each image file's bytes or its error, in order, with `in_flight` reads under way.
+    """Read image files concurrently; yields the bytes or the error of each, in order.
 
-    max_bytes: of one file; a larger one comes back as StorageTooLarge
+    in_flight: number of concurrent reads
+    max_bytes: limit of one file; a larger one yields StorageTooLarge
 
-    Whatever the files are, it holds at most READ_AHEAD_BYTES + 2 * max_bytes: those that wait, the
-    next one, and the one that is put together from its pieces.
-    A None stands for a row without a path and comes back as StorageMissing. Raises
-    StorageCredentials, which is no file's own error.
+    Memory is bounded by READ_AHEAD_BYTES + 2 * max_bytes: the files that wait, the next one, and
+    the one that is joined from its pieces. None, for a row without a path, yields StorageMissing.
+    Raises StorageCredentials, which concerns all files.
     """
     waiting: deque[Future[bytes]] = deque()
     budget = ByteBudget(READ_AHEAD_BYTES)
@@ -129,7 +130,7 @@ def read_ahead(
             yield _get_outcome(waiting.popleft())
             budget.release_oldest()
 
-    with ThreadPoolExecutor(in_flight, thread_name_prefix="fetch") as pool:
+    with create_thread_pool(in_flight, "fetch") as pool:
         try:
             for number, url in enumerate(urls):
                 waiting.append(_start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
@@ -149,7 +150,7 @@ def open_read(url: str) -> IO[bytes]:
 
 
 def write(url: str, data: bytes) -> None:
-    """Write a whole file atomically: readers see all of it or none, also after a kill."""
+    """Write a whole file atomically: readers see all of it or nothing, also after a kill."""
     if is_local(url):
         with open_write(url) as stream:
             stream.write(data)
@@ -158,7 +159,7 @@ def write(url: str, data: bytes) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Write a file only if there is none: True if this call made it, atomically among rivals."""
+    """Write a file only if there is none, atomically; returns whether this call created it."""
     if is_local(url):
         with translate_os_errors(url):
             return disk.create_local_file(local_path(url), data)
@@ -167,7 +168,7 @@ def create(url: str, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def open_write(url: str) -> Iterator[IO[bytes]]:
-    """A stream whose file appears whole on a clean exit, and not at all otherwise."""
+    """A stream to a file that appears complete on a clean exit, and not at all otherwise."""
     if not is_local(url):
         with translate_os_errors(url), object_store.open_upload(url) as stream:
             yield stream
@@ -189,7 +190,7 @@ def open_write(url: str) -> Iterator[IO[bytes]]:
 
 
 def list_names(folder: str) -> list[str]:
-    """Sorted names of the files right in a folder; empty when there is no such folder."""
+    """Sorted names of the files directly in a folder; empty when there is no such folder."""
     if is_local(folder):
         try:
             with os.scandir(local_path(folder)) as entries:
@@ -203,7 +204,7 @@ def list_names(folder: str) -> list[str]:
 
 
 def glob(pattern: str) -> list[str]:
-    """Sorted files that match a glob such as `nightly/*.parquet` or `s3://b/x/**/*.jpg`."""
+    """Sorted files that match a pattern such as `nightly/*.parquet` or `s3://b/x/**/*.jpg`."""
     if is_local(pattern):
         found = local_glob.glob(local_path(pattern), recursive=True)
         return sorted(_decode_name(f) for f in found if os.path.isfile(f))
@@ -215,10 +216,10 @@ def glob(pattern: str) -> list[str]:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Files below a folder as paths relative to it, '/'-separated, in sorted order, streamed.
+    """Iterate over all files below a folder: sorted paths relative to it, separated by '/'.
 
-    Hidden files and folders, and those of the system such as lost+found, are passed over; links are
-    followed, but not back up.
+    Hidden files and folders, and system folders such as lost+found, are skipped. Links are
+    followed, but not to a parent folder.
     """
     if is_local(folder):
         yield from map(_decode_name, _walk_local(local_path(folder), ""))
@@ -233,17 +234,19 @@ def walk(folder: str) -> Iterator[str]:
 
 
 def _iter_store_files(folder: str, *, deep: bool) -> Iterator[FileInfo]:
-    """The files of a store's folder, of which there are none if there is no such folder."""
+    """The files in a store's folder; none when there is no such folder."""
     with contextlib.suppress(StorageMissing):
         for page in store_listing.iter_store_pages(folder, deep=deep):
             yield from page.files
 
 
 def iter_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
-    """What lies in a folder, some thousand at a time: files and folders, or, if `deep`, all files.
+    """List a folder in pages of up to 1,000 entries.
 
-    Hidden folders are left out. Raises StorageMissing for a folder that no disk has; to a store it
-    is an empty one.
+    deep: list all files below the folder; otherwise its own files and folders
+
+    Hidden folders are skipped. Raises StorageMissing for a missing local folder; in a store a
+    missing folder is an empty one.
     """
     if not is_local(url):
         yield from store_listing.iter_store_pages(url, deep=deep)
@@ -267,13 +270,13 @@ def _stat_local(path: str) -> FileInfo:
     except OSError:
         return FileInfo(
             _decode_name(path), None, None, None
-        )  # a dead link is a row, and fails as a row
+        )  # a dead link becomes a row with an error
     mtime = datetime.datetime.fromtimestamp(found.st_mtime_ns // 1000 / 1e6, datetime.UTC)
     return FileInfo(_decode_name(path), found.st_size, mtime, None)
 
 
 def remove(url: str) -> None:
-    """Remove a file or a whole folder; nothing happens when it is not there."""
+    """Remove a file or a whole folder, if it exists."""
     if is_local(url):
         path = local_path(url)
         with contextlib.suppress(StorageMissing), translate_os_errors(url):
@@ -284,9 +287,7 @@ def remove(url: str) -> None:
         return
     _, path = object_store.resolve_store(url)
     with contextlib.suppress(StorageMissing):
-        if _GLOB_CHARACTERS.search(
-            path
-        ):  # fsspec would take the name for a pattern, and remove others too
+        if _GLOB_CHARACTERS.search(path):  # fsspec would expand the name as a pattern
             for file in object_store.call_store(url, "find", needs=storage_errors.LIST, long=True):
                 object_store.call_store(
                     object_store.build_url(url, file), "rm_file", needs=storage_errors.DELETE
@@ -298,9 +299,9 @@ def remove(url: str) -> None:
 
 
 def remove_temporary_files(folder: str, older_than: float = 0.0) -> None:
-    """Remove what killed writers left in a local folder; stores keep nothing of a broken write.
+    """Remove temporary files of killed writers from a local folder; stores keep none.
 
-    older_than: seconds; younger leftovers may belong to a writer at work
+    older_than: minimum age in seconds; younger files may belong to a running writer
     """
     if not is_local(folder):
         return
@@ -311,7 +312,7 @@ def remove_temporary_files(folder: str, older_than: float = 0.0) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Write and remove a probe file; raises the StorageError that the first output would meet."""
+    """Write and remove a probe file; raises the StorageError that writing an output would raise."""
     probe = join(folder, f"_probe-{uuid.uuid4().hex[:8]}")
     write(probe, b"imgcls")
     remove(probe)
@@ -319,7 +320,7 @@ def check_writable(folder: str) -> None:
 
 @contextlib.contextmanager
 def translate_os_errors(url: str) -> Iterator[None]:
-    """Within it, an OSError becomes the StorageError that says what it means for `url`."""
+    """Within the block, an OSError becomes the StorageError that explains it for `url`."""
     try:
         yield
     except OSError as error:
@@ -334,7 +335,7 @@ def _walk_local(
         here = os.stat(folder)
         identity = (here.st_dev, here.st_ino)
         if identity in above:
-            return  # a link back to where we came from
+            return  # a link to a parent folder
         with os.scandir(folder) as scan:
             entries = sorted((e.name, e.is_dir()) for e in scan if not is_hidden_name(e.name))
     for name, is_dir in entries:
@@ -351,7 +352,7 @@ def _read_local(path: str) -> bytes:
 
 
 def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
-    """Read a file as far as is allowed, waiting where other reads hold what it takes."""
+    """Read a file within its allowance, waiting while other reads hold the bytes it needs."""
     while True:
         try:
             if is_local(url):
@@ -362,31 +363,31 @@ def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
 
 
 def _decode_name(name: str) -> str:
-    """A name as text: bytes that are not UTF-8, which no table can hold, become U+FFFD.
+    """A file name as text: bytes that are not UTF-8, which no table can hold, become U+FFFD.
 
-    Such a file is a row, and fails as a row: it is not found by that name.
+    Such a file becomes a row with an error, because it is not found by that name.
     """
     return name if name.isprintable() else os.fsencode(name).decode("utf-8", "replace")
 
 
 def _retry_locally(url: str, call: Callable[[], T]) -> T:
-    """As `stores.attempt`, but a disk that does not answer soon will not."""
-    return object_store.retry(url, call, seconds=_DISK_RETRY_SECONDS)
+    """Retry for 5 s only: a disk that does not answer by then will not."""
+    return retry(url, call, seconds=_DISK_RETRY_SECONDS)
 
 
 def _start_read(
     url: str | None, pool: ThreadPoolExecutor, allowance: ReadAllowance
 ) -> Future[bytes]:
-    """A read under way: by the store's own loop where it can, else in a thread."""
+    """Start a read: on the store's event loop where it has one, else in a thread."""
     try:
         if url is None:
             raise StorageMissing("the path is null")
-        asked = None if is_local(url) else object_store.start_get_object(url, allowance)
+        reading = None if is_local(url) else object_store.start_get_object(url, allowance)
     except StorageError as error:
         failed: Future[bytes] = Future()
         failed.set_exception(error)
         return failed
-    return pool.submit(_read_limited, url, allowance) if asked is None else asked
+    return pool.submit(_read_limited, url, allowance) if reading is None else reading
 
 
 def _get_outcome(reading: Future[bytes]) -> bytes | StorageError:

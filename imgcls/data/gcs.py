@@ -1,7 +1,7 @@
-"""Google Cloud Storage by gcsfs: bounded reads held against their checksum, and listings by page.
+"""Google Cloud Storage through gcsfs: bounded, verified reads and paged listings.
 
-gcsfs retries by itself, for a minute and without a word; here a request is made once, and whether
-it is made again is decided as for every other store.
+gcsfs retries silently for a minute; its retries are turned off here, and `retries` decides as for
+every other store.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _PIECE_BYTES = 1 << 16
 
 
 def build_gcs_file_system(**options: Any) -> Any:
-    """gcsfs, with a failed answer's header fields on its error, and no retries of its own."""
-    # not the class that fsspec finds for gs://, which asks another API what kind each bucket is of
+    """gcsfs without its own retries, whose errors carry the headers of the response."""
+    # not the class that fsspec uses for gs://, which queries another API for each bucket's type
     return _get_file_system_class()(use_listings_cache=False, skip_instance_cache=True, **options)
 
 
@@ -55,10 +55,10 @@ def _get_file_system_class() -> Any:
 
 
 async def read_gcs_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
-    """An object's bytes, held against the MD5 that the store gives for those of one piece.
+    """Read an object, and verify its bytes by its MD5, which all but composed objects have.
 
-    Raises StorageTooLarge and NoRoom before more is read than is allowed, StorageUnavailable for
-    bytes that are not what is stored, and aiohttp's ClientResponseError for any other answer.
+    Raises StorageTooLarge and BudgetFull before more is read than is allowed, StorageUnavailable
+    for damaged bytes, and aiohttp's ClientResponseError for any other response.
     """
     import yarl
     from aiohttp import ClientResponseError
@@ -66,7 +66,9 @@ async def read_gcs_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes
     await fs._set_session()
     request = fs.session.get(
         yarl.URL(fs.url(path), encoded=True).update_query(fs._get_params({})),
-        headers=fs._get_headers({"Accept-Encoding": "gzip"}),  # else the store unpacks what it has
+        headers=fs._get_headers(
+            {"Accept-Encoding": "gzip"}
+        ),  # otherwise the store decompresses the object
     )
     async with request as answer:
         if answer.status != 200:
@@ -106,7 +108,7 @@ def _compute_md5(data: bytes) -> str:
 
 
 def _get_md5(headers: Any) -> str | None:
-    """The MD5 among the checksums of an answer, in base64; objects composed of others have none."""
+    """The MD5 in a response's checksums, in base64; composed objects have none."""
     for field in headers.getall("x-goog-hash", []):
         for each in field.split(","):
             name, _, value = each.strip().partition("=")

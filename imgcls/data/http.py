@@ -1,8 +1,8 @@
-"""Reading images from web servers: bounded, byte-exact URLs, polite.
+"""Read files from web servers: bounded, with unchanged URLs, and a request limit per host.
 
-A URL is sent as it is in the manifest, because a signed one is void after any re-encoding. One
-process has at most `max_requests_per_host` requests under way to a host, and none before the time
-that the host has named in a Retry-After.
+A URL is sent as it is in the manifest, because a signed URL becomes invalid by re-encoding. A
+process sends at most `max_requests_per_host` concurrent requests to a host, and none before the
+time that the host has named in a Retry-After.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
 _PIECE_BYTES = 1 << 16
-"""Bytes that are taken from a connection, or out of a compressed body, at a time."""
+"""Bytes that are read from a connection, or from a compressed body, at a time."""
 _RETRY_LATER_CODES = ("429", "503")
 
 
 class HttpReader:
-    """Reads whole files over HTTP; lives in one event loop."""
+    """Reads whole files over HTTP, on one event loop."""
 
     def __init__(self, max_requests_per_host: int, user_agent: str, connect_seconds: float) -> None:
         self._host_requests = max_requests_per_host
@@ -38,16 +38,16 @@ class HttpReader:
         self._session: Any = None
 
     def get_limiter(self, url: str) -> HostLimiter:
-        """The server of a URL, by scheme, name and port."""
+        """The limiter of a URL's host: scheme, name and port."""
         scheme, _, rest = url.partition("://")
         name = f"{scheme}://{rest.partition('/')[0].partition('?')[0].rpartition('@')[2]}".lower()
         return self._hosts.setdefault(name, HostLimiter(name, self._host_requests))
 
     async def read(self, url: str, allowance: ReadAllowance) -> bytes:
-        """A file's bytes, decompressed where the server compressed them for the way.
+        """Read a file, decompressed where the server compressed it for the transfer.
 
-        Raises StorageTooLarge, NoRoom, StorageUnavailable for an answer that breaks off, and
-        aiohttp's errors, with the answer's header fields, for any other answer than the file.
+        Raises StorageTooLarge, BudgetFull, StorageUnavailable for an incomplete response, and
+        aiohttp's errors, with the response headers, for any other response.
         """
         import aiohttp
         import yarl
@@ -89,7 +89,7 @@ class HttpReader:
             self.get_limiter(url).note_retry_after(error)
             raise error
         coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-        length = answer.content_length  # of what is sent, and so a lower bound on what it holds
+        length = answer.content_length  # as sent; the content is at least as long
         if length is not None and coding != "identity" and allowance.is_exceeded_by(length):
             raise too_large_error(url, allowance.max_bytes)
         with BodyBuffer(url, allowance, length) as body:
@@ -99,36 +99,36 @@ class HttpReader:
 
 
 class HostLimiter:
-    """Requests to one server: how many at a time, and from when on."""
+    """Limits the requests to one host: how many at a time, and none during a Retry-After."""
 
     def __init__(self, name: str, requests: int) -> None:
         self._name = name
-        self._turns = asyncio.Semaphore(requests)
+        self._slots = asyncio.Semaphore(requests)
         self._not_before = 0.0
-        self._asked = 0.0
+        self._retry_after = 0.0
 
     def note_retry_after(self, error: BaseException) -> None:
-        """Store the time until which a server asks for no request (Retry-After)."""
-        asked = get_retry_after(error) if get_error_code(error) in _RETRY_LATER_CODES else None
-        if asked is not None:
-            self._not_before = max(self._not_before, time.monotonic() + asked)
-            self._asked = asked
+        """Store until when a host wants no requests (Retry-After)."""
+        seconds = get_retry_after(error) if get_error_code(error) in _RETRY_LATER_CODES else None
+        if seconds is not None:
+            self._not_before = max(self._not_before, time.monotonic() + seconds)
+            self._retry_after = seconds
 
     @contextlib.asynccontextmanager
     async def acquire_slot(self, url: str, deadline: float) -> AsyncIterator[float]:
-        """Wait for one of the host's turns and hold it; yields the seconds spent in the queue.
+        """Wait for a slot and hold it; yields the seconds spent in the queue.
 
         deadline: of the request, by time.monotonic, not counting those seconds
-        Raises StorageThrottled, without a request, if the host asks for a longer pause.
+        Raises StorageThrottled, without a request, when the host asks for a longer pause.
         """
         began = time.monotonic()
-        async with self._turns:
+        async with self._slots:
             queued = time.monotonic() - began
             while (pause := self._not_before - time.monotonic()) > 0:
                 if time.monotonic() + pause > deadline + queued:
                     raise StorageThrottled(
                         f"{shorten_url(url)}: {self._name} asks for no request for "
-                        f"{self._asked:.0f} s "
+                        f"{self._retry_after:.0f} s "
                         "(Retry-After), which is longer than the retry time; rerun with "
                         "--retry-errors later, or raise --storage.retry-timeout-s"
                     )
@@ -137,10 +137,10 @@ class HostLimiter:
 
 
 def encode_url(url: str) -> str:
-    """A URL with each character as it is, save those that no request may hold.
+    """Encode the characters of a URL that no request may contain, and leave the others unchanged.
 
-    White space, control characters and what is not ASCII are percent-encoded as UTF-8, a host name
-    outside ASCII by IDNA. Everything else is left alone: %2F is not /, + is not %20.
+    White space, control characters and non-ASCII characters are percent-encoded as UTF-8, a
+    non-ASCII host name by IDNA. Everything else is kept: %2F is not /, + is not %20.
     """
     scheme, _, rest = url.partition("://")
     end = next((i for i, letter in enumerate(rest) if letter in "/?#"), len(rest))
@@ -159,16 +159,16 @@ def encode_url(url: str) -> str:
 
 
 async def _decompress(url: str, coding: str, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """A body as it was before it was compressed for the way, in pieces of bounded size.
+    """Decompress a body, in pieces of bounded size.
 
-    Raises StorageUnavailable for one that breaks off, StorageError for an unknown coding.
+    Raises StorageUnavailable for an incomplete or damaged body, StorageError for an unknown coding.
     """
     if coding in ("identity", ""):
         async for piece in pieces:
             yield piece
         return
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise StorageError(f"{shorten_url(url)}: came with the unknown Content-Encoding {coding!r}")
+        raise StorageError(f"{shorten_url(url)}: has the unknown Content-Encoding {coding!r}")
     unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32 if coding != "deflate" else 15)
     try:
         async for piece in pieces:
@@ -178,4 +178,4 @@ async def _decompress(url: str, coding: str, pieces: AsyncIterator[bytes]) -> As
     except zlib.error as error:
         raise StorageUnavailable(f"{shorten_url(url)}: arrived damaged ({error})") from error
     if not unpack.eof:
-        raise StorageUnavailable(f"{shorten_url(url)}: broke off within its {coding} encoding")
+        raise StorageUnavailable(f"{shorten_url(url)}: the {coding} data is incomplete")

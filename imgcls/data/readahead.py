@@ -17,7 +17,7 @@ class ByteBudget:
     """At most `size` bytes held by all reads together, the oldest one not counted.
 
     Reads are numbered 0, 1, 2 ... in the order in which their results are consumed. With a limit of
-    M bytes per read, `size` + M bytes are held at most.
+    M bytes per read, at most `size` + M bytes are held.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,20 +53,20 @@ class ByteBudget:
         return admitted
 
     def release(self, read: int) -> None:
-        """Free what a read holds that must begin again."""
+        """Free the bytes of a read that must start again."""
         with self._lock:
             self._held.pop(read, None)
             self._admit_waiting()
 
     def release_oldest(self) -> None:
-        """Free what the oldest read holds, when its result was consumed."""
+        """Free the bytes of the oldest read, after its result was consumed."""
         with self._lock:
             self._held.pop(self._oldest, None)
             self._oldest += 1
             self._admit_waiting()
 
     def close(self) -> None:
-        """Cancel the reads that wait, and those that would have to."""
+        """Cancel the reads that wait, and all that would have to wait."""
         with self._lock:
             self._closed = True
             for _, admitted in self._waiting.values():
@@ -99,9 +99,9 @@ class BudgetFull(Exception):
 
 
 class ReadAllowance:
-    """What one read may take: at most `max_bytes`, reserved from a shared budget if there is one.
+    """Limit of one read: at most `max_bytes`, reserved from a shared budget if there is one.
 
-    max_bytes: None for a file of our own, which is read whole
+    max_bytes: None for the package's own files, which have no limit
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class ReadAllowance:
         return self.max_bytes is not None and size > self.max_bytes
 
     def reserve(self, total: int, needed: int | None = None) -> None:
-        """Reserve bytes before they are read; raises NoRoom where other reads hold too many.
+        """Reserve bytes before they are read; raises BudgetFull where other reads hold too many.
 
-        needed: bytes to wait for then, if not `total`; what the read held is given up
+        needed: bytes to wait for in that case, if not `total`; the read then holds none
 
-        What the read has waited for stays reserved until `settle`: given to others meanwhile, it
-        would have to wait and begin again for the same bytes.
+        Bytes that the read has waited for stay reserved until `shrink_to`. Otherwise others could
+        take them, and the read would wait and start again for the same bytes.
         """
         total = max(total, self._admitted)
         if self._budget is not None and not self._budget.try_reserve(self._read, total):
@@ -129,18 +129,18 @@ class ReadAllowance:
             raise BudgetFull(total if needed is None else needed)
 
     def reserve_later(self, total: int) -> Future[None]:
-        """Done once `total` bytes are reserved."""
+        """A future that is done once `total` bytes are reserved."""
         assert self._budget is not None
         self._admitted = total
         return self._budget.reserve_later(self._read, total)
 
     def shrink_to(self, total: int) -> None:
-        """Free what is reserved beyond the `total` bytes that the whole file has."""
+        """Free the bytes reserved beyond the `total` bytes of the whole file."""
         self._admitted = 0
         self.reserve(total)
 
     def release(self) -> None:
-        """Free what is reserved for a read that has failed or must begin again."""
+        """Free the bytes of a read that has failed or must start again."""
         self._admitted = 0
         if self._budget is not None:
             self._budget.release(self._read)
@@ -150,15 +150,15 @@ UNLIMITED = ReadAllowance(None)
 
 
 class BodyBuffer:
-    """A file as it arrives in pieces, within its allowance; forgotten where reading it fails.
+    """Buffer of a file that arrives in pieces, within its allowance; cleared when reading fails.
 
-    An error holds the frames that it went through, and would hold the pieces until it is collected.
+    It is cleared because an exception keeps its frames, and with them the pieces, alive.
     """
 
     def __init__(self, url: str, allowance: ReadAllowance, length: int | None) -> None:
-        """length: bytes to come at least, where that is known
+        """length: minimum size in bytes, where known
 
-        Raises StorageTooLarge for more than is allowed, and NoRoom.
+        Raises StorageTooLarge for more than is allowed, and BudgetFull.
         """
         self._url, self._allowance, self._length = url, allowance, length
         self._parts: list[bytes] = []
@@ -177,17 +177,17 @@ class BodyBuffer:
             self._allowance.release()
 
     def append(self, part: bytes) -> None:
-        """Keep a piece; raises StorageTooLarge and NoRoom."""
+        """Add a piece; raises StorageTooLarge and BudgetFull."""
         self._total += len(part)
         limit = self._allowance.max_bytes
         if self._allowance.is_exceeded_by(self._total):
             raise too_large_error(self._url, limit)
         if self._length is None or self._total > self._length:
-            # how much is to come is not known: to begin again takes room for all that may
+            # the rest is of unknown size: a new start needs room for the maximum
             self._allowance.reserve(self._total, limit)
         self._parts.append(part)
 
     def join(self) -> bytes:
-        """All pieces together."""
+        """The whole file."""
         self._allowance.shrink_to(self._total)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)

@@ -1,9 +1,9 @@
-"""Reading S3 objects: one GET each and nothing beside it, at little cost to the processor.
+"""Read S3 objects with one GET each and little CPU time.
 
-botocore spends a millisecond on each request: rules for the endpoint, hooks, a model of the answer.
-So it asks for a bucket's first object, and the others are asked for as that was, with its signature
-and over its connections, and hence with the certificates, proxies and times they are set up with.
-Whatever is not plain goes its long way.
+botocore spends 1 ms of CPU time per request on endpoint rules, hooks and response models. So it
+requests only the first object of each bucket; later requests are built from that one as a template,
+signed by botocore's signer and sent over its connections, with its certificates, proxies and
+timeouts. Requests that do not fit the template go through botocore.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from imgcls.errors import StorageUnavailable
 
 @dataclass(frozen=True)
 class _RequestTemplate:
-    """How a bucket's objects are asked for: what is before the key, headers, where to sign for."""
+    """Template of a bucket's requests: URL before the key, headers, region of the signature."""
 
     url_prefix: str
     headers: dict[str, str]
     signing_region: str | None
-    """None for requests that are not signed."""
+    """None for unsigned requests."""
 
 
 class S3Reader:
-    """Reads whole objects through an s3fs file system; lives in its event loop."""
+    """Reads whole objects through an s3fs file system, on its event loop."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -41,31 +41,31 @@ class S3Reader:
         self._client: Any = None
 
     async def read(
-        self, path: str, doubted: set[str], allowance: ReadAllowance = UNLIMITED
+        self, path: str, suspect: set[str], allowance: ReadAllowance = UNLIMITED
     ) -> bytes:
-        """An object's bytes, held against its checksum, or else its ETag.
+        """Read an object, and verify its bytes by its checksum, else by its ETag.
 
-        path: bucket/key, with ?versionId=... for another version than the latest
+        path:    bucket/key, with ?versionId=... for a version other than the latest
+        suspect: MD5 digests of earlier attempts that did not match the ETag
 
-        An ETag is the MD5 of most objects, but a store need not keep to that: bytes that come twice
-        alike are taken for what is stored, which is what `doubted` remembers between attempts.
+        The ETag is the MD5 of most objects, but a store may use something else: bytes that arrive
+        identically twice are accepted, which `suspect` remembers between attempts.
 
-        Raises StorageUnavailable for bytes that are not what is stored, StorageTooLarge or NoRoom
-        before more is read than is allowed, and what botocore raises when it has an answer that is
-        no object.
+        Raises StorageUnavailable for damaged bytes, StorageTooLarge or BudgetFull before more is
+        read than is allowed, and botocore's errors for other responses.
         """
         path, _, version = path.partition("?versionId=")
         bucket, key, _ = self._fs.split_path(path)
         data, headers = await self._get_object(bucket, key, version, allowance)
-        told = _get_crc32(headers)
-        if told is not None:
-            damaged = zlib.crc32(data) != told
+        expected = _get_crc32(headers)
+        if expected is not None:
+            damaged = zlib.crc32(data) != expected
         else:
             md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-            damaged = md5 != _get_md5(headers, otherwise=md5) and md5 not in doubted
-            doubted.add(md5)
+            damaged = md5 != _get_md5(headers, otherwise=md5) and md5 not in suspect
+            suspect.add(md5)
         if damaged:
-            raise StorageUnavailable(f"s3://{path}: arrived damaged (not as its checksum says)")
+            raise StorageUnavailable(f"s3://{path}: arrived damaged (its checksum does not match)")
         return data
 
     async def _get_object(
@@ -73,9 +73,9 @@ class S3Reader:
     ) -> tuple[bytes, Mapping[str, str]]:
         await self._fs.set_session()
         client = await self._fs.get_s3(bucket)
-        asked = self._buckets.get(bucket)
-        if asked is not None:
-            answer = await _send_from_template(client, asked, bucket, key, version, allowance)
+        template = self._buckets.get(bucket)
+        if template is not None:
+            answer = await _send_from_template(client, template, bucket, key, version, allowance)
             if answer is not None:
                 return answer
         known = bucket in self._buckets
@@ -92,7 +92,7 @@ class S3Reader:
                 body.raw_stream.close()
                 raise
         if known:
-            self._buckets[bucket] = None  # the long way has an answer where the short one had none
+            self._buckets[bucket] = None  # botocore got an object where the template did not
         elif bucket not in self._buckets:
             self._buckets[bucket] = _build_template(self._sent, key)
             self._sent.clear()
@@ -104,16 +104,16 @@ class S3Reader:
 
 async def _send_from_template(
     client: Any,
-    asked: _RequestTemplate,
+    template: _RequestTemplate,
     bucket: str,
     key: str,
     version: str,
     allowance: ReadAllowance,
 ) -> tuple[bytes, Mapping[str, str]] | None:
-    """The object and the answer's headers; None when botocore is to ask, which knows more answers.
+    """Send a request built from a template; returns the object and the response headers.
 
-    Raises botocore's ClientError when the object is refused or missing, or the store in trouble,
-    StorageTooLarge and NoRoom.
+    None for responses that only botocore handles. Raises botocore's ClientError when access is
+    refused, the object is missing or the store fails; StorageTooLarge and BudgetFull.
     """
     from botocore.awsrequest import AWSRequest
     from botocore.exceptions import ClientError
@@ -121,14 +121,16 @@ async def _send_from_template(
     params = {"versionId": version} if version else {}
     request = AWSRequest(
         "GET",
-        asked.url_prefix + _quote_key(key),
-        headers=asked.headers,
+        template.url_prefix + _quote_key(key),
+        headers=template.headers,
         params=params,
-        stream_output=True,  # else the whole body is read before its size is looked at
+        stream_output=True,  # otherwise the body is read before its size is checked
     )
-    if asked.signing_region is not None:
-        # with the client's credentials, which are fresh where they expire
-        signer = await client._request_signer.get_auth_instance("s3", asked.signing_region, "s3v4")
+    if template.signing_region is not None:
+        # the client's signer refreshes credentials that expire
+        signer = await client._request_signer.get_auth_instance(
+            "s3", template.signing_region, "s3v4"
+        )
         signer.add_auth(request)
     answer = await client._endpoint.http_session.send(request.prepare())
     status = answer.status_code
@@ -136,25 +138,25 @@ async def _send_from_template(
         try:
             body = await _read_body(f"s3://{bucket}/{key}", answer.raw, answer.headers, allowance)
         except BaseException:
-            answer.raw.close()  # what is left of the body is not wanted
+            answer.raw.close()  # without reading the rest of the body
             raise
         return body, answer.headers
     data: bytes = await answer.content
     code, message = _CODE.search(data), _MESSAGE.search(data)
     if code is None or (status < 500 and status not in (403, 404)):
         return None
-    told = {
+    details = {
         "Code": code[1].decode(errors="replace"),
         "Message": message[1].decode(errors="replace") if message else "",
     }
     metadata = {"HTTPStatusCode": status, "HTTPHeaders": answer.headers}
-    raise ClientError({"Error": told, "ResponseMetadata": metadata}, "GetObject")
+    raise ClientError({"Error": details, "ResponseMetadata": metadata}, "GetObject")
 
 
 async def _read_body(
     url: str, answer: Any, headers: Mapping[str, str], allowance: ReadAllowance
 ) -> bytes:
-    """A body, if it is no longer than allowed: by its Content-Length, else counted as it comes."""
+    """Read a body within its allowance: by its Content-Length, else counted as it arrives."""
     length = headers.get("content-length", "")
     if length.isdigit():
         if allowance.is_exceeded_by(int(length)):
@@ -169,7 +171,7 @@ async def _read_body(
 
 
 def _build_template(sent: Mapping[str, Any], key: str) -> _RequestTemplate | None:
-    """How botocore asked for an object; None when that takes more than a key and a signature."""
+    """Template of the requests that botocore sent; None when they hold more than a key needs."""
     for url, headers in sent.items():
         prefix = url.removesuffix(_quote_key(key))
         if prefix == url or not prefix.endswith("/"):
@@ -195,14 +197,14 @@ def _to_text(value: str | bytes) -> str:
 
 
 def _get_crc32(headers: Mapping[str, str]) -> int | None:
-    """The CRC-32 of a whole object, where the store tells it."""
-    told = headers.get("x-amz-checksum-crc32", "")
-    parts = "-" in told or headers.get("x-amz-checksum-type") == "COMPOSITE"
-    return None if parts or not told else int.from_bytes(base64.b64decode(told), "big")
+    """The CRC-32 of a whole object, where the store sends it."""
+    value = headers.get("x-amz-checksum-crc32", "")
+    parts = "-" in value or headers.get("x-amz-checksum-type") == "COMPOSITE"
+    return None if parts or not value else int.from_bytes(base64.b64decode(value), "big")
 
 
 def _get_md5(headers: Mapping[str, str], *, otherwise: str) -> str:
-    """The MD5 that an object's ETag tells, in hexadecimal digits, if it looks like one."""
+    """The MD5 in an object's ETag, in hexadecimal digits, if it looks like one."""
     found = _MD5.fullmatch(headers.get("etag", ""))
     return found[1] if found is not None and _CUSTOMER_KEY not in headers else otherwise
 

@@ -1,4 +1,4 @@
-"""Listings of a store's folders, a page at a time, with the size, time and version of each file."""
+"""List folders of object stores, page by page, with the size, time and version of each file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from imgcls.data.object_store import (
     call_store,
     get_protocol,
     resolve_store,
-    retry_async,
 )
+from imgcls.data.retries import retry_async
 from imgcls.data.storage_errors import LIST
 
 
 def iter_store_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
-    """What lies in a folder, a page at a time: files and folders, or, if `deep`, all files.
+    """List a folder page by page: its files and folders, or with `deep` all files below it.
 
-    Raises StorageMissing for a bucket that is not there.
+    Raises StorageBucketMissing when there is no such bucket.
     """
     protocol = get_protocol(url)
     if protocol in S3_PROTOCOLS:
@@ -115,7 +115,7 @@ def _iter_azure_pages(url: str, deep: bool) -> Iterator[ListingPage]:
 
 
 def _iter_generic_pages(url: str, deep: bool) -> Iterator[ListingPage]:
-    """By a driver that knows no more than fsspec asks of it."""
+    """List through the generic fsspec interface, in one page."""
     found = call_store(url, "find" if deep else "ls", needs=LIST, long=True, detail=True)
     infos = list(found.values()) if isinstance(found, dict) else found
     yield ListingPage(

@@ -1,1 +1,1 @@
-"""Evaluation of predictions: metrics, calibration, thresholds, comparison, reports."""
+"""Evaluation of predictions: metrics, calibration, thresholds, comparison, report."""

@@ -1,22 +1,33 @@
-"""What is kept of a table of predictions while it streams by: counts, and the rows worth a look.
+"""Aggregate a run in one pass: counts for all metrics, and the rows to show in the report.
 
-Two tallies of two parts of a table add up to that of the whole, in any order. Memory is bounded by
-classes, slices and the number of rows that are kept to be shown, never by the rows seen.
+Small runs are read in this process, large ones by Ray Data in pieces. Aggregates of parts merge to
+that of the whole, in any order, so the result does not depend on how the work was split. Only the
+columns that are counted are read. Memory is bounded by classes, slices and the number of shown
+rows, not by the rows of the run.
 """
 
 from __future__ import annotations
 
+import pickle
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from imgcls.cluster import session
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import normalize_labels
 from imgcls.errors import RequestError
+from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts
 from imgcls.metrics.columns import (
     EVALUATED_COLUMNS,
+    PREDICTED_COLUMNS,
     Floats,
     Ints,
     OkRows,
@@ -25,21 +36,27 @@ from imgcls.metrics.columns import (
 )
 from imgcls.metrics.discrimination import ScoreCounts
 from imgcls.metrics.selective import SelectiveCounts
+from imgcls.runs.committed import CommittedRun, RowGroupRange, cast_string_views
 
 MAX_SLICES = 1_000
 NO_VALUE = "(none)"
-"""How a slice of rows without a value is called."""
+"""Name of the slice of rows without a value."""
+PIECE_ROWS = 1_000_000
+BATCH_ROWS = 262_144
+_BATCH_BYTES = 128_000_000
+MAX_LOCAL_ROWS = 2_000_000
+"""Larger runs are aggregated by Ray Data; this number of rows is counted before Ray has started."""
 
 
 @dataclass(frozen=True)
 class AggregateSpec:
-    """What to keep of a table.
+    """What to aggregate of a run.
 
-    label_column: of the true labels; None for an unlabelled run
-    slice_by:     columns for whose every value all is counted apart
-    scores:       also count every class's score
-    gallery:      rows to keep of each kind that is shown
-    issues:       rows to keep at most whose label the model contradicts
+    label_column: column of the true labels; None for an unlabeled run
+    slice_by: columns for whose every value all counts are also kept separately
+    scores: whether to count the scores of all classes
+    gallery: rows to keep of each kind that the report shows
+    issues: maximum number of possible label errors to keep
     """
 
     classes: tuple[str, ...]
@@ -52,67 +69,68 @@ class AggregateSpec:
 
 @dataclass(eq=False)
 class TopRows:
-    """The `size` rows with the highest value; of equal ones, those that stand first."""
+    """The `size` rows with the highest value; ties go to the first rows of the run."""
 
     size: int
     value: Floats = field(default_factory=lambda: np.zeros(0))
     file: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     position: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add(self, value: Floats, file: Ints, place: Ints) -> None:
-        """See rows: (N,) values, the parts that they are in and their places there."""
+    def add(self, value: Floats, file: Ints, position: Ints) -> None:
+        """Add rows: (N,) values, indices of their files, and positions in the files."""
         if len(self.value) == self.size and self.size:
-            worst = (self.file[-1], self.position[-1])
-            rivals = (file < worst[0]) | ((file == worst[0]) & (place < worst[1]))
-            chosen = (value > self.value[-1]) | ((value == self.value[-1]) & rivals)
-            value, file, place = value[chosen], file[chosen], place[chosen]
+            last = (self.file[-1], self.position[-1])
+            earlier = (file < last[0]) | ((file == last[0]) & (position < last[1]))
+            chosen = (value > self.value[-1]) | ((value == self.value[-1]) & earlier)
+            value, file, position = value[chosen], file[chosen], position[chosen]
         value = np.concatenate([self.value, value])
-        file, place = np.concatenate([self.file, file]), np.concatenate([self.position, place])
-        order = np.lexsort((place, file, -value))[: self.size]
-        self.value, self.file, self.position = value[order], file[order], place[order]
+        file = np.concatenate([self.file, file])
+        position = np.concatenate([self.position, position])
+        order = np.lexsort((position, file, -value))[: self.size]
+        self.value, self.file, self.position = value[order], file[order], position[order]
 
 
 class RunAggregate:
-    """All that is kept of the rows seen.
+    """Counts and top rows of the rows added so far.
 
-    own_score_sum, own_score_rows: (C,) scores that rows give to their own label, by label
-    mistakes:  wrong rows, the most confident first
-    uncertain: rows of any kind, the least confident first
-    issues:    wrong rows by confidence less the score of their label
+    label_score_sum, label_score_rows: (C,) sum and number of the scores of the label, by label
+    mistakes: wrong rows with the highest confidence
+    uncertain: rows with the lowest confidence
+    issues: wrong rows by confidence minus the score of their label
     """
 
-    def __init__(self, wanted: AggregateSpec) -> None:
-        size = len(wanted.classes)
-        self.spec = wanted
-        self.counts = PredictionCounts.empty(wanted.classes)
-        self.selective = SelectiveCounts.empty(wanted.classes)
-        self.scores = ScoreCounts.empty(wanted.classes) if wanted.scores else None
+    def __init__(self, spec: AggregateSpec) -> None:
+        size = len(spec.classes)
+        self.spec = spec
+        self.counts = PredictionCounts.empty(spec.classes)
+        self.selective = SelectiveCounts.empty(spec.classes)
+        self.scores = ScoreCounts.empty(spec.classes) if spec.scores else None
         self.label_score_sum, self.label_score_rows = np.zeros(size), np.zeros(size, np.int64)
-        self.slices: dict[str, dict[str, PredictionCounts]] = {n: {} for n in wanted.slice_by}
-        self.mistakes, self.uncertain = TopRows(wanted.gallery), TopRows(wanted.gallery)
-        self.issues = TopRows(wanted.issues)
+        self.slices: dict[str, dict[str, PredictionCounts]] = {n: {} for n in spec.slice_by}
+        self.mistakes, self.uncertain = TopRows(spec.gallery), TopRows(spec.gallery)
+        self.issues = TopRows(spec.issues)
 
     def add(self, table: pa.Table, file: int, start: int) -> None:
-        """See rows of part `file`, from its row `start` on.
+        """Add rows of file number `file`, from its row `start` on.
 
-        Raises RequestError for predictions that no labelling run of these classes wrote.
+        Raises RequestError for predictions that no run with these classes wrote.
         """
-        wanted = self.spec
-        table = _convert_labels_to_text(table, wanted.label_column)
+        spec = self.spec
+        table = _convert_labels_to_text(table, spec.label_column)
         try:
-            rows = read_ok_rows(table, label_column=wanted.label_column, classes=wanted.classes)
-            self.counts += PredictionCounts.from_rows(rows, wanted.classes)
+            rows = read_ok_rows(table, label_column=spec.label_column, classes=spec.classes)
+            self.counts += PredictionCounts.from_rows(rows, spec.classes)
         except ValueError as error:
-            raise RequestError(f"the predictions cannot be judged: {error}") from error
-        self.selective += SelectiveCounts.from_rows(rows, wanted.classes)
+            raise RequestError(f"the predictions cannot be evaluated: {error}") from error
+        self.selective += SelectiveCounts.from_rows(rows, spec.classes)
         self._keep_top_rows(rows, file, start)
         if self.scores is not None:
             self._count_scores(table, rows, self.scores)
-        for column in wanted.slice_by:
+        for column in spec.slice_by:
             self._count_slices(table, column)
 
     def merge(self, other: RunAggregate) -> None:
-        """Add what another tally saw of other rows."""
+        """Add the rows of another aggregate."""
         self.counts += other.counts
         self.selective += other.selective
         if self.scores is not None and other.scores is not None:
@@ -130,26 +148,26 @@ class RunAggregate:
             mine.add(theirs.value, theirs.file, theirs.position)
 
     def _keep_top_rows(self, rows: OkRows, file: int, start: int) -> None:
-        place = start + rows.position
-        files = np.full(len(place), file, np.int64)
+        position = start + rows.position
+        files = np.full(len(position), file, np.int64)
         wrong = (rows.label >= 0) & (rows.label != rows.predicted)
-        self.mistakes.add(rows.confidence[wrong], files[wrong], place[wrong])
-        self.uncertain.add(-rows.confidence, files, place)
+        self.mistakes.add(rows.confidence[wrong], files[wrong], position[wrong])
+        self.uncertain.add(-rows.confidence, files, position)
         scored = ~np.isnan(rows.label_score)
         against = wrong & scored
         margin = (rows.confidence - rows.label_score)[against]
-        self.issues.add(margin, files[against], place[against])
+        self.issues.add(margin, files[against], position[against])
         label, score, size = rows.label[scored], rows.label_score[scored], len(self.label_score_sum)
         self.label_score_sum = self.label_score_sum + np.bincount(label, score, size)
         self.label_score_rows = self.label_score_rows + np.bincount(label, minlength=size)
 
     def _count_scores(self, table: pa.Table, rows: OkRows, counts: ScoreCounts) -> None:
-        judged = rows.label >= 0
+        labeled = rows.label >= 0
         # counted in bins of float16
-        scores = take_scores(table["scores"], rows.position[judged]).astype(np.float16)
+        scores = take_scores(table["scores"], rows.position[labeled]).astype(np.float16)
         try:
             self.scores = counts + ScoreCounts.from_scores(
-                scores, rows.label[judged], counts.classes
+                scores, rows.label[labeled], counts.classes
             )
         except ValueError as error:
             raise RequestError(f"column 'scores': {error}") from error
@@ -158,8 +176,8 @@ class RunAggregate:
         text = pc.fill_null(normalize_labels(table[column]), NO_VALUE).dictionary_encode()
         code = text.indices.to_numpy()
         order = np.argsort(code, kind="stable")
-        judged = (*EVALUATED_COLUMNS, self.spec.label_column)
-        needed = [n for n in table.schema.names if n in judged]
+        evaluated = (*EVALUATED_COLUMNS, self.spec.label_column)
+        needed = [n for n in table.schema.names if n in evaluated]
         ordered = table.select(needed).take(order)
         ends = np.cumsum(np.bincount(code, minlength=len(text.dictionary)))
         for value, end, start in zip(
@@ -179,8 +197,98 @@ class RunAggregate:
         if len(found) > MAX_SLICES:
             raise RequestError(
                 f"slice_by: column {column!r} has more than {MAX_SLICES:,} values; slices are for "
-                "groups such as camera or site, give a column with fewer"
+                "groups such as camera or site, pass a column with fewer"
             )
+
+
+def aggregate_run(
+    run: CommittedRun, spec: AggregateSpec, joined: JoinedLabels | None = None
+) -> RunAggregate:
+    """Aggregate all rows of a run.
+
+    joined: labels that replace the run's own; joined in this process, which has them in memory
+    Raises RequestError for predictions that no run with these classes wrote.
+    """
+    pieces = run.split_row_groups(PIECE_ROWS)
+    total = RunAggregate(spec)
+    scores = run.rows * len(run.classes) * 2 if spec.scores else 0
+    if joined is not None or run.rows + scores // 256 <= MAX_LOCAL_ROWS:
+        for piece in pieces:
+            _add_piece(total, run, piece, joined)
+        if joined is not None:
+            joined.finish()
+        return total
+    for part in _aggregate_on_cluster(run, spec, pieces):
+        total.merge(part)
+    return total
+
+
+def _aggregate_on_cluster(
+    run: CommittedRun, spec: AggregateSpec, pieces: list[RowGroupRange]
+) -> Iterator[RunAggregate]:
+    import ray.data
+
+    session.connect()
+    session.configure_ray_data()
+    started = time.monotonic()
+    aggregate = storage_settings.bind_settings(_aggregate_piece, run, spec)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items(
+        [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+    ).map(aggregate)
+    done = 0
+    for row in dataset.iter_rows():
+        part: RunAggregate = pickle.loads(row["aggregate"])
+        done += part.counts.rows
+        seconds = time.monotonic() - started
+        print(f"counted {done:,} of {run.rows:,} rows ({done / seconds:,.0f}/s)", flush=True)
+        yield part
+
+
+def _aggregate_piece(run: CommittedRun, spec: AggregateSpec, row: dict[str, Any]) -> dict[str, Any]:
+    part = RunAggregate(spec)
+    _add_piece(part, run, pickle.loads(row["piece"]), None)
+    return {"aggregate": pickle.dumps(part, protocol=pickle.HIGHEST_PROTOCOL)}
+
+
+def _add_piece(
+    total: RunAggregate, run: CommittedRun, piece: RowGroupRange, joined: JoinedLabels | None
+) -> None:
+    start = piece.first_row
+    for table in read_piece(run, piece, list_columns(total.spec, joined)):
+        if joined is not None:
+            table = joined.join(table)
+        total.add(table, piece.file, start)
+        start += table.num_rows
+
+
+def list_columns(spec: AggregateSpec, joined: JoinedLabels | None = None) -> list[str]:
+    """Columns of the run that an aggregate needs; labels may be joined from elsewhere."""
+    names = [*PREDICTED_COLUMNS, *spec.slice_by]
+    if joined is not None:
+        names = select_run_columns(names, joined=True) + joined.required_columns
+    elif spec.label_column is not None:
+        names += [spec.label_column, "label_score", "label_rank"]
+    if spec.scores:
+        names.append("scores")
+    return list(dict.fromkeys(names))
+
+
+def read_piece(run: CommittedRun, piece: RowGroupRange, names: list[str]) -> Iterator[pa.Table]:
+    """Columns of a piece, batch by batch, text as dictionaries."""
+    text = [
+        name
+        for name in names
+        if pa.types.is_string(run.schema.field(name).type) and name != run.path_column
+    ]
+    rows = BATCH_ROWS
+    if "scores" in names:
+        rows = max(1_024, min(rows, _BATCH_BYTES // (2 * len(run.classes))))
+    with filesystem.open_read(run.files[piece.file]) as stream:
+        file = pq.ParquetFile(stream, read_dictionary=text)
+        for batch in file.iter_batches(rows, row_groups=list(piece.row_groups), columns=names):
+            yield cast_string_views(pa.Table.from_batches([batch]))
 
 
 def _convert_labels_to_text(table: pa.Table, label_column: str | None) -> pa.Table:

@@ -1,8 +1,8 @@
-"""Make a bundle's confidence mean what it says, and choose what it accepts, on a held-out run.
+"""Calibrate the confidence of a bundle and choose acceptance thresholds, on a held-out run.
 
-Fits a temperature (or one scale and bias per class) to scores that labelling wrote, so no image is
-looked at again, and writes a new bundle. Errors after fitting are cross-fitted: each half of the
-rows is judged by what the other half gave.
+Fits a temperature (or a scale and a bias per class) to the scores of a run, so no image is read
+again, and writes a new bundle. Errors after fitting are cross-fitted: each half of the rows is
+evaluated with the parameters fitted to the other half.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from imgcls.data import object_store
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.object_store import StorageConfig
-from imgcls.errors import RequestError
-from imgcls.evaluation.count import read_piece
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.errors import OK, RequestError
+from imgcls.evaluation.aggregate import read_piece
 from imgcls.evaluation.label_join import JoinedLabels, LabelJoinConfig, resolve_labels
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
@@ -30,53 +29,63 @@ from imgcls.models.bundle import (
     NEVER_ACCEPT,
     Bundle,
     BundleSpec,
-    VectorScaling,
     check_bundle_output,
     load_bundle,
     load_bundle_weights,
     save_bundle,
 )
+from imgcls.models.task import SINGLE_LABEL, find_task
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK
 
 Logits = NDArray[np.float32]
 Scaling = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 """(1,) or (C,) scale and (C,) bias, if any, of the log scores."""
 
 MAX_SCORES = 50_000_000
-"""Scores held for fitting; of larger runs every n-th labelled row is taken."""
+"""Maximum number of scores in memory; of larger runs every n-th labeled row is used."""
 _IDENTITY_SCALE = np.ones(1, np.float32)
 _SCORE_FLOOR = np.float32(2.0**-25)
-"""For a score that float16 could not tell from 0."""
+"""Replaces scores that underflow to 0 in float16."""
 
 
 class CalibrateConfig(LabelJoinConfig):
-    """Make confidence trustworthy and choose thresholds, into a new bundle."""
+    """Calibrate confidence, choose acceptance thresholds, and write a new bundle."""
 
     model: str
-    """The bundle that labelled the held-out images."""
+    """Bundle that predicted the held-out images."""
     predictions: str
-    """The output folder of `imgcls predict --scores` over held-out images, labelled."""
+    """Output folder of `imgcls predict --scores` on labeled held-out images."""
     output: str
-    """The new bundle."""
+    """Folder of the new bundle."""
     method: Literal["temperature", "vector", "none"] = "temperature"
-    """vector: a scale and a bias per class, given many rows of each; none: thresholds only."""
+    """vector: a scale and a bias per class (needs many rows per class); none: thresholds only."""
     target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Accept predictions so confident that this share of the accepted is right."""
+    """Choose the lowest threshold at which this share of the accepted rows is correct."""
     per_class: bool = False
-    """A threshold for each predicted class, rather than one for all."""
+    """Choose a threshold per predicted class instead of one for all."""
     min_rows: PositiveInt = 30
-    """Accepted labelled rows that must stand behind a threshold."""
+    """Minimum number of accepted labeled rows for a threshold."""
     overwrite: bool = False
-    """Replace a bundle that is there."""
+    """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted: the bundle, and errors before and after (cross-fitted), as fractions.
+    """Result of a calibration.
 
-    kept: why the confidences are those of the old bundle, None where they were fitted
+    Attributes
+    ----------
+    bundle : Bundle
+        The new bundle.
+    temperature : float
+        Its temperature.
+    ece_before, ece_after : float
+        Expected calibration error, as fractions; `ece_after` is cross-fitted.
+    thresholds : list of Threshold
+        Chosen thresholds: none, one for all classes, or one per class.
+    unchanged_reason : str or None
+        Why the confidences are those of the old bundle; None if they were fitted.
     """
 
     bundle: Bundle
@@ -89,78 +98,93 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutScores:
-    """Labelled rows with their scores.
+    """Labeled rows with their scores.
 
-    log_scores: (N, C) float32, logits up to a constant per row
-    label:      (N,) int64 class index
+    Attributes
+    ----------
+    log_scores : ndarray of float32, shape (N, C)
+        Logits up to a constant per row.
+    label : ndarray of int64, shape (N,)
+        Class indices.
     """
 
     log_scores: Logits
     label: Ints
 
 
+@with_config_storage
 def calibrate(config: CalibrateConfig) -> Calibration:
-    """Fit, choose, and write the new bundle.
+    """Calibrate a bundle, choose thresholds, and write the new bundle.
 
-    Raises RequestError when the run is not committed, is of another bundle, or has no labels or
-    scores; OutputError when a bundle is there already.
+    Parameters
+    ----------
+    config : CalibrateConfig
+        Settings of `imgcls calibrate`.
+
+    Returns
+    -------
+    Calibration
+        The new bundle, the calibration errors before and after, and the thresholds.
+
+    Raises
+    ------
+    RequestError
+        If the run was made by another bundle, has no labels or no scores, or no threshold reaches
+        the target precision.
+    OutputError
+        If the run is not committed, or the output has a bundle.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     run = open_run(config.predictions)
     run.check_bundle(bundle)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
     if config.method == "vector" and bundle.spec.vector_scaling is not None:
         raise RequestError(
-            f"{bundle.url}: is vector-scaled already; calibrate the bundle that it was made from"
+            f"{bundle.url}: is vector-scaled already; calibrate the bundle it was made from"
         )
     if config.method == "none" and config.target_precision is None:
         raise RequestError(
-            "method none: leaves nothing to do without --target-precision; give one of them"
+            "method none: has no effect without --target-precision; pass it, or another --method"
         )
     rows = load_held_out(run, *resolve_labels(run, config.labels, config.on, required=True))
     before = _compute_ece(rows, _IDENTITY_SCALE, None)
     fit = {"temperature": _fit_temperature_scaling, "vector": fit_vector_scaling}.get(config.method)
-    kept = explain_undetermined(rows) if fit is not None else None
+    reason = explain_undetermined(rows) if fit is not None else None
     scaling = fit(rows) if fit is not None else (_IDENTITY_SCALE, None)
-    after = _compute_cross_fitted_ece(rows, fit) if fit is not None and kept is None else before
+    after = _compute_cross_fitted_ece(rows, fit) if fit is not None and reason is None else before
     thresholds = list(_choose_thresholds(config, run, rows, *scaling))
-    same = fit is None or kept is not None
-    spec = _apply_thresholds(_apply_scaling(bundle.spec, *scaling), config, thresholds, same=same)
-    spec = spec.model_copy(
-        update={
-            "provenance": spec.provenance
-            | {
-                "calibration": {
-                    "bundle_sha256": bundle.sha256,
-                    "predictions": run.url,
-                    "manifest_fingerprint": run.manifest_fingerprint,
-                    "rows": len(rows.label),
-                    "method": config.method,
-                    "ece_before": before,
-                    "ece_after": after,
-                    "target_precision": config.target_precision,
-                }
-            }
-        }
-    )
+    same = fit is None or reason is not None
+    scaled = find_task(bundle.spec).add_scaling(bundle.spec, *scaling)
+    spec = _apply_thresholds(scaled, config, thresholds, same=same)
+    record = {
+        "bundle_sha256": bundle.sha256,
+        "predictions": run.url,
+        "manifest_fingerprint": run.manifest_fingerprint,
+        "rows": len(rows.label),
+        "method": config.method,
+        "ece_before": before,
+        "ece_after": after,
+        "target_precision": config.target_precision,
+    }
+    provenance = spec.provenance | {"calibration": record}
+    spec = spec.model_copy(update={"provenance": provenance})
     made = save_bundle(config.output, spec, load_bundle_weights(bundle))
-    result = Calibration(made, spec.temperature, before, after, thresholds, kept)
+    result = Calibration(made, spec.temperature, before, after, thresholds, reason)
     _print_result(config, bundle, result, len(rows.label))
     return result
 
 
 def load_held_out(
-    run: CommittedRun, label_column: str | None, late: JoinedLabels | None
+    run: CommittedRun, label_column: str | None, joined: JoinedLabels | None
 ) -> HeldOutScores:
-    """The labelled rows of a run with all their scores, evenly thinned where they are too many.
+    """Load the labeled rows of a run with all scores, evenly subsampled above `MAX_SCORES`.
 
-    label_column, late: as `judging_labels` gives them
-    Raises RequestError when there are no scores, or no row has a label.
+    label_column, joined: as `resolve_labels` returns them
+    Raises RequestError if there are no scores, or no row has a label.
     """
     if not run.has_scores:
         raise RequestError(
-            f"{run.url}: has no column 'scores', from which to calibrate; label the held-out "
+            f"{run.url}: has no column 'scores', which calibration needs; rerun on the held-out "
             "images with `imgcls predict --scores`"
         )
     size = len(run.classes)
@@ -168,14 +192,14 @@ def load_held_out(
     names = [
         "status",
         "scores",
-        *(late.required_columns if late is not None else [str(label_column)]),
+        *(joined.required_columns if joined is not None else [str(label_column)]),
     ]
     logs, labels = [], []
     seen = 0
     for piece in run.split_row_groups(10**9):
         for table in read_piece(run, piece, list(dict.fromkeys(names))):
-            if late is not None:
-                table = late.join(table)
+            if joined is not None:
+                table = joined.join(table)
             text = normalize_labels(table[label_column])
             code = encode_classes(pa.chunked_array([text]), run.classes)
             ok = pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
@@ -185,36 +209,36 @@ def load_held_out(
             scores = take_scores(table["scores"], at)
             if not np.isfinite(scores).all():
                 raise RequestError(
-                    f"{run.url}: some scores are NaN or infinite; label the images again, with a "
-                    "bundle whose network gives finite scores"
+                    f"{run.url}: some scores are NaN or infinite; predict again with a bundle "
+                    "whose network outputs finite scores"
                 )
             logs.append(np.log(np.maximum(scores.astype(np.float32), _SCORE_FLOOR)))
             labels.append(code[at])
-    if late is not None:
-        late.finish()
+    if joined is not None:
+        joined.finish()
     if not seen:
         raise RequestError(f"{run.url}: no prediction has a label that is a class of the model")
     return HeldOutScores(np.concatenate(logs), np.concatenate(labels))
 
 
 def explain_undetermined(rows: HeldOutScores) -> str | None:
-    """Why rows do not determine a temperature, in words; None where they do.
+    """Why the rows do not determine a temperature; None if they do.
 
-    If every label has the highest score of its row, the log loss falls without end as the
-    temperature falls. Rows whose labels score no better than other classes have their least loss
-    at the upper bound: scores that are nearly equal, which is what such a network knows.
+    If every label has the highest score of its row, the log loss decreases without bound with the
+    temperature. If labels score no better than other classes, the loss has its minimum at the upper
+    bound of the temperature: nearly equal scores.
     """
     own = np.take_along_axis(rows.log_scores, rows.label[:, None], axis=1)[:, 0]
     if (own >= rows.log_scores.max(axis=1)).all():
-        return "all held-out predictions are right, so no temperature fits them best"
+        return "all held-out predictions are correct, so they determine no temperature"
     return None
 
 
 def fit_temperature(rows: HeldOutScores) -> float:
-    """The temperature with the least mean log loss, within [0.02, 50].
+    """Temperature with the minimum mean log loss, within [0.02, 50].
 
-    1, which changes nothing, for rows that do not determine it. Golden-section search over log T,
-    in which the loss has one minimum.
+    1 (no change) if the rows do not determine it. Golden-section search over log T, in which the
+    loss has one minimum.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
     import torch
@@ -248,11 +272,11 @@ def _fit_temperature_scaling(rows: HeldOutScores) -> Scaling:
 
 
 def fit_vector_scaling(rows: HeldOutScores) -> Scaling:
-    """(C,) scale and bias of the log scores with the least mean log loss, pulled gently to none.
+    """(C,) scale and bias of the log scores with the minimum regularized mean log loss.
 
-    (1,) and no bias for rows that do not determine a temperature.
-    L-BFGS; the pull (1e-3 of the mean square distance from scale 1 and bias 0) keeps a class of few
-    rows from running off. Source: Guo et al., ICML 2017, vector scaling.
+    (1,) and no bias if the rows do not determine a temperature. L-BFGS; the L2 penalty (1e-3 of the
+    mean square distance from the temperature's scale and bias 0) bounds the parameters of classes
+    with few rows. Source: Guo et al., ICML 2017, vector scaling.
     """
     import torch
 
@@ -279,19 +303,7 @@ def compute_confidences(
     rows: HeldOutScores, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.float32], Ints]:
     """(N,) confidence and predicted class index under a scaling of the log scores."""
-    confidence = np.empty(len(rows.label), np.float32)
-    predicted = np.empty(len(rows.label), np.int64)
-    block = max(1, 4_000_000 // rows.log_scores.shape[1])
-    for start in range(0, len(rows.label), block):
-        part = slice(start, start + block)
-        logits = rows.log_scores[part] * scale
-        if bias is not None:
-            logits = logits + bias
-        logits -= logits.max(1, keepdims=True)
-        np.exp(logits, out=logits)
-        predicted[part] = logits.argmax(1)
-        confidence[part] = logits.max(1) / logits.sum(1)
-    return confidence, predicted
+    return SINGLE_LABEL.compute_confidences(rows.log_scores, scale, bias)
 
 
 def _compute_ece(
@@ -304,34 +316,18 @@ def _compute_ece(
 def _compute_cross_fitted_ece(
     rows: HeldOutScores, fit: Callable[[HeldOutScores], Scaling]
 ) -> float:
-    """The calibration error of all rows, each half under what was fitted to the other."""
+    """Calibration error of all rows, each half with the scaling fitted to the other half."""
     halves = [np.arange(half, len(rows.label), 2) for half in (0, 1)]
     if min(len(half) for half in halves) == 0:
         return float("nan")
     parts = [HeldOutScores(rows.log_scores[half], rows.label[half]) for half in halves]
     found = [
-        (*compute_confidences(judged, *fit(fitted)), judged.label)
-        for judged, fitted in (parts, parts[::-1])
+        (*compute_confidences(rest, *fit(fitted)), rest.label)
+        for rest, fitted in (parts, parts[::-1])
     ]
     confidence = np.concatenate([each[0] for each in found])
     correct = np.concatenate([each[1] == each[2] for each in found])
     return expected_calibration_error(confidence, correct)
-
-
-def _apply_scaling(
-    spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
-) -> BundleSpec:
-    """What makes the bundle's scores those that were fitted, on top of what it does already."""
-    if bias is not None:
-        scaling = VectorScaling(scale=scale.tolist(), bias=bias.tolist())
-        return spec.model_copy(update={"vector_scaling": scaling})
-    factor, old = float(scale[0]), spec.vector_scaling
-    if old is None:
-        return spec.model_copy(update={"temperature": spec.temperature / factor})
-    scaling = VectorScaling(
-        scale=[factor * value for value in old.scale], bias=[factor * value for value in old.bias]
-    )
-    return spec.model_copy(update={"vector_scaling": scaling})
 
 
 def _choose_thresholds(
@@ -344,7 +340,7 @@ def _choose_thresholds(
     if config.target_precision is None:
         return
     confidence, predicted = compute_confidences(rows, scale, bias)
-    judged = OkRows(
+    ok_rows = OkRows(
         status={OK: len(predicted)},
         position=np.arange(len(predicted)),
         predicted=predicted,
@@ -354,27 +350,27 @@ def _choose_thresholds(
         label_score=np.full(len(predicted), np.nan),
         label_rank=np.zeros(0, np.int64),
     )
-    counts = SelectiveCounts.from_rows(judged, run.classes)
-    target, least = config.target_precision, config.min_rows
+    counts = SelectiveCounts.from_rows(ok_rows, run.classes)
+    target, min_rows = config.target_precision, config.min_rows
     if not config.per_class:
-        found = selective.choose_threshold(counts, target, least_rows=least)
+        found = selective.choose_threshold(counts, target, min_rows=min_rows)
         if found.threshold is None:
             raise RequestError(
-                f"target_precision {target:g}: no threshold reaches it with {least} accepted rows "
-                f"of {len(predicted):,}; ask for less, or label more held-out images"
+                f"target_precision {target:g}: no threshold reaches it with {min_rows} accepted "
+                f"rows of {len(predicted):,}; lower it, or hold out more images"
             )
         yield found
         return
     for name in run.classes:
-        yield selective.choose_threshold(counts, target, name, least_rows=least)
+        yield selective.choose_threshold(counts, target, name, min_rows=min_rows)
 
 
 def _apply_thresholds(
     spec: BundleSpec, config: CalibrateConfig, thresholds: list[Threshold], *, same: bool
 ) -> BundleSpec:
-    """The thresholds in the bundle; old ones, of other confidences, are gone.
+    """Set the thresholds of the bundle; thresholds of other confidences are removed.
 
-    same: the confidences are those of before
+    same: whether the confidences are those of the old bundle
     """
     if not thresholds:
         return spec if same else spec.model_copy(update={"threshold": 0.0, "thresholds": {}})
@@ -392,13 +388,13 @@ def _apply_thresholds(
 
 
 def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
-    print(f"held out   {rows:,} labelled rows")
+    print(f"held out   {rows:,} labeled rows")
     if config.method == "temperature":
         print(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")
     if config.method != "none":
         print(
-            f"ECE        {result.ece_before:.4f} before, {result.ece_after:.4f} after (each half "
-            "of the rows by what the other half gave)"
+            f"ECE        {result.ece_before:.4f} before, {result.ece_after:.4f} after (two-fold "
+            "cross-fitting)"
         )
     reached = [t for t in result.thresholds if t.threshold is not None]
     for each in reached[:20]:
@@ -407,7 +403,7 @@ def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, 
         assert each.lower is not None
         assert each.upper is not None
         print(
-            f"threshold  {each.threshold:.6g} for {name}: {each.precision:.2%} right "
+            f"threshold  {each.threshold:.6g} for {name}: {each.precision:.2%} correct "
             f"({each.lower:.2%} to {each.upper:.2%}), {each.coverage:.2%} accepted"
         )
     if len(reached) > 20:
@@ -422,12 +418,12 @@ def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, 
     changed = bundle.spec.threshold or bundle.spec.thresholds
     if result.unchanged_reason is not None:
         print(
-            f"note: {result.unchanged_reason}; confidences are kept as they were. Hold out "
-            "more images, among "
-            "them some that the model gets wrong"
+            f"note: {result.unchanged_reason}; the confidences are unchanged. Hold out more "
+            "images, including some that the model predicts wrong"
         )
     elif config.target_precision is None and changed and config.method != "none":
         print(
-            "note: the old threshold was for other confidences and is 0 now; see --target-precision"
+            "note: the old threshold does not apply to the new confidences and is now 0; pass "
+            "--target-precision to choose one"
         )
     print(f"bundle     {result.bundle.url}", flush=True)

@@ -1,7 +1,7 @@
-"""The report's charts, as SVG that takes its colours from the page.
+"""Charts of the report as SVG that uses the colors of the page.
 
-Owns how they look. Drawn with matplotlib in placeholder colours, which become CSS variables, so
-that one drawing serves a light page, a dark one and paper.
+Drawn with matplotlib in placeholder colors, which are replaced by CSS variables, so that one
+drawing works on a light page, a dark page and paper.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from imgcls.metrics.calibration import bin_edges
 from imgcls.metrics.counts import CORRECT, UNLABELED, WRONG, PredictionCounts
 
-# Placeholders that no palette uses, and the variable of the page that each becomes.
+# Placeholder colors that no palette uses, and the CSS variable that replaces each.
 _INK, _FAINT, _GOOD, _BAD, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
 _VARIABLES = {
     _INK: "var(--ink)",
@@ -53,9 +53,9 @@ _SIZE = (5.2, 3.6)
 
 
 def plot_reliability(calibration: pa.Table) -> str:
-    """Accuracy over confidence, bin by bin, beside the diagonal of a calibrated model.
+    """Reliability diagram: accuracy per confidence bin, with the diagonal of a calibrated model.
 
-    calibration: as from `tables.calibration`, of a labelled run
+    calibration: table of `tables.build_calibration`, of a labeled run
     """
     rows = [row for row in calibration.to_pylist() if row["count"] and row["accuracy"] is not None]
     with matplotlib.rc_context(_STYLE):
@@ -75,7 +75,7 @@ def plot_reliability(calibration: pa.Table) -> str:
             zorder=3,
             label="bins, larger with more rows",
         )
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="share that is right")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
         _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="upper left")
         return _render_svg(figure)
@@ -84,7 +84,7 @@ def plot_reliability(calibration: pa.Table) -> str:
 def plot_coverage(curve: pa.Table) -> str:
     """Accuracy of the most confident predictions over their share, with its interval.
 
-    curve: as from `selective.curve`, of a labelled run
+    curve: table of `selective.build_coverage_curve`, of a labeled run
     """
     known = [row for row in curve.to_pylist() if row["accuracy"] is not None and row["judged"] >= 5]
     with matplotlib.rc_context(_STYLE):
@@ -97,15 +97,15 @@ def plot_coverage(curve: pa.Table) -> str:
             color=_OTHER,
             alpha=0.2,
             linewidth=0,
-            label="95 % interval",
+            label="95% interval",
         )
-        axis.plot(x, [row["accuracy"] for row in known], color=_OTHER, label="accuracy of these")
+        axis.plot(x, [row["accuracy"] for row in known], color=_OTHER, label="accuracy of accepted")
         lowest = min((row["lower"] for row in known), default=0.0)
         axis.set(
             xlim=(0, 1),
             ylim=(max(0.0, lowest - 0.03), 1.005),
-            xlabel="share of predictions accepted, the most confident first",
-            ylabel="share that is right",
+            xlabel="coverage (share accepted, most confident first)",
+            ylabel="accuracy",
         )
         _format_percent_axes(axis.xaxis, axis.yaxis)
         axis.legend(loc="lower left")
@@ -113,17 +113,17 @@ def plot_coverage(curve: pa.Table) -> str:
 
 
 def plot_confidence_histogram(counts: PredictionCounts) -> str:
-    """How confident the predictions are, right ones, wrong ones and those not judged apart."""
+    """Histogram of confidence by outcome: correct, wrong, without a label."""
     edges = bin_edges(counts.num_bins)
     parts = [
-        (CORRECT, _GOOD, "right"),
+        (CORRECT, _GOOD, "correct"),
         (WRONG, _BAD, "wrong"),
         (UNLABELED, _OTHER, "without a label"),
     ]
     with matplotlib.rc_context(_STYLE):
         figure, axis = _new_figure()
         below = np.zeros(counts.num_bins)
-        for outcome, colour, label in parts:
+        for outcome, color, label in parts:
             rows = counts.bin_counts[outcome]
             if rows.sum():
                 axis.bar(
@@ -132,7 +132,7 @@ def plot_confidence_histogram(counts: PredictionCounts) -> str:
                     np.diff(edges) * 0.92,
                     bottom=below,
                     align="edge",
-                    color=colour,
+                    color=color,
                     label=label,
                 )
                 below = below + rows
@@ -145,15 +145,15 @@ def plot_confidence_histogram(counts: PredictionCounts) -> str:
 
 
 def plot_training_curves(history: Any, best: int) -> str:
-    """Loss and accuracy over epochs. history: a data frame as in a bundle's history.parquet."""
+    """Loss and accuracy over epochs. history: data frame of a bundle's history.parquet."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 3.4), layout=ConstrainedLayoutEngine(w_pad=0.1))
         for axis, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            for split, colour in (("train", _OTHER), ("val", _BAD)):
+            for split, color in (("train", _OTHER), ("val", _BAD)):
                 name = f"{split}_{what}"
                 if name in history and history[name].notna().any():
                     style = {"marker": "o", "markersize": 3} if len(history) <= 30 else {}
-                    axis.plot(history["epoch"], history[name], color=colour, label=split, **style)
+                    axis.plot(history["epoch"], history[name], color=color, label=split, **style)
             axis.axvline(best, color=_INK, linewidth=1, linestyle=":")
             axis.set(xlabel="epoch", ylabel=what)
             axis.legend(loc="best")
@@ -167,11 +167,11 @@ def _new_figure() -> tuple[Figure, Any]:
 
 def _format_percent_axes(*axes: Any) -> None:
     for axis in axes:
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol="%"))
 
 
 def _render_svg(figure: Figure) -> str:
-    """The drawing as an inline element, without a size of its own."""
+    """The figure as an inline SVG element without a fixed size."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = sink.getvalue()
@@ -179,7 +179,7 @@ def _render_svg(figure: Figure) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    # text without a colour of its own is black by SVG's default
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
+    # text without a color is black by default in SVG
     return text.replace("<svg ", '<svg fill="var(--ink)" role="img" ', 1)

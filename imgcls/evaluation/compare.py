@@ -1,8 +1,7 @@
-"""Which of two runs is better, and where: may tonight's model replace yesterday's.
+"""Compare two runs over the same images: which model is better, and on which classes and slices.
 
-Both runs label the same images; their rows are put side by side in row order, or joined by a
-column. Only rows with predictions of both runs and a label that is a class of both models are
-judged, as in `evaluate`; the others are counted.
+Rows are paired in row order, or joined by a column. As in `evaluate`, only rows with predictions of
+both runs and a label that is a class of both models are compared; the others are counted.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ import pyarrow.compute as pc
 from pydantic import AfterValidator
 
 from imgcls.config import Names, Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.object_store import StorageConfig
-from imgcls.errors import RequestError, TooManyErrors
-from imgcls.evaluation.aggregate import NO_VALUE
-from imgcls.evaluation.count import read_piece
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.errors import OK, RequestError, TooManyErrors
+from imgcls.evaluation.aggregate import NO_VALUE, read_piece
 from imgcls.evaluation.label_join import (
     LabelTableConfig,
     normalize_join_keys,
@@ -32,9 +30,28 @@ from imgcls.evaluation.label_join import (
 )
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
-from imgcls.runs.layout import OK, write_tables
+from imgcls.runs.layout import write_tables
 
 _MAX_DIFFERING = 1_000_000
+_GROUP_FIELDS = [
+    pa.field("rows", pa.int64()),
+    *(pa.field(n, pa.float64()) for n in ("accuracy_a", "accuracy_b", "difference")),
+    *(pa.field(n, pa.float64()) for n in ("lower", "upper")),
+    *(pa.field(n, pa.int64()) for n in ("only_a", "only_b")),
+    pa.field("p_value", pa.float64()),
+]
+_NO_DIFFERING = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("predicted_a", pa.string()),
+        ("confidence_a", pa.float32()),
+        ("predicted_b", pa.string()),
+        ("confidence_b", pa.float32()),
+        ("right", pa.string()),
+    ]
+).empty_table()
 
 
 def _validate_points(text: str) -> str:
@@ -43,7 +60,10 @@ def _validate_points(text: str) -> str:
 
 
 def parse_points(text: str) -> float:
-    """`0.5pt` or `0.5%` as 0.005; a bare number must be a fraction. Raises ValueError."""
+    """Parse a difference of accuracies: `0.5pt`, `0.5pp` and `0.5%` are 0.005.
+
+    A number without a unit is a fraction. Raises ValueError if it is not in [0, 1).
+    """
     number = text.strip().lower()
     for unit in ("pt", "pp", "%"):
         if number.endswith(unit):
@@ -57,36 +77,49 @@ def parse_points(text: str) -> float:
 
 
 class CompareConfig(Section):
-    """Tell which of two runs over the same images is better, and where."""
+    """Compare the accuracy of two runs over the same images, per class and slice."""
 
     positional: ClassVar[tuple[str, ...]] = ("run_a", "run_b")
 
     run_a: str
-    """The run to compare with, e.g. that of the model in use."""
+    """Output folder of the run to compare with, e.g. of the current model."""
     run_b: str
-    """The run of the model that may replace it."""
+    """Output folder of the run of the candidate model."""
     on: str | None = None
-    """The column that tells which rows are the same image; not needed for one manifest."""
+    """Column that identifies the image; required if the runs have different manifests."""
     labels: LabelTableConfig | None = None
-    """Labels that came later; run_a's label column when not given."""
+    """Table of labels to join (default: the label column of run_a)."""
     slice_by: Names = []
-    """Columns of run_a: the difference for each of their values."""
+    """Columns of run_a for whose every value the difference is computed, e.g. camera,site."""
     fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
-    """Exit with 3 when run_b's accuracy is lower by more than this, e.g. 0.5pt."""
+    """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt."""
     output: str | None = None
-    """A folder for per_class, slices and differing rows as Parquet, and summary.json."""
+    """Folder for per_class, slices and differing rows as Parquet, and summary.json."""
     storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True, eq=False)
 class RunComparison:
-    """Two runs side by side.
+    """Comparison of two runs, A and B.
 
-    both:      on the rows that both have
-    per_class: label, rows, accuracy_a, accuracy_b, difference, only_a, only_b, p_value
-    slices:    slice_by, value, then as per_class
-    differing: rows where the predictions differ, those that one alone gets right first
-    unknown_label: rows with predictions of both whose label is not a class of both models
+    Attributes
+    ----------
+    paired : PairedComparison
+        Difference of the accuracies on the compared rows, with McNemar's test.
+    correct_a, correct_b : int
+        Correct predictions among the compared rows.
+    per_class : pyarrow.Table
+        Columns label, rows, accuracy_a, accuracy_b, difference, lower, upper, only_a, only_b,
+        p_value.
+    slices : pyarrow.Table
+        Columns slice_by, value, then as in `per_class`.
+    differing : pyarrow.Table
+        Rows with different predictions, at most a million; those that only one run predicts
+        correctly come first.
+    num_differing : int
+        Number of all rows with different predictions.
+    unknown_label : int
+        Rows with predictions of both whose label is not a class of both models.
     """
 
     paired: PairedComparison
@@ -99,13 +132,27 @@ class RunComparison:
     unknown_label: int
 
 
+@with_config_storage
 def compare(config: CompareConfig) -> RunComparison:
-    """Compare two runs, print the verdict, and gate on it.
+    """Compare two runs and print the result.
 
-    Raises RequestError when the runs do not fit, TooManyErrors (exit code 3) when run_b is worse
-    than `fail_if_worse` allows.
+    Parameters
+    ----------
+    config : CompareConfig
+        Settings of `imgcls compare`.
+
+    Returns
+    -------
+    RunComparison
+        The difference of the accuracies, per class and slice, and the differing rows.
+
+    Raises
+    ------
+    RequestError
+        If the runs cannot be compared.
+    TooManyErrors
+        If run_b is worse than `fail_if_worse` allows (exit code 3).
     """
-    object_store.set_process_settings(config.storage)
     a, b = open_run(config.run_a), open_run(config.run_b)
     comparison = compare_runs(a, b, config)
     _print_comparison(a, b, comparison)
@@ -115,35 +162,36 @@ def compare(config: CompareConfig) -> RunComparison:
     if allowed is not None and comparison.paired.difference < -allowed - 1e-12:
         raise TooManyErrors(
             f"{b.url}: is {-100 * comparison.paired.difference:.2f} points worse than {a.url}, "
-            f"allowed {100 * allowed:g}; keep the model in use, or raise --fail-if-worse"
+            f"allowed {100 * allowed:g}; keep the current model, or raise --fail-if-worse"
         )
     return comparison
 
 
 def compare_runs(a: CommittedRun, b: CommittedRun, config: CompareConfig) -> RunComparison:
-    """Judge both runs on the rows that both have. Raises RequestError when there are none."""
+    """Compare the rows that both runs have. Raises RequestError if there are none."""
     a.check_slices(select_run_columns(config.slice_by, joined=config.labels is not None))
-    # the rows of a history are those of many manifests; its fingerprint is the newest run's
+    # a compacted history has the rows of many manifests; its fingerprint is that of the newest run
     other_rows = a.merged_runs or b.merged_runs or a.manifest_fingerprint != b.manifest_fingerprint
     if config.on is None and other_rows:
         raise RequestError(
-            f"{a.url} and {b.url} label different manifests; name the column that tells which rows "
-            f"are the same image, e.g. --on {a.path_column}"
+            f"{a.url} and {b.url} have different manifests; name the column that identifies the "
+            f"image, e.g. --on {a.path_column}"
         )
     if config.on is not None:
         for run in (a, b):
             run.check_key(config.on)
-    judge = _PairCounter(a, b, config)
-    pairs = (
-        _join_rows(a, b, judge, config.on) if config.on is not None else _align_rows(a, b, judge)
-    )
+    counter = _PairCounter(a, b, config)
+    if config.on is None:
+        pairs = _align_rows(a, b, counter.columns)
+    else:
+        pairs = _join_rows(a, b, counter.columns, config.on)
     for left, right in pairs:
-        judge.add(left, right)
-    return judge.finish()
+        counter.add(left, right)
+    return counter.finish()
 
 
 class _PairCounter:
-    """Counts what the pairs of rows come to."""
+    """Counts outcomes of paired rows: in total, per class and per slice."""
 
     def __init__(self, a: CommittedRun, b: CommittedRun, config: CompareConfig) -> None:
         self.a = a
@@ -159,7 +207,7 @@ class _PairCounter:
 
     @property
     def columns(self) -> list[str]:
-        """Of run a."""
+        """Columns to read of run a."""
         mine = (
             self.joined_labels.required_columns
             if self.joined_labels is not None
@@ -170,30 +218,30 @@ class _PairCounter:
         return list(dict.fromkeys([*shown, *mine, *sliced]))
 
     def add(self, left: pa.Table, right: pa.Table) -> None:
-        """Rows of both runs, of the same images in the same order."""
+        """Add rows of both runs, of the same images in the same order."""
         if self.joined_labels is not None:
             left = self.joined_labels.join(left)
         label = normalize_labels(left[self.label_column]).cast(pa.string())
-        said = [normalize_labels(side["predicted_label"]) for side in (left, right)]
+        predicted = [normalize_labels(side["predicted_label"]) for side in (left, right)]
         ok = pc.and_(
             pc.equal(left["status"].cast(pa.string()), OK),
             pc.equal(right["status"].cast(pa.string()), OK),
         )
-        labelled = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
-        judged = labelled & np.asarray(pc.is_in(label, value_set=self.shared_classes))
-        self.unknown_label += int((labelled & ~judged).sum())
+        labeled = np.asarray(pc.and_(ok.combine_chunks(), pc.is_valid(label)))
+        compared = labeled & np.asarray(pc.is_in(label, value_set=self.shared_classes))
+        self.unknown_label += int((labeled & ~compared).sum())
         right_a, right_b = (
-            np.asarray(pc.fill_null(pc.equal(each, label), False)) & judged for each in said
+            np.asarray(pc.fill_null(pc.equal(each, label), False)) & compared for each in predicted
         )
-        cell = np.where(right_a, 2, 0) + right_b  # neither, b alone, a alone, both
-        self.total += np.bincount(cell[judged], minlength=4)
+        cell = np.where(right_a, 2, 0) + right_b  # neither, only b, only a, both
+        self.total += np.bincount(cell[compared], minlength=4)
         columns = {"": label, **{n: normalize_labels(left[n]) for n in self.slice_by}}
         for column, values in columns.items():
-            self._count_groups(column, values, cell, judged)
-        differ = judged & np.asarray(pc.fill_null(pc.not_equal(*said), False))
+            self._count_groups(column, values, cell, compared)
+        differ = compared & np.asarray(pc.fill_null(pc.not_equal(*predicted), False))
         self.num_differing += int(differ.sum())
-        kept = sum(table.num_rows for table in self.differing)
-        if differ.any() and kept < _MAX_DIFFERING:
+        num_kept = sum(table.num_rows for table in self.differing)
+        if differ.any() and num_kept < _MAX_DIFFERING:
             at = np.flatnonzero(differ)
             self.differing.append(
                 pa.table(
@@ -201,9 +249,9 @@ class _PairCounter:
                         "row": left["row"].take(at),
                         "path": left[self.a.path_column].cast(pa.string()).take(at),
                         "label": label.take(at),
-                        "predicted_a": said[0].take(at),
+                        "predicted_a": predicted[0].take(at),
                         "confidence_a": left["confidence"].take(at),
-                        "predicted_b": said[1].take(at),
+                        "predicted_b": predicted[1].take(at),
                         "confidence_b": right["confidence"].take(at),
                         "right": pa.array(
                             np.array(["neither", "b", "a", "both"])[cell[at]].tolist(), pa.string()
@@ -241,11 +289,11 @@ class _PairCounter:
         )
 
     def _count_groups(
-        self, column: str, values: pa.Array, cell: np.ndarray, judged: np.ndarray
+        self, column: str, values: pa.Array, cell: np.ndarray, compared: np.ndarray
     ) -> None:
         coded = pc.fill_null(values, NO_VALUE).dictionary_encode()
         key = coded.indices.to_numpy().astype(np.int64) * 4 + cell
-        counts = np.bincount(key[judged], minlength=4 * len(coded.dictionary)).reshape(-1, 4)
+        counts = np.bincount(key[compared], minlength=4 * len(coded.dictionary)).reshape(-1, 4)
         for name, row in zip(coded.dictionary.to_pylist(), counts, strict=True):
             if row.any():
                 self.groups[column, name] = self.groups.get((column, name), 0) + row
@@ -279,51 +327,51 @@ class _PairCounter:
 
 
 def _align_rows(
-    a: CommittedRun, b: CommittedRun, judge: _PairCounter
+    a: CommittedRun, b: CommittedRun, columns: list[str]
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Rows of one manifest side by side, whatever the files that each run cut them into."""
+    """Pair the rows of one manifest in order; the runs may split them into different files."""
     rights = _iter_tables(b, ["row", "predicted_label", "confidence", "status"])
-    waiting = next(rights, None)
-    for left in _iter_tables(a, judge.columns):
+    pending = next(rights, None)
+    for left in _iter_tables(a, columns):
         while left.num_rows:
-            if waiting is None or waiting.num_rows == 0:
-                waiting = next(rights, None)
-                if waiting is None:
-                    return  # b was limited to fewer rows
+            if pending is None or pending.num_rows == 0:
+                pending = next(rights, None)
+                if pending is None:
+                    return  # b has fewer rows
                 continue
-            rows = min(left.num_rows, waiting.num_rows)
-            yield left.slice(0, rows), waiting.slice(0, rows)
-            left, waiting = left.slice(rows), waiting.slice(rows)
+            rows = min(left.num_rows, pending.num_rows)
+            yield left.slice(0, rows), pending.slice(0, rows)
+            left, pending = left.slice(rows), pending.slice(rows)
 
 
 def _join_rows(
-    a: CommittedRun, b: CommittedRun, judge: _PairCounter, on: str
+    a: CommittedRun, b: CommittedRun, columns: list[str], on: str
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Rows that both have, by a column whose values stand once in each; b is held in memory."""
+    """Pair rows by a column with unique values; the columns of b are held in memory."""
     import pandas as pd
 
-    columns = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
-    held = pa.concat_tables(_iter_tables(b, columns)).unify_dictionaries()
-    held = held.filter(pc.is_valid(held[on]))  # a row without a key is no row of the other run
-    index = pd.Index(normalize_join_keys(held[on]).to_pandas())
+    columns_b = list(dict.fromkeys([on, "predicted_label", "confidence", "status"]))
+    table_b = pa.concat_tables(_iter_tables(b, columns_b)).unify_dictionaries()
+    table_b = table_b.filter(pc.is_valid(table_b[on]))  # a row without a key has no counterpart
+    index = pd.Index(normalize_join_keys(table_b[on]).to_pandas())
     if index.has_duplicates:
         key = index[index.duplicated()][0]
-        raise RequestError(f"{b.url}: {on} {key!r} stands there twice; join on another column")
+        raise RequestError(f"{b.url}: {on} {key!r} occurs twice; join on another column")
     seen = 0
     used = np.zeros(len(index), bool)
-    for left in _iter_tables(a, list(dict.fromkeys([*judge.columns, on]))):
-        place = index.get_indexer(normalize_join_keys(left[on]).to_pandas())
-        hit = np.flatnonzero(place >= 0)
-        taken = place[hit]
+    for left in _iter_tables(a, list(dict.fromkeys([*columns, on]))):
+        match = index.get_indexer(normalize_join_keys(left[on]).to_pandas())
+        hit = np.flatnonzero(match >= 0)
+        taken = match[hit]
         if used[taken].any() or len(np.unique(taken)) < len(taken):
-            raise RequestError(f"{a.url}: {on} stands in several rows; join on another column")
+            raise RequestError(f"{a.url}: {on} occurs in several rows; join on another column")
         used[taken] = True
         seen += len(hit)
-        yield left.take(hit), held.take(taken)
+        yield left.take(hit), table_b.take(taken)
     if seen == 0:
         raise RequestError(
             f"{a.url} and {b.url} share no {on} (such as {index[0]!r}); check that both manifests "
-            "write it the same way"
+            "use the same form"
         )
     if seen < max(a.rows, b.rows):
         print(f"note: {seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")
@@ -339,22 +387,22 @@ def _print_comparison(a: CommittedRun, b: CommittedRun, comparison: RunCompariso
     print(f"A  {comparison.correct_a / both.rows:.2%}  {a.url}")
     print(f"B  {comparison.correct_b / both.rows:.2%}  {b.url}")
     print(
-        f"B - A  {100 * both.difference:+.2f} points (95 %: {100 * both.lower:+.2f} to "
+        f"B - A  {100 * both.difference:+.2f} points (95%: {100 * both.lower:+.2f} to "
         f"{100 * both.upper:+.2f}), p = {both.p_value:.3g} by McNemar's test"
     )
     print(
-        f"{both.rows:,} rows judged; predictions differ on {comparison.num_differing:,}: "
-        f"{both.only_a:,} only A has right, {both.only_b:,} only B"
+        f"{both.rows:,} rows compared; predictions differ on {comparison.num_differing:,}: "
+        f"{both.only_a:,} correct only in A, {both.only_b:,} only in B"
     )
     if comparison.unknown_label:
         print(
             f"note: {comparison.unknown_label:,} more rows have a label that is not a class of "
-            "both models; they are not counted"
+            "both models; they are not compared"
         )
     if comparison.num_differing > comparison.differing.num_rows:
         print(
-            f"note: {comparison.differing.num_rows:,} of them are kept, the first by row; those "
-            "counted are all"
+            f"note: only the first {comparison.differing.num_rows:,} of the differing rows are "
+            "written; the counts include all"
         )
     for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
         for row in table.slice(0, 5).to_pylist():
@@ -365,9 +413,9 @@ def _print_comparison(a: CommittedRun, b: CommittedRun, comparison: RunCompariso
                     f"{row['rows']:,} rows, p = {row['p_value']:.2g}"
                 )
     if both.p_value >= 0.05:
-        print("verdict: no difference that these rows can show")
+        print("result: no significant difference (p >= 0.05)")
     else:
-        print(f"verdict: {'B' if both.difference > 0 else 'A'} is better", flush=True)
+        print(f"result: {'B' if both.difference > 0 else 'A'} is better", flush=True)
 
 
 def _write_comparison(
@@ -393,26 +441,5 @@ def _write_comparison(
         "mcnemar_p_value": both.p_value,
         "predictions_differ": comparison.num_differing,
     }
-    place = filesystem.join(output, "summary.json")
-    filesystem.write(place, (json.dumps(body, indent=2) + "\n").encode())
-
-
-_GROUP_FIELDS = [
-    pa.field("rows", pa.int64()),
-    *(pa.field(n, pa.float64()) for n in ("accuracy_a", "accuracy_b", "difference")),
-    *(pa.field(n, pa.float64()) for n in ("lower", "upper")),
-    *(pa.field(n, pa.int64()) for n in ("only_a", "only_b")),
-    pa.field("p_value", pa.float64()),
-]
-_NO_DIFFERING = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("path", pa.string()),
-        ("label", pa.string()),
-        ("predicted_a", pa.string()),
-        ("confidence_a", pa.float32()),
-        ("predicted_b", pa.string()),
-        ("confidence_b", pa.float32()),
-        ("right", pa.string()),
-    ]
-).empty_table()
+    url = filesystem.join(output, "summary.json")
+    filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())

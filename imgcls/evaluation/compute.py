@@ -1,6 +1,6 @@
-"""Judge a committed run: count once, derive every number, write tables, `summary.json`, report.
+"""Compute the evaluation of a committed run: metrics, tables, and the rows to show.
 
-Never runs a model. What a column is missing for is left out and said, with what would supply it.
+Never runs a model. Metrics whose columns are missing are left out, with a note on how to get them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from imgcls.config import Names
 from imgcls.data import filesystem
 from imgcls.errors import RequestError
-from imgcls.evaluation import row_lookup as kept_rows
-from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
-from imgcls.evaluation.count import aggregate_run
+from imgcls.evaluation import row_lookup
+from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
 from imgcls.evaluation.label_join import (
     JoinedLabels,
     LabelJoinConfig,
@@ -28,50 +25,57 @@ from imgcls.evaluation.label_join import (
     select_run_columns,
 )
 from imgcls.metrics import tables
-from imgcls.metrics.discrimination import (
-    MAX_BRIER,
-    ScoreCounts,
-    brier_score,
-    compute_discrimination,
-)
-from imgcls.metrics.discrimination import build_discrimination_table as discrimination_table
-from imgcls.metrics.intervals import (
-    Z_95,
-    auroc_limits,
-    bootstrap_intervals,
-    mover_interval,
-    nonnegative_mean_interval,
-    union_interval,
-    wilson_interval,
-    wilson_limits,
-)
-from imgcls.metrics.selective import RIGHT, WRONG, area_under_risk_coverage, build_coverage_curve
+from imgcls.metrics.confusion import ClassCounts
+from imgcls.metrics.discrimination import build_discrimination_table
+from imgcls.metrics.formatting import list_headlines
+from imgcls.metrics.intervals import wilson_interval
+from imgcls.metrics.selective import build_coverage_curve
 from imgcls.metrics.tables import Metric
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
+SUMMARY_FILE = "summary.json"
+
 
 class EvaluationOptions(LabelJoinConfig):
-    """What to judge predictions by, and what to show of them."""
+    """Labels to evaluate against, and contents of the report."""
 
     slice_by: Names = []
-    """Manifest columns: every metric for each of their values, e.g. camera,site."""
+    """Manifest columns whose every value gets all metrics, e.g. camera,site."""
     small_slice: PositiveInt = 30
-    """Slices with fewer labelled rows are marked as small."""
+    """Slices with fewer labeled rows are marked as small."""
     gallery: PositiveInt = 24
     """Images of each kind in the report."""
     thumbnails: bool = True
-    """Show the images in the report, which reads them."""
+    """Read the images and show thumbnails in the report."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A run and all that is known of it.
+    """Result of `imgcls.evaluate`: metrics and tables of a run.
 
-    labelled:  whether there are labels to judge by
-    metrics:   the numbers of `summary`, in order
-    left_out:  sentences on numbers that are not there, and how to get them
-    mistakes, uncertain, issues: rows as `rows.fetch` and `rows.label_issues` give them
+    In a notebook it shows the headline numbers, the confusion matrix, the curves and the worst
+    mistakes.
+
+    Attributes
+    ----------
+    run : CommittedRun
+        The evaluated run.
+    config : EvaluationOptions
+        Options of the evaluation.
+    aggregate : RunAggregate
+        Counts from which everything is computed.
+    has_labels : bool
+        Whether a row has a label that is a class of the model.
+    metrics : list of Metric
+        All metrics, in the order of `summary.parquet`.
+    omitted : list of str
+        Notes on metrics that could not be computed, and how to get them.
+    per_class, coverage_curve, slices : pyarrow.Table
+        As in `metrics/per_class.parquet`, `coverage.parquet` and `slices.parquet`.
+    mistakes, uncertain, label_issues : pyarrow.Table
+        Wrong rows with the highest confidence, rows with the lowest confidence, and rows whose
+        label the model contradicts.
     """
 
     run: CommittedRun
@@ -88,76 +92,114 @@ class Evaluation:
     label_issues: pa.Table
 
     def get_metric(self, name: str) -> Metric | None:
-        """The metric of that name, if it is known."""
+        """Find a metric by name.
+
+        Parameters
+        ----------
+        name : str
+            Name as in `summary.json`, such as "accuracy".
+
+        Returns
+        -------
+        Metric or None
+            None if the run does not define it.
+        """
         return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def __repr__(self) -> str:
+        counts = self.aggregate.counts
+        found = [self.get_metric(n) for n in list_headlines([m.name for m in self.metrics])]
+        texts = [f"{counts.rows:,} rows", *(str(metric) for metric in found[:3])]
+        return f"<Evaluation of {self.run.url}: {', '.join(texts)}>"
+
+    def _repr_html_(self) -> str:
+        from imgcls.evaluation import report
+
+        return report.render_notebook(self)
 
 
 def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool) -> Evaluation:
-    """Everything that follows from a committed run.
+    """Evaluate a committed run.
 
-    need_labels: refuse a run without labels
-    Raises RequestError when the run, a column or the labels are not usable.
+    Parameters
+    ----------
+    url : str
+        Output folder of `imgcls predict`.
+    config : EvaluationOptions
+        Labels and contents of the report.
+    need_labels : bool
+        Whether to reject a run without labels.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    RequestError
+        If a column or the labels cannot be used.
+    OutputError
+        If there is no committed run.
     """
     run = open_run(url)
-    label_column, late = resolve_labels(run, config.labels, config.on, required=need_labels)
-    run.check_slices(select_run_columns(config.slice_by, joined=late is not None))
-    wanted = AggregateSpec(
+    label_column, joined = resolve_labels(run, config.labels, config.on, required=need_labels)
+    run.check_slices(select_run_columns(config.slice_by, joined=joined is not None))
+    spec = AggregateSpec(
         classes=run.classes,
         label_column=label_column,
         slice_by=tuple(config.slice_by),
         scores=run.has_scores and label_column is not None,
         gallery=config.gallery,
     )
-    tally = aggregate_run(run, wanted, late)
-    labelled = tally.counts.labeled > 0
-    if need_labels and not labelled:
+    found = aggregate_run(run, spec, joined)
+    counts = found.counts
+    if need_labels and not counts.labeled:
         raise RequestError(
-            f"{run.url}: none of its {tally.counts.ok:,} predictions has a label that is a class "
-            f"of the model ({tally.counts.unlabeled:,} have none, {tally.counts.unknown_label:,} "
-            "another); join labels with --labels TABLE"
+            f"{run.url}: none of its {counts.ok:,} predictions has a label that is a class of the "
+            f"model ({counts.unlabeled:,} have none, {counts.unknown_label:,} another); join "
+            "labels with --labels TABLE"
         )
-    kept = [tally.mistakes, tally.uncertain, tally.issues]
-    mistakes, uncertain, issues = kept_rows.lookup_rows(run, kept, label_column, late)
+    lists = [found.mistakes, found.uncertain, found.issues]
+    mistakes, uncertain, issues = row_lookup.lookup_rows(run, lists, label_column, joined)
     return Evaluation(
         run=run,
         config=config,
-        aggregate=tally,
-        has_labels=labelled,
-        metrics=[
-            *tables.compute_metrics(tally.counts, top_k=run.top_k),
-            *_compute_score_metrics(tally),
-        ],
-        omitted=list(_explain_omissions(run, tally, late)),
-        per_class=_build_per_class(tally),
-        coverage_curve=build_coverage_curve(tally.selective),
-        slices=_build_slices(tally, run.top_k, config.small_slice),
+        aggregate=found,
+        has_labels=counts.labeled > 0,
+        metrics=tables.compute_metrics(
+            counts, top_k=run.top_k, selective=found.selective, scores=found.scores
+        ),
+        omitted=list(_explain_omissions(run, found, joined)),
+        per_class=_build_per_class(found),
+        coverage_curve=build_coverage_curve(found.selective),
+        slices=_build_slices(found, run.top_k, config.small_slice),
         mistakes=mistakes,
         uncertain=uncertain,
-        label_issues=kept_rows.rank_label_issues(tally, issues),
+        label_issues=row_lookup.rank_label_issues(found, issues),
     )
 
 
 def write_evaluation(evaluation: Evaluation, output: str) -> None:
     """Write `metrics/*.parquet` and `summary.json` into a folder."""
     counts = evaluation.aggregate.counts
-    made = {
-        "summary": tables.build_summary_table(evaluation.metrics),
-        "per_class": evaluation.per_class,
-        "confusion": tables.build_confusion(counts),
-        "calibration": tables.build_calibration(counts),
-        "coverage": evaluation.coverage_curve,
-        "slices": evaluation.slices,
-        "label_issues": evaluation.label_issues,
-    }
-    layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), made)
-    body = build_summary_json(evaluation)
-    filesystem.write(
-        filesystem.join(output, "summary.json"), (json.dumps(body, indent=2) + "\n").encode()
+    layout.write_tables(
+        filesystem.join(output, layout.METRICS_FOLDER),
+        {
+            "summary": tables.build_summary_table(evaluation.metrics),
+            "per_class": evaluation.per_class,
+            "confusion": tables.build_confusion(counts),
+            "calibration": tables.build_calibration(counts),
+            "coverage": evaluation.coverage_curve,
+            "slices": evaluation.slices,
+            "label_issues": evaluation.label_issues,
+        },
     )
+    body = json.dumps(build_summary_json(evaluation), indent=2) + "\n"
+    filesystem.write(filesystem.join(output, SUMMARY_FILE), body.encode())
 
 
 def build_summary_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The headline numbers for programs: each with its value and, where known, its interval."""
+    """Contents of `summary.json`: the value of each metric and its interval, if it has one."""
     run = evaluation.run
     return {
         "run": run.url,
@@ -178,157 +220,54 @@ def build_summary_json(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _compute_score_metrics(tally: RunAggregate) -> Iterator[Metric]:
-    cells = tally.selective.counts.sum(1)
-    found = _compute_aurc(cells)
-    drawn = bootstrap_intervals([cells], _compute_aurc)
-    for name, area in found.items():
-        interval = union_interval(drawn.get(name), _compute_aurc_limits(cells), low=0.0, high=1.0)
-        yield Metric(name, area, "mean error over all coverages", interval)
-    counts = tally.scores
-    if counts is None or not counts.rows:
-        return
-    score = brier_score(counts)
-    if score is not None:
-        low, high = nonnegative_mean_interval(
-            counts.brier_sum, counts.brier_square_sum, counts.rows, MAX_BRIER
-        )
-        interval = (low, min(high, MAX_BRIER))
-        yield Metric("brier_score", score, "mean squared distance from the truth", interval)
-    ranks = compute_discrimination(counts)
-    if not np.isfinite(ranks.auroc).any():
-        return
-    known = np.isfinite(ranks.auroc)
-    positives, negatives = counts.positive.sum(1)[known], counts.negative.sum(1)[known]
-    ranked = ranks.average_precision[known]
-    spreads = _bootstrap_ranking_spreads(counts, known)
-    for name, values, bounds, ends in (
-        (
-            "auroc_macro",
-            ranks.auroc[known],
-            ranks.auroc_bound[known],
-            auroc_limits(ranks.auroc[known], positives, negatives),
-        ),
-        # the limits of a share of the positives: Boyd, Eng, Page, "Area under the Precision-Recall
-        # Curve: Point Estimates and Confidence Intervals", ECML 2013, with Wilson's interval
-        (
-            "average_precision_macro",
-            ranked,
-            ranks.average_precision_bound[known],
-            wilson_limits(ranked * positives, positives),
-        ),
-    ):
-        value, bound = float(values.mean()), float(bounds.mean())
-        what = "mean over classes, each against the rest"
-        told = f"; bins can move it by {bound:.1e}" if bound else ""
-        edge = mover_interval(
-            value, (values - ends[0]) / len(values), (ends[1] - values) / len(values)
-        )
-        spread = spreads[name]
-        interval = union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
-        yield Metric(name, value, what + told, interval)
-
-
-def _compute_aurc(cells: Any) -> dict[str, float]:
-    area = area_under_risk_coverage(cells)
-    return {} if area is None else {"area_under_risk_coverage": area}
-
-
-def _compute_aurc_limits(cells: Any) -> tuple[float, float]:
-    """The area with as many wrong rows as the Wilson limits of the error rate have, spread as seen.
-
-    More of them are taken from the right rows of every confidence alike.
-    """
-    right, wrong = cells[RIGHT].astype(float), cells[WRONG].astype(float)
-    rows, errors = right.sum() + wrong.sum(), wrong.sum()
-    least, most = wilson_interval(errors, int(rows))
-    fewer = wrong * (least * rows / errors) if errors else wrong
-    more = wrong + right * ((most * rows - errors) / right.sum()) if right.sum() else wrong
-    ends = [_compute_aurc(np.stack([right + wrong - each, each])) for each in (fewer, more)]
-    low, high = (end["area_under_risk_coverage"] for end in ends)
-    return low, high
-
-
-def _bootstrap_ranking_spreads(
-    counts: ScoreCounts, known: NDArray[np.bool_], resamples: int = 50
-) -> dict[str, float]:
-    """Half the width of the 95 % intervals of the two macro means over the `known` (C,) classes.
-
-    A row is one of its own class and one of the others for every other class. So rows are drawn
-    anew twice: as those of the class, which differ from class to class, so that the variances of
-    the classes add up; and as the others, which are nearly the same rows for all classes, so that
-    their standard deviations add up. The two are taken as dependent, too.
-    """
-    rng = np.random.default_rng(0)
-    names = {"auroc_macro": "auroc", "average_precision_macro": "average_precision"}
-    drawn: dict[tuple[str, bool], list[Any]] = {}
-    for _ in range(resamples):
-        for own in (True, False):
-            cells = rng.poisson(counts.positive if own else counts.negative)
-            pair = (cells, counts.negative) if own else (counts.positive, cells)
-            found = compute_discrimination(
-                ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0)
-            )
-            for name, field in names.items():
-                drawn.setdefault((name, own), []).append(getattr(found, field)[known])
-    spreads = {}
-    for name in names:
-        # a class that was not drawn has no value
-        of_own, of_others = (np.nanvar(drawn[name, own], axis=0) for own in (True, False))
-        spreads[name] = Z_95 * float(
-            np.sqrt(of_own.sum()) / known.sum() + np.sqrt(of_others).mean()
-        )
-    return spreads
-
-
 def _explain_omissions(
-    run: CommittedRun, tally: RunAggregate, late: JoinedLabels | None
+    run: CommittedRun, found: RunAggregate, joined: JoinedLabels | None
 ) -> Iterator[str]:
-    if not tally.counts.labeled:
+    if not found.counts.labeled:
         yield (
-            "Accuracy and all that judges by labels: there are none. Join some with "
+            "Accuracy and all metrics that need labels: the run has no labels. Join some with "
             "`imgcls evaluate --predictions RUN --labels TABLE`."
         )
         return
     if not run.has_scores:
         what = "AUROC, average precision and the Brier score"
-        if late is not None:
+        if joined is not None:
             what += ", log loss and likely label errors"
-        yield f"{what} need every class's score: label with `imgcls predict --scores`."
-    if not tally.spec.slice_by:
+        yield f"{what} need the scores of all classes: run `imgcls predict --scores`."
+    if not found.spec.slice_by:
         yield "Slices: name manifest columns with `--slice-by camera,site`."
 
 
-def _build_per_class(tally: RunAggregate) -> pa.Table:
-    """The classes, with 95 % Wilson intervals and, where scores are known, how well they rank."""
-    table = tables.build_per_class(tally.counts)
-    support, predicted, hits = tables.count_labels(tally.counts)
-    for rate, judged in (("precision", predicted), ("recall", support)):
+def _build_per_class(found: RunAggregate) -> pa.Table:
+    """Classes with 95% Wilson intervals and, if scores are counted, ranking metrics."""
+    table = tables.build_per_class(found.counts)
+    classes = ClassCounts.from_counts(found.counts)
+    for rate, rows in (("precision", classes.predicted), ("recall", classes.support)):
         ends = [
-            wilson_interval(hit, int(rows)) if rows > 0 else (None, None)
-            for hit, rows in zip(hits, judged, strict=True)
+            wilson_interval(correct, int(count)) if count > 0 else (None, None)
+            for correct, count in zip(classes.correct, rows, strict=True)
         ]
         for side, values in (("lower", [e[0] for e in ends]), ("upper", [e[1] for e in ends])):
             table = table.append_column(f"{rate}_{side}", pa.array(values, pa.float64()))
-    if tally.scores is not None and tally.scores.rows:
-        ranked = discrimination_table(tally.scores)
+    if found.scores is not None and found.scores.rows:
+        ranked = build_discrimination_table(found.scores)
         for name in ranked.schema.names[1:]:
             table = table.append_column(name, ranked[name])
     return table
 
 
-def _build_slices(tally: RunAggregate, top_k: int, small: int) -> pa.Table:
-    """A row per slice and a column per metric, the worst first, small ones behind.
+def _build_slices(found: RunAggregate, top_k: int, small: int) -> pa.Table:
+    """A row per slice and a column per metric, the worst first, small slices last.
 
-    slice_by, value (string), small (bool), then as in `summary`, with the ends of accuracy's
-    interval; null where a slice does not have it.
+    slice_by, value (string), small (bool), then the metrics of `summary` and the ends of the
+    interval of accuracy; null where a slice does not have a metric.
     """
     rows: list[dict[str, Any]] = []
-    for column, found in tally.slices.items():
-        for value, counts in found.items():
+    for column, slices in found.slices.items():
+        for value, counts in slices.items():
             known = {m.name: m for m in tables.compute_metrics(counts, top_k=top_k, resamples=0)}
             row: dict[str, Any] = {"slice_by": column, "value": value}
-            row["small"] = counts.labeled < small if tally.counts.labeled else counts.ok < small
+            row["small"] = (counts.labeled if found.counts.labeled else counts.ok) < small
             row |= {name: float(metric.value) for name, metric in known.items()}
             if "accuracy" in known:
                 row["accuracy_lower"], row["accuracy_upper"] = known["accuracy"].interval or (0, 1)
@@ -336,6 +275,6 @@ def _build_slices(tally: RunAggregate, top_k: int, small: int) -> pa.Table:
     names = dict.fromkeys(name for row in rows for name in row)
     if not rows:
         return pa.table({n: pa.array([], pa.string()) for n in ("slice_by", "value")})
-    badness = "accuracy" if "accuracy" in names else "mean_confidence"
-    rows.sort(key=lambda r: (r["small"], r.get(badness, 2.0), r["slice_by"], r["value"]))
+    quality = "accuracy" if "accuracy" in names else "mean_confidence"
+    rows.sort(key=lambda r: (r["small"], r.get(quality, 2.0), r["slice_by"], r["value"]))
     return pa.table({name: [row.get(name) for row in rows] for name in names})

@@ -1,6 +1,6 @@
-"""The evaluation job: label a manifest first, or take predictions that exist; then judge them.
+"""Evaluation job: evaluate existing predictions, or run prediction on a manifest first.
 
-Brings labelling and evaluation together, which do not know each other.
+Writes the metric tables, `summary.json` and `report.html`, and prints the headline numbers.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from imgcls.config import UnitFloat, requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig, use_settings
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.compute import (
+    SUMMARY_FILE,
     Evaluation,
     EvaluationOptions,
     compute_evaluation,
@@ -24,84 +25,137 @@ from imgcls.evaluation.label_join import select_run_columns
 from imgcls.execution.placement import ScaleConfig
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
+from imgcls.metrics.formatting import format_summary
 from imgcls.models.bundle import Precision
+from imgcls.runs import layout
 from imgcls.runs.committed import is_scalar_type
-from imgcls.runs.layout import build_prediction_schema
+from imgcls.runs.schema import build_prediction_schema
 
 
 class EvaluateConfig(EvaluationOptions):
-    """Judge predictions that exist, or label a manifest and judge what came of it."""
+    """Evaluate existing predictions, or run prediction on a manifest and evaluate the result."""
 
     predictions: str | None = None
-    """The output folder of `imgcls predict`: nothing is labelled again."""
+    """Output folder of `imgcls predict`, to evaluate without running the model again."""
     manifest: ManifestConfig | None = None
-    """What to label first, where there are no predictions yet."""
+    """Images to predict first, if there are no predictions yet."""
     model: str | None = None
-    """The bundle to label with."""
+    """Bundle to predict with."""
     output: str | None = None
-    """The folder to write; the predictions' own when not given, if no labels are joined."""
+    """Folder to write to (default: the predictions' folder; required with --labels)."""
     scores: bool = True
-    """When labelling: write every class's score, which AUROC and Brier need."""
+    """With a manifest: write the scores of all classes, which AUROC and Brier need."""
     decode: DecodeMode | None = None
-    """When labeling: as for predict."""
+    """With a manifest: as for predict."""
     precision: Precision = "auto"
-    """When labelling: as for predict."""
+    """With a manifest: as for predict."""
     max_error_rate: UnitFloat = 0.01
-    """When labelling: judge only if at most this share of the rows failed."""
+    """With a manifest: maximum share of failed rows; above it nothing is evaluated."""
     overwrite: bool = False
-    """When labelling: throw away what is in the output folder and start over."""
+    """With a manifest: delete the contents of the output folder and start over."""
     scale: ScaleConfig = ScaleConfig()
-    """When labelling."""
+    """With a manifest: as for predict."""
     storage: StorageConfig = StorageConfig()
 
 
 def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evaluation:
-    """Judge predictions, or label a manifest and judge what came of it.
+    """Evaluate existing predictions, or run prediction on a manifest and evaluate the result.
 
-    config:   the whole request, or else
-    settings: its keys, as in `evaluate(predictions="out")`
-    Raises RequestError when something is wrong with what was asked; what `predict` raises.
+    Writes metric tables, `summary.json` and `report.html` to the output folder, and prints the
+    headline numbers.
+
+    Parameters
+    ----------
+    config : EvaluateConfig, optional
+        All settings. Pass either `config` or `settings`.
+    **settings
+        Fields of `EvaluateConfig`, nested or dotted (`**{"scale.workers": 2}`).
+
+    Returns
+    -------
+    Evaluation
+        Metrics and tables; in a notebook it is shown as a short report.
+
+    Raises
+    ------
+    RequestError
+        If a setting, a column, the labels or the run cannot be used.
+    TooManyErrors
+        If prediction exceeded `max_error_rate`.
+    RunFailed
+        If prediction was interrupted; call again to resume.
+
+    Examples
+    --------
+    >>> import imgcls
+    >>> result = imgcls.evaluate(predictions="out", slice_by="camera")  # doctest: +SKIP
+    >>> result.get_metric("accuracy").value  # doctest: +SKIP
+    0.9944
     """
     config = requested(EvaluateConfig, config, settings, 'evaluate(predictions="out")')
-    object_store.set_process_settings(config.storage)
-    source = _resolve_run(config)
+    with use_settings(config.storage):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Evaluation:
+    source, has_printed = _resolve_run(config)
     output = filesystem.absolute(config.output or source)
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)
-    place = filesystem.join(output, report.REPORT_FILE)
-    filesystem.write(place, report.render_run(evaluation).encode())
-    print(tables.format_summary(tables.build_summary_table(evaluation.metrics)))
-    for sentence in evaluation.omitted:
-        print(f"left out: {sentence}")
-    print(f"report     {place}\nnumbers    {filesystem.join(output, 'summary.json')}", flush=True)
+    report_url = filesystem.join(output, report.REPORT_FILE)
+    filesystem.write(report_url, report.render_run(evaluation).encode())
+    _print_result(evaluation, output, has_printed=has_printed)
     return evaluation
 
 
-def _resolve_run(config: EvaluateConfig) -> str:
-    """The folder of a committed run, labelled first if need be."""
+def _print_result(evaluation: Evaluation, output: str, *, has_printed: bool) -> None:
+    """Print the headline numbers and where the others are.
+
+    has_printed: prediction has just printed the metrics that need no scores
+    """
+    metrics = evaluation.metrics
+    if has_printed:
+        known = tables.compute_metrics(
+            evaluation.aggregate.counts, top_k=evaluation.run.top_k, resamples=0
+        )
+        names = {metric.name for metric in known}
+        metrics = [metric for metric in metrics if metric.name not in names]
+    text = format_summary(tables.build_summary_table(metrics))
+    if text:
+        print(text)
+    for note in evaluation.omitted:
+        print(f"left out: {note}")
+    print(f"all metrics  {filesystem.join(output, SUMMARY_FILE)}")
+    print(f"tables       {filesystem.join(output, layout.METRICS_FOLDER)}")
+    print(f"report       {filesystem.join(output, report.REPORT_FILE)}", flush=True)
+
+
+def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
+    """Folder of a committed run, and whether prediction just made it and printed its metrics."""
     if config.predictions is not None:
         given = [name for name in ("manifest", "model") if getattr(config, name) is not None]
         if given:
             raise ConfigError(
-                f"predictions and {given[0]} are both given; give --predictions for what is "
-                "labelled already, or --manifest and --model to label first"
+                f"predictions and {given[0]} are both given; pass --predictions to evaluate "
+                "existing predictions, or --manifest and --model to predict first"
             )
         if config.labels is not None and config.output is None:
             raise ConfigError(
-                "output: is required with --labels, so that the run's own numbers stay; give "
-                "--output FOLDER"
+                "output: is required with --labels, so that the metrics of the run itself are "
+                "kept; pass --output FOLDER"
             )
-        return config.predictions
+        return config.predictions, False
     missing = [n for n in ("manifest", "model", "output") if getattr(config, n) is None]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: needed to label first; or give --predictions, the output "
+            f"{', '.join(missing)}: required to predict first; or pass --predictions, the output "
             "folder of `imgcls predict`"
         )
     assert config.manifest is not None
     assert config.model is not None
     assert config.output is not None
     _check_manifest(config, open_manifest(config.manifest))
+    was_committed = layout.is_committed(config.output) and not config.overwrite
     predict(
         PredictConfig(
             manifest=config.manifest,
@@ -116,19 +170,19 @@ def _resolve_run(config: EvaluateConfig) -> str:
             storage=config.storage,
         )
     )
-    return config.output
+    return config.output, not was_committed and config.labels is None
 
 
 def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
-    """Raise RequestError for what could only be refused after labelling everything."""
+    """Raise ManifestError for errors that would otherwise show only after prediction."""
     names = manifest.schema.names
     slices = select_run_columns(config.slice_by, joined=config.labels is not None)
-    wanted = [("slice_by", name) for name in slices]
+    columns = [("slice_by", name) for name in slices]
     if config.on is not None:
-        wanted.append(("on", config.on))
+        columns.append(("on", config.on))
     added = build_prediction_schema(labelled=True, scores=1, embedding=1)
     kinds = {field.name: field.type for schema in (added, manifest.schema) for field in schema}
-    for option, name in wanted:
+    for option, name in columns:
         if name not in kinds:
             raise ManifestError(
                 f"{option}: manifest {manifest.source} has no column {name!r} (found: "
@@ -141,6 +195,6 @@ def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:
             )
     if config.labels is None and manifest.label_column is None:
         raise ManifestError(
-            f"manifest {manifest.source}: has no label column to judge by; name it with "
+            f"manifest {manifest.source}: has no label column to evaluate against; name it with "
             "--manifest.label-column, or join labels with --labels TABLE"
         )

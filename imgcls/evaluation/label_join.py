@@ -1,7 +1,7 @@
-"""Labels that came after the predictions: a table joined to them by a key, such as the path.
+"""Join a table of labels to predictions by a key, such as the path.
 
-Holds the labels, hashed, and streams the predictions past them. A key that stands twice on either
-side is refused, since no one can say which label is meant.
+The labels are held in memory, hashed, and the predictions are streamed. A key that occurs twice on
+either side is rejected, because its label would be ambiguous.
 """
 
 from __future__ import annotations
@@ -17,74 +17,74 @@ from pydantic import model_validator
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifest_options import KeyNames
-from imgcls.errors import RequestError
-from imgcls.metrics.columns import compute_label_scores, encode_classes, take_scores
+from imgcls.errors import OK, RequestError
+from imgcls.metrics.columns import encode_classes, take_scores
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
-from imgcls.runs.layout import OK
 
 JOINED_COLUMN = "label"
-"""The column that judged tables carry the joined label in."""
+"""Column of the joined label."""
 
 
 class LabelTableConfig(Section):
-    """A CSV or Parquet table of labels that came later."""
+    """CSV or Parquet table of labels."""
 
     shorthand: ClassVar[str | None] = "path"
 
     path: str
-    """The table: a file, a folder or a glob."""
+    """File, folder or glob of the table."""
     column: str = "label"
-    """Its column of class names."""
+    """Column of class names."""
     delimiter: str | None = None
-    """CSV delimiter; found in the header line when not given."""
+    """CSV delimiter (default: detected from the header line)."""
     encoding: str = "utf-8"
     """CSV text encoding."""
     escape: str | None = None
-    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
+    """CSV escape character before a quote inside a quoted value, e.g. \\ for files from Spark."""
 
 
 class LabelJoinConfig(Section):
-    """Which labels a run is judged by."""
+    """Labels to evaluate a run against."""
 
     labels: LabelTableConfig | None = None
-    """Labels that came later; the run's own label column when not given."""
+    """Table of labels to join (default: the label column of the run)."""
     on: str | None = None
-    """The column that joins predictions and labels; the path column when not given."""
+    """Column that joins predictions and labels (default: the path column)."""
 
     @model_validator(mode="after")
     def _check_join(self) -> Self:
         if self.on is not None and self.labels is None:
-            raise ValueError("on: joins --labels, which was not given")
+            raise ValueError("on: is the key of --labels, which is missing; pass --labels TABLE")
         return self
 
 
 def select_run_columns(names: Sequence[str], *, joined: bool) -> list[str]:
-    """The columns of `names` that a run itself has: not the label, where it is joined."""
+    """The columns of `names` that the run itself has: without the label if it is joined."""
     return [name for name in names if not joined or name != JOINED_COLUMN]
 
 
 def resolve_labels(
     run: CommittedRun, labels: LabelTableConfig | None, on: str | None, *, required: bool
 ) -> tuple[str | None, JoinedLabels | None]:
-    """The column of labels to judge a run by, and the later labels that supply it, if any.
+    """Label column to evaluate against, and the joined labels that supply it, if any.
 
-    Raises RequestError when the labels are not usable, or there are none and some are required.
+    Raises RequestError if the labels cannot be used, or are required and missing.
     """
     if labels is not None:
         return JOINED_COLUMN, JoinedLabels(labels, run, on or run.path_column)
     if required and run.label_column is None:
         raise RequestError(
-            f"{run.url}: has no labels to judge by; join some with --labels TABLE, or see "
-            "`imgcls report` for what can be said without"
+            f"{run.url}: has no labels; join some with --labels TABLE, or run `imgcls report`, "
+            "which needs no labels"
         )
     return run.label_column, None
 
 
 class JoinedLabels:
-    """Labels by key, and how many rows found theirs."""
+    """Labels by key, and which of them were matched."""
 
     def __init__(self, config: LabelTableConfig, run: CommittedRun, on: str) -> None:
-        """Read the labels. Raises RequestError when the table or a key is not usable."""
+        """Read the labels. Raises RequestError if the table or a key cannot be used."""
         self.source = f"labels {config.path}"
         self.key_column = on
         run.check_key(on)
@@ -92,7 +92,7 @@ class JoinedLabels:
         self.required_columns = [on, "topk_labels", *(["scores"] if run.has_scores else [])]
         batches = _read_labels(config, on, is_path=on == run.path_column)
         if not batches:
-            raise RequestError(f"{self.source}: has no row")
+            raise RequestError(f"{self.source}: has no rows")
         table = pa.Table.from_batches(batches)
         self.keys = normalize_join_keys(table[on])
         labels = normalize_labels(table[config.column]).cast(pa.string())
@@ -102,10 +102,10 @@ class JoinedLabels:
         self.is_matched = np.zeros(len(self.keys), bool)
 
     def join(self, table: pa.Table) -> pa.Table:
-        """The table with the joined labels; their scores where every class's score was written.
+        """Add the joined labels, and their scores and ranks if the scores of all classes exist.
 
-        A rank below the top k is given as k + 1, which is all that a top-k accuracy asks.
-        Raises RequestError when two rows of the predictions have one key.
+        Without scores, a rank below the top k is k + 1, which is enough for top-k accuracy.
+        Raises RequestError if two rows of the predictions have the same key.
         """
         found = self._find_keys(normalize_join_keys(table[self.key_column]))
         hit = found >= 0
@@ -117,15 +117,14 @@ class JoinedLabels:
                 repeated = values[times > 1]
             key = self.keys[int(repeated[0])].as_py()
             raise RequestError(
-                f"{self.source}: {self.key_column} {key!r} stands in several rows of the "
-                "predictions; join "
-                "on a column that tells them apart"
+                f"{self.source}: {self.key_column} {key!r} occurs in several rows of the "
+                "predictions; join on a column with unique values"
             )
         self.is_matched[taken] = True
         return self._attach_labels(table, found)
 
     def rejoin(self, table: pa.Table) -> pa.Table:
-        """As `judge`, of rows that were judged before."""
+        """As `join`, for rows that were joined before."""
         return self._attach_labels(
             table, self._find_keys(normalize_join_keys(table[self.key_column]))
         )
@@ -144,22 +143,22 @@ class JoinedLabels:
         )
 
     def finish(self) -> None:
-        """Raise RequestError when no row found a label; say how many labels were not used."""
+        """Raise RequestError if no label was matched; print how many were not."""
         used = int(self.is_matched.sum())
         if used == 0:
             raise RequestError(
                 f"{self.source}: no {self.key_column} of the predictions is among its "
                 f"{len(self.keys):,} "
-                f"(such as {self.keys[0].as_py()!r}); check that both write it the same way"
+                f"(such as {self.keys[0].as_py()!r}); check that both use the same form"
             )
         if used < len(self.keys):
             print(f"note: {len(self.keys) - used:,} of {len(self.keys):,} labels match no row")
 
     def _find_keys(self, keys: pa.Array) -> np.ndarray:
-        """(N,) places in `self.keys`, -1 where there is none."""
+        """(N,) indices into `self.keys`, -1 without a match."""
         hashes = _hash_keys(keys)
-        place = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        found = np.where(self._hashes[place] == hashes, self._order[place], -1)
+        index = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        found = np.where(self._hashes[index] == hashes, self._order[index], -1)
         # equal hashes are not yet equal keys
         same = pc.fill_null(pc.equal(keys, self.keys.take(pa.array(np.maximum(found, 0)))), False)
         return np.where(same.to_numpy(zero_copy_only=False), found, -1)
@@ -167,14 +166,15 @@ class JoinedLabels:
     def _compute_scores_and_ranks(
         self, table: pa.Table, label: pa.Array
     ) -> tuple[pa.Array, pa.Array]:
-        """(N,) label_score and label_rank, null without a prediction or a label that is a class."""
+        """(N,) label_score and label_rank; null without a prediction or a label that is a class."""
         code = encode_classes(pa.chunked_array([label]), self.classes)
-        judged = (code >= 0) & pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
+        labeled = (code >= 0) & pc.equal(table["status"].cast(pa.string()), OK).to_numpy()
         score, rank = np.zeros(len(code), np.float32), np.zeros(len(code), np.int32)
         if "scores" in table.schema.names:
-            at = np.flatnonzero(judged)
-            score[at], rank[at] = compute_label_scores(take_scores(table["scores"], at), code[at])
-            return pa.array(score, mask=~judged), pa.array(rank, mask=~judged)
+            at = np.flatnonzero(labeled)
+            scores = take_scores(table["scores"], at)
+            score[at], rank[at] = SINGLE_LABEL.rank_labels(scores, code[at])
+            return pa.array(score, mask=~labeled), pa.array(rank, mask=~labeled)
         names = table["topk_labels"].combine_chunks()
         width = pc.max(pc.list_value_length(names)).as_py() or 0
         parent = pc.list_parent_indices(names).to_numpy()
@@ -183,7 +183,7 @@ class JoinedLabels:
         at = np.flatnonzero(pc.fill_null(same, False).to_numpy(zero_copy_only=False))
         rank[:] = width + 1
         rank[parent[at]] = at - np.searchsorted(parent, parent[at]) + 1
-        return pa.nulls(len(code), pa.float32()), pa.array(rank, mask=~judged)
+        return pa.nulls(len(code), pa.float32()), pa.array(rank, mask=~labeled)
 
     def _check_unique(self) -> None:
         if self.keys.null_count:
@@ -194,13 +194,12 @@ class JoinedLabels:
         if len(twice):
             key = self.keys[int(self._order[twice[0]])].as_py()
             raise RequestError(
-                f"{self.source}: {self.key_column} {key!r} stands there twice; give one label "
-                "for each"
+                f"{self.source}: {self.key_column} {key!r} occurs twice; keep one label per key"
             )
 
 
 def _read_labels(config: LabelTableConfig, on: str, *, is_path: bool) -> list[pa.RecordBatch]:
-    """The keys and labels of a table; raises ManifestError with the options of --labels."""
+    """Read keys and labels; errors name the options of --labels."""
     table = ManifestConfig(
         path=config.path,
         path_column=on,
@@ -214,15 +213,15 @@ def _read_labels(config: LabelTableConfig, on: str, *, is_path: bool) -> list[pa
     kind = manifest.schema.field(on).type
     if not is_scalar_type(kind):
         raise RequestError(
-            f"labels {config.path}: column {on!r} is {kind}, which cannot be joined by"
+            f"labels {config.path}: column {on!r} is {kind}, which cannot be a join key"
         )
     return [batch.select([on, config.column]) for batch in manifest.batches()]
 
 
 def normalize_join_keys(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column to join by as large strings: equal values of any two types have equal text.
+    """Join keys as large strings: equal values of any two types have equal text.
 
-    Whole floats and decimals are written as integers, dates as midnight, times in microseconds.
+    Whole floats and decimals become integers, dates midnight, times microseconds.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):

@@ -1,7 +1,7 @@
-"""A bundle that can be run in int8, and what that costs: `imgcls model quantise`.
+"""Calibrate a bundle for int8 and measure the cost: `imgcls model quantize`.
 
-The network is shown every other image of a manifest, to see what values its convolutions meet; the
-images in between tell how often its label changes, and what becomes of its accuracy.
+Every other image of a manifest is used for calibration: the value ranges of the convolutions. The
+images in between measure how often the label changes, and the accuracy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from imgcls.config import Section
-from imgcls.data import decode, filesystem, object_store
+from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import Manifest, ManifestConfig, normalize_labels, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import BundleError, ImageError, RequestError, StorageError
 from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
@@ -31,7 +31,8 @@ from imgcls.models.bundle import (
     load_bundle_weights,
     save_bundle,
 )
-from imgcls.models.classifier import Classifier, record_int8_ranges
+from imgcls.models.classifier import Classifier
+from imgcls.models.int8_calibration import record_int8_ranges
 
 _BATCH_SIZE = 32
 _IO_CONCURRENCY = 16
@@ -39,71 +40,102 @@ MIN_IMAGES = 16
 
 
 class QuantizeConfig(Section):
-    """Make a bundle that can be run in int8 on CPUs, and tell what that costs."""
+    """Create a bundle that runs in int8 on CPUs, and measure agreement, accuracy and speed."""
 
     model: str
-    """The bundle."""
+    """Bundle to calibrate."""
     manifest: ManifestConfig
-    """Images like those that it will label; with labels, accuracy is told too."""
+    """Images like those to be predicted; if they have labels, accuracy is measured too."""
     output: str
-    """The new bundle."""
+    """Folder of the new bundle."""
     images: int = Field(default=1024, ge=2 * MIN_IMAGES)
-    """So many from the start of the manifest: half of them to calibrate, the others to judge."""
+    """Images to read from the start of the manifest: half to calibrate, half to evaluate."""
     overwrite: bool = False
-    """Replace a bundle that is there."""
+    """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def quantize_bundle(config: QuantizeConfig) -> Bundle:
-    """See what the network meets, judge it in int8, and write the new bundle.
+    """Calibrate a bundle for int8, evaluate it, and write the new bundle.
 
-    Raises BundleError when the network cannot be quantised, RequestError when too few images can be
-    read, OutputError when a bundle is there already.
+    Parameters
+    ----------
+    config : QuantizeConfig
+        Settings of `imgcls model quantize`.
+
+    Returns
+    -------
+    Bundle
+        The new bundle.
+
+    Raises
+    ------
+    BundleError
+        If the network cannot be quantized.
+    RequestError
+        If too few images can be read.
+    OutputError
+        If the output has a bundle.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     check_bundle_output(config.output, overwrite=config.overwrite, source=config.model)
     pixels, codes = _read_pixels(open_manifest(config.manifest), bundle, config.images)
     if len(pixels) < 2 * MIN_IMAGES:
         raise RequestError(
             f"manifest {config.manifest.path}: {len(pixels)} images can be read; int8 needs at "
-            f"least {2 * MIN_IMAGES}, better a thousand"
+            f"least {2 * MIN_IMAGES}; 1,000 are recommended"
         )
-    judged, label = pixels[1::2], codes[1::2]
-    told = Int8Calibration(
+    evaluated, label = pixels[1::2], codes[1::2]
+    calibration = Int8Calibration(
         ranges=record_int8_ranges(bundle, _iter_batches(pixels[::2])),
         calibration_images=len(pixels[::2]),
-        judged_images=len(judged),
+        judged_images=len(evaluated),
         agreement=0.0,
     )
-    prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
-    exact = _predict_labels(Classifier(bundle, precision="fp32", device="cpu"), judged)
-    rough_network = Classifier(prepared, precision="int8", device="cpu")
-    rough = _predict_labels(rough_network, judged)
+    prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": calibration}))
+    int8 = Classifier(prepared, precision="int8", device="cpu")
+    calibration = _measure_cost(calibration, bundle, int8, evaluated, label)
+    spec = bundle.spec.model_copy(update={"int8": calibration})
+    made = save_bundle(config.output, spec, load_bundle_weights(bundle))
+    usual = Classifier(bundle, device="cpu")
+    gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)
+    agreeing = round(calibration.agreement * len(evaluated))
+    low, high = wilson_interval(agreeing, len(evaluated))
+    print(
+        f"int8    {calibration.describe_cost()}; 95% interval of the agreement {low:.1%} to "
+        f"{high:.1%}"
+    )
+    print(
+        f"speed   {gain:.2f} times the throughput of {usual.precision} on this machine"
+        + ("" if gain > 1 else ": int8 is not faster for this network")
+    )
+    print(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
+    return made
+
+
+def _measure_cost(
+    calibration: Int8Calibration,
+    bundle: Bundle,
+    int8: Classifier,
+    pixels: Sequence[Pixels],
+    label: NDArray[np.int64],
+) -> Int8Calibration:
+    """Add the agreement of int8 with fp32 and, with labels, the accuracy of both."""
+    exact = _predict_labels(Classifier(bundle, precision="fp32", device="cpu"), pixels)
+    rough = _predict_labels(int8, pixels)
     found = {"agreement": float((exact == rough).mean())}
     known = label >= 0
     if known.any():
         found["accuracy"] = float((rough == label)[known].mean())
         found["accuracy_fp32"] = float((exact == label)[known].mean())
-    told = told.model_copy(update=found)
-    spec = bundle.spec.model_copy(update={"int8": told})
-    made = save_bundle(config.output, spec, load_bundle_weights(bundle))
-    low, high = wilson_interval(int((exact == rough).sum()), len(judged))
-    print(f"int8    {told.describe_cost()}; the first lies between {low:.1%} and {high:.1%} (95 %)")
-    usual = Classifier(bundle, device="cpu")
-    gain = _time_batch(usual, judged) / _time_batch(rough_network, judged)
-    print(
-        f"speed   {gain:.2f} times the forward passes of {usual.precision} on this machine"
-        + ("" if gain > 1 else ": not worth it for this network")
-    )
-    print(f"bundle  {made.url}; label with it by `--precision int8`")
-    return made
+    return calibration.model_copy(update=found)
 
 
 def _read_pixels(
     manifest: Manifest, bundle: Bundle, count: int
 ) -> tuple[list[Pixels], NDArray[np.int64]]:
-    """Pixels of the first images that can be read, and the class of each, -1 without a label."""
+    """Pixels of the first readable images, and the class index of each (-1 without a label)."""
     pixels: list[Pixels] = []
     codes: list[int] = []
     for batch in manifest.batches():
@@ -129,7 +161,7 @@ def _read_pixels(
 
 
 def _time_batch(classifier: Classifier, pixels: Sequence[Pixels]) -> float:
-    """What a batch takes: the least of five, the first of all left out."""
+    """Seconds per batch: the minimum of five runs after a warm-up."""
     batch = next(_iter_batches(pixels))
     classifier.classify(batch)
     taken = []
@@ -146,12 +178,12 @@ def _iter_batches(pixels: Sequence[Pixels]) -> Iterator[Pixels]:
 
 
 def _predict_labels(classifier: Classifier, pixels: Sequence[Pixels]) -> NDArray[np.int64]:
-    """(N,) class indices; raises BundleError where the network gives NaN or infinity."""
+    """(N,) class indices; raises BundleError if the network outputs NaN or infinity."""
     scored = [classifier.classify(batch) for batch in _iter_batches(pixels)]
     bad = sum(int((~batch.is_finite).sum()) for batch in scored)
     if bad:
         raise BundleError(
-            f"bundle {classifier.bundle.url}: its network gives NaN or infinity for {bad:,} of "
-            f"{len(pixels):,} images in {classifier.precision}; it cannot be quantized by them"
+            f"bundle {classifier.bundle.url}: its network outputs NaN or infinity for {bad:,} of "
+            f"{len(pixels):,} images in {classifier.precision}; quantize with other images"
         )
     return np.concatenate([batch.scores.argmax(1) for batch in scored])

@@ -1,6 +1,6 @@
-"""The rows that a tally kept, read back from the run, and which labels look wrong.
+"""Read back the rows that an aggregate selected, and rank possible label errors.
 
-A tally remembers where rows stand; here their columns are fetched, part by part, in one pass.
+An aggregate keeps the positions of rows; their columns are read here, file by file, in one pass.
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ _SHOWN_COLUMNS = (
 
 
 def lookup_rows(
-    run: CommittedRun, lists: Sequence[TopRows], label_column: str | None, late: JoinedLabels | None
+    run: CommittedRun,
+    lists: Sequence[TopRows],
+    label_column: str | None,
+    joined: JoinedLabels | None,
 ) -> list[pa.Table]:
-    """The rows of each list in its order: path, label, then what labelling said of them.
+    """Read the rows of each list, in its order.
 
-    Columns: row, path, label (null where there is none), predicted_label, confidence, label_score,
+    Columns: row, path, label (null without a label), predicted_label, confidence, label_score,
     topk_labels, topk_scores, width, height.
     """
     names = [*_SHOWN_COLUMNS, run.path_column]
-    if late is not None:
-        names += late.required_columns
+    if joined is not None:
+        names += joined.required_columns
     elif label_column is not None:
         names += [label_column, "label_score"]
     names += ["status"]
     names = list(dict.fromkeys(names))
-    files = np.concatenate([kept.file for kept in lists])
-    places = np.concatenate([kept.position for kept in lists])
+    files = np.concatenate([top.file for top in lists])
+    positions = np.concatenate([top.position for top in lists])
     found = [
-        _read_part_rows(run.files[file], names, places[files == file]) for file in np.unique(files)
+        _read_part_rows(run.files[file], names, positions[files == file])
+        for file in np.unique(files)
     ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
     table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
-    if late is not None:
-        table = late.rejoin(table)
+    if joined is not None:
+        table = joined.rejoin(table)
         label_column = JOINED_COLUMN
     label = (
         pa.nulls(table.num_rows, pa.string())
@@ -73,17 +77,17 @@ def lookup_rows(
             **{name: table[name] for name in _SHOWN_COLUMNS[3:]},
         }
     )
-    ends = np.cumsum([len(kept.file) for kept in lists])
+    ends = np.cumsum([len(top.file) for top in lists])
     return [
-        shown.slice(end - len(kept.file), len(kept.file))
-        for end, kept in zip(ends, lists, strict=True)
+        shown.slice(end - len(top.file), len(top.file))
+        for end, top in zip(ends, lists, strict=True)
     ]
 
 
-def _read_part_rows(url: str, names: list[str], places: np.ndarray) -> pa.Table:
-    """Rows of a part by place, in the order of `places`."""
-    order = np.argsort(places)
-    wanted = places[order]
+def _read_part_rows(url: str, names: list[str], positions: np.ndarray) -> pa.Table:
+    """Rows of a file at the given positions, in their order."""
+    order = np.argsort(positions)
+    wanted = positions[order]
     taken = []
     start = 0
     with filesystem.open_read(url) as stream:
@@ -101,25 +105,24 @@ def _read_part_rows(url: str, names: list[str], places: np.ndarray) -> pa.Table:
     return pa.concat_tables(taken).unify_dictionaries().take(back)
 
 
-def rank_label_issues(tally: RunAggregate, rows: pa.Table) -> pa.Table:
-    """Of the kept wrong rows, those whose label the model confidently contradicts, worst first.
+def rank_label_issues(aggregate: RunAggregate, rows: pa.Table) -> pa.Table:
+    """Rows whose label the model contradicts with confidence (possible label errors), worst first.
 
-    rows: as `fetch` gives them for `tally.issues`
-    A row is one when the score of the predicted class is at least the mean score that the rows
-    labelled with that class give to it: the model is as sure of it as it is of that class's own
-    rows. Ranked by `margin`, the confidence less the score of the given label.
+    rows: the rows of `aggregate.issues`, as `lookup_rows` returns them
+    A row is included if its confidence is at least the mean score of the predicted class on the
+    rows with that label. Rows are ranked by `margin`, the confidence minus the score of the label.
     Returns row, path, label, predicted_label, confidence, label_score, threshold, margin.
     Source: Northcutt, Jiang, Chuang, "Confident Learning", JAIR 70 (2021): the off-diagonal of the
-    confident joint, ranked by normalised margin.
+    confident joint, ranked by normalized margin.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = tally.label_score_sum / tally.label_score_rows
-    names = pa.array(tally.spec.classes, pa.string())
-    place = pc.index_in(rows["predicted_label"].cast(pa.string()), value_set=names)
-    own = np.append(mean, np.nan)[pc.fill_null(place, len(mean)).to_numpy()]
+        mean = aggregate.label_score_sum / aggregate.label_score_rows
+    names = pa.array(aggregate.spec.classes, pa.string())
+    index = pc.index_in(rows["predicted_label"].cast(pa.string()), value_set=names)
+    own = np.append(mean, np.nan)[pc.fill_null(index, len(mean)).to_numpy()]
     confidence = rows["confidence"].to_numpy()
     score = rows["label_score"].to_numpy()
-    found = confidence >= own  # never for a class without a labelled row, whose mean is NaN
+    found = confidence >= own  # never for a class without labeled rows, whose mean is NaN
     table = rows.select(
         ["row", "path", "label", "predicted_label", "confidence", "label_score"]
     ).append_column("threshold", pa.array(own, mask=np.isnan(own)))

@@ -1,6 +1,6 @@
-"""What travels between the driver and its workers: the order, the piece of work, the receipt.
+"""Messages between the driver and its workers: the run, a chunk to process, its result.
 
-Light on purpose: the driver of a run imports no torch.
+Imports no torch: the driver of a run does not need it.
 """
 
 from __future__ import annotations
@@ -8,34 +8,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.object_store import StorageConfig
-from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import OK
 from imgcls.execution.plan import Plan
-from imgcls.runs.layout import OK
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """What a worker must know to do any chunk of any run.
+    """Everything that a worker needs to process any chunk of a run; jobs add their own fields.
 
-    session:       a name that no other driver's pass over the run has
-    crash_retries: workers that a chunk may kill, beside the first, before its images are tried
-                   one by one
-    on_web:        whether images are on web servers, which limits how many workers read
+    session:        name of one pass of one driver over the run
+    io_concurrency: concurrent reads per worker
+    crash_retries:  worker crashes at a chunk, beside the first, before its rows are processed one
+                    at a time
+    is_on_web:      whether the inputs are on web servers, which limits the number of readers
     """
 
     output: str
     plan: Plan
-    path_column: str
-    root: str
-    batch_size: int
-    max_pixels: int
-    max_bytes: int = MAX_IMAGE_BYTES
     io_concurrency: int
     storage: StorageConfig
     session: str
@@ -43,37 +38,11 @@ class RunSpec:
     is_on_web: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictSpec(RunSpec):
-    """What it must know to label."""
-
-    bundle_url: str
-    bundle_sha256: str
-    label_column: str | None
-    top_k: int
-    thresholds: tuple[float, ...]
-    scores: bool
-    scores_type: str = "float32"
-    embeddings: bool
-    decode: DecodeMode
-    precision: str
-    compile: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScanSpec(RunSpec):
-    """What it must know to tell what images are like; with a bundle, their embeddings too."""
-
-    bundle_url: str | None
-    bundle_sha256: str | None
-    decode: DecodeMode | None
-
-
 @dataclass(frozen=True)
 class ChunkTask:
-    """A chunk to do: all its rows, or for a retry those at `offsets` within it.
+    """A chunk to process: all its rows, or for a retry the rows at `offsets` within it.
 
-    A retry carries the path and label columns of its rows: the shards of a committed run are gone.
+    rows: path and label columns of the rows of a retry. A committed run has no manifest shards.
     """
 
     chunk: int
@@ -83,9 +52,9 @@ class ChunkTask:
 
 @dataclass
 class StageTimings:
-    """What a chunk took of a worker: wall seconds in each stage, and bytes of images read.
+    """Wall seconds that a worker spent in each stage of a chunk, and the bytes that it read.
 
-    gpu: seconds that a GPU was busy with the forward passes; no stage of its own
+    gpu: seconds of forward passes on a GPU; part of `classify`, not a stage
     """
 
     fetch: float = 0.0
@@ -96,41 +65,57 @@ class StageTimings:
     bytes: int = 0
 
     @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Count the time within it as that of a stage."""
-        began = time.perf_counter()
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the duration of the block to a stage."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            setattr(self, name, getattr(self, name) + time.perf_counter() - began)
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
 
-    def plus(self, more: StageTimings) -> StageTimings:
-        """Both added up."""
+    def plus(self, other: StageTimings) -> StageTimings:
+        """Sum of both, field by field."""
         return StageTimings(
-            **{name: value + getattr(more, name) for name, value in asdict(self).items()}
+            **{name: value + getattr(other, name) for name, value in asdict(self).items()}
         )
 
     def seconds(self) -> dict[str, float]:
-        """By stage, and of the GPU."""
+        """Seconds by stage, and of the GPU."""
         return {name: value for name, value in asdict(self).items() if name != "bytes"}
 
 
 @dataclass(frozen=True)
-class ChunkResult:
-    """A chunk that is durable: what became of its rows, and the time each stage took.
+class PreparedChunk:
+    """Output of the first stage where a chunk is processed in two: what the second one needs.
 
-    status: rows by status
-    deaths: workers that it has cost
+    data:    whatever the job's first stage made of the rows
+    crashes: workers that crashed or were lost at this chunk in the first stage
+    """
+
+    task: ChunkTask
+    data: Any
+    timings: StageTimings
+    crashes: int
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """A chunk that is written: its rows by status and the time of each stage.
+
+    worker:  host/pid of the worker that wrote it
+    crashes: workers that crashed or were lost at this chunk
+    details: facts that are the same for all chunks of a worker, such as the model's precision
     """
 
     task: ChunkTask
     rows: int
     status: dict[str, int]
     timings: StageTimings
-    precision: str
     worker: str
     crashes: int = 0
+    details: dict[str, str] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
+        """Number of rows whose status is not ok."""
         return self.rows - self.status.get(OK, 0)

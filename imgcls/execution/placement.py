@@ -1,81 +1,92 @@
-"""Where the stages of labelling go: decided by arithmetic from what the cluster has, with reasons.
+"""Placement of a job's stages on the cluster: computed from its nodes, with the reasons.
 
-A pure function of the resources, so that every layout is planned and tested without its hardware.
-Promises that the layout fits before anything starts: Ray would wait for ever for a CPU that its own
-actors hold.
+A pure function of the resources, so that every placement is planned and tested without its
+hardware. A placement that is returned fits: Ray would wait forever for a CPU that its own actors
+hold.
 """
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from imgcls.cluster.session import Node
+from imgcls.cluster.session import Node, build_malloc_env
 from imgcls.config import Section, UnitFloat
 from imgcls.errors import ResourcesError
+from imgcls.execution.formatting import format_count
+from imgcls.execution.worker import Job, run_first_stage
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from imgcls.execution.messages import RunSpec
 
 PlacementName = Literal["cpu", "gpu", "gpu_decode"]
 
 ROLLUP_TASK_CPUS = 0.05
-"""CPU share of a roll-up task: it must start however busy the workers are."""
+"""CPUs of a roll-up task: it must be able to start while all workers are busy."""
 WORKER_CPUS = 0.9
-"""CPU share of a one-core worker, so that ten of them leave a core for Ray's tasks."""
+"""CPUs of a one-core worker, so that ten of them leave a core for Ray's own tasks."""
 MIN_ROWS_PER_WORKER = 128
-"""To start a worker costs a core 4 s: fewer rows are done sooner by those that are there."""
+"""Starting a worker costs a core 4 s: running workers finish fewer rows sooner."""
 GPU_WORKER_CPUS = 0.5
-"""CPU share of a worker that feeds a GPU; it must be free on the GPU's own machine."""
+"""CPUs of a worker that feeds a GPU; they must be free on the GPU's own node."""
+CHUNKS_PER_GPU_WORKER = 2
+"""Concurrent chunks of a GPU worker: one is decoded or written while the other is classified."""
 PREFETCH_STORE_FRACTION = 0.5
-"""Share of the object store that decoded images may take: Ray starts to spill at 0.8."""
+"""Fraction of the object store for prepared chunks. Ray starts to spill at 0.8."""
 STORED_CHUNKS_PER_TASK = 5
-"""Chunks that a decoding task may have in the object store: four finished, and one to come."""
+"""Chunks of one preparing task in the object store: four finished, and the one in progress."""
 GPU_TIME_SAVED = 0.5
-"""Share of the time that GPUs save at least where there were none: most of it is forward passes."""
+"""Minimum fraction of the time that the first GPUs save: most of it is forward passes."""
 MAX_STORAGE_WAITS = 3
-"""So often a worker may wait for a store before it has an image done: to see whether the chunk is
-there, for its rows, and for the image."""
+"""Waits for storage before a worker's first row: whether the chunk exists, its manifest rows, the
+first file."""
 JPEG_ENGINE_GPUS = ("A100", "A30", "H100", "H200", "B200", "GB200")
-"""Accelerators, as Ray names them, with a JPEG decode engine."""
+"""Accelerators with a JPEG decode engine, by Ray's names."""
 
 
 class ScaleConfig(Section):
-    """How many workers, and where."""
+    """Number and placement of workers."""
 
     layout: Literal["auto", "cpu", "gpu", "gpu_decode"] = "auto"
-    """cpu: every stage in one worker per core. gpu: CPUs decode for GPUs. gpu_decode: GPUs do."""
+    """cpu: one worker per core runs every stage. gpu: CPUs decode for GPUs. gpu_decode: GPUs decode
+    as well."""
     workers: PositiveInt | None = None
-    """Model workers; one per core, or one per GPU, when not given."""
+    """Number of model workers. Default: one per core, or one per GPU."""
     io_concurrency: PositiveInt = 16
-    """Reads under way per worker."""
+    """Concurrent reads per worker."""
     batch_size: PositiveInt | None = None
-    """Images per forward pass; 32 on CPUs, measured on GPUs, or 128 for a short run."""
+    """Images per forward pass. Default: 32 on CPUs; on GPUs measured, or 128 for a short run."""
     cpu_decode_fraction: UnitFloat | None = None
-    """Share of the images that CPUs decode where GPUs do too; measured, or 0 for a short run."""
+    """Fraction of the images that CPUs decode for GPUs that decode too. Default: measured, or 0 for
+    a short run."""
     crash_retries: NonNegativeInt = 1
-    """Workers that a chunk may kill, beside the first, before its images are tried one by one."""
+    """Retries of a chunk after a worker crash before its images are processed one at a time."""
     worker_timeout_s: PositiveFloat = 600.0
-    """A worker that has done no image for so long is ended, and another takes its place.
+    """Maximum time without a finished image, in seconds; then the worker is killed and replaced.
 
-    With a store, more than three times storage.retry_timeout_s: waiting for it is no hanging.
+    With an object store it must be more than three times storage.retry_timeout_s.
     """
     resource_timeout_s: PositiveFloat = 1800.0
-    """To wait for machines or workers at most."""
+    """Maximum wait for nodes or workers, in seconds."""
 
 
 @dataclass(frozen=True)
-class Placement:
-    """A layout that fits.
+class Placement(abc.ABC):
+    """A placement that fits; each layout is a subclass that owns its stages.
 
-    workers:        model workers (Ray actors), each with worker_cpus and worker_gpus
-    decoders:       tasks that may decode (gpu) or fetch (gpu_decode) at a time, one CPU share each
-    threads:        compute threads of a model worker
-    host_share:     share of the chunks whose images are decoded on CPUs
+    workers:             model workers (Ray actors), each with worker_cpus and worker_gpus
+    prepare_tasks:       maximum number of concurrent first-stage tasks, WORKER_CPUS each
+    threads:             compute threads of a model worker
+    cpu_decode_fraction: fraction of the chunks whose images CPUs decode
     """
 
-    name: PlacementName
     workers: int
     worker_cpus: float
     worker_gpus: float
@@ -85,130 +96,251 @@ class Placement:
     cpu_decode_fraction: float
     reasons: tuple[str, ...]
 
+    name: ClassVar[PlacementName]
+    max_buffered_results: ClassVar[int]
+    """Results by which a stage may be ahead of the driver, which reads them ten times a second. At
+    Ray Data's default of 2 a worker is limited to 2,400 images/s."""
+    min_benchmark_rows: ClassVar[int]
+    """Rows per worker from which a benchmark of half a minute pays."""
+
+    @abc.abstractmethod
+    def add_stages(self, dataset: Dataset, job: Job, spec: RunSpec) -> Dataset:
+        """Append the stages of a job to a dataset of pickled chunk tasks."""
+
+    @property
+    @abc.abstractmethod
+    def num_readers(self) -> int:
+        """Number of processes that read images at a time."""
+
+    @property
+    @abc.abstractmethod
+    def summary(self) -> str:
+        """Its size for the log."""
+
+    @abc.abstractmethod
+    def limit_readers(self, max_readers: int) -> Placement:
+        """The placement with at most `max_readers` processes that read images."""
+
+    @abc.abstractmethod
+    def compute_time_saved(self, other: Placement) -> float:
+        """Fraction of the other placement's time that this one should save; 0 if not larger."""
+
+    def with_cpu_decode_fraction(self, fraction: float) -> Placement:
+        """The placement in which CPUs decode a fraction of the chunks; unchanged without GPUs."""
+        return self
+
     def limit_to_rows(self, rows: int) -> Placement:
-        """The layout with no more workers than have something to do while another one starts."""
+        """The placement without workers that would have nothing to do once they have started."""
         return replace(
             self, workers=min(self.workers, max(1, math.ceil(rows / MIN_ROWS_PER_WORKER)))
         )
 
-    def limit_readers(self, most: int) -> Placement:
-        """The layout with no more processes that read images than `most`."""
-        if self.worker_gpus:
-            return replace(self, prepare_tasks=min(self.prepare_tasks, most))
-        return replace(self, workers=min(self.workers, most))
+    def _actor_options(self, spec: RunSpec, concurrent_chunks: int) -> dict[str, Any]:
+        import ray.data  # half a second, only where there is work
+
+        pool = ray.data.ActorPoolStrategy(
+            size=self.workers,
+            max_tasks_in_flight_per_actor=2,
+            max_concurrent_calls_per_actor=concurrent_chunks,
+            enable_true_multi_threading=concurrent_chunks > 1,
+        )
+        return {
+            "compute": pool,
+            "batch_size": 1,
+            "batch_format": "pyarrow",
+            "num_cpus": self.worker_cpus,
+            "num_gpus": self.worker_gpus or None,
+            "fn_constructor_args": (spec, self.threads),
+        }
+
+
+class CpuPlacement(Placement):
+    """`cpu`: one worker per core runs every stage of a chunk."""
+
+    name: ClassVar[PlacementName] = "cpu"
+    max_buffered_results: ClassVar[int] = 256  # a result takes some hundred bytes
+    min_benchmark_rows: ClassVar[int] = 20_000
+
+    def add_stages(self, dataset: Dataset, job: Job, spec: RunSpec) -> Dataset:
+        """Append the only stage."""
+        options = self._actor_options(spec, concurrent_chunks=1)
+        return dataset.map_batches(job.worker, **options, runtime_env=build_malloc_env() or None)
 
     @property
     def num_readers(self) -> int:
-        """Processes that read images at a time."""
-        return self.prepare_tasks if self.worker_gpus else self.workers
+        """The workers."""
+        return self.workers
 
     @property
     def summary(self) -> str:
-        """How large it is, as people read it."""
-        if not self.worker_gpus:
-            return f"{self.workers} workers"
-        return f"{self.workers} GPU workers and {self.prepare_tasks} tasks for them"
+        """The number of workers."""
+        return format_count(self.workers, "worker")
+
+    def limit_readers(self, max_readers: int) -> Placement:
+        """Fewer workers."""
+        return replace(self, workers=min(self.workers, max_readers))
 
     def compute_time_saved(self, other: Placement) -> float:
-        """Share of the other layout's time that this one is taken to save; 0 when it is no larger.
+        """By the number of workers; 0 compared with GPUs."""
+        if other.worker_gpus:
+            return 0.0
+        return max(0.0, 1 - other.workers / self.workers)
 
-        One with GPUs is larger than one without; of those with, what has more model workers, and
-        of as many, what has more tasks that decode for them.
-        """
-        if bool(self.worker_gpus) != bool(other.worker_gpus):
-            return GPU_TIME_SAVED if self.worker_gpus else 0.0
+
+class GpuPlacement(Placement):
+    """`gpu`: tasks on CPUs fetch and decode, one worker per GPU classifies."""
+
+    name: ClassVar[PlacementName] = "gpu"
+    max_buffered_results: ClassVar[int] = 4  # a result of the first stage holds a chunk's pixels
+    min_benchmark_rows: ClassVar[int] = 200_000
+
+    def add_stages(self, dataset: Dataset, job: Job, spec: RunSpec) -> Dataset:
+        """Append the first stage, as tasks, and the second one, as actors."""
+        import ray.data
+
+        assert job.prepare is not None
+        assert job.gpu_worker is not None
+        first_stage: Any = run_first_stage
+        prepared = dataset.map_batches(
+            first_stage,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=WORKER_CPUS,
+            fn_args=(job.prepare, spec, self.cpu_decode_fraction),
+            compute=ray.data.TaskPoolStrategy(size=self.prepare_tasks),
+        )
+        options = self._actor_options(spec, CHUNKS_PER_GPU_WORKER)
+        return prepared.map_batches(job.gpu_worker, **options)
+
+    @property
+    def num_readers(self) -> int:
+        """The tasks of the first stage."""
+        return self.prepare_tasks
+
+    @property
+    def summary(self) -> str:
+        """The numbers of workers and tasks."""
+        workers = format_count(self.workers, "GPU worker")
+        return f"{workers} with {format_count(self.prepare_tasks, 'CPU task')}"
+
+    def limit_readers(self, max_readers: int) -> Placement:
+        """Fewer tasks in the first stage."""
+        return replace(self, prepare_tasks=min(self.prepare_tasks, max_readers))
+
+    def compute_time_saved(self, other: Placement) -> float:
+        """By the number of workers, then by the number of tasks that decode for them."""
+        if not other.worker_gpus:
+            return GPU_TIME_SAVED
         if self.workers != other.workers:
             return max(0.0, 1 - other.workers / self.workers)
-        return max(0.0, 1 - other.prepare_tasks / self.prepare_tasks) if self.prepare_tasks else 0.0
+        return max(0.0, 1 - other.prepare_tasks / self.prepare_tasks)
+
+    def with_cpu_decode_fraction(self, fraction: float) -> Placement:
+        """`gpu` where CPUs decode every chunk, else `gpu_decode`."""
+        kind = GpuPlacement if fraction == 1 else GpuDecodePlacement
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return kind(**{**values, "cpu_decode_fraction": fraction})
+
+
+class GpuDecodePlacement(GpuPlacement):
+    """`gpu_decode`: tasks on CPUs fetch, and decode a fraction; GPUs decode the rest."""
+
+    name: ClassVar[PlacementName] = "gpu_decode"
+
+
+_PLACEMENTS: dict[str, type[Placement]] = {
+    kind.name: kind for kind in (CpuPlacement, GpuPlacement, GpuDecodePlacement)
+}
 
 
 def plan_placement(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Placement:
-    """Choose and size a layout for a cluster.
+    """Choose and size a placement for a cluster.
 
-    chunk_bytes: of a chunk's pixels, on their way from CPUs to GPUs
-    Raises ResourcesError, with the arithmetic, when what was asked for does not fit.
+    chunk_bytes: size of a prepared chunk on its way from CPUs to GPUs
+    Raises ResourcesError, with the arithmetic, when what the settings ask for does not fit.
     """
     cpus = sum(node.cpus for node in nodes)
     gpus = sum(math.floor(node.gpus) for node in nodes)
     if not any(node.cpus >= 1 for node in nodes):
         raise ResourcesError(
-            f"the cluster has {cpus:g} CPUs; labelling needs at least 1, on one machine: start Ray "
-            "with --num-cpus, or add a worker node"
+            f"the cluster has {cpus:g} CPUs; a worker needs at least 1 on one node. Start Ray with "
+            "--num-cpus, or add a worker node"
         )
-    name, why = _choose_placement(nodes, config, cpus, gpus)
+    name, reason = _choose_placement(nodes, config, cpus, gpus)
     if name == "cpu":
-        return _plan_cpu(nodes, config, why)
-    return _plan_gpu(name, nodes, config, gpus, why, chunk_bytes)
+        return _plan_cpu(nodes, config, reason)
+    return _plan_gpu(_PLACEMENTS[name], nodes, config, gpus, reason, chunk_bytes)
 
 
 def compute_first_bundles(
-    most: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
+    max_nodes: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
 ) -> list[dict[str, float]]:
-    """What to ask an autoscaler for when nothing fits: the least that a layout can begin with.
+    """Resources to request from an autoscaler when nothing fits: the least that can start.
 
-    most: the machines that may come; None where that is not known
+    max_nodes: the nodes that the cluster may grow to; None when that is unknown
     """
     gpus = config.layout in ("gpu", "gpu_decode")
-    if most is not None:
-        gpus = plan_placement(most, config, chunk_bytes).worker_gpus > 0
+    if max_nodes is not None:
+        gpus = plan_placement(max_nodes, config, chunk_bytes).worker_gpus > 0
     if not gpus:
         return [{"CPU": 1.0}] * (config.workers or 1)
     return [{"CPU": GPU_WORKER_CPUS, "GPU": 1.0}] * (config.workers or 1) + [{"CPU": 1.0}]
 
 
 def select_nodes(
-    most: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
+    max_nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
 ) -> list[Node]:
-    """Of the machines that may come those that a layout over all of them takes for so many rows.
+    """The nodes, of those that the cluster may grow to, that are worth starting for some rows.
 
-    Raises ResourcesError when not even all of them hold what was asked for.
+    Raises ResourcesError when not even all of them hold what the settings ask for.
     """
-    layout = plan_placement(most, config, chunk_bytes)
-    workers = config.workers or layout.limit_to_rows(rows).workers
+    placement = plan_placement(max_nodes, config, chunk_bytes)
+    workers = config.workers or placement.limit_to_rows(rows).workers
     cores = workers
-    if layout.worker_gpus:
-        cores = min(layout.prepare_tasks, max(1, math.ceil(rows / MIN_ROWS_PER_WORKER)))
-    taken = []
-    by_need = sorted(most, key=lambda node: -node.gpus if layout.worker_gpus else node.gpus)
+    if placement.worker_gpus:
+        cores = min(placement.prepare_tasks, max(1, math.ceil(rows / MIN_ROWS_PER_WORKER)))
+    selected = []
+    by_need = sorted(max_nodes, key=lambda node: -node.gpus if placement.worker_gpus else node.gpus)
     for node in by_need:
-        slots = math.floor(node.gpus) if layout.worker_gpus else 0
+        slots = math.floor(node.gpus) if placement.worker_gpus else 0
         if workers > 0 if slots else cores > 0:
-            taken.append(node)
+            selected.append(node)
             workers -= slots
             cores -= math.floor(node.cpus - slots * GPU_WORKER_CPUS)
-    return taken
+    return selected
 
 
 def _choose_placement(
     nodes: Sequence[Node], config: ScaleConfig, cpus: float, gpus: int
-) -> tuple[PlacementName, str]:
+) -> tuple[str, str]:
     if config.layout != "auto":
         if config.layout != "cpu" and gpus < 1:
             raise ResourcesError(
-                f"scale.layout {config.layout} needs a GPU, the cluster has {gpus}; say "
+                f"scale.layout {config.layout} needs a GPU, the cluster has {gpus}. Set "
                 "--scale.layout cpu, or add a GPU node"
             )
-        return config.layout, f"{config.layout} layout, as asked"
+        return config.layout, f"{config.layout} layout, as set by scale.layout"
     if gpus < 1:
         return "cpu", f"no GPU among {cpus:g} CPUs: every stage in one worker per core"
     engines = all(node.accelerator in JPEG_ENGINE_GPUS for node in nodes if node.gpus)
+    found = format_count(gpus, "GPU")
     if engines and cpus / gpus < 24:
         return "gpu_decode", (
-            f"{gpus} GPUs with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
+            f"{found} with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
         )
-    return "gpu", f"{gpus} GPUs, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
+    return "gpu", f"{found}, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
 
 
-def _plan_cpu(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Placement:
+def _plan_cpu(nodes: Sequence[Node], config: ScaleConfig, reason: str) -> Placement:
     cores = sum(math.floor(node.cpus) for node in nodes)
     workers = config.workers or cores
     if workers > cores:
         raise ResourcesError(
-            f"scale.workers {workers}: each takes a core, and the cluster has {cores} whole ones; "
-            f"give at most {cores}"
+            f"scale.workers {workers}: each worker takes a core, and the cluster has {cores} whole "
+            f"ones. Set at most {cores}"
         )
-    return Placement(
-        name="cpu",
+    left = sum(node.cpus for node in nodes) - workers * WORKER_CPUS
+    return CpuPlacement(
         workers=workers,
         worker_cpus=WORKER_CPUS,
         worker_gpus=0,
@@ -217,104 +349,107 @@ def _plan_cpu(nodes: Sequence[Node], config: ScaleConfig, why: str) -> Placement
         batch_size=config.batch_size or 32,
         cpu_decode_fraction=1.0,
         reasons=(
-            why,
-            f"{workers} workers x {WORKER_CPUS:g} CPU leave "
-            f"{sum(n.cpus for n in nodes) - workers * WORKER_CPUS:.1f} for Ray's own tasks",
+            reason,
+            f"{format_count(workers, 'worker')} x {WORKER_CPUS:g} CPU leave {left:.1f} for Ray's "
+            "own tasks",
         ),
     )
 
 
 def _plan_gpu(
-    name: PlacementName,
+    kind: type[Placement],
     nodes: Sequence[Node],
     config: ScaleConfig,
     gpus: int,
-    why: str,
+    reason: str,
     chunk_bytes: int,
 ) -> Placement:
     slots = [min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes]
     workers = config.workers or sum(slots)
-    if workers > gpus:
-        raise ResourcesError(
-            f"scale.workers {workers}: each takes a GPU, and the cluster has {gpus}; give at "
-            f"most {gpus}"
-        )
-    if workers > sum(slots) or workers < 1:
-        raise ResourcesError(
-            f"{max(workers, 1)} GPU workers x {GPU_WORKER_CPUS:g} CPU: the machines with GPUs have "
-            f"CPUs for {sum(slots)}; add CPUs there, give fewer scale.workers, or say "
-            "--scale.layout cpu"
-        )
-    # Ray may put the workers on any machine that has room: count on what each has left at worst.
+    _check_gpu_workers(workers, sum(slots), gpus)
+    # Ray may place the workers on any node with room: count what each node has left at worst
     left = [
         node.cpus - min(slot, workers) * GPU_WORKER_CPUS
         for node, slot in zip(nodes, slots, strict=True)
     ]
-    places = [max(0, math.floor((room - ROLLUP_TASK_CPUS) / WORKER_CPUS)) for room in left]
-    if sum(places) < 1:
+    rooms = [max(0, math.floor((cpus - ROLLUP_TASK_CPUS) / WORKER_CPUS)) for cpus in left]
+    if sum(rooms) < 1:
         raise ResourcesError(
-            f"{workers} GPU workers x {GPU_WORKER_CPUS:g} CPU leave at most {max(left):g} of "
-            f"{sum(n.cpus for n in nodes):g} CPUs on one machine, and fetching needs "
-            f"{WORKER_CPUS + ROLLUP_TASK_CPUS:g}: add CPUs, give fewer scale.workers, or say "
+            f"{format_count(workers, 'GPU worker')} x {GPU_WORKER_CPUS:g} CPU leave at most "
+            f"{max(left):g} of {sum(n.cpus for n in nodes):g} CPUs on one node, and fetching needs "
+            f"{WORKER_CPUS + ROLLUP_TASK_CPUS:g}. Add CPUs, set fewer scale.workers, or set "
             "--scale.layout cpu"
         )
-    decoders, storing = _limit_by_object_store(nodes, places, chunk_bytes)
-    doing = (
-        "fetch" if name == "gpu_decode" and not config.cpu_decode_fraction else "fetch and decode"
-    )
+    prepare_tasks, store_reason = _limit_by_object_store(nodes, rooms, chunk_bytes)
+    decodes = kind is GpuPlacement or bool(config.cpu_decode_fraction)
+    work = "fetch and decode" if decodes else "fetch"
     idle = gpus - workers if config.workers is None else 0
-    return Placement(
-        name=name,
+    return kind(
         workers=workers,
         worker_cpus=GPU_WORKER_CPUS,
         worker_gpus=1,
-        prepare_tasks=decoders,
+        prepare_tasks=prepare_tasks,
         threads=1,
         batch_size=config.batch_size or 128,
-        cpu_decode_fraction=(config.cpu_decode_fraction or 0.0) if name == "gpu_decode" else 1.0,
+        cpu_decode_fraction=1.0 if kind is GpuPlacement else config.cpu_decode_fraction or 0.0,
         reasons=(
-            why,
-            f"{workers} model workers on GPUs, up to {decoders} tasks that {doing} on CPUs",
-            *([storing] if storing else []),
-            *([f"{idle} GPUs stay idle for want of CPUs beside them"] if idle else []),
+            reason,
+            f"{format_count(workers, 'model worker')} on GPUs, up to "
+            f"{format_count(prepare_tasks, 'task')} on CPUs to {work}",
+            *([store_reason] if store_reason else []),
+            *([f"{format_count(idle, 'GPU')} idle: too few CPUs on their nodes"] if idle else []),
         ),
     )
 
 
+def _check_gpu_workers(workers: int, slots: int, gpus: int) -> None:
+    """Raise ResourcesError where workers lack a GPU, or a GPU's node lacks CPUs."""
+    if workers > gpus:
+        raise ResourcesError(
+            f"scale.workers {workers}: each worker takes a GPU, and the cluster has {gpus}. Set at "
+            f"most {gpus}"
+        )
+    if workers > slots or workers < 1:
+        raise ResourcesError(
+            f"{max(workers, 1)} GPU workers x {GPU_WORKER_CPUS:g} CPU: the nodes with GPUs have "
+            f"CPUs for {slots}. Add CPUs there, set fewer scale.workers, or set --scale.layout cpu"
+        )
+
+
 def _limit_by_object_store(
-    nodes: Sequence[Node], places: Sequence[int], chunk_bytes: int
+    nodes: Sequence[Node], rooms: Sequence[int], chunk_bytes: int
 ) -> tuple[int, str]:
-    """Decoding tasks whose pixels the object stores hold, and how that was reckoned.
+    """Number of first-stage tasks whose output the object stores hold, and how it was computed.
 
-    Ray shares tasks out by CPUs, and a task's pixels lie where it runs: so the machine with the
-    least store for its CPUs says which share of all places may be taken.
+    Ray distributes tasks by CPUs, and a task's output lies where the task runs: the node with the
+    smallest store for its CPUs limits the fraction of all tasks.
 
-    places: of tasks on each machine
+    rooms: number of tasks that each node has CPUs for
     """
     each = STORED_CHUNKS_PER_TASK * chunk_bytes
-    rooms = [
+    stores = [
         (PREFETCH_STORE_FRACTION * node.object_store_bytes, count)
-        for node, count in zip(nodes, places, strict=True)
+        for node, count in zip(nodes, rooms, strict=True)
         if count
     ]
-    if not each or any(math.isinf(room) for room, _ in rooms):
-        return sum(places), ""
-    largest = max(room for room, _ in rooms)
+    if not each or any(math.isinf(size) for size, _ in stores):
+        return sum(rooms), ""
+    largest = max(size for size, _ in stores)
     if largest < each:
         raise ResourcesError(
-            f"a task that decodes has up to {STORED_CHUNKS_PER_TASK} chunks of "
-            f"{chunk_bytes / 1e6:,.0f} MB "
-            f"in the object store, of which {largest / 1e6:,.0f} MB may be used: give a smaller "
-            "--chunk-rows, or start Ray with a larger --object-store-memory"
+            f"a task that decodes holds up to {STORED_CHUNKS_PER_TASK} chunks of "
+            f"{chunk_bytes / 1e6:,.0f} MB in the object store, where it may use "
+            f"{largest / 1e6:,.0f} MB. Set a smaller --chunk-rows, or start Ray with a larger "
+            "--object-store-memory"
         )
-    room, count = min(rooms, key=lambda machine: machine[0] / machine[1])
-    share = min(1.0, room / each / count)
-    fit = max(1, math.floor(share * sum(places) + 1e-6))
-    reckoned = (
-        f"{fit} x {STORED_CHUNKS_PER_TASK} chunks of {chunk_bytes / 1e6:,.0f} MB take "
-        f"{fit * each / 1e9:.1f} of the {sum(room for room, _ in rooms) / 1e9:.1f} GB of object "
-        "store that they may"
+    size, count = min(stores, key=lambda store: store[0] / store[1])
+    fraction = min(1.0, size / each / count)
+    tasks = max(1, math.floor(fraction * sum(rooms) + 1e-6))
+    reason = (
+        f"{tasks} x {STORED_CHUNKS_PER_TASK} chunks of {chunk_bytes / 1e6:,.0f} MB take "
+        f"{tasks * each / 1e9:.1f} of the {sum(size for size, _ in stores) / 1e9:.1f} GB that they "
+        "may use of the object store"
     )
-    if share < 1 and len(rooms) > 1:
-        reckoned += f"; a machine with {room / 1e9:.1f} GB for {count} such tasks sets the limit"
-    return fit, reckoned
+    if fraction < 1 and len(stores) > 1:
+        reason += f"; a node with {size / 1e9:.1f} GB for {count} such tasks is the limit"
+    return tasks, reason

@@ -1,8 +1,8 @@
-"""The plan: a manifest streamed once into shards of fixed-size chunks, and the run's identity.
+"""The plan of a run: its manifest, streamed once into shards of fixed-size chunks; its identity.
 
 Owns `_run.json` and the manifest shards. A chunk is one row group of one shard, so a worker reads
-just its own rows however large the manifest, and a manifest that changes while the run is under way
-changes nothing. Promises bounded memory and that a resumed run is the same run or is refused.
+only its own rows, whatever the size of the manifest, and a manifest that changes during the run
+changes nothing. Memory is bounded. A resumed run is the same run, or is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
-from imgcls.errors import ManifestError
+from imgcls.errors import ManifestError, OutputError
+from imgcls.execution.formatting import format_count
 from imgcls.log import tell
 from imgcls.runs import layout
 
@@ -36,9 +37,10 @@ MAX_PART_BYTES = 128_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """How a manifest is cut: parts (final files) of chunks (units of work) of rows.
+    """How a manifest is split: parts (final files) of chunks (units of work) of rows.
 
-    rows, chunk_rows, part_rows count manifest rows; part_rows is a multiple of chunk_rows.
+    rows, chunk_rows, part_rows count manifest rows; part_rows is a multiple of chunk_rows. Written
+    to `_run.json` under these names.
     """
 
     run_id: str
@@ -48,38 +50,44 @@ class Plan:
 
     @property
     def num_chunks(self) -> int:
+        """Number of chunks."""
         return -(-self.rows // self.chunk_rows)
 
     @property
     def num_parts(self) -> int:
+        """Number of parts."""
         return -(-self.rows // self.part_rows)
 
     def part_of(self, chunk: int) -> int:
+        """The part that a chunk belongs to."""
         return chunk * self.chunk_rows // self.part_rows
 
     def chunks_of(self, part: int) -> range:
+        """The chunks of a part."""
         per_part = self.part_rows // self.chunk_rows
         return range(part * per_part, min(self.num_chunks, (part + 1) * per_part))
 
     def rows_of(self, chunk: int) -> range:
+        """The manifest rows of a chunk."""
         start = chunk * self.chunk_rows
         return range(start, min(self.rows, start + self.chunk_rows))
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes two runs the same run; any difference is refused by name."""
+    """What makes two runs the same run; written to `_run.json` under these names."""
 
     manifest: dict[str, Any]
     bundle: dict[str, Any]
     settings: dict[str, Any]
 
     def compute_run_id(self) -> str:
+        """A hash of the identity, which names the run."""
         body = json.dumps(asdict(self), sort_keys=True).encode()
         return hashlib.blake2b(body, digest_size=6).hexdigest()
 
     def find_differences(self, stored: Mapping[str, Any]) -> list[str]:
-        """One line for each value that is not as it was stored."""
+        """One line for each value that differs from the stored one."""
         lines = []
         for section, now in asdict(self).items():
             then = stored.get(section, {})
@@ -88,8 +96,19 @@ class RunIdentity:
                     lines.append(f"{section}.{key}: {then.get(key)!r} then, {now.get(key)!r} now")
         return lines
 
+    def check_same_run(self, output: str, stored: Mapping[str, Any]) -> None:
+        """Raise OutputError, with the differences, when an output holds another run."""
+        differences = self.find_differences(stored)
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise OutputError(
+                f"output {output}: holds another run:\n{lines}\n"
+                "Pass another --output, or start over with --overwrite"
+            )
+
 
 def parse_plan(run: Mapping[str, Any]) -> Plan:
+    """The plan in a `_run.json`."""
     return Plan(**run["plan"])
 
 
@@ -111,17 +130,17 @@ def make_plan(
     """Stream the manifest into shards below `output`, then write `_run.json`.
 
     chunk_rows: None chooses 256, or less for a manifest too small to keep every worker busy
-    part_rows:  rows of a final file at most
-    row_bytes:  bytes that a prediction row is expected to take in Parquet
-    limit:      rows to take from the start of the manifest
-    classes:    of the model that is to label, if there is one
-    any_labels: plan also rows whose labels are all no classes of the model
+    part_rows:  maximum number of rows of a final file
+    row_bytes:  expected size of an output row in Parquet, in bytes
+    limit:      number of rows to take from the start of the manifest
+    classes:    of the model, if the run has one
+    any_labels: accept labels of which none is a class of the model
     notes:      more entries of `_run.json`
-    Raises ManifestError when it has no row, or labels of which no one is a class of the model.
+    Raises ManifestError when it has no row, or no label that is a class of the model.
     """
     head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
     if head.num_rows == 0 and not may_be_empty:
-        raise ManifestError(f"manifest {manifest.source}: has no row; nothing to label")
+        raise ManifestError(f"manifest {manifest.source}: has no rows")
     largest = min(part_rows, max(1, MAX_PART_BYTES // row_bytes))
     chunk = min(largest, chunk_rows or _choose_chunk_rows(head.num_rows))
     part = largest // chunk * chunk
@@ -147,7 +166,7 @@ def make_plan(
 
 
 def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
-    """Cut the manifest of a run again if shards are gone, as when a start-over was broken off."""
+    """Write a run's manifest shards again if some are missing, as after a killed start-over."""
     present = filesystem.list_names(filesystem.parent(layout.shard_url(output, 0)))
     if {layout.part_name(part) for part in range(plan.num_parts)} <= set(present):
         return
@@ -157,7 +176,7 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
 
 
 def _choose_chunk_rows(rows: int) -> int:
-    """Chunks of 256 rows, or a 32nd of a small manifest in steps of 32."""
+    """256 rows, or a 32nd of a small manifest, rounded up to a multiple of 32."""
     if rows >= SMALL_MANIFEST_ROWS:
         return DEFAULT_CHUNK_ROWS
     return max(32, -(-rows // 32 // 32) * 32)
@@ -166,16 +185,16 @@ def _choose_chunk_rows(rows: int) -> int:
 def _read_first_rows(
     manifest: Manifest, count: int, limit: int | None
 ) -> tuple[pa.Table, Iterator[pa.Table]]:
-    """The first `count` rows as one table, and the others as a stream."""
+    """The first `count` rows as one table, and the others as an iterator."""
     batches = _limit_rows(manifest, limit)
-    gathered: list[pa.Table] = []
+    tables: list[pa.Table] = []
     rows = 0
     for table in batches:
-        gathered.append(table)
+        tables.append(table)
         rows += table.num_rows
         if rows >= count:
             break
-    return pa.concat_tables(gathered) if gathered else manifest.schema.empty_table(), batches
+    return pa.concat_tables(tables) if tables else manifest.schema.empty_table(), batches
 
 
 def _limit_rows(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
@@ -192,9 +211,9 @@ def _limit_rows(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
 
 
 class _ShardWriter:
-    """Cuts a stream of tables into shard files whose row groups are chunks.
+    """Writes a stream of tables into shard files whose row groups are chunks.
 
-    On an error the shard under way leaves no file.
+    On an error the shard in progress leaves no file.
     """
 
     def __init__(self, output: str, schema: pa.Schema, chunk_rows: int, part_rows: int) -> None:
@@ -254,12 +273,12 @@ class _ShardWriter:
 
 
 class _LabelChecker:
-    """Sees every label go by; refuses a manifest whose labels share nothing with the classes."""
+    """Counts the labels of a manifest; refuses it when none of them is a class of the model."""
 
     def __init__(self, manifest: Manifest, classes: list[str]) -> None:
         self._manifest = manifest
         self._classes = {unicodedata.normalize("NFC", name) for name in classes}
-        self._strangers: Counter[str] = Counter()
+        self._unknown: Counter[str] = Counter()
         self._known = 0
 
     def add(self, table: pa.Table) -> None:
@@ -274,31 +293,32 @@ class _LabelChecker:
             if name in self._classes:
                 self._known += count
                 continue
-            self._strangers[name] += count
+            self._unknown[name] += count
 
     def check(self, *, refuse: bool) -> None:
-        if not self._strangers:
+        if not self._unknown:
             return
-        examples = ", ".join(repr(name) for name in list(self._strangers)[:3])
+        examples = ", ".join(repr(name) for name in list(self._unknown)[:3])
         if refuse and not self._known:
             classes = sorted(self._classes)
             shown = ", ".join(repr(name) for name in classes[:3])
             if self._manifest.format == "tree":
                 raise ManifestError(
-                    f"manifest {self._manifest.source}: not one of its folders is named as a class "
-                    f"of the model (found {examples}; the model has {shown}, {len(classes)} in "
-                    "all); pass --manifest.format images to label all images below it, or use the "
-                    "bundle trained on these classes"
+                    f"manifest {self._manifest.source}: none of its folders has the name of a "
+                    f"class of the model (found {examples}; the model has {shown}, "
+                    f"{format_count(len(classes), 'class', 'classes')}). Pass --manifest.format "
+                    "images to label all images below it, or use the bundle trained on these "
+                    "classes"
                 )
             raise ManifestError(
-                f"manifest {self._manifest.source}: not one label in column "
+                f"manifest {self._manifest.source}: no label in column "
                 f"{self._manifest.label_column!r} is a class of the model (found {examples}; the "
-                f"model has {shown}, {len(classes)} in all); use the bundle trained on these "
-                "classes, or name another --manifest.label-column"
+                f"model has {shown}, {format_count(len(classes), 'class', 'classes')}). Use the "
+                "bundle trained on these classes, or pass another --manifest.label-column"
             )
-        log_label_variants(f"manifest {self._manifest.source}", self._strangers, self._classes)
+        log_label_variants(f"manifest {self._manifest.source}", self._unknown, self._classes)
         tell(
             "note",
-            f"{self._strangers.total():,} labels are not classes of the model ({examples}); such "
-            "rows are labelled, and counted apart in the metrics",
+            f"{format_count(self._unknown.total(), 'label')} not among the classes of the model "
+            f"({examples}); these rows are labeled, and counted separately in the metrics",
         )

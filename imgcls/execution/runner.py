@@ -1,27 +1,40 @@
-"""Work handed to the cluster until none is left, however the cluster changes meanwhile.
+"""Run the chunks of a job on the cluster; replan when nodes join or leave; report the progress.
 
-A pass is one pipeline, laid out for the machines that are there. Ray restarts the workers of a lost
-machine wherever there is room; where there is none their chunks would wait for ever, and machines
-that come would stand idle. So a pass is broken off, and the next one laid out anew, when nobody
-goes on any more, or when what has come is worth a new start.
+A pass is one pipeline, placed for the nodes that are there. Ray restarts the workers of a lost node
+wherever there is room; where there is none, their chunks would wait forever, and nodes that join
+would stay idle. So a pass is stopped and replanned when no worker makes progress any more, or when
+the new nodes are worth a restart.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import ray
 
-from imgcls.cluster import autoscaler, session
+from imgcls import log
+from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.session import Interruption, Node
-from imgcls.errors import ImgclsError, Interrupted, ResourcesError, RunFailed, StorageError
+from imgcls.cluster.interrupts import Interruption
+from imgcls.data.manifest import Manifest
+from imgcls.errors import (
+    CrashingImage,
+    ImgclsError,
+    Interrupted,
+    ResourcesError,
+    RunFailed,
+    StorageError,
+    first_line,
+)
+from imgcls.execution import replan
+from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.formatting import format_count
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import (
     Placement,
@@ -30,293 +43,342 @@ from imgcls.execution.placement import (
     plan_placement,
     select_nodes,
 )
+from imgcls.execution.plan import Plan, restore_shards
+from imgcls.execution.progress import Progress
+from imgcls.execution.replan import NodeMonitor, RunState
+from imgcls.execution.worker import Job
 from imgcls.log import tell
+from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
-SETTLE_SECONDS = 15.0
-"""What comes and goes is left alone for so long: machines seldom do so alone."""
-MIN_SAVED_SECONDS = 60.0
-"""A new start must save so much: it costs a worker's start, and the chunks under way."""
-_POLL_SECONDS = 2.0
-
-
-def wait_for_placement(
-    scale: ScaleConfig, interruption: Interruption, chunk_bytes: int
-) -> Placement:
-    """The layout for the machines that are there; waits for the first where more may come.
-
-    Raises ResourcesError when it does not fit and will not, or did not in
-    `scale.resource_timeout_s`.
-    """
-    return autoscaler.wait_until_fit(
-        lambda nodes: plan_placement(nodes, scale, chunk_bytes),
-        lambda most: compute_first_bundles(most, scale, chunk_bytes),
-        scale.resource_timeout_s,
-        interruption,
-    )
-
-
-def find_missing_nodes(wanted: Sequence[Node], there: Sequence[Node]) -> list[dict[str, float]]:
-    """Each machine that is wanted and not there, as what it has."""
-    left = collections.Counter((node.cpus, node.gpus) for node in wanted)
-    left.subtract((node.cpus, node.gpus) for node in there)
-    return [
-        {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        for (cpus, gpus), count in left.items()
-        for _ in range(count)
-    ]
+PROGRESS_WRITE_SECONDS = 10.0
+"""Time between two writes of the progress file."""
 
 
 @dataclass(frozen=True)
-class RunState:
-    """What decides whether a pass goes on.
+class Driver:
+    """What the driver of a run has: its output, lease, signals and settings."""
 
-    before, now:  the machines when the pass began, and now
-    steady:       seconds since they last changed
-    idle:         seconds since a worker was last seen to go on
-    rows_left:    to be done
-    rate:         rows per second in this pass; None before the first
-    worker_timeout_s: after which a worker counts as hanging
+    output: str
+    lease: Lease
+    interruption: Interruption
+    scale: ScaleConfig
+    progress_seconds: float
+    chunk_bytes: int = 0
+    """Size of a prepared chunk on its way from CPUs to GPUs."""
+
+
+class Observer(Protocol):
+    """Receives the results and the progress of a run, for example to export metrics."""
+
+    def record_chunk(self, result: ChunkResult) -> None:
+        """A chunk is written."""
+
+    def set_progress(self, snapshot: Mapping[str, Any]) -> None:
+        """The state of the run, as `Progress.snapshot` returns it."""
+
+
+def wait_for_placement(
+    job: Job, scale: ScaleConfig, interruption: Interruption, chunk_bytes: int = 0
+) -> Placement:
+    """Plan and log the placement for the nodes that are there; wait where more may join.
+
+    Raises ResourcesError when it does not fit and will not, or not within
+    `scale.resource_timeout_s`.
     """
-
-    nodes_before: Sequence[Node]
-    nodes_now: Sequence[Node]
-    stable_seconds: float
-    idle_seconds: float
-    rows_left: int
-    rows_per_second: float | None
-    worker_timeout_s: float
-
-
-def find_replan_reason(
-    it: RunState, layout: Placement, fit: Callable[[], Placement | None]
-) -> str | None:
-    """Why the pass should be broken off and laid out anew, if it should.
-
-    fit: the layout for the machines that are there now; None when nothing fits
-    """
-    ids = {node.id for node in it.nodes_now}
-    lost = sum(1 for node in it.nodes_before if node.id not in ids)
-    if it.stable_seconds < SETTLE_SECONDS:
-        return None
-    if lost and it.idle_seconds > SETTLE_SECONDS:
-        return f"{lost} of {len(it.nodes_before)} machines are gone, and no worker goes on"
-    if it.rows_per_second is not None and it.idle_seconds > it.worker_timeout_s + SETTLE_SECONDS:
-        # not within a chunk: that would be seen to by the watch
-        return f"no worker has gone on for {it.idle_seconds:.0f} s"
-    came = len(it.nodes_now) - (len(it.nodes_before) - lost)
-    if not came or it.rows_per_second is None:
-        return None
-    fits = fit()
-    if (
-        fits is None
-        or it.rows_left / it.rows_per_second * fits.compute_time_saved(layout) < MIN_SAVED_SECONDS
-    ):
-        return None
-    before = layout.summary if fits.worker_gpus else layout.workers
-    return f"{came} machines have come: {fits.summary} instead of {before}"
+    scale = _limit_to_job(scale, job)
+    placement = autoscaler.wait_until_fit(
+        lambda nodes: plan_placement(nodes, scale, chunk_bytes),
+        lambda max_nodes: compute_first_bundles(max_nodes, scale, chunk_bytes),
+        scale.resource_timeout_s,
+        interruption,
+    )
+    _log_placement(placement)
+    return placement
 
 
-class ChunkRunner:
-    """The passes over a run's work.
+def load_completed(output: str, plan: Plan, manifest: Manifest) -> CompletedChunks:
+    """List what an earlier driver has finished; restore the plan's manifest shards if needed."""
+    completed = CompletedChunks.load(output, plan)
+    if len(completed.parts) < plan.num_parts:
+        restore_shards(output, manifest, plan)
+    if completed.rows_done:
+        tell("resume", f"{completed.rows_done:,} of {plan.rows:,} rows are done")
+    return completed
 
-    wider: the layout for the machines that are there, with what the run has chosen for itself
+
+class JobRun:
+    """A job's chunks on the cluster: placed, watched, replanned and reported.
+
+    adapt: makes the placement for new nodes one that keeps what the run has chosen for itself
     """
 
     def __init__(
         self,
+        job: Job,
         spec: RunSpec,
-        scale: ScaleConfig,
-        interruption: Interruption,
-        wider: Callable[[Placement], Placement],
-        chunk_bytes: int,
+        driver: Driver,
+        *,
+        adapt: Callable[[Placement], Placement] = lambda placement: placement,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        self._job = job
         self._spec = spec
-        self._scale = scale
-        self._interruption = interruption
-        self._wider = wider
-        self._chunk_bytes = chunk_bytes
-        self._patience = WaitTimeout(scale.resource_timeout_s)
-        self._most = None if session.is_private_session() else autoscaler.find_max_nodes()
+        self._driver = driver
+        self._observers = observers
+        self._passes = ChunkRunner(job, spec, driver, adapt)
+        self.stage_seconds: dict[str, float] = {}
+        self.steady_rate: float | None = None
+        self.details: dict[str, set[str]] = {}
 
-    def run(self, layout: Placement, todo: Sequence[ChunkTask]) -> Iterator[ChunkResult | None]:
-        """Each chunk once it is durable, and None at times when nothing has come.
+    def run(
+        self, placement: Placement, tasks: Sequence[ChunkTask], *, total: int, done: int = 0
+    ) -> Iterator[ChunkResult]:
+        """Process tasks; yields each result once its chunk is written and the lease is held.
 
-        Raises RunFailed when no worker goes on for `scale.resource_timeout_s`.
+        total: rows of the run; done: of these, rows that were finished before
+        Raises RunFailed when no worker makes progress for `scale.resource_timeout_s`, or another
+        driver has taken over.
         """
-        left = {work.chunk: work for work in todo}
+        if not tasks:
+            return
+        driver = self._driver
+        progress = Progress(total, done, driver.progress_seconds, self._job.name)
+        written_at = time.monotonic()
         try:
-            while left:
-                layout = self._limit_workers(layout, self._count_rows(left))
-                why = yield from self._run_pass(layout, left)
-                if not left:
+            for result in self._passes.run(placement, tasks):
+                if result is None:
+                    progress.tick()
+                else:
+                    driver.lease.check()
+                    self._record(result, progress)
+                    yield result
+                if time.monotonic() - written_at > PROGRESS_WRITE_SECONDS:
+                    written_at = time.monotonic()
+                    driver.lease.check()
+                    self._publish(progress)
+                    layout.write_progress(driver.output, progress.snapshot())
+            self._publish(progress)  # else a gauge keeps the rows that were left before
+        finally:
+            progress.close()
+            self.steady_rate = progress.steady_rate
+            for stage, seconds in progress.timings.seconds().items():
+                self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
+
+    def _record(self, result: ChunkResult, progress: Progress) -> None:
+        for name, value in result.details.items():
+            self.details.setdefault(name, set()).add(value)
+        progress.add(result)
+        for observer in self._observers:
+            observer.record_chunk(result)
+        _log_chunk(result)
+
+    def _publish(self, progress: Progress) -> None:
+        for observer in self._observers:
+            observer.set_progress(progress.snapshot())
+
+
+def _log_chunk(result: ChunkResult) -> None:
+    """Log a chunk: worker crashes for people, everything for a log system."""
+    task = result.task
+    if result.crashes:
+        crashed = result.status.get(CrashingImage.status, 0)
+        tell(
+            "watch",
+            f"chunk {task.chunk}: {format_count(result.crashes, 'worker')} crashed or were lost at "
+            f"it; finished, {format_count(crashed, 'row')} {CrashingImage.status}",
+        )
+    if log.is_json():
+        seconds = {name: round(value, 3) for name, value in result.timings.seconds().items()}
+        tell(
+            "chunk",
+            f"chunk {task.chunk} is written",
+            chunk=task.chunk,
+            worker=result.worker,
+            node=result.worker.partition("/")[0],
+            rows=result.rows,
+            status=result.status,
+            deaths=result.crashes,
+            seconds=seconds,
+        )
+
+
+class ChunkRunner:
+    """Passes over the remaining tasks, one after another, until none is left."""
+
+    def __init__(
+        self, job: Job, spec: RunSpec, driver: Driver, adapt: Callable[[Placement], Placement]
+    ) -> None:
+        self._job = job
+        self._spec = spec
+        self._interruption = driver.interruption
+        self._scale = _limit_to_job(driver.scale, job)
+        self._chunk_bytes = driver.chunk_bytes
+        self._adapt = adapt
+        self._timeout = WaitTimeout(driver.scale.resource_timeout_s)
+        self._max_nodes = None if session.is_private_session() else autoscaler.find_max_nodes()
+
+    def run(self, placement: Placement, tasks: Sequence[ChunkTask]) -> Iterator[ChunkResult | None]:
+        """Yields each chunk's result once it is written, and None now and then without a result.
+
+        Raises RunFailed when no worker makes progress for `scale.resource_timeout_s`.
+        """
+        remaining = {task.chunk: task for task in tasks}
+        try:
+            while remaining:
+                placement = self._limit_workers(placement, self._count_rows(remaining))
+                reason = yield from self._run_pass(placement, remaining)
+                if not remaining:
                     return
-                if why is None:
-                    raise RunFailed(f"{len(left):,} chunks were handed out and have not come back")
-                tell("layout", f"{why}: laid out anew")
-                layout = self._wider((yield from self._replan()))
-                for reason in layout.reasons:
-                    tell("layout", reason)
+                if reason is None:
+                    raise RunFailed(
+                        f"{len(remaining):,} chunks were sent to workers and did not return"
+                    )
+                tell("layout", f"{reason}; replanning")
+                placement = self._adapt((yield from self._replan()))
+                _log_placement(placement)
         finally:
             autoscaler.cancel_request()
 
-    def _request_nodes(self, rows: int) -> None:
-        """Ask for all machines that so many rows are worth, where it is known what may come.
+    def _run_pass(
+        self, placement: Placement, remaining: dict[int, ChunkTask]
+    ) -> Generator[ChunkResult | None, None, str | None]:
+        """Run one pass, removing finished chunks from `remaining`; returns why it was stopped."""
+        # Ray Data takes half a second to import: only where there is work
+        from imgcls.execution.heartbeat import Watchdog
+        from imgcls.execution.pipeline import Pipeline
 
-        Once the workers are at work: one that is not there yet leaves its machine to be taken for
-        what was asked for.
+        spec = replace(self._spec, session=secrets.token_hex(8))
+        watchdog = Watchdog(spec.session, self._scale.worker_timeout_s)
+        nodes = NodeMonitor()
+        pipeline = Pipeline(self._job, spec, placement, list(remaining.values()))
+        reason: str | None = None
+        rows_left = self._count_rows(remaining)
+        rows, first_at = 0, 0.0
+        try:
+            for result in interrupts.iterate_in_thread(pipeline.run(), self._interruption):
+                for message in watchdog.check():
+                    tell("watch", message)
+                if result is not None and result.task.chunk in remaining:
+                    watchdog.record_progress()
+                    first_at = first_at or time.monotonic()
+                    rows += result.rows
+                    rows_left -= result.rows
+                    del remaining[result.task.chunk]
+                    yield result
+                else:
+                    yield None
+                if nodes.is_due():
+                    elapsed = time.monotonic() - first_at
+                    state = nodes.read_state(
+                        idle_seconds=watchdog.idle_seconds,
+                        rows_left=rows_left,
+                        rows_per_second=rows / elapsed if first_at and elapsed > 1 else None,
+                        worker_timeout_s=self._scale.worker_timeout_s,
+                    )
+                    if first_at:
+                        self._request_nodes(rows_left)
+                    reason = reason or self._find_replan_reason(state, placement)
+                    if reason is not None:
+                        pipeline.stop()
+                    self._check_timeout(state, placement)
+            if reason is not None:
+                watchdog.kill_workers()
+        finally:
+            watchdog.close()
+        return reason
+
+    def _find_replan_reason(self, state: RunState, placement: Placement) -> str | None:
+        plan_now = functools.partial(self._plan_for_current_nodes, state.rows_left)
+        return replan.find_replan_reason(state, placement, plan_now)
+
+    def _request_nodes(self, rows: int) -> None:
+        """Request all nodes that the rows are worth, where it is known what may join.
+
+        Only once workers are running: a worker that has not started yet leaves its node free, to be
+        taken by the request.
         """
-        if self._most is None:
+        if self._max_nodes is None:
             return
         with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
-            wanted = select_nodes(self._most, self._scale, self._chunk_bytes, rows)
-            autoscaler.update_request(find_missing_nodes(wanted, session.list_nodes()))
+            wanted = select_nodes(self._max_nodes, self._scale, self._chunk_bytes, rows)
+            autoscaler.update_request(replan.find_missing_nodes(wanted, session.list_nodes()))
 
     def _replan(self) -> Generator[None, None, Placement]:
-        """The layout for the machines that are there after some were lost, or have come."""
+        """The placement for the nodes that are there after some have left or joined."""
         scale, chunk_bytes = self._scale, self._chunk_bytes
         try:
             return (
                 yield from autoscaler.iter_until_fit(
                     lambda nodes: plan_placement(nodes, scale, chunk_bytes),
-                    lambda most: compute_first_bundles(most, scale, chunk_bytes),
+                    lambda max_nodes: compute_first_bundles(max_nodes, scale, chunk_bytes),
                     scale.resource_timeout_s,
                     self._interruption,
                     under_way=True,
                 )
             )
-        except ResourcesError as error:  # of a run that is under way
-            raise RunFailed(f"{error}; what is done is kept") from error
+        except ResourcesError as error:  # of a run that is in progress
+            raise RunFailed(f"{error}; finished chunks are kept") from error
 
-    def _count_rows(self, left: dict[int, ChunkTask]) -> int:
-        return sum(self._count_task_rows(work) for work in left.values())
-
-    def _run_pass(
-        self, layout: Placement, left: dict[int, ChunkTask]
-    ) -> Generator[ChunkResult | None, None, str | None]:
-        """One pass; returns why it was broken off, if it was."""
-        # Ray Data takes half a second to import: only where there is work
-        from imgcls.execution.pipeline import Pipeline
-        from imgcls.execution.watchdog import Watchdog
-
-        spec = replace(self._spec, session=secrets.token_hex(8))
-        watch = Watchdog(spec.session, self._scale.worker_timeout_s)
-        there = _NodeMonitor()
-        pipeline = Pipeline(spec, layout, list(left.values()))
-        why: str | None = None
-        rows_left = self._count_rows(left)
-        rows, first = 0, 0.0
-        try:
-            for receipt in session.iterate_in_thread(pipeline.run(), self._interruption):
-                for line in watch.check():
-                    tell("watch", line)
-                if receipt is not None and receipt.task.chunk in left:
-                    watch.record_progress()
-                    first = first or time.monotonic()
-                    rows += receipt.rows
-                    rows_left -= receipt.rows
-                    del left[receipt.task.chunk]
-                    yield receipt
-                else:
-                    yield None
-                if there.is_due():
-                    if first:
-                        self._request_nodes(rows_left)
-                    spent = time.monotonic() - first
-                    it = there.read_state(
-                        worker_timeout_s=self._scale.worker_timeout_s,
-                        idle=watch.idle_seconds,
-                        rows_left=rows_left,
-                        rate=rows / spent if first and spent > 1 else None,
-                    )
-                    why = why or find_replan_reason(
-                        it, layout, functools.partial(self._plan_for_current_nodes, rows_left)
-                    )
-                    if why is not None:
-                        pipeline.stop()
-                    self._check_timeout(it, layout)
-            if why is not None:
-                watch.kill_workers()
-        finally:
-            watch.close()
-        return why
-
-    def _count_task_rows(self, work: ChunkTask) -> int:
-        if work.offsets is not None:
-            return len(work.offsets)
-        return len(self._spec.plan.rows_of(work.chunk))
+    def _count_rows(self, tasks: dict[int, ChunkTask]) -> int:
+        return sum(
+            len(self._spec.plan.rows_of(task.chunk) if task.offsets is None else task.offsets)
+            for task in tasks.values()
+        )
 
     def _plan_for_current_nodes(self, rows: int) -> Placement | None:
         try:
-            return self._limit_workers(
-                plan_placement(session.list_nodes(), self._scale, self._chunk_bytes), rows
-            )
+            nodes = session.list_nodes()
+            placement = plan_placement(nodes, self._scale, self._chunk_bytes)
+            return self._limit_workers(placement, rows)
         except ResourcesError:
             return None
 
-    def _limit_workers(self, layout: Placement, rows: int) -> Placement:
-        """For so many rows, unless the number of workers was asked for."""
-        return layout if self._scale.workers is not None else layout.limit_to_rows(rows)
+    def _limit_workers(self, placement: Placement, rows: int) -> Placement:
+        """As many workers as the rows need, unless the settings have their number."""
+        return placement if self._scale.workers is not None else placement.limit_to_rows(rows)
 
-    def _check_timeout(self, it: RunState, layout: Placement) -> None:
-        self._patience.check(
-            it.idle_seconds,
-            f"{layout.workers} workers of {layout.worker_cpus:g} CPU and {layout.worker_gpus:g} "
-            "GPU each",
+    def _check_timeout(self, state: RunState, placement: Placement) -> None:
+        self._timeout.check(
+            state.idle_seconds,
+            f"{format_count(placement.workers, 'worker')} of {placement.worker_cpus:g} CPU and "
+            f"{placement.worker_gpus:g} GPU each",
         )
 
 
-class _NodeMonitor:
-    """The machines of the cluster, looked at now and then."""
+def _limit_to_job(scale: ScaleConfig, job: Job) -> ScaleConfig:
+    """The settings with the layout `cpu` for a job that has no stages for GPUs."""
+    return scale if job.gpu_worker is not None else scale.model_copy(update={"layout": "cpu"})
 
-    def __init__(self) -> None:
-        self._before = self._now = session.list_nodes()
-        self._changed = self._looked = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether it is time to look again."""
-        return time.monotonic() - self._looked > _POLL_SECONDS
-
-    def read_state(
-        self, *, idle: float, rows_left: int, rate: float | None, worker_timeout_s: float
-    ) -> RunState:
-        self._looked = time.monotonic()
-        now = session.list_nodes()
-        if {node.id for node in now} != {node.id for node in self._now}:
-            self._changed = self._looked
-        self._now = now
-        steady = self._looked - self._changed
-        return RunState(self._before, now, steady, idle, rows_left, rate, worker_timeout_s)
+def _log_placement(placement: Placement) -> None:
+    for reason in placement.reasons:
+        tell("layout", reason)
 
 
 @contextlib.contextmanager
 def add_resume_hint(output: str, lease: Lease) -> Iterator[None]:
-    """Turn what Ray wraps around an error, and an interruption, into what the user must know.
+    """Unwrap Ray's errors, and add to an error or an interruption how to resume the run.
 
-    What goes wrong when another driver has taken over is of no account: that is said instead.
+    When another driver has taken over, that is raised instead: it explains all other errors.
     """
-    again = f"what is done is kept in {output}; run the same command again to go on from there"
+    hint = f"finished chunks are kept in {output}; rerun the same command to resume"
     try:
         yield
     except Interrupted as error:
-        raise Interrupted(f"{error}; {again}") from None
-    except ray.exceptions.RayError as error:  # which may be an error of ours by class as well
+        raise Interrupted(f"{error}; {hint}") from None
+    except ray.exceptions.RayError as error:  # may be an error of this package by class as well
         _check_lease(lease)
         cause = session.find_cause(error)
         if isinstance(cause, ImgclsError):
-            raise type(cause)(f"{_first_line(cause)}; {again}") from error
+            raise type(cause)(f"{first_line(cause)}; {hint}") from error
         name = type(cause).__name__
-        raise RunFailed(f"a worker failed: {name}: {_first_line(cause)}; {again}") from error
+        raise RunFailed(f"a worker failed: {name}: {first_line(cause)}; {hint}") from error
     except StorageError as error:
         _check_lease(lease)
-        raise type(error)(f"{error}; {again}") from error
+        raise type(error)(f"{error}; {hint}") from error
 
 
 def _check_lease(lease: Lease) -> None:
     with contextlib.suppress(StorageError):
         lease.check()
-
-
-def _first_line(error: BaseException) -> str:
-    """An error's own words, without the advice that Ray adds below them."""
-    return (str(error).strip() or "no message").splitlines()[0]

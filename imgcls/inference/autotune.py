@@ -1,53 +1,58 @@
-"""Before a long run, what a worker can do is measured; what follows is decided by it, and said.
+"""Autotuning of a long run: a worker benchmarks the settings left on automatic before it starts.
 
-The measuring is done on a worker of the very kind that will do the work; the deciding is arithmetic
-on what it found. A short run is over before a trial would have paid: it takes what the layout says.
+The benchmark runs on a worker with the resources of those that will do the work; the tuned is
+arithmetic on its results. A short run would end before a benchmark pays: it takes the placement's
+defaults.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from imgcls.cluster.session import Interruption, build_malloc_env
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.autoscaler import WaitTimeout
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
-from imgcls.execution.placement import Placement, PlacementName, ScaleConfig
+from imgcls.execution.formatting import format_count, format_percent
+from imgcls.execution.placement import Placement, ScaleConfig
+from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
     from imgcls.models.classifier import Classifier
 
-MIN_BENCHMARK_ROWS = {"cpu": 20_000, "gpu": 200_000, "gpu_decode": 200_000}
-"""Rows per worker from which a trial is worth the half minute that it takes."""
 MIN_FORWARD_SECONDS = 600.0
-"""Seconds of forward passes, per worker, from which compiling is tried."""
+"""Forward passes per worker, in seconds, from which compiling is benchmarked."""
 GPU_BATCH_SIZES = (64, 128, 256)
-"""Batch sizes that are tried on a GPU."""
+"""Batch sizes to benchmark on a GPU."""
 NEAR_BEST_FRACTION = 0.97
-"""The smallest batch within this share of the fastest is taken: it needs the least memory."""
+"""The smallest batch size with this fraction of the best rate is chosen: it needs least memory."""
 MIN_SPLIT_FRACTION = 0.05
-"""A share of the decoding that is smaller than this is not worth being split off."""
+"""Minimum fraction of the decoding that is given to the slower side."""
 BENCHMARK_IMAGES = 64
-"""Images that decoding is tried on."""
+"""Number of images to benchmark decoding on."""
 _MEASURE_SECONDS = 1.0
+
+CompileMode = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
 class BenchmarkSpec:
     """What to measure.
 
-    batch_sizes: to try
-    compile:     whether to try a compiled network too
-    decode:      whether to time decoding, by the host and by the device
+    batch_sizes: candidates
+    compile:     whether to measure a compiled network too
+    decode:      whether to measure decoding, on a CPU core and on the device
     """
 
     batch_sizes: tuple[int, ...]
@@ -57,9 +62,9 @@ class BenchmarkSpec:
 
 @dataclass(frozen=True)
 class BenchmarkInput:
-    """What to measure it on.
+    """The model and the images to measure on.
 
-    rows: that each worker will do
+    rows: number of rows that each worker will process
     urls: images from the start of the manifest
     """
 
@@ -74,14 +79,14 @@ class BenchmarkInput:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What was measured on one worker, in images per second.
+    """Rates of one worker, in images per second.
 
-    forward:         by batch size
-    compiled:        at the batch size that is taken; None where it was not tried, or failed
-    compile_seconds: that the first pass took
-    compile_failure: why it could not be compiled, as on a machine without a C++ compiler
-    host_decode:     of one core; None without images
-    device_decode:   in bulk on the worker's device; None without images
+    forward:         forward passes, by batch size
+    compiled:        compiled, at the chosen batch size; None if not measured, or failed
+    compile_seconds: duration of the first compiled forward pass
+    compile_failure: why it could not be compiled, for example without a C++ compiler
+    cpu_decode:      decoding on one core; None without readable images
+    device_decode:   decoding in batches on the worker's device; None without readable images
     """
 
     forward: dict[int, float]
@@ -94,74 +99,126 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class TunedSettings:
-    """What changes results and was decided by measurement, or without one; kept with the run.
+    """Settings that change results and were chosen automatically; stored with the run.
 
-    host_share: of the images, decoded on CPUs for GPUs; None where the layout says
+    cpu_decode_fraction: of the images, decoded on CPUs for GPUs; None for the placement's own
     """
 
     batch_size: int
     compile: bool
     cpu_decode_fraction: float | None = None
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TunedSettings:
+        """The settings in a `_run.json`."""
+        return cls(stored["batch_size"], stored["compile"], stored.get("host_share"))
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `chosen` of `_run.json`; its keys are those of all versions."""
+        return {
+            "batch_size": self.batch_size,
+            "compile": self.compile,
+            "host_share": self.cpu_decode_fraction,
+        }
+
+    def apply_to(self, placement: Placement) -> Placement:
+        """The placement in which CPUs and GPUs share the decoding as chosen."""
+        if self.cpu_decode_fraction is None:
+            return placement
+        return placement.with_cpu_decode_fraction(self.cpu_decode_fraction)
+
+
+def tune(
+    stored: Mapping[str, Any] | None,
+    scale: ScaleConfig,
+    compile: CompileMode,
+    placement: Placement,
+    rows: int,
+    build_input: Callable[[int], BenchmarkInput],
+    interruption: Interruption,
+) -> TunedSettings:
+    """Choose the automatic settings of a run, with a benchmark if it is a long one; log why.
+
+    stored:      the choice of an earlier driver of the run, which is kept
+    rows:        of the whole run
+    build_input: called with the rows per worker when a benchmark pays
+    Raises RunFailed when no worker can start within `scale.resource_timeout_s`.
+    """
+    if stored is not None:
+        return TunedSettings.from_json(stored)
+    always = compile == "always"
+    spec = plan_benchmark(scale, compile, placement, rows)
+    if spec is None:
+        return TunedSettings(placement.batch_size, always)
+    images = build_input(rows // placement.workers)
+    timeout = WaitTimeout(scale.resource_timeout_s)
+    result = run_benchmark(
+        spec, images, placement, interruption, lambda waited: timeout.check(waited, "a benchmark")
+    )
+    tuned, reasons = choose_settings(result, images.rows)
+    tuned = replace(tuned, compile=tuned.compile or always)
+    if spec.decode:
+        tuned, reason = balance_decoding(result, placement, tuned)
+        reasons = (*reasons, reason)
+    for reason in reasons:
+        tell("tune", reason)
+    return tuned
+
 
 def plan_benchmark(
     config: ScaleConfig,
-    compile: Literal["auto", "always", "never"],
-    layout: Placement,
+    compile: CompileMode,
+    placement: Placement,
     rows: int,
-    kept: TunedSettings | None,
 ) -> BenchmarkSpec | None:
-    """What is open and worth measuring before so many rows; None when nothing is.
-
-    kept: what this run chose when it began, and stays with
-    """
-    if kept is not None or rows < MIN_BENCHMARK_ROWS[layout.name] * layout.workers:
+    """What to measure before a run of some rows; None when nothing is automatic or worth it."""
+    if rows < placement.min_benchmark_rows * placement.workers:
         return None
-    gpu = layout.name != "cpu"
-    decode = gpu and config.layout == "auto" and config.cpu_decode_fraction is None
-    open_size = gpu and config.batch_size is None
-    asked = BenchmarkSpec(
-        GPU_BATCH_SIZES if open_size else (layout.batch_size,), compile == "auto", decode
+    has_gpus = placement.worker_gpus > 0
+    decode = has_gpus and config.layout == "auto" and config.cpu_decode_fraction is None
+    tune_batch_size = has_gpus and config.batch_size is None
+    spec = BenchmarkSpec(
+        GPU_BATCH_SIZES if tune_batch_size else (placement.batch_size,), compile == "auto", decode
     )
-    return asked if open_size or asked.compile or decode else None
+    return spec if tune_batch_size or spec.compile or decode else None
 
 
 def run_benchmark(
-    asked: BenchmarkSpec,
-    case: BenchmarkInput,
-    layout: Placement,
+    spec: BenchmarkSpec,
+    images: BenchmarkInput,
+    placement: Placement,
     interruption: Interruption,
     waiting: Callable[[float], None],
 ) -> BenchmarkResult:
-    """Have a worker of the layout's kind measure it.
+    """Measure on a worker with the resources of the placement's workers.
 
-    waiting: called with the seconds that have passed, while there is no answer
+    waiting: called with the seconds since the start, while there is no result
     """
-    begun = time.monotonic()
+    started_at = time.monotonic()
     task = ray.remote(
-        num_cpus=layout.worker_cpus,
-        num_gpus=layout.worker_gpus,
-        runtime_env=build_malloc_env() if layout.name == "cpu" else {},
-    )(measure_rates).remote(asked, case, layout.threads)
+        num_cpus=placement.worker_cpus,
+        num_gpus=placement.worker_gpus,
+        runtime_env={} if placement.worker_gpus else build_malloc_env(),
+    )(measure_rates).remote(spec, images, placement.threads)
     while not ray.wait([task], timeout=0.2)[0]:
         interruption.check()
-        waiting(time.monotonic() - begun)
-    answer: BenchmarkResult = ray.get(task)
-    return answer
+        waiting(time.monotonic() - started_at)
+    result: BenchmarkResult = ray.get(task)
+    return result
 
 
-def measure_rates(asked: BenchmarkSpec, case: BenchmarkInput, threads: int) -> BenchmarkResult:
-    """Try the bundle's network, and decoding, on this process's device."""
+def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> BenchmarkResult:
+    """Measure the bundle's network, and decoding, on this process's device."""
     import torch
 
     from imgcls.models.classifier import Classifier
 
-    object_store.set_process_settings(case.storage)
+    storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
-    bundle = load_bundle(case.bundle_url).with_decode(case.decode)
-    precision: Any = case.precision
+    bundle = load_bundle(images.bundle_url).with_decode(images.decode)
+    precision: Any = images.precision
     side = bundle.spec.preprocess.crop
-    pixels = torch.randint(0, 256, (max(asked.batch_sizes), 3, side, side), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (max(spec.batch_sizes), 3, side, side), dtype=torch.uint8)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
 
     def rate(classifier: Classifier, size: int) -> float:
@@ -169,46 +226,46 @@ def measure_rates(asked: BenchmarkSpec, case: BenchmarkInput, threads: int) -> B
 
     plain = Classifier(bundle, precision=precision)
     forward = {}
-    for size in asked.batch_sizes:
+    for size in spec.batch_sizes:
         if plain.device.type == "cuda":
             plain = Classifier(bundle, precision=precision, batch_size=size)
         forward[size] = rate(plain, size)
     best = choose_batch_size(forward)
-    answer = BenchmarkResult(forward)
-    if asked.compile and case.rows / forward[best] > MIN_FORWARD_SECONDS:
+    result = BenchmarkResult(forward)
+    if spec.compile and images.rows / forward[best] > MIN_FORWARD_SECONDS:
         start = time.perf_counter()
         try:
             compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
             compiled.classify(pixels[:best])
-        except Exception as error:  # noqa: BLE001  whatever a compiler raises: nobody asked for it
-            answer = replace(answer, compile_failure=str(error).strip().partition("\n")[0])
+        except Exception as error:  # noqa: BLE001  a failed compiler is no error: compiling is optional
+            result = replace(result, compile_failure=str(error).strip().partition("\n")[0])
         else:
             took = time.perf_counter() - start
-            answer = replace(answer, compiled=rate(compiled, best), compile_seconds=took)
-    return _measure_decoding(answer, case, plain) if asked.decode else answer
+            result = replace(result, compiled=rate(compiled, best), compile_seconds=took)
+    return _measure_decoding(result, images, plain) if spec.decode else result
 
 
 def choose_batch_size(forward: dict[int, float]) -> int:
-    """The smallest batch size that is as fast as any, or nearly."""
+    """The smallest batch size whose rate is close to the best."""
     fastest = max(forward.values())
     return min(size for size, rate in forward.items() if rate >= NEAR_BEST_FRACTION * fastest)
 
 
-def choose_settings(answer: BenchmarkResult, rows: int) -> tuple[TunedSettings, tuple[str, ...]]:
-    """Batch size and compiling, for workers that do so many rows each; and why."""
-    size = choose_batch_size(answer.forward)
-    plain = answer.forward[size]
-    tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(answer.forward.items()))
+def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, tuple[str, ...]]:
+    """Batch size and compiling for workers with `rows` rows each, and the reasons."""
+    size = choose_batch_size(result.forward)
+    plain = result.forward[size]
+    tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(result.forward.items()))
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
-    if answer.compile_failure is not None:
-        reasons.append(f"not compiled: {answer.compile_failure}")
-    if answer.compiled is None:
+    if result.compile_failure is not None:
+        reasons.append(f"not compiled: {result.compile_failure}")
+    if result.compiled is None:
         return TunedSettings(size, False), tuple(reasons)
-    saved = rows * (1 / plain - 1 / answer.compiled) - answer.compile_seconds
-    pays = saved > answer.compile_seconds
+    saved = rows * (1 / plain - 1 / result.compiled) - result.compile_seconds
+    pays = saved > result.compile_seconds
     reasons.append(
-        f"compiled {answer.compiled:,.0f} images/s instead of {plain:,.0f}, after "
-        f"{answer.compile_seconds:.0f} s: over {rows:,} rows a worker "
+        f"compiled {result.compiled:,.0f} images/s instead of {plain:,.0f}, after "
+        f"{result.compile_seconds:.0f} s: over {rows:,} rows per worker "
         f"{'saves' if saved > 0 else 'loses'} {abs(saved):,.0f} s; "
         f"{'compiled' if pays else 'not compiled'}"
     )
@@ -216,20 +273,20 @@ def choose_settings(answer: BenchmarkResult, rows: int) -> tuple[TunedSettings, 
 
 
 def balance_decoding(
-    answer: BenchmarkResult, layout: Placement, choice: TunedSettings
+    result: BenchmarkResult, placement: Placement, tuned: TunedSettings
 ) -> tuple[TunedSettings, str]:
-    """The choice with the decoding shared out between CPUs and GPUs as fast as they are; and why.
+    """The settings with the decoding split between CPUs and GPUs by their rates, and the reason.
 
     With D images/s decoded by all CPUs, n GPUs that decode g and classify f images/s each, and a
-    share s decoded on CPUs, the CPUs allow D / s images/s and the GPUs n / ((1 - s) / g + 1 / f):
-    the share at which both are the same.
+    fraction s decoded on CPUs, the CPUs allow D / s images/s and the GPUs
+    n / ((1 - s) / g + 1 / f). The fraction at which both are equal is chosen.
     """
-    if answer.cpu_decode is None or answer.device_decode is None:
-        return choice, "decoding: none of the first images can be read; as it was"
-    plain = answer.forward[choice.batch_size]
-    f = answer.compiled if choice.compile and answer.compiled is not None else plain
-    g, hosts = answer.device_decode, layout.prepare_tasks * answer.cpu_decode
-    share = hosts * (1 / g + 1 / f) / (layout.workers + hosts / g)
+    if result.cpu_decode is None or result.device_decode is None:
+        return tuned, "decoding: not measured, none of the first images can be read"
+    plain = result.forward[tuned.batch_size]
+    f = result.compiled if tuned.compile and result.compiled is not None else plain
+    g, all_cores = result.device_decode, placement.prepare_tasks * result.cpu_decode
+    share = all_cores * (1 / g + 1 / f) / (placement.workers + all_cores / g)
     share = (
         0.0
         if share < MIN_SPLIT_FRACTION
@@ -237,64 +294,57 @@ def balance_decoding(
         if share > 1 - MIN_SPLIT_FRACTION
         else round(share, 2)
     )
-    why = (
-        f"decoding: {answer.cpu_decode:,.0f} images/s a core, {layout.prepare_tasks} of them, and "
-        f"{g:,.0f} a GPU beside {f:,.0f} forward: {share:.0%} of it on CPUs"
+    reason = (
+        f"decoding: {result.cpu_decode:,.0f} images/s per core with "
+        f"{format_count(placement.prepare_tasks, 'core')}, {g:,.0f} per GPU that classifies "
+        f"{f:,.0f}: {format_percent(share)} on CPUs"
     )
-    return replace(choice, cpu_decode_fraction=share), why
-
-
-def apply_decode_split(layout: Placement, choice: TunedSettings) -> Placement:
-    """The layout in which the decoding is shared out as chosen."""
-    if layout.name == "cpu" or choice.cpu_decode_fraction is None:
-        return layout
-    name: PlacementName = "gpu" if choice.cpu_decode_fraction == 1 else "gpu_decode"
-    return replace(layout, name=name, cpu_decode_fraction=choice.cpu_decode_fraction)
+    return replace(tuned, cpu_decode_fraction=share), reason
 
 
 def _measure_decoding(
-    answer: BenchmarkResult, case: BenchmarkInput, classifier: Classifier
+    result: BenchmarkResult, images: BenchmarkInput, classifier: Classifier
 ) -> BenchmarkResult:
     import torch
 
     from imgcls.data import decode
 
-    blobs = _load_readable(case, classifier.preprocess)
-    if not blobs:
-        return answer
+    files = _load_readable(images, classifier.preprocess)
+    if not files:
+        return result
 
-    def on_the_host() -> None:
-        for blob in blobs:
-            decode.decode_image(blob, classifier.preprocess)
+    def decode_on_cpu() -> None:
+        for file in files:
+            decode.decode_image(file, classifier.preprocess)
 
-    def on_the_device() -> None:
-        decode.decode_batch(blobs, classifier.preprocess, device=classifier.device)
+    def decode_on_device() -> None:
+        decode.decode_batch(files, classifier.preprocess, device=classifier.device)
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 
     return replace(
-        answer,
-        cpu_decode=len(blobs) * _measure_rate(on_the_host),
-        device_decode=len(blobs) * _measure_rate(on_the_device),
+        result,
+        cpu_decode=len(files) * _measure_rate(decode_on_cpu),
+        device_decode=len(files) * _measure_rate(decode_on_device),
     )
 
 
-def _load_readable(case: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
+def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
     from imgcls.data import decode
 
-    blobs = []
-    for url in case.urls:
+    files = []
+    for url in images.urls:
         try:
-            blob = filesystem.read_image(url, case.max_bytes)
-            decode.decode_image(blob, preprocess)
+            file = filesystem.read_image(url, images.max_bytes)
+            decode.decode_image(file, preprocess)
         except (StorageError, ImageError):
-            continue  # a row with a reason, once it is its turn
-        blobs.append(blob)
-    return blobs
+            continue  # becomes an error row
+        files.append(file)
+    return files
 
 
 def _measure_rate(work: Callable[[], object]) -> float:
-    """How often a thing can be done in a second, after it was done once."""
+    """Calls per second, after one call to warm up."""
     work()
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < _MEASURE_SECONDS:

@@ -1,21 +1,43 @@
-"""The end of a run: metrics from the written files, the gate, and `_SUCCESS` last of all."""
+"""The end of a run: metrics from the written files, quality gates, `_SUCCESS`, exit summary."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls.data import filesystem
-from imgcls.errors import RunFailed
-from imgcls.execution import completed
+from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
+from imgcls.execution.formatting import format_count, format_percent
 from imgcls.execution.plan import Plan
+from imgcls.inference import rollup
+from imgcls.inference.incremental import read_failed_before
+from imgcls.inference.status import read_status
+from imgcls.log import tell
 from imgcls.metrics import PredictionCounts, tables
+from imgcls.metrics.drift import compute_drift
+from imgcls.metrics.formatting import format_summary
 from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, iter_tables
+
+ErrorStatus = Literal[
+    "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
+    "unsupported", "too_large", "unreadable", "not_finite", "crashed",
+]  # fmt: skip
+"""Statuses of rows without a prediction."""
+
+DEFAULT_MAX_ERRORS = 10
+"""Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds
+any rate."""
 
 _ERRORS_SCHEMA = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("status", pa.string()), ("error", pa.string())]
@@ -40,9 +62,18 @@ def write_metric_tables(
         pq.ParquetWriter(stream, _ERRORS_SCHEMA) as writer,
     ):
         if counts.error_rows:
-            for failed in completed.read_failed_rows(output, plan, path_column):
+            for failed in rollup.read_failed_rows(output, plan, path_column):
                 writer.write_table(failed.rename_columns(_ERRORS_SCHEMA.names).cast(_ERRORS_SCHEMA))
     return summary
+
+
+def log_metrics(summary: pa.Table) -> None:
+    """Show the summary of the metrics: as a table, or as one JSON object per metric."""
+    if log.is_json():
+        for row in summary.to_pylist():
+            tell("metric", f"{row['metric']} {row['value']}", **row)
+    else:
+        log.show(format_summary(summary))
 
 
 def write_success(
@@ -54,7 +85,10 @@ def write_success(
     steady_rate: float | None,
     precision: Sequence[str],
 ) -> None:
-    """Mark the run as committed: written last, and only when every row is in the table."""
+    """Mark the run as committed: written last, and only when every row is in the table.
+
+    Raises RunFailed when another driver has marked it already.
+    """
     files = filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER))
     body = {
         "rows": counts.rows,
@@ -78,5 +112,199 @@ def write_success(
     if filesystem.create(mark, data):
         return
     if filesystem.size(mark):
-        raise RunFailed(f"output {output}: was committed by another driver; nothing was harmed")
-    filesystem.write(mark, data)  # left empty by a driver that was killed while it created it
+        raise RunFailed(f"output {output}: was committed by another driver; the table is intact")
+    filesystem.write(mark, data)  # empty: a driver was killed while it created the file
+
+
+@dataclass(frozen=True)
+class ErrorLimits:
+    """Limits on failed rows; see `PredictConfig`.
+
+    max_errors: None for the default, which depends on `is_incremental`
+    """
+
+    max_error_rate: float
+    max_error_rates: Mapping[ErrorStatus, float]
+    max_errors: int | None
+    is_incremental: bool
+
+
+def check_errors(
+    run: Mapping[str, Any],
+    output: str,
+    plan: Plan,
+    counts: PredictionCounts,
+    path_column: str,
+    limits: ErrorLimits,
+) -> None:
+    """Raise TooManyErrors when too many rows failed, and store the refusal in `_run.json`.
+
+    run: the content of `_run.json`; an earlier refusal in it is removed when the run passes
+    """
+    max_errors = limits.max_errors
+    if max_errors is None:
+        max_errors = DEFAULT_MAX_ERRORS if limits.is_incremental else 0
+    try:
+        check_error_rates(
+            output,
+            counts,
+            limits.max_error_rate,
+            limits.max_error_rates,
+            max_errors=max_errors,
+            repeated=count_repeated_failures(output, plan, path_column),
+        )
+    except TooManyErrors as error:
+        layout.write_run(output, {**run, "refused": str(error)})
+        raise
+    if "refused" in run:
+        layout.write_run(output, {name: run[name] for name in run if name != "refused"})
+
+
+def check_error_rates(
+    output: str,
+    counts: PredictionCounts,
+    allowed: float,
+    by_status: Mapping[ErrorStatus, float],
+    *,
+    max_errors: int = 0,
+    repeated: Mapping[str, int] | None = None,
+) -> None:
+    """Raise TooManyErrors when more rows failed than allowed, with one status or all others.
+
+    allowed:    maximum fraction of failed rows, without those of `by_status`
+    by_status:  maximum fraction by status
+    max_errors: number of failed rows, without those of `by_status`, that is allowed at any rate
+    repeated:   failed rows by status whose image had failed before; they are not counted
+    """
+    repeated = repeated or {}
+    old = sum(repeated.values())
+    rows = counts.rows - old
+    limits = [
+        (
+            f"rows are {status}",
+            counts.status.get(status, 0) - repeated.get(status, 0),
+            limit,
+            0,
+            f"--max-error-rates.{status}",
+        )
+        for status, limit in by_status.items()
+    ]
+    others = counts.error_rows - old - sum(failed for _, failed, _, _, _ in limits)
+    limits.append(("rows failed", others, allowed, max_errors, "--max-error-rate"))
+    for what, failed, limit, free, option in limits:
+        share = failed / max(1, rows)
+        if share > limit and failed > free:
+            also = f" or {format_count(free, 'row')}" if free else ""
+            before = f", not counting {old:,} that had failed before" if old else ""
+            raise TooManyErrors(
+                f"output {output}: {failed:,} of {rows:,} {what} ({format_percent(share)}, allowed "
+                f"{format_percent(limit)}{also}){before}; the run is not committed. See "
+                "metrics/errors.parquet, then rerun with --retry-errors, or with a higher "
+                f"{option}"
+            )
+
+
+def count_repeated_failures(output: str, plan: Plan, path_column: str) -> Counter[str]:
+    """Failed rows of a run, by status, whose image had failed before in the same version."""
+    before = read_failed_before(output)
+    counted: Counter[str] = Counter()
+    if len(before):
+        for failed in rollup.read_failed_rows(output, plan, path_column):
+            known = failed.filter(pa.array(np.isin(failed["row"].to_numpy(), before)))
+            counted.update(known["status"].cast(pa.string()).to_pylist())
+    return counted
+
+
+def check_drift(
+    output: str, counts: PredictionCounts, reference: CommittedRun, max_psi: float | None
+) -> None:
+    """Write `metrics/drift.parquet`; raise TooManyErrors when predictions have drifted too far.
+
+    max_psi: maximum population stability index; None allows any drift
+    """
+    then = PredictionCounts.empty(reference.classes)
+    names = ["predicted_label", "confidence", "accepted", "status"]
+    for table in iter_tables(reference, names):
+        then += PredictionCounts.from_table(table, label_column=None, classes=reference.classes)
+    moved = compute_drift(counts, then)
+    layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"drift": moved})
+    for row in moved.to_pylist():
+        tell(
+            "drift",
+            f"{row['of']}: PSI {row['psi']:.4f}, Jensen-Shannon "
+            f"{row['jensen_shannon']:.4f} bits, from {reference.url}",
+            **row,
+        )
+        if max_psi is not None and row["psi"] > max_psi:
+            raise TooManyErrors(
+                f"output {output}: {row['of']} has drifted from {reference.url} by a PSI of "
+                f"{row['psi']:.3f} (allowed {max_psi:g}); the run is not committed. Check the new "
+                "images and metrics/drift.parquet, then rerun with a higher --max-psi, or with "
+                "another --reference"
+            )
+
+
+@contextlib.contextmanager
+def report_exit(url: str | None, output: str) -> Iterator[list[str]]:
+    """Write how the block ended, whatever the exit code; see `docs/nightly.md` for the keys.
+
+    url: of the JSON file; None writes nothing
+    Yields a list to which the block adds the output folder of each run that it works on or finds
+    committed; if it adds none, the state of `output` is reported.
+    """
+    outputs: list[str] = []
+    ending: dict[str, Any] = {"exit_code": 0, "error": None}
+    try:
+        yield outputs
+    except ImgclsError as error:
+        ending |= {"exit_code": error.exit_code, "error": str(error)}
+        raise
+    except BaseException as error:
+        ending |= {"exit_code": 1, "error": f"{type(error).__name__}: {error}"}
+        raise
+    finally:
+        if url is not None:
+            write_summary(
+                url, ending, outputs or ([] if ending["exit_code"] == 2 else [output]), output
+            )
+
+
+def write_summary(
+    url: str, ending: Mapping[str, Any], outputs: Sequence[str] = (), output: str | None = None
+) -> None:
+    """Write `--summary-json`: how a command ended, and the state of its runs."""
+    body: dict[str, Any] = {
+        **ending,
+        "output": outputs[-1] if outputs else output,
+        "outputs": list(outputs),
+        "state": None,
+        "rows": 0,
+        "rows_done": 0,
+        "status": {},
+        "since": None,
+        "seconds": None,
+        "committed": None,
+    }
+    status: Counter[str] = Counter()
+    try:
+        for each in outputs:
+            described = layout.load_run(each)
+            if described is None:
+                continue  # ended before there was a plan
+            found = read_status(each)
+            body["rows"] += found.get("rows", 0)
+            body["rows_done"] += found.get("rows_done", 0)
+            status.update(found.get("status", {}))
+            body |= {
+                "state": found["state"],
+                "since": described.get("since"),
+                "committed": found.get("committed"),
+                "seconds": found.get("seconds"),
+            }
+        body["status"] = dict(sorted(status.items()))
+    except ImgclsError as error:
+        tell("note", f"summary_json: the output cannot be read: {error}")
+    try:
+        filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())
+    except ImgclsError as error:
+        tell("note", f"summary_json cannot be written: {error}")

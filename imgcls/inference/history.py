@@ -1,8 +1,8 @@
-"""Many nights as one table: for each image its newest row, and which run and bundle it is of.
+"""Compaction of many runs into one table: the newest row of each image, with its run and bundle.
 
-Which rows those are is found in tables on disk; then the nights are streamed past, so memory does
-not grow with the rows. What comes out is a committed run like any other, for `--since`, for
-evaluation and for whatever reads Parquet.
+The newest rows are found in tables on disk, then the runs are streamed, so memory does not grow
+with the rows. The result is a committed run like any other, for `--since`, for evaluation and for
+readers of Parquet.
 """
 
 from __future__ import annotations
@@ -19,121 +19,130 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest, resolve_paths
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.schemas import conform_table, unify_schemas
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OutputError, RequestError
+from imgcls.execution.formatting import format_count
 from imgcls.execution.plan import MAX_PART_BYTES
-from imgcls.inference.keys import KnownImages, rank_runs, take_rows
+from imgcls.inference.known_images import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
-from imgcls.provenance import build_provenance
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
 
 _ROW_GROUP_ROWS = 65_536
 _PROVENANCE_TYPES = {"run": pa.string(), "bundle_sha256": pa.string(), "labelled_at": pa.string()}
 
 
 class CompactConfig(Section):
-    """Merge many labelling runs into one table with the newest row of each image."""
+    """Merge many predict runs into one table with the newest row of each image."""
 
     positional: ClassVar[tuple[str, ...]] = ("source",)
 
     source: str
-    """A folder of runs, such as labels/ above labels/date=.../."""
+    """Folder of runs, such as labels/ of labels/date=.../."""
     output: str
-    """The folder to write."""
+    """Folder to write."""
     manifest: ManifestConfig | None = None
-    """Keep only the images that this manifest lists."""
+    """Keep only images that this manifest lists."""
     keep_deleted: bool = False
-    """Keep the rows of images that a later night found to be deleted."""
+    """Keep the rows of images that a later run found deleted."""
     overwrite: bool = False
-    """Replace the table that is there."""
+    """Replace an existing table."""
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def compact(config: CompactConfig) -> str:
     """Write the newest row of every image; returns the output folder.
 
-    The columns are those of all runs together, null where a run had none, with the path made
-    whole, and `run`, `bundle_sha256` and `labelled_at` (of the commit, ISO 8601) added; columns of
-    these names that a manifest brought give way to them. Which row is the newest is decided by the
-    order of the nights, see `nights`. Images that a later night found to be deleted are left out.
-    Raises RequestError when there is no run, or columns of one name do not fit together.
+    The columns are those of all runs, null where a run has none, with an absolute path, and `run`,
+    `bundle_sha256` and `labelled_at` (of the commit, ISO 8601); manifest columns of these names are
+    replaced. The order of the runs decides which row is the newest, see `nights`. Images that a
+    later run found deleted are left out.
+    Raises RequestError when there is no run, or columns of one name have types without a common
+    one.
     """
-    object_store.set_process_settings(config.storage)
     output = filesystem.absolute(config.output)
-    runs = find_past_runs(config.source, but=output).committed
+    runs = find_past_runs(config.source, exclude=output).committed
     if not runs:
-        raise RequestError(f"{config.source}: holds no committed run; nothing to merge")
+        raise RequestError(
+            f"{config.source}: holds no committed run, nothing to merge. Pass a folder "
+            "of outputs of `imgcls predict`"
+        )
     schema = _unify_run_schemas(runs)
     lease = Lease.acquire(output)
     try:
         _remove_old_table(output, config)
-        _write_run_json(output, runs, config)
+        _write_run_record(output, runs, config)
         with tempfile.TemporaryDirectory(prefix="imgcls-history-") as folder:
-            keys = KnownImages(folder)
-            deleted = _find_newest(keys, runs, config)
+            known = KnownImages(folder)
+            deleted = _find_newest(known, runs, config)
             status: Counter[str] = Counter()
-            rows = _write_parts(output, schema, _read_newest(keys, runs), lease, status)
-            keys.db.close()
+            rows = _write_parts(output, schema, _read_newest(known, runs), lease, status)
+            known.db.close()
         lease.check()
         _write_success(output, runs, rows, status)
     finally:
         lease.release()
-    left_out = f", {deleted:,} deleted images left out (--keep-deleted)" if deleted else ""
-    log.show(f"history    {rows:,} images of {len(runs):,} runs{left_out}: {output}")
+    left_out = (
+        f", {format_count(deleted, 'deleted image')} left out (--keep-deleted)" if deleted else ""
+    )
+    images, count = format_count(rows, "image"), format_count(len(runs), "run")
+    log.show(f"history    {images} of {count}{left_out}: {output}")
     return output
 
 
 def _remove_old_table(output: str, config: CompactConfig) -> None:
-    """Remove a table that was broken off, or is to be replaced; never a labelling run."""
+    """Remove an unfinished table, or one to be replaced; never a predict run."""
     stored = layout.load_run(output)
     if stored is not None and "merged" not in stored["identity"]:
         raise OutputError(
-            f"output {output}: holds a labelling run, which only labelling could make again; give "
-            "another --output"
+            f"output {output}: holds a predict run, not a compacted table. Pass another --output"
         )
     if filesystem.exists(filesystem.join(output, layout.SUCCESS_FILE)) and not config.overwrite:
-        raise OutputError(f"output {output}: holds a table already; say --overwrite to replace it")
+        raise OutputError(f"output {output}: holds a table already. Set --overwrite to replace it")
     if stored is None and filesystem.list_names(filesystem.join(output, layout.PREDICTIONS_FOLDER)):
-        raise OutputError(f"output {output}: holds other predictions; give another --output")
+        raise OutputError(f"output {output}: holds other predictions. Pass another --output")
     for name in (layout.SUCCESS_FILE, layout.PREDICTIONS_FOLDER, layout.RUN_FILE):
         filesystem.remove(filesystem.join(output, name))
 
 
-def _find_newest(keys: KnownImages, runs: Sequence[CommittedRun], config: CompactConfig) -> int:
-    """Make the table of the newest rows; returns how many images are left out as deleted."""
+def _find_newest(known: KnownImages, runs: Sequence[CommittedRun], config: CompactConfig) -> int:
+    """Find the newest rows; returns the number of deleted images that are left out."""
     nights = rank_runs(runs)
     for source, run in enumerate(runs):
-        keys.add_run(run, source, nights)
+        known.add_run(run, source, nights)
         if not config.keep_deleted:
-            keys.add_deleted(run, nights)
+            known.add_deleted(run, nights)
     only = ""
     if config.manifest is not None:
-        keys.add_manifest(open_manifest(config.manifest))
+        known.add_manifest(open_manifest(config.manifest))
         only = "AND place IN (SELECT place FROM asked)"
-    # of one night the first row of an image; a null path is no image
+    # of several rows of one night, the first one; a null path is no image
     rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
-    keys.db.execute(
+    known.db.execute(
         "CREATE TABLE newest AS SELECT place, arg_max(source, rank) AS source, "
         f"arg_max(nth, rank) AS nth, max(night) AS night FROM (SELECT *, {rank} AS rank FROM known "
         f"WHERE place IS NOT NULL {only}) GROUP BY place"
     )
-    gone = keys.db.execute(
+    gone = known.db.execute(
         "DELETE FROM newest n USING (SELECT place, max(night) AS night FROM gone GROUP BY place) g "
         "WHERE g.place = n.place AND g.night > n.night"
     ).fetchone()
     return int(gone[0]) if gone else 0
 
 
-def _read_newest(keys: KnownImages, runs: Sequence[CommittedRun]) -> Iterator[pa.Table]:
-    """The newest rows, night by night, with their run."""
+def _read_newest(known: KnownImages, runs: Sequence[CommittedRun]) -> Iterator[pa.Table]:
+    """The newest rows, run by run, with the columns about their run."""
     for source, run in enumerate(runs):
-        places = keys.iter_column(f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth")
-        for table in take_rows(iter_tables(run, run.schema.names), places):
+        positions = known.iter_column(
+            f"SELECT nth FROM newest WHERE source = {source} ORDER BY nth"
+        )
+        for table in take_rows(iter_tables(run, run.schema.names), positions):
             yield _add_origin(table, run)
 
 
@@ -141,7 +150,7 @@ def _add_origin(table: pa.Table, run: CommittedRun) -> pa.Table:
     at = table.schema.get_field_index(run.path_column)
     whole = resolve_paths(table[run.path_column], run.root).cast(pa.string())
     table = table.set_column(at, run.path_column, whole)
-    if run.merged_runs:  # its rows have their origin already
+    if run.merged_runs:  # its rows have these columns already
         return table
     table = table.drop_columns(_find_colliding_columns(run))
     values = (run.url, run.bundle_sha256, run.success_record["committed"])
@@ -151,7 +160,7 @@ def _add_origin(table: pa.Table, run: CommittedRun) -> pa.Table:
 
 
 def _find_colliding_columns(run: CommittedRun) -> list[str]:
-    """Columns of a labeling run named like those that are added; readers ignore case."""
+    """Columns of a predict run with the name of an added column; readers ignore case."""
     return [
         name
         for name in run.schema.names
@@ -163,11 +172,11 @@ def _unify_run_schemas(runs: Sequence[CommittedRun]) -> pa.Schema:
     paths = {run.path_column for run in runs}
     if len(paths) > 1:
         raise RequestError(
-            f"{runs[0].url} and others name the path column differently ({', '.join(sorted(paths))}"
-            "); merge runs of one kind of manifest"
+            f"{runs[0].url} and others have different path columns ({', '.join(sorted(paths))})"
+            ". Merge runs over manifests with one path column"
         )
     schemas = []
-    for run in reversed(runs):  # the newest run decides the order of the columns
+    for run in reversed(runs):  # the newest run sets the order of the columns
         schema = run.schema.set(
             run.schema.get_field_index(run.path_column), pa.field(run.path_column, pa.string())
         )
@@ -186,7 +195,7 @@ def _write_parts(
     lease: Lease,
     status: Counter[str],
 ) -> int:
-    """Write parts of about 128 MB, counting rows by status; returns the rows."""
+    """Write parts of about 128 MB and count rows by status; returns the number of rows."""
     rows = part = size = 0
     pending: list[pa.Table] = []
 
@@ -217,7 +226,7 @@ def _write_parts(
     return rows
 
 
-def _write_run_json(output: str, runs: Sequence[CommittedRun], config: CompactConfig) -> None:
+def _write_run_record(output: str, runs: Sequence[CommittedRun], config: CompactConfig) -> None:
     last = runs[-1]
     run = layout.load_run(last.url)
     assert run is not None
@@ -228,7 +237,7 @@ def _write_run_json(output: str, runs: Sequence[CommittedRun], config: CompactCo
     run["sequence"] = max(order[0] for order in orders.values())
     for name in ("since", "refused"):
         run.pop(name, None)
-    # what made the newest rows is what a report asks for
+    # reports show the settings of the newest rows
     own = {"compact": config.model_dump(mode="json", exclude={"storage"})}
     run["provenance"] = build_provenance(last.provenance["config"] | own)
     body = (json.dumps(run, indent=2) + "\n").encode()
@@ -257,4 +266,4 @@ def _write_success(
     if not filesystem.create(
         filesystem.join(output, layout.SUCCESS_FILE), (json.dumps(body, indent=2) + "\n").encode()
     ):
-        raise OutputError(f"output {output}: was written by another; nothing was harmed")
+        raise OutputError(f"output {output}: was written by another process; its table is intact")

@@ -1,9 +1,9 @@
-"""What a manifest has that earlier runs have not: new rows, changed ones, and those that failed.
+"""Incremental runs: the rows of a manifest that are new, changed, or failed in earlier runs.
 
-The manifest is compared with what is known in tables on disk, so memory does not grow with either.
-Rows come through in the manifest's order and with its types; the run over them is one like any
-other. Images that are known to be broken are carried over instead of being tried again, and images
-that a full listing lacks are noted as deleted.
+The manifest is compared with earlier runs in tables on disk, so memory does not grow with either.
+Rows keep the manifest's order and types, and the run over them is a run like any other. Images that
+are known to be broken are not tried again, and images that a full listing lacks are recorded as
+deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, resolve_paths
 from imgcls.errors import ManifestError, OutputError
-from imgcls.inference.keys import (
+from imgcls.execution.formatting import format_count
+from imgcls.inference.known_images import (
     DELETED,
     FAILED_BEFORE,
     KNOWN_BAD,
@@ -42,18 +43,18 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 
 DEFAULT_VERSION_COLUMNS = ("etag", "size", "mtime", "version")
-"""Columns that tell whether a file is still the same, where manifest and earlier runs have them."""
+"""Columns whose change means another image, if both manifest and earlier runs have them."""
 
 
 class SinceConfig(Section):
-    """Earlier runs, whose good rows need not be labelled again."""
+    """Earlier runs, whose successful rows are not labeled again."""
 
     shorthand: ClassVar[str | None] = "path"
 
     path: str
-    """A run, a folder of runs such as labels/ above labels/date=.../, or a compacted history."""
+    """A run, a folder of runs such as labels/ of labels/date=.../, or a compacted history."""
     version: Names = []
-    """Manifest columns whose change means another image; etag, size, mtime, version if none."""
+    """Manifest columns whose change means another image. Default: etag, size, mtime, version."""
 
 
 def select_new_rows(
@@ -65,11 +66,11 @@ def select_new_rows(
     relabel: bool,
     retry_failed: bool = False,
 ) -> Manifest:
-    """The manifest without the rows that earlier runs have labelled well and that have not changed.
+    """The manifest without the unchanged rows that earlier runs have labeled successfully.
 
-    output:  a run there is not an earlier one
-    relabel: take rows that another bundle has labelled as well
-    retry_failed: take images that are known to be broken, though they have not changed
+    output:       a run in this folder does not count as an earlier one
+    relabel:      also select rows that another bundle has labeled
+    retry_failed: also select broken images that have not changed
     Raises OutputError when there is no earlier run, ManifestError when a version column is missing.
     """
     request = SinceRequest.resolve(
@@ -79,7 +80,7 @@ def select_new_rows(
         bundle_sha256=bundle_sha256,
         relabel=relabel,
         retry_failed=retry_failed,
-        but=output,
+        exclude=output,
     )
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -96,8 +97,8 @@ def select_new_rows(
 class SinceRequest:
     """A manifest, and the earlier runs that it is compared with.
 
-    version:  columns whose change means another image
-    explicit: whether they were named; a row that lacks one then counts as changed
+    version_columns: columns whose change means another image
+    is_explicit:     whether the user set them; a row that lacks one then counts as changed
     """
 
     manifest: Manifest
@@ -118,30 +119,30 @@ class SinceRequest:
         bundle_sha256: str,
         relabel: bool,
         retry_failed: bool,
-        but: str | None,
+        exclude: str | None,
     ) -> SinceRequest:
-        """Find the earlier runs, without the one in `but`; see `only_new`."""
-        nights = find_past_runs(config.path, but=but)
-        runs = nights.committed
+        """Find the earlier runs, without the one in `exclude`; see `select_new_rows`."""
+        past_runs = find_past_runs(config.path, exclude=exclude)
+        runs = past_runs.committed
         if not runs:
             since = filesystem.absolute(config.path)
             if not filesystem.absolute(output).startswith(since.rstrip("/") + "/"):
                 raise OutputError(
-                    f"since {config.path}: holds no committed run; give the output of `imgcls "
-                    "predict`, a folder of such, or, for a first run, the folder in which --output "
-                    "lies"
+                    f"since {config.path}: holds no committed run. Pass the output of `imgcls "
+                    "predict`, a folder of such outputs, or, for a first run, the parent folder of "
+                    "--output"
                 )
-            tell("since", f"no committed run in {config.path} yet: every row is new")
+            tell("since", f"no committed run in {config.path} yet: all rows are new")
         others = sum(run.bundle_sha256 != bundle_sha256 for run in runs)
         if others and not relabel:
             tell(
                 "note",
-                f"{others:,} of {len(runs):,} earlier runs are of another bundle; their rows "
-                "stay as they are, say --relabel to label them again",
+                f"{others:,} of {format_count(len(runs), 'earlier run')} used another bundle; "
+                "their rows are kept. Set --relabel to label them again",
             )
         return cls(
             manifest,
-            nights,
+            past_runs,
             tuple(_find_version_columns(manifest, config, runs)),
             bool(config.version),
             bundle_sha256,
@@ -150,7 +151,7 @@ class SinceRequest:
         )
 
     def compute_digest(self) -> str:
-        """A fingerprint of the manifest and of what is known."""
+        """A fingerprint of the manifest and of the earlier runs."""
         digest = hashlib.blake2b(digest_size=16)
         parts = [self.manifest.fingerprint(), *self.version_columns]
         parts += [self.bundle_sha256 if self.relabel else "", "retry" * self.retry_failed]
@@ -164,12 +165,12 @@ class SinceRequest:
 
 
 class ManifestComparison:
-    """A manifest held against earlier runs: which rows are to be labeled, and why.
+    """A manifest compared with earlier runs: the rows to label, and why.
 
     manifest: the rows to label, in the order of the listed manifest
     counts:   rows by reason: new, changed, failed before, of another bundle
-    rows:     how many are to be labeled
-    deleted:  images of earlier runs that a full listing lacks
+    rows:     number of rows to label
+    deleted:  number of images of earlier runs that a full listing lacks
     """
 
     def __init__(self, request: SinceRequest) -> None:
@@ -177,7 +178,7 @@ class ManifestComparison:
         self._source = find_listed_folder(request.manifest)
         self._folder = tempfile.TemporaryDirectory(prefix="imgcls-since-")
         try:
-            self._keys = KnownImages(
+            self._known = KnownImages(
                 self._folder.name, request.version_columns, nulls=request.is_explicit
             )
             self._load_known_images()
@@ -185,12 +186,12 @@ class ManifestComparison:
         except BaseException:
             self._folder.cleanup()
             raise
-        self.counts = self._keys.read_counts("SELECT why, count(*) FROM todo GROUP BY why")
+        self.counts = self._known.read_counts("SELECT why, count(*) FROM todo GROUP BY why")
         self._unchanged = self.counts.pop("", 0)
-        codes = self._keys.read_counts(
+        codes = self._known.read_counts(
             "SELECT status, count(*) FROM todo WHERE why = 'known bad' GROUP BY status"
         )
-        self.known_bad = {self._keys.statuses[code]: count for code, count in codes.items()}
+        self.known_bad = {self._known.statuses[code]: count for code, count in codes.items()}
         self.counts.pop("known bad", None)
         self.rows = sum(self.counts.values())
         self._deleted = pa.concat_tables(
@@ -215,17 +216,17 @@ class ManifestComparison:
         self.close()
 
     def close(self) -> None:
-        """Remove the tables; nothing can be read from the comparison any more."""
-        self._keys.db.close()
+        """Remove the tables; nothing can be read from the comparison afterwards."""
+        self._known.db.close()
         self._folder.cleanup()
 
     def log_summary(self) -> None:
-        """Log what was found."""
-        reasons = ", ".join(f"{rows:,} {why}" for why, rows in sorted(self.counts.items()))
-        line = f"{reasons or 'nothing new'}; {self._unchanged:,} rows stay as they are"
+        """Log the number of rows by reason."""
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(self.counts.items()))
+        line = f"{reasons or 'nothing new'}; {format_count(self._unchanged, 'row')} unchanged"
         if self.known_bad:
             bad = ", ".join(f"{n:,} {status}" for status, n in sorted(self.known_bad.items()))
-            line += f"; known to be broken and unchanged, not tried again: {bad} (--retry-failed)"
+            line += f"; broken and unchanged, not tried again: {bad} (--retry-failed)"
         if self.deleted:
             line += f"; {self.deleted:,} deleted"
         tell("since", line, **self.describe())
@@ -242,21 +243,21 @@ class ManifestComparison:
         """Write the tables of `_since/` into an output folder."""
         folder = filesystem.join(output, layout.SINCE_FOLDER)
         filesystem.remove(folder)
-        rows = self._keys.iter_column(
+        rows = self._known.iter_column(
             f"SELECT row FROM ({_NEW_ROWS_SQL}) WHERE before ORDER BY row"
         )
         self._write_rows(output, pa.schema([("row", pa.int64())]), FAILED_BEFORE, rows)
         manifest, path = self._request.manifest, self._request.manifest.path_column
         if self.known_bad:
             bad = "FROM todo WHERE why = 'known bad' ORDER BY nth"
-            codes = self._keys.iter_column(f"SELECT status {bad}")
+            codes = self._known.iter_column(f"SELECT status {bad}")
             paths = (
                 pa.table({"path": resolve_paths(table[path], manifest.root)})
                 for table in take_rows(
-                    _iter_manifest_tables(manifest), self._keys.iter_column(f"SELECT nth {bad}")
+                    _iter_manifest_tables(manifest), self._known.iter_column(f"SELECT nth {bad}")
                 )
             )
-            statuses = pa.array(self._keys.statuses, pa.string())
+            statuses = pa.array(self._known.statuses, pa.string())
             named = (pa.table({"status": statuses.take(pa.array(each))}) for each in codes)
             status = pa.concat_tables(named)
             table = pa.concat_tables(paths).append_column("status", status["status"])
@@ -272,25 +273,25 @@ class ManifestComparison:
             layout.write_table(get_since_table_url(output, name), pa.concat_tables(tables))
 
     def _find_deleted(self) -> Iterator[pa.Table]:
-        """The paths of images that a listing lacks, read from the runs over them.
+        """The paths of images that a listing lacks, read from the runs that labeled them.
 
-        A file that no listing would take for an image is not deleted because it is not listed.
+        A file that a listing would not take for an image does not count as deleted.
         """
-        nights = self._request.past_runs
+        past_runs = self._request.past_runs
         below = len(self._source or "")
         for source in sorted(
-            self._keys.read_counts("SELECT source, count(*) FROM deleted GROUP BY 1")
+            self._known.read_counts("SELECT source, count(*) FROM deleted GROUP BY 1")
         ):
-            places = self._keys.iter_column(
+            positions = self._known.iter_column(
                 f"SELECT nth FROM deleted WHERE source = {source} ORDER BY nth"
             )
-            if source < len(nights.committed):
-                run = nights.committed[source]
+            if source < len(past_runs.committed):
+                run = past_runs.committed[source]
                 path, root, rows = run.path_column, run.root, iter_tables(run, [run.path_column])
             else:
-                started = nights.unfinished[source - len(nights.committed)]
+                started = past_runs.unfinished[source - len(past_runs.committed)]
                 (path, root), rows = find_path_column(started), read_planned_rows(started)
-            for table in take_rows(rows, places):
+            for table in take_rows(rows, positions):
                 found = _build_path_table(table[path], root)
                 listable = [
                     has_image_suffix(each) and "/." not in each[below:]
@@ -299,28 +300,28 @@ class ManifestComparison:
                 yield found.filter(pa.array(listable, pa.bool_()))
 
     def _read_new_rows(self) -> Iterator[pa.RecordBatch]:
-        places = self._keys.iter_column(f"SELECT nth FROM ({_NEW_ROWS_SQL}) ORDER BY nth")
-        for table in take_rows(_iter_manifest_tables(self._request.manifest), places):
+        positions = self._known.iter_column(f"SELECT nth FROM ({_NEW_ROWS_SQL}) ORDER BY nth")
+        for table in take_rows(_iter_manifest_tables(self._request.manifest), positions):
             yield from table.combine_chunks().to_batches()
 
     def _load_known_images(self) -> None:
-        request, keys, nights = self._request, self._keys, self._request.past_runs
-        ranks = rank_runs(nights.committed, nights.unfinished)
-        for source, run in enumerate(nights.committed):
+        request, known, past_runs = self._request, self._known, self._request.past_runs
+        ranks = rank_runs(past_runs.committed, past_runs.unfinished)
+        for source, run in enumerate(past_runs.committed):
             wanted = request.bundle_sha256 if request.relabel else None
-            keys.add_run(run, source, ranks, wanted, self._source)
-            keys.add_deleted(run, ranks)
-        for source, started in enumerate(nights.unfinished, len(nights.committed)):
+            known.add_run(run, source, ranks, wanted, self._source)
+            known.add_deleted(run, ranks)
+        for source, started in enumerate(past_runs.unfinished, len(past_runs.committed)):
             if self._source is not None and started.has_rows:
-                keys.add_planned(started, source, ranks[started.url], self._source)
+                known.add_planned(started, source, ranks[started.url], self._source)
             reported = started.is_refused and request.version_columns and not request.retry_failed
             if reported and started.has_table:
-                keys.add_refused(started)
-        keys.add_manifest(request.manifest)
+                known.add_refused(started)
+        known.add_manifest(request.manifest)
 
     def _classify_rows(self) -> None:
-        request, db, count = self._request, self._keys.db, len(self._request.version_columns)
-        # of rows of one image and night, one that failed is the one to look at
+        request, db, count = self._request, self._known.db, len(self._request.version_columns)
+        # of several rows of one image in one night, a failed one decides
         kept = [*(f"v{at}" for at in range(count)), "status", "current", "below", "source", "nth"]
         newest = ", ".join(f"arg_max({name}, rank) AS {name}" for name in kept)
         db.execute(
@@ -333,7 +334,9 @@ class ManifestComparison:
             "CREATE TABLE last_gone AS SELECT place, max(night) AS night FROM gone GROUP BY 1"
         )
         transient = ", ".join(
-            str(code) for code, name in enumerate(self._keys.statuses) if name in TRANSIENT_STATUSES
+            str(code)
+            for code, name in enumerate(self._known.statuses)
+            if name in TRANSIENT_STATUSES
         )
         retried = f"n.status IN ({transient})" if transient else "false"
         if request.retry_failed:
@@ -349,7 +352,7 @@ class ManifestComparison:
             f"EXISTS (SELECT 1 FROM refused r WHERE r.place = a.place AND "
             f"({_build_comparable_sql('r', count)}) AND NOT "
             f"({_build_differs_sql('r', count, request.is_explicit)}))"
-            if any(self._keys.read_counts("SELECT '', count(*) FROM refused").values())
+            if any(self._known.read_counts("SELECT '', count(*) FROM refused").values())
             else "false"
         )
         db.execute(
@@ -376,20 +379,20 @@ _NEW_ROWS_SQL = (
 
 
 def _build_differs_sql(known: str, count: int, explicit: bool) -> str:
-    """SQL: whether a version column of a row that is asked for and of a known row differ."""
+    """SQL: whether a version column differs between a manifest row and a known row."""
     there = "" if explicit else "a.v{0} <> 0 AND {1}.v{0} <> 0 AND "
     terms = [f"({there}a.v{{0}} <> {{1}}.v{{0}})".format(at, known) for at in range(count)]
     return " OR ".join(terms) or "false"
 
 
 def _build_comparable_sql(known: str, count: int) -> str:
-    """SQL: whether both rows have a version column."""
+    """SQL: whether a manifest row and a known row both have a version column."""
     terms = [f"(a.v{at} <> 0 AND {known}.v{at} <> 0)" for at in range(count)]
     return " OR ".join(terms) or "false"
 
 
 def find_listed_folder(manifest: Manifest) -> str | None:
-    """The folder all of whose images a manifest lists; None where it may be a part of them."""
+    """The folder of which a manifest lists all images; None if it may list only some."""
     if not manifest.files:  # a folder of images, or a pattern
         folder = filesystem.absolute(manifest.source).rstrip("/")
         return folder if manifest.root.rstrip("/") == folder else None
@@ -407,7 +410,7 @@ def find_listed_folder(manifest: Manifest) -> str | None:
 
 
 def read_failed_before(output: str) -> np.ndarray:
-    """(N,) int64, rising: rows of a run whose image, in this version, had failed before."""
+    """(N,) int64, ascending: rows of a run whose image had failed before in the same version."""
     if f"{FAILED_BEFORE}.parquet" not in filesystem.list_names(
         filesystem.join(output, layout.SINCE_FOLDER)
     ):
@@ -435,14 +438,12 @@ def _find_version_columns(
             )
     if config.version:
         return list(config.version)
-    usual = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
+    default = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
     known = {name for run in runs for name in run.schema.names}
-    if runs and not known & set(usual):
+    if runs and not known & set(default):
         tell(
             "note",
-            "no column tells whether an image has changed (none of "
-            f"{', '.join(DEFAULT_VERSION_COLUMNS)} in the manifest and the earlier runs); only "
-            "new and "
-            "failed rows are labelled",
+            "changed images cannot be found: neither the manifest nor the earlier runs have a "
+            f"column {', '.join(DEFAULT_VERSION_COLUMNS)}. Only new and failed rows are labeled",
         )
-    return usual
+    return default

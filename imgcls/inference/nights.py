@@ -1,9 +1,9 @@
-"""The runs in a folder of nights: which are committed, in which order, and where the next one goes.
+"""The runs in a folder of nights: which are committed, their order, and the next output folder.
 
-Nights are ordered by a logical clock: when a run is planned it takes the number after the highest
-one among all runs that were committed or started by then, and keeps it however often it is resumed.
-Clocks of machines and the order of commits do not matter. Runs from before there were numbers come
-first, ordered by the date in their path, then by when they began.
+Nights are ordered by a logical clock: a planned run takes the number after the highest one of all
+runs that were committed or started by then, and keeps it when it is resumed. Clocks of machines and
+the order of commits do not matter. Runs without a number, of earlier versions, come first, ordered
+by the date in their path, then by their start.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_FILE
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
 from imgcls.log import tell
@@ -36,49 +36,51 @@ _DATE_PATTERN = re.compile(r"(\d{4}-\d{2}-\d{2})(?:\.(\d+))?")
 class PlannedRun:
     """A run that was planned, committed or not.
 
-    described: its `_run.json`
+    run_record: its `_run.json`
     """
 
     url: str
-    run_json: dict[str, Any]
+    run_record: dict[str, Any]
 
     @property
     def order(self) -> RunOrder:
-        return compute_order(self.url, self.run_json)
+        """Its position among other runs."""
+        return compute_order(self.url, self.run_record)
 
     @property
     def plan(self) -> Plan:
-        return parse_plan(self.run_json)
+        """Its plan."""
+        return parse_plan(self.run_record)
 
     @property
     def has_shards(self) -> bool:
-        """Whether all shards of its manifest are there, as until the run is committed."""
+        """Whether all shards of its manifest exist, as until the run is committed."""
         return self._has_parts(filesystem.parent(layout.shard_url(self.url, 0)))
 
     @property
     def has_table(self) -> bool:
-        """Whether its table is whole: a gate refused the run, or a retry of its rows broke off."""
+        """Whether its table is whole, as when a gate refused the run or a retry was interrupted."""
         return self._has_parts(filesystem.join(self.url, layout.PREDICTIONS_FOLDER))
 
     @property
     def has_rows(self) -> bool:
-        """Whether its rows can be read: one that was started over and broken off lacks some."""
+        """Whether its rows can be read; not after a start-over that was interrupted."""
         return self.has_shards or self.has_table
 
     @property
     def files(self) -> list[str]:
-        """Where its manifest rows are: in its shards until it is committed, then in its table."""
-        place = layout.shard_url if self.has_shards else layout.part_url
-        return [place(self.url, part) for part in range(self.plan.num_parts)]
+        """The files of its manifest rows: its shards until it is committed, then its table."""
+        get_url = layout.shard_url if self.has_shards else layout.part_url
+        return [get_url(self.url, part) for part in range(self.plan.num_parts)]
 
     def _has_parts(self, folder: str) -> bool:
-        there = filesystem.list_names(folder)
-        return {layout.part_name(part) for part in range(self.plan.num_parts)} <= set(there)
+        present = filesystem.list_names(folder)
+        return {layout.part_name(part) for part in range(self.plan.num_parts)} <= set(present)
 
     @property
     def is_refused(self) -> bool:
-        """Whether all its rows are labeled, and a gate kept it from being committed."""
-        return "refused" in self.run_json
+        """Whether all its rows are labeled, and a quality gate refused the commit."""
+        return "refused" in self.run_record
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +95,16 @@ class PastRuns:
 
     @property
     def last_sequence(self) -> int:
-        """The highest sequence number of all runs; 0 if none has one."""
+        """The highest sequence number of all runs; 0 if there is none."""
         orders = [order for run in self.committed for order in find_origins(run).values()]
         orders += [run.order for run in self.unfinished]
         return max((order[0] for order in orders), default=0)
 
 
-def find_past_runs(url: str, but: str | None = None) -> PastRuns:
-    """The runs in a folder or below it; a `_SUCCESS` that no labeling run wrote is left out.
+def find_past_runs(url: str, exclude: str | None = None) -> PastRuns:
+    """The runs in a folder or below it; a `_SUCCESS` file without a run is ignored.
 
-    but: a run to leave out
+    exclude: a run to leave out
     Raises OutputError when a run's own files are damaged.
     """
     url = filesystem.absolute(url)
@@ -114,61 +116,60 @@ def find_past_runs(url: str, but: str | None = None) -> PastRuns:
     marked = {folder for folder, name in found if name == layout.SUCCESS_FILE}
     listings = {folder for folder, name in found if name == LISTING_FILE}
     _log_run_names(
-        "no labeling run wrote this file, ignored",
+        "ignored, not written by a predict run",
         [filesystem.join(url, each, layout.SUCCESS_FILE) for each in marked - planned - listings],
     )
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        runs = pool.map(open_run, _list_run_folders(url, planned & marked, but))
+    with create_thread_pool(_READ_THREADS, "read") as pool:
+        runs = pool.map(open_run, _list_run_folders(url, planned & marked, exclude))
         committed = tuple(sorted(runs, key=compute_run_order))
-        started = _list_run_folders(url, planned - marked, but)
-        described = zip(started, pool.map(layout.load_run, started), strict=True)
-        unfinished = [PlannedRun(each, run) for each, run in described if run is not None]
+        started = _list_run_folders(url, planned - marked, exclude)
+        records = zip(started, pool.map(layout.load_run, started), strict=True)
+        unfinished = [PlannedRun(each, run) for each, run in records if run is not None]
     _log_run_names(
-        "not finished, so its rows do not count as labeled", [each.url for each in unfinished]
+        "not finished, so the rows do not count as labeled", [each.url for each in unfinished]
     )
     return PastRuns(committed, tuple(sorted(unfinished, key=lambda run: run.order)))
 
 
-def _list_run_folders(url: str, folders: set[str], but: str | None) -> list[str]:
-    places = [filesystem.join(url, each) if each else url for each in sorted(folders)]
-    return [place for place in places if place != (but or "").rstrip("/")]
+def _list_run_folders(url: str, folders: set[str], exclude: str | None) -> list[str]:
+    found = [filesystem.join(url, each) if each else url for each in sorted(folders)]
+    return [folder for folder in found if folder != (exclude or "").rstrip("/")]
 
 
-def _log_run_names(what: str, places: Sequence[str]) -> None:
-    if places:
-        shown = ", ".join(sorted(places)[:_MAX_NAMED_RUNS])
-        more = (
-            f" and {len(places) - _MAX_NAMED_RUNS:,} more" if len(places) > _MAX_NAMED_RUNS else ""
-        )
-        tell("note", f"{what}: {shown}{more}")
+def _log_run_names(message: str, urls: Sequence[str]) -> None:
+    if urls:
+        shown = ", ".join(sorted(urls)[:_MAX_NAMED_RUNS])
+        more = f" and {len(urls) - _MAX_NAMED_RUNS:,} more" if len(urls) > _MAX_NAMED_RUNS else ""
+        tell("note", f"{message}: {shown}{more}")
 
 
-def compute_order(url: str, described: dict[str, Any], committed: str = "") -> RunOrder:
-    """The place of a run among others.
+def compute_order(url: str, run_record: dict[str, Any], committed: str = "") -> RunOrder:
+    """The position of a run among others.
 
-    described: its `_run.json`; committed: when it was, for runs that did not note their start
+    run_record: its `_run.json`
+    committed:  time of the commit, for runs that have no time of the start
     """
-    began = str(described.get("began") or committed)
+    began = str(run_record.get("began") or committed)
     found = _DATE_PATTERN.findall(url)
     day, again = found[-1] if found else (began[:10], "")
-    return int(described.get("sequence") or 0), day, int(again or 1), began, url
+    return int(run_record.get("sequence") or 0), day, int(again or 1), began, url
 
 
 def compute_run_order(run: CommittedRun) -> RunOrder:
-    """The place of a committed run; a compacted history stands at its newest rows."""
+    """The position of a committed run; a compacted history has that of its newest rows."""
     if run.merged_runs:
         return max(find_origins(run).values())
     return compute_order(run.url, run.run_record, str(run.success_record["committed"]))
 
 
 def find_origins(run: CommittedRun) -> dict[str, RunOrder]:
-    """The runs whose rows a run holds, by URL: itself, or those that were merged into it."""
+    """The runs whose rows a run has, by URL: itself, or those that were merged into it."""
     if not run.merged_runs:
         return {run.url: compute_run_order(run)}
     known = run.run_record.get("origins")
     if known:
         return {url: _parse_order(values) for url, values in known.items()}
-    # merged before there were numbers
+    # merged by an earlier version, without numbers
     until = str(run.success_record.get("labelled_until", run.success_record["committed"]))
     return {url: compute_order(url, {}, until) for url in run.merged_runs}
 
@@ -178,33 +179,33 @@ def _parse_order(values: Sequence[Any]) -> RunOrder:
     return int(sequence), str(day), int(again), str(began), str(url)
 
 
-def compute_next_sequence(output: str, nights: PastRuns | None) -> int:
-    """The number of a run that is planned now.
+def compute_next_sequence(output: str, past_runs: PastRuns | None) -> int:
+    """The sequence number of a run that is planned now.
 
-    nights: what `--since` found; without, the runs in the same folder as the output are read
+    past_runs: those that `--since` found; None reads the runs in the parent folder of the output
     """
-    highest = nights.last_sequence if nights is not None else 0
+    highest = past_runs.last_sequence if past_runs is not None else 0
     above = filesystem.parent(output)
     try:
         pages = list(filesystem.iter_pages(above, deep=False))
     except (StorageMissing, StorageForbidden):
         return highest + 1
-    places = [filesystem.absolute(folder) for page in pages for folder in page.folders]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return 1 + max([highest, *pool.map(_read_sequence, places)])
+    folders = [filesystem.absolute(name) for page in pages for name in page.folders]
+    with create_thread_pool(_READ_THREADS, "read") as pool:
+        return 1 + max([highest, *pool.map(_read_sequence, folders)])
 
 
-def _read_sequence(place: str) -> int:
+def _read_sequence(folder: str) -> int:
     try:
-        described = json.loads(filesystem.read(filesystem.join(place, layout.RUN_FILE)))
+        run_record = json.loads(filesystem.read(filesystem.join(folder, layout.RUN_FILE)))
     except (StorageMissing, StorageForbidden, ValueError):
         return 0
-    known = described.get("sequence") if isinstance(described, dict) else None
+    known = run_record.get("sequence") if isinstance(run_record, dict) else None
     return known if isinstance(known, int) else 0
 
 
 def format_date(date: datetime.date | None) -> str:
-    """The date as YYYY-MM-DD, today in UTC if none."""
+    """The date as YYYY-MM-DD; today in UTC if None."""
     return (date or datetime.datetime.now(datetime.UTC).date()).isoformat()
 
 
@@ -216,34 +217,34 @@ class OutputSeries:
     date: datetime.date | None
 
     def resolve_folder(self, number: int) -> str:
-        """The folder of the date's n-th run, from 1."""
+        """The folder of the date's n-th run, counted from 1."""
         day = format_date(self.date) + (f".{number}" if number > 1 else "")
         return filesystem.absolute(self.template.replace("{date}", day).rstrip("/"))
 
     @property
     def has_date(self) -> bool:
-        """Whether the output names a date, so that there may be further folders."""
+        """Whether the output contains {date}, so that a date may have further folders."""
         return "{date}" in self.template
 
     def load_runs(self) -> list[tuple[str, dict[str, Any]]]:
-        """The folders that hold a run, oldest first, with its `_run.json`."""
+        """The folders that hold a run, oldest first, each with its `_run.json`."""
         found: list[tuple[str, dict[str, Any]]] = []
         while not found or self.has_date:
-            place = self.resolve_folder(len(found) + 1)
-            described = layout.load_run(place)
-            if described is None:
+            folder = self.resolve_folder(len(found) + 1)
+            run_record = layout.load_run(folder)
+            if run_record is None:
                 break
-            found.append((place, described))
+            found.append((folder, run_record))
         return found
 
-    def find_next_folder(self, place: str) -> str:
-        """The next folder; raises OutputError when the output names no date."""
+    def find_next_folder(self, folder: str) -> str:
+        """The folder after `folder`; raises OutputError when the output contains no {date}."""
         if not self.has_date:
             raise OutputError(
-                f"output {place}: holds another run, of other rows; write {{date}} in --output, as "
-                "in labels/date={date}, so that each run gets a folder of its own"
+                f"output {folder}: holds a run of other rows. Put {{date}} in --output, as in "
+                "labels/date={date}, so that each run gets its own folder"
             )
         number = 1
-        while self.resolve_folder(number) != place:
+        while self.resolve_folder(number) != folder:
             number += 1
         return self.resolve_folder(number + 1)

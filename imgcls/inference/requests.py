@@ -1,39 +1,148 @@
-"""Checks of a `predict` request, made before Ray is started, and the settings that change results.
+"""The request of `imgcls predict`: its settings, and their checks before Ray starts.
 
-Refuses columns that collide with written ones, stores that cannot be read, timeouts that do not fit
-together, and outputs that cannot be written or resumed.
+Refuses columns that collide with written ones, stores that cannot be read, timeouts that contradict
+each other, and outputs that cannot be written or resumed.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pyarrow as pa
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from imgcls.cluster import autoscaler, session
+from imgcls.config import Section, UnitFloat
 from imgcls.data import filesystem, object_store
-from imgcls.data.manifest import Manifest
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     ManifestError,
     OutputError,
     RequestError,
+    StorageBucketMissing,
     StorageCredentials,
     StorageError,
     StorageForbidden,
-    StorageMissing,
 )
-from imgcls.execution.placement import MAX_STORAGE_WAITS
-from imgcls.log import tell
-from imgcls.models.bundle import Bundle
-from imgcls.runs import layout as names
+from imgcls.execution.placement import MAX_STORAGE_WAITS, ScaleConfig
+from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
+from imgcls.inference.commit import ErrorStatus
+from imgcls.inference.incremental import SinceConfig
+from imgcls.log import LogFormat, tell
+from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
+from imgcls.runs import layout
+from imgcls.runs.lease import DEFAULT_TERM_SECONDS
+from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
-if TYPE_CHECKING:
-    from imgcls.inference.predict import PredictConfig
+SAMPLED_FILES = 16
+"""Files at the start of the manifest whose size is read, to estimate the size of a chunk."""
+
+
+class PredictConfig(Section):
+    """Label every image of a manifest."""
+
+    manifest: ManifestConfig
+    """The images: a CSV or Parquet file, a glob, or a folder."""
+    model: str
+    """Bundle folder, local or on an object store."""
+    output: str
+    """Folder to write. An unfinished run in it is resumed."""
+    top_k: int = Field(default=5, ge=1, le=20)
+    """Number of labels kept per image."""
+    threshold: UnitFloat | None = None
+    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
+    embeddings: bool = False
+    """Also write the input of the model's final layer."""
+    scores: bool = False
+    """Also write the score of every class."""
+    scores_type: Literal["float32", "float16"] = "float32"
+    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
+    max_error_rate: UnitFloat = 0.01
+    """Maximum fraction of failed rows in a committed run; with since, of the new rows."""
+    max_errors: NonNegativeInt | None = None
+    """Number of failed rows allowed at any rate. Default: 10 with since, else 0."""
+    max_error_rates: dict[ErrorStatus, UnitFloat] = {}
+    """Per-status limits, e.g. {missing: 0.05}. A status listed here is not counted in
+    max_error_rate."""
+    reference: str | None = None
+    """Earlier run to measure the drift of predicted classes and confidence against."""
+    max_psi: NonNegativeFloat | None = None
+    """Maximum drift in a committed run, as population stability index."""
+    summary_json: str | None = None
+    """JSON file to write at the end, whatever the exit code: how the run ended, rows, statuses."""
+    since: SinceConfig | None = None
+    """Label only images that are new, changed or failed since these runs: one run, or a folder of
+    runs."""
+    relabel: bool = False
+    """With since: also label images that another bundle has labeled."""
+    retry_failed: bool = False
+    """With since: also retry broken images that have not changed."""
+    date: datetime.date | None = None
+    """Date that replaces {date} in output (default: today, UTC). Set it to resume an earlier day's
+    run."""
+    retry_errors: bool = False
+    """Retry the rows that failed in an earlier run on this output."""
+    overwrite: bool = False
+    """Delete the run in the output folder and start over."""
+    limit: PositiveInt | None = None
+    """Number of rows to label, from the start of the manifest. Default: all."""
+    decode: DecodeMode | None = None
+    """exact: decode JPEGs at full size. fast: decode large ones at reduced size. Default: the
+    bundle's setting."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware has it natively, else fp32. int8: on CPUs, with a bundle that
+    was quantized."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the model. auto: where a benchmark before a long run shows that it saves time."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Maximum number of pixels of an image, read from its header; a larger one is too_large."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """Maximum size of an image file, in bytes. A larger one is too_large and not read further."""
+    chunk_rows: PositiveInt | None = None
+    """Rows per chunk, the unit of work. Default: by the size of the manifest, at most 256."""
+    part_rows: PositiveInt = 1_000_000
+    """Maximum number of rows of an output file; fewer when it would exceed 128 MB."""
+    progress_seconds: PositiveFloat = 5.0
+    """Time between two progress lines in a log, in seconds."""
+    log: LogFormat = "text"
+    """json: one JSON object per line, each with the run id; for each chunk its worker, rows and
+    times."""
+    lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
+    """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Manifest, Bundle]:
+    """Open manifest and bundle; raises RequestError for a request that cannot succeed."""
+    manifest = open_manifest(config.manifest)
+    manifest = replace(manifest, _compute_fingerprint=functools.cache(manifest.fingerprint))
+    bundle = load_bundle(config.model).with_decode(config.decode)
+    if bundle.spec.preprocess.decode == "exact":
+        config = require_cpu_decoding(config)
+    if config.precision == "int8":
+        if config.compile == "always":
+            raise RequestError(
+                "compile always: an int8 network cannot be compiled. Set --compile never, or "
+                "another --precision"
+            )
+        tell("int8", require_int8(bundle).describe_cost())
+    check_columns(manifest)
+    check_timeouts(config, output, manifest)
+    check_first_image(manifest, config.max_bytes)
+    return config, manifest, bundle
 
 
 def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
-    """What changes results, or how they are cut into files."""
+    """The settings that change results or their files: part of a run's identity in `_run.json`."""
     threshold = bundle.spec.threshold if config.threshold is None else config.threshold
     return {
         "top_k": config.top_k,
@@ -53,11 +162,11 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
 
 
 def require_cpu_decoding(config: PredictConfig) -> PredictConfig:
-    """The same request where no GPU decodes: nvJPEG's pixels are not those of `decode: exact`."""
+    """The request without decoding on GPUs: nvJPEG's pixels are not those of `decode: exact`."""
     scale = config.scale
     if scale.layout == "gpu_decode" and scale.cpu_decode_fraction != 1:
         raise RequestError(
-            "decode exact: GPUs decode JPEGs with other pixels; set --scale.layout gpu, or "
+            "decode exact: GPUs decode JPEGs to different pixels. Set --scale.layout gpu, or "
             "--decode fast"
         )
     return config.model_copy(
@@ -66,38 +175,38 @@ def require_cpu_decoding(config: PredictConfig) -> PredictConfig:
 
 
 def check_columns(manifest: Manifest) -> None:
-    """Refuse columns that would replace one that is written, or hide one from some readers.
+    """Raise ManifestError for columns that collide with output columns, or by case with each other.
 
-    DuckDB, Spark, Athena and BigQuery take names that differ only by case for one column.
+    DuckDB, Spark, Athena and BigQuery do not distinguish names that differ only by case.
     """
-    place = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in names.PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in names.PROVENANCE_COLUMNS}
+    source = f"manifest {manifest.source}"
+    written = {name.casefold(): name for name in PREDICTION_COLUMNS}
+    added = {name.casefold(): name for name in PROVENANCE_COLUMNS}
     seen: dict[str, str] = {}
     for name in manifest.schema.names:
         key = name.casefold()
         if key in written:
             case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
             raise ManifestError(
-                f"{place}: column {name!r} is one that labelling writes{case}; rename it in the "
-                f"manifest (labelling writes {', '.join(names.PREDICTION_COLUMNS)})"
+                f"{source}: column {name!r} is an output column of predict{case}. Rename it in the "
+                f"manifest (output columns: {', '.join(PREDICTION_COLUMNS)})"
             )
         if key in added:
             raise ManifestError(
-                f"{place}: column {name!r} is one that `imgcls history compact` writes, for the "
-                f"run a row is of; rename it in the manifest, or leave it out (compact writes "
-                f"{', '.join(names.PROVENANCE_COLUMNS)})"
+                f"{source}: column {name!r} is an output column of `imgcls history compact`. "
+                f"Rename it in the manifest, or remove it (output columns: "
+                f"{', '.join(PROVENANCE_COLUMNS)})"
             )
         if key in seen:
             raise ManifestError(
-                f"{place}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
-                "Spark and others ignore; rename one"
+                f"{source}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
+                "Spark and others ignore. Rename one"
             )
         seen[key] = name
 
 
 def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> None:
-    """Raise RequestError where a worker that waits for a store would be taken to hang."""
+    """Raise RequestError when a worker that waits for a store would count as hung."""
     waits = MAX_STORAGE_WAITS * config.storage.retry_timeout_s
     if config.scale.worker_timeout_s > waits:
         return
@@ -109,17 +218,16 @@ def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> No
     remote = next((place for place in places if not filesystem.is_local(place)), None)
     if remote is not None:
         raise RequestError(
-            f"scale.worker_timeout_s {config.scale.worker_timeout_s:g}: for {remote} a worker "
-            "may wait "
-            f"{MAX_STORAGE_WAITS} x {config.storage.retry_timeout_s:g} s "
-            "(storage.retry_timeout_s) "
-            "before it has an image done, and would be ended although it does not hang; give more "
-            f"than {waits:g}, or a smaller --storage.retry-timeout-s"
+            f"scale.worker_timeout_s {config.scale.worker_timeout_s:g}: for {remote} a worker may "
+            f"wait {MAX_STORAGE_WAITS} x {config.storage.retry_timeout_s:g} s "
+            "(storage.retry_timeout_s) before its first image is finished, and would be killed "
+            f"although it does not hang. Set more than {waits:g}, or a smaller "
+            "--storage.retry-timeout-s"
         )
 
 
 def iter_image_urls(manifest: Manifest) -> Iterator[str]:
-    """Where the first images of a manifest are."""
+    """The URLs of the images in a manifest's first batch."""
     head = next(manifest.batches(), None)
     paths = head.column(manifest.path_column).cast(pa.string()).to_pylist() if head else []
     for path in paths:
@@ -129,15 +237,13 @@ def iter_image_urls(manifest: Manifest) -> Iterator[str]:
 
 
 def is_on_web(manifest: Manifest) -> bool:
-    """Whether the images are on web servers, by the first one."""
-    return (
-        object_store.get_protocol(next(iter_image_urls(manifest), ""))
-        in object_store.HTTP_PROTOCOLS
-    )
+    """Whether the first image is on a web server."""
+    protocol = object_store.get_protocol(next(iter_image_urls(manifest), ""))
+    return protocol in object_store.HTTP_PROTOCOLS
 
 
 def read_image_size(url: str) -> int:
-    """Bytes of an image; none of one that cannot be had, which is a row like any other."""
+    """Size of an image file in bytes; 0 when it cannot be read, which becomes an error row."""
     try:
         return filesystem.size(url)
     except StorageError:
@@ -145,9 +251,9 @@ def read_image_size(url: str) -> int:
 
 
 def check_first_image(manifest: Manifest, max_bytes: int) -> None:
-    """Try the first image on a store, before work starts that could only fail.
+    """Read the first image if it is on a store, before work starts that can only fail.
 
-    Raises RequestError when the credentials are refused, or there is no such bucket.
+    Raises RequestError when the credentials are rejected, or the bucket does not exist.
     """
     url = next(iter_image_urls(manifest), None)
     if url is None or filesystem.is_local(url):
@@ -156,25 +262,35 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
         filesystem.read_image(url, max_bytes)
     except StorageCredentials as error:
         raise RequestError(f"the first image: {error}") from error
-    except StorageMissing as error:
-        if str(error).endswith("no such bucket"):
-            raise RequestError(f"the first image: {error}; correct the manifest's paths") from error
+    except StorageBucketMissing as error:
+        raise RequestError(f"the first image: {error}. Correct the manifest's paths") from error
     except StorageForbidden as error:
         tell("note", f"the first image: {error}")
     except StorageError:
-        return  # a row like any other
+        return  # becomes an error row
 
 
 def check_resumable(output: str, config: PredictConfig) -> None:
-    """Raise OutputError where a run can neither be begun nor resumed in a folder."""
-    names.check_output_writable(output)
+    """Raise OutputError when a run can neither be started nor resumed in a folder."""
+    layout.check_output_writable(output)
     if config.overwrite:
         return
-    if names.load_run(output) is None and filesystem.list_names(
-        filesystem.join(output, names.PREDICTIONS_FOLDER)
+    if layout.load_run(output) is None and filesystem.list_names(
+        filesystem.join(output, layout.PREDICTIONS_FOLDER)
     ):
         raise OutputError(
-            f"output {output}: holds predictions but no {names.RUN_FILE}, so it is no run that "
-            "can be "
-            "resumed; give another --output, or start over with --overwrite"
+            f"output {output}: holds predictions but no {layout.RUN_FILE}, so no run can be "
+            "resumed. Pass another --output, or start over with --overwrite"
         )
+
+
+def estimate_chunk_bytes(config: PredictConfig, manifest: Manifest, bundle: Bundle) -> int:
+    """Size of a chunk on its way to a GPU: its pixels, or its files where those are larger."""
+    side = bundle.spec.preprocess.crop
+    each = 3 * side * side
+    may_join = [] if session.is_private_session() else autoscaler.find_max_nodes() or []
+    if any(node.gpus for node in [*session.list_nodes(), *may_join]):
+        urls = itertools.islice(iter_image_urls(manifest), SAMPLED_FILES)
+        sizes = [size for url in urls if (size := read_image_size(url)) <= config.max_bytes]
+        each = max(each, sum(sizes) // max(1, len(sizes)))
+    return each * (config.chunk_rows or DEFAULT_CHUNK_ROWS)

@@ -1,34 +1,35 @@
-"""One chunk, from manifest rows to a table of predictions: fetch, prepare, classify.
+"""Stages of labeling one chunk, from manifest rows to prediction columns: fetch, prepare, classify.
 
-The stages are separate functions so that each cluster layout may put them where the hardware is,
-and every layout composes the same ones: same batches, same bytes out. Nothing here knows Ray.
+They are separate functions, so that each placement can run them where the hardware is. Every
+placement composes the same ones: same batches, same bytes written. Ray is not used here.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 
 from imgcls.data import decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import CrashingImage, ImageError, StorageError
-from imgcls.execution.messages import ChunkTask, PredictSpec, RunSpec, StageTimings
-from imgcls.metrics.columns import compute_label_scores, encode_classes
-from imgcls.models.classifier import Classifier, PendingScores, select_top_k
-from imgcls.runs import layout
+from imgcls.errors import OK, CrashingImage, ImageError, StorageError
+from imgcls.execution.messages import ChunkTask, StageTimings
+from imgcls.execution.worker import HeartbeatFn
+from imgcls.inference.specs import ImageSpec, PredictSpec
+from imgcls.metrics.columns import encode_classes
+from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
-HeartbeatFn = Callable[[], None]
+"""The bytes of an image file, or why they cannot be read."""
 NO_CRASHED_ROWS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -38,7 +39,7 @@ def _ignore_heartbeat() -> None:
 
 @dataclass
 class PreparedImages:
-    """What became of N rows' images before the model: pixels of the good ones, reasons of the rest.
+    """The images of N rows before the model: pixels of the good ones, errors of the others.
 
     pixels: uint8 (K, crop, crop, 3) of the K ok rows, in row order; where a GPU decoded them, a
         list of tensors (3, crop, crop)
@@ -52,66 +53,63 @@ class PreparedImages:
     height: list[int | None] = field(default_factory=list)
 
     def add_image(self, size: tuple[int, int]) -> None:
-        """A good image of (width, height)."""
-        self.status.append(layout.OK)
+        """Add a good image of (width, height)."""
+        self.status.append(OK)
         self.error.append(None)
         self.width.append(size[0])
         self.height.append(size[1])
 
     def add_error(self, error: StorageError | ImageError) -> None:
-        """A row without an image that can be used."""
+        """Add a row whose image cannot be used."""
         self.status.append(error.status)
         self.error.append(str(error))
         self.width.append(None)
         self.height.append(None)
 
 
-def read_chunk_rows(spec: RunSpec, work: ChunkTask) -> pa.Table:
-    """The manifest columns of a chunk's rows, read from its shard."""
-    if work.rows is not None:
-        return work.rows
-    part = spec.plan.part_of(work.chunk)
-    group = work.chunk - spec.plan.chunks_of(part).start
-    with _SHARD_LOCK:  # one file handle for the threads of a worker
-        shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
-        table: pa.Table = shard.read_row_group(group)
-    return table
-
-
-_SHARD_LOCK = threading.Lock()
-
-
-@functools.lru_cache(maxsize=2)
-def _open_shard(url: str, run_id: str) -> pq.ParquetFile:
-    """Kept open between chunks; by run, since one that starts over has shards of the same name."""
-    return pq.ParquetFile(filesystem.open_read(url), pre_buffer=False)
-
-
 def fetch_images(
-    spec: RunSpec, rows: pa.Table, crashed: Mapping[int, str] = NO_CRASHED_ROWS
+    spec: ImageSpec, rows: pa.Table, crashed_rows: Mapping[int, str] = NO_CRASHED_ROWS
 ) -> Iterator[FetchResult]:
-    """Each row's bytes or why they cannot be had, reads running ahead of the consumer.
+    """Each row's file or error, in order; reads run ahead of the consumer.
 
-    crashed: what to say of rows, counted from the first of `rows`, that are not to be touched
+    crashed_rows: message by row, counted from the first of `rows`, of rows not to be touched
     """
     paths = rows.column(spec.path_column).to_pylist()
     urls = (
-        manifest.resolve_path(path, spec.root) for i, path in enumerate(paths) if i not in crashed
+        manifest.resolve_path(path, spec.root)
+        for row, path in enumerate(paths)
+        if row not in crashed_rows
     )
-    blobs = filesystem.read_ahead(urls, spec.io_concurrency, spec.max_bytes)
-    if not crashed:
-        return blobs
-    return (CrashingImage(crashed[i]) if i in crashed else next(blobs) for i in range(len(paths)))
+    files = filesystem.read_ahead(urls, spec.io_concurrency, spec.max_bytes)
+    if not crashed_rows:
+        return files
+    return (
+        CrashingImage(crashed_rows[row]) if row in crashed_rows else next(files)
+        for row in range(len(paths))
+    )
+
+
+def time_fetch(files: Iterator[FetchResult], timings: StageTimings) -> Iterator[FetchResult]:
+    """The same files; the time that the consumer waits for them is added to `fetch`."""
+    end = object()
+    while True:
+        with timings.measure("fetch"):
+            file: Any = next(files, end)
+        if file is end:
+            return
+        if isinstance(file, bytes):
+            timings.bytes += len(file)
+        yield file
 
 
 def prepare_image(
-    blob: FetchResult, preprocess: Preprocess, max_pixels: int, prepared: PreparedImages
+    file: FetchResult, preprocess: Preprocess, max_pixels: int, prepared: PreparedImages
 ) -> Pixels | None:
-    """Decode one row's image, noting its status; the pixels when it is good."""
+    """Decode one row's image and add its status to `prepared`; returns the pixels if it is good."""
     try:
-        if not isinstance(blob, bytes):
-            raise blob
-        pixels, size = decode.decode_image(blob, preprocess, max_pixels=max_pixels)
+        if not isinstance(file, bytes):
+            raise file
+        pixels, size = decode.decode_image(file, preprocess, max_pixels=max_pixels)
     except (StorageError, ImageError) as error:
         prepared.add_error(error)
         return None
@@ -123,37 +121,37 @@ def prepare_on_cpu(
     spec: PredictSpec,
     rows: pa.Table,
     preprocess: Preprocess,
-    spent: StageTimings,
-    crashed: Mapping[int, str] = NO_CRASHED_ROWS,
-    beat: HeartbeatFn = _ignore_heartbeat,
+    timings: StageTimings,
+    crashed_rows: Mapping[int, str] = NO_CRASHED_ROWS,
+    heartbeat: HeartbeatFn = _ignore_heartbeat,
 ) -> PreparedImages:
-    """Fetch and decode all rows of a chunk on CPUs, for a GPU to classify."""
+    """Fetch and decode all rows of a chunk on a CPU, for a GPU to classify."""
     prepared = PreparedImages()
-    blobs = fetch_images(spec, rows, crashed)
-    decoded = list(_iter_decoded(spec, blobs, preprocess, prepared, spent, beat))
+    files = fetch_images(spec, rows, crashed_rows)
+    decoded = list(_iter_decoded(spec, files, preprocess, prepared, timings, heartbeat))
     if decoded:
         prepared.pixels = decode.stack_images(decoded).transpose(0, 2, 3, 1)
     return prepared
 
 
 def prepare_on_device(
-    spec: PredictSpec, blobs: Sequence[FetchResult], classifier: Classifier, spent: StageTimings
+    spec: PredictSpec, files: Sequence[FetchResult], classifier: Classifier, timings: StageTimings
 ) -> PreparedImages:
-    """Decode fetched rows in bulk on the classifier's device, where the pixels stay."""
+    """Decode fetched files in a batch on the classifier's device, where the pixels stay."""
     prepared = PreparedImages()
-    with spent.measure("prepare"):
+    with timings.measure("prepare"):
         decoded = iter(
             decode.decode_batch(
-                [blob for blob in blobs if isinstance(blob, bytes)],
+                [file for file in files if isinstance(file, bytes)],
                 classifier.preprocess,
                 device=classifier.device,
                 max_pixels=spec.max_pixels,
             )
         )
         pixels: list[torch.Tensor] = []
-        for blob in blobs:
-            result = next(decoded) if isinstance(blob, bytes) else blob
-            spent.bytes += len(blob) if isinstance(blob, bytes) else 0
+        for file in files:
+            result = next(decoded) if isinstance(file, bytes) else file
+            timings.bytes += len(file) if isinstance(file, bytes) else 0
             if isinstance(result, tuple):
                 pixels.append(result[0])
                 prepared.add_image(result[1])
@@ -167,66 +165,44 @@ def classify_prepared(
     spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: ChunkTask,
+    task: ChunkTask,
     prepared: PreparedImages,
-    spent: StageTimings,
+    timings: StageTimings,
 ) -> pa.Table:
-    """Run the model over prepared pixels; the second half of the layouts with GPUs."""
+    """Classify prepared pixels: the second stage where there are GPUs."""
     head = _BatchedForward(spec, classifier)
-    with spent.measure("classify"):
+    with timings.measure("classify"):
         for start in range(0, len(prepared.pixels), spec.batch_size):
             head.submit(_stack_batch(prepared.pixels[start : start + spec.batch_size]))
-        head.collect(spent)
-    return _build_table(spec, classifier, rows, work, prepared, head)
+        head.collect(timings)
+    return _build_table(spec, classifier, rows, task, prepared, head)
 
 
 def predict_chunk(
     spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: ChunkTask,
-    spent: StageTimings,
-    crashed: Mapping[int, str] = NO_CRASHED_ROWS,
-    beat: HeartbeatFn = _ignore_heartbeat,
+    task: ChunkTask,
+    timings: StageTimings,
+    crashed_rows: Mapping[int, str] = NO_CRASHED_ROWS,
+    heartbeat: HeartbeatFn = _ignore_heartbeat,
 ) -> pa.Table:
-    """Fetch, decode and classify a chunk, holding one batch of pixels at a time.
-
-    beat: called after each row, to tell that it goes on
-    """
+    """Fetch, decode and classify a chunk, with one batch of pixels in memory at a time."""
     prepared = PreparedImages()
     head = _BatchedForward(spec, classifier)
     batch: list[Pixels] = []
-    blobs = fetch_images(spec, rows, crashed)
-    for pixels in _iter_decoded(spec, blobs, classifier.preprocess, prepared, spent, beat):
+    files = fetch_images(spec, rows, crashed_rows)
+    for pixels in _iter_decoded(spec, files, classifier.preprocess, prepared, timings, heartbeat):
         batch.append(pixels)
         if len(batch) == spec.batch_size:
-            with spent.measure("classify"):
+            with timings.measure("classify"):
                 head.submit(decode.stack_images(batch))
             batch.clear()
-    with spent.measure("classify"):
+    with timings.measure("classify"):
         if batch:
             head.submit(decode.stack_images(batch))
-        head.collect(spent)
-    return _build_table(spec, classifier, rows, work, prepared, head)
-
-
-def read_committed(spec: RunSpec, work: ChunkTask) -> pa.Table | None:
-    """The statuses of a chunk that is durable: a lost worker's block is done anew."""
-    url = _get_chunk_url(spec, work)
-    if not filesystem.exists(url):
-        return None
-    return pq.read_table(filesystem.open_read(url), columns=["status"])
-
-
-def _get_chunk_url(spec: RunSpec, work: ChunkTask) -> str:
-    name = layout.chunk_url if work.offsets is None else layout.retry_url
-    return name(spec.output, spec.plan.part_of(work.chunk), work.chunk, spec.plan.run_id)
-
-
-def write_chunk(spec: RunSpec, work: ChunkTask, table: pa.Table, spent: StageTimings) -> None:
-    """Write a chunk under its own name, atomically; doing it twice writes the same bytes."""
-    with spent.measure("commit"):
-        layout.write_table(_get_chunk_url(spec, work), table)
+        head.collect(timings)
+    return _build_table(spec, classifier, rows, task, prepared, head)
 
 
 def _stack_batch(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
@@ -234,7 +210,7 @@ def _stack_batch(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
 
 
 class _BatchedForward:
-    """Gathers what the model says, batch after batch."""
+    """Forward passes of a chunk, batch by batch; collects their results."""
 
     def __init__(self, spec: PredictSpec, classifier: Classifier) -> None:
         self._spec = spec
@@ -245,11 +221,11 @@ class _BatchedForward:
         self.finite: list[npt.NDArray[np.bool_]] = []
 
     def submit(self, batch: Pixels | torch.Tensor) -> None:
-        """Hand a batch to the device; a GPU works on it while the next one is made ready."""
+        """Start a forward pass; a GPU runs it while the next batch is prepared."""
         self._pending.append(self._classifier.submit(batch, embeddings=self._spec.embeddings))
 
-    def collect(self, spent: StageTimings) -> None:
-        """Have the scores of all batches, and the time that a GPU took for them."""
+    def collect(self, timings: StageTimings) -> None:
+        """Wait for the scores of all batches; adds the time that the GPU took."""
         for pending in self._pending:
             result = pending.get()
             finite = result.is_finite
@@ -257,79 +233,73 @@ class _BatchedForward:
             self.scores.append(result.scores[finite])
             if result.embedding is not None:
                 self.embeddings.append(result.embedding[finite])
-            spent.gpu += pending.gpu_seconds()
+            timings.gpu += pending.gpu_seconds()
         self._pending.clear()
 
 
 def _iter_decoded(
     spec: PredictSpec,
-    blobs: Iterator[FetchResult],
+    files: Iterator[FetchResult],
     preprocess: Preprocess,
     prepared: PreparedImages,
-    spent: StageTimings,
-    beat: HeartbeatFn,
+    timings: StageTimings,
+    heartbeat: HeartbeatFn,
 ) -> Iterator[Pixels]:
-    end = object()
-    while True:
-        with spent.measure("fetch"):
-            blob = next(blobs, end)
-        if blob is end:
-            return
-        with spent.measure("prepare"):
-            pixels = prepare_image(blob, preprocess, spec.max_pixels, prepared)  # type: ignore[arg-type]
-        if isinstance(blob, bytes):
-            spent.bytes += len(blob)
-        beat()
+    for file in time_fetch(files, timings):
+        with timings.measure("prepare"):
+            pixels = prepare_image(file, preprocess, spec.max_pixels, prepared)
+        heartbeat()
         if pixels is not None:
             yield pixels
+
+
+def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
+    """The prediction columns that the spec asks for."""
+    return build_prediction_schema(
+        labelled=spec.label_column is not None,
+        scores=len(classifier.classes) if spec.scores else None,
+        scores_type=spec.scores_type,
+        embedding=classifier.embedding_width if spec.embeddings else None,
+    )
 
 
 def _build_table(
     spec: PredictSpec,
     classifier: Classifier,
     rows: pa.Table,
-    work: ChunkTask,
+    task: ChunkTask,
     prepared: PreparedImages,
     head: _BatchedForward,
 ) -> pa.Table:
     """The prediction columns of a chunk: one row per manifest row, null without an image."""
     classes = classifier.classes
-    schema = layout.build_prediction_schema(
-        labelled=spec.label_column is not None,
-        scores=len(classes) if spec.scores else None,
-        scores_type=spec.scores_type,
-        embedding=classifier.embedding_width if spec.embeddings else None,
-    )
+    schema = build_schema(spec, classifier)
     scores = np.concatenate(head.scores) if head.scores else np.empty((0, len(classes)), np.float32)
     _mark_not_finite(prepared, head, classifier)
-    # place[i] is the row of `scores` that belongs to row i; a null where there is none
-    ok = np.array([status == layout.OK for status in prepared.status], bool)
+    # place[i]: the row of `scores` for row i, null where there is none
+    ok = np.array([status == OK for status in prepared.status], bool)
     place = pa.array(np.where(ok, np.cumsum(ok) - 1, 0), mask=~ok)
-    start = spec.plan.rows_of(work.chunk).start
-    offsets = range(rows.num_rows) if work.offsets is None else work.offsets
-    top, values = select_top_k(scores, spec.top_k)
-    names = pa.array(classes, pa.string())
-    accepted = np.zeros(len(ok), bool)
-    accepted[ok] = values[:, 0] >= np.array(spec.thresholds, np.float32)[top[:, 0]]
-    columns: dict[str, pa.Array] = {
-        "row": pa.array([start + offset for offset in offsets], pa.int64()),
-        "predicted_label": names.take(pa.array(top[:, 0])).take(place),
-        "confidence": pa.array(values[:, 0]).take(place),
-        "accepted": pa.array(accepted),
-        "topk_labels": _build_lists(names.take(pa.array(top.ravel())), top.shape[1]).take(place),
-        "topk_scores": _build_lists(pa.array(values.ravel()), top.shape[1]).take(place),
-    }
+    start = spec.plan.rows_of(task.chunk).start
+    offsets = range(rows.num_rows) if task.offsets is None else task.offsets
+    codes = None
     if spec.label_column is not None:
-        columns |= _build_label_columns(rows.column(spec.label_column), classes, scores, ok)
-    if spec.scores:
-        flat = pa.array(scores.astype(spec.scores_type).ravel())
-        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes)).take(place)
+        labels = manifest.normalize_labels(rows.column(spec.label_column))
+        codes = encode_classes(pa.chunked_array([labels]), classes)[ok]
+    columns = classifier.task.build_columns(
+        scores,
+        classes,
+        spec.thresholds,
+        top_k=spec.top_k,
+        codes=codes,
+        scores_type=spec.scores_type if spec.scores else None,
+    )
     if spec.embeddings:
         width = classifier.embedding_width
         stacked = np.concatenate([np.empty((0, width), np.float32), *head.embeddings])
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(
-            pa.array(stacked.ravel()), width
-        ).take(place)
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), width)
+    columns = {name: column.take(place) for name, column in columns.items()}
+    columns["accepted"] = pc.fill_null(columns["accepted"], False)
+    columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
     columns["width"] = pa.array(prepared.width, pa.int32())
     columns["height"] = pa.array(prepared.height, pa.int32())
     columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
@@ -340,35 +310,12 @@ def _build_table(
 def _mark_not_finite(
     prepared: PreparedImages, head: _BatchedForward, classifier: Classifier
 ) -> None:
-    """Give the rows without finite scores, which `head` left out, an error instead of a label."""
+    """Set an error on the rows without finite scores, which `head` left out."""
     finite = np.concatenate([np.empty(0, bool), *head.finite])
     if finite.all():
         return
     error = classifier.build_not_finite_error()
-    good = [row for row, status in enumerate(prepared.status) if status == layout.OK]
+    good = [row for row, status in enumerate(prepared.status) if status == OK]
     for row in np.array(good)[~finite]:
         prepared.status[row], prepared.error[row] = error.status, str(error)
         prepared.width[row] = prepared.height[row] = None
-
-
-def _build_lists(values: pa.Array, width: int) -> pa.ListArray:
-    offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
-    return pa.ListArray.from_arrays(offsets, values)
-
-
-def _build_label_columns(
-    labels: pa.ChunkedArray,
-    classes: Sequence[str],
-    scores: npt.NDArray[np.float32],
-    ok: npt.NDArray[np.bool_],
-) -> dict[str, pa.Array]:
-    """The score and rank of each row's label; null without a prediction or a known label."""
-    text = manifest.normalize_labels(labels)
-    code = encode_classes(pa.chunked_array([text]), classes)
-    judged = ok & (code >= 0)
-    score, rank = np.zeros(len(ok), np.float32), np.zeros(len(ok), np.int32)
-    score[judged], rank[judged] = compute_label_scores(scores[judged[ok]], code[judged])
-    return {
-        "label_score": pa.array(score, mask=~judged),
-        "label_rank": pa.array(rank, mask=~judged),
-    }

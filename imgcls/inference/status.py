@@ -1,26 +1,25 @@
-"""How far a labelling run is, told from its output folder alone: from any machine, alive or dead.
+"""Status of a run, read from its output folder alone, on any machine, also after the driver died.
 
-Rows and errors are read from the files that are durable, the rate from what the driver said last,
-and whether there is a driver from its lease. Nothing is written, and no Ray is needed.
+Rows and statuses come from the written files, the rate from the driver's last progress file, and
+whether there is a driver from its lease. Nothing is written, and Ray is not needed.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.formatting import format_count, format_duration, format_percent
 from imgcls.execution.plan import Plan, parse_plan
-from imgcls.execution.progress import format_duration
 from imgcls.runs import layout, lease
 from imgcls.runs.lease import LeaseHolder
 
@@ -28,33 +27,33 @@ _READ_THREADS = 16
 
 
 class StatusConfig(Section):
-    """Tell how far a labelling run is."""
+    """Show the progress of a predict run."""
 
     positional: ClassVar[tuple[str, ...]] = ("output",)
     output: str
-    """The run's folder."""
+    """Output folder of the run."""
     json_lines: bool = False
-    """Tell it as one JSON object."""
+    """Print one JSON object instead of text."""
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def status(config: StatusConfig) -> dict[str, Any]:
-    """Tell how far a labelling run is, from its output alone.
+    """Print the progress of a run, and return it; see `read_status`.
 
     Raises OutputError when there is no run.
     """
-    object_store.set_process_settings(config.storage)
-    told = read_status(filesystem.absolute(config.output))
-    log.show(json.dumps(told) if config.json_lines else _format_status(told))
-    return told
+    found = read_status(filesystem.absolute(config.output))
+    log.show(json.dumps(found) if config.json_lines else _format_status(found))
+    return found
 
 
 def read_status(output: str) -> dict[str, Any]:
-    """What an output folder says of its run.
+    """The status of the run in an output folder.
 
-    state: committed; starting (its driver waits for machines, or plans); running; waiting (for a
-        driver: it was stopped, or died); refused (all rows are labeled, a gate kept it from being
-        committed)
+    Its `state` is committed; starting (the driver waits for nodes, or plans); running; waiting (the
+    driver was stopped or died, the run can be resumed); or refused (all rows are labeled, but a
+    quality gate refused the commit).
     """
     run = layout.load_run(output)
     if run is None:
@@ -62,10 +61,11 @@ def read_status(output: str) -> dict[str, Any]:
         if holder is not None and holder.is_alive:
             return {"output": output, "state": "starting", "driver": _format_driver(holder)}
         raise OutputError(
-            f"output {output}: holds no {layout.RUN_FILE}, so no labelling run began here"
+            f"output {output}: holds no {layout.RUN_FILE}, so no run was started here. "
+            "Pass the --output folder of a run"
         )
     plan = parse_plan(run)
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "output": output,
         "run_id": plan.run_id,
         "rows": plan.rows,
@@ -73,7 +73,7 @@ def read_status(output: str) -> dict[str, Any]:
     }
     success = _read_success(output)
     if success is not None:
-        return told | {
+        return found | {
             "state": "committed",
             "rows_done": success["rows"],
             "status": success["status"],
@@ -84,23 +84,23 @@ def read_status(output: str) -> dict[str, Any]:
         }
     holder = lease.find_holder(output)
     alive = holder is not None and holder.is_alive
-    book = CompletedChunks.load(output, plan)
-    told |= {
+    completed = CompletedChunks.load(output, plan)
+    found |= {
         "state": "running" if alive else "refused" if "refused" in run else "waiting",
         "driver": _format_driver(holder) if holder is not None else None,
-        "rows_done": book.rows_done,
-        "files_done": len(book.parts),
+        "rows_done": completed.rows_done,
+        "files_done": len(completed.parts),
         "files": plan.num_parts,
         "refused": None if alive else run.get("refused"),
-        "status": _count_statuses(output, plan, book),
+        "status": _count_statuses(output, plan, completed),
     }
     progress = layout.load_progress(output)
     if progress is not None:
         rate = progress["images_per_second"]
-        told |= {"images_per_second": rate, "told": progress["time"]}
+        found |= {"images_per_second": rate, "updated": progress["time"]}
         if alive and rate:
-            told["seconds_left"] = round((plan.rows - book.rows_done) / rate, 1)
-    return told
+            found["seconds_left"] = round((plan.rows - completed.rows_done) / rate, 1)
+    return found
 
 
 def _format_driver(holder: LeaseHolder) -> str:
@@ -122,15 +122,15 @@ def _read_success(output: str) -> dict[str, Any] | None:
     return body
 
 
-def _count_statuses(output: str, plan: Plan, book: CompletedChunks) -> dict[str, int]:
-    """Durable rows by status. A file that is rolled up meanwhile is counted in neither place."""
-    urls = [layout.part_url(output, part) for part in book.parts]
+def _count_statuses(output: str, plan: Plan, completed: CompletedChunks) -> dict[str, int]:
+    """Written rows by status. A file that is being rolled up may be counted nowhere."""
+    urls = [layout.part_url(output, part) for part in completed.parts]
     urls += [
         layout.chunk_url(output, part, chunk, plan.run_id)
-        for part, chunks in book.chunks.items()
+        for part, chunks in completed.chunks.items()
         for chunk in chunks
     ]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
+    with create_thread_pool(_READ_THREADS, "read") as pool:
         total = sum(pool.map(_count_file, urls), collections.Counter())
     return dict(sorted(total.items()))
 
@@ -147,34 +147,36 @@ def _count_file(url: str) -> collections.Counter[str]:
     return counted
 
 
-def _format_status(told: dict[str, Any]) -> str:
-    if told["state"] == "starting":
+def _format_status(status: dict[str, Any]) -> str:
+    if status["state"] == "starting":
         return (
-            f"run        {told['output']}\n"
-            f"state      starting on {told['driver']}: it waits for machines, or reads the manifest"
+            f"run        {status['output']}\n"
+            f"state      starting on {status['driver']}: waiting for nodes, or reading the manifest"
         )
-    rows, done = told["rows"], told["rows_done"]
-    lines = [f"run        {told['run_id']}, {rows:,} rows: {told['output']}"]
-    if told["state"] == "committed":
+    rows, done = status["rows"], status["rows_done"]
+    lines = [f"run        {status['run_id']}, {format_count(rows, 'row')}: {status['output']}"]
+    if status["state"] == "committed":
         lines.append(
-            f"state      committed {told['committed']}, after "
-            f"{format_duration(told['wall_seconds'])}"
+            f"state      committed {status['committed']}, after "
+            f"{format_duration(status['wall_seconds'])}"
         )
-    elif told["state"] == "running":
-        lines.append(f"state      running on {told['driver']}")
-    elif told["state"] == "refused":
-        lines.append(f"state      finished, not committed: {told['refused']}")
+    elif status["state"] == "running":
+        lines.append(f"state      running on {status['driver']}")
+    elif status["state"] == "refused":
+        lines.append(f"state      finished, not committed: {status['refused']}")
     else:
-        died = f": {told['driver']} died or was cut off" if told["driver"] else ""
-        lines.append(f"state      nobody is at work{died}; the same command goes on from here")
-    share = done / rows if rows else 1.0
-    files = f", {told['files_done']:,} of {told['files']:,} final files" if "files" in told else ""
-    lines.append(f"rows       {done:,} done ({share:.1%}){files}")
-    lines += [f"status     {name} {count:,}" for name, count in told["status"].items()]
-    rate = told.get("images_per_second")
+        driver = f" (driver on {status['driver']} exited)" if status["driver"] else ""
+        lines.append(f"state      not running{driver}; rerun the same command to resume")
+    share = format_percent(done / rows if rows else 1.0)
+    files = ""
+    if "files" in status:
+        files = f", {status['files_done']:,} of {format_count(status['files'], 'final file')}"
+    lines.append(f"rows       {done:,} done ({share}){files}")
+    lines += [f"status     {name} {count:,}" for name, count in status["status"].items()]
+    rate = status.get("images_per_second")
     if rate:
-        left = told.get("seconds_left")
+        left = status.get("seconds_left")
         eta = f", {format_duration(left)} left" if left is not None else ""
-        when = f" at {told['told']}" if "told" in told else ", without start-up"
+        when = f" at {status['updated']}" if "updated" in status else ", without start-up"
         lines.append(f"rate       {rate:,.1f} images/s{when}{eta}")
     return "\n".join(lines)

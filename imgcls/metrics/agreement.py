@@ -1,6 +1,6 @@
-"""Single numbers for a whole confusion matrix, and tests for two models on the same rows.
+"""Agreement of labels and predictions: Matthews correlation, Cohen's kappa, McNemar's test.
 
-Works on the non-zero cells alone, so that a thousand classes cost no million cells.
+Works on per-class row counts, so the cost grows with the number of classes C, not with C * C.
 """
 
 from __future__ import annotations
@@ -14,12 +14,38 @@ from numpy.typing import NDArray
 
 from imgcls.metrics.intervals import Z_95
 
+MAX_EXACT_ROWS = 10_000
+"""Up to this number of discordant rows, McNemar's p-value is the exact binomial one."""
+
 
 def matthews_correlation(support: NDArray[Any], predicted: NDArray[Any], correct: float) -> float:
-    """Matthews correlation coefficient, in [-1, 1]; 0 where it is undefined.
+    """Matthews correlation coefficient of a confusion matrix.
 
-    support, predicted: (C,) rows by label and by prediction; correct: rows on the diagonal
-    Source: Gorodkin, Computational Biology and Chemistry 28 (2004); as sklearn's matthews_corrcoef.
+    Parameters
+    ----------
+    support : ndarray, shape (C,)
+        Rows by label.
+    predicted : ndarray, shape (C,)
+        Rows by predicted class.
+    correct : float
+        Rows on the diagonal of the confusion matrix.
+
+    Returns
+    -------
+    float
+        Value in [-1, 1]; 0 if it is undefined because all labels or all predictions are one class.
+
+    Notes
+    -----
+    Multiclass definition of Gorodkin, Computational Biology and Chemistry 28 (2004); equal to
+    scikit-learn's `matthews_corrcoef`.
+
+    Examples
+    --------
+    >>> matthews_correlation(np.array([2, 2]), np.array([2, 2]), correct=4)
+    1.0
+    >>> matthews_correlation(np.array([2, 2]), np.array([2, 2]), correct=2)
+    0.0
     """
     # as floats: in int64 the product of two squares overflows above 55,000 rows
     support, predicted = support.astype(np.float64), predicted.astype(np.float64)
@@ -30,10 +56,32 @@ def matthews_correlation(support: NDArray[Any], predicted: NDArray[Any], correct
 
 
 def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float) -> float | None:
-    """Agreement beyond chance, in [-1, 1]; None where all rows are of one class, rightly.
+    """Cohen's kappa: agreement of label and prediction beyond chance.
 
-    Source: Cohen, Educational and Psychological Measurement 20 (1960); as sklearn's
-    cohen_kappa_score without weights.
+    Parameters
+    ----------
+    support : ndarray, shape (C,)
+        Rows by label.
+    predicted : ndarray, shape (C,)
+        Rows by predicted class.
+    correct : float
+        Rows on the diagonal of the confusion matrix.
+
+    Returns
+    -------
+    float or None
+        Value in [-1, 1]. None if all rows have one class as label and prediction: the agreement by
+        chance is then 1 and kappa undefined.
+
+    Notes
+    -----
+    Cohen, Educational and Psychological Measurement 20 (1960); equal to scikit-learn's
+    `cohen_kappa_score` without weights.
+
+    Examples
+    --------
+    >>> cohens_kappa(np.array([2, 2]), np.array([2, 2]), correct=3)
+    0.5
     """
     support, predicted = support.astype(np.float64), predicted.astype(np.float64)
     rows = support.sum()
@@ -43,11 +91,21 @@ def cohens_kappa(support: NDArray[Any], predicted: NDArray[Any], correct: float)
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models judged on the same rows.
+    """Accuracy of two models, A and B, on the same rows.
 
-    only_a, only_b: rows that one of them alone gets right
-    difference:     accuracy of b less that of a, with its 95 % interval
-    p_value:        McNemar's: the chance of so unequal a split if neither were better
+    Attributes
+    ----------
+    rows : int
+        Rows compared.
+    only_a, only_b : int
+        Rows that only A, or only B, predicts correctly (discordant rows).
+    difference : float
+        Accuracy of B minus accuracy of A, a fraction in [-1, 1].
+    lower, upper : float
+        95% interval of the difference.
+    p_value : float
+        McNemar's p-value: the probability of a split of the discordant rows that is at least as
+        unequal if both models are equally accurate.
     """
 
     rows: int
@@ -60,20 +118,45 @@ class PairedComparison:
 
 
 def mcnemar_test(rows: int, only_a: int, only_b: int) -> PairedComparison:
-    """Compare two models by the rows on which just one is right.
+    """McNemar's test: compare two models by the rows that only one of them predicts correctly.
 
-    The p-value is the exact two-sided binomial one; above 10,000 such rows the chi-squared one with
-    continuity correction. The interval is Agresti and Min's adjusted Wald interval (Statistics in
-    Medicine 24, 2005).
-    Raises ValueError for no rows.
-    Source: McNemar, Psychometrika 12 (1947).
+    Parameters
+    ----------
+    rows : int
+        Rows with a prediction of both models and a label.
+    only_a, only_b : int
+        Rows that only A, or only B, predicts correctly.
+
+    Returns
+    -------
+    PairedComparison
+        The difference of the accuracies with its 95% interval, and the p-value.
+
+    Raises
+    ------
+    ValueError
+        If `rows` is not positive.
+
+    Notes
+    -----
+    The p-value is the exact two-sided binomial one; with more than 10,000 discordant rows it is the
+    chi-squared one with continuity correction (McNemar, Psychometrika 12, 1947). The interval is
+    the adjusted Wald interval of Agresti and Min, Statistics in Medicine 24 (2005).
+
+    Examples
+    --------
+    >>> test = mcnemar_test(rows=100, only_a=2, only_b=10)
+    >>> test.difference
+    0.08
+    >>> round(test.p_value, 4)
+    0.0386
     """
     if rows <= 0:
-        raise ValueError("no row has a label and a prediction of both")
+        raise ValueError("no row has a label and a prediction of both models")
     split = only_a + only_b
     if split == 0:
         p_value = 1.0
-    elif split <= 10_000:
+    elif split <= MAX_EXACT_ROWS:
         p_value = min(1.0, 2 * _binomial_tail(min(only_a, only_b), split))
     else:
         z = max(0.0, abs(only_a - only_b) - 1) / math.sqrt(split)
@@ -93,9 +176,9 @@ def mcnemar_test(rows: int, only_a: int, only_b: int) -> PairedComparison:
     )
 
 
-def _binomial_tail(most: int, trials: int) -> float:
-    """Chance of at most so many heads of a fair coin."""
-    heads = np.arange(most + 1)
+def _binomial_tail(max_heads: int, trials: int) -> float:
+    """Probability of at most `max_heads` heads in `trials` tosses of a fair coin."""
+    heads = np.arange(max_heads + 1)
     choose = np.array(
         [math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in heads]
     )

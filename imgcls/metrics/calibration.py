@@ -1,8 +1,7 @@
-"""How far confidence can be trusted: equal-width bins and the expected calibration error.
+"""Calibration error of confidences: equal-width bins, expected and maximum calibration error.
 
-Owns the one binning rule that every confidence histogram in imgcls follows, so that a table of
-bins and a single number computed elsewhere never disagree. Fitting a temperature is left to
-training; this module only measures.
+Every confidence histogram of imgcls uses the binning rule of this module, so a table of bins and a
+single number never disagree. Fitting a temperature is in `imgcls.evaluation.calibrate`.
 """
 
 from __future__ import annotations
@@ -12,28 +11,63 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A float32 softmax may exceed 1 by a rounding error, and a float16 one by about 1e-3; anything
-# further out is not a probability.
 ROUNDING_TOLERANCE = 2e-3
+"""Largest accepted excess over 1: a float32 softmax may exceed 1 by rounding, float16 by 1e-3."""
 
 
 def bin_edges(num_bins: int) -> NDArray[np.float64]:
-    """The (num_bins + 1,) float64 edges of equal-width bins over [0, 1].
+    """Edges of equal-width confidence bins over [0, 1].
 
-    Raises ValueError when num_bins is below 1.
+    Parameters
+    ----------
+    num_bins : int
+        Number of bins, at least 1.
+
+    Returns
+    -------
+    ndarray of float64, shape (num_bins + 1,)
+
+    Raises
+    ------
+    ValueError
+        If `num_bins` is below 1.
+
+    Examples
+    --------
+    >>> bin_edges(4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     if num_bins < 1:
-        raise ValueError(f"num_bins is {num_bins}; calibration needs at least 1 bin")
+        raise ValueError(f"num_bins is {num_bins}; pass at least 1 bin")
     return np.linspace(0.0, 1.0, num_bins + 1)
 
 
 def bin_index(confidence: NDArray[Any], num_bins: int) -> NDArray[np.int64]:
-    """The bin of each confidence: bins are [lower, upper), the last one [lower, 1].
+    """Index of the bin of each confidence.
 
-    confidence: (N,) float in [0, 1]
-    Returns (N,) int64 in [0, num_bins). A confidence of exactly 1.0 falls in the last bin and one
-    of exactly 0.0 in the first; this is the convention of numpy.histogram.
-    Raises ValueError for a NaN, or a value outside [0, 1] by more than rounding.
+    Bins are [lower, upper), the last one is [lower, 1], as in `numpy.histogram`.
+
+    Parameters
+    ----------
+    confidence : ndarray of float, shape (N,)
+        Confidences in [0, 1].
+    num_bins : int
+        Number of bins.
+
+    Returns
+    -------
+    ndarray of int64, shape (N,)
+        Values in [0, num_bins).
+
+    Raises
+    ------
+    ValueError
+        If a confidence is NaN or outside [0, 1] by more than rounding.
+
+    Examples
+    --------
+    >>> bin_index(np.array([0.0, 0.25, 0.9, 1.0]), 4).tolist()
+    [0, 1, 3, 3]
     """
     inner = bin_edges(num_bins)[1:-1]
     values = np.asarray(confidence, dtype=np.float64)
@@ -44,22 +78,43 @@ def bin_index(confidence: NDArray[Any], num_bins: int) -> NDArray[np.int64]:
             f"confidence ranges over [{values.min()}, {values.max()}], expected [0, 1] without NaN;"
             " pass softmax scores, not logits"
         )
-    # Compared with the edges that are published rather than floor(confidence * num_bins), whose
-    # rounding puts some values on an edge into the bin below it.
+    # Compared with the published edges rather than floor(confidence * num_bins), whose rounding
+    # puts some values on an edge into the bin below it.
     return np.searchsorted(inner, values, side="right").astype(np.int64, copy=False)
 
 
 def expected_calibration_error(
     confidence: NDArray[Any], correct: NDArray[Any], num_bins: int = 15
 ) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by bin size.
+    """Expected calibration error (ECE): mean gap of confidence and accuracy, weighted by bin size.
 
-    confidence: (N,) float in [0, 1], the score of the predicted class
-    correct:    (N,) bool
-    Returns a fraction in [0, 1]; 0.03 means three points off on average.
-    Raises ValueError when N is 0, the shapes differ, or a confidence is not in [0, 1].
-    Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning",
-    AAAI 2015.
+    Parameters
+    ----------
+    confidence : ndarray of float, shape (N,)
+        Score of the predicted class, in [0, 1].
+    correct : ndarray of bool, shape (N,)
+        Whether each prediction is correct.
+    num_bins : int, default 15
+        Number of equal-width bins.
+
+    Returns
+    -------
+    float
+        Fraction in [0, 1]; 0.03 means that confidence and accuracy differ by 3 points on average.
+
+    Raises
+    ------
+    ValueError
+        If N is 0, the shapes differ, or a confidence is not in [0, 1].
+
+    Notes
+    -----
+    Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015.
+
+    Examples
+    --------
+    >>> expected_calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
+    0.25
     """
     scores = np.asarray(confidence, dtype=np.float64)
     hits = np.asarray(correct, dtype=bool)
@@ -80,17 +135,36 @@ def ece_from_bins(
 ) -> float:
     """Expected calibration error from per-bin sums, which merge exactly where means do not.
 
-    count:          (B,) int, predictions in each bin
-    confidence_sum: (B,) float, their confidences added up
-    correct:        (B,) int, how many of them are right
-    Returns a fraction in [0, 1]. Each bin contributes count/N * |mean confidence - accuracy|,
-    which is |confidence_sum - correct| / N: an empty bin needs no special case.
-    Raises ValueError when there is no prediction at all, for the error is then undefined.
-    Source: Naeini et al., AAAI 2015.
+    Parameters
+    ----------
+    count : ndarray of int, shape (B,)
+        Predictions in each bin.
+    confidence_sum : ndarray of float, shape (B,)
+        Sum of their confidences.
+    correct : ndarray of int, shape (B,)
+        Correct predictions in each bin.
+
+    Returns
+    -------
+    float
+        Fraction in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction.
+
+    Notes
+    -----
+    Each bin contributes count/N * |mean confidence - accuracy|, which is
+    |confidence_sum - correct| / N, so an empty bin needs no special case.
+
+    Examples
+    --------
+    >>> ece_from_bins(np.array([0, 4]), np.array([0.0, 3.0]), np.array([0, 2]))
+    0.25
     """
-    total = int(np.sum(count))
-    if total == 0:
-        raise ValueError("the calibration error of no predictions is undefined")
+    total = _count_predictions(count)
     return float(np.abs(np.asarray(confidence_sum) - np.asarray(correct)).sum() / total)
 
 
@@ -98,37 +172,84 @@ def mce_from_bins(
     count: NDArray[Any],
     confidence_sum: NDArray[Any],
     correct: NDArray[Any],
-    least_share: float = 0.01,
+    min_share: float = 0.01,
 ) -> float:
-    """Largest gap between mean confidence and accuracy of a bin; arguments as for `ece_from_bins`.
+    """Maximum calibration error: largest gap between mean confidence and accuracy of a bin.
 
-    least_share: bins with a smaller share of all predictions are passed over, whose few rows would
-        make chance the largest error; a bin with any counts where none has as many
-    Raises ValueError when there is no prediction at all.
-    Source: Naeini et al., AAAI 2015, but for `least_share`.
+    Parameters
+    ----------
+    count, confidence_sum, correct : ndarray, shape (B,)
+        As for `ece_from_bins`.
+    min_share : float, default 0.01
+        Bins with a smaller share of all predictions are ignored, because the gap of a few rows is
+        mostly chance. If every bin is smaller, all bins with a prediction are used.
+
+    Returns
+    -------
+    float
+        Fraction in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction.
+
+    Notes
+    -----
+    Naeini et al., AAAI 2015, except for `min_share`.
+
+    Examples
+    --------
+    >>> mce_from_bins(np.array([2, 2]), np.array([1.0, 1.5]), np.array([1, 2]))
+    0.25
     """
+    total = _count_predictions(count)
     count = np.asarray(count, dtype=np.float64)
-    total = count.sum()
-    if total == 0:
-        raise ValueError("the calibration error of no predictions is undefined")
     gap = np.abs(np.asarray(confidence_sum) - np.asarray(correct)) / np.maximum(count, 1)
-    told = count >= least_share * total
-    return float(gap[told if told.any() else count > 0].max())
+    large = count >= min_share * total
+    return float(gap[large if large.any() else count > 0].max())
 
 
 def ece_by_chance(count: NDArray[Any], confidence_sum: NDArray[Any]) -> float:
-    """The calibration error that a calibrated model would show on as many rows, by chance alone.
+    """Expected calibration error of a perfectly calibrated model on this number of rows.
 
-    Arguments as for `ece_from_bins`. In each bin the number of right predictions is binomial around
-    the confidence: its mean distance from there, sqrt(2 n p (1 - p) / pi) for many rows, is what no
-    calibration can take away. An error near this one is no evidence of miscalibration.
-    Raises ValueError when there is no prediction at all.
-    Source: the bias of the estimate, as in Roelofs et al., "Mitigating Bias in Calibration Error
-    Estimation", AISTATS 2022; here by the normal approximation.
+    A measured error close to this value is no evidence of miscalibration.
+
+    Parameters
+    ----------
+    count, confidence_sum : ndarray, shape (B,)
+        As for `ece_from_bins`.
+
+    Returns
+    -------
+    float
+        Fraction in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no prediction.
+
+    Notes
+    -----
+    The number of correct predictions of a bin is binomial around its confidence; its mean distance
+    from there is sqrt(2 n p (1 - p) / pi) for many rows. This is the bias of the estimate in
+    Roelofs et al., "Mitigating Bias in Calibration Error Estimation", AISTATS 2022, here by the
+    normal approximation.
+
+    Examples
+    --------
+    >>> round(ece_by_chance(np.array([100]), np.array([50.0])), 4)
+    0.0399
     """
+    total = _count_predictions(count)
     count = np.asarray(count, dtype=np.float64)
-    total = count.sum()
-    if total == 0:
-        raise ValueError("the calibration error of no predictions is undefined")
     mean = np.clip(np.asarray(confidence_sum) / np.maximum(count, 1), 0.0, 1.0)
     return float(np.sqrt(2 / np.pi * count * mean * (1 - mean)).sum() / total)
+
+
+def _count_predictions(count: NDArray[Any]) -> float:
+    total = float(np.sum(count))
+    if total == 0:
+        raise ValueError("the calibration error is undefined without predictions")
+    return total

@@ -1,14 +1,14 @@
-"""Read the judged columns of a predictions table into numpy arrays.
+"""Read the columns of a predictions table that evaluation needs into numpy arrays.
 
-Settles what each row is (failed, labelled, unlabelled, of an unknown label) and refuses a table
-that cannot have come from the model it is read for. Adding anything up is left to `counts`.
+Determines what each row is (failed, labeled, unlabeled, with an unknown label) and rejects a table
+that another model wrote. Counting is in `counts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,47 +17,82 @@ from numpy.typing import NDArray
 
 from imgcls.metrics.calibration import ROUNDING_TOLERANCE
 
-# Codes beside the class indices 0..C-1.
+# Codes besides the class indices 0..C-1.
 UNKNOWN_LABEL, NULL_LABEL = -1, -2
 
 PREDICTED_COLUMNS = ("predicted_label", "confidence", "accepted", "status")
 EVALUATED_COLUMNS = (*PREDICTED_COLUMNS, "label_score", "label_rank")
-"""Columns that `read_ok_rows` reads, and the label column; the last two only with labels."""
+"""Columns that `read_ok_rows` reads besides the label column; the last two only with labels."""
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
 
 
 @dataclass(frozen=True, eq=False)
 class OkRows:
-    """The N rows that have a prediction, and how many rows there were of every status."""
+    """The N rows of a table that have a prediction.
 
-    status: dict[str, int]  # all rows of the table by status, sorted by name
-    position: Ints  # (N,) where each stands in the table
-    predicted: Ints  # (N,) class index
-    label: Ints  # (N,) class index, UNKNOWN for a label that is no class, NULL for none
-    confidence: Floats  # (N,) in [0, 1]
-    accepted: Bools  # (N,) false where the column is null
-    label_score: Floats  # (N,) in [0, 1], NaN where it is not known
-    label_rank: Ints  # (R,) from 1, of the labelled rows that carry one
+    Attributes
+    ----------
+    status : dict of str to int
+        All rows of the table by status, sorted by name.
+    position : ndarray of int64, shape (N,)
+        Index of each row in the table.
+    predicted : ndarray of int64, shape (N,)
+        Class indices.
+    label : ndarray of int64, shape (N,)
+        Class indices; UNKNOWN_LABEL for a label that is not a class, NULL_LABEL without a label.
+    confidence : ndarray of float64, shape (N,)
+        Values in [0, 1].
+    accepted : ndarray of bool, shape (N,)
+        False where the column is null.
+    label_score : ndarray of float64, shape (N,)
+        Values in [0, 1]; NaN where unknown.
+    label_rank : ndarray of int64, shape (R,)
+        Ranks from 1 of the labeled rows that have one.
+    """
+
+    status: dict[str, int]
+    position: Ints
+    predicted: Ints
+    label: Ints
+    confidence: Floats
+    accepted: Bools
+    label_score: Floats
+    label_rank: Ints
 
 
 def read_ok_rows(
     table: pa.Table | pa.RecordBatch, *, label_column: str | None, classes: Sequence[str]
 ) -> OkRows:
-    """The judged columns of a predictions table; arguments as in `PredictionCounts.of`.
+    """Read the rows with a prediction.
 
-    Raises ValueError when a column is missing, a status is null, or an ok row has no prediction,
-    a predicted label that is not a class, a label_score outside [0, 1] or a label_rank below 1.
+    Parameters
+    ----------
+    table : pyarrow.Table or pyarrow.RecordBatch
+        Predictions, as for `PredictionCounts.from_table`.
+    label_column : str or None
+        Column of the true labels; None for an unlabeled run.
+    classes : sequence of str
+        The C class names of the bundle, in its order.
+
+    Returns
+    -------
+    OkRows
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, a status is null, or an ok row has no prediction, a predicted label
+        that is not a class, a label_score outside [0, 1] or a label_rank below 1.
     """
     table = _select_evaluated(table, label_column)
     status = _as_text(table["status"])
     if status.null_count:
         raise ValueError(f"column 'status' is null in {status.null_count} rows; each row needs one")
     by_status = {c["values"]: c["counts"] for c in pc.value_counts(status).to_pylist()}
-    # A row without a prediction counts by its status alone; from here on every row is ok.
+    # Of a row without a prediction only the status counts; from here on every row is ok.
     is_ok = pc.equal(status, "ok")
     ok = table.filter(is_ok)
 
@@ -81,11 +116,25 @@ def read_ok_rows(
 
 
 def encode_classes(column: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
-    """(N,) int64 class indices of a column of names; UNKNOWN for no class, NULL for a null.
+    """Class indices of a column of names.
 
-    Names are compared in Unicode NFC: a decomposed accent is the same letter. A blank name is null.
-    A column that does not hold strings is compared by its text, so integer labels match classes
-    named "0", "1", ...
+    Parameters
+    ----------
+    column : pyarrow.ChunkedArray
+        N names. Another type than strings is compared by its text, so integer labels match classes
+        named "0", "1", ...
+    classes : sequence of str
+        Class names. Names are compared in Unicode NFC: a decomposed accent is the same letter.
+
+    Returns
+    -------
+    ndarray of int64, shape (N,)
+        UNKNOWN_LABEL (-1) for a name that is not a class, NULL_LABEL (-2) for a null or blank name.
+
+    Examples
+    --------
+    >>> encode_classes(pa.chunked_array([["dog", "fox", None]]), ["cat", "dog"]).tolist()
+    [1, -1, -2]
     """
     names = pc.utf8_normalize(pa.array(classes, pa.large_string()), form="NFC")
     parts = [_encode_chunk(chunk, names) for chunk in column.chunks]
@@ -102,41 +151,43 @@ def _encode_chunk(chunk: pa.Array, names: pa.Array) -> Ints:
 
 
 def _encode_names(values: pa.Array, names: pa.Array) -> Ints:
-    # Large, because the text of a whole column may pass the 2 GiB that a plain string array holds.
+    # Large, because the text of a whole column may exceed the 2 GiB of a plain string array.
     text = pc.utf8_normalize(values.cast(pa.large_string()), form="NFC")
     text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
-    codes = (
-        pc.fill_null(pc.index_in(text, value_set=names), UNKNOWN_LABEL).to_numpy().astype(np.int64)
-    )
+    index = pc.index_in(text, value_set=names)
+    codes = pc.fill_null(index, UNKNOWN_LABEL).to_numpy().astype(np.int64)
     if text.null_count:
         codes[pc.is_null(text).to_numpy(zero_copy_only=False)] = NULL_LABEL
     return codes
 
 
 def take_scores(column: pa.ChunkedArray, rows: Ints) -> NDArray[np.floating[Any]]:
-    """(M, C) scores of the rows at `rows` (M,), none of them null, in the type they are stored in.
+    """Scores of some rows, in their stored type.
 
-    column: fixed-size lists of C float32 or float16, null where a row has no prediction
+    Parameters
+    ----------
+    column : pyarrow.ChunkedArray
+        Fixed-size lists of C float32 or float16, null where a row has no prediction.
+    rows : ndarray of int64, shape (M,)
+        Indices of rows that are not null.
+
+    Returns
+    -------
+    ndarray of float32 or float16, shape (M, C)
+
+    Examples
+    --------
+    >>> lists = pa.FixedSizeListArray.from_arrays(pa.array([0.25, 0.75, 1.0, 0.0], pa.float32()), 2)
+    >>> take_scores(pa.chunked_array([lists]), np.array([1])).tolist()
+    [[1.0, 0.0]]
     """
     lists = column.combine_chunks()
     values, width = lists.values, lists.type.list_size
     kind = np.dtype(values.type.to_pandas_dtype())
-    # the buffer itself: nulls take room in it, and Arrow would copy all to hand them over
+    # the buffer itself: nulls occupy room in it, and Arrow would copy all of it
     flat = np.frombuffer(values.buffers()[1], kind)[values.offset :]
     every = flat[: len(flat) // width * width].reshape(-1, width)
     return np.asarray(every[lists.offset + rows])
-
-
-def compute_label_scores(scores: NDArray[AnyFloat], code: Ints) -> tuple[NDArray[AnyFloat], Ints]:
-    """(M,) the score of each row's own label, and (M,) its rank, from 1.
-
-    scores: (M, C); code: (M,) class indices
-    Equal scores rank in class order, as in the top k.
-    """
-    own = np.take_along_axis(scores, code[:, None], axis=1)
-    earlier = np.arange(scores.shape[1])[None, :] < code[:, None]
-    rank: Ints = 1 + ((scores > own) | ((scores == own) & earlier)).sum(1)
-    return own[:, 0], rank
 
 
 def _select_evaluated(table: pa.Table | pa.RecordBatch, label_column: str | None) -> pa.Table:
@@ -148,16 +199,16 @@ def _select_evaluated(table: pa.Table | pa.RecordBatch, label_column: str | None
             f"the predictions table has no column {', '.join(missing)}"
             f" (found: {', '.join(table.schema.names)})"
         )
-    # Filtering copies rows, and a table may carry embeddings and scores per class beside these.
-    judged = table.select(needed)
-    return pa.Table.from_batches([judged]) if isinstance(judged, pa.RecordBatch) else judged
+    # Filtering copies rows, and a table may also have embeddings and scores.
+    selected = table.select(needed)
+    return pa.Table.from_batches([selected]) if isinstance(selected, pa.RecordBatch) else selected
 
 
 def _check_predictions(ok: pa.Table, predicted: Ints) -> None:
     if without := int(np.count_nonzero(predicted == NULL_LABEL)) or ok["confidence"].null_count:
         raise ValueError(
             f"{without} rows have status ok but no predicted_label or no confidence;"
-            " a row without a prediction must carry another status"
+            " a row without a prediction must have another status"
         )
     foreign = np.flatnonzero(predicted == UNKNOWN_LABEL)
     if len(foreign):
@@ -168,9 +219,9 @@ def _check_predictions(ok: pa.Table, predicted: Ints) -> None:
         )
 
 
-def _read_label_scores(ok: pa.Table, labelled: Bools) -> Floats:
+def _read_label_scores(ok: pa.Table, labeled: Bools) -> Floats:
     column = ok["label_score"]
-    known = labelled & pc.is_valid(column).to_numpy()
+    known = labeled & pc.is_valid(column).to_numpy()
     scores = np.where(known, _as_floats(pc.fill_null(column.cast(pa.float64()), 0.0)), np.nan)
     # Written so that a NaN fails too.
     if known.any() and not (
@@ -183,9 +234,9 @@ def _read_label_scores(ok: pa.Table, labelled: Bools) -> Floats:
     return scores
 
 
-def _read_label_ranks(ok: pa.Table, labelled: Bools) -> Ints:
+def _read_label_ranks(ok: pa.Table, labeled: Bools) -> Ints:
     column = ok["label_rank"]
-    known = labelled & pc.is_valid(column).to_numpy()
+    known = labeled & pc.is_valid(column).to_numpy()
     ranks: Ints = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()[known]
     if len(ranks) and ranks.min() < 1:
         raise ValueError(f"label_rank {ranks.min()} found; ranks start at 1, the prediction")
@@ -194,7 +245,7 @@ def _read_label_ranks(ok: pa.Table, labelled: Bools) -> Ints:
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     # One type for every kind of string, dictionaries that differ by chunk included; large, because
-    # the text of a whole column may pass the 2 GiB that a plain string array can address.
+    # the text of a whole column may exceed the 2 GiB of a plain string array.
     return column.cast(pa.large_string())
 
 

@@ -1,8 +1,8 @@
-"""Mergeable counts of a table of predictions, from which every metric follows.
+"""Mergeable counts of a predictions table, from which every metric is computed.
 
-Promises that counting parts and merging them, in any order, equals counting the whole: integers
-exactly, sums of floats up to rounding. Memory is bounded by the number of classes, never by the
-number of rows; turning counts into metrics is left to `tables`.
+Counting parts and merging them, in any order, equals counting the whole: integers exactly, float
+sums up to rounding. Memory is bounded by the number of classes, not of rows. Metrics are in
+`registry`.
 """
 
 from __future__ import annotations
@@ -16,46 +16,77 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics.calibration import bin_edges, bin_index
-from imgcls.metrics.columns import NULL_LABEL, UNKNOWN_LABEL, Floats, Ints, OkRows, read_ok_rows
+from imgcls.metrics.columns import (
+    NULL_LABEL,
+    UNKNOWN_LABEL,
+    Floats,
+    Ints,
+    OkRows,
+    read_ok_rows,
+)
 
 MAX_RANK = 20  # top-k accuracy is known up to this k; deeper ranks share one overflow count
 
-# The rows of the confidence histograms: what came of a prediction with a given confidence.
+# Outcomes of a prediction: the rows of the confidence histograms.
 CORRECT, WRONG, UNLABELED = 0, 1, 2
 
-# A label whose score underflowed to 0 would make the mean log loss of a million rows infinite, and
-# JSON has no infinity. At this floor such a row costs 27.6 nats: heavy, but finite.
+# A label score of 0 by underflow would make the mean log loss of a million rows infinite, and JSON
+# has no infinity. At this floor such a row costs 27.6 nats: much, but finite.
 SCORE_FLOOR = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class PredictionCounts:
-    """What is kept of a table of predictions; C classes, B confidence bins.
+    """Counts of a predictions table; C classes, B confidence bins, K confusion cells.
 
-    An ok row (status "ok") has a prediction. It is labelled when its label is one of the classes,
-    `unlabelled` when its label is null, `unknown_label` when its label is something else, which no
-    accuracy can judge; these three add up to `ok`.
+    An ok row (status "ok") has a prediction. It is labeled if its label is one of the classes,
+    unlabeled if its label is null, and otherwise counted in `unknown_label`, because its accuracy
+    is undefined. These three add up to `ok`.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        Class names.
+    status : dict of str to int
+        Rows by status, including "ok".
+    unlabeled, unknown_label : int
+        Ok rows without a label, and with a label that is not a class.
+    accepted, accepted_labeled, accepted_correct : int
+        Ok rows whose `accepted` is true; of these, labeled rows and correct ones.
+    log_loss_rows : int
+        Labeled rows with a label_score.
+    log_loss_sum, log_loss_square_sum : float
+        Sums over them of -log(label_score), in nats, and of its square.
+    rank_counts : ndarray of int64, shape (MAX_RANK + 1,)
+        Labeled rows by label_rank 1..MAX_RANK, then all deeper ones.
+    predicted_counts, predicted_confidence : ndarray, shape (C,)
+        Ok rows by predicted class (int64), and the sum of their confidences (float64).
+    bin_counts, bin_confidence : ndarray, shape (3, B)
+        Ok rows by outcome (CORRECT, WRONG, UNLABELED) and confidence bin (int64), and the sum of
+        their confidences (float64).
+    confusion_label, confusion_predicted, confusion_count : ndarray of int64, shape (K,)
+        Non-zero cells of the confusion matrix of the labeled rows, as class indices and rows,
+        sorted by label, then prediction.
     """
 
     classes: tuple[str, ...]
-    status: dict[str, int]  # rows by status, "ok" among them
+    status: dict[str, int]
     unlabeled: int
     unknown_label: int
-    accepted: int  # ok rows whose `accepted` is true; a null is not an acceptance
+    accepted: int
     accepted_labeled: int
     accepted_correct: int
-    log_loss_rows: int  # labelled rows with a label_score
-    log_loss_sum: float  # sum of -log(label_score) over them, in nats
-    log_loss_square_sum: float  # and of its square
-    rank_counts: Ints  # (MAX_RANK + 1,) labelled rows by label_rank 1..MAX_RANK, then deeper
-    predicted_counts: Ints  # (C,) ok rows by predicted class, labelled or not
-    predicted_confidence: Floats  # (C,) their confidences added up
-    bin_counts: Ints  # (3, B) ok rows by outcome (CORRECT, WRONG, UNJUDGED) and confidence bin
-    bin_confidence: Floats  # (3, B) their confidences added up
-    # The non-zero cells of the confusion matrix over labelled rows, sorted by label, prediction.
-    confusion_label: Ints  # (K,) class index
-    confusion_predicted: Ints  # (K,) class index
-    confusion_count: Ints  # (K,)
+    log_loss_rows: int
+    log_loss_sum: float
+    log_loss_square_sum: float
+    rank_counts: Ints
+    predicted_counts: Ints
+    predicted_confidence: Floats
+    bin_counts: Ints
+    bin_confidence: Floats
+    confusion_label: Ints
+    confusion_predicted: Ints
+    confusion_count: Ints
 
     @classmethod
     def from_table(
@@ -66,20 +97,47 @@ class PredictionCounts:
         classes: Sequence[str],
         num_bins: int = 15,
     ) -> PredictionCounts:
-        """Count the rows of a predictions table (columns as in the output of labelling).
+        """Count the rows of a predictions table, with columns as `imgcls predict` writes them.
 
-        table:        columns predicted_label (string), confidence (float), accepted (bool),
-                      status (string), and with a label_column also that column, label_score
-                      (float) and label_rank (int, 1 = the prediction); null where a row has no
-                      such value, not looked at on rows that are not ok. Strings may be large or
-                      dictionary-encoded.
-        label_column: where the true label is, or None for an unlabelled run; a label that is not
-                      a string is compared by its text
-        classes:      the C class names of the bundle, in its order
-        num_bins:     equal-width confidence bins, see `calibration.bin_index`
-        Raises ValueError when a column is missing, a class name is repeated, a status is null, or
-        an ok row has no prediction, a predicted label that is not a class, a confidence or
-        label_score outside [0, 1] or a label_rank below 1: such a table is not of this model.
+        Parameters
+        ----------
+        table : pyarrow.Table or pyarrow.RecordBatch
+            Columns predicted_label (string), confidence (float), accepted (bool), status (string),
+            and with a `label_column` also that column, label_score (float) and label_rank (int, 1
+            is the prediction); null where a row has no value, ignored on rows that are not ok.
+            Strings may be large or dictionary-encoded.
+        label_column : str or None
+            Column of the true labels; None for an unlabeled run. Labels that are not strings are
+            compared by their text.
+        classes : sequence of str
+            The C class names of the bundle, in its order.
+        num_bins : int, default 15
+            Equal-width confidence bins, see `calibration.bin_index`.
+
+        Returns
+        -------
+        PredictionCounts
+
+        Raises
+        ------
+        ValueError
+            If a column is missing, a class name is repeated, a status is null, or an ok row has no
+            prediction, a predicted label that is not a class, a confidence or label_score outside
+            [0, 1] or a label_rank below 1.
+
+        Examples
+        --------
+        >>> table = pa.table(
+        ...     {
+        ...         "predicted_label": ["cat", "dog", None],
+        ...         "confidence": [0.9, 0.6, None],
+        ...         "accepted": [True, False, None],
+        ...         "status": ["ok", "ok", "missing"],
+        ...     }
+        ... )
+        >>> counts = PredictionCounts.from_table(table, label_column=None, classes=["cat", "dog"])
+        >>> counts.rows, counts.ok, counts.accepted
+        (3, 2, 1)
         """
         names = _check_unique_names(classes)
         rows = read_ok_rows(table, label_column=label_column, classes=names)
@@ -89,26 +147,46 @@ class PredictionCounts:
     def from_rows(
         cls, rows: OkRows, classes: Sequence[str], *, num_bins: int = 15
     ) -> PredictionCounts:
-        """Count rows that were read already; raises ValueError for a confidence outside [0, 1]."""
+        """Count rows that `columns.read_ok_rows` returned.
+
+        Parameters
+        ----------
+        rows : OkRows
+            Rows with a prediction.
+        classes : sequence of str
+            The C class names.
+        num_bins : int, default 15
+            Equal-width confidence bins.
+
+        Returns
+        -------
+        PredictionCounts
+
+        Raises
+        ------
+        ValueError
+            If a confidence is outside [0, 1].
+        """
         names = tuple(classes)
         size = len(names)
-        labelled = rows.label >= 0
-        correct = rows.label == rows.predicted  # a label that is no class has a code below 0
-        outcome = np.where(labelled, np.where(correct, CORRECT, WRONG), UNLABELED)
+        labeled = rows.label >= 0
+        correct = rows.label == rows.predicted  # a label that is not a class has a code below 0
+        outcome = np.where(labeled, np.where(correct, CORRECT, WRONG), UNLABELED)
         cell = outcome * num_bins + bin_index(rows.confidence, num_bins)
         confused, confused_count = np.unique(
-            rows.label[labelled] * size + rows.predicted[labelled], return_counts=True
+            rows.label[labeled] * size + rows.predicted[labeled], return_counts=True
         )
         rank = np.minimum(rows.label_rank, MAX_RANK + 1) - 1
         scored = rows.label_score[~np.isnan(rows.label_score)]
         loss = -np.log(np.clip(scored, SCORE_FLOOR, 1.0))
+        bins = 3 * num_bins
         return cls(
             classes=names,
             status=rows.status,
             unlabeled=int(np.count_nonzero(rows.label == NULL_LABEL)),
             unknown_label=int(np.count_nonzero(rows.label == UNKNOWN_LABEL)),
             accepted=int(np.count_nonzero(rows.accepted)),
-            accepted_labeled=int(np.count_nonzero(rows.accepted & labelled)),
+            accepted_labeled=int(np.count_nonzero(rows.accepted & labeled)),
             accepted_correct=int(np.count_nonzero(rows.accepted & correct)),
             log_loss_rows=len(loss),
             log_loss_sum=float(loss.sum()),
@@ -116,8 +194,8 @@ class PredictionCounts:
             rank_counts=_count_by_index(rank, MAX_RANK + 1),
             predicted_counts=_count_by_index(rows.predicted, size),
             predicted_confidence=_sum_by_index(rows.predicted, rows.confidence, size),
-            bin_counts=_count_by_index(cell, 3 * num_bins).reshape(3, num_bins),
-            bin_confidence=_sum_by_index(cell, rows.confidence, 3 * num_bins).reshape(3, num_bins),
+            bin_counts=_count_by_index(cell, bins).reshape(3, num_bins),
+            bin_confidence=_sum_by_index(cell, rows.confidence, bins).reshape(3, num_bins),
             confusion_label=confused // size,
             confusion_predicted=confused % size,
             confusion_count=confused_count.astype(np.int64, copy=False),
@@ -125,7 +203,29 @@ class PredictionCounts:
 
     @classmethod
     def empty(cls, classes: Sequence[str], num_bins: int = 15) -> PredictionCounts:
-        """The counts of no rows: what a merge starts from."""
+        """Counts of no rows: the start of a merge.
+
+        Parameters
+        ----------
+        classes : sequence of str
+            The C class names.
+        num_bins : int, default 15
+            Equal-width confidence bins.
+
+        Returns
+        -------
+        PredictionCounts
+
+        Raises
+        ------
+        ValueError
+            If there is no class, a name is repeated, or `num_bins` is below 1.
+
+        Examples
+        --------
+        >>> PredictionCounts.empty(["cat", "dog"]).rows
+        0
+        """
         names, none = _check_unique_names(classes), np.zeros(0, dtype=np.int64)
         bins = len(bin_edges(num_bins)) - 1
         return cls(
@@ -151,12 +251,12 @@ class PredictionCounts:
 
     @property
     def num_bins(self) -> int:
-        """B, the number of confidence bins."""
+        """Number of confidence bins B."""
         return int(self.bin_counts.shape[1])
 
     @property
     def rows(self) -> int:
-        """Every row, with a prediction or without."""
+        """All rows, with or without a prediction."""
         return sum(self.status.values())
 
     @property
@@ -171,18 +271,30 @@ class PredictionCounts:
 
     @property
     def labeled(self) -> int:
-        """Ok rows whose label is one of the classes: the rows that accuracy judges."""
+        """Ok rows whose label is one of the classes: the rows of accuracy."""
         return int(self.confusion_count.sum())
 
     @property
     def correct(self) -> int:
-        """Labelled rows whose label is the prediction."""
+        """Labeled rows whose prediction is the label."""
         return int(self.confusion_count[self.confusion_label == self.confusion_predicted].sum())
 
     def merge(self, other: PredictionCounts) -> PredictionCounts:
-        """The counts of the rows of both; commutative, and associative up to float addition.
+        """Counts of the rows of both; commutative, and associative up to float addition.
 
-        Raises ValueError when the two were counted with other classes or bins.
+        Parameters
+        ----------
+        other : PredictionCounts
+            Counts with the same classes and bins.
+
+        Returns
+        -------
+        PredictionCounts
+
+        Raises
+        ------
+        ValueError
+            If classes or bins differ.
         """
         if self.classes != other.classes:
             raise ValueError(
@@ -217,16 +329,40 @@ class PredictionCounts:
         return self.merge(other) if isinstance(other, PredictionCounts) else NotImplemented
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, ints and floats, ready for json.dumps; `from_dict` restores it exactly."""
+        """Convert to lists, ints and floats for `json.dumps`; `from_dict` restores it exactly.
+
+        Returns
+        -------
+        dict
+            The attributes by name.
+
+        Examples
+        --------
+        >>> counts = PredictionCounts.empty(["cat", "dog"])
+        >>> PredictionCounts.from_dict(counts.to_dict()).classes
+        ('cat', 'dog')
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         lists = {k: v.tolist() for k, v in values.items() if isinstance(v, np.ndarray)}
         return values | lists | {"classes": list(self.classes), "status": dict(self.status)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PredictionCounts:
-        """Counts from what `to_dict` returned.
+        """Restore counts from the result of `to_dict`.
 
-        Raises ValueError naming the keys when some are missing or unknown.
+        Parameters
+        ----------
+        data : mapping
+            Result of `to_dict`.
+
+        Returns
+        -------
+        PredictionCounts
+
+        Raises
+        ------
+        ValueError
+            If keys are missing or unknown.
         """
         expected = {field.name for field in fields(cls)}
         if difference := expected ^ set(data):

@@ -1,37 +1,55 @@
-"""How well scores rank, class by class: AUROC, average precision and the Brier score.
+"""Ranking metrics of scores per class: AUROC and average precision; and the Brier score.
 
-Needs every class's score, as float16 (N, C). Keeps, per class, how many scores of its own rows and
-of all others fall in each bin of a scale that follows the bits of float16: exact up to float16 for
-few classes, in 961 bins (1 to 6 % wide, the finest near 0) for many. The error that binning can
-make at most is computed from the same counts and told.
+Needs the score of every class, as float16 (N, C). Counts, per class, the scores of its own rows
+(positive) and of all others (negative) in bins of a scale that follows the bits of float16: exact
+up to float16 for at most 64 classes, in 961 bins (1 to 6% wide, the finest near 0) for more. The
+largest possible effect of binning is computed from the same counts and returned with the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from imgcls.metrics.columns import Floats, Ints
+from imgcls.metrics.columns import Bools, Floats, Ints
+from imgcls.metrics.intervals import (
+    Z_95,
+    Interval,
+    auroc_limits,
+    mover_interval,
+    nonnegative_mean_interval,
+    union_interval,
+    wilson_limits,
+)
 
-_ONE = 0x3C00  # the bits of 1.0 in float16; a softmax has nothing above, but for rounding
 MAX_EXACT_CLASSES = 64
-"""Up to so many classes every float16 has a bin of its own."""
-_BLOCK_SCORES = 4_000_000
+"""Up to this number of classes every float16 value has its own bin."""
 MAX_BRIER = 2.0
-"""The Brier score of a row whose whole score is on a wrong class."""
+"""Brier score of a row whose whole score is on a wrong class."""
+_ONE = 0x3C00  # the bits of 1.0 in float16; a softmax exceeds it only by rounding
+_BLOCK_SCORES = 4_000_000
+_RESAMPLES = 50
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreCounts:
-    """What is kept of N labelled rows with all their scores; C classes, B bins.
+    """Counts of N labeled rows with the scores of all classes; C classes, B bins.
 
-    own, other: (C, B) int64, scores of a class on its own rows and on all others, by bin
-    brier_sum:  sum over rows of b, a row's sum over classes of (score - truth)^2
-    brier_square_sum: sum over rows of b^2
+    Attributes
+    ----------
+    classes : tuple of str
+        Class names.
+    positive, negative : ndarray of int64, shape (C, B)
+        Scores of each class on its own rows, and on all other rows, by bin.
+    rows : int
+        Labeled rows N.
+    brier_sum, brier_square_sum : float
+        Sums over rows of b and b^2, where b is a row's sum over classes of (score - truth)^2.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +61,7 @@ class ScoreCounts:
 
     @classmethod
     def empty(cls, classes: Sequence[str]) -> ScoreCounts:
+        """Counts of no rows."""
         shape = (len(classes), (_ONE >> _compute_bin_shift(len(classes))) + 1)
         zero = np.zeros(shape, np.int64)
         return cls(tuple(classes), zero, zero.copy(), 0, 0.0, 0.0)
@@ -51,11 +70,25 @@ class ScoreCounts:
     def from_scores(
         cls, scores: NDArray[np.float16], label: Ints, classes: Sequence[str]
     ) -> ScoreCounts:
-        """Count labelled rows.
+        """Count labeled rows.
 
-        scores: (N, C) float16 in [0, 1], a softmax
-        label:  (N,) class index
-        Raises ValueError when the shapes do not fit, or a score is negative or no number.
+        Parameters
+        ----------
+        scores : ndarray of float16, shape (N, C)
+            Softmax scores in [0, 1].
+        label : ndarray of int64, shape (N,)
+            Class indices.
+        classes : sequence of str
+            The C class names.
+
+        Returns
+        -------
+        ScoreCounts
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not match, or a score is negative or NaN.
         """
         names = tuple(classes)
         if scores.shape != (len(label), len(names)) or scores.dtype != np.float16:
@@ -64,7 +97,7 @@ class ScoreCounts:
                 f" {(len(label), len(names))}"
             )
         bits = scores.view(np.uint16)
-        # the bits of positive float16 numbers rise with them; the sign's bit and NaN lie above 1
+        # the bits of positive float16 numbers increase with them; the sign bit and NaN are above 1
         if len(bits) and int(bits.max()) > _ONE + 2:
             raise ValueError("a score is outside [0, 1]; scores must be a softmax, not logits")
         counts = cls.empty(names)
@@ -74,24 +107,24 @@ class ScoreCounts:
         block = max(1, _BLOCK_SCORES // len(names))
         for start in range(0, len(label), block):
             part = slice(start, start + block)
-            place = np.minimum(bits[part], _ONE) >> _compute_bin_shift(len(names))
-            everyone += np.bincount((place + offsets).ravel(), minlength=len(everyone))
+            index = np.minimum(bits[part], _ONE) >> _compute_bin_shift(len(names))
+            everyone += np.bincount((index + offsets).ravel(), minlength=len(everyone))
             brier[part] = (scores[part].astype(np.float64) ** 2).sum(1)
         rows = np.arange(len(label))
         truth = np.minimum(bits[rows, label], _ONE) >> _compute_bin_shift(len(names))
-        own = np.bincount(truth + offsets[label], minlength=len(everyone))
+        positive = np.bincount(truth + offsets[label], minlength=len(everyone))
         brier += 1 - 2 * scores[rows, label].astype(np.float64)
         return cls(
             names,
-            own.reshape(counts.positive.shape),
-            (everyone - own).reshape(counts.positive.shape),
+            positive.reshape(counts.positive.shape),
+            (everyone - positive).reshape(counts.positive.shape),
             len(label),
             float(brier.sum()),
             float((brier**2).sum()),
         )
 
     def __add__(self, other: ScoreCounts) -> ScoreCounts:
-        """The counts of the rows of both. Raises ValueError when the classes differ."""
+        """Counts of the rows of both. Raises ValueError if the classes differ."""
         if self.classes != other.classes:
             raise ValueError("cannot merge counts over different classes")
         return ScoreCounts(
@@ -106,10 +139,14 @@ class ScoreCounts:
 
 @dataclass(frozen=True, eq=False)
 class Discrimination:
-    """One-against-rest figures of every class, NaN for a class without rows or without others.
+    """One-against-rest metrics per class; NaN for a class without rows or without other rows.
 
-    auroc, average_precision: (C,) float64
-    auroc_bound, average_precision_bound: (C,) float64, the most that binning can have moved them
+    Attributes
+    ----------
+    auroc, average_precision : ndarray of float64, shape (C,)
+        Values in [0, 1].
+    auroc_bound, average_precision_bound : ndarray of float64, shape (C,)
+        Largest possible change of the value by binning; 0 where bins are exact.
     """
 
     auroc: Floats
@@ -118,64 +155,240 @@ class Discrimination:
     average_precision_bound: Floats
 
 
-def brier_score(counts: ScoreCounts) -> float | None:
-    """Mean over rows of the squared distance of the scores from the truth; in [0, 2].
+class MacroEstimate(NamedTuple):
+    """Mean of a ranking metric over classes.
 
-    None without rows. Source: Brier, Monthly Weather Review 78 (1950), the original definition.
+    value: mean over the classes that have it
+    interval: its 95% interval
+    bound: largest possible change of the value by binning
+    """
+
+    value: float
+    interval: Interval | None
+    bound: float
+
+
+def brier_score(counts: ScoreCounts) -> float | None:
+    """Brier score: mean squared distance of the scores from the one-hot label.
+
+    Parameters
+    ----------
+    counts : ScoreCounts
+        Counts of a run.
+
+    Returns
+    -------
+    float or None
+        Value in [0, 2]; None without rows.
+
+    Notes
+    -----
+    Original multiclass definition: Brier, Monthly Weather Review 78 (1950).
+
+    Examples
+    --------
+    >>> scores = np.array([[0.5, 0.5], [1.0, 0.0]], np.float16)
+    >>> brier_score(ScoreCounts.from_scores(scores, np.array([0, 0]), ["cat", "dog"]))
+    0.25
     """
     return counts.brier_sum / counts.rows if counts.rows else None
+
+
+def estimate_brier(counts: ScoreCounts) -> tuple[float, Interval] | None:
+    """Brier score with its 95% interval.
+
+    Parameters
+    ----------
+    counts : ScoreCounts
+        Counts of a run.
+
+    Returns
+    -------
+    value : float
+        `brier_score` of the counts.
+    interval : tuple of float
+        Lower and upper end within [0, 2]. None is returned without rows.
+
+    Examples
+    --------
+    >>> scores = np.array([[0.5, 0.5], [1.0, 0.0]], np.float16)
+    >>> value, (low, high) = estimate_brier(
+    ...     ScoreCounts.from_scores(scores, np.array([0, 0]), ["cat", "dog"])
+    ... )
+    >>> 0 < low < value < high < 2
+    True
+    """
+    score = brier_score(counts)
+    if score is None:
+        return None
+    low, high = nonnegative_mean_interval(
+        counts.brier_sum, counts.brier_square_sum, counts.rows, MAX_BRIER
+    )
+    return score, (low, min(high, MAX_BRIER))
 
 
 def compute_discrimination(counts: ScoreCounts) -> Discrimination:
     """AUROC and average precision of every class against the rest.
 
-    AUROC is the chance that a row of the class scores above another (ties count half), as
-    scikit-learn's roc_auc_score has it (Fawcett 2006). Average precision is the mean, over the rows
-    of the class, of the precision at their score, as average_precision_score has it. Rows of one
-    bin count as ties; the bounds are what any order within the bins could change.
+    Parameters
+    ----------
+    counts : ScoreCounts
+        Counts of a run.
+
+    Returns
+    -------
+    Discrimination
+        Values and bounds per class. Rows of one bin count as ties.
+
+    Notes
+    -----
+    AUROC is the probability that a row of the class scores higher than another row (ties count
+    half), as scikit-learn's `roc_auc_score` (Fawcett 2006). Average precision is the mean, over the
+    rows of the class, of the precision at their score, as `average_precision_score`.
+
+    Examples
+    --------
+    >>> scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], np.float16)
+    >>> counts = ScoreCounts.from_scores(scores, np.array([0, 1, 1]), ["cat", "dog"])
+    >>> compute_discrimination(counts).auroc.tolist()
+    [1.0, 1.0]
     """
-    own, rest = (
-        counts.positive[:, ::-1].astype(np.float64),
-        counts.negative[:, ::-1].astype(np.float64),
-    )
+    own = counts.positive[:, ::-1].astype(np.float64)
+    rest = counts.negative[:, ::-1].astype(np.float64)
     positives, negatives = own.sum(1), rest.sum(1)
     defined = (positives > 0) & (negatives > 0)
     nan = np.full(len(positives), np.nan)
     pairs = np.where(defined, positives * negatives, 1)
-    above = rest.cumsum(1) - rest  # others that score in a higher bin
+    above = rest.cumsum(1) - rest  # other rows in a higher bin
     lost = (own * (above + rest / 2)).sum(1)
     auroc = np.where(defined, 1 - lost / pairs, nan)
     auroc_bound = np.where(defined, (own * rest).sum(1) / 2 / pairs, nan)
-    if counts.positive.shape[1] > _ONE:
-        auroc_bound = np.where(defined, 0.0, nan)  # a bin holds one float16: true ties
-    precision, bound = _compute_average_precision(
-        own, rest, positives, exact=counts.positive.shape[1] > _ONE
-    )
+    exact = counts.positive.shape[1] > _ONE  # a bin has one float16 value: true ties
+    if exact:
+        auroc_bound = np.where(defined, 0.0, nan)
+    precision, bound = _compute_average_precision(own, rest, positives, exact=exact)
     return Discrimination(
         auroc, auroc_bound, np.where(defined, precision, nan), np.where(defined, bound, nan)
     )
 
 
+def estimate_macro_means(counts: ScoreCounts) -> dict[str, MacroEstimate]:
+    """Means over classes of AUROC and average precision, with 95% intervals.
+
+    Parameters
+    ----------
+    counts : ScoreCounts
+        Counts of a run.
+
+    Returns
+    -------
+    dict of str to MacroEstimate
+        Keys "auroc" and "average_precision"; empty if no class has rows and other rows.
+
+    Notes
+    -----
+    Bootstrap intervals, united with those that follow from `auroc_limits` and, for average
+    precision, from the Wilson limits of a share of the positives (Boyd, Eng, Page, "Area under the
+    Precision-Recall Curve: Point Estimates and Confidence Intervals", ECML 2013).
+
+    Examples
+    --------
+    >>> scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], np.float16)
+    >>> counts = ScoreCounts.from_scores(scores, np.array([0, 1, 1]), ["cat", "dog"])
+    >>> estimate_macro_means(counts)["auroc"].value
+    1.0
+    """
+    ranks = compute_discrimination(counts)
+    known = np.isfinite(ranks.auroc)
+    if not known.any():
+        return {}
+    positives, negatives = counts.positive.sum(1)[known], counts.negative.sum(1)[known]
+    auroc, precision = ranks.auroc[known], ranks.average_precision[known]
+    parts = {
+        "auroc": (auroc, ranks.auroc_bound, auroc_limits(auroc, positives, negatives)),
+        "average_precision": (
+            precision,
+            ranks.average_precision_bound,
+            wilson_limits(precision * positives, positives),
+        ),
+    }
+    spreads = _bootstrap_spreads(counts, known)
+    found = {}
+    for name, (values, bounds, (lower, upper)) in parts.items():
+        value, spread = float(values.mean()), spreads[name]
+        edge = mover_interval(value, (values - lower) / len(values), (upper - values) / len(values))
+        interval = union_interval((value - spread, value + spread), edge, low=0.0, high=1.0)
+        found[name] = MacroEstimate(value, interval, float(bounds[known].mean()))
+    return found
+
+
+def _bootstrap_spreads(counts: ScoreCounts, known: Bools) -> dict[str, float]:
+    """Half the width of the 95% bootstrap intervals of the macro means over the `known` classes.
+
+    A row is a positive of its own class and a negative of every other. Positives are resampled
+    separately: they differ from class to class, so the variances of the classes add up. Negatives
+    are nearly the same rows for all classes, so their standard deviations add up. The two parts are
+    treated as dependent.
+    """
+    rng = np.random.default_rng(0)
+    names = ("auroc", "average_precision")
+    drawn: dict[tuple[str, bool], list[Any]] = {}
+    for _ in range(_RESAMPLES):
+        for own in (True, False):
+            cells = rng.poisson(counts.positive if own else counts.negative)
+            pair = (cells, counts.negative) if own else (counts.positive, cells)
+            found = compute_discrimination(
+                ScoreCounts(counts.classes, *pair, counts.rows, 0.0, 0.0)
+            )
+            for name in names:
+                drawn.setdefault((name, own), []).append(getattr(found, name)[known])
+    spreads = {}
+    for name in names:
+        # NaN for a class that was not drawn
+        positive, negative = (np.nanvar(drawn[name, own], axis=0) for own in (True, False))
+        spreads[name] = Z_95 * float(
+            np.sqrt(positive.sum()) / known.sum() + np.sqrt(negative).mean()
+        )
+    return spreads
+
+
 def _compute_average_precision(
     own: Floats, rest: Floats, positives: Floats, *, exact: bool
 ) -> tuple[Floats, Floats]:
-    """(C,) average precision with bins as ties, and the most that another order would change it.
+    """(C,) average precision with bins as ties, and the largest change by another order.
 
-    own, rest: (C, B), the highest scores first
+    own, rest: (C, B) positives and negatives, the highest scores first
     """
     hits, misses = own.cumsum(1), rest.cumsum(1)
     share = own / np.maximum(positives, 1)[:, None]
     tied = (share * hits / np.maximum(hits + misses, 1)).sum(1)
     if exact:
         return tied, np.zeros_like(tied)
-    # best: the bin's own rows before its others; worst: after them
+    # best: positives of the bin before its negatives; worst: after them
     best = (share * hits / np.maximum(hits + misses - rest, 1)).sum(1)
     worst = (share * (hits - own + 1) / np.maximum(hits - own + 1 + misses, 1)).sum(1)
     return tied, np.maximum(best - tied, tied - np.minimum(worst, tied))
 
 
 def build_discrimination_table(counts: ScoreCounts) -> pa.Table:
-    """label (string), auroc, auroc_bound, average_precision, average_precision_bound (float64)."""
+    """Ranking metrics per class as a table.
+
+    Parameters
+    ----------
+    counts : ScoreCounts
+        Counts of a run.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns label (string), auroc, auroc_bound, average_precision, average_precision_bound
+        (float64, null where undefined).
+
+    Examples
+    --------
+    >>> build_discrimination_table(ScoreCounts.empty(["cat", "dog"]))["label"].to_pylist()
+    ['cat', 'dog']
+    """
     found = compute_discrimination(counts)
     columns = {
         "auroc": found.auroc,
@@ -187,5 +400,6 @@ def build_discrimination_table(counts: ScoreCounts) -> pa.Table:
     return pa.table({"label": pa.array(counts.classes, pa.string()), **arrays})
 
 
-def _compute_bin_shift(classes: int) -> int:
-    return 0 if classes <= MAX_EXACT_CLASSES else 4
+def _compute_bin_shift(num_classes: int) -> int:
+    """Bits of a float16 that are dropped to get its bin."""
+    return 0 if num_classes <= MAX_EXACT_CLASSES else 4

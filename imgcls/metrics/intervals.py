@@ -1,8 +1,7 @@
-"""95 % intervals of counted numbers, possible and wide enough where all rows or none are right.
+"""95% confidence intervals of counted numbers, with a width even if all rows are correct.
 
-A bootstrap alone cannot see errors that did not happen: of 20 rows that are all right every
-resample is all right, and the interval has no width. Where that matters, its interval is joined
-with one that follows from Wilson limits (`limits` has those of each metric).
+A bootstrap alone gives no width if every row is correct, because every resample is correct too.
+Its interval is therefore united with one that follows from Wilson limits (see `limits`).
 """
 
 from __future__ import annotations
@@ -14,16 +13,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Interval = tuple[float, float]
+"""Lower and upper end of a 95% interval."""
+
 Z_95 = 1.959963984540054
-"""Standard deviations around the mean that hold 95 % of a normal distribution."""
+"""Standard deviations around the mean that contain 95% of a normal distribution."""
 
 
-def wilson_interval(correct: float, rows: int, z: float = Z_95) -> tuple[float, float]:
-    """Where the true share lies, with the confidence of `z`, when `correct` of `rows` were counted.
+def wilson_interval(correct: float, rows: int, z: float = Z_95) -> Interval:
+    """Wilson score interval of a share: `correct` of `rows`.
 
-    Returns fractions in [0, 1]; (0, 1) for no rows. Unlike the textbook's normal interval it never
-    leaves [0, 1], and 100 of 100 does not make it certainty.
-    Source: Wilson, Journal of the American Statistical Association 22 (1927).
+    Parameters
+    ----------
+    correct : float
+        Rows counted, 0 to `rows`.
+    rows : int
+        All rows.
+    z : float, default 1.96
+        Standard normal quantile of the confidence level.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper limit, fractions in [0, 1]; (0, 1) for no rows.
+
+    Notes
+    -----
+    Unlike the normal interval it never leaves [0, 1] and has a width for 0 and 100%. Wilson,
+    Journal of the American Statistical Association 22 (1927).
+
+    Examples
+    --------
+    >>> low, high = wilson_interval(90, 100)
+    >>> round(low, 3), round(high, 3)
+    (0.826, 0.945)
     """
     if rows <= 0:
         return 0.0, 1.0
@@ -37,7 +60,26 @@ def wilson_interval(correct: float, rows: int, z: float = Z_95) -> tuple[float, 
 def wilson_limits(
     correct: NDArray[Any], rows: NDArray[Any], z: float = Z_95
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """`wilson_interval` of many shares at once: (C,) lower and (C,) upper limits."""
+    """Wilson score intervals of many shares at once.
+
+    Parameters
+    ----------
+    correct, rows : ndarray, shape (C,)
+        Rows counted, and all rows, of each share.
+    z : float, default 1.96
+        Standard normal quantile of the confidence level.
+
+    Returns
+    -------
+    lower, upper : ndarray of float64, shape (C,)
+        Fractions in [0, 1]; 0 and 1 for a share without rows.
+
+    Examples
+    --------
+    >>> lower, upper = wilson_limits(np.array([90, 0]), np.array([100, 0]))
+    >>> lower.round(3).tolist(), upper.round(3).tolist()
+    ([0.826, 0.0], [0.945, 1.0])
+    """
     known = np.maximum(rows, 1)
     share, weight = correct / known, z * z / known
     middle = share + weight / 2
@@ -49,25 +91,64 @@ def wilson_limits(
 
 def mover_interval(
     value: float, below: NDArray[np.float64], above: NDArray[np.float64]
-) -> tuple[float, float]:
-    """Interval of a number that depends on C independent shares, from what each alone can move.
+) -> Interval:
+    """Interval of a number that depends on C independent shares.
 
-    below, above: (C,) how far the number falls and rises when one share goes to its own limits
-    Source: the method of variance estimates recovery (MOVER), Zou, Huang, Zhang, Computational
-    Statistics & Data Analysis 53 (2009), for linear functions of shares with Wilson limits.
+    Parameters
+    ----------
+    value : float
+        The number.
+    below, above : ndarray of float64, shape (C,)
+        Decrease and increase of the number if one share moves to its own limit.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end.
+
+    Notes
+    -----
+    Method of variance estimates recovery (MOVER): Zou, Huang, Zhang, Computational Statistics &
+    Data Analysis 53 (2009), for linear functions of shares with Wilson limits.
+
+    Examples
+    --------
+    >>> mover_interval(0.5, np.array([0.3, 0.4]), np.array([0.0, 0.1]))
+    (0.0, 0.6)
     """
     return value - float(np.sqrt((below**2).sum())), value + float(np.sqrt((above**2).sum()))
 
 
 def nonnegative_mean_interval(
     total: float, square_total: float, rows: int, worst: float
-) -> tuple[float, float]:
-    """95 % interval of the mean of N > 0 values of at least 0, from their sum and sum of squares.
+) -> Interval:
+    """95% interval of the mean of N values that are at least 0.
 
-    worst: what a row costs of a kind that was not seen
-    The normal interval of the log of the mean, which is never negative, is widened to what z^2
-    more rows would give, all of them 0 or all of them `worst`: the limits that Wilson's interval
-    has for a share of 0 or 1. So values that are all equal, or just one, are no certainty.
+    Parameters
+    ----------
+    total, square_total : float
+        Sum of the values and of their squares.
+    rows : int
+        Number of values N, positive.
+    worst : float
+        Value of a kind of row that may exist but was not seen.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end.
+
+    Notes
+    -----
+    Normal interval of the logarithm of the mean, widened to the mean with z^2 more rows, all of
+    them 0 or all of them `worst`: the limits that Wilson's interval has for a share of 0 or 1. The
+    interval therefore has a width for equal values and for a single one.
+
+    Examples
+    --------
+    >>> low, high = nonnegative_mean_interval(total=20.0, square_total=30.0, rows=100, worst=2.0)
+    >>> round(low, 3), round(high, 3)
+    (0.121, 0.33)
     """
     mean, more = total / rows, Z_95**2
     spread = math.sqrt(max(0.0, square_total / rows - mean**2) / rows)
@@ -79,14 +160,33 @@ def nonnegative_mean_interval(
 def auroc_limits(
     auroc: NDArray[np.float64], positives: NDArray[Any], negatives: NDArray[Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """95 % limits of (C,) areas under ROC curves, given the rows of each class and of the others.
+    """95% limits of areas under ROC curves.
 
-    Solves |true - auroc| = z * sqrt(V(true)), so that an area of 1 has a lower limit too.
-    Source: Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
+    Parameters
+    ----------
+    auroc : ndarray of float64, shape (C,)
+        Areas in [0, 1].
+    positives, negatives : ndarray, shape (C,)
+        Rows of each class, and of all others.
+
+    Returns
+    -------
+    lower, upper : ndarray of float64, shape (C,)
+
+    Notes
+    -----
+    Solves |true - auroc| = z * sqrt(V(true)), so an area of 1 has a lower limit too. Newcombe,
+    Statistics in Medicine 25 (2006) 559-573, method 5.
+
+    Examples
+    --------
+    >>> lower, upper = auroc_limits(np.array([0.9, 1.0]), np.array([50, 50]), np.array([50, 50]))
+    >>> lower.round(2).tolist(), upper.round(2).tolist()
+    ([0.82, 0.96], [0.95, 1.0])
     """
     both = (positives + negatives) / 2 - 1
 
-    def excess(true: NDArray[np.float64]) -> NDArray[np.float64]:
+    def compute_excess(true: NDArray[np.float64]) -> NDArray[np.float64]:
         more = 1 + both * ((1 - true) / (2 - true) + true / (1 + true))
         variance = true * (1 - true) * more / (positives * negatives)
         return np.abs(true - auroc) - Z_95 * np.sqrt(variance)
@@ -96,7 +196,7 @@ def auroc_limits(
         far, near = outer, auroc.copy()  # `far` is outside of the interval, `near` within
         for _ in range(50):
             middle = (far + near) / 2
-            outside = excess(middle) > 0
+            outside = compute_excess(middle) > 0
             far, near = np.where(outside, middle, far), np.where(outside, near, middle)
         ends.append(near)
     return ends[0], ends[1]
@@ -108,17 +208,40 @@ def bootstrap_intervals(
     *,
     resamples: int = 200,
     seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of whatever follows from counts of independent rows.
+) -> dict[str, Interval]:
+    """95% bootstrap intervals of statistics of counted, independent rows.
 
-    counts:     arrays of cell counts; each resample draws every cell anew from a Poisson
-                distribution around it, which for many rows is drawing the rows with replacement
-    statistics: called with the resampled arrays; what it returns may lack a name now and then
-    Returns, by name, what follows from the counts themselves, less and more 1.96 times its standard
-    deviation over resamples: percentiles would be off where few rows of many classes bend the
-    statistic itself. The same counts give the same intervals.
-    Source: Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; the Poisson
-    form after Chamandy et al., "Estimating Uncertainty for Massive Data Streams" (2012).
+    Parameters
+    ----------
+    counts : sequence of ndarray of int64
+        Arrays of cell counts. Each resample draws every cell from a Poisson distribution around its
+        count, which for many rows is sampling the rows with replacement.
+    statistics : callable
+        Called with the resampled arrays; returns values by name. A name may be missing in some
+        resamples.
+    resamples : int, default 200
+        Number of resamples; 0 returns no intervals.
+    seed : int, default 0
+        Seed of the resamples: the same counts give the same intervals.
+
+    Returns
+    -------
+    dict of str to tuple of float
+        By name: the statistic of the counts themselves, minus and plus 1.96 standard deviations
+        over the resamples. Percentiles would be biased where many classes have few rows.
+
+    Notes
+    -----
+    Efron, Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 12; Poisson form of
+    Chamandy et al., "Estimating Uncertainty for Massive Data Streams" (2012).
+
+    Examples
+    --------
+    >>> def share(cells):
+    ...     return {"accuracy": cells[1] / cells.sum()}
+    >>> low, high = bootstrap_intervals([np.array([10, 90])], share)["accuracy"]
+    >>> bool(0.8 < low < 0.9 < high < 1.0)
+    True
     """
     if not resamples:
         return {}
@@ -132,10 +255,26 @@ def bootstrap_intervals(
     return {name: (found[name] - wide, found[name] + wide) for name, wide in spread.items()}
 
 
-def union_interval(
-    *intervals: tuple[float, float] | None, low: float, high: float
-) -> tuple[float, float] | None:
-    """The interval that holds all of these, within what can be; None when the first is None."""
+def union_interval(*intervals: Interval | None, low: float, high: float) -> Interval | None:
+    """Smallest interval that contains all given ones, clipped to the possible range.
+
+    Parameters
+    ----------
+    *intervals : tuple of float or None
+        Intervals; None is ignored except in first place.
+    low, high : float
+        Smallest and largest possible value.
+
+    Returns
+    -------
+    tuple of float or None
+        None if the first interval is None.
+
+    Examples
+    --------
+    >>> union_interval((0.9, 1.02), (0.8, 0.95), low=0.0, high=1.0)
+    (0.8, 1.0)
+    """
     known = [each for each in intervals if each is not None]
     if not intervals or intervals[0] is None:
         return None

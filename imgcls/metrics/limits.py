@@ -1,91 +1,158 @@
-"""Intervals of metrics that follow from Wilson limits: of a confusion matrix, of confidence bins.
+"""Intervals of metrics that follow from Wilson limits, for confusion matrices and confidence bins.
 
-They hold where a bootstrap has no width, because no row of some kind is wrong (or right). Each
-share is moved to its own limits, and what that does to the metric is added up as in
-`intervals.around`.
+They have a width even where a bootstrap has none, because no row of some kind is wrong (or right).
+Each share moves to its own limits; the effects on the metric are combined by
+`intervals.mover_interval`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 
 from imgcls.metrics.agreement import cohens_kappa
+from imgcls.metrics.calibration import ece_by_chance
 from imgcls.metrics.columns import Floats, Ints
-from imgcls.metrics.intervals import mover_interval, wilson_interval, wilson_limits
+from imgcls.metrics.confusion import ClassCounts
+from imgcls.metrics.intervals import Interval, mover_interval, wilson_interval, wilson_limits
 
-Interval = tuple[float, float]
+Rate = Literal["recall", "precision", "f1"]
+Weights = Literal["labeled", "occurring", "support"]
 
 
-def confusion_intervals(
-    support: Ints, predicted: Ints, hits: Ints, values: dict[str, float]
-) -> dict[str, Interval]:
-    """Intervals of the metrics of a confusion matrix, by name.
+def class_mean_limits(rate: Rate, weights: Weights) -> Callable[[ClassCounts, float], Interval]:
+    """Build the interval function of a mean over classes.
 
-    support, predicted, hits: (C,) rows by label, by prediction, and right ones
-    values: the metrics, as `tables` names them
-    Recall and precision of a class have Wilson limits. Those of F1 are the Wilson limits of
-    J = hits / (support + predicted - hits), with F1 = 2 J / (1 + J): Lam, Gopal, Qian, "Confidence
-    Intervals for the F1 Score" (arXiv 2309.14621, 2023), the Wilson indirect method. Kappa moves
-    with accuracy at the agreement by chance that was seen, as in Cohen (1960).
+    Parameters
+    ----------
+    rate : {"recall", "precision", "f1"}
+        Rate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
+        limits of J = correct / (support + predicted - correct), with F1 = 2 J / (1 + J).
+    weights : {"labeled", "occurring", "support"}
+        Equal weights of the classes with labels, equal weights of the occurring classes, or weights
+        by labeled rows.
+
+    Returns
+    -------
+    callable
+        Maps class counts and the value of the metric to its 95% interval.
+
+    Notes
+    -----
+    Lam, Gopal, Qian, "Confidence Intervals for the F1 Score" (arXiv 2309.14621, 2023), the Wilson
+    indirect method.
+
+    Examples
+    --------
+    >>> counts = ClassCounts(np.array([10, 10]), np.array([10, 10]), np.array([10, 10]))
+    >>> low, high = class_mean_limits("recall", "labeled")(counts, 1.0)
+    >>> round(low, 3), high
+    (0.804, 1.0)
     """
-    rows = int(support.sum())
-    present, labelled = support + predicted > 0, support > 0
-    share = support / rows
-    recall, precision = wilson_limits(hits, support), wilson_limits(hits, predicted)
-    union = wilson_limits(hits, support + predicted - hits)
-    f1 = (2 * union[0] / (1 + union[0]), 2 * union[1] / (1 + union[1]))
-    found = {
-        "recall": hits / np.maximum(support, 1),
-        "precision": hits / np.maximum(predicted, 1),
-        "f1": 2 * hits / np.maximum(support + predicted, 1),
+
+    def compute_interval(counts: ClassCounts, value: float) -> Interval:
+        lower, upper = _rate_limits(counts, rate)
+        found = getattr(counts, rate)
+        weight = _class_weights(counts, weights)
+        return mover_interval(value, weight * (found - lower), weight * (upper - found))
+
+    return compute_interval
+
+
+def _rate_limits(counts: ClassCounts, rate: Rate) -> tuple[Floats, Floats]:
+    """Wilson limits of a rate of each class: (C,) lower and (C,) upper."""
+    if rate == "recall":
+        return wilson_limits(counts.correct, counts.support)
+    if rate == "precision":
+        return wilson_limits(counts.correct, counts.predicted)
+    lower, upper = wilson_limits(counts.correct, counts.support + counts.predicted - counts.correct)
+    return 2 * lower / (1 + lower), 2 * upper / (1 + upper)
+
+
+def _class_weights(counts: ClassCounts, weights: Weights) -> Floats:
+    """(C,) weights that sum to 1."""
+    chosen: dict[Weights, Ints | Floats] = {
+        "labeled": counts.is_labeled.astype(np.int64),
+        "occurring": counts.occurs.astype(np.int64),
+        "support": counts.support,
     }
-    macro, balanced = present / present.sum(), labelled / labelled.sum()
-    parts = {
-        "balanced_accuracy": ("recall", recall, balanced),
-        "precision_macro": ("precision", precision, macro),
-        "recall_macro": ("recall", recall, macro),
-        "f1_macro": ("f1", f1, macro),
-        "precision_weighted": ("precision", precision, share),
-        "f1_weighted": ("f1", f1, share),
-    }
-    made = {
-        name: mover_interval(
-            values[name], weight * (found[of] - limits[0]), weight * (limits[1] - found[of])
-        )
-        for name, (of, limits, weight) in parts.items()
-    }
-    accuracy = wilson_interval(int(hits.sum()), rows)
-    made["f1_micro"] = accuracy
-    made["matthews_correlation"] = _matthews_interval(
-        support, predicted, hits, recall, values["matthews_correlation"]
+    weight: Floats = chosen[weights] / chosen[weights].sum()
+    return weight
+
+
+def kappa_limits(counts: ClassCounts, value: float) -> Interval:
+    """95% interval of Cohen's kappa: accuracy at its Wilson limits, agreement by chance as counted.
+
+    Parameters
+    ----------
+    counts : ClassCounts
+        Counts of at least one labeled row.
+    value : float
+        Cohen's kappa of the counts.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end.
+
+    Notes
+    -----
+    Cohen, Educational and Psychological Measurement 20 (1960).
+
+    Examples
+    --------
+    >>> counts = ClassCounts(np.array([10, 10]), np.array([10, 10]), np.array([10, 10]))
+    >>> low, high = kappa_limits(counts, 1.0)
+    >>> round(low, 3), high
+    (0.678, 1.0)
+    """
+    low, high = (
+        cohens_kappa(counts.support, counts.predicted, end * counts.rows)
+        for end in wilson_interval(int(counts.correct.sum()), counts.rows)
     )
-    if "cohens_kappa" in values:
-        ends = [cohens_kappa(support, predicted, end * rows) for end in accuracy]
-        made["cohens_kappa"] = (ends[0] or 0.0, ends[1] or 0.0)
-    return made
+    return low or 0.0, high or 0.0
 
 
-def _matthews_interval(
-    support: Ints, predicted: Ints, hits: Ints, recall: tuple[Floats, Floats], value: float
-) -> Interval:
-    """Each class's recall at its limits; rows that leave it go where predictions are.
+def matthews_limits(counts: ClassCounts, value: float) -> Interval:
+    """95% interval of the Matthews correlation: the recall of each class at its Wilson limits.
 
-    The whole range where it is undefined: with one class of labels, or of predictions.
+    Rows that leave a class are distributed over the others like its predictions.
+
+    Parameters
+    ----------
+    counts : ClassCounts
+        Counts of at least one labeled row.
+    value : float
+        Matthews correlation of the counts.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end; (-1, 1) if all labels or all predictions are one class.
+
+    Examples
+    --------
+    >>> counts = ClassCounts(np.array([10, 10]), np.array([10, 10]), np.array([10, 10]))
+    >>> low, high = matthews_limits(counts, 1.0)
+    >>> bool(0.5 < low < high) and high
+    1.0
     """
+    support, predicted, correct = counts.support, counts.predicted, counts.correct
     rows = support.sum()
     if max(support.max(), predicted.max()) == rows:
         return -1.0, 1.0
     others = rows - predicted
     product, square = (support * predicted).sum(), (predicted.astype(float) ** 2).sum()
     moved = []
-    for limit in recall:
-        x = np.where(support > 0, hits - limit * support, 0.0)  # rows that are predicted elsewhere
+    for limit in _rate_limits(counts, "recall"):
+        x = np.where(support > 0, correct - limit * support, 0.0)  # rows predicted elsewhere
         share = x / others
         products = product - support * x + (product - support * predicted) * share
         squares = (predicted - x) ** 2 + (square - predicted**2) * (1 + share) ** 2
-        covariance = (hits.sum() - x) * rows - products
+        covariance = (correct.sum() - x) * rows - products
         spread = (rows**2 - squares) * (rows**2 - (support**2).sum())
         moved.append(covariance / np.sqrt(np.maximum(spread, 1e-9)))
     return mover_interval(
@@ -93,36 +160,70 @@ def _matthews_interval(
     )
 
 
-def calibration_intervals(
-    count: Ints, confidence_sum: Floats, correct: Ints, by_chance: float, least_share: float = 0.01
-) -> tuple[Interval, Interval]:
-    """Intervals of the expected and the maximum calibration error.
+def ece_limits(count: Ints, confidence_sum: Floats, correct: Ints) -> Interval:
+    """95% interval of the expected calibration error: each bin's accuracy at its Wilson limits.
 
-    count, confidence_sum, correct: (B,) rows of each bin, their confidences added up, right ones
-    by_chance: the expected error of a calibrated model on as many rows, by which the measured one
-        is too high: it is taken from the lower end
-    least_share: bins with a smaller share of all rows do not count for the maximum
-    The accuracy of each bin goes to its Wilson limits. For the maximum they hold for all bins at
-    once (Bonferroni).
+    Parameters
+    ----------
+    count, confidence_sum, correct : ndarray, shape (B,)
+        Rows of each bin, the sum of their confidences, and their correct predictions.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end. The lower one is reduced by the error that a calibrated model shows by
+        chance, by which the measured error is too high.
+
+    Examples
+    --------
+    >>> low, high = ece_limits(np.array([100]), np.array([80.0]), np.array([60]))
+    >>> round(low, 3), round(high, 3)
+    (0.077, 0.298)
     """
     used = count > 0
-    count, correct = count[used], correct[used]
-    mean = confidence_sum[used] / count
-    share, gap = count / count.sum(), np.abs(mean - correct / count)
-    least, most = _compute_gap_limits(mean, *wilson_limits(correct, count))
+    mean, share = confidence_sum[used] / count[used], count[used] / count.sum()
+    gap = np.abs(mean - correct[used] / count[used])
+    nearest, farthest = _compute_gap_limits(mean, *wilson_limits(correct[used], count[used]))
     low, high = mover_interval(
-        float((share * gap).sum()), share * (gap - least), share * (most - gap)
+        float((share * gap).sum()), share * (gap - nearest), share * (farthest - gap)
     )
-    counted = share >= least_share
+    return low - ece_by_chance(count, confidence_sum), high
+
+
+def mce_limits(
+    count: Ints, confidence_sum: Floats, correct: Ints, min_share: float = 0.01
+) -> Interval:
+    """95% interval of the maximum calibration error, with limits that hold for all bins at once.
+
+    Parameters
+    ----------
+    count, confidence_sum, correct : ndarray, shape (B,)
+        Rows of each bin, the sum of their confidences, and their correct predictions.
+    min_share : float, default 0.01
+        Bins with a smaller share of all rows are ignored, as in `calibration.mce_from_bins`.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end (Bonferroni correction for the number of bins).
+
+    Examples
+    --------
+    >>> low, high = mce_limits(np.array([100]), np.array([80.0]), np.array([60]))
+    >>> round(low, 3), round(high, 3)
+    (0.109, 0.298)
+    """
+    used = count > 0
+    mean, share = confidence_sum[used] / count[used], count[used] / count.sum()
+    counted = share >= min_share
     counted = counted if counted.any() else share > 0
     z = NormalDist().inv_cdf(1 - 0.025 / int(counted.sum()))
-    least, most = _compute_gap_limits(
-        mean[counted], *wilson_limits(correct[counted], count[counted], z)
-    )
-    return (low - by_chance, high), (float(least.max()), float(most.max()))
+    lower, upper = wilson_limits(correct[used][counted], count[used][counted], z)
+    nearest, farthest = _compute_gap_limits(mean[counted], lower, upper)
+    return float(nearest.max()), float(farthest.max())
 
 
 def _compute_gap_limits(mean: Floats, lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
-    """The least and the largest distance from each mean of an accuracy within its limits."""
-    least = np.maximum(np.maximum(lower - mean, mean - upper), 0.0)
-    return least, np.maximum(np.abs(mean - lower), np.abs(upper - mean))
+    """Smallest and largest distance of each mean from an accuracy within its limits."""
+    nearest = np.maximum(np.maximum(lower - mean, mean - upper), 0.0)
+    return nearest, np.maximum(np.abs(mean - lower), np.abs(upper - mean))

@@ -1,8 +1,8 @@
-"""What a confidence threshold costs and buys: accuracy of the accepted against their share.
+"""Selective prediction: accuracy of the accepted predictions against their share (coverage).
 
-Keeps judged predictions by predicted class and by a fixed grid of thresholds, fine near 1 where
-confident models put most of their predictions. At every threshold of the grid all counts are exact;
-thresholds between them are never offered.
+Counts labeled predictions by predicted class and by a fixed grid of thresholds, which is fine near
+1, where confident models put most predictions. Counts are exact at every threshold of the grid;
+thresholds between grid points are not offered.
 """
 
 from __future__ import annotations
@@ -15,29 +15,48 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls.metrics.columns import Bools, Floats, Ints, OkRows
-from imgcls.metrics.intervals import wilson_interval
-
-# Judged right, judged wrong, without a label that could judge them.
-RIGHT, WRONG, UNLABELED = 0, 1, 2
+from imgcls.metrics.counts import CORRECT, UNLABELED, WRONG
+from imgcls.metrics.intervals import (
+    Interval,
+    bootstrap_intervals,
+    union_interval,
+    wilson_interval,
+)
 
 THRESHOLD_GRID: Floats = np.unique(
     np.float32(np.concatenate([np.arange(100) / 100, 1 - np.logspace(-2, -6, 161)]))
 ).astype(np.float64)
-"""(T,) rising thresholds from 0: every hundredth, then 40 a decade up to 1 - 1e-6.
+"""(T,) increasing thresholds from 0: every hundredth, then 40 per decade up to 1 - 1e-6.
 
-They are float32 numbers, as confidences are, so that `confidence >= threshold` says the same in
-either precision.
+They are float32 numbers, like confidences, so that `confidence >= threshold` gives the same result
+in float32 and float64.
 """
+
+_CURVE_SCHEMA = pa.schema(
+    [
+        *(pa.field(n, pa.float64()) for n in ("threshold", "coverage", "accuracy")),
+        *(pa.field(n, pa.float64()) for n in ("lower", "upper")),
+        *(pa.field(n, pa.int64()) for n in ("accepted", "judged")),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and what is known of the predictions that it accepts.
+    """Confidence threshold and statistics of the predictions that it accepts.
 
-    threshold: accept a confidence of at least this; None where no threshold reaches the target
-    precision: share of accepted judged predictions that are right, with its 95 % Wilson interval
-    coverage:  share of predictions that are accepted, judged or not
-    support:   judged predictions that are accepted
+    Attributes
+    ----------
+    label : str or None
+        Predicted class to which the threshold applies; None for all.
+    threshold : float or None
+        Smallest accepted confidence; None if no threshold reaches the target.
+    precision, lower, upper : float or None
+        Share of the accepted labeled predictions that are correct, and its 95% Wilson interval.
+    coverage : float
+        Share of the predictions that are accepted, labeled or not.
+    support : int
+        Accepted labeled predictions.
     """
 
     label: str | None
@@ -51,9 +70,15 @@ class Threshold:
 
 @dataclass(frozen=True, eq=False)
 class SelectiveCounts:
-    """Ok rows by outcome, predicted class and place on the grid; C classes, T thresholds.
+    """Predictions by outcome, predicted class and threshold; C classes, T thresholds.
 
-    counts: (3, C, T) int64; [.., t] holds confidences in [GRID[t], GRID[t + 1])
+    Attributes
+    ----------
+    classes : tuple of str
+        Class names.
+    counts : ndarray of int64, shape (3, C, T)
+        Rows by outcome (CORRECT, WRONG, UNLABELED); [..., t] counts confidences in
+        [THRESHOLD_GRID[t], THRESHOLD_GRID[t + 1]).
     """
 
     classes: tuple[str, ...]
@@ -61,30 +86,51 @@ class SelectiveCounts:
 
     @classmethod
     def empty(cls, classes: Sequence[str]) -> SelectiveCounts:
+        """Counts of no rows."""
         return cls(tuple(classes), np.zeros((3, len(classes), len(THRESHOLD_GRID)), np.int64))
 
     @classmethod
     def from_rows(cls, rows: OkRows, classes: Sequence[str]) -> SelectiveCounts:
-        """Count the ok rows of a table, as `columns.read_ok_rows` reads them."""
+        """Count the rows that `columns.read_ok_rows` returned.
+
+        Parameters
+        ----------
+        rows : OkRows
+            Rows with a prediction.
+        classes : sequence of str
+            Class names, in the order of the class indices.
+
+        Returns
+        -------
+        SelectiveCounts
+        """
         outcome = np.where(
-            rows.label < 0, UNLABELED, np.where(rows.label == rows.predicted, RIGHT, WRONG)
+            rows.label < 0, UNLABELED, np.where(rows.label == rows.predicted, CORRECT, WRONG)
         )
-        place = np.maximum(np.searchsorted(THRESHOLD_GRID, rows.confidence, side="right") - 1, 0)
+        cell = np.maximum(np.searchsorted(THRESHOLD_GRID, rows.confidence, side="right") - 1, 0)
         shape = (3, len(classes), len(THRESHOLD_GRID))
-        cell = np.ravel_multi_index((outcome, rows.predicted, place), shape)
-        counts = np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
+        flat = np.ravel_multi_index((outcome, rows.predicted, cell), shape)
+        counts = np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
         return cls(tuple(classes), counts.astype(np.int64, copy=False))
 
     def __add__(self, other: SelectiveCounts) -> SelectiveCounts:
-        """The counts of the rows of both. Raises ValueError when the classes differ."""
+        """Counts of the rows of both. Raises ValueError if the classes differ."""
         if self.classes != other.classes:
             raise ValueError("cannot merge counts over different classes")
         return SelectiveCounts(self.classes, self.counts + other.counts)
 
     def count_accepted(self, label: str | None = None) -> Ints:
-        """(3, T) rows by outcome with a confidence of at least each threshold of the grid.
+        """Rows that each threshold of the grid accepts.
 
-        label: of the predictions of this class alone
+        Parameters
+        ----------
+        label : str, optional
+            Count only the predictions of this class.
+
+        Returns
+        -------
+        ndarray of int64, shape (3, T)
+            Rows by outcome with a confidence of at least the threshold.
         """
         rows = self.counts.sum(1) if label is None else self.counts[:, self.classes.index(label)]
         summed: Ints = rows[:, ::-1].cumsum(1)[:, ::-1]
@@ -92,42 +138,73 @@ class SelectiveCounts:
 
 
 def build_coverage_curve(counts: SelectiveCounts) -> pa.Table:
-    """Accuracy of the accepted at every threshold of the grid that accepts anything.
+    """Accuracy of the accepted predictions at every threshold that accepts a prediction.
 
-    threshold, coverage (of all ok rows), accuracy, lower, upper (float64; null where no accepted
-    row is judged), accepted, judged (int64). The least threshold accepts all: selective accuracy
-    there is accuracy. Rows that accept the same predictions as the one before are left out.
+    Parameters
+    ----------
+    counts : SelectiveCounts
+        Counts of a run.
+
+    Returns
+    -------
+    pyarrow.Table
+        Columns threshold, coverage (share of all predictions), accuracy, lower, upper (float64;
+        null if no accepted row is labeled), accepted, `judged` (int64; accepted rows, and those
+        with a label). The first threshold accepts everything. A threshold that accepts the same
+        predictions as the one before it is left out.
+
+    Examples
+    --------
+    >>> build_coverage_curve(SelectiveCounts.empty(["cat", "dog"])).num_rows
+    0
     """
     accepted = counts.count_accepted()
     total = int(accepted[:, 0].sum())
     rows: list[dict[str, Any]] = []
-    for place, threshold in enumerate(THRESHOLD_GRID):
-        right, wrong, unjudged = (int(n) for n in accepted[:, place])
-        judged, taken = right + wrong, right + wrong + unjudged
+    for index, threshold in enumerate(THRESHOLD_GRID):
+        correct, wrong, unlabeled = (int(n) for n in accepted[:, index])
+        labeled, taken = correct + wrong, correct + wrong + unlabeled
         if taken == 0 or (rows and rows[-1]["accepted"] == taken):
             continue
-        low, high = wilson_interval(right, judged)
+        low, high = wilson_interval(correct, labeled)
         rows.append(
             {
                 "threshold": float(threshold),
                 "coverage": taken / total,
-                "accuracy": right / judged if judged else None,
-                "lower": low if judged else None,
-                "upper": high if judged else None,
+                "accuracy": correct / labeled if labeled else None,
+                "lower": low if labeled else None,
+                "upper": high if labeled else None,
                 "accepted": taken,
-                "judged": judged,
+                "judged": labeled,
             }
         )
     return pa.Table.from_pylist(rows, schema=_CURVE_SCHEMA)
 
 
 def area_under_risk_coverage(cells: Ints) -> float | None:
-    """Mean error rate over all coverages, confident predictions first; less is better.
+    """Area under the risk-coverage curve: mean error rate over all coverages; lower is better.
 
-    cells: (3, T) rows by outcome and place on the grid
-    Equal confidences, here those of one cell of the grid, are accepted in random order: within a
-    cell the risk is taken at its mean. None without a judged row.
-    Source: Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
+    Parameters
+    ----------
+    cells : ndarray of int64, shape (3, T)
+        Rows by outcome and grid cell, in order of increasing confidence. Rows of one cell count as
+        accepted in random order.
+
+    Returns
+    -------
+    float or None
+        Fraction in [0, 1]; None without a labeled row.
+
+    Notes
+    -----
+    Geifman, El-Yaniv, "Selective Classification for Deep Neural Networks", NeurIPS 2017.
+
+    Examples
+    --------
+    The wrong prediction is the least confident one of two:
+
+    >>> area_under_risk_coverage(np.array([[0, 1], [1, 0], [0, 0]]))
+    0.16666666666666666
     """
     cells = cells[:2, ::-1]
     rows, wrong = cells.sum(0), cells[WRONG]
@@ -138,43 +215,103 @@ def area_under_risk_coverage(cells: Ints) -> float | None:
     return float((mean_risk * rows).sum() / rows.sum())
 
 
-def choose_threshold(
-    counts: SelectiveCounts, target: float, label: str | None = None, *, least_rows: int = 30
-) -> Threshold:
-    """The lowest threshold whose accepted predictions are right at least at the target rate.
+def estimate_aurc(counts: SelectiveCounts) -> tuple[float, Interval | None] | None:
+    """Area under the risk-coverage curve with its 95% interval.
 
-    target:     precision to reach, in (0, 1]; the measured one, whose interval is given beside
-    label:      choose for predictions of this class alone
-    least_rows: judged rows that must stand behind a threshold, lest three lucky ones decide
-    Returns a Threshold whose `threshold` is None when none reaches the target.
+    Parameters
+    ----------
+    counts : SelectiveCounts
+        Counts of a run.
+
+    Returns
+    -------
+    value : float
+        `area_under_risk_coverage` of the counts.
+    interval : tuple of float
+        Bootstrap interval united with the one that follows from the Wilson limits of the error
+        rate. None is returned without a labeled row.
+
+    Examples
+    --------
+    >>> estimate_aurc(SelectiveCounts.empty(["cat", "dog"])) is None
+    True
+    """
+    cells = counts.counts.sum(1)
+    area = area_under_risk_coverage(cells)
+    if area is None:
+        return None
+
+    def compute(cells: Ints) -> dict[str, float]:
+        value = area_under_risk_coverage(cells)
+        return {} if value is None else {"area": value}
+
+    drawn = bootstrap_intervals([cells], compute).get("area")
+    return area, union_interval(drawn, _compute_aurc_limits(cells), low=0.0, high=1.0)
+
+
+def _compute_aurc_limits(cells: Ints) -> Interval:
+    """AURC if the error rate is at its Wilson limits, with mistakes distributed as counted.
+
+    For the upper limit, correct rows of every confidence become mistakes at the same rate.
+    """
+    correct, wrong = cells[CORRECT].astype(float), cells[WRONG].astype(float)
+    rows, errors = correct.sum() + wrong.sum(), wrong.sum()
+    lower, upper = wilson_interval(errors, int(rows))
+    fewer = wrong * (lower * rows / errors) if errors else wrong
+    more = wrong + correct * ((upper * rows - errors) / correct.sum()) if correct.sum() else wrong
+    low, high = (
+        area_under_risk_coverage(np.stack([correct + wrong - each, each])) for each in (fewer, more)
+    )
+    assert low is not None
+    assert high is not None
+    return low, high
+
+
+def choose_threshold(
+    counts: SelectiveCounts, target: float, label: str | None = None, *, min_rows: int = 30
+) -> Threshold:
+    """Lowest threshold whose accepted predictions reach a target precision.
+
+    Parameters
+    ----------
+    counts : SelectiveCounts
+        Counts of a run.
+    target : float
+        Precision to reach, in (0, 1]. It is compared with the measured precision; the interval is
+        part of the result.
+    label : str, optional
+        Choose for the predictions of this class only.
+    min_rows : int, default 30
+        Accepted labeled rows required, so that a few lucky rows do not decide.
+
+    Returns
+    -------
+    Threshold
+        Its `threshold` is None if no threshold reaches the target.
+
+    Examples
+    --------
+    >>> choose_threshold(SelectiveCounts.empty(["cat", "dog"]), 0.95).threshold is None
+    True
     """
     accepted = counts.count_accepted(label)
-    right, judged = accepted[RIGHT], accepted[RIGHT] + accepted[WRONG]
-    reaches: Bools = (right >= target * judged - 1e-9) & (judged >= least_rows)
+    correct, labeled = accepted[CORRECT], accepted[CORRECT] + accepted[WRONG]
+    reaches: Bools = (correct >= target * labeled - 1e-9) & (labeled >= min_rows)
     if not reaches.any():
         return Threshold(label, None, None, None, None, 0.0, 0)
     return _describe_threshold(accepted, int(np.argmax(reaches)), label)
 
 
-def _describe_threshold(accepted: Ints, place: int, label: str | None) -> Threshold:
-    right, judged = int(accepted[RIGHT, place]), int(accepted[:2, place].sum())
-    low, high = wilson_interval(right, judged)
+def _describe_threshold(accepted: Ints, index: int, label: str | None) -> Threshold:
+    correct, labeled = int(accepted[CORRECT, index]), int(accepted[:2, index].sum())
+    low, high = wilson_interval(correct, labeled)
     total = int(accepted[:, 0].sum())
     return Threshold(
         label=label,
-        threshold=float(THRESHOLD_GRID[place]),
-        precision=right / judged if judged else None,
-        lower=low if judged else None,
-        upper=high if judged else None,
-        coverage=int(accepted[:, place].sum()) / total if total else 0.0,
-        support=judged,
+        threshold=float(THRESHOLD_GRID[index]),
+        precision=correct / labeled if labeled else None,
+        lower=low if labeled else None,
+        upper=high if labeled else None,
+        coverage=int(accepted[:, index].sum()) / total if total else 0.0,
+        support=labeled,
     )
-
-
-_CURVE_SCHEMA = pa.schema(
-    [
-        *(pa.field(n, pa.float64()) for n in ("threshold", "coverage", "accuracy")),
-        *(pa.field(n, pa.float64()) for n in ("lower", "upper")),
-        *(pa.field(n, pa.int64()) for n in ("accepted", "judged")),
-    ]
-)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
 from imgcls.config import Section, UnitFloat
 from imgcls.data import filesystem
 from imgcls.data.preprocess import DecodeMode, Preprocess
+from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
 from imgcls.models.finite import check_finite_safetensors
 
@@ -161,6 +162,8 @@ class Bundle:
     spec: BundleSpec
     weights_sha256: str
     sha256: str
+    storage: StorageConfig = field(default_factory=current_settings, compare=False, repr=False)
+    """How its store was reached, to read the weights again."""
 
     def with_decode(self, decode: DecodeMode | None) -> Bundle:
         """The same bundle with another decode route for JPEGs; with None its own."""
@@ -184,14 +187,17 @@ def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None)
         raise OutputError(f"output {url}: holds a bundle already; say --overwrite to replace it")
 
 
-def load_bundle(url: str) -> Bundle:
+def load_bundle(url: str, *, storage: StorageConfig | Mapping[str, Any] | None = None) -> Bundle:
     """Read a bundle's description and verify every byte of it and of the weights.
+
+    storage: how to reach its store, as in `{"endpoint_url": "http://localhost:9000"}`
 
     Raises BundleError that names what is missing, damaged or unknown, or the tensor that holds NaN
     or infinity.
     """
-    bundle = read_description(url)
-    _read_verified_weights(bundle)
+    with use_settings(storage):
+        bundle = read_description(url)
+        _read_verified_weights(bundle)
     return bundle
 
 
@@ -209,7 +215,8 @@ def load_bundle_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     """The bundle's state dict; raises BundleError as `load_bundle` does for the weights."""
     from safetensors.torch import load
 
-    return dict(load(_read_verified_weights(bundle)))
+    with use_settings(bundle.storage):
+        return dict(load(_read_verified_weights(bundle)))
 
 
 def save_bundle(

@@ -27,10 +27,10 @@ from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
 from imgcls.config import Section, names
-from imgcls.data import decode, filesystem, object_store
+from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -38,9 +38,11 @@ from imgcls.errors import (
     RequestError,
     RunFailed,
     StorageError,
+    first_line,
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, load_network
+from imgcls.models.task import ScoreScaling, find_task
 
 ExportFormat = Literal["onnx", "program", "torchscript"]
 EXPORT_FILES: dict[ExportFormat, str] = {
@@ -90,21 +92,23 @@ class PortableNetwork(nn.Module):
         self.network = load_network(bundle, torch.device("cpu"), torch.float32)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
-        self.temperature = spec.temperature
-        self.scaled = spec.vector_scaling is not None
-        if spec.vector_scaling is not None:
-            self.register_buffer("class_scale", torch.tensor(spec.vector_scaling.scale))
-            self.register_buffer("class_bias", torch.tensor(spec.vector_scaling.bias))
+        self.task = find_task(spec)
+        scaling = ScoreScaling.from_spec(spec)
+        self.temperature = scaling.temperature
+        self.has_vector_scaling = scaling.scale is not None
+        self.register_buffer("class_scale", scaling.scale)
+        self.register_buffer("class_bias", scaling.bias)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, crop, crop) uint8 RGB to (N, C) float32 scores that sum to 1."""
         logits = self.network(pixels.to(torch.float32) * self.scale + self.shift)
-        logits = logits / self.temperature
-        if self.scaled:
-            logits = torch.log_softmax(logits, dim=1) * self.class_scale + self.class_bias
-        return torch.softmax(logits, dim=1)
+        scaling = ScoreScaling(self.temperature)
+        if self.has_vector_scaling:
+            scaling = ScoreScaling(self.temperature, self.class_scale, self.class_bias)
+        return self.task.activate(logits, scaling)
 
 
+@with_config_storage
 def export_bundle(config: ExportConfig) -> dict[str, Any]:
     """Write a bundle in other formats; returns what model.json says of them.
 
@@ -112,7 +116,6 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
     express the network or gives other labels.
     """
-    object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
     _check_packages(config.formats)
     output = filesystem.absolute(config.output)
@@ -245,10 +248,9 @@ def _convert_exporter_errors(format: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(
-                f"{format}: torch cannot write this network so: {first}; leave the format out of "
-                "--formats"
+                f"{format}: torch cannot write this network so: {first_line(error)}; "
+                "leave the format out of --formats"
             ) from error
 
 

@@ -92,14 +92,14 @@ class FusedConv2d(nn.Module):
         return done
 
 
-def fuse_convolutions(network: nn.Module, side: int, *, spare: nn.Module) -> nn.Module:
+def fuse_convolutions(network: nn.Module, side: int, *, keep: nn.Module) -> nn.Module:
     """The network with its convolutions run so; itself where that cannot be.
 
     network: in eval mode, on a CPU, its convolutions of one floating dtype and channels last
     side:    pixels of an input's height and width
-    spare:   a layer that stays as it is
+    keep:   a layer that stays as it is
     """
-    graph = insert_fused_convolutions(network, side, spare=spare)
+    graph = insert_fused_convolutions(network, side, keep=keep)
     if graph is None:
         return network
     pack_convolutions(graph)
@@ -121,7 +121,7 @@ def has_onednn_kernels(dtype: torch.dtype) -> bool:
 
 
 def insert_fused_convolutions(
-    network: nn.Module, side: int, *, spare: nn.Module
+    network: nn.Module, side: int, *, keep: nn.Module
 ) -> fx.GraphModule | None:
     """The network's graph with fused convolutions that are not yet packed; None without any."""
     convolutions = [module for module in network.modules() if _is_fusable(module)]
@@ -139,7 +139,7 @@ def insert_fused_convolutions(
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
     for number, node in enumerate(list(graph.graph.nodes)):
         module = modules[str(node.target)] if node.op == "call_module" else None
-        if module is None or module is spare or not _is_fusable(module):
+        if module is None or module is keep or not _is_fusable(module):
             continue
         last, residual = node, _find_residual(node, sizes.of)
         inputs: tuple[Any, ...] = (node.args[0],)

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import PositiveInt
 
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem
 from imgcls.data.preprocess import DecodeMode, Preprocess
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import BundleError, ConfigError, StorageError, request_error
 from imgcls.models import zoo
 from imgcls.models.bundle import (
@@ -53,12 +53,12 @@ class ListModelsConfig(Section):
     """Only names with this in them."""
 
 
+@with_config_storage
 def import_model(config: ImportConfig) -> Bundle:
     """Make a bundle from plain weights and a list of classes.
 
     Raises BundleError when they do not fit together, OutputError when a bundle is there already.
     """
-    object_store.set_process_settings(config.storage)
     architecture = zoo.resolve_architecture(config.arch, config.options)
     architecture = zoo.add_pretrained_options(architecture, config.weights)
     output = filesystem.absolute(config.output)

@@ -1,16 +1,14 @@
-"""Convolutions in int8, on CPUs that multiply it: twice as fast as bf16, at a price that is told.
+"""Convolutions in int8 on CPUs with native int8 instructions: about twice as fast as bf16.
 
-Activations are uint8, 255 steps of a range that was seen on calibration images; weights are int8,
-with a scale for each output channel. What is not a convolution keeps its floating dtype, but for
-the pooling and joining of quantised tensors.
+Activations are uint8, 255 steps of a range that `int8_calibration` measured; weights are int8 with
+a scale per output channel. Everything else keeps its floating dtype, except the pooling and the
+concatenation of quantized tensors.
 Source of the scheme: Jacob et al., Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, 2018, section 2.1.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,46 +24,26 @@ from imgcls.models.fuse_cpu import (
 
 ValueRange = tuple[float, float]
 ValueRanges = dict[str, dict[str, ValueRange]]
-"""The least and the largest value seen, by convolution and by `input`, `residual` and `output`."""
+"""(minimum, maximum) by convolution and by tensor: `input`, `residual` or `output`."""
 
 _CONCATENATIONS = (torch.cat, torch.concat)
 _INT8_ACTIVATIONS = ("none", "relu", "hardtanh", "hardswish", "swish")
-"""Those that oneDNN applies to an int8 convolution."""
+"""Activations that oneDNN fuses into an int8 convolution."""
 _LEVELS = 255
 
 
-def record_ranges(
-    network: nn.Module, side: int, *, spare: nn.Module, batches: Iterable[torch.Tensor]
-) -> ValueRanges:
-    """What each convolution of a network is given, and gives, over batches of inputs.
-
-    network, side, spare: as for `fuse.fused`; the network is used up
-    batches: (N, 3, side, side), as the network is given them; of each, the mean of the extremes
-    Raises ValueError when the network has no convolution that could be quantised.
-    """
-    graph = insert_fused_convolutions(network, side, spare=spare)
-    if graph is None:
-        raise ValueError("it has no convolution that could be quantised")
-    pack_convolutions(graph)
-    watch = _RangeRecorder(graph)
-    with torch.inference_mode():
-        for batch in batches:
-            watch.run(batch)
-    return watch.compute_ranges()
-
-
 def quantize_network(
-    network: nn.Module, side: int, *, spare: nn.Module, ranges: ValueRanges
+    network: nn.Module, side: int, *, keep: nn.Module, ranges: ValueRanges
 ) -> nn.Module:
-    """The network with its convolutions in int8 where a range is known, and fused where none is.
+    """Replace convolutions by int8 ones where their ranges are known, by fused ones elsewhere.
 
-    network, side, spare: as for `fuse.fused`
-    Raises ValueError when the network's convolutions are not those of the ranges.
+    network, side, keep: as for `fuse_cpu.fuse_convolutions`
+    Raises ValueError if no convolution of the network has a range.
     """
-    graph = insert_fused_convolutions(network, side, spare=spare)
+    graph = insert_fused_convolutions(network, side, keep=keep)
     names = {each.name for each in _list_fused_convolutions(graph)} if graph is not None else set()
     if graph is None or not names & set(ranges):
-        raise ValueError("the ranges are those of another network")
+        raise ValueError("the ranges were measured on another network")
     dtype: torch.dtype = next(network.parameters()).dtype
     modules = dict(graph.named_modules())
     chosen = {
@@ -80,9 +58,9 @@ def quantize_network(
 
 
 class QuantizedConv2d(nn.Module):
-    """act(conv(x) + residual) of uint8 tensors; the result uint8 too, or of a floating dtype.
+    """act(conv(x) + residual) of uint8 tensors; the result is uint8 or of a floating dtype.
 
-    x, residual, result: scale and zero point of each; None for a result that is not quantised
+    x, residual, result: (scale, zero point) of each; None for a result that is not quantized
     """
 
     def __init__(
@@ -117,7 +95,7 @@ class QuantizedConv2d(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor:
-        """x: (N, C, H, W) uint8; residual: as the result, which takes its memory if `in_place`."""
+        """x: (N, C, H, W) uint8; residual: of the result's shape; `in_place` overwrites it."""
         padding, stride, dilation = self._layout
         setting = (x, *self._x, self._weight, self._scales, self._zeros)
         shape = (self._bias, stride, padding, dilation, self._groups, *self._result, self._dtype)
@@ -135,7 +113,7 @@ class QuantizedConv2d(nn.Module):
 
 
 class Quantize(nn.Module):
-    """A floating tensor in uint8 steps."""
+    """Floating tensor to uint8."""
 
     def __init__(self, scale: float, zero: int) -> None:
         super().__init__()
@@ -147,7 +125,7 @@ class Quantize(nn.Module):
 
 
 class QuantizedMaxPool2d(nn.Module):
-    """torch's max pooling over squares, which fails on uint8 tensors that are channels last."""
+    """Max pooling over squares of uint8, channels-last tensors, on which torch's own fails."""
 
     def __init__(self, source: nn.MaxPool2d) -> None:
         super().__init__()
@@ -171,11 +149,11 @@ class QuantizedMaxPool2d(nn.Module):
         )
 
     def _count_windows(self, length: int) -> tuple[int, int]:
-        """How many windows a length has, and what must be added at its end for them."""
+        """Number of windows along a length, and the padding that they need at its end."""
         reach = self._dilation * (self._kernel - 1) + 1
         over = length + 2 * self._padding - reach
         count = over // self._stride + 1
-        # as torch has it: a window that would start in the padding at the end is left out
+        # as in torch, a window that would start in the padding at the end is dropped
         if self._ceil and over % self._stride and count * self._stride < length + self._padding:
             count += 1
         return count, max(0, (count - 1) * self._stride + reach - self._padding - length)
@@ -196,7 +174,7 @@ def _compute_elementwise_max(windows: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Dequantize(nn.Module):
-    """uint8 steps as a floating tensor."""
+    """uint8 tensor to a floating dtype."""
 
     def __init__(self, scale: float, zero: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -206,46 +184,8 @@ class Dequantize(nn.Module):
         return x.float().sub_(self._zero).mul_(self._scale).to(self._dtype)
 
 
-class _RangeRecorder(fx.Interpreter):
-    """Runs a graph and keeps the extremes of what its convolutions are given and give."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self._modules = dict(graph.named_modules())
-        self._seen: dict[tuple[str, str], list[ValueRange]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        convolution = self._modules.get(str(n.target)) if n.op == "call_module" else None
-        if not isinstance(convolution, FusedConv2d):
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        for what, tensor in zip(("input", "residual"), args, strict=False):
-            self._record(convolution.name, what, tensor)
-        result = super().run_node(n)
-        self._record(convolution.name, "output", result)
-        return result
-
-    def _record(self, name: str, what: str, tensor: torch.Tensor) -> None:
-        low, high = torch.aminmax(tensor.float())
-        self._seen.setdefault((name, what), []).append((float(low), float(high)))
-
-    def compute_ranges(self) -> ValueRanges:
-        """The mean, over the batches, of each one's least and largest value.
-
-        Raises ValueError when one of them is NaN or infinite.
-        """
-        found: ValueRanges = {}
-        for (name, what), extremes in self._seen.items():
-            lows, highs = zip(*extremes, strict=True)
-            low, high = sum(lows) / len(lows), sum(highs) / len(highs)
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"the values of {name!r} are NaN or infinite for some image")
-            found.setdefault(name, {})[what] = (low, high)
-        return found
-
-
 class _GraphRewriter:
-    """Puts quantised convolutions in the place of fused ones, and changes dtypes between them."""
+    """Replaces fused convolutions by quantized ones and inserts the dtype changes between them."""
 
     def __init__(
         self,
@@ -261,7 +201,7 @@ class _GraphRewriter:
         self._ranges = ranges
         self._dtype = dtype
         self._steps: dict[fx.Node, tuple[float, int]] = {}
-        """Scale and zero point of each node that is uint8."""
+        """(scale, zero point) of each uint8 node."""
         self._made: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def run(self) -> None:
@@ -282,7 +222,7 @@ class _GraphRewriter:
         self._graph.recompile()
 
     def _find_uint8_nodes(self, nodes: list[fx.Node]) -> set[fx.Node]:
-        """The nodes whose result is uint8: they can be, and somebody after them wants it."""
+        """Nodes with a uint8 result: those that can have one and have a user that takes one."""
         able: set[fx.Node] = set()
         for node in nodes:
             alone = all(len(each.users) == 1 for each in node.all_input_nodes)
@@ -311,7 +251,7 @@ class _GraphRewriter:
             else:
                 given = [ranges[each] for each in node.all_input_nodes]
                 ranges[node] = (min(low for low, _ in given), max(high for _, high in given))
-        for node in reversed(list(ranges)):  # what is joined has one scale
+        for node in reversed(list(ranges)):  # inputs of a concatenation share its scale
             if node not in self._chosen:
                 for each in node.all_input_nodes:
                     ranges[each] = ranges[node]
@@ -367,14 +307,14 @@ class _GraphRewriter:
 
 
 def _compute_quantization(range_: ValueRange) -> tuple[float, int]:
-    """Scale and zero point that make 0 a step of its own."""
+    """(scale, zero point) of a range, such that 0 is represented exactly."""
     low, high = min(range_[0], 0.0), max(range_[1], 0.0)
     scale = max(high - low, 1e-12) / _LEVELS
     return scale, round(-low / scale)
 
 
 def _is_quantizable(convolution: FusedConv2d, ranges: ValueRanges) -> bool:
-    """Whether a convolution is one that oneDNN quantises, and of more than one pixel."""
+    """Whether oneDNN has an int8 kernel for a convolution, and its input exceeds one pixel."""
     return (
         convolution.name in ranges
         and convolution.activation in _INT8_ACTIVATIONS

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from imgcls.data.preprocess import Interpolation, Preprocess, ResizeMode
-from imgcls.errors import BundleError
+from imgcls.errors import BundleError, first_line
 
 TIMM_PREFIX = "timm:"
 _RESIZE_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -117,10 +117,9 @@ def load_pretrained(name: str) -> dict[str, torch.Tensor]:
     try:
         return dict(_import_timm().create_model(name, pretrained=True).state_dict())
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"model.weights timm: {name} could not be had ({first}); give the path of a weights "
-            "file"
+            f"model.weights timm: {name} could not be had ({first_line(error)}); "
+            "give the path of a weights file"
         ) from error
 
 

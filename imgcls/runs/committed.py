@@ -1,6 +1,6 @@
-"""A labelling run that is finished, as others read it: its files, classes and columns.
+"""Committed runs: open one, and read its files, classes and columns.
 
-Opens committed runs alone, so that no number speaks of half a table.
+Only committed runs are opened, so that no number describes half a table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imgcls.runs import layout
 
 @dataclass(frozen=True, eq=False)
 class RowGroupRange:
-    """Row groups `groups` of a part: what one task reads.
+    """Some row groups of a part, as the input of one task.
 
     file: place of the part in `Run.files`; rows: how many it holds in these groups
     start: rows of the part that stand before them
@@ -60,14 +60,14 @@ class CommittedRun:
 
     @property
     def merged_runs(self) -> tuple[str, ...]:
-        """The runs that a compacted history was made of; none of a labeling run."""
+        """The runs that a compacted history was made of; empty for a single run."""
         return tuple(self.run_record["identity"].get("merged", ()))
 
     @property
     def has_scores(self) -> bool:
-        """Whether every class's score was written, for the classes of this run.
+        """Whether the scores of all classes of this run were written.
 
-        A compacted history over bundles with other numbers of classes has lists of any length.
+        A compacted history of bundles with different numbers of classes has lists of any length.
         """
         if "scores" not in self.schema.names:
             return False
@@ -75,7 +75,7 @@ class CommittedRun:
         return pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes)
 
     def check_columns(self, names: Sequence[str], option: str) -> None:
-        """Raise RequestError when the predictions lack a column that `option` names."""
+        """Raise RequestError when a column that `option` names is missing."""
         missing = [name for name in names if name not in self.schema.names]
         if missing:
             raise RequestError(
@@ -84,18 +84,18 @@ class CommittedRun:
             )
 
     def check_slices(self, names: Sequence[str]) -> None:
-        """Raise RequestError when a column to slice by is missing, or holds no plain values."""
+        """Raise RequestError when a column to slice by is missing or has no scalar values."""
         self.check_columns(names, "slice_by")
         for name in names:
             self._check_scalar_column(
-                name, "slice_by", "slices are for plain values such as a camera"
+                name, "slice_by", "slices need scalar values such as a camera"
             )
 
     def check_key(self, name: str) -> None:
-        """Raise RequestError when a column to join by is missing, or holds no plain values."""
+        """Raise RequestError when a column to join by is missing or has no scalar values."""
         self.check_columns([name], "on")
         self._check_scalar_column(
-            name, "on", "rows are joined by plain values such as a path or a number"
+            name, "on", "rows are joined by scalar values such as a path or a number"
         )
 
     def _check_scalar_column(self, name: str, option: str, use: str) -> None:
@@ -110,12 +110,12 @@ class CommittedRun:
         if bundle.sha256 != self.bundle_sha256:
             raise RequestError(
                 f"{self.url}: was made by another bundle ({self.bundle_sha256[:12]}) than "
-                f"{bundle.url} ({bundle.sha256[:12]}); give the bundle that made it, or label with "
-                "this one first"
+                f"{bundle.url} ({bundle.sha256[:12]}); pass the bundle that made it, or run "
+                "`imgcls predict` with this one first"
             )
 
     def split_row_groups(self, rows: int) -> list[RowGroupRange]:
-        """The whole table in pieces of about so many rows, each within one part."""
+        """Split the table into pieces of about `rows` rows, each within one part."""
         pieces = []
         for file, url in enumerate(self.files):
             with filesystem.open_read(url) as stream:
@@ -133,7 +133,7 @@ class CommittedRun:
 
 
 def is_scalar_type(kind: pa.DataType) -> bool:
-    """Whether values of a type are text, numbers or times, which can be grouped and joined by."""
+    """Whether a type is text, a number or a time, by which rows can be grouped and joined."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     refused = ("is_nested", "is_binary", "is_large_binary", "is_binary_view", "is_interval")
@@ -144,7 +144,7 @@ def is_scalar_type(kind: pa.DataType) -> bool:
 
 
 def cast_string_views(table: pa.Table) -> pa.Table:
-    """A table whose string views are strings: Arrow can neither take nor filter views."""
+    """Cast string views to strings, because Arrow can neither take nor filter views."""
     for place, field in enumerate(table.schema):
         if pa.types.is_string_view(field.type):
             table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
@@ -154,7 +154,7 @@ def cast_string_views(table: pa.Table) -> pa.Table:
 def iter_tables(
     run: CommittedRun, names: Sequence[str], batch_rows: int = 262_144
 ) -> Iterator[pa.Table]:
-    """Columns of a whole run in row order, batch by batch."""
+    """Iterate over columns of a run in row order, batch by batch."""
     for url in run.files:
         with filesystem.open_read(url) as opened:
             file = pq.ParquetFile(opened)
@@ -171,16 +171,15 @@ def open_run(url: str) -> CommittedRun:
     described = layout.load_run(url)
     if described is None:
         raise OutputError(
-            f"{url}: holds no labelling run (no {layout.RUN_FILE}); give the --output folder of "
+            f"{url}: holds no labeling run (no {layout.RUN_FILE}); pass the --output folder of "
             "`imgcls predict`"
         )
     try:
         success = json.loads(filesystem.read(filesystem.join(url, layout.SUCCESS_FILE)))
     except StorageMissing as error:
         raise OutputError(
-            f"{url}: is not committed (no {layout.SUCCESS_FILE}); run `imgcls predict` on it "
-            "again, "
-            "which goes on where it stopped"
+            f"{url}: is not committed (no {layout.SUCCESS_FILE}); rerun the same "
+            "`imgcls predict` command, which resumes the run"
         ) from error
     except ValueError as error:
         raise OutputError(layout.damaged_success_message(url, str(error))) from error
@@ -190,10 +189,12 @@ def open_run(url: str) -> CommittedRun:
     names = sorted(success["files"])
     missing = sorted(set(names) - set(filesystem.list_names(folder)))
     if missing:
-        raise OutputError(f"{url}: lacks {missing[0]}, which it had when it was committed")
+        raise OutputError(
+            f"{url}: lacks {missing[0]}, which it had when it was committed; restore it"
+        )
     files = tuple(filesystem.join(folder, name) for name in names)
     if "classes" not in described:
-        raise OutputError(f"{url}: was written before class names were; label it again")
+        raise OutputError(f"{url}: was written before class names were stored; label it again")
     try:
         with filesystem.open_read(files[0]) as stream:
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow.remove_metadata()

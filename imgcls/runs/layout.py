@@ -1,13 +1,13 @@
-"""The output of a labelling run as all rooms know it: what lies where, and the columns.
+"""Output folder of a run: names of its files and folders, and how they are written and read.
 
-out/_run.json                    what the run is; written before any work
-out/_lease/                      who works on it now
-out/_progress.json               how far its driver was when it last said so; gone in the end
+out/_run.json                    identity, plan and settings; written before any work
+out/_lease/                      the driver that owns the output now
+out/_progress.json               the driver's last progress report; removed at the end
 out/_staging/manifest/           the manifest, cut into one shard per part
 out/_staging/part-00000/         finished chunks of a part
 out/predictions/part-00000.parquet
 out/metrics/*.parquet
-out/_since/*.parquet             with --since: images deleted, known to be broken, failed before
+out/_since/*.parquet             with --since: images that were deleted, broken or failed before
 out/_SUCCESS                     written last
 """
 
@@ -37,27 +37,6 @@ PROGRESS_FILE = "_progress.json"
 SINCE_FOLDER = "_since"
 SUCCESS_FILE = "_SUCCESS"
 
-OK = "ok"
-PREDICTION_COLUMNS = (
-    "row",
-    "predicted_label",
-    "confidence",
-    "accepted",
-    "topk_labels",
-    "topk_scores",
-    "label_score",
-    "label_rank",
-    "scores",
-    "embedding",
-    "width",
-    "height",
-    "status",
-    "error",
-)
-
-PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
-"""Columns that `history compact` adds to the rows of many runs."""
-
 
 def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
@@ -84,43 +63,6 @@ def retry_url(output: str, part: int, chunk: int, run_id: str) -> str:
     return join(part_staging_folder(output, part), f"retry-{chunk:08d}.{run_id}.parquet")
 
 
-def build_prediction_schema(
-    *,
-    labelled: bool,
-    scores: int | None = None,
-    scores_type: str = "float32",
-    embedding: int | None = None,
-) -> pa.Schema:
-    """Columns that labelling adds to a manifest.
-
-    scores:      number of classes when every class's score is asked for
-    scores_type: float32, or float16, which Spark cannot read
-    embedding:   width of the embedding when it is asked for
-    """
-    fields = [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("predicted_label", pa.string()),
-        pa.field("confidence", pa.float32()),
-        pa.field("accepted", pa.bool_(), nullable=False),
-        pa.field("topk_labels", pa.list_(pa.string())),
-        pa.field("topk_scores", pa.list_(pa.float32())),
-    ]
-    if labelled:
-        fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
-    if scores is not None:
-        kind = pa.float16() if scores_type == "float16" else pa.float32()
-        fields.append(pa.field("scores", pa.list_(kind, scores)))
-    if embedding is not None:
-        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
-    fields += [
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-        pa.field("error", pa.string()),
-    ]
-    return pa.schema(fields)
-
-
 def check_output_writable(output: str) -> None:
     """Raise OutputError where an output folder cannot be written, and as `request_error` does."""
     try:
@@ -128,13 +70,13 @@ def check_output_writable(output: str) -> None:
     except StorageError as error:
         raise request_error(
             OutputError,
-            f"output {output}: cannot be written: {error}; give another --output",
+            f"output {output}: cannot be written: {error}; pass another --output",
             error,
         ) from error
 
 
 def remove_run(output: str) -> None:
-    """Remove a run, its mark first and its identity last, so that a kill in between can resume."""
+    """Remove a run: `_SUCCESS` first and `_run.json` last, so that it can resume after a kill."""
     for name in (
         SUCCESS_FILE,
         PREDICTIONS_FOLDER,
@@ -148,36 +90,34 @@ def remove_run(output: str) -> None:
 
 
 def write_tables(folder: str, tables: Mapping[str, pa.Table]) -> None:
-    """Write each table as `NAME.parquet`, whole or not at all."""
+    """Write each table to `NAME.parquet`, atomically."""
     for name, table in tables.items():
         write_table(join(folder, f"{name}.parquet"), table, compression="snappy")
 
 
 def write_table(url: str, table: pa.Table, *, compression: str = "zstd") -> None:
-    """Write a Parquet file, whole or not at all."""
+    """Write a Parquet file, atomically."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression=compression)
     filesystem.write(url, sink.getvalue())
 
 
 def write_run(output: str, run: Mapping[str, Any]) -> None:
-    """Write `_run.json`: what the run is, and what it has decided."""
+    """Write `_run.json`: the run's identity, plan, settings and decisions."""
     body = json.dumps({"format_version": RUN_FORMAT_VERSION, **run}, indent=2) + "\n"
-    filesystem.write(filesystem.join(output, RUN_FILE), body.encode())
+    filesystem.write(join(output, RUN_FILE), body.encode())
 
 
 def write_progress(output: str, fields: Mapping[str, Any]) -> None:
     """Write `_progress.json`."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    filesystem.write(
-        filesystem.join(output, PROGRESS_FILE), json.dumps({**fields, "time": now}).encode()
-    )
+    filesystem.write(join(output, PROGRESS_FILE), json.dumps({**fields, "time": now}).encode())
 
 
 def load_progress(output: str) -> dict[str, Any] | None:
-    """`_progress.json` of an output folder; None when there is none."""
+    """Read `_progress.json`; None when there is none."""
     with contextlib.suppress(StorageMissing, ValueError):
-        fields: dict[str, Any] = json.loads(filesystem.read(filesystem.join(output, PROGRESS_FILE)))
+        fields: dict[str, Any] = json.loads(filesystem.read(join(output, PROGRESS_FILE)))
         return fields
     return None
 
@@ -203,8 +143,11 @@ def damaged_success_message(output: str, why: str) -> str:
 
 
 def load_run(output: str) -> dict[str, Any] | None:
-    """`_run.json` of an output folder; None when there is none."""
-    url = filesystem.join(output, RUN_FILE)
+    """Read `_run.json`; None when there is none.
+
+    Raises OutputError when it is damaged or of another format version.
+    """
+    url = join(output, RUN_FILE)
     try:
         run: dict[str, Any] = json.loads(filesystem.read(url))
     except StorageMissing:

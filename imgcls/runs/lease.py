@@ -1,9 +1,9 @@
-"""One owner per output: a lease that keeps a second driver out and lets a restarted one in.
+"""Lease on an output folder: one driver at a time, and a restarted one takes over.
 
-Holders are numbered. A holder creates `_lease/NNNNNN.json`, if absent, and rewrites it every few
-seconds; the highest number owns the output. A successor needs only create-if-absent, so two rivals
-can never both win. Clocks are not compared across machines: a rival watches whether the record
-changes, and takes over only when it has not for a whole term.
+Holders are numbered. A holder creates `_lease/NNNNNN.json` exclusively and renews it every few
+seconds; the highest number owns the output. A successor needs only create-if-absent, so of two
+drivers one wins. Clocks of two machines are never compared: another driver watches whether the
+record changes, and takes over after a whole term without a renewal.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls.data import filesystem
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
 from imgcls.log import tell
 
 LEASE_FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
 _RENEWALS_PER_TERM = 5
-"""Renewals in a term."""
+"""Renewals per term."""
 
 
 @dataclass(frozen=True)
 class _Process:
-    """A process, told apart from any other on the same kernel and in the same PID namespace."""
+    """Identity of a process: kernel and PID namespace, PID, start time."""
 
     machine: str
     pid: int
@@ -41,31 +42,33 @@ class _Process:
         return cls(_get_machine_id(), os.getpid(), _get_start_time(os.getpid()) or "")
 
     def is_dead(self) -> bool | None:
-        """True or False for a process of this machine, None for one that cannot be seen."""
+        """Whether a process of this machine is dead; None for one on another machine."""
         if self.machine != _get_machine_id():
             return None
         return _get_start_time(self.pid) != self.started
 
 
 class Lease:
-    """The right to publish in an output folder, kept alive by a thread until released."""
+    """The right to write to an output folder, renewed by a thread until it is released."""
 
     def __init__(self, output: str, number: int, term: float) -> None:
         self._folder = filesystem.join(output, LEASE_FOLDER)
         self._number = number
         self._term = term
         self._owner = uuid.uuid4().hex
-        self._beats = 0
-        self._renewed = time.monotonic()
-        self._lost: str | None = None
+        self._renewals = 0
+        self._last_renewal = time.monotonic()
+        self._lost_reason: str | None = None
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
+        self._thread = threading.Thread(
+            target=bind_settings(self._renew_until_stopped), name="lease", daemon=True
+        )
 
     @classmethod
     def acquire(cls, output: str, term: float = DEFAULT_TERM_SECONDS) -> Lease:
-        """Take the lease, waiting at most a term for a holder that may be dead.
+        """Acquire the lease; wait up to one term for a holder that may be dead.
 
-        Raises OutputBusy when another driver holds it and is alive, StorageError when the folder
+        Raises OutputLocked when another driver holds it and is alive, StorageError when the folder
         cannot be written.
         """
         folder = filesystem.join(output, LEASE_FOLDER)
@@ -81,22 +84,22 @@ class Lease:
                 return lease
 
     def check(self) -> None:
-        """Raise RunFailed unless this driver still owns the output; called before publishing."""
-        if self._lost is None and time.monotonic() - self._renewed > self._term:
-            self._lost = f"it could not be renewed for {self._term:.0f} s"
-        if self._lost is None and _find_latest(self._folder) > self._number:
-            self._lost = "another driver has taken over"
-        if self._lost is not None:
+        """Raise RunFailed unless this driver still owns the output; call it before publishing."""
+        if self._lost_reason is None and time.monotonic() - self._last_renewal > self._term:
+            self._lost_reason = f"it could not be renewed for {self._term:.0f} s"
+        if self._lost_reason is None and _find_latest(self._folder) > self._number:
+            self._lost_reason = "another driver has taken over"
+        if self._lost_reason is not None:
             raise RunFailed(
-                f"the lease on the output was lost: {self._lost}; nothing was harmed, run the same "
-                "command again when the other run has ended"
+                f"the lease on the output was lost: {self._lost_reason}; no results were lost, "
+                "rerun the same command when the other run has ended"
             )
 
     def release(self) -> None:
-        """Give the lease back; the next driver need not wait."""
+        """Release the lease; the next driver does not wait."""
         self._stop.set()
         self._thread.join(timeout=5)
-        if self._lost is not None:
+        if self._lost_reason is not None:
             return
         with contextlib.suppress(StorageError):
             for name in filesystem.list_names(self._folder):
@@ -111,20 +114,20 @@ class Lease:
         while not self._stop.wait(self._term / _RENEWALS_PER_TERM):
             try:
                 if _find_latest(self._folder) != self._number:
-                    self._lost = "another driver has taken over"
+                    self._lost_reason = "another driver has taken over"
                     return
-                self._beats += 1
+                self._renewals += 1
                 filesystem.write(_get_record_url(self._folder, self._number), self._build_record())
-                self._renewed = time.monotonic()
+                self._last_renewal = time.monotonic()
             except StorageError:
-                continue  # `check` judges by the time since the last success
+                continue  # `check` measures the time since the last success
 
     def _build_record(self) -> bytes:
         process = _Process.current()
         return json.dumps(
             {
                 "owner": self._owner,
-                "beats": self._beats,
+                "beats": self._renewals,
                 "host": socket.gethostname(),
                 "machine": process.machine,
                 "pid": process.pid,
@@ -136,7 +139,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseHolder:
-    """Who has the lease on an output, and whether it was heard of."""
+    """The driver that holds a lease: host, process id, whether it is alive."""
 
     host: str
     pid: int
@@ -144,7 +147,7 @@ class LeaseHolder:
 
 
 def find_holder(output: str) -> LeaseHolder | None:
-    """The driver that has an output: seen at once on its own machine, else heard within seconds."""
+    """The driver that holds an output; takes seconds when it runs on another machine."""
     folder = filesystem.join(output, LEASE_FOLDER)
     number = _find_latest(folder)
     first = _read_record(folder, number) if number else None
@@ -158,17 +161,17 @@ def find_holder(output: str) -> LeaseHolder | None:
 
 
 def _check_create_is_exclusive(record: str) -> None:
-    """Raise OutputError for a store that overwrites where it was told to create."""
+    """Raise OutputError for a store that overwrites instead of creating exclusively."""
     if not filesystem.is_local(record) and filesystem.create(record, b"{}"):
         filesystem.remove(record)
         raise OutputError(
-            f"{filesystem.parent(record)}: the store pays no heed to If-None-Match, so two drivers "
-            "could not be kept apart; give an --output on a store that does, or on a disk"
+            f"{filesystem.parent(record)}: the store ignores If-None-Match, so two drivers could "
+            "write at once; pass an --output on a store that supports it, or on a disk"
         )
 
 
 def _wait_until_free(folder: str, number: int, term: float) -> bool:
-    """Whether the holder is gone: at once when it can be seen, else after a term of silence."""
+    """Whether the holder is gone: at once on this machine, else after a term without renewals."""
     first = _read_record(folder, number)
     if first is None:
         return True
@@ -177,12 +180,16 @@ def _wait_until_free(folder: str, number: int, term: float) -> bool:
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is not None:
         return dead
-    tell("lease", f"waiting up to {term:.0f} s: {first['host']} held this output, is it alive?")
+    tell(
+        "lease",
+        f"waiting up to {term:.0f} s to see whether {first['host']}, which locked this output, "
+        "is alive",
+    )
     return _stops_renewing(folder, number, first, term)
 
 
 def _stops_renewing(folder: str, number: int, first: dict[str, Any], seconds: float) -> bool:
-    """Whether a holder gives up its lease, or is not heard of for so long."""
+    """Whether a holder releases its lease, or does not renew it for `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(0.5, seconds / 20))
@@ -195,15 +202,15 @@ def _stops_renewing(folder: str, number: int, first: dict[str, Any], seconds: fl
 
 
 def _build_locked_message(output: str, record: dict[str, Any] | None) -> str:
-    who = f"{record['host']}, process {record['pid']}" if record else "another driver"
+    who = f"{record['host']} (pid {record['pid']})" if record else "another driver"
     return (
-        f"output {output}: {who} is at work on it; wait for it to end, stop it, or give another "
+        f"output {output} is locked by {who}. Wait for it to finish, stop it, or pass another "
         "--output"
     )
 
 
 def _read_record(folder: str, number: int) -> dict[str, Any] | None:
-    """A holder's record; {} for one that is being created, or was when its driver was killed."""
+    """A holder's record; {} while it is being created, or when its driver was killed at that."""
     url = _get_record_url(folder, number)
     try:
         record: dict[str, Any] = json.loads(filesystem.read(url) or b"{}")
@@ -212,7 +219,7 @@ def _read_record(folder: str, number: int) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise OutputError(
-            f"{url}: is damaged ({error}); remove it when no other driver is at work"
+            f"{url}: is damaged ({error}); remove it when no other driver is running"
         ) from error
 
 
@@ -230,7 +237,7 @@ def _get_record_url(folder: str, number: int) -> str:
 
 
 def _get_machine_id() -> str:
-    """Names the running kernel and PID namespace, so that two containers are not confused."""
+    """Identity of the running kernel and PID namespace, which differs between containers."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as boot:
             return f"{boot.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -239,7 +246,7 @@ def _get_machine_id() -> str:
 
 
 def _get_start_time(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; None when it is gone or a zombie."""
+    """Start time of a process, in kernel ticks; None when it is gone or a zombie."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
             fields = stat.read().rpartition(")")[2].split()

@@ -1,13 +1,13 @@
-"""The HTTP interface: routes, who may take them, and what every answer carries.
+"""HTTP interface of the service: routes, OpenAPI description and error responses.
 
-Knows nothing of Ray: an ASGI application around a `Service`.
+An ASGI application around a `Service`; does not import Ray.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Query, Request, Security
+from fastapi import Depends, FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from imgcls import __version__
 from imgcls.data.formats import MIME_TYPES
-from imgcls.runs.layout import OK
+from imgcls.errors import OK
 from imgcls.serving import page
 from imgcls.serving.app_middleware import AppMiddleware
 from imgcls.serving.auth import AccessControl
@@ -33,19 +33,35 @@ from imgcls.serving.problems import (
 from imgcls.serving.service import PredictOptions, Service
 from imgcls.serving.uploads import BodyBudget, receive_uploads
 
-_bearer_scheme = HTTPBearer(auto_error=False, description="An API key.")
-_header_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key.")
+_bearer_scheme = HTTPBearer(auto_error=False, description="API key.")
+_header_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="API key.")
 BearerKey = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer_scheme)]
 HeaderKey = Annotated[str | None, Security(_header_scheme)]
 
 
-class PredictionRow(BaseModel):
-    """One image, in the columns of a labelling run."""
+async def _get_secret(bearer: BearerKey, header: HeaderKey) -> str | None:
+    return bearer.credentials if bearer is not None else header
 
-    row: int
-    """Its place in the request."""
-    name: str | None
-    """The file name that came with it."""
+
+Secret = Annotated[str | None, Depends(_get_secret)]
+"""The API key that a request carries, in either header."""
+
+
+class ServiceControl(Protocol):
+    """Operations on all replicas of the service."""
+
+    async def request_reload(self) -> int:
+        """Have all replicas reload their bundle. Returns the number of reloads requested so far."""
+
+    async def render_metrics(self) -> bytes:
+        """The summed metrics of all replicas, in Prometheus' text format."""
+
+
+class PredictionRow(BaseModel):
+    """Prediction of one image, in the columns of the batch job."""
+
+    row: int = Field(description="Index of the image in the request.")
+    name: str | None = Field(description="File name that the client sent.")
     predicted_label: str | None
     confidence: float | None
     accepted: bool
@@ -59,15 +75,14 @@ class PredictionRow(BaseModel):
 
 
 class PredictResponse(BaseModel):
-    """What `POST /v1/predict` says."""
+    """Response to `POST /v1/predict`."""
 
-    model: str
-    """SHA-256 of the bundle that it comes from."""
+    model: str = Field(description="SHA-256 of the bundle that was used.")
     predictions: list[PredictionRow]
 
 
 class ModelDescription(BaseModel):
-    """What `GET /v1/model` says."""
+    """Response to `GET /v1/model`."""
 
     sha256: str
     architecture: dict[str, Any]
@@ -82,7 +97,7 @@ class ModelDescription(BaseModel):
 
 
 class ProblemDetails(BaseModel):
-    """A problem (RFC 9457)."""
+    """Problem details (RFC 9457)."""
 
     type: str
     title: str
@@ -91,13 +106,13 @@ class ProblemDetails(BaseModel):
 
 
 class ReloadResponse(BaseModel):
-    """What `POST /v1/model/reload` says."""
+    """Response to `POST /v1/model/reload`."""
 
-    reload: int = Field(description="Counts the requests to load the model again.")
+    reload: int = Field(description="Number of reloads requested since the service started.")
 
 
 def _describe_problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    """For the description of a route: which problems it answers with, by HTTP status."""
+    """OpenAPI description of the problems of a route, by HTTP status."""
     return {
         status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}, "description": text}
         for status, text in texts.items()
@@ -106,29 +121,29 @@ def _describe_problems(texts: dict[int, str]) -> dict[int | str, dict[str, Any]]
 
 _AUTH_ERRORS = _describe_problems(
     {
-        400: "The request is malformed.",
-        401: "No API key, or one that is not known.",
-        403: "The API key has not the scope that this needs.",
+        400: "Malformed request.",
+        401: "Missing or unknown API key.",
+        403: "The API key does not have the required scope.",
     }
 )
 _COORDINATOR_ERRORS = _AUTH_ERRORS | _describe_problems(
-    {503: "A part is being started anew; see Retry-After."}
+    {503: "A part of the service is restarting; see Retry-After."}
 )
 _PREDICT_ERRORS = _AUTH_ERRORS | _describe_problems(
     {
-        408: "The body did not arrive in time.",
+        408: "The request body did not arrive in time.",
         413: "Too many bytes, pixels or images.",
-        415: "Not an image, an image of a kind that is not decoded, or another kind of body.",
-        422: "The one image is truncated, empty or damaged.",
-        429: "The API key has sent too many images; see Retry-After.",
-        503: "Too much is waiting; see Retry-After.",
+        415: "Not an image, an unsupported image format, or an unsupported content type.",
+        422: "The only image of the request is truncated, empty or damaged.",
+        429: "Rate limit of the API key exceeded; see Retry-After.",
+        503: "The queue is full; see Retry-After.",
     }
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
     "requestBody": {
         "required": True,
-        "description": "One image as it is, or several as the files of a form.",
+        "description": "The bytes of one image, or a form with one or more image files.",
         "content": {
             "application/octet-stream": _BINARY_SCHEMA,
             **dict.fromkeys(MIME_TYPES, _BINARY_SCHEMA),
@@ -150,62 +165,86 @@ _PREDICT_BODY = {
 }
 
 
-def build_app(service: Service, door: AccessControl, config: ServeConfig) -> ASGIApp:
-    """The application; `config` gives what cannot change while it runs."""
+def build_app(
+    service: Service, access: AccessControl, control: ServiceControl, config: ServeConfig
+) -> ASGIApp:
+    """Build the ASGI application.
+
+    config: settings that do not change while the application runs
+    """
     app = FastAPI(
         title="imgcls",
         version=__version__,
-        summary="Labels images with one model.",
-        docs_url=None,  # their pages load scripts from elsewhere
+        summary="Image classification with one model.",
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
     )
-    spool = BodyBudget(config.limits.spool_bytes)
+    _add_predict_route(app, service, access, config)
+    _add_model_routes(app, service, access, control)
+    _add_public_routes(app, service)
+    _add_error_handlers(app)
+    wrapped: ASGIApp = AppMiddleware(app, service.metrics, config)
+    if config.http.cors_origins:
+        wrapped = CORSMiddleware(
+            wrapped,
+            allow_origins=config.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type"],
+            expose_headers=["Retry-After"],
+        )
+    return wrapped
 
-    def presented(bearer: HTTPAuthorizationCredentials | None, header: str | None) -> str | None:
-        return bearer.credentials if bearer is not None else header
+
+def _add_predict_route(
+    app: FastAPI, service: Service, access: AccessControl, config: ServeConfig
+) -> None:
+    budget = BodyBudget(config.limits.spool_bytes)
 
     @app.post(
         "/v1/predict",
         response_model=PredictResponse,
         responses=_PREDICT_ERRORS,
         openapi_extra=_PREDICT_BODY,
-        summary="Label images",
+        summary="Classify images",
     )
     async def predict(
         request: Request,
-        bearer: BearerKey,
-        header: HeaderKey,
+        secret: Secret,
         top_k: Annotated[int | None, Query(ge=1, le=1000, description="Labels per image.")] = None,
         threshold: Annotated[
             float | None,
-            Query(ge=0, le=1, description="Confidence to be accepted with, for the model's own."),
+            Query(ge=0, le=1, description="Minimum confidence of an accepted prediction."),
         ] = None,
-        embeddings: Annotated[bool, Query(description="The final layer's input too.")] = False,
+        embeddings: Annotated[bool, Query(description="Also return the embeddings.")] = False,
     ) -> Response:
-        key = door.authorize(presented(bearer, header), "predict", request)
+        key = access.authorize(secret, "predict", request)
         service.check_capacity()
-        await door.charge(key, 1)
-        wanted = PredictOptions(
+        await access.charge(key, 1)
+        options = PredictOptions(
             top_k or service.config.top_k,
             service.config.threshold if threshold is None else threshold,
             embeddings,
         )
-        async with receive_uploads(request, service.config.limits, spool) as uploads:
+        async with receive_uploads(request, service.config.limits, budget) as uploads:
             if len(uploads) > 1:
-                await door.charge(key, len(uploads) - 1)
-            model, rows = await service.predict(uploads, wanted)
+                await access.charge(key, len(uploads) - 1)
+            model, rows = await service.predict(uploads, options)
         if len(rows) == 1 and rows[0]["status"] != OK:
             raise build_image_problem(rows[0]["status"], rows[0]["error"])
         return JSONResponse({"model": model.sha256, "predictions": rows})
 
+
+def _add_model_routes(
+    app: FastAPI, service: Service, access: AccessControl, control: ServiceControl
+) -> None:
     @app.get(
         "/v1/model",
         response_model=ModelDescription,
         responses=_AUTH_ERRORS,
         summary="Describe the model",
     )
-    async def model(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
-        door.authorize(presented(bearer, header), "predict", request)
+    async def model(request: Request, secret: Secret) -> Response:
+        access.authorize(secret, "predict", request)
         return JSONResponse(service.describe_model())
 
     @app.post(
@@ -213,78 +252,67 @@ def build_app(service: Service, door: AccessControl, config: ServeConfig) -> ASG
         status_code=202,
         response_model=ReloadResponse,
         responses=_COORDINATOR_ERRORS,
-        summary="Load the bundle again, from where it is configured to be",
+        summary="Reload the bundle from its configured location",
     )
-    async def reload(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
-        door.authorize(presented(bearer, header), "admin", request)
-        return JSONResponse({"reload": await door.control.request_reload()}, 202)
+    async def reload(request: Request, secret: Secret) -> Response:
+        access.authorize(secret, "admin", request)
+        return JSONResponse({"reload": await control.request_reload()}, 202)
 
     @app.get(
         "/metrics",
         responses=_COORDINATOR_ERRORS,
         response_class=PlainTextResponse,
-        summary="Metrics",
+        summary="Prometheus metrics of all replicas",
     )
-    async def metrics(request: Request, bearer: BearerKey, header: HeaderKey) -> Response:
-        door.authorize(presented(bearer, header), "admin", request)
-        return Response(
-            await door.control.render_metrics(),
-            media_type="text/plain; version=0.0.4; charset=utf-8",
-        )
+    async def metrics(request: Request, secret: Secret) -> Response:
+        access.authorize(secret, "admin", request)
+        text = await control.render_metrics()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether it is alive")
+
+def _add_public_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that need no API key: health checks and the page."""
+
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Liveness check")
     async def healthz() -> str:
         return "ok"
 
     @app.get(
         "/readyz",
         response_class=PlainTextResponse,
-        responses=_describe_problems({503: "It is about to end."}),
-        summary="Whether it takes requests",
+        responses=_describe_problems({503: "The service is about to shut down."}),
+        summary="Readiness check",
     )
     async def readyz() -> str:
-        if door.is_draining:
-            raise Problem(503, "draining", "about to end; ask another", retry_after=5)
+        if service.is_draining:
+            raise Problem(503, "draining", "the service is about to shut down", retry_after=5)
         return "ok"
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(
-            page.HTML, headers={"Content-Security-Policy": page.CONTENT_SECURITY_POLICY}
-        )
-
-    _add_error_handlers(app)
-    guarded: ASGIApp = AppMiddleware(app, service, config)
-    if config.http.cors_origins:
-        guarded = CORSMiddleware(
-            guarded,
-            allow_origins=config.http.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "X-API-Key", "Content-Type"],
-            expose_headers=["Retry-After"],
-        )
-    return guarded
+        policy = {"Content-Security-Policy": page.CONTENT_SECURITY_POLICY}
+        return HTMLResponse(page.HTML, headers=policy)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Problem)
-    async def of_problem(request: Request, problem: Problem) -> Response:
+    async def handle_problem(request: Request, problem: Problem) -> Response:
         return problem.build_response()
 
     @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
+    async def handle_http(request: Request, error: HTTPException) -> Response:
         response = build_status_problem(error.status_code).build_response()
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)  # it goes on to the guard, which logs it
-    async def of_defect(request: Request, error: Exception) -> Response:
+    @app.exception_handler(Exception)  # re-raised to AppMiddleware, which logs it
+    async def handle_unexpected(request: Request, error: Exception) -> Response:
         return build_internal_error().build_response()
 
     @app.exception_handler(RequestValidationError)
-    async def of_validation(request: Request, error: RequestValidationError) -> Response:
-        wrong = "; ".join(
+    async def handle_validation(request: Request, error: RequestValidationError) -> Response:
+        detail = "; ".join(
             f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}"
             for item in error.errors()
         )
-        return Problem(400, "invalid_parameter", wrong[:500]).build_response()
+        return Problem(400, "invalid_parameter", detail[:500]).build_response()

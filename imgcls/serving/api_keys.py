@@ -1,8 +1,8 @@
-"""Who may ask: API keys, of which only the hashes are kept, in a file that may change at any time.
+"""API keys: records of their hashes in a YAML file that may be edited while the service runs.
 
-A key is 256 random bits, so a plain SHA-256 of it cannot be reversed or guessed; it needs none of
-the slowness that passwords do. Every record is compared, each in constant time: how long an answer
-takes tells nothing of the keys there are.
+A key is 256 random bits, so its plain SHA-256 cannot be reversed or guessed; a slow password hash
+is not needed. A lookup compares every record in constant time, so that response times reveal
+nothing about the existing keys.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from pydantic import BeforeValidator, Field, PositiveFloat, StringConstraints, V
 
 from imgcls.config import Section, names
 from imgcls.data import filesystem
-from imgcls.data.object_store import StorageConfig, set_process_settings
+from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError, StorageMissing
 
 KeyScope = Literal["predict", "admin"]
 KeyScopes = Annotated[list[KeyScope], BeforeValidator(names)]
 
 _KEY_PREFIX = "imgcls_"
-"""By which programs that look for leaked secrets know one."""
+"""Prefix by which secret scanners recognize a leaked key."""
 
 
 class ApiKey(Section):
-    """What is known of an API key."""
+    """Record of an API key."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.@-]{1,64}$")]
-    """Whose it is; stands in metrics and logs."""
+    """Name of the key's owner, shown in metrics and logs."""
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    """Hex digest of the key."""
+    """SHA-256 of the key, as hexadecimal digits."""
     scopes: KeyScopes = ["predict"]
-    """predict: label images, describe the model. admin: metrics, load the model again."""
+    """predict: classify images, describe the model. admin: read metrics, reload the model."""
     images_per_minute: PositiveFloat | None = None
-    """How many images it may send; as many as it likes if not given."""
+    """Rate limit in images per minute; unlimited if not set."""
     expires: datetime.date | None = None
-    """The first day, in UTC, on which it is good for nothing."""
+    """First day (UTC) on which the key is no longer valid."""
 
     def is_expired(self) -> bool:
         today = datetime.datetime.now(datetime.UTC).date()
@@ -51,12 +51,13 @@ class ApiKey(Section):
 
 
 class Keyring:
-    """The keys that are accepted now.
+    """The API keys that are currently accepted.
 
-    url: the file they stand in; `keys` are those that stand elsewhere and do not change
+    url:  key file (path or URL), or None
+    keys: further keys, which do not change
 
-    A file without records is one whose last key was taken back: nobody enters. One that is gone or
-    broken is no decision of anybody's, so a refresh then leaves what there was.
+    A key file without records is valid: its last key was revoked, and every request is rejected. A
+    missing or malformed file is taken for a mistake: a refresh raises and keeps the previous keys.
     """
 
     def __init__(self, url: str | None, keys: list[ApiKey] | None = None) -> None:
@@ -64,9 +65,9 @@ class Keyring:
         self._extra_keys = keys or []
         self._keys = self._load()
 
-    def find(self, presented: str) -> ApiKey | None:
-        """The record of a key that was presented; None when there is none, or it is expired."""
-        digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).hexdigest()
+    def find(self, secret: str) -> ApiKey | None:
+        """Find the record of a key; None if it is unknown or expired."""
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(key.sha256, digest):
@@ -74,11 +75,10 @@ class Keyring:
         return None if found is None or found.is_expired() else found
 
     def is_empty(self) -> bool:
-        """Whether there is no key to enter with."""
         return not self._keys
 
     def refresh(self) -> None:
-        """Read the file again; raises as the constructor does, and then keeps what was there."""
+        """Read the file again. Raises as the constructor does, and then keeps the previous keys."""
         self._keys = self._load()
 
     def _load(self) -> list[ApiKey]:
@@ -88,56 +88,60 @@ class Keyring:
             text = filesystem.read(self._url).decode("utf-8", "replace")
         except StorageMissing as error:
             raise RequestError(
-                f"keys.file {self._url}: no such file; `imgcls key new --file {self._url} --name "
-                "NAME` makes it, with a first key"
+                f"keys.file {self._url}: no such file. Run `imgcls key new --file {self._url} "
+                "--name NAME` to create it with a first key"
             ) from error
         return [*self._extra_keys, *parse_keys(text, f"keys.file {self._url}", may_be_empty=True)]
 
 
 def parse_keys(text: str, place: str, *, may_be_empty: bool = False) -> list[ApiKey]:
-    """The records of a YAML list.
+    """Parse a YAML list of key records.
 
-    Raises RequestError, which begins with `place`, when they are none or not well-formed. No value
-    is repeated in it, since one may be a key itself, put there by mistake.
+    place: where the text comes from, the beginning of every error message
+    Raises RequestError if the text is malformed or has no records. The message repeats no value of
+    the file, since a value may be a key that was pasted there by mistake.
     """
     try:
         records = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
-        raise RequestError(f"{place}: is no YAML{where}; correct it") from None
-    except ValueError:  # the 30th of February, say
-        raise RequestError(
-            f"{place}: holds a date or a number that there is none of; correct it"
-        ) from None
+        raise RequestError(f"{place}: invalid YAML{where}. Correct the file") from None
+    except ValueError:  # e.g. February 30
+        raise RequestError(f"{place}: invalid date or number. Correct the file") from None
     if may_be_empty and (records is None or records == []):
         return []
     if not isinstance(records, list) or not records:
-        raise RequestError(f"{place}: holds no key; `imgcls key new` makes one")
+        raise RequestError(f"{place}: contains no key. Run `imgcls key new` to create one")
     keys = []
     for number, record in enumerate(records, 1):
         try:
             keys.append(ApiKey.model_validate(record))
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}"
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'record'}: {problem['msg']}"
                 for problem in error.errors(include_input=False, include_url=False)
             )
-            raise RequestError(f"{place}: key {number}: {wrong}") from None
-    doubled = [name for name, count in Counter(key.name for key in keys).items() if count > 1]
-    if doubled:
-        raise RequestError(f"{place}: two keys are named {doubled[0]!r}; give each its own name")
+            raise RequestError(f"{place}: key {number}: {problems}") from None
+    duplicates = [name for name, count in Counter(key.name for key in keys).items() if count > 1]
+    if duplicates:
+        raise RequestError(
+            f"{place}: two keys are named {duplicates[0]!r}. Give each key its own name"
+        )
     return keys
 
 
 def load_keys_from_env(variable: str) -> list[ApiKey]:
-    """The records in an environment variable, in the form of the file.
+    """Parse the records in an environment variable, in the format of the key file.
 
-    Raises RequestError when it is not set, or its records are not well-formed.
+    Raises RequestError if it is not set or malformed.
     """
     text = os.environ.get(variable)
     if not text:
-        raise RequestError(f"keys.env {variable}: is not set; put the text of a key file into it")
+        raise RequestError(
+            f"keys.env {variable}: the environment variable is not set. Set it to the text of a "
+            "key file"
+        )
     return parse_keys(text, f"keys.env {variable}")
 
 
@@ -145,34 +149,35 @@ class NewKeyConfig(Section):
     """Settings of `imgcls key new`."""
 
     file: str
-    """The YAML file to add it to (path or URL); made when it is not there."""
+    """Key file (path or URL) to append the key to; created if missing."""
     name: str
-    """Whose it is."""
+    """Name of the key's owner, shown in metrics and logs."""
     scopes: KeyScopes = ["predict"]
-    """predict, admin, or both."""
+    """predict: classify images. admin: read metrics, reload the model. Both: predict,admin."""
     images_per_minute: PositiveFloat | None = None
-    """How many images it may send."""
+    """Rate limit in images per minute; unlimited if not set."""
     days: Annotated[int, Field(gt=0)] | None = None
-    """How long it is good for; for ever if not given."""
+    """Days until the key expires; it does not expire if not set."""
     storage: StorageConfig = StorageConfig()
 
 
+@with_config_storage
 def create_key(config: NewKeyConfig) -> str:
-    """Make an API key: print it once, and keep its hash in a file.
+    """Create an API key: print it once, and append its hash to the key file.
 
-    Raises RequestError when the name is taken or the file is not well-formed.
+    Returns the key. Raises RequestError if the name is taken or the file is malformed.
     """
-    set_process_settings(config.storage)
     place = f"keys.file {config.file}"
     try:
         text = filesystem.read(config.file).decode("utf-8", "replace")
-        there = [key.name for key in parse_keys(text, place, may_be_empty=True)]
+        taken = [key.name for key in parse_keys(text, place, may_be_empty=True)]
         text = _FILE_HEADER if yaml.safe_load(text) == [] else text
     except StorageMissing:
-        text, there = _FILE_HEADER, []
-    if config.name in there:
+        text, taken = _FILE_HEADER, []
+    if config.name in taken:
         raise RequestError(
-            f"{place}: has a key named {config.name!r}; delete its lines, or take another --name"
+            f"{place}: already has a key named {config.name!r}. Remove its record, or pass another "
+            "--name"
         )
     secret = _KEY_PREFIX + secrets.token_urlsafe(32)
     record: dict[str, Any] = {
@@ -192,6 +197,6 @@ def create_key(config: NewKeyConfig) -> str:
     return secret
 
 
-_FILE_HEADER = """# API keys of `imgcls serve`, by their hashes. Delete a key's lines to revoke it:
-# this file is read again within seconds.
+_FILE_HEADER = """# API keys of `imgcls serve`, stored as hashes. Remove a record to revoke its key:
+# running services read this file again within seconds.
 """

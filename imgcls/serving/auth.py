@@ -1,12 +1,8 @@
-"""Who may come in, and how often: API keys where there are some, else this machine alone.
-
-Knows nothing of Ray: what replicas have in common comes as a `Shared`.
-"""
+"""Authentication and rate limiting: API keys, or loopback only when none are configured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from starlette.requests import Request
 
@@ -16,58 +12,48 @@ from imgcls.serving.rate_limit import LocalAllowance
 
 _LOOPBACK_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _PROXY_HEADERS = ("forwarded", "x-real-ip")
-"""Headers by which a proxy says whom it asks for, beside those that begin with x-forwarded-."""
-
-
-class ServiceControl(Protocol):
-    """What the replicas of a service have in common."""
-
-    async def request_reload(self) -> int:
-        """Have all replicas load their bundle again."""
-
-    async def render_metrics(self) -> bytes:
-        """The counts of all replicas, as Prometheus reads them."""
+"""Headers that reverse proxies add, besides those that begin with `x-forwarded-`."""
 
 
 class AccessControl:
-    """What an application needs beside its service; `draining` is set when the end is near.
+    """Checks who may send a request, and how many images.
 
-    origins: of web pages from elsewhere that may ask
+    keys:            the accepted API keys; None to accept requests from this machine only
+    allowance:       rate limits of the keys
+    allowed_origins: origins of web pages on other hosts that may send requests without a key
     """
 
     def __init__(
         self,
         keys: Keyring | None,
-        pocket: LocalAllowance,
-        shared: ServiceControl,
-        origins: Sequence[str] = (),
+        allowance: LocalAllowance,
+        allowed_origins: Sequence[str] = (),
     ) -> None:
         self.keys = keys
-        self.allowance = pocket
-        self.control = shared
-        self.allowed_origins = origins
-        self.is_draining = False
+        self.allowance = allowance
+        self.allowed_origins = allowed_origins
 
-    def authorize(self, presented: str | None, scope: KeyScope, request: Request) -> ApiKey | None:
-        """Whose key was presented; None where keys are not asked for.
+    def authorize(self, secret: str | None, scope: KeyScope, request: Request) -> ApiKey | None:
+        """Find the key of a request; None if the service has no keys.
 
-        Raises the Problem of who may not enter.
+        secret: the API key that the request carries
+        Raises a Problem (401 or 403) if the request is not allowed.
         """
         if self.keys is None:
             _check_local_request(request, self.allowed_origins)
             return None
-        if not presented:
-            raise Problem(401, "key_missing", "send an API key: Authorization: Bearer KEY")
-        key = self.keys.find(presented)
+        if not secret:
+            raise Problem(401, "key_missing", "no API key. Send it as Authorization: Bearer KEY")
+        key = self.keys.find(secret)
         if key is None:
-            raise Problem(401, "key_unknown", "this API key is not known, or is no longer good")
+            raise Problem(401, "key_unknown", "the API key is unknown or expired")
         request.state.key = key.name
         if scope not in key.scopes:
-            raise Problem(403, "scope_missing", f"this API key has no scope {scope!r}")
+            raise Problem(403, "scope_missing", f"the API key does not have the scope {scope!r}")
         return key
 
     async def charge(self, key: ApiKey | None, images: int) -> None:
-        """Count images against a key's rate; raises a Problem when it has sent too many."""
+        """Count images against the key's rate limit; raises a Problem (429) above it."""
         if key is None or key.images_per_minute is None:
             return
         wait = await self.allowance.spend(key.name, key.images_per_minute, images)
@@ -75,37 +61,38 @@ class AccessControl:
             raise Problem(
                 429,
                 "too_many_requests",
-                f"this API key may send {key.images_per_minute:g} images a minute",
+                f"the rate limit of this API key is {key.images_per_minute:g} images per minute",
                 retry_after=wait,
             )
 
 
-def _check_local_request(request: Request, origins: Sequence[str]) -> None:
-    """Without keys only this machine may ask, by its own name and for itself.
+def _check_local_request(request: Request, allowed_origins: Sequence[str]) -> None:
+    """Without keys, allow only requests from this machine, addressed to a loopback name.
 
-    A web page from elsewhere that has its name point here (DNS rebinding) does not pass, nor one
-    that has a browser on this machine ask, nor does what a proxy on this machine passes on.
+    Rejects a web page whose host name resolves to this machine (DNS rebinding), a page of another
+    host opened in a browser on this machine, and requests forwarded by a proxy on this machine.
     """
     client = request.client.host if request.client else ""
-    passed_on = any(
+    is_forwarded = any(
         name in _PROXY_HEADERS or name.startswith("x-forwarded-") for name in request.headers
     )
     host = _strip_port(request.headers.get("host", ""))
-    if client not in ("127.0.0.1", "::1") or host not in _LOOPBACK_HOSTS or passed_on:
+    if client not in ("127.0.0.1", "::1") or host not in _LOOPBACK_HOSTS or is_forwarded:
         raise Problem(
-            403, "keys_needed", "without API keys it can be asked from its own machine only"
+            403, "keys_needed", "without API keys only requests from the same machine are allowed"
         )
     origin = request.headers.get("origin")
-    if origin in origins:
+    if origin in allowed_origins:
         return
     if origin is not None:
-        foreign = _strip_port(origin.partition("://")[2]) not in _LOOPBACK_HOSTS
+        is_foreign = _strip_port(origin.partition("://")[2]) not in _LOOPBACK_HOSTS
     else:
-        foreign = request.headers.get("sec-fetch-site") == "cross-site"
-    if foreign:
-        raise Problem(403, "keys_needed", "without API keys no web page from elsewhere may ask")
+        is_foreign = request.headers.get("sec-fetch-site") == "cross-site"
+    if is_foreign:
+        raise Problem(
+            403, "keys_needed", "without API keys requests from other websites are rejected"
+        )
 
 
 def _strip_port(host: str) -> str:
-    """A host without its port."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

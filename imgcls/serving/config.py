@@ -1,4 +1,4 @@
-"""The settings of `imgcls serve`, each section beside the others; checked before Ray starts."""
+"""Settings of `imgcls serve`, one class per section; validated before Ray starts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
-from imgcls.data.object_store import StorageConfig
 from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import Precision
 
@@ -18,32 +18,36 @@ MIB = 1 << 20
 
 
 class HttpConfig(Section):
-    """Where it listens."""
+    """Listening address, TLS and HTTP proxy."""
 
     host: str = "127.0.0.1"
-    """The address to listen on; other than this machine's own only with keys."""
+    """Address to listen on. An address other than loopback requires API keys."""
     port: Port = 8000
+    """TCP port to listen on."""
     certificate: str | None = None
-    """PEM file of the TLS certificate and its chain; with it, https instead of http."""
+    """PEM file with the TLS certificate chain; enables https."""
     private_key: str | None = None
-    """PEM file of the certificate's private key."""
+    """PEM file with the private key of the certificate."""
     proxy: Literal["python", "haproxy"] = "python"
-    """What Ray Serve listens with. haproxy: much faster, without TLS; see docs/serving.md."""
+    """HTTP proxy of Ray Serve. haproxy has a higher throughput but no TLS; see docs/serving.md."""
     cors_origins: Names = []
-    """Web pages from elsewhere that may ask, e.g. https://app.example.com; none by default."""
+    """Origins of other websites whose pages may send requests, e.g. https://app.example.com."""
     request_timeout_s: PositiveFloat = 120.0
-    """A request that is not answered for so long is given up."""
+    """Timeout of one request, in seconds; answered with 408 after that."""
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if (self.certificate is None) != (self.private_key is None):
-            raise ValueError("certificate and private_key belong together: give both, or neither")
+            raise ValueError("certificate and private_key must be set together")
         if self.proxy == "haproxy" and self.certificate is not None:
-            raise ValueError("door haproxy has no TLS in Ray Serve; say python, or end TLS before")
+            raise ValueError(
+                "proxy haproxy does not support TLS in Ray Serve. Set proxy to python, or "
+                "terminate TLS in front of the service"
+            )
         return self
 
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether the service can be reached from this machine only."""
         if self.host == "localhost":
             return True
         try:
@@ -53,62 +57,63 @@ class HttpConfig(Section):
 
 
 class KeysConfig(Section):
-    """Who may ask."""
+    """API keys."""
 
     shorthand: ClassVar[str | None] = "file"
 
     file: str | None = None
-    """A YAML file of API keys, as `imgcls key new` makes it; read again when it changes."""
+    """YAML file of API keys, created by `imgcls key new`; read again when it changes."""
     env: str | None = None
-    """An environment variable that holds the text of such a file."""
+    """Name of an environment variable that contains the text of a key file."""
     refresh_interval_s: PositiveFloat = 2.0
-    """How often the file is looked at."""
+    """Interval between two reads of the key file, in seconds."""
 
     def is_configured(self) -> bool:
         return self.file is not None or self.env is not None
 
 
 class LimitsConfig(Section):
-    """What a request may be."""
+    """Limits on requests and on queued work."""
 
     image_bytes: PositiveInt = 20 * MIB
-    """Of one image file."""
+    """Maximum size of one image file, in bytes."""
     body_bytes: PositiveInt = 64 * MIB
-    """Of a request with several."""
+    """Maximum size of a request with several images, in bytes."""
     images: PositiveInt = 64
-    """In one request."""
+    """Maximum number of images in one request."""
     pixels: PositiveInt = 100_000_000
-    """Of one image, as its header says; as in labelling."""
+    """Maximum number of pixels of one image, checked in its header before decoding."""
     upload_timeout_s: PositiveFloat = 60.0
-    """A body that has not arrived after so long is refused."""
+    """Maximum time for a request body to arrive, in seconds."""
     spool_bytes: PositiveInt = 2 << 30
-    """Of all bodies that are arriving or waiting, per replica; on disk where one is above 1 MiB."""
+    """Maximum total size of the bodies held by one replica, in bytes; over 1 MiB each on disk."""
     proxy_bytes: PositiveInt = 512 * MIB
-    """Of all bodies that came in by a door and are not answered; in Ray Serve's memory."""
+    """Maximum total size of request bodies buffered by one HTTP proxy, in bytes."""
     waiting_images: PositiveInt = 256
-    """That wait for the model, per replica; more are refused with 503 and Retry-After."""
+    """Maximum number of images queued in one replica; above it requests are rejected with 503."""
 
 
 class ReplicaConfig(Section):
-    """How many processes answer, and when there are more of them."""
+    """Number of replicas (processes with a copy of the model) and their resources."""
 
-    shorthand: ClassVar[str | None] = "least"
+    shorthand: ClassVar[str | None] = "min_replicas"
 
     min_replicas: PositiveInt | None = None
-    """One per GPU, or per CPU where there is none, when not given."""
+    """Minimum number of replicas. Default: one per GPU; without GPUs one per CPU, up to 8."""
     max_replicas: PositiveInt | None = None
-    """Above `least`: more are started as requests queue up, and ended when they do not."""
+    """Maximum number of replicas; autoscaled if above min_replicas. Default: min_replicas."""
     cpus: PositiveFloat | None = None
-    """Of each replica; its network and its decoding share them. Chosen from what there is."""
+    """CPUs reserved for one replica, for decoding and the model. Default: an equal share."""
     target_ongoing_requests: PositiveInt = 16
-    """Under way per replica, that the number of replicas is steered to."""
+    """Target number of concurrent requests per replica for autoscaling."""
     drain_period_s: NonNegativeFloat = 5.0
-    """Between the end being announced at /readyz and the door being shut."""
+    """Time between /readyz turning 503 and the shutdown, in seconds; requests are still served."""
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < (self.min_replicas or 1):
-            raise ValueError(f"most {self.max_replicas} is below least {self.min_replicas or 1}")
+        min_replicas = self.min_replicas or 1
+        if self.max_replicas is not None and self.max_replicas < min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} < min_replicas {min_replicas}")
         return self
 
 
@@ -116,27 +121,27 @@ class ServeConfig(Section):
     """Settings of `imgcls serve`."""
 
     model: str
-    """The bundle (folder or URL)."""
+    """Model bundle (folder or URL)."""
     http: HttpConfig = HttpConfig()
     keys: KeysConfig = KeysConfig()
     limits: LimitsConfig = LimitsConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     batch_size: PositiveInt = 16
-    """Images per forward pass at most: those that wait when the network is free."""
+    """Maximum number of images in one forward pass."""
     decode: DecodeMode | None = None
-    """exact: decode JPEGs whole. fast: large ones at reduced size. Default: the bundle's own."""
+    """exact: decode JPEGs at full size. fast: large ones at reduced size. Default: the bundle's."""
     precision: Precision = "auto"
-    """auto takes bf16 where the hardware has it, else fp32, as in labelling."""
+    """Numeric precision of the model; auto: bf16 if the hardware supports it, otherwise fp32."""
     top_k: PositiveInt = 5
-    """Labels per image, if a request does not say."""
+    """Default number of labels per image."""
     threshold: UnitFloat | None = None
-    """A prediction is accepted when its confidence reaches it; the bundle's own if not given."""
+    """Minimum confidence of an accepted prediction. Default: the bundle's."""
     storage: StorageConfig = StorageConfig()
     detach: bool = False
-    """On a cluster: leave it serving and come back. Said again, it changes what is serving."""
+    """Return once the service runs on the cluster; run the same command again to change it."""
     log: LogFormat = "text"
-    """json: one object a line."""
+    """Log format; json: one object per line."""
 
     def dump_for_replicas(self) -> dict[str, Any]:
-        """As JSON, for Ray Serve to hand to every replica."""
+        """The settings as JSON, for the user config of the replicas."""
         return self.model_dump(mode="json")

@@ -1,6 +1,8 @@
-"""What the replicas of a service have in common: rates, counts and orders, in one process of Ray's.
+"""Coordinator: one process with the state that all replicas share.
 
-Lost, it is started anew, and forgets. A request that needs it meanwhile is told to come again.
+Holds the rate limits, the summed metrics, and the commands to reload or drain. If the process dies,
+Ray Serve restarts it with empty state; requests that need it meanwhile are answered with 503 and
+Retry-After.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from imgcls.serving.metrics import MetricSample, MetricTotals
 from imgcls.serving.problems import Problem
 from imgcls.serving.rate_limit import TokenBuckets
 
-COORDINATOR = "hub"
+COORDINATOR = "coordinator"
 CALL_TIMEOUT_S = 5.0
-"""The hub answers within milliseconds, or is not there."""
+"""Timeout of a call to the coordinator, which answers within milliseconds if it runs."""
 
 logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """What a replica says of itself every second.
+    """Report of one replica, sent every second.
 
-    sha256: of the bundle that it answers with
-    asked:  names the settings that it has tried last
-    error:  why it could not take them up
+    sha256:      SHA-256 of the bundle in use
+    settings_id: ID of the settings that the replica applied last
+    error:       why it could not load their bundle; None if it could
     """
 
     replica: str
@@ -44,7 +46,10 @@ class ReplicaReport:
 
 @dataclass(frozen=True)
 class Commands:
-    """What a replica is told in return."""
+    """Commands to all replicas, returned to each report.
+
+    reload_count: number of reloads requested; a replica that sees it grow reloads its bundle
+    """
 
     reload_count: int
     is_draining: bool
@@ -58,7 +63,7 @@ class Commands:
     health_check_period_s=2,
 )
 class Coordinator:
-    """The process; everything in it is of all replicas together."""
+    """The shared state, as a Ray Serve deployment with a single replica."""
 
     def __init__(self) -> None:
         self._buckets = TokenBuckets()
@@ -68,9 +73,9 @@ class Coordinator:
         self._is_draining = False
 
     async def take_tokens(
-        self, name: str, per_second: float, need: int, ahead: float
+        self, name: str, per_second: float, needed: int, prefetch: float
     ) -> tuple[float, float]:
-        return self._buckets.take(name, per_second, need, ahead)
+        return self._buckets.take(name, per_second, needed, prefetch)
 
     async def report(self, report: ReplicaReport) -> Commands:
         self._totals.report(report.replica, report.samples)
@@ -81,9 +86,9 @@ class Coordinator:
         return Commands(self._reload_count, self._is_draining)
 
     async def list_reports(self) -> list[ReplicaReport]:
-        """The last one of every replica that is there."""
-        there = self._totals.find_active_replicas()
-        self._reports = {name: said for name, said in self._reports.items() if name in there}
+        """The last report of every active replica."""
+        active = self._totals.find_active_replicas()
+        self._reports = {name: last for name, last in self._reports.items() if name in active}
         return list(self._reports.values())
 
     async def request_reload(self) -> int:
@@ -98,31 +103,33 @@ class Coordinator:
 
 
 class CoordinatorClient:
-    """The hub as a replica sees it; every call raises a Problem while it is not there."""
+    """The coordinator as seen by a replica; every call raises a Problem while it is unavailable."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
     async def take_tokens(
-        self, name: str, per_second: float, need: int, ahead: float
+        self, name: str, per_second: float, needed: int, prefetch: float
     ) -> tuple[float, float]:
-        taken: tuple[float, float] = await self._call("take", name, per_second, need, ahead)
+        taken: tuple[float, float] = await self._call(
+            "take_tokens", name, per_second, needed, prefetch
+        )
         return taken
 
     async def report(self, report: ReplicaReport) -> Commands:
-        orders: Commands = await self._call("report", report)
-        return orders
+        commands: Commands = await self._call("report", report)
+        return commands
 
     async def get_commands(self) -> Commands:
-        orders: Commands = await self._call("orders")
-        return orders
+        commands: Commands = await self._call("get_commands")
+        return commands
 
     async def request_reload(self) -> int:
-        count: int = await self._call("reload")
+        count: int = await self._call("request_reload")
         return count
 
     async def render_metrics(self) -> bytes:
-        text: bytes = await self._call("metrics")
+        text: bytes = await self._call("render_metrics")
         return text
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -130,10 +137,10 @@ class CoordinatorClient:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await getattr(self._handle, method).remote(*arguments)
         except (RayError, RayServeException, TimeoutError) as error:
-            logger.warning("the hub does not answer: %s", type(error).__name__)
+            logger.warning("the coordinator does not respond: %s", type(error).__name__)
             raise Problem(
                 503,
                 "starting",
-                "a part of the service is being started anew; try again later",
+                "a part of the service is restarting; retry later",
                 retry_after=2,
             ) from error

@@ -1,7 +1,7 @@
-"""Ray Serve's side: replicas that answer, and how many of them there are.
+"""Ray Serve deployment: the replicas and their settings.
 
-A replica's settings come as its user config, so that a changed bundle or limit is taken up by the
-replicas that are there, without a moment in which nobody answers.
+The settings of a replica are its user config, so running replicas apply a changed bundle or limit
+without a restart, and requests are served throughout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import Scope as ASGIScope
 
 from imgcls import config as configuration
 from imgcls.cluster import autoscaler, session
-from imgcls.data import object_store
+from imgcls.data import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
 from imgcls.serving import api_keys
@@ -40,9 +40,9 @@ APPLICATION = "imgcls"
 ENDPOINT = "endpoint"
 REPORT_INTERVAL_S = 1.0
 MAX_ONGOING_REQUESTS = 1024
-"""Requests under way per replica: slow uploads are many, and wait here and not at the door."""
+"""Concurrent requests per replica: slow uploads wait in the replica and not in the HTTP proxy."""
 MAX_QUEUED_REQUESTS = 256
-"""Requests that wait at each door for a replica that takes one more."""
+"""Requests queued in each HTTP proxy while all replicas are at their maximum."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,11 +50,13 @@ logger = logging.getLogger("ray.serve")
 @serve.deployment(name=ENDPOINT)
 @serve.ingress()
 class Endpoint:
-    """One replica. `reconfigure` gives it its settings: before the first request, and whenever
-    they change."""
+    """One replica.
 
-    def __init__(self, hub: DeploymentHandle, threads: int) -> None:
-        self._coordinator = CoordinatorClient(hub)
+    Ray Serve calls `reconfigure` with the settings before the first request and after each change.
+    """
+
+    def __init__(self, coordinator: DeploymentHandle, threads: int) -> None:
+        self._coordinator = CoordinatorClient(coordinator)
         self._threads = threads
         self._metrics = ReplicaMetrics()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -69,34 +71,32 @@ class Endpoint:
             if scope["type"] != "lifespan":
                 await self._app(scope, receive, send)
                 return
-            for moment in ("startup", "shutdown"):  # it begins before there are settings
+            for phase in ("startup", "shutdown"):  # starts before the settings arrive
                 await receive()
-                await send({"type": f"lifespan.{moment}.complete"})
+                await send({"type": f"lifespan.{phase}.complete"})
 
         return app
 
     async def reconfigure(self, settings: Mapping[str, Any]) -> None:
-        """Take up settings; the bundle is loaded before the old one is let go."""
+        """Apply settings; a changed bundle is loaded before the old one is dropped."""
         config = ServeConfig.model_validate(settings["config"])
-        fixed = [ApiKey.model_validate(key) for key in settings["keys"]]
-        object_store.set_process_settings(config.storage)
+        fixed_keys = [ApiKey.model_validate(key) for key in settings["keys"]]
+        storage_settings.set_process_settings(config.storage)
         self._config = config
         if self._service is None:
-            with contextlib.suppress(Problem):  # no hub yet, so nobody has asked for anything
-                self._reload_count = (
-                    await self._coordinator.get_commands()
-                ).reload_count  # before there is what may be old
+            # read the count before the bundle, so that a reload requested meanwhile is not missed;
+            # a coordinator that does not run yet has no requests
+            with contextlib.suppress(Problem):
+                self._reload_count = (await self._coordinator.get_commands()).reload_count
             self._start_service(await asyncio.to_thread(self._load_model, config), config)
-            self._settings_id = settings["asked"]
+            self._settings_id = settings["settings_id"]
         else:
-            await self._update_model(config, settings["asked"])
+            await self._update_model(config, settings["settings_id"])
         assert self._service is not None
-        ring = Keyring(config.keys.file, fixed) if config.keys.is_configured() else None
-        origins = config.http.cors_origins
-        self._access = AccessControl(
-            ring, LocalAllowance(self._coordinator.take_tokens), self._coordinator, origins
-        )
-        self._app = build_app(self._service, self._access, config)
+        keyring = Keyring(config.keys.file, fixed_keys) if config.keys.is_configured() else None
+        allowance = LocalAllowance(self._coordinator.take_tokens)
+        self._access = AccessControl(keyring, allowance, config.http.cors_origins)
+        self._app = build_app(self._service, self._access, self._coordinator, config)
 
     def _load_model(self, config: ServeConfig) -> ServedModel:
         import torch
@@ -107,44 +107,44 @@ class Endpoint:
     def _start_service(self, model: ServedModel, config: ServeConfig) -> None:
         self._service = Service(config, model, self._metrics, decoders=self._threads)
         self._tasks = [
-            asyncio.create_task(work())
-            for work in (
+            asyncio.create_task(loop())
+            for loop in (
                 self._report_periodically,
                 self._reload_on_request,
                 self._refresh_keys_periodically,
             )
         ]
 
-    async def _update_model(self, config: ServeConfig, asked: str) -> None:
-        """Change the model in use; one that cannot be loaded leaves the old one in place."""
+    async def _update_model(self, config: ServeConfig, settings_id: str) -> None:
+        """Replace the model in use; one that cannot be loaded leaves the old one in use."""
         assert self._service is not None
         error: str | None = None
         try:
             await self._service.update(config)
         except ImgclsError as problem:
             error = str(problem)
-            logger.error("the model stays as it was: %s", error)
-        except Exception as problem:  # no memory for two of them, say: one goes on
+            logger.error("reload failed, the previous model stays in use: %s", error)
+        except Exception as problem:  # e.g. not enough memory for two models
             error = f"{type(problem).__name__}: {problem}"
-            logger.exception("the model stays as it was")
-        self._settings_id, self._reload_error = asked, error
+            logger.exception("reload failed, the previous model stays in use")
+        self._settings_id, self._reload_error = settings_id, error
 
     async def _report_periodically(self) -> None:
-        """Tell the hub how it goes, and hear what it says; nothing that goes wrong ends that."""
+        """Report to the coordinator and apply its commands; no error ends the loop."""
         while True:
             try:
                 await self._send_report()
-            except Problem as problem:  # a hub that is started anew
-                logger.info("no report: %s", problem)
-            except Exception:  # without reports a replica counts as gone, and hears of no reload
-                logger.exception("a report to the hub failed")
+            except Problem as problem:  # the coordinator is restarting
+                logger.info("no report to the coordinator: %s", problem)
+            except Exception:  # a replica without reports counts as ended and sees no reload
+                logger.exception("a report to the coordinator failed")
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     async def _send_report(self) -> None:
         assert self._service is not None
         self._metrics.waiting_images.set(self._service.num_waiting)
         self._metrics.set_model(self._service.model.sha256)
-        orders = await self._coordinator.report(
+        commands = await self._coordinator.report(
             ReplicaReport(
                 self._replica_id,
                 self._metrics.collect_samples(),
@@ -153,16 +153,15 @@ class Endpoint:
                 self._reload_error,
             )
         )
-        self._access.is_draining = orders.is_draining
-        before = (
-            self._reload_count if orders.reload_count >= self._reload_count else 0
-        )  # a new hub counts anew
-        if orders.reload_count > before:
+        self._service.is_draining = commands.is_draining
+        # a restarted coordinator counts from 0 again
+        previous = self._reload_count if commands.reload_count >= self._reload_count else 0
+        if commands.reload_count > previous:
             self._reload_requested.set()
-        self._reload_count = orders.reload_count
+        self._reload_count = commands.reload_count
 
     async def _reload_on_request(self) -> None:
-        """Whenever that was asked for; beside `_beat`, which must not be silent for so long."""
+        """Reload the bundle on request, apart from the reports, which must not pause meanwhile."""
         while True:
             await self._reload_requested.wait()
             self._reload_requested.clear()
@@ -176,18 +175,18 @@ class Endpoint:
             try:
                 await asyncio.to_thread(self._access.keys.refresh)
             except ImgclsError as error:
-                logger.error("the API keys stay as they were: %s", error)
-            except Exception:  # a key that leaked must be gone whatever went wrong the last time
-                logger.exception("the API keys stay as they were; they are looked at again")
+                logger.error("cannot read the key file, the previous keys stay valid: %s", error)
+            except Exception:  # the loop must go on, so that a leaked key can be revoked
+                logger.exception("cannot read the key file, the previous keys stay valid")
 
 
 def build_application(
-    config: ServeConfig, fixed: list[ApiKey], replicas: ReplicaPlan, asked: str
+    config: ServeConfig, fixed_keys: list[ApiKey], replicas: ReplicaPlan, settings_id: str
 ) -> serve.Application:
-    """The application for Ray Serve.
+    """Build the Ray Serve application.
 
-    fixed: keys beside those of `config.keys.file`
-    asked: replicas that are there load the bundle again when it is another than before
+    fixed_keys:  keys that are not in `config.keys.file`
+    settings_id: running replicas load the bundle again when this ID changes
     """
     options: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
@@ -202,8 +201,8 @@ def build_application(
         **options,
         user_config={
             "config": config.dump_for_replicas(),
-            "keys": [key.model_dump(mode="json") for key in fixed],
-            "asked": asked,
+            "keys": [key.model_dump(mode="json") for key in fixed_keys],
+            "settings_id": settings_id,
         },
         ray_actor_options={
             "num_cpus": replicas.cpus,
@@ -223,31 +222,34 @@ def build_application(
     return bound
 
 
-def build_from_args(settings: dict[str, Any]) -> serve.Application:
-    """The application of a Serve config file: `import_path: imgcls.serving.deployment:build`.
+def build_from_args(args: dict[str, Any]) -> serve.Application:
+    """Application builder of a Serve config file.
 
-    settings: `args` in that file, in the form of `imgcls serve --config`
+    Used as `import_path: imgcls.serving.deployment:build_from_args`.
+
+    args: `args` of that file, the settings of `imgcls serve`
     Raises ConfigError, BundleError or ResourcesError before anything is changed.
     """
-    config = configuration.build(ServeConfig, settings)
-    object_store.set_process_settings(config.storage)
-    fixed = run_preflight_checks(config)
+    config = configuration.build(ServeConfig, args)
+    storage_settings.set_process_settings(config.storage)
+    fixed_keys = run_preflight_checks(config)
     replicas = plan_replicas(
         session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
     )
-    return build_application(config, fixed, replicas, read_description(config.model).sha256)
+    return build_application(config, fixed_keys, replicas, read_description(config.model).sha256)
 
 
 def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
-    """What can be found wrong before anything starts; returns the keys that stand in no file.
+    """Check the API keys and the bundle before anything starts.
 
-    Raises RequestError or BundleError.
+    Returns the keys that are not in the key file. Raises RequestError or BundleError.
     """
-    fixed = api_keys.load_keys_from_env(config.keys.env) if config.keys.env is not None else []
-    if config.keys.is_configured() and Keyring(config.keys.file, fixed).is_empty():
+    env = config.keys.env
+    fixed_keys = api_keys.load_keys_from_env(env) if env is not None else []
+    if config.keys.is_configured() and Keyring(config.keys.file, fixed_keys).is_empty():
         raise RequestError(
-            f"keys.file {config.keys.file}: holds no key; `imgcls key new --file "
-            f"{config.keys.file} --name NAME` makes one"
+            f"keys.file {config.keys.file}: contains no key. Run `imgcls key new --file "
+            f"{config.keys.file} --name NAME` to create one"
         )
     load_bundle(config.model)
-    return fixed
+    return fixed_keys

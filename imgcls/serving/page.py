@@ -1,7 +1,7 @@
-"""The page to try the model on: one static file, which may load nothing but what it holds itself.
+"""Demo page of the service: one static HTML file without external resources.
 
-Its policy names the hashes of its own script and style, so that nothing else runs, whatever a file
-name or a class name may contain.
+Its Content-Security-Policy allows only its own script and style, by their hashes, so that no file
+name or class name can run code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 
 from imgcls.data.formats import IMAGE_SUFFIXES
 
-# Browsers do not count all of these suffixes among image/*.
+# browsers do not know all of these suffixes as image/*
 _ACCEPTED_TYPES = ",".join(("image/*", *sorted(IMAGE_SUFFIXES)))
 HTML = (
     importlib.resources.files("imgcls.serving")
@@ -24,7 +24,7 @@ HTML = (
 
 
 def _hash_elements(element: str) -> str:
-    """The hash of each such element's text. Source: Content Security Policy 3, section 2.3.1."""
+    """Hash the text of every such element. Source: Content Security Policy 3, section 2.3.1."""
     texts = re.findall(rf"<{element}>(.*?)</{element}>", HTML, re.DOTALL)
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
@@ -42,4 +42,4 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""The Content-Security-Policy to send it with."""
+"""Content-Security-Policy of the page."""

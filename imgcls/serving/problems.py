@@ -1,6 +1,7 @@
-"""What goes wrong in a request, as problem details (RFC 9457).
+"""Error responses as problem details (RFC 9457).
 
-A bad image has the status that it has in the table of a labelling run; the HTTP status follows.
+A rejected image keeps the `status` that it has in the table of a batch run; the HTTP status is
+derived from it.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""What browsers should mind with every answer."""
+"""Headers of every response."""
 DENY_ALL_POLICY = "default-src 'none'; frame-ancestors 'none'"
-"""The Content-Security-Policy of all but the page."""
+"""Content-Security-Policy of every response except the HTML page."""
 
 _IMAGE_HTTP_STATUS = {"not_an_image": 415, "unsupported": 415, "too_large": 413}
-"""HTTP status by status of an image; 422 for all the others."""
+"""HTTP status by image status; every other image status is a 422."""
 
 
 class Problem(Exception):
-    """A request that cannot be answered as it was meant.
+    """A request that is rejected or failed, with its HTTP status.
 
-    kind:        names the type of problem; stays the same in all versions
-    retry_after: whole seconds after which it may be tried again
+    kind:        type of the problem, stable across versions
+    retry_after: seconds after which the client may retry; None if a retry is pointless
+    extra:       additional members of the response body
     """
 
     def __init__(
-        self, status: int, kind: str, detail: str, *, retry_after: int | None = None, **more: Any
+        self, status: int, kind: str, detail: str, *, retry_after: int | None = None, **extra: Any
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.kind = kind
         self.detail = detail
         self.retry_after = retry_after
-        self.extra = more
+        self.extra = extra
 
     def build_response(self) -> JSONResponse:
-        """As it goes over the wire."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
@@ -64,42 +65,44 @@ class Problem(Exception):
 
 
 def build_image_problem(status: str, error: str) -> Problem:
-    """The problem of a request whose one image cannot be used, in the words of its row."""
+    """Problem of a request whose only image was rejected, with the status and error of its row."""
     return Problem(_IMAGE_HTTP_STATUS.get(status, 422), status, error)
 
 
 def build_status_problem(status: int, detail: str | None = None) -> Problem:
-    """A problem that needs no more than HTTP's own words."""
+    """Problem named after an HTTP status, e.g. 404: `not_found`."""
     phrase = http.HTTPStatus(status).phrase
     return Problem(status, phrase.lower().replace(" ", "_"), detail or phrase)
 
 
 def build_internal_error() -> Problem:
-    return Problem(500, "internal_error", "this is a defect; the log has more")
+    return Problem(500, "internal_error", "internal error; the service's log has the traceback")
 
 
 def build_too_large_problem(limit: int) -> Problem:
-    return Problem(
-        413, "too_many_bytes", f"the body has more than {limit:,} bytes, which is the most here"
-    )
+    return Problem(413, "too_many_bytes", f"the request body exceeds the limit of {limit:,} bytes")
 
 
 def build_busy_problem(seconds: float) -> Problem:
-    """No room for more images now."""
+    """Problem of a full queue.
+
+    seconds: estimate of the time until there is room
+    """
     return Problem(
         503,
         "busy",
-        "as many images as may wait are waiting; try again later",
+        "the queue of images is full; retry later",
         retry_after=max(1, math.ceil(seconds)),
     )
 
 
-def can_exceed_limit(scope: Scope, most: int) -> bool:
-    """Whether a body was announced that is longer than any is allowed to be, or may be.
+def can_exceed_limit(scope: Scope, max_bytes: int) -> bool:
+    """Whether the request body is, or may turn out to be, longer than `max_bytes`.
 
-    The server would go on reading it after the answer, unless the connection is closed.
+    The HTTP server reads the rest of such a body after the response unless the response closes the
+    connection.
     """
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"0")
-    known = length.isdigit() and int(length) <= most
-    return b"transfer-encoding" in headers or not known
+    is_known = length.isdigit() and int(length) <= max_bytes
+    return b"transfer-encoding" in headers or not is_known

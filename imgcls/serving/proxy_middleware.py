@@ -1,8 +1,9 @@
-"""What stands before Ray Serve's own HTTP server, in its process: bounds on what is in its memory.
+"""ASGI middleware of Ray Serve's HTTP proxy: limits on the memory that request bodies take.
 
-Ray's proxy reads whatever a client sends, ahead of any check, and keeps it until a replica has it.
-So bodies are counted here, each and all together, and what is too much is not read. Ray's own plain
-answers become problems (RFC 9457). Light on purpose, it is loaded by its name: see `CALLBACK`.
+The proxy reads whatever a client sends, before any check, and keeps it until a replica takes it.
+This middleware counts the bytes of each body and of all bodies together, stops reading above a
+limit, and turns Ray's own plain-text errors into problems (RFC 9457). Ray imports it by name in
+the proxy's process (see `CALLBACK_PATH`), so it imports little.
 """
 
 from __future__ import annotations
@@ -22,43 +23,45 @@ from imgcls.serving.problems import (
     can_exceed_limit,
 )
 
-CALLBACK_PATH = f"{__name__}:middlewares"
-"""What RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH must say where Ray is started."""
 DEFAULT_BODY_BYTES = 64 << 20
 DEFAULT_PROXY_BYTES = 512 << 20
-_BODY_BYTES_ENV, _PROXY_BYTES_ENV = "IMGCLS_BODY_BYTES", "IMGCLS_DOOR_BYTES"
+_BODY_BYTES_ENV, _PROXY_BYTES_ENV = "IMGCLS_BODY_BYTES", "IMGCLS_PROXY_BYTES"
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 _RAY_HEADERS = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
-"""Headers by which anyone could have a request never end; they are for proxies of Ray's own."""
+"""Ray's own request headers, removed: any client could disable the request timeout with them."""
 _RAY_ERROR_DETAILS = {
-    404: "nothing is served under this path",
-    408: "it was not answered within the time that a request has",
-    503: "no replica takes this request now; try again later",
+    404: "no application is served at this path",
+    408: "the request was not answered within the request timeout",
+    503: "no replica is available; retry later",
 }
-"""Of Ray's own answers, by HTTP status."""
+"""Details of Ray's own errors by HTTP status."""
 _RETRY_AFTER_S = 2
 
 logger = logging.getLogger("ray.serve")
 
 
 def build_environment(body_bytes: int, proxy_bytes: int) -> dict[str, str]:
-    """The bounds, as the environment of Ray's processes must have them."""
+    """Environment variables that pass the limits to Ray's processes."""
     return {_BODY_BYTES_ENV: str(body_bytes), _PROXY_BYTES_ENV: str(proxy_bytes)}
 
 
 def build_middlewares() -> list[Middleware]:
-    """For Ray Serve, which calls it by name in each process that listens."""
+    """Build the middlewares; Ray Serve calls this in every proxy process."""
     body_bytes = int(os.environ.get(_BODY_BYTES_ENV, DEFAULT_BODY_BYTES))
     proxy_bytes = int(os.environ.get(_PROXY_BYTES_ENV, DEFAULT_PROXY_BYTES))
     return [Middleware(BodyLimitMiddleware, body_bytes, proxy_bytes)]
 
 
-class BodyLimitMiddleware:
-    """Counts the bytes of bodies from their arrival until their request is answered.
+CALLBACK_PATH = f"{__name__}:{build_middlewares.__name__}"
+"""Value of RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH in the environment of `ray start`."""
 
-    body_bytes: of one; more is refused with 413
-    proxy_bytes: of all that are under way in this process; more is refused with 503
+
+class BodyLimitMiddleware:
+    """Counts the bytes of request bodies from their arrival until the request is answered.
+
+    body_bytes:  limit of one body; a larger one is rejected with 413
+    proxy_bytes: limit of all bodies in this process; above it requests are rejected with 503
     """
 
     def __init__(self, app: ASGIApp, body_bytes: int, proxy_bytes: int) -> None:
@@ -76,12 +79,12 @@ class BodyLimitMiddleware:
 
 
 class _Exchange:
-    """One request on its way in, and its answer on the way out."""
+    """One request and its response, as they pass through the middleware."""
 
     def __init__(
-        self, gate: BodyLimitMiddleware, scope: Scope, receive: Receive, send: Send
+        self, middleware: BodyLimitMiddleware, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self._middleware = gate
+        self._middleware = middleware
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -91,46 +94,46 @@ class _Exchange:
         self._is_closed = False
 
     async def run(self) -> None:
-        gate = self._middleware
+        middleware = self._middleware
         length = dict(self._scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length) > gate.body_bytes:
-            await self._send_problem(build_too_large_problem(gate.body_bytes))
+        if length.isdigit() and int(length) > middleware.body_bytes:
+            await self._send_problem(build_too_large_problem(middleware.body_bytes))
             return
         try:
-            await gate.app(self._scope, self._receive_bounded, self._send_checked)
+            await middleware.app(self._scope, self._receive_bounded, self._send_checked)
         except Exception:
             if self._is_answered:
                 raise
-            logger.exception("a request failed before a replica had it")
+            logger.exception("a request failed in the HTTP proxy")
         finally:
-            gate.held_bytes -= self._held_bytes
+            middleware.held_bytes -= self._held_bytes
         if not self._is_answered:
-            # a replica that died of this request is told by the same silence: nobody is asked to
-            # send it again
+            # a replica that crashed on this request looks the same, so no Retry-After
             await self._send_problem(
-                Problem(500, "internal_error", "what was to answer has ended; the log has more")
+                Problem(500, "internal_error", "the replica ended; the log has the reason")
             )
 
     async def _receive_bounded(self) -> Message:
-        """What has arrived; once it is too much, that nobody is there any more."""
+        """Receive the next message; a disconnect once a limit is exceeded."""
         if self._is_closed:
             return _DISCONNECT
         message = await self._receive()
         if message["type"] != "http.request":
             return message
-        gate, count = self._middleware, len(message.get("body", b""))
+        middleware, count = self._middleware, len(message.get("body", b""))
         self._held_bytes += count
-        gate.held_bytes += count
+        middleware.held_bytes += count
         self._is_complete = not message.get("more_body", False)
-        if self._held_bytes > gate.body_bytes:
-            await self._send_problem(build_too_large_problem(gate.body_bytes))
-        elif gate.held_bytes > gate.proxy_bytes:
+        if self._held_bytes > middleware.body_bytes:
+            await self._send_problem(build_too_large_problem(middleware.body_bytes))
+        elif middleware.held_bytes > middleware.proxy_bytes:
             await self._send_problem(_build_full_problem())
         else:
             return message
         return _DISCONNECT
 
     async def _send_checked(self, message: Message) -> None:
+        """Send a message of the response, or a problem in place of an error of Ray's own."""
         if self._is_closed:
             return
         if message["type"] == "http.response.start":
@@ -142,7 +145,7 @@ class _Exchange:
         await self._send(message)
 
     async def _send_problem(self, problem: Problem) -> None:
-        """Answer in the place of what is behind, and let nothing more through, either way."""
+        """Answer in place of the application; pass nothing more in either direction."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -161,22 +164,22 @@ def _build_full_problem() -> Problem:
     return Problem(
         503,
         "busy",
-        "as many bytes as may wait here are waiting; try again later",
+        "the HTTP proxy's memory for request bodies is full; retry later",
         retry_after=_RETRY_AFTER_S,
     )
 
 
 def _convert_ray_error(start: Message) -> Problem | None:
-    """The problem that an answer of Ray's own is; None for answers of an application.
+    """Convert the start of an error response of Ray's own; None for an application's response.
 
-    What Ray says itself is plain text without a length.
+    Ray's own error responses are plain text without a Content-Length.
     """
     headers = dict(map(tuple, start["headers"]))
-    plain = headers.get(b"content-type", b"").startswith(b"text/plain")
-    if start["status"] < 400 or not plain or b"content-length" in headers:
+    is_plain = headers.get(b"content-type", b"").startswith(b"text/plain")
+    if start["status"] < 400 or not is_plain or b"content-length" in headers:
         return None
     problem = build_status_problem(start["status"], _RAY_ERROR_DETAILS.get(start["status"]))
     if problem.status == 503:
-        after = headers.get(b"retry-after", b"")
-        problem.retry_after = max(1, int(after)) if after.isdigit() else _RETRY_AFTER_S
+        retry_after = headers.get(b"retry-after", b"")
+        problem.retry_after = max(1, int(retry_after)) if retry_after.isdigit() else _RETRY_AFTER_S
     return problem

@@ -1,7 +1,7 @@
-"""How much a key may send: a token bucket per key, dealt out to replicas ahead of need.
+"""Rate limit per API key: a token bucket per key, shared by all replicas.
 
-One `Purse` for the whole service keeps the count exact however many replicas there are; each has a
-`Pocket` of tokens that it took from the purse, so that most requests cost no message.
+One `TokenBuckets` in the coordinator keeps the count exact for any number of replicas. Each replica
+prefetches tokens into its `LocalAllowance`, so that most requests need no call to the coordinator.
 Source: token bucket as in Tanenbaum, Computer Networks, section 5.4.2.
 """
 
@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 BURST_SECONDS = 10.0
-"""A key that was silent for so long may send so many seconds' worth at once."""
+"""Capacity of a bucket, in seconds of the key's rate: what an idle key may send at once."""
 PREFETCH_SECONDS = 0.5
-"""What a pocket takes at a time."""
+"""Tokens that a replica prefetches, in seconds of the key's rate."""
 
 
 @dataclass
@@ -25,29 +25,31 @@ class _Bucket:
 
 
 class TokenBuckets:
-    """Tokens of all keys; not thread-safe.
+    """Token buckets of all keys; not thread-safe.
 
-    clock: seconds, ever growing
+    clock: monotonic time in seconds
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[str, _Bucket] = {}
 
-    def take(self, name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
-        """Take `need` tokens for a key, and up to `ahead` more.
+    def take(
+        self, name: str, per_second: float, needed: int, prefetch: float
+    ) -> tuple[float, float]:
+        """Take `needed` tokens of a key, and up to `prefetch` more.
 
-        Returns what was taken, and 0 seconds; or 0 and the seconds until there will be enough.
+        Returns the number of tokens taken and 0; or 0 and the seconds until there are enough.
         """
         now = self._clock()
-        most = max(per_second * BURST_SECONDS, 1.0)
-        bucket = self._buckets.setdefault(name, _Bucket(most, now))
-        bucket.tokens = min(most, bucket.tokens + (now - bucket.updated_at) * per_second)
+        capacity = max(per_second * BURST_SECONDS, 1.0)
+        bucket = self._buckets.setdefault(name, _Bucket(capacity, now))
+        bucket.tokens = min(capacity, bucket.tokens + (now - bucket.updated_at) * per_second)
         bucket.updated_at = now
-        # more at once than a bucket ever holds goes when it is full, and is owed
-        if bucket.tokens < min(need, most):
-            return 0.0, (min(need, most) - bucket.tokens) / per_second
-        taken = need + max(0.0, min(ahead, bucket.tokens - need))
+        # a request larger than the capacity passes when the bucket is full, and leaves a debt
+        if bucket.tokens < min(needed, capacity):
+            return 0.0, (min(needed, capacity) - bucket.tokens) / per_second
+        taken = needed + max(0.0, min(prefetch, bucket.tokens - needed))
         bucket.tokens -= taken
         return taken, 0.0
 
@@ -56,9 +58,9 @@ TakeTokens = Callable[[str, float, int, float], Awaitable[tuple[float, float]]]
 
 
 class LocalAllowance:
-    """One replica's tokens of all keys.
+    """Prefetched tokens of all keys in one replica.
 
-    take: `Purse.take`, from wherever the purse is
+    take: asynchronous `TokenBuckets.take`, in the coordinator
     """
 
     def __init__(self, take: TakeTokens, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,19 +69,19 @@ class LocalAllowance:
         self._tokens: dict[str, tuple[float, float]] = {}
 
     async def spend(self, name: str, per_minute: float, images: int) -> int:
-        """Pay for images; 0 when they are paid for, else the whole seconds to wait before."""
+        """Spend a token per image. Returns 0, or the whole seconds to wait if there are too few."""
         per_second = per_minute / 60
         if self._get_tokens(name) < images:
-            ahead = per_second * PREFETCH_SECONDS
-            taken, wait = await self._take(name, per_second, images, ahead)
+            prefetch = per_second * PREFETCH_SECONDS
+            taken, wait = await self._take(name, per_second, images, prefetch)
             if wait > 0:
                 return max(1, math.ceil(wait))
             self._tokens[name] = self._get_tokens(name) + taken, self._clock()
-        tokens, when = self._tokens[name]
-        self._tokens[name] = tokens - images, when
+        tokens, taken_at = self._tokens[name]
+        self._tokens[name] = tokens - images, taken_at
         return 0
 
     def _get_tokens(self, name: str) -> float:
-        """Tokens not spent in time are forfeited: a key of many replicas would keep them all."""
-        tokens, when = self._tokens.get(name, (0.0, 0.0))
-        return tokens if self._clock() - when < 2 * PREFETCH_SECONDS else 0.0
+        """Tokens of a key; they expire, since many replicas could otherwise hoard them all."""
+        tokens, taken_at = self._tokens.get(name, (0.0, 0.0))
+        return tokens if self._clock() - taken_at < 2 * PREFETCH_SECONDS else 0.0

@@ -1,4 +1,4 @@
-"""How many replicas there are, and what each may use: arithmetic before anything starts."""
+"""Planning of replicas: their number and resources, computed before anything starts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from imgcls.errors import ResourcesError
 from imgcls.serving.config import ReplicaConfig
 
 MAX_DEFAULT_REPLICAS = 8
-"""Replicas on a machine with many cores; more of them per replica instead."""
+"""Default limit of the replicas on CPUs; with more CPUs each replica gets more of them."""
 
 
 @dataclass(frozen=True)
 class ReplicaPlan:
-    """What Ray Serve is asked for.
+    """Number of replicas and the resources of each.
 
-    cpus, gpus: of each, reserved with Ray
-    threads:    for decoding, and as many for the network on a CPU
+    cpus, gpus: per replica, reserved with Ray
+    threads:    per replica, for decoding; on a CPU as many again for the forward pass
+    reason:     one line for the log
     """
 
     min_replicas: int
@@ -31,33 +32,36 @@ class ReplicaPlan:
 
 
 def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: bool) -> ReplicaPlan:
-    """Lay out replicas over machines.
+    """Compute the number of replicas and their resources from the nodes of the cluster.
 
-    may_grow: an autoscaler may bring more machines than there are
-    Raises ResourcesError, with the arithmetic, when `config.least` cannot be held.
+    may_grow: whether an autoscaler may add nodes
+    Raises ResourcesError when `config.min_replicas` do not fit.
     """
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     if gpus:
-        least = config.min_replicas or math.floor(gpus)
-        each = config.cpus or max(0.5, math.floor(cpus / max(gpus, least)))
-        gpus_each, reason = 1.0, f"{gpus:g} GPUs: a replica for each"
-        fit = min(math.floor(gpus), math.floor(cpus / each + 1e-6))
+        min_replicas = config.min_replicas or math.floor(gpus)
+        cpus_each = config.cpus or max(0.5, math.floor(cpus / max(gpus, min_replicas)))
+        gpus_each, reason = 1.0, f"{gpus:g} GPUs, one replica per GPU"
+        fit = min(math.floor(gpus), math.floor(cpus / cpus_each + 1e-6))
     else:
-        least = config.min_replicas or max(1, min(MAX_DEFAULT_REPLICAS, math.floor(cpus)))
-        each = config.cpus or max(1.0, float(math.floor(cpus / least)))
-        gpus_each, reason = 0.0, f"no GPU among {cpus:g} CPUs"
-        fit = sum(math.floor(node.cpus / each + 1e-6) for node in nodes)
-    if least > fit and not may_grow:
-        takes = f"{each:g} CPUs" + (" and a GPU" if gpus else "")
-        there = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+        min_replicas = config.min_replicas or max(1, min(MAX_DEFAULT_REPLICAS, math.floor(cpus)))
+        cpus_each = config.cpus or max(1.0, float(math.floor(cpus / min_replicas)))
+        gpus_each, reason = 0.0, f"{cpus:g} CPUs, no GPU"
+        fit = sum(math.floor(node.cpus / cpus_each + 1e-6) for node in nodes)
+    if min_replicas > fit and not may_grow:
+        needs = f"{cpus_each:g} CPUs" + (" and 1 GPU" if gpus else "")
+        available = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         raise ResourcesError(
-            f"replicas.min_replicas {least}: each takes {takes}, and of {there} {fit} fit; "
-            "give fewer, "
-            "or fewer replicas.cpus"
+            f"replicas.min_replicas {min_replicas}: each replica needs {needs}; only {fit} fit in "
+            f"the cluster's {available}. Lower replicas.min_replicas or replicas.cpus"
         )
-    most = max(least, config.max_replicas or least)
-    threads = max(1, math.floor(each))
-    count = f"{least}" if most == least else f"{least} to {most}"
+    max_replicas = max(min_replicas, config.max_replicas or min_replicas)
+    count = f"{min_replicas}" if max_replicas == min_replicas else f"{min_replicas}-{max_replicas}"
     return ReplicaPlan(
-        least, most, each, gpus_each, threads, f"{reason}; {count} replicas, each with {each:g}"
+        min_replicas,
+        max_replicas,
+        cpus_each,
+        gpus_each,
+        max(1, math.floor(cpus_each)),
+        f"{reason}: {count} replicas, CPUs per replica: {cpus_each:g}",
     )

@@ -1,6 +1,6 @@
-"""`serve`: the endpoint on this machine or on a cluster, until it is told to stop.
+"""The `serve` job: runs the endpoint on this machine or on a cluster until it is stopped.
 
-On a cluster with `--detach` it is left serving, and the same command changes what is serving.
+With `--detach` the service keeps running on the cluster, and the same command changes it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
-import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import RayServeException
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
-from imgcls.cluster.session import Interruption
+from imgcls.cluster import autoscaler, ray_internals, session
+from imgcls.cluster.interrupts import Interruption
 from imgcls.config import Section
-from imgcls.data import filesystem, object_store
-from imgcls.errors import ImgclsError, Interrupted, RequestError, ResourcesError, RunFailed
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import with_config_storage
+from imgcls.errors import (
+    ImgclsError,
+    Interrupted,
+    RequestError,
+    ResourcesError,
+    RunFailed,
+    one_line,
+)
 from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.serving import proxy_middleware
@@ -35,29 +40,39 @@ from imgcls.serving.deployment import APPLICATION, build_application, run_prefli
 from imgcls.serving.scaling import plan_replicas
 
 UPDATE_TIMEOUT_S = 300.0
-"""For replicas that are there to load another bundle."""
+"""Maximum time for running replicas to load a changed bundle."""
 STATUS_INTERVAL_S = 1.0
-"""Between two looks at whether replicas are missing."""
+"""Interval between two checks for missing replicas."""
 
 logger = logging.getLogger(__name__)
 
 
+@with_config_storage
 def serve(config: ServeConfig) -> None:
-    """Label images over HTTP, with a page to try it on, until SIGTERM or Ctrl-C.
+    """Serve a model over HTTP until SIGTERM or Ctrl-C; return once it runs with `detach`.
 
-    Raises a RequestError before anything starts, RunFailed when replicas do not start.
+    Parameters
+    ----------
+    config : ServeConfig
+        Model bundle, listening address, API keys, limits and replicas.
+
+    Raises
+    ------
+    RequestError
+        If a setting is wrong or the resources do not suffice; nothing was started.
+    RunFailed
+        If the replicas do not start, or running replicas cannot load a changed bundle.
     """
     log.use(config.log)
     config = _resolve_paths(config)
-    object_store.set_process_settings(config.storage)
     _check_http(config)
-    fixed = run_preflight_checks(config)
+    fixed_keys = run_preflight_checks(config)
     with Interruption().handle_signals() as interruption:
         _set_environment(config)
         session.connect()
         if config.detach and session.is_private_session():
             raise RequestError(
-                "detach: there is no cluster to leave it on; `ray start --head` first, or set "
+                "detach: no Ray cluster is running. Start one with `ray start --head`, or set "
                 "RAY_ADDRESS"
             )
         replicas = plan_replicas(
@@ -65,71 +80,74 @@ def serve(config: ServeConfig) -> None:
         )
         tell("layout", replicas.reason)
         _start_proxies(config)
-        found = APPLICATION in ray_serve.status().applications
-        asked = uuid.uuid4().hex
+        was_running = APPLICATION in ray_serve.status().applications
+        settings_id = uuid.uuid4().hex
         try:
             ray_serve.run(
-                build_application(config, fixed, replicas, asked),
+                build_application(config, fixed_keys, replicas, settings_id),
                 name=APPLICATION,
                 route_prefix="/",
             )
             interruption.check()
-            _wait_for_replicas(asked, interruption)
+            _wait_for_replicas(settings_id, interruption)
         except (Interrupted, RuntimeError) as error:
-            _handle_failed_start(error, config, found)
+            _handle_failed_start(error, config, was_running)
             return
-        _run_until_stopped(config, found, interruption)
+        _run_until_stopped(config, was_running, interruption)
 
 
 def _handle_failed_start(
-    error: Interrupted | RuntimeError, config: ServeConfig, found: bool
+    error: Interrupted | RuntimeError, config: ServeConfig, was_running: bool
 ) -> None:
-    """Undo a start that came to nothing; a service that was there before is not ours to end."""
+    """Undo a failed start; a service that was running before is kept."""
     if isinstance(error, Interrupted):
-        if found:
+        if was_running:
             raise Interrupted(
-                f"{error}, before every replica had taken it up; the service goes on, and the same "
-                "command goes on with the change"
+                f"{error} before every replica had applied the change. The service keeps running; "
+                "rerun the same command to finish the change"
             ) from error
         _delete_application()
         if config.detach:
             raise error
         return
-    why = _find_start_error() or _format_error(
-        error
-    )  # what Ray Serve raises of replicas that do not start
-    if found:
+    # the RuntimeError of Ray Serve names no reason; the status of the application may
+    reason = _find_start_error() or one_line(error, 500)
+    if was_running:
         raise RunFailed(
-            f"the change did not come into force, and the service that was there was left: {why}; "
-            "the command that started it undoes the change"
+            f"the change failed, and the running service was kept: {reason}. Rerun the command "
+            "that started the service to undo the change"
         ) from error
     _delete_application()
-    raise RunFailed(f"the service did not start: {why}") from error
+    raise RunFailed(f"the service did not start: {reason}") from error
 
 
-def _run_until_stopped(config: ServeConfig, found: bool, interruption: Interruption) -> None:
-    """Say that it is ready; if not detached, wait to be told to stop, and end what was started."""
+def _run_until_stopped(config: ServeConfig, was_running: bool, interruption: Interruption) -> None:
+    """Wait for a signal, then shut down what was started; return at once with `detach`."""
     scheme = "https" if config.http.certificate else "http"
     url = f"{scheme}://{config.http.host}:{config.http.port}/"
     try:
         tell("ready", f"{url} serves {config.model}", url=url)
-        troubles = _ReplicaMonitor(config.model)
+        monitor = _ReplicaMonitor(config.model)
         while not config.detach:
             interruption.check()
             time.sleep(0.2)
-            troubles.poll()
+            monitor.poll()
         return
     except Interrupted:
-        if found:
-            tell("stop", "the service goes on, as it did before; `serve shutdown` ends it")
+        if was_running:
+            tell(
+                "stop",
+                "the service was running before this command and keeps running. Run "
+                "`serve shutdown` to stop it",
+            )
             return
     _drain(config)
     _delete_application()
-    tell("stop", "every request was answered")
+    tell("stop", "all requests were answered; stopped")
 
 
 class _ReplicaMonitor:
-    """Logs why replicas are missing: Ray Serve tries to start them again and again, in silence."""
+    """Logs why replicas are missing; Ray Serve restarts them without a message."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -137,41 +155,41 @@ class _ReplicaMonitor:
         self._last_reason: str | None = None
 
     def poll(self) -> None:
-        """Log a reason that is new, and the end of the trouble; asks Ray every second."""
+        """Log a new reason, or that all replicas run again; checks at most once per second."""
         if time.monotonic() - self._last_poll < STATUS_INTERVAL_S:
             return
         self._last_poll = time.monotonic()
         try:
-            why = self._find_reason()
-        except RayError as error:  # the controller is being started again
+            reason = self._find_reason()
+        except RayError as error:  # Ray Serve's controller is restarting
             logger.info("no status of the service: %s", type(error).__name__)
             return
-        if why is not None and why != self._last_reason:
-            tell("unhealthy", f"a replica is missing, and Ray Serve keeps starting it: {why}")
-        elif why is None and self._last_reason is not None:
-            tell("healthy", "all replicas run again")
-        self._last_reason = why
+        if reason is not None and reason != self._last_reason:
+            tell("unhealthy", f"a replica is missing, Ray Serve keeps restarting it: {reason}")
+        elif reason is None and self._last_reason is not None:
+            tell("healthy", "all replicas are running again")
+        self._last_reason = reason
 
     def _find_reason(self) -> str | None:
-        """Why a replica is missing; None while none is."""
-        application_ = ray_serve.status().applications.get(APPLICATION)
-        if application_ is None:
+        """Why a replica is missing; None if none is."""
+        application = ray_serve.status().applications.get(APPLICATION)
+        if application is None:
             return None
-        missing = has_missing_replicas(each.status for each in application_.deployments.values())
-        if not missing:
-            return self._last_reason if missing is None else None
+        is_missing = has_missing_replicas(each.status for each in application.deployments.values())
+        if not is_missing:
+            return self._last_reason if is_missing is None else None
         if self._last_reason is None:
             try:
-                load_bundle(self._model)  # the likeliest reason, known before a replica has tried
+                load_bundle(self._model)  # the likeliest reason, known before a replica restarts
             except ImgclsError as error:
                 return str(error)
-        return _find_start_error() or self._last_reason or "it has died"
+        return _find_start_error() or self._last_reason or "it crashed"
 
 
 def has_missing_replicas(statuses: Iterable[str]) -> bool | None:
-    """Whether replicas have died or do not start; None while their number or version changes.
+    """Whether replicas have crashed or do not start; None during a change of number or version.
 
-    statuses: of the deployments, as Ray Serve has them
+    statuses: Ray Serve's status of each deployment
     """
     found = set(statuses)
     if found & {"UNHEALTHY", "DEPLOY_FAILED"}:
@@ -180,54 +198,55 @@ def has_missing_replicas(statuses: Iterable[str]) -> bool | None:
 
 
 def _resolve_paths(config: ServeConfig) -> ServeConfig:
-    """Settings that name the same files in processes with another working directory."""
+    """Make local paths absolute: Ray's processes have another working directory."""
 
-    def whole(section: Section, *names: str) -> dict[str, str]:
+    def resolve(section: Section, *names: str) -> dict[str, str]:
         values = ((name, getattr(section, name)) for name in names)
         return {name: filesystem.absolute(value) for name, value in values if value is not None}
 
     files = {
-        "keys": config.keys.model_copy(update=whole(config.keys, "file")),
-        "http": config.http.model_copy(update=whole(config.http, "certificate", "private_key")),
+        "keys": config.keys.model_copy(update=resolve(config.keys, "file")),
+        "http": config.http.model_copy(update=resolve(config.http, "certificate", "private_key")),
     }
-    return config.model_copy(update={**whole(config, "model"), **files})
+    return config.model_copy(update={**resolve(config, "model"), **files})
 
 
 def _check_http(config: ServeConfig) -> None:
     if not config.http.is_loopback() and not config.keys.is_configured():
         raise RequestError(
-            f"http.host {config.http.host}: anyone who reaches it could use it; give --keys FILE "
-            "(`imgcls key new --file FILE --name NAME` makes one), or listen on 127.0.0.1"
+            f"http.host {config.http.host}: the service would accept requests from other machines "
+            "without API keys. Create a key with `imgcls key new --file FILE --name NAME` and pass "
+            "--keys FILE, or listen on 127.0.0.1"
         )
     for name in ("certificate", "private_key"):
         file = getattr(config.http, name)
         if file is not None and not os.path.isfile(file):
-            raise RequestError(f"http.{name} {file}: no such file; give a PEM file")
+            raise RequestError(f"http.{name} {file}: no such file. Pass a PEM file")
 
 
 def _set_environment(config: ServeConfig) -> None:
-    """What processes of Ray Serve find in their environment, where this one starts them.
+    """Set the environment variables that Ray Serve's processes read, if they are not set already.
 
-    Its replicas do nothing on their event loop that would keep it busy, so they need no other one.
+    User code runs in the main thread: nothing in a replica blocks its event loop for long.
     """
     limits = config.limits
-    wanted = {
+    variables = {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK_PATH,
     }
     if config.http.proxy == "haproxy":
-        wanted |= {
+        variables |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_find_free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_find_free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_find_free_port()),
         }
-    for name, value in wanted.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    largest = max(limits.body_bytes, limits.image_bytes)
-    os.environ.update(proxy_middleware.build_environment(largest, limits.proxy_bytes))
+    body_bytes = max(limits.body_bytes, limits.image_bytes)
+    os.environ.update(proxy_middleware.build_environment(body_bytes, limits.proxy_bytes))
 
 
 def _find_free_port() -> int:
@@ -237,17 +256,15 @@ def _find_free_port() -> int:
 
 
 def _start_proxies(config: ServeConfig) -> None:
-    """Start Ray Serve's doors, or find those that are there to be the same."""
-
+    """Start Ray Serve's HTTP proxies, or check that those of the cluster have the same address."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    there = _find_http_address()
-    wanted = (config.http.host, config.http.port)
-    if there is not None and there != wanted:
+    current = ray_internals.find_serve_address()
+    if current is not None and current != (config.http.host, config.http.port):
         raise RequestError(
-            f"http: Ray Serve on this cluster listens on {there[0]}:{there[1]} already; say "
-            f"--http.host {there[0]} --http.port {there[1]}, or stop it with `serve shutdown`"
+            f"http: Ray Serve already listens on {current[0]}:{current[1]} on this cluster. Pass "
+            f"--http.host {current[0]} --http.port {current[1]}, or stop it with `serve shutdown`"
         )
-    if there is None and session.is_private_session():
+    if current is None and session.is_private_session():
         _check_port_free(config.http)
     ray_serve.start(
         proxy_location=ProxyLocation.EveryNode,
@@ -261,19 +278,6 @@ def _start_proxies(config: ServeConfig) -> None:
     )
 
 
-def _find_http_address() -> tuple[str, int] | None:
-    """Where Ray Serve listens on this cluster; None when it does not run."""
-
-    try:
-        client: Any = ray_serve.context._get_global_client(raise_if_no_controller_running=False)
-    except RayServeException:
-        return None
-    if client is None:
-        return None
-    options = ray.get(client._controller.get_http_config.remote())
-    return options.host, options.port
-
-
 def _check_port_free(http: HttpConfig) -> None:
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -282,57 +286,52 @@ def _check_port_free(http: HttpConfig) -> None:
             probe.bind((http.host, http.port))
         except OSError as error:
             raise RequestError(
-                f"http.port {http.port}: {error.strerror or error}; give another --http.port, or "
-                "another --http.host"
+                f"http.port {http.port}: {error.strerror or error}. Pass another --http.port or "
+                "--http.host"
             ) from error
 
 
-def _wait_for_replicas(asked: str, interruption: Interruption) -> None:
-    """Wait until all replicas have taken up what was asked for, under that name."""
-
-    hub = ray_serve.get_deployment_handle(COORDINATOR, APPLICATION)
+def _wait_for_replicas(settings_id: str, interruption: Interruption) -> None:
+    """Wait until all replicas have applied the settings with this ID."""
+    coordinator = ray_serve.get_deployment_handle(COORDINATOR, APPLICATION)
     deadline = time.monotonic() + UPDATE_TIMEOUT_S
     while True:
         interruption.check()
-        reports = hub.reports.remote().result(timeout_s=60)
-        errors = [said.error for said in reports if said.asked == asked and said.error is not None]
+        reports = coordinator.list_reports.remote().result(timeout_s=60)
+        current = [report for report in reports if report.settings_id == settings_id]
+        errors = [report.error for report in current if report.error is not None]
         if errors:
-            raise RunFailed(f"the service goes on with the model that it had: {errors[0]}")
-        if reports and all(said.asked == asked for said in reports):
+            raise RunFailed(f"the previous model stays in use: {errors[0]}")
+        if reports and len(current) == len(reports):
             return
         if time.monotonic() > deadline:
-            raise ResourcesError("replicas have not taken up the model")
+            raise ResourcesError(
+                f"not all replicas have loaded the model within {UPDATE_TIMEOUT_S:g} s"
+            )
         time.sleep(0.2)
 
 
 def _drain(config: ServeConfig) -> None:
-    """Say at /readyz that the end is near, while requests still come in."""
-
+    """Turn /readyz to 503 and keep serving for the drain period."""
     if config.replicas.drain_period_s:
         tell("stop", f"draining for {config.replicas.drain_period_s:g} s")
-        hub = ray_serve.get_deployment_handle(COORDINATOR, APPLICATION)
-        hub.drain.remote().result(timeout_s=30)
+        coordinator = ray_serve.get_deployment_handle(COORDINATOR, APPLICATION)
+        coordinator.start_draining.remote().result(timeout_s=30)
         time.sleep(config.replicas.drain_period_s)
 
 
 def _delete_application() -> None:
-    """End the replicas when they have answered what is under way."""
-
+    """Delete the application; its replicas first finish their requests."""
     ray_serve.delete(APPLICATION)
     if session.is_private_session():
         ray_serve.shutdown()
 
 
 def _find_start_error() -> str | None:
-    """The last line of what a replica that did not start had to say."""
-
-    application_ = ray_serve.status().applications.get(APPLICATION)
-    for deployment in application_.deployments.values() if application_ else ():
+    """The last line of the traceback of a replica that did not start, from Ray Serve's status."""
+    application = ray_serve.status().applications.get(APPLICATION)
+    for deployment in application.deployments.values() if application else ():
         lines = [line for line in deployment.message.splitlines() if re.match(r"\w[\w.]*: ", line)]
         if lines:
             return lines[-1]
     return None
-
-
-def _format_error(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -1,7 +1,7 @@
-"""Images in, rows out: decoding in threads, forward passes over whatever is waiting together.
+"""Inference of one replica: threads decode uploads, and the model runs on whatever is waiting.
 
-Owns the model in use and its change while requests go on. Uses the same decoding, network,
-temperature and thresholds as labelling does, so that a row here is the row of the table there.
+Owns the model in use and replaces it while requests are being served. Uses the same decoding,
+network, temperature and thresholds as the batch job, so a row here equals the row of its table.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
-from imgcls.errors import ImageError, ImageTooLarge
+from imgcls.errors import OK, ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
-from imgcls.runs.layout import OK
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics
@@ -31,7 +30,7 @@ from imgcls.serving.uploads import Upload
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What a request asks of each of its images."""
+    """Options of one request, for each of its images."""
 
     top_k: int
     threshold: float | None = None
@@ -39,7 +38,7 @@ class PredictOptions:
 
 
 class ServedModel:
-    """A bundle that is ready to answer: loaded, and its network run once at either batch size."""
+    """A loaded bundle whose network has run once per batch size, so that requests find it warm."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
@@ -47,7 +46,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, config: ServeConfig) -> ServedModel:
-        """Raises BundleError when the bundle is missing or damaged."""
+        """Load and warm up; raises BundleError if the bundle is missing or damaged."""
         bundle = load_bundle(config.model)
         on_gpu = torch.cuda.is_available()
         classifier = Classifier(
@@ -63,9 +62,9 @@ class ServedModel:
         return cls(classifier)
 
     def describe(self, threshold: float | None) -> dict[str, Any]:
-        """What anyone with a key may know of it.
+        """Description of the model for clients.
 
-        threshold: takes the place of the bundle's own, and of those of its classes
+        threshold: replaces the thresholds of the bundle and of its classes; None keeps them
         """
         spec = self.classifier.bundle.spec
         return {
@@ -84,7 +83,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class ForwardItem:
-    """One image on its way through the network."""
+    """One decoded image, waiting for the forward pass."""
 
     model: ServedModel
     pixels: Pixels
@@ -93,24 +92,30 @@ class ForwardItem:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """scores: (C,) float32; embedding: (E,) float32, None unless asked for"""
+    """Output of the network for one image.
+
+    scores:    (C,) float32
+    embedding: (E,) float32, None unless requested
+    """
 
     scores: np.ndarray[Any, np.dtype[np.float32]]
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
 
 
 class Service:
-    """Answers requests with one model at a time.
+    """Classifies uploads with one model at a time.
 
-    decoders: threads that decode
+    decoders:    number of decoding threads
+    is_draining: the service is about to shut down, as /readyz reports
     """
 
     def __init__(
-        self, config: ServeConfig, model: ServedModel, telemetry: ReplicaMetrics, *, decoders: int
+        self, config: ServeConfig, model: ServedModel, metrics: ReplicaMetrics, *, decoders: int
     ) -> None:
         self.config = config
         self.model = model
-        self.metrics = telemetry
+        self.metrics = metrics
+        self.is_draining = False
         self._decode_pool = ThreadPoolExecutor(decoders, "decode")
         self._batcher: DynamicBatcher[ForwardItem, ImageScores] = DynamicBatcher(
             self._classify_batch, config.batch_size
@@ -121,87 +126,89 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        """Images that have been let in and not answered."""
+        """Number of images that are queued or being processed."""
         return self._num_waiting
 
     def check_capacity(self, count: int = 1) -> None:
-        """Raise the Problem of a service that has more to do than it may keep waiting."""
+        """Raise a Problem (503) if `count` more images exceed the queue."""
         if self._num_waiting + count > self.config.limits.waiting_images:
             raise build_busy_problem(self._num_waiting * self._seconds_per_image)
 
     def describe_model(self) -> dict[str, Any]:
-        """The model in use, with the threshold in force."""
+        """Description of the model in use, with the threshold in effect."""
         return self.model.describe(self.config.threshold)
 
     async def predict(
-        self, uploads: Sequence[Upload], wanted: PredictOptions
+        self, uploads: Sequence[Upload], options: PredictOptions
     ) -> tuple[ServedModel, list[dict[str, Any]]]:
-        """One row per image, in the columns of a labelling run, and the model that they come from.
+        """Classify uploads.
 
-        Raises a Problem when they cannot be taken in now.
+        Returns the model and one row per upload, in the columns of the batch job. Raises a Problem
+        if the queue is full.
         """
         self.check_capacity(len(uploads))
         model = self.model
         self._num_waiting += len(uploads)
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         try:
             rows = await asyncio.gather(
-                *(self._predict_one(model, item, wanted) for item in uploads)
+                *(self._predict_one(model, upload, options) for upload in uploads)
             )
         finally:
             self._num_waiting -= len(uploads)
-        # what an image takes of this replica, for who is told to come again
-        spent = (time.perf_counter() - began) / (self._num_waiting + len(uploads))
+        # running mean of the time per image, for Retry-After
+        spent = (time.perf_counter() - started_at) / (self._num_waiting + len(uploads))
         self._seconds_per_image += 0.05 * (spent - self._seconds_per_image)
-        for place, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
-            row["row"], row["name"] = place, upload.name
+        for index, (row, upload) in enumerate(zip(rows, uploads, strict=True)):
+            row["row"], row["name"] = index, upload.name
             self.metrics.images.labels(status=row["status"]).inc()
         return model, rows
 
     async def update(self, config: ServeConfig) -> bool:
-        """Answer with the bundle that is now at `config.model`; the old one does so until then.
+        """Load the bundle at `config.model`, then use it; requests meanwhile use the old one.
 
-        Returns whether it was another. Raises BundleError, and then keeps the old one.
+        Returns whether its hash differs. Raises BundleError and keeps the old one if it is damaged.
         """
         async with self._update_lock:
             loop = asyncio.get_running_loop()
             model = await loop.run_in_executor(None, ServedModel.load, config)
-            changed = model.sha256 != self.model.sha256
+            has_changed = model.sha256 != self.model.sha256
             self.config, self.model = config, model
             self._batcher.size = config.batch_size
-            return changed
+            return has_changed
 
     async def _predict_one(
-        self, model: ServedModel, upload: Upload, wanted: PredictOptions
+        self, model: ServedModel, upload: Upload, options: PredictOptions
     ) -> dict[str, Any]:
-        scores: asyncio.Future[ImageScores] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ImageScores] = asyncio.get_running_loop().create_future()
 
-        def decode() -> tuple[int, int]:
-            pixels, shown = self._decode_upload(model, upload)
-            self._batcher.submit(ForwardItem(model, pixels, wanted.embeddings), scores)
-            return shown
+        def decode_and_submit() -> tuple[int, int]:
+            pixels, size = self._decode_upload(model, upload)
+            self._batcher.submit(ForwardItem(model, pixels, options.embeddings), future)
+            return size
 
         try:
-            width, height = await asyncio.wrap_future(self._decode_pool.submit(decode))
+            width, height = await asyncio.wrap_future(self._decode_pool.submit(decode_and_submit))
         except ImageError as error:
             return _build_row(None, status=error.status, error=str(error))
-        scored = await scores
-        if np.isnan(scored.scores).any():
+        output = await future
+        if np.isnan(output.scores).any():
             failure = model.classifier.build_not_finite_error()
             return _build_row(None, status=failure.status, error=str(failure))
         prediction = model.classifier.rank_scores(
-            scored.scores[None], top_k=wanted.top_k, threshold=wanted.threshold
+            output.scores[None], top_k=options.top_k, threshold=options.threshold
         )[0]
         row = _build_row(prediction, width=width, height=height)
-        if scored.embedding is not None:
-            row["embedding"] = scored.embedding.tolist()
+        if output.embedding is not None:
+            row["embedding"] = output.embedding.tolist()
         return row
 
     def _decode_upload(self, model: ServedModel, upload: Upload) -> tuple[Pixels, tuple[int, int]]:
+        """Decode an upload to pixels; also returns the width and height of the original."""
         limits = self.config.limits
         if upload.size > limits.image_bytes:
             raise ImageTooLarge(
-                f"{upload.size:,} bytes, more than image_bytes {limits.image_bytes:,}"
+                f"the file has {upload.size:,} bytes, more than image_bytes {limits.image_bytes:,}"
             )
         with self.metrics.time_stage("decode"):
             return decode.decode_image(
@@ -209,23 +216,23 @@ class Service:
             )
 
     def _classify_batch(self, items: Sequence[ForwardItem]) -> list[ImageScores]:
-        """Batches of one model each: while it changes, both are asked for."""
+        """Run the network, in one batch per model: during an update requests of both may wait."""
         results: dict[int, ImageScores] = {}
         groups: dict[tuple[str, bool], list[int]] = {}
-        for place, item in enumerate(items):
-            groups.setdefault((item.model.sha256, item.embedding), []).append(place)
-        for places in groups.values():
-            first = items[places[0]]
-            self.metrics.batch_images.observe(len(places))
+        for index, item in enumerate(items):
+            groups.setdefault((item.model.sha256, item.embedding), []).append(index)
+        for indices in groups.values():
+            first = items[indices[0]]
+            self.metrics.batch_images.observe(len(indices))
             with self.metrics.time_stage("classify"):
-                said = first.model.classifier.classify(
-                    decode.stack_images([items[place].pixels for place in places]),
+                output = first.model.classifier.classify(
+                    decode.stack_images([items[index].pixels for index in indices]),
                     embeddings=first.embedding,
                 )
-            for i, place in enumerate(places):
-                embedding = None if said.embedding is None else said.embedding[i]
-                results[place] = ImageScores(said.scores[i], embedding)
-        return [results[place] for place in range(len(items))]
+            for i, index in enumerate(indices):
+                embedding = None if output.embedding is None else output.embedding[i]
+                results[index] = ImageScores(output.scores[i], embedding)
+        return [results[index] for index in range(len(items))]
 
 
 def _build_row(

@@ -1,7 +1,7 @@
-"""Bodies as they arrive: bounded in bytes, in time and in number, on disk where they are large.
+"""Reading of request bodies: limited in bytes, time and number of images; large ones on disk.
 
-Nothing is read that is not needed to know that a request must be refused. No name or path that a
-client gives is ever opened.
+A request that must be rejected is not read further than needed to know it. File names sent by a
+client are returned and never opened.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from imgcls.serving.config import MIB, LimitsConfig
 from imgcls.serving.problems import Problem, build_busy_problem, build_too_large_problem
 
 MAX_FORM_FIELDS = 16
-"""Form fields beside the images: none is needed, and some forms send a few."""
+"""Maximum number of form fields other than images; none is used, but some forms send a few."""
 
 
 @dataclass
 class Upload:
-    """One image file that has arrived whole.
+    """One image file, received completely.
 
-    name: what the client calls it, to be told back and for nothing else
+    name: the client's file name, only to be returned in the response
     """
 
     file: IO[bytes]
@@ -42,14 +42,14 @@ class Upload:
 
 
 class BodyBudget:
-    """Counts the bytes of all bodies that are held, so that they never exceed a bound."""
+    """Limit on the total size of all request bodies held at a time, in bytes."""
 
-    def __init__(self, most: int) -> None:
-        self._max_bytes = most
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self.held_bytes = 0
 
     def reserve(self, count: int) -> None:
-        """Hold so many bytes more; raises a Problem when there is no room."""
+        """Reserve bytes; raises a Problem (503) if the limit is exceeded."""
         if self.held_bytes + count > self._max_bytes:
             raise build_busy_problem(1)
         self.held_bytes += count
@@ -60,51 +60,55 @@ class BodyBudget:
 
 @asynccontextmanager
 async def receive_uploads(
-    request: Request, limits: LimitsConfig, spool: BodyBudget
+    request: Request, limits: LimitsConfig, budget: BodyBudget
 ) -> AsyncIterator[list[Upload]]:
-    """The images in a request's body: itself, or the files of a multipart form.
+    """Receive the images of a request: the body itself, or the files of a multipart form.
 
-    Raises a Problem as soon as the body is seen to be too large, too slow or no such thing.
+    Raises a Problem as soon as the body turns out to be too large, too slow or malformed.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    form = kind == "multipart/form-data"
-    if not (form or not kind or kind == "application/octet-stream" or kind.startswith("image/")):
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = content_type == "multipart/form-data"
+    is_image = content_type in ("", "application/octet-stream") or content_type.startswith("image/")
+    if not (is_form or is_image):
         raise Problem(
             415,
             "unsupported_body",
-            f"content type {kind[:80]!r}: send the bytes of an image as image/* or "
-            "application/octet-stream, or several as multipart/form-data",
+            f"unsupported content type {content_type[:80]!r}. Send one image as image/* or "
+            "application/octet-stream, or several images as multipart/form-data",
         )
-    body = _BoundedBody(request, limits.body_bytes if form else limits.image_bytes, limits, spool)
+    max_bytes = limits.body_bytes if is_form else limits.image_bytes
+    body = _BoundedBody(request, max_bytes, limits, budget)
     uploads: list[Upload] = []
     try:
-        uploads = await (_read_form(request, body, limits) if form else _read_raw(body))
+        uploads = await (_read_form(request, body, limits) if is_form else _read_raw(body))
         if not uploads:
-            raise Problem(400, "no_image", "the form has no file; send each image as one")
+            raise Problem(
+                400, "no_image", "the form contains no file. Send each image as a file field"
+            )
         yield uploads
     finally:
         for upload in uploads:
             upload.file.close()
-        spool.release(body.num_bytes)
+        budget.release(body.num_bytes)
 
 
 class _BoundedBody:
-    """A request's body, chunk by chunk, held to a size and a time."""
+    """A request body, read chunk by chunk within limits of size and time."""
 
     def __init__(
-        self, request: Request, most: int, limits: LimitsConfig, spool: BodyBudget
+        self, request: Request, max_bytes: int, limits: LimitsConfig, budget: BodyBudget
     ) -> None:
         self.num_bytes = 0
         self._request = request
-        self._max_bytes = most
-        self._budget = spool
+        self._max_bytes = max_bytes
+        self._budget = budget
         self._timeout_s = limits.upload_timeout_s
         announced = request.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > most:
-            raise build_too_large_problem(most)
+        if announced.isdigit() and int(announced) > max_bytes:
+            raise build_too_large_problem(max_bytes)
 
     async def iter_chunks(self) -> AsyncGenerator[bytes, None]:
-        """The bytes as they come; raises a Problem when they are too many or too slow."""
+        """Yield the bytes as they arrive; raises a Problem if they are too many or too slow."""
         deadline = time.monotonic() + self._timeout_s
         stream = self._request.stream()
         while True:
@@ -117,7 +121,7 @@ class _BoundedBody:
                 raise Problem(
                     408,
                     "too_slow",
-                    f"the body did not arrive within {self._timeout_s:g} seconds",
+                    f"the request body did not arrive within {self._timeout_s:g} s",
                 ) from None
             if self.num_bytes + len(chunk) > self._max_bytes:
                 raise build_too_large_problem(self._max_bytes)
@@ -127,7 +131,7 @@ class _BoundedBody:
 
 
 async def _read_raw(body: _BoundedBody) -> list[Upload]:
-    file = tempfile.SpooledTemporaryFile(max_size=MIB)  # noqa: SIM115  closed by `received`
+    file = tempfile.SpooledTemporaryFile(max_size=MIB)  # noqa: SIM115  receive_uploads closes it
     try:
         async for chunk in body.iter_chunks():
             file.write(chunk)
@@ -146,11 +150,11 @@ async def _read_form(request: Request, body: _BoundedBody, limits: LimitsConfig)
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise Problem(
-                413, "too_many_images", f"more than {limits.images} images in one request"
+                413, "too_many_images", f"the request has more than {limits.images} images"
             ) from None
         raise Problem(400, "malformed_form", f"multipart/form-data: {error.message}") from None
     except (KeyError, UnicodeError, LookupError):
-        raise Problem(400, "malformed_form", "multipart/form-data: without a boundary") from None
+        raise Problem(400, "malformed_form", "multipart/form-data: no boundary") from None
     return [
         Upload(part.file, part.size or 0, _clean_filename(part.filename))
         for _, part in form.multi_items()
@@ -159,5 +163,5 @@ async def _read_form(request: Request, body: _BoundedBody, limits: LimitsConfig)
 
 
 def _clean_filename(name: str | None) -> str | None:
-    """A name without what cannot be told back: in some charsets half a character may be one."""
+    """Replace what cannot be encoded as UTF-8; some charsets decode to lone surrogates."""
     return None if name is None else name.encode("utf-8", "replace").decode("utf-8")

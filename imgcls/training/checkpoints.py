@@ -1,10 +1,10 @@
-"""What survives a kill: the state after each epoch, on storage that every machine reaches.
+"""Checkpoints of an unfinished run, in the folder `_train` of its output.
 
-Owns the folder `_train` of an unfinished run: the identity that a later run must match, the states
-(written whole, in the background, then told by a marker with their digest) and the best weights.
-Promises that a state that is missing, cut short or damaged is passed over for the one before it,
-and that reading one runs no code. Ray Train's own checkpoints are not used: its snapshot is
-rewritten in place, so that a kill can truncate it.
+The folder holds the identity that a resumed run must match, the states (each written in the
+background and completed by a marker file with its digest) and the best weights. A missing,
+truncated or damaged state is skipped in favor of the one before it, and reading a state runs no
+code. Ray Train's own checkpoints are not used: it rewrites its snapshot file in place, so that
+a kill can truncate it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load, save
 
 from imgcls.data import filesystem
+from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import BundleError, OutputError, StorageMissing
 from imgcls.training.epoch_metrics import EpochMetrics
 
 CHECKPOINT_FOLDER = "_train"
 IDENTITY_FILE = "run.json"
 KEPT_STATES = 2
-"""States that are kept, so that a damaged one has a predecessor."""
+"""Number of states that are kept, so that a damaged one has a predecessor."""
 _MARKER = re.compile(r"state-(\d{6})\.json")
 
 TrainState = dict[str, Any]
@@ -37,13 +38,13 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run has come.
+    """Progress of a run. The field names are keys in the marker files.
 
-    epoch:   the epoch under way, counted from 1; 0 before the first of them
-    step:    steps of it that are done
-    totals:  what those steps add up to, over all workers, as `loop` counts it
-    history: the epochs that are done
-    best:    place in `history` of the epoch whose weights are kept; None before the first
+    epoch:   current epoch, counted from 1; 0 before the first
+    step:    completed steps of the current epoch
+    totals:  sums over these steps and all workers (`trainer.EpochTotals`)
+    history: completed epochs
+    best:    index in `history` of the epoch whose weights are kept; None before the first
     """
 
     epoch: int = 0
@@ -59,23 +60,24 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state as its marker describes it.
+    """A state as its marker file describes it.
 
-    number: counts the states of a run; the highest whole one is where it goes on
+    number: position among the states of the run; a run resumes from the highest complete one
+    best:   file name of the best weights
     """
 
     number: int
     sha256: str
     best: str | None
-    standing: TrainProgress = field(default_factory=TrainProgress)
+    progress: TrainProgress = field(default_factory=TrainProgress)
 
 
 class Checkpoints:
-    """The states of one run; one writer at a time, any number of readers."""
+    """The states of one run, for one writer at a time and any number of readers."""
 
     def __init__(self, output: str) -> None:
         self.folder = filesystem.join(output, CHECKPOINT_FOLDER)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool = create_thread_pool(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._number = max((each.number for each in self.list_states()), default=0)
         self._best: str | None = None
@@ -83,7 +85,7 @@ class Checkpoints:
     # ------------------------------------------------------------------ the run's identity
 
     def read_identity(self) -> dict[str, Any] | None:
-        """What the run in this folder is; None when there is none."""
+        """The identity of the run in this folder; None when there is no run."""
         url = filesystem.join(self.folder, IDENTITY_FILE)
         try:
             stored: dict[str, Any] = json.loads(filesystem.read(url))
@@ -92,11 +94,11 @@ class Checkpoints:
             return None
         except ValueError as error:
             raise OutputError(
-                f"{url}: is damaged ({error}); start over with --overwrite"
+                f"{url} is damaged ({error}). Pass --overwrite to start over."
             ) from error
 
     def start_run(self, identity: Mapping[str, Any]) -> None:
-        """Start an empty folder for a run."""
+        """Empty the folder and store the identity of a new run."""
         filesystem.remove(self.folder)
         body = json.dumps(identity, indent=2, ensure_ascii=False) + "\n"
         filesystem.write(filesystem.join(self.folder, IDENTITY_FILE), body.encode())
@@ -105,25 +107,21 @@ class Checkpoints:
     # ------------------------------------------------------------------ reading
 
     def list_states(self) -> list[SavedState]:
-        """The states that were written to their end, newest first; their bytes are not read."""
+        """All states with a valid marker, newest first; their contents are not checked."""
         found = []
         for name in filesystem.list_names(self.folder):
             if _MARKER.fullmatch(name):
                 try:
                     body = json.loads(filesystem.read(filesystem.join(self.folder, name)))
-                    standing = body["standing"]
-                    history = tuple(EpochMetrics(**epoch) for epoch in standing.pop("history"))
-                    totals = tuple(standing.pop("totals"))
-                    body["standing"] = TrainProgress(**standing, totals=totals, history=history)
-                    found.append(SavedState(**body))
+                    found.append(_parse_marker(body))
                 except (ValueError, TypeError, KeyError, StorageMissing):
                     continue
         return sorted(found, key=lambda each: -each.number)
 
     def load_latest(self, at_most: int | None = None) -> tuple[SavedState, TrainState] | None:
-        """The newest state that is whole, and its tensors; None when there is none.
+        """The newest complete state and its tensors; None when there is none.
 
-        at_most: the highest number to look at
+        at_most: highest number to consider
         """
         for saved in self.list_states():
             if at_most is not None and saved.number > at_most:
@@ -142,35 +140,35 @@ class Checkpoints:
         return None
 
     def load_best_weights(self, saved: SavedState) -> dict[str, torch.Tensor]:
-        """The weights of the best epoch of a state."""
+        """The weights of the best epoch so far."""
         if saved.best is None:
-            raise BundleError(f"{self.folder}: holds no weights yet")
+            raise BundleError(f"{self.folder} holds no weights yet")
         return dict(load(filesystem.read(self._url(saved.best))))
 
     # ------------------------------------------------------------------ writing
 
-    def save(self, standing: TrainProgress, state: TrainState, best: Weights | None) -> None:
-        """Write a state in the background, after the one before it.
+    def save(self, progress: TrainProgress, state: TrainState, best: Weights | None) -> None:
+        """Write a state in the background; waits for the previous state first.
 
-        best: the best weights, when they are new; the tensors must not change any more
-        Raises what went wrong with the one before.
+        best: new best weights, if any; the caller must not change the tensors afterwards
+        Raises the error of the previous write, if it failed.
         """
         self.wait_until_saved()
         self._number += 1
         if best is not None:
             self._best = f"best-{self._number:06d}.safetensors"
         self._pending = self._pool.submit(
-            self._write, self._number, self._best, standing, state, best
+            self._write, self._number, self._best, progress, state, best
         )
 
     def discard_after(self, number: int) -> None:
-        """Remove states beyond one that a run goes on from; they were found damaged."""
+        """Remove the states after the one that a run resumes from; they are damaged."""
         for name in filesystem.list_names(self.folder):
             if _parse_number(name) > number:
                 filesystem.remove(self._url(name))
 
     def wait_until_saved(self) -> None:
-        """Return when the last state is on storage; raises the StorageError if it is not."""
+        """Wait until the last state is written; raises its StorageError if that failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -179,7 +177,7 @@ class Checkpoints:
         self,
         number: int,
         best_name: str | None,
-        standing: TrainProgress,
+        progress: TrainProgress,
         state: TrainState,
         best: Weights | None,
     ) -> None:
@@ -189,8 +187,8 @@ class Checkpoints:
         torch.save(state, sink)
         data = sink.getvalue()
         filesystem.write(self._state_url(number), data)
-        saved = SavedState(number, hashlib.sha256(data).hexdigest(), best_name, standing)
-        marker = json.dumps(asdict(saved)) + "\n"
+        saved = SavedState(number, hashlib.sha256(data).hexdigest(), best_name, progress)
+        marker = json.dumps(_build_marker(saved)) + "\n"
         filesystem.write(self._url(f"state-{number:06d}.json"), marker.encode())
         self._prune()
 
@@ -204,7 +202,7 @@ class Checkpoints:
         names |= {each.best for each in kept if each.best is not None} | {IDENTITY_FILE}
         newest = kept[0].number
         for name in filesystem.list_names(self.folder):
-            # of the highest number there may be a state whose marker is not yet written
+            # files with a higher number belong to a state whose marker is not written yet
             if name not in names and _parse_number(name) <= newest:
                 filesystem.remove(self._url(name))
         filesystem.remove_temporary_files(self.folder, older_than=60)
@@ -218,6 +216,21 @@ class Checkpoints:
 
     def _url(self, name: str) -> str:
         return filesystem.join(self.folder, name)
+
+
+def _build_marker(saved: SavedState) -> dict[str, Any]:
+    """The contents of a marker file, in which the progress has the key `standing`."""
+    body = asdict(saved)
+    body["standing"] = body.pop("progress")
+    return body
+
+
+def _parse_marker(body: Any) -> SavedState:
+    standing = dict(body["standing"])
+    history = tuple(EpochMetrics(**epoch) for epoch in standing.pop("history"))
+    totals = tuple(standing.pop("totals"))
+    progress = TrainProgress(**standing, totals=totals, history=history)
+    return SavedState(body["number"], body["sha256"], body["best"], progress)
 
 
 def _parse_number(name: str) -> int:

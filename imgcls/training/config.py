@@ -1,4 +1,4 @@
-"""The request: every setting of a training, each section from beside its code."""
+"""Configuration of `imgcls train`; each section is defined in the module that uses it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Section
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.training.augment.augment import AugmentConfig
 from imgcls.training.data.examples import DataConfig
 from imgcls.training.epoch_metrics import SelectionMetric
@@ -29,25 +29,25 @@ NON_IDENTITY_KEYS = (
     "find_lr",
     "storage",
 )
-"""Settings that a resumed run may change: they do not decide what is learnt."""
+"""Keys that may change when a run is resumed, because they do not affect the weights."""
 
 
 class EarlyStoppingConfig(Section):
-    """When further epochs are not worth their time."""
+    """Early stopping."""
 
     patience: PositiveInt | None = None
-    """Epochs without an improvement (see best_by) after which it ends; none trains them all."""
+    """Epochs without an improvement of best_by after which the training stops. Default: off."""
     min_delta: NonNegativeFloat = 0.0
-    """By how much it must improve, at least."""
+    """Minimum change of the metric that counts as an improvement."""
 
 
 class TrainConfig(Section):
-    """Fine-tune a network on labelled images and write its bundle."""
+    """Train a network on labeled images and write its bundle."""
 
     data: DataConfig
     model: ModelConfig = ModelConfig()
     strategy: Strategy | None = None
-    """How to begin; if none, probe_then_finetune from model.weights, and scratch without them."""
+    """Training strategy. Default: probe_then_finetune with model.weights, scratch without."""
     probe: ProbeConfig = ProbeConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -58,25 +58,25 @@ class TrainConfig(Section):
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
     output: str
-    """The bundle folder to write; on a cluster, one that all machines reach."""
+    """Bundle folder to write; on a cluster, one that all nodes can reach."""
     overwrite: bool = False
-    """Replace the bundle, or the unfinished other run, that is there."""
+    """Replace an existing bundle or another unfinished run in output."""
     epochs: PositiveInt = 10
-    """Passes over the training images; the weights of the best one are kept."""
+    """Passes over the training images; the weights of the best epoch are kept."""
     best_by: SelectionMetric = "val_loss"
-    """What makes an epoch the best; of a few hundred images the accuracy says little."""
+    """Metric that selects the best epoch; accuracy is coarse on a few hundred images."""
     batch_size: PositiveInt = 64
-    """Images per step, over all workers together."""
+    """Images per step, over all workers."""
     precision: TrainPrecision = "auto"
-    """Of the arithmetic (weights stay fp32): auto takes bf16 where the hardware multiplies it."""
+    """Precision of the arithmetic (weights stay fp32); auto: bf16 if the hardware supports it."""
     seed: NonNegativeInt = 0
-    """Same seed, workers and hardware: same weights."""
+    """Random seed; the same seed, workers and hardware give the same weights."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """A state is saved after every epoch, and within epochs that are longer than this."""
+    """Minutes between saved states within an epoch; one is also saved after every epoch."""
     find_lr: bool = False
-    """Train nothing: try learning rates on some batches and draw the loss (Smith 2017)."""
+    """Only run an LR range test (Smith 2017): plot the loss over rising learning rates."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is learnt."""
+        """The settings that affect the trained weights."""
         settings = self.model_dump(mode="json")
         return {key: value for key, value in settings.items() if key not in NON_IDENTITY_KEYS}

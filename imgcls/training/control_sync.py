@@ -1,8 +1,8 @@
-"""The moment, every second or so, at which all workers agree on what to do next.
+"""Agreement of the workers on stopping and saving, by an all-reduce about once a second.
 
-Workers step in lockstep, so none can stop or save on its own. Each adds up, at a step that all
-count to alike, what it has heard: the driver's wish to stop, a machine about to be taken away, a
-loss that is no longer a number, the time since the last save.
+Workers step in lockstep, so that none can stop or save alone. At a step whose number all workers
+know they all-reduce the driver's stop request, a preemption notice, a loss that is not finite, and
+the time since the last save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 SYNC_INTERVAL_S = 1.0
-"""How often workers agree; a signal is answered within about this time and a step."""
+"""Target time between two agreements; a signal takes effect within about this time and a step."""
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
 _ray_train: Any = ray.train
@@ -26,11 +26,11 @@ _ray_train: Any = ray.train
 
 @dataclass(frozen=True)
 class ControlDecision:
-    """The same on all workers.
+    """What to do next, the same on all workers.
 
-    stop:    save and end
-    save:    save and go on
-    finite:  whether every worker's loss still is
+    should_stop: save and stop
+    should_save: save and continue
+    is_finite:   whether the loss of every worker is finite
     """
 
     should_stop: bool
@@ -39,55 +39,56 @@ class ControlDecision:
 
 
 class ControlSync:
-    """Counts steps up to the next agreement."""
+    """Counts steps until the next agreement; the interval in steps adapts to their duration."""
 
-    def __init__(self, board: Any, device: torch.device, *, save_seconds: float) -> None:
-        self._device, self._save_seconds = device, save_seconds
-        self._told = board.stopping.remote()
-        self._stride, self._steps = 1, 0
-        self._last = self._saved = time.monotonic()
-        self._preempted = False
+    def __init__(self, channel: Any, device: torch.device, *, save_interval_s: float) -> None:
+        self._device, self._save_interval_s = device, save_interval_s
+        self._stop_request = channel.wait_for_stop.remote()
+        self._interval, self._steps = 1, 0
+        self._last_sync = self._last_save = time.monotonic()
+        self._was_preempted = False
 
     def step(self, finite: torch.Tensor | bool = True) -> ControlDecision | None:
-        """Called after each step by every worker; None between the agreements.
+        """Count a step; every worker calls it after each step. None between the agreements.
 
-        finite: whether this worker's loss is; a tensor is looked at only when it is time
+        finite: whether this worker's loss is finite; a tensor is read only at an agreement
         """
         self._steps += 1
-        if self._steps < self._stride:
+        if self._steps < self._interval:
             return None
         self._steps = 0
         now = time.monotonic()
-        stop = self._is_stop_requested()
-        # a barrier of its own, so that all workers hear of it at the same beat
+        # Ray synchronizes the workers in this call, so that all see the notice in the same step
         preempted = _ray_train.get_preemption_info() is not None
         flags = torch.tensor(
             [
-                float(stop),
+                float(self._is_stop_requested()),
                 float(not bool(finite)),
-                now - self._last,
-                now - self._saved,
+                now - self._last_sync,
+                now - self._last_save,
             ],
             dtype=torch.float64,
             device=self._device,
         )
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        told, broken, seconds, unsaved = flags.tolist()
-        fitting = int(self._stride * SYNC_INTERVAL_S / max(seconds, 1e-3))
-        self._stride = max(1, min(2 * self._stride, fitting))
-        self._last = time.monotonic()
-        save = unsaved > self._save_seconds or (preempted and not self._preempted)
-        self._preempted = preempted
-        return ControlDecision(should_stop=told > 0, should_save=save, is_finite=broken == 0)
+        stop, not_finite, elapsed, unsaved = flags.tolist()
+        fitting = int(self._interval * SYNC_INTERVAL_S / max(elapsed, 1e-3))
+        self._interval = max(1, min(2 * self._interval, fitting))
+        self._last_sync = time.monotonic()
+        should_save = unsaved > self._save_interval_s or (preempted and not self._was_preempted)
+        self._was_preempted = preempted
+        return ControlDecision(
+            should_stop=stop > 0, should_save=should_save, is_finite=not_finite == 0
+        )
 
     def _is_stop_requested(self) -> bool:
-        if not ray.wait([self._told], timeout=0)[0]:
+        if not ray.wait([self._stop_request], timeout=0)[0]:
             return False
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._told)
+            ray.get(self._stop_request)
             return True
-        return False  # the board is gone, which is not the driver's wish
+        return False  # the channel's actor is gone, which is not a request
 
     def mark_saved(self) -> None:
-        """A state was saved just now, by whichever worker saves."""
-        self._saved = time.monotonic()
+        """Restart the save interval; every worker calls it when the state is saved."""
+        self._last_save = time.monotonic()

@@ -1,7 +1,7 @@
-"""The model card of a trained bundle: what it is, how it was made, how good it is, what is unknown.
+"""Model card of a trained bundle: model, data, training, results, limitations.
 
-A README.md with the front matter that the Hugging Face hub reads. Everything in it comes from the
-bundle's description and the history; what these do not hold is left out rather than guessed.
+A README.md with the front matter of the Hugging Face Hub. Everything in it comes from the bundle's
+description and the history; values that are missing there are left out.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from imgcls.models.bundle import (
 )
 
 MAX_CLASS_ROWS = 50
-"""Classes in the table of training images; the others are counted."""
+"""Maximum number of classes in the table of training images."""
 _RESULT_TITLES = {
     "val_accuracy": "validation accuracy",
     "val_balanced_accuracy": "validation balanced accuracy",
     "val_loss": "validation loss, nats",
-    "train_accuracy": "training accuracy, while it learns",
+    "train_accuracy": "training accuracy, during the epoch",
     "train_loss": "training loss, nats",
 }
 _EXCLUDED_SETTINGS = ("data", "model", "output", "overwrite", "track")
-"""Settings that the card tells in words, or that concern nobody else."""
+"""Settings that the card describes in words, or that are private."""
 
 
 def build_model_card(
@@ -50,12 +50,12 @@ def build_model_card(
     """The text of README.md.
 
     history:    one row per epoch, as in history.parquet
-    best:       the epoch whose weights these are
-    parameters: how many numbers the network learns
-    workers:    what it was trained on, e.g. "2 x (1 CPU)"
-    seconds:    wall time of the whole job; the epochs' sum if none
-    class_rows: class name -> images (to train on, to validate on)
-    plots:      pictures to show, as paths below the bundle, e.g. "plots/curves.png"
+    best:       the epoch of the weights
+    parameters: number of parameters of the network
+    workers:    the training workers, e.g. "2 x (1 CPU)"
+    seconds:    wall time of the whole job (default: sum of the epochs)
+    class_rows: class name -> number of images (to train on, to validate on)
+    plots:      images to show, as paths below the bundle, e.g. "plots/curves.png"
     """
     row = _find_epoch(history, best)
     parts = [
@@ -115,7 +115,7 @@ def _format_summary(spec: BundleSpec, row: Mapping[str, float], parameters: int 
         rows = (
             f" of {_format_count(row['val_rows'], 'validation image')}" if "val_rows" in row else ""
         )
-        lines.append(f"It is right about {_format_accuracy(row)}{rows}.")
+        lines.append(f"It classifies {_format_accuracy(row)}{rows} correctly.")
     return "\n".join([*lines, "", *render_card_description(spec), ""])
 
 
@@ -184,20 +184,20 @@ def _format_procedure(
     spec: BundleSpec, history: pd.DataFrame, workers: str | None, seconds: float | None
 ) -> str:
     made, config = spec.provenance, _get_nested(spec.provenance, "config") or {}
-    told = {"model": ", ".join(_list_settings(config["model"]))} if config.get("model") else {}
+    shown = {"model": ", ".join(_list_settings(config["model"]))} if config.get("model") else {}
     for name, value in config.items():
         if name not in _EXCLUDED_SETTINGS:
-            told[name] = (
+            shown[name] = (
                 ", ".join(_list_settings(value)) if isinstance(value, Mapping) else str(value)
             )
-    told.setdefault("seed", str(made.get("seed", "")))
+    shown.setdefault("seed", str(made.get("seed", "")))
     if "precision" in made:
-        told["precision"] = str(made["precision"])
-    told["workers"] = workers or ""
+        shown["precision"] = str(made["precision"])
+    shown["workers"] = workers or ""
     if seconds is None and "seconds" in history:
         seconds = float(history["seconds"].sum())
-    told["wall time"] = "" if seconds is None else _format_duration(seconds)
-    rows = [f"| {name} | {escape_markdown(value, 500)} |" for name, value in told.items() if value]
+    shown["wall time"] = "" if seconds is None else _format_duration(seconds)
+    rows = [f"| {name} | {escape_markdown(value, 500)} |" for name, value in shown.items() if value]
     if not rows:
         return ""
     return "\n".join(["## Training", "", "| setting | value |", "| --- | --- |", *rows, ""])
@@ -208,8 +208,8 @@ def _format_results(row: Mapping[str, float], history: pd.DataFrame) -> str:
         return ""
     best, last = int(row["epoch"]), int(history["epoch"].iloc[-1])
     # epoch 0 is the linear probe, before any other weight moved
-    told = {0: "epoch 0 (probe)", last: f"epoch {last} (last)", best: f"epoch {best} (kept)"}
-    columns = {title: _find_epoch(history, epoch) for epoch, title in sorted(told.items())}
+    shown = {0: "epoch 0 (probe)", last: f"epoch {last} (last)", best: f"epoch {best} (kept)"}
+    columns = {title: _find_epoch(history, epoch) for epoch, title in sorted(shown.items())}
     columns = {title: values for title, values in columns.items() if values}
     lines = [f"| | {' | '.join(columns)} |", f"| --- {'| --- ' * len(columns)}|"]
     for name, title in _RESULT_TITLES.items():
@@ -225,10 +225,10 @@ def _format_limitations(
     class_rows: Mapping[str, tuple[int, int]] | None,
 ) -> str:
     limits = [
-        "The validation images also chose the epoch, so that the figures above are somewhat "
-        "better than on new images of the same kind.",
-        "It has not been judged on any other data; `imgcls predict` on a labelled manifest does.",
-        "Whatever an image shows, the answer is one of the classes.",
+        "The epoch was chosen on the validation images, so the results above are slightly better "
+        "than on new images of the same kind.",
+        "It was not evaluated on other data; run `imgcls evaluate` with a labeled manifest.",
+        "Every image gets one of the classes, whatever it shows.",
     ]
     if spec.temperature == 1:
         limits.append("Confidences are not calibrated (temperature 1).")
@@ -238,8 +238,8 @@ def _format_limitations(
         more = f" and {len(unseen) - 20:,} more" if len(unseen) > 20 else ""
         limits.append(f"No validation image shows these classes: {names}{more}.")
     if 0 < row.get("val_rows", 0) < 100:
-        limits.append("So few validation images tell little; see the interval.")
-    return "\n".join(["## Limits", "", *(f"- {limit}" for limit in limits), ""])
+        limits.append("Few validation images: the results are uncertain, see the intervals.")
+    return "\n".join(["## Limitations", "", *(f"- {limit}" for limit in limits), ""])
 
 
 def _format_versions(spec: BundleSpec) -> str:
@@ -249,16 +249,16 @@ def _format_versions(spec: BundleSpec) -> str:
         versions["python"] = made["python"]
     lines = []
     if made.get("created"):
-        lines.append(f"- Made {made['created']}")
+        lines.append(f"- Created {made['created']}")
     if made.get("git_commit"):
         lines.append(f"- imgcls at commit {_format_code(made['git_commit'])}")
     if versions:
         lines.append("- " + ", ".join(f"{name} {version}" for name, version in versions.items()))
-    return "\n".join(["## Made with", "", *lines, ""]) if lines else ""
+    return "\n".join(["## Provenance", "", *lines, ""]) if lines else ""
 
 
 def _find_epoch(history: pd.DataFrame, epoch: int) -> dict[str, float]:
-    """The numbers of one epoch, without those that are NaN."""
+    """The numeric columns of one epoch, without NaN."""
     found = history[history["epoch"] == epoch].select_dtypes("number")
     values = found.iloc[-1].to_dict() if len(found) else {}
     return {str(name): float(value) for name, value in values.items() if math.isfinite(value)}
@@ -274,15 +274,15 @@ def _format_metric(row: Mapping[str, float], name: str) -> str:
 
 def _format_accuracy(row: Mapping[str, float]) -> str:
     share = row["val_accuracy"]
-    told = f"{100 * share:.1f} %"
+    shown = f"{100 * share:.1f} %"
     if "val_rows" not in row:
-        return told
+        return shown
     low, high = wilson_interval(share * row["val_rows"], int(row["val_rows"]))
-    return f"{told} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    return f"{shown} (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _get_nested(tree: Mapping[str, Any], *keys: str) -> Any:
-    """The value below nested keys; None where there is none."""
+    """The value below nested keys, or None."""
     value: Any = tree
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None

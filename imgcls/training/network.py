@@ -1,4 +1,4 @@
-"""The network to train: built, filled with weights and tried on before any worker starts."""
+"""The network before training: build it, load its weights and check its input size."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
 from imgcls.config import Section
+from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import DecodeMode, Preprocess, ResizeMode
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture
 
 _MIN_CROP_PCT = 0.965
-"""As torchvision's training recipe of 2021 has it: the 0.875 of the one before cuts off what
-random crops of half an image's area and more have shown in training.
+"""Of torchvision's training recipe of 2021. The 0.875 of the recipe before it removes image borders
+that random crops of half the area and more have shown in training.
 """
 
 
 class ModelConfig(Section):
-    """Which network, and what it starts from."""
+    """Network architecture, initial weights and preprocessing."""
 
     shorthand: ClassVar[str | None] = "name"
 
     name: str = "resnet18"
-    """small_cnn, any torchvision classifier (`imgcls model list`), or timm's as timm:NAME."""
+    """small_cnn, a torchvision classifier (`imgcls model list`), or a timm model as timm:NAME."""
     weights: str | None = None
-    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1; random if none."""
+    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1. Default: random."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of features dropped before the head in training; as the architecture has it if none."""
+    """Dropout probability before the head. Default: that of the architecture."""
     stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of images that skip the last block in training, earlier ones less (Huang 2016)."""
+    """Stochastic depth (Huang 2016): probability of skipping the last block; earlier ones less."""
     image_size: PositiveInt | None = None
-    """Side of the square that the network sees, in pixels; what it was made for if none."""
+    """Side of the square network input, in pixels. Default: that of the weights."""
     resize_mode: ResizeMode | None = None
-    """crop, pad or squash what is not square; as the network's weights were made if none."""
+    """How images that are not square are resized: crop, pad or squash. Default: as the weights."""
     crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
-    """Share of the shorter side that labelling sees, from the centre; at least 0.965 if none."""
+    """Fraction of the shorter side in the center crop of predictions. Default: at least 0.965."""
     decode: DecodeMode = "exact"
-    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
+    """JPEG decoding: exact at full size, or fast at 1/2, 1/4 or 1/8 of the size of large ones."""
 
 
 def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
-    """The architecture and the preprocessing that the bundle will carry.
+    """The architecture and the preprocessing of the bundle.
 
-    Raises BundleError when there is no such network.
+    Raises BundleError when the network is unknown.
     """
     architecture = zoo.adapt_for_training(zoo.resolve_architecture(config.name, config.options))
     if config.weights is not None:
@@ -72,7 +72,7 @@ def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
 def build_initial_network(
     architecture: Architecture, weights: str | None, num_classes: int, *, seed: int
 ) -> nn.Module:
-    """The network as it is before the first step: weights where given, the rest from the seed.
+    """The network before the first step: loaded weights, and random ones from the seed.
 
     Raises BundleError when an option is unknown or the weights do not fit.
     """
@@ -84,7 +84,7 @@ def build_initial_network(
         matched = zoo.match_weights(network, state)
         left = zoo.apply_weights(network, state, replace_head=True)
         absent = [key for key in left if key not in matched.state]
-        headless = f"the weights have no head ({', '.join(absent)}); training begins with a new one"
+        headless = f"the weights have no head ({', '.join(absent)}); a new one is trained"
         for note in (matched.describe_unused(), headless if absent else None):
             if note is not None:
                 print(f"note: model.weights {weights}: {note}", flush=True)
@@ -92,32 +92,32 @@ def build_initial_network(
 
 
 def compute_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...]:
-    """The weight of each head's outputs in the logits, which a linear probe needs.
+    """The coefficients of the heads' outputs in the logits, which a linear probe needs.
 
-    1 for a network with one head, 0.5 each where two are averaged. Found by running the network
-    with random heads, so that it holds for whatever the network's code does with them. Auxiliary
-    heads that enter the logits (VOLO's) are set to zero, where fine-tuning begins with them.
-    Raises BundleError when the logits are no weighted sum of the heads' outputs.
+    1 for a network with one head, 0.5 each for two heads that are averaged. They are measured on
+    the network with random heads, so that they hold for any code in its forward method. Auxiliary
+    heads that contribute to the logits (as in VOLO) are set to zero, and fine-tuned from there.
+    Raises BundleError when the logits are not a weighted sum of the heads' outputs.
     """
-    shares = _fit_head_coefficients(network, preprocess)
-    if shares is None:
+    coefficients = _fit_head_coefficients(network, preprocess)
+    if coefficients is None:
         auxiliary = zoo.list_head_names(network) - zoo.find_heads(network).keys()
         with torch.no_grad():
             for name in auxiliary:
                 for parameter in network.get_submodule(name).parameters():
                     parameter.zero_()
-        shares = _fit_head_coefficients(network, preprocess) if auxiliary else None
-    if shares is None:
+        coefficients = _fit_head_coefficients(network, preprocess) if auxiliary else None
+    if coefficients is None:
         raise BundleError(
             f"strategy: a linear probe cannot be fitted to {type(network).__name__}, whose logits "
-            "are no weighted sum of its heads' outputs; pass --strategy finetune"
+            "are not a weighted sum of its heads' outputs. Pass --strategy finetune."
         )
-    return shares
+    return coefficients
 
 
 @torch.no_grad()
 def _fit_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[float, ...] | None:
-    """Least squares over a few random images; None where it does not hold exactly."""
+    """Least squares over a few random images; None when the residual is not zero."""
     heads = zoo.find_heads(network)
     saved = {name: copy.deepcopy(layer.state_dict()) for name, layer in heads.items()}
     outputs: dict[str, torch.Tensor] = {}
@@ -126,7 +126,7 @@ def _fit_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[
         for name, layer in heads.items()
     ]
     generator = torch.Generator().manual_seed(0)
-    # in two images of two classes there are more numbers than a head or two has shares
+    # two images of two or more classes give more equations than there are coefficients
     count = 2 * len(heads)
     crop = preprocess.crop
     try:
@@ -144,54 +144,54 @@ def _fit_head_coefficients(network: nn.Module, preprocess: Preprocess) -> tuple[
         return None
     columns = torch.stack([part.flatten().double() for part in parts], dim=1)
     wanted = logits.flatten().double()
-    shares = torch.linalg.lstsq(columns, wanted).solution
-    error = (columns @ shares - wanted).abs().max()
-    if not error <= 1e-4 * wanted.abs().max() or bool((shares.abs() < 1e-6).any()):
+    coefficients = torch.linalg.lstsq(columns, wanted).solution
+    error = (columns @ coefficients - wanted).abs().max()
+    if not error <= 1e-4 * wanted.abs().max() or bool((coefficients.abs() < 1e-6).any()):
         return None
-    return tuple(shares.tolist())
+    return tuple(coefficients.tolist())
 
 
 def spatial_mean(features: torch.Tensor) -> torch.Tensor:
-    """(N, E) of what may be (N, E, H, W)."""
+    """Features (N, E), averaged over space if they are (N, E, H, W)."""
     return features.mean((2, 3)) if features.dim() == 4 else features.flatten(1)
 
 
 def set_regularization(network: nn.Module, config: ModelConfig) -> None:
-    """Set what drops features and blocks in training; in evaluation it does nothing.
+    """Set dropout and stochastic depth, which are active only in training.
 
     Raises BundleError when the architecture has no stochastic depth.
     """
     if config.dropout is not None:
         _set_dropout(network, config.dropout)
     if config.stochastic_depth is not None:
-        blocks = [m for m in network.modules() if isinstance(m, StochasticDepth)]
+        blocks = [m for m in network.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
         if not blocks:
             raise BundleError(
                 f"model.stochastic_depth: {config.name} has none (EfficientNet, ConvNeXt, Swin and "
-                "MaxViT do); leave it out"
+                "MaxViT do). Remove the setting."
             )
         for depth, block in enumerate(blocks):
             block.p = config.stochastic_depth * depth / max(1, len(blocks) - 1)
 
 
-def _set_dropout(network: nn.Module, share: float) -> None:
-    """Set the rate of the dropout layers next to the heads; a head without one gets one."""
+def _set_dropout(network: nn.Module, rate: float) -> None:
+    """Set the dropout layers next to the heads; a head without such a layer gets one."""
     for name, head in zoo.find_heads(network).items():
         parent = network.get_submodule(name.rpartition(".")[0])
         layers = [m for m in parent.children() if isinstance(m, nn.Dropout)]
         for layer in layers:
-            layer.p = share
+            layer.p = rate
         if not layers:
             head.register_forward_pre_hook(
-                lambda module, args: (F.dropout(args[0], share, module.training), *args[1:])
+                lambda module, args: (F.dropout(args[0], rate, module.training), *args[1:])
             )
 
 
 def check_can_train(network: nn.Module, preprocess: Preprocess, rows: int) -> None:
-    """Run a training step's shapes through the network, without computing anything.
+    """Check that the network accepts the shapes of a training step, without computing it.
 
-    rows: the smallest number of images that a worker has in a step
-    Raises BundleError when the network cannot take images of this size, or so few of them.
+    rows: minimum number of images of a worker in a part of a step
+    Raises BundleError when the network cannot process images of this size, or so few of them.
     """
     shapes = {
         name: torch.empty_like(value, device="meta")
@@ -203,6 +203,6 @@ def check_can_train(network: nn.Module, preprocess: Preprocess, rows: int) -> No
     except (RuntimeError, ValueError, AssertionError) as error:
         raise BundleError(
             f"the network cannot train on {rows} images of {preprocess.crop}x{preprocess.crop} "
-            f"per worker: {' '.join(str(error).split())[:200]}; set model.image_size (or its "
-            "counterpart in model.options), or raise batch_size"
+            f"per worker: {' '.join(str(error).split())[:200]}. Set model.image_size (or its "
+            "counterpart in model.options), or raise batch_size."
         ) from error

@@ -1,8 +1,7 @@
-"""Pictures of a training: its curves, and the test that suggests a learning rate.
+"""Plots of a training: curves, learning-rate range test, trials of a search.
 
-Owns how they look: colours that the colour-blind tell apart, units on every axis, the same bytes
-for the same numbers. Draws on figures of its own, without pyplot's global state. Imported by the
-driver alone, for workers have no use for matplotlib.
+Color-blind safe, with units on every axis, and the same bytes for the same numbers. Drawn without
+pyplot's global state. Imported by the driver only: workers do not need matplotlib.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _STYLE: Any = {
     "axes.titleweight": "bold",
     "figure.facecolor": "white",
     "font.family": ["sans-serif"],
-    # the first comes with matplotlib; the others for whoever opens the SVG without it
+    # the first is part of matplotlib; the others are for viewers of the SVG without it
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 10,
     "grid.color": "#e4e4e4",
@@ -47,8 +46,8 @@ _STYLE: Any = {
     "legend.framealpha": 0.85,
     "legend.edgecolor": "none",
     "lines.linewidth": 1.8,
-    "svg.fonttype": "none",  # text that can be searched and copied
-    "svg.hashsalt": "imgcls",  # else ids are drawn at random
+    "svg.fonttype": "none",  # searchable text instead of outlines
+    "svg.hashsalt": "imgcls",  # otherwise ids are random
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
@@ -57,10 +56,10 @@ _STYLE: Any = {
 def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
     """Loss, accuracy and learning rate over the epochs, as `curves.png` and `curves.svg`.
 
-    history: one row per epoch, as in the bundle's history.parquet; of its columns epoch, phase
-        ("probe" or "train"), train_loss, train_accuracy, val_loss, val_accuracy and lr are drawn,
-        NaN or absent ones are left out
-    best: the epoch whose weights were kept, which is marked
+    history: one row per epoch, as in the bundle's history.parquet. Uses the columns epoch, phase
+        ("probe" or "train"), train_loss, train_accuracy, val_loss, val_accuracy and lr; missing
+        columns and NaN are not drawn
+    best: the epoch whose weights were kept; it is marked
     """
     probe = (history["epoch"] == 0) | (_get_text_column(history, "phase") == "probe")
     lr = _get_column(history, "lr")
@@ -72,7 +71,7 @@ def draw_curves(history: pd.DataFrame, best: int) -> dict[str, bytes]:
         _draw_curve(axes[0], history, probe, "loss", best)
         axes[0].set(title="Loss", ylabel="nats per image")
         _draw_curve(axes[1], history, probe, "accuracy", best)
-        axes[1].set(title="Accuracy", ylabel="images classified right")
+        axes[1].set(title="Accuracy", ylabel="images classified correctly")
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         low, high = axes[1].get_ylim()
         axes[1].set_ylim(max(low, -0.02), min(high, 1 + 0.03 * (1 - low)))
@@ -96,7 +95,7 @@ def draw_lr_range(
 ) -> dict[str, bytes]:
     """The loss while the learning rate rises, as `lr_range.png` and `lr_range.svg`.
 
-    lrs, losses: one value per step; losses that are not finite are left out
+    lrs, losses: one value per step; losses that are not finite are not drawn
     suggestion:  the learning rate to mark
     """
     x, y = np.asarray(lrs, dtype=float), np.asarray(losses, dtype=float)
@@ -119,7 +118,7 @@ def draw_lr_range(
             title="Learning rate range test", xlabel="learning rate", ylabel="loss (nats per image)"
         )
         if len(smooth):
-            # the end, where it explodes, would flatten all that matters
+            # the exploding loss at the end would flatten the rest
             low, start = smooth.min(), smooth[0]
             room = max(start - low, 0.1 * abs(start), 1e-3)
             axis.set_ylim(low - 0.15 * room, start + 0.5 * room)
@@ -128,7 +127,7 @@ def draw_lr_range(
 
 
 def smooth_curve(values: _Floats) -> _Floats:
-    """(N,) means over neighbours under a Gaussian of 2 % of N, which moves no minimum sideways."""
+    """(N,) Gaussian moving average, sigma 2 % of N; symmetric, so that minima stay in place."""
     if len(values) < 3:
         return values
     places = np.arange(len(values))
@@ -138,41 +137,43 @@ def smooth_curve(values: _Floats) -> _Floats:
     return means
 
 
-def _draw_curve(axis: Axes, history: pd.DataFrame, probe: pd.Series, what: str, best: int) -> None:
-    """Train and val of one quantity; the probe apart from the line; the best epoch ringed."""
+def _draw_curve(
+    axis: Axes, history: pd.DataFrame, probe: pd.Series, metric: str, best: int
+) -> None:
+    """Curves of one metric for both splits; the probe is a diamond, the best epoch has a ring."""
     lines = (("train", TRAIN_COLOR, "--"), ("val", VAL_COLOR, "-"))
-    for split, colour, style in lines:
-        values = _get_column(history, f"{split}_{what}")
+    for split, color, style in lines:
+        values = _get_column(history, f"{split}_{metric}")
         rows = ~probe & np.isfinite(values)
         if rows.any():
             axis.plot(
                 history["epoch"][rows],
                 values[rows],
-                color=colour,
+                color=color,
                 linestyle=style,
                 label={"train": "training", "val": "validation"}[split],
                 **_marker_style(int(rows.sum())),
             )
         rows = probe & np.isfinite(values)
         if rows.any():
-            label = f"probe: {_format_value(values[rows][0], what)}" if split == "val" else None
-            axis.plot(history["epoch"][rows], values[rows], "D", color=colour, ms=6, label=label)
-    values = _get_column(history, f"val_{what}")
+            label = f"probe: {_format_value(values[rows][0], metric)}" if split == "val" else None
+            axis.plot(history["epoch"][rows], values[rows], "D", color=color, ms=6, label=label)
+    values = _get_column(history, f"val_{metric}")
     rows = (history["epoch"] == best).to_numpy() & np.isfinite(values)
     if rows.any():
-        label = f"best: {_format_value(values[rows][0], what)}, epoch {best}"
+        label = f"best: {_format_value(values[rows][0], metric)}, epoch {best}"
         ring: dict[str, Any] = {"markersize": 11, "markeredgewidth": 1.8, "markerfacecolor": "none"}
         axis.plot([best], values[rows][:1], "o", color=GRAY, label=label, **ring)
     drawn = np.concatenate([line.get_ydata() for line in axis.get_lines()] or [np.empty(0)])
     if len(drawn):
         axis.margins(y=0.12)
-        if what == "loss" and drawn.min() > 0 and drawn.max() > 20 * np.median(drawn):
-            axis.set_yscale("log")  # one bad epoch would flatten all others
+        if metric == "loss" and drawn.min() > 0 and drawn.max() > 20 * np.median(drawn):
+            axis.set_yscale("log")  # otherwise one bad epoch would flatten the others
         axis.legend(loc="best")
 
 
-def _format_value(value: float, what: str) -> str:
-    return f"{100 * value:.1f} %" if what == "accuracy" else f"{value:.3f}"
+def _format_value(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
 
 
 def _get_column(history: pd.DataFrame, column: str) -> _Floats:
@@ -187,7 +188,7 @@ def _get_text_column(history: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _marker_style(points: int) -> dict[str, Any]:
-    """A dot per epoch where there is room; a single epoch would be invisible without."""
+    """A dot per epoch if there are few; without it a single epoch would be invisible."""
     return {"marker": "o", "markersize": 4} if points <= 30 else {}
 
 
@@ -198,7 +199,7 @@ def _compute_xlim(epochs: pd.Series) -> tuple[float, float]:
 
 
 def _render(figure: Figure, name: str) -> dict[str, bytes]:
-    """The figure in both formats, without a date or a version that would change the bytes."""
+    """The figure as PNG and SVG, without a date or version, which would change the bytes."""
     plain: dict[str, dict[str, Any]] = {
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},
@@ -214,11 +215,11 @@ def _render(figure: Figure, name: str) -> dict[str, bytes]:
 def draw_parallel_coordinates(
     results: pd.DataFrame, axes: Mapping[str, bool], by: str
 ) -> dict[str, bytes]:
-    """The trials of a search as lines over its axes, as `trials.png` and `trials.svg`.
+    """Parallel coordinates of the trials of a search, as `trials.png` and `trials.svg`.
 
-    results: one row per trial, the best first; the columns in `axes`, and `by`
-    axes:    whether the axis of a column is logarithmic
-    by:      the column that says how good a trial is; it is the last axis, and the colour
+    results: one row per trial, the best first; with the columns in `axes` and the column `by`
+    axes:    column -> whether its axis is logarithmic
+    by:      column of the metric; the last axis, and the color
     Source: Inselberg, The plane with parallel coordinates, The Visual Computer 1985.
     """
     names = [*axes, by]
@@ -228,8 +229,7 @@ def draw_parallel_coordinates(
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
         figure = Figure(figsize=(max(5.0, 1.9 * len(names)), 4.2), dpi=DPI, layout=layout)
         axis = figure.subplots()
-        worst_first = range(len(shown) - 1, -1, -1)
-        for rank in worst_first:
+        for rank in range(len(shown) - 1, -1, -1):  # the best last, on top
             share = rank / max(1, len(shown) - 1)
             axis.plot(
                 range(len(names)),
@@ -250,7 +250,7 @@ def draw_parallel_coordinates(
         axis.set_yticks([])
         axis.grid(visible=False)
         axis.spines["left"].set_visible(False)
-        axis.set_title(f"{len(shown)} trials, the darker the better")
+        axis.set_title(f"{len(shown)} trials (darker is better)")
         if len(shown):
             axis.legend(loc="upper left", bbox_to_anchor=(0.0, -0.08))
         return _render(figure, "trials")
@@ -260,7 +260,7 @@ _BLUES = matplotlib.colormaps["Blues"]
 
 
 def _scale_axis(column: pd.Series, *, log: bool) -> tuple[_Floats, list[tuple[float, str]]]:
-    """Where values lie between 0 and 1 on their axis, and what is written there."""
+    """Positions of the values on their axis, 0 to 1, and the (position, text) of its labels."""
     values: Any = pd.to_numeric(column, errors="coerce")
     if values.isna().any() or column.map(type).eq(bool).any():
         names = sorted({str(value) for value in column})

@@ -1,66 +1,140 @@
-"""From the best weights to a bundle."""
+"""The outputs of a finished training: the bundle, or the curve of an LR range test."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from imgcls.data import filesystem
+from imgcls.errors import RunFailed
 from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
+from imgcls.models.task import SINGLE_LABEL
+from imgcls.runs.provenance import build_provenance
+from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.model_card import build_model_card
-from imgcls.training.plots import draw_curves
+from imgcls.training.optim.lr_finder import find_steepest_lr
+from imgcls.training.plots import draw_curves, draw_lr_range, smooth_curve
+from imgcls.training.scaling import WorkerPlan
+from imgcls.training.setup import SAMPLES_PLOT, TrainSetup
+from imgcls.training.trainer import TrainLoopResult
 
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
+METRICS = (
+    *(f"val_{name}" for name in SINGLE_LABEL.metrics),
+    "train_accuracy",
+    "train_loss",
+    "epoch",
+)
+"""Fields of the best epoch that `bundle.json` holds."""
 
 
 def publish_bundle(
-    url: str,
-    spec: BundleSpec,
-    state: Mapping[str, torch.Tensor],
-    history: Sequence[EpochMetrics],
-    best: EpochMetrics,
+    setup: TrainSetup,
+    outcome: TrainLoopResult,
+    checkpoints: Checkpoints,
+    workers: WorkerPlan,
     *,
-    workers: str,
+    failed: tuple[int, int],
     seconds: float,
-    class_rows: Mapping[str, tuple[int, int]],
-    validation: pa.Table,
-    samples: str,
-) -> list[str]:
-    """Write the bundle folder: history, curves, weights, model card, and `bundle.json` last.
+) -> tuple[EpochMetrics, list[str]]:
+    """Write the bundle of the best epoch: history, curves, weights, model card, `bundle.json` last.
 
-    A bundle that was there ceases to be one before its first file changes.
-    validation: the manifest of what the epochs were judged by, to label and calibrate on
-    samples: the picture of augmented samples, which is there already, as a path below the bundle
-    Returns the names of the files beside the bundle proper.
+    The `bundle.json` of an existing bundle is removed before its first file changes.
+
+    failed:  numbers of training and of validation images that could not be decoded
+    seconds: duration of the training
+    Returns the best epoch, and the names of the files that the bundle format itself does not have.
     """
-    table = pd.DataFrame([asdict(epoch) for epoch in history])
-    sink = io.BytesIO()
-    table.to_parquet(sink, index=False)
+    latest = checkpoints.load_latest()
+    best = None if latest is None else latest[0].progress.best_epoch
+    if latest is None or best is None:
+        raise RunFailed(f"{checkpoints.folder}: the saved states are gone; rerun the same command")
+    url, examples = setup.config.output, setup.examples
+    spec = _build_spec(setup, outcome, workers, best, failed)
+    weights = checkpoints.load_best_weights(latest[0])
+    table = pd.DataFrame([asdict(epoch) for epoch in outcome.history])
+    files = _render_files(table, best)
     held_out = io.BytesIO()
-    pq.write_table(validation, held_out)
-    files = {HISTORY_FILE: sink.getvalue(), VALIDATION_FILE: held_out.getvalue()}
-    files |= {f"plots/{name}": data for name, data in draw_curves(table, best.epoch).items()}
+    pq.write_table(examples.build_manifest(held=True), held_out)
+    files[VALIDATION_FILE] = held_out.getvalue()
     filesystem.remove(filesystem.join(url, BUNDLE_FILE))
     for name, data in files.items():
         filesystem.write(filesystem.join(url, name), data)
-    plots = ["plots/curves.png", samples]
+    train, val = (examples.count_per_class(held=held) for held in (False, True))
     card = build_model_card(
         spec,
         table,
         best.epoch,
-        parameters=sum(each.numel() for each in state.values()),
-        workers=workers,
+        parameters=sum(each.numel() for each in weights.values()),
+        workers=str(workers),
         seconds=seconds,
-        class_rows=class_rows,
-        plots=plots,
+        class_rows=dict(zip(examples.classes, zip(train, val, strict=True), strict=True)),
+        plots=["plots/curves.png", SAMPLES_PLOT],
     )
-    save_bundle(url, spec, state, card=card)
-    return [*files, samples]
+    save_bundle(url, spec, weights, card=card)
+    return best, [*files, SAMPLES_PLOT]
+
+
+def _build_spec(
+    setup: TrainSetup,
+    outcome: TrainLoopResult,
+    workers: WorkerPlan,
+    best: EpochMetrics,
+    failed: tuple[int, int],
+) -> BundleSpec:
+    """Everything in `bundle.json`."""
+    config, examples = setup.config, setup.examples
+    return BundleSpec(
+        architecture=setup.architecture,
+        classes=examples.classes,
+        preprocess=setup.preprocess,
+        provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"}))
+        | {
+            "seed": config.seed,
+            "run": setup.identity,
+            "strategy": setup.strategy,
+            "precision": outcome.precision,
+            "workers": str(workers),
+            "data": {
+                "manifests": {key: asdict(source) for key, source in examples.sources.items()},
+                "train_rows": examples.count(held=False),
+                "val_rows": examples.count(held=True),
+                "train_failed": failed[0],
+                "val_failed": failed[1],
+            },
+        },
+        metrics={name: float(getattr(best, name)) for name in METRICS},
+    )
+
+
+def _render_files(history: pd.DataFrame, best: EpochMetrics) -> dict[str, bytes]:
+    """The history as a table and as curves, by file name."""
+    sink = io.BytesIO()
+    history.to_parquet(sink, index=False)
+    curves = draw_curves(history, best.epoch)
+    return {HISTORY_FILE: sink.getvalue()} | {f"plots/{n}": data for n, data in curves.items()}
+
+
+def write_lr_curve(url: str, curve: Sequence[tuple[float, float]]) -> float:
+    """Write the curve of an LR range test as a table and a plot.
+
+    curve: (learning rate, loss) of each step, at least two
+    Returns the learning rate at which the loss falls fastest.
+    """
+    lrs, losses = zip(*curve, strict=True)
+    suggestion = find_steepest_lr(lrs, smooth_curve(np.asarray(losses)))
+    plots = draw_lr_range(lrs, losses, suggestion)
+    files = {f"plots/{name}": data for name, data in plots.items()}
+    sink = io.BytesIO()
+    pd.DataFrame({"lr": lrs, "loss": losses}).to_parquet(sink, index=False)
+    files["lr_range.parquet"] = sink.getvalue()
+    for name, data in files.items():
+        filesystem.write(filesystem.join(url, name), data)
+    return suggestion

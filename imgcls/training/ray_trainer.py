@@ -1,8 +1,8 @@
-"""Ray Train around the workers: starts them, waits, and turns what went wrong into one error.
+"""Ray Train: start the training workers, wait for them, and turn failures into one error.
 
-Owns Ray Train's settings. Lost workers are replaced and go on from the last saved state, which is
-ours (see `checkpoints`); while none is to be had it is said; every failure that remains is a
-RunFailed.
+Lost workers are replaced and resume from the last saved state (see `checkpoints`; Ray Train's own
+checkpoints are not used). The driver reports while no worker is alive, and raises RunFailed when
+that lasts too long.
 """
 
 from __future__ import annotations
@@ -12,64 +12,75 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow.fs
 import ray
 import ray.train
+import ray.train.torch
+import torch
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from imgcls.cluster import ray_internals, session
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.cluster.interrupts import run_in_thread
-from imgcls.cluster.session import Interruption, build_malloc_env, is_actor_alive
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption, run_in_thread
+from imgcls.cluster.session import build_malloc_env
+from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
+from imgcls.models import zoo
+from imgcls.models.precision import choose_precision
+from imgcls.training import network as networks
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
+from imgcls.training.config import TrainPrecision
 from imgcls.training.scaling import WorkerPlan
-from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
-from imgcls.training.worker import PEER_LOSS_MARKERS, train_loop_per_worker
+from imgcls.training.train_step import WorkerContext
+from imgcls.training.trainer import Trainer, TrainLoopResult, TrainLoopSpec
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
 _ray_train: Any = ray.train
 
 MAX_START_FAILURES = 5
-"""Times that workers may fail to start, beside those that Ray waits a minute for their CPUs."""
+"""Failed worker group starts, in addition to those that time out waiting for CPUs (60 s each)."""
 SAVE_TIMEOUT_S = 60
-"""Time for an interrupted run to save; what is left then ends with this process."""
+"""Maximum time for the workers of an interrupted run to save before they are killed."""
 STOP_TIMEOUT_S = 10
 LIVENESS_INTERVAL_S = 2.0
-"""So often the driver looks whether a worker is there."""
+"""Seconds between the driver's checks whether a worker is alive."""
 POLL_INTERVAL_S = 0.5
-"""Ray's default of 2 would hold back epochs that are shorter: it takes one report per poll."""
+"""Ray's default of 2 would delay epochs that are shorter: it takes one report per poll."""
+PEER_LOSS_MARKERS = ("gloo", "nccl", "connection", "socket", "barrier")
+"""Words in the failure of a worker that lost its peer; the peer's failure is the cause."""
+
+
+# ---------------------------------------------------------------------- on the driver
 
 
 def fit_torch_trainer(
-    work: TrainLoopSpec, workers: WorkerPlan, board: Any, interruption: Interruption
+    spec: TrainLoopSpec, workers: WorkerPlan, channel: Any, interruption: Interruption
 ) -> TrainLoopResult:
-    """Train until the workers end, replacing those that are lost.
+    """Run the training loop in a group of workers; lost workers are replaced.
 
-    Raises Interrupted after a signal, when the workers have saved; RunFailed, also when no worker
-    is to be had for `scale.resource_timeout_s`.
+    Raises Interrupted after a signal, once the workers have saved their state; RunFailed when
+    workers fail, or when none is alive for `scale.resource_timeout_s`.
     """
-    # a new name each time: Ray's own record of a killed run may be cut short, and is not needed
-    scale = work.config.scale
-    folder = filesystem.join(work.config.output, CHECKPOINT_FOLDER, "ray")
+    scale = spec.config.scale
+    folder = filesystem.join(spec.config.output, CHECKPOINT_FOLDER, "ray")
     path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    elastic = workers.min_count < workers.max_count
-    loop: Any = object_store.bind_settings(train_loop_per_worker)
+    is_elastic = workers.min_count < workers.max_count
+    loop: Any = storage_settings.bind_settings(train_loop_per_worker)
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"work": work, "board": board},
+        train_loop_config={"spec": spec, "channel": channel},
         scaling_config=_ray_train.ScalingConfig(
-            num_workers=(workers.min_count, workers.max_count) if elastic else workers.count,
+            num_workers=(workers.min_count, workers.max_count) if is_elastic else workers.count,
             use_gpu=workers.gpus > 0,
             resources_per_worker=resources,
         ),
         run_config=_ray_train.RunConfig(
+            # a new name each time: Ray's record of a killed run can be truncated, and is not needed
             name=uuid.uuid4().hex[:12],
             storage_path=path,
             storage_filesystem=file_system,
@@ -83,113 +94,159 @@ def fit_torch_trainer(
         ),
     )
     try:
-        with _env_default("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL_S)):
-            team = _WorkerLiveness(board, str(workers), scale.resource_timeout_s)
-            outcome = _wait_for_result(run_in_thread(trainer.fit), board, team, interruption)
+        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
+            liveness = _WorkerLiveness(channel, str(workers), scale.resource_timeout_s)
+            return _wait_for_result(run_in_thread(trainer.fit), channel, liveness, interruption)
     finally:
         filesystem.remove(folder)
-    return outcome
 
 
 class _WorkerLiveness:
-    """The workers as the driver sees them: whether any is there, and for how long none was."""
+    """Checks whether any training worker is alive, and measures for how long none was."""
 
-    def __init__(self, board: Any, wanted: str, wait_seconds: float) -> None:
-        self._board = board
+    def __init__(self, channel: Any, wanted: str, timeout_s: float) -> None:
+        self._channel = channel
         self._wanted = f"training workers, {wanted}"
-        self._patience = WaitTimeout(wait_seconds)
-        self._seen = self._looked = time.monotonic()
+        self._timeout = WaitTimeout(timeout_s)
+        self._last_alive = self._last_check = time.monotonic()
 
     def check(self) -> None:
-        """Say when none is there; raises RunFailed when that takes too long. To be called often."""
+        """Report when no worker is alive; RunFailed after the timeout. May be called often."""
         now = time.monotonic()
-        if now - self._looked < LIVENESS_INTERVAL_S:
+        if now - self._last_check < LIVENESS_INTERVAL_S:
             return
-        self._looked = now
-        if any(is_actor_alive(worker) for worker in ray.get(self._board.workers.remote())):
-            self._seen = now
-        self._patience.check(now - self._seen, self._wanted)
+        self._last_check = now
+        workers = ray.get(self._channel.list_workers.remote())
+        if any(ray_internals.is_actor_alive(worker) for worker in workers):
+            self._last_alive = now
+        self._timeout.check(now - self._last_alive, self._wanted)
 
 
 def _wait_for_result(
-    run: Future[Any], board: Any, team: _WorkerLiveness, interruption: Interruption
+    run: Future[Any], channel: Any, liveness: _WorkerLiveness, interruption: Interruption
 ) -> TrainLoopResult:
     try:
         while not wait([run], timeout=0.2).done:
             interruption.check()
-            team.check()
+            liveness.check()
         result = run.result()
     except Interrupted as interrupted:  # a RunFailed too, so it must be caught before
-        raise _stop_workers(run, board, interrupted) from None
+        raise _stop_workers(run, channel, interrupted) from None
     except RunFailed as failure:
-        # Ray Train goes on trying, and has no way to be told: a worker that comes ends at once
-        board.fail.remote(str(failure))
+        # Ray Train keeps retrying and cannot be stopped: workers that start later return at once
+        channel.report_failure.remote(str(failure))
         raise
     except ray.train.WorkerGroupError as error:
         raise RunFailed(format_worker_failure(error)) from error
     except ray.train.ControllerError as error:
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        if isinstance(error.controller_failure, ray_internals.WorkerGroupStartupTimeoutError):
             raise RunFailed(
-                "the training workers were not to be had, time and again; another job may hold the "
-                "cluster's CPUs or GPUs (see `ray status`)"
+                "the training workers could not be started in repeated attempts. Another job may "
+                "use the cluster's CPUs or GPUs (see `ray status`)."
             ) from error
         raise RunFailed(f"Ray Train failed: {error.controller_failure}") from error
     outcome: TrainLoopResult = result.return_value
-    if outcome.kind == "failed":
+    if outcome.failure_kind == "failed":
         raise RunFailed(append_remedy(outcome.problem or ""))
     return outcome
 
 
-def _stop_workers(run: Future[Any], board: Any, interrupted: Interrupted) -> Interrupted:
-    """Have the workers save and end; they are killed if they do not, as Ray Train has no way."""
-    board.stop.remote()
+def _stop_workers(run: Future[Any], channel: Any, interrupted: Interrupted) -> Interrupted:
+    """Ask the workers to save and stop; kill them if they do not, since Ray Train cannot."""
+    channel.request_stop.remote()
     wait([run], timeout=SAVE_TIMEOUT_S)
     if run.done() and run.exception() is None:
         outcome: TrainLoopResult | None = run.result().return_value
-        if outcome is None or outcome.kind is None:
-            return Interrupted(
-                f"{interrupted}; all is saved, and the same command goes on from here"
-            )
+        if outcome is None or outcome.failure_kind is None:
+            return Interrupted(f"{interrupted}; state saved, rerun the same command to resume")
         return Interrupted(f"{interrupted}; the training had failed: {outcome.problem}")
     with contextlib.suppress(ray.exceptions.RayError):
-        for worker in ray.get(board.workers.remote(), timeout=STOP_TIMEOUT_S):
+        for worker in ray.get(channel.list_workers.remote(), timeout=STOP_TIMEOUT_S):
             ray.kill(worker)
     wait([run], timeout=STOP_TIMEOUT_S)
-    return Interrupted(f"{interrupted}; the same command goes on from the last saved state")
+    return Interrupted(f"{interrupted}; rerun the same command to resume from the last saved state")
 
 
 def format_worker_failure(error: ray.train.WorkerGroupError) -> str:
-    """The failure in one line: the one of the workers that did not fail because another had."""
+    """The cause in one line: a failure that is not the loss of a peer, if there is one."""
     failures = []
     for rank, failure in sorted(error.worker_failures.items()):
         lines = str(failure).strip().splitlines() or [type(failure).__name__]
-        lost_touch = any(sign in lines[-1].lower() for sign in PEER_LOSS_MARKERS)
-        failures.append((lost_touch, f"training worker {rank} failed: {lines[-1].strip()[:300]}"))
+        lost_peer = any(marker in lines[-1].lower() for marker in PEER_LOSS_MARKERS)
+        failures.append((lost_peer, f"training worker {rank} failed: {lines[-1].strip()[:300]}"))
     return append_remedy(min(failures)[1])
 
 
 def append_remedy(line: str) -> str:
+    """Add the advice for a failure that has one."""
     if "out of memory" not in line.lower():
         return line
-    return f"{line}; give a smaller batch_size, or a larger scale.accumulate"
+    return f"{line}; set a smaller batch_size or a larger scale.accumulate"
 
 
 def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
-    """Where Ray keeps its notes; through fsspec, as all other files of this package."""
+    """Path and file system for Ray's own records; through fsspec, as all files of this package."""
     if filesystem.is_local(folder):
         return folder, None
     file_system, path = object_store.resolve_store(folder)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
 
 
-@contextlib.contextmanager
-def _env_default(name: str, value: str) -> Iterator[None]:
-    """Set a variable, unless the user has, for as long as Ray Train reads it."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
+# ---------------------------------------------------------------------- in a worker
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> TrainLoopResult:
+    """The training function that Ray Train calls in every worker."""
+    spec, channel = config["spec"], config["channel"]
+    reason = ray.get(channel.get_failure.remote())
+    if reason is not None:
+        # Ray Train restarts workers after any failure; this one would only occur again
+        return TrainLoopResult((), "", problem=reason, failure_kind="failed")
+    channel.register_worker.remote(ray.get_runtime_context().current_actor)
     try:
-        yield
-    finally:
-        del os.environ[name]
+        return _run_trainer(spec, channel)
+    except Exception as error:
+        if not is_peer_loss(error):
+            lines = str(error).strip().splitlines() or [""]
+            line = f"{type(error).__name__}: {lines[-1].strip()[:300]}"
+            rank = _ray_train.get_context().get_world_rank()
+            ray.get(channel.report_failure.remote(f"training worker {rank} failed: {line}"))
+        raise
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether a failure only means that another worker or a node was lost."""
+    if isinstance(error, ray.exceptions.RayError):
+        return True
+    text = f"{type(error).__name__} {error}".lower()
+    return any(marker in text for marker in PEER_LOSS_MARKERS)
+
+
+def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
+    context = _ray_train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    _set_num_threads(context.get_local_world_size())
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    precision, reason = _resolve_precision(spec.config.precision, device)
+    network = zoo.build_network(spec.architecture, spec.num_classes)
+    network.load_state_dict(ray.get(spec.initial_weights))
+    networks.set_regularization(network, spec.config.model)
+    trainer = Trainer(spec, WorkerContext(rank, world_size, device, precision), network, channel)
+    if rank == 0:
+        workers = f"{world_size} worker" + ("s" if world_size > 1 else "")
+        channel.post.remote(f"training: {workers} on {device.type}, {precision} ({reason})")
+    return trainer.run(lambda epoch: _ray_train.report(asdict(epoch)))
+
+
+def _resolve_precision(requested: TrainPrecision, device: torch.device) -> tuple[str, str]:
+    """The precision to train in, and the reason."""
+    if requested == "fp16":
+        return "fp16", "as requested"
+    return choose_precision(requested, device)
+
+
+def _set_num_threads(local_workers: int) -> None:
+    """Divide the node's cores among its workers; Ray's default of one thread leaves them idle."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_workers))

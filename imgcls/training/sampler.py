@@ -1,8 +1,8 @@
-"""Which rows each worker learns from in each step: a seeded shuffle, dealt like cards.
+"""Distributed sampler: a seeded shuffle, split into equal shares per worker and step.
 
-Promises that an epoch holds every row exactly once, none dropped and none padded (unless classes
-are to be balanced), that in every step the workers' shares differ by at most one row, and that
-every worker has a row in every step, so that all take the same number of steps.
+An epoch has every row exactly once, without padding or dropping (unless classes are balanced). In
+every step the shares of the workers differ by at most one row, and every worker has at least one
+row, so that all workers make the same number of steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StepShare:
-    """One worker's part of one step.
+    """The rows of one worker in one step.
 
-    rows:  (n,) int64, which rows; n is at least 1
-    batch: rows that all workers together have in this step
+    rows:              (n,) int64 row indices; n is at least 1
+    global_batch_size: number of rows of all workers together in this step
     """
 
     rows: Int64Array
@@ -29,28 +29,30 @@ class StepShare:
 
 
 def steps_per_epoch(rows: int, batch_size: int, workers: int) -> int:
-    """Steps that rows make, in batches of at most `batch_size` where that leaves no worker idle."""
+    """Number of steps; batches have at most `batch_size` rows, or one row per worker if less."""
     if rows < workers:
-        raise ValueError(f"{rows} rows cannot be dealt to {workers} workers")
+        raise ValueError(f"{rows} rows cannot be split among {workers} workers")
     return min(-(-rows // batch_size), rows // workers)
 
 
 def shuffle_rows(rows: int, *, epoch: int, seed: int) -> Int64Array:
-    """(rows,) int64: every row once."""
+    """(rows,) int64: a permutation of all row indices."""
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 def sample_balanced(labels: Int64Array, *, epoch: int, seed: int) -> Int64Array:
-    """(N,) int64: N rows with as many of each class as of any other, give or take one.
+    """(N,) int64 row indices with equally many rows of each class (they differ by at most one).
 
-    labels: (N,) int64; a class that is repeated shows all its rows before any of them again
+    Rows of a class are repeated only after all rows of that class were used.
+
+    labels: (N,) int64
     """
     rng = np.random.default_rng((seed, epoch))
     classes = rng.permutation(np.unique(labels))
     chosen = []
-    for place, label in enumerate(classes):
+    for position, label in enumerate(classes):
         members = np.flatnonzero(labels == label)
-        quota = len(labels) // len(classes) + (place < len(labels) % len(classes))
+        quota = len(labels) // len(classes) + (position < len(labels) % len(classes))
         passes = [rng.permutation(members) for _ in range(-(-quota // len(members)))]
         chosen.append(np.concatenate(passes)[:quota] if passes else members[:0])
     return rng.permutation(np.concatenate(chosen))
@@ -62,19 +64,18 @@ def iter_step_shares(
     """The steps of one worker in one epoch.
 
     order:      (N,) int64, the rows of the epoch over all workers
-    batch_size: rows in a step over all workers; batches differ by at most one row, so the last is
-        no smaller than the others
-    start:      the first step to deal, for an epoch that goes on
+    batch_size: maximum rows of a step over all workers; the sizes of steps differ by at most one
+    start:      first step, when an interrupted epoch is resumed
     Raises ValueError when there are fewer rows than workers.
     """
     rows = len(order)
     steps = steps_per_epoch(rows, batch_size, workers)
     for step in range(start, steps):
         first, last = step * rows // steps, (step + 1) * rows // steps
-        # card number i goes to worker i % workers, over the whole epoch
+        # element i of the epoch's order goes to worker i % workers
         yield StepShare(order[first + (rank - first) % workers : last : workers], last - first)
 
 
 def shard_rows(rows: int, *, rank: int, workers: int) -> Int64Array:
-    """The rows that one worker evaluates; over all workers every row once."""
+    """The validation rows of one worker; every row belongs to exactly one worker."""
     return np.arange(rank, rows, workers)

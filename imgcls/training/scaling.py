@@ -1,6 +1,6 @@
-"""Whether the cluster can hold the training that was asked for: arithmetic, before anything waits.
+"""Scaling of a training: the worker group that fits the cluster, computed before Ray starts it.
 
-Ray would wait without end, and without a word, for a CPU that no machine has.
+Ray waits without limit and without a message for CPUs that no node has.
 """
 
 from __future__ import annotations
@@ -12,45 +12,46 @@ from dataclasses import dataclass
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.cluster import autoscaler
-from imgcls.cluster.session import Interruption, Node
+from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
 from imgcls.config import Section
 from imgcls.errors import ResourcesError
 
 MAX_STORE_FRACTION = 0.8
-"""Share of an object store that decoded images may fill; beyond it Ray would spill them to disk."""
+"""Fraction of the object store that decoded images may fill; beyond it Ray spills to disk."""
 
 
 class TrainScaleConfig(Section):
-    """How many workers, and on what."""
+    """Training workers and their resources."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Training workers, who share each batch; [min, max] takes what machines there are."""
+    """Number of training workers, which share each batch; [min, max] adapts to the cluster."""
     use_gpu: bool | None = None
-    """One GPU per worker; if none, whenever there are enough for all."""
+    """Use one GPU per worker. Default: if the cluster has enough GPUs for all workers."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that each worker reserves; may be a fraction."""
     accumulate: PositiveInt = 1
-    """Parts in which a worker takes its share of a batch, where not all fits in memory."""
+    """Gradient accumulation: parts into which a worker splits its share of a batch."""
     sync_batchnorm: bool = False
-    """Batch statistics over all workers' images; on GPUs only."""
+    """Synchronize batch statistics over all workers; only on GPUs."""
     compile: bool = False
-    """torch.compile the network; pays on long runs."""
+    """Compile the network with torch.compile; worth its time only on long runs."""
     max_failures: NonNegativeInt = 8
-    """Times that lost workers are replaced before the run is given up."""
+    """Maximum number of times that lost workers are replaced before the run fails."""
     resource_timeout_s: PositiveFloat = 1800.0
-    """To wait for machines or workers at most."""
+    """Maximum wait for nodes or workers, in seconds."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainScaleConfig:
         if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers {list(self.bounds)}: give the smaller number first")
+            raise ValueError(f"num_workers {list(self.bounds)}: put the smaller number first")
         return self
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """Fewest and most workers."""
-        wanted = self.num_workers
-        return (wanted, wanted) if isinstance(wanted, int) else wanted
+        """Minimum and maximum number of workers."""
+        count = self.num_workers
+        return (count, count) if isinstance(count, int) else count
 
     @property
     def min_workers(self) -> int:
@@ -65,7 +66,9 @@ class TrainScaleConfig(Section):
 class WorkerPlan:
     """A group of workers that fits the cluster.
 
-    count: how many there are now; an elastic group may grow up to `most` and shrink to `fewest`
+    count:                number of workers at the start
+    cpus, gpus:           resources of each worker
+    min_count, max_count: bounds of an elastic group; equal to count otherwise
     """
 
     count: int
@@ -83,9 +86,9 @@ class WorkerPlan:
 
 
 def plan_workers(nodes: Sequence[Node], config: TrainScaleConfig) -> WorkerPlan:
-    """The workers that were asked for.
+    """The worker group for these nodes.
 
-    Raises ResourcesError, with the arithmetic, when they do not fit the machines.
+    Raises ResourcesError, with the arithmetic, when it does not fit.
     """
     use_gpu = config.use_gpu
     fewest, most = config.bounds
@@ -97,24 +100,23 @@ def plan_workers(nodes: Sequence[Node], config: TrainScaleConfig) -> WorkerPlan:
     workers = WorkerPlan(count, config.cpus_per_worker, gpus, fewest, most)
     if config.sync_batchnorm and not gpus:
         raise ResourcesError(
-            "scale.sync_batchnorm: PyTorch has it for GPUs only, and these workers have none; "
-            "leave it out"
+            "scale.sync_batchnorm: PyTorch supports it only on GPUs, and these workers have none. "
+            "Set it to false."
         )
     if places < fewest:
-        machines = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
+        listed = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
         raise ResourcesError(
-            f"scale.num_workers {fewest}: {workers} do not fit the machines of the "
-            f"cluster ({machines}), which hold {places}; give fewer workers, a smaller "
-            "scale.cpus_per_worker, or add machines"
+            f"scale.num_workers {fewest}: {workers} do not fit the nodes of the cluster "
+            f"({listed}), which have room for {places}. Use fewer workers, a smaller "
+            "scale.cpus_per_worker, or add nodes."
         )
     return workers
 
 
 def wait_for_worker_plan(config: TrainScaleConfig, interruption: Interruption) -> WorkerPlan:
-    """The workers on the machines that are there; waits for machines where more may come.
+    """The worker group for the current nodes; on an autoscaling cluster, waits for nodes.
 
-    Raises ResourcesError as `plan_workers` does, when it will not fit, or did not in
-    `scale.resource_timeout_s`.
+    Raises ResourcesError when the group cannot fit, or did not within `scale.resource_timeout_s`.
     """
     return autoscaler.wait_until_fit(
         lambda nodes: plan_workers(nodes, config),
@@ -127,7 +129,10 @@ def wait_for_worker_plan(config: TrainScaleConfig, interruption: Interruption) -
 def plan_worker_bundles(
     most: Sequence[Node] | None, config: TrainScaleConfig
 ) -> list[dict[str, float]]:
-    """What to ask an autoscaler for, by the machines that may come; None: that is not known."""
+    """Resource bundles to request from an autoscaler.
+
+    most: the nodes that it can provide; None if that is unknown
+    """
     count, gpus = config.min_workers, int(config.use_gpu or False)
     if most is not None:
         workers = plan_workers(most, config)
@@ -137,36 +142,36 @@ def plan_worker_bundles(
 
 
 def fits_object_store(needed: int, capacity: int) -> bool:
-    """Whether decoded images may all be kept.
+    """Whether all decoded images fit in the object store.
 
     needed:   bytes of all decoded images
-    capacity: bytes of the smallest object store among the machines
+    capacity: bytes of the smallest object store of a node
     """
     return needed <= MAX_STORE_FRACTION * capacity
 
 
 def compute_decode_cpus(nodes: Sequence[Node], workers: WorkerPlan) -> float:
-    """CPUs that are left to decode in every epoch.
+    """CPUs that the workers leave for decoding images in every epoch.
 
-    Raises ResourcesError, with the arithmetic, when less than one is.
+    Raises ResourcesError, with the arithmetic, when it is less than one.
     """
     total = sum(node.cpus for node in nodes)
     left = total - workers.count * workers.cpus
     if left < 1:
         raise ResourcesError(
             f"the decoded images do not fit in the object store, so they are decoded in every "
-            f"epoch, which takes CPUs: of {total:g} the workers reserve "
-            f"{workers.count * workers.cpus:g}; give a scale.cpus_per_worker of at most "
-            f"{(total - 1) / workers.count:g}, add machines, or start Ray with a larger "
-            "--object-store-memory"
+            f"epoch, which needs CPUs: of {total:g} the workers reserve "
+            f"{workers.count * workers.cpus:g}. Set scale.cpus_per_worker to at most "
+            f"{(total - 1) / workers.count:g}, add nodes, or start Ray with a larger "
+            "--object-store-memory."
         )
     return left
 
 
 def count_fitting_trials(nodes: Sequence[Node], workers: WorkerPlan, *, cached: bool) -> int:
-    """Trainings that the machines hold beside each other, none waiting for another's CPUs.
+    """Number of trainings that can run at once without waiting for each other's CPUs.
 
-    cached: images are decoded before; else each training needs a whole CPU more, to decode
+    cached: images are decoded before; otherwise each training needs one more CPU for decoding
     """
     most = _count_slots(nodes, workers.cpus, workers.gpus) // workers.max_count
     for trials in range(most, 1, -1):
@@ -176,7 +181,7 @@ def count_fitting_trials(nodes: Sequence[Node], workers: WorkerPlan, *, cached: 
 
 
 def _count_spare_cpus(nodes: Sequence[Node], workers: WorkerPlan, count: int) -> int:
-    """Whole CPUs that are left beside so many workers, one machine filled before the next."""
+    """Whole CPUs left by `count` workers, when each node is filled before the next."""
     spare = 0
     for node in nodes:
         here = min(count, _count_slots([node], workers.cpus, workers.gpus))
@@ -186,9 +191,9 @@ def _count_spare_cpus(nodes: Sequence[Node], workers: WorkerPlan, count: int) ->
 
 
 def _count_slots(nodes: Sequence[Node], cpus: float, gpus: int) -> int:
-    """Workers that the machines hold, each worker whole on one of them."""
+    """Number of workers that fit, each on one node."""
     return sum(
-        # the tolerance keeps ten times 0.1 CPU on one CPU
+        # the tolerance lets ten workers of 0.1 CPU fit on one CPU
         min(math.floor(node.cpus / cpus + 1e-6), math.floor(node.gpus / gpus) if gpus else 2**31)
         for node in nodes
     )

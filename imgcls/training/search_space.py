@@ -1,4 +1,4 @@
-"""What a hyper-parameter search tries: the axes of its space, each checked as it is read."""
+"""Search space of a hyperparameter search: its axes, and the checks before it starts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SearchRange = tuple[float, float]
 
 
 class Axis(Section):
-    """How the values of one key are drawn: give exactly one of these."""
+    """Values or distribution of one key; exactly one field is set."""
 
     choice: list[Any] | None = None
     """One of these values."""
     grid: list[Any] | None = None
-    """Each of these values in turn, `trials` times over; with random search only."""
+    """Each of these values, `trials` times; only with tune.search random."""
     uniform: SearchRange | None = None
-    """[low, high], any number alike."""
+    """[low, high], uniform."""
     loguniform: SearchRange | None = None
-    """[low, high], any order of magnitude alike: for learning rates and the like."""
+    """[low, high], uniform on a log scale, e.g. for learning rates."""
     randint: tuple[int, int] | None = None
-    """[low, high], any whole number alike, both ends included."""
+    """[low, high], uniform over the integers, both ends included."""
     lograndint: tuple[int, int] | None = None
-    """[low, high], whole numbers, any order of magnitude alike."""
+    """[low, high], integers, uniform on a log scale, both ends included."""
 
     _domains: ClassVar[dict[str, Callable[..., Any]]] = {
         "uniform": tune.uniform,
@@ -44,26 +44,27 @@ class Axis(Section):
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             names = ", ".join(type(self).model_fields)
-            raise ValueError(f"give exactly one of {names}; {len(given)} are given")
+            raise ValueError(f"set exactly one of {names}; {len(given)} are set")
         ((kind, values),) = given.items()
         if kind in ("choice", "grid"):
             if not values:
-                raise ValueError(f"{kind}: has no value to choose from")
+                raise ValueError(f"{kind}: the list is empty")
             return self
         low, high = values
         if low >= high:
-            raise ValueError(f"{kind} [{low}, {high}]: give the smaller number first")
+            raise ValueError(f"{kind} [{low}, {high}]: pass the smaller number first")
         if kind.startswith("log") and low <= 0:
-            raise ValueError(f"{kind} [{low}, {high}]: its numbers must be greater than 0")
+            raise ValueError(f"{kind} [{low}, {high}]: the bounds must be greater than 0")
         return self
 
     @property
     def kind(self) -> str:
+        """Name of the field that is set."""
         (kind,) = self.model_dump(exclude_none=True)
         return str(kind)
 
     def build_domain(self) -> Any:
-        """As Ray Tune takes it."""
+        """The axis as a search domain of Ray Tune."""
         values = getattr(self, self.kind)
         if self.kind == "choice":
             return tune.choice(values)
@@ -72,77 +73,78 @@ class Axis(Section):
         return self._domains[self.kind](*values)
 
     def list_extremes(self) -> list[Any]:
-        """Values that must be possible if all are."""
+        """Values to check: all of a list, the ends of an interval."""
         return list(getattr(self, self.kind))
 
 
 class AshaConfig(Section):
-    """Asynchronous successive halving: trials that fall behind are stopped early.
+    """Asynchronous successive halving (ASHA): stops the worse trials early.
 
     Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020.
     """
 
     grace_period: PositiveInt = 1
-    """Epochs that every trial may have."""
+    """Minimum number of epochs of every trial."""
     reduction_factor: int = Field(default=3, ge=2)
-    """Of so many trials that reach a rung one goes on; rungs are this factor of epochs apart."""
+    """One in this many trials continues at each rung; the rungs are this factor of epochs apart."""
 
 
 class SearchConfig(Section):
-    """What to try, and how often."""
+    """Search space, number of trials, and search algorithm."""
 
     space: dict[str, Axis] = {}
-    """By key of the training, e.g. `optim.lr: {loguniform: [1e-4, 1e-1]}`."""
+    """Axis of each training key to search, e.g. `optim.lr: {loguniform: [1e-4, 1e-1]}`."""
     trials: PositiveInt = 8
-    """Trainings with values of their own."""
+    """Number of trials; with grids, number of trials per combination."""
     search: Literal["random", "optuna"] = "random"
-    """optuna: each trial learns from those before it (pip install 'imgcls[optuna]')."""
+    """random, or optuna: uses the results of earlier trials (pip install 'imgcls[optuna]')."""
     scheduler: Literal["asha", "fifo"] = "asha"
-    """fifo: every trial runs to its end."""
+    """asha: stop the worse trials early; fifo: run every trial to its end."""
     asha: AshaConfig = AshaConfig()
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; as many as the machines hold."""
+    """Maximum number of concurrent trials (default: as many as fit on the cluster)."""
     seed: NonNegativeInt = 0
-    """Of the values that are drawn."""
+    """Seed of the drawn values."""
 
     @property
     def total_trials(self) -> int:
-        """Trainings in all: each combination of the grids' values, `trials` times over."""
+        """Total number of trials: each combination of the grids, `trials` times."""
         grids = (axis.grid for axis in self.space.values() if axis.grid is not None)
         return self.trials * math.prod(len(values) for values in grids)
 
 
 class TuneConfig(TrainConfig):
-    """Search the best settings of a training: its keys, and what to try."""
+    """Hyperparameter search: the keys of a training, and the search space."""
 
     tune: SearchConfig = SearchConfig()
     output: str
-    """The folder to write: trials/, results.parquet, plots/ and the best bundle, best/."""
+    """Output folder: trials/, results.parquet, plots/ and the best bundle, best/."""
     overwrite: bool = False
-    """Throw away the search that is there."""
+    """Delete the search in the output folder first."""
 
 
 def build_trial_config(config: TuneConfig, values: dict[str, Any], output: str) -> TrainConfig:
-    """The training of one trial.
+    """The training configuration of one trial.
 
-    Raises ConfigError when a value is none that the training takes.
+    values: value of each key of the search space
+    Raises ConfigError if a value is not valid for its key.
     """
     base = config.model_dump(mode="json", exclude={"tune", "output", "overwrite", "find_lr"})
     return build(TrainConfig, {**base, **values, "output": output})
 
 
 def check_space(config: TuneConfig) -> None:
-    """Raise ConfigError, with all that is wrong, before anything starts."""
+    """Raise ConfigError that lists every problem of the search space."""
     search = config.tune
     if not search.space:
         raise ConfigError(
-            "tune.space: is empty, so there is nothing to search; name keys and what they may be, "
-            "as in tune: {space: {optim.lr: {loguniform: [1e-4, 1e-1]}}}"
+            "tune.space: is empty, so there is nothing to search; add keys and values, as in "
+            "tune: {space: {optim.lr: {loguniform: [1e-4, 1e-1]}}}"
         )
     problems = []
     for key, axis in search.space.items():
         if key.split(".")[0] in ("output", "overwrite", "find_lr", "storage", "track"):
-            problems.append(f"tune.space.{key}: is no setting that changes what is learnt")
+            problems.append(f"tune.space.{key}: does not change the trained model")
             continue
         if axis.kind == "grid" and search.search != "random":
             problems.append(f"tune.space.{key}: grid needs tune.search random")
@@ -154,4 +156,4 @@ def check_space(config: TuneConfig) -> None:
                 problems.append(f"tune.space.{key}: {value!r}: {line}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"the search cannot be made:\n{lines}")
+        raise ConfigError(f"the search space has problems:\n{lines}")

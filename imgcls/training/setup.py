@@ -1,7 +1,12 @@
-"""What a training does before its workers start: say what was decided, decode, show samples."""
+"""Preparation of a training: resolve and check the request, decode the images, draw samples.
+
+`resolve_setup` runs before Ray starts and raises for every request that cannot work. The other
+functions run on the driver, before the training workers start.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,32 +18,41 @@ from torch import nn
 
 from imgcls.data import filesystem
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import TooManyErrors
+from imgcls.errors import RequestError, TooManyErrors
 from imgcls.models.bundle import Architecture
+from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
 from imgcls.training.data.cached import CachedImages, decode_images
-from imgcls.training.data.examples import Examples
+from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
-from imgcls.training.optim.strategy import Strategy
+from imgcls.training.loggers import base
+from imgcls.training.optim.loss import compute_class_weights
+from imgcls.training.optim.strategy import (
+    Strategy,
+    choose_default_lr,
+    has_probe,
+    resolve_strategy,
+)
 from imgcls.training.sampler import steps_per_epoch
 from imgcls.training.scaling import WorkerPlan
 
 SAMPLES_PLOT = "plots/augmented.png"
 SAMPLE_COUNT = 8
-"""Images in the picture of augmented samples."""
+"""Number of images in the picture of augmented samples."""
 
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """What was settled before anything started.
+    """A request that was checked, and everything derived from it before Ray starts.
 
-    strategy:      as it is meant
-    class_weights: of the loss, or None
-    head_shares:   as `network.head_shares` gives them; empty without a probe
-    identity:      what makes two runs the same run
+    strategy:          the strategy to use, also where the request leaves it open
+    network:           on the CPU, with its initial weights
+    class_weights:     per class, for the loss; None for equal weights
+    head_coefficients: see `network.compute_head_coefficients`; empty without a probe
+    identity:          settings, data and initial weights; equal for two runs of one training
     """
 
     config: TrainConfig
@@ -52,24 +66,104 @@ class TrainSetup:
     identity: dict[str, Any]
 
 
+def resolve_setup(config: TrainConfig) -> TrainSetup:
+    """Check a request and derive everything that a training needs before Ray starts.
+
+    Raises a RequestError when the training cannot work as requested.
+    """
+    examples = read_examples(config.data)
+    strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
+    rows = examples.count(held=False)
+    if config.batch_size > rows:
+        print(f"note: batch_size reduced from {config.batch_size} to the {rows} training images")
+        config = config.model_copy(update={"batch_size": rows})
+    smallest = _min_rows_per_part(config, rows)
+    class_weights = compute_class_weights(
+        config.loss, examples.classes, examples.count_per_class(held=False)
+    )
+    architecture, preprocess = networks.resolve_model(config.model)
+    if config.optim.lr is None:
+        optim = config.optim.model_copy(update={"lr": choose_default_lr(strategy, architecture)})
+        config = config.model_copy(update={"optim": optim})
+    network = networks.build_initial_network(
+        architecture, config.model.weights, len(examples.classes), seed=config.seed
+    )
+    networks.set_regularization(network, config.model)
+    networks.check_can_train(network, preprocess, smallest)
+    coefficients: tuple[float, ...] = ()
+    if has_probe(strategy):
+        coefficients = networks.compute_head_coefficients(network, preprocess)
+    base.check_loggers(config.track, config.output)
+    return TrainSetup(
+        config=config,
+        strategy=strategy,
+        examples=examples,
+        architecture=architecture,
+        preprocess=preprocess,
+        network=network,
+        class_weights=class_weights,
+        head_coefficients=coefficients,
+        identity=_compute_identity(config, examples, network),
+    )
+
+
+def _min_rows_per_part(config: TrainConfig, rows: int) -> int:
+    """The smallest number of images of a worker in one part of a step.
+
+    Raises RequestError when a part would have none.
+    """
+    workers, parts = config.scale.max_workers, config.scale.accumulate
+    name = f"scale.num_workers {workers}" + (
+        f" times scale.accumulate {parts}" if parts > 1 else ""
+    )
+    if rows < workers * parts:
+        raise RequestError(
+            f"data.train: {rows} training images are fewer than {name}. Lower these settings or "
+            "add images."
+        )
+    if config.batch_size < workers * parts:
+        raise RequestError(
+            f"batch_size {config.batch_size} is smaller than {name}. Set it to at least "
+            f"{workers * parts}."
+        )
+    share = rows // steps_per_epoch(rows, config.batch_size, workers) // workers
+    return max(1, share // parts)
+
+
+def _compute_identity(
+    config: TrainConfig, examples: Examples, network: nn.Module
+) -> dict[str, Any]:
+    """Settings, data and initial weights; the number of workers is not part of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return {
+        "settings": config.identity(),
+        "data": {key: source.fingerprint for key, source in examples.sources.items()},
+        "initial_weights": digest.hexdigest(),
+    }
+
+
 def log_setup(
-    task: TrainSetup, workers: WorkerPlan, views: DecodeSettings, *, cached: bool
+    setup: TrainSetup, workers: WorkerPlan, decoding: DecodeSettings, *, cached: bool
 ) -> None:
-    config, examples = task.config, task.examples
+    """Print the data, the model, the strategy and the workers of a training."""
+    config, examples = setup.config, setup.examples
     rows, held = examples.count(held=False), examples.count(held=True)
     origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"
     steps = steps_per_epoch(rows, config.batch_size, workers.count)
-    parameters = sum(p.numel() for p in task.network.parameters())
+    parameters = sum(p.numel() for p in setup.network.parameters())
     weights = f"weights {config.model.weights}" if config.model.weights else "random weights"
-    pre = task.preprocess
-    where = "kept in memory" if cached else "more than memory holds: decoded in every epoch"
+    pre = setup.preprocess
+    where = "kept in memory" if cached else "too large for memory: decoded in every epoch"
     print(
         f"data: {rows:,} training images of {len(examples.classes)} classes from "
-        f"{config.data.train.path}, {held:,} to validate {origin}\n"
-        f"      {views.compute_decoded_bytes(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
+        f"{config.data.train.path}, {held:,} validation images {origin}\n"
+        f"      {decoding.compute_decoded_bytes(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
         f"model: {config.model.name}, {parameters:,} parameters, {weights}, "
         f"{pre.crop}x{pre.crop} input ({pre.mode})\n"
-        f"strategy: {task.strategy}; augment {config.augment.preset}: "
+        f"strategy: {setup.strategy}; augment {config.augment.preset}: "
         f"{config.augment.build_recipe()}\n"
         f"workers: {workers}, {steps:,} steps of {rows // steps} to {-(-rows // steps)} images "
         "per epoch",
@@ -89,78 +183,83 @@ def log_setup(
         )
 
 
-def decode_dataset(task: TrainSetup, views: DecodeSettings, cpus: float) -> CachedImages:
-    """Decode all images and see whether what is left can be trained on."""
+def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> CachedImages:
+    """Decode all images into the object store.
+
+    Raises TooManyErrors when too many images cannot be decoded, or too few remain.
+    """
     start = time.perf_counter()
-    decoded = decode_images(task.examples.rows, views, cpus=cpus)
-    rows, failures = task.examples.rows.num_rows, decoded.failures
+    decoded = decode_images(setup.examples.rows, decoding, cpus=cpus)
+    rows, failures = setup.examples.rows.num_rows, decoded.failures
     print(
         f"decoded: {rows - len(failures):,} images, {len(failures):,} failed, "
         f"{time.perf_counter() - start:.1f} s",
         flush=True,
     )
-    allowed = task.config.data.max_error_rate
+    allowed = setup.config.data.max_error_rate
     listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
     if len(failures) > allowed * rows:
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
         print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
-    _check_enough_decoded(task.examples, failures, task.config.scale.max_workers)
+    _check_enough_decoded(setup.examples, failures, setup.config.scale.max_workers)
     return decoded
 
 
 def build_too_many_errors(
     failed: int, rows: int, allowed: float, listed: str = ""
 ) -> TooManyErrors:
+    """The error of a training with more failed images than data.max_error_rate allows."""
     return TooManyErrors(
         f"{failed:,} of {rows:,} images cannot be decoded, more than data.max_error_rate "
-        f"{allowed:g} allows:{listed}\nmend or remove them, or raise data.max_error_rate"
+        f"{allowed:g} allows:{listed}\nFix or remove them, or raise data.max_error_rate."
     )
 
 
 def _check_enough_decoded(
     examples: Examples, failures: tuple[DecodeFailure, ...], workers: int
 ) -> None:
+    """Raise TooManyErrors when a class, the validation or a worker has no image left."""
     lost = Counter((failure.held, failure.label) for failure in failures)
     train = examples.count_per_class(held=False)
     for code, name in enumerate(examples.classes):
         if train[code] <= lost[False, code]:
             raise TooManyErrors(
-                f"class {name!r}: none of its training images can be decoded; mend them or remove "
-                "the class"
+                f"class {name!r}: none of its training images can be decoded. Fix them or remove "
+                "the class."
             )
     left = {
         held: examples.count(held=held) - sum(n for (h, _), n in lost.items() if h == held)
         for held in (False, True)
     }
     if not left[True]:
-        raise TooManyErrors("none of the validation images can be decoded; mend them")
+        raise TooManyErrors("none of the validation images can be decoded. Fix them.")
     if left[False] < workers:
         raise TooManyErrors(
             f"only {left[False]} training images can be decoded, fewer than scale.num_workers "
-            f"{workers}; mend the others"
+            f"{workers}. Fix the others or lower scale.num_workers."
         )
 
 
-def draw_samples(task: TrainSetup, images: CachedImages | StreamedImages) -> None:
-    """The picture of what augmentation makes of some training images."""
+def draw_samples(setup: TrainSetup, images: CachedImages | StreamedImages) -> None:
+    """Draw some training images before and after augmentation, in `plots/augmented.png`."""
     augment = Augment(
-        task.config.augment, size=task.preprocess.crop, num_classes=len(task.examples.classes)
+        setup.config.augment, size=setup.preprocess.crop, num_classes=len(setup.examples.classes)
     )
     if isinstance(images, CachedImages):
-        shown = images.load_split(held=False)
-        rows = choose_sample_rows(shown.labels, SAMPLE_COUNT)
-        pixels, labels = shown.gather_pixels(rows), shown.labels[rows]
+        train = images.load_split(held=False)
+        rows = choose_sample_rows(train.labels, SAMPLE_COUNT)
+        pixels, labels = train.gather_pixels(rows), train.labels[rows]
     else:
-        train = task.examples.rows.filter(pc.invert(task.examples.rows.column("held")))
+        train = setup.examples.rows.filter(pc.invert(setup.examples.rows.column("held")))
         rows = choose_sample_rows(train.column("label").to_numpy(), SAMPLE_COUNT)
-        table = decode_block(train.take(pa.array(rows)), images.views).combine_chunks()
+        table = decode_block(train.take(pa.array(rows)), images.settings).combine_chunks()
         (batch,) = table.to_batches()
         good = batch.column("error").is_null().to_numpy(zero_copy_only=False)
-        pixels = view_pixels(batch, images.views.train)[good]
+        pixels = view_pixels(batch, images.settings.train)[good]
         labels = batch.column("label").to_numpy()[good]
     if len(labels):
         picture = draw_preview(
-            pixels, labels, task.examples.classes, augment, seed=task.config.seed
+            pixels, labels, setup.examples.classes, augment, seed=setup.config.seed
         )
-        filesystem.write(filesystem.join(task.config.output, SAMPLES_PLOT), picture)
+        filesystem.write(filesystem.join(setup.config.output, SAMPLES_PLOT), picture)

@@ -1,47 +1,69 @@
-"""`train`: labelled images in, a bundle out.
+"""`imgcls train`: train a network on labeled images and write a bundle.
 
-Checks all that can be checked before anything starts, and whose output it is: an unfinished run of
-the same request goes on, a finished one is left as it is, any other is refused. The work itself is
-in `job`.
+`train` checks the request, takes the lease of the output folder, decodes the images, runs the
+workers and publishes the bundle. An unfinished run of the same request is resumed, a finished one
+is returned as it is, and any other content of the output folder is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
-from torch import nn
+import ray
 
-from imgcls.cluster import session
+from imgcls.cluster import autoscaler, session
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.config import requested
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import (
     BundleError,
     OutputError,
-    RequestError,
+    RunFailed,
     StorageError,
+    StorageMissing,
     StorageUnavailable,
 )
 from imgcls.models.bundle import BUNDLE_FILE, read_description
-from imgcls.provenance import list_differences
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
-from imgcls.training import network as networks
+from imgcls.runs.provenance import list_differences
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.data.examples import DataConfig, Examples, read_examples
-from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.job import TrainResult, TrialContext, run_training
+from imgcls.training.data.batches import DecodeSettings
+from imgcls.training.data.cached import CachedImages, find_store_bytes
+from imgcls.training.data.examples import DataConfig
+from imgcls.training.data.streaming import StreamedImages
+from imgcls.training.driver_channel import open_driver_channel
+from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note
 from imgcls.training.loggers import base
 from imgcls.training.network import ModelConfig
-from imgcls.training.optim.loss import compute_class_weights
 from imgcls.training.optim.optimizer import OptimConfig
-from imgcls.training.optim.strategy import choose_default_lr, has_probe, resolve_strategy
-from imgcls.training.publish import HISTORY_FILE
-from imgcls.training.sampler import steps_per_epoch
-from imgcls.training.scaling import TrainScaleConfig
-from imgcls.training.setup import TrainSetup
+from imgcls.training.publish import HISTORY_FILE, publish_bundle, write_lr_curve
+from imgcls.training.ray_trainer import fit_torch_trainer
+from imgcls.training.result import TrainResult
+from imgcls.training.scaling import (
+    TrainScaleConfig,
+    WorkerPlan,
+    compute_decode_cpus,
+    fits_object_store,
+    wait_for_worker_plan,
+)
+from imgcls.training.setup import (
+    TrainSetup,
+    build_too_many_errors,
+    decode_dataset,
+    draw_samples,
+    log_setup,
+    resolve_setup,
+)
+from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
 
 __all__ = [
     "DataConfig",
@@ -53,126 +75,105 @@ __all__ = [
     "train",
 ]
 
+LOGGER_STATE_FILE = "trackers.json"
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What a search (`imgcls tune`) passes to each of its trials.
+
+    images:       decoded images to use if they were decoded as the trial needs them; or None
+    on_epoch:     called with the metrics of each epoch, in a thread of its own
+    interruption: stops the trial
+    """
+
+    images: CachedImages | None
+    on_epoch: Callable[[EpochMetrics], None]
+    interruption: Interruption
+
 
 def train(
-    config: TrainConfig | None = None, /, *, shared: TrialContext | None = None, **settings: Any
+    config: TrainConfig | None = None, /, *, trial: TrialContext | None = None, **settings: Any
 ) -> TrainResult:
-    """Train a network and write its bundle; prints what was decided and a line per epoch.
+    """Train a network on labeled images and write its bundle.
 
-    config:   the whole request, or else
-    settings: its keys, as in `train(data="photos/", output="bundle", model="resnet18", epochs=3)`,
-        nested or dotted (`**{"optim.lr": 1e-3}`)
-    shared:   of a trial, what it has in common with the others of a search
-    Raises a RequestError before anything starts, TooManyErrors when too many images cannot be
-    decoded, RunFailed when workers fail beyond replacing or the loss ceases to be finite. The same
-    command goes on from the last saved state.
+    If the output folder holds an unfinished run of the same request, it is resumed from its last
+    saved state. If it holds the finished bundle of the same request, that result is returned.
+
+    Parameters
+    ----------
+    config : TrainConfig, optional
+        The complete request. Pass either this or `settings`.
+    trial : TrialContext, optional
+        Set by `imgcls tune` for the trials of a search.
+    **settings
+        Keys of `TrainConfig`, nested (``optim={"lr": 1e-3}``) or dotted
+        (``**{"optim.lr": 1e-3}``). `data` and `output` are required.
+
+    Returns
+    -------
+    TrainResult
+        The bundle's URL, the metrics of every epoch, and the best epoch.
+
+    Raises
+    ------
+    RequestError
+        The request cannot work. Nothing was started.
+    TooManyErrors
+        More images than `data.max_error_rate` allows cannot be decoded.
+    RunFailed
+        Workers failed more often than `scale.max_failures`, or the loss became NaN or infinite.
+        Rerun the same call to resume from the last saved state.
+
+    Examples
+    --------
+    >>> import imgcls
+    >>> result = imgcls.train(  # doctest: +SKIP
+    ...     data="photos/", output="bundle", model="resnet18", epochs=3
+    ... )
+    >>> result.best.val_accuracy  # doctest: +SKIP
+    0.9312
     """
     config = requested(TrainConfig, config, settings, 'train(data="photos/", output="bundle")')
-    object_store.set_process_settings(config.storage)
+    with use_settings(config.storage):
+        return _train(config, trial)
+
+
+def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
-    task = resolve_setup(config)
-    config = task.config
-    layout.check_output_writable(config.output)
-    finished = _find_finished(task)
+    setup = resolve_setup(config)
+    layout.check_output_writable(setup.config.output)
+    finished = _find_finished(setup)
     if finished is not None:
         return finished
-    lease = Lease.acquire(config.output)
+    lease = Lease.acquire(setup.config.output)
     try:
-        checkpoints = _claim_output(task)
+        checkpoints = _claim_output(setup)
         session.connect()
-        interruption = session.Interruption() if shared is None else shared.interruption
+        interruption = Interruption() if trial is None else trial.interruption
         with interruption.handle_signals(), session.unwrap_ray_errors():
-            return run_training(task, checkpoints, lease, interruption, shared)
+            return _Run(setup, checkpoints, lease, interruption, trial).run()
     finally:
         lease.release()
 
 
-def resolve_setup(config: TrainConfig) -> TrainSetup:
-    """Everything that the request comes to; raises a RequestError for whatever is wrong with it."""
-    examples = read_examples(config.data)
-    strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
-    rows = examples.count(held=False)
-    if config.batch_size > rows:
-        print(f"note: batch_size is lowered from {config.batch_size} to the {rows} training images")
-        config = config.model_copy(update={"batch_size": rows})
-    share = _min_rows_per_part(config, rows)
-    weights = compute_class_weights(
-        config.loss, examples.classes, examples.count_per_class(held=False)
-    )
-    architecture, preprocess = networks.resolve_model(config.model)
-    if config.optim.lr is None:
-        optim = config.optim.model_copy(update={"lr": choose_default_lr(strategy, architecture)})
-        config = config.model_copy(update={"optim": optim})
-    network = networks.build_initial_network(
-        architecture, config.model.weights, len(examples.classes), seed=config.seed
-    )
-    networks.set_regularization(network, config.model)
-    networks.check_can_train(network, preprocess, share)
-    shares = networks.compute_head_coefficients(network, preprocess) if has_probe(strategy) else ()
-    base.check_loggers(config.track, config.output)
-    return TrainSetup(
-        config=config,
-        strategy=strategy,
-        examples=examples,
-        architecture=architecture,
-        preprocess=preprocess,
-        network=network,
-        class_weights=weights,
-        head_coefficients=shares,
-        identity=_compute_identity(config, examples, network),
-    )
+def _find_finished(setup: TrainSetup) -> TrainResult | None:
+    """The result of the same training if its bundle exists already.
 
-
-def _min_rows_per_part(config: TrainConfig, rows: int) -> int:
-    """Rows that a worker has at least in each part of a step, after checking that there are any."""
-    workers, parts = config.scale.max_workers, config.scale.accumulate
-    what = f"scale.num_workers {workers}" + (
-        f" times scale.accumulate {parts}" if parts > 1 else ""
-    )
-    if rows < workers * parts:
-        raise RequestError(
-            f"data.train: {rows} training images are fewer than {what}; lower them, or add images"
-        )
-    if config.batch_size < workers * parts:
-        raise RequestError(
-            f"batch_size {config.batch_size}: leaves some of {what} without an image; give at "
-            f"least {workers * parts}"
-        )
-    share = rows // steps_per_epoch(rows, config.batch_size, workers) // workers
-    return max(1, share // parts)
-
-
-def _compute_identity(
-    config: TrainConfig, examples: Examples, network: nn.Module
-) -> dict[str, Any]:
-    """What makes two runs the same run; workers may differ, data and settings may not."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return {
-        "settings": config.identity(),
-        "data": {key: source.fingerprint for key, source in examples.sources.items()},
-        "initial_weights": digest.hexdigest(),
-    }
-
-
-def _find_finished(task: TrainSetup) -> TrainResult | None:
-    """The result of this very training when its bundle is there already."""
-    config = task.config
+    Raises OutputError when the bundle is of another training.
+    """
+    config = setup.config
     url = config.output
-    if (
-        config.find_lr
-        or config.overwrite
-        or not filesystem.exists(filesystem.join(url, BUNDLE_FILE))
-    ):
+    if config.find_lr or config.overwrite:
+        return None
+    if not filesystem.exists(filesystem.join(url, BUNDLE_FILE)):
         return None
     refused = OutputError(
-        f"output {url}: already holds a bundle; say --overwrite, or give another --output"
+        f"output {url} already holds a bundle. Pass --overwrite, or another --output."
     )
     try:
-        made = read_description(url).spec.provenance
-        if made.get("run") != task.identity:
+        provenance = read_description(url).spec.provenance
+        if provenance.get("run") != setup.identity:
             raise refused
         table = pd.read_parquet(filesystem.open_read(filesystem.join(url, HISTORY_FILE)))
     except StorageUnavailable:
@@ -184,30 +185,211 @@ def _find_finished(task: TrainSetup) -> TrainResult | None:
     for epoch in history[1:]:
         best = epoch if epoch.is_better_than(best, config.best_by) else best
     filesystem.remove(Checkpoints(url).folder)
-    print(f"{url} holds the bundle of this very training; say --overwrite to train again")
-    failed = made["data"]["train_failed"] + made["data"]["val_failed"]
+    print(f"{url} already holds the bundle of this training; pass --overwrite to train again")
+    failed = provenance["data"]["train_failed"] + provenance["data"]["val_failed"]
     return TrainResult(url, history, best, failed)
 
 
-def _claim_output(task: TrainSetup) -> Checkpoints:
-    """The output's unfinished run if it is this one, else a new one.
+def _claim_output(setup: TrainSetup) -> Checkpoints:
+    """The states of the unfinished run of the same training, or those of a new run.
 
-    Raises OutputError when another is unfinished and may not be replaced.
+    Raises OutputError when another training is unfinished and may not be replaced.
     """
-    checkpoints = Checkpoints(task.config.output)
-    if task.config.find_lr:
+    checkpoints = Checkpoints(setup.config.output)
+    if setup.config.find_lr:
         return checkpoints
-    then = checkpoints.read_identity()
-    if then is not None and then != task.identity:
-        # what has not learnt anything yet may be replaced, as the errors of bad images advise
-        if checkpoints.list_states() and not task.config.overwrite:
-            lines = "\n".join(f"  {line}" for line in list_differences(then, task.identity))
+    stored = checkpoints.read_identity()
+    if stored is not None and stored != setup.identity:
+        # a run without a saved state may be replaced, as the errors about bad images advise
+        if checkpoints.list_states() and not setup.config.overwrite:
+            lines = "\n".join(f"  {line}" for line in list_differences(stored, setup.identity))
             raise OutputError(
-                f"output {task.config.output}: holds another, unfinished training:\n{lines}\n"
-                "repeat its command to go on, say --overwrite to start anew, or give another "
-                "--output"
+                f"output {setup.config.output} holds another, unfinished training:\n{lines}\n"
+                "Rerun its command to resume it, pass --overwrite to start over, or pass another "
+                "--output."
             )
-        then = None
-    if then is None:
-        checkpoints.start_run(task.identity)
+        stored = None
+    if stored is None:
+        checkpoints.start_run(setup.identity)
     return checkpoints
+
+
+class _Run:
+    """One training on the driver: decode the images, run the workers, publish the best epoch."""
+
+    def __init__(
+        self,
+        setup: TrainSetup,
+        checkpoints: Checkpoints,
+        lease: Lease,
+        interruption: Interruption,
+        trial: TrialContext | None,
+    ) -> None:
+        self.setup, self.config = setup, setup.config
+        self.checkpoints, self.lease = checkpoints, lease
+        self.interruption, self.trial = interruption, trial
+        self.began = time.monotonic()
+
+    def run(self) -> TrainResult:
+        try:
+            workers = wait_for_worker_plan(self.config.scale, self.interruption)
+            images = self._load_images(workers)
+            draw_samples(self.setup, images)
+            spec = self._build_spec(images)
+            if self.config.find_lr:
+                return self._find_lr(spec, workers)
+            return self._train(spec, workers)
+        finally:
+            autoscaler.cancel_request()
+
+    def _load_images(self, workers: WorkerPlan) -> CachedImages | StreamedImages:
+        """Decode the images into the object store if they fit, else set up decoding per epoch."""
+        config, nodes, rows = self.config, session.list_nodes(), self.setup.examples.rows
+        cropped = config.augment.build_recipe().crop_scale is not None
+        decoding = DecodeSettings.from_preprocess(
+            self.setup.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
+        )
+        fits = fits_object_store(decoding.compute_decoded_bytes(rows), find_store_bytes())
+        cached = fits if config.data.cache is None else config.data.cache
+        log_setup(self.setup, workers, decoding, cached=cached)
+        given = None if self.trial is None else self.trial.images
+        if given is not None and given.settings == decoding:
+            return given
+        if not cached:
+            return StreamedImages(ray.put(rows), decoding, compute_decode_cpus(nodes, workers))
+        cpus = sum(node.cpus for node in nodes)
+        decoded = run_in_thread(lambda: decode_dataset(self.setup, decoding, cpus))
+        return wait_interruptibly(decoded, self.interruption)
+
+    def _build_spec(self, images: CachedImages | StreamedImages) -> TrainLoopSpec:
+        setup = self.setup
+        return TrainLoopSpec(
+            config=self.config,
+            strategy=setup.strategy,
+            architecture=setup.architecture,
+            num_classes=len(setup.examples.classes),
+            initial_weights=ray.put(setup.network.state_dict()),
+            preprocess=setup.preprocess,
+            images=images,
+            class_weights=setup.class_weights,
+            head_coefficients=setup.head_coefficients,
+        )
+
+    def _find_lr(self, spec: TrainLoopSpec, workers: WorkerPlan) -> TrainResult:
+        """Run the LR range test, write its curve and print the suggested learning rate."""
+        with open_driver_channel(self.config.epochs, lambda epoch: None) as channel:
+            outcome = fit_torch_trainer(spec, workers, channel, self.interruption)
+        if self.checkpoints.read_identity() is None:
+            filesystem.remove(self.checkpoints.folder)  # else it belongs to an unfinished training
+        url, curve = self.config.output, outcome.lr_curve
+        if outcome.failure_kind is not None or len(curve) < 2:
+            raise RunFailed(f"the LR range test failed: {outcome.problem or 'no step was made'}")
+        suggestion = write_lr_curve(url, curve)
+        print(
+            f"LR range test: {len(curve)} steps up to {curve[-1][0]:.2g}; the loss falls fastest "
+            f"at {suggestion:.2g}: try --optim.lr {suggestion:.1e}\n"
+            f"plot: {filesystem.join(url, 'plots/lr_range.png')}",
+            flush=True,
+        )
+        return TrainResult(url, [], None, 0, curve)
+
+    def _train(self, spec: TrainLoopSpec, workers: WorkerPlan) -> TrainResult:
+        with _open_loggers(self.setup, self.checkpoints) as loggers:
+
+            def log_epoch(epoch: EpochMetrics) -> None:
+                loggers.log_epoch(epoch.epoch, _numeric_metrics(epoch))
+                _save_logger_state(self.checkpoints, loggers)
+                if self.trial is not None:
+                    self.trial.on_epoch(epoch)
+
+            with open_driver_channel(self.config.epochs, log_epoch) as channel:
+                outcome = fit_torch_trainer(spec, workers, channel, self.interruption)
+            self._raise_failure(outcome)
+            self.lease.check()
+            failed = _count_failed(spec.images, outcome)
+            best, files = publish_bundle(
+                self.setup,
+                outcome,
+                self.checkpoints,
+                workers,
+                failed=failed,
+                seconds=time.monotonic() - self.began,
+            )
+            self._print_best(outcome, best)
+            loggers.finish({f"best_{k}": v for k, v in _numeric_metrics(best).items()}, files)
+        filesystem.remove(self.checkpoints.folder)
+        return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
+
+    def _raise_failure(self, outcome: TrainLoopResult) -> None:
+        """Raise the error for which the workers stopped early, if any."""
+        if outcome.failure_kind == "diverged":
+            precision = ""
+            if outcome.precision != "fp32":
+                precision = f", or pass --precision fp32 (it was {outcome.precision})"
+            saved = self.checkpoints.list_states()
+            kept = ""
+            if saved and saved[0].best is not None:
+                kept = (
+                    " The best weights so far are in "
+                    f"{filesystem.join(self.checkpoints.folder, saved[0].best)}"
+                )
+            raise RunFailed(
+                f"the training diverged: {outcome.problem}. Lower optim.lr "
+                f"({self.config.optim.lr:g}) or raise optim.warmup{precision}.{kept}"
+            )
+        if outcome.failure_kind == "failures":
+            failed, rows = outcome.failed_images
+            raise build_too_many_errors(
+                failed, rows, self.config.data.max_error_rate, " (some are listed above)"
+            )
+
+    def _print_best(self, outcome: TrainLoopResult, best: EpochMetrics) -> None:
+        assert self.config.optim.lr is not None
+        note = format_probe_note(outcome.history, best, lr=self.config.optim.lr)
+        if note is not None:
+            print(f"note: {note}", flush=True)
+        print(
+            f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {self.config.output}",
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def _open_loggers(setup: TrainSetup, checkpoints: Checkpoints) -> Iterator[base.MetricLoggers]:
+    """The metric loggers of a run, which continue where an interrupted run stopped."""
+    url = filesystem.join(checkpoints.folder, LOGGER_STATE_FILE)
+    try:
+        state = json.loads(filesystem.read(url))
+    except (StorageMissing, ValueError):
+        state = None
+    latest = checkpoints.load_latest()
+    history = latest[0].progress.history if latest else ()
+    first = history[-1].epoch + 1 if history else 0
+    with base.open_loggers(setup.config.track, setup.config.output, state) as loggers:
+        loggers.start(setup.config.model_dump(mode="json"), first)
+        _save_logger_state(checkpoints, loggers)
+        yield loggers
+
+
+def _save_logger_state(checkpoints: Checkpoints, loggers: base.MetricLoggers) -> None:
+    body = json.dumps(loggers.state).encode()
+    filesystem.write(filesystem.join(checkpoints.folder, LOGGER_STATE_FILE), body)
+
+
+def _numeric_metrics(epoch: EpochMetrics) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in asdict(epoch).items()
+        if isinstance(value, (int, float)) and name != "epoch"
+    }
+
+
+def _count_failed(
+    images: CachedImages | StreamedImages, outcome: TrainLoopResult
+) -> tuple[int, int]:
+    """Numbers of training and of validation images that could not be decoded."""
+    if isinstance(images, CachedImages):
+        held = sum(failure.held for failure in images.failures)
+        return len(images.failures) - held, held
+    last = outcome.history[-1]
+    return last.train_failed, last.val_failed

@@ -1,8 +1,9 @@
-"""What every training worker does: the probe, epochs of steps, each judged on all validation rows.
+"""Trainer: the training loop that every worker runs.
 
-Owns how far a run has come, which weights are kept, and going on from a saved state. Promises that
-all workers take the same decisions at the same step, since every number that decides anything is
-added up over all of them first, and that a run that was killed goes on as if nothing had happened.
+It fits the linear probe, trains the epochs, validates each of them, keeps the best weights, saves
+the state and resumes from it. All workers make the same decisions at the same step, because every
+number they decide on is summed over all workers first. A run that was killed and resumed takes the
+same steps as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -45,13 +46,12 @@ from imgcls.training.validation import EvalAccumulator, EvalMetrics, all_reduce_
 
 @dataclass(frozen=True)
 class TrainLoopSpec:
-    """All that a worker must know.
+    """Everything that a worker needs.
 
-    strategy:      as settled
-    weights:       reference to the state dict to start from
-    images:        where decoded images come from
-    class_weights: of the loss, or None
-    head_shares:   as `network.head_shares` gives them; empty without a probe
+    initial_weights:   Ray object reference of the initial state dict
+    images:            source of the decoded images
+    class_weights:     per class, for the loss; None for equal weights
+    head_coefficients: see `network.compute_head_coefficients`; empty without a probe
     """
 
     config: TrainConfig
@@ -67,37 +67,40 @@ class TrainLoopSpec:
 
 @dataclass(frozen=True)
 class TrainLoopResult:
-    """What the workers came to.
+    """Result of the training loop, the same on every worker.
 
-    precision: what `auto` came to
-    kind:      None when all was well; `diverged`, `failures` (too many images cannot be decoded) or
-        `failed` (a worker did, and would again)
-    problem:   in words
-    failed:    images that cannot be decoded, of how many, when these are too many
-    stopped:   whether it was told to stop, and has saved
-    lr_curve:  (learning rate, loss) pairs of an LR range test
+    precision:     the precision used, also when the request is `auto`
+    failure_kind:  None on success; `diverged`, `failures` (too many images cannot be decoded) or
+        `failed` (a worker failed, and would again)
+    problem:       the failure as text
+    failed_images: numbers of images that cannot be decoded and of all images, for `failures`
+    is_stopped:    whether the driver requested the stop; the state is saved
+    lr_curve:      (learning rate, loss) pairs of an LR range test
     """
 
     history: tuple[EpochMetrics, ...]
     precision: str
-    kind: str | None = None
+    failure_kind: str | None = None
     problem: str | None = None
-    failed: tuple[int, int] = (0, 0)
-    stopped: bool = False
+    failed_images: tuple[int, int] = (0, 0)
+    is_stopped: bool = False
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
 class StopTraining(Exception):
-    """The workers have agreed to end before the last epoch."""
+    """Raised by all workers at the same step to end the training loop early.
 
-    def __init__(self, **outcome: Any) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
+    fields: of the TrainLoopResult
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(fields)
+        self.fields = fields
 
 
 @dataclass(frozen=True)
 class EpochTotals:
-    """What the steps of an epoch add up to: of one worker as a tensor, of all as numbers."""
+    """Sums over the steps of an epoch and all workers; of one worker they are a (6,) tensor."""
 
     loss: float
     correct: float
@@ -112,35 +115,37 @@ class EpochTotals:
 
 
 class Trainer:
-    """One worker: its learner, its rows and what they came to."""
+    """The training loop of one worker."""
 
     def __init__(
-        self, work: TrainLoopSpec, place: WorkerContext, network: nn.Module, board: Any
+        self, spec: TrainLoopSpec, context: WorkerContext, network: nn.Module, channel: Any
     ) -> None:
-        config = work.config
-        self.work, self.config, self.board = work, config, board
-        self.rank, self.workers, self.device = place.rank, place.world_size, place.device
-        self.place = place
-        self.train: ImageDataset = work.images.load_split(held=False)
-        self.val: ImageDataset = work.images.load_split(held=True)
-        self.learner = TrainStep(
+        config = spec.config
+        self.spec, self.config, self.channel = spec, config, channel
+        self.rank, self.workers, self.device = context.rank, context.world_size, context.device
+        self.context = context
+        self.train: ImageDataset = spec.images.load_split(held=False)
+        self.val: ImageDataset = spec.images.load_split(held=True)
+        self.train_step = TrainStep(
             config,
-            work.strategy,
-            work.preprocess,
-            work.class_weights,
-            work.num_classes,
+            spec.strategy,
+            spec.preprocess,
+            spec.class_weights,
+            spec.num_classes,
             network,
-            place,
+            context,
         )
         self.steps = steps_per_epoch(len(self.train), config.batch_size, self.workers)
-        self.pulse = ControlSync(board, self.device, save_seconds=60 * config.checkpoint_minutes)
+        self.control = ControlSync(
+            channel, self.device, save_interval_s=60 * config.checkpoint_minutes
+        )
         self.checkpoints = Checkpoints(config.output)
-        self.standing = TrainProgress()
+        self.progress = TrainProgress()
 
     # ------------------------------------------------------------------ the run
 
     def run(self, report: Callable[[EpochMetrics], None]) -> TrainLoopResult:
-        """Train to the end; report is called with every epoch by every worker."""
+        """Run all epochs; every worker calls `report` with the metrics of every epoch."""
         try:
             if self.config.find_lr:
                 return self._build_result(lr_curve=self._run_lr_finder())
@@ -149,38 +154,38 @@ class Trainer:
                 report(self._run_next_epoch())
             self.checkpoints.wait_until_saved()
         except StopTraining as end:
-            return self._build_result(**end.outcome)
+            return self._build_result(**end.fields)
         return self._build_result()
 
-    def _build_result(self, **what: Any) -> TrainLoopResult:
-        return TrainLoopResult(self.standing.history, self.place.precision, **what)
+    def _build_result(self, **fields: Any) -> TrainLoopResult:
+        return TrainLoopResult(self.progress.history, self.context.precision, **fields)
 
     def _is_done(self) -> bool:
-        history = self.standing.history
+        history = self.progress.history
         if not history:
             return False
         return (
-            self.work.strategy == "probe"
+            self.spec.strategy == "probe"
             or history[-1].epoch >= self.config.epochs
             or is_stalled(history, self.config.early_stopping, self.config.best_by)
         )
 
     def _run_next_epoch(self) -> EpochMetrics:
-        """The probe or an epoch; judged, told and saved."""
-        probes = strategy.has_probe(self.work.strategy) and not self.standing.history
+        """Run the probe or one epoch, post its metrics and save the state."""
+        probes = strategy.has_probe(self.spec.strategy) and not self.progress.history
         epoch = self._run_probe() if probes else self._train_epoch()
-        history = (*self.standing.history, epoch)
-        better = epoch.is_better_than(self.standing.best_epoch, self.config.best_by)
-        best = len(history) - 1 if better else self.standing.best
-        self.standing = TrainProgress(epoch=epoch.epoch + 1, history=history, best=best)
+        history = (*self.progress.history, epoch)
+        better = epoch.is_better_than(self.progress.best_epoch, self.config.best_by)
+        best = len(history) - 1 if better else self.progress.best
+        self.progress = TrainProgress(epoch=epoch.epoch + 1, history=history, best=best)
         self._post(epoch)
-        self._save(self.standing, best=better)
+        self._save(self.progress, best=better)
         return epoch
 
-    # ------------------------------------------------------------------ saving and going on
+    # ------------------------------------------------------------------ saving and resuming
 
     def _resume(self) -> None:
-        """Go on from the newest whole state, the same for all workers."""
+        """Load the newest complete state, the same on all workers."""
         found = self.checkpoints.load_latest() if self.rank == 0 else None
         number = torch.tensor(found[0].number if found else 0, device=self.device)
         dist.broadcast(number, 0)
@@ -192,75 +197,77 @@ class Trainer:
             found = self.checkpoints.load_latest(at_most=int(number))
         if found is None or found[0].number != int(number):
             raise RuntimeError(
-                f"{self.checkpoints.folder} is not the same for all workers; give an --output that "
-                "every machine reaches"
+                f"{self.checkpoints.folder} is not the same for all workers. Pass an --output that "
+                "every node can reach."
             )
         saved, state = found
-        self.learner.load_state_dict(state)
-        self.standing = saved.standing
-        step = f", step {saved.standing.step} of {self.steps}" if saved.standing.step else ""
-        self._post(f"going on: epoch {saved.standing.epoch}{step}")
+        self.train_step.load_state_dict(state)
+        self.progress = saved.progress
+        step = f", step {saved.progress.step} of {self.steps}" if saved.progress.step else ""
+        self._post(f"resuming: epoch {saved.progress.epoch}{step}")
 
-    def _save(self, standing: TrainProgress, *, best: bool = False) -> None:
-        """Save the state; called by all workers, as running statistics are averaged first."""
-        self.learner.average_running_stats()
-        self.pulse.mark_saved()
+    def _save(self, progress: TrainProgress, *, best: bool = False) -> None:
+        """Save the state. Every worker calls it, because running statistics are averaged first."""
+        self.train_step.average_running_stats()
+        self.control.mark_saved()
         if self.rank == 0:
-            state = self.learner.state_dict()
+            state = self.train_step.state_dict()
             kept = state["average"] or state["network"]
-            self.checkpoints.save(standing, state, kept if best else None)
+            self.checkpoints.save(progress, state, kept if best else None)
 
-    def _sync_control(self, standing: TrainProgress, totals: torch.Tensor | None = None) -> None:
-        """See whether all are to save or end; `standing` and `totals` are what would be saved."""
-        agreed = self.pulse.step(True if totals is None else torch.isfinite(totals[0]))
-        if agreed is None:
+    def _sync_control(self, progress: TrainProgress, totals: torch.Tensor | None = None) -> None:
+        """Save or stop if the workers agree to; `progress` and `totals` are the state to save."""
+        decision = self.control.step(True if totals is None else torch.isfinite(totals[0]))
+        if decision is None:
             return
-        if not agreed.is_finite:
+        if not decision.is_finite:
             raise StopTraining(
-                kind="diverged", problem=f"train_loss is nan in epoch {standing.epoch}"
+                failure_kind="diverged", problem=f"train_loss is nan in epoch {progress.epoch}"
             )
-        # a range test has nothing to save, and an unfinished training may lie where it would
-        if (agreed.should_stop or agreed.should_save) and not self.config.find_lr:
+        # an LR range test has no state, and the folder may hold that of an unfinished training
+        if (decision.should_stop or decision.should_save) and not self.config.find_lr:
             if totals is not None:
-                standing = replace(standing, totals=tuple(all_reduce_sum(totals.clone())))
-            self._save(standing)
-        if agreed.should_stop:
+                progress = replace(progress, totals=tuple(all_reduce_sum(totals.clone())))
+            self._save(progress)
+        if decision.should_stop:
             self.checkpoints.wait_until_saved()
-            raise StopTraining(stopped=True)
+            raise StopTraining(is_stopped=True)
 
     # ------------------------------------------------------------------ an epoch
 
     def _train_epoch(self) -> EpochMetrics:
-        number = max(1, self.standing.epoch)
-        self.standing = replace(self.standing, epoch=number)
-        self.learner.set_trainable(number)
+        number = max(1, self.progress.epoch)
+        self.progress = replace(self.progress, epoch=number)
+        self.train_step.set_trainable(number)
         local = self._train_steps(number)
         totals = EpochTotals.all_reduce(local)
-        learnt = time.perf_counter()
-        self.learner.average_running_stats()
-        done = replace(self.standing, step=self.steps, totals=tuple(all_reduce_sum(local)))
-        verdict, val_failed = self._evaluate(done)
-        for name, value in (("train_loss", totals.loss), ("val_loss", verdict.loss)):
+        trained = time.perf_counter()
+        self.train_step.average_running_stats()
+        done = replace(self.progress, step=self.steps, totals=tuple(all_reduce_sum(local)))
+        val_metrics, val_failed = self._evaluate(done)
+        for name, value in (("train_loss", totals.loss), ("val_loss", val_metrics.loss)):
             if not math.isfinite(value):
-                raise StopTraining(kind="diverged", problem=f"{name} is {value} in epoch {number}")
-        # an infinite running variance, for one, leaves the losses finite
-        for name in find_non_finite(self.learner.judged.state_dict()):
+                raise StopTraining(
+                    failure_kind="diverged", problem=f"{name} is {value} in epoch {number}"
+                )
+        # the losses can be finite while a tensor is not, e.g. an infinite running variance
+        for name in find_non_finite(self.train_step.eval_network.state_dict()):
             problem = f"the tensor {name!r} holds NaN or infinity in epoch {number}"
-            raise StopTraining(kind="diverged", problem=problem)
-        self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + verdict.rows)
+            raise StopTraining(failure_kind="diverged", problem=problem)
+        self._check_failures(int(totals.failed) + val_failed, int(totals.rows) + val_metrics.rows)
         seconds = (totals.wait_s + totals.compute_s) / self.workers
         return EpochMetrics(
             epoch=number,
             train_loss=totals.loss / totals.rows,
             train_accuracy=totals.correct / totals.rows,
-            val_loss=verdict.loss,
-            val_accuracy=verdict.accuracy,
-            lr=max(group["lr"] for group in self.learner.optimizer.param_groups),
+            val_loss=val_metrics.loss,
+            val_accuracy=val_metrics.accuracy,
+            lr=max(group["lr"] for group in self.train_step.optimizer.param_groups),
             images_per_second=totals.rows / seconds,
-            seconds=seconds + time.perf_counter() - learnt,
+            seconds=seconds + time.perf_counter() - trained,
             train_rows=int(totals.rows),
-            val_rows=verdict.rows,
-            val_balanced_accuracy=verdict.balanced_accuracy,
+            val_rows=val_metrics.rows,
+            val_balanced_accuracy=val_metrics.balanced_accuracy,
             wait_seconds=totals.wait_s / self.workers,
             compute_seconds=totals.compute_s / self.workers,
             train_failed=int(totals.failed),
@@ -268,168 +275,168 @@ class Trainer:
         )
 
     def _train_steps(self, number: int) -> torch.Tensor:
-        """The steps of an epoch that are not yet done; (6,) float64, this worker's Totals."""
+        """Run the remaining steps of an epoch; (6,) float64, this worker's EpochTotals."""
         totals = torch.zeros(6, dtype=torch.float64, device=self.device)
-        if self.rank == 0 and self.standing.totals:
-            totals += torch.tensor(self.standing.totals, dtype=torch.float64, device=self.device)
+        if self.rank == 0 and self.progress.totals:
+            totals += torch.tensor(self.progress.totals, dtype=torch.float64, device=self.device)
         mark = time.perf_counter()
-        for step, hand, batch in self._iter_steps(number, self.standing.step):
+        for step, share, batch in self._iter_steps(number, self.progress.step):
             arrived = time.perf_counter()
             at = (number - 1) * self.steps + step
             last = self.steps * self.config.epochs
-            set_learning_rates(self.learner.optimizer, self.config.optim, at, last)
-            self.learner.seed_rng(number, step)
-            totals[:2] += self.learner.step(batch, hand.global_batch_size, at)
+            set_learning_rates(self.train_step.optimizer, self.config.optim, at, last)
+            self.train_step.seed_rng(number, step)
+            totals[:2] += self.train_step.step(batch, share.global_batch_size, at)
             self._post_failures(batch, number)
             finished = time.perf_counter()
             spent = (len(batch.labels), arrived - mark, finished - arrived, len(batch.failures))
             totals[2:] += torch.tensor(spent, dtype=torch.float64, device=self.device)
             mark = finished
-            self._sync_control(replace(self.standing, step=step + 1), totals)
+            self._sync_control(replace(self.progress, step=step + 1), totals)
         return totals
 
     def _iter_steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, StepShare, Batch]]:
-        """The steps of an epoch from the first on, with this worker's images."""
+        """The steps of an epoch from step `first`, with this worker's images."""
         if self.config.data.sampling == "balanced":
             order = sample_balanced(self.train.labels, epoch=epoch, seed=self.config.seed)
         else:
             order = shuffle_rows(len(self.train), epoch=epoch, seed=self.config.seed)
         size, rank, workers = self.config.batch_size, self.rank, self.workers
-        hands = list(iter_step_shares(order, size, rank=rank, workers=workers, start=first))
-        batches = self.train.iter_batches([hand.rows for hand in hands])
-        for place, (hand, batch) in enumerate(zip(hands, batches, strict=True)):
-            yield first + place, hand, batch
+        shares = list(iter_step_shares(order, size, rank=rank, workers=workers, start=first))
+        batches = self.train.iter_batches([share.rows for share in shares])
+        for step, (share, batch) in enumerate(zip(shares, batches, strict=True), start=first):
+            yield step, share, batch
 
     @torch.inference_mode()
-    def _evaluate(self, standing: TrainProgress) -> tuple[EvalMetrics, int]:
-        """All validation rows, shared out; and how many could not be decoded."""
-        self.learner.judged.eval()
-        tally = EvalAccumulator(self.work.num_classes, self.device)
+    def _evaluate(self, progress: TrainProgress) -> tuple[EvalMetrics, int]:
+        """Metrics of all validation rows, and the number that could not be decoded."""
+        self.train_step.eval_network.eval()
+        accumulator = EvalAccumulator(self.spec.num_classes, self.device)
         failed = 0
         for batch in self._iter_sharded(self.val):
             if len(batch.labels):
-                tally.update(
-                    self.learner.predict_logits(batch.pixels),
-                    self.learner.labels_to_device(batch.labels),
+                accumulator.update(
+                    self.train_step.predict_logits(batch.pixels),
+                    self.train_step.labels_to_device(batch.labels),
                 )
             failed += len(batch.failures)
-            self._post_failures(batch, standing.epoch)
-            self._sync_control(standing)
+            self._post_failures(batch, progress.epoch)
+            self._sync_control(progress)
         (total,) = all_reduce_sum(torch.tensor([float(failed)], device=self.device))
-        return tally.compute(), int(total)
+        return accumulator.compute(), int(total)
 
     def _iter_sharded(self, images: ImageDataset) -> Iterator[Batch]:
-        """This worker's share of a split, in manifest order."""
+        """The batches of this worker's part of a split, in manifest order."""
         size = self.config.batch_size
         return images.iter_batches(
             shard_batches(len(images), size, rank=self.rank, workers=self.workers)
         )
 
-    # ------------------------------------------------------------------ other things to do
+    # ------------------------------------------------------------------ probe and LR range test
 
     def _run_probe(self) -> EpochMetrics:
-        """Fit the head on frozen features, and put it into the network and its average."""
+        """Fit the head on frozen features and install it in the network and its moving average."""
         started = time.perf_counter()
-        views = self.config.probe.views if self.learner.augment.recipe.hflip > 0 else 1
+        views = self.config.probe.views if self.train_step.augment.recipe.hflip else 1
 
-        def beating(images: ImageDataset) -> Iterator[Batch]:
+        def iter_synced(images: ImageDataset) -> Iterator[Batch]:
             for batch in self._iter_sharded(images):
                 yield batch
-                self._sync_control(self.standing)
+                self._sync_control(self.progress)
 
-        train = linear_probe.extract_features(self.learner, beating(self.train), views)
-        val = linear_probe.extract_features(self.learner, beating(self.val), 1)
+        train = linear_probe.extract_features(self.train_step, iter_synced(self.train), views)
+        val = linear_probe.extract_features(self.train_step, iter_synced(self.val), 1)
         computed = time.perf_counter()
         overflowed = linear_probe.count_non_finite(train) + linear_probe.count_non_finite(val)
         if overflowed:
-            remedy = "" if self.place.precision == "fp32" else "; run it with --precision fp32"
+            remedy = "" if self.context.precision == "fp32" else "; pass --precision fp32"
             raise StopTraining(
-                kind="failed",
+                failure_kind="failed",
                 problem=f"the features of {overflowed:,} views of images are NaN or too large in "
-                f"{self.place.precision}{remedy}, or start from other model.weights",
+                f"{self.context.precision}{remedy}, or other model.weights",
             )
         head = linear_probe.fit_head(
             train,
             val,
-            self.work.num_classes,
+            self.spec.num_classes,
             l2=self.config.probe.l2,
-            weights=self.learner.loss.weights,
+            weights=self.train_step.loss.weights,
         )
-        for network in {self.learner.network, self.learner.judged}:
-            linear_probe.install_head(network, head, self.work.head_coefficients)
-        learnt, verdict = (
-            linear_probe.evaluate_head(head, split, self.work.num_classes) for split in (train, val)
+        for network in {self.train_step.network, self.train_step.eval_network}:
+            linear_probe.install_head(network, head, self.spec.head_coefficients)
+        train_metrics, val_metrics = (
+            linear_probe.evaluate_head(head, split, self.spec.num_classes) for split in (train, val)
         )
         fitted = time.perf_counter()
         self._post(
-            f"probe: {learnt.rows:,} features in {computed - started:.1f} s, head fitted in "
+            f"probe: {train_metrics.rows:,} features in {computed - started:.1f} s, head fitted in "
             f"{fitted - computed:.1f} s, l2 {head.l2:g}"
         )
         return EpochMetrics(
             epoch=0,
             phase="probe",
-            train_loss=learnt.loss,
-            train_accuracy=learnt.accuracy,
-            val_loss=verdict.loss,
-            val_accuracy=verdict.accuracy,
-            val_balanced_accuracy=verdict.balanced_accuracy,
+            train_loss=train_metrics.loss,
+            train_accuracy=train_metrics.accuracy,
+            val_loss=val_metrics.loss,
+            val_accuracy=val_metrics.accuracy,
+            val_balanced_accuracy=val_metrics.balanced_accuracy,
             lr=math.nan,
-            images_per_second=learnt.rows / (computed - started),
+            images_per_second=train_metrics.rows / (computed - started),
             seconds=fitted - started,
-            train_rows=learnt.rows // views,
-            val_rows=verdict.rows,
+            train_rows=train_metrics.rows // views,
+            val_rows=val_metrics.rows,
         )
 
     def _run_lr_finder(self) -> tuple[tuple[float, float], ...]:
-        """Losses while the learning rate grows from step to step; ends when they blow up."""
-        if strategy.has_probe(self.work.strategy):
+        """Losses while the learning rate rises from step to step, until they diverge."""
+        if strategy.has_probe(self.spec.strategy):
             self._run_probe()
-        self.learner.set_trainable(1)
-        test = LrFinder(self.learner.optimizer)
+        self.train_step.set_trainable(1)
+        finder = LrFinder(self.train_step.optimizer)
         for epoch in itertools.count(1):
-            for step, hand, batch in self._iter_steps(epoch):
-                test.set_lr()
-                self.learner.seed_rng(epoch, step)
+            for step, share, batch in self._iter_steps(epoch):
+                finder.set_lr()
+                self.train_step.seed_rng(epoch, step)
                 loss, _ = all_reduce_sum(
-                    self.learner.step(batch, hand.global_batch_size, len(test.curve))
+                    self.train_step.step(batch, share.global_batch_size, len(finder.curve))
                 )
-                test.record(loss / hand.global_batch_size)
-                if test.is_over:
-                    return tuple(test.curve)
-                self._sync_control(self.standing)
+                finder.record(loss / share.global_batch_size)
+                if finder.is_over:
+                    return tuple(finder.curve)
+                self._sync_control(self.progress)
         raise AssertionError("unreachable")
 
-    # ------------------------------------------------------------------ small parts
+    # ------------------------------------------------------------------ messages and failures
 
     def _check_failures(self, failed: int, good: int) -> None:
-        """End when more images fail than allowed; after a decoded cache there are none."""
+        """Stop when more images failed than allowed (only when images are decoded per epoch)."""
         rows = failed + good
         if failed > self.config.data.max_error_rate * rows:
-            raise StopTraining(kind="failures", failed=(failed, rows))
+            raise StopTraining(failure_kind="failures", failed_images=(failed, rows))
 
     def _post_failures(self, batch: Batch, epoch: int) -> None:
         if epoch <= 1:
             for failure in batch.failures[:3]:
-                self.board.post.remote(f"left out: {failure.url}: {failure.error}")
+                self.channel.post.remote(f"left out: {failure.url}: {failure.error}")
 
-    def _post(self, post: str | EpochMetrics) -> None:
-        """Post, and wait until it is there: calls of an async actor may overtake each other."""
+    def _post(self, item: str | EpochMetrics) -> None:
+        """Post and wait for the delivery: calls to an async actor can overtake each other."""
         if self.rank == 0:
-            ray.get(self.board.post.remote(post))
+            ray.get(self.channel.post.remote(item))
 
 
 def is_stalled(
     history: tuple[EpochMetrics, ...], config: EarlyStoppingConfig, by: SelectionMetric
 ) -> bool:
-    """Whether the last `patience` epochs brought no improvement."""
+    """Whether the last `patience` epochs did not improve on the best before them."""
     if config.patience is None:
         return False
     sign = -1.0 if by == "val_loss" else 1.0
-    best, since = -math.inf, 0
+    best, epochs_since = -math.inf, 0
     for epoch in history:
         value = sign * getattr(epoch, by)
         if value > best + config.min_delta:
-            best, since = value, 0
+            best, epochs_since = value, 0
         else:
-            since += 1
-    return since >= config.patience
+            epochs_since += 1
+    return epochs_since >= config.patience

@@ -1,8 +1,8 @@
-"""`tune`: the same training with other settings, many times over; the best one's bundle is kept.
+"""Hyperparameter search with Ray Tune: many trainings, of which the best bundle is kept.
 
-Every trial is a training as `train` makes it, with its own folder, checkpoints and lease, started
-by Ray Tune. Images are decoded once for all. Killed, the same command goes on: Ray Tune remembers
-the trials, each trial its epochs.
+Each trial is a normal training with its own folder, checkpoints and lease. Images are decoded once
+for all trials. After a kill, the same command resumes: Ray Tune stores the state of the search,
+each trial its checkpoints.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,11 @@ import pandas as pd
 from ray import tune as ray_tune
 
 from imgcls.cluster import autoscaler, session
-from imgcls.cluster.interrupts import run_in_thread, wait_interruptibly
-from imgcls.cluster.session import Interruption, Node
-from imgcls.data import filesystem, object_store
+from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.session import Node
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import ManifestConfig
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
@@ -34,7 +34,6 @@ from imgcls.training import train as training
 from imgcls.training.data.batches import DecodeSettings
 from imgcls.training.data.cached import CachedImages, find_store_bytes
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.job import TrialContext
 from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
@@ -44,7 +43,7 @@ from imgcls.training.scaling import (
     wait_for_worker_plan,
 )
 from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
-from imgcls.training.setup import TrainSetup, decode_dataset
+from imgcls.training.setup import TrainSetup, decode_dataset, resolve_setup
 
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
@@ -52,15 +51,15 @@ STATE_FOLDER = "_tune"
 SEARCH_FILE = "_tune.json"
 RESULTS_FILE = "results.parquet"
 STOP_TIMEOUT_SECONDS = 90
-"""For a trial that is stopped early to end its workers."""
+"""Timeout for a trial that is stopped early to end its workers."""
 
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a search came to.
+    """The result of a hyperparameter search.
 
     bundle:  URL of the best trial's bundle
-    best:    the values of the space that it was trained with
+    best:    the best trial's value of each searched key
     results: one row per trial, the best first
     """
 
@@ -69,17 +68,36 @@ class TuneResult:
     results: pd.DataFrame
 
 
+@with_config_storage
 def tune(config: TuneConfig) -> TuneResult:
-    """Search the settings of a training; prints a line per trial and writes the best one's bundle.
+    """Run a hyperparameter search and write the bundle of the best trial.
 
-    Raises a RequestError before anything starts, RunFailed when no trial ends with a bundle. The
-    same command goes on with a search that was broken off.
+    Logs one line per trial. Called again with the same configuration, resumes an interrupted
+    search.
+
+    Parameters
+    ----------
+    config
+        The training, the search space and the output folder.
+
+    Returns
+    -------
+    TuneResult
+        The best bundle, its settings, and a table of all trials.
+
+    Raises
+    ------
+    RequestError
+        The request is wrong; nothing was started.
+    OutputError
+        The output folder has another search.
+    RunFailed
+        No trial ended with a bundle.
     """
-    object_store.set_process_settings(config.storage)
     config = _resolve_paths(config)
     check_space(config)
-    task = training.resolve_setup(build_trial_config(config, {}, config.output))
-    with session.Interruption().handle_signals() as interruption:
+    task = resolve_setup(build_trial_config(config, {}, config.output))
+    with Interruption().handle_signals() as interruption:
         lease = Lease.acquire(config.output)
         try:
             _claim_output(config)
@@ -91,9 +109,9 @@ def tune(config: TuneConfig) -> TuneResult:
 
 
 def _resolve_paths(config: TuneConfig) -> TuneConfig:
-    """The same from any working directory: Ray Tune runs each trial in one of its own."""
+    """Make all paths absolute: Ray Tune runs each trial in another working directory."""
 
-    def whole(manifest: ManifestConfig | None) -> ManifestConfig | None:
+    def absolute(manifest: ManifestConfig | None) -> ManifestConfig | None:
         if manifest is None:
             return None
         root = None if manifest.root is None else filesystem.absolute(manifest.root)
@@ -102,7 +120,7 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
         )
 
     data = config.data.model_copy(
-        update={"train": whole(config.data.train), "val": whole(config.data.val)}
+        update={"train": absolute(config.data.train), "val": absolute(config.data.val)}
     )
     weights = config.model.weights
     if weights is not None and filesystem.exists(weights):
@@ -117,11 +135,11 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
 
 
 def _claim_output(config: TuneConfig) -> None:
-    """Make the folder this search's; raises OutputError when it is another's."""
+    """Record this search in the output folder; raise OutputError if it has another one."""
     url = filesystem.join(config.output, SEARCH_FILE)
     free = {"output", "overwrite", "scale", "track", "storage", "tune"}
     mine = config.model_dump_json(exclude=free) + config.tune.model_dump_json(
-        exclude={"concurrent"}
+        exclude={"max_concurrent"}
     )
     if config.overwrite:
         for name in (BEST_FOLDER, TRIALS_FOLDER, STATE_FOLDER, RESULTS_FILE, SEARCH_FILE):
@@ -133,8 +151,8 @@ def _claim_output(config: TuneConfig) -> None:
         return
     if there != mine:
         raise OutputError(
-            f"output {config.output}: holds a search with other settings; repeat its command to go "
-            "on, say --overwrite to start anew, or give another --output"
+            f"output {config.output}: has a search with other settings. Rerun its command to "
+            "resume it, pass --overwrite to replace it, or pass another --output."
         )
 
 
@@ -142,25 +160,26 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
     workers = wait_for_worker_plan(config.scale, interruption)
     nodes = session.list_nodes()
     cropped = config.augment.build_recipe().crop_scale is not None
-    views = DecodeSettings.from_preprocess(
+    settings = DecodeSettings.from_preprocess(
         task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
     )
-    cached = fits_object_store(views.compute_decoded_bytes(task.examples.rows), find_store_bytes())
+    cached = fits_object_store(
+        settings.compute_decoded_bytes(task.examples.rows), find_store_bytes()
+    )
     cpus = sum(node.cpus for node in nodes)
-    at_a_time = resolve_concurrency(config, workers, nodes, cached=cached)
+    concurrent = resolve_concurrency(config, workers, nodes, cached=cached)
     print(
         f"search: {config.tune.total_trials} trials of {', '.join(config.tune.space)}; "
-        f"{at_a_time} at a "
-        f"time, each {workers}, of {cpus:g} CPUs",
+        f"{concurrent} at a time, each {workers}, of {cpus:g} CPUs",
         flush=True,
     )
     images: CachedImages | None = None
     if cached:
         images = wait_interruptibly(
-            run_in_thread(lambda: decode_dataset(task, views, cpus)), interruption
+            run_in_thread(lambda: decode_dataset(task, settings, cpus)), interruption
         )
     with _silence_tune():
-        tuner = _build_tuner(config, images, at_a_time)
+        tuner = _build_tuner(config, images, concurrent)
         grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
     return _write_results(config, grid)
 
@@ -168,10 +187,10 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
 def resolve_concurrency(
     config: TuneConfig, workers: WorkerPlan, nodes: Sequence[Node], *, cached: bool
 ) -> int:
-    """Trials at a time whose workers the machines hold; none that would wait for another's CPUs.
+    """Number of concurrent trials whose workers fit on the cluster.
 
-    cached: images are decoded before; else each trial needs a CPU more, to decode
-    Raises RequestError when more are asked for than fit.
+    cached: whether images are decoded before; otherwise each trial needs one more CPU to decode
+    Raises RequestError if tune.max_concurrent is larger than that.
     """
     fit = count_fitting_trials(nodes, workers, cached=cached)
     wanted = config.tune.max_concurrent
@@ -179,16 +198,17 @@ def resolve_concurrency(
         each = workers.max_count * workers.cpus + (0 if cached else 1)
         raise RequestError(
             f"tune.max_concurrent {wanted}: each trial takes {each:g} CPUs of "
-            f"{sum(node.cpus for node in nodes):g}, so at most {fit} fit; give fewer, or a smaller "
+            f"{sum(node.cpus for node in nodes):g}, so at most {fit} fit; lower it, or lower "
             "scale.cpus_per_worker"
         )
     return min(fit, wanted or fit, config.tune.total_trials)
 
 
-def _build_tuner(config: TuneConfig, images: CachedImages | None, at_a_time: int) -> Any:
+def _build_tuner(config: TuneConfig, images: CachedImages | None, concurrent: int) -> Any:
     search = config.tune
     mode = "min" if config.best_by == "val_loss" else "max"
-    # its workers reserve the CPUs; Tune wants a trial to reserve something itself: one byte
+    # The workers of a trial reserve the CPUs. Tune requires the trial itself to reserve something:
+    # one byte of memory.
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(Trial, config=config, images=images),
         ray_tune.PlacementGroupFactory([{"memory": 1}]),
@@ -196,7 +216,7 @@ def _build_tuner(config: TuneConfig, images: CachedImages | None, at_a_time: int
     state = filesystem.join(config.output, STATE_FOLDER)
     path, file_system = resolve_ray_storage(config.output)
     if filesystem.exists(filesystem.join(state, "tuner.pkl")):
-        print("search: goes on where it was broken off", flush=True)
+        print("search: resuming", flush=True)
         return ray_tune.Tuner.restore(
             f"{path}/{STATE_FOLDER}",
             trainable,
@@ -210,8 +230,8 @@ def _build_tuner(config: TuneConfig, images: CachedImages | None, at_a_time: int
             metric=config.best_by,
             mode=mode,
             num_samples=search.trials,
-            max_concurrent_trials=None if search.search == "random" else at_a_time,
-            search_alg=_build_search_algorithm(config, mode, at_a_time),
+            max_concurrent_trials=None if search.search == "random" else concurrent,
+            search_alg=_build_search_algorithm(config, mode, concurrent),
             scheduler=_build_scheduler(config),
         ),
         run_config=ray_tune.RunConfig(
@@ -219,17 +239,19 @@ def _build_tuner(config: TuneConfig, images: CachedImages | None, at_a_time: int
             storage_path=path,
             storage_filesystem=file_system,
             verbose=0,
-            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),  # has its own
+            checkpoint_config=ray_tune.CheckpointConfig(
+                checkpoint_at_end=False
+            ),  # trials have their own
             callbacks=[_TrialPrinter(config)],
         ),
     )
 
 
-def _build_search_algorithm(config: TuneConfig, mode: str, at_a_time: int) -> Any:
+def _build_search_algorithm(config: TuneConfig, mode: str, concurrent: int) -> Any:
     if config.tune.search == "random":
-        # of which Tune ignores max_concurrent_trials
+        # Tune ignores max_concurrent_trials with this algorithm
         return ray_tune.search.BasicVariantGenerator(
-            random_state=config.tune.seed, max_concurrent=at_a_time
+            random_state=config.tune.seed, max_concurrent=concurrent
         )
     try:
         import optuna
@@ -239,8 +261,8 @@ def _build_search_algorithm(config: TuneConfig, mode: str, at_a_time: int) -> An
         return OptunaSearch(metric=config.best_by, mode=mode, seed=config.tune.seed)
     except ImportError as error:
         raise RequestError(
-            "tune.search optuna: is not installed; pip install 'imgcls[optuna]', or say "
-            "--tune.search random"
+            "tune.search optuna: the package is not installed. Run pip install "
+            "'imgcls[optuna]', or pass --tune.search random."
         ) from error
 
 
@@ -250,7 +272,7 @@ def _build_scheduler(config: TuneConfig) -> Any:
         return ray_tune.schedulers.FIFOScheduler()
     return ray_tune.schedulers.ASHAScheduler(
         time_attr="epoch",
-        # after the last epoch a trial writes its bundle, and ends by itself
+        # more than the last epoch: after it, the trial writes its bundle and ends by itself
         max_t=config.epochs + 1,
         grace_period=asha.grace_period,
         reduction_factor=asha.reduction_factor,
@@ -258,10 +280,10 @@ def _build_scheduler(config: TuneConfig) -> Any:
 
 
 class Trial(ray_tune.Trainable):
-    """One trial, in a process of Ray Tune's: a training that is heard of epoch by epoch."""
+    """One trial in an actor of Ray Tune: a training that reports each epoch."""
 
     def setup(self, values: Any, *, config: TuneConfig, images: CachedImages | None) -> None:  # type: ignore[override]
-        object_store.set_process_settings(config.storage)
+        storage_settings.set_process_settings(config.storage)
         folder = filesystem.join(config.output, TRIALS_FOLDER, self.trial_id)
         self._metric = config.best_by
         self._started_at = time.monotonic()
@@ -269,12 +291,12 @@ class Trial(ray_tune.Trainable):
         self._metrics: dict[str, Any] = {}
         self._best: EpochMetrics | None = None
         self._interruption = Interruption()
-        shared = TrialContext(images, self._epochs.put, self._interruption)
+        trial = training.TrialContext(images, self._epochs.put, self._interruption)
         settings = build_trial_config(config, values, folder)
-        self._future = run_in_thread(lambda: training.train(settings, shared=shared))
+        self._future = run_in_thread(lambda: training.train(settings, trial=trial))
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next epoch, or for the end."""
+        """Wait for the next epoch or for the end of the training."""
         while True:
             ended = self._future.done()
             try:
@@ -283,7 +305,7 @@ class Trial(ray_tune.Trainable):
                 if not ended:
                     continue
             result = self._future.result()
-            if not self._metrics:  # it had ended before, and its epochs were not heard of
+            if not self._metrics:  # resumed after its end: no epoch was reported
                 for epoch in result.history:
                     self._record_epoch(epoch)
             return {**self._metrics, "done": True}
@@ -302,13 +324,13 @@ class Trial(ray_tune.Trainable):
         return self._metrics
 
     def cleanup(self) -> None:
-        """Have a training that was stopped early give its workers back."""
+        """Stop a training that is not finished, so that it frees its workers."""
         self._interruption.request_stop("the search")
         wait([self._future], timeout=STOP_TIMEOUT_SECONDS)
 
 
 class _TrialPrinter(ray_tune.Callback):
-    """A line per trial that ends."""
+    """Log one line per trial that ends."""
 
     def __init__(self, config: TuneConfig) -> None:
         self._epochs = config.epochs
@@ -336,8 +358,7 @@ class _TrialPrinter(ray_tune.Callback):
         value = last.get(self._metric, math.nan)
         print(
             f"trial {self._num_ended}/{self._num_trials}  {_format_values(trial.config)}  "
-            f"{self._metric} {value:.4f}  "
-            f"{how}",
+            f"{self._metric} {value:.4f}  {how}",
             flush=True,
         )
 
@@ -353,7 +374,7 @@ def _format_values(values: dict[str, Any]) -> str:
 
 
 def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
-    """Write the table and the picture, and keep the best trial's bundle."""
+    """Write the table and the plot, and copy the best trial's bundle."""
     table = _build_table(config, grid)
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)
@@ -364,7 +385,7 @@ def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     finished = table[table["state"] == "finished"]
     if finished.empty:
         raise RunFailed(
-            f"no trial of {len(table)} came to a bundle; the last error: "
+            f"none of {len(table)} trials ended with a bundle; the last error: "
             f"{table['error'].dropna().iloc[-1] if table['error'].notna().any() else 'none'}"
         )
     first = finished.iloc[0]
@@ -405,7 +426,7 @@ def _build_table(config: TuneConfig, grid: Any) -> pd.DataFrame:
 
 
 def _copy_best(bundle: str, best: str) -> None:
-    """Copy a bundle, its description last: until then there is none."""
+    """Copy a bundle, bundle.json last: a bundle without it is incomplete."""
     files = [name for name in filesystem.walk(bundle) if not name.startswith("_")]
     filesystem.remove(best)
     for name in sorted(files, key=lambda name: name == BUNDLE_FILE):
@@ -416,18 +437,15 @@ def _copy_best(bundle: str, best: str) -> None:
 
 @contextlib.contextmanager
 def _silence_tune() -> Iterator[None]:
-    """Tune's own tables and warnings are left out; errors come back with the trials."""
+    """Hide the tables and warnings of Ray Tune; errors are part of its results."""
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
     try:
-        yield
+        with session.set_env_defaults(_ENVIRONMENT):
+            yield
     finally:
         logger.setLevel(level)
-        for name in added:
-            del os.environ[name]
 
 
 _ENVIRONMENT = {

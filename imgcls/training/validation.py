@@ -1,7 +1,7 @@
-"""What an epoch's rows add up to, over all workers: losses, correct predictions, recall by class.
+"""Validation metrics over all workers: loss, accuracy and balanced accuracy.
 
-Promises that every validation row counts once, none dropped or padded, however many workers share
-them, and that all workers see the same numbers, since all that is decided hangs on them.
+Every validation row counts once, without padding or dropping, for any number of workers. All
+workers get the same numbers, because they decide on them which epoch is the best.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
+from imgcls.models.task import SINGLE_LABEL
 from imgcls.training.sampler import Int64Array, shard_rows
 
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """The validation rows as one network sees them; loss in nats per row, accuracies in [0, 1].
+    """Metrics of one network on all validation rows.
 
-    balanced_accuracy: mean recall over the classes that have rows
+    loss:              mean, in nats per row
+    balanced_accuracy: mean recall of the classes that have rows
     """
 
     loss: float
@@ -32,41 +33,41 @@ class EvalMetrics:
 
 
 class EvalAccumulator:
-    """Adds up validation batches of one worker, then those of all.
+    """Sums over the validation batches of one worker, and then over all workers.
 
-    Everything is a sum, so that the order and the sharing out of rows change nothing.
+    All state is sums, so that the order of rows and their division among workers do not matter.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._seen = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self._right = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self._correct = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """logits (N, C) float32, labels (N,) int64."""
-        self._loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        right = labels[logits.argmax(1) == labels]
-        self._seen += torch.bincount(labels, minlength=len(self._seen))
-        self._right += torch.bincount(right, minlength=len(self._right))
+        """Add a batch: logits (N, C) float32, labels (N,) int64."""
+        self._loss += SINGLE_LABEL.compute_loss(logits, labels).double()
+        correct = labels[logits.argmax(1) == labels]
+        self._rows += torch.bincount(labels, minlength=len(self._rows))
+        self._correct += torch.bincount(correct, minlength=len(self._correct))
 
     def compute(self) -> EvalMetrics:
-        """Over all workers, each of which must ask for it."""
-        for part in (self._loss, self._seen, self._right):
+        """The metrics over all workers; every worker must call it."""
+        for part in (self._loss, self._rows, self._correct):
             dist.all_reduce(part)
-        present = self._seen > 0
-        rows = self._seen.sum()
+        present = self._rows > 0
+        rows = self._rows.sum()
         return EvalMetrics(
             loss=float(self._loss / rows),
-            accuracy=float(self._right.sum() / rows),
-            balanced_accuracy=float((self._right[present] / self._seen[present]).mean()),
+            accuracy=float(self._correct.sum() / rows),
+            balanced_accuracy=float((self._correct[present] / self._rows[present]).mean()),
             rows=int(rows),
         )
 
 
 def shard_batches(rows: int, batch_size: int, *, rank: int, workers: int) -> list[Int64Array]:
-    """One worker's rows in batches, as many for every worker, some of which may be empty.
+    """The validation batches of one worker; equally many for every worker, some may be empty.
 
-    batch_size: rows of a batch over all workers, at most, give or take one per worker
+    batch_size: maximum rows of a batch over all workers (one more per worker is possible)
     """
     mine = shard_rows(rows, rank=rank, workers=workers)
     count = max(1, -(-rows // batch_size))
@@ -74,7 +75,7 @@ def shard_batches(rows: int, batch_size: int, *, rank: int, workers: int) -> lis
 
 
 def average_buffers(network: nn.Module, workers: int) -> None:
-    """Give all workers the mean of their running statistics, so that they judge one network."""
+    """Set the running statistics to their mean over all workers."""
     if workers == 1:
         return
     for buffer in _floating_point(network.buffers()):
@@ -87,7 +88,7 @@ def _floating_point(buffers: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def all_reduce_sum(totals: torch.Tensor) -> list[float]:
-    """Over all workers, the same on each; the tensor is added to in place."""
+    """Sum a tensor over all workers, in place; the same values on each."""
     dist.all_reduce(totals)
     values: list[float] = totals.tolist()
     return values

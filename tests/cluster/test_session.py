@@ -1,4 +1,4 @@
-"""What a job asks of the Ray session beneath it."""
+"""The Ray session of a job: joined, started, ended, and its errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ import ray
 import ray.data
 
 from imgcls.cluster import session
-from imgcls.cluster.session import build_malloc_env, check_reachable, unwrap_ray_errors
+from imgcls.cluster.session import (
+    build_malloc_env,
+    check_reachable,
+    configure_ray_data,
+    unwrap_ray_errors,
+)
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
 from tests.conftest import draw
 from tests.processes import imgcls as run_imgcls
@@ -75,8 +80,8 @@ def closed_port() -> int:
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_that_is_gone_is_named(scheme: str, closed_port: int) -> None:
     address = f"{scheme}127.0.0.1:{closed_port}"
-    told = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
-    with pytest.raises(RunFailed, match=told) as caught:
+    message = rf"^RAY_ADDRESS={address}: no Ray cluster answers at .* \(Connection refused\)"
+    with pytest.raises(RunFailed, match=message) as caught:
         check_reachable(address)
     assert caught.value.exit_code == 1  # it may be back later
 
@@ -90,15 +95,15 @@ def test_a_port_that_does_not_answer_is_no_cluster(
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("head", "is not an address"),
         ("head:port", "is not an address"),
         ("http://head:8265", "is the address of a dashboard"),
     ],
 )
-def test_what_cannot_be_an_address_is_a_wrong_request(address: str, told: str) -> None:
-    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {told}") as caught:
+def test_what_cannot_be_an_address_is_a_wrong_request(address: str, message: str) -> None:
+    with pytest.raises(RequestError, match=f"^RAY_ADDRESS={address}: {message}") as caught:
         check_reachable(address)
     assert caught.value.exit_code == 2
 
@@ -132,6 +137,7 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: No
         unwrap_ray_errors(),
     ):
         ray.get(task.remote(None))
+    configure_ray_data()
     with (
         pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),
         unwrap_ray_errors(),
@@ -151,46 +157,46 @@ def test_a_worker_keeps_what_a_batch_frees_for_the_next(
 
 PRIVATE = """
 import os, psutil, ray
-from imgcls import cluster
+from imgcls.cluster import session
 from tests.cluster.test_session import faults_of_a_batch
 before = dict(os.environ)
-cluster.connect()
+session.connect()
 assert dict(os.environ).items() >= before.items() and "MALLOC_ARENA_MAX" not in os.environ
-assert cluster.keep_memory() == {}
+assert session.build_malloc_env() == {}
 assert ray.get(ray.remote(faults_of_a_batch).remote()) < 100
 started = psutil.Process().children(recursive=True)
 assert len(started) > 3
-cluster.leave(0)
+session.end_session(0)
 assert not ray.is_initialized()
 _, left = psutil.wait_procs(started, timeout=10)
 assert not left
-cluster.leave(0)
+session.end_session(0)
 """
 
 
 JOINED = """
 import ray
-from imgcls import cluster
+from imgcls.cluster import session
 ray.init("local")
-cluster.connect()
-cluster.leave(0)
+session.connect()
+session.end_session(0)
 assert ray.is_initialized()
 """
 
 
 BROKEN_OFF = """
 import time, psutil, ray
-from imgcls import cluster
-cluster.connect()
+from imgcls.cluster import interrupts, session
+session.connect()
 started = [p.pid for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
 def results():
     yield "first"
     ray.get(ray.remote(lambda: time.sleep(600)).remote())
-interruption = cluster.Interruption()
-for _ in cluster.in_background(results(), interruption):
+interruption = interrupts.Interruption()
+for _ in interrupts.iterate_in_thread(results(), interruption):
     break
 print(*started, flush=True)
-cluster.leave(7)
+session.end_session(7)
 print("not reached")
 """
 

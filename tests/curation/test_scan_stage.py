@@ -8,9 +8,10 @@ import pyarrow as pa
 from PIL import Image
 
 from imgcls.curation.scan_stage import scan_chunk, scan_schema
+from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data.image_features import ImageFeatures
-from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import ChunkTask, ScanSpec, StageTimings
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw
 from tests.execution.runs import manifest_of, plan_at

@@ -44,5 +44,5 @@ def test_a_url_may_name_the_account() -> None:
     assert object_store.build_url(url, "photos/2026/c.jpg") == (
         "abfss://photos@myaccount.dfs.core.windows.net/2026/c.jpg"
     )
-    with pytest.raises(StorageError, match=r"host example\.com is no Azure storage account"):
+    with pytest.raises(StorageError, match=r"host example\.com is not an Azure storage account"):
         azure.get_account("abfs://photos@example.com/a.jpg")

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, retries, storage_settings
 from imgcls.errors import (
     StorageError,
     StorageForbidden,
@@ -69,7 +69,7 @@ def writes(url: str) -> list[Callable[[], object]]:
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------ errors say what happened
+# ------------------------------------------------------------------ error messages
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:
@@ -391,30 +391,30 @@ def test_reading_ahead_keeps_the_order_and_puts_errors_in_their_place(
 
 def test_reading_ahead_goes_no_further_than_it_was_allowed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    asked = 0
+    requested = 0
 
     def urls() -> Iterator[str]:
-        nonlocal asked
+        nonlocal requested
         for _ in range(1000):
-            asked += 1
+            requested += 1
             yield str(tmp_path / "file")
 
     reading = filesystem.read_ahead(urls(), in_flight=4)
     for taken in range(1, 100):
         next(reading)
-        assert asked - taken < 4
+        assert requested - taken < 4
     reading.close()  # type: ignore[attr-defined]
-    assert asked < 104
+    assert requested < 104
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with what a test has put up: per path a list of (status, body), the last for ever."""
+    """Answers each path with a list of (status, body) of the test; the last one is repeated."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         self.answers: dict[str, list[tuple[int, bytes]]] = {}
-        self.asked: Counter[str] = Counter()
+        self.requested: Counter[str] = Counter()
         self.meeting: threading.Barrier | None = None
         self.under_way = 0
         self.most_under_way = 0
@@ -429,7 +429,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         with server.lock:
-            server.asked[self.path] += 1
+            server.requested[self.path] += 1
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
             answers = server.answers.get(self.path, [(404, b"")])
@@ -449,8 +449,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A web server that fails as it is told to; no waiting between attempts."""
-    monkeypatch.setattr(object_store, "BACKOFF_SECONDS", 0.001)
+    """A web server that fails on demand; no waiting between attempts."""
+    monkeypatch.setattr(retries, "BACKOFF_SECONDS", 0.001)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
@@ -461,15 +461,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def short_deadline() -> Iterator[None]:
-    before = object_store.current_settings()
-    object_store.set_process_settings(object_store.StorageConfig(retry_timeout_s=0.5))
+    before = storage_settings.current_settings()
+    storage_settings.set_process_settings(storage_settings.StorageConfig(retry_timeout_s=0.5))
     yield
-    object_store.set_process_settings(before)
+    storage_settings.set_process_settings(before)
 
 
 def test_reads_ahead_really_are_under_way_together(server: Server) -> None:
     server.answers = {f"/{i}": [(200, b"%d" % i)] for i in range(24)}
-    server.meeting = threading.Barrier(4)  # nobody is answered before four have asked
+    server.meeting = threading.Barrier(4)  # no answer before four requests
     found = list(filesystem.read_ahead([f"{server.url}/{i}" for i in range(24)], in_flight=4))
     assert found == [b"%d" % i for i in range(24)]
     assert server.most_under_way == 4
@@ -478,22 +478,22 @@ def test_reads_ahead_really_are_under_way_together(server: Server) -> None:
 def test_a_passing_fault_is_tried_again(server: Server) -> None:
     server.answers["/x"] = [(503, b""), (429, b""), (500, b""), (200, b"at last")]
     assert filesystem.read(f"{server.url}/x") == b"at last"
-    assert server.asked["/x"] == 4
+    assert server.requested["/x"] == 4
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "told"),
+    ("status", "kind", "message"),
     [
         (503, StorageThrottled, "the store asks for fewer requests"),
         (500, StorageUnavailable, "the store did not answer"),
     ],
 )
 def test_a_lasting_fault_is_given_up_at_the_deadline(
-    server: Server, short_deadline: None, status: int, kind: type[StorageError], told: str
+    server: Server, short_deadline: None, status: int, kind: type[StorageError], message: str
 ) -> None:
     server.answers["/x"] = [(status, b"")]
-    assert told in fails(kind, lambda: filesystem.read(f"{server.url}/x"))
-    assert server.asked["/x"] > 2
+    assert message in fails(kind, lambda: filesystem.read(f"{server.url}/x"))
+    assert server.requested["/x"] > 2
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_a_refusal_is_not_tried_again(
 ) -> None:
     server.answers["/x"] = [(status, b"")]
     assert f"{server.url}/x" in fails(kind, lambda: filesystem.read(f"{server.url}/x"))
-    assert server.asked["/x"] == 1
+    assert server.requested["/x"] == 1
 
 
 def test_a_server_that_is_gone_is_unavailable(short_deadline: None) -> None:

@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem, storage_settings
 from imgcls.data.http import encode_url
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageMissing, StorageThrottled, StorageTooLarge, StorageUnavailable
 
 MB = 1_000_000
@@ -32,7 +32,7 @@ class Reply:
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each path by what a test has put up, and remembers what it was asked."""
+    """Answers each path as a test has set it up, and records the requests."""
 
     daemon_threads = True
 
@@ -100,14 +100,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[Callable[..., None]]:
-    before = object_store.current_settings()
+    before = storage_settings.current_settings()
 
     def use(**given: object) -> None:
-        object_store.set_process_settings(StorageConfig(**given))  # type: ignore[arg-type]
+        storage_settings.set_process_settings(StorageConfig(**given))  # type: ignore[arg-type]
 
     use(attempt_timeout_s=20, retry_timeout_s=20)
     yield use
-    object_store.set_process_settings(before)
+    storage_settings.set_process_settings(before)
 
 
 def endless() -> Iterator[bytes]:
@@ -224,9 +224,9 @@ def test_a_redirection_is_followed_to_the_letter(server: Server) -> None:
 
 
 def test_a_host_is_asked_again_when_it_said(server: Server) -> None:
-    for asked in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
+    for value in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
         server.times.clear()
-        headers = {"Retry-After": asked}
+        headers = {"Retry-After": value}
         server.replies["/x"] = [Reply(429, headers=headers), Reply(body=b"image")]
         assert filesystem.read_image(f"{server.url}/x") == b"image"
         assert server.times[1] - server.times[0] >= 0.9
@@ -237,7 +237,7 @@ def test_a_host_that_asks_for_longer_than_the_retry_time_is_left_alone(server: S
     with pytest.raises(StorageThrottled, match="fewer requests"):
         filesystem.read_image(f"{server.url}/0")
     found = list(filesystem.read_ahead(f"{server.url}/{i}" for i in range(1, 20)))
-    assert len(server.lines) == 1  # the others have not been asked for
+    assert len(server.lines) == 1  # the others were not requested
     assert all(isinstance(each, StorageThrottled) for each in found)
     assert "asks for no request for 3600 s" in str(found[0])
 

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.config import Config
 
-from imgcls.data import filesystem, object_store
-from imgcls.data.object_store import StorageConfig
+from imgcls.data import filesystem, object_store, storage_settings
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputError,
+    StorageBucketMissing,
     StorageClockSkew,
     StorageCredentials,
     StorageError,
@@ -44,17 +45,17 @@ def network(
     s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Proxy]]:
     """Puts a failing network between us and the store."""
-    before = object_store.current_settings()
+    before = storage_settings.current_settings()
     with ExitStack() as stack:
 
         def put(share: dict[str, float], seed: int = 0, **settings: Any) -> Proxy:
             proxy = stack.enter_context(Proxy(endpoint, share, seed=seed).running())
             given = QUICK | settings
-            object_store.set_process_settings(StorageConfig(endpoint_url=proxy.url, **given))
+            storage_settings.set_process_settings(StorageConfig(endpoint_url=proxy.url, **given))
             return proxy
 
         yield put
-        object_store.set_process_settings(before)
+        storage_settings.set_process_settings(before)
         forget_connections()
 
 
@@ -96,7 +97,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     made = objects(s3, 25)
     seen: list[str] = []
     proxy = network({}, requester_pays=True)
-    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     assert list(filesystem.read_ahead(made)) == list(made.values())
     fs, _ = object_store.resolve_store(url(""))
     long_way: list[str] = []
@@ -141,7 +142,7 @@ def test_a_public_bucket_is_read_without_credentials(
         s3.put_object_acl(Bucket=BUCKET, Key=place.split("/", 3)[3], ACL="public-read")
     proxy = network({}, anon=True)
     seen: list[str] = []
-    proxy.says = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
+    proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     for _ in range(2):
         assert list(filesystem.read_ahead(made)) == list(made.values())
     assert not [head for head in seen if "authorization:" in head]
@@ -151,7 +152,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
     made = objects(s3, 20)
 
     def elsewhere(head: str) -> bytes | None:
-        """What S3 says to who signed for another region than the bucket's."""
+        """The answer of S3 to a request that was signed for another region than the bucket's."""
         if "/eu-north-1/s3/aws4_request" in head:
             return None
         return refusal(
@@ -160,7 +161,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
         )
 
     proxy = network({})
-    proxy.says = elsewhere
+    proxy.respond = elsewhere
     for _ in range(2):
         assert list(filesystem.read_ahead(made)) == list(made.values())
     filesystem.write(url("out/x"), b"x")
@@ -170,16 +171,16 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
 @pytest.mark.parametrize(
     ("code", "status", "kind", "words"),
     [
-        ("AccessDenied", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("AccessDenied", 403, StorageForbidden, "the request needs the permission s3:GetObject"),
         ("NoSuchKey", 404, StorageMissing, "no such file"),
-        ("NoSuchBucket", 404, StorageMissing, "no such bucket"),
+        ("NoSuchBucket", 404, StorageBucketMissing, "no such bucket"),
         ("ExpiredToken", 400, StorageCredentials, "check the credentials"),
         ("InvalidAccessKeyId", 403, StorageCredentials, "check the credentials"),
         ("SlowDown", 503, StorageThrottled, "fewer requests"),
         ("InternalError", 500, StorageUnavailable, "did not answer"),
-        ("InvalidObjectState", 403, StorageError, "is archived; have the store restore it"),
+        ("InvalidObjectState", 403, StorageError, "is archived; restore it in the store"),
         ("RequestTimeTooSkewed", 403, StorageClockSkew, "synchronize the clock (NTP)"),
-        ("SomethingNew", 403, StorageForbidden, "it takes the permission s3:GetObject"),
+        ("SomethingNew", 403, StorageForbidden, "the request needs the permission s3:GetObject"),
         ("SomethingNew", 503, StorageThrottled, "fewer requests"),
     ],
 )
@@ -191,12 +192,12 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
     # what may pass is tried until the deadline; all else must not depend on it
     deadline = 3 if issubclass(kind, StorageUnavailable) else 60
     proxy = network({}, retry_timeout_s=deadline, attempt_timeout_s=10)
-    answer = refusal(status, code, "So says the store.")
+    answer = refusal(status, code, "An answer of the store.")
     for before in (False, True):
         if before:
-            proxy.says = None
+            proxy.respond = None
             assert filesystem.read(made[0])
-        proxy.says = lambda head: answer
+        proxy.respond = lambda head: answer
         with pytest.raises(StorageError) as caught:
             filesystem.read(made[1])
         assert type(caught.value) is kind
@@ -211,7 +212,7 @@ def test_a_wrong_clock_is_told_with_the_difference_and_ends_the_reading(
     behind = email.utils.formatdate(time.time() + 3600, usegmt=True)
     answer = refusal(403, "RequestTimeTooSkewed", "The difference is too large.",
                      head=f"Date: {behind}\r\n")  # fmt: skip
-    proxy.says = lambda head: answer
+    proxy.respond = lambda head: answer
     with pytest.raises(StorageClockSkew, match=r"clock is (1:00:00|0:59:5\d) behind the store's"):
         list(filesystem.read_ahead(made))
     assert proxy.requests.total() <= 2  # a wrong clock does not pass
@@ -234,9 +235,9 @@ def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body  # without its end
     for first in (False, True):
         if first:
-            proxy.says = None
+            proxy.respond = None
             assert filesystem.read(made[0])
-        proxy.says = lambda head: answer
+        proxy.respond = lambda head: answer
         with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100,000"):
             filesystem.read_image(made[1], 100_000)
 
@@ -299,7 +300,7 @@ def test_a_lasting_fault_is_told_apart_from_a_missing_object(
 def test_bytes_that_never_match_their_etag_are_taken_when_they_come_twice_alike(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
-    """As on stores whose ETag is no MD5: half an object, each time the same half, looks like it."""
+    """As on stores whose ETag is no MD5: the same half of an object each time looks complete."""
     plain = boto3.client("s3", config=Config(request_checksum_calculation="when_required"))
     plain.put_object(Bucket=BUCKET, Key="in/000.jpg", Body=b"0123456789")
     proxy = network({"damage": 1.0})
@@ -318,34 +319,12 @@ def test_credentials_that_are_refused_end_the_reading(
         list(filesystem.read_ahead(made))
 
 
-def test_settings_reach_the_driver_and_other_processes(
-    s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = object_store.current_settings()
-    monkeypatch.delenv("AWS_ENDPOINT_URL")
-    forget_connections()
-    try:
-        object_store.set_process_settings(
-            StorageConfig(endpoint_url=endpoint, region="eu-north-1", requester_pays=True)
-        )
-        fs, _ = object_store.resolve_store(url("x"))
-        filesystem.write(url("x"), b"1")
-        assert (fs.s3.meta.region_name, fs.req_kw) == ("eu-north-1", {"RequestPayer": "requester"})
-        read = object_store.bind_settings(filesystem.read)
-        object_store.set_process_settings(before)
-        assert read(url("x")) == b"1"
-        assert object_store.current_settings().region == "eu-north-1"
-    finally:
-        object_store.set_process_settings(before)
-        forget_connections()
-
-
 @pytest.mark.skipif(REAL is not None, reason="a real store checks the signature of all headers")
 def test_a_store_that_overwrites_what_it_should_create_is_refused(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     network({}).drop = "if-none-match"
-    with pytest.raises(OutputError, match="pays no heed to If-None-Match"):
+    with pytest.raises(OutputError, match="ignores If-None-Match"):
         Lease.acquire(url("out"))
     assert keys(s3, "out/") == []
 

@@ -16,6 +16,7 @@ from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import (
     ManifestError,
+    StorageBucketMissing,
     StorageCredentials,
     StorageError,
     StorageForbidden,
@@ -82,7 +83,7 @@ def test_a_bucket_that_is_not_there_is_named_as_such(s3: Any) -> None:
         lambda: filesystem.write("s3://no-bucket/x", b""),
         lambda: filesystem.create("s3://no-bucket/x", b""),
     ):
-        assert fails(StorageMissing, call) == "s3://no-bucket/x: no such bucket"
+        assert fails(StorageBucketMissing, call) == "s3://no-bucket/x: no such bucket"
 
 
 def test_wrong_or_no_credentials_are_forbidden_at_once(
@@ -132,7 +133,9 @@ def test_the_permission_that_is_missing_is_named(
     with user(endpoint, allowed, monkeypatch), checking_permissions(endpoint):
         for name, call in calls.items():
             if name in denied:
-                assert f"it takes the permission {denied[name]}" in fails(StorageForbidden, call)
+                assert f"the request needs the permission {denied[name]}" in fails(
+                    StorageForbidden, call
+                )
             elif needs[name] in allowed:
                 call()
 
@@ -227,7 +230,7 @@ def test_a_stream_into_nowhere_is_a_storage_error(s3: Any) -> None:
             out.write(bytes(size))
 
     for size in (10, 60 << 20):
-        fails(StorageMissing, lambda size=size: stream(size))  # type: ignore[misc]
+        fails(StorageBucketMissing, lambda size=size: stream(size))  # type: ignore[misc]
 
 
 def test_a_manifest_may_lie_on_a_store_in_any_form(s3: Any) -> None:

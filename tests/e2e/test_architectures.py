@@ -1,4 +1,4 @@
-"""Networks unlike the others, from training to labels: two heads, attention, layer scale."""
+"""Unusual networks from training to prediction: two heads, attention, layer scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.mark.parametrize(
     ("name", "size"), [("inception_v3", 299), ("vit_b_16", 224), ("convnext_tiny", 224)]
 )
-def test_it_trains_is_judged_and_labels(
+def test_a_network_is_trained_and_predicts(
     cluster: RayCluster, tmp_path: Path, name: str, size: int
 ) -> None:
     for i in range(12):
@@ -47,14 +47,14 @@ def test_it_trains_is_judged_and_labels(
     has_aux = any(key.startswith("AuxLogits.") for key in weights)
     assert has_aux == (name == "inception_v3")
 
-    labelled = imgcls(
+    predicted = imgcls(
         *("predict", "--manifest", held, "--model", bundle, "--output", output),
         env=cluster.environment(),
         timeout=300,
     )
-    assert labelled.returncode == 0, labelled.stderr
+    assert predicted.returncode == 0, predicted.stderr
     found = assert_exactly_once(output, 3)
     assert set(found["status"].to_pylist()) == {"ok"}
-    told = json.loads((bundle / "bundle.json").read_text())["metrics"]
+    metrics = json.loads((bundle / "bundle.json").read_text())["metrics"]
     right = sum(rank == 1 for rank in found["label_rank"].to_pylist())
-    assert right / 3 == pytest.approx(told["val_accuracy"])
+    assert right / 3 == pytest.approx(metrics["val_accuracy"])

@@ -1,4 +1,8 @@
-"""Labelling, judging, calibrating and comparing, by the commands that a user types."""
+"""Evaluation, calibration and comparison by their commands, with every file on an object store.
+
+On disk, `test_pages.py` and `test_demo.py` run the same commands, and `tests/evaluation` tests the
+functions behind them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.models.bundle import load_bundle
 from tests.conftest import COLOURS, write_manifest
 from tests.e2e.outputs import assert_exactly_once, parquet, success, table
@@ -16,11 +21,10 @@ from tests.processes import RayCluster, imgcls
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture
-def judged(
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_a_run_is_evaluated_calibrated_compared_and_evaluated_with_joined_labels(
     cluster: RayCluster, place: Path, placed_bundle: Path, colours: Callable[..., Path]
-) -> tuple[Path, Path]:
-    """A manifest with one missing image, labelled and judged at once; the manifest, the output."""
+) -> None:
     manifest = colours(60, place)
     (place / "images" / "00007.jpg").unlink()
     output = place / "out"
@@ -30,34 +34,40 @@ def judged(
         env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
-    return manifest, output
+    check_metrics(done.stdout, output)
+    check_calibration(manifest, output, placed_bundle, place, cluster)
+    check_joined_labels(output, place)
 
 
-def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from_there(
-    judged: tuple[Path, Path], cluster: RayCluster, place: Path, placed_bundle: Path
-) -> None:
-    manifest, output = judged
+def check_metrics(printed: str, output: Path) -> None:
+    """Metrics are those of the rows, written once and printed once."""
     assert_exactly_once(output, 60)
-    told = json.loads((output / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text())
     rows = table(output).to_pylist()
     right = [row["predicted_label"] == row["label"] for row in rows if row["status"] == "ok"]
-    assert told["metrics"]["accuracy"]["value"] == pytest.approx(sum(right) / 59)
-    assert told["metrics"]["status_missing"]["value"] == 1
-    assert "auroc_macro" in told["metrics"]
+    assert summary["metrics"]["accuracy"]["value"] == pytest.approx(sum(right) / 59)
+    assert summary["metrics"]["status_missing"]["value"] == 1
+    assert "auroc_macro" in summary["metrics"]
     slices = parquet(output / "metrics" / "slices.parquet").to_pylist()
     assert {row["value"]: row["rows"] for row in slices} == {"camera 0": 30, "camera 1": 30}
     assert success(output)["rows"] == 60
+    lines = [line.split("  ")[0] for line in printed.splitlines()]
+    for name in ("rows", "accuracy", "macro F1", "macro AUROC", "all metrics", "report"):
+        assert lines.count(name) == 1, (name, printed)
 
+
+def check_calibration(
+    manifest: Path, output: Path, bundle: Path, place: Path, cluster: RayCluster
+) -> None:
+    """The chosen threshold is the one that prediction applies; accuracy stays the same."""
     calibrated = place / "calibrated"
     done = imgcls(
-        *("calibrate", "--model", placed_bundle, "--predictions", output),
+        *("calibrate", "--model", bundle, "--predictions", output),
         *("--output", calibrated, "--target-precision", 0.3),
     )
     assert done.returncode == 0, done.stderr
     made = load_bundle(str(calibrated)).spec
     assert made.temperature != 1.0
-
-    # the threshold that was chosen is what labelling accepts by
     again = place / "again"
     done = imgcls(
         *("predict", "--manifest", manifest, "--model", calibrated, "--output", again),
@@ -68,32 +78,24 @@ def test_one_command_labels_and_judges_and_calibration_and_comparison_go_on_from
     for row in table(again).to_pylist():
         confident = row["confidence"] is not None and row["confidence"] >= made.threshold
         assert row["accepted"] == confident
-
     same = imgcls("compare", output, again, "--fail-if-worse", "0.5pt")
     assert same.returncode == 0, same.stderr
-    assert "no difference that these rows can show" in same.stdout
+    assert "no significant difference" in same.stdout
 
 
-def test_labels_that_come_later_judge_without_touching_the_run(
-    judged: tuple[Path, Path], place: Path
-) -> None:
-    _, output = judged
+def check_joined_labels(output: Path, place: Path) -> None:
+    """Labels of another table are evaluated without changing the run."""
     rows = [(r["path"], r["predicted_label"]) for r in table(output).to_pylist() if r["row"] != 7]
     others = {name: list(COLOURS)[i - 1] for i, name in enumerate(COLOURS)}
-    late = write_manifest(place / "late.csv", rows, ("path", "label"))
+    correct = write_manifest(place / "correct.csv", rows, ("path", "label"))
     wrong = write_manifest(
         place / "wrong.csv", [(path, others[label]) for path, label in rows], ("path", "label")
     )
-    for labels, expected in ((late, 1.0), (wrong, 0.0)):
-        done = imgcls(
-            *("evaluate", "--predictions", output, "--labels", labels),
-            *("--output", place / labels.stem),
-        )
-        assert done.returncode == 0, done.stderr
-        told = json.loads((place / labels.stem / "summary.json").read_text())
-        assert told["metrics"]["accuracy"]["value"] == expected
-    assert not (output / "late").exists()
-
-    blind = imgcls("evaluate", "--predictions", place / "late")
-    assert blind.returncode == 2
-    assert "holds no labelling run" in blind.stderr
+    before = (output / "summary.json").read_text()
+    for labels, expected in ((correct, 1.0), (wrong, 0.0)):
+        evaluated = place / labels.stem
+        evaluate(EvaluateConfig(predictions=str(output), labels=str(labels), output=str(evaluated)))
+        summary = json.loads((evaluated / "summary.json").read_text())
+        assert summary["metrics"]["accuracy"]["value"] == expected
+    assert (output / "summary.json").read_text() == before
+    assert not (output / "correct").exists()

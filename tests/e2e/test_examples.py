@@ -1,4 +1,4 @@
-"""What `--help` and the pages tell people to run, run: after the demo, as they are told to."""
+"""The examples in `--help` and in the documentation, run after the demo."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.test_docs import PAGES
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FIRST = ["predict", "key new"]
-"""Examples that others go on from."""
+"""Examples whose outputs other examples use."""
 ELSEWHERE = {"nightly": "is a DAG for Airflow"}
-"""Pages whose Python is for other programs."""
+"""Pages whose Python code is for other programs."""
 
 
 @pytest.fixture
 def after_the_demo(demonstrated: Demonstrated, tmp_path: Path) -> Demonstrated:
-    """A folder of the test's own in which the demo was run."""
+    """A separate copy of the folder in which the demo was run."""
     folder = shutil.copytree(demonstrated.folder, tmp_path / "repository", symlinks=True)
     return replace(demonstrated, folder=folder)
 
@@ -53,7 +53,7 @@ def test_the_example_of_every_command_can_be_run(after_the_demo: Demonstrated) -
 
 @contextlib.contextmanager
 def served(there: Demonstrated, *words: str) -> Iterator[str]:
-    """`imgcls serve` until it is no longer needed."""
+    """`imgcls serve` while the block runs."""
     with started(*words, env=there.environment, cwd=there.folder) as process:
         url = "http://127.0.0.1:8000"
 
@@ -101,7 +101,7 @@ def test_the_python_on_a_page_can_be_run(
         assert done.returncode == 0, done.stderr
 
 
-def test_what_a_shell_is_told_to_ask_the_endpoint_is_answered(
+def test_the_shell_examples_of_requests_are_answered(
     after_the_demo: Demonstrated,
 ) -> None:
     there = after_the_demo

@@ -1,4 +1,4 @@
-"""The scripts in jobs/ as they are meant to be run: `ray job submit` to a real cluster."""
+"""The scripts in jobs/, run with `ray job submit` on a real cluster."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayCluster]:
-    with takes_jobs() as cluster:
+    with start_job_cluster() as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def takes_jobs() -> Iterator[RayCluster]:
-    """A cluster that takes jobs; `python` in their entrypoints is this virtual environment's."""
-    # Ray's agent, which starts jobs, has one port by default: clusters side by side would fight
+def start_job_cluster() -> Iterator[RayCluster]:
+    """A cluster for `ray job submit`, with the `python` of this virtual environment."""
+    # Ray's agent, which starts jobs, has one port by default: two clusters would conflict
     port, dashboard, agent, client = (free_port() for _ in range(4))
     folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
     process = subprocess.Popen(
@@ -79,9 +79,9 @@ def listens(cluster: RayCluster, port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone of the repository with what runs and installs leave in it.
+    """A copy of the repository with the files that runs and installations leave in it.
 
-    Its code tells where it runs from: the installed package would do the job as well.
+    Its code prints where it is imported from, because the installed package would work as well.
     """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("jobs", "imgcls", "manifests"):
@@ -130,16 +130,16 @@ def submit(
 
 
 @contextlib.contextmanager
-def held_image() -> Iterator[tuple[str, threading.Event]]:
-    """The URL of an image that a server holds back until the event is set."""
-    let_go = threading.Event()
+def serve_blocked_image() -> Iterator[tuple[str, threading.Event]]:
+    """URL of an image that the server sends only after the event is set."""
+    release = threading.Event()
     sink = io.BytesIO()
     draw("red").save(sink, "JPEG")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            let_go.wait()
-            with contextlib.suppress(OSError):  # who asked first was stopped meanwhile
+            release.wait()
+            with contextlib.suppress(OSError):  # the first client was stopped in the meantime
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(sink.getvalue())))
                 self.end_headers()
@@ -151,18 +151,18 @@ def held_image() -> Iterator[tuple[str, threading.Event]]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/held.jpg", let_go
+            yield f"http://127.0.0.1:{server.server_port}/held.jpg", release
         finally:
-            let_go.set()
+            release.set()
             server.shutdown()
 
 
 @contextlib.contextmanager
-def held_midway(
+def start_blocked_run(
     folder: Path, bundle: Path, output: Path
 ) -> Iterator[tuple[tuple[object, ...], threading.Event]]:
-    """A labelling command over 65 rows whose last chunk has to wait for the event."""
-    with held_image() as (url, let_go):
+    """A predict command for 65 rows; its last chunk is blocked until the event is set."""
+    with serve_blocked_image() as (url, release):
         rows = []
         for i in range(64):
             draw("red", seed=i).save(folder / f"{i}.jpg")
@@ -172,14 +172,14 @@ def held_midway(
             *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
             *("--manifest", manifest, "--model", bundle, "--output", output),
         )
-        yield command, let_go
+        yield command, release
 
 
 def all_but_the_last(output: Path) -> bool:
     return len(list(output.glob("_staging/part-*/chunk-*"))) == 8
 
 
-def test_a_wrong_request_fails_the_job_and_says_why(
+def test_a_wrong_request_fails_the_job_with_the_reason(
     head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
 ) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [("a.jpg", "red")], ("file", "label"))
@@ -198,11 +198,11 @@ def test_a_wrong_request_fails_the_job_and_says_why(
     assert not output.exists()
 
 
-def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
+def test_a_stopped_job_is_resumed_by_submitting_it_again(
     head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with held_midway(tmp_path, colour_bundle, output) as (command, let_go):
+    with start_blocked_run(tmp_path, colour_bundle, output) as (command, release):
         first = submit(head, checkout, "first", *command, wait=False)
         assert first.returncode == 0, first.stdout
         wait_for(lambda: all_but_the_last(output), timeout=120)
@@ -210,7 +210,7 @@ def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
         assert stopped.returncode == 0, stopped.stdout
         assert status(head, "first") == "STOPPED"
         assert not committed(output)
-        let_go.set()
+        release.set()
         again = submit(head, checkout, "again", *command)
     assert again.returncode == 0, again.stdout
     assert "64 of 65 rows are done" in again.stdout
@@ -221,19 +221,19 @@ def test_a_job_that_is_stopped_midway_is_resumed_by_submitting_it_again(
 
 
 @pytest.mark.cluster
-def test_when_the_head_is_lost_the_job_goes_on_submitted_to_the_next_one(
+def test_a_job_whose_head_node_is_lost_resumes_on_another_cluster(
     checkout: Path, colour_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with held_midway(tmp_path, colour_bundle, output) as (command, let_go):
-        with takes_jobs() as lost:
+    with start_blocked_run(tmp_path, colour_bundle, output) as (command, release):
+        with start_job_cluster() as lost:
             first = submit(lost, checkout, "nightly", *command, wait=False)
             assert first.returncode == 0, first.stdout
             wait_for(lambda: all_but_the_last(output), timeout=120)
             lost.kill()
         assert not committed(output)
-        let_go.set()
-        with takes_jobs() as following:
+        release.set()
+        with start_job_cluster() as following:
             again = submit(following, checkout, "nightly", *command)
     assert again.returncode == 0, again.stdout
     assert "64 of 65 rows are done" in again.stdout
@@ -262,7 +262,7 @@ def test_the_training_job_writes_a_bundle(head: RayCluster, checkout: Path, tmp_
     manifest = write_manifest(tmp_path / "few.csv", rows, ("path", "label"))
     done = submit(
         *(head, checkout, "train", "python", "jobs/train.py", "--config", "jobs/train.yaml"),
-        *("--data.train", manifest, "--output", tmp_path / "bundle", "--epochs", 2),
+        *("--data.train", manifest, "--output", tmp_path / "bundle", "--epochs", 1),
         *("--model.options.width", 4, "--scale.cpus-per-worker", 0.5),
     )
     assert done.returncode == 0, done.stdout

@@ -228,7 +228,7 @@ def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
         codes = sorted([one.returncode, two.returncode])
     assert codes == [0, 2], ended
     refused = ended["one" if one.returncode == 2 else "two"][1]
-    assert "is at work on it" in refused
+    assert "is locked by" in refused
     assert_as_left_alone(output, reference)
 
 

@@ -298,7 +298,7 @@ def test_when_the_last_machine_is_lost_the_run_goes_on_with_the_next_that_comes(
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err
     assert "1 of 1 machines are gone, and no worker goes on: laid out anew" in out
-    assert "waiting  for machines: the cluster has 0 CPUs" in out
+    assert "waiting  for nodes: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 300)
 
 
@@ -318,7 +318,7 @@ def test_without_a_machine_a_run_waits_says_so_and_goes_on_when_one_comes(
             with machine(cluster, 1):
                 out, err = driver.communicate(timeout=200)
                 assert driver.returncode == 0, err
-    assert "waiting  for machines: the cluster has 0 CPUs" in out
+    assert "waiting  for nodes: the cluster has 0 CPUs" in out
     assert_exactly_once(output, 40)
 
 
@@ -356,7 +356,7 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
                         wait_for(lambda: asked() == [{"CPU": 1}], 120)  # and one more
                     out, err = driver.communicate(timeout=300)
                     assert driver.returncode == 0, err
-            assert "waiting  for machines: " in out
+            assert "waiting  for nodes: " in out
             wait_for(lambda: asked() == [])
         finally:
             ray.shutdown()

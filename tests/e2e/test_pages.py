@@ -1,7 +1,6 @@
-"""The commands of the pages, run one after another as a reader would type them.
+"""The commands of the documentation pages, run one after another.
 
-What a page takes for granted, files and buckets of the reader's own, is made beforehand under the
-names that the page gives them.
+Files and buckets that a page assumes are created first, under the names that the page uses.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from tests.test_docs import PAGES, commands
 pytestmark = pytest.mark.timeout(1800)
 
 HUB = {"resnet18": "resnet18-f37072fd.pth", "resnet50": "resnet50-11ad3fa6.pth"}
-"""Where torchvision keeps the weights that it has downloaded: nothing can be here."""
+"""File names of weights in torchvision's download cache, which stands in for the network."""
 STANDS_FOR = {
     "M": "test.csv",
     "BUNDLE": "demo/bundle",
@@ -40,9 +39,9 @@ STANDS_FOR = {
     "s3://photos/labels/tonight": "s3://photos/labels/date=2026-11-01",
     "demo/cluster-labels": "demo/predictions",
 }
-LABELLED = ("evaluate", "--manifest", "test.csv", "--model", "bundle/", "--output")
-ANEW = ("train", "model import", "manifest build")
-"""Commands for which pages use one name of an output again and again."""
+EVALUATE = ("evaluate", "--manifest", "test.csv", "--model", "bundle/", "--output")
+REUSES_OUTPUT = ("train", "model import", "manifest build")
+"""Commands for which pages use the same output name several times."""
 SHELL = re.compile(r"(?:^ {4}\S.*\n(?:^ {4,}.*\n)*)", re.MULTILINE)
 
 
@@ -50,8 +49,8 @@ SHELL = re.compile(r"(?:^ {4}\S.*\n(?:^ {4,}.*\n)*)", re.MULTILINE)
 def reader(
     demonstrated: Demonstrated, cluster: RayCluster, endpoint: str
 ) -> Iterator[Demonstrated]:
-    """Somebody who has run the demo and has all that the pages speak of."""
-    there = Demonstrated(
+    """A folder with the demo and everything that the pages mention."""
+    demo = Demonstrated(
         demonstrated.folder,
         {
             **cluster.environment(),
@@ -59,56 +58,54 @@ def reader(
             "TORCH_HOME": str(demonstrated.folder / "hub"),
         },
     )
-    _tables(there.folder)
-    _weights(there.folder)
-    shutil.copytree(there.folder / "demo" / "bundle", there.folder / "bundle")
-    _types(there, *LABELLED, "yesterday/")
-    shutil.copytree(there.folder / "yesterday", there.folder / "tonight")
-    with _buckets(there, endpoint):
-        yield there
+    _tables(demo.folder)
+    _weights(demo.folder)
+    shutil.copytree(demo.folder / "demo" / "bundle", demo.folder / "bundle")
+    _run_command(demo, *EVALUATE, "yesterday/")
+    shutil.copytree(demo.folder / "yesterday", demo.folder / "tonight")
+    with _buckets(demo, endpoint):
+        yield demo
 
 
 def pages() -> list[Path]:
-    """Those with commands; the reference repeats what `--help` has, which is run elsewhere."""
+    """Pages with commands, except the reference, whose commands are tested elsewhere."""
     return [page for page in PAGES if page.stem != "reference" and any(commands(page))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
-def test_the_commands_of_a_page_can_be_run(
-    reader: Demonstrated, page: Path, tmp_path: Path
-) -> None:
-    there = Demonstrated(tmp_path / "repository", reader.environment)
-    shutil.copytree(reader.folder, there.folder, symlinks=True)
+def test_the_commands_of_a_page_run(reader: Demonstrated, page: Path, tmp_path: Path) -> None:
+    demo = Demonstrated(tmp_path / "repository", reader.environment)
+    shutil.copytree(reader.folder, demo.folder, symlinks=True)
     for name, words in commands(page):
-        if name == "serve":  # a server has tests of its own
+        if name == "serve":  # servers are tested in test_serve.py
             continue
         words = [each for word in words for each in STANDS_FOR.get(word, word).split()]
-        if name in ANEW and "--output" in words:
-            shutil.rmtree(there.folder / words[words.index("--output") + 1], ignore_errors=True)
+        if name in REUSES_OUTPUT and "--output" in words:
+            shutil.rmtree(demo.folder / words[words.index("--output") + 1], ignore_errors=True)
         if name == "train":
             words = [*words, "--epochs", "1"]
-            if "timm" in words:  # its weights come from a hub
+            if "timm" in words:  # its weights are downloaded
                 del words[words.index("timm") - 1 : words.index("timm") + 1]
-        if "out/" in words and not (there.folder / "out").exists():
-            _types(there, *LABELLED, "out/")
-        if name == "calibrate" and not (there.folder / "val").exists():
-            # of photos/ too few are held out of training to choose a threshold by
+        if "out/" in words and not (demo.folder / "out").exists():
+            _run_command(demo, *EVALUATE, "out/")
+        if name == "calibrate" and not (demo.folder / "val").exists():
+            # photos/ has too few validation images to choose a threshold
             held = "photos/" if page.stem == "README" else "bundle/validation.parquet"
             order = ("--model", "bundle", "--output", "val", "--scores")
-            _types(there, "predict", "--manifest", held, *order)
-        _types(there, *name.split(), *words)
+            _run_command(demo, "predict", "--manifest", held, *order)
+        _run_command(demo, *name.split(), *words)
 
 
-def _types(there: Demonstrated, *words: str) -> None:
-    done = imgcls(*words, env=there.environment, cwd=there.folder, timeout=900)
-    # int8 is refused where the processor has none
+def _run_command(demo: Demonstrated, *words: str) -> None:
+    done = imgcls(*words, env=demo.environment, cwd=demo.folder, timeout=900)
+    # int8 is rejected on processors without it
     refused = "int8" in " ".join(words) and "does not multiply it" in done.stderr
     assert done.returncode == 0 or refused, (words, done.stdout, done.stderr)
 
 
 def _tables(folder: Path) -> None:
-    """Manifests of digits under the names of the pages, with columns to slice by."""
+    """Manifests of digits under the names of the pages, with slice columns."""
     for source, names in {"train": ("train", "val", "labelled"), "test": ("test", "truth")}.items():
         with (folder / "demo" / f"digits-{source}.csv").open(newline="") as stream:
             rows = list(csv.DictReader(stream))[:240]
@@ -124,7 +121,7 @@ def _tables(folder: Path) -> None:
 
 
 def _weights(folder: Path) -> None:
-    """Weights of networks, drawn at random, where a hub and the reader would have put them."""
+    """Random weights under the names of the pages and in the download cache."""
     network = zoo.build_network(zoo.resolve_architecture("squeezenet1_0"), len(COLOURS))
     for weights, classes in (("squeezenet1_0", "imagenet"), ("weights", "classes")):
         torch.save(network.state_dict(), folder / f"{weights}.pth")
@@ -140,23 +137,23 @@ def _weights(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _buckets(there: Demonstrated, endpoint: str) -> Iterator[None]:
-    """`photos` with what came in and a first night's labels, and `models` with the current one."""
+def _buckets(demo: Demonstrated, endpoint: str) -> Iterator[None]:
+    """Bucket `photos` with images and the predictions of one night, and `models` with a bundle."""
     client: Any = boto3.session.Session(
-        aws_access_key_id=there.environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=there.environment["AWS_SECRET_ACCESS_KEY"],
+        aws_access_key_id=demo.environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=demo.environment["AWS_SECRET_ACCESS_KEY"],
         region_name="us-east-1",
     ).resource("s3", endpoint_url=endpoint)
     buckets = [client.create_bucket(Bucket=name) for name in ("photos", "models")]
     try:
-        for number, file in enumerate(sorted((there.folder / "photos").rglob("*.jpg"))):
+        for number, file in enumerate(sorted((demo.folder / "photos").rglob("*.jpg"))):
             buckets[0].upload_file(str(file), f"incoming/{number}.jpg")
-        for file in (there.folder / "demo" / "bundle").rglob("*"):
+        for file in (demo.folder / "demo" / "bundle").rglob("*"):
             if file.is_file():
-                name = file.relative_to(there.folder / "demo" / "bundle")
+                name = file.relative_to(demo.folder / "demo" / "bundle")
                 buckets[1].upload_file(str(file), f"current/{name.as_posix()}")
-        _types(
-            *(there, "predict", "--manifest", "s3://photos/incoming", "--model"),
+        _run_command(
+            *(demo, "predict", "--manifest", "s3://photos/incoming", "--model"),
             *("s3://models/current", "--output", "s3://photos/labels/date=2026-11-01"),
         )
         yield
@@ -171,8 +168,8 @@ def _buckets(there: Demonstrated, endpoint: str) -> Iterator[None]:
 
 @pytest.mark.cluster
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
-def test_the_way_to_a_cluster_can_be_typed_as_it_is_written(tmp_path: Path) -> None:
-    """In namespaces of its own: `ray stop` ends every Ray that it sees, the ports are Ray's own."""
+def test_the_cluster_page_can_be_followed_from_the_start(tmp_path: Path) -> None:
+    """Runs in new namespaces: `ray stop` stops all visible Rays, and the ports are the default."""
     page = (REPOSITORY / "docs" / "cluster.md").read_text()
     way = page[page.index("## One machine") : page.index("## AWS")]
     typed = "".join(re.sub("^ {4}", "", block, flags=re.MULTILINE) for block in SHELL.findall(way))
@@ -193,9 +190,9 @@ def test_the_way_to_a_cluster_can_be_typed_as_it_is_written(tmp_path: Path) -> N
         env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
     )
     try:
-        told, _ = process.communicate(timeout=1500)
+        printed, _ = process.communicate(timeout=1500)
     finally:
         kill_family(process.pid)
-    assert process.returncode == 0, told
-    assert told.count("succeeded") >= 3, told
-    assert f"committed  359 rows: {checkout}/demo/cluster-labels" in told
+    assert process.returncode == 0, printed
+    assert printed.count("succeeded") >= 3, printed
+    assert f"committed  359 rows: {checkout}/demo/cluster-labels" in printed

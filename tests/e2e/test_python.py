@@ -1,4 +1,4 @@
-"""The functions that notebooks call, in a process with an event loop under way, as theirs is."""
+"""The Python functions in a process with a running event loop, as in a notebook."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     assert "bundle/bundle.json" not in keys(s3)
     done = imgcls(*train, env=env)
     assert done.returncode == 0, done.stderr
-    assert "going on: epoch " in done.stdout
+    assert "resuming: epoch " in done.stdout
     assert {"bundle/bundle.json", "bundle/model.safetensors"} <= set(keys(s3))
     history = pq.read_table(io.BytesIO(body(s3, "bundle/history.parquet")))
     assert history["epoch"].to_pylist() == list(range(1, 17))
@@ -102,7 +102,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
             *("predict", "--manifest", manifest, "--model", placed_bundle, "--chunk-rows", 5),
             *("--output", place / "out"),
         )
-        proxy.says = expired
+        proxy.respond = expired
         first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from imgcls.runs import layout as names
+from imgcls.runs import layout
 from tests.processes import RayCluster, imgcls, started, wait_for
 
 
@@ -61,7 +61,7 @@ def test_status_follows_a_run_while_it_goes_on_and_after_its_driver_died(
     dead = status()
     assert dead["state"] == "waiting"
     assert "driver" in dead
-    names.write_progress(str(output), {"images_per_second": 123456.0})
+    layout.write_progress(str(output), {"images_per_second": 123456.0})
     with started(*order, env=cluster.environment()) as driver:
         told = output / "_progress.json"
         wait_for(lambda: not told.exists() or "123456" not in told.read_text())

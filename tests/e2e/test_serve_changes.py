@@ -1,32 +1,46 @@
-"""A service that is left on a cluster, and what becomes of it when changes go wrong."""
+"""Services that keep running on a cluster: changes, failed changes, Serve config files."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from imgcls.config import build
 from imgcls.models.bundle import read_description
 from imgcls.serving import proxy_middleware
 from imgcls.serving.api_keys import NewKeyConfig, create_key
-from tests.processes import RayCluster, imgcls, service_port, started, wait_for
-from tests.serving.app import recalibrate
-from tests.serving.test_api import jpeg
-from tests.serving.test_proxy_middleware import announced
+from imgcls.serving.config import ServeConfig
+from tests.e2e.served import copy_recalibrated
+from tests.e2e.test_jobs import takes_jobs
+from tests.processes import REPOSITORY, RayCluster, imgcls, service_port, started, wait_for
+from tests.serving.app import announce_body, jpeg, recalibrate
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
+pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_path: Path) -> None:
+def read_hash(bundle: Path) -> str:
+    return read_description(str(bundle)).sha256
+
+
+@pytest.mark.cluster
+def test_a_detached_service_survives_changes_that_fail(colour_bundle: Path, tmp_path: Path) -> None:
     port = service_port()
     url = f"http://127.0.0.1:{port}"
     bundle = tmp_path / "bundle"
     shutil.copytree(colour_bundle, bundle)
+    other = copy_recalibrated(tmp_path, bundle)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(other, damaged)
+    (damaged / "model.safetensors").write_bytes(b"")
     key = create_key(
         build(
             NewKeyConfig,
@@ -34,49 +48,58 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
         )
     )
     headers = {"X-API-Key": key}
-    # paths as they are typed: Ray's own processes have another working directory
-    command = (
-        *("serve", "--model", "bundle", "--keys", "keys.yaml", "--http.port", port),
-        *("--replicas.min_replicas", 1, "--detach"),
-    )
 
-    def change() -> None:
-        done = imgcls(*command, env=cluster.environment(), cwd=tmp_path)
+    def command(model: str = "bundle") -> list[object]:
+        # relative paths: Ray's own processes have another working directory
+        return [
+            *("serve", "--model", model, "--keys", "keys.yaml", "--http.port", port),
+            *("--replicas", 1, "--detach"),
+        ]
+
+    def change(model: str = "bundle") -> None:
+        done = imgcls(*command(model), env=cluster.environment(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert model() == read_description(str(bundle)).sha256
+        assert "ready" in done.stdout
+        assert served_model() == read_hash(tmp_path / model)
 
-    def model() -> str:
+    def served_model() -> str:
         response = requests.get(f"{url}/v1/model", headers=headers, timeout=60)
         assert response.status_code == 200, response.text
         return str(response.json()["sha256"])
 
-    gated = {
+    environment = {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": proxy_middleware.CALLBACK_PATH,
         **proxy_middleware.build_environment(1 << 20, 8 << 20),
     }
-    with RayCluster.start(cpus=2, env=gated) as cluster:
+    with RayCluster.start(cpus=2, env=environment) as cluster:
         change()
-        # the gate of a cluster is before its service: it asks for no key
-        assert announced(port, 2 << 20).startswith("http/1.1 413 ")
+        # the limits of the cluster's proxy hold for requests without a key
+        assert announce_body(port, 2 << 20).startswith("http/1.1 413 ")
 
-        whole = (bundle / "model.safetensors").read_bytes()
+        change("other")
+        done = imgcls(*command("damaged"), env=cluster.environment(), cwd=tmp_path)
+        assert done.returncode == 2
+        assert served_model() == read_hash(other)
+        change()
+
+        original = (bundle / "model.safetensors").read_bytes()
         (bundle / "model.safetensors").write_bytes(b"damaged")
-        before = model()
+        before = served_model()
         requests.post(f"{url}/v1/model/reload", headers=headers, timeout=30).raise_for_status()
         time.sleep(3)
-        assert model() == before
-        # what went wrong with another bundle says nothing of this one, in the same place
-        (bundle / "model.safetensors").write_bytes(whole)
+        assert served_model() == before
+        # an error of a previous bundle at the same path is not reported for the next one
+        (bundle / "model.safetensors").write_bytes(original)
         recalibrate(bundle)
         change()
-        assert model() != before
+        assert served_model() != before
 
-        before = model()
+        before = served_model()
         recalibrate(bundle)
         (replica,) = cluster.workers("ServeReplica:imgcls:endpoint")
         replica.suspend()
         try:
-            with started(*command, env=cluster.environment(), cwd=tmp_path) as process:
+            with started(*command(), env=cluster.environment(), cwd=tmp_path) as process:
                 assert process.stdout is not None
                 assert process.stdout.readline().startswith("layout")
                 time.sleep(4)
@@ -84,8 +107,56 @@ def test_a_change_that_goes_wrong_takes_nothing_down(colour_bundle: Path, tmp_pa
                 assert process.wait(60) != 0
         finally:
             replica.resume()
-        wait_for(lambda: model() in (before, read_description(str(bundle)).sha256), 60)
+        wait_for(lambda: served_model() in (before, read_hash(bundle)), 60)
         response = requests.post(f"{url}/v1/predict", jpeg(), headers=headers, timeout=60)
         assert response.status_code == 200, response.text
         change()
-        assert model() != before
+        assert served_model() != before
+
+
+# ---------------------------------------------------------------------- Serve config files
+
+
+def write_deploy_file(tmp_path: Path, port: int, **args: object) -> Path:
+    """The shipped serve.yaml with another port and other args."""
+    body: dict[str, Any] = yaml.safe_load((REPOSITORY / "serve.yaml").read_text())
+    body["http_options"]["port"] = port
+    body["applications"][0]["args"].update(args)
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(body))
+    return file
+
+
+def test_the_shipped_serve_file_is_valid() -> None:
+    body = yaml.safe_load((REPOSITORY / "serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(body)
+    (application,) = schema.applications
+    build(ServeConfig, application.args)
+    assert schema.http_options.host == "127.0.0.1"
+
+
+@pytest.mark.cluster
+def test_serve_deploy_starts_a_service_and_applies_a_change(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    other = copy_recalibrated(tmp_path, colour_bundle)
+    port = service_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def served_model() -> str | None:
+        with contextlib.suppress(requests.RequestException, ValueError, KeyError):
+            return str(requests.get(f"{url}/v1/model", timeout=5).json()["sha256"])
+        return None
+
+    def deploy(cluster: RayCluster, bundle: Path) -> None:
+        file = write_deploy_file(tmp_path, port, model=str(bundle), replicas={"min_replicas": 1})
+        env = {"RAY_DASHBOARD_ADDRESS": str(cluster.dashboard), "PYTHONPATH": str(REPOSITORY)}
+        with started("deploy", file, command="serve", env=env) as process:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, out + err
+
+    with takes_jobs() as cluster:
+        deploy(cluster, colour_bundle)
+        wait_for(lambda: served_model() == read_hash(colour_bundle), 180)
+        deploy(cluster, other)
+        wait_for(lambda: served_model() == read_hash(other), 120)

@@ -1,12 +1,13 @@
-"""A training that is killed learns what one left alone learns: drivers, workers, the whole cluster.
+"""A killed and resumed training gets the weights of an undisturbed one: driver, worker, cluster.
 
 The short form runs in `make test`; the long form (random moments) is marked `chaos`. Moments are
-drawn from a seed that is printed, so that a failure can be run again.
+drawn from a seed that is printed, so that a failure can be repeated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import random
 import re
 import signal
@@ -27,25 +28,25 @@ from upath import UPath
 
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
-from tests.conftest import copied, save, write_manifest
+from tests.conftest import copied, write_manifest
 from tests.e2e.outputs import parquet
 from tests.processes import RayCluster, imgcls, kill_family, machine, started, wait_for
 from tests.s3 import bucket, url
 
 pytestmark = pytest.mark.timeout(600)
 
-ROWS, VAL_ROWS, EPOCHS = 1000, 197, 5
+ROWS, VAL_ROWS, EPOCHS, BATCH = 400, 197, 5, 8
 LONG = 12
-"""Epochs of the run that is killed at random, so that there is something to kill."""
+"""Epochs of the run that is killed at random moments."""
 PATIENCE = 240
-"""Seconds for anything to happen on a machine that has other things to do."""
+"""Timeout of every wait, in seconds, on a busy machine."""
 
 
 @pytest.fixture(scope="module", params=[pytest.param("disk", marks=pytest.mark.slow), "s3"])
 def place(
     request: pytest.FixtureRequest, endpoint: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """Where everything is: a folder on disk, or on an object store."""
+    """A folder on disk or on an object store, for all files."""
     if request.param == "disk":
         yield UPath(tmp_path_factory.mktemp("place"))
         return
@@ -65,11 +66,14 @@ def digits(place: Path) -> Path:
     data = load_digits()
     folder = place / "digits"
     folder.mkdir()
-    rows = []
+    rows, files = [], {}
     for i in np.random.default_rng(0).permutation(len(data.target))[: ROWS + VAL_ROWS]:
         pixels = (data.images[i] * 255 / 16).round().astype(np.uint8)
-        save(Image.fromarray(pixels), folder / f"{i}.png")
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "PNG")
+        files[(folder / f"{i}.png").path] = sink.getvalue()
         rows.append((f"{i}.png", str(data.target[i])))
+    folder.fs.pipe(files)  # many requests at a time
     write_manifest(folder / "train.csv", rows[:ROWS], ("path", "label"))
     write_manifest(folder / "val.csv", rows[ROWS:], ("path", "label"))
     return folder
@@ -79,13 +83,13 @@ def arguments(digits: Path, output: Path, epochs: int = EPOCHS) -> list[object]:
     return [
         *("train", "--data.train", digits / "train.csv", "--data.val", digits / "val.csv"),
         *("--model.name", "small_cnn", "--model.options", "{width: 16}", "--epochs", epochs),
-        *("--batch-size", 20, "--optim.lr", 3e-3, "--augment.preset", "standard"),
+        *("--batch-size", BATCH, "--optim.lr", 3e-3, "--augment.preset", "standard"),
         *("--augment.hflip", 0, "--precision", "fp32", "--scale.num-workers", 2),
         *("--scale.max-failures", 3, "--output", output),
     ]
 
 
-def left_alone(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> Path:
+def train_undisturbed(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> Path:
     done = imgcls(
         *arguments(digits, output, epochs), env=cluster.environment(), timeout=2 * PATIENCE
     )
@@ -95,19 +99,19 @@ def left_alone(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> 
 
 @pytest.fixture(scope="module")
 def reference(digits: Path, cluster: RayCluster, place: Path) -> Path:
-    """The bundle of a run that nobody disturbed."""
-    return left_alone(digits, place / "reference" / "bundle", cluster, EPOCHS)
+    """The bundle of an undisturbed run."""
+    return train_undisturbed(digits, place / "reference" / "bundle", cluster, EPOCHS)
 
 
-def standing(output: Path) -> TrainProgress:
-    """How far the newest state that is on disk has come."""
+def read_progress(output: Path) -> TrainProgress:
+    """The progress of the newest saved state."""
     saved = Checkpoints(str(output)).list_states()
-    return saved[0].standing if saved else TrainProgress()
+    return saved[0].progress if saved else TrainProgress()
 
 
-def learnt(output: Path) -> int:
-    """Epochs that are done; all of them once there is a bundle."""
-    return LONG if is_finished(output) else len(standing(output).history)
+def count_epochs(output: Path) -> int:
+    """Number of saved epochs; all of them once there is a bundle."""
+    return LONG if is_finished(output) else len(read_progress(output).history)
 
 
 def is_finished(output: Path) -> bool:
@@ -115,7 +119,7 @@ def is_finished(output: Path) -> bool:
 
 
 class Command:
-    """`imgcls train` under way, its output kept as it comes."""
+    """A running `imgcls train` command; collects its output."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -135,8 +139,8 @@ class Command:
             yield cls(process)
 
     def until_epoch(self, output: Path, epochs: int) -> None:
-        """Wait until so many epochs are saved."""
-        wait_for(lambda: learnt(output) >= epochs or self.has_ended, PATIENCE, every=0.5)
+        """Wait until this many epochs are saved."""
+        wait_for(lambda: count_epochs(output) >= epochs or self.has_ended, PATIENCE, every=0.5)
         assert not self.has_ended, self.errors
 
     @property
@@ -144,20 +148,20 @@ class Command:
         return self.process.poll() is not None
 
     def end(self) -> int:
-        """Wait for the end; the exit code."""
+        """Wait for the end; returns the exit code."""
         code = self.process.wait(2 * PATIENCE)
         for reader in self._readers:
             reader.join(10)
         return code
 
-    def went_on(self) -> list[tuple[int, int]]:
-        """(epoch, step) at which a worker group has gone on."""
-        found = (re.match(r"going on: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
+    def find_resumes(self) -> list[tuple[int, int]]:
+        """(epoch, step) of each resume of a worker group."""
+        found = (re.match(r"resuming: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
         return [(int(match[1]), int(match[2] or 0)) for match in found if match]
 
 
-def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
-    """A whole bundle, the same curves, the same weights, nothing of the way there."""
+def assert_as_undisturbed(output: Path, reference: Path, digits: Path) -> None:
+    """A complete bundle with the same curves and weights, and no leftover files."""
     names = {path.name for path in output.iterdir()}
     assert names == {path.name for path in reference.iterdir()}
     here, there = (
@@ -187,7 +191,7 @@ def assert_as_left_alone(output: Path, reference: Path, digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
+def test_a_killed_worker_is_replaced_and_the_run_resumes_by_itself(
     digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:
     with Command.running(arguments(digits, output), cluster) as command:
@@ -196,56 +200,56 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(
         assert len(workers) == 2
         workers[0].kill()
         assert command.end() == 0, command.errors
-    ((epoch, _),) = command.went_on()
+    ((epoch, _),) = command.find_resumes()
     assert epoch >= 3
-    told = [line.split()[1] for line in command.lines if line.startswith("epoch ")]
-    # an epoch whose state was not yet written when the worker died is done, and told, again
-    assert list(dict.fromkeys(told)) == [f"{n}/{EPOCHS}" for n in range(1, EPOCHS + 1)]
-    assert len(told) <= EPOCHS + 1
-    assert_as_left_alone(output, reference, digits)
+    logged = [line.split()[1] for line in command.lines if line.startswith("epoch ")]
+    # an epoch whose state was not yet written when the worker died is repeated and logged again
+    assert list(dict.fromkeys(logged)) == [f"{n}/{EPOCHS}" for n in range(1, EPOCHS + 1)]
+    assert len(logged) <= EPOCHS + 1
+    assert_as_undisturbed(output, reference, digits)
 
 
 @pytest.fixture(scope="module")
-def broken_off(digits: Path, cluster: RayCluster, place: Path) -> Path:
-    """The output of a run whose driver was killed between two epochs, or within one."""
-    output = place / "broken-off" / "bundle"
+def interrupted_run(digits: Path, cluster: RayCluster, place: Path) -> Path:
+    """The output of a run whose driver was killed, between two epochs or within one."""
+    output = place / "interrupted" / "bundle"
     with Command.running(arguments(digits, output), cluster) as command:
         command.until_epoch(output, 2)
         command.process.kill()
         command.end()
-    # workers outlive their driver by a moment, in which they may save once more
+    # workers exit a moment after their driver, and may save once more
     wait_for(lambda: not cluster.workers("RayTrainWorker"), PATIENCE)
     assert not is_finished(output)
     return output
 
 
 def test_a_killed_driver_loses_no_epoch(
-    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
+    digits: Path, reference: Path, interrupted_run: Path, cluster: RayCluster, output: Path
 ) -> None:
-    copied(broken_off, output)
-    done = learnt(output)
+    copied(interrupted_run, output)
+    done = count_epochs(output)
     leftover = output / "_train" / "ray" / "0123456789ab"
     leftover.mkdir(parents=True)
     (leftover / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60.0", "chec')
     with Command.running(arguments(digits, output), cluster) as command:
         assert command.end() == 0, command.errors
-    ((epoch, _),) = command.went_on()
+    ((epoch, _),) = command.find_resumes()
     assert epoch == done + 1
-    assert_as_left_alone(output, reference, digits)
+    assert_as_undisturbed(output, reference, digits)
 
 
 @pytest.mark.slow
-def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
+def test_a_stopped_run_saves_within_its_epoch_and_resumes_there(
     digits: Path, reference: Path, cluster: RayCluster, output: Path
 ) -> None:
     with Command.running(arguments(digits, output), cluster) as command:
         command.until_epoch(output, 2)
         command.process.send_signal(signal.SIGTERM)
         assert command.end() == 1
-    assert "stopped by SIGTERM; all is saved, and the same command goes on" in command.errors[-1]
+    assert "stopped by SIGTERM; state saved, rerun the same command to resume" in command.errors[-1]
     assert not is_finished(output)
     assert not (output / "_lease").exists()
-    saved = standing(output)
+    saved = read_progress(output)
     assert saved.epoch == len(saved.history) + 1
     assert saved.step > 0
 
@@ -256,37 +260,35 @@ def test_a_stopped_run_saves_within_its_epoch_and_goes_on_there(
 
     with Command.running(arguments(digits, output), cluster) as command:
         assert command.end() == 0, command.errors
-    assert command.went_on() == [(saved.epoch, saved.step)]
-    assert_as_left_alone(output, reference, digits)
+    assert command.find_resumes() == [(saved.epoch, saved.step)]
+    assert_as_undisturbed(output, reference, digits)
 
 
 @pytest.mark.slow
-def test_a_state_that_was_cut_short_is_passed_over_for_the_one_before(
-    digits: Path, reference: Path, broken_off: Path, cluster: RayCluster, output: Path
+def test_a_truncated_state_is_skipped_for_the_one_before(
+    digits: Path, reference: Path, interrupted_run: Path, cluster: RayCluster, output: Path
 ) -> None:
-    copied(broken_off, output)
+    copied(interrupted_run, output)
     newest, before, *_ = Checkpoints(str(output)).list_states()
     state = output / "_train" / f"state-{newest.number:06d}.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    # and a marker of one more, written in part
+    # and a partly written marker of the next state
     marker = output / "_train" / f"state-{newest.number + 1:06d}.json"
     marker.write_text('{"number": 9, "sha')
     with Command.running(arguments(digits, output), cluster) as command:
         assert command.end() == 0, command.errors
-    assert command.went_on() == [(before.standing.epoch, before.standing.step)]
-    assert_as_left_alone(output, reference, digits)
+    assert command.find_resumes() == [(before.progress.epoch, before.progress.step)]
+    assert_as_undisturbed(output, reference, digits)
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_be_had_are_waited_for_aloud_and_not_for_ever(
-    digits: Path, output: Path
-) -> None:
+def test_waiting_for_workers_is_logged_and_ends_at_the_timeout(digits: Path, output: Path) -> None:
     words = [*arguments(digits, output), "--scale.num-workers", 1, "--scale.cpus-per-worker", 2]
     with RayCluster.start(cpus=2) as cluster:
         ray.init(cluster.address, log_to_driver=False)
         try:
             kind: Any = ray.remote(num_cpus=1)(Busy)
-            other = kind.remote()  # of another job's
+            other = kind.remote()  # as another job would
             ray.get(other.there.remote())
             done = imgcls(
                 *words,
@@ -298,27 +300,27 @@ def test_workers_that_cannot_be_had_are_waited_for_aloud_and_not_for_ever(
         finally:
             ray.shutdown()
     assert done.returncode == 1
-    told = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
-    assert re.search(told, done.stdout), done.stdout
+    line = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
+    assert re.search(line, done.stdout), done.stdout
     assert "(scale.resource_timeout_s) of training workers" in done.stderr
     assert not is_finished(output)
 
 
 class Busy:
-    """An actor that holds what it reserves."""
+    """An actor that keeps its reserved CPU."""
 
     def there(self) -> None: ...
 
 
 def groups(command: Command) -> list[str]:
-    """How many workers each group had that has trained."""
-    found = (re.match(r"training: (\d) on", line) for line in command.lines)
+    """Number of workers of each group that trained."""
+    found = (re.match(r"training: (\d) workers? on", line) for line in command.lines)
     return [match[1] for match in found if match]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_an_elastic_run_that_loses_a_machine_ends_as_good_as_one_left_alone(
+def test_an_elastic_run_that_loses_a_node_ends_as_accurate_as_an_undisturbed_one(
     digits: Path, cluster: RayCluster, output: Path
 ) -> None:
     def words(output: Path) -> list[object]:
@@ -340,7 +342,7 @@ def test_an_elastic_run_that_loses_a_machine_ends_as_good_as_one_left_alone(
     assert here.epoch.tolist() == there.epoch.tolist() == list(range(1, LONG + 1))
     assert set(here.train_rows) == {ROWS}
     assert set(here.val_rows) == {VAL_ROWS}
-    # other workers draw other augmentations: as good is within 5 points, ten of the 197 images
+    # another number of workers draws other augmentations: within 5 points, 10 of the 197 images
     last, other = here.val_accuracy.iloc[-1], there.val_accuracy.iloc[-1]
     assert last == pytest.approx(other, abs=0.05)
     assert last > 0.9
@@ -348,9 +350,7 @@ def test_an_elastic_run_that_loses_a_machine_ends_as_good_as_one_left_alone(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
-    digits: Path, output: Path
-) -> None:
+def test_an_elastic_run_shrinks_and_grows_with_its_cluster(digits: Path, output: Path) -> None:
     epochs = 400
     words = [*arguments(digits, output, epochs), "--scale.num-workers", "[1, 2]"]
 
@@ -361,13 +361,13 @@ def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
             assert groups(command) == ["2"]
             kill_family(lost.pid)
             wait_for(lambda: groups(command)[-1:] == ["1"] or command.has_ended, PATIENCE)
-            command.until_epoch(output, learnt(output) + 2)
+            command.until_epoch(output, count_epochs(output) + 2)
             stack.enter_context(machine(cluster, 1))
             wait_for(lambda: groups(command)[-1:] == ["2"] or command.has_ended, PATIENCE)
-            command.until_epoch(output, learnt(output) + 2)
+            command.until_epoch(output, count_epochs(output) + 2)
             command.process.send_signal(signal.SIGTERM)
             assert command.end() == 1, command.errors
-    history = standing(output).history
+    history = read_progress(output).history
     assert [epoch.epoch for epoch in history] == list(range(1, len(history) + 1))
     assert {(epoch.train_rows, epoch.val_rows) for epoch in history} == {(ROWS, VAL_ROWS)}
     assert history[-1].val_accuracy > 0.8
@@ -375,7 +375,7 @@ def test_an_elastic_run_shrinks_with_its_machines_and_grows_with_them(
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
-def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, output: Path) -> None:
+def test_a_run_killed_at_random_moments_gets_the_same_weights(digits: Path, output: Path) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     print(f"seed {seed}", flush=True)
@@ -383,25 +383,26 @@ def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, output: Pa
     rng.shuffle(targets)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
-        alone = left_alone(digits, output.parent / "alone", cluster, LONG)
+        alone = train_undisturbed(digits, output.parent / "alone", cluster, LONG)
         began = time.monotonic()
         words = arguments(digits, output, LONG)
         for target in targets:
             with Command.running(words, cluster) as command:
-                # a third of the kills strike while it starts, goes on or decodes
+                # a third of the kills occur while it starts, resumes or decodes
                 if rng.random() < 1 / 3:
                     time.sleep(rng.uniform(0.5, 15))
                 else:
-                    command.until_epoch(output, min(LONG - 1, learnt(output) + 1))
+                    command.until_epoch(output, min(LONG - 1, count_epochs(output) + 1))
                     time.sleep(rng.uniform(0, 1.5))
-                at = standing(output)
+                at = read_progress(output)
                 print(f"  {target} after epoch {len(at.history)}, {time.monotonic() - began:.0f} s")
                 if target == "worker":
                     for worker in cluster.workers("RayTrainWorker")[:1]:
                         worker.kill()
-                    wanted = min(LONG - 1, learnt(output) + 1)
+                    wanted = min(LONG - 1, count_epochs(output) + 1)
                     wait_for(
-                        lambda c=command, n=wanted: learnt(output) >= n or c.has_ended, PATIENCE
+                        lambda c=command, n=wanted: count_epochs(output) >= n or c.has_ended,
+                        PATIENCE,
                     )
                 elif target == "cluster":
                     cluster.kill()
@@ -411,4 +412,4 @@ def test_a_run_killed_at_random_moments_learns_the_same(digits: Path, output: Pa
                 cluster = stack.enter_context(RayCluster.start(cpus=2))
         last = imgcls(*words, env=cluster.environment(), timeout=2 * PATIENCE)
         assert last.returncode == 0, last.stderr
-    assert_as_left_alone(output, alone, digits)
+    assert_as_undisturbed(output, alone, digits)

@@ -32,7 +32,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupt(
     manifest: Path, output: Path, cluster: RayCluster, number: signal.Signals, *, group: bool
 ) -> tuple[TrainProgress, str]:
-    """Stop a training within an epoch; its newest saved state, and what it printed.
+    """Stop a training within an epoch; returns its newest saved progress and its output.
 
     group: signal all processes of the command, as Ctrl-C in a terminal does
     """
@@ -53,24 +53,24 @@ def interrupt(
         (os.killpg if group else os.kill)(process.pid, number)
         out, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert f"stopped by {number.name}; all is saved, and the same command goes on" in errors
+    assert f"stopped by {number.name}; state saved, rerun the same command to resume" in errors
     assert not (output / "bundle.json").exists()
     assert not (output / "_lease").exists()
     newest, *_ = Checkpoints(str(output)).list_states()
-    return newest.standing, "".join(lines) + out
+    return newest.progress, "".join(lines) + out
 
 
 def test_a_training_saves_at_a_signal_and_resumes_from_that_step(
     manifest: Path, cluster: RayCluster, tmp_path: Path
 ) -> None:
     output = tmp_path / "bundle"
-    first, told = interrupt(manifest, output, cluster, signal.SIGINT, group=True)
-    assert "going on" not in told
+    first, output_text = interrupt(manifest, output, cluster, signal.SIGINT, group=True)
+    assert "resuming" not in output_text
     assert first.epoch == len(first.history) + 1
     assert first.step > 0, "within an epoch, not at the end of one"
-    second, told = interrupt(manifest, output, cluster, signal.SIGTERM, group=False)
-    found = re.search(r"^going on: epoch (\d+), step (\d+) of \d+$", told, re.MULTILINE)
-    assert found is not None, told
+    second, output_text = interrupt(manifest, output, cluster, signal.SIGTERM, group=False)
+    found = re.search(r"^resuming: epoch (\d+), step (\d+) of \d+$", output_text, re.MULTILINE)
+    assert found is not None, output_text
     assert (int(found[1]), int(found[2])) == (first.epoch, first.step)
     assert second.history[: len(first.history)] == first.history
     assert second.epoch > first.epoch

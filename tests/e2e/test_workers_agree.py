@@ -1,4 +1,4 @@
-"""As many workers as you like: the same global batch reaches the same accuracy."""
+"""The same global batch reaches the same accuracy with any number of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Committed runs that no model made: predictions drawn from a seed, laid out as labelling does."""
+"""Committed runs without a model: random predictions, in the layout of `imgcls predict`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def drawn(
     *,
     classes: Sequence[str] = CLASSES,
     failed: float = 0.0,
-    unlabelled: float = 0.0,
+    unlabeled: float = 0.0,
     unknown: float = 0.0,
     sharpness: float = 3.0,
     scores: bool = True,
     threshold: float = 0.5,
 ) -> pa.Table:
-    """A table of predictions with path, label, camera and all that labelling adds.
+    """A table of predictions with path, label, camera and all columns of `imgcls predict`.
 
-    sharpness: how much the label's logit is above the others; the more, the better the model
+    sharpness: how much the label's logit exceeds the others; higher is a better model
     """
     rng = np.random.default_rng(seed)
     size = len(classes)
@@ -47,33 +47,33 @@ def drawn(
     names = np.array(classes)
     kind = rng.random(rows)
     labels: list[str | None] = names[truth].tolist()
-    for i in np.flatnonzero(kind < unlabelled):
+    for i in np.flatnonzero(kind < unlabeled):
         labels[i] = None
-    for i in np.flatnonzero((kind >= unlabelled) & (kind < unlabelled + unknown)):
-        labels[i] = "never heard of"
-    judged = ok & np.array([label in classes for label in labels])
+    for i in np.flatnonzero((kind >= unlabeled) & (kind < unlabeled + unknown)):
+        labels[i] = "unknown"
+    evaluated = ok & np.array([label in classes for label in labels])
     rank = 1 + np.argmax(order == truth[:, None], axis=1)
     best = exact[np.arange(rows), order[:, 0]]
-    place = pa.array(np.arange(rows), mask=~ok)
+    taken = pa.array(np.arange(rows), mask=~ok)
     top = order[:, : min(3, size)]
     columns: dict[str, Any] = {
         "path": [f"images/{i:06d}.jpg" for i in range(rows)],
         "label": pa.array(labels, pa.string()),
         "camera": [f"camera {i % 3}" for i in range(rows)],
         "row": pa.array(np.arange(rows), pa.int64()),
-        "predicted_label": pa.array(names[order[:, 0]]).take(place),
-        "confidence": pa.array(best).take(place),
+        "predicted_label": pa.array(names[order[:, 0]]).take(taken),
+        "confidence": pa.array(best).take(taken),
         "accepted": pa.array((best >= threshold) & ok),
-        "topk_labels": pa.array(names[top].tolist(), pa.list_(pa.string())).take(place),
+        "topk_labels": pa.array(names[top].tolist(), pa.list_(pa.string())).take(taken),
         "topk_scores": pa.array(
             np.take_along_axis(exact, top, 1).tolist(), pa.list_(pa.float32())
-        ).take(place),
-        "label_score": pa.array(exact[np.arange(rows), truth], mask=~judged),
-        "label_rank": pa.array(rank.astype(np.int32), mask=~judged),
+        ).take(taken),
+        "label_score": pa.array(exact[np.arange(rows), truth], mask=~evaluated),
+        "label_rank": pa.array(rank.astype(np.int32), mask=~evaluated),
     }
     if scores:
         flat = pa.array(softmax.ravel())
-        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, size).take(place)
+        columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, size).take(taken)
     columns["width"] = pa.array(np.full(rows, 64, np.int32))
     columns["height"] = pa.array(np.full(rows, 48, np.int32))
     status = np.where(ok, "ok", "missing")
@@ -93,7 +93,7 @@ def commit(
     bundle_sha256: str = "b" * 64,
     fingerprint: str = "f" * 32,
 ) -> Path:
-    """Lay a table out as the committed output of a labelling run."""
+    """Write a table as the committed output of `imgcls predict`."""
     where = folder / layout.PREDICTIONS_FOLDER
     where.mkdir(parents=True)
     files = {}

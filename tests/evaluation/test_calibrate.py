@@ -1,4 +1,4 @@
-"""Temperatures that are found again, thresholds that keep their promise, bundles that obey."""
+"""Calibration: fitted temperatures, thresholds that reach their target, bundles that apply them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_temperature_that_was_put_in_is_found(factor: float) -> None:
     assert expected_calibration_error(confidence, predicted == rows.label) < 0.015
 
 
-def test_vector_scaling_mends_one_class_alone() -> None:
+def test_vector_scaling_corrects_one_class_alone() -> None:
     rows = overconfident(20_000, 1.0)
     skewed = HeldOutScores(rows.log_scores + np.array([0, 0, 2, 0], np.float32), rows.label)
     scale, bias = fit_vector_scaling(skewed)
@@ -64,7 +64,7 @@ def always(rows: int, label: int) -> HeldOutScores:
 @pytest.mark.parametrize("rows", [1, 20, 5000])
 def test_rows_that_are_all_right_determine_no_temperature(rows: int) -> None:
     given = always(rows, 0)
-    assert "predictions are right" in str(explain_undetermined(given))
+    assert "predictions are correct" in str(explain_undetermined(given))
     assert fit_temperature(given) == 1.0
     scale, bias = fit_vector_scaling(given)
     assert scale.tolist() == [1.0]
@@ -109,7 +109,7 @@ def request(bundle: Bundle, run: Path, **changes: Any) -> CalibrateConfig:
     return CalibrateConfig.model_validate(settings | changes)
 
 
-def test_the_new_bundle_is_calibrated_and_remembers_on_what(
+def test_the_new_bundle_is_calibrated_and_records_its_source(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of(tmp_path, bundle)
@@ -120,9 +120,9 @@ def test_the_new_bundle_is_calibrated_and_remembers_on_what(
     assert made.spec.threshold == 0.0
     assert made.spec.provenance["calibration"]["bundle_sha256"] == bundle.sha256
     assert made.weights_sha256 == bundle.weights_sha256
-    said = capsys.readouterr().out
-    assert f"temperature 2.0000 -> {result.temperature:.4f}" in said
-    assert "the old threshold was for other confidences" in said
+    out = capsys.readouterr().out
+    assert f"temperature 2.0000 -> {result.temperature:.4f}" in out
+    assert "the old threshold does not apply to the new confidences" in out
 
 
 @pytest.mark.parametrize("method", ["temperature", "vector"])
@@ -139,9 +139,9 @@ def test_a_bundle_keeps_its_confidences_where_all_held_out_rows_are_right(
     made = load_bundle(result.bundle.url).spec
     assert (made.temperature, made.vector_scaling, made.threshold) == (2.0, None, 0.3)
     assert result.ece_after == result.ece_before
-    said = capsys.readouterr().out
-    assert "note: all held-out predictions are right, so no temperature fits them best" in said
-    assert "the old threshold was for other confidences" not in said
+    out = capsys.readouterr().out
+    assert "note: all held-out predictions are correct, so they determine no temperature" in out
+    assert "the old threshold does not apply" not in out
 
 
 def test_a_bundle_that_is_there_is_replaced_only_when_asked(bundle: Bundle, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_calibrating_again_goes_on_from_there(bundle: Bundle, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["temperature", "vector"])
-def test_what_the_classifier_says_is_what_was_fitted(
+def test_the_classifier_applies_the_fitted_scaling(
     bundle: Bundle, tmp_path: Path, method: str
 ) -> None:
     """Scores of the old bundle, scaled as fitted, are the scores of the new one."""
@@ -189,7 +189,7 @@ def test_what_the_classifier_says_is_what_was_fitted(
     np.testing.assert_allclose(got, expected / expected.sum(1, keepdims=True), atol=2e-5)
 
 
-def test_a_global_threshold_reaches_its_target_with_its_cost_told(
+def test_a_global_threshold_reaches_its_target_and_its_cost_is_printed(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_of(tmp_path, bundle)
@@ -202,14 +202,14 @@ def test_a_global_threshold_reaches_its_target_with_its_cost_told(
     assert f"{chosen.coverage:.2%} accepted" in capsys.readouterr().out
 
 
-def test_per_class_thresholds_are_obeyed_and_hopeless_classes_are_not_accepted(
+def test_per_class_thresholds_are_applied_and_hopeless_classes_are_not_accepted(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = drawn(6000, 2, sharpness=2.0)
     labels = table["label"].to_pylist()
-    said = table["predicted_label"].to_pylist()
-    # whenever it says eel, it is wrong
-    labels = ["ant" if s == "eel" else label for label, s in zip(labels, said, strict=True)]
+    predicted = table["predicted_label"].to_pylist()
+    # every prediction of eel is wrong
+    labels = ["ant" if s == "eel" else label for label, s in zip(labels, predicted, strict=True)]
     index = table.schema.get_field_index("label")
     table = table.set_column(index, "label", pa.array(labels))
     run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
@@ -236,8 +236,8 @@ def test_without_a_class_that_reaches_the_target_nothing_is_accepted(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     table = drawn(600, 2, sharpness=2.0)
-    said = table["predicted_label"].to_pylist()
-    wrong = [CLASSES[(CLASSES.index(name) + 1) % 5] for name in said]
+    predicted = table["predicted_label"].to_pylist()
+    wrong = [CLASSES[(CLASSES.index(name) + 1) % 5] for name in predicted]
     index = table.schema.get_field_index("label")
     table = table.set_column(index, "label", pa.array(wrong, pa.string()))
     run = commit(tmp_path / "out", table, bundle_sha256=bundle.sha256)
@@ -251,21 +251,21 @@ def test_without_a_class_that_reaches_the_target_nothing_is_accepted(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"target_precision": 0.9999}, "no threshold reaches it with 30 accepted rows of 6,000"),
-        ({"method": "none"}, "leaves nothing to do"),
+        ({"method": "none"}, "has no effect without --target-precision"),
     ],
 )
-def test_what_cannot_be_is_refused(
-    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], told: str
+def test_impossible_requests_are_rejected(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         calibrate(request(bundle, run_of(tmp_path, bundle), **changes))
     assert not Path(f"{bundle.url}-calibrated").exists()
 
 
-def test_another_models_run_no_scores_and_no_labels_are_refused(
+def test_another_models_run_no_scores_and_no_labels_are_rejected(
     bundle: Bundle, tmp_path: Path
 ) -> None:
     other = commit(tmp_path / "other", drawn(50), bundle_sha256="0" * 64)

@@ -1,4 +1,4 @@
-"""Two runs side by side: the verdict, where they differ, and the gate."""
+"""Comparison of two runs: the result, the differing rows, and --fail-if-worse."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tests.evaluation.runs import CLASSES, commit, drawn
 def worse(table: pa.Table, share: float, seed: int = 0) -> pa.Table:
     """The same rows with some predictions turned to the next class."""
     rng = np.random.default_rng(seed)
-    said = [
+    predicted_b = [
         CLASSES[(CLASSES.index(s) + 1) % 5] if s is not None and rng.random() < share else s
         for s in table["predicted_label"].to_pylist()
     ]
     index = table.schema.get_field_index("predicted_label")
-    return table.set_column(index, "predicted_label", pa.array(said, pa.string()))
+    return table.set_column(index, "predicted_label", pa.array(predicted_b, pa.string()))
 
 
 def runs(tmp_path: Path, share: float = 0.1) -> tuple[Path, Path, pa.Table, pa.Table]:
-    a = drawn(2000, 4, failed=0.02, unlabelled=0.05, sharpness=3.0)
+    a = drawn(2000, 4, failed=0.02, unlabeled=0.05, sharpness=3.0)
     b = worse(a, share)
     return commit(tmp_path / "a", a, parts=2), commit(tmp_path / "b", b, parts=3), a, b
 
@@ -45,37 +45,39 @@ def test_the_verdict_and_every_difference_are_those_of_the_rows(
         CompareConfig(run_a=str(run_a), run_b=str(run_b), slice_by=["camera"], output=str(output))
     )
     left, right = a.to_pandas(), b.to_pandas()
-    judged = (left.status == "ok") & left.label.notna()
-    right_a = (left.predicted_label == left.label) & judged
-    right_b = (right.predicted_label == left.label) & judged
-    assert found.paired.rows == judged.sum()
+    compared_rows = (left.status == "ok") & left.label.notna()
+    right_a = (left.predicted_label == left.label) & compared_rows
+    right_b = (right.predicted_label == left.label) & compared_rows
+    assert found.paired.rows == compared_rows.sum()
     assert found.paired.only_a == (right_a & ~right_b).sum()
     assert found.paired.only_b == (right_b & ~right_a).sum()
-    assert found.paired.difference == pytest.approx((right_b.sum() - right_a.sum()) / judged.sum())
+    assert found.paired.difference == pytest.approx(
+        (right_b.sum() - right_a.sum()) / compared_rows.sum()
+    )
     assert found.paired.p_value < 1e-6
-    assert "verdict: A is better" in capsys.readouterr().out
+    assert "result: A is better" in capsys.readouterr().out
     by_class = {row["label"]: row for row in found.per_class.to_pylist()}
     for name in CLASSES:
-        mine = judged & (left.label == name)
+        mine = compared_rows & (left.label == name)
         assert by_class[name]["rows"] == mine.sum()
         assert by_class[name]["accuracy_b"] == pytest.approx(right_b[mine].mean())
     by_camera = {row["value"]: row for row in found.slices.to_pylist()}
     for value, row in by_camera.items():
-        mine = judged & (left.camera == value)
+        mine = compared_rows & (left.camera == value)
         assert row["accuracy_a"] == pytest.approx(right_a[mine].mean())
-    differ = judged & (left.predicted_label != right.predicted_label)
+    differ = compared_rows & (left.predicted_label != right.predicted_label)
     assert found.num_differing == differ.sum()
     rows = pq.read_table(output / "differing.parquet").to_pandas()
     assert sorted(rows.row) == sorted(left.row[differ])
     assert (rows.right == "a").sum() == found.paired.only_a
-    told = json.loads((output / "summary.json").read_text())
-    assert told["only_a"] == found.paired.only_a
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["only_a"] == found.paired.only_a
 
 
 def test_a_run_has_the_accuracy_that_evaluate_gives_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = drawn(1000, 5, failed=0.05, unlabelled=0.1, unknown=0.3)
+    table = drawn(1000, 5, failed=0.05, unlabeled=0.1, unknown=0.3)
     run = commit(tmp_path / "a", table)
     config = CompareConfig(
         run_a=str(run), run_b=str(run), slice_by=["camera"], output=str(tmp_path / "c")
@@ -98,12 +100,14 @@ def test_a_run_has_the_accuracy_that_evaluate_gives_it(
         assert row["accuracy_a"] == row["accuracy_b"] == pytest.approx(by_camera[row["value"]])
 
 
-def test_models_of_other_classes_are_judged_on_the_classes_of_both(tmp_path: Path) -> None:
+def test_models_of_different_classes_are_compared_on_their_common_classes(tmp_path: Path) -> None:
     table = drawn(600, 6)
     run_a = commit(tmp_path / "a", table)
     index = table.schema.get_field_index("predicted_label")
-    said = [name if name != "eel" else "dog" for name in table["predicted_label"].to_pylist()]
-    smaller = table.set_column(index, "predicted_label", pa.array(said, pa.string()))
+    predicted_b = [
+        name if name != "eel" else "dog" for name in table["predicted_label"].to_pylist()
+    ]
+    smaller = table.set_column(index, "predicted_label", pa.array(predicted_b, pa.string()))
     run_b = commit(tmp_path / "b", smaller, classes=CLASSES[:4])
     labels = table["label"].to_pylist()
     predicted = table["predicted_label"].to_pylist()
@@ -113,12 +117,12 @@ def test_models_of_other_classes_are_judged_on_the_classes_of_both(tmp_path: Pat
         assert found.paired.rows == 600 - labels.count("eel")
         correct = {
             run_a: sum(p == name != "eel" for p, name in zip(predicted, labels, strict=True)),
-            run_b: sum(p == name != "eel" for p, name in zip(said, labels, strict=True)),
+            run_b: sum(p == name != "eel" for p, name in zip(predicted_b, labels, strict=True)),
         }
         assert [found.correct_a, found.correct_b] == [correct[run] for run in pair]
 
 
-def test_the_gate_fails_only_beyond_what_is_allowed(tmp_path: Path) -> None:
+def test_fail_if_worse_fails_only_above_its_limit(tmp_path: Path) -> None:
     run_a, run_b, *_ = runs(tmp_path, share=0.03)
     found = compare(CompareConfig(run_a=str(run_a), run_b=str(run_b)))
     lost = -100 * found.paired.difference
@@ -137,7 +141,7 @@ def test_runs_of_other_manifests_are_joined_by_a_column(
     run_a, _, a, b = runs(tmp_path)
     shuffled = b.take(np.random.default_rng(0).permutation(2000)[:1500])
     other = commit(tmp_path / "other", shuffled, fingerprint="0" * 32)
-    with pytest.raises(RequestError, match=r"label different manifests; .* --on path"):
+    with pytest.raises(RequestError, match=r"have different manifests; .* --on path"):
         compare(CompareConfig(run_a=str(run_a), run_b=str(other)))
     found = compare(CompareConfig(run_a=str(run_a), run_b=str(other), on="path"))
     assert "note: 1,500 rows are in both, of 2,000 and 1,500" in capsys.readouterr().out
@@ -154,11 +158,11 @@ def test_a_history_is_not_compared_by_the_place_of_its_rows(tmp_path: Path) -> N
     commit(labels / "date=2026-11-01", drawn(40, 1))
     night = commit(labels / "date=2026-11-02", drawn(30, 2))
     history = compact(CompactConfig(source=str(labels), output=str(tmp_path / "latest")))
-    with pytest.raises(RequestError, match=r"label different manifests.*--on path"):
+    with pytest.raises(RequestError, match=r"have different manifests.*--on path"):
         compare(CompareConfig(run_a=history, run_b=str(night)))
 
 
-def test_labels_that_came_later_judge_both(tmp_path: Path) -> None:
+def test_joined_labels_apply_to_both(tmp_path: Path) -> None:
     run_a, run_b, a, _ = runs(tmp_path)
     rows = list(zip(a["path"].to_pylist()[:500], a["label"].to_pylist()[:500], strict=True))
     rows = [row for row in rows if row[1] is not None]
@@ -171,9 +175,9 @@ def test_labels_that_came_later_judge_both(tmp_path: Path) -> None:
     assert found.paired.rows == ok
 
 
-def test_a_join_that_matches_nothing_or_twice_is_refused(tmp_path: Path) -> None:
+def test_a_join_that_matches_nothing_or_twice_is_rejected(tmp_path: Path) -> None:
     run_a, run_b, *_ = runs(tmp_path)
-    with pytest.raises(RequestError, match="camera 'camera 0' stands there twice"):
+    with pytest.raises(RequestError, match="camera 'camera 0' occurs twice"):
         compare(CompareConfig(run_a=str(run_a), run_b=str(run_b), on="camera"))
     far = drawn(10).to_pandas()
     far["path"] = [f"far/{i}.jpg" for i in range(10)]
@@ -185,9 +189,9 @@ def test_a_join_that_matches_nothing_or_twice_is_refused(tmp_path: Path) -> None
         compare(CompareConfig(run_a=str(run_a), run_b=str(run), on="path"))
 
 
-def test_runs_without_labels_are_refused(tmp_path: Path) -> None:
+def test_runs_without_labels_are_rejected(tmp_path: Path) -> None:
     blind = commit(tmp_path / "blind", drawn(20), label_column=None)
-    with pytest.raises(RequestError, match="has no labels to judge by"):
+    with pytest.raises(RequestError, match="has no labels"):
         compare(CompareConfig(run_a=str(blind), run_b=str(blind)))
 
 
@@ -195,7 +199,7 @@ def test_equal_runs_show_no_difference(tmp_path: Path, capsys: pytest.CaptureFix
     run = commit(tmp_path / "a", drawn(100))
     found = compare(CompareConfig(run_a=str(run), run_b=str(run), fail_if_worse="0"))
     assert (found.paired.difference, found.num_differing, found.paired.p_value) == (0, 0, 1)
-    assert "no difference that these rows can show" in capsys.readouterr().out
+    assert "no significant difference" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -206,6 +210,6 @@ def test_points_are_read(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["a bit", "-1pt", "5"])
-def test_what_is_no_number_of_points_is_refused(text: str) -> None:
+def test_invalid_points_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"could not convert|between 0 and 100 points"):
         parse_points(text)

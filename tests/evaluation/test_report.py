@@ -1,26 +1,31 @@
-"""The report as its reader has it: in a browser, from disk, at a desk and on a phone."""
+"""The report in a browser, opened from disk, at desktop and phone width."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from imgcls.errors import RequestError
 from imgcls.evaluation import confusion_plot
-from imgcls.evaluation.compute import EvaluationOptions
+from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
 from imgcls.evaluation.report import ReportConfig, write_report
-from imgcls.metrics import PredictionCounts
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
-from tests.browser import opened
+from tests.browser import launched, opened
 from tests.conftest import draw
 from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +37,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for i in range(400):
         if i % 50:
-            colour = ("red", "green", "blue")[i % 3]
-            draw(colour, (320, 200), seed=i).save(folder / "images" / f"{i:06d}.jpg")
-    judge = EvaluationOptions(slice_by=["camera"])
-    write_report(ReportConfig(source=str(folder), evaluation=judge))
+            color = ("red", "green", "blue")[i % 3]
+            draw(color, (320, 200), seed=i).save(folder / "images" / f"{i:06d}.jpg")
+    options = EvaluationOptions(slice_by=["camera"])
+    write_report(ReportConfig(source=str(folder), evaluation=options))
     return folder
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_it_opens_from_disk_without_an_error_or_a_request(
-    run: Path, width: int, scheme: str
+    run: Path, width: int, scheme: str, browser: Any
 ) -> None:
     page = (run / "report.html").as_uri()
-    with opened(page, width=width, scheme=scheme) as seen:
+    with opened(page, width=width, scheme=scheme, browser=browser) as seen:
         assert seen.page.title() == "nightly <b>run: 400 rows"
         assert seen.page.locator("h1 b").count() == 0
         seen.page.wait_for_load_state("networkidle")
-        # data: URIs ask nobody
+        # data: URIs make no request
         assert [url for url in seen.requests if not url.startswith("data:")] == [page]
         assert seen.errors == []
         overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -58,8 +63,8 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
         seen.screenshot(f"report-{width}")
 
 
-def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path) -> None:
-    with opened((run / "report.html").as_uri()) as seen:
+def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path, browser: Any) -> None:
+    with opened((run / "report.html").as_uri(), browser=browser) as seen:
         table = seen.page.locator("#per-class")
         heads = table.locator("thead th")
         names = heads.all_inner_texts()
@@ -85,36 +90,38 @@ def test_tables_sort_by_number_both_ways_and_the_gallery_opens(run: Path) -> Non
 
 def cells(table: Any, column: int) -> list[float]:
     texts = table.locator(f"tbody td:nth-child({column + 1})").all_inner_texts()
-    return [float(text.removesuffix(" %")) for text in texts]
+    return [float(text.removesuffix("%")) for text in texts]
 
 
-def test_a_gallery_image_that_is_gone_is_said(tmp_path: Path) -> None:
+def test_a_missing_gallery_image_is_marked(tmp_path: Path) -> None:
     folder = commit(tmp_path / "out", drawn(30, sharpness=0.0))
     (folder / "images").mkdir()
     (folder / "images" / "000001.jpg").write_bytes(b"no image any more")
     text = Path(write_report(ReportConfig(source=str(folder)))).read_text()
-    assert text.count("no picture") > 10
+    assert text.count("no image") > 10
     assert "<img" not in text
 
 
-def test_an_unlabelled_run_is_told_without_what_labels_would_say(tmp_path: Path) -> None:
+def test_the_report_of_an_unlabeled_run_leaves_out_label_metrics(
+    tmp_path: Path, browser: Any
+) -> None:
     blind = drawn(200, failed=0.1).drop_columns(["label", "label_score", "label_rank"])
     folder = commit(tmp_path / "blind", blind, label_column=None)
     place = write_report(
         ReportConfig(source=str(folder), evaluation=EvaluationOptions(slice_by=["camera"]))
     )
-    with opened(Path(place).as_uri()) as seen:
+    with opened(Path(place).as_uri(), browser=browser) as seen:
         body = seen.page.inner_text("body")
         assert "mean confidence" in body
-        assert "Left out: Accuracy and all that judges by labels" in body
-        assert "Where it errs" not in body
+        assert "Left out: Accuracy and all metrics that need labels" in body
+        assert "Confusion matrix" not in body
         assert seen.page.locator("#gallery-uncertain li").count() == 24
         assert re.search(r"missing\s+\d+\s+", body)
         assert seen.errors == []
 
 
 @pytest.mark.parametrize("size", [2, 10, 1000])
-def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
+def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int, browser: Any) -> None:
     names = [f"class number {i}" for i in range(size)]
     table = drawn(3000, classes=names, sharpness=4.0, scores=size < 1000)
     folder = commit(tmp_path / "out", table, classes=names)
@@ -124,48 +131,13 @@ def test_the_confusion_matrix_stays_readable(tmp_path: Path, size: int) -> None:
         )
     )
     assert place.stat().st_size < 5_000_000
-    with opened(place.as_uri()) as seen:
+    with opened(place.as_uri(), browser=browser) as seen:
         shown = seen.page.locator("table.matrix tbody tr").count()
         assert shown == min(size, confusion_plot.MAX_TABLE_CLASSES)
         assert seen.page.locator("img.picture").count() == (size > confusion_plot.MAX_TABLE_CLASSES)
         if size == 1000:
-            assert "The 1000 with the most rows" not in seen.page.inner_text("body")
+            assert "The 1000 classes with the most rows" not in seen.page.inner_text("body")
         seen.screenshot(f"confusion-{size}")
-
-
-def test_classes_that_are_confused_stand_together() -> None:
-    """Two groups, interleaved by name, that are confused within but never between."""
-    rng = np.random.default_rng(0)
-    names = [f"{i:02d}" for i in range(12)]
-    label = rng.integers(0, 12, 4000)
-    said = (label + 2 * rng.integers(0, 6, 4000)) % 12  # parity stays
-    counts = PredictionCounts.empty(names)
-    cells, number = np.unique(label * 12 + said, return_counts=True)
-    import dataclasses
-
-    counts = dataclasses.replace(
-        counts, confusion_label=cells // 12, confusion_predicted=cells % 12, confusion_count=number
-    )
-    order = [int(name) % 2 for name in confusion_plot.build_matrix(counts, 24).classes]
-    assert order in ([0] * 6 + [1] * 6, [1] * 6 + [0] * 6)
-    worst = confusion_plot.build_matrix(counts, 5)
-    assert len(worst.classes) == 5
-    assert worst.omitted_classes == 7
-
-
-def test_the_most_frequent_mistakes_come_first() -> None:
-    import dataclasses
-
-    counts = dataclasses.replace(
-        PredictionCounts.empty(["a", "b"]),
-        confusion_label=np.array([0, 0, 1]),
-        confusion_predicted=np.array([0, 1, 0]),
-        confusion_count=np.array([6, 2, 5]),
-    )
-    assert confusion_plot.find_worst_pairs(counts, 9) == [
-        {"label": "b", "predicted": "a", "count": 5, "share": 1.0},
-        {"label": "a", "predicted": "b", "count": 2, "share": 0.25},
-    ]
 
 
 # ------------------------------------------------------------------ trainings
@@ -187,7 +159,7 @@ def trained(folder: Path, history: pd.DataFrame | None) -> Path:
     return folder
 
 
-def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path) -> None:
+def test_the_report_of_a_training_has_curves_and_augmented_samples(tmp_path: Path) -> None:
     history = pd.DataFrame(
         {
             "epoch": [1, 2, 3], "train_loss": [1.0, 0.6, 0.4], "val_loss": [1.1, 0.5, 0.6],
@@ -197,16 +169,50 @@ def test_a_training_is_told_with_its_curves_and_augmented_samples(tmp_path: Path
     folder = trained(tmp_path / "bundle", history)
     with opened(Path(write_report(ReportConfig(source=str(folder)))).as_uri()) as seen:
         body = seen.page.inner_text("body")
-        assert "3 epochs, the weights of epoch 2 kept" in body
-        assert "75.0 %" in body
+        assert "3 epochs, weights of epoch 2" in body
+        assert "75.0%" in body
         assert seen.page.locator("figure svg").count() == 1
         assert seen.page.locator("figure img").evaluate("i => i.naturalWidth") == 60
         assert seen.errors == []
         seen.screenshot("training")
 
 
-def test_what_is_neither_a_run_nor_a_trained_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no labelling run"):
+def test_other_sources_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"\(no _run.json\)"):
         write_report(ReportConfig(source=str(tmp_path)))
-    with pytest.raises(RequestError, match="was not trained here"):
+    with pytest.raises(RequestError, match="without a training history"):
         write_report(ReportConfig(source=str(trained(tmp_path / "bundle", None))))
+
+
+# ------------------------------------------------------------------ notebooks
+
+
+def test_an_evaluation_in_a_notebook_shows_numbers_matrix_curves_and_mistakes(
+    run: Path, tmp_path: Path, browser: Any
+) -> None:
+    found = compute_evaluation(str(run), EvaluationOptions(), need_labels=True)
+    accuracy = found.get_metric("accuracy")
+    assert repr(found).startswith(f"<Evaluation of {run}: 400 rows, {accuracy}")
+    assert len(repr(found)) < 250 + len(str(run))
+    place = tmp_path / "cell.html"
+    place.write_text(f"<!doctype html><meta charset=utf-8>{found._repr_html_()}")
+    with opened(place.as_uri(), browser=browser) as seen:
+        text = seen.page.inner_text("body")
+        for words in ("macro F1", "Confusion matrix", "Calibration", "Worst mistakes"):
+            assert words in text
+        assert seen.page.locator("table.matrix tbody tr").count() == len(CLASSES)
+        assert seen.page.locator("figure svg").count() == 2
+        assert seen.page.locator("li img").count() in (7, 8)  # every fiftieth image is missing
+        assert [url for url in seen.requests if not url.startswith("data:")] == [place.as_uri()]
+        assert seen.errors == []
+        seen.screenshot("notebook")
+
+
+def test_an_evaluation_without_labels_in_a_notebook_shows_its_confidences(tmp_path: Path) -> None:
+    blind = drawn(60).drop_columns(["label", "label_score", "label_rank"])
+    folder = commit(tmp_path / "blind", blind, label_column=None)
+    found = compute_evaluation(str(folder), EvaluationOptions(), need_labels=False)
+    text = found._repr_html_()
+    assert "mean confidence" in text
+    assert "Histogram of confidence" in text
+    assert "Confusion matrix" not in text

@@ -1,9 +1,10 @@
-"""Runs in miniature: a manifest on disk, its plan, and the order that a worker would get."""
+"""Small runs: a manifest on disk, its plan, and the spec that a worker would get."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import PredictSpec
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.completed import CompletedChunks, write_chunk
+from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan, RunIdentity, make_plan
-from imgcls.runs import layout
+from imgcls.inference import rollup
+from imgcls.inference.specs import PredictSpec
+from imgcls.metrics import PredictionCounts
+from imgcls.runs.schema import build_prediction_schema
 
 CLASSES = ["red", "green", "blue"]
 
@@ -67,7 +72,7 @@ def plan_at(
 def spec_of(
     output: Path, plan: Plan, manifest: Manifest, bundle: str, **changes: Any
 ) -> PredictSpec:
-    """What a worker must know to do the chunks of a plan."""
+    """What a worker needs to know to process the chunks of a plan."""
     spec = PredictSpec(
         output=str(output),
         plan=plan,
@@ -97,7 +102,7 @@ def spec_of(
 def predictions(
     rows: Sequence[int], seed: int, *, failing: float = 0.3, wide: bool = False
 ) -> pa.Table:
-    """Prediction columns such as labelling writes for these manifest rows, drawn from a seed.
+    """Prediction columns as predict writes them for these manifest rows, drawn from a seed.
 
     wide: with every class's score and an embedding
     """
@@ -123,7 +128,7 @@ def predictions(
         "status": pa.array(np.where(failed, rng.choice(["missing", "truncated"], len(rows)), "ok")),
         "error": _unless(~failed, [f"error {seed} of row {row}" for row in rows]),
     }
-    schema = layout.build_prediction_schema(
+    schema = build_prediction_schema(
         labelled=True, scores=len(CLASSES) if wide else None, embedding=4 if wide else None
     )
     arrays = [columns[name] for name in schema.names]
@@ -138,3 +143,60 @@ def predictions(
 
 def _unless(null: npt.NDArray[np.bool_], values: Any) -> pa.Array:
     return pa.array([None if n else v for n, v in zip(null, values, strict=True)])
+
+
+@dataclass
+class DrawnRun:
+    """A planned run whose predictions are drawn rather than computed."""
+
+    folder: Path
+    manifest: Manifest
+    table: pa.Table
+    plan: Plan
+    spec: PredictSpec
+
+    @classmethod
+    def planned(cls, folder: Path, rows: int, **sizes: Any) -> DrawnRun:
+        table = pa.table(
+            {
+                "path": [f"{i}.jpg" for i in range(rows)],
+                "label": [("red", None, "green", "mauve")[i % 4] for i in range(rows)],
+                "camera": pa.array([f"camera {i // 5}" for i in range(rows)]).dictionary_encode(),
+                "tags": [[{"site": i}] * (i % 3) if i % 7 else None for i in range(rows)],
+            }
+        )
+        manifest = manifest_of(folder, table)
+        plan = plan_at(folder / "out", manifest, **sizes)
+        return cls(folder, manifest, table, plan, spec_of(folder / "out", plan, manifest, ""))
+
+    @property
+    def output(self) -> str:
+        return self.spec.output
+
+    def commit(self, chunk: int, table: pa.Table, offsets: Sequence[int] | None = None) -> None:
+        task = ChunkTask(chunk, None if offsets is None else tuple(offsets))
+        write_chunk(self.spec, task, table, StageTimings())
+
+    def label(self, chunks: Sequence[int] | None = None, **options: Any) -> None:
+        """Commit drawn predictions of some chunks, or of all."""
+        for chunk in range(self.plan.num_chunks) if chunks is None else chunks:
+            self.commit(chunk, predictions(self.plan.rows_of(chunk), seed=chunk, **options))
+
+    def roll_up(self, part: int) -> PredictionCounts:
+        return rollup.roll_up(self.output, self.plan, part, "label", CLASSES)
+
+    def part(self, part: int) -> Path:
+        return Path(self.output) / "predictions" / f"part-{part:05d}.parquet"
+
+    def staged(self, part: int) -> Path:
+        return Path(self.output) / "_staging" / f"part-{part:05d}"
+
+    def rolled_up(self) -> pa.Table:
+        for part in range(self.plan.num_parts):
+            self.roll_up(part)
+            CompletedChunks.load(self.output, self.plan).mark_rolled_up(part)
+        return self.read()
+
+    def read(self) -> pa.Table:
+        parts = [pq.read_table(self.part(part)) for part in range(self.plan.num_parts)]
+        return pa.concat_tables(parts).unify_dictionaries()

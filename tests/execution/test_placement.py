@@ -1,4 +1,4 @@
-"""The layout is arithmetic over what Ray says the machines have: no hardware is needed for it."""
+"""A placement is arithmetic over the nodes that Ray reports: no hardware is needed for it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def refusal(*nodes: Node, **scale: object) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------ which layout
+# ------------------------------------------------------------------ which placement
 
 
-def test_without_a_gpu_every_core_holds_a_worker_that_does_all_stages() -> None:
-    layout = planned(Node(cpus=4, gpus=0), Node(cpus=2, gpus=0))
-    assert (layout.name, layout.workers, layout.worker_gpus) == ("cpu", 6, 0)
-    assert (layout.threads, layout.prepare_tasks, layout.batch_size) == (1, 0, 32)
-    assert layout.reasons == (
+def test_without_a_gpu_every_core_has_a_worker_that_runs_all_stages() -> None:
+    placement = planned(Node(cpus=4, gpus=0), Node(cpus=2, gpus=0))
+    assert (placement.name, placement.workers, placement.worker_gpus) == ("cpu", 6, 0)
+    assert (placement.threads, placement.prepare_tasks, placement.batch_size) == (1, 0, 32)
+    assert placement.reasons == (
         "no GPU among 6 CPUs: every stage in one worker per core",
         "6 workers x 0.9 CPU leave 0.6 for Ray's own tasks",
     )
@@ -66,20 +66,20 @@ def test_no_more_processes_read_from_a_web_server_than_it_may_be_asked_at_a_time
 
 
 def test_with_gpus_and_cpus_in_plenty_the_cpus_decode() -> None:
-    layout = planned(Node(cpus=16, gpus=1, accelerator="T4"))
-    assert (layout.name, layout.workers, layout.worker_gpus) == ("gpu", 1, 1)
-    assert (layout.prepare_tasks, layout.batch_size) == (17, 128)
-    assert layout.reasons[0] == "1 GPUs, 16 CPUs each: CPUs decode for GPUs"
+    placement = planned(Node(cpus=16, gpus=1, accelerator="T4"))
+    assert (placement.name, placement.workers, placement.worker_gpus) == ("gpu", 1, 1)
+    assert (placement.prepare_tasks, placement.batch_size) == (17, 128)
+    assert placement.reasons[0] == "1 GPU, 16 CPUs each: CPUs decode for GPUs"
     rich = planned(Node(cpus=96, gpus=4, accelerator="H100"))
     assert rich.name == "gpu"
 
 
 @pytest.mark.parametrize("accelerator", JPEG_ENGINE_GPUS)
 def test_gpus_with_jpeg_engines_and_few_cpus_decode_themselves(accelerator: str) -> None:
-    layout = planned(Node(cpus=16, gpus=1, accelerator=accelerator))
-    assert (layout.name, layout.workers) == ("gpu_decode", 1)
-    assert "1 GPUs with JPEG engines and only 16 CPUs each" in layout.reasons[0]
-    assert "tasks that fetch on CPUs" in layout.reasons[1]
+    placement = planned(Node(cpus=16, gpus=1, accelerator=accelerator))
+    assert (placement.name, placement.workers) == ("gpu_decode", 1)
+    assert "1 GPU with JPEG engines and only 16 CPUs each" in placement.reasons[0]
+    assert placement.reasons[1].endswith("tasks on CPUs to fetch")
 
 
 def test_one_gpu_without_a_jpeg_engine_keeps_decoding_on_the_cpus() -> None:
@@ -90,18 +90,18 @@ def test_one_gpu_without_a_jpeg_engine_keeps_decoding_on_the_cpus() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_decode"])
-def test_a_layout_that_is_asked_for_is_taken(name: str) -> None:
-    layout = planned(Node(8, 2, "A100"), layout=name, workers=2, batch_size=7)
-    assert (layout.name, layout.workers, layout.batch_size) == (name, 2, 7)
-    assert layout.reasons[0] == f"{name} layout, as asked"
+def test_a_layout_that_is_set_is_used(name: str) -> None:
+    placement = planned(Node(8, 2, "A100"), layout=name, workers=2, batch_size=7)
+    assert (placement.name, placement.workers, placement.batch_size) == (name, 2, 7)
+    assert placement.reasons[0] == f"{name} layout, as set by scale.layout"
 
 
-def test_gpus_without_cpus_beside_them_stay_idle_and_it_is_said() -> None:
-    """A GPU's worker needs its CPU share on the GPU's own machine, whatever others have."""
-    layout = planned(Node(cpus=1, gpus=4), Node(cpus=64, gpus=0))
-    assert layout.workers == 2
-    assert layout.reasons[-1] == "2 GPUs stay idle for want of CPUs beside them"
-    assert "stay idle" not in " ".join(planned(Node(64, 4)).reasons)
+def test_gpus_without_cpus_on_their_node_stay_idle_which_is_logged() -> None:
+    """A GPU's worker needs its CPUs on the GPU's own node, whatever other nodes have."""
+    placement = planned(Node(cpus=1, gpus=4), Node(cpus=64, gpus=0))
+    assert placement.workers == 2
+    assert placement.reasons[-1] == "2 GPUs idle: too few CPUs on their nodes"
+    assert "idle" not in " ".join(planned(Node(64, 4)).reasons)
 
 
 # ------------------------------------------------------------------ what does not fit
@@ -109,14 +109,14 @@ def test_gpus_without_cpus_beside_them_stay_idle_and_it_is_said() -> None:
 
 def test_a_cluster_without_a_whole_core_is_refused_with_the_remedy() -> None:
     for nodes in ((), (Node(0, 1),), (Node(0.5, 0), Node(0.5, 0))):
-        assert "labelling needs at least 1" in refusal(*nodes)
+        assert "a worker needs at least 1 on one node" in refusal(*nodes)
     assert "the cluster has 0.5 CPUs" in refusal(Node(0.5, 0))
 
 
 def test_more_workers_than_cores_are_refused_with_the_arithmetic() -> None:
     message = refusal(Node(2, 0), Node(3.5, 0), workers=6)
     assert "scale.workers 6" in message
-    assert "give at most 5" in message
+    assert "Set at most 5" in message
     assert planned(Node(2, 0), Node(3.5, 0), workers=5).workers == 5
 
 
@@ -129,17 +129,19 @@ def test_a_gpu_layout_without_a_gpu_is_refused() -> None:
 
 def test_more_workers_than_gpus_are_refused_with_the_arithmetic() -> None:
     message = refusal(Node(16, 1), Node(16, 1), workers=3)
-    assert "scale.workers 3: each takes a GPU, and the cluster has 2; give at most 2" in message
+    assert (
+        "scale.workers 3: each worker takes a GPU, and the cluster has 2. Set at most 2" in message
+    )
 
 
 def test_gpu_workers_that_leave_no_cpu_for_fetching_are_refused_with_the_arithmetic() -> None:
     message = refusal(Node(4, 8))
-    assert "8 GPU workers x 0.5 CPU leave at most 0 of 4 CPUs on one machine" in message
+    assert "8 GPU workers x 0.5 CPU leave at most 0 of 4 CPUs on one node" in message
     assert "fetching needs 0.95" in message
     assert planned(Node(4, 8), workers=6).prepare_tasks == 1
-    # 4 CPUs are left in all, but no machine has room for a single fetching task
+    # 4 CPUs are left in all, but no node has room for a single fetching task
     scattered = [Node(1, 1)] * 8
-    assert "leave at most 0.5 of 8 CPUs on one machine" in refusal(*scattered)
+    assert "leave at most 0.5 of 8 CPUs on one node" in refusal(*scattered)
     assert "CPUs for 2" in refusal(Node(1, 4), Node(64, 0), workers=3)
 
 
@@ -164,7 +166,7 @@ SCALES = st.builds(
 
 @dataclass
 class Room:
-    """What is free on a machine, in ten-thousandths, as Ray counts."""
+    """What is free on a node, in ten-thousandths, as Ray counts."""
 
     cpus: int
     gpus: int
@@ -177,16 +179,16 @@ class Room:
         self.gpus -= round(gpus * 10_000)
 
 
-def placed(nodes: Sequence[Node], layout: Placement, seed: int) -> list[Room]:
-    """Put every worker on any machine with room for it, as Ray might; the room that is left."""
+def placed(nodes: Sequence[Node], placement: Placement, seed: int) -> list[Room]:
+    """Place every worker on any node with room, as Ray might; returns the room that is left."""
     rng = random.Random(seed)
     rooms = [Room(round(n.cpus * 10_000), round(n.gpus * 10_000)) for n in nodes]
-    for number in range(layout.workers):
-        with_room = [r for r in rooms if r.fits(layout.worker_cpus, layout.worker_gpus)]
-        assert with_room, f"worker {number} of {layout.workers} would wait for ever"
-        # now one machine filled to the brim before the next, now spread out
+    for number in range(placement.workers):
+        with_room = [r for r in rooms if r.fits(placement.worker_cpus, placement.worker_gpus)]
+        assert with_room, f"worker {number} of {placement.workers} would wait forever"
+        # fill one node before the next, or spread the workers
         (with_room[0] if seed % 2 else rng.choice(with_room)).take(
-            layout.worker_cpus, layout.worker_gpus
+            placement.worker_cpus, placement.worker_gpus
         )
     return rooms
 
@@ -196,36 +198,36 @@ def test_whatever_the_cluster_all_workers_start_and_a_task_always_has_room(
     nodes: list[Node], scale: ScaleConfig, seed: int
 ) -> None:
     try:
-        layout = plan_placement(nodes, scale)
+        placement = plan_placement(nodes, scale)
     except ResourcesError:
         return
-    assert layout.workers >= 1
-    rooms = placed(nodes, layout, seed)
+    assert placement.workers >= 1
+    rooms = placed(nodes, placement, seed)
     assert any(room.fits(ROLLUP_TASK_CPUS, 0) for room in rooms)
-    reserved = layout.workers * layout.worker_cpus + layout.prepare_tasks * WORKER_CPUS
+    reserved = placement.workers * placement.worker_cpus + placement.prepare_tasks * WORKER_CPUS
     assert sum(node.cpus for node in nodes) - reserved >= ROLLUP_TASK_CPUS - 1e-9
-    if layout.name != "cpu":
-        assert layout.prepare_tasks >= 1
+    if placement.name != "cpu":
+        assert placement.prepare_tasks >= 1
         assert any(room.fits(WORKER_CPUS + ROLLUP_TASK_CPUS, 0) for room in rooms)
 
 
 @given(nodes=NODES)
-def test_without_wishes_no_core_and_no_gpu_that_can_work_is_left_out(nodes: list[Node]) -> None:
+def test_by_default_every_core_and_gpu_that_can_work_is_used(nodes: list[Node]) -> None:
     try:
-        layout = plan_placement(nodes, ScaleConfig())
+        placement = plan_placement(nodes, ScaleConfig())
     except ResourcesError:
         return
-    if layout.name == "cpu":
-        assert layout.workers == sum(math.floor(node.cpus) for node in nodes)
+    if placement.name == "cpu":
+        assert placement.workers == sum(math.floor(node.cpus) for node in nodes)
     else:
         slots = (min(math.floor(n.gpus), math.floor(n.cpus / GPU_WORKER_CPUS)) for n in nodes)
-        assert layout.workers == sum(slots)
+        assert placement.workers == sum(slots)
 
 
 def test_few_rows_start_few_workers() -> None:
-    layout = plan_placement([Node(8, 0)], ScaleConfig())
-    workers = [layout.limit_to_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
-    assert workers == [1, 1, 1, 2, 8, layout.workers]
+    placement = plan_placement([Node(8, 0)], ScaleConfig())
+    workers = [placement.limit_to_rows(rows).workers for rows in (0, 1, 128, 129, 1000, 10**6)]
+    assert workers == [1, 1, 1, 2, 8, placement.workers]
 
 
 # ------------------------------------------------------------------ the object store
@@ -237,21 +239,21 @@ def test_no_more_tasks_decode_than_the_object_store_holds_the_pixels_of() -> Non
     narrow = plan_placement([node], ScaleConfig(), chunk_bytes=38_535_168)
     assert narrow.prepare_tasks == 10 < wide.prepare_tasks
     assert narrow.reasons[-1] == (
-        "10 x 5 chunks of 39 MB take 1.9 of the 2.0 GB of object store that they may"
+        "10 x 5 chunks of 39 MB take 1.9 of the 2.0 GB that they may use of the object store"
     )
 
 
-def test_a_machine_with_many_cpus_and_a_small_object_store_sets_the_limit() -> None:
+def test_a_node_with_many_cpus_and_a_small_object_store_is_the_limit() -> None:
     gpu = Node(cpus=16, gpus=1, accelerator="T4", object_store_bytes=40e9)
     alike = plan_placement([gpu, gpu], ScaleConfig(), chunk_bytes=38_535_168)
     assert alike.prepare_tasks == 34  # all of them
     small = Node(cpus=64, gpus=0, object_store_bytes=4e9)
-    layout = plan_placement([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
+    placement = plan_placement([gpu, small], ScaleConfig(), chunk_bytes=38_535_168)
     # of the small one's 71 tasks its store holds 10, so of all 88 twelve may decode
-    assert layout.prepare_tasks == 12
-    assert layout.reasons[-1] == (
-        "12 x 5 chunks of 39 MB take 2.3 of the 22.0 GB of object store that they may; a machine "
-        "with 2.0 GB for 71 such tasks sets the limit"
+    assert placement.prepare_tasks == 12
+    assert placement.reasons[-1] == (
+        "12 x 5 chunks of 39 MB take 2.3 of the 22.0 GB that they may use of the object store; a "
+        "node with 2.0 GB for 71 such tasks is the limit"
     )
 
 
@@ -260,40 +262,40 @@ def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic()
     with pytest.raises(ResourcesError) as caught:
         plan_placement([node], ScaleConfig(), chunk_bytes=38_535_168)
     assert str(caught.value) == (
-        "a task that decodes has up to 5 chunks of 39 MB in the object store, of which 50 MB may "
-        "be used: give a smaller --chunk-rows, or start Ray with a larger --object-store-memory"
+        "a task that decodes holds up to 5 chunks of 39 MB in the object store, where it may use "
+        "50 MB. Set a smaller --chunk-rows, or start Ray with a larger --object-store-memory"
     )
 
 
 def test_on_cpus_alone_no_pixels_pass_through_the_object_store() -> None:
-    layout = plan_placement(
+    placement = plan_placement(
         [Node(4, 0, object_store_bytes=1.0)], ScaleConfig(), chunk_bytes=38_535_168
     )
-    assert layout.name == "cpu"
+    assert placement.name == "cpu"
 
 
-# ------------------------------------------------------------------ machines that may come
+# ------------------------------------------------------------------ nodes that may join
 
 
-def test_the_least_to_begin_with_is_a_gpu_where_there_may_be_one() -> None:
-    may_come = [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
+def test_the_first_request_is_for_a_gpu_where_the_cluster_may_grow_to_one() -> None:
+    max_nodes = [Node(16, 1, "L4")] * 4 + [Node(16, 0)] * 8
     gpu, core = {"CPU": GPU_WORKER_CPUS, "GPU": 1.0}, {"CPU": 1.0}
-    assert compute_first_bundles(may_come, ScaleConfig(), 0) == [gpu, core]
-    assert compute_first_bundles(may_come, ScaleConfig(workers=2), 0) == [gpu, gpu, core]
-    assert compute_first_bundles(may_come, ScaleConfig(layout="cpu"), 0) == [core]
-    with pytest.raises(ResourcesError, match="the cluster has 4; give at most 4"):
-        compute_first_bundles(may_come, ScaleConfig(workers=5), 0)
-    # where nobody says what may come, it is as was said
+    assert compute_first_bundles(max_nodes, ScaleConfig(), 0) == [gpu, core]
+    assert compute_first_bundles(max_nodes, ScaleConfig(workers=2), 0) == [gpu, gpu, core]
+    assert compute_first_bundles(max_nodes, ScaleConfig(layout="cpu"), 0) == [core]
+    with pytest.raises(ResourcesError, match=r"the cluster has 4\. Set at most 4"):
+        compute_first_bundles(max_nodes, ScaleConfig(workers=5), 0)
+    # where it is unknown what may join, the settings decide
     assert compute_first_bundles(None, ScaleConfig(), 0) == [core]
     assert compute_first_bundles(None, ScaleConfig(layout="gpu", workers=2), 0) == [gpu, gpu, core]
 
 
-def test_no_more_machines_are_asked_for_than_there_are_rows_for() -> None:
+def test_no_more_nodes_are_requested_than_there_are_rows_for() -> None:
     gpu, cpu = Node(16, 1, "L4"), Node(16, 0)
-    may_come = [cpu] * 8 + [gpu] * 4
+    max_nodes = [cpu] * 8 + [gpu] * 4
 
     def wanted(rows: int, **scale: object) -> list[Node]:
-        return select_nodes(may_come, ScaleConfig.model_validate(scale), 0, rows)
+        return select_nodes(max_nodes, ScaleConfig.model_validate(scale), 0, rows)
 
     assert wanted(10**6) == [gpu] * 4 + [cpu] * 8
     assert wanted(1) == [gpu]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, against a clock that the test moves."""
+"""The progress of a run on a terminal and in a log, with a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> ChunkResult:
     status = {"ok": rows - errors, "missing": errors}
-    return ChunkResult(ChunkTask(0), rows, status, StageTimings(**seconds), "fp32", worker)
+    return ChunkResult(ChunkTask(0), rows, status, StageTimings(**seconds), worker)
 
 
-def test_a_log_gets_a_line_now_and_then_and_not_with_every_chunk(clock: Clock) -> None:
+def test_a_log_gets_a_line_per_interval_and_not_per_chunk(clock: Clock) -> None:
     log = io.StringIO()
-    bar = Progress(1000, 0, every=5, stream=log)
+    bar = Progress(1000, 0, interval_s=5, stream=log)
     for _ in range(12):
         clock.now += 1
         bar.add(done(10, errors=1))
     lines = log.getvalue().splitlines()
     assert lines == [
-        "labelling  50/1,000 rows (5.0%)  10.0 images/s  5 errors  ETA 1 min 35 s",
-        "labelling  100/1,000 rows (10.0%)  10.0 images/s  10 errors  ETA 1 min 30 s",
+        "labeling  50/1,000 rows (5.0%)  10.0 images/s  5 errors  ETA 1 min 35 s",
+        "labeling  100/1,000 rows (10.0%)  10.0 images/s  10 errors  ETA 1 min 30 s",
     ]
     bar.close()
     assert log.getvalue().splitlines() == lines
 
 
-def test_waiting_for_workers_is_not_silence(clock: Clock) -> None:
+def test_a_wait_for_workers_is_logged(clock: Clock) -> None:
     log = io.StringIO()
-    bar = Progress(1000, 0, every=5, stream=log)
+    bar = Progress(1000, 0, interval_s=5, stream=log)
     for _ in range(70):
         clock.now += 0.2
         bar.tick()
     assert log.getvalue().splitlines() == [
-        "labelling  0/1,000 rows  starting workers (5 s)",
-        "labelling  0/1,000 rows  starting workers (10 s)",
+        "labeling  0/1,000 rows  starting workers (5 s)",
+        "labeling  0/1,000 rows  starting workers (10 s)",
     ]
 
 
 def test_a_terminal_gets_one_bar_that_is_drawn_over(clock: Clock) -> None:
     terminal = Terminal()
-    bar = Progress(100, 0, every=60, stream=terminal)
+    bar = Progress(100, 0, interval_s=60, stream=terminal)
     for _ in range(2):
         clock.now += 1
         bar.add(done(50))
@@ -78,8 +78,8 @@ def test_a_terminal_gets_one_bar_that_is_drawn_over(clock: Clock) -> None:
     assert all(frame.endswith("\x1b[K") for frame in drawn)
 
 
-def test_the_rate_is_that_of_late_and_a_resume_counts_only_its_own_rows(clock: Clock) -> None:
-    bar = Progress(10_000, 4000, every=60, stream=io.StringIO())
+def test_the_rate_is_recent_and_a_resume_counts_only_its_own_rows(clock: Clock) -> None:
+    bar = Progress(10_000, 4000, interval_s=60, stream=io.StringIO())
     clock.now += 60  # starting up
     bar.add(done(10))
     for _ in range(40):
@@ -92,8 +92,8 @@ def test_the_rate_is_that_of_late_and_a_resume_counts_only_its_own_rows(clock: C
     assert bar.steady_rate == pytest.approx(20)
 
 
-def test_what_start_up_takes_does_not_weigh_on_the_steady_rate(clock: Clock) -> None:
-    bar = Progress(100, 0, every=60, stream=io.StringIO())
+def test_the_steady_rate_excludes_start_up(clock: Clock) -> None:
+    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
     assert bar.steady_rate is None
     clock.now += 100
     bar.add(done(10, worker="a/1"))
@@ -107,7 +107,7 @@ def test_what_start_up_takes_does_not_weigh_on_the_steady_rate(clock: Clock) -> 
 
 
 def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
-    bar = Progress(1000, 0, every=60, stream=io.StringIO())
+    bar = Progress(1000, 0, interval_s=60, stream=io.StringIO())
     clock.now += 10  # starting up
     for _ in range(2):  # two workers, 100 rows in 5 s each: 40 images/s
         clock.now += 5
@@ -126,46 +126,70 @@ def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "told"),
+    ("left", "expected"),
     [(59, "ETA 59 s"), (60, "ETA 1 min 00 s"), (3599, "ETA 59 min 59 s"), (7500, "ETA 2 h 05 min")],
 )
-def test_the_time_left_is_told_in_units_that_suit(clock: Clock, left: int, told: str) -> None:
-    bar = Progress(1 + left, 0, every=60, stream=io.StringIO())
+def test_the_time_left_has_units_by_its_length(clock: Clock, left: int, expected: str) -> None:
+    bar = Progress(3 + left, 0, interval_s=60, stream=io.StringIO())
+    clock.now += 100  # starting up
+    for _ in range(3):
+        clock.now += 1
+        bar.add(done(1))
+    assert expected in bar.format_line()
+
+
+def test_while_only_a_rate_with_start_up_is_known_no_time_left_is_given(clock: Clock) -> None:
+    bar = Progress(1000, 0, interval_s=60, stream=io.StringIO())
+    clock.now += 20
+    bar.add(done(10))
+    assert bar.seconds_left is None
+    assert bar.snapshot()["seconds_left"] is None
+    assert bar.format_line().startswith("10/1,000 rows (1.0%)  0.5 images/s")
+    assert "ETA" not in bar.format_line()
+    clock.now += 2
+    bar.add(done(10))
+    clock.now += 2
+    bar.add(done(10))
+    assert bar.seconds_left == 970 / 5
+
+
+def test_one_row_and_one_error_are_singular(clock: Clock) -> None:
+    bar = Progress(1, 0, interval_s=60, stream=io.StringIO())
     clock.now += 1
-    bar.add(done(1))
-    assert told in bar.format_line()
+    bar.add(done(1, errors=1))
+    assert bar.format_line() == "1/1 row (100.0%)  1.0 images/s  1 error"
 
 
-def test_the_stage_that_takes_longest_is_named_with_its_share(clock: Clock) -> None:
-    bar = Progress(100, 0, every=60, stream=io.StringIO())
+def test_the_slowest_stage_is_named_with_its_share(clock: Clock) -> None:
+    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
     clock.now += 1
     bar.add(done(10))
     assert "bottleneck" not in bar.format_line()
     bar.add(done(10, fetch=1.0, prepare=4.0, classify=1.0))
     bar.add(done(10, fetch=3.0, classify=1.0, commit=0.5))
-    assert "bottleneck fetch (38% of time)" in bar.format_line()
+    assert "bottleneck fetch (38.1% of time)" in bar.format_line()
     assert bar.timings == StageTimings(fetch=4.0, prepare=4.0, classify=2.0, commit=0.5)
 
 
-def test_a_run_without_a_rate_yet_promises_no_end(clock: Clock) -> None:
-    bar = Progress(100, 0, every=60, stream=io.StringIO())
+def test_a_run_without_a_rate_has_no_time_left(clock: Clock) -> None:
+    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
     bar.add(done(10))  # in no time at all
     assert "ETA" not in bar.format_line()
     assert "0.0 images/s" in bar.format_line()
 
 
-def test_gpus_are_told_to_be_busy_or_not(clock: Clock) -> None:
-    bar = Progress(1000, 0, every=5, stream=io.StringIO())
+def test_the_line_shows_how_busy_gpus_are(clock: Clock) -> None:
+    bar = Progress(1000, 0, interval_s=5, stream=io.StringIO())
     for worker in ("a/1", "b/1"):
         clock.now += 1
         bar.add(done(10, worker=worker, classify=0.9, gpu=0.6))
     assert bar.gpu_busy == pytest.approx(1.2 / (2 * 2))
-    assert "GPU busy 30%" in bar.format_line()
-    assert "bottleneck classify (100% of time)" in bar.format_line()
+    assert "GPU busy 30.0%" in bar.format_line()
+    assert "bottleneck classify (100.0% of time)" in bar.format_line()
 
 
 def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
-    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
     for worker in ("a/1", "a/2"):  # the second in place of the first
         for _ in range(40):
             clock.now += 1
@@ -175,7 +199,7 @@ def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
 
 
 def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clock) -> None:
-    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
     clock.now += 60
     bar.add(done(10, worker="a/1", classify=50.0, gpu=30.0))
     clock.now += 60
@@ -185,7 +209,7 @@ def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clo
 
 
 def test_a_run_that_comes_to_a_stop_loses_its_rate(clock: Clock) -> None:
-    bar = Progress(10_000, 0, every=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
     for _ in range(40):
         clock.now += 1
         bar.add(done(20))

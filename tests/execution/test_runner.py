@@ -1,89 +1,221 @@
-"""When a pass is broken off and laid out anew, as arithmetic over what comes and goes."""
+"""What a run does while the nodes that it needs are not there."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
+from ray.util import placement_group_table
 
+from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
-from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
-from imgcls.execution.runner import SETTLE_SECONDS, RunState, find_missing_nodes, find_replan_reason
-
-A, B, C = (Node(2, 0, id=name) for name in "abc")
-
-
-def layout_of(*nodes: Node) -> Placement:
-    return plan_placement(nodes, ScaleConfig())
-
-
-def reason(**changes: Any) -> str | None:
-    values: dict[str, Any] = {
-        "before": (A, B), "now": (A, B), "steady": 60.0, "idle": 0.0, "rows_left": 100_000,
-        "rate": 100.0, "worker_timeout_s": 600.0,
-    }  # fmt: skip
-    it = RunState(**{**values, **changes})
-    fits = layout_of(*it.nodes_now) if it.nodes_now else None
-    return find_replan_reason(it, layout_of(*it.nodes_before), lambda: fits)
-
-
-def test_nothing_is_touched_while_nothing_changes() -> None:
-    assert reason() is None
-    assert reason(idle=1000.0, rate=None) is None  # waiting is limited elsewhere
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import ResourcesError
+from imgcls.execution.completed import write_chunk
+from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec, StageTimings
+from imgcls.execution.pipeline import Pipeline
+from imgcls.execution.placement import (
+    ScaleConfig,
+    compute_first_bundles,
+    plan_placement,
+    select_nodes,
+)
+from imgcls.execution.replan import find_missing_nodes
+from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
+from imgcls.execution.worker import ChunkWorker, Job
+from imgcls.inference.workers import LABELING
+from imgcls.runs.lease import Lease
+from tests.execution.runs import manifest_of, plan_at, spec_of
+from tests.processes import wait_for
 
 
-def test_when_nobody_goes_on_for_too_long_it_is_laid_out_anew_though_no_machine_is_lost() -> None:
-    assert reason(idle=600.0) is None
-    assert reason(idle=600.0 + SETTLE_SECONDS + 1) == "no worker has gone on for 616 s"
+@pytest.fixture(autouse=True)
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session is one that nodes may join, whatever earlier tests have started."""
+    monkeypatch.setattr(session._Session, "private", False)
 
 
-def test_while_others_go_on_a_lost_machine_is_no_reason() -> None:
-    assert reason(now=(A,), idle=1.0) is None
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
-@pytest.mark.parametrize("now", [(A,), ()])
-def test_when_nobody_goes_on_after_a_loss_it_is_laid_out_anew(now: tuple[Node, ...]) -> None:
-    why = reason(now=now, idle=SETTLE_SECONDS + 1)
-    assert why == f"{2 - len(now)} of 2 machines are gone, and no worker goes on"
+def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeout = "execution_no_progress_timeout_s"  # Ray Data's own, of half an hour
+    monkeypatch.setattr(ray.data.DataContext.get_current(), timeout, 1)
+    manifest = manifest_of(tmp_path, pa.table({"path": ["a.jpg"]}))
+    output = tmp_path / "out"
+    spec = spec_of(output, plan_at(output, manifest), manifest, "")
+    placement = dataclasses.replace(plan_placement([Node(2, 0)], ScaleConfig()), worker_cpus=2)
+    pipeline = Pipeline(LABELING, spec, placement, [ChunkTask(0)])
+    results = interrupts.iterate_in_thread(pipeline.run(), Interruption())
+    start = time.monotonic()
+    while time.monotonic() - start < 3:
+        assert next(results) is None
+    for _ in results:  # the test's own time limit ends it otherwise
+        pipeline.stop()
 
 
-def test_a_machine_that_comes_is_taken_in_where_that_saves_a_minute() -> None:
-    assert reason(now=(A, B, C)) == "1 machines have come: 6 workers instead of 4"
-    assert reason(now=(A, B, C), rows_left=10_000) is None
-
-
-def test_gpus_that_come_to_cpus_alone_are_taken_in_and_cpus_that_come_to_gpus() -> None:
-    cpus, gpu = tuple(Node(16, 0, id=f"c{i}") for i in range(8)), Node(16, 1, "T4", "g")
-    why = reason(before=cpus, now=(*cpus, gpu))
-    assert why == (
-        "1 machines have come: 1 GPU workers and 153 tasks for them instead of 128 workers"
+def test_a_run_waits_for_nodes_it_has_lost_and_not_for_nodes_that_never_were(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scale = ScaleConfig(workers=2, resource_timeout_s=1)
+    with pytest.raises(ResourcesError) as caught:
+        wait_for_placement(LABELING, scale, Interruption())
+    assert str(caught.value).endswith("Set at most 1")
+    assert capsys.readouterr().out == ""
+    steps = autoscaler.iter_until_fit(
+        lambda nodes: plan_placement(nodes, scale),
+        lambda max_nodes: compute_first_bundles(max_nodes, scale, 0),
+        scale.resource_timeout_s,
+        Interruption(),
+        under_way=True,
     )
-    assert reason(before=cpus, now=(*cpus, gpu), rows_left=10_000) is None
-    why = reason(before=(gpu,), now=(gpu, *cpus[:1]))
-    assert why is not None
-    assert why.endswith(
-        "1 GPU workers and 34 tasks for them instead of 1 GPU workers and 17 tasks for them"
+    with pytest.raises(ResourcesError, match=r"waited 1 s for nodes; .* scale\.resource_timeout_s"):
+        list(steps)
+    assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 2")
+    assert requested() == []
+
+
+def requested() -> list[dict[str, float]]:
+    """What an autoscaler would have to add: pending placement groups."""
+    waiting = [group for group in placement_group_table().values() if group["state"] == "PENDING"]
+    return [bundle for group in waiting for bundle in group["bundles"].values()]
+
+
+@pytest.fixture
+def growing_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a cluster that may grow to two nodes with a GPU, and two without."""
+    groups = {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "cpu": {"resources": {"CPU": 4}, "max_workers": 2},
+        "gpu": {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 2},
+    }
+    config = {"available_node_types": groups, "head_node_type": "head", "max_workers": 4}
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr(autoscaler, "LAUNCHER_CONFIG", str(file))
+
+
+def test_the_first_node_is_requested_until_it_joins_or_the_wait_ends(
+    growing_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = ScaleConfig(layout="gpu", resource_timeout_s=1)
+    steps = autoscaler.iter_until_fit(
+        lambda nodes: plan_placement(nodes, scale),
+        lambda max_nodes: compute_first_bundles(max_nodes, scale, 0),
+        60,
+        Interruption(),
     )
-    # a machine with a GPU in place of which only one without has come
-    assert reason(before=(gpu,), now=cpus) is None
+    next(steps)
+    wait_for(lambda: requested() == [{"CPU": 0.5, "GPU": 1}])  # there is a core
+    assert "waiting  for nodes: scale.layout gpu needs a GPU" in capsys.readouterr().out
+    steps.close()
+    wait_for(lambda: requested() == [])
+    with pytest.raises(ResourcesError, match="waited 1 s for nodes"):
+        wait_for_placement(LABELING, scale, Interruption())
+    wait_for(lambda: requested() == [])
 
 
-def test_a_machine_in_place_of_a_lost_one_is_no_reason() -> None:
-    assert reason(now=(A, C)) is None
+def test_nodes_are_requested_while_there_is_work_and_released_when_they_join(
+    growing_cluster: None,
+) -> None:
+    max_nodes = autoscaler.find_max_nodes()
+    assert max_nodes is not None
+    whole = {"CPU": 4, "GPU": 1}
+    assert (
+        find_missing_nodes(select_nodes(max_nodes, ScaleConfig(), 0, 200), session.list_nodes())
+        == [whole] * 2
+    )
+    autoscaler.update_request([whole, whole])
+    wait_for(lambda: requested() == [whole, whole])
+    autoscaler.update_request([whole])
+    wait_for(lambda: requested() == [whole])
+    autoscaler.update_request([{"CPU": 1}, whole])  # the first one is there
+    wait_for(lambda: requested() == [whole])
+    autoscaler.update_request([whole])
+    wait_for(lambda: ray.available_resources().get("CPU") == 1)
+    autoscaler.cancel_request()
+    wait_for(lambda: requested() == [])
 
 
-def test_machines_that_keep_coming_are_waited_for() -> None:
-    assert reason(now=(A, B, C), steady=SETTLE_SECONDS - 1) is None
+# ------------------------------------------------------------------ a job without images
+
+SCHEMA = pa.schema([("row", pa.int64()), ("status", pa.string()), ("length", pa.int64())])
 
 
-def test_before_the_first_rows_nobody_knows_what_would_be_saved() -> None:
-    assert reason(now=(A, B, C), rate=None) is None
+class LengthWorker(ChunkWorker[RunSpec]):
+    """Computes the length of each path; a chunk with an empty path gets a table of its own kind."""
+
+    def load(self, threads: int) -> pa.Schema:
+        return SCHEMA
+
+    def process(
+        self,
+        rows: pa.Table,
+        task: ChunkTask,
+        timings: StageTimings,
+        crashed_rows: Mapping[int, str],
+        heartbeat: Callable[[], None],
+    ) -> pa.Table:
+        lengths = [len(path) for path in rows["path"].to_pylist()]
+        columns = [list(self.spec.plan.rows_of(task.chunk)), ["ok"] * len(lengths), lengths]
+        schema = SCHEMA if all(lengths) else SCHEMA.remove(2).append(pa.field("size", pa.int64()))
+        return pa.table(columns, schema=schema)
 
 
-def test_what_is_missing_is_what_is_wanted_and_not_there() -> None:
-    gpu, cpu = Node(4, 1, "L4"), Node(2, 0)
-    assert find_missing_nodes([gpu, gpu, cpu], [Node(2, 0, id="x"), Node(4, 1, "L4", "y")]) == [
-        {"CPU": 4, "GPU": 1}
-    ]
-    assert find_missing_nodes([cpu], [cpu, cpu, gpu]) == []
-    assert find_missing_nodes([], []) == []
+def run_lengths(folder: Path, paths: list[str], skip: Collection[int] = ()) -> list[ChunkResult]:
+    """Run the remaining chunks of a plan of three rows each; chunks in `skip` exist before."""
+    manifest = manifest_of(folder, pa.table({"path": paths}))
+    output, plan = str(folder / "out"), plan_at(folder / "out", manifest, chunk_rows=3)
+    spec = RunSpec(
+        output=output, plan=plan, io_concurrency=1, storage=StorageConfig(), session="",
+        crash_retries=0,
+    )  # fmt: skip
+    for chunk in skip:
+        write_chunk(spec, ChunkTask(chunk), SCHEMA.empty_table(), StageTimings())
+    lease = Lease.acquire(output, 30)
+    try:
+        driver = Driver(output, lease, Interruption(), ScaleConfig(), progress_seconds=60)
+        job = Job("lengths", LengthWorker)
+        placement = wait_for_placement(job, driver.scale, driver.interruption)
+        completed = load_completed(output, plan, manifest)
+        run = JobRun(job, spec, driver)
+        tasks, done = completed.list_remaining(), completed.rows_done
+        return list(run.run(placement, tasks, total=plan.rows, done=done))
+    finally:
+        lease.release()
+
+
+def test_any_job_with_a_worker_is_run_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run_lengths(tmp_path, ["a", "bb", "ccc"] * 3, skip=[1])
+    assert sorted(result.task.chunk for result in results) == [0, 2]
+    assert sum(result.rows for result in results) == 6
+    assert "3 of 9 rows are done" in capsys.readouterr().out
+    [file] = tmp_path.glob("out/_staging/part-00000/chunk-00000002.*.parquet")
+    assert pq.read_table(file)["length"].to_pylist() == [1, 2, 3]
+    assert pq.read_table(file)["row"].to_pylist() == [6, 7, 8]
+
+
+def test_a_table_with_other_columns_than_the_job_has_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        ray.exceptions.RayError,
+        match=r"chunk 0: its table has the columns \['row', 'status', 'size'\]",
+    ):
+        run_lengths(tmp_path, ["a", "", "ccc"])
+    assert not list(tmp_path.glob("out/_staging/part-*/chunk-*"))

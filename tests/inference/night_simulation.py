@@ -20,19 +20,22 @@ import pyarrow.parquet as pq
 from imgcls.config import build
 from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.object_store import StorageConfig
+from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
-from imgcls.execution.completed import CompletedChunks, roll_up, write_empty_part
-from imgcls.execution.messages import PredictSpec, StageTimings
+from imgcls.execution.completed import CompletedChunks, read_chunk_rows, write_chunk
+from imgcls.execution.messages import StageTimings
 from imgcls.execution.plan import RunIdentity, make_plan, parse_plan
-from imgcls.inference import commit, gates, stages
+from imgcls.inference import commit, stages
 from imgcls.inference.history import CompactConfig, compact
 from imgcls.inference.incremental import SinceConfig
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries
+from imgcls.inference.rollup import roll_up, write_empty_part
+from imgcls.inference.specs import PredictSpec
 from imgcls.metrics import PredictionCounts
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
+from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import COLOURS, draw, save
 
 SETTINGS = {"top_k": 2, "scores": False}
@@ -125,7 +128,7 @@ class Nightly:
             since=SinceConfig(path=str(self.labels)),
             bundle_sha256="b" * 64,
             **{
-                "listed": open_manifest(ManifestConfig(path=str(self.manifest))),
+                "manifest": open_manifest(ManifestConfig(path=str(self.manifest))),
                 "series": OutputSeries(
                     f"{self.labels}/date={{date}}", datetime.date.fromisoformat(day)
                 ),
@@ -210,8 +213,8 @@ class Nightly:
         )  # fmt: skip
         book, counts = CompletedChunks.load(output, plan), PredictionCounts.empty(tuple(COLOURS))
         for work in book.list_remaining():
-            rows = stages.read_chunk_rows(spec, work)
-            stages.write_chunk(
+            rows = read_chunk_rows(spec, work)
+            write_chunk(
                 spec,
                 work,
                 stages.predict_chunk(spec, self.classifier, rows, work, StageTimings()),
@@ -228,15 +231,15 @@ class Nightly:
                 if killed == "rolled up":
                     raise Killed
         if not plan.rows:
-            added = layout.build_prediction_schema(labelled=False)
+            added = build_prediction_schema(labelled=False)
             write_empty_part(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
         for part in range(plan.num_parts):
             table = pq.read_table(layout.part_url(output, part))
             counts += PredictionCounts.from_table(table, label_column=None, classes=tuple(COLOURS))
         commit.write_metric_tables(output, plan, counts, top_k=2, path_column=manifest.path_column)
-        repeated = gates.count_repeated_failures(output, plan, manifest.path_column)
+        repeated = commit.count_repeated_failures(output, plan, manifest.path_column)
         try:
-            gates.check_error_rates(
+            commit.check_error_rates(
                 output, counts, max_error_rate, {}, max_errors=2, repeated=repeated
             )
         except TooManyErrors as error:

@@ -22,7 +22,8 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import SinceConfig, chosen, select_new_rows
+from imgcls.inference.incremental import SinceConfig, select_new_rows
+from imgcls.inference.known_images import take_rows
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, find_past_runs
 from imgcls.inference.predict import resolve_output
 from imgcls.runs.committed import open_run
@@ -106,9 +107,9 @@ def test_another_bundle_relabels_only_when_asked(
     night(tmp_path / "out" / "2", ["/b"], bundle_sha256=NEW)
     manifest = manifest_of(tmp_path, ["/a", "/b", "/c"])
     assert asked(manifest, tmp_path / "out") == ["/c"]
-    assert "say --relabel to label them again" in capsys.readouterr().out
+    assert "Set --relabel to label them again" in capsys.readouterr().out
     assert asked(manifest, tmp_path / "out", relabel=True) == ["/a", "/c"]
-    assert "1 new, 1 of another bundle; 1 rows stay" in capsys.readouterr().out
+    assert "1 new, 1 of another bundle; 1 row unchanged" in capsys.readouterr().out
 
 
 def test_a_row_without_a_path_is_never_known(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path)
 def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, ["/a"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OutputError, match="holds no committed run; give the output"):
+    with pytest.raises(OutputError, match=r"holds no committed run\. Pass the output"):
         asked(manifest, tmp_path / "empty", output=tmp_path / "elsewhere")
     night(tmp_path / "out", ["/a"])
     with pytest.raises(ManifestError, match=r"no column 'sha' \(found: path\)"):
@@ -192,7 +193,7 @@ def test_rows_are_chosen_from_any_cut_of_a_stream() -> None:
     for size, cut in ((7, 3), (1000, 5), (33, 1000)):
         tables = (table.slice(start, size) for start in range(0, 1000, size))
         pieces = (places[start : start + cut] for start in range(0, len(places), cut))
-        found = [n for each in chosen(tables, pieces) for n in each["n"].to_pylist()]
+        found = [n for each in take_rows(tables, pieces) for n in each["n"].to_pylist()]
         assert found == places.tolist()
 
 
@@ -226,11 +227,11 @@ def test_a_history_is_judged_like_any_run(tmp_path: Path) -> None:
     assert "drawn.csv" in (tmp_path / "all" / "report.html").read_text()
 
 
-def test_a_labelling_run_is_never_replaced_and_a_broken_off_table_is(tmp_path: Path) -> None:
+def test_a_predict_run_is_never_replaced_and_an_unfinished_table_is(tmp_path: Path) -> None:
     first = night(tmp_path / "labels" / "1", ["/a"])
     night(tmp_path / "labels" / "2", ["/b"])
     config = CompactConfig(source=str(tmp_path / "labels"), output=str(first), overwrite=True)
-    with pytest.raises(OutputError, match="holds a labelling run, which only labelling"):
+    with pytest.raises(OutputError, match="holds a predict run, not a compacted table"):
         compact(config)
     assert open_run(str(first)).rows == 1
     latest = tmp_path / "latest"
@@ -260,7 +261,7 @@ def test_images_that_are_gone_are_dropped_by_a_manifest(tmp_path: Path) -> None:
     )
     table = pq.read_table(f"{compact(config)}/predictions")
     assert sorted(table["path"].to_pylist()) == ["/a", "/c"]
-    with pytest.raises(OutputError, match="say --overwrite"):
+    with pytest.raises(OutputError, match="Set --overwrite"):
         compact(config)
     assert compact(config.model_copy(update={"overwrite": True}))
 
@@ -418,7 +419,7 @@ def test_a_mark_of_another_tool_and_a_run_among_nights_hide_nothing(
     (labels / "_SUCCESS").touch()  # Spark's, empty
     manifest = manifest_of(tmp_path, ["/a", "/b", "/c"])
     assert asked(manifest, labels) == ["/b", "/c"]
-    ignored = f"note: no labeling run wrote this file, ignored: {labels}/_SUCCESS"
+    ignored = f"note: ignored, not written by a predict run: {labels}/_SUCCESS"
     assert ignored in capsys.readouterr().out
     (labels / "_SUCCESS").unlink()
     night(labels, ["/b"])  # --output labels
@@ -476,4 +477,4 @@ def test_a_slash_at_the_end_of_an_output_names_the_same_run(s3: Any, tmp_path: P
     assert series.resolve_folder(1) == f"{labels}/date=2026-11-01"
     assert series.resolve_folder(2) == f"{labels}/date=2026-11-01.2"
     assert len(find_past_runs(labels).committed) == 1
-    assert find_past_runs(labels, but=f"{labels}/date=2026-11-01/").committed == ()
+    assert find_past_runs(labels, exclude=f"{labels}/date=2026-11-01/").committed == ()

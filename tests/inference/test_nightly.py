@@ -12,7 +12,7 @@ import pytest
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
 from imgcls.inference.incremental import read_failed_before
-from imgcls.inference.keys import KNOWN_BAD, read_since_table
+from imgcls.inference.known_images import KNOWN_BAD, read_since_table
 from imgcls.inference.nights import OutputSeries, find_past_runs
 from imgcls.inference.status import read_status
 from tests.inference.night_simulation import Images, Killed, Nightly
@@ -227,7 +227,7 @@ def test_a_run_of_other_settings_is_left_and_an_output_without_a_date_is_refused
     assert nightly.predict(day(2), series=series) == str(nightly.labels / "fixed")
     images.write("camera-0/new.png")
     nightly.build(images)
-    with pytest.raises(OutputError, match=r"write \{date\} in --output"):
+    with pytest.raises(OutputError, match=r"Put \{date\} in --output"):
         nightly.predict(day(3), series=series)
 
 
@@ -312,8 +312,8 @@ def test_paths_that_are_corrected_within_a_night_are_read(nightly: Nightly, imag
     def listed(root: Path) -> Manifest:
         return open_manifest(ManifestConfig(path=str(table), root=str(root)))
 
-    assert nightly.predict(day(1), listed=listed(nightly.folder / "wrong")) == "refused"
-    place = nightly.predict(day(1), listed=listed(images.folder))
+    assert nightly.predict(day(1), manifest=listed(nightly.folder / "wrong")) == "refused"
+    place = nightly.predict(day(1), manifest=listed(images.folder))
     assert place == f"{date_folder(nightly, 1)}.2"
     status = pq.read_table(f"{place}/predictions")["status"].to_pylist()
     assert status == ["ok"] * 5

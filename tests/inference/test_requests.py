@@ -1,4 +1,4 @@
-"""What can be known to fail is refused before Ray is started."""
+"""Requests that cannot succeed are refused before Ray starts."""
 
 from __future__ import annotations
 
@@ -33,18 +33,20 @@ def refused(tmp_path: Path, bundle: Path, image: str, **more: object) -> str:
 
 
 def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
-    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
-    assert f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in told
-    told = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
-    assert "int8 is not compiled; give one of the two" in told
+    message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
+    assert (
+        f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in message
+    )
+    message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
+    assert "an int8 network cannot be compiled" in message
 
 
 def test_exact_decoding_is_refused_where_gpus_are_to_decode(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
     more = {"decode": "exact", "scale.layout": "gpu_decode"}
-    told = refused(tmp_path, colour_bundle, "a.jpg", **more)
-    assert "set --scale.layout gpu, or --decode fast" in told
+    message = refused(tmp_path, colour_bundle, "a.jpg", **more)
+    assert "Set --scale.layout gpu, or --decode fast" in message
 
 
 def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
@@ -70,23 +72,26 @@ def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
 def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
     tmp_path: Path, colour_bundle: Path
 ) -> None:
-    told = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.worker_timeout_s": 180})
-    assert told.startswith(
+    message = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.worker_timeout_s": 180})
+    assert message.startswith(
         "scale.worker_timeout_s 180: for s3://b/a.jpg a worker may wait 3 x 60 s"
     )
-    assert "give more than 180, or a smaller --storage.retry-timeout-s" in told
+    assert "Set more than 180, or a smaller --storage.retry-timeout-s" in message
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ("path,Status", "column 'Status' is one that labelling writes (as 'status'; case is"),
-        ("path,status", "column 'status' is one that labelling writes; rename it"),
-        ("path,TopK_Labels", "column 'TopK_Labels' is one that labelling writes (as 'topk_labels'"),
-        ("path,run", "column 'run' is one that `imgcls history compact` writes"),
-        ("path,Run", "column 'Run' is one that `imgcls history compact` writes"),
-        ("path,bundle_sha256", "column 'bundle_sha256' is one that `imgcls history compact`"),
-        ("path,labelled_at", "column 'labelled_at' is one that `imgcls history compact`"),
+        ("path,Status", "column 'Status' is an output column of predict (as 'status'; case is"),
+        ("path,status", "column 'status' is an output column of predict. Rename it"),
+        (
+            "path,TopK_Labels",
+            "column 'TopK_Labels' is an output column of predict (as 'topk_labels'",
+        ),
+        ("path,run", "column 'run' is an output column of `imgcls history compact`"),
+        ("path,Run", "column 'Run' is an output column of `imgcls history compact`"),
+        ("path,bundle_sha256", "column 'bundle_sha256' is an output column of `imgcls history"),
+        ("path,labelled_at", "column 'labelled_at' is an output column of `imgcls history"),
         ("path,site,Site", "columns 'site' and 'Site' differ only by case"),
         ("path,Path", "columns 'path' and 'Path' differ only by case"),
     ],
@@ -96,8 +101,8 @@ def test_columns_that_would_hide_others_are_refused(
 ) -> None:
     names = tuple(columns.split(","))
     manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * len(names)], names)
-    told = refused(tmp_path, colour_bundle, "a.jpg", manifest=str(manifest))
-    assert told.startswith(f"manifest {manifest}: {message}")
+    refusal = refused(tmp_path, colour_bundle, "a.jpg", manifest=str(manifest))
+    assert refusal.startswith(f"manifest {manifest}: {message}")
 
 
 def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> None:
@@ -109,8 +114,8 @@ def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> N
 def test_a_bucket_that_is_not_there_is_refused(
     s3: Any, tmp_path: Path, colour_bundle: Path
 ) -> None:
-    told = refused(tmp_path, colour_bundle, "s3://no-such-bucket-here/a.jpg")
-    assert "s3://no-such-bucket-here/a.jpg: no such bucket; correct the manifest's paths" in told
+    message = refused(tmp_path, colour_bundle, "s3://no-such-bucket-here/a.jpg")
+    assert "s3://no-such-bucket-here/a.jpg: no such bucket. Correct the manifest's paths" in message
 
 
 def test_credentials_that_are_not_there_are_asked_for(

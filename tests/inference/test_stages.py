@@ -21,14 +21,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data.object_store import StorageConfig
-from imgcls.execution.messages import ChunkTask, PredictSpec, StageTimings
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.completed import read_chunk_rows, write_chunk
+from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan
 from imgcls.inference import stages
+from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.classifier import Classifier, PendingScores
 from imgcls.models.cuda_graph import CudaTimer
-from imgcls.runs import layout
+from imgcls.models.task import SINGLE_LABEL
+from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
 
@@ -72,9 +75,7 @@ def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> PredictS
 
 
 def labelled(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
-    return stages.predict_chunk(
-        spec, classifier, stages.read_chunk_rows(spec, work), work, StageTimings()
-    )
+    return stages.predict_chunk(spec, classifier, read_chunk_rows(spec, work), work, StageTimings())
 
 
 # ------------------------------------------------------------------ one chunk
@@ -123,7 +124,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
         fresh = Classifier.load(str(colour_bundle), precision="fp32")
         for number in range(3):
             work = ChunkTask(number)
-            stages.write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
+            write_chunk(spec, work, labelled(spec, fresh, work), StageTimings())
         staged = (tmp_path / "out" / "_staging").glob("part-*/chunk-*")
         written.append({path.name: path.read_bytes() for path in staged})
         assert len(written[-1]) == 3
@@ -136,7 +137,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     spec: PredictSpec, classifier: Classifier, work: ChunkTask, batch_size: int
 ) -> None:
     spec = chunk_with(spec, batch_size=batch_size)
-    rows, seconds = stages.read_chunk_rows(spec, work), StageTimings()
+    rows, seconds = read_chunk_rows(spec, work), StageTimings()
     fused = stages.predict_chunk(spec, classifier, rows, work, seconds)
     prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, seconds)
     split = stages.classify_prepared(spec, classifier, rows, work, prepared, seconds)
@@ -145,9 +146,7 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
     assert split.equals(fused)
     assert fetched.equals(fused)
-    assert fused.schema.equals(
-        layout.build_prediction_schema(labelled=True, scores=3, embedding=32)
-    )
+    assert fused.schema.equals(build_prediction_schema(labelled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
 
@@ -162,7 +161,7 @@ def test_a_retry_does_its_rows_alone_and_without_the_manifest(
     table = labelled(spec, classifier, work)
     assert table["row"].to_pylist() == [9, 11]
     assert table["status"].to_pylist() == ["ok", "ok"]
-    stages.write_chunk(spec, work, table, StageTimings())
+    write_chunk(spec, work, table, StageTimings())
     [file] = (tmp_path / "out" / "_staging" / "part-00000").iterdir()
     assert file.name == f"retry-00000001.{spec.plan.run_id}.parquet"
 
@@ -175,7 +174,7 @@ def test_a_run_that_starts_over_reads_its_own_manifest(tmp_path: Path) -> None:
         manifest = manifest_of(tmp_path / name, table)
         plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
         spec = spec_of(tmp_path / "out", plan, manifest, "")
-        found.append(stages.read_chunk_rows(spec, ChunkTask(0)).to_pylist() == table.to_pylist())
+        found.append(read_chunk_rows(spec, ChunkTask(0)).to_pylist() == table.to_pylist())
     assert found == [True, True]
 
 
@@ -199,7 +198,9 @@ def test_with_scores_that_tie_the_label_rank_is_the_labels_place_in_the_top_k(
     """Rank 1 is always the prediction, so that top-1 accuracy and accuracy are one number."""
     classes = ["a", "b", "c", "d", "e"]
     pending = PendingScores(torch.from_numpy(scores), None, CudaTimer(torch.device("cpu")))
-    oracle: Any = SimpleNamespace(classes=classes, submit=lambda _, **__: pending)
+    oracle: Any = SimpleNamespace(
+        classes=classes, task=SINGLE_LABEL, submit=lambda _, **__: pending
+    )
     pixels = np.zeros((6, 1, 1, 3), np.uint8)
     prepared = PreparedImages(pixels, ["ok"] * 6, [None] * 6, [1] * 6, [1] * 6)
     thresholds = dict(zip(classes, (0.1, 0.2, 0.25, 0.3, 0.5), strict=True))
@@ -243,7 +244,7 @@ def assert_a_row_each(classifier: Classifier, paths: Sequence[str | None]) -> li
     rows = pa.table({"path": pa.array(paths, pa.string())})
     table = stages.predict_chunk(bare(len(paths)), classifier, rows, ChunkTask(0), StageTimings())
     table.validate(full=True)
-    assert table.schema.equals(layout.build_prediction_schema(labelled=False))
+    assert table.schema.equals(build_prediction_schema(labelled=False))
     assert table["row"].to_pylist() == list(range(len(paths)))
     statuses: list[str] = table["status"].to_pylist()
     assert set(statuses) <= STATUSES
@@ -389,7 +390,7 @@ def test_a_row_that_is_known_to_crash_is_left_alone(
     spec: PredictSpec, classifier: Classifier
 ) -> None:
     work = ChunkTask(0)
-    rows = stages.read_chunk_rows(spec, work)
+    rows = read_chunk_rows(spec, work)
     whole = stages.predict_chunk(spec, classifier, rows, work, StageTimings())
     without = stages.predict_chunk(
         spec, classifier, rows, work, StageTimings(), {1: "it died of it"}
@@ -404,7 +405,7 @@ def test_a_row_that_is_known_to_crash_is_left_alone(
 
 def test_what_was_read_is_counted_in_bytes(spec: PredictSpec, classifier: Classifier) -> None:
     work, spent = ChunkTask(0), StageTimings()
-    rows = stages.read_chunk_rows(spec, work)
+    rows = read_chunk_rows(spec, work)
     stages.predict_chunk(spec, classifier, rows, work, spent)
     blobs = [blob for blob in stages.fetch_images(spec, rows) if isinstance(blob, bytes)]
     assert spent.bytes == sum(len(blob) for blob in blobs) > 0
@@ -439,12 +440,12 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
             assert row["accepted"] is False
     # the layout with GPUs composes the same stages
     prepared = stages.prepare_on_cpu(
-        spec, stages.read_chunk_rows(spec, ChunkTask(0)), classifier.preprocess, StageTimings()
+        spec, read_chunk_rows(spec, ChunkTask(0)), classifier.preprocess, StageTimings()
     )
     halves = stages.classify_prepared(
         spec,
         classifier,
-        stages.read_chunk_rows(spec, ChunkTask(0)),
+        read_chunk_rows(spec, ChunkTask(0)),
         ChunkTask(0),
         prepared,
         StageTimings(),

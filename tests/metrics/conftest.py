@@ -1,4 +1,4 @@
-"""Random tables of predictions, shaped as labelling writes them."""
+"""Random tables of predictions with the columns of `imgcls predict`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _make_predictions(
     *,
     seed: int = 0,
     failed: float = 0.0,
-    unlabelled: float = 0.0,
+    unlabeled: float = 0.0,
     unknown: float = 0.0,
     occurring: list[str] | None = None,
     skill: float = 1.0,
 ) -> pa.Table:
     """A table of `rows` predictions over `classes`, of which only `occurring` are true labels.
 
-    failed, unlabelled, unknown: the chance of a row to be so
+    failed, unlabeled, unknown: the chance of a row to be so
     skill: how much the score of the true class is raised; 0 guesses
     """
     rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ def _make_predictions(
     label_rank = 1 + (scores > label_score[:, None]).sum(axis=1)
 
     fails = rng.random(rows) < failed
-    no_label = rng.random(rows) < unlabelled
+    no_label = rng.random(rows) < unlabeled
     foreign = rng.random(rows) < unknown
     label = np.array(classes, dtype=object)[true]
     label[foreign] = "not a class"

@@ -19,11 +19,11 @@ def test_single_numbers_of_a_confusion_matrix_are_scikit_learns(
     pairs: list[tuple[int, int]],
 ) -> None:
     label, predicted = np.array(pairs).T
-    support, said = np.bincount(label, minlength=5), np.bincount(predicted, minlength=5)
+    support, margin = np.bincount(label, minlength=5), np.bincount(predicted, minlength=5)
     correct = int((label == predicted).sum())
-    got = matthews_correlation(support, said, correct)
+    got = matthews_correlation(support, margin, correct)
     assert got == pytest.approx(matthews_corrcoef(label, predicted), abs=1e-9)
-    kappa = cohens_kappa(support, said, correct)
+    kappa = cohens_kappa(support, margin, correct)
     if kappa is None:
         assert len({*label, *predicted}) == 1
     else:
@@ -34,12 +34,12 @@ def test_single_numbers_of_a_confusion_matrix_are_scikit_learns(
 def test_single_numbers_do_not_depend_on_the_number_of_rows(times: int) -> None:
     label = np.repeat([0, 0, 1, 1, 2, 2], [480, 120, 250, 50, 90, 10])
     predicted = np.repeat([0, 1, 1, 2, 2, 0], [480, 120, 250, 50, 90, 10])
-    support, said = np.bincount(label) * times, np.bincount(predicted) * times
+    support, margin = np.bincount(label) * times, np.bincount(predicted) * times
     correct = int((label == predicted).sum()) * times
-    assert matthews_correlation(support, said, correct) == pytest.approx(
+    assert matthews_correlation(support, margin, correct) == pytest.approx(
         matthews_corrcoef(label, predicted)
     )
-    assert cohens_kappa(support, said, correct) == pytest.approx(
+    assert cohens_kappa(support, margin, correct) == pytest.approx(
         cohen_kappa_score(label, predicted)
     )
 

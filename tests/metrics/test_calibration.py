@@ -94,19 +94,19 @@ def test_the_error_by_chance_is_what_a_calibrated_model_shows(rows: int) -> None
     rng = np.random.default_rng(0)
     confidence = rng.beta(3, 1, rows)
     bins = bin_index(confidence, 15)
-    told = ece_by_chance(
+    by_chance = ece_by_chance(
         np.bincount(bins, minlength=15), np.bincount(bins, weights=confidence, minlength=15)
     )
     shown = [
         expected_calibration_error(confidence, rng.random(rows) < confidence) for _ in range(300)
     ]
-    assert told == pytest.approx(np.mean(shown), rel=0.06)
+    assert by_chance == pytest.approx(np.mean(shown), rel=0.06)
 
 
 def test_the_largest_error_passes_over_bins_of_a_few_rows() -> None:
     count, correct = np.array([1, 600, 399]), np.array([1, 300, 390])
     confidence = np.array([0.1, 330.0, 380.0])
     assert mce_from_bins(count, confidence, correct) == pytest.approx(0.05)
-    assert mce_from_bins(count, confidence, correct, least_share=0.0) == pytest.approx(0.9)
+    assert mce_from_bins(count, confidence, correct, min_share=0.0) == pytest.approx(0.9)
     with pytest.raises(ValueError, match="undefined"):
         mce_from_bins(np.zeros(3), np.zeros(3), np.zeros(3))

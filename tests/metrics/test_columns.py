@@ -1,4 +1,4 @@
-"""Reading judged columns: any encoding of names, any slice of scores."""
+"""Reading columns: any encoding of names, any slice of scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_null_entry_of_a_dictionary_is_no_name() -> None:
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 @pytest.mark.parametrize("start", [0, 3])
-def test_scores_are_those_of_the_rows_after_any_slice_and_beside_nulls(
+def test_scores_are_those_of_the_rows_after_any_slice_and_next_to_nulls(
     start: int, kind: type[np.floating[Any]]
 ) -> None:
     values = np.random.default_rng(0).random((8, 3)).astype(kind)

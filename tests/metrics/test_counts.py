@@ -31,23 +31,23 @@ def count(table, label_column="label", classes=CLASSES, **options):
 
 @pytest.fixture(scope="module")
 def mixed(make_predictions):
-    return make_predictions(3000, CLASSES, seed=3, failed=0.1, unlabelled=0.2, unknown=0.1)
+    return make_predictions(3000, CLASSES, seed=3, failed=0.1, unlabeled=0.2, unknown=0.1)
 
 
 def test_every_row_is_counted_once_by_what_it_is(mixed):
     counts, frame = count(mixed), mixed.to_pandas()
     ok = frame[frame.status == "ok"]
-    labelled = ok[ok.label.isin(CLASSES)]
+    labeled = ok[ok.label.isin(CLASSES)]
     assert counts.rows == len(frame) == counts.ok + counts.error_rows
     assert counts.status == frame.status.value_counts().to_dict()
     assert counts.ok == len(ok) == counts.labeled + counts.unlabeled + counts.unknown_label
-    assert counts.labeled == len(labelled)
+    assert counts.labeled == len(labeled)
     assert counts.unlabeled == ok.label.isna().sum()
     assert counts.unknown_label == (ok.label == "not a class").sum()
-    assert counts.correct == (labelled.label == labelled.predicted_label).sum()
+    assert counts.correct == (labeled.label == labeled.predicted_label).sum()
     assert counts.accepted == ok.accepted.sum()
-    assert counts.accepted_labeled == labelled.accepted.sum()
-    right = labelled[labelled.label == labelled.predicted_label]
+    assert counts.accepted_labeled == labeled.accepted.sum()
+    right = labeled[labeled.label == labeled.predicted_label]
     assert counts.accepted_correct == right.accepted.sum()
 
 
@@ -97,7 +97,7 @@ def test_a_row_without_a_label_score_or_rank_is_left_out_of_their_means(make_pre
 @settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), rows=st.integers(0, 60))
 def test_any_partition_merged_in_any_order_equals_the_whole(make_predictions, data, seed, rows):
-    table = make_predictions(rows, CLASSES, seed=seed, failed=0.2, unlabelled=0.2, unknown=0.2)
+    table = make_predictions(rows, CLASSES, seed=seed, failed=0.2, unlabeled=0.2, unknown=0.2)
     cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=6)))
     edges = zip([0, *cuts], [*cuts, rows], strict=True)
     parts = [count(table.slice(start, stop - start)) for start, stop in edges]
@@ -177,12 +177,12 @@ def test_a_record_batch_counts_like_its_table(mixed):
 
 def test_integer_labels_match_classes_by_their_text(make_predictions):
     classes = ["0", "1", "2"]
-    table = make_predictions(100, classes, unlabelled=0.1)
+    table = make_predictions(100, classes, unlabeled=0.1)
     as_integers = table.set_column(0, "label", table["label"].cast(pa.int64()))
     assert count(as_integers, classes=classes).to_dict() == count(table, classes=classes).to_dict()
 
 
-def test_without_a_label_column_every_ok_row_is_unlabelled(make_predictions):
+def test_without_a_label_column_every_ok_row_is_unlabeled(make_predictions):
     table = make_predictions(200, CLASSES, failed=0.1)
     table = table.drop_columns(["label", "label_score", "label_rank"])
     counts = count(table, label_column=None)

@@ -1,4 +1,4 @@
-"""AUROC, average precision and Brier against scikit-learn: equal, or within the bound told."""
+"""AUROC, average precision and Brier against scikit-learn: equal, or within the reported bound."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_few_classes_are_exact_ties_and_absent_classes_included(
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.1, 1.0, 4.0]))
-def test_many_classes_stay_within_the_bound_that_is_told(seed: int, scale: float) -> None:
+def test_many_classes_stay_within_the_reported_bound(seed: int, scale: float) -> None:
     classes = 70
     scores, label = softmax(200, classes, seed, scale)
     found = compute_discrimination(ScoreCounts.from_scores(scores, label, names(classes)))

@@ -1,4 +1,4 @@
-"""The interval is Wilson's, and holds the true share as often as it says."""
+"""Wilson intervals and bootstrap intervals: coverage, limits and possible values."""
 
 from __future__ import annotations
 

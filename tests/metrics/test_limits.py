@@ -45,8 +45,8 @@ def check_possible(found: dict[str, Metric]) -> None:
     for name, metric in found.items():
         if metric.interval is not None:
             low, high = metric.interval
-            most = np.inf if name == "log_loss" else 1.0
-            assert LOWEST.get(name, 0.0) <= low <= metric.value <= high <= most, name
+            highest = np.inf if name == "log_loss" else 1.0
+            assert LOWEST.get(name, 0.0) <= low <= metric.value <= high <= highest, name
             assert high > low, name
 
 

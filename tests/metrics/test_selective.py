@@ -1,4 +1,4 @@
-"""Thresholds: exact counts at every one offered, and a choice that means what it says."""
+"""Thresholds: exact counts at every grid point, and the lowest one that reaches the target."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NAMES = ("ant", "bee", "cat")
 
 
 def rows_of(
-    confidence: Any, right: Any, predicted: Any | None = None, judged: Any | None = None
+    confidence: Any, right: Any, predicted: Any | None = None, labeled: Any | None = None
 ) -> OkRows:
     confidence = np.asarray(confidence, np.float32).astype(np.float64)
     size = len(confidence)
     predicted = np.zeros(size, np.int64) if predicted is None else np.asarray(predicted)
     label = np.where(np.asarray(right, bool), predicted, (predicted + 1) % 3)
-    if judged is not None:
-        label = np.where(judged, label, NULL_LABEL)
+    if labeled is not None:
+        label = np.where(labeled, label, NULL_LABEL)
     return OkRows(
         {"ok": size}, np.arange(size), predicted, label, confidence, np.ones(size, bool),
         np.full(size, np.nan), np.zeros(0, np.int64),
@@ -39,17 +39,17 @@ def rows_of(
     )
 )
 def test_counts_at_every_threshold_are_those_of_the_comparison(rows: list[Any]) -> None:
-    confidence, right, predicted, judged = (np.array(c) for c in zip(*rows, strict=True))
-    counts = SelectiveCounts.from_rows(rows_of(confidence, right, predicted, judged), NAMES)
+    confidence, right, predicted, labeled = (np.array(c) for c in zip(*rows, strict=True))
+    counts = SelectiveCounts.from_rows(rows_of(confidence, right, predicted, labeled), NAMES)
     accepted = counts.count_accepted()
     for place, threshold in enumerate(THRESHOLD_GRID):
         taken = np.float32(confidence) >= np.float32(threshold)
-        assert accepted[0, place] == (taken & right & judged).sum()
-        assert accepted[1, place] == (taken & ~right & judged).sum()
-        assert accepted[2, place] == (taken & ~judged).sum()
+        assert accepted[0, place] == (taken & right & labeled).sum()
+        assert accepted[1, place] == (taken & ~right & labeled).sum()
+        assert accepted[2, place] == (taken & ~labeled).sum()
     halves = [
         SelectiveCounts.from_rows(
-            rows_of(*(c[s] for c in (confidence, right, predicted, judged))), NAMES
+            rows_of(*(c[s] for c in (confidence, right, predicted, labeled))), NAMES
         )
         for s in (slice(None, 7), slice(7, None))
     ]
@@ -81,7 +81,7 @@ def test_a_few_lucky_rows_decide_nothing() -> None:
         rows_of([0.99] * 5 + [0.5] * 100, [1] * 5 + [0, 1] * 50), NAMES
     )
     assert selective.choose_threshold(counts, 0.95).threshold is None
-    few = selective.choose_threshold(counts, 0.95, least_rows=5)
+    few = selective.choose_threshold(counts, 0.95, min_rows=5)
     assert few.threshold is not None
     assert few.support == 5
 

@@ -14,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -23,10 +21,11 @@ from torchvision.transforms.functional import normalize
 
 from imgcls.data import decode
 from imgcls.errors import BundleError, NotAnImage, StorageMissing
-from imgcls.models import classifier as classifier_module
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, load_bundle_weights, save_bundle
-from imgcls.models.classifier import Classifier, choose_precision, select_top_k
+from imgcls.models.classifier import Classifier
+from imgcls.models.precision import choose_precision
+from imgcls.models.task import select_top_k
 from tests.conftest import COLOURS, draw
 
 Scores = npt.NDArray[np.float32]
@@ -223,25 +222,6 @@ def test_the_temperature_divides_the_logits(small: Classifier, temperature: floa
     )
 
 
-@given(
-    scores=st.lists(
-        st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=4, max_size=4), max_size=6
-    ),
-    k=st.integers(1, 7),
-)
-def test_the_top_are_the_best_first_and_ties_go_to_the_first_class(
-    scores: list[list[float]], k: int
-) -> None:
-    table: Scores = np.array(scores, np.float32).reshape(-1, 4)
-    order, values = select_top_k(table, k)
-    expected = [[i for _, i in sorted((-s, i) for i, s in enumerate(row))][:k] for row in scores]
-    assert order.tolist() == expected
-    assert order.shape == values.shape == (len(table), min(k, 4))
-    assert values.tolist() == [
-        [row[i] for i in best] for row, best in zip(table.tolist(), expected, strict=True)
-    ]
-
-
 def test_predictions_are_labels_with_their_scores(colour_bundle: Path, tmp_path: Path) -> None:
     classifier = Classifier.load(str(colour_bundle))
     pictures = [draw(name, seed=i) for i, name in enumerate(COLOURS)]
@@ -321,42 +301,6 @@ def test_the_public_names_are_those_of_the_package(colour_bundle: Path) -> None:
 
 
 # ------------------------------------------------------------------ precision
-
-
-@pytest.mark.parametrize(
-    ("flags", "precision", "reason"),
-    [
-        ({"avx512f"}, "fp32", "the CPU has no bfloat16 instructions"),
-        ({"avx512_bf16"}, "bf16", "the CPU has AVX-512 BF16"),
-        ({"avx512_bf16", "amx_bf16"}, "bf16", "the CPU has AMX"),
-        ({"bf16", "asimd"}, "bf16", "the CPU has Arm BF16"),
-        (set(), "fp32", "the CPU has no bfloat16 instructions"),
-    ],
-)
-def test_bf16_is_chosen_where_the_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, flags: set[str], precision: str, reason: str
-) -> None:
-    monkeypatch.setattr(classifier_module, "_read_cpu_flags", lambda: flags)
-    assert choose_precision("auto", torch.device("cpu")) == (precision, reason)
-    assert choose_precision("fp32", torch.device("cpu")) == ("fp32", "as asked")
-    assert choose_precision("bf16", torch.device("cpu")) == ("bf16", "as asked")
-
-
-@pytest.mark.parametrize(
-    ("limit", "left"),
-    [
-        ("", {"avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}),
-        ("AVX512_CORE_BF16", {"avx2", "avx512_vnni", "avx512_bf16"}),
-        ("avx2", {"avx2"}),
-    ],
-)
-def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, limit: str, left: set[str]
-) -> None:
-    info = "flags : avx2 avx512_vnni avx512_bf16 amx_int8 amx_bf16\nflags : none\n"
-    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(info))
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert classifier_module._read_cpu_flags() - {"flags", ":"} == left
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "resnet18", "squeezenet1_1"])

@@ -42,7 +42,7 @@ def test_a_fused_network_says_the_same(name: str) -> None:
     expected = network(batch)
     plain = fold_batch_norms(network).to(memory_format=torch.channels_last)
     before = sum(isinstance(module, nn.Conv2d) for module in plain.modules())
-    made = fuse_convolutions(plain, side, spare=zoo.find_head(plain)[1])
+    made = fuse_convolutions(plain, side, keep=zoo.find_head(plain)[1])
     scale = float(expected.abs().max())
     assert scale > 0
     torch.testing.assert_close(made(batch), expected, atol=2e-5 * scale, rtol=1e-3)
@@ -65,7 +65,7 @@ def test_in_bf16_it_is_no_further_from_fp32_than_step_by_step(name: str) -> None
     exact = network(batch)
     rounded = copy.deepcopy(network).to(torch.bfloat16).to(memory_format=torch.channels_last)
     stepwise = rounded(batch.bfloat16()).float()
-    made = fuse_convolutions(rounded, 224, spare=zoo.find_head(rounded)[1])
+    made = fuse_convolutions(rounded, 224, keep=zoo.find_head(rounded)[1])
     found = made(batch.bfloat16()).float()
     assert not any(isinstance(module, nn.Conv2d) for module in made.modules())
     assert float((found - exact).abs().mean()) <= 1.1 * float((stepwise - exact).abs().mean())
@@ -91,7 +91,7 @@ def test_a_residual_that_is_read_again_keeps_its_memory() -> None:
     network = Twice().eval()
     batch = batch_of(2, 16)
     expected = network(batch)
-    made = fuse_convolutions(network, 16, spare=network.head)
+    made = fuse_convolutions(network, 16, keep=network.head)
     torch.testing.assert_close(made(batch), expected)
     assert isinstance(made, fx.GraphModule)
     sums = [node.args for node in made.graph.nodes if len(node.args) == 3]
@@ -111,4 +111,4 @@ def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
             return out
 
     network = Restless().eval()
-    assert fuse_convolutions(network, 8, spare=network.head) is network
+    assert fuse_convolutions(network, 8, keep=network.head) is network

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from imgcls.errors import BundleError, RequestError
-from imgcls.models import classifier as classifier_module
-from imgcls.models import zoo
+from imgcls.errors import BundleError
+from imgcls.models import precision, zoo
 from imgcls.models.bundle import Int8Calibration, load_bundle
-from imgcls.models.classifier import Classifier, choose_precision, record_int8_ranges
+from imgcls.models.classifier import Classifier
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import FusedConv2d
 from imgcls.models.int8 import (
@@ -25,13 +24,13 @@ from imgcls.models.int8 import (
     QuantizedMaxPool2d,
     quantize_network,
 )
-from imgcls.models.int8 import record_ranges as seen_by
+from imgcls.models.int8_calibration import record_int8_ranges, record_ranges
 from tests.models.test_classifier import bundle_of, random_batch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available()
-    or not classifier_module._read_cpu_flags() & classifier_module._INT8_FLAGS,
+    or not precision.read_cpu_flags() & precision.INT8_FLAGS,
     reason="this machine does not multiply int8",
 )
 
@@ -61,8 +60,8 @@ def test_a_quantised_network_stays_near_what_it_was(
     expected = network(batch)
     shown = copy.deepcopy(network)
     halves = [batch[:4], batch[4:]]
-    ranges = seen_by(shown, side, spare=zoo.find_head(shown)[1], batches=halves)
-    made = quantize_network(network, side, spare=zoo.find_head(network)[1], ranges=ranges)
+    ranges = record_ranges(shown, side, keep=zoo.find_head(shown)[1], batches=halves)
+    made = quantize_network(network, side, keep=zoo.find_head(network)[1], ranges=ranges)
     spread = float((expected - expected.mean(0)).abs().mean())
     apart = float((made(batch) - expected).abs().mean())
     assert apart < max(0.5 * spread, 0.05 * float(expected.abs().mean()))
@@ -100,7 +99,7 @@ def test_ranges_of_another_network_are_refused(tmp_path: Path) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "small_cnn")))
     other = Int8Calibration(ranges={"x": {}}, calibration_images=1, judged_images=1, agreement=1)
     changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": other}))
-    with pytest.raises(BundleError, match="ranges are those of another network; quantise it anew"):
+    with pytest.raises(BundleError, match="measured on another network; quantize it again"):
         Classifier(changed, precision="int8", device="cpu")
     with pytest.raises(BundleError, match="has not been prepared for int8"):
         Classifier(bundle, precision="int8", device="cpu")
@@ -113,7 +112,7 @@ def test_a_classifier_in_int8_answers_nearly_as_it_does_otherwise(tmp_path: Path
     told = Int8Calibration(ranges=ranges, calibration_images=32, judged_images=1, agreement=1)
     changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
     rough = Classifier(changed, precision="int8", device="cpu")
-    assert (rough.precision, rough.precision_reason) == ("int8", "as asked")
+    assert (rough.precision, rough.precision_reason) == ("int8", "as requested")
     batch = random_batch(exact, 8, 99)
     expected = exact.classify(batch, embeddings=True)
     found = rough.classify(batch, embeddings=True)
@@ -127,14 +126,8 @@ def test_without_a_convolution_there_is_nothing_to_quantise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "small_cnn")))
-    monkeypatch.setattr("imgcls.models.int8.quantize_network", lambda *_, **__: None)
-    with pytest.raises(BundleError, match="int8: it has no convolution that could be quantised"):
+    monkeypatch.setattr(
+        "imgcls.models.int8_calibration.insert_fused_convolutions", lambda *_, **__: None
+    )
+    with pytest.raises(BundleError, match="int8: the network has no convolution that can be"):
         record_int8_ranges(bundle, [])
-
-
-def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="is for CPUs; a GPU does better with bf16"):
-        choose_precision("int8", torch.device("cuda"))
-    monkeypatch.setattr(classifier_module, "_read_cpu_flags", lambda: {"avx2"})
-    with pytest.raises(RequestError, match="amx_int8, avx512_vnni, avx_vnni, without which"):
-        choose_precision("int8", CPU)

@@ -23,14 +23,14 @@ TERM = 1.0
 
 HOLD = """
 import sys, time
-from imgcls.errors import OutputBusy, RunFailed
+from imgcls.errors import OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     lease = Lease.acquire(sys.argv[1], float(sys.argv[2]))
-except OutputBusy as error:
+except OutputLocked as error:
     print("busy", error, flush=True)
     sys.exit(2)
 print("held", flush=True)
@@ -48,7 +48,7 @@ for command in sys.stdin:
 
 
 class Driver:
-    """A process that takes a lease when told to, and keeps it until it is told or killed."""
+    """A process that takes and releases a lease on request."""
 
     def __init__(self, output: Path, term: float = TERM) -> None:
         self.process = subprocess.Popen(
@@ -58,23 +58,23 @@ class Driver:
             text=True,
             cwd=REPOSITORY,
         )
-        assert self.says() == "ready"
+        assert self.read_line() == "ready"
 
-    def says(self) -> str:
+    def read_line(self) -> str:
         """The next line but notes of waiting."""
         assert self.process.stdout is not None
         while (line := self.process.stdout.readline()).startswith("waiting"):
             pass
         return line.strip()
 
-    def tell(self, command: str) -> None:
+    def send(self, command: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
 
-    def asked(self, command: str) -> str:
-        self.tell(command)
-        return self.says()
+    def request(self, command: str) -> str:
+        self.send(command)
+        return self.read_line()
 
 
 @pytest.fixture
@@ -113,29 +113,29 @@ def move_elsewhere(path: Path) -> None:
 def test_of_many_rivals_exactly_one_acquires(driver: Callable[..., Driver], output: str) -> None:
     rivals = [driver() for _ in range(5)]
     for rival in rivals:
-        rival.tell("go")
-    said = [rival.says() for rival in rivals]
-    assert sorted(word.partition(" ")[0] for word in said) == ["busy"] * 4 + ["held"]
-    winner = rivals[said.index("held")]
-    for word in said:
-        if word != "held":
-            assert f"process {winner.process.pid} is at work on it" in word
-            assert "another --output" in word
-    assert winner.asked("check") == "mine"
+        rival.send("go")
+    lines = [rival.read_line() for rival in rivals]
+    assert sorted(line.partition(" ")[0] for line in lines) == ["busy"] * 4 + ["held"]
+    winner = rivals[lines.index("held")]
+    for line in lines:
+        if line != "held":
+            assert f"(pid {winner.process.pid}). Wait for it" in line
+            assert "another --output" in line
+    assert winner.request("check") == "mine"
 
 
 def test_of_many_rivals_for_a_dead_drivers_lease_exactly_one_acquires(
     driver: Callable[..., Driver], output: str
 ) -> None:
     dead = driver()
-    assert dead.asked("go") == "held"
+    assert dead.request("go") == "held"
     dead.process.kill()
     rivals = [driver() for _ in range(5)]
     for rival in rivals:
-        rival.tell("go")
-    said = [rival.says() for rival in rivals]
-    assert sorted(word.partition(" ")[0] for word in said) == ["busy"] * 4 + ["held"]
-    assert rivals[said.index("held")].asked("check") == "mine"
+        rival.send("go")
+    lines = [rival.read_line() for rival in rivals]
+    assert sorted(line.partition(" ")[0] for line in lines) == ["busy"] * 4 + ["held"]
+    assert rivals[lines.index("held")].request("check") == "mine"
 
 
 # ------------------------------------------------------------------ holders that can be seen
@@ -145,7 +145,7 @@ def test_a_killed_driver_of_this_machine_is_replaced_without_waiting(
     driver: Callable[..., Driver], output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dead = driver()
-    assert dead.asked("go") == "held"
+    assert dead.request("go") == "held"
     dead.process.send_signal(signal.SIGKILL)
     dead.process.wait()
     lease = Lease.acquire(output, term=3600)
@@ -158,7 +158,7 @@ def test_a_killed_driver_that_nobody_has_buried_counts_as_dead(
     driver: Callable[..., Driver], output: str
 ) -> None:
     zombie = driver()
-    assert zombie.asked("go") == "held"
+    assert zombie.request("go") == "held"
     zombie.process.send_signal(signal.SIGKILL)
     stat = Path(f"/proc/{zombie.process.pid}/stat")
     wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
@@ -169,21 +169,21 @@ def test_a_live_driver_is_not_replaced_however_silent(
     driver: Callable[..., Driver], output: str
 ) -> None:
     holder = driver()
-    assert holder.asked("go") == "held"
+    assert holder.request("go") == "held"
     os.kill(holder.process.pid, signal.SIGSTOP)  # it renews nothing, but it may go on
     try:
-        with pytest.raises(OutputLocked, match=f"process {holder.process.pid} is at work"):
+        with pytest.raises(OutputLocked, match=rf"locked by .* \(pid {holder.process.pid}\)"):
             Lease.acquire(output, term=0.01)
     finally:
         os.kill(holder.process.pid, signal.SIGCONT)
-    assert holder.asked("check") == "mine"
+    assert holder.request("check") == "mine"
 
 
 def test_another_process_with_the_dead_drivers_number_is_not_taken_for_it(
     driver: Callable[..., Driver], output: str
 ) -> None:
     holder = driver()
-    assert holder.asked("go") == "held"
+    assert holder.request("go") == "held"
     holder.process.kill()
     holder.process.wait()
     body = json.loads(record(output, 1).read_text())
@@ -202,7 +202,7 @@ def test_a_silent_driver_elsewhere_is_replaced_after_a_term(
     heir = Lease.acquire(output, term=TERM)
     assert "waiting up to 1 s" in capsys.readouterr().out
     heir.check()
-    with pytest.raises(RunFailed, match="another driver has taken over; nothing was harmed"):
+    with pytest.raises(RunFailed, match="another driver has taken over; no results were lost"):
         silent.check()
     heir.release()
 
@@ -212,7 +212,7 @@ def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
     alive._build_record = lambda: json.dumps(  # type: ignore[method-assign]
         {
             "owner": "x",
-            "beats": alive._beats,
+            "beats": alive._renewals,
             "host": "far",
             "machine": "m",
             "pid": 7,
@@ -220,7 +220,7 @@ def test_a_driver_elsewhere_that_renews_is_not_replaced(output: str) -> None:
         }
     ).encode()
     wait_for(lambda: '"far"' in record(output, 1).read_text())
-    with pytest.raises(OutputLocked, match="far, process 7 is at work on it"):
+    with pytest.raises(OutputLocked, match=r"is locked by far \(pid 7\)"):
         Lease.acquire(output, term=60)
     alive.check()
     alive.release()
@@ -232,11 +232,11 @@ def test_a_driver_elsewhere_that_gives_back_while_a_rival_waits_lets_it_in(
     holder = Lease.acquire(output, term=3600)
     move_elsewhere(record(output, 1))
     waiting = driver(3600)
-    waiting.tell("go")
+    waiting.send("go")
     assert waiting.process.stdout is not None
     assert "waiting up to 3600 s" in waiting.process.stdout.readline()
     holder.release()
-    assert waiting.says() == "held"
+    assert waiting.read_line() == "held"
 
 
 # ------------------------------------------------------------------ losing it, giving it back
@@ -246,8 +246,8 @@ def test_a_lease_that_cannot_be_renewed_for_a_term_is_lost(output: str) -> None:
     lease = Lease.acquire(output, term=TERM)
     lease._stop.set()  # as when the store does not answer
     lease._thread.join()
-    lease._renewed = time.monotonic() - 2 * TERM
-    with pytest.raises(RunFailed, match="could not be renewed for 1 s; nothing was harmed"):
+    lease._last_renewal = time.monotonic() - 2 * TERM
+    with pytest.raises(RunFailed, match="could not be renewed for 1 s; no results were lost"):
         lease.check()
 
 
@@ -274,7 +274,7 @@ def test_giving_a_lease_back_cleans_up_and_lets_the_next_in(
     driver: Callable[..., Driver], output: str
 ) -> None:
     dead = driver()
-    assert dead.asked("go") == "held"
+    assert dead.request("go") == "held"
     dead.process.kill()
     dead.process.wait()
     lease = Lease.acquire(output, TERM)
@@ -282,8 +282,8 @@ def test_giving_a_lease_back_cleans_up_and_lets_the_next_in(
     lease.release()
     assert not (Path(output) / "_lease").exists()
     after = driver()
-    assert after.asked("go") == "held"
-    assert after.asked("release") == "released"
+    assert after.request("go") == "held"
+    assert after.request("release") == "released"
     assert not (Path(output) / "_lease").exists()
 
 

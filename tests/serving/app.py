@@ -1,16 +1,21 @@
-"""The HTTP application in this process, behind a real server on a real port."""
+"""The HTTP application in this process, behind a real server on a local port."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import socket
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
 import uvicorn
 
 from imgcls import config as configuration
@@ -22,17 +27,17 @@ from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import MetricTotals, ReplicaMetrics
 from imgcls.serving.rate_limit import LocalAllowance, TokenBuckets
 from imgcls.serving.service import ServedModel, Service
+from tests.conftest import draw
 from tests.processes import free_port, wait_for
 
 
 @dataclass
 class Running:
-    """A server under way. Beside Ray Serve, what it lacks is several replicas."""
+    """A running server: as Ray Serve runs it, but with one replica, in this process."""
 
     url: str
     port: int
     service: Service
-    door: AccessControl
     loop: asyncio.AbstractEventLoop
     reloads: int = 0
 
@@ -48,39 +53,47 @@ class Running:
 
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
-    """Serve a bundle; settings as dotted keys, `__` for the dot."""
+    """Serve a bundle.
+
+    settings: dotted keys of `imgcls serve`, with `__` in place of the dot
+    """
     dotted = {name.replace("__", "."): value for name, value in settings.items()}
     config = configuration.build(ServeConfig, {"model": str(bundle), **dotted})
-    purse = TokenBuckets()
+    buckets = TokenBuckets()
 
-    async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
-        return purse.take(name, per_second, need, ahead)
+    async def take(
+        name: str, per_second: float, needed: int, prefetch: float
+    ) -> tuple[float, float]:
+        return buckets.take(name, per_second, needed, prefetch)
 
-    ring = Keyring(config.keys.file) if config.keys.is_configured() else None
+    keyring = Keyring(config.keys.file) if config.keys.is_configured() else None
     port = free_port()
-    began = threading.Event()
+    is_created = threading.Event()
     running: list[Running] = []
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:
         service = Service(config, ServedModel.load(config), ReplicaMetrics(), decoders=1)
-        door = AccessControl(ring, LocalAllowance(take), None, config.http.cors_origins)  # type: ignore[arg-type]
-        url, loop = f"http://127.0.0.1:{port}", asyncio.get_running_loop()
-        mine = Running(url, port, service, door, loop)
-        door.control = mine
-        app = build_app(service, door, config)
+        access = AccessControl(keyring, LocalAllowance(take), config.http.cors_origins)
+        this = Running(f"http://127.0.0.1:{port}", port, service, asyncio.get_running_loop())
         server = uvicorn.Server(
-            uvicorn.Config(app, port=port, lifespan="off", log_level="warning", access_log=False)
+            uvicorn.Config(
+                build_app(service, access, this, config),
+                port=port,
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+            )
         )
-        running.append(mine)
+        running.append(this)
         servers.append(server)
-        began.set()
+        is_created.set()
         await server.serve()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
-    assert began.wait(60)
-    wait_for(lambda: servers[0].started, 30)
+    assert is_created.wait(60)
+    wait_for(lambda: servers[0].started, 30, 0.02)
     try:
         yield running[0]
     finally:
@@ -89,15 +102,71 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
 
 
 def recalibrate(bundle: Path) -> None:
-    """Give a bundle another temperature, and with it another hash."""
+    """Change the temperature of a bundle, and with it its hash."""
     spec = load_bundle(str(bundle)).spec
-    saved_anew(bundle, temperature=spec.temperature * 2)
+    rewrite_bundle(bundle, temperature=spec.temperature * 2)
 
 
-def saved_anew(bundle: Path, **changes: object) -> None:
-    """Change what a bundle says of its network, whether or not that can be."""
+def rewrite_bundle(bundle: Path, **changes: object) -> None:
+    """Change fields of a bundle's description, valid or not."""
     loaded = load_bundle(str(bundle))
     save_bundle(str(bundle), loaded.spec.model_copy(update=changes), load_bundle_weights(loaded))
+
+
+def jpeg(name: str = "red", seed: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:
+    """The bytes of a JPEG whose color is its class."""
+    sink = io.BytesIO()
+    draw(name, size, seed).save(sink, "JPEG", quality=90)
+    return sink.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces its size, and is otherwise a kilobyte of nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        whole = kind + data
+        return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packed = zlib.compress(bytes(1 << 20))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed)
+
+
+def post(running: Running, data: bytes, **options: Any) -> requests.Response:
+    """Send the bytes of one image."""
+    headers = {"Content-Type": "image/jpeg", **options.pop("headers", {})}
+    url = f"{running.url}/v1/predict"
+    return requests.post(url, data, headers=headers, timeout=60, **options)
+
+
+def assert_problem(response: requests.Response, status: int, kind: str) -> dict[str, Any]:
+    """Check that a response is a problem of this kind; returns its body."""
+    assert response.status_code == status, response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["type"] == f"urn:imgcls:problem:{kind}"
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+def announce_body(port: int, size: int) -> str:
+    """Send the headers of a request with a body of `size` bytes; returns the response's headers."""
+    with socket.create_connection(("127.0.0.1", port), 60) as connection:
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size
+        )
+        return read_head(connection)
+
+
+def read_head(connection: socket.socket) -> str:
+    """The headers of a response, in lower case."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while b"\r\n\r\n" not in received and (more := connection.recv(65536)):
+            received += more
+    return received.decode().lower()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Counts of many replicas as if they were one."""
+"""Metrics of many replicas, summed up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def values(totals: MetricTotals) -> dict[str, float]:
     }
 
 
-def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
+def test_replicas_are_summed_and_ended_ones_still_count() -> None:
     clock = Clock()
     totals = MetricTotals(silent_seconds=10, clock=clock)
     one, other = ReplicaMetrics(), ReplicaMetrics()
@@ -38,29 +38,31 @@ def test_replicas_are_added_up_and_those_that_are_gone_still_count() -> None:
         other.set_model(sha256)
     totals.report("one", one.collect_samples())
     totals.report("other", other.collect_samples())
-    totals.report("one", one.collect_samples())  # counts since it began, not since it last spoke
-    said = values(totals)
-    assert said["imgcls_images_total status=ok"] == 7
-    assert said["imgcls_images_total status=truncated"] == 1
-    assert said["imgcls_batch_images_count"] == 1
-    assert said["imgcls_waiting_images"] == 6
-    assert said["imgcls_replicas"] == 2
-    assert said["imgcls_model_replicas sha256=old"] == 1
-    assert said["imgcls_model_replicas sha256=new"] == 1
+    totals.report(
+        "one", one.collect_samples()
+    )  # samples count from the start, not from the last report
+    found = values(totals)
+    assert found["imgcls_images_total status=ok"] == 7
+    assert found["imgcls_images_total status=truncated"] == 1
+    assert found["imgcls_batch_images_count"] == 1
+    assert found["imgcls_waiting_images"] == 6
+    assert found["imgcls_replicas"] == 2
+    assert found["imgcls_model_replicas sha256=old"] == 1
+    assert found["imgcls_model_replicas sha256=new"] == 1
 
     clock.now = 8
     totals.report("other", other.collect_samples())
     clock.now = 12
-    said = values(totals)
-    assert said["imgcls_images_total status=ok"] == 7
-    assert said["imgcls_batch_images_count"] == 1
-    assert said["imgcls_waiting_images"] == 1
-    assert said["imgcls_replicas"] == 1
-    assert "imgcls_model_replicas sha256=old" not in said
+    found = values(totals)
+    assert found["imgcls_images_total status=ok"] == 7
+    assert found["imgcls_batch_images_count"] == 1
+    assert found["imgcls_waiting_images"] == 1
+    assert found["imgcls_replicas"] == 1
+    assert "imgcls_model_replicas sha256=old" not in found
     assert totals.find_active_replicas() == {"other"}
 
 
-def test_a_replica_that_was_silent_for_a_while_counts_once() -> None:
+def test_a_replica_that_reports_again_after_a_pause_counts_once() -> None:
     clock = Clock()
     totals = MetricTotals(silent_seconds=10, forget_seconds=100, clock=clock)
     one = ReplicaMetrics()

@@ -1,4 +1,4 @@
-"""The gate before Ray Serve's HTTP server, over real HTTP: what it lets in, and what it says."""
+"""The middleware of Ray Serve's HTTP proxy, over real HTTP: limits on bodies, Ray's own errors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from imgcls.serving import proxy_middleware
 from imgcls.serving.config import LimitsConfig
 from imgcls.serving.proxy_middleware import BodyLimitMiddleware
 from tests.processes import free_port, wait_for
-from tests.serving.test_api import refused
+from tests.serving.app import announce_body, assert_problem, read_head
 
-BODY, DOOR = 1 << 20, 3 << 20
+BODY_BYTES, PROXY_BYTES = 1 << 20, 3 << 20
 
 
 @dataclass
 class Greedy:
-    """As Ray's proxy does while no replica is there: reads all that comes, and never answers."""
+    """An application that reads everything and never answers, as Ray's proxy without a replica."""
 
     read: int = 0
     left: int = 0
@@ -39,93 +39,78 @@ class Greedy:
 
 
 @contextlib.contextmanager
-def standing(app: ASGIApp) -> Iterator[tuple[int, BodyLimitMiddleware]]:
-    """A server whose gate is small; its port."""
+def running(app: ASGIApp) -> Iterator[tuple[int, BodyLimitMiddleware]]:
+    """Run a server with low limits; yields its port and the middleware."""
     port = free_port()
-    gate = BodyLimitMiddleware(app, BODY, DOOR)
+    middleware = BodyLimitMiddleware(app, BODY_BYTES, PROXY_BYTES)
     server = uvicorn.Server(
-        uvicorn.Config(gate, port=port, lifespan="off", log_level="critical", access_log=False)
+        uvicorn.Config(
+            middleware, port=port, lifespan="off", log_level="critical", access_log=False
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_for(lambda: server.started, 30)
     try:
-        yield port, gate
+        yield port, middleware
     finally:
         server.should_exit = True
         thread.join(30)
 
 
-def sent(port: int, body: bytes) -> socket.socket:
-    """A request with some of its body, of which more is to come."""
+def start_body(port: int, body: bytes) -> socket.socket:
+    """Send a request with the first part of its body."""
     connection = socket.create_connection(("127.0.0.1", port), 30)
     connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-    with contextlib.suppress(ConnectionError):  # it was answered before all was sent
+    with contextlib.suppress(ConnectionError):  # the response came before everything was sent
         connection.sendall(f"{len(body):x}\r\n".encode() + body + b"\r\n")
     return connection
 
 
-def announced(port: int, count: int) -> str:
-    """What is said to a body of so many bytes, of which none has come."""
-    with socket.create_connection(("127.0.0.1", port), 60) as connection:
-        connection.sendall(
-            b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % count
-        )
-        return answer(connection)
-
-
-def answer(connection: socket.socket) -> str:
-    said = b""
-    with contextlib.suppress(ConnectionError):
-        while b"\r\n\r\n" not in said and (more := connection.recv(65536)):
-            said += more
-    return said.decode().lower()
-
-
-def test_a_body_without_an_end_is_not_read_to_it() -> None:
+def test_an_endless_body_is_not_read_further_than_the_limit() -> None:
     app = Greedy()
-    with standing(app) as (port, gate):
-        with sent(port, bytes(4 * BODY)) as connection:
-            head = answer(connection)
+    with running(app) as (port, middleware):
+        with start_body(port, bytes(4 * BODY_BYTES)) as connection:
+            head = read_head(connection)
         assert head.startswith("http/1.1 413 ")
         assert "application/problem+json" in head
         assert "connection: close" in head
         assert "x-content-type-options: nosniff" in head
         wait_for(lambda: app.left == 1, 30)
-        assert app.read <= BODY
-        assert gate.held_bytes == 0
+        assert app.read <= BODY_BYTES
+        assert middleware.held_bytes == 0
 
 
-def test_what_is_announced_to_be_too_long_gets_no_further() -> None:
+def test_a_body_announced_as_too_long_is_rejected_unread() -> None:
     app = Greedy()
-    with standing(app) as (port, _):
-        assert announced(port, BODY + 1).startswith("http/1.1 413 ")
+    with running(app) as (port, _):
+        assert announce_body(port, BODY_BYTES + 1).startswith("http/1.1 413 ")
         assert app.scopes == []
 
 
-def test_all_bodies_together_have_a_bound_and_leave_room_when_they_go() -> None:
+def test_all_bodies_together_are_limited_until_their_requests_end() -> None:
     app = Greedy()
-    with standing(app) as (port, gate), contextlib.ExitStack() as stack:
-        there = [stack.enter_context(sent(port, bytes(BODY))) for _ in range(3)]
-        wait_for(lambda: gate.held_bytes == DOOR, 30)
-        with sent(port, bytes(10)) as connection:
-            head = answer(connection)
+    with running(app) as (port, middleware), contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(start_body(port, bytes(BODY_BYTES))) for _ in range(3)]
+        wait_for(lambda: middleware.held_bytes == PROXY_BYTES, 30)
+        with start_body(port, bytes(10)) as connection:
+            head = read_head(connection)
         assert head.startswith("http/1.1 503 ")
         assert "retry-after: " in head
         assert "connection: close" in head
-        assert app.read == DOOR
-        there[0].close()
-        wait_for(lambda: gate.held_bytes == DOOR - BODY, 30)
-        with sent(port, bytes(10)):
-            wait_for(lambda: app.read == DOOR + 10, 30)
+        assert app.read == PROXY_BYTES
+        connections[0].close()
+        wait_for(lambda: middleware.held_bytes == PROXY_BYTES - BODY_BYTES, 30)
+        with start_body(port, bytes(10)):
+            wait_for(lambda: app.read == PROXY_BYTES + 10, 30)
 
 
-def test_nobody_can_have_a_request_without_a_time_limit() -> None:
+def test_no_client_can_disable_the_request_timeout() -> None:
     app = Greedy()
-    with standing(app) as (port, _):
+    with running(app) as (port, _):
         headers = {"X-Request-Timeout-Seconds": "-1", "X-Request-Disconnect-Disabled": "?1"}
         with contextlib.suppress(requests.Timeout):
-            requests.get(f"http://127.0.0.1:{port}/", headers=headers, timeout=1)
+            requests.get(f"http://127.0.0.1:{port}/", headers=headers, timeout=0.3)
         names = [name for name, _ in app.scopes[0]["headers"]]
         assert b"host" in names
         assert not any(name.startswith(b"x-request") for name in names)
@@ -140,20 +125,20 @@ def test_nobody_can_have_a_request_without_a_time_limit() -> None:
         (503, "service_unavailable", [(b"retry-after", b"7")], "7"),
     ],
 )
-def test_what_ray_says_itself_is_a_problem(
+def test_errors_of_ray_become_problems(
     status: int, kind: str, headers: list[tuple[bytes, bytes]], after: str | None
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for message in convert_object_to_asgi_messages("some words", status, headers):
+        for message in convert_object_to_asgi_messages("some text", status, headers):
             await send(message)
 
-    with standing(app) as (port, _):
+    with running(app) as (port, _):
         response = requests.get(f"http://127.0.0.1:{port}/", timeout=10)
-        refused(response, status, kind)
+        assert_problem(response, status, kind)
         assert response.headers.get("Retry-After") == after
 
 
-def test_what_is_not_answered_at_all_is_a_problem_that_nobody_is_asked_to_repeat() -> None:
+def test_a_request_without_a_response_is_a_problem_without_retry_after() -> None:
     async def silent(scope: Scope, receive: Receive, send: Send) -> None:
         pass
 
@@ -161,13 +146,13 @@ def test_what_is_not_answered_at_all_is_a_problem_that_nobody_is_asked_to_repeat
         raise RuntimeError("on purpose")
 
     for app in (silent, broken):
-        with standing(app) as (port, _):
+        with running(app) as (port, _):
             response = requests.get(f"http://127.0.0.1:{port}/", timeout=10)
-            refused(response, 500, "internal_error")
+            assert_problem(response, 500, "internal_error")
             assert "Retry-After" not in response.headers
 
 
-def test_answers_of_applications_pass_as_they_are() -> None:
+def test_responses_of_applications_pass_unchanged() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/-/healthz":
             for message in convert_object_to_asgi_messages("success", 200):
@@ -177,13 +162,13 @@ def test_answers_of_applications_pass_as_they_are() -> None:
         await send({"type": "http.response.start", "status": 400, "headers": headers})
         await send({"type": "http.response.body", "body": b"no"})
 
-    with standing(app) as (port, _):
+    with running(app) as (port, _):
         for path, status, text in (("/", 400, "no"), ("/-/healthz", 200, "success")):
             response = requests.get(f"http://127.0.0.1:{port}{path}", timeout=10)
             assert (response.status_code, response.text) == (status, text)
 
 
-def test_its_bounds_come_from_the_environment_and_are_those_of_the_settings(
+def test_the_limits_come_from_the_environment_and_default_to_the_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limits = LimitsConfig()

@@ -18,24 +18,24 @@ class Clock:
         return self.now
 
 
-def test_a_burst_goes_and_then_the_rate_holds() -> None:
+def test_a_burst_passes_and_then_the_rate_holds() -> None:
     clock = Clock()
-    purse = TokenBuckets(clock)
-    assert purse.take("a", 2.0, 20, 0.0) == (20, 0.0)
-    assert purse.take("a", 2.0, 1, 0.0) == (0.0, 0.5)
+    buckets = TokenBuckets(clock)
+    assert buckets.take("a", 2.0, 20, 0.0) == (20, 0.0)
+    assert buckets.take("a", 2.0, 1, 0.0) == (0.0, 0.5)
     clock.now += 0.5
-    assert purse.take("a", 2.0, 1, 0.0) == (1, 0.0)
-    assert purse.take("b", 2.0, 1, 0.0) == (1, 0.0)
+    assert buckets.take("a", 2.0, 1, 0.0) == (1, 0.0)
+    assert buckets.take("b", 2.0, 1, 0.0) == (1, 0.0)
 
 
-def test_a_request_larger_than_a_burst_goes_when_the_bucket_is_full_and_is_owed() -> None:
+def test_a_request_larger_than_a_burst_passes_when_the_bucket_is_full_and_leaves_a_debt() -> None:
     clock = Clock()
-    purse = TokenBuckets(clock)
-    assert purse.take("a", 0.1, 5, 0.0) == (5, 0.0)
-    taken, wait = purse.take("a", 0.1, 1, 0.0)
+    buckets = TokenBuckets(clock)
+    assert buckets.take("a", 0.1, 5, 0.0) == (5, 0.0)
+    taken, wait = buckets.take("a", 0.1, 1, 0.0)
     assert (taken, round(wait)) == (0.0, 50)
     clock.now += 50
-    assert purse.take("a", 0.1, 1, 0.0)[0] == 1
+    assert buckets.take("a", 0.1, 1, 0.0)[0] == 1
 
 
 @given(
@@ -46,59 +46,65 @@ def test_replicas_together_never_let_more_through_than_the_rate(
     per_minute: float, requests: list[tuple[int, int, float]]
 ) -> None:
     clock = Clock()
-    purse = TokenBuckets(clock)
+    buckets = TokenBuckets(clock)
 
-    async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
-        return purse.take(name, per_second, need, ahead)
+    async def take(
+        name: str, per_second: float, needed: int, prefetch: float
+    ) -> tuple[float, float]:
+        return buckets.take(name, per_second, needed, prefetch)
 
-    pockets = [LocalAllowance(take, clock) for _ in range(4)]
+    allowances = [LocalAllowance(take, clock) for _ in range(4)]
     burst = max(per_minute / 60 * BURST_SECONDS, 1.0)
-    let_through, largest = 0, 0
+    passed, largest = 0, 0
     for replica, images, seconds in requests:
         clock.now += seconds
-        if asyncio.run(pockets[replica].spend("key", per_minute, images)) == 0:
-            let_through += images
+        if asyncio.run(allowances[replica].spend("key", per_minute, images)) == 0:
+            passed += images
             largest = max(largest, images)
-            # what is above a burst is owed, so it can go too far once
-            assert let_through <= burst + clock.now * per_minute / 60 + largest + 1e-6
+            # a request above a burst leaves a debt, so the limit can be exceeded once
+            assert passed <= burst + clock.now * per_minute / 60 + largest + 1e-6
 
 
-def test_most_requests_cost_no_message() -> None:
+def test_most_requests_need_no_call_to_the_coordinator() -> None:
     clock = Clock()
-    purse = TokenBuckets(clock)
-    messages = 0
+    buckets = TokenBuckets(clock)
+    calls = 0
 
-    async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
-        nonlocal messages
-        messages += 1
-        return purse.take(name, per_second, need, ahead)
+    async def take(
+        name: str, per_second: float, needed: int, prefetch: float
+    ) -> tuple[float, float]:
+        nonlocal calls
+        calls += 1
+        return buckets.take(name, per_second, needed, prefetch)
 
     async def ask() -> list[int]:
-        pocket = LocalAllowance(take, clock)
+        allowance = LocalAllowance(take, clock)
         waits = []
         for _ in range(1000):
             clock.now += 0.01
-            waits.append(await pocket.spend("key", 6000, 1))
+            waits.append(await allowance.spend("key", 6000, 1))
         return waits
 
     assert set(asyncio.run(ask())) == {0}
-    assert messages <= 1000 * 0.01 / PREFETCH_SECONDS + 1
+    assert calls <= 1000 * 0.01 / PREFETCH_SECONDS + 1
 
 
-def test_who_must_wait_is_told_how_long() -> None:
+def test_a_rejected_request_passes_after_the_time_to_wait() -> None:
     clock = Clock()
-    purse = TokenBuckets(clock)
+    buckets = TokenBuckets(clock)
 
-    async def take(name: str, per_second: float, need: int, ahead: float) -> tuple[float, float]:
-        return purse.take(name, per_second, need, ahead)
+    async def take(
+        name: str, per_second: float, needed: int, prefetch: float
+    ) -> tuple[float, float]:
+        return buckets.take(name, per_second, needed, prefetch)
 
     async def ask() -> None:
-        pocket = LocalAllowance(take, clock)
-        while await pocket.spend("key", 60, 1) == 0:
+        allowance = LocalAllowance(take, clock)
+        while await allowance.spend("key", 60, 1) == 0:
             pass
-        wait = await pocket.spend("key", 60, 5)
+        wait = await allowance.spend("key", 60, 5)
         assert 4 <= wait <= 5
         clock.now += wait
-        assert await pocket.spend("key", 60, 5) == 0
+        assert await allowance.spend("key", 60, 5) == 0
 
     asyncio.run(ask())

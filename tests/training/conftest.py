@@ -1,4 +1,4 @@
-"""What training tests share: a group of one worker here, groups of several in other processes."""
+"""Fixtures of the training tests: process groups of one or several workers, and a Ray session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.team import Team
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """The networks here are so small that threads would wait for each other more than they work."""
+    """One thread for torch: threads only slow down networks as small as these."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of one, in this process."""
+    """A process group of one worker, in this process."""
     dist.init_process_group(
         "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30)
     )
@@ -39,9 +39,9 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[None]:
-    """A Ray of this process's own, with two logical CPUs."""
+    """One Ray session with two logical CPUs for all training tests of a process."""
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""Real processes that train together: a gloo group of any size, made anew for each call."""
+"""Worker processes for tests: a new gloo process group of any size for each call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 120
 
 
 class Team:
-    """Processes that wait for something to do."""
+    """Processes that wait for calls."""
 
     def __init__(self, folder: Path, lines: list[Connection]) -> None:
         self._folder, self._lines, self._calls = folder, lines, 0
@@ -63,7 +63,7 @@ def _serve(line: Connection) -> None:
             shared = dist.FileStore(store, workers)
             dist.init_process_group("gloo", store=shared, rank=rank, world_size=workers)
             answer = (None, function(rank, workers, *args))
-        except Exception:  # noqa: BLE001  it is told to the test
+        except Exception:  # noqa: BLE001  the test gets the traceback
             answer = (traceback.format_exc(), None)
         finally:
             if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""A run goes on from the newest state that is whole, whatever became of the ones after it."""
+"""A run resumes from its newest complete state, whatever happened to the states after it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def epoch(number: int) -> EpochMetrics:
     return EpochMetrics(number, 0.4, 0.9, 1.0, 0.5 + number / 100, 1e-3, 1234.4, 4.13, 100, 10, 0.5)
 
 
-def standing(epochs: int, best: int | None = None) -> TrainProgress:
+def build_progress(epochs: int, best: int | None = None) -> TrainProgress:
     history = tuple(epoch(number) for number in range(1, epochs + 1))
     return TrainProgress(epoch=epochs + 1, history=history, best=best)
 
 
 def state(number: int) -> dict[str, Any]:
-    """What a learner would give, with the number in it."""
+    """A state like that of a TrainStep, with the number in it."""
     return {
         "network": {"weight": torch.full((3, 2), float(number))},
         "average": None,
@@ -56,7 +56,7 @@ def saved(output: Path, numbers: range, best: tuple[int, ...] = (1,)) -> Path:
     for number in numbers:
         last = number - 1 if number in best else last
         kept = weights(number) if number in best else None
-        checkpoints.save(standing(number, last), state(number), kept)
+        checkpoints.save(build_progress(number, last), state(number), kept)
     checkpoints.wait_until_saved()
     return output / CHECKPOINT_FOLDER
 
@@ -66,12 +66,12 @@ def names(folder: Path) -> set[str]:
 
 
 def found(output: Path) -> float:
-    """The number of the state that a new process would go on from."""
+    """The number of the state that a new process resumes from."""
     latest = Checkpoints(str(output)).load_latest()
     assert latest is not None
     number = float(latest[1]["network"]["weight"][0, 0])
     assert latest[0].number == number
-    assert latest[0].standing.history[-1].epoch == number
+    assert latest[0].progress.history[-1].epoch == number
     return number
 
 
@@ -81,14 +81,14 @@ def found(output: Path) -> float:
 def test_a_state_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     assert checkpoints.load_latest() is None
-    where = replace(standing(3, best=1), step=17, totals=(1.5, 2.0, 30.0, 0.1, 0.2, 0.0))
+    where = replace(build_progress(3, best=1), step=17, totals=(1.5, 2.0, 30.0, 0.1, 0.2, 0.0))
     checkpoints.save(where, state(1), weights(7))
     checkpoints.wait_until_saved()
     latest = Checkpoints(str(tmp_path)).load_latest()
     assert latest is not None
     found, tensors = latest
-    assert found.standing == where
-    assert found.standing.best_epoch == epoch(2)
+    assert found.progress == where
+    assert found.progress.best_epoch == epoch(2)
     assert torch.equal(tensors["network"]["weight"], state(1)["network"]["weight"])
     assert tensors["optimizer"]["param_groups"] == state(1)["optimizer"]["param_groups"]
     assert tensors["optimizer"]["state"][0]["step"] == 1
@@ -101,7 +101,7 @@ def test_the_probe_whose_rate_is_no_number_comes_back_too(tmp_path: Path) -> Non
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.save(TrainProgress(epoch=1, history=(probe,), best=0), state(1), weights(1))
     checkpoints.wait_until_saved()
-    ((back,),) = (each.standing.history for each in Checkpoints(str(tmp_path)).list_states())
+    ((back,),) = (each.progress.history for each in Checkpoints(str(tmp_path)).list_states())
     assert repr(back) == repr(probe)
 
 
@@ -117,7 +117,7 @@ def test_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 4))
     checkpoints = Checkpoints(str(tmp_path))
     assert checkpoints.load_latest() is not None
-    checkpoints.save(standing(4, 0), state(4), None)
+    checkpoints.save(build_progress(4, 0), state(4), None)
     checkpoints.wait_until_saved()
     assert {"state-000004.pt", "state-000003.pt", "best-000001.safetensors"} <= names(folder)
     assert found(tmp_path) == 4
@@ -146,7 +146,7 @@ def test_pruning_leaves_the_identity_and_the_state_that_is_being_written(tmp_pat
     for name in ("state-000009.pt", "best-000009.safetensors"):
         (folder / name).write_bytes(b"its marker is still to come")
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(standing(5, 0), state(5), None)
+    checkpoints.save(build_progress(5, 0), state(5), None)
     checkpoints.wait_until_saved()
     assert {IDENTITY_FILE, "state-000009.pt", "best-000009.safetensors"} <= names(folder)
     assert not (folder / "state-000003.pt").exists()
@@ -198,7 +198,7 @@ def foreign_marker(folder: Path) -> None:
         "empty state", "no marker", "no best weights",
     ],
 )  # fmt: skip
-def test_a_state_that_is_not_whole_is_passed_over_for_the_one_before(
+def test_an_incomplete_state_is_skipped_for_the_one_before(
     tmp_path: Path, damage: Callable[[Path], Any]
 ) -> None:
     folder = saved(tmp_path, range(1, 4), best=(1, 3))
@@ -211,7 +211,7 @@ def test_a_state_that_is_not_whole_is_passed_over_for_the_one_before(
     assert torch.equal(checkpoints.load_best_weights(latest[0])["weight"], weights(1)["weight"])
 
 
-def test_where_no_state_is_whole_the_run_begins_anew(tmp_path: Path) -> None:
+def test_without_a_complete_state_the_run_starts_over(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 3))
     for name in ("state-000001.pt", "state-000002.pt"):
         (folder / name).write_bytes(b"")
@@ -248,20 +248,20 @@ def test_reading_a_state_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_went_wrong_while_writing_is_told_by_the_next_save(tmp_path: Path) -> None:
+def test_an_error_while_writing_is_raised_by_the_next_save(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     checkpoints = Checkpoints(str(tmp_path / "output"))
     checkpoints.folder = str(tmp_path / "file" / CHECKPOINT_FOLDER)
-    checkpoints.save(standing(1), state(1), None)
+    checkpoints.save(build_progress(1), state(1), None)
     with pytest.raises(StorageError):
-        checkpoints.save(standing(2), state(2), None)
+        checkpoints.save(build_progress(2), state(2), None)
     checkpoints.wait_until_saved()
 
 
 # ------------------------------------------------------------------ the run's identity
 
 
-def test_a_run_is_recognised_by_what_it_is(tmp_path: Path) -> None:
+def test_a_run_is_recognized_by_its_identity(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     assert checkpoints.read_identity() is None
     checkpoints.start_run({"settings": {"seed": 1}, "data": {"data.train": "é"}})
@@ -275,7 +275,7 @@ def test_beginning_clears_what_another_run_left(tmp_path: Path) -> None:
     checkpoints.start_run({"seed": 2})
     assert names(folder) == {IDENTITY_FILE}
     assert checkpoints.load_latest() is None
-    checkpoints.save(standing(1), state(1), None)
+    checkpoints.save(build_progress(1), state(1), None)
     checkpoints.wait_until_saved()
     (only,) = Checkpoints(str(tmp_path)).list_states()
     assert (only.number, only.best) == (1, None)
@@ -285,11 +285,11 @@ def test_a_damaged_identity_is_refused_with_the_way_out(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path))
     checkpoints.start_run({"seed": 1})
     (tmp_path / CHECKPOINT_FOLDER / IDENTITY_FILE).write_text('{"se')
-    with pytest.raises(OutputError, match=r"run\.json: is damaged .*--overwrite"):
+    with pytest.raises(OutputError, match=r"run\.json is damaged .*--overwrite"):
         checkpoints.read_identity()
 
 
-def test_going_on_leaves_no_damaged_state_to_take_the_place_of_a_good_one(tmp_path: Path) -> None:
+def test_resuming_removes_damaged_states_so_that_none_replaces_a_good_one(tmp_path: Path) -> None:
     folder = saved(tmp_path, range(1, 4), best=(1, 3))
     (folder / "state-000003.pt").write_bytes(b"cut short")
     checkpoints = Checkpoints(str(tmp_path))
@@ -297,8 +297,15 @@ def test_going_on_leaves_no_damaged_state_to_take_the_place_of_a_good_one(tmp_pa
     assert found is not None
     assert found[0].number == 2
     checkpoints.discard_after(2)
-    checkpoints.save(standing(3, 0), state(4), None)
+    checkpoints.save(build_progress(3, 0), state(4), None)
     checkpoints.wait_until_saved()
     assert [each.number for each in Checkpoints(str(tmp_path)).list_states()] == [4, 2]
     assert "best-000001.safetensors" in names(folder)
     assert "best-000003.safetensors" not in names(folder)
+
+
+def test_the_keys_of_a_marker_file_are_stable(tmp_path: Path) -> None:
+    folder = saved(tmp_path, range(1, 2))
+    body = json.loads((folder / "state-000001.json").read_text())
+    assert list(body) == ["number", "sha256", "best", "standing"]
+    assert list(body["standing"]) == ["epoch", "step", "totals", "history", "best"]

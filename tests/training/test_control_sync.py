@@ -1,9 +1,11 @@
-"""Workers in lockstep come to the same decisions at the same beat, whichever of them knew first."""
+"""Workers in lockstep make the same decisions at the same step, whichever of them had the reason.
+
+Two Ray Train workers run every scene once. Their clocks are simulated, so that no scene sleeps.
+"""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,155 +16,165 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
 
+from imgcls.training import control_sync
 from imgcls.training.control_sync import SYNC_INTERVAL_S, ControlDecision, ControlSync
-from imgcls.training.epoch_metrics import DriverChannel
+from imgcls.training.driver_channel import DriverChannel
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
-_train: Any = ray.train
+_ray_train: Any = ray.train
 CPU = torch.device("cpu")
-Beats = list[ControlDecision | None]
+Decisions = list[ControlDecision | None]
 
 NEVER = 1e9
+CONTINUE = ControlDecision(should_stop=False, should_save=False, is_finite=True)
 
 
-def counting(board: Any, rank: int) -> Beats:
-    """Steps of 2 ms, of the second worker 4 ms, for two seconds of the first."""
-    pulse = ControlSync(board, CPU, save_seconds=NEVER)
-    beats = []
+class Clock:
+    """A worker's clock, which advances only between steps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def count_steps(channel: Any, rank: int, clock: Clock) -> Decisions:
+    """Steps of 2 ms, of the second worker 4 ms."""
+    sync = ControlSync(channel, CPU, save_interval_s=NEVER)
+    decisions = []
     for _ in range(1000):
-        time.sleep(0.002 * (1 + rank))
-        beats.append(pulse.step())
-    return beats
+        clock.now += 0.002 * (1 + rank)
+        decisions.append(sync.step())
+    return decisions
 
 
-def diverging(board: Any, rank: int) -> Beats:
-    """The loss of the second worker is no number."""
-    pulse = ControlSync(board, CPU, save_seconds=NEVER)
-    return [pulse.step(torch.tensor(rank == 0))]
+def diverge(channel: Any, rank: int, clock: Clock) -> Decisions:
+    """The loss of the second worker is not finite."""
+    sync = ControlSync(channel, CPU, save_interval_s=NEVER)
+    return [sync.step(torch.tensor(rank == 0))]
 
 
-def saving(board: Any, rank: int) -> Beats:
-    """The first worker saves when it is time, and tells its pulse; the other does as agreed."""
-    pulse = ControlSync(board, CPU, save_seconds=0.2)
-    beats = [pulse.step()]
-    time.sleep(0.3)
+def save(channel: Any, rank: int, clock: Clock) -> Decisions:
+    """The save interval passes; the state is saved; then come more steps."""
+    sync = ControlSync(channel, CPU, save_interval_s=0.2)
+    decisions = [sync.step()]
+    clock.now += 0.3
     for _ in range(10):
-        beats.append(pulse.step())
-        if beats[-1] is not None and beats[-1].should_save:
-            pulse.mark_saved()
+        decisions.append(sync.step())
+        if decisions[-1] is not None and decisions[-1].should_save:
+            sync.mark_saved()
             break
-    beats.append(None)  # what is agreed right after it
+    decisions.append(None)  # separates the decisions after the save
     for _ in range(10):
-        beats.append(pulse.step())
-    return beats
+        decisions.append(sync.step())
+    return decisions
 
 
-def stopping(board: Any, rank: int) -> Beats:
-    """The wish to stop is told while they work."""
-    pulse = ControlSync(board, CPU, save_seconds=NEVER)
-    beats = [pulse.step()]
+def stop(channel: Any, rank: int, clock: Clock) -> Decisions:
+    """The first worker learns of the driver's stop request, the second one may not."""
+    sync = ControlSync(channel, CPU, save_interval_s=NEVER)
+    decisions = [sync.step()]
     if rank == 0:
-        ray.get(board.stop.remote())
-        time.sleep(0.3)
+        ray.get(channel.request_stop.remote())
+        assert ray.wait([sync._stop_request], timeout=60)[0]
     for _ in range(500):
-        beats.append(pulse.step())
-        if beats[-1] is not None and beats[-1].should_stop:
+        decisions.append(sync.step())
+        if decisions[-1] is not None and decisions[-1].should_stop:
             break
-        time.sleep(0.01)
-    return beats
+        clock.now += 0.01
+    return decisions
 
 
-def abandoned(board: Any, rank: int) -> Beats:
-    """The board is killed, which nobody wished for."""
-    pulse = ControlSync(board, CPU, save_seconds=NEVER)
+def lose_channel(channel: Any, rank: int, clock: Clock) -> Decisions:
+    """The channel's actor is killed, which is not a stop request."""
+    sync = ControlSync(channel, CPU, save_interval_s=NEVER)
     if rank == 0:
-        ray.kill(board)
-    time.sleep(0.5)
-    return [pulse.step()]
+        ray.kill(channel)
+    assert ray.wait([sync._stop_request], timeout=60)[0]
+    return [sync.step()]
 
 
-SCENES: tuple[Callable[[Any, int], Beats], ...] = (
-    counting, diverging, saving, stopping, abandoned,
+SCENES: tuple[Callable[[Any, int, Clock], Decisions], ...] = (
+    count_steps, diverge, save, stop, lose_channel,
 )  # fmt: skip
 
 
-def play(config: dict[str, Any]) -> list[list[Beats]] | None:
-    rank = _train.get_context().get_world_rank()
-    found: list[list[Beats]] = []
-    for scene, board in zip(SCENES, config["boards"], strict=True):
+def play(config: dict[str, Any]) -> list[list[Decisions]] | None:
+    rank = _ray_train.get_context().get_world_rank()
+    results: list[list[Decisions]] = []
+    for scene, channel in zip(SCENES, config["channels"], strict=True):
+        clock: Any = Clock()
+        control_sync.time = clock
         dist.barrier()
         both: list[Any] = [None, None]
-        dist.all_gather_object(both, scene(board, rank))
-        found.append(both)
-    return found
+        dist.all_gather_object(both, scene(channel, rank, clock))
+        results.append(both)
+    return results
 
 
 @pytest.fixture(scope="module")
-def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Beats]]:
-    """What each of two workers was told at each beat of every scene."""
+def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Decisions]]:
+    """The decisions of each of two workers at each step of every scene."""
     remote: Any = ray.remote(num_cpus=0)(DriverChannel)
-    boards = [remote.remote() for _ in SCENES]
+    channels = [remote.remote() for _ in SCENES]
     loop: Any = play
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"boards": boards},
-        scaling_config=_train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
-        run_config=_train.RunConfig(
-            storage_path=str(tmp_path_factory.mktemp("pulse")),
-            logging_config=_train.LoggingConfig(log_level="ERROR"),
+        train_loop_config={"channels": channels},
+        scaling_config=_ray_train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=_ray_train.RunConfig(
+            storage_path=str(tmp_path_factory.mktemp("control-sync")),
+            logging_config=_ray_train.LoggingConfig(log_level="ERROR"),
         ),
     )
     result: Any = trainer.fit()
     return {s.__name__: both for s, both in zip(SCENES, result.return_value, strict=True)}
 
 
-def test_all_workers_agree_at_the_same_beats(played: dict[str, list[Beats]]) -> None:
+def test_all_workers_decide_the_same_at_the_same_steps(played: dict[str, list[Decisions]]) -> None:
     for scene, (first, second) in played.items():
         assert first == second, scene
-        assert any(beat is not None for beat in first), scene
+        assert any(decision is not None for decision in first), scene
 
 
-def test_agreements_are_made_about_once_a_second_and_not_at_every_step(
-    played: dict[str, list[Beats]],
+def test_agreements_are_about_a_second_apart_and_not_at_every_step(
+    played: dict[str, list[Decisions]],
 ) -> None:
-    beats = played["counting"][0]
-    agreed = [place for place, beat in enumerate(beats) if beat is not None]
-    assert agreed[0] == 0, "the first at once, as nothing is known of the speed yet"
+    decisions = played["count_steps"][0]
+    agreed = [step for step, decision in enumerate(decisions) if decision is not None]
+    assert agreed[0] == 0, "the first at once, as the duration of steps is unknown"
     gaps = [b - a for a, b in itertools.pairwise(agreed)]
     assert all(gap <= 2 * before for before, gap in itertools.pairwise(gaps))
-    # steps take 4 ms at least, that of the slower worker
+    # steps take 4 ms, those of the slower worker
     assert 16 < max(gaps) <= SYNC_INTERVAL_S / 0.004
-    assert all(
-        beat == ControlDecision(should_stop=False, should_save=False, is_finite=True)
-        for beat in beats
-        if beat
-    )
+    assert all(decision == CONTINUE for decision in decisions if decision)
 
 
-def test_a_loss_that_is_no_number_on_one_worker_is_heard_by_all(
-    played: dict[str, list[Beats]],
+def test_a_loss_that_is_not_finite_on_one_worker_is_known_to_all(
+    played: dict[str, list[Decisions]],
 ) -> None:
-    assert played["diverging"][0] == [
+    assert played["diverge"][0] == [
         ControlDecision(should_stop=False, should_save=False, is_finite=False)
     ]
 
 
-def test_it_is_time_to_save_once_and_then_not_for_a_while(played: dict[str, list[Beats]]) -> None:
-    beats = played["saving"][0]
-    cut = beats.index(None, next(i for i, beat in enumerate(beats) if beat and beat.should_save))
-    saves = [beat.should_save for beat in beats[:cut] if beat]
+def test_the_state_is_due_once_and_then_not_until_the_interval_passes_again(
+    played: dict[str, list[Decisions]],
+) -> None:
+    decisions = played["save"][0]
+    cut = decisions.index(None, next(i for i, d in enumerate(decisions) if d and d.should_save))
+    saves = [decision.should_save for decision in decisions[:cut] if decision]
     assert saves[-1]
     assert not any(saves[:-1])
-    assert not any(beat.should_save for beat in beats[cut:] if beat)
+    assert not any(decision.should_save for decision in decisions[cut:] if decision)
 
 
-def test_the_wish_to_stop_reaches_all_workers(played: dict[str, list[Beats]]) -> None:
-    beats = [beat for beat in played["stopping"][0] if beat]
-    assert beats[-1] == ControlDecision(should_stop=True, should_save=False, is_finite=True)
-    assert not beats[0].should_stop
+def test_the_stop_request_reaches_all_workers(played: dict[str, list[Decisions]]) -> None:
+    decisions = [decision for decision in played["stop"][0] if decision]
+    assert decisions[-1] == ControlDecision(should_stop=True, should_save=False, is_finite=True)
+    assert not decisions[0].should_stop
 
 
-def test_a_board_that_is_gone_is_no_wish_to_stop(played: dict[str, list[Beats]]) -> None:
-    assert played["abandoned"][0] == [
-        ControlDecision(should_stop=False, should_save=False, is_finite=True)
-    ]
+def test_a_lost_channel_is_not_a_stop_request(played: dict[str, list[Decisions]]) -> None:
+    assert played["lose_channel"][0] == [CONTINUE]

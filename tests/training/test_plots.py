@@ -1,4 +1,4 @@
-"""Curves are pictures that open, hold what was measured, and are the same each time."""
+"""Plots can be opened, show the measured values, and have the same bytes each time."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def drawn(history: pd.DataFrame, best: int = 1) -> list[str]:
     image.load()
     assert image.width >= 1000
     assert image.height >= 400
-    colours = image.convert("RGB").getcolors(1 << 24) or []
-    assert len(colours) > 10
+    colors = image.convert("RGB").getcolors(1 << 24) or []
+    assert len(colors) > 10
     return words(files["curves.svg"])
 
 
@@ -79,13 +79,13 @@ def test_the_same_history_gives_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("probe", [False, True])
-def test_a_single_epoch_is_seen(probe: bool) -> None:
+def test_a_single_epoch_is_visible(probe: bool) -> None:
     found = drawn(epochs(1, probe=probe))
     assert "best: 65.0 %, epoch 1" in found
     assert "0.50" not in found, "there is no half epoch"
 
 
-def test_a_probe_alone_is_seen() -> None:
+def test_a_probe_alone_is_visible() -> None:
     found = drawn(epochs(0, probe=True), best=0)
     assert "probe: 40.0 %" in found
     assert "Learning rate" not in found
@@ -126,13 +126,13 @@ def test_one_bad_epoch_does_not_flatten_the_others() -> None:
     assert "\N{MINUS SIGN}" not in "".join(drawn(epochs(10)))
 
 
-def test_accuracy_stays_within_what_can_be() -> None:
+def test_accuracy_axis_ends_at_100_percent() -> None:
     found = drawn(epochs(4, val_accuracy=1.0, train_accuracy=1.0))
     shares = [float(word[:-2]) for word in found if word[:1].isdigit() and word.endswith(" %")]
     assert max(shares) == 100
 
 
-def test_the_range_test_marks_what_it_suggests() -> None:
+def test_the_range_test_marks_its_suggestion() -> None:
     rates = np.geomspace(1e-6, 1, 50)
     losses = np.concatenate([np.linspace(2, 1, 40), [5, 50, 1e9, NAN, math.inf], [NAN] * 5])
     files = draw_lr_range(list(rates), list(losses), 3.2e-3)
@@ -143,7 +143,7 @@ def test_the_range_test_marks_what_it_suggests() -> None:
     assert not any("1000" in word or "1e" in word for word in found), "the end sets no scale"
 
 
-def test_a_range_test_without_a_finite_loss_is_drawn_all_the_same() -> None:
+def test_a_range_test_without_a_finite_loss_is_drawn() -> None:
     files = draw_lr_range([1e-3, 1e-2], [NAN, NAN], 1e-3)
     assert "suggested: 0.001" in words(files["lr_range.svg"])
 
@@ -163,8 +163,8 @@ def test_drawing_leaves_the_global_state_alone() -> None:
         "import sys\n"
         "import matplotlib, pandas as pd\n"
         "before = matplotlib.rcParams['font.size'], matplotlib.rcParams['svg.hashsalt']\n"
-        "from imgcls.training.plots import curves\n"
-        "curves(pd.DataFrame({'epoch': [1], 'val_loss': [1.0], 'val_accuracy': [0.5]}), 1)\n"
+        "from imgcls.training.plots import draw_curves\n"
+        "draw_curves(pd.DataFrame({'epoch': [1], 'val_loss': [1.0], 'val_accuracy': [0.5]}), 1)\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "after = matplotlib.rcParams['font.size'], matplotlib.rcParams['svg.hashsalt']\n"
         "assert after == before\n"
@@ -186,5 +186,5 @@ def test_the_trials_of_a_search_are_lines_over_its_axes() -> None:
     text = files["trials.svg"].decode()
     for word in ("optim.lr", "augment.preset", "val_loss", "none", "light", "0.001", "2 trials"):
         assert word in text
-    assert "1e-05" not in text  # of a trial that came to nothing
+    assert "1e-05" not in text  # of a trial without a result
     assert files["trials.png"].startswith(b"\x89PNG")

@@ -1,51 +1,80 @@
-"""What the driver makes of workers that are there, and of none."""
+"""The driver's view of the workers: liveness, and one error for each kind of failure."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import ray.train
 
-from imgcls.cluster import autoscaler
+from imgcls.cluster import autoscaler, ray_internals
+from imgcls.cluster.interrupts import Interruption
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
-from imgcls.training.epoch_metrics import open_driver_channel
+from imgcls.training.driver_channel import open_driver_channel
+from imgcls.training.ray_trainer import format_worker_failure
+from imgcls.training.trainer import TrainLoopResult
+from tests.processes import wait_for
 
 
 class Worker:
-    def there(self) -> None: ...
+    def ping(self) -> None: ...
 
 
-def look_for(seconds: float, team: ray_trainer._WorkerLiveness) -> None:
-    began = time.monotonic()
-    while time.monotonic() - began < seconds:
-        team.check()
+class Clock:
+    """A clock that only the test advances."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def test_while_a_worker_is_there_nothing_is_waited_for_and_without_one_not_for_ever(
-    session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_workers_that_are_alive_are_not_waited_for_and_lost_ones_only_until_the_timeout(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    clock = Clock()
     monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_SECONDS", 0)
-    monkeypatch.setattr(ray_trainer, "LIVENESS_INTERVAL_S", 0.2)
+    monkeypatch.setattr(ray_trainer, "time", clock)
     kind: Any = ray.remote(num_cpus=0)(Worker)
     worker = kind.remote()
-    ray.get(worker.there.remote())
-    with open_driver_channel(1, lambda epoch: None) as board:
-        ray.get(board.enlist.remote(worker))
-        team = ray_trainer._WorkerLiveness(board, "1 x (1 CPU)", wait_seconds=1)
-        look_for(2, team)
+    ray.get(worker.ping.remote())
+    with open_driver_channel(1, lambda epoch: None) as channel:
+        ray.get(channel.register_worker.remote(worker))
+        liveness = ray_trainer._WorkerLiveness(channel, "1 x (1 CPU)", timeout_s=100)
+        for _ in range(100):
+            clock.now += 3
+            liveness.check()
         assert capsys.readouterr().out == ""
         ray.kill(worker)
-        with pytest.raises(RunFailed, match=r"of training workers, 1 x \(1 CPU\); the cluster has"):
-            look_for(60, team)
+        wait_for(lambda: not ray_internals.is_actor_alive(worker), 60)
+        for _ in range(33):
+            clock.now += 3
+            liveness.check()
         assert "waiting  for training workers, 1 x (1 CPU)" in capsys.readouterr().out
+        clock.now += 3
+        with pytest.raises(RunFailed, match=r"of training workers, 1 x \(1 CPU\); the cluster has"):
+            liveness.check()
+
+
+def test_the_reported_failure_is_the_cause_and_not_that_others_lost_their_peer() -> None:
+    failures = {
+        0: RuntimeError("[gloo/transport] Connection closed by peer"),
+        1: RuntimeError("Traceback\n  ...\nRuntimeError: CUDA out of memory. Tried to allocate"),
+    }
+    line = format_worker_failure(ray.train.WorkerGroupError("", failures))
+    assert line.startswith("training worker 1 failed: RuntimeError: CUDA out of memory")
+    assert line.endswith("set a smaller batch_size or a larger scale.accumulate")
+
+
+def test_a_failure_that_the_workers_returned_ends_the_run_with_its_message() -> None:
+    run: Future[Any] = Future()
+    outcome = TrainLoopResult((), "fp32", failure_kind="failed", problem="the features are NaN")
+    run.set_result(SimpleNamespace(return_value=outcome))
+    liveness: Any = SimpleNamespace(check=lambda: None)
+    with pytest.raises(RunFailed, match=r"^the features are NaN$"):
+        ray_trainer._wait_for_result(run, None, liveness, Interruption())

@@ -24,8 +24,8 @@ BATCH = st.integers(1, 80)
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=200)
 
 
-def hands(rows: int, batch: int, workers: int, start: int = 0) -> list[list[StepShare]]:
-    """Per worker, the list of its hands; the rows are in order."""
+def split(rows: int, batch: int, workers: int, start: int = 0) -> list[list[StepShare]]:
+    """Per worker, the list of its split; the rows are in order."""
     order = np.arange(rows)
     return [
         list(iter_step_shares(order, batch, rank=rank, workers=workers, start=start))
@@ -39,20 +39,20 @@ def test_an_epoch_holds_every_row_exactly_once(
 ) -> None:
     assume(rows >= workers)
     order = shuffle_rows(rows, epoch=epoch, seed=seed)
-    dealt = [
-        hand.rows
+    shares = [
+        share.rows
         for rank in range(workers)
-        for hand in iter_step_shares(order, batch, rank=rank, workers=workers)
+        for share in iter_step_shares(order, batch, rank=rank, workers=workers)
     ]
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(rows))
+    assert sorted(np.concatenate(shares).tolist()) == list(range(rows))
 
 
 @given(ROWS, BATCH, WORKERS)
 def test_a_step_takes_the_next_rows_of_the_order(rows: int, batch: int, workers: int) -> None:
     assume(rows >= workers)
     taken = 0
-    for step in zip(*hands(rows, batch, workers), strict=True):
-        together = np.sort(np.concatenate([hand.rows for hand in step]))
+    for step in zip(*split(rows, batch, workers), strict=True):
+        together = np.sort(np.concatenate([share.rows for share in step]))
         assert together.tolist() == list(range(taken, taken + len(together)))
         taken += len(together)
 
@@ -62,21 +62,21 @@ def test_every_worker_has_a_row_in_each_of_equally_many_steps(
     rows: int, batch: int, workers: int
 ) -> None:
     assume(rows >= workers)
-    dealt = hands(rows, batch, workers)
-    assert {len(worker) for worker in dealt} == {steps_per_epoch(rows, batch, workers)}
-    for step in zip(*dealt, strict=True):
-        sizes = [len(hand.rows) for hand in step]
+    shares = split(rows, batch, workers)
+    assert {len(worker) for worker in shares} == {steps_per_epoch(rows, batch, workers)}
+    for step in zip(*shares, strict=True):
+        sizes = [len(share.rows) for share in step]
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
-        assert {hand.batch for hand in step} == {sum(sizes)}
+        assert {share.global_batch_size for share in step} == {sum(sizes)}
 
 
 @given(ROWS, BATCH, WORKERS)
 def test_workers_and_batches_differ_by_at_most_one_row(rows: int, batch: int, workers: int) -> None:
     assume(rows >= workers)
-    dealt = hands(rows, batch, workers)
-    totals = [sum(len(hand.rows) for hand in worker) for worker in dealt]
-    batches = [hand.global_batch_size for hand in dealt[0]]
+    shares = split(rows, batch, workers)
+    totals = [sum(len(share.rows) for share in worker) for worker in shares]
+    batches = [share.global_batch_size for share in shares[0]]
     assert max(totals) - min(totals) <= 1
     assert max(batches) - min(batches) <= 1
 
@@ -86,17 +86,17 @@ def test_no_batch_is_larger_than_asked_for_unless_a_worker_would_be_idle(
     rows: int, batch: int, workers: int
 ) -> None:
     assume(rows >= workers)
-    largest = max(hand.global_batch_size for hand in hands(rows, batch, workers)[0])
+    largest = max(share.global_batch_size for share in split(rows, batch, workers)[0])
     assert largest <= batch or largest < 2 * workers
 
 
 @given(ROWS, BATCH, WORKERS, st.integers(0, 40))
-def test_an_epoch_goes_on_from_any_step_as_it_would_have(
+def test_an_epoch_resumes_at_any_step_as_it_would_have_continued(
     rows: int, batch: int, workers: int, start: int
 ) -> None:
     assume(rows >= workers)
     for whole, rest in zip(
-        hands(rows, batch, workers), hands(rows, batch, workers, start), strict=True
+        split(rows, batch, workers), split(rows, batch, workers, start), strict=True
     ):
         assert len(rest) == max(0, len(whole) - start)
         for expected, found in zip(whole[start:], rest, strict=True):
@@ -105,10 +105,10 @@ def test_an_epoch_goes_on_from_any_step_as_it_would_have(
 
 
 def test_37_rows_in_batches_of_8_for_2_workers() -> None:
-    first, second = hands(37, 8, 2)
-    assert [hand.global_batch_size for hand in first] == [7, 7, 8, 7, 8]
-    assert sum(len(hand.rows) for hand in first) == 19
-    assert sum(len(hand.rows) for hand in second) == 18
+    first, second = split(37, 8, 2)
+    assert [share.global_batch_size for share in first] == [7, 7, 8, 7, 8]
+    assert sum(len(share.rows) for share in first) == 19
+    assert sum(len(share.rows) for share in second) == 18
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
@@ -131,7 +131,7 @@ def test_evaluation_shards_hold_every_row_exactly_once(rows: int, workers: int) 
 
 
 def test_fewer_rows_than_workers_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 rows cannot be dealt to 3 workers"):
+    with pytest.raises(ValueError, match="2 rows cannot be split among 3 workers"):
         steps_per_epoch(2, 8, 3)
 
 

@@ -1,4 +1,4 @@
-"""What was asked for fits the machines, or is refused with the arithmetic before anything waits."""
+"""The requested workers fit the nodes, or are refused with the arithmetic before any wait."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_workers_may_share_a_core() -> None:
 
 
 def test_too_many_workers_are_refused_with_the_arithmetic() -> None:
-    with pytest.raises(ResourcesError, match=r"3 x \(1 CPU\) do not fit .* hold 2"):
+    with pytest.raises(ResourcesError, match=r"3 x \(1 CPU\) do not fit .* room for 2"):
         plan_workers(LAPTOP, TrainScaleConfig(num_workers=3))
 
 
-def test_a_worker_is_not_split_between_machines() -> None:
-    with pytest.raises(ResourcesError, match="which hold 2"):
+def test_a_worker_is_not_split_between_nodes() -> None:
+    with pytest.raises(ResourcesError, match="have room for 2"):
         plan_workers([Node(3, 0), Node(3, 0)], TrainScaleConfig(num_workers=3, cpus_per_worker=2))
 
 
 def test_gpus_are_taken_when_there_are_enough_for_all() -> None:
-    machines = [Node(8, 1), Node(8, 1)]
-    assert plan_workers(machines, TrainScaleConfig(num_workers=2)).gpus == 1
-    assert plan_workers(machines, TrainScaleConfig(num_workers=3)).gpus == 0
-    assert plan_workers(machines, TrainScaleConfig(num_workers=2, use_gpu=False)).gpus == 0
+    nodes = [Node(8, 1), Node(8, 1)]
+    assert plan_workers(nodes, TrainScaleConfig(num_workers=2)).gpus == 1
+    assert plan_workers(nodes, TrainScaleConfig(num_workers=3)).gpus == 0
+    assert plan_workers(nodes, TrainScaleConfig(num_workers=2, use_gpu=False)).gpus == 0
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
@@ -50,16 +50,16 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         plan_workers(LAPTOP, TrainScaleConfig(use_gpu=True))
 
 
-def test_a_cluster_without_machines_is_refused() -> None:
-    with pytest.raises(ResourcesError, match=r"\(none\), which hold 0"):
+def test_a_cluster_without_nodes_is_refused() -> None:
+    with pytest.raises(ResourcesError, match=r"\(none\), which have room for 0"):
         plan_workers([], TrainScaleConfig())
 
 
 def test_synchronised_batch_norm_is_refused_without_gpus() -> None:
-    with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* for GPUs only"):
+    with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* only on GPUs"):
         plan_workers(LAPTOP, TrainScaleConfig(sync_batchnorm=True))
-    machines = [Node(8, 2)]
-    assert plan_workers(machines, TrainScaleConfig(num_workers=2, sync_batchnorm=True)).gpus == 1
+    nodes = [Node(8, 2)]
+    assert plan_workers(nodes, TrainScaleConfig(num_workers=2, sync_batchnorm=True)).gpus == 1
 
 
 # ------------------------------------------------------------------ elastic groups
@@ -73,7 +73,7 @@ def test_an_elastic_group_takes_what_there_is_within_its_bounds(
 ) -> None:
     config = TrainScaleConfig(num_workers=(2, 4))
     if count is None:
-        with pytest.raises(ResourcesError, match=r"num_workers 2: .* which hold 1"):
+        with pytest.raises(ResourcesError, match=r"num_workers 2: .* have room for 1"):
             plan_workers([Node(cores, 0)], config)
         return
     workers = plan_workers([Node(cores, 0)], config)
@@ -89,17 +89,17 @@ def test_an_elastic_group_runs_on_gpus_when_the_fewest_workers_can() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "bounds"), [("3", (3, 3)), ("[1, 4]", (1, 4)), ("[2, 2]", (2, 2))]
+    ("text", "bounds"), [("3", (3, 3)), ("[1, 4]", (1, 4)), ("[2, 2]", (2, 2))]
 )
-def test_the_number_of_workers_is_one_or_a_pair(said: str, bounds: tuple[int, int]) -> None:
-    config = load(TrainScaleConfig, ["--num-workers", said], prog="test")
+def test_the_number_of_workers_is_one_or_a_pair(text: str, bounds: tuple[int, int]) -> None:
+    config = load(TrainScaleConfig, ["--num-workers", text])
     assert config.bounds == (config.min_workers, config.max_workers) == bounds
 
 
-@pytest.mark.parametrize("said", ["0", "[0, 2]", "[1, 2, 3]", "[4, 2]", "many"])
-def test_other_numbers_of_workers_are_refused(said: str) -> None:
+@pytest.mark.parametrize("text", ["0", "[0, 2]", "[1, 2, 3]", "[4, 2]", "many"])
+def test_other_numbers_of_workers_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="num_workers"):
-        load(TrainScaleConfig, ["--num-workers", said], prog="test")
+        load(TrainScaleConfig, ["--num-workers", text])
 
 
 # ------------------------------------------------------------------ room for images
@@ -118,30 +118,28 @@ def test_what_the_workers_leave_is_for_decoding() -> None:
 
 def test_no_cpu_left_to_decode_is_refused_with_what_would_leave_one() -> None:
     workers = WorkerPlan(2, 1.0, 0, 2, 2)
-    with pytest.raises(
-        ResourcesError, match=r"of 2 the workers reserve 2; give a .* of at most 0\.5"
-    ):
+    with pytest.raises(ResourcesError, match=r"of 2 the workers reserve 2. Set .* to at most 0\.5"):
         compute_decode_cpus(LAPTOP, workers)
     assert compute_decode_cpus(LAPTOP, WorkerPlan(2, 0.5, 0, 2, 2)) == 1
 
 
-# ------------------------------------------------------------------ machines that may come
+# ------------------------------------------------------------------ autoscaling
 
 
-def test_what_is_asked_of_an_autoscaler_is_what_the_workers_would_reserve() -> None:
-    may_come = [Node(16, 1)] * 2 + [Node(16, 0)] * 8
+def test_the_bundles_requested_from_an_autoscaler_are_what_the_workers_reserve() -> None:
+    possible = [Node(16, 1)] * 2 + [Node(16, 0)] * 8
     assert (
-        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=2))
+        plan_worker_bundles(possible, TrainScaleConfig(num_workers=2))
         == [{"CPU": 1.0, "GPU": 1.0}] * 2
     )
     assert (
-        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=3, cpus_per_worker=4))
+        plan_worker_bundles(possible, TrainScaleConfig(num_workers=3, cpus_per_worker=4))
         == [{"CPU": 4.0}] * 3
     )
     assert (
-        plan_worker_bundles(may_come, TrainScaleConfig(num_workers=(1, 40), use_gpu=False))
+        plan_worker_bundles(possible, TrainScaleConfig(num_workers=(1, 40), use_gpu=False))
         == [{"CPU": 1.0}] * 40
     )
-    # where nobody says what may come: no more than it cannot do without
+    # if the possible nodes are unknown: only the minimum
     assert plan_worker_bundles(None, TrainScaleConfig(num_workers=(1, 40))) == [{"CPU": 1.0}]
     assert plan_worker_bundles(None, TrainScaleConfig(use_gpu=True)) == [{"CPU": 1.0, "GPU": 1.0}]

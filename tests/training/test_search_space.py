@@ -1,4 +1,4 @@
-"""What a search may try, and how many trials there is room for: checked before anything starts."""
+"""Search spaces are checked before anything starts, and trials are limited to the cluster."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_of_a_grid_each_value_is_tried() -> None:
 @pytest.mark.parametrize(
     ("axis", "words"),
     [
-        ({}, "give exactly one of"),
-        ({"choice": [1], "grid": [1]}, "2 are given"),
-        ({"choice": []}, "no value"),
+        ({}, "set exactly one of"),
+        ({"choice": [1], "grid": [1]}, "2 are set"),
+        ({"choice": []}, "is empty"),
         ({"uniform": [2, 1]}, "the smaller number first"),
         ({"loguniform": [0, 1]}, "greater than 0"),
     ],
@@ -56,7 +56,7 @@ def test_an_axis_that_is_none_is_refused(axis: Any, words: str) -> None:
         order({"optim.lr": axis})
 
 
-def test_all_that_is_wrong_with_a_space_is_told_at_once() -> None:
+def test_every_problem_of_a_search_space_is_reported_at_once() -> None:
     space = {
         "optim.learning_rate": {"uniform": [0.1, 0.2]},
         "optim.lr": {"uniform": [-1.0, 0.2]},
@@ -68,7 +68,7 @@ def test_all_that_is_wrong_with_a_space_is_told_at_once() -> None:
     text = str(caught.value)
     assert "tune.space.optim.learning_rate: 0.1: optim.learning_rate: unknown key" in text
     assert "tune.space.optim.lr: -1.0: optim.lr" in text
-    assert "tune.space.output: is no setting that changes what is learnt" in text
+    assert "tune.space.output: does not change the trained model" in text
     assert "tune.space.epochs: grid needs tune.search random" in text
     with pytest.raises(ConfigError, match="nothing to search"):
         check_space(order({}))
@@ -94,7 +94,7 @@ def test_no_more_trials_run_at_a_time_than_the_cpus_hold() -> None:
     few = order({"epochs": {"choice": [1, 2]}}, trials=3)
     assert resolve_concurrency(few, one, eight, cached=True) == 3
     with pytest.raises(RequestError, match=r"each trial takes 2 CPUs of 4, so at most 2 fit"):
-        resolve_concurrency(order({}, concurrent=3), two, [Node(4, 0)], cached=True)
+        resolve_concurrency(order({}, max_concurrent=3), two, [Node(4, 0)], cached=True)
 
 
 def test_no_trial_is_counted_on_that_would_have_to_be_split_between_machines() -> None:

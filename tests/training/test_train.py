@@ -1,6 +1,6 @@
-"""The whole of training: what is refused before Ray starts, and small runs of each strategy.
+"""Whole trainings: requests refused before Ray starts, and small runs of each strategy.
 
-What survives kills is in tests/e2e/test_train_kills.py.
+Killed runs are in tests/e2e/test_train_kills.py.
 """
 
 import json
@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import ray
-import ray.train
 import torch
 import yaml
 from PIL import Image
@@ -35,7 +34,6 @@ from imgcls.errors import (
 from imgcls.models import zoo
 from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.ray_trainer import format_worker_failure
 from imgcls.training.train import TrainConfig, TrainResult, resolve_setup, train
 from tests.conftest import REPOSITORY, write_manifest
 
@@ -46,7 +44,7 @@ TRAIN_ROWS, VAL_ROWS = 397, 83  # primes: nothing divides by workers or batches
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Handwritten digits as files, train.csv with one file that is no image, and val.csv.
 
-    clean.csv is train.csv without that file; parity.csv and parity-val.csv tell odd from even.
+    clean.csv is train.csv without that file; parity.csv and parity-val.csv have odd and even.
     """
     from sklearn.datasets import load_digits
 
@@ -100,7 +98,7 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def test_the_shipped_yaml_loads_and_shows_every_key() -> None:
     file = REPOSITORY / "jobs" / "train.yaml"
-    load(TrainConfig, ["--config", str(file)], prog="imgcls train")
+    load(TrainConfig, ["--config", str(file)])
 
     def shown(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         for key, value in tree.items():
@@ -115,14 +113,18 @@ def test_the_shipped_yaml_loads_and_shows_every_key() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"batch_size": 1}, RequestError, "without an image; give at least 2"),
+        (
+            {"batch_size": 1},
+            RequestError,
+            "is smaller than scale.num_workers 2. Set it to at least 2",
+        ),
         ({"scale": {"num_workers": 399}}, RequestError, "398 training images are fewer than scale"),
         ({"model": {"name": "resnet19"}}, BundleError, "did you mean resnet18"),
-        ({"model": {"name": "small_cnn", "image_size": 4}}, BundleError, "set model.image_size"),
+        ({"model": {"name": "small_cnn", "image_size": 4}}, BundleError, "Set model.image_size"),
         ({"model": {"name": "small_cnn", "options": {"depth": 9}}}, BundleError, "model.options"),
         ({"model": {"name": "small_cnn", "weights": "gone.pth"}}, BundleError, "no such file"),
-        ({"strategy": "probe"}, RequestError, "strategy probe: needs weights .* --model.weights"),
-        ({"strategy": "finetune"}, RequestError, "strategy finetune: needs weights to start from"),
+        ({"strategy": "probe"}, RequestError, "strategy probe needs weights .* --model.weights"),
+        ({"strategy": "finetune"}, RequestError, "strategy finetune needs weights to start from"),
     ],
 )
 def test_a_wrong_request_starts_nothing(
@@ -141,7 +143,7 @@ def test_a_batch_larger_than_the_training_set_is_lowered_with_a_note(
     assert capsys.readouterr().out == ""
     lowered = resolve_setup(config(digits, tmp_path, batch_size=9999))
     assert lowered.config.batch_size == 398
-    note = "note: batch_size is lowered from 9999 to the 398 training images\n"
+    note = "note: batch_size reduced from 9999 to the 398 training images\n"
     assert capsys.readouterr().out == note
 
 
@@ -169,7 +171,7 @@ def test_a_label_that_only_validation_has_is_refused_by_its_row(
 
 def test_a_bundle_is_not_overwritten_unasked(digits: Path, colour_bundle: Path) -> None:
     before = sorted(file.read_bytes() for file in colour_bundle.iterdir())
-    with pytest.raises(OutputError, match="already holds a bundle; say --overwrite"):
+    with pytest.raises(OutputError, match=r"already holds a bundle\. Pass --overwrite"):
         train(config(digits, colour_bundle))
     assert sorted(file.read_bytes() for file in colour_bundle.iterdir()) == before
 
@@ -180,25 +182,8 @@ def test_an_output_that_cannot_be_written_is_refused(digits: Path, tmp_path: Pat
         train(config(digits, tmp_path / "file" / "bundle"))
 
 
-def test_what_is_told_is_the_failure_and_not_that_others_lost_touch() -> None:
-    failures = {
-        0: RuntimeError("[gloo/transport] Connection closed by peer"),
-        1: RuntimeError("Traceback\n  ...\nRuntimeError: CUDA out of memory. Tried to allocate"),
-    }
-    line = format_worker_failure(ray.train.WorkerGroupError("", failures))
-    assert line.startswith("training worker 1 failed: RuntimeError: CUDA out of memory")
-    assert line.endswith("give a smaller batch_size, or a larger scale.accumulate")
-
-
 @pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def trained(two_cpus: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(local_ray: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(config(digits, tmp_path_factory.mktemp("trained") / "bundle"))
 
 
@@ -209,14 +194,16 @@ def test_two_workers_use_every_good_row_exactly_once_per_epoch(trained: TrainRes
     assert trained.failed == 1
 
 
-def test_the_bundle_predicts_as_well_as_was_told(trained: TrainResult, digits: Path) -> None:
+def test_the_bundle_predicts_as_well_as_the_history_reports(
+    trained: TrainResult, digits: Path
+) -> None:
     classifier = Classifier.load(trained.bundle, precision="fp32")
     val = pd.read_csv(digits / "val.csv", dtype=str)
     predictions = classifier.predict([digits / path for path in val.path])
     correct = sum(p.label == label for p, label in zip(predictions, val.label, strict=True))
     assert trained.best is not None
     assert correct / VAL_ROWS >= 0.9
-    # the workers may have judged it in bf16, which can move a row or two
+    # the workers may have validated in bf16, which can change a row or two
     assert abs(correct - trained.best.val_accuracy * VAL_ROWS) <= 2
 
 
@@ -240,8 +227,9 @@ def test_the_bundle_holds_the_best_epoch_and_how_it_was_made(
     assert len(source["fingerprint"]) == 32
 
 
+@pytest.mark.slow  # test_trainer covers the loop, test_ray_trainer the error
 def test_features_that_overflow_end_the_training_before_it_writes_a_bundle(
-    two_cpus: None, digits: Path, tmp_path: Path
+    local_ray: None, digits: Path, tmp_path: Path
 ) -> None:
     architecture = zoo.resolve_architecture("small_cnn", {"width": 16})
     state = zoo.build_network(architecture, 10).state_dict()
@@ -295,9 +283,9 @@ def test_the_command_of_a_finished_run_returns_at_once_with_the_same_result(
     before = files(Path(trained.bundle))
     again = train(config(digits, Path(trained.bundle)))
     assert again == trained
-    assert "holds the bundle of this very training" in capsys.readouterr().out
+    assert "already holds the bundle of this training" in capsys.readouterr().out
     assert files(Path(trained.bundle)) == before
-    # how many workers there are decides nothing; the learning rate does
+    # the number of workers does not affect the result; the learning rate does
     assert train(config(digits, Path(trained.bundle), scale={"num_workers": 1})) == trained
     with pytest.raises(OutputError, match="already holds a bundle"):
         train(config(digits, Path(trained.bundle), optim={"lr": 5e-3}))
@@ -351,6 +339,18 @@ def test_weights_are_finetuned_from_where_they_are(
     assert result.history[0].val_accuracy >= trained.best.val_accuracy - 0.05
 
 
+def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
+    digits: Path, colour_bundle: Path, tmp_path: Path
+) -> None:
+    weights = str(colour_bundle / "model.safetensors")
+    model = {"name": "small_cnn", "options": {"width": 8}, "weights": weights}
+    setup = resolve_setup(config(digits, tmp_path / "bundle", model=model, optim={}))
+    assert setup.strategy == "probe_then_finetune"
+    assert setup.config.optim.lr == 3e-4
+    assert setup.head_coefficients == pytest.approx((1.0,))
+
+
+@pytest.mark.slow  # test_trainer covers the phases
 def test_from_weights_the_head_is_fitted_first_and_then_all_is_finetuned(
     trained: TrainResult, digits: Path, tmp_path: Path
 ) -> None:
@@ -377,10 +377,10 @@ def test_from_weights_the_head_is_fitted_first_and_then_all_is_finetuned(
 
 @pytest.mark.slow
 def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
-    two_cpus: None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local_ray: None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "bundle"
-    # a state would be saved at every beat, if there were any to save
+    # with this interval a training would save a state at every agreement
     eager = {"scale": {"num_workers": 1}, "precision": "fp32", "checkpoint_minutes": 1e-6}
     model = {"name": "small_cnn", "options": {"width": 8}}
     result = train(config(digits, output, find_lr=True, batch_size=8, model=model, **eager))
@@ -398,7 +398,7 @@ def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
 
 @pytest.mark.slow
 def test_epochs_without_an_improvement_end_the_training(
-    two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
     request = {"data": {"train": str(colours(60))}, "model": {"name": "small_cnn"}, "epochs": 9}
     request |= {"batch_size": 20, "best_by": "val_accuracy"}
@@ -413,8 +413,8 @@ def test_epochs_without_an_improvement_end_the_training(
 
 
 @pytest.mark.slow
-def test_a_class_without_a_validation_image_is_told(
-    two_cpus: None,
+def test_a_class_without_a_validation_image_is_reported(
+    local_ray: None,
     tmp_path: Path,
     colours: Callable[[int], Path],
     capsys: pytest.CaptureFixture[str],
@@ -426,14 +426,14 @@ def test_a_class_without_a_validation_image_is_told(
     data = {"train": str(manifest), "val": str(tmp_path / "val.csv")}
     request = {"data": data, "model": {"name": "small_cnn"}, "epochs": 1, "batch_size": 12}
     result = train(TrainConfig.model_validate(request | {"output": str(tmp_path / "bundle")}))
-    told_of = capsys.readouterr().out
-    assert "no validation image of 'green': left out of the balanced accuracy" in told_of
+    printed = capsys.readouterr().out
+    assert "no validation image of 'green': left out of the balanced accuracy" in printed
     assert 0 <= result.history[0].val_balanced_accuracy <= 1
 
 
 @pytest.mark.slow
-def test_images_decoded_anew_in_every_epoch_teach_the_same_as_cached_ones(
-    two_cpus: None, digits: Path, tmp_path: Path
+def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
+    local_ray: None, digits: Path, tmp_path: Path
 ) -> None:
     found = {}
     for cache in (True, False):
@@ -458,7 +458,7 @@ def test_images_decoded_anew_in_every_epoch_teach_the_same_as_cached_ones(
 
 @pytest.mark.slow
 def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
-    two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
     manifest = colours(36)
     for name in ("00003", "00011"):
@@ -475,7 +475,7 @@ def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
     assert ended.value.exit_code == 3
     assert not (output / "bundle.json").exists()
 
-    # what the error says to do is then taken from the same command, as nothing was learnt yet
+    # the advice of the error works with the same command, as no state was saved yet
     result = run(max_error_rate=0.1)
     assert result.failed == 2
     for epoch in result.history:
@@ -484,7 +484,7 @@ def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
 
 
 def test_too_many_bad_images_train_nothing(
-    two_cpus: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
 ) -> None:
     manifest = colours(30)
     for name in ("00003", "00011"):
@@ -496,13 +496,15 @@ def test_too_many_bad_images_train_nothing(
     assert [path.name for path in output.rglob("*")] == ["_train", "run.json"]
 
 
-def test_workers_that_do_not_fit_are_refused(two_cpus: None, digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(ResourcesError, match="do not fit the machines"):
+def test_workers_that_do_not_fit_are_refused(local_ray: None, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourcesError, match="do not fit the nodes"):
         train(config(digits, tmp_path / "bundle", scale={"num_workers": 3}))
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights(two_cpus: None, digits: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(
+    local_ray: None, digits: Path, tmp_path: Path
+) -> None:
     for name in ("one", "two"):
         train(config(digits, tmp_path / name, epochs=2))
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
@@ -510,15 +512,15 @@ def test_the_same_seed_gives_the_same_weights(two_cpus: None, digits: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_diverging_run_keeps_the_weights_from_before_and_says_where(
-    two_cpus: None, digits: Path, tmp_path: Path
+def test_a_diverging_run_keeps_the_weights_from_before_and_names_their_file(
+    local_ray: None, digits: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "bundle"
     # each of the 14 steps of an epoch doubles the weights, which is too much by the second
     grow = {"lr": 100, "weight_decay": 0.03, "warmup": 0, "schedule": "constant"}
-    with pytest.raises(RunFailed, match=r"train_loss is \w+ in epoch [23]; lower") as ended:
+    with pytest.raises(RunFailed, match=r"train_loss is \w+ in epoch [23]\. Lower") as ended:
         train(config(digits, output, optim=grow, precision="fp32"))
-    kept = str(ended.value).rpartition("the best weights until then are in ")[2]
+    kept = str(ended.value).rpartition("The best weights so far are in ")[2]
     assert Path(kept).parent == output / "_train"
     assert load_file(kept).keys() >= {"head.4.weight", "features.0.0.weight"}
     assert not (output / "bundle.json").exists()
@@ -545,9 +547,9 @@ def test_an_interrupted_run_saves_and_ends_at_once(digits: Path, tmp_path: Path)
     run.send_signal(signal.SIGTERM)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert "imgcls train: stopped by SIGTERM; all is saved, and the same command goes" in errors
+    assert "imgcls train: stopped by SIGTERM; state saved, rerun the same command" in errors
     assert not (output / "bundle.json").exists()
     assert not (output / "_lease").exists()
     (newest, *_) = Checkpoints(str(output)).list_states()
-    assert len(newest.standing.history) >= 2
+    assert len(newest.progress.history) >= 2
     assert {path.name for path in (output / "_train").iterdir()} >= {"run.json", newest.best}

@@ -1,4 +1,4 @@
-"""One step is the same step however its rows are shared out, and whatever happened before it."""
+"""A step does not depend on how its rows are divided among workers, nor on what ran before it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.training.team import Team
 CLASSES, ROWS, SIDE = 4, 37, 8
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "ema": None}
-"""With it, a step is minus the gradient."""
+"""Settings with which a step subtracts the gradient."""
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -37,7 +37,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def without_norms() -> nn.Module:
-    """A network in which rows do not know of each other."""
+    """A network without batch statistics, in which rows are independent."""
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, CLASSES)
@@ -45,20 +45,20 @@ def without_norms() -> nn.Module:
 
 
 def small_cnn() -> nn.Module:
-    """Batch norms, dropout and all."""
+    """A network with batch norms and dropout."""
     torch.manual_seed(1)
     return zoo.build_network(
         zoo.resolve_architecture("small_cnn", {"width": 4, "dropout": 0.3}), CLASSES
     )
 
 
-def learner(
+def build_train_step(
     network: nn.Module,
     settings: TrainConfig,
-    place: WorkerContext = WorkerContext(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
+    context: WorkerContext = WorkerContext(0, 1, torch.device("cpu"), "fp32"),  # noqa: B008  it is frozen
     weights: list[float] | None = None,
 ) -> TrainStep:
-    made = TrainStep(settings, "scratch", PREPROCESS, weights, CLASSES, network, place)
+    made = TrainStep(settings, "scratch", PREPROCESS, weights, CLASSES, network, context)
     made.set_trainable(1)
     return made
 
@@ -73,8 +73,8 @@ def empty() -> Batch:
     return Batch(np.zeros((0, 3, SIDE, SIDE), np.uint8), np.zeros(0, np.int64))
 
 
-def moved(made: TrainStep, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """How far each parameter has come, the other way round: its gradient under PLAIN_SGD."""
+def parameter_changes(made: TrainStep, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Minus the change of each parameter: its gradient under PLAIN_SGD."""
     return {name: before[name] - p.detach() for name, p in made.network.named_parameters()}
 
 
@@ -90,15 +90,15 @@ LOSSES: list[tuple[dict[str, Any], list[float] | None]] = [
 def one_step(
     rank: int, workers: int, settings: TrainConfig, weights: list[float] | None
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The gradient of all rows at once, and what this worker tells of its own."""
-    place = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
-    made = learner(without_norms(), settings, place, weights)
+    """The gradient of all rows at once, and the totals of this worker's rows."""
+    context = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
+    made = build_train_step(without_norms(), settings, context, weights)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     whole = rows()
-    (hand,) = iter_step_shares(np.arange(ROWS), ROWS, rank=rank, workers=workers)
-    part = Batch(whole.pixels[hand.rows], whole.labels[hand.rows])
-    told = made.step(part, hand.global_batch_size, 0)
-    return moved(made, before), told.tolist()
+    (share,) = iter_step_shares(np.arange(ROWS), ROWS, rank=rank, workers=workers)
+    part = Batch(whole.pixels[share.rows], whole.labels[share.rows])
+    totals = made.step(part, share.global_batch_size, 0)
+    return parameter_changes(made, before), totals.tolist()
 
 
 def settings_of(loss: dict[str, Any], accumulate: int) -> TrainConfig:
@@ -141,50 +141,50 @@ def test_the_gradient_of_a_step_is_the_mean_over_the_whole_batch(
     ):
         for gradients, _ in results:
             torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
-        assert sum(told[0] for _, told in results) == pytest.approx(total, rel=1e-5)
-        assert sum(told[1] for _, told in results) == correct
+        assert sum(totals[0] for _, totals in results) == pytest.approx(total, rel=1e-5)
+        assert sum(totals[1] for _, totals in results) == correct
 
 
 def test_more_parts_than_rows_are_no_parts_without_rows() -> None:
-    made = learner(without_norms(), settings_of({}, 50))
+    made = build_train_step(without_norms(), settings_of({}, 50))
     whole = rows()
-    told = made.step(Batch(whole.pixels[:3], whole.labels[:3]), 3, 0)
-    assert torch.isfinite(told).all()
+    totals = made.step(Batch(whole.pixels[:3], whole.labels[:3]), 3, 0)
+    assert torch.isfinite(totals).all()
 
 
 # ------------------------------------------------------------------ images that failed
 
 
-def test_a_batch_whose_images_all_failed_moves_nothing() -> None:
-    made = learner(without_norms(), config(optim=PLAIN_SGD))
+def test_a_batch_whose_images_all_failed_changes_nothing() -> None:
+    made = build_train_step(without_norms(), config(optim=PLAIN_SGD))
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
-    told = made.step(empty(), 10, 0)
-    assert told.tolist() == [0, 0]
-    assert all((change == 0).all() for change in moved(made, before).values())
+    totals = made.step(empty(), 10, 0)
+    assert totals.tolist() == [0, 0]
+    assert all((change == 0).all() for change in parameter_changes(made, before).values())
 
 
 def step_without_images_but_in_one(
     rank: int, workers: int, settings: TrainConfig
 ) -> dict[str, torch.Tensor]:
-    place = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
-    made = learner(without_norms(), settings, place)
+    context = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
+    made = build_train_step(without_norms(), settings, context)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     made.step(rows() if rank == 1 else empty(), ROWS, 0)
-    return moved(made, before)
+    return parameter_changes(made, before)
 
 
-def test_a_worker_whose_images_all_failed_holds_up_no_other(team: Team) -> None:
+def test_a_worker_whose_images_all_failed_does_not_block_the_others(team: Team) -> None:
     expected, _, _ = whole_batch({}, None)
     settings = settings_of({}, 3)
     for gradients in team.call(3, step_without_images_but_in_one, settings):
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
-# ------------------------------------------------------------------ going on and repeating
+# ------------------------------------------------------------------ resuming and repeating
 
 
 def steps(made: TrainStep, first: int, last: int, *, seeded: bool = True) -> None:
-    """As an epoch makes them, on batches that differ from step to step."""
+    """Run steps as an epoch does, on batches that differ from step to step."""
     made.network.train()
     whole = rows()
     for step in range(first, last):
@@ -210,7 +210,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-OPTIMISERS = [
+OPTIMIZERS = [
     {"name": "adamw", "ema": 0.9},
     {"name": "sgd", "lr": 0.1, "ema": 0.9},
     {"name": "adamw", "ema": None, "schedule": "one_cycle", "clip_norm": 0.5},
@@ -218,16 +218,16 @@ OPTIMISERS = [
 ]
 
 
-@pytest.mark.parametrize("optim", OPTIMISERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
 def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) -> None:
     settings = config(optim=optim, augment="strong")
-    made = learner(small_cnn(), settings)
+    made = build_train_step(small_cnn(), settings)
     steps(made, 0, 3)
     stored = io.BytesIO()
     torch.save(made.state_dict(), stored)
     steps(made, 3, 6)
     stored.seek(0)
-    resumed = learner(
+    resumed = build_train_step(
         zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), CLASSES), settings
     )
     for module in resumed.network.modules():
@@ -239,9 +239,9 @@ def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) 
     assert same(everything(resumed), everything(made))
 
 
-@pytest.mark.parametrize("optim", OPTIMISERS[:2], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("optim", OPTIMIZERS[:2], ids=["adamw", "sgd"])
 def test_a_state_is_a_copy_that_later_steps_leave_alone(optim: dict[str, Any]) -> None:
-    made = learner(small_cnn(), config(optim=optim))
+    made = build_train_step(small_cnn(), config(optim=optim))
     steps(made, 0, 2)
     state = made.state_dict()
     kept = copy.deepcopy(state)
@@ -252,9 +252,9 @@ def test_a_state_is_a_copy_that_later_steps_leave_alone(optim: dict[str, Any]) -
 
 def test_what_is_random_in_a_step_depends_on_seed_epoch_step_and_worker() -> None:
     def drawn(seed: int, epoch: int, step: int, rank: int) -> list[float]:
-        place = WorkerContext(rank, 2, torch.device("cpu"), "fp32")
+        context = WorkerContext(rank, 2, torch.device("cpu"), "fp32")
         made = TrainStep(
-            config(seed=seed), "scratch", PREPROCESS, None, CLASSES, without_norms(), place
+            config(seed=seed), "scratch", PREPROCESS, None, CLASSES, without_norms(), context
         )
         made.seed_rng(epoch, step)
         return torch.rand(4).tolist()
@@ -269,37 +269,39 @@ def test_steps_depend_on_their_seed_and_on_no_randomness_before_them() -> None:
     settings = config(augment="strong")
     ends = []
     for before in (1, 2):
-        made = learner(small_cnn(), settings)
+        made = build_train_step(small_cnn(), settings)
         torch.manual_seed(before)
         steps(made, 0, 2)
         ends.append(everything(made))
     assert same(ends[0], ends[1])
-    # and random they are: without the seed, what came before shows
+    # without the seed the random numbers depend on what ran before
     unseeded = []
     for before in (1, 2):
-        made = learner(small_cnn(), settings)
+        made = build_train_step(small_cnn(), settings)
         torch.manual_seed(before)
         steps(made, 0, 2, seeded=False)
         unseeded.append(everything(made))
     assert not same(unseeded[0], unseeded[1])
 
 
-# ------------------------------------------------------------------ what moves, what is judged
+# ------------------------------------------------------ trainable layers, moving average
 
 
-def test_frozen_layers_stay_where_they_are_and_get_no_gradient() -> None:
+def test_frozen_layers_do_not_change_and_get_no_gradient() -> None:
     settings = config(
         finetune={"unfreeze_every": 1, "backbone_lr_scale": 1.0},
         optim={"weight_decay": 0.5, "ema": None},
     )
     network = without_norms()
-    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, network, learner_place())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, network, build_context())
     seen: list[set[str]] = []
     for epoch in (1, 2):
         made.set_trainable(epoch)
         before = {name: p.detach().clone() for name, p in network.named_parameters()}
         made.step(rows(), ROWS, epoch)
-        seen.append({name for name, change in moved(made, before).items() if change.any()})
+        seen.append(
+            {name for name, change in parameter_changes(made, before).items() if change.any()}
+        )
     everything_ = {name for name, _ in network.named_parameters()}
     assert seen == [{"4.weight", "4.bias"}, everything_]
 
@@ -323,7 +325,7 @@ def two_norms() -> nn.Sequential:
 def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_with(
     strategy: Strategy,
 ) -> None:
-    made = TrainStep(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made = TrainStep(config(), strategy, PREPROCESS, None, CLASSES, two_norms(), build_context())
     before = statistics(made.network)
     made.set_trainable(1)
     with torch.no_grad():
@@ -341,7 +343,7 @@ def test_from_weights_batch_norms_keep_the_statistics_that_the_probe_was_fitted_
 
 def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs() -> None:
     settings = config(finetune={"unfreeze_every": 1, "batchnorm": "train"}, optim={"ema": None})
-    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made = TrainStep(settings, "finetune", PREPROCESS, None, CLASSES, two_norms(), build_context())
     seen = []
     for epoch in (1, 2, 3):
         made.set_trainable(epoch)
@@ -352,7 +354,7 @@ def test_frozen_layers_keep_their_statistics_while_those_above_them_learn_theirs
 
 
 def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_next() -> None:
-    made = TrainStep(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), learner_place())
+    made = TrainStep(config(), "scratch", PREPROCESS, None, CLASSES, two_norms(), build_context())
     made.set_trainable(1)
     before = statistics(made.network)
     made.step(empty(), ROWS, 0)
@@ -361,43 +363,45 @@ def test_a_worker_without_an_image_changes_no_statistics_and_is_back_with_the_ne
     assert {n.rpartition(".")[0] for n in changed(made.network, before)} == {"1", "4"}
 
 
-def learner_place(precision: str = "fp32") -> WorkerContext:
+def build_context(precision: str = "fp32") -> WorkerContext:
     return WorkerContext(0, 1, torch.device("cpu"), precision)
 
 
-def test_the_average_is_judged_where_there_is_one() -> None:
-    averaged = learner(small_cnn(), config(optim={"ema": 0.9}))
-    assert averaged.average is not None
-    assert averaged.judged is averaged.average.network
-    plain = learner(small_cnn(), config(optim={"ema": None}))
-    assert plain.judged is plain.network
+def test_the_moving_average_is_validated_where_there_is_one() -> None:
+    averaged = build_train_step(small_cnn(), config(optim={"ema": 0.9}))
+    assert averaged.ema is not None
+    assert averaged.eval_network is averaged.ema.network
+    plain = build_train_step(small_cnn(), config(optim={"ema": None}))
+    assert plain.eval_network is plain.network
     steps(averaged, 0, 3)
-    averaged.judged.eval()
+    averaged.eval_network.eval()
     logits = averaged.predict_logits(rows().pixels)
-    expected = averaged.average.network(averaged.normalize_inputs(rows().pixels))
+    expected = averaged.ema.network(averaged.normalize_inputs(rows().pixels))
     torch.testing.assert_close(logits, expected)
     averaged.network.eval()
     assert not torch.allclose(logits, averaged.network(averaged.normalize_inputs(rows().pixels)))
 
 
 def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
-    made = learner(without_norms(), config(optim=PLAIN_SGD | {"clip_norm": 1e-3}))
+    made = build_train_step(without_norms(), config(optim=PLAIN_SGD | {"clip_norm": 1e-3}))
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     made.step(rows(), ROWS, 0)
-    length = torch.cat([change.flatten() for change in moved(made, before).values()]).norm()
+    length = torch.cat(
+        [change.flatten() for change in parameter_changes(made, before).values()]
+    ).norm()
     assert length.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_half_precision_keeps_the_weights_in_full() -> None:
     settings = config(optim={"ema": None})
     made = TrainStep(
-        settings, "scratch", PREPROCESS, None, CLASSES, small_cnn(), learner_place("bf16")
+        settings, "scratch", PREPROCESS, None, CLASSES, small_cnn(), build_context("bf16")
     )
     made.set_trainable(1)
-    told = made.step(rows(), ROWS, 0)
-    assert torch.isfinite(told).all()
+    totals = made.step(rows(), ROWS, 0)
+    assert torch.isfinite(totals).all()
     assert {p.dtype for p in made.network.parameters()} == {torch.float32}
-    made.judged.eval()
+    made.eval_network.eval()
     assert made.predict_logits(rows().pixels).dtype == torch.float32
 
 
@@ -410,7 +414,7 @@ def test_steps_learn_what_can_be_learnt(build: Callable[[], nn.Module], falls: f
     pixels = np.broadcast_to(
         (60 * labels).astype(np.uint8)[:, None, None, None], (32, 3, SIDE, SIDE)
     ).copy()
-    made = learner(build(), config(optim={"lr": 0.01, "ema": None, "weight_decay": 0.0}))
+    made = build_train_step(build(), config(optim={"lr": 0.01, "ema": None, "weight_decay": 0.0}))
     losses = []
     for step in range(30):
         made.seed_rng(1, step)

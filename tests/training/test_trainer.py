@@ -1,14 +1,28 @@
-"""When a run has come to its end."""
+"""The training loop: early stopping, and whole runs of one worker in this process."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from imgcls.training.config import EarlyStoppingConfig
+from imgcls.data.preprocess import Preprocess
+from imgcls.models import zoo
+from imgcls.training import trainer
+from imgcls.training.config import EarlyStoppingConfig, TrainConfig
+from imgcls.training.data.batches import Batch
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.trainer import is_stalled
+from imgcls.training.optim.strategy import Strategy
+from imgcls.training.sampler import Int64Array
+from imgcls.training.train_step import WorkerContext
+from imgcls.training.trainer import Trainer, TrainLoopSpec, is_stalled
 
 
 def history(losses: list[float], accuracies: list[float] | None = None) -> tuple[EpochMetrics, ...]:
@@ -54,3 +68,143 @@ def test_an_accuracy_improves_upwards() -> None:
     rising = history([1.0, 2.0, 3.0], [0.1, 0.2, 0.3])
     assert not is_stalled(rising, EarlyStoppingConfig(patience=2), "val_accuracy")
     assert is_stalled(rising, EarlyStoppingConfig(patience=2), "val_loss")
+
+
+# ---------------------------------------------------------------------- the loop without Ray
+
+CLASSES, SIDE = 3, 8
+
+
+class Dataset:
+    """Rows whose brightness is their class."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.labels = rng.integers(0, CLASSES, rows)
+        noise = rng.integers(0, 40, (rows, 3, SIDE, SIDE))
+        self.pixels = (60 * self.labels[:, None, None, None] + noise).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
+        return (Batch(self.pixels[each], self.labels[each]) for each in rows)
+
+
+class Images:
+    def load_split(self, *, held: bool) -> Dataset:
+        return Dataset(20, seed=2) if held else Dataset(60, seed=1)
+
+
+class Channel:
+    """Keeps what is posted; a stop is never requested."""
+
+    def __init__(self) -> None:
+        self.posts: list[Any] = []
+        self.post = SimpleNamespace(remote=self.posts.append)
+
+
+class NoControl:
+    """Workers that never agree to stop or save."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def step(self, finite: Any = True) -> None: ...
+
+    def mark_saved(self) -> None: ...
+
+
+@pytest.fixture
+def build_trainer(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Trainer]:
+    """Build a trainer of one worker in this process."""
+    monkeypatch.setattr(trainer, "ControlSync", NoControl)
+    monkeypatch.setattr(trainer.ray, "get", lambda reference: reference)
+
+    def build(network: nn.Module, strategy: Strategy, **settings: Any) -> Trainer:
+        config = TrainConfig.model_validate(
+            {"data": {"train": "none.csv"}, "output": str(tmp_path), "optim": {"lr": 1e-3}}
+            | {"augment": "none", "epochs": 2, "batch_size": 20, **settings}
+        )
+        images: Any = Images()
+        spec = TrainLoopSpec(
+            config=config,
+            strategy=strategy,
+            architecture=zoo.resolve_architecture("small_cnn", {"width": 4}),
+            num_classes=CLASSES,
+            initial_weights=None,
+            preprocess=Preprocess(resize=SIDE, crop=SIDE),
+            images=images,
+            class_weights=None,
+            head_coefficients=(1.0,),
+        )
+        context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+        return Trainer(spec, context, network, Channel())
+
+    return build
+
+
+def build_network() -> nn.Module:
+    torch.manual_seed(1)
+    return zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), CLASSES)
+
+
+def test_a_probe_then_finetune_run_has_the_probe_as_epoch_0(
+    build_trainer: Callable[..., Trainer],
+) -> None:
+    made = build_trainer(build_network(), "probe_then_finetune")
+    reported: list[EpochMetrics] = []
+    result = made.run(reported.append)
+    assert [(epoch.epoch, epoch.phase) for epoch in result.history] == [
+        (0, "probe"), (1, "train"), (2, "train"),
+    ]  # fmt: skip
+    assert list(result.history) == reported
+    assert {(epoch.train_rows, epoch.val_rows) for epoch in reported} == {(60, 20)}
+    assert result.history[0].val_accuracy > 0.8
+    assert [post for post in made.channel.posts if isinstance(post, EpochMetrics)] == reported
+
+
+def test_a_probe_changes_the_head_alone(build_trainer: Callable[..., Trainer]) -> None:
+    network = build_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    made = build_trainer(network, "probe")
+    assert [epoch.phase for epoch in made.run(lambda epoch: None).history] == ["probe"]
+    after = made.train_step.eval_network.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.4.weight", "head.4.bias"}
+
+
+def test_features_that_overflow_fail_the_training_with_advice(
+    build_trainer: Callable[..., Trainer],
+) -> None:
+    network = build_network()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    # finite, as a weights file must be; the squares of the features are not
+    nn.init.constant_(norms[-1].weight, 3e38)
+    result = build_trainer(network, "probe").run(lambda epoch: None)
+    assert result.failure_kind == "failed"
+    assert result.problem is not None
+    assert result.problem.startswith("the features of ")
+    assert "views of images are NaN or too large in fp32, or other model.weights" in result.problem
+    assert result.history == ()
+
+
+def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not(
+    build_trainer: Callable[..., Trainer],
+) -> None:
+    whole = build_trainer(build_network(), "scratch", epochs=3)
+    expected = whole.run(lambda epoch: None)
+    checkpoints = whole.checkpoints
+    checkpoints.start_run({})
+    # epochs count in the schedule, so the first part has the same number and stops after one
+    first = build_trainer(build_network(), "scratch", epochs=3)
+    first._run_next_epoch()
+    first.checkpoints.wait_until_saved()
+    resumed = build_trainer(build_network(), "scratch", epochs=3)
+    result = resumed.run(lambda epoch: None)
+    assert resumed.channel.posts[0] == "resuming: epoch 2"
+    for here, there in zip(result.history, expected.history, strict=True):
+        assert (here.train_loss, here.val_loss) == (there.train_loss, there.val_loss)
+    after, wanted = resumed.train_step.network.state_dict(), whole.train_step.network.state_dict()
+    assert all(torch.equal(after[name], wanted[name]) for name in wanted)

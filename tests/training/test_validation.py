@@ -1,4 +1,4 @@
-"""Validation rows are counted once each, and come to the same numbers however they are shared."""
+"""Each validation row counts once, and the metrics do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def validation() -> tuple[torch.Tensor, torch.Tensor]:
     return 2 * torch.randn(ROWS, CLASSES, generator=generator), labels
 
 
-def judged(rank: int, workers: int, batch_size: int = 8) -> EvalMetrics:
+def evaluate(rank: int, workers: int, batch_size: int = 8) -> EvalMetrics:
     logits, labels = validation()
-    tally = EvalAccumulator(CLASSES, CPU)
+    accumulator = EvalAccumulator(CLASSES, CPU)
     for rows in shard_batches(ROWS, batch_size, rank=rank, workers=workers):
-        tally.update(logits[rows], labels[rows])
-    return tally.compute()
+        accumulator.update(logits[rows], labels[rows])
+    return accumulator.compute()
 
 
 @given(st.integers(0, 200), st.integers(1, 40), st.integers(1, 5))
-def test_every_row_is_judged_once_in_equally_many_batches_of_the_size_asked_for(
+def test_every_row_is_validated_once_in_equally_many_batches_of_the_size_asked_for(
     rows: int, batch_size: int, workers: int
 ) -> None:
     by_worker = [
@@ -52,11 +52,11 @@ def test_every_row_is_judged_once_in_equally_many_batches_of_the_size_asked_for(
         assert sum(len(batch) for batch in step) <= batch_size + workers
 
 
-def test_a_verdict_is_that_of_scikit_learn(alone: None) -> None:
+def test_the_metrics_are_those_of_scikit_learn(alone: None) -> None:
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
 
     logits, labels = validation()
-    found = judged(0, 1)
+    found = evaluate(0, 1)
     predicted, scores = logits.argmax(1), logits.double().softmax(1)
     assert set(predicted.tolist()) > set(labels.tolist()), "some classes are absent"
     assert found.rows == ROWS
@@ -69,23 +69,25 @@ def test_a_verdict_is_that_of_scikit_learn(alone: None) -> None:
         assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predicted))
 
 
-def test_workers_together_come_to_the_verdict_of_one(alone: None, team: Team) -> None:
-    expected = judged(0, 1)
+def test_several_workers_get_the_metrics_of_one(alone: None, team: Team) -> None:
+    expected = evaluate(0, 1)
     for workers in (2, 3):
-        verdicts = team.call(workers, judged)
-        assert verdicts == [verdicts[0]] * workers
-        assert verdicts[0].rows == expected.rows
-        assert verdicts[0].accuracy == expected.accuracy
-        assert verdicts[0].balanced_accuracy == expected.balanced_accuracy
-        assert verdicts[0].loss == pytest.approx(expected.loss, rel=1e-6)
+        results = team.call(workers, evaluate)
+        assert results == [results[0]] * workers
+        assert results[0].rows == expected.rows
+        assert results[0].accuracy == expected.accuracy
+        assert results[0].balanced_accuracy == expected.balanced_accuracy
+        assert results[0].loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_the_loss_is_the_mean_over_rows_and_not_over_batches(alone: None) -> None:
     logits, labels = validation()
-    tally = EvalAccumulator(CLASSES, CPU)
-    tally.update(logits[:36], labels[:36])
-    tally.update(logits[36:], labels[36:])
-    assert tally.compute().loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    accumulator = EvalAccumulator(CLASSES, CPU)
+    accumulator.update(logits[:36], labels[:36])
+    accumulator.update(logits[36:], labels[36:])
+    assert accumulator.compute().loss == pytest.approx(
+        float(F.cross_entropy(logits, labels)), rel=1e-5
+    )
 
 
 def averaged(rank: int, workers: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels, resolve_paths
-from imgcls.runs.layout import OK
+from imgcls.errors import OK
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]

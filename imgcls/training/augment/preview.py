@@ -1,8 +1,7 @@
-"""A picture of what augmentation does: training images in rows, what the network sees in columns.
+"""Preview of the augmentation: a contact sheet with one training image per row, augmented.
 
-Written when a training starts, so that a mirrored digit or a crop without its object is seen by a
-person before it costs an epoch. Owns the layout; the images come from the very `Augment` that the
-workers use.
+Written when a training starts, so that mirrored digits or crops without the object can be noticed
+before the first epoch. The images come from the same `Augment` as in the workers.
 """
 
 from __future__ import annotations
@@ -16,24 +15,25 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from imgcls.data.decode import Pixels
-from imgcls.training.augment.augment import Augment, center_crop
+from imgcls.training.augment.augment import Augment
+from imgcls.training.augment.ops.crop import center_crop
 from imgcls.training.sampler import Int64Array
 
 TILE_SIZE = 144
-"""About the side of a tile: small images are enlarged by a whole number, large ones shrunk."""
+"""Approximate side of a tile, in pixels; small images are enlarged by an integer factor."""
 GAP, EDGE = 6, 12
 CAPTION_WIDTH = 150
-"""Room for the names of classes, if they need it."""
+"""Maximum width of the class names, in pixels."""
 LINE_HEIGHT = 15
 TEXT_COLOR, MUTED_COLOR = (32, 32, 32), (112, 112, 112)
 
 
 def choose_sample_rows(labels: Int64Array, count: int = 8) -> Int64Array:
-    """Rows for a grid, of as many different classes as possible.
+    """Row indices for a preview, from as many classes as possible.
 
     labels: (N,) int64
-    Returns at most `count` rows in ascending order of their classes: the first of each class, the
-    classes spread over all that there are; then the second of each, until there are enough.
+    Returns at most `count` indices, sorted by class: with more than `count` classes, the first row
+    of evenly spaced classes; else the first row of each class, then the second, and so on.
     """
     classes, inverse = np.unique(labels, return_inverse=True)
     if len(classes) > count:
@@ -41,7 +41,7 @@ def choose_sample_rows(labels: Int64Array, count: int = 8) -> Int64Array:
         return np.array([np.argmax(inverse == at) for at in spread])
     order = np.argsort(inverse, kind="stable")
     first = np.searchsorted(inverse[order], inverse[order])
-    rank = np.arange(len(order)) - first  # how many of the same class come before
+    rank = np.arange(len(order)) - first  # number of earlier rows of the same class
     rows = order[np.argsort(rank, kind="stable")][:count]
     return rows[np.argsort(labels[rows], kind="stable")]
 
@@ -58,9 +58,9 @@ def draw_preview(
     """A contact sheet as PNG: a row per image, first as evaluation sees it, then augmented.
 
     pixels: (N, 3, S, S) uint8, N of 1 to about 8
-    labels: (N,) int64 places in `classes`
-    Where images are mixed, each is captioned with its targets. The caller's random state is left
-    as it was.
+    labels: (N,) int64 indices into `classes`
+    If images are mixed, each has its targets as a caption. Does not change the random state of the
+    caller.
     """
     batch, targets = torch.from_numpy(pixels), torch.from_numpy(labels)
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ def draw_preview(
         shown += [augment(batch, targets) for _ in range(columns)]
 
     tile = _compute_tile_size(augment.size)
-    below = 2 * LINE_HEIGHT if augment.recipe.has_mixing else 0
+    below = 2 * LINE_HEIGHT if augment.recipe.mixes_targets else 0
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     names = [_shorten(classes[label], large, CAPTION_WIDTH) for label in labels.tolist()]
     left = EDGE + round(max(large.getlength(name) for name in names)) + 2 * GAP
@@ -108,7 +108,7 @@ def _compute_tile_size(size: int) -> int:
 
 def _resize_tile(image: torch.Tensor, tile: int) -> Image.Image:
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    # whole pixels stay whole, so that what the network sees can be counted
+    # enlarged pixels keep sharp edges, so that the pixels of the network's input can be counted
     smooth = Image.Resampling.LANCZOS if picture.width > tile else Image.Resampling.NEAREST
     return picture.resize((tile, tile), smooth)
 

@@ -1,7 +1,7 @@
-"""Image files to decoded uint8 pixels, and the batches that a worker makes of them.
+"""Decoding of training images to uint8 pixels, and batches of them.
 
-Owns what both ways to a worker share: `cache` decodes once for all epochs, `stream` anew in every
-epoch. Promises that a bad image is left out and told, never replaced.
+Shared by the two kinds of data set: `cached` decodes each image once, `streaming` in every epoch.
+An image that cannot be decoded is left out and reported, never replaced by another.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import pyarrow as pa
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
+from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import ImageError, StorageError
 from imgcls.training.sampler import Int64Array
 
 MAX_BLOCK_BYTES = 32 << 20
-"""Largest decoded block; far below Ray Data's 128 MiB, above which it would split it."""
+"""Maximum size of a decoded block; Ray Data splits blocks above 128 MiB."""
 MAX_BLOCK_ROWS = 256
 PREFETCH_BATCHES = 2
-"""Batches gathered while the network is at work."""
+"""Number of batches prepared while the network computes."""
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How each split is decoded.
+    """How the images of each split are decoded.
 
-    train:     larger than what the network sees where random crops are to be taken from it
-    val:       just as labelling will decode
-    max_bytes: of an image file; a larger one is left out as one that cannot be decoded
+    train:     larger than the network's input if random crops are taken from it
+    val:       the same as in prediction
+    max_bytes: maximum size of an image file; a larger one counts as one that cannot be decoded
     """
 
     train: Preprocess
@@ -45,7 +46,7 @@ class DecodeSettings:
     def from_preprocess(
         cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = filesystem.MAX_IMAGE_BYTES
     ) -> DecodeSettings:
-        """cropped: whether training takes random crops"""
+        """The settings of both splits. cropped: whether training takes random crops"""
         if cropped and preprocess.mode == "crop":
             larger = preprocess.model_copy(update={"crop": preprocess.resize})
             return cls(larger, preprocess, max_bytes)
@@ -55,7 +56,7 @@ class DecodeSettings:
         return self.val if held else self.train
 
     def compute_decoded_bytes(self, rows: pa.Table) -> int:
-        """Bytes that all these rows take when decoded."""
+        """Size of all these rows when decoded, in bytes."""
         held = rows.column("held").to_numpy().sum()
         train = rows.num_rows - held
         return int(held * compute_image_bytes(self.val) + train * compute_image_bytes(self.train))
@@ -73,7 +74,12 @@ class DecodeFailure:
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels (N, 3, S, S) uint8, labels (N,) int64; failed images are left out and counted."""
+    """Decoded images with their labels, without those that could not be decoded.
+
+    pixels:   (N, 3, S, S) uint8
+    labels:   (N,) int64 class indices
+    failures: the images that were left out
+    """
 
     pixels: Pixels
     labels: Int64Array
@@ -81,41 +87,41 @@ class Batch:
 
 
 class ImageDataset(Protocol):
-    """One split, as a worker sees it. labels: (N,) int64 class indices."""
+    """The images of one split, as a worker reads them. labels: (N,) int64 class indices."""
 
     labels: Int64Array
 
     def __len__(self) -> int: ...
 
     def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
-        """A batch for each of the given sets of rows, in order, gathered ahead of their use."""
+        """One batch for each array of row indices, in order, prefetched."""
 
 
 def compute_block_rows(preprocess: Preprocess) -> int:
-    """Rows of a decoded block."""
+    """Number of rows of a decoded block."""
     return max(1, min(MAX_BLOCK_ROWS, MAX_BLOCK_BYTES // compute_image_bytes(preprocess)))
 
 
 def compute_image_bytes(preprocess: Preprocess) -> int:
-    """Bytes of one decoded image."""
+    """Size of one decoded image, in bytes."""
     return 3 * preprocess.crop**2
 
 
-def decode_block(rows: pa.Table, views: DecodeSettings) -> pa.Table:
-    """Fetch and decode rows of one split: the same with error (string) and pixels (binary).
+def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
+    """Fetch and decode rows of one split; adds the columns error (string) and pixels (binary).
 
-    A row with an error has pixels that mean nothing.
+    The pixels of a row with an error are zeros.
     """
-    preprocess = views.for_split(held=rows.column("held")[0].as_py())
+    preprocess = settings.for_split(held=rows.column("held")[0].as_py())
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)
     errors: list[str | None] = []
-    blobs = filesystem.read_ahead(rows.column("url").to_pylist(), max_bytes=views.max_bytes)
-    for place, data in enumerate(blobs):
+    blobs = filesystem.read_ahead(rows.column("url").to_pylist(), max_bytes=settings.max_bytes)
+    for index, data in enumerate(blobs):
         try:
             if isinstance(data, StorageError):
                 raise data
-            stacked[place] = decode.decode_image(data, preprocess)[0]
+            stacked[index] = decode.decode_image(data, preprocess)[0]
             errors.append(None)
         except (ImageError, StorageError) as error:
             errors.append(str(error))
@@ -129,7 +135,7 @@ def decode_block(rows: pa.Table, views: DecodeSettings) -> pa.Table:
 
 
 def view_pixels(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
-    """(N, 3, crop, crop) uint8, the bytes of the column `pixels` in place."""
+    """(N, 3, crop, crop) uint8: the column `pixels` as an array, without a copy."""
     stored, width = batch.column("pixels"), compute_image_bytes(preprocess)
     offsets = np.frombuffer(stored.buffers()[1], np.int32)
     start = int(offsets[stored.offset])
@@ -139,11 +145,11 @@ def view_pixels(batch: pa.RecordBatch, preprocess: Preprocess) -> Pixels:
 
 
 def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, made by a thread that stays some ahead; it ends when they are let go."""
+    """Read `batches` ahead in a thread, which ends when the returned iterator is closed."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH_BATCHES)
     stop = threading.Event()
 
-    def give(item: Batch | BaseException | None) -> None:
+    def put(item: Batch | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 ready.put(item, timeout=0.2)
@@ -151,17 +157,17 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def produce() -> None:
         try:
             for batch in batches:
-                give(batch)
+                put(batch)
                 if stop.is_set():
                     return
-            give(None)
-        except BaseException as error:  # noqa: BLE001  it is raised again where it is awaited
-            give(error)
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer
+            put(error)
 
-    threading.Thread(target=work, name="batches", daemon=True).start()
+    threading.Thread(target=bind_settings(produce), name="batches", daemon=True).start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):

@@ -1,7 +1,7 @@
-"""Images decoded anew in every epoch, by Ray Data, for sets that do not fit in memory.
+"""Training images decoded in every epoch, by Ray Data, for data sets larger than memory.
 
-Every worker runs a pipeline over its own rows in the order in which it wants them, so that an epoch
-holds every row once, whatever the number of workers, and can go on from any step.
+Each worker runs a pipeline over its own rows, in the order in which it needs them, so that an epoch
+has every row exactly once with any number of workers, and can be resumed at any step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.session import silence_data_logger
-from imgcls.data import object_store
+from imgcls.cluster.session import configure_ray_data
+from imgcls.data import storage_settings
 from imgcls.training.data.batches import (
     Batch,
     DecodeFailure,
@@ -33,14 +33,14 @@ from imgcls.training.sampler import Int64Array
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images that are decoded anew in every epoch.
+    """Images that are decoded in every epoch.
 
     rows: reference to the table (row, url, label, held)
-    cpus: decoding tasks at a time, over all workers
+    cpus: number of concurrent decoding tasks, over all workers
     """
 
     rows: Any
-    views: DecodeSettings
+    settings: DecodeSettings
     cpus: float
 
     def load_split(self, *, held: bool) -> StreamedDataset:
@@ -50,21 +50,21 @@ class StreamedImages:
 
 
 class StreamedDataset:
-    """The rows of one split, decoded by Ray Data each time that they are asked for."""
+    """The rows of one split, decoded by Ray Data each time they are read."""
 
     def __init__(self, source: StreamedImages, *, held: bool, cpus: float) -> None:
         table = ray.get(source.rows)
         (self._row_indices,) = np.nonzero(table.column("held").to_numpy() == held)
         self.labels: Int64Array = table.column("label").to_numpy()[self._row_indices]
         self._source, self._cpus = source, cpus
-        self._preprocess = source.views.for_split(held=held)
+        self._preprocess = source.settings.for_split(held=held)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def num_readers(self) -> int:
-        """Processes that read images at a time, over all workers: each worker has at least one."""
+        """Number of processes that read images, over all workers: at least one per worker."""
         return math.ceil(self._source.cpus / self._cpus * max(1.0, self._cpus))
 
     def iter_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
@@ -73,32 +73,32 @@ class StreamedDataset:
         return prefetch(self._slice_batches(rows))
 
     def _slice_batches(self, rows: Sequence[Int64Array]) -> Iterator[Batch]:
-        """Blocks as they come, cut into the batches that were asked for."""
+        """Decoded blocks, cut into the requested batches."""
         tables = self._decode_in_order(np.concatenate(list(rows)))
         crop = self._preprocess.crop
-        left: pa.Table | None = None
+        rest: pa.Table | None = None
         for wanted in rows:
             if not len(wanted):
                 yield Batch(np.zeros((0, 3, crop, crop), np.uint8), np.zeros(0, np.int64))
                 continue
-            while left is None or left.num_rows < len(wanted):
+            while rest is None or rest.num_rows < len(wanted):
                 arrived = next(tables)
-                left = arrived if left is None else pa.concat_tables([left, arrived])
-            yield self._build_batch(left.slice(0, len(wanted)))
-            left = left.slice(len(wanted))
+                rest = arrived if rest is None else pa.concat_tables([rest, arrived])
+            yield self._build_batch(rest.slice(0, len(wanted)))
+            rest = rest.slice(len(wanted))
 
     def _decode_in_order(self, rows: Int64Array) -> Iterator[pa.Table]:
-        """The given rows in order, decoded, as tables of some hundred rows."""
+        """The given rows, decoded and in order, as tables of up to `MAX_BLOCK_ROWS` rows."""
         size = compute_block_rows(self._preprocess)
         wanted = ray.put(self._row_indices[rows])
-        decode = object_store.bind_settings_split(
+        decode = storage_settings.bind_settings_split(
             self.num_readers,
             _decode_indices,
             table=self._source.rows,
             wanted=wanted,
-            views=self._source.views,
+            settings=self._source.settings,
         )
-        silence_data_logger()
+        configure_ray_data()
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
@@ -118,17 +118,21 @@ class StreamedDataset:
         labels = table.column("label").to_numpy()
         held = table.column("held")[0].as_py()
         parts = [view_pixels(batch, self._preprocess) for batch in table.to_batches()]
-        told = tuple(
+        failures = tuple(
             DecodeFailure(row["url"], row["label"], held, row["error"])
             for row in table.select(["url", "label", "error"]).to_pylist()
             if row["error"] is not None
         )
-        return Batch(np.concatenate(parts)[good], labels[good], told)
+        return Batch(np.concatenate(parts)[good], labels[good], failures)
 
 
 def _decode_indices(
-    block: dict[str, npt.NDArray[np.int64]], *, table: Any, wanted: Any, views: DecodeSettings
+    block: dict[str, npt.NDArray[np.int64]], *, table: Any, wanted: Any, settings: DecodeSettings
 ) -> pa.Table:
-    """Decode the rows that stand at some places of a list of rows to come."""
+    """Decode a part of the requested rows.
+
+    block:  positions in `wanted`, in the column id
+    wanted: reference to (N,) int64 row indices of `table`
+    """
     rows: pa.Table = ray.get(table)
-    return decode_block(rows.take(ray.get(wanted)[block["id"]]), views)
+    return decode_block(rows.take(ray.get(wanted)[block["id"]]), settings)

@@ -1,9 +1,10 @@
-"""One interface through which others see a training: TensorBoard always, MLflow and W&B if asked.
+"""Metric loggers of a training: TensorBoard always, MLflow and Weights & Biases if configured.
 
-Owns whom to tell and what becomes of it when they do not answer: before the training that is a
-RequestError, within it a line on the terminal, and what was missed is told again later. How each of
-them is told is in `events` and `trackers`. Runs in the
+Before the training, a logger that cannot be reached is a RequestError. During the training its
+failures are reported, never raised, and the calls that failed are repeated later. Runs in the
 driver.
+
+To add a logger, write a `MetricLogger` in a module of its own, and add it to `LOGGERS`.
 """
 
 from __future__ import annotations
@@ -14,40 +15,41 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
 from imgcls.config import Section
 from imgcls.data import filesystem
-from imgcls.errors import Interrupted
-from imgcls.training.loggers.remote import MLflowLogger, WandbLogger
+from imgcls.errors import Interrupted, one_line
+from imgcls.training.loggers.mlflow import MLflowLogger
 from imgcls.training.loggers.tensorboard import TensorBoardLogger
+from imgcls.training.loggers.wandb import WandbLogger
 
 RETRY_PAUSE_SECONDS = 60.0
-"""For which a tracker is left alone that failed, lest every epoch wait for its time-out."""
+"""Pause after a failure of a logger, so that not every epoch waits for its timeout."""
 
 
 class TrackConfig(Section):
-    """Who is told of every epoch, besides TensorBoard."""
+    """Experiment tracking, in addition to TensorBoard."""
 
     mlflow: str | None = None
     """Tracking URI of MLflow, e.g. http://mlflow:5000 or sqlite:///mlflow.db."""
     wandb: str | None = None
     """Project of Weights & Biases, as PROJECT or ENTITY/PROJECT."""
     experiment: str = "imgcls"
-    """The MLflow experiment that the run belongs to."""
+    """MLflow experiment of the run."""
     run: str | None = None
-    """The run's name in MLflow and Weights & Biases; the output folder's if none."""
+    """Name of the run in MLflow and Weights & Biases (default: name of the output folder)."""
 
     @field_validator("mlflow")
     @classmethod
     def _check_mlflow(cls, uri: str | None) -> str | None:
         if uri is not None and urlsplit(uri).password:
             raise ValueError(
-                "holds a password, and settings are written into the bundle; give it as "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "contains a password, and settings are written into the bundle; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return uri
 
@@ -58,125 +60,147 @@ class TrackConfig(Section):
             raise ValueError(f"{project!r} is neither PROJECT nor ENTITY/PROJECT")
         return project
 
+    def resolve_run_name(self, output: str) -> str:
+        """`run`, or the name of the output folder."""
+        return self.run or output.rstrip("/").rpartition("/")[2]
+
 
 class MetricLogger(Protocol):
-    """One who is told of a training; any method may raise whatever it likes.
+    """One place that the metrics of a training are logged to; any method may raise any exception.
 
-    name:  what the terminal calls it
-    state: what a resumed training needs to go on in the same run, ready for JSON
+    name:  its name in messages, and the key of its state
+    state: what a resumed training needs to continue the same run, as JSON values
     """
 
     name: str
     state: dict[str, Any]
 
+    @classmethod
+    def from_config(
+        cls, config: TrackConfig, output: str, state: Mapping[str, Any] | None
+    ) -> Self | None:
+        """The logger of a configuration; None if it is not configured.
+
+        output: the bundle folder
+        state:  `state` of the run to continue
+        """
+
     def check(self) -> None:
-        """Raises RequestError with the remedy when it cannot be told: no package, no server."""
+        """Raise RequestError if it cannot be used: package missing, server not reachable."""
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
-        """Begin a run, or go on with that of `state`; returns where it can be seen.
+        """Begin a run, or continue the one in `state`; return where it can be seen.
 
         settings: the configuration by dotted key
-        first:    number of the first epoch to be told
+        first:    number of the first epoch to log
         """
 
     def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
-        """Values by the names of the history's columns, none of them NaN."""
+        """Log the metrics of an epoch, named as the columns of history.parquet; no NaN."""
 
     def finish(self, summary: Mapping[str, float], files: Mapping[str, str]) -> None:
-        """The training is done. files: name below the output folder -> URL"""
+        """End the run of a finished training. files: name below the output folder -> URL"""
 
     def stop(self, *, interrupted: bool) -> None:
-        """The training broke off: it was interrupted, or it failed."""
+        """End the run of a training that was interrupted, or failed."""
+
+
+LOGGERS: tuple[type[MetricLogger], ...] = (
+    TensorBoardLogger,
+    MLflowLogger,
+    WandbLogger,
+)
 
 
 class MetricLoggers:
-    """Tells all trackers, from one thread at a time, and lets none of them stop the training.
+    """All loggers of a training, called from one thread at a time; none can stop the training.
 
-    state: of all trackers by name, to be kept with the checkpoints; it may change with every call
+    state: of every logger by name, to store with the checkpoints; any call may change it
     """
 
-    def __init__(self, trackers: Sequence[MetricLogger], output: str) -> None:
-        self._queues = [_LoggerQueue(tracker) for tracker in trackers]
+    def __init__(self, loggers: Sequence[MetricLogger], output: str) -> None:
+        self._queues = [_LoggerQueue(logger) for logger in loggers]
         self._output = output
         self._is_open = False
         self._lock = threading.Lock()
 
     @property
     def state(self) -> dict[str, Any]:
-        return {each.logger.name: dict(each.logger.state) for each in self._queues}
+        return {queue.logger.name: dict(queue.logger.state) for queue in self._queues}
 
     def start(self, settings: Mapping[str, Any], first: int = 1) -> None:
-        """Begin, or go on after a stop; prints where the training can be seen.
+        """Begin the runs, or continue them; print where the training can be seen.
 
         settings: the resolved configuration, nested or flat
-        first:    number of the first epoch that will be told; points from there on that a killed
-            driver had told before its last checkpoint are replaced
+        first:    number of the first epoch to log; replaces the points from there on that a killed
+            driver logged after its last checkpoint
         """
         flat = flatten_settings(settings)
 
-        def start(tracker: MetricLogger) -> None:
-            print(f"{tracker.name}: {tracker.start(flat, first)}", flush=True)
+        def start(logger: MetricLogger) -> None:
+            print(f"{logger.name}: {logger.start(flat, first)}", flush=True)
 
         with self._lock:
             self._is_open = True
             self._send(start)
 
     def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
-        """Tell what an epoch came to, under the names of the history's columns; NaN is left out.
+        """Log the metrics of an epoch, named as the columns of history.parquet, without NaN.
 
-        Nothing happens once the training is over.
+        Does nothing after `finish` or `stop`.
         """
         known = _drop_nan(values)
         with self._lock:
             if self._is_open:
-                self._send(lambda tracker: tracker.log_epoch(number, known))
+                self._send(lambda logger: logger.log_epoch(number, known))
 
     def finish(self, summary: Mapping[str, float], files: Sequence[str] = ()) -> None:
-        """Tell that the training is done.
+        """End the runs of a finished training.
 
-        summary: e.g. best_epoch, best_val_accuracy; names that no epoch has
-        files:   names below the output folder, e.g. "plots/curves.png"; kept by MLflow and W&B
+        summary: e.g. best_epoch, best_val_accuracy; names that no epoch uses
+        files:   names below the output folder, e.g. "plots/curves.png"; stored by MLflow and W&B
         """
         urls = {name: filesystem.join(self._output, name) for name in files}
         known = _drop_nan(summary)
         with self._lock:
             self._is_open = False
-            self._send(lambda tracker: tracker.finish(known, urls), last=True)
+            self._send(lambda logger: logger.finish(known, urls), last=True)
 
     def stop(self, *, interrupted: bool) -> None:
-        """Tell that the training broke off; nothing happens before `start` or after `finish`."""
+        """End the runs of a training that did not finish; does nothing before `start` or after
+        `finish`."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
-                self._send(lambda tracker: tracker.stop(interrupted=interrupted), last=True)
+                self._send(lambda logger: logger.stop(interrupted=interrupted), last=True)
 
     def _send(self, call: Callable[[MetricLogger], None], last: bool = False) -> None:
-        for listener in self._queues:
-            listener.send(call, last)
+        for queue in self._queues:
+            queue.send(call, last)
 
 
 @contextlib.contextmanager
 def open_loggers(
     config: TrackConfig, output: str, state: Mapping[str, Any] | None = None
 ) -> Iterator[MetricLoggers]:
-    """All trackers of a configuration; an exception within tells them that the training broke off.
+    """All configured loggers; an exception in the block ends their runs as failed or interrupted.
 
     output: the bundle folder, below which TensorBoard's files are written
-    state:  `Tracking.state` as it was kept, to go on with the same runs
+    state:  `MetricLoggers.state` of the runs to continue
     """
-    tracked = MetricLoggers(_build_loggers(config, output, state or {}), output)
+    opened = MetricLoggers(_build_loggers(config, output, state or {}), output)
     try:
-        yield tracked
+        yield opened
     except BaseException as error:
-        tracked.stop(interrupted=isinstance(error, (Interrupted, KeyboardInterrupt)))
+        opened.stop(interrupted=isinstance(error, (Interrupted, KeyboardInterrupt)))
         raise
-    tracked.stop(interrupted=False)
+    opened.stop(interrupted=False)
 
 
 def check_loggers(config: TrackConfig, output: str) -> None:
-    """Raises RequestError when a tracker's package is missing or its server does not answer."""
-    for tracker in _build_loggers(config, output, {}):
-        tracker.check()
+    """Raise RequestError if the package of a logger is missing or its server does not answer."""
+    for logger in _build_loggers(config, output, {}):
+        logger.check()
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,17 +215,17 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 class _LoggerQueue:
-    """A tracker and what it has yet to be told, of which the first call is the start."""
+    """A logger and the calls that are still to be made, the first of which is `start`."""
 
-    def __init__(self, tracker: MetricLogger) -> None:
-        self.logger = tracker
+    def __init__(self, logger: MetricLogger) -> None:
+        self.logger = logger
         self._pending: deque[Callable[[MetricLogger], None]] = deque()
         self._is_started = False
         self._is_failing = False
         self._retry_at = -math.inf
 
     def send(self, call: Callable[[MetricLogger], None], last: bool) -> None:
-        """Make this call after those that failed before; the last one is not put off."""
+        """Make this call after those that failed before; the last call is never postponed."""
         self._pending.append(call)
         if time.monotonic() < self._retry_at and not last:
             return
@@ -210,7 +234,7 @@ class _LoggerQueue:
                 self._pending[0](self.logger)
                 self._pending.popleft()
                 self._is_started = True
-        except Exception as error:  # noqa: BLE001 - of a library, and the training matters more
+        except Exception as error:  # noqa: BLE001 - a library's error must not stop the training
             self._handle_failure(error, last)
         else:
             self._handle_recovery()
@@ -218,25 +242,23 @@ class _LoggerQueue:
     def _handle_failure(self, error: Exception, last: bool) -> None:
         self._retry_at = time.monotonic() + RETRY_PAUSE_SECONDS
         if last:
-            # state: a start that failed halfway has made a run, too
+            # state: a start that failed halfway may have created a run
             if (self._is_started or self.logger.state) and len(self._pending) > 1:
-                # whatever was lost, the run should not seem to go on
+                # whatever was lost, the run must not appear to be running
                 with contextlib.suppress(Exception):
                     self._pending[-1](self.logger)
-            self._report(
-                f"{len(self._pending):,} of its messages were lost ({_format_error(error)})"
-            )
+            self._report(f"lost {len(self._pending):,} of its updates ({one_line(error, 200)})")
         elif not self._is_failing:
             self._report(
-                f"cannot be told ({_format_error(error)}); the training goes on, and it is "
-                "tried again"
+                f"logging failed ({one_line(error, 200)}); the training continues, retrying every "
+                f"{RETRY_PAUSE_SECONDS:.0f} s"
             )
         self._is_failing = True
 
     def _handle_recovery(self) -> None:
         if self._is_failing:
             self._is_failing = False
-            self._report("answers again and was told what it missed")
+            self._report("reachable again; the missing updates were logged")
 
     def _report(self, text: str) -> None:
         print(f"{self.logger.name}: {text}", flush=True)
@@ -246,19 +268,9 @@ def _drop_nan(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if not math.isnan(value)}
 
 
-def _format_error(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _build_loggers(
     config: TrackConfig, output: str, state: Mapping[str, Any]
 ) -> list[MetricLogger]:
-    run = config.run or output.rstrip("/").rpartition("/")[2]
-    found: list[MetricLogger] = [TensorBoardLogger(output, state.get(TensorBoardLogger.name))]
-    if config.mlflow is not None:
-        found.append(
-            MLflowLogger(config.mlflow, config.experiment, run, state.get(MLflowLogger.name))
-        )
-    if config.wandb is not None:
-        found.append(WandbLogger(config.wandb, run, state.get(WandbLogger.name)))
-    return found
+    """The configured loggers, each with its own part of `state`."""
+    built = (each.from_config(config, output, state.get(each.name)) for each in LOGGERS)
+    return [logger for logger in built if logger is not None]

@@ -1,7 +1,7 @@
-"""How TensorBoard is told of a training: event files below the output folder.
+"""Metric logger for TensorBoard: event files below the output folder.
 
-Owns the names of the charts. Promises that what was told is in the file when the call returns, and
-that a training that was killed and resumed shows one point per epoch.
+A value is in the file when the call returns. A training that was killed and resumed shows one
+point per epoch.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from imgcls.data import filesystem
 
+if TYPE_CHECKING:
+    from imgcls.training.loggers.base import TrackConfig
+
 EVENTS_FOLDER = "tensorboard"
 
 
 class TensorBoardLogger:
-    """Event files in `<output>/tensorboard`: written in place, or here and uploaded each time.
+    """Event files in `<output>/tensorboard`: written in place, or locally and then uploaded.
 
-    Points of a killed driver that are told again are dropped by TensorBoard itself, which is what
-    the START event is for.
+    When epochs are logged again after a crash, TensorBoard drops the earlier points itself, because
+    a resumed run begins with a START event.
     """
 
     name = "tensorboard"
@@ -36,8 +39,14 @@ class TensorBoardLogger:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._last_epoch = -1
 
+    @classmethod
+    def from_config(
+        cls, config: TrackConfig, output: str, state: Mapping[str, Any] | None
+    ) -> TensorBoardLogger:
+        return cls(output, state)
+
     def check(self) -> None:
-        """Nothing to ask: the output folder is known to be writable."""
+        """Nothing to check: the output folder is known to be writable."""
 
     def start(self, settings: Mapping[str, Any], first: int) -> str:
         from tensorboardX.event_file_writer import EventsWriter
@@ -45,7 +54,7 @@ class TensorBoardLogger:
         from tensorboardX.summary import text
 
         if not self.state:
-            # of a training that this one replaces
+            # files of a training that this one replaces
             for name in filesystem.list_names(self._folder):
                 if ".tfevents." in name:
                     filesystem.remove(filesystem.join(self._folder, name))
@@ -54,9 +63,9 @@ class TensorBoardLogger:
             self._temporary = tempfile.TemporaryDirectory(prefix="imgcls-tensorboard-")
             self._local = self._temporary.name
         os.makedirs(self._local, exist_ok=True)
-        # files are read in the order of their names, whose own time is in whole seconds
+        # files are read in the order of their names, in which the time is in whole seconds
         suffix = f".{time.time_ns()}"
-        # not SummaryWriter: its thread writes later, and hides that it could not
+        # not SummaryWriter: its thread writes later, and hides write errors
         self._events = EventsWriter(os.path.join(self._local, "events"), suffix)
         if self.state:
             self._write_event(first, session_log=SessionLog(status=SessionLog.START))
@@ -71,7 +80,7 @@ class TensorBoardLogger:
     def log_epoch(self, number: int, values: Mapping[str, float]) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        if number > self._last_epoch:  # else it was written, and only the upload failed
+        if number > self._last_epoch:  # otherwise it was written, and only the upload failed
             points = [Summary.Value(tag=build_tag(n), simple_value=v) for n, v in values.items()]
             self._write_event(number, summary=Summary(value=points))
             self._last_epoch = number
@@ -103,10 +112,10 @@ class TensorBoardLogger:
 
 
 def build_tag(name: str) -> str:
-    """A column of the history as a chart's name, so that charts of one kind stand together."""
-    split, _, what = name.partition("_")
+    """A column of the history as a tag, grouped by kind: `train_loss` becomes `loss/train`."""
+    split, _, metric = name.partition("_")
     if split in ("train", "val"):
-        return f"{what}/{split}"
+        return f"{metric}/{split}"
     if name in ("images_per_second", "seconds") or name.endswith("_seconds"):
         return f"speed/{name}"
     return name

@@ -1,10 +1,9 @@
-"""The linear probe: a new head on frozen features, fitted to the end in seconds.
+"""Linear probe: multinomial logistic regression of a new head on frozen features.
 
-Features are computed once and stay with the worker that computed them; the fit is L-BFGS over all
-workers' rows (losses and gradients added up), so that every worker comes to the same head.
-Multinomial logistic regression with an L2 penalty, on standardised features; the penalty is chosen
-by the validation loss. Source of the protocol: Kornblith et al., CVPR 2019, "Do Better ImageNet
-Models Transfer Better?", appendix A.
+Each worker computes the features of its rows once. The fit is L-BFGS over the rows of all workers
+(losses and gradients are summed), so that all workers get the same head. Features are standardized,
+and the L2 penalty is chosen by the validation loss. Source of the protocol: Kornblith et al., CVPR
+2019, "Do Better ImageNet Models Transfer Better?", appendix A.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.models import zoo
-from imgcls.training.augment.augment import Augment, AugmentConfig, center_crop
+from imgcls.training.augment.augment import Augment, AugmentConfig
+from imgcls.training.augment.ops.crop import center_crop
 from imgcls.training.data.batches import Batch
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep
@@ -31,9 +31,10 @@ MAX_ITERATIONS = 100
 
 @dataclass(frozen=True)
 class ProbeFeatures:
-    """One worker's share of a split. inputs: (N, E) float32; labels: (N,) int64.
+    """Features of one worker's rows of a split.
 
-    Of a network with several heads, the inputs of all of them, concatenated.
+    inputs: (N, E) float32; for a network with several heads, the concatenated inputs of all heads
+    labels: (N,) int64
     """
 
     inputs: torch.Tensor
@@ -44,8 +45,11 @@ class ProbeFeatures:
 class LinearHead:
     """A fitted head.
 
-    weight: (C, E) float32; bias: (C,) float32; l2: its penalty
-    val_loss, val_error: mean over the validation rows, in nats, and its standard error
+    weight:         (C, E) float32
+    bias:           (C,) float32
+    l2:             L2 penalty of the fit
+    val_loss:       mean over the validation rows, in nats
+    val_loss_error: standard error of val_loss
     """
 
     weight: torch.Tensor
@@ -56,37 +60,38 @@ class LinearHead:
 
 
 @torch.no_grad()
-def extract_features(learner: TrainStep, batches: Iterator[Batch], views: int) -> ProbeFeatures:
-    """Inputs of the heads, averaged over space, for a worker's share of a split.
+def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int) -> ProbeFeatures:
+    """Inputs of the heads, averaged over space, for a worker's rows of a split.
 
-    views: features per image: as labelling sees it, mirrored, then gently augmented ones
+    views: number of features per image: of the center crop, of the mirrored one, then of lightly
+        augmented ones
     """
-    network = learner.network.eval()
-    size = learner.augment.size
+    network = train_step.network.eval()
+    size = train_step.augment.size
     gentle = Augment(AugmentConfig(preset="light"), size=size, num_classes=1)
     heads = zoo.find_heads(network)
     caught: dict[str, torch.Tensor] = {}
     width = sum(zoo.get_input_width(head) for head in heads.values())
-    found = [torch.zeros(0, width, device=learner.place.device)]
-    labels = [torch.zeros(0, dtype=torch.int64, device=learner.place.device)]
+    found = [torch.zeros(0, width, device=train_step.context.device)]
+    labels = [torch.zeros(0, dtype=torch.int64, device=train_step.context.device)]
     hooks = [
         head.register_forward_pre_hook(lambda _, args, name=name: caught.update({name: args[0]}))
         for name, head in heads.items()
     ]
     try:
-        for place, batch in enumerate(batches):
+        for index, batch in enumerate(batches):
             if not len(batch.labels):
                 continue
             pixels, wanted = (
-                learner.pixels_to_device(batch.pixels),
-                learner.labels_to_device(batch.labels),
+                train_step.pixels_to_device(batch.pixels),
+                train_step.labels_to_device(batch.labels),
             )
             middle = center_crop(pixels, size)
             for view in range(views):
-                learner.seed_rng(0, place * views + view)
+                train_step.seed_rng(0, index * views + view)
                 seen = (middle, middle.flip(3))[view] if view < 2 else gentle(pixels, wanted)[0]
-                with learner.autocast():
-                    network(learner.normalize_inputs(seen))
+                with train_step.autocast():
+                    network(train_step.normalize_inputs(seen))
                 found.append(torch.cat([spatial_mean(caught[n].float()) for n in heads], dim=1))
                 labels.append(wanted)
     finally:
@@ -96,7 +101,7 @@ def extract_features(learner: TrainStep, batches: Iterator[Batch], views: int) -
 
 
 def count_non_finite(split: ProbeFeatures) -> int:
-    """Rows of all workers whose features, or their squares, are NaN or infinite.
+    """Number of rows of all workers with features whose squares are NaN or infinite.
 
     Every worker must call it.
     """
@@ -111,14 +116,14 @@ def fit_head(
     l2: float | None,
     weights: torch.Tensor | None,
 ) -> LinearHead:
-    """The head with the strongest penalty that is no worse than the best within its error.
+    """Fit heads over a range of L2 penalties; return the one chosen by the validation loss.
 
-    Penalties are tried from the strongest down, each from the last one's head. The rule of one
-    standard error of the validation loss: Hastie et al., Elements of Statistical Learning, 7.10.
+    The choice is the strongest penalty whose loss is within one standard error of the best (Hastie
+    et al., Elements of Statistical Learning, 7.10). Penalties are tried from the strongest to the
+    weakest, each starting from the previous head. Every worker must call it; all get the same head.
 
-    l2:      the only penalty to try; several if None
+    l2:      the only penalty to fit; None for L2_CHOICES
     weights: (C,) float32 per class, or None
-    Every worker must call it, and gets the same.
     """
     device = train.inputs.device
     rows = _all_reduce(torch.tensor(float(len(train.labels)), device=device))
@@ -131,14 +136,14 @@ def fit_head(
     heads: list[LinearHead] = []
     for penalty in L2_CHOICES if l2 is None else (l2,):
         _minimize(weight, bias, inputs, train.labels, rows, penalty, weights)
-        # the standardising becomes part of the head
+        # fold the standardization into the head
         scaled = (weight / deviation).detach()
         shifted = (bias - scaled @ mean).detach()
         losses = F.cross_entropy(
             val.inputs @ scaled.T + shifted, val.labels, reduction="none"
         ).double()
-        told = torch.stack([losses.new_tensor(len(losses)), losses.sum(), losses.square().sum()])
-        count, total, squares = _all_reduce(told).tolist()
+        sums = torch.stack([losses.new_tensor(len(losses)), losses.sum(), losses.square().sum()])
+        count, total, squares = _all_reduce(sums).tolist()
         mean_loss = total / count
         error = math.sqrt(max(0.0, squares / count - mean_loss**2) / count)
         heads.append(LinearHead(scaled.clone(), shifted.clone(), penalty, mean_loss, error))
@@ -147,25 +152,27 @@ def fit_head(
 
 
 def evaluate_head(head: LinearHead, split: ProbeFeatures, num_classes: int) -> EvalMetrics:
-    """What a head makes of all workers' features."""
-    tally = EvalAccumulator(num_classes, split.inputs.device)
-    tally.update(split.inputs @ head.weight.T + head.bias, split.labels)
-    return tally.compute()
+    """Metrics of a head on the features of all workers."""
+    accumulator = EvalAccumulator(num_classes, split.inputs.device)
+    accumulator.update(split.inputs @ head.weight.T + head.bias, split.labels)
+    return accumulator.compute()
 
 
-def install_head(network: nn.Module, head: LinearHead, shares: Sequence[float] = (1.0,)) -> None:
-    """Put a fitted head into a network; a convolution gets it as a 1x1 filter.
+def install_head(
+    network: nn.Module, head: LinearHead, coefficients: Sequence[float] = (1.0,)
+) -> None:
+    """Copy a fitted head into a network; into a convolution as a 1x1 filter.
 
-    shares: of each head's outputs in the logits (see `network.head_shares`); the fitted head is
-        split among them so that the logits are those it was fitted for
+    coefficients: see `network.compute_head_coefficients`; the fitted head is divided among the
+        heads of the network so that the logits are those of the fit
     """
     layers = zoo.find_heads(network).values()
     weights = head.weight.split([zoo.get_input_width(layer) for layer in layers], dim=1)
     with torch.no_grad():
-        for layer, weight, share in zip(layers, weights, shares, strict=True):
-            layer.weight.copy_(weight.reshape(layer.weight.shape) / share)
+        for layer, weight, coefficient in zip(layers, weights, coefficients, strict=True):
+            layer.weight.copy_(weight.reshape(layer.weight.shape) / coefficient)
             if layer.bias is not None:
-                layer.bias.copy_(head.bias / sum(shares))
+                layer.bias.copy_(head.bias / sum(coefficients))
 
 
 def _minimize(
@@ -199,6 +206,6 @@ def _minimize(
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Over all workers."""
+    """Sum over all workers, in place."""
     dist.all_reduce(tensor)
     return tensor

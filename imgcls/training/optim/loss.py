@@ -1,7 +1,7 @@
-"""What is minimised: cross-entropy, smoothed, weighted or focal, over hard or mixed labels.
+"""Training loss: cross-entropy, optionally smoothed, weighted or focal, on hard or mixed labels.
 
-Owns class weights and the sampling that balances classes. Losses are sums over rows; the caller
-divides by the rows of the whole batch over all workers, so that sharing them out changes nothing.
+Losses are sums over rows. The caller divides by the number of rows of the global batch, so that the
+division of rows among workers changes nothing.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
-from torch.nn import functional as F
 
 from imgcls.config import Section
 from imgcls.errors import ConfigError
+from imgcls.models.task import SINGLE_LABEL
 
 AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 """Weights of Inception's and GoogLeNet's auxiliary losses (Szegedy et al., CVPR 2016 and 2015)."""
 
 
 class LossConfig(Section):
-    """What is minimised."""
+    """Training loss."""
 
     class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
-    """balanced: inversely to a class's images; or a map {name: weight}, others weigh 1."""
+    """none, balanced (inverse to the images of a class), or {class: weight}; others have 1."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of the target that is spread over all classes."""
+    """Fraction of the target that is distributed over all classes."""
     focal_gamma: NonNegativeFloat = 0.0
-    """Focal loss (Lin et al. 2017): weakens what is already right; 2 is usual, 0 is none."""
+    """Gamma of the focal loss (Lin et al. 2017), which reduces the loss of easy rows; 0: off."""
 
 
 class TrainingLoss:
@@ -42,10 +42,10 @@ class TrainingLoss:
         self.weights = weights
 
     def __call__(self, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss of a network's outputs in training, and its (N, C) float32 logits.
+        """Summed loss of a network's training outputs, and its (N, C) float32 logits.
 
         outputs: (N, C) logits, or Inception's or GoogLeNet's named tuple with auxiliary logits
-        targets: (N,) int64 class indices, or (N, C) float32 shares of classes
+        targets: (N,) int64 class indices, or (N, C) float32 class probabilities
         """
         if isinstance(outputs, torch.Tensor):
             return self._compute_sum(outputs, targets), outputs.float()
@@ -57,31 +57,22 @@ class TrainingLoss:
         return loss, outputs.logits.float()
 
     def _compute_sum(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = logits.float()
-        if self._gamma == 0:
-            return F.cross_entropy(
-                logits,
-                targets,
-                weight=self.weights,
-                reduction="sum",
-                label_smoothing=self._smoothing,
-            )
-        shares = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
-        shares = shares * (1 - self._smoothing) + self._smoothing / logits.shape[1]
-        log_scores = F.log_softmax(logits, dim=1)
-        # a score of exactly 1 would have an infinite slope under a root, and so no gradient at all
-        missing = (-torch.expm1(log_scores)).clamp_min(torch.finfo(torch.float32).tiny)
-        terms = -shares * missing**self._gamma * log_scores
-        return (terms if self.weights is None else terms * self.weights).sum()
+        return SINGLE_LABEL.compute_loss(
+            logits.float(),
+            targets,
+            weights=self.weights,
+            label_smoothing=self._smoothing,
+            focal_gamma=self._gamma,
+        )
 
 
 def compute_class_weights(
     config: LossConfig, classes: Sequence[str], counts: Sequence[int]
 ) -> list[float] | None:
-    """Weight of each class's rows, with mean 1 over the training rows; None for equal weights.
+    """Loss weight of each class, with mean 1 over the training rows; None for equal weights.
 
-    counts: training images of each class
-    Raises ConfigError when a name is no class.
+    counts: number of training images of each class
+    Raises ConfigError when a name is not a class.
     """
     if config.class_weights == "none":
         return None
@@ -90,9 +81,9 @@ def compute_class_weights(
     unknown = [name for name in config.class_weights if name not in classes]
     if unknown:
         listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        raise ConfigError(f"loss.class_weights: no class {unknown[0]!r}; there are {listed}")
+        raise ConfigError(f"loss.class_weights: no class {unknown[0]!r}; the classes are {listed}")
     weights = [float(config.class_weights.get(name, 1.0)) for name in classes]
     total = sum(weight * count for weight, count in zip(weights, counts, strict=True))
     if total == 0:
-        raise ConfigError("loss.class_weights: all weights are 0; give one class at least some")
+        raise ConfigError("loss.class_weights: all weights are 0. Set at least one above 0.")
     return [weight * sum(counts) / total for weight in weights]

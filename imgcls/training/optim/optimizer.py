@@ -1,7 +1,7 @@
-"""How the weights move: the optimiser, its learning rate at every step, and the averaged weights.
+"""Optimizer, learning-rate schedules and the moving average of the weights.
 
-Owns the schedules, which are functions of the step alone, so that a resumed run needs no state for
-them. Which parameters share a rate is decided in `layers`.
+Schedules are functions of the step alone, so that a resumed run needs no scheduler state. Which
+parameters share a learning rate is decided in `param_groups`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from imgcls.config import Section, UnitFloat
 from imgcls.training.optim.param_groups import ParamGroup
@@ -26,43 +27,43 @@ EMA_WARMUP = 10
 
 
 class OptimConfig(Section):
-    """How the weights move."""
+    """Optimizer, learning-rate schedule and moving average."""
 
     name: OptimizerName = "adamw"
-    """adamw (Loshchilov & Hutter 2019) or sgd with Nesterov momentum, which wants a higher lr."""
+    """adamw (Loshchilov & Hutter 2019), or sgd with Nesterov momentum, which needs a higher lr."""
     lr: PositiveFloat | None = None
-    """Highest learning rate, of the head where rates differ; 3e-4 by default from weights, from
-    scratch 3e-3 for the small CNN and 1e-3 for others."""
+    """Peak learning rate, of the head if rates differ. Default: 3e-4 from weights; from scratch
+    3e-3 for small_cnn and 1e-3 for others."""
     scale_lr_from: PositiveInt | None = None
-    """Linear scaling rule: optim.lr is meant for this batch_size, and grows with it."""
+    """Linear scaling rule: the batch_size that optim.lr is for; the rate scales with batch_size."""
     schedule: ScheduleName = "cosine"
-    """After the warm-up: cosine to 0, one_cycle (Smith 2018), drops by step_factor, constant."""
+    """After the warmup: cosine to 0, one_cycle (Smith 2018), step (by step_factor), or constant."""
     warmup: UnitFloat = 0.1
-    """Share of all steps in which the learning rate rises to optim.lr."""
+    """Fraction of all steps in which the learning rate rises to optim.lr."""
     step_every: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
-    """Schedule step: share of all steps between drops."""
+    """Schedule step: fraction of all steps between two reductions."""
     step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Schedule step: what the learning rate is multiplied by at each drop."""
+    """Schedule step: factor of the learning rate at each reduction."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Of sgd."""
+    """Momentum of SGD."""
     weight_decay: NonNegativeFloat = 0.05
-    """Pull towards 0 on weight matrices; biases and normalisation are left free."""
+    """Weight decay of weight matrices; biases and normalization layers have none."""
     clip_norm: PositiveFloat | None = None
-    """Longest gradient over all parameters; longer ones are scaled down to it."""
+    """Maximum norm of the gradient over all parameters; a larger one is scaled down."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.99
-    """Decay per step of the averaged weights, which are judged and kept; none for no average."""
+    """Decay per step of the weights' moving average, which is validated and saved; null: off."""
 
     def compute_peak_lr(self, batch_size: int) -> float:
-        """The highest learning rate for batches of this size."""
+        """Peak learning rate for a batch size."""
         if self.lr is None:
-            raise ValueError("optim.lr is still open; `default_lr` of the strategy is meant")
+            raise ValueError("optim.lr is not set; see strategy.choose_default_lr")
         return self.lr * (batch_size / self.scale_lr_from if self.scale_lr_from else 1)
 
 
 def build_optimizer(
     network: nn.Module, groups: Sequence[ParamGroup], config: OptimConfig, *, batch_size: int
 ) -> torch.optim.Optimizer:
-    """The optimiser over all parameters; every group remembers its highest rate as `peak`."""
+    """The optimizer of all parameters; each group stores its peak learning rate as `peak`."""
     parameters = dict(network.named_parameters())
     peak = config.compute_peak_lr(batch_size)
     settings = [
@@ -84,7 +85,7 @@ def build_optimizer(
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
 ) -> None:
-    """Give every group its learning rate for step number `step` of `steps`, counted from 0."""
+    """Set the learning rate of every group for step number `step` of `steps`, counted from 0."""
     factor = compute_lr_factor(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -99,7 +100,7 @@ def set_learning_rates(
 
 
 def compute_lr_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """Share of the highest learning rate at a step."""
+    """Learning rate of a step, as a fraction of the peak."""
     warmup = round(config.warmup * steps)
     if config.schedule == "one_cycle":
         return _compute_one_cycle(config, step, steps, ONE_CYCLE_START, ONE_CYCLE_END)
@@ -115,7 +116,7 @@ def compute_lr_factor(config: OptimConfig, step: int, steps: int) -> float:
 def _compute_one_cycle(
     config: OptimConfig, step: int, steps: int, start: float, end: float
 ) -> float:
-    """Half a cosine from `start` to 1 at the end of the warm-up, and another down to `end`."""
+    """Half a cosine from `start` to 1 at the end of the warmup, and another down to `end`."""
     peak = config.warmup * max(1, steps - 1)
     if step < peak:
         return _interpolate_cosine(start, 1.0, step / peak)
@@ -129,29 +130,39 @@ def _interpolate_cosine(start: float, end: float, share: float) -> float:
 class ModelEma:
     """Exponential moving average of a network's weights and running statistics.
 
-    The decay of step t is min(decay, (1 + t) / (10 + t)), so that an average of few steps does not
-    hold on to where it began. Source: TensorFlow's ExponentialMovingAverage with num_updates.
+    torch's AveragedModel with a decay of min(decay, (1 + t) / (10 + t)) in step t, so that the
+    initial weights lose their influence within a few steps. Source: num_updates of TensorFlow's
+    ExponentialMovingAverage.
     """
 
-    def __init__(self, network: nn.Module, average: nn.Module, decay: float) -> None:
-        self.network = average.requires_grad_(False)
-        self._decay = decay
-        pairs = list(zip(self.network.state_dict().values(), network.state_dict().values()))  # noqa: B905  the same keys
-        self._averages = [mine for mine, _ in pairs if mine.is_floating_point()]
-        self._sources = [theirs for mine, theirs in pairs if mine.is_floating_point()]
-        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self._source, self._max_decay, self._decay = network, decay, 0.0
+        self._averaged = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
+        self._averaged.requires_grad_(False)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network with the averaged weights."""
+        network: nn.Module = self._averaged.module
+        return network
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the network's weights after step number `step`, counted from 0."""
-        share = 1 - min(self._decay, (1 + step) / (EMA_WARMUP + step))
-        torch._foreach_lerp_(self._averages, self._sources, share)
-        for mine, theirs in self._counters:
-            mine.copy_(theirs)
+        """Add the network's weights after step number `step`, counted from 0."""
+        self._decay = min(self._max_decay, (1 + step) / (EMA_WARMUP + step))
+        # torch copies the weights in its first update; here the initial weights count as one
+        self._averaged.n_averaged.fill_(step + 1)
+        self._averaged.update_parameters(self._source)
+
+    def _average(self, averages: Any, weights: Any, _: Any) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, 1 - self._decay)
+        else:
+            torch._foreach_copy_(averages, weights)
 
 
 def copy_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a state dict in main memory, which further steps do not change."""
+    """A copy of a state dict in main memory."""
     return {
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in module.state_dict().items()
@@ -159,7 +170,7 @@ def copy_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def copy_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A copy of an optimiser's state in main memory."""
+    """A copy of an optimizer's state in main memory."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

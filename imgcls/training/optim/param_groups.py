@@ -1,7 +1,7 @@
-"""A network's layers from input to output, and the parameter groups that a strategy makes of them.
+"""Parameter groups: a network's layers from input to output, and learning rates by depth.
 
-Owns the generic cut of any torchvision classifier into an ordered list of layers, and from it the
-learning rates by depth and the order of unfreezing. Names are those of `named_parameters`.
+`split_layers` works for any classifier of torchvision or timm. Its order also defines the order of
+unfreezing. Parameter names are those of `named_parameters`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import nn
 from imgcls.models import zoo
 
 DOMINANT_FRACTION = 2 / 3
-"""A block with more than this share of the weighted modules is itself a sequence of layers."""
+"""A block with more than this fraction of the weighted modules is split into its children."""
 
 
 @dataclass(frozen=True)
 class ParamGroup:
     """Parameters that share a learning rate.
 
-    lr_scale: share of optim.lr
-    decayed:  whether weight decay applies: to matrices and filters, not to norms and biases
+    lr_scale:         factor of optim.lr
+    has_weight_decay: true for matrices and filters, false for norms and biases
     """
 
     names: tuple[str, ...]
@@ -32,9 +32,9 @@ class ParamGroup:
 def split_layers(network: nn.Module) -> list[list[str]]:
     """Parameter names by layer, input first; the last layer is the head (with auxiliary heads).
 
-    A layer is a child of the network, or of the child that holds nearly all of its layers
-    (`features`, `encoder.layers`). One without matrices or filters, such as a norm, belongs to the
-    layer before it.
+    A layer is a child of the network, or of the child that contains most of its layers
+    (`features`, `encoder.layers`). A child without matrices or filters, such as a norm, belongs to
+    the layer before it.
     """
     heads = zoo.list_head_names(network)
     blocks = _find_blocks(network, "")
@@ -47,16 +47,16 @@ def split_layers(network: nn.Module) -> list[list[str]]:
             head.append(name)
             continue
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        # a parameter of the network itself, such as a class token, moves with the input
+        # a parameter of the network itself, such as a class token, belongs to the first layer
         found.setdefault(blocks[0] if block is None else block, []).append(name)
-    cut: list[list[str]] = []
+    split: list[list[str]] = []
     for block in blocks:
         names = found.get(block, [])
-        if cut and not any(_has_weight_decay(name, parameters[name]) for name in names):
-            cut[-1] += names
+        if split and not any(_has_weight_decay(name, parameters[name]) for name in names):
+            split[-1] += names
         elif names:
-            cut.append(names)
-    return [*cut, head]
+            split.append(names)
+    return [*split, head]
 
 
 def build_param_groups(
@@ -64,25 +64,25 @@ def build_param_groups(
 ) -> list[ParamGroup]:
     """Parameter groups with discriminative learning rates.
 
-    backbone_scale: rate of the layers below the head, as a share of the head's
-    layer_decay:    each layer below that moves this much slower than the one above it
+    backbone_scale: learning rate of the layers below the head, as a fraction of the head's
+    layer_decay:    factor from each layer below the head to the next lower one
     Source of both: Howard & Ruder 2018; Clark et al. 2020 (ELECTRA).
     """
     parameters = dict(network.named_parameters())
-    cut = split_layers(network)
-    made = []
-    for depth, names in enumerate(cut):
-        below = len(cut) - 1 - depth
+    split = split_layers(network)
+    groups = []
+    for depth, names in enumerate(split):
+        below = len(split) - 1 - depth
         scale = 1.0 if below == 0 else backbone_scale * layer_decay ** (below - 1)
         for decayed in (True, False):
             chosen = tuple(n for n in names if _has_weight_decay(n, parameters[n]) == decayed)
             if chosen:
-                made.append(ParamGroup(chosen, scale, decayed))
-    return made
+                groups.append(ParamGroup(chosen, scale, decayed))
+    return groups
 
 
 def _has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and filters; not norms, biases, class tokens, position tables or layer scales."""
+    """True for matrices and filters; not for norms, biases, tokens, position tables and scales."""
     return name.endswith("weight") and parameter.dim() > 1
 
 
@@ -100,7 +100,7 @@ def _find_blocks(module: nn.Module, prefix: str) -> list[str]:
 
 
 def _count_weighted(module: nn.Module) -> int:
-    """Modules with parameters of their own."""
+    """Number of modules with parameters of their own."""
     return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
 
 

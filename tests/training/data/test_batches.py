@@ -1,9 +1,8 @@
-"""Bytes to pixels to batches: a bad image is told and left out, and no row changes its place."""
+"""Bytes to pixels to batches: a bad image is reported and left out, and rows keep their order."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from imgcls.training.data.batches import (
 from tests.training.rows import draw_rows
 
 SPEC = Preprocess(resize=16, crop=16, mode="squash")
-VIEWS = DecodeSettings.from_preprocess(SPEC, cropped=False)
+SETTINGS = DecodeSettings.from_preprocess(SPEC, cropped=False)
 
 
 @pytest.fixture
@@ -45,10 +44,10 @@ def split(rows: pa.Table, *, held: bool) -> pa.Table:
 
 def test_images_that_are_cropped_at_random_are_decoded_with_their_margin() -> None:
     spec = Preprocess(resize=256, crop=224)
-    views = DecodeSettings.from_preprocess(spec, cropped=True)
-    assert (views.train.crop, views.train.resize) == (256, 256)
-    assert views.val == spec == views.for_split(held=True)
-    assert views.for_split(held=False) == views.train
+    settings = DecodeSettings.from_preprocess(spec, cropped=True)
+    assert (settings.train.crop, settings.train.resize) == (256, 256)
+    assert settings.val == spec == settings.for_split(held=True)
+    assert settings.for_split(held=False) == settings.train
     assert DecodeSettings.from_preprocess(spec, cropped=False).train == spec
 
 
@@ -58,9 +57,9 @@ def test_without_a_margin_both_splits_are_decoded_alike(mode: str) -> None:
     assert DecodeSettings.from_preprocess(spec, cropped=True) == DecodeSettings(spec, spec)
 
 
-def test_the_bytes_of_all_rows_are_those_of_their_views(rows: pa.Table) -> None:
-    views = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
-    assert views.compute_decoded_bytes(rows) == 6 * 3 * 20 * 20 + 4 * 3 * 16 * 16
+def test_decoded_bytes_follow_the_settings_of_each_split(rows: pa.Table) -> None:
+    settings = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
+    assert settings.compute_decoded_bytes(rows) == 6 * 3 * 20 * 20 + 4 * 3 * 16 * 16
 
 
 def test_blocks_stay_below_their_limits() -> None:
@@ -74,7 +73,7 @@ def test_blocks_stay_below_their_limits() -> None:
 
 
 def test_a_bad_image_is_a_row_with_its_reason(rows: pa.Table) -> None:
-    decoded = decode_block(split(rows, held=False), VIEWS)
+    decoded = decode_block(split(rows, held=False), SETTINGS)
     errors = dict(
         zip(decoded.column("row").to_pylist(), decoded.column("error").to_pylist(), strict=True)
     )
@@ -83,26 +82,26 @@ def test_a_bad_image_is_a_row_with_its_reason(rows: pa.Table) -> None:
     assert "null" in errors[5]
 
 
-def test_each_split_is_decoded_by_its_own_view(rows: pa.Table) -> None:
-    views = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
+def test_each_split_is_decoded_with_its_own_settings(rows: pa.Table) -> None:
+    settings = DecodeSettings.from_preprocess(Preprocess(resize=20, crop=16), cropped=True)
     for held, side in ((False, 20), (True, 16)):
-        decoded = decode_block(split(rows, held=held), views).combine_chunks()
+        decoded = decode_block(split(rows, held=held), settings).combine_chunks()
         (batch,) = decoded.to_batches()
-        pixels = view_pixels(batch, views.for_split(held=held))
+        pixels = view_pixels(batch, settings.for_split(held=held))
         assert pixels.shape == (len(decoded), 3, side, side)
         url = decoded.column("url")[0].as_py()
-        expected, _ = decode.decode_image(Path(url).read_bytes(), views.for_split(held=held))
+        expected, _ = decode.decode_image(Path(url).read_bytes(), settings.for_split(held=held))
         np.testing.assert_array_equal(pixels[0], expected)
 
 
 def test_a_slice_of_a_block_holds_its_own_pixels(rows: pa.Table) -> None:
-    (batch,) = decode_block(split(rows, held=True), VIEWS).combine_chunks().to_batches()
+    (batch,) = decode_block(split(rows, held=True), SETTINGS).combine_chunks().to_batches()
     whole = view_pixels(batch, SPEC)
     np.testing.assert_array_equal(view_pixels(batch.slice(2, 1), SPEC), whole[2:3])
     np.testing.assert_array_equal(view_pixels(batch.slice(1), SPEC), whole[1:])
 
 
-# ------------------------------------------------------------------ batches made ahead of use
+# ------------------------------------------------------------------ prefetched batches
 
 
 def batch(number: int) -> Batch:
@@ -113,14 +112,8 @@ def numbers(batches: Iterator[Batch]) -> list[int]:
     return [int(each.labels[0]) for each in batches]
 
 
-def gathering() -> int:
-    return sum(thread.name == "batches" for thread in threading.enumerate())
-
-
-def wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:  # type: ignore[operator]
-        time.sleep(0.01)
+def find_producers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "batches"]
 
 
 def test_batches_come_in_order_and_all_of_them() -> None:
@@ -128,24 +121,26 @@ def test_batches_come_in_order_and_all_of_them() -> None:
     assert numbers(prefetch(iter(()))) == []
 
 
-def test_batches_are_made_ahead_of_their_use_but_not_many() -> None:
-    made = []
+def test_batches_are_prefetched_but_not_many() -> None:
+    limit = 1 + PREFETCH_BATCHES + 1  # taken, in the queue, and waiting for a place in it
+    reached, exceeded = threading.Event(), threading.Event()
 
     def source() -> Iterator[Batch]:
         for i in range(20):
-            made.append(i)
+            if i == limit - 1:
+                reached.set()
+            if i == limit:
+                exceeded.set()
             yield batch(i)
 
     batches = prefetch(source())
     next(batches)
-    most = 1 + PREFETCH_BATCHES + 1  # taken, ready, and in the maker's hand
-    wait_for(lambda: len(made) == most)
-    time.sleep(0.3)
-    assert len(made) == most
+    assert reached.wait(60)
+    assert not exceeded.wait(0.3)
     batches.close()
 
 
-def test_a_failure_is_raised_where_the_batch_is_awaited() -> None:
+def test_a_failure_is_raised_where_the_batch_is_requested() -> None:
     def source() -> Iterator[Batch]:
         yield batch(0)
         raise ZeroDivisionError("in the thread")
@@ -156,11 +151,11 @@ def test_a_failure_is_raised_where_the_batch_is_awaited() -> None:
         next(batches)
 
 
-def test_batches_that_are_let_go_leave_no_thread_behind() -> None:
-    before = gathering()
+def test_closed_batches_leave_no_thread_behind() -> None:
+    before = set(find_producers())
     batches = prefetch(batch(i) for i in range(1000))
     next(batches)
-    assert gathering() == before + 1
+    (producer,) = set(find_producers()) - before
     batches.close()
-    wait_for(lambda: gathering() == before)
-    assert gathering() == before
+    producer.join(60)
+    assert not producer.is_alive()

@@ -1,4 +1,4 @@
-"""Images decoded once: each good row in its place, read without a copy until it is wanted."""
+"""Images decoded once: each good row in its place, copied only when it is requested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imgcls.training.data.cached import CachedDataset, decode_images, find_store
 from tests.training.rows import draw_rows
 
 SPEC = Preprocess(resize=16, crop=16, mode="squash")
-VIEWS = DecodeSettings.from_preprocess(SPEC, cropped=False)
+SETTINGS = DecodeSettings.from_preprocess(SPEC, cropped=False)
 GOOD = {False: [1, 2, 7, 8], True: [0, 3, 6, 9]}
 """The rows of each split that can be decoded."""
 
@@ -34,7 +34,7 @@ def blocks(rows: pa.Table, *sizes: int) -> list[pa.Table]:
         start = 0
         for size in (*sizes, len(split)):
             if start < len(split):
-                made.append(decode_block(split.slice(start, size), VIEWS))
+                made.append(decode_block(split.slice(start, size), SETTINGS))
             start += size
     return made[::-1]
 
@@ -56,7 +56,7 @@ def test_a_split_holds_its_good_rows_in_manifest_order_whichever_block_came_firs
         np.testing.assert_array_equal(split.gather_pixels(np.array([at]))[0], expected(rows, row))
 
 
-def test_pixels_come_in_the_order_asked_for_and_as_often(rows: pa.Table) -> None:
+def test_pixels_come_in_the_requested_order_and_as_often(rows: pa.Table) -> None:
     train = CachedDataset(blocks(rows, 2), SPEC, held=False)
     forward = train.gather_pixels(np.arange(4))
     np.testing.assert_array_equal(train.gather_pixels(np.array([3, 1, 1])), forward[[3, 1, 1]])
@@ -65,14 +65,14 @@ def test_pixels_come_in_the_order_asked_for_and_as_often(rows: pa.Table) -> None
 
 def test_a_sliced_block_is_read_from_where_it_starts(rows: pa.Table) -> None:
     whole = CachedDataset(blocks(rows), SPEC, held=True)
-    block = decode_block(rows.filter(rows.column("held")), VIEWS)
+    block = decode_block(rows.filter(rows.column("held")), SETTINGS)
     parts = CachedDataset([block.slice(0, 1), block.slice(1)], SPEC, held=True)
     np.testing.assert_array_equal(
         parts.gather_pixels(np.arange(4)), whole.gather_pixels(np.arange(4))
     )
 
 
-def test_what_is_changed_in_a_batch_does_not_change_the_images(rows: pa.Table) -> None:
+def test_changing_a_batch_does_not_change_the_images(rows: pa.Table) -> None:
     train = CachedDataset(blocks(rows), SPEC, held=False)
     before = train.gather_pixels(np.arange(4))
     taken = train.gather_pixels(np.arange(4))
@@ -91,8 +91,10 @@ def test_a_batch_for_each_set_of_rows(rows: pa.Table) -> None:
     assert all(batch.failures == () for batch in found)
 
 
-def test_ray_decodes_every_row_once_and_tells_the_bad_ones(local_ray: None, rows: pa.Table) -> None:
-    decoded = decode_images(rows, VIEWS, cpus=2)
+def test_ray_decodes_every_row_once_and_reports_the_bad_ones(
+    local_ray: None, rows: pa.Table
+) -> None:
+    decoded = decode_images(rows, SETTINGS, cpus=2)
     assert len(decoded.blocks) > 2, "small sets are cut too, so that all CPUs have some"
     bad = [(failure.url, failure.label, failure.held) for failure in decoded.failures]
     assert bad == [(rows.column("url")[4].as_py(), 1, False), (None, 2, False)]

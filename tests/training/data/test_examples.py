@@ -1,4 +1,4 @@
-"""Every labelled row is learnt from or held out, and what is wrong with one is told by name."""
+"""Every labeled row is trained on or held out, and errors name the row."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def paths(examples: Examples, *, held: bool) -> list[str]:
     return [row["url"] for row in rows if row["held"] == held]
 
 
-def test_every_row_is_either_learnt_from_or_held_out(tmp_path: Path) -> None:
+def test_every_row_is_either_trained_on_or_held_out(tmp_path: Path) -> None:
     examples = read(tmp_path, rows_of("cat", "dog", each=20), val_fraction=0.25)
     assert examples.classes == ["cat", "dog"]
     assert (examples.count(held=False), examples.count(held=True)) == (30, 10)
@@ -52,7 +52,7 @@ def test_the_split_depends_on_the_paths_and_not_on_their_order(tmp_path: Path) -
 
 
 @given(st.lists(st.tuples(st.sampled_from("pqrstuv"), st.sampled_from("ab")), min_size=1))
-def test_rows_of_one_path_are_never_on_both_sides(rows: list[tuple[str, str]]) -> None:
+def test_rows_of_one_path_are_never_in_both_splits(rows: list[tuple[str, str]]) -> None:
     import pyarrow as pa
 
     table = pa.table({"path": [p for p, _ in rows], "label": [name for _, name in rows]})
@@ -84,7 +84,7 @@ def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
         read(tmp_path, [*rows_of("cat", "dog"), ("x.png", "")])
 
 
-def test_a_manifest_without_labels_says_how_to_name_their_column(tmp_path: Path) -> None:
+def test_a_manifest_without_labels_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [("1.png", "cat")], ("path", "kind"))
     with pytest.raises(ManifestError, match=r"--data\.train\.label-column"):
         read_examples(DataConfig.model_validate({"train": str(manifest)}))
@@ -113,8 +113,8 @@ def test_a_set_too_small_to_hold_any_out_is_refused(tmp_path: Path) -> None:
 
 def test_a_class_name_given_twice_is_refused() -> None:
     argv = ["--train", "m.csv", "--classes", "[cat, dog, cat]"]
-    with pytest.raises(ConfigError, match="class 'cat' stands there twice"):
-        load(DataConfig, argv, prog="imgcls train")
+    with pytest.raises(ConfigError, match="class 'cat' is listed twice"):
+        load(DataConfig, argv)
 
 
 def test_images_are_counted_by_class_and_split(tmp_path: Path) -> None:
@@ -139,10 +139,8 @@ def test_given_classes_keep_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "cache"), [([], None), (["--cache"], True), (["--no-cache"], False)]
 )
-def test_whether_images_are_kept_can_be_said_or_left_open(
-    argv: list[str], cache: bool | None
-) -> None:
-    config = load(DataConfig, ["--train", "m.csv", *argv], prog="test")
+def test_caching_can_be_set_or_left_open(argv: list[str], cache: bool | None) -> None:
+    config = load(DataConfig, ["--train", "m.csv", *argv])
     assert config.cache is cache
     assert config.sampling == "natural"
     assert config.train.path == "m.csv"

@@ -1,4 +1,4 @@
-"""Images decoded in every epoch: the rows that were asked for, in their order, bad ones told."""
+"""Images decoded in every epoch: the requested rows, in order, bad ones reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_readers_of_all_workers_share_the_limit_per_host(
     assert StreamedDataset(shared, held=False, cpus=cpus / workers).num_readers == readers
 
 
-def test_batches_hold_the_rows_asked_for_in_their_order(
+def test_batches_hold_the_requested_rows_in_order(
     source: StreamedImages, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # blocks of two rows, so that batches begin and end within them
@@ -65,14 +65,14 @@ def test_batches_hold_the_rows_asked_for_in_their_order(
         bad = [TRAIN[place] for place in asked if TRAIN[place] in (4, 5)]
         assert batch.labels.tolist() == [row % 3 for row in good]
         for row, pixels in zip(good, batch.pixels, strict=True):
-            decoded, _ = decode.decode_image(Path(urls[row]).read_bytes(), source.views.train)
+            decoded, _ = decode.decode_image(Path(urls[row]).read_bytes(), source.settings.train)
             np.testing.assert_array_equal(pixels, decoded)
         assert [(f.url, f.label, f.held) for f in batch.failures] == [
             (urls[row], row % 3, False) for row in bad
         ]
 
 
-def test_a_batch_may_hold_no_row_or_no_good_one(source: StreamedImages) -> None:
+def test_a_batch_may_have_no_row_or_no_good_one(source: StreamedImages) -> None:
     train = StreamedDataset(source, held=False, cpus=1.0)
     none, bad, good = train.iter_batches([np.zeros(0, np.int64), np.array([2, 3]), np.array([0])])
     assert (len(none.labels), len(none.failures)) == (0, 0)
@@ -81,7 +81,7 @@ def test_a_batch_may_hold_no_row_or_no_good_one(source: StreamedImages) -> None:
     assert good.labels.tolist() == [1]
 
 
-def test_where_no_row_is_asked_for_there_are_empty_batches(source: StreamedImages) -> None:
+def test_without_a_requested_row_batches_are_empty(source: StreamedImages) -> None:
     held = StreamedDataset(source, held=True, cpus=1.0)
     empty = list(held.iter_batches([np.zeros(0, np.int64)] * 2))
     assert [len(batch.labels) for batch in empty] == [0, 0]

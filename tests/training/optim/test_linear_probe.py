@@ -1,4 +1,4 @@
-"""The fitted head is that of the penalised likelihood, on any number of workers."""
+"""The fitted head maximizes the penalized likelihood, on any number of workers."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_error_of_the_validation_loss_is_its_standard_error(alone: None, tea
     expected = losses.std(correction=0).item() / VAL**0.5
     assert head.val_loss_error == pytest.approx(expected, rel=1e-4)
     for shared in team.call(3, fitted, 0.03, None):
-        assert shared.val_error == pytest.approx(expected, rel=1e-3)
+        assert shared.val_loss_error == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_feature_that_is_the_same_everywhere_does_no_harm(alone: None) -> None:
@@ -143,13 +143,13 @@ def test_a_feature_that_is_the_same_everywhere_does_no_harm(alone: None) -> None
     assert head.val_loss < np.log(CLASSES)
 
 
-def test_what_a_head_is_judged_by_is_what_it_was_chosen_by(alone: None) -> None:
+def test_a_head_is_evaluated_by_the_loss_that_it_was_chosen_by(alone: None) -> None:
     head, val = fitted(0, 1, 0.03, None), split(VAL, 2)
-    verdict = linear_probe.evaluate_head(head, val, CLASSES)
-    assert verdict.loss == pytest.approx(head.val_loss, rel=1e-5)
-    assert verdict.rows == VAL
+    metrics = linear_probe.evaluate_head(head, val, CLASSES)
+    assert metrics.loss == pytest.approx(head.val_loss, rel=1e-5)
+    assert metrics.rows == VAL
     predicted = (val.inputs @ head.weight.T + head.bias).argmax(1)
-    assert verdict.accuracy == pytest.approx((predicted == val.labels).float().mean().item())
+    assert metrics.accuracy == pytest.approx((predicted == val.labels).float().mean().item())
 
 
 # ------------------------------------------------------------------ features and the network
@@ -168,12 +168,12 @@ def small_cnn() -> nn.Module:
     )
 
 
-def learner(network: nn.Module) -> TrainStep:
+def build_train_step(network: nn.Module) -> TrainStep:
     request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
     config = TrainConfig.model_validate(request)
-    place = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+    context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
     spec = Preprocess(resize=SIDE, crop=SIDE)
-    return TrainStep(config, "probe", spec, None, CLASSES, network, place)
+    return TrainStep(config, "probe", spec, None, CLASSES, network, context)
 
 
 def batches(side: int = SIDE) -> list[Batch]:
@@ -199,13 +199,13 @@ def counted(rank: int, workers: int) -> int:
 
 
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
-def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
-    made = learner(build())
+def test_a_head_on_the_features_gives_the_logits_of_the_network(build: Any) -> None:
+    made = build_train_step(build())
     found = linear_probe.extract_features(made, iter(batches()), 1)
     assert tuple(found.inputs.shape) == (7, zoo.get_embedding_width(made.network))
     assert found.labels.tolist() == np.concatenate([b.labels for b in batches()]).tolist()
     _, head = zoo.find_head(made.network)
-    made.judged.eval()
+    made.eval_network.eval()
     expected = torch.cat([made.predict_logits(b.pixels) for b in batches() if len(b.labels)])
     mine = F.linear(found.inputs, head.weight.flatten(1), head.bias)
     torch.testing.assert_close(mine, expected)
@@ -213,7 +213,7 @@ def test_a_head_on_the_features_says_what_the_network_says(build: Any) -> None:
 
 
 def test_the_second_view_is_mirrored_and_later_ones_differ() -> None:
-    made = learner(small_cnn())
+    made = build_train_step(small_cnn())
     four = linear_probe.extract_features(made, iter(batches()), 4)
     plain = linear_probe.extract_features(made, iter(batches()), 1)
     flipped = [dataclasses.replace(b, pixels=b.pixels[..., ::-1].copy()) for b in batches()]
@@ -227,7 +227,7 @@ def test_the_second_view_is_mirrored_and_later_ones_differ() -> None:
 
 
 def test_features_see_the_middle_of_larger_images() -> None:
-    made = learner(small_cnn())
+    made = build_train_step(small_cnn())
     larger = batches(side=SIDE + 4)
     middle = [dataclasses.replace(b, pixels=b.pixels[..., 2:-2, 2:-2].copy()) for b in larger]
     torch.testing.assert_close(
@@ -237,7 +237,7 @@ def test_features_see_the_middle_of_larger_images() -> None:
 
 
 def test_a_worker_without_an_image_has_no_features() -> None:
-    made = learner(small_cnn())
+    made = build_train_step(small_cnn())
 
     def nothing() -> Iterator[Batch]:
         yield batches()[1]
@@ -249,7 +249,7 @@ def test_a_worker_without_an_image_has_no_features() -> None:
 
 @pytest.mark.parametrize("build", [with_conv_head, small_cnn])
 def test_an_installed_head_is_the_networks_own(build: Any) -> None:
-    made = learner(build())
+    made = build_train_step(build())
     found = linear_probe.extract_features(made, iter(batches()), 1)
     width = zoo.get_embedding_width(made.network)
     head = LinearHead(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
@@ -288,24 +288,24 @@ def test_a_head_fitted_to_several_is_what_the_network_computes(name: str) -> Non
     shares = compute_head_coefficients(network, preprocess)
     request = {"data": {"train": "none.csv"}, "output": "none", "optim": {"lr": 1e-3}}
     config = TrainConfig.model_validate(request)
-    place = WorkerContext(0, 1, torch.device("cpu"), "fp32")
-    made = TrainStep(config, "probe", preprocess, None, CLASSES, network, place)
+    context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+    made = TrainStep(config, "probe", preprocess, None, CLASSES, network, context)
     given = batches(preprocess.crop)
     found = linear_probe.extract_features(made, iter(given), 1)
     width = sum(zoo.get_input_width(layer) for layer in zoo.find_heads(network).values())
     assert tuple(found.inputs.shape) == (7, width)
     torch.manual_seed(0)
     head = LinearHead(torch.randn(CLASSES, width), torch.randn(CLASSES), 1.0, 0.0, 0.0)
-    for each in (made.network, made.judged):
+    for each in (made.network, made.eval_network):
         linear_probe.install_head(each, head, shares)
-    made.judged.eval()
+    made.eval_network.eval()
     logits = torch.cat([made.predict_logits(b.pixels) for b in given if len(b.labels)])
     wanted = found.inputs @ head.weight.T + head.bias
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
 
 
 class Squared(nn.Module):
-    """A network whose logits are no sum of what its last layer gives."""
+    """A network whose logits are not a sum of the outputs of its last layer."""
 
     def __init__(self) -> None:
         super().__init__()

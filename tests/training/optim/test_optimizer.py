@@ -211,7 +211,7 @@ def test_saved_weights_are_contiguous_whatever_their_memory_format() -> None:
 def test_the_average_follows_its_formula_buffers_included() -> None:
     torch.manual_seed(0)
     network = small()
-    average = ModelEma(network, copy.deepcopy(network), 0.8)
+    average = ModelEma(network, 0.8)
     expected = {key: value.double() for key, value in copy_state_dict(network).items()}
     for step in range(60):
         with torch.no_grad():
@@ -234,7 +234,7 @@ def test_the_average_follows_its_formula_buffers_included() -> None:
 
 def test_the_average_of_few_steps_does_not_hold_on_to_where_it_began() -> None:
     network = nn.Linear(2, 2)
-    average = ModelEma(network, copy.deepcopy(network), 0.999)
+    average = ModelEma(network, 0.999)
     with torch.no_grad():
         network.weight.fill_(7.0)
     for step in range(20):

@@ -38,7 +38,7 @@ def test_only_scratch_does_without_weights(strategy: Strategy) -> None:
     if strategy == "scratch":
         assert resolve_strategy(strategy, pretrained=False) == strategy
         return
-    with pytest.raises(RequestError, match=rf"strategy {strategy}: needs weights .*--model"):
+    with pytest.raises(RequestError, match=rf"strategy {strategy} needs weights .*--model"):
         resolve_strategy(strategy, pretrained=False)
 
 

@@ -1,0 +1,43 @@
+"""What the workers of jobs over images need to know; imports no torch, as the driver does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.preprocess import DecodeMode
+from imgcls.execution.messages import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec(RunSpec):
+    """A run over the images of a manifest.
+
+    root: where relative paths start
+    """
+
+    path_column: str
+    root: str
+    batch_size: int
+    max_pixels: int
+    max_bytes: int = MAX_IMAGE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSpec(ImageSpec):
+    """A run that labels the images with a bundle.
+
+    thresholds: by class, in the bundle's order
+    """
+
+    bundle_url: str
+    bundle_sha256: str
+    label_column: str | None
+    top_k: int
+    thresholds: tuple[float, ...]
+    scores: bool
+    scores_type: str = "float32"
+    embeddings: bool
+    decode: DecodeMode
+    precision: str
+    compile: bool

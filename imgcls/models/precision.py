@@ -1,0 +1,72 @@
+"""Choice of the precision by the hardware: bfloat16 or int8 where it is multiplied natively."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from imgcls.errors import RequestError
+from imgcls.models.bundle import Precision
+
+INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
+_ISAS = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+    "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX",
+)  # fmt: skip
+"""Instruction sets to which oneDNN can be limited, in ascending order.
+Source: oneDNN developer guide, "CPU Dispatcher Control"."""
+_ISA_BY_FLAG = {
+    "avx_vnni": "AVX2_VNNI", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16",
+    "amx_bf16": "AVX512_CORE_AMX", "amx_int8": "AVX512_CORE_AMX",
+}  # fmt: skip
+
+
+def choose_precision(
+    wanted: Precision, device: torch.device
+) -> tuple[Literal["fp32", "bf16", "int8"], str]:
+    """The precision to run at on a device, and the reason.
+
+    Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions.
+    """
+    if wanted == "int8" and device.type != "cpu":
+        raise RequestError("precision int8: runs on CPUs only; use bf16 or auto on a GPU")
+    if wanted == "int8" and not read_cpu_flags() & INT8_FLAGS:
+        raise RequestError(
+            f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
+            "sums overflow; use --precision auto"
+        )
+    if wanted != "auto":
+        return wanted, "as requested"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "the GPU has it") if native else ("fp32", "the GPU has no bfloat16")
+    flags = read_cpu_flags()
+    for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
+        if flag in flags:
+            return "bf16", f"the CPU has {name}"
+    return "fp32", "the CPU has no bfloat16 instructions"
+
+
+def choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of the layers that are not quantized."""
+    if precision in ("auto", "int8"):
+        precision, _ = choose_precision("auto", device)
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def read_cpu_flags() -> set[str]:
+    """The CPU's flags, without those that ONEDNN_MAX_CPU_ISA keeps oneDNN from using."""
+    flags: set[str] = set()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            line = next((each for each in info if each.startswith(("flags", "Features"))), "")
+        flags.update(line.split())
+    except OSError:
+        pass
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit in _ISAS:
+        allowed = _ISAS[: _ISAS.index(limit) + 1]
+        flags -= {flag for flag, isa in _ISA_BY_FLAG.items() if isa not in allowed}
+    return flags

@@ -1,0 +1,342 @@
+"""Task of a model: activation, decision, prediction columns, loss and metrics.
+
+A task defines what the outputs of a network mean. The classifier, inference, export, calibration
+and training all call it, so that a bundle has the same scores and decisions everywhere. A new kind
+of task is a subclass of `Task` with an entry in `TASKS`.
+Importing this module does not import torch: the driver of a run needs the columns only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from imgcls.models.bundle import BundleSpec, VectorScaling
+
+if TYPE_CHECKING:
+    import torch
+
+AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
+ScoresType = Literal["float32", "float16"]
+
+_BLOCK_VALUES = 4_000_000
+"""Number of log scores that `compute_confidences` processes at a time."""
+
+
+@dataclass(frozen=True)
+class ScoreScaling:
+    """Confidence calibration of a network's logits, on one device.
+
+    temperature: the logits are divided by it
+    scale, bias: (C,) float32, applied to the log-softmax (vector scaling); None without it
+    """
+
+    temperature: float = 1.0
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def from_spec(cls, spec: BundleSpec, device: torch.device | None = None) -> ScoreScaling:
+        """The calibration of a bundle, with its tensors on `device` (default: CPU)."""
+        if spec.vector_scaling is None:
+            return cls(spec.temperature)
+        import torch
+
+        vectors = (spec.vector_scaling.scale, spec.vector_scaling.bias)
+        scale, bias = (torch.tensor(each, device=device) for each in vectors)
+        return cls(spec.temperature, scale, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """Predictions of N images.
+
+    classes:  (N, k) int64 class indices, best first
+    scores:   (N, k) float32 scores of these classes
+    accepted: (N,) bool, whether the best score reaches the threshold of its class
+    """
+
+    classes: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    accepted: NDArray[np.bool_]
+
+
+class Task(ABC):
+    """Interface of a task.
+
+    name:    key in `TASKS`
+    metrics: metrics of a validation, as `training` and a bundle name them, the main one first
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+
+    @abstractmethod
+    def activate(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
+        """Calibrated scores of (N, C) logits."""
+
+    @abstractmethod
+    def compute_scores(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
+        """As `activate`, in float32, with NaN in all scores of a row with a non-finite logit."""
+
+    @abstractmethod
+    def compute_confidences(
+        self,
+        log_scores: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(N,) confidences and predicted classes of (N, C) log scores after scaling, on the CPU.
+
+        scale: (1,) or (C,); bias: (C,) or None
+        """
+
+    @abstractmethod
+    def add_scaling(
+        self, spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+    ) -> BundleSpec:
+        """The bundle description whose scores are those of `spec` after scaling."""
+
+    @abstractmethod
+    def decide(
+        self, scores: NDArray[np.float32], thresholds: Sequence[float], top_k: int
+    ) -> Decisions:
+        """Predictions of (N, C) scores; thresholds: (C,), in class order."""
+
+    @abstractmethod
+    def rank_labels(
+        self, scores: NDArray[AnyFloat], codes: NDArray[np.int64]
+    ) -> tuple[NDArray[AnyFloat], NDArray[np.int64]]:
+        """(N,) score and (N,) rank, from 1, of each row's label."""
+
+    @abstractmethod
+    def build_fields(
+        self, *, has_labels: bool, classes: int | None = None, scores_type: str = "float32"
+    ) -> list[pa.Field]:
+        """Prediction columns of a table, in their order.
+
+        has_labels:  whether the rows have labels, whose scores and ranks become columns
+        classes:     number of classes when all scores become a column
+        scores_type: float32, or float16, which Spark cannot read
+        """
+
+    @abstractmethod
+    def build_columns(
+        self,
+        scores: NDArray[np.float32],
+        classes: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        top_k: int,
+        codes: NDArray[np.int64] | None = None,
+        scores_type: str | None = None,
+    ) -> dict[str, pa.Array]:
+        """Prediction columns of (N, C) finite scores, by the names of `build_fields`.
+
+        codes:       (N,) class index of each row's label, negative for none; None without labels
+        scores_type: numpy dtype of the column of all scores; None without this column
+        """
+
+    @abstractmethod
+    def compute_loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+    ) -> torch.Tensor:
+        """Sum of the losses of (N, C) float32 logits.
+
+        targets: (N,) int64 class indices, or (N, C) float32 shares of classes
+        weights: (C,) float32 per class; None for equal weights
+        """
+
+
+class SingleLabel(Task):
+    """Exactly one class per image: softmax, arg max, cross-entropy."""
+
+    name = "single_label"
+    metrics = ("accuracy", "balanced_accuracy", "loss")
+
+    def activate(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
+        """Softmax of the calibrated logits."""
+        return self._calibrate(logits, scaling).softmax(dim=1)
+
+    def compute_scores(self, logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
+        """As `activate`, in float32; softmax alone gives a logit of minus infinity a score of 0."""
+        import torch
+
+        calibrated = self._calibrate(logits.float(), scaling)
+        is_finite = torch.isfinite(calibrated).all(dim=1, keepdim=True)
+        return calibrated.softmax(dim=1).where(is_finite, torch.nan)
+
+    @staticmethod
+    def _calibrate(logits: torch.Tensor, scaling: ScoreScaling) -> torch.Tensor:
+        logits = logits / scaling.temperature
+        if scaling.scale is None or scaling.bias is None:
+            return logits
+        return logits.log_softmax(dim=1) * scaling.scale + scaling.bias
+
+    def compute_confidences(
+        self,
+        log_scores: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Maximum and arg max of the softmax, in blocks of rows."""
+        confidence = np.empty(len(log_scores), np.float32)
+        predicted = np.empty(len(log_scores), np.int64)
+        block = max(1, _BLOCK_VALUES // log_scores.shape[1])
+        for start in range(0, len(log_scores), block):
+            part = slice(start, start + block)
+            logits = log_scores[part] * scale
+            if bias is not None:
+                logits = logits + bias
+            logits -= logits.max(1, keepdims=True)
+            np.exp(logits, out=logits)
+            predicted[part] = logits.argmax(1)
+            confidence[part] = logits.max(1) / logits.sum(1)
+        return confidence, predicted
+
+    def add_scaling(
+        self, spec: BundleSpec, scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+    ) -> BundleSpec:
+        """Set vector scaling where there is a bias, else divide the temperature."""
+        if bias is not None:
+            scaling = VectorScaling(scale=scale.tolist(), bias=bias.tolist())
+            return spec.model_copy(update={"vector_scaling": scaling})
+        factor, old = float(scale[0]), spec.vector_scaling
+        if old is None:
+            return spec.model_copy(update={"temperature": spec.temperature / factor})
+        scaling = VectorScaling(
+            scale=[factor * value for value in old.scale],
+            bias=[factor * value for value in old.bias],
+        )
+        return spec.model_copy(update={"vector_scaling": scaling})
+
+    def decide(
+        self, scores: NDArray[np.float32], thresholds: Sequence[float], top_k: int
+    ) -> Decisions:
+        """The top k classes; ties go to the lower index."""
+        classes, values = select_top_k(scores, top_k)
+        required = np.asarray(thresholds, np.float32)[classes[:, 0]]
+        return Decisions(classes, values, values[:, 0] >= required)
+
+    def rank_labels(
+        self, scores: NDArray[AnyFloat], codes: NDArray[np.int64]
+    ) -> tuple[NDArray[AnyFloat], NDArray[np.int64]]:
+        """Score and rank of each label; equal scores rank in class order, as in the top k."""
+        own = np.take_along_axis(scores, codes[:, None], axis=1)
+        is_earlier = np.arange(scores.shape[1])[None, :] < codes[:, None]
+        rank: NDArray[np.int64] = 1 + ((scores > own) | ((scores == own) & is_earlier)).sum(1)
+        return own[:, 0], rank
+
+    def build_fields(
+        self, *, has_labels: bool, classes: int | None = None, scores_type: str = "float32"
+    ) -> list[pa.Field]:
+        """Columns of the predicted class, its confidence and the top k."""
+        fields = [
+            pa.field("predicted_label", pa.string()),
+            pa.field("confidence", pa.float32()),
+            pa.field("accepted", pa.bool_(), nullable=False),
+            pa.field("topk_labels", pa.list_(pa.string())),
+            pa.field("topk_scores", pa.list_(pa.float32())),
+        ]
+        if has_labels:
+            fields += [pa.field("label_score", pa.float32()), pa.field("label_rank", pa.int32())]
+        if classes is not None:
+            kind = pa.float16() if scores_type == "float16" else pa.float32()
+            fields.append(pa.field("scores", pa.list_(kind, classes)))
+        return fields
+
+    def build_columns(
+        self,
+        scores: NDArray[np.float32],
+        classes: Sequence[str],
+        thresholds: Sequence[float],
+        *,
+        top_k: int,
+        codes: NDArray[np.int64] | None = None,
+        scores_type: str | None = None,
+    ) -> dict[str, pa.Array]:
+        """Columns of the decisions; the score and rank of a label that is no class are null."""
+        found = self.decide(scores, thresholds, top_k)
+        names = pa.array(classes, pa.string())
+        width = found.classes.shape[1]
+        columns: dict[str, pa.Array] = {
+            "predicted_label": names.take(pa.array(found.classes[:, 0])),
+            "confidence": pa.array(found.scores[:, 0]),
+            "accepted": pa.array(found.accepted),
+            "topk_labels": _build_lists(names.take(pa.array(found.classes.ravel())), width),
+            "topk_scores": _build_lists(pa.array(found.scores.ravel()), width),
+        }
+        if codes is not None:
+            is_known = codes >= 0
+            score, rank = np.zeros(len(codes), np.float32), np.zeros(len(codes), np.int32)
+            score[is_known], rank[is_known] = self.rank_labels(scores[is_known], codes[is_known])
+            columns["label_score"] = pa.array(score, mask=~is_known)
+            columns["label_rank"] = pa.array(rank, mask=~is_known)
+        if scores_type is not None:
+            flat = pa.array(scores.astype(scores_type).ravel())
+            columns["scores"] = pa.FixedSizeListArray.from_arrays(flat, len(classes))
+        return columns
+
+    def compute_loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+    ) -> torch.Tensor:
+        """Cross-entropy, or the focal loss (Lin et al. 2017) with `focal_gamma` above 0."""
+        import torch
+        from torch.nn import functional as F
+
+        if focal_gamma == 0:
+            return F.cross_entropy(
+                logits, targets, weight=weights, reduction="sum", label_smoothing=label_smoothing
+            )
+        shares = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).float()
+        shares = shares * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+        log_scores = logits.log_softmax(dim=1)
+        # a score of exactly 1 would have an infinite slope under a root, and so no gradient at all
+        missing = (-torch.expm1(log_scores)).clamp_min(torch.finfo(torch.float32).tiny)
+        terms = -shares * missing**focal_gamma * log_scores
+        return (terms if weights is None else terms * weights).sum()
+
+
+def select_top_k(
+    scores: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(N, k) class indices and their scores, best first; ties go to the lower index. k >= 1."""
+    k = min(k, scores.shape[1])
+    if k == 1:
+        order = scores.argmax(1)[:, None]
+    else:
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def _build_lists(values: pa.Array, width: int) -> pa.ListArray:
+    offsets = pa.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+SINGLE_LABEL: Task = SingleLabel()
+TASKS = {task.name: task for task in (SINGLE_LABEL,)}
+"""All tasks by name."""
+
+
+def find_task(spec: BundleSpec) -> Task:
+    """The task of a bundle. Bundles of format version 1 have one task: single_label."""
+    return {1: SINGLE_LABEL}[spec.format_version]

@@ -1,0 +1,57 @@
+"""Columns of the predictions that a run writes, and the status of a row without an error."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from imgcls.models.task import SINGLE_LABEL, Task
+
+PREDICTION_COLUMNS = (
+    "row",
+    "predicted_label",
+    "confidence",
+    "accepted",
+    "topk_labels",
+    "topk_scores",
+    "label_score",
+    "label_rank",
+    "scores",
+    "embedding",
+    "width",
+    "height",
+    "status",
+    "error",
+)
+
+PROVENANCE_COLUMNS = ("run", "bundle_sha256", "labelled_at")
+"""Columns that `history compact` adds to the rows of many runs."""
+
+
+def build_prediction_schema(
+    *,
+    labelled: bool,
+    scores: int | None = None,
+    scores_type: str = "float32",
+    embedding: int | None = None,
+    task: Task = SINGLE_LABEL,
+) -> pa.Schema:
+    """Schema of the columns that a run adds to its manifest.
+
+    labelled:    add the score and the rank of the manifest's label
+    scores:      number of classes, to add the score of every class
+    scores_type: float32, or float16, which Spark cannot read
+    embedding:   width of the embedding, to add it
+    """
+    fields = [
+        pa.field("row", pa.int64(), nullable=False),
+        *task.build_fields(has_labels=labelled, classes=scores, scores_type=scores_type),
+    ]
+    if embedding is not None:
+        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
+    fields += [
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+    return pa.schema(fields)

@@ -1,0 +1,1 @@
+"""The augmentations, one module each: an `Operation` with its configuration keys."""

@@ -1,0 +1,156 @@
+"""Quality gates that decide whether a run is committed, and the summary of its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from imgcls.errors import OutputError, RunFailed, TooManyErrors
+from imgcls.inference.commit import ErrorStatus, check_drift, check_error_rates, report_exit
+from imgcls.metrics import PredictionCounts
+from imgcls.runs.committed import open_run
+from tests.evaluation.runs import CLASSES, commit, drawn
+
+
+def failed(**status: int) -> PredictionCounts:
+    counts = PredictionCounts.empty(CLASSES)
+    counts.status.update({"ok": 100 - sum(status.values())} | status)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("status", "limits", "message"),
+    [
+        ({"missing": 2}, {}, r"2 of 100 rows failed \(2.0%, allowed 1.0%\).* --max-error-rate$"),
+        ({"missing": 2}, {"missing": 0.05}, None),
+        ({"missing": 6}, {"missing": 0.05}, r"6 of 100 rows are missing .*max-error-rates.missing"),
+        ({"missing": 4, "throttled": 1}, {"missing": 0.05}, None),
+        (
+            {"missing": 4, "throttled": 1},
+            {"missing": 0.05, "throttled": 0.0},
+            "1 of 100 rows are th",
+        ),
+        ({"missing": 4, "empty": 2}, {"missing": 0.05}, r"2 of 100 rows failed"),
+        ({}, {}, None),
+    ],
+)
+def test_each_status_may_have_its_own_limit(
+    status: dict[str, int], limits: dict[ErrorStatus, float], message: str | None
+) -> None:
+    if message is None:
+        check_error_rates("out", failed(**status), 0.01, limits)
+        return
+    with pytest.raises(TooManyErrors, match=message):
+        check_error_rates("out", failed(**status), 0.01, limits)
+
+
+@pytest.mark.parametrize(
+    ("status", "max_errors", "repeated", "message"),
+    [
+        ({"missing": 5}, 5, {}, None),
+        ({"missing": 6}, 5, {}, r"6 of 100 rows failed \(6.0%, allowed 1.0% or 5 rows\)"),
+        ({"missing": 40}, 0, {"missing": 40}, None),
+        (
+            {"missing": 41, "empty": 1},
+            0,
+            {"missing": 40},
+            r"2 of 60 rows failed \(3.3%, allowed 1.0%\), not counting 40 that had failed before",
+        ),
+        ({"missing": 100}, 0, {"missing": 100}, None),
+    ],
+)
+def test_a_few_failures_and_those_of_before_pass(
+    status: dict[str, int], max_errors: int, repeated: dict[str, int], message: str | None
+) -> None:
+    with pytest.raises(TooManyErrors, match=message) if message else contextlib.nullcontext():
+        check_error_rates(
+            "out", failed(**status), 0.01, {}, max_errors=max_errors, repeated=repeated
+        )
+
+
+def test_a_status_with_a_limit_of_its_own_has_no_allowance_but_what_failed_before() -> None:
+    limits: dict[ErrorStatus, float] = {"throttled": 0.0}
+    with pytest.raises(TooManyErrors, match="1 of 100 rows are throttled"):
+        check_error_rates("out", failed(throttled=1), 0.01, limits, max_errors=10)
+    check_error_rates("out", failed(throttled=1), 0.01, limits, repeated={"throttled": 1})
+
+
+def test_drift_is_written_and_logged_and_may_stop_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = open_run(str(commit(tmp_path / "then", drawn(3000, 1, failed=0.1))))
+    same = PredictionCounts.from_table(drawn(3000, 2), label_column=None, classes=CLASSES)
+    check_drift(str(tmp_path / "out"), same, reference, 0.25)
+    assert "drift   confidence: PSI 0.0" in capsys.readouterr().out
+    dull = PredictionCounts.from_table(
+        drawn(3000, 2, sharpness=0), label_column=None, classes=CLASSES
+    )
+    with pytest.raises(
+        TooManyErrors, match=r"confidence has drifted from .* by a PSI of .* --max-psi"
+    ):
+        check_drift(str(tmp_path / "out"), dull, reference, 0.05)
+    table = pq.read_table(tmp_path / "out" / "metrics" / "drift.parquet")
+    assert table["of"].to_pylist() == ["predicted_label", "confidence"]
+
+
+def test_the_summary_is_written_however_a_run_ends(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    run = commit(tmp_path / "out", drawn(50, failed=0.2))
+
+    def summary() -> dict[str, object]:
+        found: dict[str, object] = json.loads(file.read_text())
+        return found
+
+    with report_exit(str(file), str(run)):
+        pass
+    assert (summary()["exit_code"], summary()["rows"], summary()["error"]) == (0, 50, None)
+    for error, code in ((RunFailed("a"), 1), (OutputError("b"), 2), (TooManyErrors("c"), 3)):
+        with pytest.raises(type(error)), report_exit(str(file), str(run)):
+            raise error
+        assert (summary()["exit_code"], summary()["error"]) == (code, str(error))
+        # a wrong request has started nothing; the others say what their output holds
+        assert summary()["rows"] == (0 if code == 2 else 50)
+    with pytest.raises(KeyboardInterrupt), report_exit(str(file), str(run)):
+        raise KeyboardInterrupt
+    assert summary()["exit_code"] == 1
+
+
+def test_the_summary_of_a_refused_run_has_its_rows_and_statuses(tmp_path: Path) -> None:
+    run = commit(tmp_path / "out", drawn(50, failed=0.2))
+    statuses = json.loads((run / "_SUCCESS").read_text())["status"]
+    (run / "_SUCCESS").unlink()
+    body = json.loads((run / "_run.json").read_text())
+    body["plan"] |= {"part_rows": 50}
+    (run / "_run.json").write_text(json.dumps(body | {"refused": "10 of 50 rows failed"}))
+    file = tmp_path / "summary.json"
+
+    def refuse() -> None:
+        with report_exit(str(file), "elsewhere") as outputs:
+            outputs.append(str(run))
+            raise TooManyErrors("10 of 50 rows failed")
+
+    with pytest.raises(TooManyErrors):
+        refuse()
+    assert json.loads(file.read_text()) == {
+        "exit_code": 3, "error": "10 of 50 rows failed", "output": str(run),
+        "outputs": [str(run)], "state": "refused", "rows": 50, "rows_done": 50,
+        "status": statuses, "since": None, "seconds": None, "committed": None,
+    }  # fmt: skip
+
+
+def test_the_summary_adds_up_the_runs_of_one_command(tmp_path: Path) -> None:
+    runs = [str(commit(tmp_path / str(n), drawn(50, n, failed=0.2))) for n in range(2)]
+    file = tmp_path / "summary.json"
+    with report_exit(str(file), "elsewhere") as outputs:
+        outputs.extend(runs)
+    summary = json.loads(file.read_text())
+    assert (summary["rows"], sum(summary["status"].values()), summary["output"]) == (
+        100,
+        100,
+        runs[1],
+    )
+    assert (summary["state"], summary["committed"]) == ("committed", "2026-01-01T00:00:00")

@@ -1,0 +1,164 @@
+"""Language check: texts use plain American English, without the private dialect of earlier code.
+
+Reads strings, docstrings and comments of the code, templates, job files and documentation pages.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+DIALECT = re.compile(
+    r"""(?<![\w-])(?:
+      tell|tells|telling|told|say|says|saying|said|nobody|somebody|whoever|anew|lest|beside
+    | mend|mends|mended|mending|heed|heeds|heeded|judge|judges|judged|judging|judgements?|judgment
+    | dealt|hush|hushed|purse|pocket|errs|whence|for[ ]ever|of[ ]late|so[ ](?:long|many|often)
+    | per[ ]cent
+    )(?![\w-])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""Words of the dialect, and words that have a standard term: evaluate, report, print, log."""
+
+BRITISH = re.compile(
+    r"""(?<!\w)(?:
+      \w*labell\w* | \w*modell\w* | \w*cancell(?:ed|ing) | \w*colour\w* | \w*behaviour\w*
+    | \w*neighbour\w* | \w*favour\w* | \w*honour\w* | grey\w* | centre[ds]? | metres? | artefact\w*
+    | licences? | judgement\w* | whilst | amongst | learnt | analys(?:e|ed|es|ing)
+    | (?:re|un|de)?(?:optim|initial|normal|quant|recogn|organ|serial|parallel|synchron|maxim|minim
+      |summar|visual|vector|material|util|final|standard|categor|priorit|custom|token|random|real
+      |general|special|central)is(?:e|es|ed|er|ers|ing|ation|ations|able)
+    )(?!\w)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+ALLOWED: dict[str, tuple[str, ...]] = {}
+"""Texts that may stay, by file: names in output files, quotations, words of other programs."""
+
+PENDING: tuple[str, ...] = (
+    "README.md",
+    "benchmarks/",
+    "docs/cluster.md",
+    "docs/data.md",
+    "docs/export.md",
+    "docs/faq.md",
+    "docs/guarantees.md",
+    "docs/labeling.md",
+    "docs/nightly.md",
+    "docs/performance.md",
+    "docs/reference.md",
+    "docs/serving.md",
+    "docs/training.md",
+    "imgcls/cli.py",
+    "imgcls/client.py",
+    "imgcls/cluster/",
+    "imgcls/config.py",
+    "imgcls/curation/",
+    "imgcls/data/",
+    "imgcls/demo.py",
+    "imgcls/errors.py",
+    "imgcls/execution/",
+    "imgcls/inference/",
+    "imgcls/log.py",
+    "imgcls/models/",
+    "imgcls/provenance.py",
+    "imgcls/reference.py",
+    "imgcls/runs/",
+    "imgcls/serving/",
+    "imgcls/training/",
+    "jobs/",
+    "tests/browser.py",
+    "tests/clouds.py",
+    "tests/cluster/",
+    "tests/conftest.py",
+    "tests/curation/",
+    "tests/data/",
+    "tests/e2e/",
+    "tests/evaluation/test_calibrate.py",
+    "tests/evaluation/test_quantize.py",
+    "tests/execution/",
+    "tests/faults.py",
+    "tests/inference/",
+    "tests/models/",
+    "tests/processes.py",
+    "tests/runs/",
+    "tests/s3.py",
+    "tests/serving/",
+    "tests/test_cli.py",
+    "tests/test_client.py",
+    "tests/test_collection.py",
+    "tests/test_config.py",
+    "tests/test_docs.py",
+    "tests/test_handlers.py",
+    "tests/test_log.py",
+    "tests/test_provenance.py",
+    "tests/training/",
+)
+"""Paths (prefixes) that are not rewritten yet. This list only shrinks."""
+
+PLAIN_FILES = ("README.md", "docs/*.md", "jobs/*.yaml", "imgcls/**/*.j2", "imgcls/**/*.html")
+CODE_FILES = ("imgcls/**/*.py", "jobs/*.py", "benchmarks/**/*.py", "tests/**/*.py")
+
+
+def find_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and texts of a file: all of a page, strings and comments of Python code.
+
+    Strings without a space are names (columns, keys, options) and are skipped.
+    """
+    source = path.read_text()
+    if path.suffix != ".py":
+        yield from enumerate(source.splitlines(), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            for offset, line in enumerate(node.value.splitlines()):
+                yield node.lineno + offset, line
+
+
+def find_words(path: Path) -> list[str]:
+    """`file:line: word` of every word of a file that is not to be used."""
+    name = path.relative_to(REPOSITORY).as_posix()
+    found = []
+    for line, text in find_texts(path):
+        for allowed in ALLOWED.get(name, ()):
+            text = text.replace(allowed, "")
+        found += [f"{name}:{line}: {word}" for word in find_in_text(text)]
+    return found
+
+
+def find_in_text(text: str) -> list[str]:
+    text = re.sub(r"`[^`]*`|\"\w+\"|'\w+'", "", text)  # code and names
+    return [match.group() for match in (*DIALECT.finditer(text), *BRITISH.finditer(text))]
+
+
+def list_files() -> list[Path]:
+    patterns = (*PLAIN_FILES, *CODE_FILES)
+    files = {path for pattern in patterns for path in REPOSITORY.glob(pattern)}
+    return sorted(path for path in files if path != Path(__file__))
+
+
+def test_texts_are_plain_american_english() -> None:
+    found = []
+    for path in list_files():
+        # an empty tuple is no prefix of anything
+        if not path.relative_to(REPOSITORY).as_posix().startswith(PENDING):
+            found += find_words(path)
+    assert not found, "use standard American English:\n" + "\n".join(found)
+
+
+def test_the_check_finds_words_in_strings_docstrings_and_comments(tmp_path: Path) -> None:
+    source = tmp_path / "module.py"
+    source.write_text(
+        '"""What is told."""\nCOLUMN = "labelled"\nx = f"nobody in {COLUMN}"  # a grey area\n'
+        "told = \"`said` and 'judged' are names\"\n"
+    )
+    texts = [text for _, text in find_texts(source)]
+    assert [find_in_text(text) for text in sorted(texts)] == [["grey"], ["told"], [], ["nobody"]]
