@@ -1,8 +1,8 @@
-"""How the search for near duplicates grows: random hashes, some of them copies with a few bits off.
+"""Time and memory of the search for near duplicates: random hashes, some copied with bits changed.
 
     python -m benchmarks.duplicates [--hashes 10000 100000 1000000] [--copies 0.05] [--bits 0.02]
 
-Each size in a process of its own; prints seconds, peak memory and the share of the copies found.
+Each size runs in its own process; prints seconds, peak memory and the share of the copies found.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 SIZES = (10_000, 100_000, 1_000_000)
-MOST = 60
+MAX_DISTANCE = 60
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def measured(count: int, copies: float, bits: float) -> tuple[float, float, float]:
-    """Seconds, peak MB of the process, and the share of the copies that are found."""
+    """Seconds, peak memory of the process in MB, and the share of the copies found."""
     from imgcls.curation.checks.hash_search import find_near_pairs
 
     rng = np.random.default_rng(0)
@@ -44,12 +44,12 @@ def measured(count: int, copies: float, bits: float) -> tuple[float, float, floa
     hashes[target] = hashes[source] ^ noise
     mirror = rng.integers(0, 2**64, 4, dtype=np.uint64)
     began = time.perf_counter()
-    pairs = find_near_pairs(hashes, mirror, max_distance=MOST)
+    pairs = find_near_pairs(hashes, mirror, max_distance=MAX_DISTANCE)
     seconds = time.perf_counter() - began
-    told = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    found = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     wanted = set(zip(source.tolist(), target.tolist(), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return seconds, peak, len(told & wanted) / planted
+    return seconds, peak, len(found & wanted) / planted
 
 
 if __name__ == "__main__":

@@ -58,11 +58,11 @@ class ManifestBuildConfig(ListingConfig):
 
 @with_config_storage
 def build_manifest(config: ManifestBuildConfig) -> int:
-    """Build a manifest; returns the number of its rows.
+    """Build a manifest from a folder, a bucket or a table.
 
-    A folder or prefix is listed by `listing.build_listing`. A glob or a table (CSV, Parquet) keeps
-    its columns, with absolute paths in `path` and labels in `label`. With `contents` every image is
-    scanned, and its features are added.
+    Returns the number of its rows. A folder or prefix is listed by `listing.build_listing`.
+    A glob or a table (CSV, Parquet) keeps its columns, with absolute paths in `path` and labels in
+    `label`. With `contents` every image is scanned, and its features are added.
     Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
     resume).
     """

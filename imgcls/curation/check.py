@@ -27,7 +27,7 @@ from imgcls.curation.checks.findings import (
 )
 from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, build_image_table
 from imgcls.curation.checks.label_errors import LabelErrorsConfig
-from imgcls.curation.checks.report import Section
+from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import iterate_groups
 from imgcls.curation.scan import ScanConfig, ScannedManifest, scan_manifests
@@ -100,7 +100,7 @@ class CheckResult:
     rows: int
     report: str
     clean: str | None = None
-    _sections: Sequence[Section] = field(default=(), repr=False, compare=False)
+    _sections: Sequence[IssueSection] = field(default=(), repr=False, compare=False)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The table of issues as a pandas DataFrame."""

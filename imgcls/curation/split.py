@@ -67,12 +67,12 @@ class SplitConfig(Section):
 
 @with_config_storage
 def split_manifest(config: SplitConfig) -> dict[str, int]:
-    """Split a manifest; returns the number of rows of each part.
+    """Split a manifest into train, validation and test, or into folds.
 
-    Columns are kept, paths are made absolute. The fractions are met on average, in every class: for
-    n images the standard deviation is sqrt(n p (1 - p)); the result is printed. With `by: content`
-    the digests of `manifest build --contents` are used where the manifest has them; otherwise every
-    image is read.
+    Returns the number of rows of each part. Columns are kept, paths are made absolute. The
+    fractions are met on average, in every class: for n images the standard deviation is
+    sqrt(n p (1 - p)); the result is printed. With `by: content` the digests of `manifest build
+    --contents` are used where the manifest has them; otherwise every image is read.
     Raises ManifestError when the column is missing or an image cannot be read, OutputError when the
     folder contains other files.
     """

@@ -36,8 +36,9 @@ class StatsConfig(ScanConfig):
 
 @with_config_storage
 def compute_stats(config: StatsConfig) -> dict[str, Any]:
-    """Scan every image and write the statistics; returns the content of stats.json.
+    """Describe a data set: classes, sizes and formats, with sample images of each class.
 
+    Scans every image, writes stats.json and stats.html, and returns the content of stats.json.
     Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
     resume).
     """

@@ -293,8 +293,8 @@ def _check_first_line(line: str, place: str, options: ReadOptions) -> None:
         raise ManifestError(f"{place}: is empty; the first line must name the columns")
     if "\x00" in line:
         raise ManifestError(
-            f"{place}: contains binary data, not CSV; pass {options.keys.option('format')} parquet if "
-            "it is a Parquet file"
+            f"{place}: contains binary data, not CSV; pass {options.keys.option('format')} parquet "
+            "if it is a Parquet file"
         )
     if _JSON_START.match(line):
         raise ManifestError(

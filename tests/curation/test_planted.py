@@ -52,11 +52,18 @@ def photographs(shared: Path) -> list[bytes]:
     return [file.read_bytes() for file in files]
 
 
+@pytest.fixture(scope="module")
+def photograph_hashes(photographs: list[bytes]) -> np.ndarray:
+    return hashes_of(photographs)
+
+
 @pytest.mark.parametrize("kind", CHANGES)
-def test_changed_copies_of_photographs_are_found(photographs: list[bytes], kind: str) -> None:
+def test_changed_copies_of_photographs_are_found(
+    photographs: list[bytes], photograph_hashes: np.ndarray, kind: str
+) -> None:
     wanted = CHANGES[kind][2]
     copies = [planted(kind, blob) for blob in photographs]
-    hashes = np.concatenate([hashes_of(photographs), hashes_of(copies)])
+    hashes = np.concatenate([photograph_hashes, hashes_of(copies)])
     pairs = find_near_pairs(
         hashes, MIRROR_BITS.view(np.uint64), max_distance=DuplicatesConfig().max_hash_distance
     )

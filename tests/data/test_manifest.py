@@ -208,7 +208,7 @@ def test_a_file_that_is_no_csv_is_refused(put: Put) -> None:
     assert "the header cannot be read" in refused(put("path," + "x" * 200_000 + "\na,b\n"))
 
 
-# Parsed by Arrow, with the delimiter detected by Python: any text in any column must come back equal
+# Parsed by Arrow, the delimiter detected by Python: any text in any column must come back equal
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _NAMES = st.lists(
@@ -648,14 +648,14 @@ def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(
 ) -> None:
     put("path\nx\n", "lists/rows.csv")
     monkeypatch.chdir(tmp_path)
-    beside, elsewhere = open_at("lists/rows.csv"), open_at("lists/rows.csv", root="images")
+    default, elsewhere = open_at("lists/rows.csv"), open_at("lists/rows.csv", root="images")
     store = open_at("lists/rows.csv", root="s3://bucket/images/")
     monkeypatch.chdir("/")
-    assert beside.resolve("a/ b#?%20.jpg") == f"{tmp_path}/lists/a/ b#?%20.jpg"
-    assert beside.resolve("../a.jpg") == f"{tmp_path}/lists/../a.jpg"
+    assert default.resolve("a/ b#?%20.jpg") == f"{tmp_path}/lists/a/ b#?%20.jpg"
+    assert default.resolve("../a.jpg") == f"{tmp_path}/lists/../a.jpg"
     assert elsewhere.resolve("a.jpg") == f"{tmp_path}/images/a.jpg"
     assert store.resolve("a/b.jpg") == "s3://bucket/images/a/b.jpg"
-    assert beside.resolve(None) is None
+    assert default.resolve(None) is None
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def test_columns_that_cannot_be_unified_are_refused_by_name_type_and_place(
     with pytest.raises(ManifestError) as caught:
         unified(one, other)
     assert str(caught.value) == (
-        f"manifest b: its column 'x' is {other.type}, and {one.type} in a; write it as one type in all tables"
+        f"manifest b: its column 'x' is {other.type}, and {one.type} in a; "
+        "write it as one type in all tables"
     )
 
 

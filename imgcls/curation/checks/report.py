@@ -15,7 +15,7 @@ from imgcls.html import render_page
 NOTEBOOK_IMAGES = 6
 """Images of an issue that a notebook shows."""
 
-Section = dict[str, Any]
+IssueSection = dict[str, Any]
 """One issue on the page: its description, counts, and the worst images."""
 
 ISSUE_DESCRIPTIONS: dict[Issue, str] = {
@@ -44,7 +44,7 @@ def render_check_report(
     images: ImageTable,
     findings: Sequence[Finding],
     summary: Mapping[str, Any],
-    sections: Sequence[Section],
+    sections: Sequence[IssueSection],
 ) -> str:
     """Render report.html; `sections` are those of `build_section`, one per finding."""
     checked = summary["manifests"][0]
@@ -60,7 +60,7 @@ def render_check_report(
     )
 
 
-def render_check_result(sections: Sequence[Section], rows: int, report: str) -> str:
+def render_check_result(sections: Sequence[IssueSection], rows: int, report: str) -> str:
     """Render the result for a notebook: counts per issue, and the worst images of each."""
     return render_page(
         "imgcls.curation",
@@ -77,7 +77,7 @@ def _find_affected(images: ImageTable, findings: Sequence[Finding]) -> IntArray:
     return indices[images.is_own[indices]]
 
 
-def build_section(images: ImageTable, finding: Finding, gallery: int) -> Section:
+def build_section(images: ImageTable, finding: Finding, gallery: int) -> IssueSection:
     """Describe a finding, with up to `gallery` of its worst images."""
     shown = finding.sort_worst_first()[:gallery]
     indices = finding.indices[shown]
