@@ -18,7 +18,7 @@ DIALECT = re.compile(
     r"""(?<![\w-])(?:
       tell|tells|telling|told|say|says|saying|said|nobody|somebody|whoever|anew|lest|beside
     | mend|mends|mended|mending|heed|heeds|heeded|judge|judges|judged|judging|judgements?|judgment
-    | dealt|hush|hushed|purse|pocket|errs|whence|for[ ]ever|of[ ]late|so[ ](?:long|many|often)
+    | dealt|hush|hushed|purse|pocket|errs|for[ ]ever|of[ ]late|so[ ](?:long|many|often)
     | per[ ]cent
     )(?![\w-])""",
     re.VERBOSE | re.IGNORECASE,

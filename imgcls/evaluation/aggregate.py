@@ -50,10 +50,10 @@ MAX_LOCAL_ROWS = 2_000_000
 
 @dataclass(frozen=True)
 class AggregateSpec:
-    """What to aggregate of a run.
+    """Settings of an aggregate.
 
     label_column: column of the true labels; None for an unlabeled run
-    slice_by: columns for whose every value all counts are also kept separately
+    slice_by: columns to slice by: counts are also kept for each of their values
     scores: whether to count the scores of all classes
     gallery: rows to keep of each kind that the report shows
     issues: maximum number of possible label errors to keep

@@ -90,7 +90,7 @@ class CompareConfig(Section):
     labels: LabelTableConfig | None = None
     """Table of labels to join (default: the label column of run_a)."""
     slice_by: Names = []
-    """Columns of run_a for whose every value the difference is computed, e.g. camera,site."""
+    """Columns of run_a to slice by: the difference for each value, e.g. camera,site."""
     fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
     """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt."""
     output: str | None = None

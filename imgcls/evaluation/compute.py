@@ -41,7 +41,7 @@ class EvaluationOptions(LabelJoinConfig):
     """Labels to evaluate against, and contents of the report."""
 
     slice_by: Names = []
-    """Manifest columns whose every value gets all metrics, e.g. camera,site."""
+    """Manifest columns to slice by: all metrics for each value, e.g. camera,site."""
     small_slice: PositiveInt = 30
     """Slices with fewer labeled rows are marked as small."""
     gallery: PositiveInt = 24

@@ -178,7 +178,7 @@ def render_training(bundle: Bundle) -> str:
 
 
 def _build_overview(evaluation: Evaluation) -> dict[str, Any]:
-    """What the report and the notebook have in common: title, cards, confusion matrix, charts."""
+    """Common part of the report and the notebook: title, cards, confusion matrix, charts."""
     counts = evaluation.aggregate.counts
     values: dict[str, Any] = {
         "title": f"{_base_name(evaluation.run.url)}: {counts.rows:,} rows",

@@ -19,17 +19,19 @@ from imgcls.metrics.columns import Floats, Ints
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.intervals import Interval, mover_interval, wilson_interval, wilson_limits
 
-Rate = Literal["recall", "precision", "f1"]
-Weights = Literal["labeled", "occurring", "support"]
+ClassRate = Literal["recall", "precision", "f1"]
+ClassWeighting = Literal["labeled", "occurring", "support"]
 
 
-def class_mean_limits(rate: Rate, weights: Weights) -> Callable[[ClassCounts, float], Interval]:
+def class_mean_limits(
+    rate: ClassRate, weights: ClassWeighting
+) -> Callable[[ClassCounts, float], Interval]:
     """Build the interval function of a mean over classes.
 
     Parameters
     ----------
     rate : {"recall", "precision", "f1"}
-        Rate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
+        ClassRate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
         limits of J = correct / (support + predicted - correct), with F1 = 2 J / (1 + J).
     weights : {"labeled", "occurring", "support"}
         Equal weights of the classes with labels, equal weights of the occurring classes, or weights
@@ -62,7 +64,7 @@ def class_mean_limits(rate: Rate, weights: Weights) -> Callable[[ClassCounts, fl
     return compute_interval
 
 
-def _rate_limits(counts: ClassCounts, rate: Rate) -> tuple[Floats, Floats]:
+def _rate_limits(counts: ClassCounts, rate: ClassRate) -> tuple[Floats, Floats]:
     """Wilson limits of a rate of each class: (C,) lower and (C,) upper."""
     if rate == "recall":
         return wilson_limits(counts.correct, counts.support)
@@ -72,9 +74,9 @@ def _rate_limits(counts: ClassCounts, rate: Rate) -> tuple[Floats, Floats]:
     return 2 * lower / (1 + lower), 2 * upper / (1 + upper)
 
 
-def _class_weights(counts: ClassCounts, weights: Weights) -> Floats:
+def _class_weights(counts: ClassCounts, weights: ClassWeighting) -> Floats:
     """(C,) weights that sum to 1."""
-    chosen: dict[Weights, Ints | Floats] = {
+    chosen: dict[ClassWeighting, Ints | Floats] = {
         "labeled": counts.is_labeled.astype(np.int64),
         "occurring": counts.occurs.astype(np.int64),
         "support": counts.support,

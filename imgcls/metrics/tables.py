@@ -52,7 +52,7 @@ class Metric:
     value : float
         Fraction, number of rows, nats or score (see `registry.find_unit`).
     description : str
-        What the number is.
+        Short definition.
     interval : tuple of float or None
         95% interval.
 

@@ -6,6 +6,7 @@ Knows neither manifests nor Ray. Inference, evaluation and serving all use it, s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload

@@ -249,8 +249,8 @@ def _convert_exporter_errors(format: str) -> Iterator[None]:
             yield
         except Exception as error:
             raise RunFailed(
-                f"{format}: torch cannot export this network: {first_line(error)}; remove the format "
-                "from --formats"
+                f"{format}: torch cannot export this network: {first_line(error)}; remove the "
+                "format from --formats"
             ) from error
 
 

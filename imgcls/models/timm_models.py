@@ -118,8 +118,8 @@ def load_pretrained(name: str) -> dict[str, torch.Tensor]:
         return dict(_import_timm().create_model(name, pretrained=True).state_dict())
     except Exception as error:
         raise BundleError(
-            f"model.weights timm: {name} could not be loaded ({first_line(error)}); pass the path of "
-            "a weights file"
+            f"model.weights timm: {name} could not be loaded ({first_line(error)}); pass the path "
+            "of a weights file"
         ) from error
 
 

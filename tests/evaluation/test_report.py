@@ -159,7 +159,9 @@ def trained(folder: Path, history: pd.DataFrame | None) -> Path:
     return folder
 
 
-def test_the_report_of_a_training_has_curves_and_augmented_samples(tmp_path: Path) -> None:
+def test_the_report_of_a_training_has_curves_and_augmented_samples(
+    tmp_path: Path, browser: Any
+) -> None:
     history = pd.DataFrame(
         {
             "epoch": [1, 2, 3], "train_loss": [1.0, 0.6, 0.4], "val_loss": [1.1, 0.5, 0.6],
@@ -167,7 +169,8 @@ def test_the_report_of_a_training_has_curves_and_augmented_samples(tmp_path: Pat
         }
     )  # fmt: skip
     folder = trained(tmp_path / "bundle", history)
-    with opened(Path(write_report(ReportConfig(source=str(folder)))).as_uri()) as seen:
+    place = Path(write_report(ReportConfig(source=str(folder))))
+    with opened(place.as_uri(), browser=browser) as seen:
         body = seen.page.inner_text("body")
         assert "3 epochs, weights of epoch 2" in body
         assert "75.0%" in body
