@@ -1,8 +1,7 @@
-"""The bundle: weights, classes, preprocessing, temperature and threshold, verified by hash.
+"""Bundle: folder with weights, classes, preprocessing, temperature and threshold, checked by hash.
 
-Owns the folder's layout. Promises that loading runs no code (safetensors and JSON), that a bundle
-with any byte changed is refused, and that `bundle.json` is written last. Reading the description
-needs no torch; only the weights do.
+Loading runs no code (safetensors and JSON). A bundle with any changed byte is rejected.
+`bundle.json` is written last. Reading the description needs no torch; only the weights do.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 
 BUNDLE_FORMAT_VERSION = 1
 NEVER_ACCEPT = 2.0
-"""The threshold of a class whose predictions are never accepted: above any confidence, rounding
-included, and a plain number, so that whoever compares `score >= threshold` gets it right."""
+"""Threshold of a class whose predictions are never accepted. It is a number above any confidence,
+rounding included, so that `score >= threshold` is false."""
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_CARD_FILE = "README.md"
@@ -45,50 +44,50 @@ Precision = Literal["auto", "fp32", "bf16", "int8"]
 
 
 class Architecture(Section):
-    """Which network, without its weights."""
+    """Architecture of a network, without its weights."""
 
     source: NetworkSource = "torchvision"
-    """Where the code of the network is."""
+    """Library that defines the network."""
     name: str
-    """Its name there, e.g. resnet18, inception_v3, vit_b_16, small_cnn."""
+    """Name in this library, e.g. resnet18, inception_v3, vit_b_16, small_cnn."""
     options: dict[str, Any] = {}
-    """Keyword arguments of its constructor."""
+    """Keyword arguments of the constructor."""
 
 
 class VectorScaling(Section):
-    """Calibration of each class apart: of the log of each score, times scale plus bias."""
+    """Vector scaling: log score of each class times its scale plus its bias."""
 
     scale: list[FiniteFloat]
     bias: list[FiniteFloat]
 
 
 class Int8Calibration(Section):
-    """What running in int8 needs and costs."""
+    """Activation ranges for int8, and its measured accuracy."""
 
     ranges: dict[str, dict[str, tuple[FiniteFloat, FiniteFloat]]]
-    """The least and the largest value seen by each convolution; see `models.quantise`."""
+    """(minimum, maximum) of the tensors at each convolution; see `models.int8`."""
     calibration_images: int
-    """Images that they were seen on."""
+    """Number of images that the ranges were measured on."""
     judged_images: int
-    """Other images, that the cost is told on."""
+    """Number of other images, for the accuracy."""
     agreement: UnitFloat
-    """Share of these whose label is the same as in fp32."""
+    """Fraction of these with the same predicted label as in fp32."""
     accuracy: UnitFloat | None = None
-    """Share of the labelled ones that are right."""
+    """Accuracy in int8 on the labeled ones."""
     accuracy_fp32: UnitFloat | None = None
-    """The same in fp32."""
+    """Accuracy in fp32 on the same images."""
 
     def describe_cost(self) -> str:
-        """What int8 changes, in words."""
-        words = f"{self.agreement:.1%} of {self.judged_images:,} images labelled as in fp32"
+        """Text about the accuracy in int8."""
+        text = f"{self.agreement:.1%} of {self.judged_images:,} images labeled as in fp32"
         if self.accuracy is not None and self.accuracy_fp32 is not None:
-            words += f"; accuracy {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"
-        return words
+            text += f"; accuracy {self.accuracy:.1%}, in fp32 {self.accuracy_fp32:.1%}"
+        return text
 
 
 def _check_threshold(value: float) -> float:
     if not (0 <= value <= 1 or value == NEVER_ACCEPT):
-        raise ValueError(f"{value:g} is not between 0 and 1, nor {NEVER_ACCEPT:g} (never accept)")
+        raise ValueError(f"{value:g} is not in [0, 1], nor {NEVER_ACCEPT:g} (never accept)")
     return value
 
 
@@ -96,22 +95,22 @@ AcceptanceThreshold = Annotated[float, AfterValidator(_check_threshold)]
 
 
 class BundleSpec(Section):
-    """What `bundle.json` says."""
+    """Content of `bundle.json`."""
 
     format_version: Literal[1] = 1
     architecture: Architecture
     classes: list[str]
     preprocess: Preprocess
     temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
-    """Logits are divided by this before the softmax."""
+    """Divisor of the logits before the softmax."""
     vector_scaling: VectorScaling | None = None
-    """Done to the log of the softmax, if at all, and another softmax to that."""
+    """Vector scaling of the log-softmax, followed by another softmax; default: none."""
     threshold: AcceptanceThreshold = 0.0
-    """A prediction is accepted when its confidence is at least this; `NEVER` accepts none."""
+    """Minimum confidence to accept a prediction; 2 accepts none."""
     thresholds: dict[str, AcceptanceThreshold] = {}
-    """In place of `threshold`, for predictions of these classes."""
+    """Thresholds of single predicted classes, instead of `threshold`."""
     int8: Int8Calibration | None = None
-    """For `precision int8`; made by `imgcls model quantise`."""
+    """Data for `precision int8`, written by `imgcls model quantize`."""
     provenance: dict[str, Any] = {}
     metrics: dict[str, float] = {}
 
@@ -126,24 +125,24 @@ class BundleSpec(Section):
             else []
         )
         if doubled:
-            raise ValueError(f"class {doubled[0]!r} stands there twice; class names must differ")
+            raise ValueError(f"class {doubled[0]!r} is listed twice; class names must be unique")
         return classes
 
     @model_validator(mode="after")
     def _check_per_class(self) -> Self:
         unknown = sorted(set(self.thresholds) - set(self.classes))
         if unknown:
-            raise ValueError(f"thresholds: {unknown[0]!r} is no class")
+            raise ValueError(f"thresholds: {unknown[0]!r} is not a class")
         scaling = self.vector_scaling
         sizes = {len(scaling.scale), len(scaling.bias)} if scaling is not None else set()
         if sizes - {len(self.classes)}:
-            raise ValueError("vector_scaling: needs a scale and a bias for every class")
+            raise ValueError("vector_scaling: one scale and one bias per class required")
         return self
 
     def resolve_thresholds(self, threshold: float | None = None) -> list[float]:
-        """What each class's predictions must reach, in class order.
+        """Threshold of each predicted class, in class order.
 
-        threshold: takes the place of all that the bundle says
+        threshold: overrides all thresholds of the bundle
         """
         if threshold is not None:
             return [threshold] * len(self.classes)
@@ -152,9 +151,18 @@ class BundleSpec(Section):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was found whole: its description and where it lies.
+    """A verified bundle.
 
-    sha256: hex digest of the description, which holds the digest of the weights: it names the model
+    Parameters
+    ----------
+    url
+        Path or URL of the folder.
+    spec
+        Its description.
+    weights_sha256
+        Hex digest of the weights.
+    sha256
+        Hex digest of the description, which includes that of the weights: it identifies the model.
     """
 
     url: str
@@ -163,7 +171,7 @@ class Bundle:
     sha256: str
 
     def with_decode(self, decode: DecodeMode | None) -> Bundle:
-        """The same bundle with another decode route for JPEGs; with None its own."""
+        """The same bundle with another decode route for JPEGs; unchanged for None."""
         if decode is None:
             return self
         preprocess = self.spec.preprocess.model_copy(update={"decode": decode})
@@ -171,24 +179,36 @@ class Bundle:
 
 
 def check_bundle_output(url: str, *, overwrite: bool, source: str | None = None) -> None:
-    """Refuse a place for a bundle where one is that others may be using.
+    """Check that writing a bundle would not replace one that may be in use.
 
     source: the bundle that the new one is made from
-    Raises RequestError when that is the place itself, OutputError when a bundle is there already.
+    Raises RequestError if this is the output itself, OutputError if a bundle exists there.
     """
     if source is not None and filesystem.absolute(url) == filesystem.absolute(source):
         raise RequestError(
-            "output: is the bundle itself, which others may be using; name a new one"
+            "output: is the input bundle, which may be in use; pass another --output"
         )
     if filesystem.exists(filesystem.join(url, BUNDLE_FILE)) and not overwrite:
-        raise OutputError(f"output {url}: holds a bundle already; say --overwrite to replace it")
+        raise OutputError(f"output {url}: already has a bundle; pass --overwrite to replace it")
 
 
 def load_bundle(url: str) -> Bundle:
-    """Read a bundle's description and verify every byte of it and of the weights.
+    """Load a bundle and verify every byte of its description and weights.
 
-    Raises BundleError that names what is missing, damaged or unknown, or the tensor that holds NaN
-    or infinity.
+    Parameters
+    ----------
+    url
+        Path or URL of the bundle folder.
+
+    Returns
+    -------
+    Bundle
+        The description; `Classifier` loads the weights.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing or damaged, the format is unknown, or a tensor has NaN or infinity.
     """
     bundle = read_description(url)
     _read_verified_weights(bundle)
@@ -196,11 +216,11 @@ def load_bundle(url: str) -> Bundle:
 
 
 def require_int8(bundle: Bundle) -> Int8Calibration:
-    """What running a bundle in int8 needs; raises BundleError when that was not prepared."""
+    """The int8 data of a bundle; raises BundleError if it has none."""
     if bundle.spec.int8 is None:
         raise BundleError(
-            f"bundle {bundle.url}: has not been prepared for int8; make one that is with "
-            f"`imgcls model quantise --model {bundle.url} --manifest FILE --output NEW`"
+            f"bundle {bundle.url}: is not prepared for int8; prepare it with "
+            f"`imgcls model quantize --model {bundle.url} --manifest FILE --output NEW`"
         )
     return bundle.spec.int8
 
@@ -217,14 +237,14 @@ def save_bundle(
 ) -> Bundle:
     """Write a bundle folder, the description last.
 
-    card: the text of README.md; the plain `model_card` if none
-    Raises BundleError when a tensor holds NaN or infinity, StorageError when the folder cannot be
+    card: text of README.md (default: `render_minimal_card`)
+    Raises BundleError if a tensor has NaN or infinity, StorageError if the folder cannot be
     written.
     """
     from safetensors.torch import save
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
-    check_finite_safetensors(data, f"bundle {url}: the weights to write")
+    check_finite_safetensors(data, f"bundle {url}: weights to write")
     filesystem.write(filesystem.join(url, WEIGHTS_FILE), data)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _compute_digest(body)
@@ -235,14 +255,14 @@ def save_bundle(
 
 
 def read_description(url: str) -> Bundle:
-    """The description alone, verified against its own digest."""
+    """Read the description alone, verified by its own digest."""
     place = f"bundle {url}"
     try:
         raw = filesystem.read(filesystem.join(url, BUNDLE_FILE))
     except StorageError as error:
         raise request_error(
             BundleError,
-            f"{place}: {error}; give a folder made by `imgcls train` or `imgcls model import`",
+            f"{place}: {error}; pass a folder written by `imgcls train` or `imgcls model import`",
             error,
         ) from error
     try:
@@ -253,8 +273,8 @@ def read_description(url: str) -> Bundle:
         whole = False
     if not whole:
         raise BundleError(
-            f"{place}: {BUNDLE_FILE} is not as it was written (its digest differs); copy the "
-            "bundle again, or make a new one rather than editing it"
+            f"{place}: {BUNDLE_FILE} was modified (its digest differs); copy the bundle again, "
+            "or write a new one instead of editing it"
         )
     if body.get("format_version") != BUNDLE_FORMAT_VERSION:
         raise BundleError(
@@ -270,10 +290,10 @@ def read_description(url: str) -> Bundle:
 
 
 def _restore_never_accept(spec: BundleSpec) -> BundleSpec:
-    """A spec whose classes that never reach their target precision are never accepted.
+    """Replace thresholds of 1.0 that calibration wrote by `NEVER_ACCEPT`.
 
-    `calibrate` used to give them 1.0, which a confidence of exactly 1 reaches. It never chose 1.0
-    for any other class: the grid of thresholds ends below.
+    Older versions wrote 1.0 for classes that never reach the target precision, but a confidence of
+    exactly 1 reaches it. No other class has 1.0: the grid of thresholds ends below it.
     """
     made_by = spec.provenance.get("calibration")
     if not isinstance(made_by, dict) or made_by.get("target_precision") is None:
@@ -285,28 +305,29 @@ def _restore_never_accept(spec: BundleSpec) -> BundleSpec:
 
 
 def parse_class_list(text: str, source: str) -> list[str]:
-    """Class names, one per line; blank lines at the end are dropped.
+    """Parse class names, one per line; blank lines at the end are ignored.
 
-    Raises BundleError naming the line of a blank or repeated name.
+    source: file name for messages
+    Raises BundleError with the line of a blank or repeated name.
     """
     names = [line.strip() for line in text.rstrip().splitlines()]
     seen: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name:
-            raise BundleError(f"{source}, line {number}: is blank; give one class name per line")
+            raise BundleError(f"{source}, line {number}: is blank; write one class name per line")
         if name in seen:
             raise BundleError(
-                f"{source}, line {number}: {name!r} also stands on line {seen[name]}; class names "
-                "must differ"
+                f"{source}, line {number}: {name!r} is also on line {seen[name]}; class names "
+                "must be unique"
             )
         seen[name] = number
     if not names:
-        raise BundleError(f"{source}: holds no class name")
+        raise BundleError(f"{source}: has no class names")
     return names
 
 
 def render_minimal_card(spec: BundleSpec) -> str:
-    """The bundle's README where nothing is known of how the weights were made."""
+    """README of a bundle without information about the training."""
     lines = [f"# {render_card_title(spec)}", "", *render_card_description(spec)]
     if spec.metrics:
         lines += ["", "| metric | value |", "| --- | --- |"]
@@ -318,15 +339,15 @@ def render_minimal_card(spec: BundleSpec) -> str:
 
 
 def render_card_title(spec: BundleSpec) -> str:
-    """Markdown: the network and how many classes it knows."""
+    """Markdown title: the network and its number of classes."""
     return f"{escape_markdown(spec.architecture.name)}, {len(spec.classes):,} classes"
 
 
-def render_card_description(spec: BundleSpec, most_classes: int = 20) -> list[str]:
-    """Lines of Markdown: the classes, the first of them by name, and what is done to an image."""
-    shown = ", ".join(escape_markdown(name) for name in spec.classes[:most_classes])
-    beyond = len(spec.classes) - most_classes
-    more = f" and {beyond:,} more" if beyond > 0 else ""
+def render_card_description(spec: BundleSpec, max_classes: int = 20) -> list[str]:
+    """Markdown lines: classes, preprocessing, calibration and thresholds."""
+    shown = ", ".join(escape_markdown(name) for name in spec.classes[:max_classes])
+    hidden = len(spec.classes) - max_classes
+    more = f" and {hidden:,} more" if hidden > 0 else ""
     pre = spec.preprocess
     return [
         f"Classes: {shown}{more}.",
@@ -342,7 +363,7 @@ def _describe_calibration(spec: BundleSpec) -> str:
     return f"{scaled}{'t' if scaled else 'T'}emperature {spec.temperature:g}"
 
 
-def _describe_acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
+def _describe_acceptance(spec: BundleSpec, max_classes: int = 20) -> str:
     chosen = dict(zip(spec.classes, spec.resolve_thresholds(), strict=True))
     reached = [value for value in chosen.values() if value < NEVER_ACCEPT]
     never = [escape_markdown(name) for name, value in chosen.items() if value == NEVER_ACCEPT]
@@ -352,27 +373,27 @@ def _describe_acceptance(spec: BundleSpec, most_classes: int = 20) -> str:
     if spec.thresholds:
         text = f"per class, {min(reached):g} to {max(reached):g}"
     if never:
-        beyond = len(never) - most_classes
-        more = f" and {beyond:,} more" if beyond > 0 else ""
-        text += f"; never accepted: {', '.join(never[:most_classes])}{more}"
+        hidden = len(never) - max_classes
+        more = f" and {hidden:,} more" if hidden > 0 else ""
+        text += f"; never accepted: {', '.join(never[:max_classes])}{more}"
     return text
 
 
 def render_card_usage() -> list[str]:
-    """Lines of Markdown: how the model is put to work."""
+    """Markdown lines: the command that runs the model."""
     return ["    imgcls predict --model THIS_FOLDER --manifest IMAGES --output OUT"]
 
 
-def escape_markdown(text: str, longest: int = 80) -> str:
-    """Markdown that shows `text` as it is, on one line, cut where it is very long."""
+def escape_markdown(text: str, max_length: int = 80) -> str:
+    """Escape `text` for Markdown, on one line, cut to `max_length` characters."""
     text = " ".join(text.split()) or "(blank)"
-    text = text if len(text) <= longest else text[: longest - 3] + "..."
-    # an underscore within a word means nothing
+    text = text if len(text) <= max_length else text[: max_length - 3] + "..."
+    # an underscore within a word has no meaning in Markdown
     return re.sub(r"([\\`*{}\[\]<>#|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Whether a file is the pointer that Git LFS leaves in place of one that was not fetched."""
+    """Whether a file is a Git LFS pointer, not the file itself."""
     return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 

@@ -1,6 +1,6 @@
-"""What keeps a GPU at work: copies beside the kernels, and a forward pass that is one command.
+"""CUDA graph of the forward pass, asynchronous copies to and from a GPU, and GPU timing.
 
-The host hands over a batch and goes on to the next; only who wants the scores waits for them.
+The host submits a batch and continues with the next one; only reading the scores waits.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from collections.abc import Callable
 import torch
 
 WARM_UP_PASSES = 3
-"""Passes before a graph is recorded: libraries choose their kernels in the first ones."""
+"""Forward passes before a graph is captured: libraries choose their kernels in the first ones."""
 
 
 class PinnedUploader:
-    """Copies batches to a GPU through pinned memory, on a stream beside that of the kernels."""
+    """Copies batches to a GPU through pinned memory, on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """The batch on the device, for what is launched on this thread's stream from now on."""
+        """The batch on the device, ready for kernels launched later on this thread's stream."""
         kernels = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
-            there = batch.pin_memory().to(self._device, non_blocking=True)
+            copy = batch.pin_memory().to(self._device, non_blocking=True)
         kernels.wait_stream(self._stream)
-        there.record_stream(kernels)
-        return there
+        copy.record_stream(kernels)
+        return copy
 
 
 class AsyncDownload:
-    """A tensor on its way to the host, if it is not there."""
+    """Asynchronous copy of a tensor to the host; a CPU tensor is returned as it is."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor
@@ -44,14 +44,14 @@ class AsyncDownload:
             self._done.record()
 
     def get(self) -> torch.Tensor:
-        """The tensor on the host; waits for it."""
+        """Wait for the copy and return it."""
         if self._done is not None:
             self._done.synchronize()
         return self._host
 
 
 class CudaTimer:
-    """Time that a GPU spends on what is launched between its making and `stop`; 0 on a CPU."""
+    """GPU time of the kernels launched between construction and `stop`; 0 on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._marks: list[torch.cuda.Event] = []
@@ -64,7 +64,7 @@ class CudaTimer:
             self._marks[1].record()
 
     def elapsed_seconds(self) -> float:
-        """Waits for the end."""
+        """Wait for the end; elapsed GPU time."""
         if not self._marks:
             return 0.0
         start, end = self._marks
@@ -73,10 +73,10 @@ class CudaTimer:
 
 
 class CudaGraphRunner:
-    """A network as a CUDA graph: all its kernels at one command, for batches of one size.
+    """A network captured as a CUDA graph, which launches all kernels at once, for one batch size.
 
-    Smaller batches are run at that size too, so that a row's scores do not depend on how many rows
-    came with it; larger ones as they are.
+    Smaller batches are padded to this size, so that the scores of a row do not depend on the number
+    of rows in its batch; larger ones run without the graph.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class CudaGraphRunner:
         self._network = network
         self._input = torch.zeros_like(example)
         self._lock = threading.Lock()
-        aside = torch.cuda.Stream(example.device)
-        aside.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(aside):
+        stream = torch.cuda.Stream(example.device)
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
                 network(self._input)
-        torch.cuda.current_stream(example.device).wait_stream(aside)
+        torch.cuda.current_stream(example.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._output = network(self._input)

@@ -1,8 +1,8 @@
-"""A bundle handed on to those without imgcls: ONNX, a `torch.export` program, TorchScript.
+"""Export a bundle to run without imgcls: ONNX, a `torch.export` program, TorchScript.
 
-Owns the folder: what is exported takes pixels and gives calibrated scores, so that nobody has to
-normalise or divide by a temperature; a description, a model card and an example lie beside it. Each
-file is run once before it is promised, and how far its scores are from ours is stated.
+An exported model takes pixels and returns calibrated scores: normalization and calibration are part
+of it. A description, a model card and an example are written next to it. Each file is run once, and
+its difference from the classifier's scores is recorded.
 """
 
 from __future__ import annotations
@@ -52,31 +52,31 @@ EXPORT_FILES: dict[ExportFormat, str] = {
 EXPORT_DESCRIPTION_FILE = "model.json"
 EXAMPLE_FILE = "example.py"
 SYNTHETIC_IMAGES = 16
-"""Images drawn to compare by, where none are given."""
+"""Number of synthetic images for the comparison if no images are configured."""
 CLEAR_MARGIN = 0.01
-"""Labels must be the same where the best score is ahead of the next by this."""
+"""Minimum lead of the best score over the next at which labels must be equal."""
 
 
 class ExportConfig(Section):
     """Write a bundle as files that run without imgcls."""
 
     model: str
-    """The bundle."""
+    """Bundle to export."""
     output: str
-    """The folder to write."""
+    """Folder to write."""
     formats: Annotated[list[ExportFormat], BeforeValidator(names)] = ["onnx"]
-    """onnx: for ONNX Runtime and others. program: torch.export. torchscript: for old hosts."""
+    """onnx: ONNX Runtime and others. program: torch.export. torchscript: older PyTorch."""
     images: ManifestConfig | None = None
-    """Images to compare the scores by; drawn ones when not given."""
+    """Images for the comparison of scores (default: synthetic images)."""
     max_images: PositiveInt = 64
-    """So many of them, from the first on."""
+    """Maximum number of images for the comparison, from the start of the manifest."""
     overwrite: bool = False
-    """Replace an export that is there."""
+    """Replace an existing export."""
     storage: StorageConfig = StorageConfig()
 
 
 class PortableNetwork(nn.Module):
-    """A bundle from pixels to scores, in float32."""
+    """A bundle's network from pixels to scores, in float32."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -99,7 +99,7 @@ class PortableNetwork(nn.Module):
         self.register_buffer("class_bias", scaling.bias)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, crop, crop) uint8 RGB to (N, C) float32 scores that sum to 1."""
+        """(N, 3, crop, crop) uint8 RGB to (N, C) float32 scores."""
         logits = self.network(pixels.to(torch.float32) * self.scale + self.shift)
         scaling = ScoreScaling(self.temperature)
         if self.has_vector_scaling:
@@ -108,11 +108,11 @@ class PortableNetwork(nn.Module):
 
 
 def export_bundle(config: ExportConfig) -> dict[str, Any]:
-    """Write a bundle in other formats; returns what model.json says of them.
+    """Write a bundle in other formats; returns the content of model.json.
 
-    Raises RequestError where a format's package is not installed, the bundle is not whole or its
-    network gives NaN, OutputError where the folder holds something, RunFailed when a format cannot
-    express the network or gives other labels.
+    Raises RequestError if a package is not installed, BundleError if the bundle is damaged or its
+    network gives NaN, OutputError if the folder is not empty, RunFailed if a format cannot express
+    the network or gives other labels.
     """
     object_store.set_process_settings(config.storage)
     bundle = load_bundle(config.model)
@@ -120,9 +120,8 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     output = filesystem.absolute(config.output)
     if filesystem.list_names(output) and not config.overwrite:
         raise OutputError(
-            f"output {output}: holds {filesystem.list_names(output)[0]}; give another "
-            "--output, or say "
-            "--overwrite"
+            f"output {output}: has {filesystem.list_names(output)[0]}; pass another "
+            "--output or --overwrite"
         )
     pixels = _load_comparison_images(bundle, config)
     scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)
@@ -134,24 +133,24 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
         )
     expected = scored.scores
     portable = PortableNetwork(bundle).eval()
-    made: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for format in config.formats:
         data, run = _EXPORTERS[format](portable, bundle.spec.preprocess.crop)
-        made[EXPORT_FILES[format]] = compare_scores(format, expected, run(pixels))
+        files[EXPORT_FILES[format]] = compare_scores(format, expected, run(pixels))
         filesystem.write(filesystem.join(output, EXPORT_FILES[format]), data)
-        told = made[EXPORT_FILES[format]]
+        result = files[EXPORT_FILES[format]]
         print(
-            f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {told['same_label']} of "
-            f"{told['images']} images have the same label, scores differ by "
-            f"{told['largest_difference']:.1e} at most",
+            f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {result['same_label']} of "
+            f"{result['images']} images have the same label, scores differ by "
+            f"{result['largest_difference']:.1e} at most",
             flush=True,
         )
     for name in (*EXPORT_FILES.values(), EXAMPLE_FILE):
-        if name not in made:
+        if name not in files:
             filesystem.remove(filesystem.join(output, name))
-    described = _build_description(bundle.spec) | {"files": made, "sha256": bundle.sha256}
+    description = _build_description(bundle.spec) | {"files": files, "sha256": bundle.sha256}
     texts = {
-        EXPORT_DESCRIPTION_FILE: json.dumps(described, indent=2, ensure_ascii=False) + "\n",
+        EXPORT_DESCRIPTION_FILE: json.dumps(description, indent=2, ensure_ascii=False) + "\n",
         MODEL_CARD_FILE: _build_card(bundle, config.formats),
     }
     if "onnx" in config.formats:
@@ -159,19 +158,19 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     for name, text in texts.items():
         filesystem.write(filesystem.join(output, name), text.encode())
     print(f"export       {output}", flush=True)
-    return described
+    return description
 
 
 def compare_scores(
     format: str, expected: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
 ) -> dict[str, Any]:
-    """How far scores are from those expected; raises RunFailed when a label is another.
+    """Compare (N, C) scores with the expected ones; raises RunFailed if labels differ.
 
-    Both (N, C). A label counts where it is ahead by `CLEAR`.
+    A label must be equal if its score leads by more than `CLEAR_MARGIN`.
     """
-    ahead = np.sort(expected, axis=1)
+    ranked = np.sort(expected, axis=1)
     clear = (
-        ahead[:, -1] - ahead[:, -2] > CLEAR_MARGIN
+        ranked[:, -1] - ranked[:, -2] > CLEAR_MARGIN
         if expected.shape[1] > 1
         else np.ones(len(expected))
     )
@@ -179,7 +178,7 @@ def compare_scores(
     largest = float(np.abs(expected - scores).max())
     if (~same & clear.astype(bool)).any() or not np.isfinite(largest):
         raise RunFailed(
-            f"{format}: {int((~same).sum())} of {len(same)} images got another label, and scores "
+            f"{format}: {int((~same).sum())} of {len(same)} images have another label, and scores "
             f"differ by up to {largest:.3f}; the format does not express this network"
         )
     return {"images": len(same), "same_label": int(same.sum()), "largest_difference": largest}
@@ -241,7 +240,7 @@ _EXPORTERS: dict[ExportFormat, Callable[[PortableNetwork, int], tuple[bytes, Run
 
 @contextlib.contextmanager
 def _convert_exporter_errors(format: str) -> Iterator[None]:
-    """What an exporter cannot do, in one line that names the format; no advice to its authors."""
+    """Convert an exporter's error to one line with the format; suppress its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -249,7 +248,7 @@ def _convert_exporter_errors(format: str) -> Iterator[None]:
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(
-                f"{format}: torch cannot write this network so: {first}; leave the format out of "
+                f"{format}: torch cannot export this network: {first}; remove the format from "
                 "--formats"
             ) from error
 
@@ -266,25 +265,25 @@ def _run_module(module: Any, pixels: Pixels) -> npt.NDArray[np.float32]:
 
 def _check_packages(formats: list[ExportFormat]) -> None:
     if not formats:
-        raise RequestError("formats: is empty; name onnx, program or torchscript")
+        raise RequestError("formats: is empty; pass onnx, program or torchscript")
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise RequestError(
-                f"formats: onnx needs the package {package}; pip install 'imgcls[export]', or "
-                "leave it out of --formats"
+                f"formats: onnx requires the package {package}; run: pip install "
+                "'imgcls[export]', or remove it from --formats"
             )
 
 
 def _load_comparison_images(bundle: Bundle, config: ExportConfig) -> Pixels:
-    """(N, 3, crop, crop) uint8: the images to compare by."""
+    """(N, 3, crop, crop) uint8 images for the comparison."""
     if config.images is None:
         return _draw_synthetic_images(bundle.spec.preprocess.crop)
     pixels = list(islice(_decode_manifest_images(bundle, config.images), config.max_images))
     if not pixels:
         raise RequestError(
-            f"images {config.images.path}: none of the first could be read; give others, or leave "
-            "--images out"
+            f"images {config.images.path}: none of the images can be read; pass others, or omit "
+            "--images"
         )
     return decode.stack_images(pixels)
 
@@ -303,7 +302,7 @@ def _decode_manifest_images(bundle: Bundle, config: ManifestConfig) -> Iterator[
 
 
 def _draw_synthetic_images(crop: int) -> Pixels:
-    """Soft spots of colour, the same every time."""
+    """Smooth color gradients from a fixed seed."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.random((SYNTHETIC_IMAGES, 3, 6, 6), dtype=np.float32))
     soft = torch.nn.functional.interpolate(coarse, (crop, crop), mode="bicubic").clamp(0, 1)
@@ -325,7 +324,7 @@ def _build_description(spec: BundleSpec) -> dict[str, Any]:
 
 
 def _build_card(bundle: Bundle, formats: Sequence[ExportFormat]) -> str:
-    """The bundle's own card, with the front matter that the Hugging Face hub reads."""
+    """The bundle's model card, with front matter for the Hugging Face hub."""
     text = filesystem.read(filesystem.join(bundle.url, MODEL_CARD_FILE)).decode().rstrip()
     if not text.startswith("---\n"):
         tags = ["image-classification", "imgcls", bundle.spec.architecture.name]
@@ -333,22 +332,22 @@ def _build_card(bundle: Bundle, formats: Sequence[ExportFormat]) -> str:
         front = {"pipeline_tag": "image-classification", "library_name": library, "tags": tags}
         text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}"
     text = (
-        f"{text}\n\n## As exported\n\n"
-        "The files here take `pixels`, uint8 RGB of the size that `model.json` names, and give "
-        "calibrated `scores`: they normalise by themselves. `model.json` also says how images are "
-        "resized, which class each score is of, and how far the scores are from imgcls' own.\n"
+        f"{text}\n\n## Exported files\n\n"
+        "The exported files take `pixels`, uint8 RGB of the size in `model.json`, and return "
+        "calibrated `scores`; normalization is part of the model. `model.json` also has the resize "
+        "settings, the class of each score, and the difference from the scores of imgcls.\n"
     )
     return text + ("\n    python example.py IMAGE\n" if "onnx" in formats else "")
 
 
 def render_example(spec: BundleSpec) -> str:
-    """A script that labels an image with model.onnx and needs no imgcls."""
+    """A script that classifies an image with model.onnx, without imgcls."""
     fit = _RESIZE_CODE[spec.preprocess.mode].strip("\n")
     return _EXAMPLE_TEMPLATE.format(fit=fit.format(filter=spec.preprocess.interpolation.upper()))
 
 
 _EXAMPLE_TEMPLATE = '''\
-"""python example.py IMAGE: label an image. Needs onnxruntime, numpy and pillow."""
+"""python example.py IMAGE: classify an image. Requires onnxruntime, numpy and pillow."""
 
 import json
 import pathlib
@@ -358,8 +357,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-here = pathlib.Path(__file__).parent
-model = json.loads((here / "model.json").read_text(encoding="utf-8"))
+folder = pathlib.Path(__file__).parent
+model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
 resize, crop = model["preprocess"]["resize"], model["preprocess"]["crop"]
 image = ImageOps.exif_transpose(Image.open(sys.argv[1]))
 if image.mode.startswith("I"):  # 16 bits
@@ -369,10 +368,10 @@ if image.has_transparency_data:
 image = image.convert("RGB")
 {fit}
 pixels = np.asarray(image, np.uint8).transpose(2, 0, 1)[None]
-session = onnxruntime.InferenceSession(here / "model.onnx")
+session = onnxruntime.InferenceSession(folder / "model.onnx")
 scores = session.run(None, {{"pixels": pixels}})[0][0]
-for place in scores.argsort()[::-1][:5]:
-    print(f"{{scores[place]:.4f}}  {{model['classes'][place]}}")
+for index in scores.argsort()[::-1][:5]:
+    print(f"{{scores[index]:.4f}}  {{model['classes'][index]}}")
 '''
 _RESIZE_CODE = {
     "crop": """

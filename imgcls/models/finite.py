@@ -1,9 +1,9 @@
-"""Refuse weights that hold NaN or infinity, by the name of the tensor.
+"""Reject weights with NaN or infinity, naming the tensor.
 
-A network with such weights answers every image, with the first class and a confidence of NaN. The
-check of a safetensors file needs no torch, so that a driver can make it before it starts workers.
-It takes 7 ms for 100 MB of float32, where the SHA-256 of the same bytes takes 57 ms (one core of an
-AMD EPYC).
+A network with such weights predicts the first class for every image, with a confidence of NaN. The
+check of a safetensors file needs no torch, so that a driver can run it before it starts workers. It
+takes 7 ms for 100 MB of float32; the SHA-256 of the same bytes takes 57 ms (one core of an AMD
+EPYC).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _BF16_INFINITY = np.uint16(0x7F80)
 """bfloat16 has no numpy dtype: infinities and NaN are the values with all exponent bits set."""
 
 
-def check_finite_tensors(state: Mapping[str, torch.Tensor], place: str) -> None:
-    """Raise BundleError if a floating tensor of a state dict holds NaN or infinity.
+def check_finite_tensors(state: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Raise BundleError if a floating tensor of a state dict has NaN or infinity.
 
-    place: the file or the step that the tensors come from, for the message
+    origin: the file or step that the tensors come from, for the message
     """
-    _raise_for_non_finite(find_non_finite(state), len(state), place)
+    _raise_for_non_finite(find_non_finite(state), len(state), origin)
 
 
 def find_non_finite(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """The floating tensors that hold NaN or infinity: how many such values, of how many."""
+    """Floating tensors with NaN or infinity: number of such values, and of all values."""
     floats = {
-        # torch has no arithmetic for floats of 8 bits
+        # torch has no arithmetic for 8-bit floats
         name: value.float() if value.element_size() == 1 else value
         for name, value in state.items()
         if value.is_floating_point() and value.numel()
@@ -50,17 +50,17 @@ def find_non_finite(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, i
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    """By its extremes, which are NaN where there is any: a tenth of the time of `isfinite`."""
+    """Check the extremes, which are NaN if any value is: a tenth of the time of `isfinite`."""
     return all(math.isfinite(extreme) for extreme in value.detach().aminmax())
 
 
-def check_finite_safetensors(data: bytes, place: str) -> None:
-    """The same for the bytes of a safetensors file, whose header must be sound."""
+def check_finite_safetensors(data: bytes, origin: str) -> None:
+    """The same for the bytes of a safetensors file, whose header must be valid."""
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8 : 8 + length])
     header.pop("__metadata__", None)
     body = memoryview(data)[8 + length :]
-    _raise_for_non_finite(dict(_find_non_finite_entries(header, body)), len(header), place)
+    _raise_for_non_finite(dict(_find_non_finite_entries(header, body)), len(header), origin)
 
 
 def _find_non_finite_entries(
@@ -83,13 +83,13 @@ def _find_non_finite_entries(
             yield name, (int((~finite).sum()), len(values))
 
 
-def _raise_for_non_finite(bad: Mapping[str, tuple[int, int]], tensors: int, place: str) -> None:
+def _raise_for_non_finite(bad: Mapping[str, tuple[int, int]], tensors: int, origin: str) -> None:
     if not bad:
         return
     name, (count, size) = next(iter(bad.items()))
     more = f", and in {len(bad) - 1:,} more of {tensors:,} tensors" if len(bad) > 1 else ""
     raise BundleError(
-        f"{place}: {count:,} of {size:,} values of the tensor {name!r} are NaN or infinite{more}; "
-        "such a network answers NaN. Use weights saved before the training diverged, or train "
+        f"{origin}: {count:,} of {size:,} values of the tensor {name!r} are NaN or infinite{more}; "
+        "such a network outputs NaN. Use weights saved before the training diverged, or train "
         "again with a lower learning rate or in fp32"
     )

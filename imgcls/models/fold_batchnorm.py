@@ -1,4 +1,4 @@
-"""Batch norms that follow a convolution, folded into its weights: one step less in every forward.
+"""Fold batch norms into the weights of the preceding convolutions, to save a step per forward.
 
 Source of the formula: Jacob et al., Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, 2018, section 3.2.
@@ -11,10 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """The network with its convolutions' batch norms folded in; itself where there are none.
+    """Fold the batch norms of a network; returns it unchanged if it has none.
 
     network: in eval mode and float32, in which the weights are multiplied
-    A network whose forward cannot be followed without running it is returned as it is.
+    A network whose forward pass torch.fx cannot trace is returned unchanged.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
@@ -37,7 +37,7 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def trace_network(network: nn.Module) -> fx.GraphModule | None:
-    """The network as a graph of its steps; None when that depends on what it is shown."""
+    """The torch.fx graph of a network; None if the steps depend on the input."""
     if isinstance(network, fx.GraphModule):
         return network
     try:
@@ -45,20 +45,20 @@ def trace_network(network: nn.Module) -> fx.GraphModule | None:
         if hasattr(network, "class_heads"):
             traced.class_heads = network.class_heads
         return traced
-    except Exception:  # noqa: BLE001  whatever its code raises when it meets no tensor
+    except Exception:  # noqa: BLE001  any error of its code when its input is a proxy
         return None
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers whole that others have derived from torch's: timm's Linear is one of them."""
+    """Tracer that treats subclasses of torch's layers, such as timm's Linear, as leaves."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        layer = isinstance(module, (nn.Linear, nn.Conv2d))
-        return layer or super().is_leaf_module(module, name)
+        is_layer = isinstance(module, (nn.Linear, nn.Conv2d))
+        return is_layer or super().is_leaf_module(module, name)
 
 
 def _find_foldable_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The convolution that a batch norm may be folded into: run once, for nothing else."""
+    """The convolution to fold a batch norm into: it runs once and has no other user."""
     if node.op != "call_module" or type(modules[str(node.target)]) is not nn.BatchNorm2d:
         return None
     (source,) = node.args

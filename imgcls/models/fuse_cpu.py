@@ -1,8 +1,8 @@
-"""Convolutions that do what follows them as well, from weights that are laid out once: on CPUs.
+"""Fused convolutions for CPUs: residual addition and activation in one oneDNN kernel.
 
-oneDNN adds a residual and applies an activation while the result is still in the cache; each on its
-own is one more pass through memory. The operators are those that torch's compiler would choose; a
-graph is enough to place them, in half a second and without a compiler.
+oneDNN adds a residual and applies an activation while the result is in the cache; separate steps
+are one more pass through memory each. Weights are packed once. The operators are those that
+`torch.compile` chooses; here a torch.fx graph is rewritten in half a second, without a compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from imgcls.data.lazy_torchvision import torchvision
 from imgcls.models.fold_batchnorm import trace_network
 
 NOMINAL_BATCH = 32
-"""The batch size that weights are laid out for; right for any other."""
+"""Batch size that weights are packed for; they work for any other."""
 
 _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
     nn.ReLU: ("relu", ()),
@@ -28,18 +28,18 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
     nn.SiLU: ("swish", ()),
     nn.Sigmoid: ("sigmoid", ()),
 }
-"""oneDNN's name of an activation, and its parameters."""
+"""oneDNN's name of each activation, and its parameters."""
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class FusedConv2d(nn.Module):
-    """act(conv(x) + residual), the activation and the residual where there are any.
+    """act(conv(x) + residual); activation and residual are optional.
 
-    name:       of the convolution in the network
+    name:       name of the convolution in the network
     source:     the convolution, until it is packed
-    input_size: that its weights are laid out for, [N, C, H, W]
-    Once packed for this processor the weights are neither saved nor moved.
+    input_size: [N, C, H, W] that its weights are packed for
+    Packed weights are specific to this processor: they are neither saved nor moved.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FusedConv2d(nn.Module):
         self.layout = (list(source.padding), list(source.stride), list(source.dilation))
 
     def pack(self) -> None:
-        """Lay the weights out for this processor."""
+        """Pack the weights for this processor."""
         source = self.source
         assert source is not None
         self._groups = source.groups
@@ -72,32 +72,32 @@ class FusedConv2d(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, in_place: bool = False
     ) -> torch.Tensor:
-        """x: (N, C, H, W), residual: as the result, which takes its memory if `in_place`."""
-        setting = (self._weight, self._bias, *self.layout, self._groups)
-        done: torch.Tensor
+        """x: (N, C, H, W); residual: of the result's shape; `in_place` overwrites it."""
+        weights = (self._weight, self._bias, *self.layout, self._groups)
+        result: torch.Tensor
         if residual is None:
-            done = torch.ops.mkldnn._convolution_pointwise(
-                x, *setting, self.activation, self.scalars, None
+            result = torch.ops.mkldnn._convolution_pointwise(
+                x, *weights, self.activation, self.scalars, None
             )
-            return done
+            return result
         after = (None if self.activation == "none" else self.activation, self.scalars, None)
         if in_place:
-            done = torch.ops.mkldnn._convolution_pointwise_.binary(
-                residual, x, *setting, "add", None, *after
+            result = torch.ops.mkldnn._convolution_pointwise_.binary(
+                residual, x, *weights, "add", None, *after
             )
         else:
-            done = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, residual, *setting, "add", None, *after
+            result = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, *weights, "add", None, *after
             )
-        return done
+        return result
 
 
 def fuse_convolutions(network: nn.Module, side: int, *, keep: nn.Module) -> nn.Module:
-    """The network with its convolutions run so; itself where that cannot be.
+    """Fuse the convolutions of a network; returns it unchanged if that is not possible.
 
     network: in eval mode, on a CPU, its convolutions of one floating dtype and channels last
-    side:    pixels of an input's height and width
-    keep:   a layer that stays as it is
+    side:    height and width of the input, in pixels
+    keep:    a layer that is not replaced
     """
     graph = insert_fused_convolutions(network, side, keep=keep)
     if graph is None:
@@ -107,14 +107,14 @@ def fuse_convolutions(network: nn.Module, side: int, *, keep: nn.Module) -> nn.M
 
 
 def pack_convolutions(graph: fx.GraphModule) -> None:
-    """Make the fused convolutions of a graph ready to be run."""
+    """Pack the fused convolutions of a graph, which is required to run it."""
     for module in graph.modules():
         if isinstance(module, FusedConv2d):
             module.pack()
 
 
 def has_onednn_kernels(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has convolutions of a dtype for this CPU; in bf16 not for AVX2 alone."""
+    """Whether oneDNN has convolutions of a dtype for this CPU; bf16 requires more than AVX2."""
     return torch.backends.mkldnn.is_available() and (
         dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -123,7 +123,7 @@ def has_onednn_kernels(dtype: torch.dtype) -> bool:
 def insert_fused_convolutions(
     network: nn.Module, side: int, *, keep: nn.Module
 ) -> fx.GraphModule | None:
-    """The network's graph with fused convolutions that are not yet packed; None without any."""
+    """Replace convolutions by fused ones, not yet packed; None if there are none."""
     convolutions = [module for module in network.modules() if _is_fusable(module)]
     if not convolutions:
         return None
@@ -141,7 +141,7 @@ def insert_fused_convolutions(
         module = modules[str(node.target)] if node.op == "call_module" else None
         if module is None or module is keep or not _is_fusable(module):
             continue
-        last, residual = node, _find_residual(node, sizes.of)
+        last, residual = node, _find_residual(node, sizes.shapes)
         inputs: tuple[Any, ...] = (node.args[0],)
         if residual is not None:
             (last,) = node.users
@@ -152,13 +152,13 @@ def insert_fused_convolutions(
             kind = get_node_kind(follower, modules)
             if kind in _ACTIVATIONS:
                 activation, last = _ACTIVATIONS[kind], follower
-        size = [NOMINAL_BATCH, *sizes.of[node.args[0]][1:]]
+        size = [NOMINAL_BATCH, *sizes.shapes[node.args[0]][1:]]
         name = f"fused_{number}"
         graph.add_module(name, FusedConv2d(str(node.target), module, size, *activation))
         modules[name] = graph.get_submodule(name)
         with graph.graph.inserting_after(last):
             made = graph.graph.call_module(name, inputs)
-        order[made], sizes.of[made] = order[last], sizes.of[last]
+        order[made], sizes.shapes[made] = order[last], sizes.shapes[last]
         last.replace_all_uses_with(made)
         while last is not node:
             before = next(each for each in last.all_input_nodes if each is not residual)
@@ -171,16 +171,16 @@ def insert_fused_convolutions(
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph once and keeps the size of each step's tensor."""
+    """Runs a graph once and records the shape of each step's tensor."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.of: dict[fx.Node, tuple[int, ...]] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
-            self.of[n] = tuple(result.shape)
+            self.shapes[n] = tuple(result.shape)
         return result
 
 
@@ -193,7 +193,7 @@ def _is_fusable(module: nn.Module) -> bool:
 
 
 def _remove_training_layers(graph: fx.GraphModule) -> None:
-    """Take out what only training knows: dropout, and blocks left out at random."""
+    """Remove layers that act in training only: dropout and stochastic depth."""
     modules = dict(graph.named_modules())
     for node in list(graph.graph.nodes):
         kind = get_node_kind(node, modules)
@@ -203,14 +203,14 @@ def _remove_training_layers(graph: fx.GraphModule) -> None:
 
 
 def get_node_kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """A layer's class, a function, or None."""
+    """Class of a layer, function of a call, or None for other nodes."""
     if node.op == "call_module":
         return type(modules[str(node.target)])
     return node.target if node.op == "call_function" else None
 
 
 def _find_residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
-    """What is added to a convolution's result, of its size, where nothing else is done with it."""
+    """The tensor added to a convolution's result, of its shape, if that is its only use."""
     if len(node.users) != 1:
         return None
     (follower,) = node.users
@@ -229,9 +229,9 @@ def _find_residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.N
 def _is_last_use(
     residual: fx.Node, at: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]
 ) -> bool:
-    """Whether nothing reads a tensor, or what shares its memory, after the step `at`."""
-    fresh = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
+    """Whether neither a tensor nor a view of its memory is read after the step `at`."""
+    allocating = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
     users = [user for user in residual.users if user is not at]
-    return get_node_kind(residual, modules) in fresh and all(
-        order[user] < order[at] and get_node_kind(user, modules) in fresh for user in users
+    return get_node_kind(residual, modules) in allocating and all(
+        order[user] < order[at] and get_node_kind(user, modules) in allocating for user in users
     )

@@ -1,4 +1,4 @@
-"""Plain weights to a bundle: `imgcls model import`."""
+"""Import a weights file as a bundle: `imgcls model import`."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class ImportConfig(Section):
     """Make a bundle from a weights file and a list of classes."""
 
     arch: str
-    """The architecture, e.g. squeezenet1_0; `imgcls model list` names them all."""
+    """Architecture, e.g. squeezenet1_0; `imgcls model list` prints all names."""
     weights: str
-    """A .pth or .safetensors state dict (path or URL), or a torchvision name for its own."""
+    """State dict, .pth or .safetensors (path or URL), or the name of torchvision weights."""
     classes: str
-    """A text file with one class name per line, in the order of the network's outputs."""
+    """Text file with one class name per line, in the order of the network's outputs."""
     output: str
-    """The bundle folder to write."""
+    """Bundle folder to write."""
     options: dict[str, Any] = {}
     """Keyword arguments of the architecture's constructor."""
     resize: PositiveInt | None = None
-    """Length of the shorter side after resizing; the architecture's own if not given."""
+    """Length of the shorter side after resizing, in pixels (default: of the architecture)."""
     crop: PositiveInt | None = None
-    """Side of the model's square input; the architecture's own if not given."""
+    """Side of the model's square input, in pixels (default: of the architecture)."""
     decode: DecodeMode = "exact"
-    """exact: decode JPEGs whole. fast: decode large JPEGs at 1/2, 1/4 or 1/8 of their size."""
+    """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
     overwrite: bool = False
-    """Replace a bundle that is there."""
+    """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()
 
 
@@ -50,13 +50,13 @@ class ListModelsConfig(Section):
     """List the architectures."""
 
     contains: str = ""
-    """Only names with this in them."""
+    """Substring that the names must contain (default: list all)."""
 
 
 def import_model(config: ImportConfig) -> Bundle:
-    """Make a bundle from plain weights and a list of classes.
+    """Make a bundle from a weights file and a list of classes.
 
-    Raises BundleError when they do not fit together, OutputError when a bundle is there already.
+    Raises BundleError if they do not match, OutputError if the bundle already exists.
     """
     object_store.set_process_settings(config.storage)
     architecture = zoo.resolve_architecture(config.arch, config.options)
@@ -67,7 +67,7 @@ def import_model(config: ImportConfig) -> Bundle:
         text = filesystem.read(config.classes).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(
-            BundleError, f"classes: {error}; give a text file with one name per line", error
+            BundleError, f"classes: {error}; pass a text file with one name per line", error
         ) from error
     classes = parse_class_list(text, config.classes)
     preprocess = _resolve_preprocess(
@@ -93,17 +93,17 @@ def import_model(config: ImportConfig) -> Bundle:
 
 
 def list_models(config: ListModelsConfig) -> None:
-    """Print every architecture's name."""
+    """Print the names of the architectures."""
     for name in zoo.list_architectures():
         if config.contains in name:
             print(name)
 
 
-def _resolve_preprocess(config: ImportConfig, usual: Preprocess) -> Preprocess:
-    resize, crop = config.resize or usual.resize, config.crop or usual.crop
+def _resolve_preprocess(config: ImportConfig, default: Preprocess) -> Preprocess:
+    resize, crop = config.resize or default.resize, config.crop or default.crop
     if resize < crop:
-        raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); give --resize {crop}")
-    return usual.model_copy(update={"resize": resize, "crop": crop, "decode": config.decode})
+        raise ConfigError(f"resize ({resize}) must be at least crop ({crop}); pass --resize {crop}")
+    return default.model_copy(update={"resize": resize, "crop": crop, "decode": config.decode})
 
 
 def _check_class_count(
@@ -113,6 +113,6 @@ def _check_class_count(
     weight = state.get(f"{name}.weight")
     if weight is not None and len(weight) != count:
         raise BundleError(
-            f"classes {config.classes}: names {count:,} classes, and the weights have "
-            f"{len(weight):,} outputs; give the list that the weights were trained with"
+            f"classes {config.classes}: has {count:,} classes, but the weights have "
+            f"{len(weight):,} outputs; pass the class list of their training"
         )

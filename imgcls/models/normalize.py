@@ -1,4 +1,4 @@
-"""uint8 pixels to a network's input, on the device: the one place where pixels are normalised."""
+"""Normalization of uint8 pixels on the device of the network."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Normalizer:
         self._uploads = PinnedUploader(device) if device.type == "cuda" else None
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8, a tensor on any device, as a tensor on this one."""
+        """Copy (N, 3, H, W) uint8, an array or a tensor on any device, to this device."""
         pixels = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
         if self._uploads is None or pixels.device.type != "cpu":
             return pixels.to(self._device)
         return self._uploads(pixels)
 
     def __call__(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) uint8, a tensor on any device, to float32 on this one, channels last."""
+        """Normalize (N, 3, H, W) uint8 to float32 on this device, channels last."""
         inputs = self.upload(batch).contiguous(memory_format=torch.channels_last)
         count, channels, height, width = inputs.shape
-        # a row of pixels at a time: along three channels alone nothing can be vectorised
+        # one row of pixels at a time: three channels alone cannot be vectorized
         rows = inputs.permute(0, 2, 3, 1).reshape(count * height, width * channels)
         scale, shift = self._scale.repeat(width), self._shift.repeat(width)
-        done = torch.addcmul(shift, rows.to(torch.float32), scale)
-        return done.view(count, height, width, channels).permute(0, 3, 1, 2)
+        normalized = torch.addcmul(shift, rows.to(torch.float32), scale)
+        return normalized.view(count, height, width, channels).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Predictions as a notebook shows them: each picture with the bars of its best labels."""
+"""HTML of predictions for notebooks: thumbnail, label and a bar per class."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ REPR_SIDE = 128
 def render_prediction(
     source: ImageSource | None, labels: Sequence[str], scores: Sequence[float], accepted: bool
 ) -> str:
-    """HTML of one image: the picture where it can still be had, and its labels with their bars."""
-    picture = _encode_thumbnail(source)
-    shown = f'<img src="{picture}" alt="" style="max-height:{REPR_SIDE}px">' if picture else ""
+    """HTML of one prediction, with the thumbnail if the image can be read."""
+    thumbnail = _encode_thumbnail(source)
+    image = f'<img src="{thumbnail}" alt="" style="max-height:{REPR_SIDE}px">' if thumbnail else ""
     bars = "".join(
         f'<div style="display:flex;gap:8px"><span style="flex:1">{html.escape(label)}</span>'
         f"<span>{score:.1%}</span></div>"
         f'<progress max="1" value="{score:.4f}" style="width:100%"></progress>'
         for label, score in zip(labels, scores, strict=True)
     )
-    word = "accepted" if accepted else "abstained"
-    return _render_frame(f"{shown}<div><b>{html.escape(labels[0])}</b> {word}</div>{bars}", source)
+    verdict = "accepted" if accepted else "abstained"
+    return _render_frame(
+        f"{image}<div><b>{html.escape(labels[0])}</b> {verdict}</div>{bars}", source
+    )
 
 
 def render_failed_prediction(source: ImageSource | None, error: str) -> str:
-    """HTML of one image that could not be used: why."""
+    """HTML of one image without a prediction, with its error."""
     return _render_frame(f"<div><b>no prediction</b></div><div>{html.escape(error)}</div>", source)
 
 
@@ -62,7 +64,7 @@ def _encode_thumbnail(source: ImageSource | None) -> str | None:
             small = decode.decode_preview(filesystem.read_image(os.fspath(source)), REPR_SIDE).image
         else:
             small = decode.decode_preview(bytes(source), REPR_SIDE).image
-    except Exception:  # noqa: BLE001  a notebook shows the answer without its picture
+    except Exception:  # noqa: BLE001  show the prediction without a thumbnail
         return None
     sink = io.BytesIO()
     small.save(sink, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""A small convolutional network for small images, trained from scratch in a minute on a CPU."""
+"""Small convolutional network for small images; trains from scratch in a minute on a CPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Images as Python code has them: paths, URLs, bytes, Pillow images, arrays; one, or many.
-
-Owns what `Classifier.predict` accepts, and how an image is named in an error.
-"""
+"""Inputs of `Classifier.predict`: paths, URLs, bytes, Pillow images or arrays; one or many."""
 
 from __future__ import annotations
 
@@ -26,30 +23,30 @@ IMAGE_SOURCE_TYPES = (
 
 
 def iterate_batches(
-    given: ImageSource | Iterable[ImageSource], size: int
+    images: ImageSource | Iterable[ImageSource], size: int
 ) -> Iterator[list[ImageSource]]:
-    """What was given in lists of at most `size`; an iterable is read as it is needed.
+    """Split the input into lists of at most `size`; an iterable is read lazily.
 
-    Raises RequestError for what is no image and no iterable of images.
+    Raises RequestError for an input that is neither an image nor an iterable of images.
     """
-    one = isinstance(given, (str, bytes, os.PathLike, Image.Image))
-    if isinstance(given, np.ndarray) and given.dtype != object:
-        one = given.ndim < 4  # four dimensions: an array of images
-        if given.dtype.kind == "U":
-            one = given.ndim == 0
-    if isinstance(given, (dict, set)) or hasattr(given, "columns") or hasattr(given, "schema"):
+    is_single = isinstance(images, (str, bytes, os.PathLike, Image.Image))
+    if isinstance(images, np.ndarray) and images.dtype != object:
+        is_single = images.ndim < 4  # four dimensions: an array of images
+        if images.dtype.kind == "U":
+            is_single = images.ndim == 0
+    if isinstance(images, (dict, set)) or hasattr(images, "columns") or hasattr(images, "schema"):
         raise RequestError(
-            f"images: a {type(given).__name__} is no list of images; pass the column of paths, "
+            f"images: a {type(images).__name__} is not a list of images; pass the column of paths, "
             "such as frame['path']"
         )
-    if one:
-        yield [given]  # type: ignore[list-item]
+    if is_single:
+        yield [images]  # type: ignore[list-item]
         return
     try:
-        rest: Iterator[Any] = iter(given)  # type: ignore[arg-type]
+        rest: Iterator[Any] = iter(images)  # type: ignore[arg-type]
     except TypeError:
         raise RequestError(
-            f"images: got a {type(given).__name__}; pass {IMAGE_SOURCE_TYPES}, or an iterable "
+            f"images: got a {type(images).__name__}; pass {IMAGE_SOURCE_TYPES}, or an iterable "
             "of these"
         ) from None
     while batch := list(islice(rest, size)):
@@ -58,9 +55,9 @@ def iterate_batches(
 
 
 def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
-    """(3, crop, crop) uint8 of one image.
+    """Load and preprocess one image: (3, crop, crop) uint8.
 
-    Raises StorageError or ImageError where it cannot be read, RequestError for another type.
+    Raises StorageError or ImageError if it cannot be read, RequestError for another type.
     """
     if isinstance(source, np.ndarray):
         source = _convert_array(source)
@@ -73,11 +70,11 @@ def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
     raise RequestError(f"is a {type(source).__name__}; pass {IMAGE_SOURCE_TYPES}")
 
 
-def describe_source(source: Any, place: int) -> str:
-    """How an error calls an image: its path, else its place in what was given."""
+def describe_source(source: Any, position: int) -> str:
+    """Name of an image in an error: its path, else its position in the input."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
-    return f"image {place} ({type(source).__name__})"
+    return f"image {position} ({type(source).__name__})"
 
 
 def _convert_array(array: npt.NDArray[Any]) -> Image.Image:

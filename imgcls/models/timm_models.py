@@ -1,6 +1,6 @@
-"""Networks of timm, where that is installed: by name, with the preprocessing of their own config.
+"""Networks of timm, if it is installed: by name, with the preprocessing of their weights.
 
-The only place that knows timm; the zoo asks here for what begins with `timm:`.
+The only module that imports timm; the zoo calls it for names with the prefix `timm:`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESIZE_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "b
 
 
 def check_timm_name(name: str) -> None:
-    """Raise a BundleError with the nearest names where timm has none such."""
+    """Raise a BundleError with the nearest names if timm does not have this name."""
     timm = _import_timm()
     known = timm.list_models()
     base, _, tag = name.partition(".")
@@ -31,8 +31,7 @@ def check_timm_name(name: str) -> None:
         if tag and tag not in tags:
             raise BundleError(
                 f"model {TIMM_PREFIX}{name}: timm {timm.__version__} has no weights {tag!r} of "
-                f"{base} "
-                f"({', '.join(tags) or 'none at all'}); leave the tag out, or give one of these"
+                f"{base} ({', '.join(tags) or 'none at all'}); omit the tag, or pass one of these"
             )
         return
     near = difflib.get_close_matches(base, known, n=3, cutoff=0.5)
@@ -44,7 +43,7 @@ def check_timm_name(name: str) -> None:
 
 
 def build_timm_network(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
-    """The network with random weights; raises what timm does for a wrong option.
+    """Build a network with random weights. Raises timm's error for a wrong option.
 
     Raises BundleError for a network without a classifier.
     """
@@ -53,12 +52,11 @@ def build_timm_network(name: str, num_classes: int, options: Mapping[str, Any]) 
     if not hasattr(network, "get_classifier"):
         raise BundleError(
             f"model {TIMM_PREFIX}{name}: is an encoder without a classifier, which cannot be "
-            "trained "
-            "here; choose another network"
+            "trained; choose another network"
         )
     several = _find_class_layers(network, num_classes)
     if len(several) > 1:
-        # a hidden layer may be as wide as the classes: the heads are what another number changes
+        # a hidden layer may have `num_classes` outputs, too: only heads change with this number
         with torch.device("meta"):
             other = create(name, pretrained=False, num_classes=num_classes + 1, **options)
         network.class_heads = tuple(
@@ -71,7 +69,7 @@ def build_timm_network(name: str, num_classes: int, options: Mapping[str, Any]) 
 
 
 def _find_class_layers(network: Any, num_classes: int) -> list[str]:
-    """Names of the layers in timm's classifiers that have as many outputs as there are classes."""
+    """Names of the layers in timm's classifiers with `num_classes` outputs."""
     classifiers = network.get_classifier()
     parts = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     inside = {id(module) for part in parts for module in part.modules()}
@@ -85,41 +83,43 @@ def _find_class_layers(network: Any, num_classes: int) -> list[str]:
 
 
 def resolve_preprocess(name: str) -> Preprocess:
-    """What timm does to images for the weights that it has of that name.
+    """Preprocessing of timm's weights of this name.
 
-    Raises a BundleError where `Preprocess` cannot say it.
+    Raises a BundleError if `Preprocess` cannot express it.
     """
     from timm.data import resolve_data_config
 
     known = _import_timm().get_pretrained_cfg(name)
-    said = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
-    crop = int(said["input_size"][-1])
-    mode = _RESIZE_MODES[said["crop_mode"]]
-    if mode != "crop" and said["crop_pct"] < 1:
+    settings = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
+    crop = int(settings["input_size"][-1])
+    mode = _RESIZE_MODES[settings["crop_mode"]]
+    if mode != "crop" and settings["crop_pct"] < 1:
         raise BundleError(
-            f"model {TIMM_PREFIX}{name}: its weights are for images that are made to fit "
-            f"{int(crop / said['crop_pct'])} pixels and then cropped to {crop}, which is not to be "
-            "had here; give another network"
+            f"model {TIMM_PREFIX}{name}: its weights require images padded or stretched to "
+            f"{int(crop / settings['crop_pct'])} pixels and then cropped to {crop}, which is not "
+            "supported; choose another network"
         )
-    interpolation: Interpolation = "bilinear" if said["interpolation"] == "bilinear" else "bicubic"
+    interpolation: Interpolation = (
+        "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+    )
     return Preprocess(
-        resize=max(crop, int(crop / said["crop_pct"])),
+        resize=max(crop, int(crop / settings["crop_pct"])),
         crop=crop,
         interpolation=interpolation,
         mode=mode,
-        mean=tuple(said["mean"]),
-        std=tuple(said["std"]),
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
     )
 
 
 def load_pretrained(name: str) -> dict[str, torch.Tensor]:
-    """The state dict of timm's own weights, downloaded if need be; raises BundleError."""
+    """State dict of timm's weights, downloaded if it is not cached; raises BundleError."""
     try:
         return dict(_import_timm().create_model(name, pretrained=True).state_dict())
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BundleError(
-            f"model.weights timm: {name} could not be had ({first}); give the path of a weights "
+            f"model.weights timm: {name} could not be loaded ({first}); pass the path of a weights "
             "file"
         ) from error
 
@@ -127,9 +127,9 @@ def load_pretrained(name: str) -> dict[str, torch.Tensor]:
 def convert_checkpoint(
     network: nn.Module, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
-    """Weights as their authors published them under timm's names, by timm's own conversion.
+    """Convert weights as published by their authors to timm's names, by timm's own function.
 
-    None where timm has none for the network, or where it does not apply.
+    None if timm has no conversion for the network, or if it fails.
     """
     module = sys.modules[type(network).__module__]
     convert = getattr(module, "checkpoint_filter_fn", None)
@@ -137,7 +137,7 @@ def convert_checkpoint(
         return None
     try:
         return dict(convert(dict(state), network))
-    except Exception:  # noqa: BLE001  meant for other weights: keys that do not fit are named
+    except Exception:  # noqa: BLE001  made for other weights; the caller reports keys that do not match
         return None
 
 
@@ -146,7 +146,7 @@ def _import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise BundleError(
-            f"model {TIMM_PREFIX}...: needs timm; pip install 'imgcls[timm]'"
+            f"model {TIMM_PREFIX}...: requires timm; run: pip install 'imgcls[timm]'"
         ) from error
     module: ModuleType = timm
     return module

@@ -1,8 +1,8 @@
-"""Weights files as training scripts leave them, read and matched with the keys of a network.
+"""Read weights files of other training scripts and match their keys with a network.
 
-Promises that reading a file runs no code. Other objects in the file (arguments, optimizer
-settings) are replaced by inert placeholders, so that not even their classes are imported; a file
-with any other object is refused by its name.
+Reading a file runs no code. Known objects in the file other than tensors (arguments, optimizer
+settings) are replaced by inert placeholders, so that not even their classes are imported. A file
+with any other object is rejected; the message names it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _WRAPPER_KEYS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher", "module",
 )  # fmt: skip
-"""Keys of a checkpoint under which its weights are; of several the first is taken."""
+"""Keys of a checkpoint that can contain its weights, in order of preference."""
 _PREFIXES = ("model.", "net.", "network.", "backbone.", "module.", "encoder.", "teacher.")
-"""Of several prefixes that fit, these are taken first, in this order."""
+"""Preferred prefixes, in this order, if several match."""
 
 _IGNORED_GLOBALS = re.compile(
     r"""
@@ -34,14 +34,14 @@ _IGNORED_GLOBALS = re.compile(
     """,
     re.VERBOSE,
 )
-"""Objects that training scripts store with the weights, and that the weights do not need."""
+"""Objects that training scripts store next to the weights, and that the weights do not need."""
 _VALUE_MODULES = ("pathlib.", "numpy.", "datetime.")
 _ALWAYS_REPLACED = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
-"""The same for files of before PyTorch 1.6, whose objects cannot be listed beforehand."""
+"""The same for files from before PyTorch 1.6, whose objects cannot be listed in advance."""
 
 
 class _InertValue:
-    """Stands for a value that is not loaded (a number of numpy, a path, a date)."""
+    """Placeholder for a value that is not loaded (a numpy number, a path, a date)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -49,18 +49,18 @@ class _InertValue:
 
 
 class _InertFields:
-    """Stands for an object with fields or keys: a plain dict, the only kind that torch fills."""
+    """Placeholder for an object with fields or keys: a plain dict, which torch can fill."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
 
 
 def read_state_dict(name: str, data: bytes) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file, from under the wrappers that training scripts put around them.
+    """Read the tensors of a weights file, without the wrappers of training scripts.
 
-    name: of the file, for messages
-    data: its bytes, of a safetensors file or of what `torch.save` writes
-    Raises BundleError when the file cannot be read without running code, or holds no tensors.
+    name: name of the file, for messages
+    data: its bytes, in safetensors format or as written by `torch.save`
+    Raises BundleError if the file cannot be read without running code, or has no tensors.
     """
     place = f"model.weights {name}"
     if is_lfs_pointer(data):
@@ -81,19 +81,19 @@ def _read_safetensors(place: str, data: bytes) -> dict[str, torch.Tensor]:
     try:
         return dict(load(data))
     except SafetensorError as error:
-        raise BundleError(f"{place}: is damaged, or no safetensors file ({error})") from error
+        raise BundleError(f"{place}: is damaged, or not a safetensors file ({error})") from error
 
 
 def _read_pickle(place: str, data: bytes) -> Any:
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # noqa: BLE001  no archive: of before PyTorch 1.6, or no checkpoint at all
+    except Exception:  # noqa: BLE001  not an archive: from before PyTorch 1.6, or not a checkpoint
         found = []
     unknown = sorted(each for each in found if not _IGNORED_GLOBALS.fullmatch(each))
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise BundleError(
-            f"{place}: not a plain state dict (it holds objects of {shown}, which could run code "
+            f"{place}: not a plain state dict (it has objects of {shown}, which could run code "
             "when loaded); save it with torch.save(model.state_dict(), path)"
         )
     inert: list[Any] = [
@@ -104,11 +104,11 @@ def _read_pickle(place: str, data: bytes) -> Any:
         with torch.serialization.safe_globals(inert):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's own text recommends to switch the protection off, in colors of the terminal
+        # torch's own message recommends disabling the protection, with terminal colors
         named = re.search(r"(?:GLOBAL:?|class|function) ([\w]+\.[\w.]+)", str(error))
-        what = f"it holds an object of {named[1]}" if named else "damaged, or not by torch.save"
+        reason = f"it has an object of {named[1]}" if named else "damaged, or not by torch.save"
         raise BundleError(
-            f"{place}: not a plain state dict ({what}); save it with "
+            f"{place}: not a plain state dict ({reason}); save it with "
             "torch.save(model.state_dict(), path)"
         ) from error
 
@@ -124,18 +124,18 @@ def _unwrap_state_dict(place: str, state: Any) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else ""
         shown = f" (its keys: {keys})" if keys else ""
-        raise BundleError(f"{place}: holds no state dict of tensors{shown}")
-    # torch.compile, DistributedDataParallel and AveragedModel, which also counts
+        raise BundleError(f"{place}: has no state dict of tensors{shown}")
+    # prefixes of torch.compile, DistributedDataParallel and AveragedModel, and its counter
     named = {str(key).replace("_orig_mod.", ""): value for key, value in state.items()}
     return {k.removeprefix("module."): v for k, v in named.items() if k != "n_averaged"}
 
 
 @dataclass(frozen=True)
 class MatchedWeights:
-    """A file's tensors under the network's own names.
+    """Tensors of a file by the names of the network.
 
-    prefix:   what was taken off the file's keys; None where they were left as they are
-    left_out: the file's keys without that prefix
+    prefix:      prefix removed from the file's keys; None if none was removed
+    unused_keys: the file's keys without this prefix
     """
 
     state: Mapping[str, torch.Tensor]
@@ -143,18 +143,18 @@ class MatchedWeights:
     unused_keys: tuple[str, ...] = ()
 
     def describe_unused(self) -> str | None:
-        """The message about tensors that are left out; None if there are none."""
+        """Message about the unused tensors; None if there are none."""
         if not self.prefix or not self.unused_keys:
             return None
         shown = ", ".join(self.unused_keys[:3]) + (", ..." if len(self.unused_keys) > 3 else "")
         return (
-            f"the weights are those below {self.prefix!r}; {len(self.unused_keys):,} other tensors "
-            f"are left out ({shown})"
+            f"using the weights below {self.prefix!r}; {len(self.unused_keys):,} other tensors are "
+            f"ignored ({shown})"
         )
 
 
 def list_body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> list[str]:
-    """The network's keys that weights must have: those of no head, without counters of batches."""
+    """Keys of the network that weights must have: all except heads and batch counters."""
     return [
         key
         for key in own
@@ -165,11 +165,11 @@ def list_body_keys(own: Mapping[str, torch.Tensor], heads: Collection[str]) -> l
 def match_keys(
     own: Mapping[str, torch.Tensor], heads: Collection[str], state: Mapping[str, torch.Tensor]
 ) -> MatchedWeights:
-    """Take the prefix of a wrapper off a file's keys where all of the network's body then fits.
+    """Remove the prefix of a wrapper from a file's keys if the network's body then matches.
 
-    own:   the network's state dict
-    heads: names of its layers whose outputs are classes, which may be missing or of another size
-    Raises BundleError when two prefixes fit, of which none is better known.
+    own:   state dict of the network
+    heads: names of its heads, which may be missing or of another size
+    Raises BundleError if two prefixes match and none is preferred.
     """
     body = {key: own[key].shape for key in list_body_keys(own, heads)}
     if not body:
@@ -188,8 +188,8 @@ def match_keys(
     known = [prefix for prefix in _PREFIXES if prefix in fitting]
     if len(fitting) > 1 and not known:
         raise BundleError(
-            f"the weights fit the network below {fitting[0]!r} and below {fitting[1]!r}; save the "
-            "ones that are meant alone, with torch.save(model.state_dict(), path)"
+            f"the weights match the network below {fitting[0]!r} and below {fitting[1]!r}; save "
+            "only one of them, with torch.save(model.state_dict(), path)"
         )
     prefix = known[0] if known else fitting[0]
     kept = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

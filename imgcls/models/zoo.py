@@ -1,7 +1,7 @@
-"""Networks by name: any torchvision classifier, timm's, the small CNN, with or without weights.
+"""Model zoo: torchvision's and timm's classifiers and the small CNN, by name.
 
-Owns the names, the class-list-sized head, where weights come from and the preprocessing that suits
-them. Promises that weights either fit or are refused with the keys that do not.
+Builds networks with a head of the required size, loads weights from files or libraries, and has
+their preprocessing. Weights either match or are rejected with the keys that do not.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SMALL_CNN_PREPROCESS = Preprocess(
 
 
 def list_architectures() -> list[str]:
-    """Every name that `build` takes, but for timm's own after `timm:`."""
+    """All names of architectures, except those of timm."""
     return ["small_cnn", *torchvision.models.list_models(module=torchvision.models)]
 
 
 def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) -> Architecture:
-    """The architecture of that name; raises BundleError that suggests the nearest names."""
+    """The architecture of a name; raises BundleError with the nearest names if it is unknown."""
     if name.startswith(timm_models.TIMM_PREFIX):
         own = name.removeprefix(timm_models.TIMM_PREFIX)
         timm_models.check_timm_name(own)
@@ -49,9 +49,9 @@ def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) ->
 
 
 def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
-    """The network with a head of `num_classes` outputs and random weights.
+    """Build a network with `num_classes` outputs and random weights.
 
-    Raises BundleError when the name or an option is unknown.
+    Raises BundleError if the name or an option is unknown.
     """
     options = dict(architecture.options)
     try:
@@ -73,11 +73,11 @@ def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
 
 
 def adapt_for_training(architecture: Architecture) -> Architecture:
-    """The architecture as it is trained best.
+    """Set options of an architecture that training requires.
 
-    SqueezeNet as published ends in a ReLU, which no logit can leave downwards: a class that is once
-    below 0 for all images has no gradient any more, and a linear probe no meaning. Ours goes
-    without it, unless `head_relu` says otherwise.
+    The published SqueezeNet ends in a ReLU: a class whose logit is below 0 for all images has no
+    gradient, and a linear probe is not possible. It is trained without this ReLU, unless the option
+    `head_relu` is set.
     """
     if not _is_squeezenet(architecture):
         return architecture
@@ -94,9 +94,9 @@ def _is_torchvision(architecture: Architecture, *beginnings: str) -> bool:
 
 
 def get_default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
-    """The preprocessing that a network's weights were made with.
+    """Preprocessing that a network's weights were trained with.
 
-    weights: as for `load_weights`; a file is taken to hold torchvision's first ones
+    weights: as for `load_weights`; for a file, the first torchvision weights are assumed
     """
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
@@ -119,7 +119,7 @@ def get_default_preprocess(architecture: Architecture, weights: str | None = Non
 
 
 def add_pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
-    """The architecture with the options that ImageNet weights of its kind were trained with.
+    """Add the options that the ImageNet weights of an architecture were trained with.
 
     weights: as for `default_preprocess`
     """
@@ -132,11 +132,11 @@ def add_pretrained_options(architecture: Architecture, weights: str | None = Non
 
 
 def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """A state dict from a file (`.safetensors`, or `.pth` read with weights_only), or the library.
+    """Load a state dict from a file (`.safetensors`, or `.pth` with weights_only) or a library.
 
-    weights: a path or URL, or `torchvision` for its default, or a name such as `IMAGENET1K_V1`, or
-        `timm` for the weights that timm has of one of its networks
-    Raises BundleError when they cannot be had.
+    weights: path or URL; `torchvision` for its default; a name such as `IMAGENET1K_V1`; or `timm`
+        for the pretrained weights of a timm network
+    Raises BundleError if they cannot be loaded.
     """
     if architecture.source == "timm" and weights == "timm":
         return timm_models.load_pretrained(architecture.name)
@@ -151,7 +151,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
             return dict(member.get_state_dict(progress=False, check_hash=True))
         except Exception as error:
             raise BundleError(
-                f"model.weights {weights}: torchvision could not download them ({error}); give the "
+                f"model.weights {weights}: torchvision could not download them ({error}); pass the "
                 "path of a weights file"
             ) from error
     try:
@@ -161,7 +161,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
         choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
         also = f", or one of {choices}" if choices else ""
         raise request_error(
-            BundleError, f"model.weights: {error}; give a file{also}", error
+            BundleError, f"model.weights: {error}; pass a file{also}", error
         ) from error
     state = read_state_dict(weights, data)
     check_finite_tensors(state, f"model.weights {weights}")
@@ -173,10 +173,10 @@ def apply_weights(
 ) -> list[str]:
     """Load a state dict into a network.
 
-    replace_head: leave the final layers (and auxiliary heads) as they are where only the number of
-        classes differs, or where the weights have none, as those of a backbone
-    Returns the keys that were left as they are.
-    Raises BundleError that lists the keys that do not fit.
+    replace_head: keep the network's final layers (and auxiliary heads) if only the number of
+        classes differs, or if the weights have no head, as those of a backbone
+    Returns the keys that were not loaded.
+    Raises BundleError with the keys that do not match.
     """
     own = network.state_dict()
     heads = list_head_names(network)
@@ -192,27 +192,27 @@ def apply_weights(
         absent = []
     extra = [key for key in state if key not in own]
     lines = [
-        f"{k}: the file has {tuple(state[k].shape)}, the network {tuple(own[k].shape)}"
+        f"{k}: shape {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network"
         for k in wrong
     ]
-    # in turn, so that where all names differ some of either side are shown
+    # alternate, so that keys of both sides are shown if all names differ
     both = itertools.zip_longest(
-        [f"{key}: is not in the file" for key in missing],
-        [f"{key}: is not in the network" for key in extra],
+        [f"{key}: is missing in the file" for key in missing],
+        [f"{key}: is missing in the network" for key in extra],
     )
     lines += [line for pair in both for line in pair if line is not None]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines[:12])
         more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
         backbone = (
-            "\nthe weights have no head, as those of a backbone; a head can be trained for them: "
+            "\nthe weights are those of a backbone, without a head; train a head: "
             "imgcls train --model.weights FILE"
         )
         is_backbone = len(lines) == len(missing) and all(
             key.rpartition(".")[0] in heads for key in missing
         )
         raise BundleError(
-            f"the weights do not fit the network in {len(lines)} keys:\n{shown}{more}"
+            f"the weights do not match the network in {len(lines)} keys:\n{shown}{more}"
             f"{backbone if is_backbone else ''}"
         )
     kept = {key: value for key, value in state.items() if key not in in_head}
@@ -221,7 +221,7 @@ def apply_weights(
 
 
 def match_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> MatchedWeights:
-    """The weights under the network's own names, without what a wrapper has put before them."""
+    """Rename weights to the names of the network: remove prefixes, or convert timm's names."""
     own, heads = network.state_dict(), list_head_names(network)
     found = match_keys(own, heads, state)
     body = set(list_body_keys(own, heads))
@@ -232,7 +232,7 @@ def match_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> Matc
 
 
 def list_head_names(network: nn.Module) -> set[str]:
-    """Names of the layers whose outputs are classes: all heads, and auxiliary ones."""
+    """Names of all heads, including auxiliary ones."""
     main = find_heads(network)
     width = _count_outputs(next(iter(main.values())))
     return {
@@ -243,19 +243,18 @@ def list_head_names(network: nn.Module) -> set[str]:
 
 
 def find_heads(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers whose outputs are added up to the logits, by name; the last is `head`.
+    """The layers whose outputs are added to the logits, by name; the last is `find_head`'s.
 
-    Most networks have one. Some of timm's have a second that was trained by distillation, or one
-    for each of their branches.
+    Most networks have one. Some of timm's have a second head for distillation, or one per branch.
     """
     names = getattr(network, "class_heads", None) or (find_head(network)[0],)
     return {name: cast("nn.Linear | nn.Conv2d", network.get_submodule(name)) for name in names}
 
 
 def find_head(network: nn.Module) -> tuple[str, nn.Module]:
-    """The final layer (a Linear, or SqueezeNet's 1x1 convolution) and its name.
+    """Name and module of the final layer: a Linear, or SqueezeNet's 1x1 convolution.
 
-    Its input, averaged over space where it has any, is the network's embedding.
+    Its input, averaged over spatial dimensions, is the network's embedding.
     """
     several: tuple[str, ...] = getattr(network, "class_heads", ())
     if several:
@@ -276,7 +275,7 @@ def get_embedding_width(network: nn.Module) -> int:
 
 
 def get_input_width(layer: nn.Module) -> int:
-    """Features that a head takes."""
+    """Number of input features of a head."""
     width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return cast(int, width)
 

@@ -56,7 +56,7 @@ def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
     assert told.accuracy == (rough == labels).mean()
     assert told.accuracy_fp32 == (exact == labels).mean()
     out = capsys.readouterr().out
-    assert f"{told.agreement:.1%} of 32 images labelled as in fp32; accuracy" in out
+    assert f"{told.agreement:.1%} of 32 images labeled as in fp32; accuracy" in out
     assert "times the forward passes of" in out
 
 
@@ -80,11 +80,11 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "int8"))
     assert not (tmp_path / "int8").exists()
-    with pytest.raises(RequestError, match="is the bundle itself"):
+    with pytest.raises(RequestError, match="is the input bundle"):
         quantize_bundle(order(manifest, colour_bundle, colour_bundle))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "bundle.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
+    with pytest.raises(OutputError, match="already has a bundle; pass --overwrite"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "there"))
 
 

@@ -150,8 +150,11 @@ def test_iterables_and_arrays_are_images_too(classifier: Classifier, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (pd.DataFrame({"path": ["a.png"]}), r"a DataFrame is no list of images; .*frame\['path'\]"),
-        ({"a.png": 1}, "a dict is no list of images"),
+        (
+            pd.DataFrame({"path": ["a.png"]}),
+            r"a DataFrame is not a list of images; .*frame\['path'\]",
+        ),
+        ({"a.png": 1}, "a dict is not a list of images"),
         (7, "got a int; pass a path, a URL"),
         ([7], r"image 0 \(int\): is a int; pass a path, a URL"),
         ([None], r"image 0 \(NoneType\)"),
@@ -170,7 +173,7 @@ def test_what_is_no_image_is_refused_with_what_is(
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "5"])
 @pytest.mark.parametrize("name", ["top_k", "batch_size"])
 def test_numbers_below_one_are_refused(classifier: Classifier, name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"{name}: {value!r} is not a whole number of at least"):
+    with pytest.raises(RequestError, match=f"{name}: {value!r} is not an integer of at least"):
         classifier.predict(draw("red"), **{name: value})
 
 
