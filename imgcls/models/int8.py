@@ -266,11 +266,11 @@ class _GraphRewriter:
         if len(taken) == 3:
             _, given, in_place = taken
             if carried:
-                quantised = self._get_quantized(given, seen["residual"])
-                residual = self._steps[quantised]
+                tensor = self._get_quantized(given, seen["residual"])
+                residual = self._steps[tensor]
             else:
-                quantised = self._get_float(given) if given in self._steps else given
-            inputs += [quantised, in_place and quantised is given]
+                tensor = self._get_float(given) if given in self._steps else given
+            inputs += [tensor, in_place and tensor is given]
         made = QuantizedConv2d(
             convolution,
             self._steps[inputs[0]],

@@ -147,7 +147,7 @@ def test_a_bundle_keeps_its_confidences_where_all_held_out_rows_are_right(
 def test_a_bundle_that_is_there_is_replaced_only_when_asked(bundle: Bundle, tmp_path: Path) -> None:
     run = run_of(tmp_path, bundle)
     first = calibrate(request(bundle, run)).bundle
-    with pytest.raises(OutputError, match=r"holds a bundle already; say --overwrite"):
+    with pytest.raises(OutputError, match=r"already has a bundle; pass --overwrite"):
         calibrate(request(bundle, run, method="vector"))
     assert load_bundle(first.url).sha256 == first.sha256
     again = calibrate(request(bundle, run, method="vector", overwrite=True)).bundle
@@ -277,5 +277,5 @@ def test_another_models_run_no_scores_and_no_labels_are_rejected(
     blind = commit(tmp_path / "blind", drawn(50), bundle_sha256=bundle.sha256, label_column=None)
     with pytest.raises(RequestError, match="has no labels"):
         calibrate(request(bundle, blind))
-    with pytest.raises(RequestError, match="is the bundle itself"):
+    with pytest.raises(RequestError, match="is the input bundle"):
         calibrate(request(bundle, bare, output=bundle.url))

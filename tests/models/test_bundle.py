@@ -202,7 +202,7 @@ def test_a_missing_file_or_folder_is_named(bundle: Path) -> None:
     (bundle / "bundle.json").unlink()
     message = refused(bundle)
     assert "bundle.json: no such file" in message
-    assert "give a folder made by `imgcls train` or `imgcls model import`" in message
+    assert "pass a folder written by `imgcls train` or `imgcls model import`" in message
     assert refused(bundle.parent / "none")
     assert issubclass(BundleError, RequestError)
 
@@ -212,7 +212,7 @@ def test_a_description_changed_by_hand_is_refused(bundle: Path) -> None:
     body = json.loads(path.read_bytes())
     path.write_text(json.dumps(body | {"threshold": 0.9}, indent=2) + "\n")
     message = refused(bundle)
-    assert "is not as it was written" in message
+    assert "was modified (its digest differs)" in message
     assert "rather than editing it" in message
 
 
@@ -301,9 +301,9 @@ def test_a_class_list_is_one_name_per_line() -> None:
     [
         ("cat\n\ndog\n", "f, line 2: is blank"),
         ("\ncat", "f, line 1: is blank"),
-        ("cat\ndog\ncat\n", "f, line 3: 'cat' also stands on line 1"),
-        ("", "f: holds no class name"),
-        ("\n\n", "f: holds no class name"),
+        ("cat\ndog\ncat\n", "f, line 3: 'cat' is also on line 1"),
+        ("", "f: has no class names"),
+        ("\n\n", "f: has no class names"),
     ],
 )
 def test_a_class_list_with_a_blank_or_doubled_name_is_refused_by_its_line(
@@ -315,7 +315,7 @@ def test_a_class_list_with_a_blank_or_doubled_name_is_refused_by_its_line(
 
 
 def test_classes_of_a_bundle_differ() -> None:
-    with pytest.raises(ValidationError, match="class 'cat' stands there twice"):
+    with pytest.raises(ValidationError, match="class 'cat' is listed twice"):
         spec_of(["cat", "dog", "cat"])
     with pytest.raises(ValidationError, match="the class list is empty"):
         spec_of([])

@@ -124,7 +124,7 @@ def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) 
 def test_other_labels_are_not_passed_off_as_the_same() -> None:
     expected = np.array([[0.7, 0.3], [0.4, 0.6]], np.float32)
     assert compare_scores("onnx", expected, expected + 1e-6)["images"] == 2
-    with pytest.raises(RunFailed, match="1 of 2 images got another label"):
+    with pytest.raises(RunFailed, match="1 of 2 images have another label"):
         compare_scores("onnx", expected, expected[:, ::-1] * [[1], [0]] + expected * [[0], [1]])
     close = np.array([[0.5001, 0.4999]], np.float32)
     assert compare_scores("onnx", close, close[:, ::-1])["images"] == 1
@@ -141,5 +141,5 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     assert not output.exists()
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds mine\.txt"):
+    with pytest.raises(OutputError, match=r"has mine\.txt"):
         export_bundle(asked(colour_bundle, output))

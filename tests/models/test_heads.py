@@ -44,7 +44,7 @@ def test_every_head_is_found_and_its_weights_of_other_classes_are_replaced(name:
     assert zoo.list_head_names(network) == differ, "what another number of classes changes"
     kept = zoo.apply_weights(network, other, replace_head=True)
     assert {key.rpartition(".")[0] for key in kept} == differ
-    with pytest.raises(BundleError, match=f"do not fit the network in {len(kept)} keys"):
+    with pytest.raises(BundleError, match=f"do not match the network in {len(kept)} keys"):
         zoo.apply_weights(network, other, replace_head=False)
 
 

@@ -105,7 +105,7 @@ def test_a_bundle_is_replaced_only_when_told(
     other = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), 3)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     assert import_(weights=tmp_path / "other.pth") == 2
-    assert "holds a bundle already; say --overwrite to replace it" in capsys.readouterr().err
+    assert "already has a bundle; pass --overwrite to replace it" in capsys.readouterr().err
     assert load_bundle(str(tmp_path / "bundle")) == first
     assert import_("--overwrite", weights=tmp_path / "other.pth") == 0
     assert load_bundle(str(tmp_path / "bundle")).sha256 != first.sha256
@@ -114,11 +114,11 @@ def test_a_bundle_is_replaced_only_when_told(
 @pytest.mark.parametrize(
     ("classes", "told"),
     [
-        (b"cat\ndog\n", "names 2 classes, and the weights have 3 outputs"),
-        (b"cat\ndog\nhorse\ncow\n", "names 4 classes, and the weights have 3 outputs"),
-        (b"cat\ndog\ncat\n", "line 3: 'cat' also stands on line 1"),
+        (b"cat\ndog\n", "has 2 classes, but the weights have 3 outputs"),
+        (b"cat\ndog\nhorse\ncow\n", "has 4 classes, but the weights have 3 outputs"),
+        (b"cat\ndog\ncat\n", "line 3: 'cat' is also on line 1"),
         (b"cat\n\ndog\n", "line 2: is blank"),
-        (b"", "holds no class name"),
+        (b"", "has no class names"),
         (b"\xff\xfe\x00", "give a text file with one name per line"),
         (None, "classes.txt: no such file; give a text file with one name per line"),
     ],
@@ -145,10 +145,10 @@ def test_a_class_list_that_does_not_fit_is_refused(
     ("changes", "told"),
     [
         ({"arch": "smal_cnn"}, "no such architecture; did you mean small_cnn"),
-        ({"weights": "none.pth"}, "none.pth: no such file; give a file"),
-        ({"options.width": 8}, "features.0.0.weight: the file has (4, 3, 3, 3), the network (8,"),
+        ({"weights": "none.pth"}, "none.pth: no such file; pass a file"),
+        ({"options.width": 8}, "features.0.0.weight: shape (4, 3, 3, 3) in the file, (8,"),
         ({"options.nonsense": 1}, "unexpected keyword argument 'nonsense'"),
-        ({"crop": 64}, "resize (32) must be at least crop (64); give --resize 64"),
+        ({"crop": 64}, "resize (32) must be at least crop (64); pass --resize 64"),
         ({"crop": 0}, "crop: Input should be greater than 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

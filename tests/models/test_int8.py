@@ -101,7 +101,7 @@ def test_ranges_of_another_network_are_refused(tmp_path: Path) -> None:
     changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": other}))
     with pytest.raises(BundleError, match="measured on another network; quantize it again"):
         Classifier(changed, precision="int8", device="cpu")
-    with pytest.raises(BundleError, match="has not been prepared for int8"):
+    with pytest.raises(BundleError, match="is not prepared for int8"):
         Classifier(bundle, precision="int8", device="cpu")
 
 

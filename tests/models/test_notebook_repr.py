@@ -150,8 +150,11 @@ def test_iterables_and_arrays_are_images_too(classifier: Classifier, tmp_path: P
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (pd.DataFrame({"path": ["a.png"]}), r"a DataFrame is no list of images; .*frame\['path'\]"),
-        ({"a.png": 1}, "a dict is no list of images"),
+        (
+            pd.DataFrame({"path": ["a.png"]}),
+            r"a DataFrame is not a list of images; .*frame\['path'\]",
+        ),
+        ({"a.png": 1}, "a dict is not a list of images"),
         (7, "got a int; pass a path, a URL"),
         ([7], r"image 0 \(int\): is a int; pass a path, a URL"),
         ([None], r"image 0 \(NoneType\)"),

@@ -81,5 +81,5 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         "fc.weight",
         "fc.bias",
     ]
-    with pytest.raises(BundleError, match="give a file, or one of timm"):
+    with pytest.raises(BundleError, match="pass a file, or one of timm"):
         zoo.load_weights(str(tmp_path / "none.pth"), architecture)

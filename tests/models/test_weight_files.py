@@ -104,10 +104,10 @@ def test_safetensors_with_a_prefix_become_a_bundle(
         "output": str(tmp_path / "bundle"),
     }
     import_model(ImportConfig.model_validate(config))
-    note = "note: the weights are those below 'model.'; 1 other tensors are left out (criterion."
+    note = "note: using the weights below 'model.'; 1 other tensors are ignored (criterion."
     assert note in capsys.readouterr().out
     (tmp_path / "classes.txt").write_text("a\nb")
-    with pytest.raises(BundleError, match="names 2 classes, and the weights have 3 outputs"):
+    with pytest.raises(BundleError, match="has 2 classes, but the weights have 3 outputs"):
         import_model(ImportConfig.model_validate(config | {"overwrite": True}))
 
 
@@ -173,7 +173,7 @@ def test_a_whole_network_in_a_file_is_refused_with_the_way_to_save_its_weights(
     tmp_path: Path,
 ) -> None:
     torch.save(zoo.build_network(ARCHITECTURE, 3), tmp_path / "network.pth")
-    told = r"it holds objects of .*imgcls\.models\.small_cnn\.SmallCNN.*which could run code"
+    told = r"it has objects of .*imgcls\.models\.small_cnn\.SmallCNN.*which could run code"
     with pytest.raises(BundleError, match=told) as caught:
         zoo.load_weights(str(tmp_path / "network.pth"), ARCHITECTURE)
     assert "\x1b" not in str(caught.value)
@@ -215,13 +215,13 @@ def test_weights_without_a_head_get_a_new_one_in_training_and_are_not_imported(
         assert torch.equal(network.state_dict()[key], value)
     fresh = networks.build_initial_network(architecture, None, 5, seed=3).state_dict()
     assert torch.equal(network.state_dict()[f"{head}.weight"], fresh[f"{head}.weight"])
-    told = rf"{head}.weight: is not in the file\n  {head}.bias: .*\nthe weights have no head"
-    with pytest.raises(BundleError, match=told):
+    lines = rf"{head}.weight: is missing in the file\n  {head}.bias: .*\n"
+    with pytest.raises(BundleError, match=lines + "the weights are those of a backbone"):
         zoo.apply_weights(network, zoo.load_weights(file, architecture), replace_head=False)
     # a key of the body that is missing is no missing head
     key = next(iter(state))
     torch.save({k: v for k, v in state.items() if k != key}, file)
-    with pytest.raises(BundleError, match=f"in 1 keys:\n  {key}: is not in the file$"):
+    with pytest.raises(BundleError, match=f"in 1 keys:\n  {key}: is missing in the file$"):
         networks.build_initial_network(architecture, file, 5, seed=3)
 
 
@@ -258,5 +258,5 @@ def test_of_weights_under_other_names_the_names_of_both_sides_are_shown() -> Non
     with pytest.raises(BundleError) as caught:
         zoo.apply_weights(zoo.build_network(ARCHITECTURE, 3), state, replace_head=False)
     lines = str(caught.value).splitlines()
-    assert "  features.0.0.weight: is not in the file" in lines
-    assert "  layers.0.w: is not in the network" in lines
+    assert "  features.0.0.weight: is missing in the file" in lines
+    assert "  layers.0.w: is missing in the network" in lines

@@ -239,13 +239,13 @@ def test_weights_that_do_not_fit_are_refused_by_their_keys() -> None:
     state["features.0.1.weight"] = torch.zeros(9)
     state["extra.bias"] = torch.zeros(1)
     message = refused(network, state)
-    assert message.startswith("the weights do not fit the network in 5 keys:")
+    assert message.startswith("the weights do not match the network in 5 keys:")
     for line in (
-        "features.0.1.weight: the file has (9,), the network (4,)",
-        "head.4.weight: the file has (5, 16), the network (3, 16)",
-        "head.4.bias: the file has (5,), the network (3,)",
-        "features.0.0.weight: is not in the file",
-        "extra.bias: is not in the network",
+        "features.0.1.weight: shape (9,) in the file, (4,) in the network",
+        "head.4.weight: shape (5, 16) in the file, (3, 16) in the network",
+        "head.4.bias: shape (5,) in the file, (3,) in the network",
+        "features.0.0.weight: is missing in the file",
+        "extra.bias: is missing in the network",
     ):
         assert f"\n  {line}" in message
 
@@ -275,7 +275,10 @@ def test_a_head_of_other_classes_is_left_for_training_when_asked(name: str) -> N
 def test_only_the_head_may_differ_when_it_is_replaced() -> None:
     wide = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 8}), 5)
     message = refused(small(), dict(wide.state_dict()), replace_head=True)
-    assert "features.0.0.weight: the file has (8, 3, 3, 3), the network (4, 3, 3, 3)" in message
+    assert (
+        "features.0.0.weight: shape (8, 3, 3, 3) in the file, (4, 3, 3, 3) in the network"
+        in message
+    )
 
 
 def test_auxiliary_heads_are_replaced_with_the_head() -> None:
@@ -359,7 +362,7 @@ def test_a_file_that_holds_code_is_refused_and_runs_nothing(
 def test_a_file_without_tensors_by_name_is_refused(
     stored: Callable[[Any], str], content: Any
 ) -> None:
-    with pytest.raises(BundleError, match="holds no state dict of tensors"):
+    with pytest.raises(BundleError, match="has no state dict of tensors"):
         load(stored(content))
 
 

@@ -85,7 +85,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         ).state_dict(),
         file,
     )
-    with pytest.raises(BundleError, match="the weights do not fit the network"):
+    with pytest.raises(BundleError, match="the weights do not match the network"):
         build_initial_network(SMALL, file, 3, seed=0)
 
 

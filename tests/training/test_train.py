@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit_are_refused_key_by_key(
 ) -> None:
     narrow = colour_bundle / "model.safetensors"
     model = {"name": "small_cnn", "options": {"width": 16}, "weights": str(narrow)}
-    listed = r"do not fit the network in \d+ keys:\n  [\w.]+: the file has \(.+, the network \("
+    listed = r"do not match the network in \d+ keys:\n  [\w.]+: shape \(.+ in the file, \("
     with pytest.raises(BundleError, match=listed):
         train(config(digits, tmp_path / "bundle", model=model))
     assert not (tmp_path / "bundle").exists()
