@@ -31,7 +31,7 @@ def class_mean_limits(
     Parameters
     ----------
     rate : {"recall", "precision", "f1"}
-        ClassRate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
+        Rate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
         limits of J = correct / (support + predicted - correct), with F1 = 2 J / (1 + J).
     weights : {"labeled", "occurring", "support"}
         Equal weights of the classes with labels, equal weights of the occurring classes, or weights
