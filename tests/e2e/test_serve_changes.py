@@ -76,11 +76,10 @@ def test_a_detached_service_survives_changes_that_fail(colour_bundle: Path, tmp_
         **proxy_middleware.build_environment(1 << 20, 8 << 20),
     }
     with RayCluster.start(cpus=2, env=environment) as cluster:
-        change()
+        change("other")
         # the limits of the cluster's proxy hold for requests without a key
         assert announce_body(port, 2 << 20).startswith("http/1.1 413 ")
 
-        change("other")
         done = imgcls(*command("damaged"), env=cluster.environment(), cwd=tmp_path)
         assert done.returncode == 2
         assert served_model() == read_hash(other)
