@@ -1,4 +1,4 @@
-"""A bundle that can be run in int8 says what that costs, and is the same bundle otherwise."""
+"""An int8 bundle records its measured cost and is otherwise the same bundle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def order(manifest: Path, bundle: Path, output: Path, **more: object) -> Quantiz
     )
 
 
-def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
+def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     colours: Callable[..., Path],
     colour_bundle: Path,
     tmp_path: Path,
@@ -39,9 +39,9 @@ def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
     (tmp_path / "images" / "00003.jpg").write_bytes(b"broken")
     (tmp_path / "images" / "00005.jpg").unlink()
     made = quantize_bundle(order(manifest, colour_bundle, output, images=64))
-    told = made.spec.int8
-    assert told is not None
-    assert (told.calibration_images, told.judged_images) == (32, 32)
+    int8 = made.spec.int8
+    assert int8 is not None
+    assert (int8.calibration_images, int8.judged_images) == (32, 32)
     before = load_bundle(str(colour_bundle))
     assert made.weights_sha256 == before.weights_sha256
     assert made.spec.model_copy(update={"int8": None}) == before.spec
@@ -52,15 +52,15 @@ def test_the_cost_is_told_on_images_that_were_not_calibrated_on(
         np.array([one.label for one in Classifier(made, precision=precision).predict(files)])
         for precision in ("int8", "fp32")
     )
-    assert told.agreement == (rough == exact).mean()
-    assert told.accuracy == (rough == labels).mean()
-    assert told.accuracy_fp32 == (exact == labels).mean()
+    assert int8.agreement == (rough == exact).mean()
+    assert int8.accuracy == (rough == labels).mean()
+    assert int8.accuracy_fp32 == (exact == labels).mean()
     out = capsys.readouterr().out
-    assert f"{told.agreement:.1%} of 32 images labeled as in fp32; accuracy" in out
-    assert "times the forward passes of" in out
+    assert f"{int8.agreement:.1%} of 32 images labeled as in fp32; accuracy" in out
+    assert "times the throughput of" in out
 
 
-def test_without_labels_agreement_alone_is_told(
+def test_without_labels_only_agreement_is_measured(
     colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
 ) -> None:
     colours(40)
@@ -68,28 +68,28 @@ def test_without_labels_agreement_alone_is_told(
     config = QuantizeConfig(
         manifest=manifest, model=str(colour_bundle), output=str(tmp_path / "int8")
     )
-    told = quantize_bundle(config).spec.int8
-    assert told is not None
-    assert told.accuracy is told.accuracy_fp32 is None
+    int8 = quantize_bundle(config).spec.int8
+    assert int8 is not None
+    assert int8.accuracy is int8.accuracy_fp32 is None
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_written(
+def test_impossible_requests_are_rejected_before_anything_is_written(
     colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
 ) -> None:
     manifest = colours(20)
     with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "int8"))
     assert not (tmp_path / "int8").exists()
-    with pytest.raises(RequestError, match="is the input bundle"):
+    with pytest.raises(RequestError, match="is the bundle itself"):
         quantize_bundle(order(manifest, colour_bundle, colour_bundle))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "bundle.json").write_text("{}")
-    with pytest.raises(OutputError, match="already has a bundle; pass --overwrite"):
+    with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "there"))
 
 
 @pytest.mark.shared
-def test_real_weights_say_nearly_the_same_of_real_photographs(shared: Path, tmp_path: Path) -> None:
+def test_real_weights_agree_on_real_photographs(shared: Path, tmp_path: Path) -> None:
     weights = shared / "weights"
     config = ImportConfig(
         arch="squeezenet1_0",
@@ -99,10 +99,10 @@ def test_real_weights_say_nearly_the_same_of_real_photographs(shared: Path, tmp_
     )
     import_model(config)
     manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
-    told = quantize_bundle(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
-    assert told is not None
-    assert told.judged_images == 167
-    assert told.agreement > 0.9  # 158 of 167 were the same when this was written
-    assert told.accuracy is not None
-    assert told.accuracy_fp32 is not None
-    assert abs(told.accuracy - told.accuracy_fp32) < 0.03
+    int8 = quantize_bundle(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
+    assert int8 is not None
+    assert int8.judged_images == 167
+    assert int8.agreement > 0.9  # 158 of 167 were the same when this was written
+    assert int8.accuracy is not None
+    assert int8.accuracy_fp32 is not None
+    assert abs(int8.accuracy - int8.accuracy_fp32) < 0.03
