@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from imgcls import LAZY_EXPORTS, __version__, config, reference
+from imgcls import LAZY_EXPORTS, __version__, config, log, reference
 from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
 from imgcls.reference import Command
@@ -289,15 +289,15 @@ def _stdout_is_broken() -> bool:
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
-    with _quiet_pipe() as broken:
-        code = _run(name, argv)
+    with _quiet_pipe() as broken, log.command_handler() as handler:
+        code = _run(name, argv, handler)
     code = BROKEN_PIPE if broken else code
     if "imgcls.cluster.session" in sys.modules:
         sys.modules["imgcls.cluster.session"].end_session(code)
     return code
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
+def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
     command = COMMANDS[name]
     _escape_what_cannot_be_shown()
     try:
@@ -317,6 +317,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
             )
             return 0
         settings = config.load(model, argv)
+        handler.is_json = getattr(settings, "log", "text") == "json"
         function(settings)
     except Interrupted as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)

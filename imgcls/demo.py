@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import RequestError
@@ -40,12 +41,12 @@ def demo(config: DemoConfig) -> None:
     folder = Path(config.output)
     train_manifest, test_manifest = write_digits(folder)
     seconds = time.monotonic() - started
-    print(f"1. digits written to {folder / 'digits'} ({seconds:.0f} s)", flush=True)
+    log.show(f"1. digits written to {folder / 'digits'} ({seconds:.0f} s)")
 
     from imgcls.training import train as training
     from imgcls.training.augment.augment import AugmentConfig
 
-    print(f"2. train: the small CNN from scratch, {config.num_workers} workers", flush=True)
+    log.show(f"2. train: the small CNN from scratch, {config.num_workers} workers")
     bundle = folder / "bundle"
     training.train(
         training.TrainConfig(
@@ -62,7 +63,7 @@ def demo(config: DemoConfig) -> None:
 
     from imgcls.inference import predict as inference
 
-    print(f"3. predict: {test_manifest}", flush=True)
+    log.show(f"3. predict: {test_manifest}")
     predictions = folder / "predictions"
     inference.predict(
         inference.PredictConfig(
@@ -75,9 +76,9 @@ def demo(config: DemoConfig) -> None:
     )
     from imgcls.evaluation import evaluate
 
-    print(f"4. evaluate: {predictions}", flush=True)
+    log.show(f"4. evaluate: {predictions}")
     evaluate.evaluate(evaluate.EvaluateConfig(predictions=str(predictions)))
-    print(f"5. done in {time.monotonic() - started:.0f} s; results:")
+    log.show(f"5. done in {time.monotonic() - started:.0f} s; results:")
     for name, path in (
         ("images", folder / "digits"),
         ("manifests", f"{train_manifest}, {test_manifest}"),
@@ -87,7 +88,7 @@ def demo(config: DemoConfig) -> None:
         ("report", predictions / "report.html"),
         ("commit marker", predictions / "_SUCCESS"),
     ):
-        print(f"   {name:<16} {path}")
+        log.show(f"   {name:<16} {path}")
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, ImageDraw
 from upath import UPath
 
+from imgcls import log
 from tests.processes import RayCluster
 from tests.s3 import bucket, environment, serving, url
 
@@ -35,6 +36,13 @@ LONG = ("e2e", "training")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
+
+
+@pytest.fixture(autouse=True)
+def command_output() -> Iterator[None]:
+    """What the functions of commands log is shown as the command shows it."""
+    with log.command_handler():
+        yield
 
 
 @pytest.fixture(scope="session")

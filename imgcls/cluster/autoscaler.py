@@ -20,11 +20,11 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from imgcls import log
 from imgcls.cluster import ray_internals
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
-from imgcls.log import tell
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ def iter_until_fit(
                     ) from None
                 if waited < 1 or time.monotonic() - logged > LOG_INTERVAL_SECONDS:
                     logged = time.monotonic()
-                    tell(
+                    log.emit(
                         "waiting",
                         f"for nodes: {error} ({waited:.0f} of at most {seconds:.0f} s)",
                     )
@@ -200,7 +200,7 @@ class WaitTimeout:
             and time.monotonic() - self._logged > LOG_INTERVAL_SECONDS
         ):
             self._logged = time.monotonic()
-            tell(
+            log.emit(
                 "waiting",
                 f"for {what}, {waited:.0f} of at most {self._seconds:.0f} s; "
                 f"{_describe_capacity()}",

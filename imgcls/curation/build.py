@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 from pydantic import Field, PositiveInt
 
+from imgcls import log
 from imgcls.curation import listing
 from imgcls.curation.listing import ListingConfig
 from imgcls.curation.scan import ScanConfig, scan_manifests
@@ -23,7 +24,6 @@ from imgcls.data.manifest_options import KeyNames
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.execution.placement import ScaleConfig
-from imgcls.log import tell
 from imgcls.runs.layout import write_table
 
 MANIFEST_FILE = "manifest.parquet"
@@ -96,7 +96,7 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     else:
         rows = _write_rows(target, manifest, _read_rows(manifest))
     filesystem.remove(filesystem.join(output, LISTING_FOLDER))
-    tell("manifest", f"{rows:,} images: {output}", rows=rows)
+    log.emit("manifest", f"{rows:,} images: {output}", rows=rows)
     return rows
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BeforeValidator, NonNegativeInt
 
+from imgcls import log
 from imgcls.config import Names, names, requested
 from imgcls.curation.checks import duplicates, label_errors, report, rules
 from imgcls.curation.checks.duplicates import DuplicatesConfig
@@ -36,7 +37,6 @@ from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
-from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.runs.layout import write_table
 
@@ -174,7 +174,7 @@ def _check(config: CheckConfig) -> CheckResult:
         result = _write_results(output, clean, images, findings, config)
         if clean is not None:
             _write_clean(clean, images, findings, scanned[0], config.drop)
-    tell("report", result.report)
+    log.emit("report", result.report)
     _fail_on_issues(findings, images, config.fail_on)
     return result
 
@@ -265,7 +265,7 @@ def _write_results(
     page = report.render_check_report(images, findings, summary, sections)
     filesystem.write(filesystem.join(output, CHECK_REPORT), page.encode())
     for name, count in summary["issues"].items():
-        tell("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
+        log.emit("issue", f"{name:<17} {count:>9,} images", issue=name, images=count)
     return CheckResult(
         issues=issues,
         counts=summary["issues"],
@@ -299,7 +299,7 @@ def _write_clean(
     rows = pa.concat_tables(scanned.read_rows())
     rows = make_paths_absolute(scanned.manifest, rows).filter(pa.array(kept))
     write_table(clean, rows)
-    tell(
+    log.emit(
         "clean",
         f"{rows.num_rows:,} of {len(kept):,} rows kept: {clean}",
         rows=rows.num_rows,

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import PositiveInt
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
@@ -76,7 +77,7 @@ def build_listing(config: ListingConfig) -> int:
     remaining = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in present]
     done = len(parts) - len(remaining)
     if done > 1:
-        print(f"resume  {done:,} of {len(parts):,} groups are listed already")
+        log.show(f"resume  {done:,} of {len(parts):,} groups are listed already")
     with create_thread_pool(config.list_concurrency, "list") as pool:
         tasks = [
             pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
@@ -87,7 +88,7 @@ def build_listing(config: ListingConfig) -> int:
             for task in as_completed(tasks):
                 listed += task.result()
                 rate = listed / (time.monotonic() - started)
-                print(f"listed  {listed:,} images ({rate:,.0f}/s)", flush=True)
+                log.show(f"listed  {listed:,} images ({rate:,.0f}/s)")
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -105,7 +106,7 @@ def build_listing(config: ListingConfig) -> int:
     filesystem.write(
         filesystem.join(output, LISTING_DONE_FILE), (json.dumps(body, indent=2) + "\n").encode()
     )
-    print(f"manifest   {rows:,} images: {output}", flush=True)
+    log.show(f"manifest   {rows:,} images: {output}")
     return rows
 
 

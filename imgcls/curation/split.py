@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, PositiveFloat
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.image_features import compute_digest
@@ -36,7 +37,6 @@ from imgcls.errors import (
     StorageError,
     StorageMissing,
 )
-from imgcls.log import tell
 
 BY_CONTENT = "content"
 DIGEST_COLUMN = "digest"
@@ -249,10 +249,12 @@ def _log_summary(
         name = part if not part.isdigit() else f"fold {part}"
         count = counts[part].total()
         fraction = count / rows if rows else 0.0
-        tell("split", f"{name:<8} {count:>9,} rows  {fraction:.1%} (target {share / total:.1%})")
+        log.emit(
+            "split", f"{name:<8} {count:>9,} rows  {fraction:.1%} (target {share / total:.1%})"
+        )
     classes = sorted({label for count in counts.values() for label in count} - {NO_LABEL})
     for label in classes:
         missing = [part for part in shares if not counts[part][label]]
         if missing:
-            tell("note", f"class {label!r} has no image in {', '.join(missing)}")
-    tell("split", output)
+            log.emit("note", f"class {label!r} has no image in {', '.join(missing)}")
+    log.emit("split", output)

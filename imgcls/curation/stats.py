@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
+from imgcls import log
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
 from imgcls.curation.scan import ScanConfig, scan_manifests
 from imgcls.curation.split import NO_LABEL
@@ -16,7 +17,6 @@ from imgcls.data.manifest import open_manifest
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.html import render_page
-from imgcls.log import tell
 
 STATS_FILE = "stats.json"
 STATS_PAGE = "stats.html"
@@ -62,8 +62,10 @@ def compute_stats(config: StatsConfig) -> dict[str, Any]:
         )
         filesystem.write(filesystem.join(output, STATS_PAGE), page.encode())
     readable = stats["status"].get("ok", 0)
-    tell("stats", f"{stats['rows']:,} rows, {readable:,} images, {len(stats['classes']):,} classes")
-    tell("stats", filesystem.join(output, STATS_PAGE))
+    log.emit(
+        "stats", f"{stats['rows']:,} rows, {readable:,} images, {len(stats['classes']):,} classes"
+    )
+    log.emit("stats", filesystem.join(output, STATS_PAGE))
     return stats
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
 from imgcls.data.manifest_formats import (
@@ -24,7 +25,6 @@ from imgcls.data.manifest_formats import (
 )
 from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames
 from imgcls.errors import ManifestError
-from imgcls.log import tell
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _DATE_NAME = re.compile(r"(19|20)\d\d[-_.](W?\d\d)([-_.]\d\d)?([-_.T ].*)?")  # 2026-01-31, 2026_01
@@ -120,7 +120,7 @@ def format_suffix_counts(skipped: Counter[str]) -> str:
 def log_skipped_files(url: str, skipped: Counter[str], reason: str) -> None:
     """Log the files in a manifest's folder that were not read."""
     if skipped:
-        tell("note", f"manifest {url}: skipped {format_suffix_counts(skipped)}; {reason}")
+        log.emit("note", f"manifest {url}: skipped {format_suffix_counts(skipped)}; {reason}")
 
 
 def _is_data_file(file: str, pattern: str) -> bool:
@@ -223,7 +223,7 @@ def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames)
         url, lambda path: "/" in path and format in group_tables([path.rpartition("/")[2]])
     )
     if below is not None:
-        tell(
+        log.emit(
             "note",
             f"manifest {url}: the tables in its subfolders are not read ({below!r}); to read them, "
             f"pass a glob such as {url}/**/*",

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.discovery import (
@@ -40,7 +41,6 @@ from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames, ReadOptions
 from imgcls.data.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
-from imgcls.log import tell
 
 
 class ManifestConfig(Section):
@@ -313,7 +313,7 @@ def _find_label_column(config: ManifestConfig, schema: pa.Schema, keys: KeyNames
                 f"manifest {config.path}: {_describe_spaces(name)}; or pass {option} {name!r}"
             )
         if name.strip().lower() == "label":
-            tell(
+            log.emit(
                 "note",
                 f"manifest {config.path}: column {name!r} is not read as labels; pass {option} "
                 f"{name!r} if it contains them",
@@ -488,7 +488,7 @@ def log_label_variants(place: str, counts: Mapping[str, int], classes: Iterable[
     variants = find_label_variants(counts, classes)
     if variants:
         more = f", and {len(variants) - 5} more" if len(variants) > 5 else ""
-        tell(
+        log.emit(
             "note",
             f"{place}: labels that differ only by case or spaces are different classes: "
             f"{'; '.join(variants[:5])}{more}",

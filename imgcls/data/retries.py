@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -20,6 +20,8 @@ from imgcls.data.storage_settings import current_settings
 from imgcls.errors import StorageError, StorageUnavailable
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
@@ -116,5 +118,5 @@ class _Backoff:
             raise error from (cause if cause is not error else None)
         if not self._is_logged and time.monotonic() - self._start > LOG_RETRY_AFTER_SECONDS:
             self._is_logged = True
-            print(f"retrying for up to {self.remaining:.0f} s: {error}", file=sys.stderr)
+            logger.warning("retrying for up to %.0f s: %s", self.remaining, error)
         return pause

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls.cluster import session
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import normalize_labels
@@ -242,7 +243,7 @@ def _aggregate_on_cluster(
         part: RunAggregate = pickle.loads(row["aggregate"])
         done += part.counts.rows
         seconds = time.monotonic() - started
-        print(f"counted {done:,} of {run.rows:,} rows ({done / seconds:,.0f}/s)", flush=True)
+        log.show(f"counted {done:,} of {run.rows:,} rows ({done / seconds:,.0f}/s)")
         yield part
 
 

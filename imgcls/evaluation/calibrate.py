@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
+from imgcls import log
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OK, RequestError
@@ -388,11 +389,11 @@ def _apply_thresholds(
 
 
 def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
-    print(f"held out   {rows:,} labeled rows")
+    log.show(f"held out   {rows:,} labeled rows")
     if config.method == "temperature":
-        print(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")
+        log.show(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")
     if config.method != "none":
-        print(
+        log.show(
             f"ECE        {result.ece_before:.4f} before, {result.ece_after:.4f} after (two-fold "
             "cross-fitting)"
         )
@@ -402,28 +403,31 @@ def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, 
         assert each.precision is not None
         assert each.lower is not None
         assert each.upper is not None
-        print(
+        log.show(
             f"threshold  {each.threshold:.6g} for {name}: {each.precision:.2%} correct "
             f"({each.lower:.2%} to {each.upper:.2%}), {each.coverage:.2%} accepted"
         )
     if len(reached) > 20:
-        print(f"           and {len(reached) - 20:,} more classes")
+        log.show(f"           and {len(reached) - 20:,} more classes")
     never = [t.label for t in result.thresholds if t.threshold is None]
     if never:
         shown = ", ".join(str(name) for name in never[:10])
-        print(
-            f"note: {len(never):,} of {len(result.thresholds):,} classes never reach the target "
-            f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted"
+        log.emit(
+            "note",
+            f"{len(never):,} of {len(result.thresholds):,} classes never reach the target "
+            f"({shown}{', ...' if len(never) > 10 else ''}); their predictions are not accepted",
         )
     changed = bundle.spec.threshold or bundle.spec.thresholds
     if result.unchanged_reason is not None:
-        print(
-            f"note: {result.unchanged_reason}; the confidences are unchanged. Hold out more "
-            "images, including some that the model predicts wrong"
+        log.emit(
+            "note",
+            f"{result.unchanged_reason}; the confidences are unchanged. Hold out more "
+            "images, including some that the model predicts wrong",
         )
     elif config.target_precision is None and changed and config.method != "none":
-        print(
-            "note: the old threshold does not apply to the new confidences and is now 0; pass "
-            "--target-precision to choose one"
+        log.emit(
+            "note",
+            "the old threshold does not apply to the new confidences and is now 0; pass "
+            "--target-precision to choose one",
         )
-    print(f"bundle     {result.bundle.url}", flush=True)
+    log.show(f"bundle     {result.bundle.url}")

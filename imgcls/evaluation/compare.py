@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator
 
+from imgcls import log
 from imgcls.config import Names, Section
 from imgcls.data import filesystem
 from imgcls.data.manifest import normalize_labels
@@ -374,7 +375,7 @@ def _join_rows(
             "use the same form"
         )
     if seen < max(a.rows, b.rows):
-        print(f"note: {seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")
+        log.emit("note", f"{seen:,} rows are in both, of {a.rows:,} and {b.rows:,}")
 
 
 def _iter_tables(run: CommittedRun, names: list[str]) -> Iterator[pa.Table]:
@@ -384,38 +385,40 @@ def _iter_tables(run: CommittedRun, names: list[str]) -> Iterator[pa.Table]:
 
 def _print_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison) -> None:
     both = comparison.paired
-    print(f"A  {comparison.correct_a / both.rows:.2%}  {a.url}")
-    print(f"B  {comparison.correct_b / both.rows:.2%}  {b.url}")
-    print(
+    log.show(f"A  {comparison.correct_a / both.rows:.2%}  {a.url}")
+    log.show(f"B  {comparison.correct_b / both.rows:.2%}  {b.url}")
+    log.show(
         f"B - A  {100 * both.difference:+.2f} points (95%: {100 * both.lower:+.2f} to "
         f"{100 * both.upper:+.2f}), p = {both.p_value:.3g} by McNemar's test"
     )
-    print(
+    log.show(
         f"{both.rows:,} rows compared; predictions differ on {comparison.num_differing:,}: "
         f"{both.only_a:,} correct only in A, {both.only_b:,} only in B"
     )
     if comparison.unknown_label:
-        print(
-            f"note: {comparison.unknown_label:,} more rows have a label that is not a class of "
-            "both models; they are not compared"
+        log.emit(
+            "note",
+            f"{comparison.unknown_label:,} more rows have a label that is not a class of "
+            "both models; they are not compared",
         )
     if comparison.num_differing > comparison.differing.num_rows:
-        print(
-            f"note: only the first {comparison.differing.num_rows:,} of the differing rows are "
-            "written; the counts include all"
+        log.emit(
+            "note",
+            f"only the first {comparison.differing.num_rows:,} of the differing rows are "
+            "written; the counts include all",
         )
     for name, table in (("class", comparison.per_class), ("slice", comparison.slices)):
         for row in table.slice(0, 5).to_pylist():
             if row["difference"] < 0:
                 what = row.get("label") or f"{row['slice_by']}={row['value']}"
-                print(
+                log.show(
                     f"  worse {name}: {what}  {100 * row['difference']:+.1f} points over "
                     f"{row['rows']:,} rows, p = {row['p_value']:.2g}"
                 )
     if both.p_value >= 0.05:
-        print("result: no significant difference (p >= 0.05)")
+        log.show("result: no significant difference (p >= 0.05)")
     else:
-        print(f"result: {'B' if both.difference > 0 else 'A'} is better", flush=True)
+        log.show(f"result: {'B' if both.difference > 0 else 'A'} is better")
 
 
 def _write_comparison(

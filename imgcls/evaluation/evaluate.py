@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from imgcls import log
 from imgcls.config import UnitFloat, requested
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
@@ -122,12 +123,12 @@ def _print_result(evaluation: Evaluation, output: str, *, has_printed: bool) -> 
         metrics = [metric for metric in metrics if metric.name not in names]
     text = format_summary(tables.build_summary_table(metrics))
     if text:
-        print(text)
+        log.show(text)
     for note in evaluation.omitted:
-        print(f"left out: {note}")
-    print(f"all metrics  {filesystem.join(output, SUMMARY_FILE)}")
-    print(f"tables       {filesystem.join(output, layout.METRICS_FOLDER)}")
-    print(f"report       {filesystem.join(output, report.REPORT_FILE)}", flush=True)
+        log.show(f"left out: {note}")
+    log.show(f"all metrics  {filesystem.join(output, SUMMARY_FILE)}")
+    log.show(f"tables       {filesystem.join(output, layout.METRICS_FOLDER)}")
+    log.show(f"report       {filesystem.join(output, report.REPORT_FILE)}")
 
 
 def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:

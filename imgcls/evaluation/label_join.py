@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifest_options import KeyNames
@@ -152,7 +153,7 @@ class JoinedLabels:
                 f"(such as {self.keys[0].as_py()!r}); check that both use the same form"
             )
         if used < len(self.keys):
-            print(f"note: {len(self.keys) - used:,} of {len(self.keys):,} labels match no row")
+            log.emit("note", f"{len(self.keys) - used:,} of {len(self.keys):,} labels match no row")
 
     def _find_keys(self, keys: pa.Array) -> np.ndarray:
         """(N,) indices into `self.keys`, -1 without a match."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
@@ -102,15 +103,15 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
     gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)
     agreeing = round(calibration.agreement * len(evaluated))
     low, high = wilson_interval(agreeing, len(evaluated))
-    print(
+    log.show(
         f"int8    {calibration.describe_cost()}; 95% interval of the agreement {low:.1%} to "
         f"{high:.1%}"
     )
-    print(
+    log.show(
         f"speed   {gain:.2f} times the throughput of {usual.precision} on this machine"
         + ("" if gain > 1 else ": int8 is not faster for this network")
     )
-    print(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
+    log.show(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
     return made
 
 

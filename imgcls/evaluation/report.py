@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import yaml
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
@@ -77,7 +78,7 @@ def write_report(config: ReportConfig) -> str:
     else:
         text = render_run(compute_evaluation(source, config.evaluation, need_labels=False))
     filesystem.write(target, text.encode())
-    print(f"report  {target}", flush=True)
+    log.show(f"report  {target}")
     return target
 
 

@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
 from imgcls.errors import ManifestError, OutputError
 from imgcls.execution.formatting import format_count
-from imgcls.log import tell
 from imgcls.runs import layout
 
 DEFAULT_CHUNK_ROWS = 256
@@ -317,7 +317,7 @@ class _LabelChecker:
                 "bundle trained on these classes, or pass another --manifest.label-column"
             )
         log_label_variants(f"manifest {self._manifest.source}", self._unknown, self._classes)
-        tell(
+        log.emit(
             "note",
             f"{format_count(self._unknown.total(), 'label')} not among the classes of the model "
             f"({examples}); these rows are labeled, and counted separately in the metrics",

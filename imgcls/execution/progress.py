@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import collections
-import sys
 import time
 from typing import Any, TextIO
 
+from imgcls import log
 from imgcls.errors import OK
 from imgcls.execution.formatting import format_count, format_duration, format_percent
 from imgcls.execution.messages import ChunkResult, StageTimings
-from imgcls.log import is_json, tell
 
 _WINDOW_SECONDS = 30.0
 _LIVE_SECONDS = 0.2
@@ -27,6 +26,7 @@ class Progress:
     done:       of these, rows that were finished before
     interval_s: time between two log lines
     event:      name of the log lines
+    terminal:   draws a live bar there; by default where the command runs in a terminal
     """
 
     def __init__(
@@ -35,15 +35,14 @@ class Progress:
         done: int,
         interval_s: float,
         event: str = "labeling",
-        stream: TextIO | None = None,
+        terminal: TextIO | None = None,
     ) -> None:
         self._total = total
         self._done = done
         self._status: collections.Counter[str] = collections.Counter()
         self._interval_s = interval_s
         self._event = event
-        self._stream = stream or sys.stdout
-        self._is_live = self._stream.isatty() and not is_json()
+        self._terminal = log.find_terminal() if terminal is None else terminal
         self._timings = StageTimings()
         self._recent = [(time.monotonic(), done, 0.0)]
         self._workers_until: dict[str, float] = {}  # when each stops counting as active
@@ -71,7 +70,9 @@ class Progress:
         self._recent.append((now, self._done, self._timings.gpu))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
             self._recent.pop(0)
-        if now - self._reported_at >= (_LIVE_SECONDS if self._is_live else self._interval_s):
+        if now - self._reported_at >= (
+            _LIVE_SECONDS if self._terminal is not None else self._interval_s
+        ):
             self._report(now)
 
     def tick(self) -> None:
@@ -82,10 +83,10 @@ class Progress:
 
     def close(self) -> None:
         """End the line of the live bar."""
-        if self._is_live:
+        if self._terminal is not None:
             self._report(time.monotonic())
-            self._stream.write("\n")
-            self._stream.flush()
+            self._terminal.write("\n")
+            self._terminal.flush()
 
     @property
     def timings(self) -> StageTimings:
@@ -187,11 +188,10 @@ class Progress:
 
     def _report(self, now: float) -> None:
         self._reported_at = now
-        if not self._is_live:
-            fields = self.snapshot() if is_json() else {}
-            tell(self._event, self.format_line(), self._stream, **fields)
+        if self._terminal is None:
+            log.emit(self._event, self.format_line(), **self.snapshot())
             return
         filled = int(_BAR_WIDTH * self._done / self._total) if self._total else _BAR_WIDTH
         bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-        self._stream.write(f"\r[{bar}] {self.format_line()}\x1b[K")
-        self._stream.flush()
+        self._terminal.write(f"\r[{bar}] {self.format_line()}\x1b[K")
+        self._terminal.flush()

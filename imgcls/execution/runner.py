@@ -47,7 +47,6 @@ from imgcls.execution.plan import Plan, restore_shards
 from imgcls.execution.progress import Progress
 from imgcls.execution.replan import NodeMonitor, RunState
 from imgcls.execution.worker import Job
-from imgcls.log import tell
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
@@ -103,7 +102,7 @@ def load_completed(output: str, plan: Plan, manifest: Manifest) -> CompletedChun
     if len(completed.parts) < plan.num_parts:
         restore_shards(output, manifest, plan)
     if completed.rows_done:
-        tell("resume", f"{completed.rows_done:,} of {plan.rows:,} rows are done")
+        log.emit("resume", f"{completed.rows_done:,} of {plan.rows:,} rows are done")
     return completed
 
 
@@ -183,14 +182,14 @@ def _log_chunk(result: ChunkResult) -> None:
     task = result.task
     if result.crashes:
         crashed = result.status.get(CrashingImage.status, 0)
-        tell(
+        log.emit(
             "watch",
             f"chunk {task.chunk}: {format_count(result.crashes, 'worker')} crashed or were lost at "
             f"it; finished, {format_count(crashed, 'row')} {CrashingImage.status}",
         )
     if log.is_json():
         seconds = {name: round(value, 3) for name, value in result.timings.seconds().items()}
-        tell(
+        log.emit(
             "chunk",
             f"chunk {task.chunk} is written",
             chunk=task.chunk,
@@ -234,7 +233,7 @@ class ChunkRunner:
                     raise RunFailed(
                         f"{format_count(len(remaining), 'chunk')} sent to workers and not returned"
                     )
-                tell("layout", f"{reason}; replanning")
+                log.emit("layout", f"{reason}; replanning")
                 placement = self._adapt((yield from self._replan()))
                 _log_placement(placement)
         finally:
@@ -258,7 +257,7 @@ class ChunkRunner:
         try:
             for result in interrupts.iterate_in_thread(pipeline.run(), self._interruption):
                 for message in watchdog.check():
-                    tell("watch", message)
+                    log.emit("watch", message)
                 if result is not None and result.task.chunk in remaining:
                     watchdog.record_progress()
                     first_at = first_at or time.monotonic()
@@ -353,7 +352,7 @@ def _limit_to_job(scale: ScaleConfig, job: Job) -> ScaleConfig:
 
 def _log_placement(placement: Placement) -> None:
     for reason in placement.reasons:
-        tell("layout", reason)
+        log.emit("layout", reason)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
+from imgcls import log
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import build_malloc_env
@@ -24,7 +25,6 @@ from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
 from imgcls.execution.formatting import format_count, format_percent
 from imgcls.execution.placement import Placement, ScaleConfig
-from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def tune_settings(
         tuned, reason = balance_decoding(result, placement, tuned)
         reasons = (*reasons, reason)
     for reason in reasons:
-        tell("tune", reason)
+        log.emit("tune", reason)
     return tuned
 
 

@@ -22,7 +22,6 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import rollup
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.status import read_status
-from imgcls.log import tell
 from imgcls.metrics import PredictionCounts, tables
 from imgcls.metrics.drift import compute_drift
 from imgcls.metrics.formatting import format_summary
@@ -71,7 +70,7 @@ def log_metrics(summary: pa.Table) -> None:
     """Show the summary of the metrics: as a table, or as one JSON object per metric."""
     if log.is_json():
         for row in summary.to_pylist():
-            tell("metric", f"{row['metric']} {row['value']}", **row)
+            log.emit("metric", f"{row['metric']} {row['value']}", **row)
     else:
         log.show(format_summary(summary))
 
@@ -229,7 +228,7 @@ def check_drift(
     moved = compute_drift(counts, then)
     layout.write_tables(filesystem.join(output, layout.METRICS_FOLDER), {"drift": moved})
     for row in moved.to_pylist():
-        tell(
+        log.emit(
             "drift",
             f"{row['of']}: PSI {row['psi']:.4f}, Jensen-Shannon "
             f"{row['jensen_shannon']:.4f} bits, from {reference.url}",
@@ -303,8 +302,8 @@ def write_summary(
             }
         body["status"] = dict(sorted(status.items()))
     except ImgclsError as error:
-        tell("note", f"summary_json: the output cannot be read: {error}")
+        log.emit("note", f"summary_json: the output cannot be read: {error}")
     try:
         filesystem.write(url, (json.dumps(body, indent=2) + "\n").encode())
     except ImgclsError as error:
-        tell("note", f"summary_json cannot be written: {error}")
+        log.emit("note", f"summary_json cannot be written: {error}")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from imgcls import log
 from imgcls.config import Names, Section
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
@@ -38,7 +39,6 @@ from imgcls.inference.known_images import (
     take_rows,
 )
 from imgcls.inference.nights import PastRuns, find_past_runs
-from imgcls.log import tell
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
 
@@ -132,10 +132,10 @@ class SinceRequest:
                     "predict`, a folder of such outputs, or, for a first run, the parent folder of "
                     "--output"
                 )
-            tell("since", f"no committed run in {config.path} yet: all rows are new")
+            log.emit("since", f"no committed run in {config.path} yet: all rows are new")
         others = sum(run.bundle_sha256 != bundle_sha256 for run in runs)
         if others and not relabel:
-            tell(
+            log.emit(
                 "note",
                 f"{others:,} of {format_count(len(runs), 'earlier run')} used another bundle; "
                 "their rows are kept. Set --relabel to label them again",
@@ -229,7 +229,7 @@ class ManifestComparison:
             line += f"; broken and unchanged, not tried again: {bad} (--retry-failed)"
         if self.deleted:
             line += f"; {self.deleted:,} deleted"
-        tell("since", line, **self.describe())
+        log.emit("since", line, **self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Entries of `_run.json`: rows by reason, known bad images by status, deleted images."""
@@ -441,7 +441,7 @@ def _find_version_columns(
     default = [name for name in DEFAULT_VERSION_COLUMNS if name in have]
     known = {name for run in runs for name in run.schema.names}
     if runs and not known & set(default):
-        tell(
+        log.emit(
             "note",
             "changed images cannot be found: neither the manifest nor the earlier runs have a "
             f"column {', '.join(DEFAULT_VERSION_COLUMNS)}. Only new and failed rows are labeled",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest
 from imgcls.errors import TooManyErrors
@@ -23,7 +24,6 @@ from imgcls.execution.plan import RunIdentity, parse_plan
 from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
 from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
-from imgcls.log import tell
 from imgcls.runs import layout
 from imgcls.runs.schema import PREDICTION_COLUMNS
 
@@ -140,7 +140,7 @@ def _find_committed(
         same = request.has_same_manifest(run_record) and not request.find_differences(run_record)
         if same and layout.is_committed(folder):
             rows = parse_plan(run_record).rows
-            tell(
+            log.emit(
                 "committed",
                 f"{folder}: committed before, {format_count(rows, 'row')}; nothing to do",
             )
@@ -160,14 +160,16 @@ def _resume_run(
         return label(job)
     if request.series.has_date and (differences := request.find_differences(run_record)):
         lines = "; ".join(differences)
-        tell("note", f"{folder} is left unfinished: it was started with other settings: {lines}")
+        log.emit(
+            "note", f"{folder} is left unfinished: it was started with other settings: {lines}"
+        )
         return None
     try:
         return label(job)
     except TooManyErrors as error:
         if request.has_same_manifest(run_record) or not request.series.has_date:
             raise
-        tell("note", f"{error}. It is left unfinished: the manifest has changed")
+        log.emit("note", f"{error}. It is left unfinished: the manifest has changed")
         return None
 
 
@@ -193,7 +195,7 @@ def _label_in_next_folder(
                 newest = comparison.past_runs.committed[-1]  # `folder` is left unfinished
                 result = committed(newest.url, newest.rows)
             if result is not None:
-                tell("committed", f"{folder}: nothing new; no further run")
+                log.emit("committed", f"{folder}: nothing new; no further run")
                 return result
         return label(_build_job(request, request.series.find_next_folder(folder), comparison))
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_FILE
 from imgcls.data.storage_settings import create_thread_pool
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
-from imgcls.log import tell
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
@@ -140,7 +140,7 @@ def _log_run_names(message: str, urls: Sequence[str]) -> None:
     if urls:
         shown = ", ".join(sorted(urls)[:_MAX_NAMED_RUNS])
         more = f" and {len(urls) - _MAX_NAMED_RUNS:,} more" if len(urls) > _MAX_NAMED_RUNS else ""
-        tell("note", f"{message}: {shown}{more}")
+        log.emit("note", f"{message}: {shown}{more}")
 
 
 def compute_order(url: str, run_record: dict[str, Any], committed: str = "") -> RunOrder:

@@ -52,7 +52,6 @@ from imgcls.inference.result import PredictResult as PredictResult
 from imgcls.inference.rollup import PartRollup
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.workers import LABELING
-from imgcls.log import tell
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout
@@ -98,7 +97,6 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         settings,
         'label(manifest="photos.csv", model="bundle", output="out")',
     )
-    log.use(config.log)
     if config.date is None:  # only once: midnight may pass meanwhile
         config = config.model_copy(update={"date": datetime.datetime.now(datetime.UTC).date()})
     output = filesystem.absolute(resolve_output(config.output, config.date))
@@ -219,7 +217,14 @@ class _PredictRun:
         self.plan = parse_plan(stored) if stored is not None else self._make_plan()
         run = layout.load_run(output)
         assert run is not None
-        log.use(config.log, run_id=self.plan.run_id)
+        with log.context(run_id=self.plan.run_id):
+            return self._run_chunks(run, placement, is_resumed=stored is not None)
+
+    def _run_chunks(
+        self, run: dict[str, Any], placement: Placement, *, is_resumed: bool
+    ) -> PredictResult:
+        """Label the remaining chunks, retry failed rows if requested, commit."""
+        config = self.config
         tuned = self._tune(run, placement)
         placement = tuned.apply_to(placement)
         self.spec = self._build_spec(run, tuned)
@@ -231,9 +236,9 @@ class _PredictRun:
             observers=[RayMetrics(self.plan.run_id)],
         )
         counts = self._run_first_pass(placement)
-        if stored is not None and config.retry_errors:
+        if is_resumed and config.retry_errors:
             counts = self._retry_rows(placement, None) or counts
-        elif stored is not None and config.since is not None and "refused" in run:
+        elif is_resumed and config.since is not None and "refused" in run:
             # a quality gate refused it before: rows that may succeed now are retried
             counts = self._retry_rows(placement, TRANSIENT_STATUSES) or counts
         return self._commit(run, counts)
@@ -264,7 +269,7 @@ class _PredictRun:
     def _return_committed(self, stored: dict[str, Any]) -> PredictResult:
         rows = parse_plan(stored).rows
         _remove_staging(self.output)  # after a kill at the end
-        tell(
+        log.emit(
             "committed",
             f"{self.output}: committed before, {format_count(rows, 'row')}; nothing to do",
         )
@@ -297,7 +302,7 @@ class _PredictRun:
         except RequestError:
             filesystem.remove(filesystem.join(self.output, layout.STAGING_FOLDER))
             raise
-        tell(
+        log.emit(
             "plan",
             f"{format_count(plan.rows, 'row')} in {format_count(plan.num_chunks, 'chunk')} of "
             f"{plan.chunk_rows}, {format_count(plan.num_parts, 'final file')}",
@@ -413,7 +418,7 @@ class _PredictRun:
         if not tasks:
             return None
         rows = sum(len(task.offsets or ()) for task in tasks)
-        tell("retry", f"{format_count(rows, 'row')} that failed before")
+        log.emit("retry", f"{format_count(rows, 'row')} that failed before")
         filesystem.remove(filesystem.join(output, layout.SUCCESS_FILE))
         for _ in self.job_run.run(placement, tasks, total=rows):
             pass
@@ -462,7 +467,7 @@ class _PredictRun:
             precision=sorted(job_run.details.get("precision", ())),
         )
         _remove_staging(output)
-        tell("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)
+        log.emit("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)
         return PredictResult(output, counts.rows, counts)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.config import Section, UnitFloat
 from imgcls.data import filesystem, object_store
@@ -36,7 +37,7 @@ from imgcls.execution.placement import MAX_STORAGE_WAITS, ScaleConfig
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
 from imgcls.inference.commit import ErrorStatus
 from imgcls.inference.incremental import SinceConfig
-from imgcls.log import LogFormat, tell
+from imgcls.log import LogFormat
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
 from imgcls.runs import layout
 from imgcls.runs.lease import DEFAULT_TERM_SECONDS
@@ -134,7 +135,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
                 "compile always: an int8 network cannot be compiled. Set --compile never, or "
                 "another --precision"
             )
-        tell("int8", require_int8(bundle).describe_cost())
+        log.emit("int8", require_int8(bundle).describe_cost())
     check_columns(manifest)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)
@@ -265,7 +266,7 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
     except StorageBucketMissing as error:
         raise RequestError(f"the first image: {error}. Correct the manifest's paths") from error
     except StorageForbidden as error:
-        tell("note", f"the first image: {error}")
+        log.emit("note", f"the first image: {error}")
     except StorageError:
         return  # becomes an error row
 

@@ -26,6 +26,7 @@ import yaml
 from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
+from imgcls import log
 from imgcls.config import Section, names
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
@@ -141,11 +142,10 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
         files[EXPORT_FILES[format]] = compare_scores(format, expected, run(pixels))
         filesystem.write(filesystem.join(output, EXPORT_FILES[format]), data)
         result = files[EXPORT_FILES[format]]
-        print(
+        log.show(
             f"{EXPORT_FILES[format]:<12} {len(data) / 1e6:,.1f} MB; {result['same_label']} of "
             f"{result['images']} images have the same label, scores differ by "
             f"{result['largest_difference']:.1e} at most",
-            flush=True,
         )
     for name in (*EXPORT_FILES.values(), EXAMPLE_FILE):
         if name not in files:
@@ -159,7 +159,7 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
         texts[EXAMPLE_FILE] = render_example(bundle.spec)
     for name, text in texts.items():
         filesystem.write(filesystem.join(output, name), text.encode())
-    print(f"export       {output}", flush=True)
+    log.show(f"export       {output}")
     return description
 
 

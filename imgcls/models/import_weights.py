@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.preprocess import DecodeMode, Preprocess
@@ -78,7 +79,7 @@ def import_model(config: ImportConfig) -> Bundle:
     matched = zoo.match_weights(network, state)
     note = matched.describe_unused()
     if note is not None:
-        print(f"note: {note}")
+        log.emit("note", f"{note}")
     _check_class_count(network, matched.state, config, len(classes))
     zoo.apply_weights(network, state, replace_head=False)
     spec = BundleSpec(
@@ -88,7 +89,7 @@ def import_model(config: ImportConfig) -> Bundle:
         provenance={"imported_from": config.weights},
     )
     bundle = save_bundle(output, spec, network.state_dict())
-    print(f"bundle  {output}  ({config.arch}, {len(classes):,} classes)")
+    log.show(f"bundle  {output}  ({config.arch}, {len(classes):,} classes)")
     return bundle
 
 
@@ -96,7 +97,7 @@ def list_models(config: ListModelsConfig) -> None:
     """Print the names of the architectures."""
     for name in zoo.list_architectures():
         if config.contains in name:
-            print(name)
+            log.show(name)
 
 
 def _resolve_preprocess(config: ImportConfig, default: Preprocess) -> Preprocess:

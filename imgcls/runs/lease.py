@@ -18,10 +18,10 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
-from imgcls.log import tell
 
 LEASE_FOLDER = "_lease"
 DEFAULT_TERM_SECONDS = 30.0
@@ -180,7 +180,7 @@ def _wait_until_free(folder: str, number: int, term: float) -> bool:
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is not None:
         return dead
-    tell(
+    log.emit(
         "lease",
         f"waiting up to {term:.0f} s to see whether {first['host']}, which locked this output, "
         "is alive",

@@ -31,7 +31,6 @@ from imgcls.errors import (
     RunFailed,
     one_line,
 )
-from imgcls.log import tell
 from imgcls.models.bundle import load_bundle
 from imgcls.serving import proxy_middleware
 from imgcls.serving.config import HttpConfig, ServeConfig
@@ -63,7 +62,6 @@ def serve(config: ServeConfig) -> None:
     RunFailed
         If the replicas do not start, or running replicas cannot load a changed bundle.
     """
-    log.use(config.log)
     config = _resolve_paths(config)
     _check_http(config)
     fixed_keys = run_preflight_checks(config)
@@ -78,7 +76,7 @@ def serve(config: ServeConfig) -> None:
         replicas = plan_replicas(
             session.list_nodes(), config.replicas, may_grow=autoscaler.find_max_nodes() is not None
         )
-        tell("layout", replicas.reason)
+        log.emit("layout", replicas.reason)
         _start_proxies(config)
         was_running = APPLICATION in ray_serve.status().applications
         settings_id = uuid.uuid4().hex
@@ -126,7 +124,7 @@ def _run_until_stopped(config: ServeConfig, was_running: bool, interruption: Int
     scheme = "https" if config.http.certificate else "http"
     url = f"{scheme}://{config.http.host}:{config.http.port}/"
     try:
-        tell("ready", f"{url} serves {config.model}", url=url)
+        log.emit("ready", f"{url} serves {config.model}", url=url)
         monitor = _ReplicaMonitor(config.model)
         while not config.detach:
             interruption.check()
@@ -135,7 +133,7 @@ def _run_until_stopped(config: ServeConfig, was_running: bool, interruption: Int
         return
     except Interrupted:
         if was_running:
-            tell(
+            log.emit(
                 "stop",
                 "the service was running before this command and keeps running. Run "
                 "`serve shutdown` to stop it",
@@ -143,7 +141,7 @@ def _run_until_stopped(config: ServeConfig, was_running: bool, interruption: Int
             return
     _drain(config)
     _delete_application()
-    tell("stop", "all requests were answered; stopped")
+    log.emit("stop", "all requests were answered; stopped")
 
 
 class _ReplicaMonitor:
@@ -165,9 +163,9 @@ class _ReplicaMonitor:
             logger.info("no status of the service: %s", type(error).__name__)
             return
         if reason is not None and reason != self._last_reason:
-            tell("unhealthy", f"a replica is missing, Ray Serve keeps restarting it: {reason}")
+            log.emit("unhealthy", f"a replica is missing, Ray Serve keeps restarting it: {reason}")
         elif reason is None and self._last_reason is not None:
-            tell("healthy", "all replicas are running again")
+            log.emit("healthy", "all replicas are running again")
         self._last_reason = reason
 
     def _find_reason(self) -> str | None:
@@ -314,7 +312,7 @@ def _wait_for_replicas(settings_id: str, interruption: Interruption) -> None:
 def _drain(config: ServeConfig) -> None:
     """Turn /readyz to 503 and keep serving for the drain period."""
     if config.replicas.drain_period_s:
-        tell("stop", f"draining for {config.replicas.drain_period_s:g} s")
+        log.emit("stop", f"draining for {config.replicas.drain_period_s:g} s")
         coordinator = ray_serve.get_deployment_handle(COORDINATOR, APPLICATION)
         coordinator.start_draining.remote().result(timeout_s=30)
         time.sleep(config.replicas.drain_period_s)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from imgcls import log
 from imgcls.data.storage_settings import bind_settings
 from imgcls.training.epoch_metrics import EpochMetrics
 
@@ -95,7 +96,7 @@ def open_driver_channel(epochs: int, on_epoch: Callable[[EpochMetrics], None]) -
                 seen += len(posts)
                 for post in posts:
                     is_epoch = isinstance(post, EpochMetrics)
-                    print(post.format_line(epochs) if is_epoch else post, flush=True)
+                    log.show(post.format_line(epochs) if is_epoch else post)
                     if is_epoch:
                         on_epoch(post)
 

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import DecodeMode, Preprocess, ResizeMode
@@ -87,7 +88,7 @@ def build_initial_network(
         headless = f"the weights have no head ({', '.join(absent)}); a new one is trained"
         for note in (matched.describe_unused(), headless if absent else None):
             if note is not None:
-                print(f"note: model.weights {weights}: {note}", flush=True)
+                log.emit("note", f"model.weights {weights}: {note}")
     return network
 
 

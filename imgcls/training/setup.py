@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import nn
 
+from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError, TooManyErrors
@@ -75,7 +76,9 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     rows = examples.count(held=False)
     if config.batch_size > rows:
-        print(f"note: batch_size reduced from {config.batch_size} to the {rows} training images")
+        log.emit(
+            "note", f"batch_size reduced from {config.batch_size} to the {rows} training images"
+        )
         config = config.model_copy(update={"batch_size": rows})
     smallest = _min_rows_per_part(config, rows)
     class_weights = compute_class_weights(
@@ -157,7 +160,7 @@ def log_setup(
     weights = f"weights {config.model.weights}" if config.model.weights else "random weights"
     pre = setup.preprocess
     where = "kept in memory" if cached else "too large for memory: decoded in every epoch"
-    print(
+    log.show(
         f"data: {rows:,} training images of {len(examples.classes)} classes from "
         f"{config.data.train.path}, {held:,} validation images {origin}\n"
         f"      {decoding.compute_decoded_bytes(examples.rows) / 1e6:,.0f} MB decoded, {where}\n"
@@ -167,7 +170,6 @@ def log_setup(
         f"{config.augment.build_recipe()}\n"
         f"workers: {workers}, {steps:,} steps of {rows // steps} to {-(-rows // steps)} images "
         "per epoch",
-        flush=True,
     )
     absent = [
         name
@@ -176,10 +178,9 @@ def log_setup(
     ]
     if absent:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        print(
+        log.show(
             f"no validation image of {', '.join(map(repr, absent[:5]))}{more}: left out of the "
             "balanced accuracy",
-            flush=True,
         )
 
 
@@ -191,17 +192,16 @@ def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> 
     start = time.perf_counter()
     decoded = decode_images(setup.examples.rows, decoding, cpus=cpus)
     rows, failures = setup.examples.rows.num_rows, decoded.failures
-    print(
+    log.show(
         f"decoded: {rows - len(failures):,} images, {len(failures):,} failed, "
         f"{time.perf_counter() - start:.1f} s",
-        flush=True,
     )
     allowed = setup.config.data.max_error_rate
     listed = "".join(f"\n  {failure.url}: {failure.error}" for failure in failures[:3])
     if len(failures) > allowed * rows:
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
-        print(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""), flush=True)
+        log.show(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
     _check_enough_decoded(setup.examples, failures, setup.config.scale.max_workers)
     return decoded
 

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import ray
 
+from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.config import requested
@@ -185,7 +186,7 @@ def _find_finished(setup: TrainSetup) -> TrainResult | None:
     for epoch in history[1:]:
         best = epoch if epoch.is_better_than(best, config.best_by) else best
     filesystem.remove(Checkpoints(url).folder)
-    print(f"{url} already holds the bundle of this training; pass --overwrite to train again")
+    log.show(f"{url} already holds the bundle of this training; pass --overwrite to train again")
     failed = provenance["data"]["train_failed"] + provenance["data"]["val_failed"]
     return TrainResult(url, history, best, failed)
 
@@ -285,11 +286,10 @@ class _Run:
         if outcome.failure_kind is not None or len(curve) < 2:
             raise RunFailed(f"the LR range test failed: {outcome.problem or 'no step was made'}")
         suggestion = write_lr_curve(url, curve)
-        print(
+        log.show(
             f"LR range test: {len(curve)} steps up to {curve[-1][0]:.2g}; the loss falls fastest "
             f"at {suggestion:.2g}: try --optim.lr {suggestion:.1e}\n"
             f"plot: {filesystem.join(url, 'plots/lr_range.png')}",
-            flush=True,
         )
         return TrainResult(url, [], None, 0, curve)
 
@@ -347,10 +347,9 @@ class _Run:
         assert self.config.optim.lr is not None
         note = format_probe_note(outcome.history, best, lr=self.config.optim.lr)
         if note is not None:
-            print(f"note: {note}", flush=True)
-        print(
+            log.emit("note", f"{note}")
+        log.show(
             f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {self.config.output}",
-            flush=True,
         )
 
 

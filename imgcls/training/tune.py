@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 from ray import tune as ray_tune
 
+from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.session import Node
@@ -168,10 +169,9 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
     )
     cpus = sum(node.cpus for node in nodes)
     concurrent = resolve_concurrency(config, workers, nodes, cached=cached)
-    print(
+    log.show(
         f"search: {config.tune.total_trials} trials of {', '.join(config.tune.space)}; "
         f"{concurrent} at a time, each {workers}, of {cpus:g} CPUs",
-        flush=True,
     )
     images: CachedImages | None = None
     if cached:
@@ -216,7 +216,7 @@ def _build_tuner(config: TuneConfig, images: CachedImages | None, concurrent: in
     state = filesystem.join(config.output, STATE_FOLDER)
     path, file_system = resolve_ray_storage(config.output)
     if filesystem.exists(filesystem.join(state, "tuner.pkl")):
-        print("search: resuming", flush=True)
+        log.show("search: resuming")
         return ray_tune.Tuner.restore(
             f"{path}/{STATE_FOLDER}",
             trainable,
@@ -356,10 +356,9 @@ class _TrialPrinter(ray_tune.Callback):
         if how == "ended" and last.get("epoch", 0) < self._epochs:
             how = f"stopped after epoch {last.get('epoch', 0)}"
         value = last.get(self._metric, math.nan)
-        print(
+        log.show(
             f"trial {self._num_ended}/{self._num_trials}  {_format_values(trial.config)}  "
             f"{self._metric} {value:.4f}  {how}",
-            flush=True,
         )
 
 
@@ -392,10 +391,9 @@ def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     best = filesystem.join(config.output, BEST_FOLDER)
     _copy_best(str(first["bundle"]), best)
     values = {key: first[key] for key in config.tune.space}
-    print(
+    log.show(
         f"best: {_format_values(values)}  {config.best_by} {first[config.best_by]:.4f} -> {best}\n"
         f"all {len(table)} trials: {filesystem.join(config.output, RESULTS_FILE)}",
-        flush=True,
     )
     return TuneResult(best, values, table)
 

@@ -32,28 +32,28 @@ def done(rows: int, errors: int = 0, worker: str = "a/1", **seconds: float) -> C
     return ChunkResult(ChunkTask(0), rows, status, StageTimings(**seconds), worker)
 
 
-def test_a_log_gets_a_line_per_interval_and_not_per_chunk(clock: Clock) -> None:
-    log = io.StringIO()
-    bar = Progress(1000, 0, interval_s=5, stream=log)
+def test_a_log_gets_a_line_per_interval_and_not_per_chunk(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = Progress(1000, 0, interval_s=5)
     for _ in range(12):
         clock.now += 1
         bar.add(done(10, errors=1))
-    lines = log.getvalue().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "labeling  50/1,000 rows (5.0%)  10.0 images/s  5 errors  ETA 1 min 35 s",
         "labeling  100/1,000 rows (10.0%)  10.0 images/s  10 errors  ETA 1 min 30 s",
     ]
     bar.close()
-    assert log.getvalue().splitlines() == lines
+    assert capsys.readouterr().out == ""
 
 
-def test_a_wait_for_workers_is_logged(clock: Clock) -> None:
-    log = io.StringIO()
-    bar = Progress(1000, 0, interval_s=5, stream=log)
+def test_a_wait_for_workers_is_logged(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress(1000, 0, interval_s=5)
     for _ in range(70):
         clock.now += 0.2
         bar.tick()
-    assert log.getvalue().splitlines() == [
+    assert capsys.readouterr().out.splitlines() == [
         "labeling  0/1,000 rows  starting workers (5 s)",
         "labeling  0/1,000 rows  starting workers (10 s)",
     ]
@@ -61,7 +61,7 @@ def test_a_wait_for_workers_is_logged(clock: Clock) -> None:
 
 def test_a_terminal_gets_one_bar_that_is_drawn_over(clock: Clock) -> None:
     terminal = Terminal()
-    bar = Progress(100, 0, interval_s=60, stream=terminal)
+    bar = Progress(100, 0, interval_s=60, terminal=terminal)
     for _ in range(2):
         clock.now += 1
         bar.add(done(50))
@@ -79,7 +79,7 @@ def test_a_terminal_gets_one_bar_that_is_drawn_over(clock: Clock) -> None:
 
 
 def test_the_rate_is_recent_and_a_resume_counts_only_its_own_rows(clock: Clock) -> None:
-    bar = Progress(10_000, 4000, interval_s=60, stream=io.StringIO())
+    bar = Progress(10_000, 4000, interval_s=60)
     clock.now += 60  # starting up
     bar.add(done(10))
     for _ in range(40):
@@ -93,7 +93,7 @@ def test_the_rate_is_recent_and_a_resume_counts_only_its_own_rows(clock: Clock) 
 
 
 def test_the_steady_rate_excludes_start_up(clock: Clock) -> None:
-    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(100, 0, interval_s=60)
     assert bar.steady_rate is None
     clock.now += 100
     bar.add(done(10, worker="a/1"))
@@ -107,7 +107,7 @@ def test_the_steady_rate_excludes_start_up(clock: Clock) -> None:
 
 
 def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
-    bar = Progress(1000, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(1000, 0, interval_s=60)
     clock.now += 10  # starting up
     for _ in range(2):  # two workers, 100 rows in 5 s each: 40 images/s
         clock.now += 5
@@ -130,7 +130,7 @@ def test_workers_that_finish_together_are_no_high_rate(clock: Clock) -> None:
     [(59, "ETA 59 s"), (60, "ETA 1 min 00 s"), (3599, "ETA 59 min 59 s"), (7500, "ETA 2 h 05 min")],
 )
 def test_the_time_left_has_units_by_its_length(clock: Clock, left: int, expected: str) -> None:
-    bar = Progress(3 + left, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(3 + left, 0, interval_s=60)
     clock.now += 100  # starting up
     for _ in range(3):
         clock.now += 1
@@ -139,7 +139,7 @@ def test_the_time_left_has_units_by_its_length(clock: Clock, left: int, expected
 
 
 def test_while_only_a_rate_with_start_up_is_known_no_time_left_is_given(clock: Clock) -> None:
-    bar = Progress(1000, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(1000, 0, interval_s=60)
     clock.now += 20
     bar.add(done(10))
     assert bar.seconds_left is None
@@ -154,14 +154,14 @@ def test_while_only_a_rate_with_start_up_is_known_no_time_left_is_given(clock: C
 
 
 def test_one_row_and_one_error_are_singular(clock: Clock) -> None:
-    bar = Progress(1, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(1, 0, interval_s=60)
     clock.now += 1
     bar.add(done(1, errors=1))
     assert bar.format_line() == "1/1 row (100.0%)  1.0 images/s  1 error"
 
 
 def test_the_slowest_stage_is_named_with_its_share(clock: Clock) -> None:
-    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(100, 0, interval_s=60)
     clock.now += 1
     bar.add(done(10))
     assert "bottleneck" not in bar.format_line()
@@ -172,14 +172,14 @@ def test_the_slowest_stage_is_named_with_its_share(clock: Clock) -> None:
 
 
 def test_a_run_without_a_rate_has_no_time_left(clock: Clock) -> None:
-    bar = Progress(100, 0, interval_s=60, stream=io.StringIO())
+    bar = Progress(100, 0, interval_s=60)
     bar.add(done(10))  # in no time at all
     assert "ETA" not in bar.format_line()
     assert "0.0 images/s" in bar.format_line()
 
 
 def test_the_line_shows_how_busy_gpus_are(clock: Clock) -> None:
-    bar = Progress(1000, 0, interval_s=5, stream=io.StringIO())
+    bar = Progress(1000, 0, interval_s=5)
     for worker in ("a/1", "b/1"):
         clock.now += 1
         bar.add(done(10, worker=worker, classify=0.9, gpu=0.6))
@@ -189,7 +189,7 @@ def test_the_line_shows_how_busy_gpus_are(clock: Clock) -> None:
 
 
 def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
-    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500)
     for worker in ("a/1", "a/2"):  # the second in place of the first
         for _ in range(40):
             clock.now += 1
@@ -199,7 +199,7 @@ def test_a_gpu_whose_worker_was_replaced_is_counted_once(clock: Clock) -> None:
 
 
 def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clock) -> None:
-    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500)
     clock.now += 60
     bar.add(done(10, worker="a/1", classify=50.0, gpu=30.0))
     clock.now += 60
@@ -209,7 +209,7 @@ def test_a_worker_whose_chunks_take_long_is_there_between_two_of_them(clock: Clo
 
 
 def test_a_run_that_comes_to_a_stop_loses_its_rate(clock: Clock) -> None:
-    bar = Progress(10_000, 0, interval_s=500, stream=io.StringIO())
+    bar = Progress(10_000, 0, interval_s=500)
     for _ in range(40):
         clock.now += 1
         bar.add(done(20))

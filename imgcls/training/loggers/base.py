@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
+from imgcls import log
 from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted, one_line
@@ -138,7 +139,7 @@ class MetricLoggers:
         flat = flatten_settings(settings)
 
         def start(logger: MetricLogger) -> None:
-            print(f"{logger.name}: {logger.start(flat, first)}", flush=True)
+            log.show(f"{logger.name}: {logger.start(flat, first)}")
 
         with self._lock:
             self._is_open = True
@@ -261,7 +262,7 @@ class _LoggerQueue:
             self._report("reachable again; the missing updates were logged")
 
     def _report(self, text: str) -> None:
-        print(f"{self.logger.name}: {text}", flush=True)
+        log.show(f"{self.logger.name}: {text}")
 
 
 def _drop_nan(values: Mapping[str, float]) -> dict[str, float]:
