@@ -43,7 +43,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {}
 PENDING: tuple[str, ...] = (
     "README.md",
     "benchmarks/",
-    "docs/data.md",
     "docs/export.md",
     "docs/faq.md",
     "docs/guarantees.md",
@@ -56,7 +55,6 @@ PENDING: tuple[str, ...] = (
     "imgcls/cli.py",
     "imgcls/client.py",
     "imgcls/config.py",
-    "imgcls/curation/",
     "imgcls/data/",
     "imgcls/demo.py",
     "imgcls/execution/",
@@ -69,7 +67,6 @@ PENDING: tuple[str, ...] = (
     "jobs/",
     "tests/browser.py",
     "tests/conftest.py",
-    "tests/curation/",
     "tests/data/",
     "tests/e2e/",
     "tests/evaluation/test_calibrate.py",

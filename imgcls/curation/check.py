@@ -145,8 +145,11 @@ def check(config: CheckConfig | None = None, /, **settings: Any) -> CheckResult:
 
     Examples
     --------
-    >>> result = imgcls.check(manifest="train.csv", against="test.csv", output="checked")
-    >>> result.counts
+    >>> import imgcls
+    >>> result = imgcls.check(  # doctest: +SKIP
+    ...     manifest="train.csv", against="test.csv", output="checked"
+    ... )
+    >>> result.counts  # doctest: +SKIP
     {'near-duplicates': 6, 'leakage': 1}
     """
     config = requested(CheckConfig, config, settings, 'check(manifest="train.csv", output="out")')

@@ -85,10 +85,10 @@ def test_csv_files_of_any_writer_are_read(
 
 def test_quotes_keep_delimiters_newlines_and_quotes_in_a_value(put: Put) -> None:
     path = put(
-        'path,"la""bel","note\nline"\n"a,b.jpg","two\nlines","say ""hi"""\nc.jpg,"x\r\ny",\n'
+        'path,"la""bel","note\nline"\n"a,b.jpg","two\nlines","has ""hi"""\nc.jpg,"x\r\ny",\n'
     )
     assert rows_of(path) == [
-        {"path": "a,b.jpg", 'la"bel': "two\nlines", "note\nline": 'say "hi"'},
+        {"path": "a,b.jpg", 'la"bel': "two\nlines", "note\nline": 'has "hi"'},
         {"path": "c.jpg", 'la"bel': "x\r\ny", "note\nline": None},
     ]
 

@@ -39,9 +39,9 @@ class RulesConfig(Section):
     min_sharpness: NonNegativeFloat = 0.12
     """Blurry: minimum sharpness (standard deviation of the Laplacian over that of brightness)."""
     min_color: UnitFloat = 0.03
-    """Greyscale: minimum difference between the color channels (0 to 1)."""
+    """Grayscale: minimum difference between the color channels (0 to 1)."""
     max_gray_share: UnitFloat = 0.2
-    """Greyscale: maximum fraction of such images; above it, none is reported."""
+    """Grayscale: maximum fraction of such images; above it, none is reported."""
 
 
 def apply_rules(images: ImageTable, rules: RulesConfig) -> Iterator[Finding]:
