@@ -33,7 +33,7 @@ def test_a_bundle_has_the_task_of_its_format() -> None:
 
 def test_columns_need_no_torch() -> None:
     code = (
-        "import sys; from imgcls.runs.layout import build_prediction_schema;"
+        "import sys; from imgcls.runs.schema import build_prediction_schema;"
         "build_prediction_schema(labeled=True, scores=3); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
