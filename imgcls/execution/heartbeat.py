@@ -215,7 +215,7 @@ class Watchdog:
     """Kills workers whose heartbeat is too old, and measures how long the pass has been idle.
 
     Ray restarts a worker that was killed; what the new one finds in the record decides how the
-    chunk goes on.
+    chunk continues.
 
     timeout_s: maximum time without a heartbeat
     """

@@ -24,8 +24,8 @@ class RunSpec:
 
     session:        name of one pass of one driver over the run
     io_concurrency: concurrent reads per worker
-    crash_retries:  worker crashes at a chunk, beside the first, before its rows are processed one
-                    at a time
+    crash_retries:  retries of a chunk after a worker crash before its rows are processed one at a
+                    time
     is_on_web:      whether the inputs are on web servers, which limits the number of readers
     """
 

@@ -21,7 +21,7 @@ _POLL_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class RunState:
-    """What decides whether a pass goes on.
+    """The state that decides whether a pass continues.
 
     nodes_before, nodes_now: when the pass started, and now
     stable_seconds:          since the nodes last changed

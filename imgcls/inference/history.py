@@ -121,7 +121,7 @@ def _find_newest(known: KnownImages, runs: Sequence[CommittedRun], config: Compa
     only = ""
     if config.manifest is not None:
         known.add_manifest(open_manifest(config.manifest))
-        only = "AND place IN (SELECT place FROM asked)"
+        only = "AND place IN (SELECT place FROM listed)"
     # of several rows of one night, the first one; a null path is no image
     rank = "(night::HUGEINT << 60) + (source::HUGEINT << 40) - nth"
     known.db.execute(

@@ -358,7 +358,7 @@ class ManifestComparison:
         db.execute(
             f"CREATE TABLE todo AS SELECT a.nth, {why} AS why, n.status, "
             f"(why = 'failed before' OR (why IN ('new', 'changed') AND {refused})) AS before "
-            "FROM asked a LEFT JOIN newest n ON a.place = n.place "
+            "FROM listed a LEFT JOIN newest n ON a.place = n.place "
             "LEFT JOIN last_gone g ON a.place = g.place"
         )
         db.execute(
@@ -366,7 +366,7 @@ class ManifestComparison:
             "SELECT place, night, source, nth FROM newest WHERE below UNION ALL "
             "SELECT place, max(night), arg_max(source, night), arg_max(nth, night) FROM planned "
             "WHERE place NOT IN (SELECT place FROM newest) GROUP BY place) n "
-            "WHERE NOT EXISTS (SELECT 1 FROM asked a WHERE a.place = n.place) "
+            "WHERE NOT EXISTS (SELECT 1 FROM listed a WHERE a.place = n.place) "
             "AND NOT EXISTS (SELECT 1 FROM last_gone g WHERE g.place = n.place "
             "AND g.night > n.night)"
         )

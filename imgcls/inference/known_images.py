@@ -59,7 +59,7 @@ class KnownImages:
         for table, columns in (
             ("known", known + numbered),
             ("refused", known + numbered),
-            ("asked", f"place UHUGEINT, {versions}nth BIGINT"),
+            ("listed", f"place UHUGEINT, {versions}nth BIGINT"),
             ("planned", f"place UHUGEINT, {numbered}"),
             ("gone", "place UHUGEINT, night BIGINT"),
         ):
@@ -190,7 +190,7 @@ class KnownImages:
                 start += table.num_rows
                 yield from _iter_record_batches(columns, self._build_input_schema("nth"))
 
-        self._insert("asked", rows(), "nth")
+        self._insert("listed", rows(), "nth")
 
     def iter_column(self, query: str) -> Iterator[np.ndarray]:
         """The first column of a query, array by array."""

@@ -39,7 +39,7 @@ MAX_DRIVER_ROWS = 50_000
 
 
 class PartRollup:
-    """Rolls parts up and counts them on the cluster while labeling goes on; sums the counts."""
+    """Rolls parts up and counts them on the cluster during labeling; sums the counts."""
 
     def __init__(
         self, driver: Driver, plan: Plan, label_column: str | None, classes: Sequence[str]

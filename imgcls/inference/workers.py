@@ -98,7 +98,7 @@ class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
 def prepare_chunk(
     spec: PredictSpec, rows: pa.Table, decode: bool, timings: StageTimings, attempt: Attempt
 ) -> Any:
-    """First stage where there are GPUs: fetch a chunk's files, and decode them if so asked.
+    """First stage where there are GPUs: fetch a chunk's files; decode them if `decode` is set.
 
     Returns the files, or `PreparedImages` where they are decoded or too large to be sent.
     """

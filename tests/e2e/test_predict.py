@@ -184,7 +184,7 @@ def test_the_gpu_layouts_write_the_same_table(
         asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
         done = imgcls(*base, "--output", place / layout, *asked, env=env)
         assert done.returncode == 0, done.stderr
-    assert "model workers on GPUs" in done.stdout
+    assert "1 model worker on GPUs" in done.stdout
     assert table(place / layout).equals(table(place / "cpu"))
 
 
