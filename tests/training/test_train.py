@@ -86,10 +86,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def leaves(section: type[Section], prefix: str = "") -> Iterator[str]:
-    from imgcls.config import _section_of
+    from imgcls.config import find_section_type
 
     for name, field in section.model_fields.items():
-        inner = _section_of(field.annotation)
+        inner = find_section_type(field.annotation)
         if inner is None or field.default is None:
             yield prefix + name
         else:
