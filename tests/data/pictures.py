@@ -12,7 +12,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from imgcls.data import decode
 from imgcls.data.preprocess import Preprocess
+from imgcls.errors import ImageError
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}
 
@@ -104,3 +106,50 @@ def enlarged(format: str, width: int, height: int) -> bytes:
             entry = data.index(struct.pack("<HHI", tag, 4, 1), 8)
             data[entry + 8 : entry + 12] = struct.pack("<I", value)
     return bytes(data)
+
+
+def fast(**settings: Any) -> Preprocess:
+    """The setting that has every decode route."""
+    return Preprocess(decode="fast", **settings)
+
+
+SPEC = fast()
+SMALL = fast(resize=32, crop=28)
+COLOUR = (200, 60, 40)
+NOISE = np.random.default_rng(0).integers(0, 256, (100, 120))
+FILES: dict[str, bytes] = {
+    "jpeg": encoded(drawn(150, 110), "JPEG"),
+    "jpeg progressive": encoded(drawn(150, 110), "JPEG", progressive=True),
+    "jpeg dct": encoded(drawn(1300, 1040), "JPEG"),
+    "jpeg dct progressive": encoded(drawn(1300, 1040), "JPEG", progressive=True),
+    "jpeg cmyk": encoded(drawn(150, 110).convert("CMYK"), "JPEG"),
+    "jpeg turned": encoded(drawn(150, 110), "JPEG", 6),
+    "png": encoded(drawn(150, 110), "PNG"),
+    "png 16": encoded(Image.fromarray(NOISE.astype(np.uint16) * 257), "PNG"),
+    "webp": encoded(drawn(150, 110), "WEBP"),
+    "webp lossless": encoded(drawn(150, 110), "WEBP", lossless=True),
+    "gif": encoded(drawn(150, 110), "GIF"),
+    "bmp": encoded(drawn(150, 110), "BMP"),
+    "tiff": encoded(drawn(150, 110), "TIFF"),
+    "tiff lzw": encoded(drawn(150, 110), "TIFF", compression="tiff_lzw"),
+}
+
+STATUSES = {"empty", "truncated", "not_an_image", "unsupported", "too_large", "unreadable"}
+
+
+def decodes_or_is_refused(data: bytes) -> None:
+    try:
+        pixels, (width, height) = decode.decode_image(data, SMALL, max_pixels=4_000_000)
+    except ImageError as error:
+        refusal = error
+        assert refusal.status in STATUSES
+        assert str(refusal)
+    else:
+        assert pixels.shape == (3, 28, 28)
+        assert pixels.dtype == np.uint8
+        assert 0 < width * height <= 4_000_000
+    try:
+        small = decode.decode_preview(data, 20).image
+    except ImageError:
+        return
+    assert max(small.size) <= 20

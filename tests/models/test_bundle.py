@@ -213,7 +213,7 @@ def test_a_description_changed_by_hand_is_refused(bundle: Path) -> None:
     path.write_text(json.dumps(body | {"threshold": 0.9}, indent=2) + "\n")
     message = refused(bundle)
     assert "was modified (its digest differs)" in message
-    assert "rather than editing it" in message
+    assert "instead of editing it" in message
 
 
 def redescribed(bundle: Path, **changes: Any) -> None:

@@ -119,8 +119,8 @@ def test_a_bundle_is_replaced_only_when_told(
         (b"cat\ndog\ncat\n", "line 3: 'cat' is also on line 1"),
         (b"cat\n\ndog\n", "line 2: is blank"),
         (b"", "has no class names"),
-        (b"\xff\xfe\x00", "give a text file with one name per line"),
-        (None, "classes.txt: no such file; give a text file with one name per line"),
+        (b"\xff\xfe\x00", "pass a text file with one name per line"),
+        (None, "classes.txt: no such file; pass a text file with one name per line"),
     ],
     ids=["few", "many", "doubled", "blank", "empty", "binary", "missing"],
 )

@@ -61,7 +61,9 @@ def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
 
 def test_preprocessing_that_cannot_be_said_is_refused() -> None:
     name = "timm:vit_medium_patch16_gap_384"
-    with pytest.raises(BundleError, match="made to fit 404 pixels and then cropped to 384"):
+    with pytest.raises(
+        BundleError, match="padded or stretched to 404 pixels and then cropped to 384"
+    ):
         zoo.get_default_preprocess(zoo.resolve_architecture(name))
 
 

@@ -113,7 +113,7 @@ def test_safetensors_with_a_prefix_become_a_bundle(
 
 def test_two_sets_of_weights_are_not_chosen_from() -> None:
     both = below("one.", STATE) | below("two.", state_of(1))
-    with pytest.raises(BundleError, match=r"below 'one\.' and below 'two\.'; save the ones"):
+    with pytest.raises(BundleError, match=r"below 'one\.' and below 'two\.'; save only one"):
         zoo.apply_weights(zoo.build_network(ARCHITECTURE, 3), both, replace_head=False)
     known = below("student.", state_of(1)) | below("teacher.", STATE)
     network = zoo.build_network(ARCHITECTURE, 3)
