@@ -34,14 +34,18 @@ def emit(event: str, message: str, /, **fields: Any) -> None:
     fields : values for machines; the text format leaves them out
     """
     level = logging.WARNING if event == "note" else logging.INFO
-    logger = logging.getLogger(sys._getframe(1).f_globals["__name__"])
-    logger.log(level, "%s", message, extra={"event": event, "fields": fields})
+    _find_caller(2).log(level, "%s", message, extra={"event": event, "fields": fields})
 
 
 def show(text: str) -> None:
     """Log text that the command shows as it is: a result, or a line of a table."""
-    logger = logging.getLogger(sys._getframe(1).f_globals["__name__"])
-    logger.info("%s", text, extra={"event": "result", "fields": {}})
+    _find_caller(2).info("%s", text, extra={"event": "result", "fields": {}})
+
+
+def _find_caller(depth: int) -> logging.Logger:
+    """The logger of the module that called; the package's own for a script outside of it."""
+    name = str(sys._getframe(depth).f_globals["__name__"])
+    return logging.getLogger(name) if name.partition(".")[0] == "imgcls" else _ROOT
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def test_every_commands_help_lists_every_key_that_it_takes(
 def test_predicts_help_through_the_real_command_needs_no_cluster_and_no_keys() -> None:
     done = imgcls("predict", "--help", env={"RAY_ADDRESS": "127.0.0.1:1"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Label a manifest with a bundle and commit the table." in done.stdout
+    assert "Label the images of a manifest with a bundle and commit the table." in done.stdout
     assert "--scale.layout auto|cpu|gpu|gpu_decode  (default auto)" in done.stdout
     assert "--manifest.path TEXT  (required)" in done.stdout
 
