@@ -14,6 +14,11 @@ import pytest
 from imgcls import log
 
 
+@pytest.fixture(autouse=True)
+def command_output() -> None:
+    """Overrides the handler that other tests run with."""
+
+
 def run_program(code: str) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     return subprocess.run(
