@@ -9,7 +9,7 @@ For each model, in images per second of this machine's first GPU, medians of thr
   nvJPEG    photographs decoded and resized in bulk on the device
   decode    the same by one core of the host
   chunks    nvJPEG and the forward pass of whole chunks in two threads, as a worker does them;
-            beside it what the slower of the two would allow, and what both in turn would
+            and what the slower of the two would allow, and what both in turn would
 A check comes first: the same labels by every route, scores no further apart than 0.01.
 """
 

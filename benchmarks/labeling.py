@@ -1,4 +1,4 @@
-"""Labelling speed beside this machine's limits, and beside the tools that people use otherwise.
+"""Throughput of `imgcls predict` against the limits of this machine and against other tools.
 
     python -m benchmarks.labeling [--models resnet18] [--images imagenet] [--rows 4000]
                                   [--repeats 3] [--peers all]
@@ -121,7 +121,7 @@ def report(measured: dict[str, list[float]]) -> None:
         print(
             f"{name:<35} {value:>10.1f} {value / limit:>13.0%} {value / plain:>15.0%} {ratio:>11}"
         )
-    print("imgcls as a whole job beside each peer as a whole program\n", flush=True)
+    print("imgcls as a whole job and each peer as a whole program\n", flush=True)
 
 
 def keep(measured: dict[str, list[float]], model: str, kind: str, rows: int) -> None:

@@ -1,7 +1,7 @@
 """What this machine can do at most: decoding, the forward pass, and both, in bare processes.
 
 One process per core, no Ray, nothing written. Each runs with the allocator settings and the batch
-size that labelling runs with, and starts to count once all of them are warm.
+size that prediction runs with, and starts to count once all of them are warm.
 """
 
 from __future__ import annotations

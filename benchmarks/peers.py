@@ -57,7 +57,7 @@ def ray_data(model: str, manifest: Path, output: Path, *, tuned: bool = False) -
     if tuned:
         rows = ray.data.read_csv(str(manifest), override_num_blocks=8 * CORES)
         pool = ray.data.ActorPoolStrategy(size=CORES)
-        # Ray reads and writes in tasks of a CPU each, and waits for ever where none is left
+        # Ray reads and writes in tasks of a CPU each, and waits without end if none is free
         rows = rows.map_batches(LoadAndPredict, compute=pool, batch_size=BATCH, num_cpus=0.5)
     else:
         pool = ray.data.ActorPoolStrategy(size=1)

@@ -1,4 +1,4 @@
-"""How labelling grows: with rows, with interrupted rows, and with nodes.
+"""How prediction scales: with rows, with interrupted rows, and with nodes.
 
     python -m benchmarks.scale work   [--rows 10000 100000 1000000]
     python -m benchmarks.scale plan   [--rows 10000 100000 1000000]
@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 IMAGES = 1000
-"""So many image files; the rows of a manifest name them again and again."""
+"""Number of image files; the rows of a manifest repeat them."""
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""Labelling from an object store beside labelling from disk, and ways to read from a store.
+"""Prediction from an object store and from disk, and ways to read from a store.
 
     python -m benchmarks.storage [--rows 4000] [--repeats 3] [--delay 0.02]
 
 Measured over the same photographs, in turn, in one run, and reported as medians:
-  labelling  `imgcls predict` after start-up, images on disk and images on the store
+  predict    `imgcls predict` after start-up, images on disk and images on the store
   reading    objects per second, and CPU milliseconds per object, of: our reads ahead; pyarrow's S3
              file system in as many threads; s3fs one by one; the disk
   listing    `imgcls manifest build` of a million objects under 100 prefixes
-  planning   `--since`: rows that --nights nights of a million labelled, and --new new ones
+  planning   `--since`: rows of --nights nights of a million each, and --new new ones
 The store is a small HTTP server in a process of its own that keeps the objects in memory and adds
 `--delay` seconds to every answer; it speaks as much S3 as reading and listing take.
 """
@@ -70,8 +70,8 @@ def main() -> None:
         label(files, folder, options, measured)
         listing(folder)
         planning(folder, options)
-    disk, store = (statistics.median(measured[f"labelling from {w}"]) for w in ("disk", "store"))
-    print(f"\nlabelling from the store / from disk   {store / disk:.2f}   (at least 0.90)")
+    disk, store = (statistics.median(measured[f"predict from {w}"]) for w in ("disk", "store"))
+    print(f"\npredict from the store / from disk   {store / disk:.2f}   (at least 0.90)")
 
 
 def parse() -> argparse.Namespace:
@@ -162,7 +162,7 @@ def label(
         for where in places:
             output = folder / f"out-{where}-{repeat}"
             _, steady = measure_imgcls(bundle, folder / f"{where}.csv", output)
-            note(measured, f"labelling from {where}", steady)
+            note(measured, f"predict from {where}", steady)
 
 
 def listing(folder: Path) -> None:
@@ -176,7 +176,7 @@ def listing(folder: Path) -> None:
 
 
 def planning(folder: Path, options: argparse.Namespace) -> None:
-    """A manifest of what `--nights` nights of a million rows have labelled, and some new rows."""
+    """A manifest of the rows of `--nights` nights of a million rows each, and some new rows."""
     labels, manifest = folder / "labels", folder / "manifest"
     manifest.mkdir()
     status = pa.DictionaryArray.from_arrays(np.zeros(A_NIGHT, np.int32), ["ok"])

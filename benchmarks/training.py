@@ -1,4 +1,4 @@
-"""Training speed beside this machine's limit and torchvision's reference training.
+"""Training throughput against the limit of this machine and torchvision's reference training.
 
     python -m benchmarks.training [--model resnet18 small_cnn] [--images 320] [--workers 1 2]
 
@@ -102,7 +102,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     gpu = GPUS > 0
     parser.add_argument("--model", nargs="+", default=["resnet50"] if gpu else list(SIZES))
-    parser.add_argument("--images", type=int, help="per epoch; repeated if there are not so many")
+    parser.add_argument("--images", type=int, help="per epoch; repeated if there are fewer")
     parser.add_argument("--epochs", type=int, default=6 if gpu else 2, help="one is not counted")
     parser.add_argument("--repeats", type=int, default=3)
     most = GPUS or CORES
@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     if max(options.workers) > most:
         parser.error(f"--workers: there are {most} {'GPUs' if gpu else 'cores'}")
     if not DATA.is_dir():
-        parser.error(f"no folder {DATA}; say where shared/ is in IMGCLS_SHARED")
+        parser.error(f"no folder {DATA}; set IMGCLS_SHARED to the folder shared/")
     return options
 
 
@@ -177,7 +177,7 @@ def prepare(folder: Path, model: str, options: argparse.Namespace) -> Task:
 def link(source: Path, folder: Path, count: int) -> list[tuple[Path, int]]:
     """A folder per class of links to `count` images, as many of each class; the files and labels.
 
-    Where there are not so many, they come again under other names.
+    If there are fewer, they are repeated under other names.
     """
     classes = sorted(path for path in source.iterdir() if path.is_dir())
     files = [sorted(path.iterdir()) for path in classes]
@@ -291,7 +291,7 @@ def measure_imgcls(task: Task, workers: int, repeat: int) -> tuple[float, float,
 
 @contextmanager
 def gpu_watched() -> Iterator[list[float]]:
-    """A list that grows, ten times a second, by the first GPU's use in percent, if it is told."""
+    """Samples of the utilization of the first GPU, in percent, ten per second."""
     seen: list[float] = []
     stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What labelling is measured on: images of several kinds, their manifests, untrained bundles."""
+"""Workloads of the benchmarks: images of several kinds, their manifests, untrained bundles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = ("imagenet", "12mp", "small", "png")
 """Kinds of images:
 
 imagenet  the photographs as they are
-12mp      enlarged to 4000 x 3000 and encoded anew, as telephones write them
+12mp      enlarged to 4000 x 3000 and encoded again, as telephones write them
 small     32 x 32, as in CIFAR, in PNG files
 png       the photographs in PNG files
 """
@@ -54,7 +54,7 @@ def photographs(folder: Path) -> list[Path]:
 
 
 def write_manifest(folder: Path, images: Path, rows: int) -> Path:
-    """A manifest of so many rows that names the images of a folder again and again."""
+    """A manifest with a number of rows that repeats the images of a folder."""
     files = photographs(images)
     manifest = folder / "manifest.csv"
     with manifest.open("w", newline="") as stream:

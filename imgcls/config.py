@@ -420,7 +420,7 @@ def _set(
     if section is None and isinstance(value, str):
         value = _yaml_or_text(value)
     elif section is not None and branch is not None and not isinstance(branch, dict):
-        return  # a file gave the section a bare value; that is the problem to tell
+        return  # a file gave the section a bare value; that problem is reported
     tree[name] = branch if isinstance(branch, dict) else {}
     _set(section, tree[name], rest, value)
 

@@ -54,7 +54,7 @@ def shared() -> Path:
 
 
 def draw(name: str, size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Image:
-    """A noisy picture whose colour is its class."""
+    """A noisy image whose color is its class."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(-25, 26, (size[1], size[0], 3))
     pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
@@ -134,7 +134,7 @@ def write_manifest(path: Path, rows: Sequence[tuple[str, ...]], header: Sequence
 
 
 def save(image: Image.Image, file: Path, **options: Any) -> None:
-    """Write a picture, in the format that the name says, to a disk or a store."""
+    """Write an image, in the format of the suffix, to a disk or a store."""
     with file.open("wb") as stream:
         image.save(stream, Image.registered_extensions()[file.suffix], **options)
 
@@ -166,7 +166,7 @@ def placed_bundle(place: Path, colour_bundle: Path) -> Path:
 
 @pytest.fixture
 def colours(tmp_path: Path) -> Callable[..., Path]:
-    """Draws N coloured images and a labelled manifest of them, in a folder of the test's own."""
+    """Draws N colored images and a labeled manifest of them, in a folder of the test."""
 
     def make(count: int, place: Path = tmp_path) -> Path:
         folder = place / "images"

@@ -90,7 +90,7 @@ def test_netrc_does_not_replace_the_key(
     server: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "netrc"
-    file.write_text("machine 127.0.0.1 login somebody password secret\n")
+    file.write_text("machine 127.0.0.1 login user password secret\n")
     monkeypatch.setenv("NETRC", str(file))
     monkeypatch.delenv("IMGCLS_API_KEY", raising=False)
     for key in ("imgcls_x", None):

@@ -1,4 +1,4 @@
-"""One loader: defaults < files < command line, every problem told at once, nothing guessed."""
+"""One loader: defaults < files < command line, all problems reported together, nothing guessed."""
 
 from __future__ import annotations
 

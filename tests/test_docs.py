@@ -1,4 +1,4 @@
-"""What the documentation tells people to type is what the commands take."""
+"""The commands in the documentation are accepted."""
 
 from __future__ import annotations
 

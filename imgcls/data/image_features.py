@@ -55,7 +55,7 @@ class ImageFeatures:
     contrast:      standard deviation of the luma, 0 to 0.5
     entropy:       of the histogram of the luma, in bits, 0 to 8
     sharpness:     standard deviation of the Laplacian of the luma over `contrast`
-    colour:        95th percentile of the difference between channels, 0 to 1
+    `colour`:      95th percentile of the difference between channels, 0 to 1
     """
 
     format: str

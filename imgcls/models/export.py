@@ -122,9 +122,8 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     output = filesystem.absolute(config.output)
     if filesystem.list_names(output) and not config.overwrite:
         raise OutputError(
-            f"output {output}: holds {filesystem.list_names(output)[0]}; give another "
-            "--output, or say "
-            "--overwrite"
+            f"output {output}: contains {filesystem.list_names(output)[0]}; pass another "
+            "--output, or --overwrite"
         )
     pixels = _load_comparison_images(bundle, config)
     scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)

@@ -53,7 +53,7 @@ def over_white(colour: tuple[int, int, int], alpha: int) -> tuple[int, ...]:
 
 
 def plain(mode: str) -> Image.Image:
-    """A picture of one colour in any mode."""
+    """An image of one color in any mode."""
     rgb = Image.new("RGB", SIZE, COLOUR)
     if mode == "1":
         return Image.new("1", SIZE, 1)
@@ -130,7 +130,7 @@ def test_sixteen_bits_per_colour_are_scaled_too() -> None:
 
 
 def checkered(mode: str) -> tuple[Image.Image, dict[str, Any]]:
-    """Left half transparent, right half COLOUR; with what `save` needs to say so."""
+    """Left half transparent, right half opaque; with the options of `save` for it."""
     if mode in ("RGBA", "LA"):
         image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
         image.paste((*COLOUR, 255), (SIZE[0] // 2, 0, *SIZE))
@@ -369,7 +369,7 @@ def test_threads_decode_as_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_damage_within_the_pixels_ends_in_an_error_and_never_in_a_dead_process(kind: str) -> None:
-    """torchvision's PNG decoder did the latter: whoever decodes must survive any bytes."""
+    """torchvision's PNG decoder did the latter: a decoder must survive any bytes."""
     whole = encoded(drawn(150, 110), kind)
     rng = np.random.default_rng(0)
     ends = set()

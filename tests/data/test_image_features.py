@@ -1,4 +1,4 @@
-"""What is told of an image file."""
+"""Features of an image file."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def save_untrained(folder: Path, classes: list[str], temperature: float = 1.0) -
 
 @pytest.fixture(scope="module")
 def sharp_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network so cold that even untrained it tells one picture from another."""
+    """A network so cold that even untrained it separates images."""
     folder = tmp_path_factory.mktemp("sharp") / "bundle"
     return save_untrained(folder, ["red", "green", "blue"], temperature=0.01)
 
@@ -74,7 +74,7 @@ def digit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Zoo:
-    """A folder that fills, and what is to be said of each of its rows."""
+    """A folder of files, and the expected status of each of its rows."""
 
     folder: Path
     rows: list[tuple[str | None, str]] = field(default_factory=list)
@@ -127,7 +127,7 @@ def encoded(image: Image.Image, suffix: str, **options: Any) -> bytes:
 
 
 def fill_with_odd_but_good(zoo: Zoo) -> None:
-    """Pictures in every disguise, beside the plain PNG that each must be taken for."""
+    """Images in many formats, each with the plain PNG that it must equal."""
     red, blue = draw("red", seed=1), draw("blue", seed=2)
     first = zoo.save(red, "red.png")
     original = encoded(red, ".png")
@@ -164,7 +164,7 @@ def fill_with_odd_but_good(zoo: Zoo) -> None:
     zoo.save(red, "progressive.jpg", quality=98, progressive=True, like=first, within=1e-3)
 
     few = blue.quantize(4)
-    fourth = zoo.save(few.convert("RGB"), "four colours.png")
+    fourth = zoo.save(few.convert("RGB"), "four colors.png")
     zoo.save(few, "palette.png", like=fourth)
     zoo.save(few, "animated.gif", save_all=True, append_images=[red.quantize(4)], like=fourth)
     index = np.asarray(few)
@@ -211,7 +211,7 @@ def fill_with_what_only_disks_hold(zoo: Zoo, good: bytes) -> None:
     zoo.add("dangling.png", "missing")
     (zoo.folder / "loop.png").symlink_to(zoo.folder / "loop.png")
     zoo.add("loop.png", "unreadable")
-    os.mkfifo(zoo.folder / "fifo.png")  # nobody writes to it: to open it would take for ever
+    os.mkfifo(zoo.folder / "fifo.png")  # no writer: opening it would block
     zoo.add("fifo.png", "unreadable")
     for device in ("/dev/zero", "/dev/random", "/dev/null"):
         zoo.add(device, "unreadable")

@@ -74,7 +74,7 @@ def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
         status = {row["path"].rpartition("/")[2]: row["status"] for row in rows}
         assert status == {file.name: "ok" for file in images} | {"large.jpg": "too_large"}
         assert {row["predicted_label"] for row in rows} <= {*COLOURS, None}
-        # as many bytes: only the store's version of it tells that it is another image
+        # as many bytes: only the store's version shows that it is another image
         other = images[1].read_bytes()
         same_size = images[0].read_bytes()[: len(other)].ljust(len(other), b"\0")
         filesystem.write(place.url(f"t/in/{images[1].name}"), same_size)

@@ -95,7 +95,7 @@ def paths(rng: random.Random, names: list[str]) -> list[str | None]:
 
 
 def write_csv(path: Path, delimiter: str, columns: dict[str, list[Any]]) -> None:
-    """By hand: Python's writer cannot tell an empty text from none."""
+    """By hand: Python's writer cannot distinguish an empty text from none."""
 
     def cell(value: str | None) -> str:
         return "" if value is None else '"' + value.replace('"', '""') + '"'

@@ -81,7 +81,7 @@ def assert_as_left_alone(output: Path, reference: pa.Table) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """Whom to kill: so many seconds after `chunks` more chunks have become durable."""
+    """The process to kill, seconds after `chunks` more chunks have become durable."""
 
     target: str
     chunks: int

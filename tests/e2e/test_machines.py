@@ -74,7 +74,7 @@ def poisoned(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 def photographs(
     folder: Path, count: int, size: tuple[int, int] = (800, 600), suffix: str = "jpg"
 ) -> Path:
-    """A manifest of so many rows, of twelve images that take a while to decode."""
+    """A manifest with a number of rows, of twelve images that take a while to decode."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(12):
         draw(list(COLOURS)[i % 3], size, seed=i).save(folder / f"{i}.{suffix}")
@@ -98,7 +98,7 @@ def durable(output: Path) -> int:
 def machines(
     count: int, env: dict[str, str] | None = None
 ) -> Iterator[tuple[RayCluster, list[subprocess.Popen[bytes]]]]:
-    """A head without CPUs, and so many machines of one CPU each."""
+    """A head without CPUs, and a number of nodes with one CPU each."""
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=0, env=env))
         yield cluster, [stack.enter_context(machine(cluster, 1, env)) for _ in range(count)]
@@ -388,7 +388,7 @@ def test_a_machine_that_joins_is_used_if_that_saves_more_than_it_costs(
 
 
 def worth(folder: Path, seconds: float) -> int:
-    """Images as those in a folder that one core decodes in so long."""
+    """Number of images like those in a folder that one core decodes in a given time."""
     blobs = [file.read_bytes() for file in folder.glob("*.png")]
     began = time.process_time()
     for blob in blobs:

@@ -35,7 +35,7 @@ STANDS_FOR = {
     "BUNDLE": "demo/bundle",
     "OUT": "labelled-out",
     "/tmp/tonight": "tonight-listed",
-    "...": "--manifest test.csv --output labelled-int8",
+    "...": "--manifest test.csv --output labeled-int8",
     "s3://photos/labels/tonight": "s3://photos/labels/date=2026-11-01",
     "demo/cluster-labels": "demo/predictions",
 }

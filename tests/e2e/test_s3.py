@@ -88,7 +88,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     colours: Callable[..., Path],
     placed_bundle: Path,
 ) -> None:
-    """No row is written off for it: whose turn it was, is labelled by the run that goes on."""
+    """No row is lost for it: the row whose turn it was is labeled by the resumed run."""
     manifest = colours(60, place)
     given = iter(range(10_000))
 
@@ -123,7 +123,7 @@ def test_a_network_that_fails_changes_no_row(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
-    """Everything on S3 behind the fault proxy, against the same images labelled from disk."""
+    """Everything on S3 behind the fault proxy, against the same images labeled from disk."""
     manifest = colours(80)
     gone = [("images/gone-1.jpg", "red"), ("images/gone-2.jpg", "blue")]
     lines = [tuple(line.split(",")[:2]) for line in manifest.read_text().splitlines()[1:]]

@@ -80,7 +80,7 @@ def test_rows_that_are_all_wrong_get_nearly_equal_scores() -> None:
 
 
 def test_one_wrong_row_among_many_determines_the_temperature() -> None:
-    """The loss of n right rows and a wrong one has its minimum where the scores say n / (n + 1)."""
+    """The loss of n right rows and a wrong one has its minimum where the scores are n / (n + 1)."""
     logits = torch.tensor([[2.0, 0.0]]).repeat(100, 1)
     rows = HeldOutScores(torch.log_softmax(logits, 1).numpy(), np.array([1] + [0] * 99))
     assert explain_undetermined(rows) is None

@@ -80,11 +80,11 @@ def test_impossible_requests_are_rejected_before_anything_is_written(
     with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "int8"))
     assert not (tmp_path / "int8").exists()
-    with pytest.raises(RequestError, match="is the bundle itself"):
+    with pytest.raises(RequestError, match="is the input bundle"):
         quantize_bundle(order(manifest, colour_bundle, colour_bundle))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "bundle.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds a bundle already; say --overwrite"):
+    with pytest.raises(OutputError, match="already has a bundle; pass --overwrite"):
         quantize_bundle(order(manifest, colour_bundle, tmp_path / "there"))
 
 

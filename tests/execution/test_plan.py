@@ -310,7 +310,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 
 def peak_bytes(folder: Path, rows: int) -> int:
-    """Peak memory of a process that writes a manifest of so many rows and plans a run over it."""
+    """Peak memory of a process that writes a manifest with `rows` rows and plans a run over it."""
     done = subprocess.run(
         [sys.executable, "-c", PLAN_AND_WEIGH, str(folder), str(rows)],
         capture_output=True,

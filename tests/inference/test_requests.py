@@ -35,7 +35,7 @@ def refused(tmp_path: Path, bundle: Path, image: str, **more: object) -> str:
 def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
     message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
     assert (
-        f"`imgcls model quantise --model {colour_bundle} --manifest FILE --output NEW`" in message
+        f"`imgcls model quantize --model {colour_bundle} --manifest FILE --output NEW`" in message
     )
     message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
     assert "an int8 network cannot be compiled" in message

@@ -371,7 +371,7 @@ def test_bf16_and_fp32_agree_on_the_label(sample: dict[str, Any]) -> None:
 def test_photographs_of_twelve_megapixels_get_the_label_that_pillow_gives_them(
     shared: Path, tmp_path: Path
 ) -> None:
-    """Decoded at a fraction of their size, beside Pillow's full decode; see also benchmarks."""
+    """Decoded at a fraction of their size, against Pillow's full decode; see also benchmarks."""
     architecture = zoo.resolve_architecture("squeezenet1_0")
     weights = str(shared / "weights" / "squeezenet1_0-imagenet.pth")
     spec = BundleSpec(

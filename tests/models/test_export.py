@@ -32,7 +32,7 @@ def asked(bundle: Path, output: Path, **more: object) -> ExportConfig:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """As they come: plain, transparent over hidden colours, of 16 bits, turned by EXIF."""
+    """As they come: plain, transparent over hidden colors, of 16 bits, turned by EXIF."""
     plain = draw("green", (90, 60))
     see_through = draw("red", (90, 60)).convert("RGBA")
     see_through.putalpha(Image.linear_gradient("L").resize((90, 60)))

@@ -1,4 +1,4 @@
-"""Folding batch norms changes how fast a network is, and not what it says."""
+"""Folding batch norms changes how fast a network is, and not its outputs."""
 
 from __future__ import annotations
 

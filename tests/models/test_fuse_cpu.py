@@ -1,4 +1,4 @@
-"""Fusing convolutions with what follows them changes how fast a network is, not what it says."""
+"""Fusing convolutions with what follows them changes how fast a network is, not its outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks by name: all of them can be built, have a head, and take weights that fit or say why."""
+"""Networks by name: all can be built, have a head, and take weights that fit, or raise an error."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_the_linear_scaling_rule_raises_the_peak_with_the_batch() -> None:
     assert made.param_groups[0]["peak"] == pytest.approx(0.1 / 4 / 2)
 
 
-# ------------------------------------------------------------------ the optimiser
+# ------------------------------------------------------------------ the optimizer
 
 
 def test_biases_and_normalisation_are_left_free_of_decay() -> None:
