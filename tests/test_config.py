@@ -573,6 +573,32 @@ def test_positional_keys_may_go_without_their_names() -> None:
         config.load(CompareConfig, ["a"])
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("train", "data"),
+        ("tune", "data"),
+        ("predict", "manifest"),
+        ("evaluate", "predictions"),
+        ("export", "model"),
+        ("serve", "model"),
+        ("manifest check", "manifest"),
+    ],
+)
+def test_the_main_argument_of_a_command_needs_no_name(
+    command: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed_configs = []
+    for words in (["main-argument"], [f"--{key}", "main-argument"]):
+        others = ["--model", "b"] if command == "predict" else []
+        output = [] if command in ("serve", "evaluate") else ["--output", "o"]
+        arguments = [*command.split(), *words, *others, *output, "--print-config"]
+        assert cli.main(arguments) == 0
+        printed_configs.append(capsys.readouterr().out)
+    assert printed_configs[0] == printed_configs[1]
+    assert "main-argument" in printed_configs[0]
+
+
 def test_a_list_is_given_word_by_word_or_with_commas() -> None:
     def against(*words: str) -> list[str]:
         return config.load(CheckConfig, ["m.csv", "--output", "o", *words]).against

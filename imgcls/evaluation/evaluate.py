@@ -5,7 +5,7 @@ Writes the metric tables, `summary.json` and `report.html`, and prints the headl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from imgcls import log
 from imgcls.config import UnitFloat, requested
@@ -35,6 +35,8 @@ from imgcls.runs.schema import build_prediction_schema
 
 class EvaluateConfig(EvaluationOptions):
     """Evaluate existing predictions, or run prediction on a manifest and evaluate the result."""
+
+    positional: ClassVar[tuple[str, ...]] = ("predictions",)
 
     predictions: str | None = None
     """Output folder of `imgcls predict`, to evaluate without running the model again."""

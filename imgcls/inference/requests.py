@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -49,6 +49,8 @@ SAMPLED_FILES = 16
 
 class PredictConfig(Section):
     """Label every image of a manifest."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
 
     manifest: ManifestConfig
     """The images: a CSV or Parquet file, a glob, or a folder."""

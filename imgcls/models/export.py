@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,8 @@ CLEAR_MARGIN = 0.01
 
 class ExportConfig(Section):
     """Write a bundle as files that run without imgcls."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
     """Bundle to export."""

@@ -120,6 +120,8 @@ class ReplicaConfig(Section):
 class ServeConfig(Section):
     """Settings of `imgcls serve`."""
 
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
     model: str
     """Model bundle (folder or URL)."""
     http: HttpConfig = HttpConfig()

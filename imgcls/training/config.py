@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -43,6 +43,8 @@ class EarlyStoppingConfig(Section):
 
 class TrainConfig(Section):
     """Train a network on labeled images and write its bundle."""
+
+    positional: ClassVar[tuple[str, ...]] = ("data",)
 
     data: DataConfig
     model: ModelConfig = ModelConfig()

@@ -305,7 +305,7 @@ def test_the_committed_dirty_manifest_shows_every_status_it_promises(
         env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
-    assert "1 labels are not classes of the model ('one')" in done.stdout
+    assert "1 label not among the classes of the model ('one')" in done.stdout
     rows = assert_exactly_once(output, len(notes)).to_pylist()
     promised = DIRTY if isinstance(place, os.PathLike) else DIRTY | {"a folder": "missing"}
     assert {row["note"]: row["status"] for row in rows} == {
