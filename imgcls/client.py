@@ -60,7 +60,8 @@ class Client:
 
     Examples
     --------
-    >>> with Client("http://127.0.0.1:8000", key) as client:
+    >>> from imgcls import Client
+    >>> with Client("http://127.0.0.1:8000", "KEY") as client:  # doctest: +SKIP
     ...     for row in client.predict(["cat.jpg", "dog.jpg"], top_k=3):
     ...         print(row["name"], row["predicted_label"], row["confidence"])
     """

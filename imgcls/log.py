@@ -112,14 +112,14 @@ def _write(text: str, stream: TextIO) -> None:
 def command_handler(format: LogFormat = "text") -> Iterator[CommandHandler]:
     """Install the command's handler for a block; events of imgcls go to it alone."""
     handler = CommandHandler(format)
-    level, propagate = _ROOT.level, _ROOT.propagate
-    _ROOT.addHandler(handler)
+    level, propagate, handlers = _ROOT.level, _ROOT.propagate, _ROOT.handlers[:]
+    _ROOT.handlers[:] = [handler]
     _ROOT.setLevel(logging.INFO)
     _ROOT.propagate = False
     try:
         yield handler
     finally:
-        _ROOT.removeHandler(handler)
+        _ROOT.handlers[:] = handlers
         _ROOT.setLevel(level)
         _ROOT.propagate = propagate
 

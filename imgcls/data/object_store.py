@@ -30,7 +30,7 @@ from imgcls.data.storage_errors import (
     too_large_error,
     translate_error,
 )
-from imgcls.data.storage_settings import StorageConfig, current_settings
+from imgcls.data.storage_settings import StorageConfig, bind_settings, current_settings
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
 T = TypeVar("T")
@@ -232,6 +232,8 @@ class _RangeReader(io.RawIOBase):
     def __init__(self, url: str, size: int) -> None:
         self._url, self._size = url, size
         self._position = 0
+        # Arrow reads from threads of its own, in which no settings apply
+        self._read_range = bind_settings(self._request_range)
 
     def readable(self) -> bool:
         return True
@@ -261,7 +263,7 @@ class _RangeReader(io.RawIOBase):
         start, self._position = self._position, self._size
         return self._read_range(start, self._size) if start < self._size else b""
 
-    def _read_range(self, start: int, end: int) -> bytes:
+    def _request_range(self, start: int, end: int) -> bytes:
         def read() -> bytes:
             data: bytes = call_store(self._url, "cat_file", needs=GET, start=start, end=end)
             if len(data) != end - start:

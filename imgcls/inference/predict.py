@@ -88,8 +88,11 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
 
     Examples
     --------
-    >>> result = imgcls.label(manifest="photos.csv", model="bundle", output="out")
-    >>> result.to_pandas()[["path", "predicted_label", "confidence"]]
+    >>> import imgcls
+    >>> result = imgcls.label(  # doctest: +SKIP
+    ...     manifest="photos.csv", model="bundle", output="out"
+    ... )
+    >>> result.to_pandas()[["path", "predicted_label", "confidence"]]  # doctest: +SKIP
     """
     config = requested(
         PredictConfig,

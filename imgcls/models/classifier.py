@@ -185,8 +185,10 @@ class Classifier:
 
     Examples
     --------
-    >>> classifier = imgcls.Classifier.load("demo/bundle")
-    >>> classifier.predict("cat.jpg")[0].label
+    >>> import imgcls
+    >>> classifier = imgcls.Classifier.load("demo/bundle")  # doctest: +SKIP
+    >>> classifier.predict("cat.jpg")[0].label  # doctest: +SKIP
+    'cat'
     """
 
     def __init__(

@@ -33,6 +33,7 @@ class TrainResult:
 
     Examples
     --------
+    >>> import imgcls
     >>> result = imgcls.train(data="photos/", model="resnet18", output="bundle")  # doctest: +SKIP
     >>> result.best.val_accuracy  # doctest: +SKIP
     0.9312

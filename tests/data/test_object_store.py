@@ -330,5 +330,5 @@ def test_a_store_that_overwrites_what_it_should_create_is_refused(
 
 
 def test_a_store_that_cannot_create_atomically_is_refused() -> None:
-    with pytest.raises(StorageError, match="cannot create a file only where there is none"):
+    with pytest.raises(StorageError, match="has no atomic create-if-absent"):
         filesystem.create("memory://out/lease", json.dumps({}).encode())

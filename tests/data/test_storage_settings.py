@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imgcls.data import filesystem, object_store, storage_settings
@@ -61,6 +63,16 @@ def test_two_jobs_in_two_threads_use_two_stores(stores: dict[str, Any]) -> None:
     for endpoint, client in stores.items():
         body = client.get_object(Bucket=BUCKET, Key="0")["Body"].read()
         assert body == endpoint.encode()
+
+
+def test_threads_of_arrow_read_with_the_settings_of_the_stream(stores: dict[str, Any]) -> None:
+    table = pa.table({name: list(range(2000)) for name in "abcd"})
+    with use_settings(StorageConfig(endpoint_url=next(iter(stores)))):
+        with filesystem.open_write(url("table.parquet")) as stream:
+            pq.write_table(table, stream, row_group_size=100)
+        stream = filesystem.open_read(url("table.parquet"))
+    with stream:
+        assert pq.ParquetFile(stream, pre_buffer=True).read(use_threads=True).equals(table)
 
 
 def test_settings_end_with_their_block_and_travel_with_a_bound_function(

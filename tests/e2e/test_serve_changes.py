@@ -20,7 +20,7 @@ from imgcls.serving import proxy_middleware
 from imgcls.serving.api_keys import NewKeyConfig, create_key
 from imgcls.serving.config import ServeConfig
 from tests.e2e.served import copy_recalibrated
-from tests.e2e.test_jobs import takes_jobs
+from tests.e2e.test_jobs import start_job_cluster
 from tests.processes import REPOSITORY, RayCluster, imgcls, service_port, started, wait_for
 from tests.serving.app import announce_body, jpeg, recalibrate
 
@@ -159,7 +159,7 @@ def test_serve_deploy_starts_a_service_and_applies_a_change(
             out, err = process.communicate(timeout=120)
             assert process.returncode == 0, out + err
 
-    with takes_jobs() as cluster:
+    with start_job_cluster() as cluster:
         deploy(cluster, colour_bundle)
         wait_for(lambda: served_model() == read_hash(colour_bundle), 180)
         deploy(cluster, other)

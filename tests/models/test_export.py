@@ -141,5 +141,5 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     assert not output.exists()
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"has mine\.txt"):
+    with pytest.raises(OutputError, match=r"contains mine\.txt"):
         export_bundle(asked(colour_bundle, output))

@@ -205,7 +205,7 @@ def test_a_network_that_overflows_is_neither_quantized_nor_exported(
     rows = [(f"{seed}.png",) for seed in range(40)]
     manifest = str(write_manifest(tmp_path / "m.csv", rows, ("path",)))
     config = {"model": str(overflowing_bundle), "output": str(tmp_path / "out")}
-    with pytest.raises(BundleError, match="gives NaN or infinity for 1 of 20 images in fp32"):
+    with pytest.raises(BundleError, match="outputs NaN or infinity for 1 of 20 images in fp32"):
         quantize_bundle(QuantizeConfig.model_validate(config | {"manifest": manifest}))
     with pytest.raises(BundleError, match="gives NaN or infinity for 1 of 40 images in fp32"):
         export_bundle(

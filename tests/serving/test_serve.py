@@ -72,7 +72,7 @@ def test_resources_and_the_port_are_checked_before_anything_is_deployed(
     monkeypatch.setattr(session, "is_private_session", lambda: True)
     monkeypatch.setattr(session, "list_nodes", lambda: [Node(2, 0)])
     monkeypatch.setattr(autoscaler, "find_max_nodes", lambda: None)
-    monkeypatch.setattr(serving, "_find_http_address", lambda: None)
+    monkeypatch.setattr(serving.ray_internals, "find_serve_address", lambda: None)
     monkeypatch.setattr(serving, "_set_environment", lambda config: None)
     monkeypatch.setattr(serving.ray_serve, "start", fail)
     settings = {"model": str(colour_bundle), "replicas": {"min_replicas": 9, "cpus": 4}}
