@@ -23,9 +23,12 @@ TERM = 1.0
 
 HOLD = """
 import sys, time
+from imgcls import log
 from imgcls.errors import OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 
+shown = log.command_handler()
+shown.__enter__()
 print("ready", flush=True)
 sys.stdin.readline()
 try:
