@@ -286,7 +286,7 @@ def simulate() -> None:
     from imgcls.execution.worker import Job
     from imgcls.inference import predict
 
-    predict.LABELING = Job("labeling", SimulatedWorker)  # type: ignore[arg-type]
+    predict.LABELING = Job("labeling", SimulatedWorker)  # type: ignore[arg-type, attr-defined]
 
 
 class SimulatedWorker:

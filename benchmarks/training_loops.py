@@ -61,7 +61,7 @@ def in_processes(loop: Callable[..., list[float]], task: Task, workers: int, *mo
     told = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as meeting:
         # `spawn` of torch: ends all when one fails
-        torch.multiprocessing.spawn(
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined]
             in_process, (loop, task, workers, meeting, told, more), nprocs=workers
         )
     return told.get()

@@ -16,7 +16,9 @@ from ray.experimental import internal_kv
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.execution_callback import ExecutionCallback
-    from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+    from ray.serve._private.request_router import (  # type: ignore[attr-defined]
+        PowerOfTwoChoicesRequestRouter,
+    )
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 __all__ = [

@@ -158,7 +158,7 @@ def _check_columns(manifest: Manifest, added: Sequence[str]) -> None:
 
 def _write_rows(target: str, manifest: Manifest, rows: pa.Table) -> int:
     write_table(target, _rename_columns(manifest, rows))
-    return rows.num_rows
+    return int(rows.num_rows)
 
 
 def _read_rows(manifest: Manifest) -> pa.Table:

@@ -52,7 +52,7 @@ def build_azure_file_system(account: str | None, *, anon: bool, seconds: float) 
 def _get_file_system_class() -> Any:
     from adlfs import AzureBlobFileSystem
 
-    class _Azure(AzureBlobFileSystem):
+    class _Azure(AzureBlobFileSystem):  # type: ignore[misc]
         @classmethod
         def _strip_protocol(cls, path: Any) -> Any:
             """container/name; adlfs itself parses # and ? in a name as parts of a URL."""

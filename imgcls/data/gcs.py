@@ -29,7 +29,7 @@ def _get_file_system_class() -> Any:
     from gcsfs.core import GCSFileSystem
     from gcsfs.retry import validate_response
 
-    class _GCS(GCSFileSystem):
+    class _GCS(GCSFileSystem):  # type: ignore[misc]
         async def _request(
             self, method: str, path: str, *args: Any, headers: Any = None, json: Any = None,
             data: Any = None, cache_type: Any = None, cache_source: Any = None, **params: Any,

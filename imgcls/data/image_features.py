@@ -140,7 +140,9 @@ def _compute_laplacian_std(luma: npt.NDArray[Any]) -> float:
 
 def _build_cosines() -> npt.NDArray[np.float32]:
     frequency, position = np.mgrid[:HASH_SIDE, :HASH_SIDE]
-    return np.cos(np.pi * frequency * (2 * position + 1) / (2 * HASH_SIDE)).astype(np.float32)
+    angle = np.pi * frequency * (2 * position + 1) / (2 * HASH_SIDE)
+    cosines: npt.NDArray[np.float32] = np.cos(angle).astype(np.float32)
+    return cosines
 
 
 def _find_lowest_frequencies() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

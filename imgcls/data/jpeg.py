@@ -164,7 +164,7 @@ def decode_jpeg(
         zip(("min_width", "min_height"), (-(-side // factor) for side in size), strict=True)
     )
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **(min_size if factor > 1 else {}))
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", **(min_size if factor > 1 else {}))
     except ValueError as error:
         data = _verify_after_error(data, frame, error)
         pixels = _decode_with_pillow(data, factor)

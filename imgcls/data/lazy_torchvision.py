@@ -6,6 +6,7 @@ gets a stand-in for this module, whose function imports the compiler when it is 
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -21,17 +22,14 @@ def is_compile_supported(device_type: str) -> bool:
 
 def _import_torchvision() -> ModuleType:
     if _COMPILER_MODULE in sys.modules:
-        import torchvision
-
-        return torchvision
+        return importlib.import_module("torchvision")
     stand_in = ModuleType(_COMPILER_MODULE)
     stand_in.is_compile_supported = is_compile_supported  # type: ignore[attr-defined]
     sys.modules[_COMPILER_MODULE] = stand_in
     try:
-        import torchvision
+        return importlib.import_module("torchvision")
     finally:
         del sys.modules[_COMPILER_MODULE]
-    return torchvision
 
 
 torchvision = _import_torchvision()

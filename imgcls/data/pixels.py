@@ -186,7 +186,8 @@ def _replicate(values: SampleArray, bits: int, depth: int) -> SampleArray:
 
 def _scale_linearly(values: SampleArray, bits: int, depth: int) -> SampleArray:
     top, full = 2**bits - 1, 2**depth - 1
-    return np.round(np.round(values * (top / full)) * (full / top)).astype(values.dtype)
+    rounded: SampleArray = np.round(np.round(values * (top / full)) * (full / top))
+    return rounded.astype(values.dtype)
 
 
 _SCALINGS = (_shift, _replicate, _scale_linearly)

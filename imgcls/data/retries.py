@@ -110,7 +110,7 @@ class _Backoff:
 
     def next_pause(self, error: StorageError, cause: Exception) -> float:
         """Seconds to wait after an error; raises it when it is permanent or the time is over."""
-        pause = min(BACKOFF_SECONDS * 2**self._count, MAX_BACKOFF_SECONDS)
+        pause: float = min(BACKOFF_SECONDS * 2**self._count, MAX_BACKOFF_SECONDS)
         pause *= random.uniform(0.5, 1.5)
         pause = max(pause, get_retry_after(cause) or 0.0)
         self._count += 1

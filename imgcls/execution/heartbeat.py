@@ -283,11 +283,12 @@ class Watchdog:
         clear_session(self._session)
 
 
-def _kill_worker(node: str, pid: int) -> ray.ObjectRef:
+def _kill_worker(node: str, pid: int) -> ray.ObjectRef[None]:
     """Kill a worker by a task on its node; where the node is gone, so is the worker."""
     on_node = NodeAffinitySchedulingStrategy(node, soft=False)
     kill: Any = ray.remote(num_cpus=0, max_retries=0)(_kill_process)
-    return kill.options(scheduling_strategy=on_node).remote(pid)
+    killed: ray.ObjectRef[None] = kill.options(scheduling_strategy=on_node).remote(pid)
+    return killed
 
 
 def _kill_process(pid: int) -> None:

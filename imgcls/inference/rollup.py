@@ -49,8 +49,8 @@ class PartRollup:
         self._label_column = label_column
         self._classes = classes
         self._is_local = plan.rows <= MAX_DRIVER_ROWS
-        self._rolling: dict[ray.ObjectRef, int] = {}
-        self._counting: set[ray.ObjectRef] = set()
+        self._rolling: dict[ray.ObjectRef[Any], int] = {}
+        self._counting: set[ray.ObjectRef[Any]] = set()
         self._total = PredictionCounts.empty(tuple(classes))
         if self._is_local:
             return

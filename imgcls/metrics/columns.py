@@ -147,7 +147,8 @@ def _encode_chunk(chunk: pa.Array, names: pa.Array) -> Ints:
     # the names of a dictionary once, not those of every row
     of_entry = np.append(_encode_names(chunk.dictionary, names), NULL_LABEL)
     entry = pc.fill_null(chunk.indices.cast(pa.int64()), len(of_entry) - 1).to_numpy()
-    return of_entry[entry]
+    codes: Ints = of_entry[entry]
+    return codes
 
 
 def _encode_names(values: pa.Array, names: pa.Array) -> Ints:
@@ -155,7 +156,7 @@ def _encode_names(values: pa.Array, names: pa.Array) -> Ints:
     text = pc.utf8_normalize(values.cast(pa.large_string()), form="NFC")
     text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
     index = pc.index_in(text, value_set=names)
-    codes = pc.fill_null(index, UNKNOWN_LABEL).to_numpy().astype(np.int64)
+    codes: Ints = pc.fill_null(index, UNKNOWN_LABEL).to_numpy().astype(np.int64)
     if text.null_count:
         codes[pc.is_null(text).to_numpy(zero_copy_only=False)] = NULL_LABEL
     return codes

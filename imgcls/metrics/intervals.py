@@ -189,7 +189,8 @@ def auroc_limits(
     def compute_excess(true: NDArray[np.float64]) -> NDArray[np.float64]:
         more = 1 + both * ((1 - true) / (2 - true) + true / (1 + true))
         variance = true * (1 - true) * more / (positives * negatives)
-        return np.abs(true - auroc) - Z_95 * np.sqrt(variance)
+        excess: NDArray[np.float64] = np.abs(true - auroc) - Z_95 * np.sqrt(variance)
+        return excess
 
     ends = []
     for outer in (np.zeros_like(auroc), np.ones_like(auroc)):

@@ -69,7 +69,7 @@ class CudaTimer:
             return 0.0
         start, end = self._marks
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end)) / 1000
 
 
 class CudaGraphRunner:

@@ -86,5 +86,7 @@ class _Head(nn.Module):
         padding ends here, so that the outputs of several heads can be added.
         """
         if rows.dim() != 2 or len(rows) >= MIN_ROWS:
-            return self.layer(rows)
-        return self.layer(nn.functional.pad(rows, (0, 0, 0, MIN_ROWS - len(rows))))[: len(rows)]
+            logits: torch.Tensor = self.layer(rows)
+            return logits
+        logits = self.layer(nn.functional.pad(rows, (0, 0, 0, MIN_ROWS - len(rows))))
+        return logits[: len(rows)]

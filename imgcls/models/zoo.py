@@ -62,12 +62,13 @@ def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
         if _is_torchvision(architecture, "inception_v3", "googlenet"):
             options.setdefault("init_weights", True)
         head_relu = options.pop("head_relu", True) if _is_squeezenet(architecture) else True
-        network = torchvision.models.get_model(
+        network: Any = torchvision.models.get_model(
             architecture.name, weights=None, num_classes=num_classes, **options
         )
         if not head_relu:
             network.classifier[2] = nn.Identity()
-        return network
+        built: nn.Module = network
+        return built
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise BundleError(f"model {architecture.name}: {error}; check model.options") from error
 

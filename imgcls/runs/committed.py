@@ -72,7 +72,7 @@ class CommittedRun:
         if "scores" not in self.schema.names:
             return False
         kind = self.schema.field("scores").type
-        return pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes)
+        return bool(pa.types.is_fixed_size_list(kind) and kind.list_size == len(self.classes))
 
     def check_columns(self, names: Sequence[str], option: str) -> None:
         """Raise RequestError when a column that `option` names is missing."""

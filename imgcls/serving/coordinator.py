@@ -105,7 +105,7 @@ class Coordinator:
 class CoordinatorClient:
     """The coordinator as seen by a replica; every call raises a Problem while it is unavailable."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
 
     async def take_tokens(

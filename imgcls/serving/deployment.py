@@ -55,7 +55,7 @@ class Endpoint:
     Ray Serve calls `reconfigure` with the settings before the first request and after each change.
     """
 
-    def __init__(self, coordinator: DeploymentHandle, threads: int) -> None:
+    def __init__(self, coordinator: DeploymentHandle[Any], threads: int) -> None:
         self._coordinator = CoordinatorClient(coordinator)
         self._threads = threads
         self._metrics = ReplicaMetrics()

@@ -240,6 +240,7 @@ class TrainStep:
     def _no_sync_if(self, accumulates: bool) -> contextlib.AbstractContextManager[None]:
         """DDP's no_sync, in which gradients are added up on this worker, or no context."""
         if accumulates and self.context.world_size > 1:
-            no_sync: Any = self._parallel.no_sync
-            return no_sync()
+            wrapped: Any = self._parallel
+            no_sync: contextlib.AbstractContextManager[None] = wrapped.no_sync()
+            return no_sync
         return contextlib.nullcontext()

@@ -153,7 +153,8 @@ def _is_mixed(groups: IntArray, finer: IntArray) -> BoolArray:
         return grouped
     pairs = np.unique(np.stack([groups[grouped], finer[grouped]], axis=1), axis=0)
     counts = np.bincount(pairs[:, 0])
-    return grouped & (counts[np.maximum(groups, 0) % len(counts)] > 1)
+    is_split: BoolArray = grouped & (counts[np.maximum(groups, 0) % len(counts)] > 1)
+    return is_split
 
 
 def _report_groups(

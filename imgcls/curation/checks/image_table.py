@@ -52,7 +52,8 @@ class ImageTable:
     @property
     def is_own(self) -> BoolArray:
         """(N,) bool: whether the image is of the checked manifest, not of one of `against`."""
-        return self.manifest_index == 0
+        is_own: BoolArray = self.manifest_index == 0
+        return is_own
 
     def get_numbers(self, name: str) -> FloatArray:
         """(N,) float64: a numeric feature; NaN where it is null."""

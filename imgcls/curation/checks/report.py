@@ -73,8 +73,9 @@ def _find_affected(images: ImageTable, findings: Sequence[Finding]) -> IntArray:
     """The images of the checked manifest that have any issue."""
     if not findings:
         return np.empty(0, np.int64)
-    indices = np.unique(np.concatenate([finding.indices for finding in findings]))
-    return indices[images.is_own[indices]]
+    indices: IntArray = np.unique(np.concatenate([finding.indices for finding in findings]))
+    own: IntArray = indices[images.is_own[indices]]
+    return own
 
 
 def build_section(images: ImageTable, finding: Finding, gallery: int) -> IssueSection:

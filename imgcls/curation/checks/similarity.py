@@ -58,7 +58,7 @@ class ImageSimilarity:
             np.bitwise_count(each).sum(axis=2, dtype=np.int16)
             for each in (difference, difference ^ MIRROR_BITS.view(np.uint64))
         )
-        distance = np.minimum(upright, mirrored)
+        distance: npt.NDArray[np.int16] = np.minimum(upright, mirrored)
         distance[~(self.has_hash[one][:, None] & self.has_hash[other][None])] = HASH_BITS
         distance[self.is_identical(one, other)] = 0
         return distance
@@ -94,7 +94,8 @@ def normalize_embeddings(embedding: npt.NDArray[np.floating]) -> FloatArray:
     """Scale vectors to length 1, as float32."""
     vectors = embedding.astype(np.float32)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(length, 1e-12)
+    scaled: FloatArray = vectors / np.maximum(length, 1e-12)
+    return scaled
 
 
 def iterate_groups(groups: IntArray) -> Iterator[IntArray]:

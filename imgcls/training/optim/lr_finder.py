@@ -35,7 +35,7 @@ class LrFinder:
     @property
     def lr(self) -> float:
         low, high = LR_RANGE
-        return low * (high / low) ** (len(self.curve) / (MAX_STEPS - 1))
+        return float(low * (high / low) ** (len(self.curve) / (MAX_STEPS - 1)))
 
     def set_lr(self) -> None:
         """Set the learning rate of the next step; the ratios between groups stay."""

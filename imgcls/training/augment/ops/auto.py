@@ -52,9 +52,12 @@ class AutoAugment(Operation):
         from torchvision.transforms import v2
 
         if self.auto == "trivialaugment":
-            return v2.TrivialAugmentWide()
+            trivial: Callable[[torch.Tensor], torch.Tensor] = v2.TrivialAugmentWide()
+            return trivial
         num_ops, magnitude = self._resolve_strength()
-        return v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
+        augment: Callable[[torch.Tensor], torch.Tensor]
+        augment = v2.RandAugment(num_ops=num_ops, magnitude=magnitude)
+        return augment
 
     def _resolve_strength(self) -> tuple[int, int]:
         return (

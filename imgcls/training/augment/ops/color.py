@@ -92,4 +92,5 @@ def build_color_matrix(saturation: torch.Tensor, hue: torch.Tensor) -> torch.Ten
     rotated[:, 0, 0] = 1
     rotated[:, 1, 1] = rotated[:, 2, 2] = across
     rotated[:, 1, 2], rotated[:, 2, 1] = -along, along
-    return torch.linalg.inv(_YIQ) @ rotated @ _YIQ
+    matrix: torch.Tensor = torch.linalg.inv(_YIQ) @ rotated @ _YIQ
+    return matrix
