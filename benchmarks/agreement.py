@@ -176,13 +176,13 @@ def compare(kind: str, bundle: Any) -> None:
         apart = np.abs(stacked.astype(int) - np.stack(inputs["Pillow"])).mean((1, 2, 3))
         shown = stacked[::2]
         batches = (shown[i : i + BATCH] for i in range(0, len(shown), BATCH))
-        told = Int8Calibration(
+        calibration = Int8Calibration(
             ranges=record_int8_ranges(bundle, batches),
             calibration_images=len(shown),
             judged_images=0,
             agreement=0,
         )
-        prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
+        prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": calibration}))
         for precision in ("fp32", "bf16", "int8"):
             classifier = Classifier(prepared, precision=precision, device="cpu")
             found = np.concatenate(

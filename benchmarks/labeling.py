@@ -139,8 +139,8 @@ def keep(measured: dict[str, list[float]], model: str, kind: str, rows: int) -> 
         }
     )
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    told = {"model": model, "images": kind, "rows": rows, "measured": stamp, **machine}
-    table = table.replace_schema_metadata({"imgcls.benchmark": json.dumps(told)})
+    record = {"model": model, "images": kind, "rows": rows, "measured": stamp, **machine}
+    table = table.replace_schema_metadata({"imgcls.benchmark": json.dumps(record)})
     place = RESULTS / f"labeling-{model}-{kind}"
     pq.write_table(table, place.with_suffix(".parquet"))
     draw(measured, f"{model}, {kind} images, {CORES} cores", place.with_suffix(".png"))

@@ -65,15 +65,15 @@ def grow(options: argparse.Namespace, folder: Path) -> None:
     )
     simulated = options.what == "plan"
     for rows in options.rows or [10_000, 100_000, 1_000_000]:
-        told = in_a_process("label", rows, folder, simulated=simulated)
-        steady = told["steady"] or rows / told["seconds"]
-        requests = (told["written"] * options.put_price / rows) + (
+        result = in_a_process("label", rows, folder, simulated=simulated)
+        steady = result["steady"] or rows / result["seconds"]
+        requests = (result["written"] * options.put_price / rows) + (
             0 if simulated else options.get_price
         )
         cost = 1e6 / steady / 3600 * options.spot_price + requests
         print(
-            f"{rows:>12,} {told['seconds']:>9.1f} {steady:>9,.0f} {1e6 / steady:>8.0f} "
-            f"{told['memory']:>10.0f} {told['written']:>8,} {cost:>16.2f}",
+            f"{rows:>12,} {result['seconds']:>9.1f} {steady:>9,.0f} {1e6 / steady:>8.0f} "
+            f"{result['memory']:>10.0f} {result['written']:>8,} {cost:>16.2f}",
             flush=True,
         )
 
@@ -81,10 +81,10 @@ def grow(options: argparse.Namespace, folder: Path) -> None:
 def resume(sizes: list[int], done: float, folder: Path) -> None:
     print(f"{'rows':>12} {'done':>12} {'planned in s':>13} {'resumed in s':>13} {'driver MB':>10}")
     for rows in sizes:
-        told = in_a_process("resume", rows, folder, share=done)
+        result = in_a_process("resume", rows, folder, share=done)
         print(
-            f"{rows:>12,} {told['done']:>12,} {told['planned']:>13.1f} {told['resumed']:>13.1f} "
-            f"{told['memory']:>10.0f}",
+            f"{rows:>12,} {result['done']:>12,} {result['planned']:>13.1f} "
+            f"{result['resumed']:>13.1f} {result['memory']:>10.0f}",
             flush=True,
         )
 
@@ -92,10 +92,10 @@ def resume(sizes: list[int], done: float, folder: Path) -> None:
 def spread(rows: int, counts: list[int], folder: Path) -> None:
     print(f"{'nodes':>6} {'workers':>8} {'seconds':>9} {'least':>7} {'most':>7}   chunks per node")
     for nodes in counts:
-        told = in_a_process("spread", rows, folder, nodes=nodes)
+        result = in_a_process("spread", rows, folder, nodes=nodes)
         print(
-            f"{nodes:>6} {told['workers']:>8} {told['seconds']:>9.1f} {min(told['chunks']):>7} "
-            f"{max(told['chunks']):>7}",
+            f"{nodes:>6} {result['workers']:>8} {result['seconds']:>9.1f} "
+            f"{min(result['chunks']):>7} {max(result['chunks']):>7}",
             flush=True,
         )
 
@@ -108,17 +108,17 @@ def in_a_process(what: str, rows: int, folder: Path, **more: Any) -> dict[str, A
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     lines = done.stdout.splitlines()
-    told: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line[:1] == "{"))
-    told["memory"] = told.pop("kilobytes") / 1024
-    return told
+    result: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line[:1] == "{"))
+    result["memory"] = result.pop("kilobytes") / 1024
+    return result
 
 
 def child(what: str, order: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         work: Any = {"label": label, "resume": broken_off, "spread": over_nodes}[what]
-        told = work(**order)
-    told["kilobytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(told))
+        result = work(**order)
+    result["kilobytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps(result))
 
 
 def label(rows: int, folder: str, simulated: bool) -> dict[str, Any]:

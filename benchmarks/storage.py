@@ -203,7 +203,7 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
     assert new == options.new
 
 
-def plan(labels: Path, manifest: Path, told: Connection) -> None:
+def plan(labels: Path, manifest: Path, connection: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
     from imgcls.inference.incremental import SinceConfig, select_new_rows
 
@@ -214,7 +214,7 @@ def plan(labels: Path, manifest: Path, told: Connection) -> None:
     )  # fmt: skip
     new = sum(batch.num_rows for batch in found.batches())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
-    told.send((new, time.perf_counter() - start, memory))
+    connection.send((new, time.perf_counter() - start, memory))
 
 
 def listed_rows(first: int, count: int) -> pa.Table:
@@ -246,7 +246,7 @@ def serving(files: list[Path], options: argparse.Namespace) -> Iterator[str]:
     process.join()
 
 
-def serve(files: list[Path], delay: float, listed: int, told: Connection) -> None:
+def serve(files: list[Path], delay: float, listed: int, connection: Connection) -> None:
     objects = {}
     for path in files:
         data = path.read_bytes()
@@ -273,7 +273,7 @@ def serve(files: list[Path], delay: float, listed: int, told: Connection) -> Non
 
     async def run() -> None:
         server = await asyncio.start_server(client, "127.0.0.1", 0, limit=1 << 20)
-        told.send(server.sockets[0].getsockname()[1])
+        connection.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
     asyncio.run(run())

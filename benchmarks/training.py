@@ -226,8 +226,8 @@ def report(task: Task, workers: int, measured: Measured) -> None:
     ahead = measured.median(STEPS) / measured.median(REFERENCE)
     print(f"imgcls / reference   {ahead:.2f}   (ahead: above 1)")
     if GPUS:
-        told = f"{statistics.mean(measured.busy):.0f} %" if measured.busy else "unknown: no pynvml"
-        print(f"GPU busy in imgcls, after its first epoch: {told}")
+        busy = f"{statistics.mean(measured.busy):.0f} %" if measured.busy else "unknown: no pynvml"
+        print(f"GPU busy in imgcls, after its first epoch: {busy}")
     print(flush=True)
 
 

@@ -58,13 +58,13 @@ class Task:
 
 def in_processes(loop: Callable[..., list[float]], task: Task, workers: int, *more: Any) -> Any:
     """What a loop returns that runs in a fresh process per worker."""
-    told = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="imgcls-bench-") as meeting:
         # `spawn` of torch: ends all when one fails
         torch.multiprocessing.spawn(  # type: ignore[attr-defined]
-            in_process, (loop, task, workers, meeting, told, more), nprocs=workers
+            in_process, (loop, task, workers, meeting, queue, more), nprocs=workers
         )
-    return told.get()
+    return queue.get()
 
 
 def in_process(
@@ -73,7 +73,7 @@ def in_process(
     task: Task,
     workers: int,
     meeting: str,
-    told: Any,
+    queue: Any,
     more: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(max(1, CORES // workers))
@@ -87,7 +87,7 @@ def in_process(
     )
     rates = loop(task, Learner(task, rank, workers), *more)
     if rank == 0:
-        told.put(rates)
+        queue.put(rates)
     dist.destroy_process_group()
 
 

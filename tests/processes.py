@@ -101,16 +101,16 @@ def machine(
         *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
         "--object-store-memory=200000000",
     ]
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
-            stdout=told,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **(env or {})},
         )
         try:
-            wait_for(lambda: b"Ray runtime started" in os.pread(told.fileno(), 1 << 16, 0), 60)
+            wait_for(lambda: b"Ray runtime started" in os.pread(output.fileno(), 1 << 16, 0), 60)
             yield process
         finally:
             kill_family(process.pid)

@@ -147,12 +147,16 @@ def test_what_print_config_prints_is_a_file_that_gives_the_same_again(tmp_path: 
         *("--limit", 10, "--scale.workers", 2, "--print-config"),
     )
     assert (first.returncode, first.stderr) == (0, "")
-    told = yaml.safe_load(first.stdout)
-    assert told["manifest"] == {
+    settings = yaml.safe_load(first.stdout)
+    assert settings["manifest"] == {
         "path": "a b.csv", "format": "auto", "path_column": "path", "label_column": None,
         "root": None, "delimiter": ";", "encoding": "utf-8", "escape": None,
     }  # fmt: skip
-    assert (told["threshold"], told["scores"], told["scale"]["workers"]) == (0.25, True, 2)
+    assert (settings["threshold"], settings["scores"], settings["scale"]["workers"]) == (
+        0.25,
+        True,
+        2,
+    )
     file = tmp_path / "again.yaml"
     file.write_text(first.stdout, encoding="utf-8")
     again = imgcls("predict", "--config", file, "--print-config")
@@ -183,10 +187,10 @@ def test_each_kind_of_error_has_its_exit_code_and_is_told_without_a_traceback(
     module = importlib.import_module("imgcls.models.import_weights")
     monkeypatch.setattr(module, "list_models", job)
     assert cli.main(["model", "list"]) == code
-    told = capsys.readouterr()
-    assert told.out == ""
+    captured = capsys.readouterr()
+    assert captured.out == ""
     wanted = "stopped" if kind is KeyboardInterrupt else "here is why"
-    assert told.err == f"imgcls model list: {wanted}\n"
+    assert captured.err == f"imgcls model list: {wanted}\n"
 
 
 def test_a_defect_of_ours_is_not_hidden_behind_an_exit_code(
@@ -215,9 +219,9 @@ def test_a_command_that_does_its_job_exits_0() -> None:
 def test_a_wrong_setting_is_in_the_summary_too(tmp_path: Path, words: list[str]) -> None:
     file = tmp_path / "run.json"
     assert cli.main(["predict", *words, str(file), "--max-error-rate", "7"]) == 2
-    told = json.loads(file.read_text())
-    assert (told["exit_code"], told["rows"], told["status"]) == (2, 0, {})
-    assert "max_error_rate" in told["error"]
+    summary = json.loads(file.read_text())
+    assert (summary["exit_code"], summary["rows"], summary["status"]) == (2, 0, {})
+    assert "max_error_rate" in summary["error"]
 
 
 @pytest.fixture
@@ -248,9 +252,9 @@ def test_a_store_that_cannot_be_reached_exits_1_and_a_file_that_is_not_there_2(
         return cli.main(["predict", *words, *store])
 
     assert predict(**{key: "s3://bucket/it"}) == 1
-    told = json.loads(file.read_text())
-    assert told["exit_code"] == 1
-    assert "a later try may succeed" in told["error"]
+    summary = json.loads(file.read_text())
+    assert summary["exit_code"] == 1
+    assert "a later try may succeed" in summary["error"]
     if key != "output":
         assert predict(**{key: str(tmp_path / "absent")}) == 2
     assert "Traceback" not in capsys.readouterr().err

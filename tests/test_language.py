@@ -40,7 +40,14 @@ BRITISH = re.compile(
 ALLOWED: dict[str, tuple[str, ...]] = {"tests/e2e/test_bad_input.py": ("per cent.png",)}
 """Texts that may stay, by file: names in output files, quotations, words of other programs."""
 
-PLAIN_FILES = ("README.md", "docs/*.md", "jobs/*.yaml", "imgcls/**/*.j2", "imgcls/**/*.html")
+PLAIN_FILES = (
+    "*.md",
+    "manifests/*.md",
+    "docs/*.md",
+    "jobs/*.yaml",
+    "imgcls/**/*.j2",
+    "imgcls/**/*.html",
+)
 CODE_FILES = ("imgcls/**/*.py", "jobs/*.py", "benchmarks/**/*.py", "tests/**/*.py")
 
 

@@ -77,7 +77,7 @@ def test_a_file_without_bytes_is_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "a web page or XML"),
         (b"\n  <html>", "a web page or XML"),
@@ -94,12 +94,12 @@ def test_a_file_without_bytes_is_empty() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_image_is_said_for_what_it_is(data: bytes, told: str) -> None:
+def test_a_file_that_is_no_image_is_named_for_what_it_is(data: bytes, message: str) -> None:
     for call in (lambda: decode.decode_image(data, SPEC), lambda: decode_preview(data, 64)):
         with pytest.raises(NotAnImage, match=r"JPEG, PNG, WebP, .* are decoded") as caught:
             call()
         assert caught.value.status == "not_an_image"
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("name", FILES)

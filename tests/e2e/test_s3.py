@@ -66,8 +66,8 @@ def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
     table = pq.read_table(io.BytesIO(body(s3, "out/predictions/part-00000.parquet")))
     assert table["row"].to_pylist() == list(range(60))
     assert set(table["status"].to_pylist()) == {"ok"}
-    told = json.loads(body(s3, "out/summary.json"))["metrics"]["accuracy"]["value"]
-    assert told > 0.9
+    accuracy = json.loads(body(s3, "out/summary.json"))["metrics"]["accuracy"]["value"]
+    assert accuracy > 0.9
     assert b"data:image/jpeg;base64," in body(s3, "out/report.html")
 
 

@@ -297,7 +297,7 @@ def test_a_class_list_is_one_name_per_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("cat\n\ndog\n", "f, line 2: is blank"),
         ("\ncat", "f, line 1: is blank"),
@@ -307,11 +307,11 @@ def test_a_class_list_is_one_name_per_line() -> None:
     ],
 )
 def test_a_class_list_with_a_blank_or_doubled_name_is_refused_by_its_line(
-    text: str, told: str
+    text: str, message: str
 ) -> None:
     with pytest.raises(BundleError) as caught:
         parse_class_list(text, "f")
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
 
 
 def test_classes_of_a_bundle_differ() -> None:

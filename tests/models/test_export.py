@@ -64,9 +64,11 @@ def test_every_format_gives_the_classifiers_scores(
     )
     save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
     output = tmp_path / "out"
-    told = export_bundle(asked(tmp_path / "bundle", output, formats="onnx,program,torchscript"))
-    assert set(told["files"]) == {"model.onnx", "model.pt2", "model.ts"}
-    assert all(each["largest_difference"] < 1e-5 for each in told["files"].values())
+    description = export_bundle(
+        asked(tmp_path / "bundle", output, formats="onnx,program,torchscript")
+    )
+    assert set(description["files"]) == {"model.onnx", "model.pt2", "model.ts"}
+    assert all(each["largest_difference"] < 1e-5 for each in description["files"].values())
     # any number of images at a time
     session = onnxruntime.InferenceSession(output / "model.onnx")
     classifier = Classifier.load(str(tmp_path / "bundle"), precision="fp32", device="cpu")
@@ -108,8 +110,8 @@ def test_networks_of_other_kinds_can_be_exported(tmp_path: Path, name: str) -> N
         preprocess=zoo.get_default_preprocess(architecture),
     )
     save_bundle(str(tmp_path / "bundle"), spec, network.state_dict())
-    told = export_bundle(asked(tmp_path / "bundle", tmp_path / "out"))
-    assert told["files"]["model.onnx"]["largest_difference"] < 1e-4
+    description = export_bundle(asked(tmp_path / "bundle", tmp_path / "out"))
+    assert description["files"]["model.onnx"]["largest_difference"] < 1e-4
 
 
 def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) -> None:
@@ -117,8 +119,10 @@ def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) 
     for seed in range(6):
         draw("red", seed=seed).save(tmp_path / "images" / f"{seed}.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
-    told = export_bundle(asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images")))
-    assert told["files"]["model.onnx"]["images"] == 6
+    description = export_bundle(
+        asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images"))
+    )
+    assert description["files"]["model.onnx"]["images"] == 6
 
 
 def test_other_labels_are_not_passed_off_as_the_same() -> None:

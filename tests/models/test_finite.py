@@ -76,12 +76,12 @@ def test_a_tensor_of_any_floating_dtype_is_checked(dtype: torch.dtype, value: fl
     check_finite_safetensors(save(sound), "here")
     broken = sound | {"b": largest.clone(), "c": largest.clone()}
     broken["b"][1, 2] = broken["b"][2, 3] = broken["c"][0, 0] = value
-    told = (
+    message = (
         r"^here: 2 of 12 values of the tensor 'b' are NaN or infinite, and in 1 more of 6 tensors"
     )
-    with pytest.raises(BundleError, match=told):
+    with pytest.raises(BundleError, match=message):
         check_finite_tensors(broken, "here")
-    with pytest.raises(BundleError, match=told):
+    with pytest.raises(BundleError, match=message):
         check_finite_safetensors(save(broken), "here")
 
 

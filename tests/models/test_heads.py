@@ -58,8 +58,8 @@ def test_a_hidden_layer_as_wide_as_the_classes_is_no_head() -> None:
 
 def test_an_encoder_without_a_classifier_is_refused_by_name() -> None:
     architecture = zoo.resolve_architecture("timm:mobilenetv5_300m_enc")
-    told = "timm:mobilenetv5_300m_enc: is an encoder without a classifier"
-    with torch.device("meta"), pytest.raises(BundleError, match=told):
+    message = "timm:mobilenetv5_300m_enc: is an encoder without a classifier"
+    with torch.device("meta"), pytest.raises(BundleError, match=message):
         zoo.build_network(architecture, 3)
 
 

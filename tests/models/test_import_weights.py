@@ -112,7 +112,7 @@ def test_a_bundle_is_replaced_only_when_told(
 
 
 @pytest.mark.parametrize(
-    ("classes", "told"),
+    ("classes", "expected"),
     [
         (b"cat\ndog\n", "has 2 classes, but the weights have 3 outputs"),
         (b"cat\ndog\nhorse\ncow\n", "has 4 classes, but the weights have 3 outputs"),
@@ -129,7 +129,7 @@ def test_a_class_list_that_does_not_fit_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     classes: bytes | None,
-    told: str,
+    expected: str,
 ) -> None:
     (tmp_path / "classes.txt").unlink()
     if classes is not None:
@@ -137,12 +137,12 @@ def test_a_class_list_that_does_not_fit_is_refused(
     assert import_() == 2
     message = capsys.readouterr().err
     assert message.startswith("imgcls model import: ")
-    assert told in message
+    assert expected in message
     assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"arch": "smal_cnn"}, "no such architecture; did you mean small_cnn"),
         ({"weights": "none.pth"}, "none.pth: no such file; pass a file"),
@@ -158,10 +158,10 @@ def test_a_wrong_request_makes_no_bundle(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
-    told: str,
+    expected: str,
 ) -> None:
     assert import_(**changes) == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
 
 

@@ -109,8 +109,10 @@ def test_a_classifier_in_int8_answers_nearly_as_it_does_otherwise(tmp_path: Path
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "resnet18")))
     exact = Classifier(bundle, precision="fp32", device="cpu")
     ranges = record_int8_ranges(bundle, [random_batch(exact, 8, seed) for seed in range(4)])
-    told = Int8Calibration(ranges=ranges, calibration_images=32, judged_images=1, agreement=1)
-    changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": told}))
+    calibration = Int8Calibration(
+        ranges=ranges, calibration_images=32, judged_images=1, agreement=1
+    )
+    changed = replace(bundle, spec=bundle.spec.model_copy(update={"int8": calibration}))
     rough = Classifier(changed, precision="int8", device="cpu")
     assert (rough.precision, rough.precision_reason) == ("int8", "as requested")
     batch = random_batch(exact, 8, 99)

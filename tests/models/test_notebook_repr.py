@@ -148,7 +148,7 @@ def test_iterables_and_arrays_are_images_too(classifier: Classifier, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (
             pd.DataFrame({"path": ["a.png"]}),
@@ -164,9 +164,9 @@ def test_iterables_and_arrays_are_images_too(classifier: Classifier, tmp_path: P
     ids=["frame", "dict", "number", "numbers", "none", "floats", "channels first"],
 )
 def test_what_is_no_image_is_refused_with_what_is(
-    classifier: Classifier, given: Any, told: str
+    classifier: Classifier, given: Any, message: str
 ) -> None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
         classifier.predict(given, errors="return")
 
 

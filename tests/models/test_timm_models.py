@@ -48,15 +48,15 @@ def test_scores_and_embeddings_are_timms(name: str, tmp_path: Path) -> None:
 def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
     from timm.data import create_transform, resolve_data_config
 
-    said = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-    resize, crop = create_transform(**said).transforms[:2]
+    config = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    resize, crop = create_transform(**config).transforms[:2]
     preprocess = zoo.get_default_preprocess(zoo.resolve_architecture(f"timm:{name}"))
     assert (preprocess.resize, preprocess.crop) == (
         resize.size if isinstance(resize.size, int) else resize.size[0],
         crop.size[0],
     )
     assert resize.interpolation.value == preprocess.interpolation
-    assert preprocess.mean == pytest.approx(said["mean"])
+    assert preprocess.mean == pytest.approx(config["mean"])
 
 
 def test_preprocessing_that_cannot_be_said_is_refused() -> None:

@@ -145,7 +145,7 @@ def test_reading_weights_runs_no_code(tmp_path: Path, archive: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (POINTER, "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"),
         (b"<!DOCTYPE html><html>", "is an HTML or XML page; download the file itself"),
@@ -156,7 +156,7 @@ def test_reading_weights_runs_no_code(tmp_path: Path, archive: bool) -> None:
 )
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_what_is_no_weights_file_is_named(
-    tmp_path: Path, data: bytes, told: str, suffix: str
+    tmp_path: Path, data: bytes, expected: str, suffix: str
 ) -> None:
     file = tmp_path / f"weights.{suffix}"
     file.write_bytes(data)
@@ -164,7 +164,7 @@ def test_what_is_no_weights_file_is_named(
         zoo.load_weights(str(file), ARCHITECTURE)
     message = str(caught.value)
     if suffix == "pth" or data == POINTER:
-        assert told in message
+        assert expected in message
     assert "\x1b" not in message
     assert "weights_only" not in message
 
@@ -173,8 +173,8 @@ def test_a_whole_network_in_a_file_is_refused_with_the_way_to_save_its_weights(
     tmp_path: Path,
 ) -> None:
     torch.save(zoo.build_network(ARCHITECTURE, 3), tmp_path / "network.pth")
-    told = r"it has objects of .*imgcls\.models\.small_cnn\.SmallCNN.*which could run code"
-    with pytest.raises(BundleError, match=told) as caught:
+    expected = r"it has objects of .*imgcls\.models\.small_cnn\.SmallCNN.*which could run code"
+    with pytest.raises(BundleError, match=expected) as caught:
         zoo.load_weights(str(tmp_path / "network.pth"), ARCHITECTURE)
     assert "\x1b" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
@@ -209,8 +209,8 @@ def test_weights_without_a_head_get_a_new_one_in_training_and_are_not_imported(
     torch.save(below("backbone.", state), file)
     network = networks.build_initial_network(architecture, file, 5, seed=3)
     head, _ = zoo.find_head(network)
-    said = capsys.readouterr().out
-    assert f"has no head ({head}.weight, {head}.bias)" in said.replace("have no", "has no")
+    output = capsys.readouterr().out
+    assert f"has no head ({head}.weight, {head}.bias)" in output.replace("have no", "has no")
     for key, value in state.items():
         assert torch.equal(network.state_dict()[key], value)
     fresh = networks.build_initial_network(architecture, None, 5, seed=3).state_dict()

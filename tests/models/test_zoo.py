@@ -116,8 +116,8 @@ def test_pretrained_networks_are_built_as_their_weights_need(
     architecture = zoo.add_pretrained_options(zoo.resolve_architecture(name), weights)
     assert architecture.options == options
     mine = dict.fromkeys(options, "mine")
-    said = zoo.add_pretrained_options(zoo.resolve_architecture(name, mine), weights)
-    assert said.options == mine
+    completed = zoo.add_pretrained_options(zoo.resolve_architecture(name, mine), weights)
+    assert completed.options == mine
 
 
 @pytest.mark.parametrize(
