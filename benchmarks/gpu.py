@@ -56,7 +56,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     from imgcls.data import decode
     from imgcls.models.classifier import Classifier
 
-    def say(what: str, rate: float) -> None:
+    def report(what: str, rate: float) -> None:
         print(f"  {what:<34} {rate:10,.0f} images/s", flush=True)
 
     print(model)
@@ -67,17 +67,17 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     for size in BATCHES:
         batch = torch.from_numpy(np.resize(pixels, (size, *pixels.shape[1:]))).cuda()
         graph = Classifier.load(bundle, batch_size=size)
-        say(f"forward, {size} by kernels", rate(lambda b=batch: classify(plain, b, rows), rows))  # type: ignore[misc]
+        report(f"forward, {size} by kernels", rate(lambda b=batch: classify(plain, b, rows), rows))  # type: ignore[misc]
         replayed = rate(lambda g=graph, b=batch: classify(g, b, rows), rows)  # type: ignore[misc]
-        say(f"forward, {size} as a graph", replayed)
+        report(f"forward, {size} as a graph", replayed)
         if replayed > fastest:
             best, fastest = graph, replayed
     size = CHUNK
     compiled = Classifier.load(bundle, batch_size=size, compile=True)
     batch = torch.from_numpy(np.resize(pixels, (size, *pixels.shape[1:]))).cuda()
-    say(f"forward, {size} compiled, graph", rate(lambda: classify(compiled, batch, rows), rows))
+    report(f"forward, {size} compiled, graph", rate(lambda: classify(compiled, batch, rows), rows))
     host = np.resize(pixels, (CHUNK, *pixels.shape[1:]))
-    say("upload and forward", rate(lambda: classify(best, host, rows), rows))
+    report("upload and forward", rate(lambda: classify(best, host, rows), rows))
 
     def on_the_device(count: int) -> None:
         for start in range(0, count, CHUNK):
@@ -99,11 +99,11 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
         best.classify(torch.stack([each[0] for each in found if isinstance(each, tuple)]))
 
     decoding = rate(lambda: on_the_device(rows), rows)
-    say("nvJPEG", decoding)
-    say("decode, one core", rate(lambda: on_the_host(1000), 1000))
-    say("chunks, two threads", rate(lambda: chunks(rows), rows))
-    say("  the slower of the two allows", min(decoding, fastest))
-    say("  both in turn allow", 1 / (1 / decoding + 1 / fastest))
+    report("nvJPEG", decoding)
+    report("decode, one core", rate(lambda: on_the_host(1000), 1000))
+    report("chunks, two threads", rate(lambda: chunks(rows), rows))
+    report("  the slower of the two allows", min(decoding, fastest))
+    report("  both in turn allow", 1 / (1 / decoding + 1 / fastest))
 
 
 def check(plain: Any, bundle: str, pixels: Any) -> None:

@@ -157,7 +157,7 @@ def draw(measured: dict[str, list[float]], title: str, file: Path) -> None:
     }
     figure = Figure(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
     axis = figure.subplots()
-    colours = [
+    colors = [
         "0.6"
         if name in (LIMIT, PLAIN)
         else "tab:blue"
@@ -165,7 +165,7 @@ def draw(measured: dict[str, list[float]], title: str, file: Path) -> None:
         else "tab:orange"
         for name in shown
     ]
-    bars = axis.barh(list(shown), list(shown.values()), color=colours)
+    bars = axis.barh(list(shown), list(shown.values()), color=colors)
     axis.bar_label(bars, fmt="%.0f", padding=3)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ SHARED = Path(os.environ.get("IMGCLS_SHARED", REPOSITORY.parent / "shared"))
 hypothesis.settings.register_profile("imgcls", deadline=None)
 hypothesis.settings.load_profile("imgcls")
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 
 LONG = ("e2e", "training")
@@ -57,7 +57,7 @@ def draw(name: str, size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Im
     """A noisy image whose color is its class."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(-25, 26, (size[1], size[0], 3))
-    pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+    pixels = np.clip(np.array(COLORS[name]) + noise, 0, 255).astype(np.uint8)
     image = Image.fromarray(pixels)
     corner = (int(rng.integers(0, size[0])), int(rng.integers(0, size[1])))
     ImageDraw.Draw(image).ellipse((*corner, corner[0] + 9, corner[1] + 9), fill=(128, 128, 128))
@@ -65,20 +65,20 @@ def draw(name: str, size: tuple[int, int] = (64, 48), seed: int = 0) -> Image.Im
 
 
 @pytest.fixture(scope="session")
-def colour_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def color_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CNN that was never trained: deterministic, quick, and right about nothing."""
     import torch
 
     from imgcls.models import zoo
     from imgcls.models.bundle import BundleSpec, save_bundle
 
-    folder = tmp_path_factory.mktemp("colours") / "bundle"
+    folder = tmp_path_factory.mktemp("colors") / "bundle"
     architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(0)
-    network = zoo.build_network(architecture, len(COLOURS))
+    network = zoo.build_network(architecture, len(COLORS))
     spec = BundleSpec(
         architecture=architecture,
-        classes=list(COLOURS),
+        classes=list(COLORS),
         preprocess=zoo.get_default_preprocess(architecture),
     )
     save_bundle(str(folder), spec, network.state_dict())
@@ -98,10 +98,10 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     preprocess = zoo.get_default_preprocess(architecture)
     torch.manual_seed(0)
-    network = zoo.build_network(architecture, len(COLOURS)).eval()
+    network = zoo.build_network(architecture, len(COLORS)).eval()
     *_, norm = (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
     _, head = zoo.find_head(network)
-    shown = [draw(name, seed=seed) for seed, name in enumerate(COLOURS)]
+    shown = [draw(name, seed=seed) for seed, name in enumerate(COLORS)]
     shown.append(Image.new("RGB", (64, 48), "white"))
     pixels = torch.from_numpy(
         decode.stack_images([decode.preprocess_pil_image(image, preprocess) for image in shown])
@@ -120,7 +120,7 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head.weight.zero_()
         head.weight[0, place] = torch.finfo(torch.float32).max / middle
         head.bias.zero_()
-    spec = BundleSpec(architecture=architecture, classes=list(COLOURS), preprocess=preprocess)
+    spec = BundleSpec(architecture=architecture, classes=list(COLORS), preprocess=preprocess)
     save_bundle(str(folder), spec, network.state_dict())
     return folder
 
@@ -159,13 +159,13 @@ def place(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def placed_bundle(place: Path, colour_bundle: Path) -> Path:
-    """`colour_bundle`, where everything else is."""
-    return copied(colour_bundle, place / "bundle")
+def placed_bundle(place: Path, color_bundle: Path) -> Path:
+    """`color_bundle`, where everything else is."""
+    return copied(color_bundle, place / "bundle")
 
 
 @pytest.fixture
-def colours(tmp_path: Path) -> Callable[..., Path]:
+def colors(tmp_path: Path) -> Callable[..., Path]:
     """Draws N colored images and a labeled manifest of them, in a folder of the test."""
 
     def make(count: int, place: Path = tmp_path) -> Path:
@@ -173,7 +173,7 @@ def colours(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for i in range(count):
-            name = list(COLOURS)[i % len(COLOURS)]
+            name = list(COLORS)[i % len(COLORS)]
             file = folder / f"{i:05d}.jpg"
             save(draw(name, seed=i), file, quality=90)
             rows.append((f"images/{file.name}", name, f"camera {i % 2}"))

@@ -176,7 +176,7 @@ CODES = {
 @pytest.mark.parametrize(
     ("kind", "code"), CODES.items(), ids=lambda value: getattr(value, "__name__", "")
 )
-def test_each_kind_of_error_has_its_exit_code_and_is_told_without_a_traceback(
+def test_each_kind_of_error_has_its_exit_code_and_no_traceback(
     kind: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -236,11 +236,11 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize("key", ["manifest", "model", "output"])
 def test_a_store_that_cannot_be_reached_exits_1_and_a_file_that_is_not_there_2(
-    key: str, tmp_path: Path, colour_bundle: Path, capsys: pytest.CaptureFixture[str]
+    key: str, tmp_path: Path, color_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "m.csv").write_text("path\na.jpg\n")
     good = {
-        "manifest": str(tmp_path / "m.csv"), "model": str(colour_bundle),
+        "manifest": str(tmp_path / "m.csv"), "model": str(color_bundle),
         "output": str(tmp_path / "out"),
     }  # fmt: skip
     file = tmp_path / "run.json"

@@ -291,7 +291,7 @@ def test_unknown_keys_of_a_file_are_named_to_the_last_part(tmp_path: Path) -> No
     assert keys == ["optim.rate", "optim.momentun", "extra.a", "extra.b.c", "7"]
 
 
-def test_every_problem_is_told_at_once_by_its_dotted_path(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together_by_dotted_path(tmp_path: Path) -> None:
     file = written(tmp_path, "layout: tpu\noptim: {lr: fast, nesterov: maybe}\nlr: 3")
     found = problems(
         *("--config", file, "--config", tmp_path / "none.yaml"),
@@ -317,7 +317,7 @@ def test_every_problem_is_told_at_once_by_its_dotted_path(tmp_path: Path) -> Non
     assert len(found) == 12, text
 
 
-def test_a_check_of_the_whole_model_is_told_in_its_own_words() -> None:
+def test_a_check_of_the_whole_model_has_its_own_message() -> None:
     assert problems("--name", "forbidden") == ["name forbidden is taken; give another --name"]
 
 
@@ -499,7 +499,7 @@ def test_every_shipped_yaml_loads_and_shows_every_key(job: str) -> None:
     assert shown == taken
 
 
-def test_the_shipped_predict_yaml_says_the_true_defaults() -> None:
+def test_the_shipped_predict_yaml_has_the_true_defaults() -> None:
     file = REPOSITORY / "jobs" / "predict.yaml"
     loaded = config.load(PredictConfig, ["--config", str(file)])
     required = {"manifest": loaded.manifest.path, "model": loaded.model, "output": loaded.output}

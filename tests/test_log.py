@@ -56,7 +56,7 @@ def test_the_json_format_has_an_object_per_line_with_fields_and_context(
     assert (warning["event"], warning["message"]) == ("warning", "store s3 is slow")
 
 
-def test_a_job_inherits_nothing_from_the_one_before_or_beside_it(
+def test_a_job_inherits_nothing_from_an_earlier_or_concurrent_job(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with log.command_handler("json"), log.context(run_id="first"):

@@ -41,7 +41,7 @@ def test_the_aws_file_is_what_ray_takes() -> None:
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
 
 
-def test_nobody_is_let_into_the_aws_machines_but_by_a_group_of_ones_own() -> None:
+def test_aws_machines_are_reached_only_through_the_users_own_group() -> None:
     config = prepared((REPOSITORY / "cluster.yaml").read_text())
     given = copy.deepcopy(config["available_node_types"])
     assert {tuple(group["node_config"]["SecurityGroupIds"]) for group in given.values()} == {

@@ -118,11 +118,11 @@ def test_a_cluster_that_is_there_is_reached(ray_session: None) -> None:
 
 
 def test_a_command_ends_when_its_cluster_is_gone(
-    closed_port: int, colour_bundle: Path, tmp_path: Path
+    closed_port: int, color_bundle: Path, tmp_path: Path
 ) -> None:
     draw("red").save(tmp_path / "red.png")
     done = run_imgcls(
-        "predict", "--manifest", tmp_path, "--model", colour_bundle, "--output", tmp_path / "out",
+        "predict", "--manifest", tmp_path, "--model", color_bundle, "--output", tmp_path / "out",
         env={"RAY_ADDRESS": f"127.0.0.1:{closed_port}"},
     )  # fmt: skip
     assert done.returncode == 1

@@ -115,7 +115,7 @@ def fast(**settings: Any) -> Preprocess:
 
 SPEC = fast()
 SMALL = fast(resize=32, crop=28)
-COLOUR = (200, 60, 40)
+COLOR = (200, 60, 40)
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 120))
 FILES: dict[str, bytes] = {
     "jpeg": encoded(drawn(150, 110), "JPEG"),

@@ -218,7 +218,7 @@ class StorePromises:
         assert list(filesystem.read_ahead(made)) == list(made.values())
         assert place.proxy.met[kind] > 1
 
-    def test_refusals_are_told_apart(self, place: Place) -> None:
+    def test_refusals_have_different_errors(self, place: Place) -> None:
         filesystem.write(place.url("t/x.jpg"), b"x")
         storage_settings.set_process_settings(
             storage_settings.current_settings().model_copy(update={"retry_timeout_s": 0.3})

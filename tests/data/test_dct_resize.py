@@ -46,7 +46,7 @@ def test_it_is_nearer_to_the_whole_image_resized_than_resizing_again_is(
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 40), (40, 40)])
 @pytest.mark.parametrize("name", FILTERS)
-def test_one_colour_stays_that_colour(shape: tuple[int, int], name: Any) -> None:
+def test_one_color_stays_that_color(shape: tuple[int, int], name: Any) -> None:
     image = np.full((*shape, 3), (200, 100, 7), np.uint8)
     found = dct_resize.resize_dct_scaled(image, (9, 13), (0, 0, shape[1], shape[0]), name)
     assert (found == (200, 100, 7)).all()

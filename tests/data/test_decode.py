@@ -21,7 +21,7 @@ from imgcls.data.decode import decode_batch, decode_preview
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError
 from tests.data.pictures import (
-    COLOUR,
+    COLOR,
     FILES,
     LOSSLESS,
     SMALL,
@@ -48,13 +48,13 @@ AGREEMENT = {"torchvision": (0.02, 0.3), "pillow": (0.05, 0.4), "dct": (0.3, 0.6
 SIZE = (48, 40)
 
 
-def over_white(colour: tuple[int, int, int], alpha: int) -> tuple[int, ...]:
-    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in colour)
+def over_white(color: tuple[int, int, int], alpha: int) -> tuple[int, ...]:
+    return tuple(round((value * alpha + 255 * (255 - alpha)) / 255) for value in color)
 
 
 def plain(mode: str) -> Image.Image:
     """An image of one color in any mode."""
-    rgb = Image.new("RGB", SIZE, COLOUR)
+    rgb = Image.new("RGB", SIZE, COLOR)
     if mode == "1":
         return Image.new("1", SIZE, 1)
     if mode in ("I;16", "I"):
@@ -68,7 +68,7 @@ def plain(mode: str) -> Image.Image:
     if mode == "LA":
         return Image.new("LA", SIZE, (99, 128))
     if mode == "RGBA":
-        return Image.new("RGBA", SIZE, (*COLOUR, 128))
+        return Image.new("RGBA", SIZE, (*COLOR, 128))
     if mode == "P":
         return rgb.convert("P", palette=Image.Palette.ADAPTIVE)
     return rgb.convert(mode)
@@ -76,8 +76,8 @@ def plain(mode: str) -> Image.Image:
 
 GREY = (99, 99, 99)
 MODES = {
-    "1": (255, 255, 255), "L": GREY, "LA": over_white(GREY, 128), "P": COLOUR, "RGB": COLOUR,
-    "RGBA": over_white(COLOUR, 128), "CMYK": COLOUR, "YCbCr": COLOUR, "I;16": GREY,
+    "1": (255, 255, 255), "L": GREY, "LA": over_white(GREY, 128), "P": COLOR, "RGB": COLOR,
+    "RGBA": over_white(COLOR, 128), "CMYK": COLOR, "YCbCr": COLOR, "I;16": GREY,
 }  # fmt: skip
 HELD = {
     "JPEG": "1 L RGB CMYK YCbCr", "PNG": "1 L LA P RGB RGBA I;16", "WEBP": "L RGB RGBA",
@@ -123,20 +123,20 @@ def test_sixteen_bits_are_scaled_and_not_clipped(format: str, mode: str) -> None
     assert (pixels == np.round(values / 257).astype(np.uint8)).all()
 
 
-def test_sixteen_bits_per_colour_are_scaled_too() -> None:
-    row = b"\0" + struct.pack(">HHH", *(value * 257 for value in COLOUR)) * 8
+def test_sixteen_bits_per_color_are_scaled_too() -> None:
+    row = b"\0" + struct.pack(">HHH", *(value * 257 for value in COLOR)) * 8
     pixels, _ = decode.decode_image(png_of_size(8, 8, bits=16, rows=row * 8), SMALL)
-    assert np.abs(pixels.astype(int) - np.array(COLOUR).reshape(3, 1, 1)).max() <= 1
+    assert np.abs(pixels.astype(int) - np.array(COLOR).reshape(3, 1, 1)).max() <= 1
 
 
 def checkered(mode: str) -> tuple[Image.Image, dict[str, Any]]:
     """Left half transparent, right half opaque; with the options of `save` for it."""
     if mode in ("RGBA", "LA"):
         image = Image.new("RGBA", SIZE, (0, 0, 0, 0))
-        image.paste((*COLOUR, 255), (SIZE[0] // 2, 0, *SIZE))
+        image.paste((*COLOR, 255), (SIZE[0] // 2, 0, *SIZE))
         return (image if mode == "RGBA" else image.convert("LA")), {}
     image = Image.new("RGB", SIZE, (1, 2, 3))
-    image.paste(COLOUR, (SIZE[0] // 2, 0, *SIZE))
+    image.paste(COLOR, (SIZE[0] // 2, 0, *SIZE))
     if mode == "RGB":
         return image, {"transparency": (1, 2, 3)}
     if mode == "L":
@@ -156,19 +156,19 @@ def test_what_is_transparent_is_white(format: str, mode: str) -> None:
         options["lossless"] = True
     pixels, _ = decode.decode_image(encoded(image, format, **options), fast(resize=64, crop=64))
     assert (pixels[:, :, :20] == 255).all()
-    right = COLOUR if mode not in ("L", "LA") else (99, 99, 99)
+    right = COLOR if mode not in ("L", "LA") else (99, 99, 99)
     assert np.abs(pixels[:, :, -20:].mean((1, 2)) - right).max() < 2
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_of_many_frames_or_pages_the_first_is_taken(format: str) -> None:
-    first, *others = (Image.new("RGB", SIZE, colour) for colour in (COLOUR, "blue", "green"))
+    first, *others = (Image.new("RGB", SIZE, color) for color in (COLOR, "blue", "green"))
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(first, format, save_all=True, append_images=others, **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
     pixels, shown = decode.decode_image(data, SMALL)
     assert shown == SIZE
-    assert np.abs(pixels.mean((1, 2)) - COLOUR).max() < 3
+    assert np.abs(pixels.mean((1, 2)) - COLOR).max() < 3
 
 
 def test_a_phones_jpeg_with_a_second_picture_behind_it_is_the_first_one() -> None:
@@ -284,7 +284,7 @@ def test_a_turned_file_of_another_format_is_shown_upright(orientation: int, form
     assert difference(pixels, decode.decode_image(encoded(upright, "BMP"), SPEC)[0]) < 1
 
 
-def test_what_a_png_says_of_itself_behind_its_pixels_is_heeded() -> None:
+def test_chunks_of_a_png_behind_its_pixels_are_used() -> None:
     upright = drawn(120, 200)
     turned = stored(upright, "PNG", 6)
     place = turned.index(b"eXIf") - 4
@@ -317,7 +317,7 @@ def test_an_orientation_that_does_not_exist_is_ignored(orientation: int) -> None
         assert difference(pixels, decode.decode_image(encoded(image, format), SMALL)[0]) < 1
 
 
-def test_broken_exif_says_nothing_about_the_pixels() -> None:
+def test_broken_exif_does_not_affect_the_pixels() -> None:
     data = encoded(drawn(60, 40), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert decode.decode_image(data, SMALL)[1] == (60, 40)
 

@@ -122,7 +122,7 @@ def test_a_file_cut_off_anywhere_is_an_image_error(name: str) -> None:
         assert late == {"truncated"}
 
 
-def test_a_cut_off_file_is_said_to_be_so_with_its_size() -> None:
+def test_a_cut_off_file_is_reported_with_its_size() -> None:
     data = FILES["jpeg"][:2000]
     with pytest.raises(TruncatedImage, match=r"truncated.*\(2,000 bytes\)") as caught:
         decode.decode_image(data, SPEC)

@@ -204,7 +204,7 @@ def test_folders_are_listed_sorted_and_without_hidden_or_unfinished_files(tmp_pa
     assert filesystem.glob(f"{tmp_path}/none/*") == []
 
 
-def test_removing_takes_a_file_or_a_folder_and_no_neighbour(tmp_path: Path) -> None:
+def test_removing_takes_a_file_or_a_folder_and_nothing_next_to_it(tmp_path: Path) -> None:
     for name in ("run/part-1", "run/part-10", "run1/part-1", "run[1]/part-1", "outside/kept"):
         filesystem.write(str(tmp_path / name), b"")
     (tmp_path / "run" / "link").symlink_to(tmp_path / "outside")
@@ -336,7 +336,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_said_to_be_full_and_keeps_what_it_had(tiny_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_keeps_its_files(tiny_disk: Path) -> None:
     path, data = str(tiny_disk / "file"), bytes(2 << 20)
     filesystem.write(path, b"before")
 

@@ -128,7 +128,7 @@ def test_an_endless_body_is_cut_off_at_the_limit(server: Server) -> None:
     assert len(server.lines) == 1
 
 
-def test_a_size_that_is_told_is_believed_before_anything_is_read(server: Server) -> None:
+def test_a_declared_size_is_checked_before_anything_is_read(server: Server) -> None:
     server.replies["/x"] = [Reply(body=bytes(MB + 1))]
     with pytest.raises(StorageTooLarge, match="has 1,000,001 bytes, more than the limit"):
         filesystem.read_image(f"{server.url}/x", MB)
@@ -223,7 +223,7 @@ def test_a_redirection_is_followed_to_the_letter(server: Server) -> None:
 # ------------------------------------------------------------------ politely
 
 
-def test_a_host_is_asked_again_when_it_said(server: Server) -> None:
+def test_a_host_is_asked_again_at_the_time_that_it_named(server: Server) -> None:
     for value in ("1", email.utils.formatdate(time.time() + 2.0, usegmt=True)):
         server.times.clear()
         headers = {"Retry-After": value}

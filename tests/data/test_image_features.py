@@ -66,7 +66,7 @@ def test_mirroring_changes_known_bits_of_the_hash() -> None:
     )
 
 
-def test_the_measures_say_what_they_are_called() -> None:
+def test_the_measures_match_their_names() -> None:
     def of(image: Image.Image) -> object:
         return compute_features(encoded(image, "PNG"))
 

@@ -184,7 +184,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
         ("SomethingNew", 503, StorageThrottled, "fewer requests"),
     ],
 )
-def test_what_a_store_refuses_is_told_the_same_first_and_later(
+def test_a_refusal_of_a_store_is_the_same_first_and_later(
     s3: Any, network: Callable[..., Proxy], code: str, status: int, kind: type[StorageError],
     words: str,
 ) -> None:  # fmt: skip
@@ -204,7 +204,7 @@ def test_what_a_store_refuses_is_told_the_same_first_and_later(
         assert words in str(caught.value)
 
 
-def test_a_wrong_clock_is_told_with_the_difference_and_ends_the_reading(
+def test_a_wrong_clock_is_reported_with_the_difference_and_ends_the_read(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     made = list(objects(s3, 2))
@@ -286,7 +286,7 @@ def test_a_create_whose_answer_was_lost_is_known_to_be_ours(
     assert proxy.met["lost"] > 3
 
 
-def test_a_lasting_fault_is_told_apart_from_a_missing_object(
+def test_a_lasting_fault_differs_from_a_missing_object(
     s3: Any, network: Callable[..., Proxy]
 ) -> None:
     made = objects(s3, 4)

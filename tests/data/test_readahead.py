@@ -57,7 +57,7 @@ def test_a_read_that_failed_holds_nothing() -> None:
     assert waiting.done()
 
 
-def test_reads_that_wait_are_cancelled_when_the_budget_is_closed() -> None:
+def test_reads_that_wait_are_canceled_when_the_budget_is_closed() -> None:
     budget = ByteBudget(100)
     _, second, third = reads(budget, 3)
     second.reserve(90)

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import _compute_resized_output_size
 from imgcls.data import decode
 from imgcls.data.resize import compute_resized_size
 from tests.data.pictures import (
-    COLOUR,
+    COLOR,
     difference,
     drawn,
     encoded,
@@ -44,12 +44,12 @@ def test_any_size_becomes_the_models_size(
 ) -> None:
     spec = fast(resize=crop + margin, crop=crop, mode=mode)
     pixels, shown = decode.decode_image(
-        encoded(Image.new("RGB", (width, height), COLOUR), format), spec
+        encoded(Image.new("RGB", (width, height), COLOR), format), spec
     )
     assert pixels.shape == (3, crop, crop)
     assert shown == (width, height)
     if mode != "pad":
-        assert np.abs(pixels.astype(int) - np.array(COLOUR).reshape(3, 1, 1)).max() <= 3
+        assert np.abs(pixels.astype(int) - np.array(COLOR).reshape(3, 1, 1)).max() <= 3
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
@@ -76,9 +76,9 @@ def test_pad_shows_the_whole_picture_between_black_bars(
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (20_000, 3), (1, 1)])
 def test_a_line_of_pixels_is_a_picture_too(format: str, mode: Any, size: tuple[int, int]) -> None:
     pixels, shown = decode.decode_image(
-        encoded(Image.new("RGB", size, COLOUR), format), fast(mode=mode)
+        encoded(Image.new("RGB", size, COLOR), format), fast(mode=mode)
     )
     assert pixels.shape == (3, 224, 224)
     assert shown == size
     seen = pixels.reshape(3, -1).max(1)
-    assert np.abs(seen.astype(int) - COLOUR).max() <= 3
+    assert np.abs(seen.astype(int) - COLOR).max() <= 3

@@ -180,7 +180,7 @@ def test_listings_show_files_only_and_what_others_wrote_since(s3: Any) -> None:
     ]
 
 
-def test_removing_takes_an_object_or_a_folder_and_no_neighbour(s3: Any) -> None:
+def test_removing_takes_an_object_or_a_folder_and_nothing_next_to_it(s3: Any) -> None:
     every = [
         "m/a*/1", "m/ab/1", "m/part-1", "m/part-10", "m/run1/_SUCCESS", "m/run[1]/_SUCCESS",
         "m/run[1]/deep/x",

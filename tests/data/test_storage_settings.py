@@ -104,10 +104,10 @@ def test_processes_share_the_limit_of_requests_per_host() -> None:
 
 
 def test_a_classifier_is_loaded_from_the_store_that_its_settings_name(
-    stores: dict[str, Any], colour_bundle: Path
+    stores: dict[str, Any], color_bundle: Path
 ) -> None:
     endpoint = list(stores)[1]
-    for file in colour_bundle.iterdir():
+    for file in color_bundle.iterdir():
         stores[endpoint].upload_file(str(file), BUCKET, f"bundle/{file.name}")
     classifier = Classifier.load(url("bundle"), storage={"endpoint_url": endpoint})
     assert load_bundle_weights(classifier.bundle)  # also later, without the settings

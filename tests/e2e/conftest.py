@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from imgcls.models import zoo
-from tests.conftest import COLOURS, draw
+from tests.conftest import COLORS, draw
 from tests.processes import REPOSITORY, RayCluster, imgcls
 
 
@@ -27,7 +27,7 @@ def demonstrated(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("repository")
     for name in ("jobs", "manifests"):
         shutil.copytree(REPOSITORY / name, folder / name)
-    for name in COLOURS:
+    for name in COLORS:
         (folder / "photos" / name).mkdir(parents=True)
         for seed in range(30):
             draw(name, seed=seed).save(folder / "photos" / name / f"{seed}.jpg")
@@ -35,7 +35,7 @@ def demonstrated(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) 
         draw("red", (64, 64)).save(folder / f"{name}.jpg")
     network = zoo.build_network(zoo.resolve_architecture("resnet18"), 3)
     torch.save(network.state_dict(), folder / "resnet18.pth")
-    (folder / "imagenet.txt").write_text("\n".join(COLOURS))
+    (folder / "imagenet.txt").write_text("\n".join(COLORS))
     environment = cluster.environment()
     done = imgcls("demo", "--epochs", 2, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr

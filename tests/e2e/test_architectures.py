@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from imgcls.models.bundle import load_bundle
-from tests.conftest import COLOURS, draw, write_manifest
+from tests.conftest import COLORS, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once
 from tests.processes import RayCluster, imgcls
 
@@ -24,9 +24,9 @@ def test_a_network_is_trained_and_predicts(
     cluster: RayCluster, tmp_path: Path, name: str, size: int
 ) -> None:
     for i in range(12):
-        color = list(COLOURS)[i % len(COLOURS)]
+        color = list(COLORS)[i % len(COLORS)]
         draw(color, (400, 320), seed=i).save(tmp_path / f"{i}.jpg")
-    rows = [(f"{i}.jpg", list(COLOURS)[i % len(COLOURS)]) for i in range(12)]
+    rows = [(f"{i}.jpg", list(COLORS)[i % len(COLORS)]) for i in range(12)]
     train = write_manifest(tmp_path / "train.csv", rows[:9], ("path", "label"))
     held = write_manifest(tmp_path / "held.csv", rows[9:], ("path", "label"))
     bundle, output = tmp_path / "bundle", tmp_path / "out"

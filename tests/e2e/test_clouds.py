@@ -14,7 +14,7 @@ import pytest
 from imgcls.data import filesystem
 from tests import clouds
 from tests.clouds import Cloud
-from tests.conftest import COLOURS
+from tests.conftest import COLORS
 from tests.data.store_promises import placed
 from tests.processes import imgcls
 
@@ -30,17 +30,17 @@ def cloud(request: pytest.FixtureRequest) -> Any:
 def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
     cloud: Cloud,
     tmp_path: Path,
-    colours: Callable[..., Path],
-    colour_bundle: Path,
+    colors: Callable[..., Path],
+    color_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    colours(12)
+    colors(12)
     images = sorted((tmp_path / "images").iterdir())
     with placed(cloud, monkeypatch) as place:
         for file in images:
             filesystem.write(place.url(f"t/in/{file.name}"), file.read_bytes())
         filesystem.write(place.url("t/in/large.jpg"), bytes(2_000_000))
-        for file in colour_bundle.iterdir():
+        for file in color_bundle.iterdir():
             filesystem.write(place.url(f"t/bundle/{file.name}"), file.read_bytes())
         anon = ("--storage.anon", "true") if cloud.scheme == "gs" else ()
 
@@ -73,7 +73,7 @@ def test_a_bucket_is_listed_labeled_and_what_is_replaced_is_labeled_again(
         rows = night(1)
         status = {row["path"].rpartition("/")[2]: row["status"] for row in rows}
         assert status == {file.name: "ok" for file in images} | {"large.jpg": "too_large"}
-        assert {row["predicted_label"] for row in rows} <= {*COLOURS, None}
+        assert {row["predicted_label"] for row in rows} <= {*COLORS, None}
         # as many bytes: only the store's version shows that it is another image
         other = images[1].read_bytes()
         same_size = images[0].read_bytes()[: len(other)].ljust(len(other), b"\0")

@@ -14,7 +14,7 @@ import pytest
 
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.models.bundle import load_bundle
-from tests.conftest import COLOURS, write_manifest
+from tests.conftest import COLORS, write_manifest
 from tests.e2e.outputs import assert_exactly_once, parquet, success, table
 from tests.processes import RayCluster, imgcls
 
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_run_is_evaluated_calibrated_compared_and_evaluated_with_joined_labels(
-    cluster: RayCluster, place: Path, placed_bundle: Path, colours: Callable[..., Path]
+    cluster: RayCluster, place: Path, placed_bundle: Path, colors: Callable[..., Path]
 ) -> None:
-    manifest = colours(60, place)
+    manifest = colors(60, place)
     (place / "images" / "00007.jpg").unlink()
     output = place / "out"
     done = imgcls(
@@ -86,7 +86,7 @@ def check_calibration(
 def check_joined_labels(output: Path, place: Path) -> None:
     """Labels of another table are evaluated without changing the run."""
     rows = [(r["path"], r["predicted_label"]) for r in table(output).to_pylist() if r["row"] != 7]
-    others = {name: list(COLOURS)[i - 1] for i, name in enumerate(COLOURS)}
+    others = {name: list(COLORS)[i - 1] for i, name in enumerate(COLORS)}
     correct = write_manifest(place / "correct.csv", rows, ("path", "label"))
     wrong = write_manifest(
         place / "wrong.csv", [(path, others[label]) for path, label in rows], ("path", "label")

@@ -187,16 +187,16 @@ def check(format: str, seed: int, cluster: RayCluster, bundle: Path, folder: Pat
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_any_manifest_of_any_images_comes_back_row_for_row(
-    format: str, cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+    format: str, cluster: RayCluster, color_bundle: Path, tmp_path: Path
 ) -> None:
-    check(format, random.randrange(10**6), cluster, colour_bundle, tmp_path / format)
+    check(format, random.randrange(10**6), cluster, color_bundle, tmp_path / format)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_any_manifest_of_any_images_comes_back_row_for_row_again_and_again(
-    format: str, cluster: RayCluster, colour_bundle: Path, tmp_path: Path
+    format: str, cluster: RayCluster, color_bundle: Path, tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
     for number in range(10):
-        check(format, seed + number, cluster, colour_bundle, tmp_path / f"{format}-{number}")
+        check(format, seed + number, cluster, color_bundle, tmp_path / f"{format}-{number}")

@@ -180,13 +180,13 @@ def all_but_the_last(output: Path) -> bool:
 
 
 def test_a_wrong_request_fails_the_job_with_the_reason(
-    head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
+    head: RayCluster, checkout: Path, color_bundle: Path, tmp_path: Path
 ) -> None:
     manifest = write_manifest(tmp_path / "m.csv", [("a.jpg", "red")], ("file", "label"))
     output = tmp_path / "out"
     done = submit(
         *(head, checkout, "wrong", "python", "jobs/predict.py", "--config", "jobs/predict.yaml"),
-        *("--manifest", manifest, "--model", colour_bundle, "--output", output),
+        *("--manifest", manifest, "--model", color_bundle, "--output", output),
     )
     assert done.returncode == 1, done.stdout
     assert "imgcls predict: manifest" in done.stdout
@@ -199,10 +199,10 @@ def test_a_wrong_request_fails_the_job_with_the_reason(
 
 
 def test_a_stopped_job_is_resumed_by_submitting_it_again(
-    head: RayCluster, checkout: Path, colour_bundle: Path, tmp_path: Path
+    head: RayCluster, checkout: Path, color_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with start_blocked_run(tmp_path, colour_bundle, output) as (command, release):
+    with start_blocked_run(tmp_path, color_bundle, output) as (command, release):
         first = submit(head, checkout, "first", *command, wait=False)
         assert first.returncode == 0, first.stdout
         wait_for(lambda: all_but_the_last(output), timeout=120)
@@ -222,10 +222,10 @@ def test_a_stopped_job_is_resumed_by_submitting_it_again(
 
 @pytest.mark.cluster
 def test_a_job_whose_head_node_is_lost_resumes_on_another_cluster(
-    checkout: Path, colour_bundle: Path, tmp_path: Path
+    checkout: Path, color_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with start_blocked_run(tmp_path, colour_bundle, output) as (command, release):
+    with start_blocked_run(tmp_path, color_bundle, output) as (command, release):
         with start_job_cluster() as lost:
             first = submit(lost, checkout, "nightly", *command, wait=False)
             assert first.returncode == 0, first.stdout

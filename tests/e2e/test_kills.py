@@ -51,23 +51,23 @@ def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def reference(
-    photographs: Path, colour_bundle: Path, cluster: RayCluster,
+    photographs: Path, color_bundle: Path, cluster: RayCluster,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> pa.Table:  # fmt: skip
     """The table of an undisturbed run."""
     output = tmp_path_factory.mktemp("reference") / "out"
-    done = imgcls(*arguments(photographs, colour_bundle, output), env=cluster.environment())
+    done = imgcls(*arguments(photographs, color_bundle, output), env=cluster.environment())
     assert done.returncode == 0, done.stderr
     return assert_exactly_once(output, ROWS)
 
 
 @pytest.fixture
-def there(photographs: Path, colour_bundle: Path, place: Path) -> tuple[Path, Path, Path]:
+def there(photographs: Path, color_bundle: Path, place: Path) -> tuple[Path, Path, Path]:
     """Manifest, bundle and output, all on a disk or all on a store."""
     if isinstance(place, os.PathLike):
-        return photographs, colour_bundle, place / "out"
+        return photographs, color_bundle, place / "out"
     manifest = copied(photographs.parent, place / "photographs") / photographs.name
-    return manifest, copied(colour_bundle, place / "bundle"), place / "out"
+    return manifest, copied(color_bundle, place / "bundle"), place / "out"
 
 
 def assert_as_left_alone(output: Path, reference: pa.Table) -> None:
@@ -300,13 +300,13 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
-    photographs: Path, colour_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
+    photographs: Path, color_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
 ) -> None:
     with small_disk(tmp_path / "disk", "2m") as disk:
         filler = disk / "filler"
         # room for the plan, but not for the chunks of a single part, however soon those are joined
         filler.write_bytes(b"x" * 1_960_000)
-        command = arguments(photographs, colour_bundle, disk / "out")
+        command = arguments(photographs, color_bundle, disk / "out")
         full = imgcls(*command, env=cluster.environment())
         assert full.returncode == 1, (full.stdout, full.stderr)
         assert "no space left" in full.stderr
@@ -318,10 +318,10 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
 
 
 def test_a_private_ray_session_ends_with_its_driver(
-    photographs: Path, colour_bundle: Path, tmp_path: Path
+    photographs: Path, color_bundle: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with started(*arguments(photographs, colour_bundle, output)) as driver:
+    with started(*arguments(photographs, color_bundle, output)) as driver:
         wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 1)
         children = psutil.Process(driver.pid).children(recursive=True)
         servers = [p for p in children if p.name() in ("raylet", "gcs_server")]

@@ -29,7 +29,7 @@ from ray.util import placement_group_table
 
 from imgcls.data.decode import decode_image
 from imgcls.data.preprocess import Preprocess
-from tests.conftest import COLOURS, draw, write_manifest
+from tests.conftest import COLORS, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
 from tests.processes import (
     BIN,
@@ -77,7 +77,7 @@ def photographs(
     """A manifest with a number of rows, of twelve images that take a while to decode."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(12):
-        draw(list(COLOURS)[i % 3], size, seed=i).save(folder / f"{i}.{suffix}")
+        draw(list(COLORS)[i % 3], size, seed=i).save(folder / f"{i}.{suffix}")
     rows = [(f"{i % 12}.{suffix}", str(i)) for i in range(count)]
     return write_manifest(folder / "m.csv", rows, ("path", "id"))
 
@@ -119,12 +119,12 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labeled(
     name: str,
     gpus: int,
     tmp_path: Path,
-    colour_bundle: Path,
+    color_bundle: Path,
     poisoned: Callable[[str], dict[str, str]],
 ) -> None:
     manifest, output = with_poison(tmp_path / "images"), tmp_path / "out"
     with RayCluster.start(cpus=2, gpus=gpus, env=poisoned(name)) as cluster:
-        order = words(manifest, colour_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
+        order = words(manifest, color_bundle, output, "--chunk-rows", 64, "--scale.workers", 1)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(output, 200)
@@ -163,14 +163,14 @@ def test_a_check_survives_an_image_that_kills_its_worker(
 
 
 @pytest.mark.cluster
-def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
-    tmp_path: Path, colour_bundle: Path, poisoned: Callable[[str], dict[str, str]]
+def test_when_every_image_kills_the_run_ends_with_an_error_that_names_it(
+    tmp_path: Path, color_bundle: Path, poisoned: Callable[[str], dict[str, str]]
 ) -> None:
     manifest = photographs(tmp_path / "images", 12, (64, 48))
     for image in (tmp_path / "images").glob("*.jpg"):
         image.write_bytes(image.read_bytes() + POISON)
     with RayCluster.start(cpus=2, env=poisoned("SIGKILL")) as cluster:
-        order = words(manifest, colour_bundle, tmp_path / "out", "--scale.crash-retries", 0)
+        order = words(manifest, color_bundle, tmp_path / "out", "--scale.crash-retries", 0)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
     assert done.returncode == 1
     assert "chunk 0 (rows 0 to 11)" in done.stderr
@@ -181,12 +181,12 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_says_so(
 
 
 def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
     with RayCluster.start(cpus=2) as cluster:
         order = words(
-            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
+            manifest, color_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
         )  # fmt: skip
         with started(*order, env=cluster.environment()) as driver:
             wait_for(lambda: durable(output) > 2)
@@ -206,13 +206,13 @@ def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
 
 @pytest.mark.cluster
 def test_a_worker_that_hangs_between_two_chunks_is_killed_too(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
     stopped = tmp_path / "stopped"
     with RayCluster.start(cpus=2, env=stopping(tmp_path / "hook", stopped)) as cluster:
         order = words(
-            manifest, colour_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
+            manifest, color_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
         )  # fmt: skip
         done = imgcls(*order, env=cluster.environment(), timeout=300)
         assert done.returncode == 0, done.stderr
@@ -266,11 +266,11 @@ def with_hook(folder: Path) -> dict[str, str]:
 
 @pytest.mark.cluster
 def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 600), tmp_path / "out"
     with machines(2) as (cluster, (lost, _)):
-        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+        order = words(manifest, color_bundle, output, "--chunk-rows", 8)
         with started(*order, env=cluster.environment()) as driver:
             wait_for(lambda: durable(output) > 3)
             kill_family(lost.pid)
@@ -282,11 +282,11 @@ def test_what_a_lost_machine_had_in_hand_is_done_by_the_others(
 @pytest.mark.cluster
 @pytest.mark.parametrize("chunks", [0, 4])
 def test_when_the_last_machine_is_lost_the_run_continues_with_the_next_one(
-    chunks: int, tmp_path: Path, colour_bundle: Path
+    chunks: int, tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 300), tmp_path / "out"
     with machines(1) as (cluster, (lost,)):
-        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+        order = words(manifest, color_bundle, output, "--chunk-rows", 8)
         with started(*order, env=cluster.environment()) as driver:
             # its worker has begun to load the model
             wait_for(lambda: any("ray::Map" in title(p) for p in family(lost.pid)), every=0.05)
@@ -306,11 +306,11 @@ def test_when_the_last_machine_is_lost_the_run_continues_with_the_next_one(
 
 @pytest.mark.cluster
 def test_without_a_machine_a_run_waits_and_continues_when_one_joins(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 40), tmp_path / "out"
     with RayCluster.start(cpus=0) as cluster:
-        order = words(manifest, colour_bundle, output)
+        order = words(manifest, color_bundle, output)
         refused = imgcls(*order, "--scale.resource-timeout-s", 3, env=cluster.environment())
         assert refused.returncode == 2
         assert "the cluster has 0 CPUs" in refused.stderr
@@ -327,7 +327,7 @@ def test_without_a_machine_a_run_waits_and_continues_when_one_joins(
 @pytest.mark.cluster
 @pytest.mark.parametrize("job", ["predict", "train"])
 def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is_worth(
-    job: str, tmp_path: Path, colour_bundle: Path, colours: Callable[..., Path]
+    job: str, tmp_path: Path, color_bundle: Path, colors: Callable[..., Path]
 ) -> None:
     """The test is the autoscaler, on a head such as `ray up` leaves behind."""
     group = {"resources": {"CPU": 1}, "max_workers": 2}
@@ -337,9 +337,9 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
     output = tmp_path / "out"
     if job == "predict":
         manifest = photographs(tmp_path / "images", 3000)
-        order = words(manifest, colour_bundle, output, "--chunk-rows", 8)
+        order = words(manifest, color_bundle, output, "--chunk-rows", 8)
     else:
-        order = ["train", "--data.train", colours(60), "--output", output, "--epochs", 1]
+        order = ["train", "--data.train", colors(60), "--output", output, "--epochs", 1]
         order += ["--model.name", "small_cnn", "--batch-size", 16]
 
     def asked() -> list[dict[str, float]]:
@@ -371,13 +371,13 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
 
 @pytest.mark.cluster
 def test_a_machine_that_joins_is_used_if_that_saves_more_than_it_costs(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     images, output = tmp_path / "images", tmp_path / "out"
     rows = worth(photographs(images, 12, (1200, 900), "png").parent, seconds=260)
     manifest = photographs(images, rows, (1200, 900), "png")
     with machines(1) as (cluster, _):
-        order = words(manifest, colour_bundle, output, "--chunk-rows", 16)
+        order = words(manifest, color_bundle, output, "--chunk-rows", 16)
         with started(*order, env=cluster.environment()) as driver:
             wait_for(lambda: durable(output) > 20, 120)
             with machine(cluster, 1):
@@ -398,18 +398,18 @@ def worth(folder: Path, seconds: float) -> int:
 
 @pytest.mark.cluster
 def test_machines_removed_and_added_five_times_change_nothing(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest = photographs(tmp_path / "images", 3000, (1200, 900), "png")
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    order = words(manifest, colour_bundle, tmp_path / "alone", "--chunk-rows", 16)
+    order = words(manifest, color_bundle, tmp_path / "alone", "--chunk-rows", 16)
     with RayCluster.start(cpus=2) as cluster:
         assert imgcls(*order, env=cluster.environment()).returncode == 0
     alone = assert_exactly_once(tmp_path / "alone", 3000)
     output = tmp_path / "out"
-    order = words(manifest, colour_bundle, output, "--chunk-rows", 16)
+    order = words(manifest, color_bundle, output, "--chunk-rows", 16)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=0))
         there = [stack.enter_context(machine(cluster, 1)) for _ in range(3)]
@@ -489,10 +489,10 @@ def raylet(host: str, address: str, *more: str, folder: str) -> Iterator[subproc
 @pytest.mark.cluster
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 def test_a_host_that_is_cut_off_is_done_without_and_what_it_writes_late_changes_nothing(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 1200), tmp_path / "out"
-    order = words(manifest, colour_bundle, tmp_path / "alone", "--chunk-rows", 8)
+    order = words(manifest, color_bundle, tmp_path / "alone", "--chunk-rows", 8)
     assert imgcls(*order).returncode == 0
     folder = tempfile.mkdtemp(prefix="imgcls-ray-", dir="/tmp")
     with contextlib.ExitStack() as stack:
@@ -519,7 +519,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_what_it_writes_late_changes_
             )
         command = [
             *("ip", "netns", "exec", head, str(BIN / "imgcls")),
-            *map(str, words(manifest, colour_bundle, output, "--chunk-rows", 8)),
+            *map(str, words(manifest, color_bundle, output, "--chunk-rows", 8)),
         ]
         environment = {**os.environ, "RAY_ADDRESS": f"{hosts.address(1)}:6399"}
         driver = subprocess.Popen(

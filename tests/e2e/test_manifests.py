@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.conftest import COLOURS, draw, save
+from tests.conftest import COLORS, draw, save
 from tests.e2e.outputs import assert_exactly_once
 from tests.processes import RayCluster, imgcls
 
@@ -17,7 +17,7 @@ def test_a_folder_per_class_is_a_labeled_manifest(
 ) -> None:
     tree = place / "tree"
     for i in range(12):
-        name = list(COLOURS)[i % 3]
+        name = list(COLORS)[i % 3]
         file = tree / name / "deep er" / f"{i:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         save(draw(name, seed=i), file)

@@ -16,7 +16,7 @@ from imgcls.cli import main
 from imgcls.curation.listing import ListingConfig, build_listing
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
-from tests.conftest import COLOURS, draw, save
+from tests.conftest import COLORS, draw, save
 from tests.e2e.outputs import parquet
 from tests.processes import RayCluster, imgcls, started, wait_for
 
@@ -29,10 +29,10 @@ def bundle(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     spec = BundleSpec(
         architecture=architecture,
-        classes=list(COLOURS),
+        classes=list(COLORS),
         preprocess=zoo.get_default_preprocess(architecture),
     )
-    save_bundle(str(folder), spec, zoo.build_network(architecture, len(COLOURS)).state_dict())
+    save_bundle(str(folder), spec, zoo.build_network(architecture, len(COLORS)).state_dict())
     return folder
 
 
@@ -50,7 +50,7 @@ class World:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.drawn += 1
         if data is None:
-            save(draw(list(COLOURS)[self.drawn % 3], seed=self.drawn), path)
+            save(draw(list(COLORS)[self.drawn % 3], seed=self.drawn), path)
         else:
             path.write_bytes(data)
         self.clock += 3600

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from imgcls.models import zoo
-from tests.conftest import COLOURS, write_manifest
+from tests.conftest import COLORS, write_manifest
 from tests.e2e.conftest import Demonstrated
 from tests.processes import BIN, REPOSITORY, RayCluster, imgcls, kill_family
 from tests.s3 import environment
@@ -122,13 +122,13 @@ def _tables(folder: Path) -> None:
 
 def _weights(folder: Path) -> None:
     """Random weights under the names of the pages and in the download cache."""
-    network = zoo.build_network(zoo.resolve_architecture("squeezenet1_0"), len(COLOURS))
+    network = zoo.build_network(zoo.resolve_architecture("squeezenet1_0"), len(COLORS))
     for weights, classes in (("squeezenet1_0", "imagenet"), ("weights", "classes")):
         torch.save(network.state_dict(), folder / f"{weights}.pth")
-        (folder / f"{classes}.txt").write_text("\n".join(COLOURS))
+        (folder / f"{classes}.txt").write_text("\n".join(COLORS))
     sample = folder / "imagenet-sample"
     shutil.copytree(folder / "photos", sample)
-    rows = [(f"{name}/{i}.jpg", name) for name in COLOURS for i in range(30)]
+    rows = [(f"{name}/{i}.jpg", name) for name in COLORS for i in range(30)]
     write_manifest(sample / "manifest.csv", rows, ("path", "label"))
     hub = folder / "hub" / "hub" / "checkpoints"
     hub.mkdir(parents=True)

@@ -38,11 +38,11 @@ def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[st
 )
 def test_every_row_is_labeled_and_the_columns_come_through(
     predict: Callable[..., subprocess.CompletedProcess[str]],
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
 ) -> None:
-    manifest, output = colours(150, place), place / "out"
+    manifest, output = colors(150, place), place / "out"
     arguments = ("--manifest", manifest, "--model", placed_bundle, "--output", output)
     done = predict(*arguments, "--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4)
     assert done.returncode == 0, done.stderr
@@ -136,11 +136,11 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
 
 def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
     predict: Callable[..., subprocess.CompletedProcess[str]],
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
 ) -> None:
-    colours(40, place)
+    colors(40, place)
     output = place / "out"
     done = predict("--manifest", place / "images", "--model", placed_bundle, "--output", output)
     assert done.returncode == 0, done.stderr
@@ -167,11 +167,11 @@ def test_the_gpu_layouts_write_the_same_table(
     layout: str,
     host_share: float,
     cluster: RayCluster,
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
 ) -> None:
-    manifest = colours(100, place)
+    manifest = colors(100, place)
     (place / "images" / "00007.jpg").write_bytes(b"broken")
     base = (
         *("predict", "--manifest", manifest, "--model", placed_bundle, "--max-error-rate", 0.5),
@@ -193,11 +193,11 @@ def test_the_gpu_layouts_write_the_same_table(
 )
 def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     predict: Callable[..., subprocess.CompletedProcess[str]],
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
 ) -> None:
-    manifest, output = colours(100, place), place / "out"
+    manifest, output = colors(100, place), place / "out"
     lost = place / "images" / "00042.jpg"
     data = lost.read_bytes()
     lost.unlink()
@@ -232,24 +232,24 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
 
 def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
     predict: Callable[..., subprocess.CompletedProcess[str]],
-    colours: Callable[..., Path],
-    colour_bundle: Path,
+    colors: Callable[..., Path],
+    color_bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    manifest = colours(6)
+    manifest = colors(6)
     empty = write_manifest(tmp_path / "empty.csv", [], ("path", "label"))
     other = write_manifest(tmp_path / "other.csv", [("images/00000.jpg", "cat")], ("path", "label"))
     taken = write_manifest(tmp_path / "taken.csv", [("a.jpg", "1")], ("path", "confidence"))
     damaged = tmp_path / "damaged"
-    shutil.copytree(colour_bundle, damaged)
+    shutil.copytree(color_bundle, damaged)
     weights = bytearray((damaged / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(weights)
     file = tmp_path / "file"
     file.write_text("in the way")
     out = tmp_path / "out"
-    good = {"--manifest": manifest, "--model": colour_bundle, "--output": out}
+    good = {"--manifest": manifest, "--model": color_bundle, "--output": out}
     cases: list[tuple[dict[str, object], str]] = [
         ({"--manifest": empty}, "has no rows"),
         ({"--manifest": tmp_path / "nowhere.csv"}, "no such file"),
@@ -281,11 +281,11 @@ def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
 
 def test_large_manifests_are_rolled_up_into_several_files(
     predict: Callable[..., subprocess.CompletedProcess[str]],
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
 ) -> None:
-    manifest, output = colours(100, place), place / "out"
+    manifest, output = colors(100, place), place / "out"
     nested = pa.table(
         {
             "file": [f"{i:05d}.jpg" for i in range(100)],

@@ -33,11 +33,11 @@ asyncio.run(cell())
 
 @pytest.mark.slow
 def test_training_works_in_a_notebook_without_a_cluster(
-    tmp_path: Path, colours: Callable[[int], Path]
+    tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
     bundle = tmp_path / "bundle"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(colours(40)), str(bundle)],
+        [sys.executable, "-c", SCRIPT, str(colors(40)), str(bundle)],
         capture_output=True,
         text=True,
         timeout=240,

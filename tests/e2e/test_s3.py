@@ -31,9 +31,9 @@ def body(s3: Any, key: str) -> bytes:
 
 @pytest.mark.slow  # its parts are tested elsewhere; this is the whole way in one bucket
 def test_a_model_is_trained_killed_resumed_and_put_to_work_with_nothing_on_disk(
-    cluster: RayCluster, s3: Any, tmp_path: Path, colours: Callable[..., Path]
+    cluster: RayCluster, s3: Any, tmp_path: Path, colors: Callable[..., Path]
 ) -> None:
-    manifest, env = colours(60), cluster.environment()
+    manifest, env = colors(60), cluster.environment()
     for file in (manifest, *(tmp_path / "images").iterdir()):
         s3.upload_file(str(file), BUCKET, str(file.relative_to(tmp_path)))
     train = (
@@ -85,11 +85,11 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     endpoint: str,
     cluster: RayCluster,
     place: Path,
-    colours: Callable[..., Path],
+    colors: Callable[..., Path],
     placed_bundle: Path,
 ) -> None:
     """No row is lost for it: the row whose turn it was is labeled by the resumed run."""
-    manifest = colours(60, place)
+    manifest = colors(60, place)
     given = iter(range(10_000))
 
     def expired(head: str) -> bytes | None:
@@ -118,24 +118,24 @@ def test_a_network_that_fails_changes_no_row(
     s3: Any,
     endpoint: str,
     tmp_path: Path,
-    colours: Callable[[int], Path],
-    colour_bundle: Path,
+    colors: Callable[[int], Path],
+    color_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
     """Everything on S3 behind the fault proxy, against the same images labeled from disk."""
-    manifest = colours(80)
+    manifest = colors(80)
     gone = [("images/gone-1.jpg", "red"), ("images/gone-2.jpg", "blue")]
     lines = [tuple(line.split(",")[:2]) for line in manifest.read_text().splitlines()[1:]]
     manifest = write_manifest(tmp_path / "manifest.csv", [*lines, *gone], ("path", "label"))
-    files = [manifest, *(tmp_path / "images").iterdir(), *colour_bundle.iterdir()]
+    files = [manifest, *(tmp_path / "images").iterdir(), *color_bundle.iterdir()]
     for file in files:
-        folder = "bundle/" if file.parent == colour_bundle else ""
+        folder = "bundle/" if file.parent == color_bundle else ""
         name = str(file.relative_to(tmp_path)) if not folder else file.name
         s3.upload_file(str(file), BUCKET, folder + name)
     settings = ("--max-error-rate", 0.05, "--chunk-rows", 8, "--precision", "fp32")
     quiet = imgcls(
-        *("predict", "--manifest", manifest, "--model", colour_bundle),
+        *("predict", "--manifest", manifest, "--model", color_bundle),
         *("--output", tmp_path / "disk", *settings),
     )
     assert quiet.returncode == 0, quiet.stderr

@@ -20,9 +20,9 @@ def predict(manifest: Path, bundle: Path, output: Path, *more: object) -> list[o
 
 
 def test_a_run_logs_json_lines_and_exports_metrics_through_ray(
-    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
 ) -> None:
-    manifest, output = colours(50), tmp_path / "out"
+    manifest, output = colors(50), tmp_path / "out"
     with RayCluster.start(cpus=2, dashboard=True) as cluster:
         ray.init(cluster.address, log_to_driver=False)
         try:
@@ -30,7 +30,7 @@ def test_a_run_logs_json_lines_and_exports_metrics_through_ray(
             (address,) = (node["NodeManagerAddress"] for node in ray.nodes())
         finally:
             ray.shutdown()
-        order = predict(manifest, colour_bundle, output, "--chunk-rows", 16, "--log", "json")
+        order = predict(manifest, color_bundle, output, "--chunk-rows", 16, "--log", "json")
         exported = ""
         with started(*order, env=cluster.environment()) as driver:
             deadline = time.monotonic() + 120
@@ -69,10 +69,10 @@ def check_json_lines(lines: list[dict[str, Any]]) -> None:
 
 
 def test_status_follows_a_run_while_it_runs_and_after_its_driver_died(
-    colours: Callable[..., Path], colour_bundle: Path, cluster: RayCluster, tmp_path: Path
+    colors: Callable[..., Path], color_bundle: Path, cluster: RayCluster, tmp_path: Path
 ) -> None:
-    manifest, output = colours(400), tmp_path / "out"
-    order = predict(manifest, colour_bundle, output, "--chunk-rows", 2, "--lease-seconds", 5)
+    manifest, output = colors(400), tmp_path / "out"
+    order = predict(manifest, color_bundle, output, "--chunk-rows", 2, "--lease-seconds", 5)
 
     def status() -> dict[str, object]:
         done = imgcls("status", output, "--json-lines")

@@ -36,11 +36,11 @@ COLUMNS = [
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, colour_bundle: Path) -> Iterator[Served]:
+def service(tmp_path_factory: pytest.TempPathFactory, color_bundle: Path) -> Iterator[Served]:
     """A service with two replicas, shared by the tests of this module; the last one stops it."""
     folder = tmp_path_factory.mktemp("serve")
     options = ("--limits.body-bytes", 16 << 20, "--replicas.drain-period-s", 3)
-    with served(folder, colour_bundle, *options, replicas=2) as running:
+    with served(folder, color_bundle, *options, replicas=2) as running:
         yield running
 
 
@@ -286,17 +286,17 @@ def test_no_key_is_in_any_log(service: Served) -> None:
         assert secret not in service.output
 
 
-def test_a_port_in_use_is_rejected_with_exit_code_2(service: Served, colour_bundle: Path) -> None:
-    done = imgcls("serve", "--model", colour_bundle, "--http.port", service.port)
+def test_a_port_in_use_is_rejected_with_exit_code_2(service: Served, color_bundle: Path) -> None:
+    done = imgcls("serve", "--model", color_bundle, "--http.port", service.port)
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"http.port {service.port}: Address already in use" in done.stderr
 
 
 @pytest.mark.slow
 def test_without_a_replica_the_service_answers_503_and_logs_why(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
-    with served(tmp_path, colour_bundle) as running:
+    with served(tmp_path, color_bundle) as running:
         weights = running.bundle / "model.safetensors"
         original = weights.read_bytes()
         weights.write_bytes(original[: len(original) // 2])
@@ -321,7 +321,7 @@ def test_without_a_replica_the_service_answers_503_and_logs_why(
 
 
 @pytest.mark.slow
-def test_tls_is_an_option(colour_bundle: Path, tmp_path: Path) -> None:
+def test_tls_is_an_option(color_bundle: Path, tmp_path: Path) -> None:
     files = tmp_path / "c.pem", tmp_path / "k.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
@@ -330,7 +330,7 @@ def test_tls_is_an_option(colour_bundle: Path, tmp_path: Path) -> None:
         check=True, capture_output=True,
     )  # fmt: skip
     options = ("--http.certificate", files[0], "--http.private-key", files[1])
-    with served(tmp_path, colour_bundle, *options) as running:
+    with served(tmp_path, color_bundle, *options) as running:
         response = requests.get(
             f"{running.url.replace('http:', 'https:')}/healthz", verify=str(files[0]), timeout=30
         )
@@ -339,8 +339,8 @@ def test_tls_is_an_option(colour_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_haproxy_answers_as_the_python_proxy_does(colour_bundle: Path, tmp_path: Path) -> None:
-    with served(tmp_path, colour_bundle, "--http.proxy", "haproxy") as running:
+def test_haproxy_answers_as_the_python_proxy_does(color_bundle: Path, tmp_path: Path) -> None:
+    with served(tmp_path, color_bundle, "--http.proxy", "haproxy") as running:
         with running.client() as client:
             (row,) = client.predict(jpeg())
             assert row["status"] == "ok"

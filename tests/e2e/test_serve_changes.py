@@ -32,11 +32,11 @@ def read_hash(bundle: Path) -> str:
 
 
 @pytest.mark.cluster
-def test_a_detached_service_survives_changes_that_fail(colour_bundle: Path, tmp_path: Path) -> None:
+def test_a_detached_service_survives_changes_that_fail(color_bundle: Path, tmp_path: Path) -> None:
     port = service_port()
     url = f"http://127.0.0.1:{port}"
     bundle = tmp_path / "bundle"
-    shutil.copytree(colour_bundle, bundle)
+    shutil.copytree(color_bundle, bundle)
     other = copy_recalibrated(tmp_path, bundle)
     damaged = tmp_path / "damaged"
     shutil.copytree(other, damaged)
@@ -141,9 +141,9 @@ def test_the_shipped_serve_file_is_valid() -> None:
 
 @pytest.mark.cluster
 def test_serve_deploy_starts_a_service_and_applies_a_change(
-    colour_bundle: Path, tmp_path: Path
+    color_bundle: Path, tmp_path: Path
 ) -> None:
-    other = copy_recalibrated(tmp_path, colour_bundle)
+    other = copy_recalibrated(tmp_path, color_bundle)
     port = service_port()
     url = f"http://127.0.0.1:{port}"
 
@@ -160,7 +160,7 @@ def test_serve_deploy_starts_a_service_and_applies_a_change(
             assert process.returncode == 0, out + err
 
     with start_job_cluster() as cluster:
-        deploy(cluster, colour_bundle)
-        wait_for(lambda: served_model() == read_hash(colour_bundle), 180)
+        deploy(cluster, color_bundle)
+        wait_for(lambda: served_model() == read_hash(color_bundle), 180)
         deploy(cluster, other)
         wait_for(lambda: served_model() == read_hash(other), 120)

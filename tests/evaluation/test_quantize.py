@@ -15,7 +15,7 @@ from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.import_weights import ImportConfig, import_model
 from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
-from tests.conftest import COLOURS
+from tests.conftest import COLORS
 
 pytestmark = pytest.mark.skipif(
     not read_cpu_flags() & INT8_FLAGS,
@@ -30,24 +30,24 @@ def order(manifest: Path, bundle: Path, output: Path, **more: object) -> Quantiz
 
 
 def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
-    colours: Callable[..., Path],
-    colour_bundle: Path,
+    colors: Callable[..., Path],
+    color_bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    manifest, output = colours(70), tmp_path / "int8"
+    manifest, output = colors(70), tmp_path / "int8"
     (tmp_path / "images" / "00003.jpg").write_bytes(b"broken")
     (tmp_path / "images" / "00005.jpg").unlink()
-    made = quantize_bundle(order(manifest, colour_bundle, output, images=64))
+    made = quantize_bundle(order(manifest, color_bundle, output, images=64))
     int8 = made.spec.int8
     assert int8 is not None
     assert (int8.calibration_images, int8.judged_images) == (32, 32)
-    before = load_bundle(str(colour_bundle))
+    before = load_bundle(str(color_bundle))
     assert made.weights_sha256 == before.weights_sha256
     assert made.spec.model_copy(update={"int8": None}) == before.spec
     good = [i for i in range(70) if i not in (3, 5)][1:64:2]
     files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in good]
-    labels = np.array([list(COLOURS)[i % 3] for i in good])
+    labels = np.array([list(COLORS)[i % 3] for i in good])
     rough, exact = (
         np.array([one.label for one in Classifier(made, precision=precision).predict(files)])
         for precision in ("int8", "fp32")
@@ -61,12 +61,12 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
 
 
 def test_without_labels_only_agreement_is_measured(
-    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
 ) -> None:
-    colours(40)
+    colors(40)
     manifest = ManifestConfig(path=str(tmp_path / "images"))
     config = QuantizeConfig(
-        manifest=manifest, model=str(colour_bundle), output=str(tmp_path / "int8")
+        manifest=manifest, model=str(color_bundle), output=str(tmp_path / "int8")
     )
     int8 = quantize_bundle(config).spec.int8
     assert int8 is not None
@@ -74,18 +74,18 @@ def test_without_labels_only_agreement_is_measured(
 
 
 def test_impossible_requests_are_rejected_before_anything_is_written(
-    colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
 ) -> None:
-    manifest = colours(20)
+    manifest = colors(20)
     with pytest.raises(RequestError, match="20 images can be read; int8 needs at least 32"):
-        quantize_bundle(order(manifest, colour_bundle, tmp_path / "int8"))
+        quantize_bundle(order(manifest, color_bundle, tmp_path / "int8"))
     assert not (tmp_path / "int8").exists()
     with pytest.raises(RequestError, match="is the input bundle"):
-        quantize_bundle(order(manifest, colour_bundle, colour_bundle))
+        quantize_bundle(order(manifest, color_bundle, color_bundle))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "bundle.json").write_text("{}")
     with pytest.raises(OutputError, match="already has a bundle; pass --overwrite"):
-        quantize_bundle(order(manifest, colour_bundle, tmp_path / "there"))
+        quantize_bundle(order(manifest, color_bundle, tmp_path / "there"))
 
 
 @pytest.mark.shared

@@ -26,9 +26,9 @@ from tests.execution.runs import plan_at, spec_of
 )
 def test_workers_together_keep_the_limit_per_host_and_queue_for_it_briefly(
     on_web: bool, workers: int, limit: int, expected: tuple[int, int, int],
-    colours: Callable[..., Path], tmp_path: Path,
+    colors: Callable[..., Path], tmp_path: Path,
 ) -> None:  # fmt: skip
-    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     plan = plan_at(tmp_path / "out", manifest)
     spec = spec_of(
         tmp_path / "out", plan, manifest, "", is_on_web=on_web, io_concurrency=16,

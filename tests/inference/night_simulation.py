@@ -36,7 +36,7 @@ from imgcls.metrics import PredictionCounts
 from imgcls.models.classifier import Classifier
 from imgcls.runs import layout
 from imgcls.runs.schema import build_prediction_schema
-from tests.conftest import COLOURS, draw, save
+from tests.conftest import COLORS, draw, save
 
 SETTINGS = {"top_k": 2, "scores": False}
 CHUNK_ROWS = 4
@@ -60,7 +60,7 @@ class Images:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._drawn += 1
         if data is None:
-            save(draw(list(COLOURS)[self._drawn % 3], seed=self._drawn), path)
+            save(draw(list(COLORS)[self._drawn % 3], seed=self._drawn), path)
         else:
             path.write_bytes(data)
         self._clock += 3600
@@ -193,7 +193,7 @@ class Nightly:
                 row_bytes=128,
                 limit=None,
                 provenance={"config": {}, "versions": {}},
-                classes=list(COLOURS),
+                classes=list(COLORS),
                 may_be_empty=job.comparison is not None,
                 notes=job.build_run_entries(),
             )
@@ -211,7 +211,7 @@ class Nightly:
             compile=False, batch_size=8, max_pixels=10**6, io_concurrency=4,
             storage=StorageConfig(), session="", crash_retries=1,
         )  # fmt: skip
-        book, counts = CompletedChunks.load(output, plan), PredictionCounts.empty(tuple(COLOURS))
+        book, counts = CompletedChunks.load(output, plan), PredictionCounts.empty(tuple(COLORS))
         for work in book.list_remaining():
             rows = read_chunk_rows(spec, work)
             write_chunk(
@@ -226,7 +226,7 @@ class Nightly:
                 raise Killed
         for part in range(plan.num_parts):
             if part not in book.parts:
-                roll_up(output, plan, part, None, tuple(COLOURS))
+                roll_up(output, plan, part, None, tuple(COLORS))
                 book.mark_rolled_up(part)
                 if killed == "rolled up":
                     raise Killed
@@ -235,7 +235,7 @@ class Nightly:
             write_empty_part(output, plan, pa.schema([*manifest.schema, *added]).empty_table())
         for part in range(plan.num_parts):
             table = pq.read_table(layout.part_url(output, part))
-            counts += PredictionCounts.from_table(table, label_column=None, classes=tuple(COLOURS))
+            counts += PredictionCounts.from_table(table, label_column=None, classes=tuple(COLORS))
         commit.write_metric_tables(output, plan, counts, top_k=2, path_column=manifest.path_column)
         repeated = commit.count_repeated_failures(output, plan, manifest.path_column)
         try:

@@ -101,13 +101,13 @@ def test_a_network_is_compiled_where_that_saves_twice_its_cost(
 
 
 def test_a_network_that_cannot_be_compiled_runs_uncompiled(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(network: object) -> object:
         raise RuntimeError("No working C++ compiler found\nadvice")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    images = BenchmarkInput(str(colour_bundle), "fast", "fp32", LONG, (), StorageConfig())
+    images = BenchmarkInput(str(color_bundle), "fast", "fp32", LONG, (), StorageConfig())
     result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1)
     tuned, reasons = autotune.choose_settings(result, LONG)
     assert tuned == TunedSettings(8, False)
@@ -154,14 +154,12 @@ def test_chunks_are_spread_evenly_over_cpus_and_gpus(share: float) -> None:
 # ------------------------------------------------------------------ the benchmark
 
 
-def test_a_worker_measures_its_network_and_its_decoding(
-    colour_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_path: Path) -> None:
     good, broken = tmp_path / "good.jpg", tmp_path / "broken.jpg"
     draw("red").save(good)
     broken.write_bytes(b"no image")
     urls = (str(good), str(broken), str(tmp_path / "missing.jpg"))
-    images = BenchmarkInput(str(colour_bundle), "fast", "fp32", 1, urls, StorageConfig())
+    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, urls, StorageConfig())
     result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1)
     assert set(result.forward) == {8, 16}
     assert min(result.forward.values()) > 0

@@ -156,7 +156,7 @@ states = st.lists(
 
 @settings(max_examples=15)
 @given(nights=states, tonight=st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 2)))
-def test_any_nights_leave_what_a_dictionary_says(
+def test_any_nights_leave_what_a_dictionary_computes(
     tmp_path_factory: pytest.TempPathFactory,
     nights: list[dict[str, tuple[bool, int]]],
     tonight: dict[str, int],
@@ -219,7 +219,7 @@ def test_a_history_has_the_newest_row_of_each_image_and_where_it_is_from(tmp_pat
     assert open_run(output).rows == 4
 
 
-def test_a_history_is_judged_like_any_run(tmp_path: Path) -> None:
+def test_a_history_is_evaluated_like_any_run(tmp_path: Path) -> None:
     night(tmp_path / "labels" / "1", [f"/{i}" for i in range(40)])
     output = compact(CompactConfig(source=str(tmp_path / "labels"), output=str(tmp_path / "all")))
     found = evaluate(EvaluateConfig(predictions=output, thumbnails=False))

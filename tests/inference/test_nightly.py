@@ -24,8 +24,8 @@ def images(tmp_path: Path) -> Images:
 
 
 @pytest.fixture
-def nightly(tmp_path: Path, colour_bundle: Path) -> Nightly:
-    return Nightly(tmp_path, colour_bundle)
+def nightly(tmp_path: Path, color_bundle: Path) -> Nightly:
+    return Nightly(tmp_path, color_bundle)
 
 
 def day(number: int) -> str:

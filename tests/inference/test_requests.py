@@ -32,29 +32,27 @@ def refused(tmp_path: Path, bundle: Path, image: str, **more: object) -> str:
     return str(caught.value)
 
 
-def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, colour_bundle: Path) -> None:
-    message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8")
-    assert (
-        f"`imgcls model quantize --model {colour_bundle} --manifest FILE --output NEW`" in message
-    )
-    message = refused(tmp_path, colour_bundle, "a.jpg", precision="int8", compile="always")
+def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, color_bundle: Path) -> None:
+    message = refused(tmp_path, color_bundle, "a.jpg", precision="int8")
+    assert f"`imgcls model quantize --model {color_bundle} --manifest FILE --output NEW`" in message
+    message = refused(tmp_path, color_bundle, "a.jpg", precision="int8", compile="always")
     assert "an int8 network cannot be compiled" in message
 
 
 def test_exact_decoding_is_refused_where_gpus_are_to_decode(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     more = {"decode": "exact", "scale.layout": "gpu_decode"}
-    message = refused(tmp_path, colour_bundle, "a.jpg", **more)
+    message = refused(tmp_path, color_bundle, "a.jpg", **more)
     assert "Set --scale.layout gpu, or --decode fast" in message
 
 
 def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     write_manifest(tmp_path / "manifest.csv", [("a.jpg",)], ("path",))
     manifest = open_manifest(ManifestConfig(path=str(tmp_path / "manifest.csv")))
-    bundle = load_bundle(str(colour_bundle))
+    bundle = load_bundle(str(color_bundle))
 
     def identity(decode: DecodeMode | None) -> RunIdentity:
         asked = {"manifest": manifest.files[0], "model": bundle.url, "output": "out"}
@@ -70,9 +68,9 @@ def test_the_decode_setting_is_part_of_what_a_resumed_run_must_match(
 
 
 def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
-    message = refused(tmp_path, colour_bundle, "s3://b/a.jpg", **{"scale.worker_timeout_s": 180})
+    message = refused(tmp_path, color_bundle, "s3://b/a.jpg", **{"scale.worker_timeout_s": 180})
     assert message.startswith(
         "scale.worker_timeout_s 180: for s3://b/a.jpg a worker may wait 3 x 60 s"
     )
@@ -97,11 +95,11 @@ def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
     ],
 )
 def test_columns_that_would_hide_others_are_refused(
-    tmp_path: Path, colour_bundle: Path, columns: str, message: str
+    tmp_path: Path, color_bundle: Path, columns: str, message: str
 ) -> None:
     names = tuple(columns.split(","))
     manifest = write_manifest(tmp_path / "columns.csv", [("a.jpg",) * len(names)], names)
-    refusal = refused(tmp_path, colour_bundle, "a.jpg", manifest=str(manifest))
+    refusal = refused(tmp_path, color_bundle, "a.jpg", manifest=str(manifest))
     assert refusal.startswith(f"manifest {manifest}: {message}")
 
 
@@ -111,17 +109,15 @@ def test_columns_named_like_those_of_others_are_let_through(tmp_path: Path) -> N
     check_columns(open_manifest(ManifestConfig(path=str(manifest))))
 
 
-def test_a_bucket_that_is_not_there_is_refused(
-    s3: Any, tmp_path: Path, colour_bundle: Path
-) -> None:
-    message = refused(tmp_path, colour_bundle, "s3://no-such-bucket-here/a.jpg")
+def test_a_bucket_that_is_not_there_is_refused(s3: Any, tmp_path: Path, color_bundle: Path) -> None:
+    message = refused(tmp_path, color_bundle, "s3://no-such-bucket-here/a.jpg")
     assert "s3://no-such-bucket-here/a.jpg: no such bucket. Correct the manifest's paths" in message
 
 
 def test_credentials_that_are_not_there_are_asked_for(
-    s3: Any, tmp_path: Path, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Any, tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     forget_connections()
-    assert "check the credentials" in refused(tmp_path, colour_bundle, url("a.jpg"))
+    assert "check the credentials" in refused(tmp_path, color_bundle, url("a.jpg"))

@@ -44,9 +44,9 @@ STATUSES = {
 
 
 @pytest.fixture(scope="session")
-def classifier(colour_bundle: Path) -> Classifier:
+def classifier(color_bundle: Path) -> Classifier:
     torch.set_num_threads(1)
-    return Classifier.load(str(colour_bundle), precision="fp32")
+    return Classifier.load(str(color_bundle), precision="fp32")
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def photographs(tmp_path: Path) -> pa.Table:
 
 
 @pytest.fixture
-def spec(tmp_path: Path, photographs: pa.Table, colour_bundle: Path) -> PredictSpec:
+def spec(tmp_path: Path, photographs: pa.Table, color_bundle: Path) -> PredictSpec:
     manifest = manifest_of(tmp_path, photographs)
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8, part_rows=16)
     wide = {"scores": True, "embeddings": True, "batch_size": 3}
-    return spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), **wide)
+    return spec_of(tmp_path / "out", plan, manifest, str(color_bundle), **wide)
 
 
 def predict_alone(spec: PredictSpec, classifier: Classifier, work: ChunkTask) -> pa.Table:
@@ -119,11 +119,11 @@ def test_scores_are_float32_unless_float16_is_asked_for(
 
 
 def test_doing_a_chunk_twice_writes_the_same_bytes(
-    spec: PredictSpec, colour_bundle: Path, tmp_path: Path
+    spec: PredictSpec, color_bundle: Path, tmp_path: Path
 ) -> None:
     written = []
     for _ in range(2):
-        fresh = Classifier.load(str(colour_bundle), precision="fp32")
+        fresh = Classifier.load(str(color_bundle), precision="fp32")
         for number in range(3):
             work = ChunkTask(number)
             write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())
@@ -267,7 +267,7 @@ NOT_FOUND = [
 ]  # fmt: skip
 
 
-def test_paths_that_lead_nowhere_are_rows_that_say_so(classifier: Classifier) -> None:
+def test_paths_that_lead_nowhere_are_missing_rows(classifier: Classifier) -> None:
     statuses = assert_a_row_each(classifier, [None, *NOT_FOUND])
     assert statuses[0] == "missing"
     assert "ok" not in statuses

@@ -16,14 +16,14 @@ from tests.processes import RayCluster, imgcls
 
 def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
     cluster: RayCluster,
-    colours: Callable[[int], Path],
-    colour_bundle: Path,
+    colors: Callable[[int], Path],
+    color_bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "out"
     command = (
-        *("predict", "--manifest", colours(60), "--model", colour_bundle, "--output", output),
+        *("predict", "--manifest", colors(60), "--model", color_bundle, "--output", output),
         *("--chunk-rows", 8, "--part-rows", 16),
     )
     first = imgcls(*command, env=cluster.environment())

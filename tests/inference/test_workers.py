@@ -30,13 +30,13 @@ def session() -> Iterator[None]:
 
 @pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])
 def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
-    most: int, kind: type, colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path,
+    most: int, kind: type, colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(workers, "MAX_TRANSFER_BYTES", most)
-    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
-    spec = spec_of(tmp_path / "out", plan, manifest, str(colour_bundle), bundle_sha256="")
+    spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
     data = unpickle_cell(run_prepare(spec, 0.0), "prepared").data
     assert type(data) is kind
     assert len(data if isinstance(data, list) else data.status) == 4
@@ -50,13 +50,13 @@ def run_prepare(spec: PredictSpec, cpu_fraction: float) -> pa.Table:
 
 @pytest.mark.parametrize("cpu_fraction", [1.0, 0.0])
 def test_crashes_in_both_stages_are_counted_in_the_result(
-    cpu_fraction: float, colours: Callable[..., Path], colour_bundle: Path, tmp_path: Path
+    cpu_fraction: float, colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
 ) -> None:
-    manifest = open_manifest(ManifestConfig(path=str(colours(4))))
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     output = tmp_path / "out"
-    plan = plan_at(output, manifest, classes=load_bundle(str(colour_bundle)).spec.classes)
-    sha256 = load_bundle(str(colour_bundle)).sha256
-    spec = spec_of(output, plan, manifest, str(colour_bundle), bundle_sha256=sha256)
+    plan = plan_at(output, manifest, classes=load_bundle(str(color_bundle)).spec.classes)
+    sha256 = load_bundle(str(color_bundle)).sha256
+    spec = spec_of(output, plan, manifest, str(color_bundle), bundle_sha256=sha256)
     for stage in ("prepare", "prepare", "finish"):
         Attempt.for_chunk(spec, ChunkTask(0), stage)  # and its worker crashes
     finished = workers.GpuWorker(spec, 1)(run_prepare(spec, cpu_fraction))

@@ -94,7 +94,7 @@ def test_a_class_of_two_rows_is_not_hidden_by_one_of_a_thousand() -> None:
 
 
 @pytest.mark.parametrize("predicted", ["ant", "bee"])
-def test_one_row_says_little(predicted: str) -> None:
+def test_one_row_gives_wide_intervals(predicted: str) -> None:
     found = measured(["ant"], [predicted], 0.97)
     check_possible(found)
     low, high = wilson_interval(int(predicted == "ant"), 1)

@@ -148,7 +148,7 @@ def test_weights_may_lie_in_memory_in_any_way(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_the_card_says_what_the_model_is() -> None:
+def test_the_card_describes_the_model() -> None:
     spec = spec_of([f"class {i}" for i in range(25)], metrics={"accuracy": 0.5})
     card = render_minimal_card(spec)
     assert "# small_cnn, 25 classes" in card

@@ -26,7 +26,7 @@ from imgcls.models.bundle import BundleSpec, load_bundle_weights, save_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.precision import choose_precision
 from imgcls.models.task import select_top_k
-from tests.conftest import COLOURS, draw
+from tests.conftest import COLORS, draw
 
 Scores = npt.NDArray[np.float32]
 
@@ -147,11 +147,11 @@ def test_a_vision_transformer_answers_as_its_bare_network(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
-def test_a_compiled_network_answers_as_it_does_otherwise(colour_bundle: Path) -> None:
+def test_a_compiled_network_answers_as_it_does_otherwise(color_bundle: Path) -> None:
     options: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
-    compiled = Classifier.load(str(colour_bundle), compile=True, **options)
+    compiled = Classifier.load(str(color_bundle), compile=True, **options)
     batch = random_batch(compiled, 4)
-    expected = Classifier.load(str(colour_bundle), **options).classify(batch, embeddings=True)
+    expected = Classifier.load(str(color_bundle), **options).classify(batch, embeddings=True)
     for embeddings in (False, True):
         found = compiled.classify(batch, embeddings=embeddings)
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
@@ -222,9 +222,9 @@ def test_the_temperature_divides_the_logits(small: Classifier, temperature: floa
     )
 
 
-def test_predictions_are_labels_with_their_scores(colour_bundle: Path, tmp_path: Path) -> None:
-    classifier = Classifier.load(str(colour_bundle))
-    pictures = [draw(name, seed=i) for i, name in enumerate(COLOURS)]
+def test_predictions_are_labels_with_their_scores(color_bundle: Path, tmp_path: Path) -> None:
+    classifier = Classifier.load(str(color_bundle))
+    pictures = [draw(name, seed=i) for i, name in enumerate(COLORS)]
     paths = []
     for i, picture in enumerate(pictures):
         paths.append(tmp_path / f"{i}.png")
@@ -237,7 +237,7 @@ def test_predictions_are_labels_with_their_scores(colour_bundle: Path, tmp_path:
     assert found[0] == found[3]
     assert first.topk_labels == found[0].topk_labels
     for one in found:
-        assert sorted(one.topk_labels) == sorted(COLOURS)
+        assert sorted(one.topk_labels) == sorted(COLORS)
         assert one.topk_scores == sorted(one.topk_scores, reverse=True)
         assert one.confidence == one.topk_scores[0]
         assert sum(one.topk_scores) == pytest.approx(1)
@@ -290,12 +290,12 @@ def test_a_bundle_whose_weights_do_not_fit_is_refused(tmp_path: Path, small: Cla
         Classifier.load(str(tmp_path / "b"))
 
 
-def test_the_public_names_are_those_of_the_package(colour_bundle: Path) -> None:
+def test_the_public_names_are_those_of_the_package(color_bundle: Path) -> None:
     import imgcls
 
     assert imgcls.Classifier is Classifier
-    assert imgcls.Classifier.load(str(colour_bundle)).classes == list(COLOURS)
-    assert imgcls.load_bundle(str(colour_bundle)).spec.classes == list(COLOURS)
+    assert imgcls.Classifier.load(str(color_bundle)).classes == list(COLORS)
+    assert imgcls.load_bundle(str(color_bundle)).spec.classes == list(COLORS)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         imgcls.nonsense  # noqa: B018
 

@@ -47,7 +47,7 @@ def pictures(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("mode", ["squash", "crop", "pad"])
 def test_every_format_gives_the_classifiers_scores(
-    tmp_path: Path, mode: Any, colour_bundle: Path
+    tmp_path: Path, mode: Any, color_bundle: Path
 ) -> None:
     architecture = zoo.resolve_architecture("small_cnn", {"width": 8})
     torch.manual_seed(1)
@@ -114,13 +114,13 @@ def test_networks_of_other_kinds_can_be_exported(tmp_path: Path, name: str) -> N
     assert description["files"]["model.onnx"]["largest_difference"] < 1e-4
 
 
-def test_images_to_compare_by_may_be_given(tmp_path: Path, colour_bundle: Path) -> None:
+def test_images_to_compare_by_may_be_given(tmp_path: Path, color_bundle: Path) -> None:
     (tmp_path / "images").mkdir()
     for seed in range(6):
         draw("red", seed=seed).save(tmp_path / "images" / f"{seed}.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     description = export_bundle(
-        asked(colour_bundle, tmp_path / "out", images=str(tmp_path / "images"))
+        asked(color_bundle, tmp_path / "out", images=str(tmp_path / "images"))
     )
     assert description["files"]["model.onnx"]["images"] == 6
 
@@ -135,15 +135,15 @@ def test_other_labels_are_not_passed_off_as_the_same() -> None:
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     output = tmp_path / "out"
     with pytest.raises(RequestError, match="is empty"):
-        export_bundle(asked(colour_bundle, output, formats=[]))
+        export_bundle(asked(color_bundle, output, formats=[]))
     with pytest.raises(RequestError, match="no such file or folder"):
-        export_bundle(asked(colour_bundle, output, images=str(tmp_path / "none")))
+        export_bundle(asked(color_bundle, output, images=str(tmp_path / "none")))
     assert not output.exists()
     output.mkdir()
     (output / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"contains mine\.txt"):
-        export_bundle(asked(colour_bundle, output))
+        export_bundle(asked(color_bundle, output))

@@ -30,13 +30,13 @@ from imgcls.models.classifier import Classifier
 from imgcls.models.export import ExportConfig, export_bundle
 from imgcls.models.finite import check_finite_safetensors, check_finite_tensors
 from imgcls.models.import_weights import ImportConfig, import_model
-from tests.conftest import COLOURS, draw, write_manifest
+from tests.conftest import COLORS, draw, write_manifest
 
 BAD = [float("nan"), float("inf"), float("-inf")]
 ARCHITECTURE = zoo.resolve_architecture("small_cnn", {"width": 4})
 SPEC = BundleSpec(
     architecture=ARCHITECTURE,
-    classes=list(COLOURS),
+    classes=list(COLORS),
     preprocess=zoo.get_default_preprocess(ARCHITECTURE),
 )
 
@@ -44,7 +44,7 @@ SPEC = BundleSpec(
 def state_with(name: str, value: float) -> dict[str, torch.Tensor]:
     """The weights of a small CNN, one value of a tensor replaced."""
     torch.manual_seed(0)
-    state = zoo.build_network(ARCHITECTURE, len(COLOURS)).state_dict()
+    state = zoo.build_network(ARCHITECTURE, len(COLORS)).state_dict()
     state[name].view(-1)[1] = value
     return state
 
@@ -118,7 +118,7 @@ def test_such_weights_are_not_imported_nor_trained_from(tmp_path: Path, file: st
     place = tmp_path / file
     state = state_with(name, float("nan"))
     torch.save(state, place) if file.endswith("pth") else save_file(state, place)
-    (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
+    (tmp_path / "classes.txt").write_text("\n".join(COLORS))
     with pytest.raises(BundleError, match=f"model.weights .*{file}: .* '{name}'"):
         zoo.load_weights(str(place), ARCHITECTURE)
     config = ImportConfig(

@@ -22,7 +22,7 @@ def norms(network: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_a_folded_network_says_the_same(name: str) -> None:
+def test_a_folded_network_has_the_same_outputs(name: str) -> None:
     torch.manual_seed(0)
     network = zoo.build_network(zoo.resolve_architecture(name), 7)
     for module in network.modules():

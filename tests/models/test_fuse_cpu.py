@@ -26,7 +26,7 @@ def batch_of(count: int, side: int) -> torch.Tensor:
 @needs_onednn
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.inference_mode()
-def test_a_fused_network_says_the_same(name: str) -> None:
+def test_a_fused_network_has_the_same_outputs(name: str) -> None:
     torch.manual_seed(0)
     architecture = zoo.resolve_architecture(name)
     network = zoo.build_network(architecture, 7).eval()

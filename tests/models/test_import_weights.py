@@ -90,14 +90,14 @@ def test_safetensors_prefixes_and_windows_lists_are_taken(import_: Import, tmp_p
     assert load_bundle(str(tmp_path / "bundle")).spec.classes == ["cat", "dog", "hühner"]
 
 
-def test_the_input_size_can_be_said(import_: Import, tmp_path: Path) -> None:
+def test_the_input_size_can_be_set(import_: Import, tmp_path: Path) -> None:
     assert import_(resize=80, crop=64) == 0
     preprocess = load_bundle(str(tmp_path / "bundle")).spec.preprocess
     assert (preprocess.resize, preprocess.crop) == (80, 64)
     assert preprocess.mean == (0.5, 0.5, 0.5)
 
 
-def test_a_bundle_is_replaced_only_when_told(
+def test_a_bundle_is_replaced_only_when_requested(
     import_: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert import_() == 0

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
     ],
 )
 @torch.inference_mode()
-def test_a_quantised_network_stays_near_what_it_was(
+def test_a_quantized_network_stays_near_the_original(
     name: str, convolutions: int, floating: int
 ) -> None:
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_a_classifier_in_int8_answers_nearly_as_it_does_otherwise(tmp_path: Path
     assert found.embedding.shape == expected.embedding.shape
 
 
-def test_without_a_convolution_there_is_nothing_to_quantise(
+def test_without_a_convolution_there_is_nothing_to_quantize(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(str(bundle_of(tmp_path / "bundle", "small_cnn")))

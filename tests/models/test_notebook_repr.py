@@ -21,8 +21,8 @@ from tests.data.pictures import STORED, drawn, encoded, stored
 
 
 @pytest.fixture
-def classifier(colour_bundle: Path) -> Classifier:
-    return Classifier.load(str(colour_bundle), device="cpu")
+def classifier(color_bundle: Path) -> Classifier:
+    return Classifier.load(str(color_bundle), device="cpu")
 
 
 def test_an_image_may_be_a_path_its_bytes_or_pillows(
@@ -57,7 +57,7 @@ def test_a_pillow_image_is_turned_as_its_file_is(classifier: Classifier, orienta
     assert abs(ours - pixels).max() <= 2
 
 
-def test_what_cannot_be_read_is_said(classifier: Classifier, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_reported(classifier: Classifier, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"none\.png"):
         classifier.predict(tmp_path / "none.png")
     with pytest.raises(ImageError):

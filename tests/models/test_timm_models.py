@@ -59,7 +59,7 @@ def test_the_preprocessing_is_that_of_timms_own_transform(name: str) -> None:
     assert preprocess.mean == pytest.approx(config["mean"])
 
 
-def test_preprocessing_that_cannot_be_said_is_refused() -> None:
+def test_preprocessing_that_cannot_be_expressed_is_refused() -> None:
     name = "timm:vit_medium_patch16_gap_384"
     with pytest.raises(
         BundleError, match="padded or stretched to 404 pixels and then cropped to 384"

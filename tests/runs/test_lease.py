@@ -157,7 +157,7 @@ def test_a_killed_driver_of_this_machine_is_replaced_without_waiting(
     lease.release()
 
 
-def test_a_killed_driver_that_nobody_has_buried_counts_as_dead(
+def test_a_zombie_process_of_a_killed_driver_counts_as_dead(
     driver: Callable[..., Driver], output: str
 ) -> None:
     zombie = driver()

@@ -71,7 +71,7 @@ def test_a_checkout_that_is_not_installed_has_a_record_too(tmp_path: Path) -> No
         ({"a": [1, 2]}, {"a": [2, 1]}, ["a: [1, 2] then, [2, 1] now"]),
     ],
 )
-def test_what_differs_is_told_by_its_dotted_key(
+def test_differences_are_listed_by_dotted_key(
     then: dict[str, object], now: dict[str, object], lines: list[str]
 ) -> None:
     assert list_differences(then, now) == lines

@@ -13,9 +13,9 @@ from tests.serving.app import Running, serving
 
 
 @pytest.fixture(scope="session")
-def server(colour_bundle: Path) -> Iterator[Running]:
+def server(color_bundle: Path) -> Iterator[Running]:
     """A server without API keys and with low limits."""
-    with serving(colour_bundle, limits__image_bytes=1 << 20, limits__body_bytes=4 << 20) as running:
+    with serving(color_bundle, limits__image_bytes=1 << 20, limits__body_bytes=4 << 20) as running:
         yield running
 
 
@@ -36,7 +36,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def locked(colour_bundle: Path, keys: dict[str, str]) -> Iterator[Running]:
+def locked(color_bundle: Path, keys: dict[str, str]) -> Iterator[Running]:
     """A server that accepts `keys`."""
-    with serving(colour_bundle, keys__file=keys["file"]) as running:
+    with serving(color_bundle, keys__file=keys["file"]) as running:
         yield running

@@ -28,10 +28,10 @@ from tests.serving.app import (
 
 
 def test_an_image_gets_the_prediction_of_the_classifier(
-    server: Running, colour_bundle: Path
+    server: Running, color_bundle: Path
 ) -> None:
     data = jpeg()
-    expected = Classifier.load(str(colour_bundle)).predict([data], top_k=2)[0]
+    expected = Classifier.load(str(color_bundle)).predict([data], top_k=2)[0]
     response = post(server, data, params={"top_k": 2})
     assert response.status_code == 200
     answer = response.json()
@@ -86,12 +86,12 @@ def test_a_threshold_of_the_request_decides_what_is_accepted(server: Running) ->
         assert row["accepted"] is True
 
 
-def test_embeddings_come_on_request(server: Running, colour_bundle: Path) -> None:
+def test_embeddings_come_on_request(server: Running, color_bundle: Path) -> None:
     with Client(server.url) as client:
         (plain,) = client.predict(jpeg())
         (row,) = client.predict(jpeg(), embeddings=True)
     assert "embedding" not in plain
-    assert len(row["embedding"]) == Classifier.load(str(colour_bundle)).embedding_width
+    assert len(row["embedding"]) == Classifier.load(str(color_bundle)).embedding_width
     assert row["topk_scores"] == plain["topk_scores"]
 
 
@@ -116,17 +116,17 @@ def test_the_model_is_described(server: Running) -> None:
         assert (response.status_code, response.text) == (200, "ok")
 
 
-def test_the_threshold_in_effect_is_the_one_described(colour_bundle: Path) -> None:
-    with serving(colour_bundle, threshold=0.99) as running, Client(running.url) as client:
+def test_the_threshold_in_effect_is_the_one_described(color_bundle: Path) -> None:
+    with serving(color_bundle, threshold=0.99) as running, Client(running.url) as client:
         description = client.model()
         assert (description["threshold"], description["thresholds"]) == (0.99, {})
         assert client.predict(jpeg())[0]["accepted"] is False
 
 
-def test_a_response_names_the_model_that_was_used(colour_bundle: Path, tmp_path: Path) -> None:
+def test_a_response_names_the_model_that_was_used(color_bundle: Path, tmp_path: Path) -> None:
     """Also if it was replaced while the request was being sent."""
     bundle = tmp_path / "bundle"
-    shutil.copytree(colour_bundle, bundle)
+    shutil.copytree(color_bundle, bundle)
     with serving(bundle) as running:
         before = running.service.model.sha256
         body = jpeg()
@@ -150,8 +150,8 @@ def test_a_response_names_the_model_that_was_used(colour_bundle: Path, tmp_path:
     assert before.encode() not in answer
 
 
-def test_an_internal_error_is_a_problem(colour_bundle: Path) -> None:
-    with serving(colour_bundle) as running:
+def test_an_internal_error_is_a_problem(color_bundle: Path) -> None:
+    with serving(color_bundle) as running:
         running.service._batcher._run_batch = lambda items: [None] * len(items)
         response = post(running, jpeg())
         assert_problem(response, 500, "internal_error")

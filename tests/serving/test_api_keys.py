@@ -87,11 +87,11 @@ def test_the_last_key_can_be_revoked_and_another_one_created(tmp_path: Path, lef
 
 
 def test_a_service_does_not_start_with_an_empty_key_file(
-    tmp_path: Path, colour_bundle: Path
+    tmp_path: Path, color_bundle: Path
 ) -> None:
     file = tmp_path / "keys.yaml"
     file.write_text("# no keys\n")
-    config = build(ServeConfig, {"model": str(colour_bundle), "keys": str(file)})
+    config = build(ServeConfig, {"model": str(color_bundle), "keys": str(file)})
     with pytest.raises(RequestError, match=r"contains no key\. Run `imgcls key new --file"):
         run_preflight_checks(config)
     create(file)

@@ -156,8 +156,8 @@ def is_up(url: str) -> bool:
     return False
 
 
-def test_cors_allows_the_configured_origins_only(colour_bundle: Path) -> None:
-    with serving(colour_bundle, http__cors_origins=["https://app.example.com"]) as running:
+def test_cors_allows_the_configured_origins_only(color_bundle: Path) -> None:
+    with serving(color_bundle, http__cors_origins=["https://app.example.com"]) as running:
         preflight = {
             "Origin": "https://app.example.com",
             "Access-Control-Request-Method": "POST",

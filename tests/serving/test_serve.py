@@ -54,19 +54,19 @@ def fail(*_: object) -> None:
 def test_wrong_settings_are_rejected_before_ray_starts(
     settings: dict[str, object],
     message: str,
-    colour_bundle: Path,
+    color_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session, "connect", fail)
     monkeypatch.chdir(tmp_path)
-    config = build(ServeConfig, {"model": str(colour_bundle), **settings})
+    config = build(ServeConfig, {"model": str(color_bundle), **settings})
     with pytest.raises(RequestError, match=message):
         serve(config)
 
 
 def test_resources_and_the_port_are_checked_before_anything_is_deployed(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "connect", lambda: None)
     monkeypatch.setattr(session, "is_private_session", lambda: True)
@@ -75,13 +75,13 @@ def test_resources_and_the_port_are_checked_before_anything_is_deployed(
     monkeypatch.setattr(serving.ray_internals, "find_serve_address", lambda: None)
     monkeypatch.setattr(serving, "_set_environment", lambda config: None)
     monkeypatch.setattr(serving.ray_serve, "start", fail)
-    settings = {"model": str(colour_bundle), "replicas": {"min_replicas": 9, "cpus": 4}}
+    settings = {"model": str(color_bundle), "replicas": {"min_replicas": 9, "cpus": 4}}
     with pytest.raises(RequestError, match=r"replicas\.min_replicas 9: each replica needs 4 CPUs"):
         serve(build(ServeConfig, settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        settings = {"model": str(colour_bundle), "http": {"port": port}}
+        settings = {"model": str(color_bundle), "http": {"port": port}}
         with pytest.raises(RequestError, match=f"http.port {port}: Address already in use"):
             serve(build(ServeConfig, settings))

@@ -63,8 +63,8 @@ def test_too_many_images_are_rejected_and_a_large_one_is_a_row(server: Running) 
 # ---------------------------------------------------------------------- too much, too slow
 
 
-def test_a_full_queue_answers_503_with_retry_after(colour_bundle: Path) -> None:
-    with serving(colour_bundle, limits__waiting_images=2, limits__images=2) as running:
+def test_a_full_queue_answers_503_with_retry_after(color_bundle: Path) -> None:
+    with serving(color_bundle, limits__waiting_images=2, limits__images=2) as running:
         release = threading.Event()
         running.service._decode_pool.submit(release.wait, 60)  # occupies the only decoding thread
         with ThreadPoolExecutor(2) as pool:
@@ -81,8 +81,8 @@ def test_a_full_queue_answers_503_with_retry_after(colour_bundle: Path) -> None:
         assert post(running, jpeg()).status_code == 200
 
 
-def test_a_body_that_does_not_arrive_is_rejected_and_delays_no_other(colour_bundle: Path) -> None:
-    with serving(colour_bundle, limits__upload_timeout_s=4) as running:
+def test_a_body_that_does_not_arrive_is_rejected_and_delays_no_other(color_bundle: Path) -> None:
+    with serving(color_bundle, limits__upload_timeout_s=4) as running:
         head = (
             b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
             b"Content-Length: 100000\r\n\r\n\xff\xd8"
@@ -171,9 +171,9 @@ def test_any_bytes_are_answered(server: Running, data: bytes) -> None:
 
 
 @pytest.mark.chaos
-def test_twenty_thousand_damaged_images_do_not_leak_memory(colour_bundle: Path) -> None:
+def test_twenty_thousand_damaged_images_do_not_leak_memory(color_bundle: Path) -> None:
     memory: list[int] = []
-    command = [sys.executable, "-m", "tests.serving.app", str(colour_bundle)]
+    command = [sys.executable, "-m", "tests.serving.app", str(color_bundle)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
     ) as server:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from tests.conftest import COLOURS, draw
+from tests.conftest import COLORS, draw
 
 
 def draw_rows(folder: Path) -> pa.Table:
@@ -14,7 +14,7 @@ def draw_rows(folder: Path) -> pa.Table:
     urls: list[str | None] = []
     for i in range(10):
         file = folder / f"{i}.png"
-        draw(list(COLOURS)[i % 3], seed=i).save(file)
+        draw(list(COLORS)[i % 3], seed=i).save(file)
         urls.append(str(file))
     (folder / "4.png").write_bytes(b"<html>")
     urls[5] = None

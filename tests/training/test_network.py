@@ -35,7 +35,7 @@ SMALL = zoo.resolve_architecture("small_cnn", {"width": 8})
         ({"name": "small_cnn"}, 32, 32),
     ],
 )
-def test_labelling_sees_nearly_all_of_an_image_unless_told_otherwise(
+def test_prediction_sees_nearly_all_of_an_image_by_default(
     settings: dict[str, Any], crop: int, resize: int
 ) -> None:
     _, preprocess = resolve_model(ModelConfig.model_validate(settings))
@@ -98,7 +98,7 @@ def test_images_that_the_network_cannot_take_are_refused_before_the_start() -> N
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-def test_pixels_are_normalised_by_mean_and_std() -> None:
+def test_pixels_are_normalized_by_mean_and_std() -> None:
     preprocess = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     batch = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 7), np.uint8)
     found = Normalizer(preprocess, torch.device("cpu"))(batch)

@@ -55,7 +55,7 @@ def test_a_cluster_without_nodes_is_refused() -> None:
         plan_workers([], TrainScaleConfig())
 
 
-def test_synchronised_batch_norm_is_refused_without_gpus() -> None:
+def test_synchronized_batch_norm_is_refused_without_gpus() -> None:
     with pytest.raises(ResourcesError, match=r"scale\.sync_batchnorm: .* only on GPUs"):
         plan_workers(LAPTOP, TrainScaleConfig(sync_batchnorm=True))
     nodes = [Node(8, 2)]

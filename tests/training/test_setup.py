@@ -15,9 +15,9 @@ ROWS = 30
 
 
 @pytest.fixture
-def config(colours: Callable[..., Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+def config(colors: Callable[..., Path], tmp_path: Path) -> Callable[..., TrainConfig]:
     """Build a request with 30 training images and as many for validation."""
-    manifest = str(colours(ROWS))
+    manifest = str(colors(ROWS))
 
     def build(**changes: Any) -> TrainConfig:
         return TrainConfig.model_validate(
@@ -46,9 +46,9 @@ def test_from_random_weights_the_default_is_scratch(config: Callable[..., TrainC
 
 
 def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
-    config: Callable[..., TrainConfig], colour_bundle: Path
+    config: Callable[..., TrainConfig], color_bundle: Path
 ) -> None:
-    weights = str(colour_bundle / "model.safetensors")
+    weights = str(color_bundle / "model.safetensors")
     model = {"name": "small_cnn", "options": {"width": 8}, "weights": weights}
     setup = resolve_setup(config(model=model))
     assert setup.strategy == "probe_then_finetune"

@@ -137,9 +137,9 @@ def test_a_wrong_request_starts_nothing(
 
 
 def test_weights_that_do_not_fit_are_refused_key_by_key(
-    digits: Path, colour_bundle: Path, tmp_path: Path
+    digits: Path, color_bundle: Path, tmp_path: Path
 ) -> None:
-    narrow = colour_bundle / "model.safetensors"
+    narrow = color_bundle / "model.safetensors"
     model = {"name": "small_cnn", "options": {"width": 16}, "weights": str(narrow)}
     listed = r"do not match the network in \d+ keys:\n  [\w.]+: shape \(.+ in the file, \("
     with pytest.raises(BundleError, match=listed):
@@ -158,11 +158,11 @@ def test_a_label_that_only_validation_has_is_refused_by_its_row(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_bundle_is_not_overwritten_unasked(digits: Path, colour_bundle: Path) -> None:
-    before = sorted(file.read_bytes() for file in colour_bundle.iterdir())
+def test_a_bundle_is_not_overwritten_unasked(digits: Path, color_bundle: Path) -> None:
+    before = sorted(file.read_bytes() for file in color_bundle.iterdir())
     with pytest.raises(OutputError, match=r"already holds a bundle\. Pass --overwrite"):
-        train(config(digits, colour_bundle))
-    assert sorted(file.read_bytes() for file in colour_bundle.iterdir()) == before
+        train(config(digits, color_bundle))
+    assert sorted(file.read_bytes() for file in color_bundle.iterdir()) == before
 
 
 def test_an_output_that_cannot_be_written_is_refused(digits: Path, tmp_path: Path) -> None:
@@ -376,9 +376,9 @@ def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
 
 @pytest.mark.slow
 def test_epochs_without_an_improvement_end_the_training(
-    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
-    request = {"data": {"train": str(colours(60))}, "model": {"name": "small_cnn"}, "epochs": 9}
+    request = {"data": {"train": str(colors(60))}, "model": {"name": "small_cnn"}, "epochs": 9}
     request |= {"batch_size": 20, "best_by": "val_accuracy"}
     stop = {"patience": 2, "min_delta": 1.0}
     result = train(
@@ -394,10 +394,10 @@ def test_epochs_without_an_improvement_end_the_training(
 def test_a_class_without_a_validation_image_is_reported(
     local_ray: None,
     tmp_path: Path,
-    colours: Callable[[int], Path],
+    colors: Callable[[int], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    manifest = colours(36)
+    manifest = colors(36)
     header, *rows = manifest.read_text().splitlines()
     some = [row for row in rows if ",green," not in row][:10]
     (tmp_path / "val.csv").write_text("\n".join([header, *some]) + "\n")
@@ -436,9 +436,9 @@ def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
 
 @pytest.mark.slow
 def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
-    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
-    manifest = colours(36)
+    manifest = colors(36)
     for name in ("00003", "00011"):
         (tmp_path / "images" / f"{name}.jpg").write_bytes(b"")
     output = tmp_path / "bundle"
@@ -462,9 +462,9 @@ def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
 
 
 def test_too_many_bad_images_train_nothing(
-    local_ray: None, tmp_path: Path, colours: Callable[[int], Path]
+    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
-    manifest = colours(30)
+    manifest = colors(30)
     for name in ("00003", "00011"):
         (tmp_path / "images" / f"{name}.jpg").write_bytes(b"")
     output = tmp_path / "bundle"

@@ -408,7 +408,7 @@ def test_half_precision_keeps_the_weights_in_full() -> None:
 @pytest.mark.parametrize(
     ("build", "falls"), [(without_norms, 0.5), (small_cnn, 0.5)], ids=["plain", "small_cnn"]
 )
-def test_steps_learn_what_can_be_learnt(build: Callable[[], nn.Module], falls: float) -> None:
+def test_steps_learn_what_can_be_learned(build: Callable[[], nn.Module], falls: float) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, 32)
     pixels = np.broadcast_to(

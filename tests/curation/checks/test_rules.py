@@ -40,7 +40,7 @@ def test_each_rule_finds_its_issue(tmp_path: Path) -> None:
     }
 
 
-def test_greyscale_is_no_issue_where_it_is_common(tmp_path: Path) -> None:
+def test_grayscale_is_no_issue_where_it_is_common(tmp_path: Path) -> None:
     rows: list[Row] = [(f"{i}.jpg", jpeg(picture(i).convert("L")), None) for i in range(10)]
     found = indices_by_issue(rules.apply_rules(images_of(tmp_path, rows), RulesConfig()))
     assert "greyscale" not in found

@@ -181,7 +181,7 @@ def test_a_weight_for_no_class_is_refused_with_the_classes() -> None:
         (["--class-weights", "{cat: 2, 7: 0.5}"], {"cat": 2.0, "7": 0.5}),
     ],
 )
-def test_class_weights_can_be_said_on_the_command_line(argv: list[str], expected: Any) -> None:
+def test_class_weights_can_be_passed_on_the_command_line(argv: list[str], expected: Any) -> None:
     assert load(LossConfig, argv).class_weights == expected
 
 

@@ -143,7 +143,7 @@ def test_the_linear_scaling_rule_raises_the_peak_with_the_batch() -> None:
 # ------------------------------------------------------------------ the optimizer
 
 
-def test_biases_and_normalisation_are_left_free_of_decay() -> None:
+def test_biases_and_normalization_have_no_weight_decay() -> None:
     network = small()
     made = build_optimizer(
         network, build_param_groups(network), OptimConfig(lr=1e-3, weight_decay=0.5), batch_size=8
