@@ -6,6 +6,10 @@ Integer-Arithmetic-Only Inference, 2018, section 3.2.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import Any
+
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -37,11 +41,16 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def trace_network(network: nn.Module) -> fx.GraphModule | None:
-    """The torch.fx graph of a network; None if the steps depend on the input."""
+    """The torch.fx graph of a network; None if the steps depend on the input.
+
+    May be called while other threads run or trace other networks.
+    """
     if isinstance(network, fx.GraphModule):
         return network
     try:
-        traced = fx.GraphModule(network, _Tracer().trace(network))
+        with _TRACING:
+            graph = _Tracer().trace(network)
+        traced = fx.GraphModule(network, graph)
         if hasattr(network, "class_heads"):
             traced.class_heads = network.class_heads
         return traced
@@ -49,8 +58,28 @@ def trace_network(network: nn.Module) -> fx.GraphModule | None:
         return None
 
 
+_TRACING = threading.Lock()
+"""Held while torch.fx replaces `Module.__call__`, for all threads of the process."""
+
+
 class _Tracer(fx.Tracer):
-    """Tracer that treats subclasses of torch's layers, such as timm's Linear, as leaves."""
+    """Tracer of one thread's calls; subclasses of layers, such as timm's Linear, are leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Record a call, or run it if it is of another thread, which the tracer sees too."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         is_layer = isinstance(module, (nn.Linear, nn.Conv2d))

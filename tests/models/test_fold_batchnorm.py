@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 from imgcls.models import zoo
-from imgcls.models.fold_batchnorm import fold_batch_norms
+from imgcls.models.fold_batchnorm import fold_batch_norms, trace_network
 
 NETWORKS = [
     *("small_cnn", "resnet18", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small"),
@@ -61,6 +63,35 @@ def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
 
     network = Restless().eval()
     assert fold_batch_norms(network) is network
+
+
+def test_other_threads_run_their_networks_while_one_is_traced() -> None:
+    other = zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), 3).eval()
+    batch = torch.rand(2, 3, 32, 32)
+    expected, found = other(batch), []
+
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.append(pool.submit(other, batch).result())
+            return self.layer(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert trace_network(Traced()) is not None
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_networks_are_traced_in_several_threads_at_a_time() -> None:
+    original = nn.Module.__call__
+    networks = [zoo.build_network(zoo.resolve_architecture("small_cnn"), 3) for _ in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        traced = list(pool.map(trace_network, networks))
+    assert nn.Module.__call__ is original
+    calls = [[n.target for n in each.graph.nodes if n.op == "call_module"] for each in traced]  # type: ignore[union-attr]
+    assert all(each == calls[0] and len(each) > 3 for each in calls)
 
 
 def test_a_convolution_that_serves_two_keeps_its_norms() -> None:
