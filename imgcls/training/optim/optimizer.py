@@ -6,6 +6,7 @@ parameters share a learning rate is decided in `param_groups`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -13,7 +14,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from imgcls.config import Section, UnitFloat
 from imgcls.training.optim.param_groups import ParamGroup
@@ -130,35 +130,31 @@ def _interpolate_cosine(start: float, end: float, share: float) -> float:
 class ModelEma:
     """Exponential moving average of a network's weights and running statistics.
 
-    torch's AveragedModel with a decay of min(decay, (1 + t) / (10 + t)) in step t, so that the
-    initial weights lose their influence within a few steps. Source: num_updates of TensorFlow's
-    ExponentialMovingAverage.
+    The decay in step t is min(decay, (1 + t) / (10 + t)), so that the initial weights lose their
+    influence within a few steps. Source: num_updates of TensorFlow's ExponentialMovingAverage.
+
+    torch's AveragedModel gives the same numbers, but lists all tensors again in every update: 0.34
+    instead of 0.06 ms for the small CNN on a CPU, and a copy that a GPU has to wait for.
+
+    network: the network with the averaged weights
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        self._source, self._max_decay, self._decay = network, decay, 0.0
-        self._averaged = AveragedModel(network, multi_avg_fn=self._average, use_buffers=True)
-        self._averaged.requires_grad_(False)
-
-    @property
-    def network(self) -> nn.Module:
-        """The network with the averaged weights."""
-        network: nn.Module = self._averaged.module
-        return network
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self._decay = decay
+        averages, weights = self.network.state_dict(), network.state_dict()
+        pairs = list(zip(averages.values(), weights.values(), strict=True))
+        self._averages = [average for average, _ in pairs if average.is_floating_point()]
+        self._weights = [weight for average, weight in pairs if average.is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the network's weights after step number `step`, counted from 0."""
-        self._decay = min(self._max_decay, (1 + step) / (EMA_WARMUP + step))
-        # torch copies the weights in its first update; here the initial weights count as one
-        self._averaged.n_averaged.fill_(step + 1)
-        self._averaged.update_parameters(self._source)
-
-    def _average(self, averages: Any, weights: Any, _: Any) -> None:
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, weights, 1 - self._decay)
-        else:
-            torch._foreach_copy_(averages, weights)
+        decay = min(self._decay, (1 + step) / (EMA_WARMUP + step))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        for counter, current in self._counters:
+            counter.copy_(current)
 
 
 def copy_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
