@@ -2,8 +2,8 @@
 
 `use_settings` applies settings to the code that runs within it, in this thread (a context
 variable), so that two jobs in two threads can use two stores. Threads, tasks and processes that a
-job starts do not inherit them: `bind_settings` and `create_thread_pool` pass them on. Only the
-command line and worker processes, which serve one job, set them for a whole process.
+job starts do not inherit them: `bind_settings` and `create_thread_pool` pass them on. Only
+processes of one job (Ray workers, trials, Serve replicas) set them for the whole process.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def use_settings(settings: StorageConfig | Mapping[str, Any] | None) -> Iterator
 
 
 def set_process_settings(settings: StorageConfig) -> None:
-    """Apply settings to the whole process; for the command line and worker processes only."""
+    """Apply settings to the whole process; for processes of one job only, such as Ray workers."""
     _Process.settings = settings
 
 

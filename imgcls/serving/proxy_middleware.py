@@ -14,6 +14,7 @@ import os
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from imgcls.errors import ConfigError
 from imgcls.serving.problems import (
     DENY_ALL_POLICY,
     SECURITY_HEADERS,
@@ -48,6 +49,8 @@ def build_environment(body_bytes: int, proxy_bytes: int) -> dict[str, str]:
 
 def build_middlewares() -> list[Middleware]:
     """Build the middlewares; Ray Serve calls this in every proxy process."""
+    if "IMGCLS_DOOR_BYTES" in os.environ:
+        raise ConfigError(f"IMGCLS_DOOR_BYTES: was renamed; set {_PROXY_BYTES_ENV}")
     body_bytes = int(os.environ.get(_BODY_BYTES_ENV, DEFAULT_BODY_BYTES))
     proxy_bytes = int(os.environ.get(_PROXY_BYTES_ENV, DEFAULT_PROXY_BYTES))
     return [Middleware(BodyLimitMiddleware, body_bytes, proxy_bytes)]

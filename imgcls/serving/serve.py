@@ -225,6 +225,8 @@ def _check_http(config: ServeConfig) -> None:
 def _set_environment(config: ServeConfig) -> None:
     """Set the environment variables that Ray Serve's processes read, if they are not set already.
 
+    The limits of request bodies are always set.
+
     User code runs in the main thread: nothing in a replica blocks its event loop for long.
     """
     limits = config.limits

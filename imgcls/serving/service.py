@@ -1,6 +1,6 @@
 """Inference of one replica: threads decode uploads, and the model runs on whatever is waiting.
 
-Owns the model in use and replaces it while requests are being served. Uses the same decoding,
+Holds the model in use and replaces it while requests are being served. Uses the same decoding,
 network, temperature and thresholds as the batch job, so a row here equals the row of its table.
 """
 

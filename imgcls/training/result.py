@@ -55,7 +55,7 @@ class TrainResult:
         )
 
     def _repr_html_(self) -> str:
-        """HTML for notebooks: a table of the best epoch, and the curves if matplotlib is there."""
+        """HTML for notebooks: a table of the best epoch, and the curves."""
         rows = {"bundle": self.bundle}
         if self.best is not None:
             rows |= {
@@ -79,11 +79,9 @@ class TrainResult:
         return f"<table>{cells}</table>{drawn}"
 
     def _draw(self) -> bytes | None:
-        """PNG of the curves; None without epochs or without matplotlib."""
-        try:
-            from imgcls.training import plots
-        except ImportError:
-            return None
+        """PNG of the curves; None without epochs."""
+        from imgcls.training import plots  # imports matplotlib
+
         if self.best is not None:
             table = pd.DataFrame([asdict(epoch) for epoch in self.history])
             return plots.draw_curves(table, self.best.epoch)["curves.png"]

@@ -159,7 +159,7 @@ def log_setup(
     parameters = sum(p.numel() for p in setup.network.parameters())
     weights = f"weights {config.model.weights}" if config.model.weights else "random weights"
     pre = setup.preprocess
-    where = "kept in memory" if cached else "too large for memory: decoded in every epoch"
+    where = "kept in memory" if cached else "decoded in every epoch"
     log.show(
         f"data: {rows:,} training images of {len(examples.classes)} classes from "
         f"{config.data.train.path}, {held:,} validation images {origin}\n"
@@ -201,7 +201,7 @@ def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> 
     if len(failures) > allowed * rows:
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
-        log.show(f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
+        log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
     _check_enough_decoded(setup.examples, failures, setup.config.scale.max_workers)
     return decoded
 

@@ -347,7 +347,7 @@ class _Run:
         assert self.config.optim.lr is not None
         note = format_probe_note(outcome.history, best, lr=self.config.optim.lr)
         if note is not None:
-            log.emit("note", f"{note}")
+            log.emit("note", note)
         log.show(
             f"best: {best.name}, val acc {100 * best.val_accuracy:.1f} % -> {self.config.output}",
         )

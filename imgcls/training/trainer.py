@@ -222,7 +222,8 @@ class Trainer:
             return
         if not decision.is_finite:
             raise StopTraining(
-                failure_kind="diverged", problem=f"train_loss is nan in epoch {progress.epoch}"
+                failure_kind="diverged",
+                problem=f"train_loss is NaN or infinite in epoch {progress.epoch}",
             )
         # an LR range test has no state, and the folder may hold that of an unfinished training
         if (decision.should_stop or decision.should_save) and not self.config.find_lr:

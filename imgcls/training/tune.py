@@ -152,8 +152,9 @@ def _claim_output(config: TuneConfig) -> None:
         return
     if there != mine:
         raise OutputError(
-            f"output {config.output}: has a search with other settings. Rerun its command to "
-            "resume it, pass --overwrite to replace it, or pass another --output."
+            f"output {config.output}: has a search with other settings, or of another version of "
+            "imgcls. Rerun its command to resume it, pass --overwrite to replace it, or pass "
+            "another --output."
         )
 
 
@@ -291,6 +292,8 @@ class Trial(ray_tune.Trainable):
         self._metrics: dict[str, Any] = {}
         self._best: EpochMetrics | None = None
         self._interruption = Interruption()
+        self._output = contextlib.ExitStack()  # Ray writes it to the log file of this actor
+        self._output.enter_context(log.command_handler())
         trial = training.TrialContext(images, self._epochs.put, self._interruption)
         settings = build_trial_config(config, values, folder)
         self._future = run_in_thread(lambda: training.train(settings, trial=trial))
@@ -327,6 +330,7 @@ class Trial(ray_tune.Trainable):
         """Stop a training that is not finished, so that it frees its workers."""
         self._interruption.request_stop("the search")
         wait([self._future], timeout=STOP_TIMEOUT_SECONDS)
+        self._output.close()
 
 
 class _TrialPrinter(ray_tune.Callback):

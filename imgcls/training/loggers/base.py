@@ -251,8 +251,8 @@ class _LoggerQueue:
             self._report(f"lost {len(self._pending):,} of its updates ({one_line(error, 200)})")
         elif not self._is_failing:
             self._report(
-                f"logging failed ({one_line(error, 200)}); the training continues, retrying every "
-                f"{RETRY_PAUSE_SECONDS:.0f} s"
+                f"logging failed ({one_line(error, 200)}); the training continues, and the next "
+                f"epoch after {RETRY_PAUSE_SECONDS:.0f} s retries it"
             )
         self._is_failing = True
 
@@ -262,7 +262,7 @@ class _LoggerQueue:
             self._report("reachable again; the missing updates were logged")
 
     def _report(self, text: str) -> None:
-        log.show(f"{self.logger.name}: {text}")
+        log.emit("note", f"{self.logger.name}: {text}")
 
 
 def _drop_nan(values: Mapping[str, float]) -> dict[str, float]:
