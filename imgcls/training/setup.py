@@ -26,7 +26,7 @@ from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
 from imgcls.training.config import TrainConfig
 from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
-from imgcls.training.data.cached import CachedImages, decode_images
+from imgcls.training.data.cached import CachedImages, decode_images, find_store_bytes
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
@@ -38,7 +38,7 @@ from imgcls.training.optim.strategy import (
     resolve_strategy,
 )
 from imgcls.training.sampler import steps_per_epoch
-from imgcls.training.scaling import WorkerPlan
+from imgcls.training.scaling import WorkerPlan, fits_object_store
 
 SAMPLES_PLOT = "plots/augmented.png"
 SAMPLE_COUNT = 8
@@ -182,6 +182,22 @@ def log_setup(
             f"no validation image of {', '.join(map(repr, absent[:5]))}{more}: left out of the "
             "balanced accuracy",
         )
+
+
+def plan_decoding(setup: TrainSetup) -> tuple[DecodeSettings, bool]:
+    """How the images are decoded, and whether once for all epochs; Ray must be connected.
+
+    Once if `data.cache` is set, or by default if the decoded images fit the object store.
+    """
+    config = setup.config
+    cropped = config.augment.build_recipe().crop_scale is not None
+    decoding = DecodeSettings.from_preprocess(
+        setup.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
+    )
+    if config.data.cache is not None:
+        return decoding, config.data.cache
+    needed = decoding.compute_decoded_bytes(setup.examples.rows)
+    return decoding, fits_object_store(needed, find_store_bytes())
 
 
 def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> CachedImages:

@@ -37,8 +37,7 @@ from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import list_differences
 from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import TrainConfig
-from imgcls.training.data.batches import DecodeSettings
-from imgcls.training.data.cached import CachedImages, find_store_bytes
+from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.examples import DataConfig
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
@@ -53,7 +52,6 @@ from imgcls.training.scaling import (
     TrainScaleConfig,
     WorkerPlan,
     compute_decode_cpus,
-    fits_object_store,
     wait_for_worker_plan,
 )
 from imgcls.training.setup import (
@@ -62,6 +60,7 @@ from imgcls.training.setup import (
     decode_dataset,
     draw_samples,
     log_setup,
+    plan_decoding,
     resolve_setup,
 )
 from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
@@ -245,13 +244,8 @@ class _Run:
 
     def _load_images(self, workers: WorkerPlan) -> CachedImages | StreamedImages:
         """Decode the images into the object store if they fit, else set up decoding per epoch."""
-        config, nodes, rows = self.config, session.list_nodes(), self.setup.examples.rows
-        cropped = config.augment.build_recipe().crop_scale is not None
-        decoding = DecodeSettings.from_preprocess(
-            self.setup.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
-        )
-        fits = fits_object_store(decoding.compute_decoded_bytes(rows), find_store_bytes())
-        cached = fits if config.data.cache is None else config.data.cache
+        nodes, rows = session.list_nodes(), self.setup.examples.rows
+        decoding, cached = plan_decoding(self.setup)
         log_setup(self.setup, workers, decoding, cached=cached)
         given = None if self.trial is None else self.trial.images
         if given is not None and given.settings == decoding:

@@ -32,19 +32,17 @@ from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease
 from imgcls.training import train as training
-from imgcls.training.data.batches import DecodeSettings
-from imgcls.training.data.cached import CachedImages, find_store_bytes
+from imgcls.training.data.cached import CachedImages
 from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
     WorkerPlan,
     count_fitting_trials,
-    fits_object_store,
     wait_for_worker_plan,
 )
 from imgcls.training.search_space import TuneConfig, build_trial_config, check_space
-from imgcls.training.setup import TrainSetup, decode_dataset, resolve_setup
+from imgcls.training.setup import TrainSetup, decode_dataset, plan_decoding, resolve_setup
 
 TRIALS_FOLDER = "trials"
 BEST_FOLDER = "best"
@@ -161,13 +159,7 @@ def _claim_output(config: TuneConfig) -> None:
 def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption) -> TuneResult:
     workers = wait_for_worker_plan(config.scale, interruption)
     nodes = session.list_nodes()
-    cropped = config.augment.build_recipe().crop_scale is not None
-    settings = DecodeSettings.from_preprocess(
-        task.preprocess, cropped=cropped, max_bytes=config.data.max_bytes
-    )
-    cached = fits_object_store(
-        settings.compute_decoded_bytes(task.examples.rows), find_store_bytes()
-    )
+    settings, cached = plan_decoding(task)
     cpus = sum(node.cpus for node in nodes)
     concurrent = resolve_concurrency(config, workers, nodes, cached=cached)
     log.show(

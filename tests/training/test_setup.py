@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imgcls.training.config import TrainConfig
-from imgcls.training.setup import resolve_setup
+from imgcls.training.setup import plan_decoding, resolve_setup
 
 ROWS = 30
 
@@ -54,6 +55,18 @@ def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
     assert setup.strategy == "probe_then_finetune"
     assert setup.config.optim.lr == 3e-4
     assert setup.head_coefficients == pytest.approx((1.0,))
+
+
+@pytest.mark.parametrize(("cache", "expected"), [(None, True), (True, True), (False, False)])
+def test_images_that_fit_are_decoded_once_unless_the_request_differs(
+    config: Callable[..., TrainConfig], local_ray: None, cache: bool | None, expected: bool
+) -> None:
+    setup = resolve_setup(config())
+    data = setup.config.data.model_copy(update={"cache": cache})
+    setup = replace(setup, config=setup.config.model_copy(update={"data": data}))
+    settings, is_cached = plan_decoding(setup)
+    assert is_cached is expected
+    assert settings.compute_decoded_bytes(setup.examples.rows) > 0
 
 
 @pytest.mark.parametrize(
