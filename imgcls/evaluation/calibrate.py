@@ -171,7 +171,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     spec = spec.model_copy(update={"provenance": provenance})
     made = save_bundle(config.output, spec, load_bundle_weights(bundle))
     result = Calibration(made, spec.temperature, before, after, thresholds, reason)
-    _print_result(config, bundle, result, len(rows.label))
+    _log_result(config, bundle, result, len(rows.label))
     return result
 
 
@@ -388,7 +388,7 @@ def _apply_thresholds(
     return spec.model_copy(update={"threshold": strictest, "thresholds": chosen})
 
 
-def _print_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
+def _log_result(config: CalibrateConfig, bundle: Bundle, result: Calibration, rows: int) -> None:
     log.show(f"held out   {rows:,} labeled rows")
     if config.method == "temperature":
         log.show(f"temperature {bundle.spec.temperature:.4f} -> {result.temperature:.4f}")

@@ -135,7 +135,7 @@ class RunComparison:
 
 @with_config_storage
 def compare(config: CompareConfig) -> RunComparison:
-    """Compare two runs and print the result.
+    """Compare two runs and log the result.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def compare(config: CompareConfig) -> RunComparison:
     """
     a, b = open_run(config.run_a), open_run(config.run_b)
     comparison = compare_runs(a, b, config)
-    _print_comparison(a, b, comparison)
+    _log_comparison(a, b, comparison)
     if config.output is not None:
         _write_comparison(config.output, a, b, comparison)
     allowed = parse_points(config.fail_if_worse) if config.fail_if_worse is not None else None
@@ -383,7 +383,7 @@ def _iter_tables(run: CommittedRun, names: list[str]) -> Iterator[pa.Table]:
         yield from read_piece(run, piece, names)
 
 
-def _print_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison) -> None:
+def _log_comparison(a: CommittedRun, b: CommittedRun, comparison: RunComparison) -> None:
     both = comparison.paired
     log.show(f"A  {comparison.correct_a / both.rows:.2%}  {a.url}")
     log.show(f"B  {comparison.correct_b / both.rows:.2%}  {b.url}")

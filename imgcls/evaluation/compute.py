@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from pydantic import PositiveInt
 
 from imgcls.config import Names
 from imgcls.data import filesystem
+from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
@@ -76,6 +77,8 @@ class Evaluation:
     mistakes, uncertain, label_issues : pyarrow.Table
         Wrong rows with the highest confidence, rows with the lowest confidence, and rows whose
         label the model contradicts.
+    storage : StorageConfig
+        Storage settings that the evaluation was made with; images are read with them.
     """
 
     run: CommittedRun
@@ -90,6 +93,7 @@ class Evaluation:
     mistakes: pa.Table
     uncertain: pa.Table
     label_issues: pa.Table
+    storage: StorageConfig = field(default_factory=current_settings, repr=False)
 
     def get_metric(self, name: str) -> Metric | None:
         """Find a metric by name.
@@ -115,7 +119,8 @@ class Evaluation:
     def _repr_html_(self) -> str:
         from imgcls.evaluation import report
 
-        return report.render_notebook(self)
+        with use_settings(self.storage):
+            return report.render_notebook(self)
 
 
 def compute_evaluation(url: str, config: EvaluationOptions, *, need_labels: bool) -> Evaluation:
@@ -226,7 +231,7 @@ def _explain_omissions(
     if not found.counts.labeled:
         yield (
             "Accuracy and all metrics that need labels: the run has no labels. Join some with "
-            "`imgcls evaluate --predictions RUN --labels TABLE`."
+            "`imgcls evaluate --predictions RUN --labels TABLE --output FOLDER`."
         )
         return
     if not run.has_scores:
@@ -235,7 +240,7 @@ def _explain_omissions(
             what += ", log loss and likely label errors"
         yield f"{what} need the scores of all classes: run `imgcls predict --scores`."
     if not found.spec.slice_by:
-        yield "Slices: name manifest columns with `--slice-by camera,site`."
+        yield "Slices: name manifest columns with `imgcls evaluate --slice-by camera,site`."
 
 
 def _build_per_class(found: RunAggregate) -> pa.Table:

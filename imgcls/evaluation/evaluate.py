@@ -1,6 +1,6 @@
 """Evaluation job: evaluate existing predictions, or run prediction on a manifest first.
 
-Writes the metric tables, `summary.json` and `report.html`, and prints the headline numbers.
+Writes the metric tables, `summary.json` and `report.html`, and logs the headline numbers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class EvaluateConfig(EvaluationOptions):
 def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evaluation:
     """Evaluate existing predictions, or run prediction on a manifest and evaluate the result.
 
-    Writes metric tables, `summary.json` and `report.html` to the output folder, and prints the
+    Writes metric tables, `summary.json` and `report.html` to the output folder, and logs the
     headline numbers.
 
     Parameters
@@ -101,23 +101,25 @@ def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evalua
 
 
 def _evaluate(config: EvaluateConfig) -> Evaluation:
-    source, has_printed = _resolve_run(config)
-    output = filesystem.absolute(config.output or source)
+    source, was_shown = _resolve_run(config)
+    # with a manifest, the output is that of prediction, where {date} is replaced
+    given = config.output if config.manifest is None else None
+    output = filesystem.absolute(given or source)
     evaluation = compute_evaluation(source, config, need_labels=True)
     write_evaluation(evaluation, output)
     report_url = filesystem.join(output, report.REPORT_FILE)
     filesystem.write(report_url, report.render_run(evaluation).encode())
-    _print_result(evaluation, output, has_printed=has_printed)
+    _log_result(evaluation, output, was_shown=was_shown)
     return evaluation
 
 
-def _print_result(evaluation: Evaluation, output: str, *, has_printed: bool) -> None:
-    """Print the headline numbers and where the others are.
+def _log_result(evaluation: Evaluation, output: str, *, was_shown: bool) -> None:
+    """Log the headline numbers and where the others are.
 
-    has_printed: prediction has just printed the metrics that need no scores
+    was_shown: prediction has just logged the metrics that need no scores
     """
     metrics = evaluation.metrics
-    if has_printed:
+    if was_shown:
         known = tables.compute_metrics(
             evaluation.aggregate.counts, top_k=evaluation.run.top_k, resamples=0
         )
@@ -134,7 +136,7 @@ def _print_result(evaluation: Evaluation, output: str, *, has_printed: bool) -> 
 
 
 def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
-    """Folder of a committed run, and whether prediction just made it and printed its metrics."""
+    """Folder of a committed run, and whether prediction just made it and logged its metrics."""
     if config.predictions is not None:
         given = [name for name in ("manifest", "model") if getattr(config, name) is not None]
         if given:
@@ -158,8 +160,7 @@ def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
     assert config.model is not None
     assert config.output is not None
     _check_manifest(config, open_manifest(config.manifest))
-    was_committed = layout.is_committed(config.output) and not config.overwrite
-    predict(
+    result = predict(
         PredictConfig(
             manifest=config.manifest,
             model=config.model,
@@ -173,7 +174,7 @@ def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
             storage=config.storage,
         )
     )
-    return config.output, not was_committed and config.labels is None
+    return result.output, result.counts is not None and config.labels is None
 
 
 def _check_manifest(config: EvaluateConfig, manifest: Manifest) -> None:

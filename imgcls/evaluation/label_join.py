@@ -25,6 +25,7 @@ from imgcls.runs.committed import CommittedRun, is_scalar_type
 
 JOINED_COLUMN = "label"
 """Column of the joined label."""
+_KEYS = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
 
 
 class LabelTableConfig(Section):
@@ -96,7 +97,7 @@ class JoinedLabels:
             raise RequestError(f"{self.source}: has no rows")
         table = pa.Table.from_batches(batches)
         self.keys = normalize_join_keys(table[on])
-        labels = normalize_labels(table[config.column]).cast(pa.string())
+        labels = normalize_labels(table[config.column], _KEYS).cast(pa.string())
         self.labels = labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
         self._order, self._hashes = _sort_by_hash(self.keys)
         self._check_unique()
@@ -144,7 +145,7 @@ class JoinedLabels:
         )
 
     def finish(self) -> None:
-        """Raise RequestError if no label was matched; print how many were not."""
+        """Raise RequestError if no label was matched; log how many were not."""
         used = int(self.is_matched.sum())
         if used == 0:
             raise RequestError(
@@ -209,8 +210,7 @@ def _read_labels(config: LabelTableConfig, on: str, *, is_path: bool) -> list[pa
         encoding=config.encoding,
         escape=config.escape,
     )
-    keys = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
-    manifest = open_manifest(table, any_key=not is_path, keys=keys)
+    manifest = open_manifest(table, any_key=not is_path, keys=_KEYS)
     kind = manifest.schema.field(on).type
     if not is_scalar_type(kind):
         raise RequestError(

@@ -18,7 +18,7 @@ from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
-from imgcls.errors import RequestError
+from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
 from imgcls.evaluation.compute import Evaluation, EvaluationOptions, compute_evaluation
 from imgcls.html import render_page
@@ -124,7 +124,11 @@ def render_run(evaluation: Evaluation) -> str:
 def render_notebook(evaluation: Evaluation) -> str:
     """Render a notebook summary: headline numbers, confusion matrix, curves, worst mistakes."""
     lists = {"mistakes": evaluation.mistakes.slice(0, MAX_NOTEBOOK_IMAGES)}
-    values = _build_overview(evaluation) | _build_galleries(evaluation, lists)
+    try:
+        galleries = _build_galleries(evaluation, lists)
+    except StorageError:  # the images cannot be read any more
+        galleries = _build_galleries(evaluation, {})
+    values = _build_overview(evaluation) | galleries
     return render_page(_TEMPLATES, "notebook.html.j2", values)
 
 

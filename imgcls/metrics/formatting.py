@@ -15,7 +15,7 @@ from imgcls.metrics.registry import (
 
 
 def format_percent(value: float, decimals: int = 2) -> str:
-    """A fraction as a percentage, the one form that all texts of imgcls use.
+    """Format a metric as a percentage.
 
     Parameters
     ----------

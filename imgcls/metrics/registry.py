@@ -1,8 +1,9 @@
 """Registry of all metrics of a run: name, definition, unit and headline label of each.
 
 To add a metric, write its function in a module of `imgcls.metrics` and add one line to `METRICS`.
-It then appears in `summary.parquet`, `summary.json`, the slices and the report. Headline numbers,
-which are also printed, have a second line in `HEADLINES`.
+It then appears in `summary.parquet`, `summary.json` and the report; metrics that need only
+`PredictionCounts` also in the slices. Headline numbers, which are also logged, have a second line
+in `HEADLINES`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Literal, NamedTuple
 from imgcls.metrics import agreement, calibration, confusion, discrimination, limits
 from imgcls.metrics.columns import Floats, Ints
 from imgcls.metrics.confusion import ClassCounts
-from imgcls.metrics.counts import PredictionCounts
+from imgcls.metrics.counts import CORRECT, WRONG, PredictionCounts
 from imgcls.metrics.discrimination import MacroEstimate, ScoreCounts
 from imgcls.metrics.intervals import Interval, wilson_interval
 from imgcls.metrics.log_loss import log_loss
 from imgcls.metrics.selective import SelectiveCounts, estimate_aurc
 
 Unit = Literal["fraction", "rows", "nats", "score"]
-"""How a value is printed: 97.22%, 1,234 rows, 0.1234 nats, or 0.1234 of another scale."""
+"""How a value is shown: 97.22%, 1,234 rows, 0.1234 nats, or 0.1234 of another scale."""
 
 
 STATUS_PREFIX = "status_"
@@ -93,12 +94,10 @@ class FromBins:
 
     compute: called with count, confidence_sum and correct, each (B,)
     compute_limits: as in `FromConfusion`
-    has_interval: False for a number without an interval
     """
 
     compute: Callable[[Ints, Floats, Ints], float]
-    compute_limits: Callable[[Ints, Floats, Ints], Interval] | None = None
-    has_interval: bool = True
+    compute_limits: Callable[[Ints, Floats, Ints], Interval]
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,12 @@ def _kappa(counts: ClassCounts) -> float | None:
     return agreement.cohens_kappa(counts.support, counts.predicted, counts.correct.sum())
 
 
-def _ece_by_chance(count: Ints, confidence_sum: Floats, _: Ints) -> float:
-    return calibration.ece_by_chance(count, confidence_sum)
+def _ece_by_chance(counts: PredictionCounts) -> float | None:
+    if not counts.labeled:
+        return None
+    labeled = [CORRECT, WRONG]
+    count = counts.bin_counts[labeled].sum(axis=0)
+    return calibration.ece_by_chance(count, counts.bin_confidence[labeled].sum(axis=0))
 
 
 def _mean_confidence(counts: PredictionCounts) -> float | None:
@@ -281,7 +284,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "ece_by_chance",
         "ECE of a calibrated model on these rows",
-        FromBins(_ece_by_chance, has_interval=False),
+        _number(_ece_by_chance),
     ),
     MetricSpec(
         "mean_confidence",
@@ -328,7 +331,7 @@ HEADLINES = {
     "coverage": "accepted",
     "error_rate": "without a prediction",
 }
-"""Metrics that are printed and shown first in the report, in this order, and their labels."""
+"""Metrics that are logged and shown first in the report, in this order, and their labels."""
 
 _UNITS: dict[str, Unit] = {spec.name: spec.unit for spec in METRICS}
 

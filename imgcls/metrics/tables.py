@@ -165,8 +165,10 @@ def _estimate_from_confusion(counts: PredictionCounts, resamples: int) -> dict[s
     found = {}
     for name, value in compute(counts.confusion_count).items():
         source = sources[name]
-        edge = source.compute_limits(classes, value) if source.compute_limits else None
-        interval = union_interval(drawn.get(name), edge, low=source.low, high=1.0)
+        interval = None
+        if name in drawn:
+            edge = source.compute_limits(classes, value) if source.compute_limits else None
+            interval = union_interval(drawn[name], edge, low=source.low, high=1.0)
         found[name] = Estimate(value, interval)
     return found
 
@@ -192,11 +194,11 @@ def _estimate_from_bins(counts: PredictionCounts, resamples: int) -> dict[str, E
     drawn = bootstrap_intervals([counts.bin_counts], compute, resamples=resamples)
     found = {}
     for name, value in compute(counts.bin_counts).items():
-        source, edge = sources[name], None
-        if source.compute_limits is not None:
-            edge = source.compute_limits(count, confidence, counts.bin_counts[CORRECT])
-        interval = union_interval(drawn.get(name), edge, low=0.0, high=1.0)
-        found[name] = Estimate(value, interval if source.has_interval else None)
+        interval = None
+        if name in drawn:
+            edge = sources[name].compute_limits(count, confidence, counts.bin_counts[CORRECT])
+            interval = union_interval(drawn[name], edge, low=0.0, high=1.0)
+        found[name] = Estimate(value, interval)
     return found
 
 

@@ -172,7 +172,7 @@ class Bundle:
     weights_sha256: str
     sha256: str
     storage: StorageConfig = field(default_factory=current_settings, compare=False, repr=False)
-    """How its store was reached, to read the weights again."""
+    """Storage settings that the bundle was loaded with; its weights are read with them."""
 
     def with_decode(self, decode: DecodeMode | None) -> Bundle:
         """The same bundle with another decode route for JPEGs; unchanged for None."""
@@ -206,7 +206,7 @@ def load_bundle(
     url
         Path or URL of the bundle folder.
     storage
-        How to reach its store, as in `{"endpoint_url": "http://localhost:9000"}`.
+        Storage settings of the bundle, e.g. `{"endpoint_url": "http://localhost:9000"}`.
 
     Returns
     -------

@@ -18,7 +18,7 @@ from torch import nn
 
 from imgcls.data.decode import Pixels, stack_images
 from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage_settings import StorageConfig, use_settings
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -29,7 +29,13 @@ from imgcls.errors import (
     one_line,
 )
 from imgcls.models import int8, sources, zoo
-from imgcls.models.bundle import Bundle, Precision, load_bundle, load_bundle_weights, require_int8
+from imgcls.models.bundle import (
+    Bundle,
+    Precision,
+    load_bundle_weights,
+    read_description,
+    require_int8,
+)
 from imgcls.models.cuda_graph import AsyncDownload, CudaGraphRunner, CudaTimer
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import fuse_convolutions
@@ -218,7 +224,7 @@ class Classifier:
         self._normalize = Normalizer(self.preprocess, self.device)
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
-        self._thresholds = bundle.spec.resolve_thresholds()
+        self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(network) if compile and self.precision != "int8" else network
         )
@@ -245,7 +251,7 @@ class Classifier:
         url
             Path or URL of the bundle folder.
         storage
-            How to reach its store, as in `{"endpoint_url": "http://localhost:9000"}`.
+            Storage settings of the bundle, e.g. `{"endpoint_url": "http://localhost:9000"}`.
         **options
             As for the constructor.
 
@@ -254,7 +260,8 @@ class Classifier:
         BundleError
             If the bundle is missing or damaged.
         """
-        return cls(load_bundle(url, storage=storage), **options)
+        with use_settings(storage):  # the constructor verifies the weights
+            return cls(read_description(os.fspath(url)), **options)
 
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
@@ -273,7 +280,7 @@ class Classifier:
         """The error of an image whose scores are not finite."""
         remedy = "" if self.precision == "fp32" else "; run it with --precision fp32"
         return NotFinite(
-            f"the network of {self.bundle.url} gives NaN or infinity for this image in "
+            f"the network of {self.bundle.url} outputs NaN or infinity for this image in "
             f"{self.precision}{remedy}"
         )
 
@@ -285,6 +292,7 @@ class Classifier:
         top_k: int = ...,
         batch_size: int = ...,
         errors: Literal["raise"] = ...,
+        storage: StorageConfig | Mapping[str, Any] | None = ...,
     ) -> Predictions[Prediction]: ...
 
     @overload
@@ -295,6 +303,7 @@ class Classifier:
         top_k: int = ...,
         batch_size: int = ...,
         errors: Literal["return"],
+        storage: StorageConfig | Mapping[str, Any] | None = ...,
     ) -> Predictions[Prediction | FailedPrediction]: ...
 
     def predict(
@@ -304,6 +313,7 @@ class Classifier:
         top_k: int = 5,
         batch_size: int = 32,
         errors: Literal["raise", "return"] = "raise",
+        storage: StorageConfig | Mapping[str, Any] | None = None,
     ) -> Predictions[Any]:
         """Predict the classes of images.
 
@@ -321,6 +331,8 @@ class Classifier:
             Number of images in one forward pass.
         errors
             "raise" raises the first error, "return" returns a `FailedPrediction` in its place.
+        storage
+            Storage settings for URLs of images, e.g. `{"endpoint_url": "http://localhost:9000"}`.
 
         Returns
         -------
@@ -333,11 +345,21 @@ class Classifier:
             For an argument of another type or value.
         StorageError, ImageError
             For the first image that cannot be read or decoded, named in the message; NotFinite, an
-            ImageError, if the network gives NaN or infinity for it.
+            ImageError, if the network outputs NaN or infinity for it.
         """
         _check_positive(top_k=top_k, batch_size=batch_size)
         if errors not in ("raise", "return"):
             raise RequestError(f"errors: {errors!r} is neither 'raise' nor 'return'")
+        with use_settings(storage):
+            return self._predict_batches(images, top_k, batch_size, errors)
+
+    def _predict_batches(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        top_k: int,
+        batch_size: int,
+        errors: Literal["raise", "return"],
+    ) -> Predictions[Any]:
         results: Predictions[Any] = Predictions()
         for batch in sources.iterate_batches(images, batch_size):
             pixels: list[Pixels] = []
@@ -381,7 +403,7 @@ class Classifier:
         _check_positive(top_k=top_k)
         thresholds = self._thresholds
         if threshold is not None:
-            thresholds = self.bundle.spec.resolve_thresholds(threshold)
+            thresholds = np.full(len(self.classes), threshold, np.float32)
         decisions = self.task.decide(scores, thresholds, top_k)
         return [
             Prediction(

@@ -27,7 +27,7 @@ class ImportConfig(Section):
     """Make a bundle from a weights file and a list of classes."""
 
     arch: str
-    """Architecture, e.g. squeezenet1_0; `imgcls model list` prints all names."""
+    """Architecture, e.g. squeezenet1_0; `imgcls model list` lists all names."""
     weights: str
     """State dict, .pth or .safetensors (path or URL), or the name of torchvision weights."""
     classes: str

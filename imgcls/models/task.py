@@ -105,7 +105,10 @@ class Task(ABC):
 
     @abstractmethod
     def decide(
-        self, scores: NDArray[np.float32], thresholds: Sequence[float], top_k: int
+        self,
+        scores: NDArray[np.float32],
+        thresholds: Sequence[float] | NDArray[np.float32],
+        top_k: int,
     ) -> Decisions:
         """Predictions of (N, C) scores; thresholds: (C,), in class order."""
 
@@ -223,7 +226,10 @@ class SingleLabel(Task):
         return spec.model_copy(update={"vector_scaling": scaling})
 
     def decide(
-        self, scores: NDArray[np.float32], thresholds: Sequence[float], top_k: int
+        self,
+        scores: NDArray[np.float32],
+        thresholds: Sequence[float] | NDArray[np.float32],
+        top_k: int,
     ) -> Decisions:
         """The top k classes; ties go to the lower index."""
         classes, values = select_top_k(scores, top_k)
@@ -339,4 +345,4 @@ TASKS = {task.name: task for task in (SINGLE_LABEL,)}
 
 def find_task(spec: BundleSpec) -> Task:
     """The task of a bundle. Bundles of format version 1 have one task: single_label."""
-    return {1: SINGLE_LABEL}[spec.format_version]
+    return TASKS[{1: "single_label"}[spec.format_version]]

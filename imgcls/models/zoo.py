@@ -122,7 +122,7 @@ def get_default_preprocess(architecture: Architecture, weights: str | None = Non
 def add_pretrained_options(architecture: Architecture, weights: str | None = None) -> Architecture:
     """Add the options that the ImageNet weights of an architecture were trained with.
 
-    weights: as for `default_preprocess`
+    weights: as for `get_default_preprocess`
     """
     options: dict[str, Any] = {}
     if _is_torchvision(architecture, "inception_v3", "googlenet"):

@@ -21,10 +21,12 @@ from imgcls.runs import layout
 
 @dataclass(frozen=True, eq=False)
 class RowGroupRange:
-    """Some row groups of a part, as the input of one task.
+    """Some row groups of a file, as the input of one task.
 
-    file: place of the part in `Run.files`; rows: how many it holds in these groups
-    start: rows of the part that stand before them
+    file:       index of the file in `CommittedRun.files`
+    row_groups: indices of the groups in the file
+    first_row:  number of the file's rows before these groups
+    rows:       number of rows in these groups
     """
 
     file: int
@@ -40,7 +42,7 @@ class CommittedRun:
     files:   URLs of its parts, in row order
     classes: the class names of the bundle that made it, in its order
     schema:  of the predictions, manifest columns included
-    success, described: `_SUCCESS` and `_run.json` as they were written
+    success_record, run_record: `_SUCCESS` and `_run.json` as they were written
     """
 
     url: str

@@ -151,7 +151,7 @@ def _compute_identity(
 def log_setup(
     setup: TrainSetup, workers: WorkerPlan, decoding: DecodeSettings, *, cached: bool
 ) -> None:
-    """Print the data, the model, the strategy and the workers of a training."""
+    """Log the data, the model, the strategy and the workers of a training."""
     config, examples = setup.config, setup.examples
     rows, held = examples.count(held=False), examples.count(held=True)
     origin = "held out of it" if config.data.val is None else f"from {config.data.val.path}"

@@ -309,7 +309,7 @@ class _Run:
                 failed=failed,
                 seconds=time.monotonic() - self.began,
             )
-            self._print_best(outcome, best)
+            self._log_best(outcome, best)
             loggers.finish({f"best_{k}": v for k, v in _numeric_metrics(best).items()}, files)
         filesystem.remove(self.checkpoints.folder)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
@@ -337,7 +337,7 @@ class _Run:
                 failed, rows, self.config.data.max_error_rate, " (some are listed above)"
             )
 
-    def _print_best(self, outcome: TrainLoopResult, best: EpochMetrics) -> None:
+    def _log_best(self, outcome: TrainLoopResult, best: EpochMetrics) -> None:
         assert self.config.optim.lr is not None
         note = format_probe_note(outcome.history, best, lr=self.config.optim.lr)
         if note is not None:

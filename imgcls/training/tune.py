@@ -341,12 +341,12 @@ class _TrialPrinter(ray_tune.Callback):
         self._num_ended = state["ended"]
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._print_trial(trial, "ended")
+        self._log_trial(trial, "ended")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._print_trial(trial, "failed")
+        self._log_trial(trial, "failed")
 
-    def _print_trial(self, trial: Any, how: str) -> None:
+    def _log_trial(self, trial: Any, how: str) -> None:
         self._num_ended += 1
         last = trial.last_result or {}
         if how == "ended" and last.get("epoch", 0) < self._epochs:
