@@ -131,7 +131,7 @@ def export_bundle(config: ExportConfig) -> dict[str, Any]:
     scored = Classifier(bundle, precision="fp32", device="cpu").classify(pixels)
     if not scored.is_finite.all():
         raise BundleError(
-            f"bundle {config.model}: its network gives NaN or infinity for "
+            f"bundle {config.model}: its network outputs NaN or infinity for "
             f"{int((~scored.is_finite).sum())} of {len(scored.is_finite)} images in fp32; "
             "train it again"
         )

@@ -24,7 +24,7 @@ def record_int8_ranges(bundle: Bundle, batches: Iterable[Pixels]) -> ValueRanges
     """Activation ranges of all convolutions of a bundle's network.
 
     batches: (N, 3, crop, crop) uint8 RGB
-    Raises BundleError if the network has no convolution, or gives NaN or infinity.
+    Raises BundleError if the network has no convolution, or outputs NaN or infinity.
     """
     device = torch.device("cpu")
     dtype = choose_float_dtype("auto", device)

@@ -44,7 +44,7 @@ def test_an_image_without_a_finite_embedding_is_an_error(
     rows = scan_chunk(spec, classifier, table, ChunkTask(0), StageTimings()).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "not_finite", "missing", "ok"]
     assert [row["embedding"] is None for row in rows] == [False, True, True, False]
-    assert "gives NaN or infinity for this image in fp32" in rows[1]["error"]
+    assert "outputs NaN or infinity for this image in fp32" in rows[1]["error"]
 
 
 def test_features_and_columns_have_the_same_names() -> None:

@@ -441,7 +441,7 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
     assert [row["predicted_label"] for row in good] == [p.label for p in alone]
     for row in rows:
         if row["status"] == "not_finite":
-            message = f"the network of {overflowing_bundle} gives NaN or infinity for this image"
+            message = f"the network of {overflowing_bundle} outputs NaN or infinity for this image"
             assert row["error"] == f"{message} in fp32"
             kept = {"row", "accepted", "status", "error"}
             assert not any(value is not None for key, value in row.items() if key not in kept)

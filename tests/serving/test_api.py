@@ -255,7 +255,7 @@ def test_an_image_without_finite_scores_is_an_error(overflowing_bundle: Path) ->
     assert answer.status_code == 200, answer.text
     red, white = answer.json()["predictions"]
     assert (red["status"], white["status"]) == ("ok", "not_finite")
-    assert "gives NaN or infinity for this image" in white["error"]
+    assert "outputs NaN or infinity for this image" in white["error"]
     assert white["predicted_label"] is None
     assert white["confidence"] is None
     assert white["accepted"] is False
