@@ -25,7 +25,7 @@ SUMMARY = "--summary-json"
 
 COMMANDS = {
     "train": Command(
-        "train a model and write a bundle",
+        "train a network on labeled images and write a bundle",
         "imgcls.training.train",
         "TrainConfig",
         "train",
@@ -33,7 +33,7 @@ COMMANDS = {
         "--augment.hflip 0 --output demo/small",
     ),
     "tune": Command(
-        "search hyper-parameters over many trainings",
+        "search hyperparameters over many trainings",
         "imgcls.training.tune",
         "TuneConfig",
         "tune",
@@ -41,7 +41,7 @@ COMMANDS = {
         "--tune.trials 2 --epochs 1 --augment.hflip 0 --output demo/search",
     ),
     "predict": Command(
-        "label every image of a manifest",
+        "label the images of a manifest with a bundle and commit the table",
         "imgcls.inference.predict",
         "PredictConfig",
         "predict",
@@ -305,13 +305,11 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
         function: Callable[[Any], object] = getattr(module, command.function)
         model = command.load_model()
         if any(word in ("-h", "--help") for word in argv):
-            first = (function.__doc__ or command.summary).strip().split("\n\n")[0]
-            description = " ".join(first.split())
             print(
                 reference.format_help(
                     model,
                     prog=f"imgcls {name}",
-                    description=description,
+                    description=f"{command.summary[0].upper()}{command.summary[1:]}.",
                     example=command.example,
                 )
             )

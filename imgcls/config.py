@@ -231,12 +231,14 @@ def find_section_type(annotation: Any) -> type[Section] | None:
     return None
 
 
-def iter_sections(model: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """Every section at any depth, with its dotted name."""
+def iter_sections(
+    model: type[Section], prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo, type[Section]]]:
+    """Every section at any depth: its dotted name, the field that holds it, and its type."""
     for name, field in model.model_fields.items():
         section = find_section_type(field.annotation)
         if section is not None:
-            yield f"{prefix}{name}", section
+            yield f"{prefix}{name}", field, section
             yield from iter_sections(section, f"{prefix}{name}.")
 
 

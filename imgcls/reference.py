@@ -72,7 +72,7 @@ class Key:
 def list_keys(model: type[Section]) -> list[Key]:
     """Every key that may be set, in the order of declaration."""
     short: dict[str, str] = {}
-    for name, section in iter_sections(model):
+    for name, _, section in iter_sections(model):
         if section.shorthand is not None:
             short[f"{name}.{section.shorthand}"] = name
     found = []
@@ -129,7 +129,10 @@ def format_help(
     required = [key for key in keys if key.is_required]
     if required:
         lines += ["", "Required:", *_format_keys(required, width)]
-    titles = {to_option(name): (section.__doc__ or "") for name, section in iter_sections(model)}
+    titles = {
+        to_option(name): field.description or section.__doc__ or ""
+        for name, field, section in iter_sections(model)
+    }
     rest = [key for key in keys if not key.is_required]
     for section in sorted({key.section: None for key in rest}, key=bool):  # the model's own first
         title = " ".join(titles.get(section, "").split("\n\n")[0].split())

@@ -26,7 +26,7 @@ _PLANES = 256
 
 
 class DuplicatesConfig(Section):
-    """How similar two images must be to count as duplicates."""
+    """Minimum similarity of two images that count as duplicates."""
 
     max_hash_distance: int = Field(default=60, ge=0, le=100)
     """Near duplicates: maximum number of bits of the perceptual hash (of 256) that differ."""

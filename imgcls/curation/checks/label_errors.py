@@ -24,7 +24,7 @@ PROBE_WEIGHT_DECAYS = (0.003, 0.03, 0.3)
 
 
 class LabelErrorsConfig(Section):
-    """How label errors and outliers are found, with a model."""
+    """Detection of label errors and outliers, with a model."""
 
     folds: int = Field(default=5, ge=2, le=20)
     """Number of cross-validation folds."""
