@@ -25,6 +25,7 @@ from imgcls.cluster.session import (
 )
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
 from tests.conftest import draw
+from tests.processes import RayCluster
 from tests.processes import imgcls as run_imgcls
 
 
@@ -57,10 +58,9 @@ def refuse(batch: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def ray_session(cluster: RayCluster) -> Iterator[None]:
+    with cluster.joined():
+        yield
 
 
 @pytest.fixture

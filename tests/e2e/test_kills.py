@@ -25,7 +25,7 @@ import pytest
 
 from tests.conftest import copied, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
-from tests.processes import RayCluster, imgcls, kill_family, started, wait_for
+from tests.processes import RayCluster, imgcls, kill_family, run_here, started, wait_for
 
 ROWS, CHUNKS, PARTS = 480, 60, 4
 
@@ -51,12 +51,11 @@ def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def reference(
-    photographs: Path, color_bundle: Path, cluster: RayCluster,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> pa.Table:  # fmt: skip
+    photographs: Path, color_bundle: Path, joined: None, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
     """The table of an undisturbed run."""
     output = tmp_path_factory.mktemp("reference") / "out"
-    done = imgcls(*arguments(photographs, color_bundle, output), env=cluster.environment())
+    done = run_here(*arguments(photographs, color_bundle, output))
     assert done.returncode == 0, done.stderr
     return assert_exactly_once(output, ROWS)
 
@@ -211,7 +210,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
     assert "rerun the same command to resume" in err
     assert not (output / "_lease").exists()
     assert not committed(output)
-    again = imgcls(*command, env=cluster.environment())
+    again = run_here(*command)
     assert again.returncode == 0, again.stderr
     assert "rows are done" in again.stdout
     assert_as_left_alone(output, reference)
@@ -273,7 +272,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
         for record in (output / "_lease").iterdir():
             # as if the holder were on a machine that cannot be asked whether it is alive
             record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))
-        heir = imgcls(*command, env=cluster.environment())
+        heir = run_here(*command)
         assert heir.returncode == 0, heir.stderr
         assert_as_left_alone(output, reference)
         committed_table = table(output)
@@ -312,7 +311,7 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
         assert "no space left" in full.stderr
         assert not committed(disk / "out")
         filler.unlink()
-        again = imgcls(*command, env=cluster.environment())
+        again = run_here(*command)
         assert again.returncode == 0, again.stderr
         assert assert_exactly_once(disk / "out", ROWS).equals(reference)
 

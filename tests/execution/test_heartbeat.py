@@ -21,14 +21,13 @@ from imgcls.execution.heartbeat import (
     Attempt,
     Watchdog,
 )
-from tests.processes import wait_for
+from tests.processes import RayCluster, wait_for
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[str]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield "a-session"
-    ray.shutdown()
+def session(cluster: RayCluster) -> Iterator[str]:
+    with cluster.joined():
+        yield "a-session"
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import ray
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.execution.heartbeat import Attempt
@@ -19,13 +18,13 @@ from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
 from tests.execution.runs import plan_at, spec_of
+from tests.processes import RayCluster
 
 
 @pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def joined(cluster: RayCluster) -> Iterator[None]:
+    with cluster.joined():
+        yield
 
 
 @pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])

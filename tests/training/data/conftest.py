@@ -1,16 +1,16 @@
-"""One Ray session for all tests of this package."""
+"""Ray for the tests of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import ray
+
+from tests.processes import RayCluster
 
 
 @pytest.fixture(scope="package")
-def local_ray() -> Iterator[None]:
-    """A Ray session of this process, with two logical CPUs."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def local_ray(cluster: RayCluster) -> Iterator[None]:
+    """This process is a driver of the test cluster, which has two logical CPUs."""
+    with cluster.joined():
+        yield
