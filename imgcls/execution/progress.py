@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from imgcls import log
 from imgcls.errors import OK
-from imgcls.execution.formatting import format_count, format_duration, format_percent
+from imgcls.execution.formatting import format_count, format_duration, format_share
 from imgcls.execution.messages import ChunkResult, StageTimings
 
 _WINDOW_SECONDS = 30.0
@@ -170,19 +170,19 @@ class Progress:
             return f"{rows}  starting workers ({waited})"
         left = self.seconds_left
         parts = [
-            f"{rows} ({format_percent(self._done / self._total if self._total else 1.0)})",
+            f"{rows} ({format_share(self._done / self._total if self._total else 1.0)})",
             f"{self.rate:,.1f} images/s",
             format_count(self.errors, "error"),
         ]
         if left is not None:
             parts.append(f"ETA {format_duration(left)}")
         if self._timings.gpu:
-            parts.append(f"GPU busy {format_percent(self.gpu_busy)}")
+            parts.append(f"GPU busy {format_share(self.gpu_busy)}")
         stages = self._timings.seconds() | {"gpu": 0.0}
         spent = {name: seconds for name, seconds in stages.items() if seconds > 0}
         if spent:
             slowest = max(spent, key=lambda name: spent[name])
-            share = format_percent(spent[slowest] / sum(spent.values()))
+            share = format_share(spent[slowest] / sum(spent.values()))
             parts.append(f"bottleneck {slowest} ({share} of time)")
         return "  ".join(parts)
 

@@ -23,7 +23,7 @@ from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
-from imgcls.execution.formatting import format_count, format_percent
+from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.placement import Placement, ScaleConfig
 from imgcls.models.bundle import load_bundle
 
@@ -297,7 +297,7 @@ def balance_decoding(
     reason = (
         f"decoding: {result.cpu_decode:,.0f} images/s per core with "
         f"{format_count(placement.prepare_tasks, 'core')}, {g:,.0f} per GPU that classifies "
-        f"{f:,.0f}: {format_percent(share)} on CPUs"
+        f"{f:,.0f}: {format_share(share)} on CPUs"
     )
     return replace(tuned, cpu_decode_fraction=share), reason
 
