@@ -13,9 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from imgcls.data.http import HostLimiter
+from imgcls.data.error_details import get_retry_after
+from imgcls.data.host_limiter import HostLimiter
 from imgcls.data.readahead import UNLIMITED, BudgetFull, ReadAllowance
-from imgcls.data.storage_errors import get_retry_after, translate_error
+from imgcls.data.storage_errors import translate_error
 from imgcls.data.storage_settings import current_settings
 from imgcls.errors import StorageError, StorageUnavailable
 

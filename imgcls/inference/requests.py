@@ -19,11 +19,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.config import Section, UnitFloat
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.http import HttpStore
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.stores import find_store
 from imgcls.errors import (
     ManifestError,
     OutputError,
@@ -241,8 +243,7 @@ def iter_image_urls(manifest: Manifest) -> Iterator[str]:
 
 def is_on_web(manifest: Manifest) -> bool:
     """Whether the first image is on a web server."""
-    protocol = object_store.get_protocol(next(iter_image_urls(manifest), ""))
-    return protocol in object_store.HTTP_PROTOCOLS
+    return find_store(next(iter_image_urls(manifest), "")) is HttpStore
 
 
 def read_image_size(url: str) -> int:
