@@ -127,7 +127,7 @@ def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path)
     manifest = manifest_of(tmp_path, ["/a", "/b"])
 
     def fingerprint(**changes: Any) -> str:
-        given = {"exclude": "", "relabel": False} | changes
+        given: dict[str, Any] = {"exclude": "", "relabel": False} | changes
         since = SinceConfig(path=str(tmp_path / "out"))
         request = SinceRequest.resolve(
             manifest, since, output="", bundle_sha256=NEW, retry_failed=False, **given
