@@ -35,7 +35,7 @@ MAX_IMAGE_BYTES = 100_000_000
 READ_AHEAD_BYTES = 256_000_000
 """Maximum bytes that one `read_ahead` buffers, in addition to the next file."""
 
-_DISK_RETRY_SECONDS = 5.0
+_DISK_RETRY_S = 5.0
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
@@ -366,7 +366,7 @@ def _decode_name(name: str) -> str:
 
 def _retry_locally(url: str, call: Callable[[], T]) -> T:
     """Retry for 5 s only: a disk that does not answer by then will not."""
-    return retry(url, call, seconds=_DISK_RETRY_SECONDS)
+    return retry(url, call, seconds=_DISK_RETRY_S)
 
 
 def _start_read(

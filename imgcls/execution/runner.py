@@ -51,7 +51,7 @@ from imgcls.execution.worker import Job
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
-PROGRESS_WRITE_SECONDS = 10.0
+PROGRESS_WRITE_S = 10.0
 """Time between two writes of the progress file."""
 
 
@@ -153,7 +153,7 @@ class JobRun:
                     driver.lease.check()
                     self._record(result, progress)
                     yield result
-                if time.monotonic() - written_at > PROGRESS_WRITE_SECONDS:
+                if time.monotonic() - written_at > PROGRESS_WRITE_S:
                     written_at = time.monotonic()
                     driver.lease.check()
                     self._publish(progress)

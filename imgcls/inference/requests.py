@@ -42,7 +42,7 @@ from imgcls.inference.incremental import SinceConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
 from imgcls.runs import layout
-from imgcls.runs.lease import DEFAULT_TERM_SECONDS
+from imgcls.runs.lease import DEFAULT_TERM_S
 from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
 SAMPLED_FILES = 16
@@ -120,7 +120,7 @@ class PredictConfig(Section):
     log: LogFormat = "text"
     """json: one JSON object per line, each with the run id; for each chunk its worker, rows and
     times."""
-    lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
+    lease_seconds: PositiveFloat = DEFAULT_TERM_S
     """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
     scale: ScaleConfig = ScaleConfig()
     storage: StorageConfig = StorageConfig()

@@ -38,7 +38,7 @@ def test_workers_that_are_alive_are_not_waited_for_and_lost_ones_only_until_the_
     local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_SECONDS", 0)
+    monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_S", 0)
     monkeypatch.setattr(ray_trainer, "time", clock)
     kind: Any = ray.remote(num_cpus=0)(Worker)
     worker = kind.remote()
