@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.workloads import SAMPLE, make_bundle, photographs
 
 CLIENTS, SECONDS = 64, 60
-WARM_SECONDS = 5
+WARM_S = 5
 
 
 def main() -> None:
@@ -201,7 +201,7 @@ def _measure_clients(port: int, files: list[str], clients: int, seconds: float) 
         requests.append(head.encode() + data)
     latencies: list[float] = []
     statuses: Counter[str] = Counter()
-    begun = time.perf_counter() + WARM_SECONDS
+    begun = time.perf_counter() + WARM_S
     end = begun + seconds
 
     class Client(asyncio.Protocol):

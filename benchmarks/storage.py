@@ -205,14 +205,15 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 def plan(labels: Path, manifest: Path, connection: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.inference.incremental import SinceConfig, select_new_rows
+    from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
 
     start = time.perf_counter()
-    found = select_new_rows(
+    request = SinceRequest.resolve(
         open_manifest(ManifestConfig(path=str(manifest))), SinceConfig(path=str(labels)),
-        output="", bundle_sha256="b" * 64, relabel=False,
+        output="", bundle_sha256="b" * 64, relabel=False, retry_failed=False, exclude=None,
     )  # fmt: skip
-    new = sum(batch.num_rows for batch in found.batches())
+    with ManifestComparison(request) as comparison:
+        new = sum(batch.num_rows for batch in comparison.manifest.batches())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
     connection.send((new, time.perf_counter() - start, memory))
 

@@ -134,4 +134,4 @@ def _running(command: list[str], answers: str, **environment: str) -> Iterator[N
 
 
 def forget_connections() -> None:
-    object_store._build_file_system.cache_clear()
+    object_store.build_store.cache_clear()

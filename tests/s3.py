@@ -129,8 +129,7 @@ def user(endpoint: str, allowed: Sequence[str], monkeypatch: pytest.MonkeyPatch)
 
 
 def forget_connections() -> None:
-    object_store._build_file_system.cache_clear()
-    object_store._build_s3_reader.cache_clear()
+    object_store.build_store.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

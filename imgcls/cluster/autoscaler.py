@@ -28,13 +28,13 @@ from imgcls.errors import ResourcesError, RunFailed
 
 T = TypeVar("T")
 
-LOG_WAIT_AFTER_SECONDS = 30.0
+LOG_WAIT_AFTER_S = 30.0
 """Waiting is logged after this time, because workers take a while to start."""
 LAUNCHER_CONFIG = "~/ray_bootstrap_config.yaml"
 """Configuration of a cluster that `ray up` has started, on its head node."""
 UNLIMITED_NODES = 1000
 """Number of nodes assumed for a group without a maximum."""
-LOG_INTERVAL_SECONDS = 5.0
+LOG_INTERVAL_S = 5.0
 """Interval of the log lines after that."""
 
 
@@ -151,7 +151,7 @@ def iter_until_fit(
                         f"{error} (waited {waited:.0f} s for nodes; to wait longer, raise "
                         "scale.resource_timeout_s)"
                     ) from None
-                if waited < 1 or time.monotonic() - logged > LOG_INTERVAL_SECONDS:
+                if waited < 1 or time.monotonic() - logged > LOG_INTERVAL_S:
                     logged = time.monotonic()
                     log.emit(
                         "waiting",
@@ -195,10 +195,7 @@ class WaitTimeout:
                 f"waited {waited:.0f} s (scale.resource_timeout_s) for {what}; "
                 f"{_describe_capacity()}"
             )
-        if (
-            waited > LOG_WAIT_AFTER_SECONDS
-            and time.monotonic() - self._logged > LOG_INTERVAL_SECONDS
-        ):
+        if waited > LOG_WAIT_AFTER_S and time.monotonic() - self._logged > LOG_INTERVAL_S:
             self._logged = time.monotonic()
             log.emit(
                 "waiting",

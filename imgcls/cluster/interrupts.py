@@ -21,7 +21,7 @@ from imgcls.errors import Interrupted
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.2
+_POLL_S = 0.2
 
 
 class Interruption:
@@ -81,7 +81,7 @@ def run_in_thread(call: Callable[[], T]) -> Future[T]:
 
 def wait_interruptibly(future: Future[T], interruption: Interruption) -> T:
     """The future's result; after a signal raises Interrupted, and leaves the call running."""
-    while not wait([future], timeout=_POLL_SECONDS).done:
+    while not wait([future], timeout=_POLL_S).done:
         interruption.check()
     return future.result()
 
@@ -111,7 +111,7 @@ def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterato
         while True:
             interruption.check()
             try:
-                item, error = ready.get(timeout=_POLL_SECONDS)
+                item, error = ready.get(timeout=_POLL_S)
             except queue.Empty:
                 yield None
                 continue

@@ -30,8 +30,8 @@ from imgcls.data.formats import (
     has_image_suffix,
     is_hidden_name,
 )
-from imgcls.data.object_store import FileInfo
 from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
+from imgcls.data.store import FileInfo
 from imgcls.errors import OutputError, RequestError
 
 _MAX_GROUPS = 64

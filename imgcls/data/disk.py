@@ -12,8 +12,7 @@ import os
 import stat
 import uuid
 
-from imgcls.data.readahead import BodyBuffer, ReadAllowance
-from imgcls.data.storage_errors import too_large_error
+from imgcls.data.readahead import BodyBuffer, ReadAllowance, too_large_error
 from imgcls.errors import StorageError
 
 _UNKNOWN_SIZE_STEP = 1 << 20

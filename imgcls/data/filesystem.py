@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, TypeVar, cast
 
-from imgcls.data import disk, object_store, storage_errors, store_listing
+from imgcls.data import disk, object_store, storage_errors
 from imgcls.data.formats import is_hidden_name
-from imgcls.data.object_store import FileInfo, ListingPage
 from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
 from imgcls.data.retries import retry
 from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.store import DELETE, GET, LIST, FileInfo, ListingPage
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ MAX_IMAGE_BYTES = 100_000_000
 READ_AHEAD_BYTES = 256_000_000
 """Maximum bytes that one `read_ahead` buffers, in addition to the next file."""
 
-_DISK_RETRY_SECONDS = 5.0
+_DISK_RETRY_S = 5.0
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
@@ -75,20 +75,20 @@ def absolute(url: str) -> str:
 def exists(url: str) -> bool:
     if is_local(url):
         return os.path.lexists(local_path(url))
-    return bool(object_store.call_store(url, "exists", needs=storage_errors.GET))
+    return bool(object_store.call_store(url, "exists", needs=GET))
 
 
 def is_folder(url: str) -> bool:
     if is_local(url):
         return os.path.isdir(local_path(url))
-    return bool(object_store.call_store(url, "isdir", needs=storage_errors.LIST))
+    return bool(object_store.call_store(url, "isdir", needs=LIST))
 
 
 def size(url: str) -> int:
     """Size of a file in bytes; raises StorageMissing."""
     if is_local(url):
         return _retry_locally(url, lambda: os.stat(local_path(url)).st_size)
-    return int(object_store.call_store(url, "info", needs=storage_errors.GET)["size"])
+    return int(object_store.call_store(url, "info", needs=GET)["size"])
 
 
 def read(url: str) -> bytes:
@@ -208,9 +208,7 @@ def glob(pattern: str) -> list[str]:
     if is_local(pattern):
         found = local_glob.glob(local_path(pattern), recursive=True)
         return sorted(_decode_name(f) for f in found if os.path.isfile(f))
-    matches = object_store.call_store(
-        pattern, "glob", needs=storage_errors.LIST, long=True, detail=True
-    )
+    matches = object_store.call_store(pattern, "glob", needs=LIST, long=True, detail=True)
     files = (path for path, info in matches.items() if info["type"] == "file")
     return sorted(object_store.build_url(pattern, path) for path in files)
 
@@ -236,7 +234,7 @@ def walk(folder: str) -> Iterator[str]:
 def _iter_store_files(folder: str, *, deep: bool) -> Iterator[FileInfo]:
     """The files in a store's folder; none when there is no such folder."""
     with contextlib.suppress(StorageMissing):
-        for page in store_listing.iter_store_pages(folder, deep=deep):
+        for page in object_store.iter_store_pages(folder, deep=deep):
             yield from page.files
 
 
@@ -249,7 +247,7 @@ def iter_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
     missing folder is an empty one.
     """
     if not is_local(url):
-        yield from store_listing.iter_store_pages(url, deep=deep)
+        yield from object_store.iter_store_pages(url, deep=deep)
         return
     root = local_path(url)
     names: Iterator[str]
@@ -288,14 +286,10 @@ def remove(url: str) -> None:
     _, path = object_store.resolve_store(url)
     with contextlib.suppress(StorageMissing):
         if _GLOB_CHARACTERS.search(path):  # fsspec would expand the name as a pattern
-            for file in object_store.call_store(url, "find", needs=storage_errors.LIST, long=True):
-                object_store.call_store(
-                    object_store.build_url(url, file), "rm_file", needs=storage_errors.DELETE
-                )
+            for file in object_store.call_store(url, "find", needs=LIST, long=True):
+                object_store.call_store(object_store.build_url(url, file), "rm_file", needs=DELETE)
         else:
-            object_store.call_store(
-                url, "rm", needs=storage_errors.DELETE, long=True, recursive=True
-            )
+            object_store.call_store(url, "rm", needs=DELETE, long=True, recursive=True)
 
 
 def remove_temporary_files(folder: str, older_than: float = 0.0) -> None:
@@ -372,7 +366,7 @@ def _decode_name(name: str) -> str:
 
 def _retry_locally(url: str, call: Callable[[], T]) -> T:
     """Retry for 5 s only: a disk that does not answer by then will not."""
-    return retry(url, call, seconds=_DISK_RETRY_SECONDS)
+    return retry(url, call, seconds=_DISK_RETRY_S)
 
 
 def _start_read(

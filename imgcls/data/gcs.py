@@ -7,21 +7,83 @@ every other store.
 from __future__ import annotations
 
 import base64
+import datetime
 import functools
 import hashlib
 from typing import Any
 
 from imgcls.data.readahead import BodyBuffer, ReadAllowance
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.store import (
+    DELETE,
+    GET,
+    LIST,
+    PUT,
+    BucketStore,
+    FileInfo,
+    ListingPage,
+    ListPage,
+    ReadObject,
+)
 from imgcls.errors import StorageUnavailable
 
 _PAGE_SIZE = 1000
 _PIECE_BYTES = 1 << 16
 
 
-def build_gcs_file_system(**options: Any) -> Any:
-    """gcsfs without its own retries, whose errors carry the headers of the response."""
-    # not the class that fsspec uses for gs://, which queries another API for each bucket's type
-    return _get_file_system_class()(use_listings_cache=False, skip_instance_cache=True, **options)
+class GCSStore(BucketStore):
+    """Google Cloud Storage."""
+
+    protocols = ("gs", "gcs")
+    title = "GCS"
+    rejects_with_401 = True
+    permission_names = {
+        GET: "storage.objects.get",
+        PUT: "storage.objects.create",
+        LIST: "storage.objects.list",
+        DELETE: "storage.objects.delete",
+    }
+
+    def build_file_system(self, protocol: str, settings: StorageConfig, account: str | None) -> Any:
+        """gcsfs without its own retries, whose errors carry the headers of the response."""
+        # not the class that fsspec uses for gs://, which queries another API for each bucket's type
+        return _get_file_system_class()(
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            requester_pays=settings.requester_pays,
+            **({"token": "anon"} if settings.anon else {}),
+        )
+
+    def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
+        return functools.partial(_read_object, self.file_system, allowance=allowance)
+
+    def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage:
+        bucket, key, _ = self.file_system.split_path(path)
+
+        async def list_page(token: str | None) -> tuple[ListingPage, str | None]:
+            answer = await self.file_system._call_list_objects(
+                bucket,
+                prefix=f"{key.rstrip('/')}/" if key else None,
+                delimiter=None if deep else "/",
+                maxResults=_PAGE_SIZE,
+                pageToken=token,
+            )
+            folders = [
+                self.build_key_url(url, prefix.rstrip("/")) for prefix in answer.get("prefixes", [])
+            ]
+            files = [
+                FileInfo(
+                    self.build_key_url(url, each["name"]),
+                    int(each["size"]),
+                    datetime.datetime.fromisoformat(each["updated"]),
+                    each["generation"],
+                )
+                for each in answer.get("items", [])
+                if not each["name"].endswith("/")
+            ]
+            return ListingPage(folders, files), answer.get("nextPageToken")
+
+        return list_page
 
 
 @functools.cache
@@ -47,14 +109,16 @@ def _get_file_system_class() -> Any:
                 try:
                     validate_response(answer.status, content, path, args)
                 except Exception as error:
+                    if answer.status == 403:  # for which gcsfs has no class
+                        error = PermissionError(*error.args)
                     error.headers = answer.headers  # type: ignore[attr-defined]
-                    raise
+                    raise error
                 return answer.status, answer.headers, answer.request_info, content
 
     return _GCS
 
 
-async def read_gcs_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
+async def _read_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes:
     """Read an object, and verify its bytes by its MD5, which all but composed objects have.
 
     Raises StorageTooLarge and BudgetFull before more is read than is allowed, StorageUnavailable
@@ -85,22 +149,6 @@ async def read_gcs_object(fs: Any, path: str, allowance: ReadAllowance) -> bytes
         if checksum is not None and not packed and checksum != _compute_md5(data):
             raise StorageUnavailable(f"gs://{path}: arrived damaged (its checksum does not match)")
         return data
-
-
-async def list_gcs_page(fs: Any, path: str, *, deep: bool, token: str | None) -> dict[str, Any]:
-    """A page of a listing: `items` and `prefixes` as the JSON API has them, and `nextPageToken`.
-
-    path: bucket/prefix, of a folder
-    """
-    bucket, key, _ = fs.split_path(path)
-    answer: dict[str, Any] = await fs._call_list_objects(
-        bucket,
-        prefix=f"{key.rstrip('/')}/" if key else None,
-        delimiter=None if deep else "/",
-        maxResults=_PAGE_SIZE,
-        pageToken=token,
-    )
-    return answer
 
 
 def _compute_md5(data: bytes) -> str:

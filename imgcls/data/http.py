@@ -8,23 +8,63 @@ time that the host has named in a Retry-After.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
+import functools
 import urllib.parse
 import weakref
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from imgcls.data.readahead import BodyBuffer, ReadAllowance
-from imgcls.data.storage_errors import get_error_code, get_retry_after, shorten_url, too_large_error
-from imgcls.errors import StorageError, StorageThrottled, StorageUnavailable
+from imgcls.data.error_details import shorten_url
+from imgcls.data.host_limiter import HostLimiter
+from imgcls.data.readahead import BodyBuffer, ReadAllowance, too_large_error
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.store import ReadObject, Store
+from imgcls.errors import StorageError, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
 _PIECE_BYTES = 1 << 16
 """Bytes that are read from a connection, or from a compressed body, at a time."""
-_RETRY_LATER_CODES = ("429", "503")
+
+
+class HttpStore(Store):
+    """Web servers: read over HTTP; there is no listing but that of the driver."""
+
+    protocols = ("http", "https")
+
+    def __init__(self, protocol: str, settings: StorageConfig, account: str | None = None) -> None:
+        super().__init__(protocol, settings, account)
+        self._reader = _build_reader(settings)
+
+    def build_file_system(self, protocol: str, settings: StorageConfig, account: str | None) -> Any:
+        import fsspec
+
+        client = {"headers": {"User-Agent": settings.user_agent}, "requote_redirect_url": False}
+        return fsspec.filesystem(
+            protocol, use_listings_cache=False, encoded=True, client_kwargs=client
+        )
+
+    def get_path(self, url: str) -> str:
+        return super().get_path(encode_url(url))
+
+    def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
+        return lambda _: self._reader.read(url, allowance)
+
+    def get_host_limiter(self, url: str) -> HostLimiter:
+        return self._reader.get_limiter(url)
+
+    @classmethod
+    def describe_permission(cls, permission: str) -> str:
+        return "; a signed URL may have expired"
+
+
+@functools.cache
+def _build_reader(settings: StorageConfig) -> HttpReader:
+    """One reader for http:// and https://."""
+    return HttpReader(
+        settings.max_requests_per_host, settings.user_agent, settings.attempt_timeout_s
+    )
 
 
 class HttpReader:
@@ -96,44 +136,6 @@ class HttpReader:
             async for part in _decompress(url, coding, answer.content.iter_chunked(_PIECE_BYTES)):
                 body.append(part)
             return body.join()
-
-
-class HostLimiter:
-    """Limits the requests to one host: how many at a time, and none during a Retry-After."""
-
-    def __init__(self, name: str, requests: int) -> None:
-        self._name = name
-        self._slots = asyncio.Semaphore(requests)
-        self._not_before = 0.0
-        self._retry_after = 0.0
-
-    def note_retry_after(self, error: BaseException) -> None:
-        """Store until when a host wants no requests (Retry-After)."""
-        seconds = get_retry_after(error) if get_error_code(error) in _RETRY_LATER_CODES else None
-        if seconds is not None:
-            self._not_before = max(self._not_before, time.monotonic() + seconds)
-            self._retry_after = seconds
-
-    @contextlib.asynccontextmanager
-    async def acquire_slot(self, url: str, deadline: float) -> AsyncIterator[float]:
-        """Wait for a slot and hold it; yields the seconds spent in the queue.
-
-        deadline: of the request, by time.monotonic, not counting those seconds
-        Raises StorageThrottled, without a request, when the host asks for a longer pause.
-        """
-        began = time.monotonic()
-        async with self._slots:
-            queued = time.monotonic() - began
-            while (pause := self._not_before - time.monotonic()) > 0:
-                if time.monotonic() + pause > deadline + queued:
-                    raise StorageThrottled(
-                        f"{shorten_url(url)}: {self._name} asks for no request for "
-                        f"{self._retry_after:.0f} s "
-                        "(Retry-After), which is longer than the retry time; rerun with "
-                        "--retry-errors later, or raise --storage.retry-timeout-s"
-                    )
-                await asyncio.sleep(pause)
-            yield queued
 
 
 def encode_url(url: str) -> str:

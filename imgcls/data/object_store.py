@@ -1,60 +1,44 @@
 """Object stores and web servers: S3, GCS, Azure, HTTP, and every other protocol of fsspec.
 
-Reads, writes and creates whole objects. An object arrives complete and as it was stored, or not at
-all, and no more than the allowed bytes of it are read. Local files are handled by `filesystem`.
+Reads, writes, creates and lists whole objects. An object arrives complete and as it was stored, or
+not at all, and no more than the allowed bytes of it are read. The differences between the stores
+are in their adapters, see `stores`. Local files are handled by `filesystem`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import functools
 import io
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
-from imgcls.data import azure, gcs, http
-from imgcls.data.readahead import UNLIMITED, ReadAllowance
+from imgcls.data.error_details import describe_error, get_error_code, shorten_url
+from imgcls.data.readahead import UNLIMITED, ReadAllowance, too_large_error
 from imgcls.data.retries import retry, retry_async
-from imgcls.data.s3_reader import S3Reader
-from imgcls.data.storage_errors import (
-    GET,
-    PUT,
-    describe_error,
-    get_error_code,
-    shorten_url,
-    too_large_error,
-    translate_error,
-)
+from imgcls.data.storage_errors import translate_error
 from imgcls.data.storage_settings import StorageConfig, bind_settings, current_settings
+from imgcls.data.store import GET, LIST, PUT, BucketStore, FileInfo, ListingPage, ReadObject, Store
+from imgcls.data.stores import STORES, find_store, get_protocol
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 
 T = TypeVar("T")
 
 _READ_BUFFER_BYTES = 4 << 20
-_SINGLE_PUT_BYTES = 1 << 30
-S3_PROTOCOLS = ("s3", "s3a")
-GCS_PROTOCOLS = ("gs", "gcs")
-AZURE_PROTOCOLS = ("az", "abfs", "abfss")
-HTTP_PROTOCOLS = ("http", "https")
-BUCKET_PROTOCOLS = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *AZURE_PROTOCOLS)
-"""Stores of objects in buckets or containers, which can create an object atomically."""
 
 
-def resolve_store(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in its syntax.
+def resolve_store(url: str) -> tuple[Store, str]:
+    """The store of a URL under the current settings, and the path in the syntax of its driver.
 
     Raises StorageError when there is no driver for the protocol.
     """
     protocol = get_protocol(url)
     try:
-        account = azure.get_account(url) if protocol in AZURE_PROTOCOLS else None
-        fs = _build_file_system(protocol, current_settings(), account)
-        return fs, fs._strip_protocol(http.encode_url(url) if protocol in HTTP_PROTOCOLS else url)
+        store = build_store(protocol, current_settings(), find_store(url).get_account(url))
+        return store, store.get_path(url)
     except Exception as error:  # of any kind, from a driver that is not installed or configured
         refused = translate_error(url, error)
         if type(refused) is not StorageError:
@@ -64,17 +48,15 @@ def resolve_store(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def get_protocol(url: str) -> str:
-    return url.partition(":")[0]
+@functools.cache
+def build_store(protocol: str, settings: StorageConfig, account: str | None) -> Store:
+    """The store of a protocol under some settings, the same one at every call."""
+    return find_store(f"{protocol}://")(protocol, settings, account)
 
 
 def build_url(url: str, path: str) -> str:
     """The URL of a path from a listing of the file system of `url`, with the protocol of `url`."""
-    protocol = get_protocol(url)
-    if protocol not in BUCKET_PROTOCOLS:
-        return f"{protocol}://{path}" if "://" not in path else path
-    bucket = url.partition("://")[2].partition("/")[0]
-    return f"{protocol}://{bucket}/{path.partition('/')[2]}"
+    return find_store(url).build_url(url, path)
 
 
 def call_store(
@@ -82,16 +64,21 @@ def call_store(
 ) -> Any:
     """Call a method of the URL's file system, with retries; its path is the first argument.
 
-    needs: permission of the request, see `storage_errors`
+    needs: permission of the request, see `store`
     long:  the request may take long, as listing a million objects does; a short one is made again
         when the response arrives too slowly
     """
-    fs, path = resolve_store(url)
+    store, path = resolve_store(url)
+    fs = store.file_system
     if not fs.async_impl:
         return retry(url, lambda: getattr(fs, method)(path, *arguments, **more), needs)
     call = functools.partial(getattr(fs, f"_{method}"), path, *arguments, **more)
-    request = retry_async(url, call, needs, long=long)
-    return asyncio.run_coroutine_threadsafe(request, fs.loop).result()
+    return _start_request(store, retry_async(url, call, needs, long=long)).result()
+
+
+def _start_request(store: Store, request: Coroutine[Any, Any, T]) -> Future[T]:
+    """Start a request on the event loop of the store's file system."""
+    return asyncio.run_coroutine_threadsafe(request, store.file_system.loop)
 
 
 def get_object(url: str, allowance: ReadAllowance = UNLIMITED) -> bytes:
@@ -104,38 +91,29 @@ def get_object(url: str, allowance: ReadAllowance = UNLIMITED) -> bytes:
         return future.result()
     if allowance.max_bytes is None:
         return bytes(call_store(url, "cat_file", needs=GET))
-    fs, path = resolve_store(url)
-    return retry(url, lambda: _read_by_open(url, fs, path, allowance), GET)
+    store, path = resolve_store(url)
+    return retry(url, lambda: _read_by_open(url, store.file_system, path, allowance), GET)
 
 
 def start_get_object(url: str, allowance: ReadAllowance = UNLIMITED) -> Future[bytes] | None:
     """Start reading an object; None for stores whose driver is synchronous."""
-    if get_protocol(url) not in (*BUCKET_PROTOCOLS, *HTTP_PROTOCOLS):
+    store, path = resolve_store(url)
+    read = store.start_read(url, allowance)
+    if read is None:
         return None
-    fs, path = resolve_store(url)
-    return asyncio.run_coroutine_threadsafe(_get_object_async(url, fs, path, allowance), fs.loop)
+    return _start_request(store, _get_object_async(url, store, path, read, allowance))
 
 
-async def _get_object_async(url: str, fs: Any, path: str, allowance: ReadAllowance) -> bytes:
-    protocol, host = get_protocol(url), None
-    read: Callable[[str], Awaitable[bytes]]
-    if protocol in S3_PROTOCOLS:
-        suspect: set[str] = set()
-        s3 = _build_s3_reader(protocol, current_settings())
-        read = lambda path: s3.read(path, suspect, allowance)  # noqa: E731
-    elif protocol in HTTP_PROTOCOLS:
-        web = _build_http_reader(current_settings())
-        host = web.get_limiter(url)
-        read = lambda _: web.read(url, allowance)  # noqa: E731
-    else:
-        by = gcs.read_gcs_object if protocol in GCS_PROTOCOLS else azure.read_azure_blob
-        read = functools.partial(by, fs, allowance=allowance)
+async def _get_object_async(
+    url: str, store: Store, path: str, read: ReadObject, allowance: ReadAllowance
+) -> bytes:
+    host = store.get_host_limiter(url)
     try:
         return await retry_async(url, lambda: read(path), GET, host=host, allowance=allowance)
     except StorageMissing:
         # on a disk ./ is the same folder; to a store it is part of the name
         plain = "/".join(part for part in path.split("/") if part != ".")
-        if protocol not in BUCKET_PROTOCOLS or plain == path:
+        if not isinstance(store, BucketStore) or plain == path:
             raise
         return await retry_async(url, lambda: read(plain), GET, allowance=allowance)
 
@@ -156,7 +134,7 @@ def _read_by_open(url: str, fs: Any, path: str, allowance: ReadAllowance) -> byt
 
 def put_object(url: str, data: bytes) -> None:
     """Write an object by one request, up to 1 GiB."""
-    call_store(url, "pipe_file", data, needs=PUT, long=True, **_single_put_options(url))
+    call_store(url, "pipe_file", data, needs=PUT, long=True, **find_store(url).put_options)
 
 
 def create_object(url: str, data: bytes) -> bool:
@@ -164,14 +142,16 @@ def create_object(url: str, data: bytes) -> bool:
 
     Raises StorageError for a store that cannot create atomically.
     """
-    protocol = get_protocol(url)
-    if protocol not in BUCKET_PROTOCOLS:
+    store = find_store(url)
+    if not store.creates_atomically:
+        kinds = dict.fromkeys(STORES.values())
+        others = ", ".join(kind.title for kind in kinds if issubclass(kind, BucketStore))
         raise StorageError(
-            f"{shorten_url(url)}: {protocol}:// has no atomic create-if-absent, which the lock "
-            "between two drivers needs; use an output on S3, GCS, Azure or a disk"
+            f"{shorten_url(url)}: {get_protocol(url)}:// has no atomic create-if-absent, which the "
+            f"lock between two drivers needs; use an output on {others} or a disk"
         )
     try:
-        call_store(url, "pipe_file", data, needs=PUT, mode="create", **_single_put_options(url))
+        call_store(url, "pipe_file", data, needs=PUT, mode="create", **store.put_options)
         return True
     except StorageError as error:
         exists = isinstance(error.__cause__, FileExistsError)
@@ -194,9 +174,8 @@ def open_upload(url: str) -> Iterator[IO[bytes]]:
 
 
 def _upload(url: str, file: str) -> None:
-    fs, path = resolve_store(url)
-    more = _single_put_options(url)
-    retry(url, lambda: fs.put_file(file, path, **more), PUT)
+    store, path = resolve_store(url)
+    retry(url, lambda: store.file_system.put_file(file, path, **store.put_options), PUT)
 
 
 def open_object(url: str) -> IO[bytes]:
@@ -205,25 +184,37 @@ def open_object(url: str) -> IO[bytes]:
     return io.BufferedReader(_RangeReader(url, size), _READ_BUFFER_BYTES)
 
 
-@dataclass(frozen=True)
-class FileInfo:
-    """A file in a listing: URL, bytes, modification time in UTC, version; None where unknown.
+def iter_store_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
+    """List a folder page by page: its files and folders, or with `deep` all files below it.
 
-    etag: the ETag of S3 and Azure, or the generation of GCS; it changes with the content
+    Raises StorageBucketMissing when there is no such bucket.
     """
+    store, path = resolve_store(url)
+    list_page = store.start_listing(url, path, deep=deep)
+    if list_page is None:
+        yield _list_by_driver(url, deep=deep)
+        return
+    token = None
+    while True:
+        request = retry_async(url, functools.partial(list_page, token), LIST)
+        page, token = _start_request(store, request).result()
+        yield page
+        if token is None:
+            return
 
-    path: str
-    size: int | None
-    mtime: datetime.datetime | None
-    etag: str | None
 
-
-@dataclass(frozen=True)
-class ListingPage:
-    """One page of a listing: URLs of folders, and files."""
-
-    folders: list[str]
-    files: list[FileInfo]
+def _list_by_driver(url: str, *, deep: bool) -> ListingPage:
+    """List through the generic fsspec interface, in one page."""
+    found = call_store(url, "find" if deep else "ls", needs=LIST, long=True, detail=True)
+    infos = list(found.values()) if isinstance(found, dict) else found
+    return ListingPage(
+        [build_url(url, each["name"].rstrip("/")) for each in infos if each["type"] == "directory"],
+        [
+            FileInfo(build_url(url, each["name"]), each.get("size"), None, None)
+            for each in infos
+            if each["type"] == "file"
+        ],
+    )
 
 
 class _RangeReader(io.RawIOBase):
@@ -273,59 +264,3 @@ class _RangeReader(io.RawIOBase):
             return data
 
         return retry(self._url, read, GET)
-
-
-def _single_put_options(url: str) -> dict[str, Any]:
-    """Options that keep s3fs from using a multipart upload."""
-    return {"chunksize": _SINGLE_PUT_BYTES} if get_protocol(url) in S3_PROTOCOLS else {}
-
-
-@functools.cache
-def _build_s3_reader(protocol: str, settings: StorageConfig) -> S3Reader:
-    return S3Reader(_build_file_system(protocol, settings))
-
-
-@functools.cache
-def _build_http_reader(settings: StorageConfig) -> http.HttpReader:
-    return http.HttpReader(
-        settings.max_requests_per_host, settings.user_agent, settings.attempt_timeout_s
-    )
-
-
-@functools.cache
-def _build_file_system(protocol: str, settings: StorageConfig, account: str | None = None) -> Any:
-    import fsspec
-
-    # a cached listing would hide files that other processes have written since
-    if protocol in GCS_PROTOCOLS:
-        anon = {"token": "anon"} if settings.anon else {}
-        return gcs.build_gcs_file_system(requester_pays=settings.requester_pays, **anon)
-    if protocol in AZURE_PROTOCOLS:
-        return azure.build_azure_file_system(
-            account, anon=settings.anon, seconds=settings.attempt_timeout_s
-        )
-    if protocol in HTTP_PROTOCOLS:
-        client = {"headers": {"User-Agent": settings.user_agent}, "requote_redirect_url": False}
-        return fsspec.filesystem(
-            protocol, use_listings_cache=False, encoded=True, client_kwargs=client
-        )
-    if protocol not in S3_PROTOCOLS:
-        return fsspec.filesystem(protocol, use_listings_cache=False)
-    fs = fsspec.filesystem(
-        protocol,
-        use_listings_cache=False,
-        anon=settings.anon,
-        endpoint_url=settings.endpoint_url,
-        requester_pays=settings.requester_pays,
-        client_kwargs={"region_name": settings.region} if settings.region else {},
-        config_kwargs={
-            "retries": {"total_max_attempts": 1},  # see `retries`
-            "connect_timeout": settings.attempt_timeout_s,
-            "read_timeout": settings.attempt_timeout_s,
-            "max_pool_connections": 64,
-        },
-        max_concurrency=1,  # otherwise every read requests the size first
-        **({"profile": settings.profile} if settings.profile else {}),
-    )
-    fs.retries = 1
-    return fs

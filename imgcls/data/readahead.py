@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 
-from imgcls.data.storage_errors import too_large_error
+from imgcls.data.error_details import shorten_url
+from imgcls.errors import StorageTooLarge
 
 
 class ByteBudget:
@@ -191,3 +192,11 @@ class BodyBuffer:
         """The whole file."""
         self._allowance.shrink_to(self._total)
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+def too_large_error(url: str, limit: int | None, size: int | None = None) -> StorageTooLarge:
+    """The error of a file with more than `limit` bytes; size: its bytes, where known."""
+    found = f"has {size:,} bytes, more" if size is not None else "has more bytes"
+    return StorageTooLarge(
+        f"{shorten_url(url)}: {found} than the limit of {limit:,}; raise max_bytes to read it"
+    )

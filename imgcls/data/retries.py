@@ -13,9 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from imgcls.data.http import HostLimiter
+from imgcls.data.error_details import get_retry_after
+from imgcls.data.host_limiter import HostLimiter
 from imgcls.data.readahead import UNLIMITED, BudgetFull, ReadAllowance
-from imgcls.data.storage_errors import get_retry_after, translate_error
+from imgcls.data.storage_errors import translate_error
 from imgcls.data.storage_settings import current_settings
 from imgcls.errors import StorageError, StorageUnavailable
 
@@ -23,9 +24,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_SECONDS = 0.1
-MAX_BACKOFF_SECONDS = 5.0
-LOG_RETRY_AFTER_SECONDS = 10.0
+BACKOFF_S = 0.1
+MAX_BACKOFF_S = 5.0
+LOG_RETRY_AFTER_S = 10.0
 LONG_REQUEST_FACTOR = 20
 """Timeout of a request that lists many objects or writes a large one, as a multiple of others."""
 
@@ -110,13 +111,13 @@ class _Backoff:
 
     def next_pause(self, error: StorageError, cause: Exception) -> float:
         """Seconds to wait after an error; raises it when it is permanent or the time is over."""
-        pause: float = min(BACKOFF_SECONDS * 2**self._count, MAX_BACKOFF_SECONDS)
+        pause: float = min(BACKOFF_S * 2**self._count, MAX_BACKOFF_S)
         pause *= random.uniform(0.5, 1.5)
         pause = max(pause, get_retry_after(cause) or 0.0)
         self._count += 1
         if not isinstance(error, StorageUnavailable) or pause > self.remaining:
             raise error from (cause if cause is not error else None)
-        if not self._is_logged and time.monotonic() - self._start > LOG_RETRY_AFTER_SECONDS:
+        if not self._is_logged and time.monotonic() - self._start > LOG_RETRY_AFTER_S:
             self._is_logged = True
             logger.warning("retrying for up to %.0f s: %s", self.remaining, error)
         return pause

@@ -239,8 +239,6 @@ def _explain_omissions(
         if joined is not None:
             what += ", log loss and likely label errors"
         yield f"{what} need the scores of all classes: run `imgcls predict --scores`."
-    if not found.spec.slice_by:
-        yield "Slices: name manifest columns with `imgcls evaluate --slice-by camera,site`."
 
 
 def _build_per_class(found: RunAggregate) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Forms of numbers in messages: counts, percentages and durations."""
+"""Forms of numbers in messages: counts, shares and durations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ def format_count(count: int, singular: str, plural: str | None = None) -> str:
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
-def format_percent(fraction: float) -> str:
-    """A fraction as "12.3%"; below 0.1% with two significant digits."""
+def format_share(fraction: float) -> str:
+    """A share of a whole as "12.3%"; below 0.1% with two significant digits, never as 0.0%."""
     if 0 < fraction < 0.001:
         return f"{fraction * 100:.2g}%"
     return f"{fraction:.1%}"

@@ -27,7 +27,7 @@ from imgcls.errors import RunFailed
 from imgcls.execution.messages import ChunkTask, RunSpec
 
 _WORKERS_PREFIX = "workers-of-"
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_S = 1.0
 """Minimum time between two heartbeats of a worker."""
 SYSTEMIC_CRASH_ROWS = 4
 """If this many rows crash their workers, from the first row on, the images are not the cause."""
@@ -41,7 +41,7 @@ MAX_WORKER_STARTS = 3
 CRASHED_MESSAGE = "the worker crashed or hung on this image, also when it was processed alone"
 
 _CHECKS_PER_TIMEOUT = 4
-_MAX_CHECK_SECONDS = 5.0
+_MAX_CHECK_S = 5.0
 _KILL_TIMEOUT_S = 10.0
 
 
@@ -150,7 +150,7 @@ class Attempt:
 
     def heartbeat(self) -> None:
         """Show that the worker makes progress; cheap enough to call after every row."""
-        if time.monotonic() - self._written_at >= HEARTBEAT_SECONDS:
+        if time.monotonic() - self._written_at >= HEARTBEAT_S:
             self._record = replace(self._record, heartbeats=self._record.heartbeats + 1)
             self._write()
 
@@ -223,7 +223,7 @@ class Watchdog:
     def __init__(self, session: str, timeout_s: float) -> None:
         self._session = session
         self._timeout_s = timeout_s
-        self._interval = min(_MAX_CHECK_SECONDS, timeout_s / _CHECKS_PER_TIMEOUT)
+        self._interval = min(_MAX_CHECK_S, timeout_s / _CHECKS_PER_TIMEOUT)
         self._seen: dict[str, tuple[AttemptRecord, float]] = {}
         self._next_check = 0.0
         self._last_progress = time.monotonic()

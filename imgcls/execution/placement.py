@@ -253,10 +253,13 @@ _PLACEMENTS: dict[str, type[Placement]] = {
 }
 
 
-def plan_placement(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0) -> Placement:
+def plan_placement(
+    nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int = 0, *, use_gpus: bool = True
+) -> Placement:
     """Choose and size a placement for a cluster.
 
     chunk_bytes: size of a prepared chunk on its way from CPUs to GPUs
+    use_gpus:    whether the job has stages for GPUs; otherwise the layout is `cpu`
     Raises ResourcesError, with the arithmetic, when what the settings ask for does not fit.
     """
     cpus = sum(node.cpus for node in nodes)
@@ -266,35 +269,48 @@ def plan_placement(nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int 
             f"the cluster has {cpus:g} CPUs; a worker needs at least 1 on one node. Start Ray with "
             "--num-cpus, or add a worker node"
         )
-    name, reason = _choose_placement(nodes, config, cpus, gpus)
+    if use_gpus:
+        name, reason = _choose_placement(nodes, config, cpus, gpus)
+    else:
+        name, reason = "cpu", "this job has no stage for GPUs: every stage in one worker per core"
     if name == "cpu":
         return _plan_cpu(nodes, config, reason)
     return _plan_gpu(_PLACEMENTS[name], nodes, config, gpus, reason, chunk_bytes)
 
 
 def compute_first_bundles(
-    max_nodes: Sequence[Node] | None, config: ScaleConfig, chunk_bytes: int
+    max_nodes: Sequence[Node] | None,
+    config: ScaleConfig,
+    chunk_bytes: int,
+    *,
+    use_gpus: bool = True,
 ) -> list[dict[str, float]]:
     """Resources to request from an autoscaler when nothing fits: the least that can start.
 
     max_nodes: the nodes that the cluster may grow to; None when that is unknown
     """
-    gpus = config.layout in ("gpu", "gpu_decode")
+    gpus = use_gpus and config.layout in ("gpu", "gpu_decode")
     if max_nodes is not None:
-        gpus = plan_placement(max_nodes, config, chunk_bytes).worker_gpus > 0
+        placement = plan_placement(max_nodes, config, chunk_bytes, use_gpus=use_gpus)
+        gpus = placement.worker_gpus > 0
     if not gpus:
         return [{"CPU": 1.0}] * (config.workers or 1)
     return [{"CPU": GPU_WORKER_CPUS, "GPU": 1.0}] * (config.workers or 1) + [{"CPU": 1.0}]
 
 
 def select_nodes(
-    max_nodes: Sequence[Node], config: ScaleConfig, chunk_bytes: int, rows: int
+    max_nodes: Sequence[Node],
+    config: ScaleConfig,
+    chunk_bytes: int,
+    rows: int,
+    *,
+    use_gpus: bool = True,
 ) -> list[Node]:
     """The nodes, of those that the cluster may grow to, that are worth starting for some rows.
 
     Raises ResourcesError when not even all of them hold what the settings ask for.
     """
-    placement = plan_placement(max_nodes, config, chunk_bytes)
+    placement = plan_placement(max_nodes, config, chunk_bytes, use_gpus=use_gpus)
     workers = config.workers or placement.limit_to_rows(rows).workers
     cores = workers
     if placement.worker_gpus:

@@ -8,11 +8,11 @@ from typing import Any, TextIO
 
 from imgcls import log
 from imgcls.errors import OK
-from imgcls.execution.formatting import format_count, format_duration, format_percent
+from imgcls.execution.formatting import format_count, format_duration, format_share
 from imgcls.execution.messages import ChunkResult, StageTimings
 
-_WINDOW_SECONDS = 30.0
-_LIVE_SECONDS = 0.2
+_WINDOW_S = 30.0
+_LIVE_S = 0.2
 _BAR_WIDTH = 24
 
 
@@ -65,14 +65,12 @@ class Progress:
         elif self._steady_from is not None:  # its work on this chunk started before
             self._steady_workers.add(result.worker)
         stages = result.timings.seconds() | {"gpu": 0.0}
-        active = max(_WINDOW_SECONDS, 2 * sum(stages.values()))
+        active = max(_WINDOW_S, 2 * sum(stages.values()))
         self._workers_until[result.worker] = now + active
         self._recent.append((now, self._done, self._timings.gpu))
-        while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
+        while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
             self._recent.pop(0)
-        if now - self._reported_at >= (
-            _LIVE_SECONDS if self._terminal is not None else self._interval_s
-        ):
+        if now - self._reported_at >= (_LIVE_S if self._terminal is not None else self._interval_s):
             self._report(now)
 
     def tick(self) -> None:
@@ -116,7 +114,7 @@ class Progress:
             return steady
         (start, before, _), (last, after, _) = self._recent[0], self._recent[-1]
         now = time.monotonic()
-        end = now if now - last > max(_WINDOW_SECONDS, last - start) else last
+        end = now if now - last > max(_WINDOW_S, last - start) else last
         return (after - before) / (end - start) if end > start else 0.0
 
     @property
@@ -170,19 +168,19 @@ class Progress:
             return f"{rows}  starting workers ({waited})"
         left = self.seconds_left
         parts = [
-            f"{rows} ({format_percent(self._done / self._total if self._total else 1.0)})",
+            f"{rows} ({format_share(self._done / self._total if self._total else 1.0)})",
             f"{self.rate:,.1f} images/s",
             format_count(self.errors, "error"),
         ]
         if left is not None:
             parts.append(f"ETA {format_duration(left)}")
         if self._timings.gpu:
-            parts.append(f"GPU busy {format_percent(self.gpu_busy)}")
+            parts.append(f"GPU busy {format_share(self.gpu_busy)}")
         stages = self._timings.seconds() | {"gpu": 0.0}
         spent = {name: seconds for name, seconds in stages.items() if seconds > 0}
         if spent:
             slowest = max(spent, key=lambda name: spent[name])
-            share = format_percent(spent[slowest] / sum(spent.values()))
+            share = format_share(spent[slowest] / sum(spent.values()))
             parts.append(f"bottleneck {slowest} ({share} of time)")
         return "  ".join(parts)
 

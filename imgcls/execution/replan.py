@@ -12,11 +12,11 @@ from imgcls.cluster.session import Node
 from imgcls.execution.formatting import format_count
 from imgcls.execution.placement import Placement
 
-SETTLE_SECONDS = 15.0
+SETTLE_S = 15.0
 """Time without a change of nodes before a replan: nodes seldom join or leave alone."""
-MIN_SAVED_SECONDS = 60.0
+MIN_SAVED_S = 60.0
 """Minimum time that a replan must save. It costs a worker's start and the chunks in flight."""
-_POLL_SECONDS = 2.0
+_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,12 @@ def find_replan_reason(
     """
     ids = {node.id for node in state.nodes_now}
     lost = sum(1 for node in state.nodes_before if node.id not in ids)
-    if state.stable_seconds < SETTLE_SECONDS:
+    if state.stable_seconds < SETTLE_S:
         return None
-    if lost and state.idle_seconds > SETTLE_SECONDS:
+    if lost and state.idle_seconds > SETTLE_S:
         nodes = format_count(len(state.nodes_before), "node")
         return f"lost {lost} of {nodes}; no worker is making progress"
-    if (
-        state.rows_per_second is not None
-        and state.idle_seconds > state.worker_timeout_s + SETTLE_SECONDS
-    ):
+    if state.rows_per_second is not None and state.idle_seconds > state.worker_timeout_s + SETTLE_S:
         # not within a chunk: the watchdog would have killed the worker
         return f"no worker has made progress for {state.idle_seconds:.0f} s"
     joined = len(state.nodes_now) - (len(state.nodes_before) - lost)
@@ -67,7 +64,7 @@ def find_replan_reason(
     if larger is None:
         return None
     saved = larger.compute_time_saved(placement) * state.rows_left / state.rows_per_second
-    if saved < MIN_SAVED_SECONDS:
+    if saved < MIN_SAVED_S:
         return None
     return f"{format_count(joined, 'node')} joined: {larger.summary} instead of {placement.summary}"
 
@@ -92,7 +89,7 @@ class NodeMonitor:
 
     def is_due(self) -> bool:
         """Whether it is time to poll again."""
-        return time.monotonic() - self._polled_at > _POLL_SECONDS
+        return time.monotonic() - self._polled_at > _POLL_S
 
     def read_state(
         self,

@@ -22,6 +22,7 @@ from imgcls import log
 from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
+from imgcls.cluster.session import Node
 from imgcls.data.manifest import Manifest
 from imgcls.errors import (
     CrashingImage,
@@ -50,7 +51,7 @@ from imgcls.execution.worker import Job
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
-PROGRESS_WRITE_SECONDS = 10.0
+PROGRESS_WRITE_S = 10.0
 """Time between two writes of the progress file."""
 
 
@@ -85,10 +86,10 @@ def wait_for_placement(
     Raises ResourcesError when it does not fit and will not, or not within
     `scale.resource_timeout_s`.
     """
-    scale = _limit_to_job(scale, job)
+    use_gpus = job.has_gpu_stage
     placement = autoscaler.wait_until_fit(
-        lambda nodes: plan_placement(nodes, scale, chunk_bytes),
-        lambda max_nodes: compute_first_bundles(max_nodes, scale, chunk_bytes),
+        lambda nodes: plan_placement(nodes, scale, chunk_bytes, use_gpus=use_gpus),
+        lambda nodes: compute_first_bundles(nodes, scale, chunk_bytes, use_gpus=use_gpus),
         scale.resource_timeout_s,
         interruption,
     )
@@ -152,7 +153,7 @@ class JobRun:
                     driver.lease.check()
                     self._record(result, progress)
                     yield result
-                if time.monotonic() - written_at > PROGRESS_WRITE_SECONDS:
+                if time.monotonic() - written_at > PROGRESS_WRITE_S:
                     written_at = time.monotonic()
                     driver.lease.check()
                     self._publish(progress)
@@ -211,7 +212,8 @@ class ChunkRunner:
         self._job = job
         self._spec = spec
         self._interruption = driver.interruption
-        self._scale = _limit_to_job(driver.scale, job)
+        self._scale = driver.scale
+        self._use_gpus = job.has_gpu_stage
         self._chunk_bytes = driver.chunk_bytes
         self._adapt = adapt
         self._timeout = WaitTimeout(driver.scale.resource_timeout_s)
@@ -300,7 +302,9 @@ class ChunkRunner:
         if self._max_nodes is None:
             return
         with contextlib.suppress(ResourcesError):  # what is there fits, though that would not
-            wanted = select_nodes(self._max_nodes, self._scale, self._chunk_bytes, rows)
+            wanted = select_nodes(
+                self._max_nodes, self._scale, self._chunk_bytes, rows, use_gpus=self._use_gpus
+            )
             autoscaler.update_request(replan.find_missing_nodes(wanted, session.list_nodes()))
 
     def _replan(self) -> Generator[None, None, Placement]:
@@ -309,8 +313,10 @@ class ChunkRunner:
         try:
             return (
                 yield from autoscaler.iter_until_fit(
-                    lambda nodes: plan_placement(nodes, scale, chunk_bytes),
-                    lambda max_nodes: compute_first_bundles(max_nodes, scale, chunk_bytes),
+                    self._plan,
+                    lambda nodes: compute_first_bundles(
+                        nodes, scale, chunk_bytes, use_gpus=self._use_gpus
+                    ),
                     scale.resource_timeout_s,
                     self._interruption,
                     under_way=True,
@@ -327,11 +333,12 @@ class ChunkRunner:
 
     def _plan_for_current_nodes(self, rows: int) -> Placement | None:
         try:
-            nodes = session.list_nodes()
-            placement = plan_placement(nodes, self._scale, self._chunk_bytes)
-            return self._limit_workers(placement, rows)
+            return self._limit_workers(self._plan(session.list_nodes()), rows)
         except ResourcesError:
             return None
+
+    def _plan(self, nodes: Sequence[Node]) -> Placement:
+        return plan_placement(nodes, self._scale, self._chunk_bytes, use_gpus=self._use_gpus)
 
     def _limit_workers(self, placement: Placement, rows: int) -> Placement:
         """As many workers as the rows need, unless the settings have their number."""
@@ -343,11 +350,6 @@ class ChunkRunner:
             f"{format_count(placement.workers, 'worker')} of {placement.worker_cpus:g} CPU and "
             f"{placement.worker_gpus:g} GPU each",
         )
-
-
-def _limit_to_job(scale: ScaleConfig, job: Job) -> ScaleConfig:
-    """The settings with the layout `cpu` for a job that has no stages for GPUs."""
-    return scale if job.gpu_worker is not None else scale.model_copy(update={"layout": "cpu"})
 
 
 def _log_placement(placement: Placement) -> None:

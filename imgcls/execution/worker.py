@@ -52,6 +52,10 @@ class Job:
     prepare: Callable[[Any, pa.Table, bool, StageTimings, Attempt], Any] | None = None
     gpu_worker: type[PreparedChunkWorker[Any]] | None = None
 
+    @property
+    def has_gpu_stage(self) -> bool:
+        return self.gpu_worker is not None
+
 
 class BaseWorker(abc.ABC, Generic[SpecT]):
     """An actor that writes the tables of chunks.

@@ -23,7 +23,7 @@ from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError
-from imgcls.execution.formatting import format_count, format_percent
+from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.placement import Placement, ScaleConfig
 from imgcls.models.bundle import load_bundle
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
     from imgcls.models.classifier import Classifier
 
-MIN_FORWARD_SECONDS = 600.0
+MIN_FORWARD_S = 600.0
 """Forward passes per worker, in seconds, from which compiling is benchmarked."""
 GPU_BATCH_SIZES = (64, 128, 256)
 """Batch sizes to benchmark on a GPU."""
@@ -41,7 +41,7 @@ MIN_SPLIT_FRACTION = 0.05
 """Minimum fraction of the decoding that is given to the slower side."""
 BENCHMARK_IMAGES = 64
 """Number of images to benchmark decoding on."""
-_MEASURE_SECONDS = 1.0
+_MEASURE_S = 1.0
 
 CompileMode = Literal["auto", "always", "never"]
 
@@ -232,7 +232,7 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
         forward[size] = rate(plain, size)
     best = choose_batch_size(forward)
     result = BenchmarkResult(forward)
-    if spec.compile and images.rows / forward[best] > MIN_FORWARD_SECONDS:
+    if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:
         start = time.perf_counter()
         try:
             compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
@@ -297,7 +297,7 @@ def balance_decoding(
     reason = (
         f"decoding: {result.cpu_decode:,.0f} images/s per core with "
         f"{format_count(placement.prepare_tasks, 'core')}, {g:,.0f} per GPU that classifies "
-        f"{f:,.0f}: {format_percent(share)} on CPUs"
+        f"{f:,.0f}: {format_share(share)} on CPUs"
     )
     return replace(tuned, cpu_decode_fraction=share), reason
 
@@ -347,7 +347,7 @@ def _measure_rate(work: Callable[[], object]) -> float:
     """Calls per second, after one call to warm up."""
     work()
     start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < _MEASURE_SECONDS:
+    while time.perf_counter() - start < _MEASURE_S:
         work()
         done += 1
     return done / (time.perf_counter() - start)

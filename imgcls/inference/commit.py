@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data import filesystem
 from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
-from imgcls.execution.formatting import format_count, format_percent
+from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.plan import Plan
 from imgcls.inference import rollup
 from imgcls.inference.incremental import read_failed_before
@@ -196,8 +196,8 @@ def check_error_rates(
             also = f" or {format_count(free, 'row')}" if free else ""
             before = f", not counting {old:,} that had failed before" if old else ""
             raise TooManyErrors(
-                f"output {output}: {failed:,} of {rows:,} {what} ({format_percent(share)}, allowed "
-                f"{format_percent(limit)}{also}){before}; the run is not committed. See "
+                f"output {output}: {failed:,} of {rows:,} {what} ({format_share(share)}, allowed "
+                f"{format_share(limit)}{also}){before}; the run is not committed. See "
                 "metrics/errors.parquet, then rerun with --retry-errors, or with a higher "
                 f"{option}"
             )

@@ -57,42 +57,6 @@ class SinceConfig(Section):
     """Manifest columns whose change means another image. Default: etag, size, mtime, version."""
 
 
-def select_new_rows(
-    manifest: Manifest,
-    config: SinceConfig,
-    *,
-    output: str,
-    bundle_sha256: str,
-    relabel: bool,
-    retry_failed: bool = False,
-) -> Manifest:
-    """The manifest without the unchanged rows that earlier runs have labeled successfully.
-
-    output:       a run in this folder does not count as an earlier one
-    relabel:      also select rows that another bundle has labeled
-    retry_failed: also select broken images that have not changed
-    Raises OutputError when there is no earlier run, ManifestError when a version column is missing.
-    """
-    request = SinceRequest.resolve(
-        manifest,
-        config,
-        output=output,
-        bundle_sha256=bundle_sha256,
-        relabel=relabel,
-        retry_failed=retry_failed,
-        exclude=output,
-    )
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        with ManifestComparison(request) as comparison:
-            comparison.log_summary()
-            yield from comparison.manifest.batches()
-
-    return dataclasses.replace(
-        manifest, _read_batches=batches, _compute_fingerprint=request.compute_digest
-    )
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class SinceRequest:
     """A manifest, and the earlier runs that it is compared with.
@@ -121,7 +85,15 @@ class SinceRequest:
         retry_failed: bool,
         exclude: str | None,
     ) -> SinceRequest:
-        """Find the earlier runs, without the one in `exclude`; see `select_new_rows`."""
+        """Find the earlier runs and the columns to compare.
+
+        output:       of the new run; there may be no earlier run only if it is within config.path
+        relabel:      also select rows that another bundle has labeled
+        retry_failed: also select broken images that have not changed
+        exclude:      folder of a run that does not count as an earlier one
+        Raises OutputError when there is no earlier run, ManifestError when a version column is
+        missing.
+        """
         past_runs = find_past_runs(config.path, exclude=exclude)
         runs = past_runs.committed
         if not runs:

@@ -19,11 +19,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from imgcls import log
 from imgcls.cluster import autoscaler, session
 from imgcls.config import Section, UnitFloat
-from imgcls.data import filesystem, object_store
+from imgcls.data import filesystem
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.http import HttpStore
 from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.stores import find_store
 from imgcls.errors import (
     ManifestError,
     OutputError,
@@ -40,7 +42,7 @@ from imgcls.inference.incremental import SinceConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import Bundle, Precision, load_bundle, require_int8
 from imgcls.runs import layout
-from imgcls.runs.lease import DEFAULT_TERM_SECONDS
+from imgcls.runs.lease import DEFAULT_TERM_S
 from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
 SAMPLED_FILES = 16
@@ -118,7 +120,7 @@ class PredictConfig(Section):
     log: LogFormat = "text"
     """json: one JSON object per line, each with the run id; for each chunk its worker, rows and
     times."""
-    lease_seconds: PositiveFloat = DEFAULT_TERM_SECONDS
+    lease_seconds: PositiveFloat = DEFAULT_TERM_S
     """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
     scale: ScaleConfig = ScaleConfig()
     storage: StorageConfig = StorageConfig()
@@ -241,8 +243,7 @@ def iter_image_urls(manifest: Manifest) -> Iterator[str]:
 
 def is_on_web(manifest: Manifest) -> bool:
     """Whether the first image is on a web server."""
-    protocol = object_store.get_protocol(next(iter_image_urls(manifest), ""))
-    return protocol in object_store.HTTP_PROTOCOLS
+    return find_store(next(iter_image_urls(manifest), "")) is HttpStore
 
 
 def read_image_size(url: str) -> int:

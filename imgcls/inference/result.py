@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageError
-from imgcls.execution.formatting import format_count, format_percent
+from imgcls.execution.formatting import format_count, format_share
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
 
@@ -95,7 +95,7 @@ class PredictResult:
             return []
         facts = [(name, f"{count:,}") for name, count in statuses.items()]
         return facts + [
-            (name, format_percent(metrics[name]))
+            (name, format_share(metrics[name]))
             for name in _SHOWN_METRICS
             if metrics.get(name) is not None
         ]

@@ -18,7 +18,7 @@ from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.formatting import format_count, format_duration, format_percent
+from imgcls.execution.formatting import format_count, format_duration, format_share
 from imgcls.execution.plan import Plan, parse_plan
 from imgcls.runs import layout, lease
 from imgcls.runs.lease import LeaseHolder
@@ -167,7 +167,7 @@ def _format_status(status: dict[str, Any]) -> str:
     else:
         driver = f" (driver on {status['driver']} exited)" if status["driver"] else ""
         lines.append(f"state      not running{driver}; rerun the same command to resume")
-    share = format_percent(done / rows if rows else 1.0)
+    share = format_share(done / rows if rows else 1.0)
     files = ""
     if "files" in status:
         files = f", {status['files_done']:,} of {format_count(status['files'], 'final file')}"

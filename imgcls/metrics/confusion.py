@@ -6,12 +6,19 @@ label or a prediction among the labeled rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from imgcls.metrics.columns import Bools, Floats, Ints
 from imgcls.metrics.counts import PredictionCounts
+
+ClassRate = Literal["recall", "precision", "f1"]
+ClassWeighting = Literal["labeled", "occurring", "support"]
+"""Equal weights of the classes with labels, equal weights of the occurring classes, or weights by
+labeled rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,128 +105,48 @@ class ClassCounts:
         f1: Floats = 2 * self.correct / np.maximum(self.support + self.predicted, 1)
         return f1
 
+    def weigh_classes(self, weighting: ClassWeighting) -> Floats:
+        """(C,) weights of the classes, which sum to 1."""
+        chosen: dict[ClassWeighting, Bools | Ints] = {
+            "labeled": self.is_labeled,
+            "occurring": self.occurs,
+            "support": self.support,
+        }
+        weights: Floats = chosen[weighting] / chosen[weighting].sum()
+        return weights
 
-def balanced_accuracy(counts: ClassCounts) -> float:
-    """Mean recall of the classes with labels.
+
+def class_mean(rate: ClassRate, weighting: ClassWeighting) -> Callable[[ClassCounts], float]:
+    """Build the function of a mean over classes.
 
     Parameters
     ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
+    rate : {"recall", "precision", "f1"}
+        Rate of each class.
+    weighting : {"labeled", "occurring", "support"}
+        Weights of the classes.
 
     Returns
     -------
-    float
-        Fraction in [0, 1].
+    callable
+        Maps counts of at least one labeled row to a fraction in [0, 1].
 
     Examples
     --------
-    >>> balanced_accuracy(ClassCounts(np.array([4, 2]), np.array([3, 3]), np.array([3, 2])))
+    >>> counts = ClassCounts(np.array([4, 2, 0]), np.array([3, 2, 1]), np.array([3, 2, 0]))
+    >>> class_mean("recall", "labeled")(counts)  # balanced accuracy
     0.875
-    """
-    return float(counts.recall[counts.is_labeled].mean())
-
-
-def precision_macro(counts: ClassCounts) -> float:
-    """Mean precision of the occurring classes.
-
-    Parameters
-    ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
-
-    Returns
-    -------
-    float
-        Fraction in [0, 1].
-
-    Examples
-    --------
-    >>> precision_macro(ClassCounts(np.array([4, 4]), np.array([4, 4]), np.array([3, 3])))
-    0.75
-    """
-    return float(counts.precision[counts.occurs].mean())
-
-
-def recall_macro(counts: ClassCounts) -> float:
-    """Mean recall of the occurring classes; a class without labels counts as 0.
-
-    Parameters
-    ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
-
-    Returns
-    -------
-    float
-        Fraction in [0, 1].
-
-    Examples
-    --------
-    >>> recall_macro(ClassCounts(np.array([4, 0]), np.array([3, 1]), np.array([3, 0])))
-    0.375
-    """
-    return float(counts.recall[counts.occurs].mean())
-
-
-def f1_macro(counts: ClassCounts) -> float:
-    """Mean F1 of the occurring classes.
-
-    Parameters
-    ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
-
-    Returns
-    -------
-    float
-        Fraction in [0, 1].
-
-    Examples
-    --------
-    >>> f1_macro(ClassCounts(np.array([4, 4]), np.array([4, 4]), np.array([3, 3])))
-    0.75
-    """
-    return float(counts.f1[counts.occurs].mean())
-
-
-def precision_weighted(counts: ClassCounts) -> float:
-    """Mean precision of the classes, weighted by their labeled rows.
-
-    Parameters
-    ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
-
-    Returns
-    -------
-    float
-        Fraction in [0, 1].
-
-    Examples
-    --------
-    >>> precision_weighted(ClassCounts(np.array([3, 1]), np.array([2, 2]), np.array([2, 1])))
-    0.875
-    """
-    return float((counts.precision * (counts.support / counts.support.sum())).sum())
-
-
-def f1_weighted(counts: ClassCounts) -> float:
-    """Mean F1 of the classes, weighted by their labeled rows.
-
-    Parameters
-    ----------
-    counts : ClassCounts
-        Counts of at least one labeled row.
-
-    Returns
-    -------
-    float
-        Fraction in [0, 1].
-
-    Examples
-    --------
-    >>> f1_weighted(ClassCounts(np.array([3, 1]), np.array([3, 1]), np.array([3, 1])))
+    >>> round(class_mean("recall", "occurring")(counts), 4)  # a class without labels counts as 0
+    0.5833
+    >>> round(class_mean("precision", "support")(counts), 4)
     1.0
     """
-    return float((counts.f1 * (counts.support / counts.support.sum())).sum())
+
+    def compute(counts: ClassCounts) -> float:
+        rates: Floats = getattr(counts, rate)
+        weights = counts.weigh_classes(weighting)
+        if weighting == "support":
+            return float((rates * weights).sum())
+        return float(rates[weights > 0].mean())  # exactly 1 where all rates are
+
+    return compute

@@ -9,33 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
 from imgcls.metrics.agreement import cohens_kappa
 from imgcls.metrics.calibration import ece_by_chance
 from imgcls.metrics.columns import Floats, Ints
-from imgcls.metrics.confusion import ClassCounts
+from imgcls.metrics.confusion import ClassCounts, ClassRate, ClassWeighting
 from imgcls.metrics.intervals import Interval, mover_interval, wilson_interval, wilson_limits
-
-ClassRate = Literal["recall", "precision", "f1"]
-ClassWeighting = Literal["labeled", "occurring", "support"]
 
 
 def class_mean_limits(
-    rate: ClassRate, weights: ClassWeighting
+    rate: ClassRate, weighting: ClassWeighting
 ) -> Callable[[ClassCounts, float], Interval]:
-    """Build the interval function of a mean over classes.
+    """Build the interval function of `confusion.class_mean`.
 
     Parameters
     ----------
     rate : {"recall", "precision", "f1"}
         Rate of each class. Recall and precision have Wilson limits. Those of F1 are the Wilson
         limits of J = correct / (support + predicted - correct), with F1 = 2 J / (1 + J).
-    weights : {"labeled", "occurring", "support"}
-        Equal weights of the classes with labels, equal weights of the occurring classes, or weights
-        by labeled rows.
+    weighting : {"labeled", "occurring", "support"}
+        Weights of the classes.
 
     Returns
     -------
@@ -58,7 +53,7 @@ def class_mean_limits(
     def compute_interval(counts: ClassCounts, value: float) -> Interval:
         lower, upper = _rate_limits(counts, rate)
         found = getattr(counts, rate)
-        weight = _class_weights(counts, weights)
+        weight = counts.weigh_classes(weighting)
         return mover_interval(value, weight * (found - lower), weight * (upper - found))
 
     return compute_interval
@@ -72,17 +67,6 @@ def _rate_limits(counts: ClassCounts, rate: ClassRate) -> tuple[Floats, Floats]:
         return wilson_limits(counts.correct, counts.predicted)
     lower, upper = wilson_limits(counts.correct, counts.support + counts.predicted - counts.correct)
     return 2 * lower / (1 + lower), 2 * upper / (1 + upper)
-
-
-def _class_weights(counts: ClassCounts, weights: ClassWeighting) -> Floats:
-    """(C,) weights that sum to 1."""
-    chosen: dict[ClassWeighting, Ints | Floats] = {
-        "labeled": counts.is_labeled.astype(np.int64),
-        "occurring": counts.occurs.astype(np.int64),
-        "support": counts.support,
-    }
-    weight: Floats = chosen[weights] / chosen[weights].sum()
-    return weight
 
 
 def kappa_limits(counts: ClassCounts, value: float) -> Interval:

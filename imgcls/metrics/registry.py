@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from imgcls.metrics import agreement, calibration, confusion, discrimination, limits
 from imgcls.metrics.columns import Floats, Ints
-from imgcls.metrics.confusion import ClassCounts
+from imgcls.metrics.confusion import ClassCounts, ClassRate, ClassWeighting
 from imgcls.metrics.counts import CORRECT, WRONG, PredictionCounts
 from imgcls.metrics.discrimination import MacroEstimate, ScoreCounts
 from imgcls.metrics.intervals import Interval, wilson_interval
@@ -143,6 +143,12 @@ def _log_loss(statistics: Statistics) -> Estimate | None:
     return None if found is None else Estimate(*found)
 
 
+def _class_mean(rate: ClassRate, weighting: ClassWeighting) -> FromConfusion:
+    return FromConfusion(
+        confusion.class_mean(rate, weighting), limits.class_mean_limits(rate, weighting)
+    )
+
+
 def _matthews(counts: ClassCounts) -> float:
     return agreement.matthews_correlation(counts.support, counts.predicted, counts.correct.sum())
 
@@ -217,24 +223,22 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "balanced_accuracy",
         "mean recall of classes with labels",
-        FromConfusion(confusion.balanced_accuracy, limits.class_mean_limits("recall", "labeled")),
+        _class_mean("recall", "labeled"),
     ),
     MetricSpec(
         "precision_macro",
         "mean precision of occurring classes",
-        FromConfusion(
-            confusion.precision_macro, limits.class_mean_limits("precision", "occurring")
-        ),
+        _class_mean("precision", "occurring"),
     ),
     MetricSpec(
         "recall_macro",
         "mean recall of occurring classes",
-        FromConfusion(confusion.recall_macro, limits.class_mean_limits("recall", "occurring")),
+        _class_mean("recall", "occurring"),
     ),
     MetricSpec(
         "f1_macro",
         "mean F1 of occurring classes",
-        FromConfusion(confusion.f1_macro, limits.class_mean_limits("f1", "occurring")),
+        _class_mean("f1", "occurring"),
     ),
     MetricSpec(
         "f1_micro",
@@ -244,14 +248,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "precision_weighted",
         "mean precision by class frequency",
-        FromConfusion(
-            confusion.precision_weighted, limits.class_mean_limits("precision", "support")
-        ),
+        _class_mean("precision", "support"),
     ),
     MetricSpec(
         "f1_weighted",
         "mean F1 by class frequency",
-        FromConfusion(confusion.f1_weighted, limits.class_mean_limits("f1", "support")),
+        _class_mean("f1", "support"),
     ),
     MetricSpec(
         "matthews_correlation",

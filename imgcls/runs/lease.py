@@ -24,7 +24,7 @@ from imgcls.data.storage_settings import bind_settings
 from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
 
 LEASE_FOLDER = "_lease"
-DEFAULT_TERM_SECONDS = 30.0
+DEFAULT_TERM_S = 30.0
 _RENEWALS_PER_TERM = 5
 """Renewals per term."""
 
@@ -65,7 +65,7 @@ class Lease:
         )
 
     @classmethod
-    def acquire(cls, output: str, term: float = DEFAULT_TERM_SECONDS) -> Lease:
+    def acquire(cls, output: str, term: float = DEFAULT_TERM_S) -> Lease:
         """Acquire the lease; wait up to one term for a holder that may be dead.
 
         Raises OutputLocked when another driver holds it and is alive, StorageError when the folder
@@ -155,7 +155,7 @@ def find_holder(output: str) -> LeaseHolder | None:
         return None
     dead = _Process(first["machine"], first["pid"], first["started"]).is_dead()
     if dead is None:
-        term = first.get("term", DEFAULT_TERM_SECONDS)
+        term = first.get("term", DEFAULT_TERM_S)
         dead = _stops_renewing(folder, number, first, 2 * term / _RENEWALS_PER_TERM)
     return LeaseHolder(first["host"], first["pid"], not dead)
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-BURST_SECONDS = 10.0
+BURST_S = 10.0
 """Capacity of a bucket, in seconds of the key's rate: what an idle key may send at once."""
-PREFETCH_SECONDS = 0.5
+PREFETCH_S = 0.5
 """Tokens that a replica prefetches, in seconds of the key's rate."""
 
 
@@ -42,7 +42,7 @@ class TokenBuckets:
         Returns the number of tokens taken and 0; or 0 and the seconds until there are enough.
         """
         now = self._clock()
-        capacity = max(per_second * BURST_SECONDS, 1.0)
+        capacity = max(per_second * BURST_S, 1.0)
         bucket = self._buckets.setdefault(name, _Bucket(capacity, now))
         bucket.tokens = min(capacity, bucket.tokens + (now - bucket.updated_at) * per_second)
         bucket.updated_at = now
@@ -72,7 +72,7 @@ class LocalAllowance:
         """Spend a token per image. Returns 0, or the whole seconds to wait if there are too few."""
         per_second = per_minute / 60
         if self._get_tokens(name) < images:
-            prefetch = per_second * PREFETCH_SECONDS
+            prefetch = per_second * PREFETCH_S
             taken, wait = await self._take(name, per_second, images, prefetch)
             if wait > 0:
                 return max(1, math.ceil(wait))
@@ -84,4 +84,4 @@ class LocalAllowance:
     def _get_tokens(self, name: str) -> float:
         """Tokens of a key; they expire, since many replicas could otherwise hoard them all."""
         tokens, taken_at = self._tokens.get(name, (0.0, 0.0))
-        return tokens if self._clock() - taken_at < 2 * PREFETCH_SECONDS else 0.0
+        return tokens if self._clock() - taken_at < 2 * PREFETCH_S else 0.0

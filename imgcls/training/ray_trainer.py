@@ -188,8 +188,8 @@ def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]
     """Path and file system for Ray's own records; through fsspec, as all files of this package."""
     if filesystem.is_local(folder):
         return folder, None
-    file_system, path = object_store.resolve_store(folder)
-    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(file_system))
+    store, path = object_store.resolve_store(folder)
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store.file_system))
 
 
 # ---------------------------------------------------------------------- in a worker

@@ -49,7 +49,7 @@ BEST_FOLDER = "best"
 STATE_FOLDER = "_tune"
 SEARCH_FILE = "_tune.json"
 RESULTS_FILE = "results.parquet"
-STOP_TIMEOUT_SECONDS = 90
+STOP_TIMEOUT_S = 90
 """Timeout for a trial that is stopped early to end its workers."""
 
 
@@ -321,7 +321,7 @@ class Trial(ray_tune.Trainable):
     def cleanup(self) -> None:
         """Stop a training that is not finished, so that it frees its workers."""
         self._interruption.request_stop("the search")
-        wait([self._future], timeout=STOP_TIMEOUT_SECONDS)
+        wait([self._future], timeout=STOP_TIMEOUT_S)
         self._output.close()
 
 

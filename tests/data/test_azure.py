@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from imgcls.data import azure, object_store
+from imgcls.data.azure import AzureStore
 from imgcls.errors import StorageError
 from tests import clouds
 from tests.clouds import Cloud
@@ -39,10 +40,10 @@ class TestAzure(StorePromises):
 
 def test_a_url_may_name_the_account() -> None:
     url = "abfss://photos@myaccount.dfs.core.windows.net/2026/a#b.jpg"
-    assert azure.get_account(url) == "myaccount"
-    assert azure.get_account("az://photos/a@b.jpg") is None
+    assert AzureStore.get_account(url) == "myaccount"
+    assert AzureStore.get_account("az://photos/a@b.jpg") is None
     assert object_store.build_url(url, "photos/2026/c.jpg") == (
         "abfss://photos@myaccount.dfs.core.windows.net/2026/c.jpg"
     )
     with pytest.raises(StorageError, match=r"host example\.com is not an Azure storage account"):
-        azure.get_account("abfs://photos@example.com/a.jpg")
+        AzureStore.get_account("abfs://photos@example.com/a.jpg")

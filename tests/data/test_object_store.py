@@ -99,7 +99,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     proxy = network({}, requester_pays=True)
     proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     assert list(filesystem.read_ahead(made)) == list(made.values())
-    fs, _ = object_store.resolve_store(url(""))
+    fs = object_store.resolve_store(url(""))[0].file_system
     long_way: list[str] = []
     call = fs._call_s3
 

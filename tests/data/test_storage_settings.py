@@ -82,7 +82,7 @@ def test_settings_end_with_their_block_and_travel_with_a_bound_function(
     before = storage_settings.current_settings()
     settings = StorageConfig(endpoint_url=endpoint, region="eu-north-1", requester_pays=True)
     with use_settings(settings):
-        fs, _ = object_store.resolve_store(url("x"))
+        fs = object_store.resolve_store(url("x"))[0].file_system
         filesystem.write(url("x"), b"1")
         assert (fs.s3.meta.region_name, fs.req_kw) == ("eu-north-1", {"RequestPayer": "requester"})
         read = storage_settings.bind_settings(lambda at: (filesystem.read(at), region()))

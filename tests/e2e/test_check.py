@@ -76,6 +76,7 @@ def test_a_check_finds_what_is_wrong_shows_it_and_writes_a_manifest_without_it(
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "1 images with leakage, such as " in done.stderr
+    assert "layout  this job has no stage for GPUs" in done.stdout
     found = issues_in(place / "clean")
     assert {issue: rows for issue, rows in found.items() if issue not in BY_MODEL} == {
         "exact-duplicates": [0, 40],

@@ -120,7 +120,7 @@ def test_a_heartbeat_is_written_at_most_once_per_interval(
     attempt.heartbeat()
     (soon,) = heartbeat.read_attempts(session).values()
     assert soon == before  # not with every row
-    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.0)
     attempt.heartbeat()
     (after,) = heartbeat.read_attempts(session).values()
     assert after.heartbeats > before.heartbeats

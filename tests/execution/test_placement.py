@@ -96,6 +96,19 @@ def test_a_layout_that_is_set_is_used(name: str) -> None:
     assert placement.reasons[0] == f"{name} layout, as set by scale.layout"
 
 
+@pytest.mark.parametrize("layout", ["auto", "gpu"])
+def test_a_job_without_stages_for_gpus_uses_cpus_and_the_log_gives_that_reason(layout: str) -> None:
+    nodes, scale = [Node(8, 2, "A100")], ScaleConfig.model_validate({"layout": layout})
+    placement = plan_placement(nodes, scale, use_gpus=False)
+    assert (placement.name, placement.workers, placement.worker_gpus) == ("cpu", 8, 0)
+    reason = "this job has no stage for GPUs: every stage in one worker per core"
+    assert placement.reasons[0] == reason
+    for known in (nodes, None):
+        assert compute_first_bundles(known, scale, 0, use_gpus=False) == [{"CPU": 1.0}]
+    plain = Node(8, 0)
+    assert select_nodes([plain, *nodes], scale, 0, 100, use_gpus=False) == [plain]
+
+
 def test_gpus_without_cpus_on_their_node_stay_idle_which_is_logged() -> None:
     """A GPU's worker needs its CPUs on the GPU's own node, whatever other nodes have."""
     placement = planned(Node(cpus=1, gpus=4), Node(cpus=64, gpus=0))

@@ -8,7 +8,7 @@ import pytest
 
 from imgcls.cluster.session import Node
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
-from imgcls.execution.replan import SETTLE_SECONDS, RunState, find_missing_nodes, find_replan_reason
+from imgcls.execution.replan import SETTLE_S, RunState, find_missing_nodes, find_replan_reason
 
 A, B, C = (Node(2, 0, id=name) for name in "abc")
 
@@ -34,9 +34,7 @@ def test_a_pass_goes_on_while_no_node_changes() -> None:
 
 def test_without_progress_for_too_long_it_is_replanned_though_no_node_is_lost() -> None:
     assert reason(idle_seconds=600.0) is None
-    assert (
-        reason(idle_seconds=600.0 + SETTLE_SECONDS + 1) == "no worker has made progress for 616 s"
-    )
+    assert reason(idle_seconds=600.0 + SETTLE_S + 1) == "no worker has made progress for 616 s"
 
 
 def test_while_others_make_progress_a_lost_node_is_no_reason() -> None:
@@ -45,7 +43,7 @@ def test_while_others_make_progress_a_lost_node_is_no_reason() -> None:
 
 @pytest.mark.parametrize("now", [(A,), ()])
 def test_without_progress_after_a_loss_it_is_replanned(now: tuple[Node, ...]) -> None:
-    found = reason(nodes_now=now, idle_seconds=SETTLE_SECONDS + 1)
+    found = reason(nodes_now=now, idle_seconds=SETTLE_S + 1)
     assert found == f"lost {2 - len(now)} of 2 nodes; no worker is making progress"
 
 
@@ -73,7 +71,7 @@ def test_a_node_that_replaces_a_lost_one_is_no_reason() -> None:
 
 
 def test_while_nodes_keep_joining_it_waits() -> None:
-    assert reason(nodes_now=(A, B, C), stable_seconds=SETTLE_SECONDS - 1) is None
+    assert reason(nodes_now=(A, B, C), stable_seconds=SETTLE_S - 1) is None
 
 
 def test_before_the_first_result_no_saving_is_known() -> None:

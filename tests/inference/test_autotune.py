@@ -11,7 +11,7 @@ import torch
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.execution.formatting import format_percent
+from imgcls.execution.formatting import format_share
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
 from imgcls.execution.worker import is_cpu_chunk
 from imgcls.inference import autotune
@@ -124,7 +124,7 @@ def test_decoding_is_split_so_that_neither_cpus_nor_gpus_wait() -> None:
     assert 0 < share < 1
     assert by_cpus == pytest.approx(by_gpus, rel=0.03)
     assert placement.name == "gpu_decode"
-    assert reason.endswith(f"{format_percent(share)} on CPUs")
+    assert reason.endswith(f"{format_share(share)} on CPUs")
 
 
 @pytest.mark.parametrize(("host", "name", "share"), [(1e5, "gpu", 1.0), (1, "gpu_decode", 0.0)])

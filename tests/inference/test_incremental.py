@@ -22,7 +22,7 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import SinceConfig, select_new_rows
+from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
 from imgcls.inference.known_images import take_rows
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, find_past_runs
 from imgcls.inference.predict import resolve_output
@@ -65,15 +65,20 @@ def asked(
     output: Path | None = None,
     **config: Any,
 ) -> list[str | None]:
-    found = select_new_rows(
+    folder = str(output or since / "tonight")
+    request = SinceRequest.resolve(
         manifest,
         SinceConfig(path=str(since), **config),
-        output=str(output or since / "tonight"),
+        output=folder,
         bundle_sha256=NEW,
         relabel=relabel,
         retry_failed=retry_failed,
+        exclude=folder,
     )
-    return [path for batch in found.batches() for path in batch.column("path").to_pylist()]
+    with ManifestComparison(request) as comparison:
+        comparison.log_summary()
+        batches = comparison.manifest.batches()
+        return [path for batch in batches for path in batch.column("path").to_pylist()]
 
 
 # ------------------------------------------------------------------ what is new
@@ -122,17 +127,20 @@ def test_the_fingerprint_is_of_the_manifest_and_of_what_is_known(tmp_path: Path)
     manifest = manifest_of(tmp_path, ["/a", "/b"])
 
     def fingerprint(**changes: Any) -> str:
-        given = {"output": "", "bundle_sha256": NEW, "relabel": False} | changes
-        return select_new_rows(
-            manifest, SinceConfig(path=str(tmp_path / "out")), **given
-        ).fingerprint()
+        given: dict[str, Any] = {"exclude": "", "relabel": False} | changes
+        since = SinceConfig(path=str(tmp_path / "out"))
+        request = SinceRequest.resolve(
+            manifest, since, output="", bundle_sha256=NEW, retry_failed=False, **given
+        )
+        with ManifestComparison(request) as comparison:
+            return comparison.manifest.fingerprint()
 
     first = fingerprint()
     assert first == fingerprint() != manifest.fingerprint()
     assert fingerprint(relabel=True) != first
     night(tmp_path / "out" / "2", ["/b"])
     assert fingerprint() != first
-    assert fingerprint(output=str(tmp_path / "out" / "2")) == first
+    assert fingerprint(exclude=str(tmp_path / "out" / "2")) == first
 
 
 def test_bad_requests_name_what_is_missing(tmp_path: Path) -> None:

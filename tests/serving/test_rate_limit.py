@@ -7,7 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcls.serving.rate_limit import BURST_SECONDS, PREFETCH_SECONDS, LocalAllowance, TokenBuckets
+from imgcls.serving.rate_limit import BURST_S, PREFETCH_S, LocalAllowance, TokenBuckets
 
 
 class Clock:
@@ -54,7 +54,7 @@ def test_replicas_together_never_let_more_through_than_the_rate(
         return buckets.take(name, per_second, needed, prefetch)
 
     allowances = [LocalAllowance(take, clock) for _ in range(4)]
-    burst = max(per_minute / 60 * BURST_SECONDS, 1.0)
+    burst = max(per_minute / 60 * BURST_S, 1.0)
     passed, largest = 0, 0
     for replica, images, seconds in requests:
         clock.now += seconds
@@ -86,7 +86,7 @@ def test_most_requests_need_no_call_to_the_coordinator() -> None:
         return waits
 
     assert set(asyncio.run(ask())) == {0}
-    assert calls <= 1000 * 0.01 / PREFETCH_SECONDS + 1
+    assert calls <= 1000 * 0.01 / PREFETCH_S + 1
 
 
 def test_a_rejected_request_passes_after_the_time_to_wait() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ import ray.train
 
 from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
+from imgcls.data import filesystem
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
 from imgcls.training.driver_channel import open_driver_channel
-from imgcls.training.ray_trainer import format_worker_failure
+from imgcls.training.ray_trainer import format_worker_failure, resolve_ray_storage
 from imgcls.training.trainer import TrainLoopResult
 from tests.processes import wait_for
 
@@ -38,7 +40,7 @@ def test_workers_that_are_alive_are_not_waited_for_and_lost_ones_only_until_the_
     local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_SECONDS", 0)
+    monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_S", 0)
     monkeypatch.setattr(ray_trainer, "time", clock)
     kind: Any = ray.remote(num_cpus=0)(Worker)
     worker = kind.remote()
@@ -80,3 +82,14 @@ def test_a_failure_that_the_workers_returned_ends_the_run_with_its_message() -> 
     liveness: Any = SimpleNamespace(check=lambda: None)
     with pytest.raises(RunFailed, match=r"^the features are NaN$"):
         ray_trainer._wait_for_result(run, None, liveness, Interruption())
+
+
+def test_ray_keeps_its_records_on_a_store_through_the_driver_of_the_store(tmp_path: Path) -> None:
+    path, file_system = resolve_ray_storage("memory://ray-records/run")
+    assert file_system is not None
+    file_system.create_dir(path)
+    with file_system.open_output_stream(f"{path}/record") as stream:
+        stream.write(b"state")
+    assert filesystem.read("memory://ray-records/run/record") == b"state"
+    filesystem.remove("memory://ray-records")
+    assert resolve_ray_storage(str(tmp_path)) == (str(tmp_path), None)

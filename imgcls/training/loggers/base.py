@@ -28,7 +28,7 @@ from imgcls.training.loggers.mlflow import MLflowLogger
 from imgcls.training.loggers.tensorboard import TensorBoardLogger
 from imgcls.training.loggers.wandb import WandbLogger
 
-RETRY_PAUSE_SECONDS = 60.0
+RETRY_PAUSE_S = 60.0
 """Pause after a failure of a logger, so that not every epoch waits for its timeout."""
 
 
@@ -241,7 +241,7 @@ class _LoggerQueue:
             self._handle_recovery()
 
     def _handle_failure(self, error: Exception, last: bool) -> None:
-        self._retry_at = time.monotonic() + RETRY_PAUSE_SECONDS
+        self._retry_at = time.monotonic() + RETRY_PAUSE_S
         if last:
             # state: a start that failed halfway may have created a run
             if (self._is_started or self.logger.state) and len(self._pending) > 1:
@@ -252,7 +252,7 @@ class _LoggerQueue:
         elif not self._is_failing:
             self._report(
                 f"logging failed ({one_line(error, 200)}); the training continues, and the next "
-                f"epoch after {RETRY_PAUSE_SECONDS:.0f} s retries it"
+                f"epoch after {RETRY_PAUSE_S:.0f} s retries it"
             )
         self._is_failing = True
 

@@ -27,7 +27,7 @@ MAX_PARAMS_PER_CALL = 100
 """MLflow's limit on the parameters of one call."""
 MAX_PARAM_LENGTH = 500
 """Characters of one parameter; longer values are cut."""
-SERVER_TIMEOUT_SECONDS = 10
+SERVER_TIMEOUT_S = 10
 """Timeout of one request; MLflow's default of 7 attempts of 120 s would block the driver."""
 _MAX_KEY_LENGTH = 250
 
@@ -170,7 +170,7 @@ def _short_timeouts() -> Iterator[None]:
     """Shorten MLflow's retries and timeouts, unless the environment already sets them."""
     timeouts = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_SECONDS),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_TIMEOUT_S),
     }
     with set_env_defaults(timeouts):
         yield

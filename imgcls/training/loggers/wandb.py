@@ -19,7 +19,7 @@ from imgcls.training.loggers.tensorboard import build_tag
 if TYPE_CHECKING:
     from imgcls.training.loggers.base import TrackConfig
 
-UPLOAD_TIMEOUT_SECONDS = 60.0
+UPLOAD_TIMEOUT_S = 60.0
 """Time to upload the rest of a run at its end; `wandb sync` can upload what is left then."""
 
 
@@ -78,7 +78,7 @@ class WandbLogger:
             settings=package.Settings(
                 console="off",
                 silent=True,
-                finish_timeout=UPLOAD_TIMEOUT_SECONDS,
+                finish_timeout=UPLOAD_TIMEOUT_S,
                 finish_timeout_raises=True,
             ),
         )

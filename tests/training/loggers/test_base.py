@@ -107,7 +107,7 @@ def test_a_failing_logger_is_reported_once_and_gets_the_missing_epochs_later(
     failing.broken = False
     loggers.log_epoch(4, values(4))
     assert len(failing.calls) == 1, "it must not be called again before the pause is over"
-    monkeypatch.setattr(base, "RETRY_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(base, "RETRY_PAUSE_S", 0.0)
     loggers.finish({})
     assert "reachable again" in capsys.readouterr().out
     assert failing.calls == other.calls

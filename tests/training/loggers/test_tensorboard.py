@@ -128,7 +128,7 @@ def test_event_files_reach_a_remote_folder_after_every_epoch(tmp_path: Path) -> 
 def test_a_failed_upload_is_repeated_without_duplicate_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(base, "RETRY_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(base, "RETRY_PAUSE_S", 0.0)
     output = f"memory://logged/{tmp_path.name}"
     write, fails = filesystem.write, [False]
 

@@ -1,0 +1,25 @@
+"""The table of stores, by the protocols of their URLs."""
+
+from __future__ import annotations
+
+from imgcls.data.azure import AzureStore
+from imgcls.data.gcs import GCSStore
+from imgcls.data.http import HttpStore
+from imgcls.data.s3 import S3Store
+from imgcls.data.store import Store
+
+STORES: dict[str, type[Store]] = {
+    protocol: kind
+    for kind in (S3Store, GCSStore, AzureStore, HttpStore)
+    for protocol in kind.protocols
+}
+"""Every other protocol is served by `Store` itself."""
+
+
+def find_store(url: str) -> type[Store]:
+    """The class of the store of a URL; also of a local path, which no subclass serves."""
+    return STORES.get(get_protocol(url), Store)
+
+
+def get_protocol(url: str) -> str:
+    return url.partition(":")[0]
