@@ -17,7 +17,7 @@ import pytest
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.s3_reader import S3Reader
+from imgcls.data.s3 import S3Reader
 from imgcls.errors import (
     ManifestError,
     StorageBucketMissing,
