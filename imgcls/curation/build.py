@@ -127,7 +127,7 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
     tables = []
     with scan_manifests(
         scan, output, [manifest], results=(MANIFEST_FILE,), ignored=(LISTING_FOLDER,)
-    ) as ([scanned], _):
+    ) as ([scanned], lease):
         for rows, features in scanned.read_tables():
             for name in added:
                 column = features.column(name)
@@ -137,6 +137,7 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
                 rows = rows.remove_column(index) if index >= 0 else rows
                 rows = rows.append_column(name, column)
             tables.append(rows)
+        lease.check()
         return _write_rows(
             filesystem.join(output, MANIFEST_FILE), manifest, pa.concat_tables(tables)
         )

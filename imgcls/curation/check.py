@@ -171,7 +171,7 @@ def _check(config: CheckConfig) -> CheckResult:
         lease,
     ):
         images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
-        _check_readable(images)
+        _check_readable(images, scanned)
         findings = [each for each in _find_issues(images, config) if len(each.indices)]
         lease.check()
         result = _write_results(output, clean, images, findings, config)
@@ -192,8 +192,11 @@ def _check_request(config: CheckConfig) -> None:
                 raise ConfigError(f"{key}: {issue} requires a model; pass --model BUNDLE")
 
 
-def _check_readable(images: ImageTable) -> None:
-    """Raise a ManifestError where no image of a manifest can be read, so no leak can be found."""
+def _check_readable(images: ImageTable, scanned: Sequence[ScannedManifest]) -> None:
+    """Raise a ManifestError where no image of a manifest can be read, so no leak can be found.
+
+    The manifest's scan is removed: the next run must read its images again.
+    """
     if len(images.manifests) == 1:
         return
     for number, name in enumerate(images.manifests):
@@ -201,6 +204,7 @@ def _check_readable(images: ImageTable) -> None:
         if not images.is_ok[indices].any():
             error = images.features.column("error")[int(indices[0])].as_py()
             key = "against" if number else "manifest"
+            filesystem.remove(scanned[number].output)
             raise ManifestError(
                 f"{key} {name}: none of its images can be read ({error}); check its paths"
             )

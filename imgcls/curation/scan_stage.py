@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data import decode
 from imgcls.data.decode import Pixels
@@ -92,7 +93,9 @@ def _scan_image(spec: ScanSpec, blob: FetchResult, embeddings: _EmbeddingBatcher
 
 
 class _EmbeddingBatcher:
-    """Computes the embeddings of a chunk's images in batches; None for each without a model.
+    """Computes the embeddings of a chunk's images in batches, scaled to length 1.
+
+    None for each without a model.
 
     None also for an image whose outputs are NaN or infinite.
     """
@@ -130,10 +133,10 @@ class _EmbeddingBatcher:
         assert self._classifier is not None
         output = self._classifier.classify(decode.stack_images(self._batch), embeddings=True)
         assert output.embedding is not None
+        # of length 1: checks use the direction only, and float16 overflows above 65,504
+        vectors = normalize_embeddings(output.embedding).astype(np.float16)
         self._vectors.extend(
             vector if finite else None
-            for vector, finite in zip(
-                output.embedding.astype(np.float16), output.is_finite, strict=True
-            )
+            for vector, finite in zip(vectors, output.is_finite, strict=True)
         )
         self._batch.clear()

@@ -14,6 +14,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,6 @@ class S3Reader:
     def __init__(self, fs: Any) -> None:
         self._fs = fs
         self._buckets: dict[str, _RequestTemplate | None] = {}
-        self._sent: dict[str, Any] = {}
         self._client: Any = None
 
     async def read(
@@ -167,7 +167,7 @@ class S3Reader:
                 return answer
         known = bucket in self._buckets
         if not known and client is not self._client:
-            client.meta.events.register("before-send.s3.GetObject", self._record_request)
+            client.meta.events.register("before-send.s3.GetObject", _record_request)
             self._client = client
         more = {"VersionId": version} if version else {}
         response = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, **more)
@@ -181,12 +181,8 @@ class S3Reader:
         if known:
             self._buckets[bucket] = None  # botocore got an object where the template did not
         elif bucket not in self._buckets:
-            self._buckets[bucket] = _build_template(self._sent, key)
-            self._sent.clear()
+            self._buckets[bucket] = _build_template(_sent.get(), key)
         return data, headers
-
-    def _record_request(self, request: Any, **_: Any) -> None:
-        self._sent[request.url] = request.headers
 
 
 async def _send_from_template(
@@ -257,19 +253,27 @@ async def _read_body(
         return body.join()
 
 
-def _build_template(sent: Mapping[str, Any], key: str) -> _RequestTemplate | None:
-    """Template of the requests that botocore sent; None when they hold more than a key needs."""
-    for url, headers in sent.items():
-        prefix = url.removesuffix(_quote_key(key))
-        if prefix == url or not prefix.endswith("/"):
-            continue
-        signed = {name.lower(): _to_text(value) for name, value in headers.items()}
-        plain = {name: value for name, value in signed.items() if name in _KEPT_HEADERS}
-        if "authorization" not in signed:
-            return _RequestTemplate(prefix, plain, None)
-        scope = _SCOPE.match(signed["authorization"])
-        return _RequestTemplate(prefix, plain, scope[1]) if scope else None
-    return None
+_sent: ContextVar[Any] = ContextVar("imgcls_s3_request", default=None)
+"""The last request that botocore sent in this task; other tasks send theirs at the same time."""
+
+
+def _record_request(request: Any, **_: Any) -> None:
+    _sent.set(request)
+
+
+def _build_template(sent: Any, key: str) -> _RequestTemplate | None:
+    """Template of a request that botocore sent; None when it holds more than a key needs."""
+    if sent is None:
+        return None
+    prefix = sent.url.removesuffix(_quote_key(key))
+    if prefix == sent.url or not prefix.endswith("/"):
+        return None
+    signed = {name.lower(): _to_text(value) for name, value in sent.headers.items()}
+    plain = {name: value for name, value in signed.items() if name in _KEPT_HEADERS}
+    if "authorization" not in signed:
+        return _RequestTemplate(prefix, plain, None)
+    scope = _SCOPE.match(signed["authorization"])
+    return _RequestTemplate(prefix, plain, scope[1]) if scope else None
 
 
 def _quote_key(key: str) -> str:

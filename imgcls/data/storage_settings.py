@@ -2,15 +2,15 @@
 
 `use_settings` applies settings to the code that runs within it, in this thread (a context
 variable), so that two jobs in two threads can use two stores. Threads, tasks and processes that a
-job starts do not inherit them: `bind_settings` and `create_thread_pool` pass them on. Only
-processes of one job (Ray workers, trials, Serve replicas) set them for the whole process.
+job starts do not inherit them: `bind_settings`, `bind_iterator` and `create_thread_pool` pass them
+on. Only processes of one job (Ray workers, trials, Serve replicas) set them for the whole process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -139,3 +139,12 @@ def create_thread_pool(threads: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         threads, thread_name_prefix=name, initializer=_current.set, initargs=(current_settings(),)
     )
+
+
+def bind_iterator(items: Iterable[T]) -> Iterator[T]:
+    """The same items; the current settings apply while each is made, in whichever thread.
+
+    For libraries such as DuckDB, which read their input in threads of their own.
+    """
+    end: Any = object()
+    return iter(bind_settings(next, iter(items), end), end)

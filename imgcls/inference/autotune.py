@@ -1,8 +1,7 @@
 """Autotuning of a long run: a worker benchmarks the settings left on automatic before it starts.
 
-The benchmark runs on a worker with the resources of those that will do the work; the tuned is
-arithmetic on its results. A short run would end before a benchmark pays: it takes the placement's
-defaults.
+The benchmark runs on a worker with the resources of the run's workers; the settings are computed
+from its results. A short run would end before a benchmark pays: it takes the placement's defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ImageError, StorageError
+from imgcls.errors import ImageError, StorageError, first_line
 from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.placement import Placement, ScaleConfig
 from imgcls.models.bundle import load_bundle
@@ -152,9 +151,18 @@ def tune_settings(
         return TunedSettings(placement.batch_size, always)
     images = build_input(rows // placement.workers)
     timeout = WaitTimeout(scale.resource_timeout_s)
-    result = run_benchmark(
-        spec, images, placement, interruption, lambda waited: timeout.check(waited, "a benchmark")
-    )
+    try:
+        result = run_benchmark(
+            spec,
+            images,
+            placement,
+            interruption,
+            lambda waited: timeout.check(waited, "a benchmark"),
+        )
+    except ray.exceptions.WorkerCrashedError as error:
+        # by an image, for example: in the run, only its row has an error
+        log.emit("note", f"not benchmarked, the worker crashed: {first_line(error)}")
+        return TunedSettings(placement.batch_size, always)
     tuned, reasons = choose_settings(result, images.rows)
     tuned = replace(tuned, compile=tuned.compile or always)
     if spec.decode:
@@ -227,9 +235,14 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
     plain = Classifier(bundle, precision=precision)
     forward = {}
     for size in spec.batch_sizes:
-        if plain.device.type == "cuda":
-            plain = Classifier(bundle, precision=precision, batch_size=size)
-        forward[size] = rate(plain, size)
+        try:
+            if plain.device.type == "cuda":
+                plain = Classifier(bundle, precision=precision, batch_size=size)
+            forward[size] = rate(plain, size)
+        except torch.OutOfMemoryError:
+            if not forward:
+                raise
+            break  # smaller batches fit
     best = choose_batch_size(forward)
     result = BenchmarkResult(forward)
     if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:

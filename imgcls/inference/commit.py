@@ -128,35 +128,36 @@ class ErrorLimits:
     is_incremental: bool
 
 
-def check_errors(
-    run: Mapping[str, Any],
-    output: str,
-    plan: Plan,
-    counts: PredictionCounts,
-    path_column: str,
-    limits: ErrorLimits,
-) -> None:
-    """Raise TooManyErrors when too many rows failed, and store the refusal in `_run.json`.
+@contextlib.contextmanager
+def store_refusal(run: Mapping[str, Any], output: str) -> Iterator[None]:
+    """Store in `_run.json` that a quality gate within the block refused the run.
 
     run: the content of `_run.json`; an earlier refusal in it is removed when the run passes
     """
-    max_errors = limits.max_errors
-    if max_errors is None:
-        max_errors = DEFAULT_MAX_ERRORS if limits.is_incremental else 0
     try:
-        check_error_rates(
-            output,
-            counts,
-            limits.max_error_rate,
-            limits.max_error_rates,
-            max_errors=max_errors,
-            repeated=count_repeated_failures(output, plan, path_column),
-        )
+        yield
     except TooManyErrors as error:
         layout.write_run(output, {**run, "refused": str(error)})
         raise
     if "refused" in run:
         layout.write_run(output, {name: run[name] for name in run if name != "refused"})
+
+
+def check_errors(
+    output: str, plan: Plan, counts: PredictionCounts, path_column: str, limits: ErrorLimits
+) -> None:
+    """Raise TooManyErrors when too many rows failed."""
+    max_errors = limits.max_errors
+    if max_errors is None:
+        max_errors = DEFAULT_MAX_ERRORS if limits.is_incremental else 0
+    check_error_rates(
+        output,
+        counts,
+        limits.max_error_rate,
+        limits.max_error_rates,
+        max_errors=max_errors,
+        repeated=count_repeated_failures(output, plan, path_column),
+    )
 
 
 def check_error_rates(

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.data.storage_settings import bind_iterator
 from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout
@@ -236,7 +237,8 @@ class KnownImages:
                 failed.append(error)
                 raise
 
-        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, watched()))
+        incoming = bind_iterator(watched())  # DuckDB reads it in its own threads
+        self.db.register("incoming", pa.RecordBatchReader.from_batches(schema, incoming))
         try:
             self.db.execute(f"INSERT INTO {table} BY NAME SELECT {columns} FROM incoming")
         except Exception:

@@ -454,9 +454,10 @@ class _PredictRun:
             config.max_errors,
             is_incremental=config.since is not None,
         )
-        commit.check_errors(run, output, plan, counts, path_column, limits)
-        if self.reference is not None:
-            commit.check_drift(output, counts, self.reference, config.max_psi)
+        with commit.store_refusal(run, output):
+            commit.check_errors(output, plan, counts, path_column, limits)
+            if self.reference is not None:
+                commit.check_drift(output, counts, self.reference, config.max_psi)
         for folder in (layout.PREDICTIONS_FOLDER, layout.METRICS_FOLDER, ""):
             filesystem.remove_temporary_files(filesystem.join(output, folder))
         lease.check()

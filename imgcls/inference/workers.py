@@ -105,7 +105,9 @@ def prepare_chunk(
     from imgcls.inference import stages
 
     if not decode:
-        files = _fetch_files(stages.fetch_images(spec, rows), attempt)
+        for row in attempt.iter_suspect_rows(rows.num_rows):
+            list(stages.fetch_images(spec, rows.slice(row, 1)))
+        files = _fetch_files(stages.fetch_images(spec, rows, attempt.crashed_rows), attempt)
         if files is not None:
             return files
     import torch

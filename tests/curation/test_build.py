@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,9 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls import config as configuration
-from imgcls.curation.build import ManifestBuildConfig, _check_columns, build_manifest
+from imgcls.curation import build
+from imgcls.curation.build import (
+    CONTENT_COLUMNS,
+    ManifestBuildConfig,
+    _check_columns,
+    build_manifest,
+)
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ConfigError, ManifestError, OutputError
+from imgcls.errors import ConfigError, ManifestError, OutputError, RunFailed
 from tests.conftest import write_manifest
 from tests.curation.pictures import jpeg, picture
 
@@ -65,3 +73,26 @@ def test_overwrite_does_not_remove_the_source(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"would remove .*manifest\.parquet"):
         build_from(source=str(tmp_path), output=str(tmp_path), contents=True, overwrite=True)
     assert source.exists()
+
+
+def test_a_driver_that_lost_its_lease_writes_no_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost:
+        def check(self) -> None:
+            raise RunFailed("the lease on the output was lost")
+
+    class Scanned:
+        def read_tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
+            features = {name: ["ok"] for name in CONTENT_COLUMNS}
+            yield pa.table({"path": ["a.jpg"]}), pa.table(features)
+
+    @contextlib.contextmanager
+    def scan(*_: object, **__: object) -> Iterator[tuple[list[Scanned], Lost]]:
+        yield [Scanned()], Lost()
+
+    monkeypatch.setattr(build, "scan_manifests", scan)
+    write_manifest(tmp_path / "t.csv", [("a.jpg",)], ("path",))
+    with pytest.raises(RunFailed, match="lease"):
+        build_from(source=str(tmp_path / "t.csv"), output=str(tmp_path / "out"), contents=True)
+    assert not (tmp_path / "out" / "manifest.parquet").exists()

@@ -9,10 +9,20 @@ import pyarrow as pa
 import pytest
 
 from imgcls import config as configuration
-from imgcls.curation.check import CheckConfig, CheckResult, _open_manifests, check, find_dropped
+from imgcls.curation.check import (
+    CheckConfig,
+    CheckResult,
+    _check_readable,
+    _open_manifests,
+    check,
+    find_dropped,
+)
 from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, Issue, build_issue_table
 from imgcls.curation.checks.report import build_section
-from imgcls.errors import ConfigError, OutputError
+from imgcls.curation.scan import ScannedManifest
+from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.errors import ConfigError, ManifestError, OutputError
+from imgcls.execution.plan import Plan
 from imgcls.runs.layout import write_table
 from tests.conftest import write_manifest
 from tests.curation.pictures import images_of, jpeg, picture
@@ -69,6 +79,23 @@ def test_another_manifest_may_have_another_label_column(tmp_path: Path) -> None:
         "label",
         "species",
     ]
+
+
+def test_a_manifest_without_a_readable_image_is_scanned_again_by_the_next_run(
+    tmp_path: Path,
+) -> None:
+    images = images_of(
+        tmp_path, [("a.jpg", jpeg(picture(0)), None)], [("b.jpg", b"no image", None)]
+    )
+    scanned = []
+    for number in range(2):
+        output = tmp_path / "_looks" / str(number)
+        output.mkdir(parents=True)
+        manifest = open_manifest(ManifestConfig(path=str(tmp_path / f"m{number}.csv")))
+        scanned.append(ScannedManifest(str(output), manifest, Plan("run", 1, 1, 1)))
+    with pytest.raises(ManifestError, match=r"against .*m1\.csv: none of its images can be read"):
+        _check_readable(images, scanned)
+    assert [Path(each.output).exists() for each in scanned] == [True, False]
 
 
 @pytest.mark.parametrize("drop", [["tiny", "near-duplicates"], ["near-duplicates", "tiny"]])

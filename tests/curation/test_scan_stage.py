@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from imgcls.curation.scan_stage import scan_chunk, scan_schema
+from imgcls.curation.scan_stage import _EmbeddingBatcher, scan_chunk, scan_schema
 from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data.image_features import ImageFeatures
+from imgcls.data.preprocess import Preprocess
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, StageTimings
-from imgcls.models.classifier import Classifier
+from imgcls.models.classifier import Classifier, Scores
 from tests.conftest import draw
+from tests.curation.pictures import jpeg, picture
 from tests.execution.runs import manifest_of, plan_at
 
 
@@ -45,6 +49,28 @@ def test_an_image_without_a_finite_embedding_is_an_error(
     assert [row["status"] for row in rows] == ["ok", "not_finite", "missing", "ok"]
     assert [row["embedding"] is None for row in rows] == [False, True, True, False]
     assert "outputs NaN or infinity for this image in fp32" in rows[1]["error"]
+
+
+class LargeEmbeddings:
+    """A classifier whose embeddings are finite, but too large for float16."""
+
+    preprocess = Preprocess()
+
+    def classify(self, batch: Any, *, embeddings: bool) -> Scores:
+        assert embeddings
+        assert len(batch) == 2
+        vectors = np.array([[0, 6e8, 8e8], [0, 0, -5]], np.float32)
+        return Scores(np.ones((2, 1), np.float32), vectors)
+
+
+def test_a_large_embedding_keeps_its_direction() -> None:
+    classifier: Any = LargeEmbeddings()
+    batcher = _EmbeddingBatcher(classifier, 2)
+    for number in range(2):
+        batcher.add(jpeg(picture(number)), 10**8)
+    first, second = batcher.finish()
+    np.testing.assert_allclose(first, [0, 0.6, 0.8], rtol=1e-3)
+    np.testing.assert_array_equal(second, [0, 0, -1])
 
 
 def test_features_and_columns_have_the_same_names() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +17,7 @@ import pytest
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.s3 import S3Reader
 from imgcls.errors import (
     ManifestError,
     StorageBucketMissing,
@@ -268,3 +272,51 @@ def test_a_manifest_may_lie_on_a_store_in_any_form(s3: Any) -> None:
 def test_the_endpoint_of_the_environment_is_used(s3: Any, endpoint: str) -> None:
     filesystem.write(url("x"), b"")
     assert urlsplit(s3.meta.endpoint_url).port == urlsplit(endpoint).port
+
+
+class SlowStore:
+    """A file system of S3 whose objects named slow/... arrive after all others are sent."""
+
+    def __init__(self) -> None:
+        self.meta = self.events = self
+        self.others_are_read = asyncio.Event()
+
+    def register(self, event: str, handler: Callable[..., None]) -> None:
+        self.handler = handler
+
+    async def set_session(self) -> None:
+        pass
+
+    async def get_s3(self, bucket: str) -> SlowStore:
+        return self
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, _, key = path.partition("/")
+        return bucket, key, None
+
+    async def _call_s3(self, method: str, *, Bucket: str, Key: str) -> dict[str, Any]:
+        self.handler(request=SimpleNamespace(url=f"http://store/{Bucket}/{Key}", headers={}))
+        if Key.startswith("slow/"):
+            await self.others_are_read.wait()
+        answer = SimpleNamespace(read=self._read, close=lambda: None)
+        body = contextlib.nullcontext(SimpleNamespace(raw_stream=answer))
+        return {"ResponseMetadata": {"HTTPHeaders": {"content-length": "1"}}, "Body": body}
+
+    async def _read(self) -> bytes:
+        return b"x"
+
+
+async def read_at_once(store: SlowStore, reader: S3Reader) -> None:
+    slow = [asyncio.ensure_future(reader.read(path, set())) for path in ("b/slow/1", "c/slow/1")]
+    await asyncio.sleep(0)
+    await asyncio.gather(*(reader.read(path, set()) for path in ("b/1", "c/1")))
+    store.others_are_read.set()
+    await asyncio.gather(*slow)
+
+
+def test_a_template_is_made_of_the_request_for_the_same_object() -> None:
+    store = SlowStore()
+    reader = S3Reader(store)
+    asyncio.run(read_at_once(store, reader))
+    prefixes = {bucket: each and each.url_prefix for bucket, each in reader._buckets.items()}
+    assert prefixes == {"b": "http://store/b/", "c": "http://store/c/"}

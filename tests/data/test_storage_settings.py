@@ -93,6 +93,15 @@ def test_settings_end_with_their_block_and_travel_with_a_bound_function(
     assert storage_settings.current_settings() == before
 
 
+def test_settings_apply_to_an_iterator_that_another_thread_reads() -> None:
+    with use_settings(StorageConfig(region="eu-north-1")):
+        items = storage_settings.bind_iterator(region() for _ in range(3))
+        assert next(items) == "eu-north-1"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(list, items).result() == ["eu-north-1"] * 2
+    assert region() is None
+
+
 def region() -> str | None:
     return storage_settings.current_settings().region
 

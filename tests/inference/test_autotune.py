@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from imgcls.cluster.interrupts import Interruption
@@ -112,6 +113,39 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
     tuned, reasons = autotune.choose_settings(result, LONG)
     assert tuned == TunedSettings(8, False)
     assert reasons[1] == "not compiled: No working C++ compiler found"
+
+
+def test_a_batch_that_exceeds_the_memory_is_not_chosen(
+    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([10.0, 9.0])
+
+    def measure(work: object) -> float:
+        for rate in rates:
+            return rate
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(autotune, "_measure_rate", measure)
+    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
+    result = autotune.measure_rates(BenchmarkSpec((8, 16, 32), False, False), images, 1)
+    assert result.forward == {8: 80.0, 16: 144.0}
+    with pytest.raises(torch.OutOfMemoryError):  # not even the smallest fits
+        autotune.measure_rates(BenchmarkSpec((8,), False, False), images, 1)
+
+
+def test_an_image_that_crashes_the_benchmark_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crash(*_: object) -> BenchmarkResult:
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(autotune, "run_benchmark", crash)
+    images = BenchmarkInput("bundle", "fast", "fp32", LONG, (), StorageConfig())
+    tuned = autotune.tune_settings(
+        None, ScaleConfig(), "always", GPUS, LONG, lambda _: images, Interruption()
+    )
+    assert tuned == TunedSettings(128, True)
+    assert tuned.apply_to(GPUS) == GPUS
 
 
 def test_decoding_is_split_so_that_neither_cpus_nor_gpus_wait() -> None:

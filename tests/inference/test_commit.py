@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import OutputError, RunFailed, TooManyErrors
-from imgcls.inference.commit import ErrorStatus, check_drift, check_error_rates, report_exit
+from imgcls.inference.commit import (
+    ErrorStatus,
+    check_drift,
+    check_error_rates,
+    report_exit,
+    store_refusal,
+)
+from imgcls.inference.status import read_status
 from imgcls.metrics import PredictionCounts
+from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -95,6 +104,29 @@ def test_drift_is_written_and_logged_and_may_stop_a_run(
         check_drift(str(tmp_path / "out"), dull, reference, 0.05)
     table = pq.read_table(tmp_path / "out" / "metrics" / "drift.parquet")
     assert table["of"].to_pylist() == ["predicted_label", "confidence"]
+
+
+def test_a_run_that_drift_refuses_is_refused_until_it_passes(tmp_path: Path) -> None:
+    reference = open_run(str(commit(tmp_path / "then", drawn(3000, 1))))
+    output = str(commit(tmp_path / "now", drawn(3000, 2)))
+    (tmp_path / "now" / "_SUCCESS").unlink()
+    counts = PredictionCounts.from_table(
+        drawn(3000, 2, sharpness=0), label_column=None, classes=CLASSES
+    )
+
+    def load() -> dict[str, Any]:
+        run = layout.load_run(output)
+        assert run is not None
+        return run
+
+    before = load()
+    with pytest.raises(TooManyErrors) as caught, store_refusal(before, output):
+        check_drift(output, counts, reference, 0.05)
+    assert load() == before | {"refused": str(caught.value)}
+    assert read_status(output)["state"] == "refused"
+    with store_refusal(load(), output):
+        check_drift(output, counts, reference, None)
+    assert load() == before
 
 
 def test_the_summary_is_written_however_a_run_ends(tmp_path: Path) -> None:

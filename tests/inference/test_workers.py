@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.execution.heartbeat import Attempt
+from imgcls.errors import CrashingImage, StorageError
+from imgcls.execution.completed import read_chunk_rows
+from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
 from imgcls.execution.worker import run_first_stage, unpickle_cell
 from imgcls.inference import workers
@@ -62,3 +66,32 @@ def test_crashes_in_both_stages_are_counted_in_the_result(
     result: ChunkResult = unpickle_cell(pa.table(finished), "result")
     assert (result.rows, result.status, result.crashes) == (4, {"ok": 4}, 3)
     assert result.details == {"precision": "fp32"}
+
+
+def test_a_file_that_crashes_the_process_that_fetches_it_is_a_crashed_row(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
+    plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
+    spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
+    spec = replace(spec, session="fetching")
+    bad = manifest.resolve(read_chunk_rows(spec, ChunkTask(0)).column("path")[2].as_py())
+    read = filesystem.read_ahead
+
+    def crash(urls: Iterable[str | None], *limits: int) -> Iterator[bytes | StorageError]:
+        for url in urls:
+            if url == bad:
+                raise KilledError
+            yield from read([url], *limits)
+
+    monkeypatch.setattr(filesystem, "read_ahead", crash)
+    for _ in range(spec.crash_retries + 1 + CRASHES_TO_CONFIRM):
+        with pytest.raises(KilledError):
+            run_prepare(spec, 0.0)
+    files = unpickle_cell(run_prepare(spec, 0.0), "prepared").data
+    assert [type(file) for file in files] == [bytes, bytes, CrashingImage, bytes]
+
+
+class KilledError(Exception):
+    """The process ends here."""

@@ -29,7 +29,7 @@ class ImageTable:
     path:           absolute paths, as large strings; null where the manifest has none
     label:          (N,) int64, index into `classes`; -1 without a label
     features:       N rows with the columns of FEATURE_FIELDS, `status`, `error` and `bytes`
-    embedding:      (N, E) float16, NaN without an image; None without a model
+    embedding:      (N, E) float16, of length 1; NaN without an image, None without a model
     """
 
     manifests: Sequence[str]
