@@ -21,13 +21,12 @@ from imgcls.execution.heartbeat import (
     Attempt,
     Watchdog,
 )
-from tests.processes import RayCluster, wait_for
+from tests.processes import wait_for
 
 
 @pytest.fixture(scope="module")
-def session(cluster: RayCluster) -> Iterator[str]:
-    with cluster.joined():
-        yield "a-session"
+def session(joined: None) -> str:
+    return "a-session"
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,19 +35,15 @@ from imgcls.execution.worker import ChunkWorker, Job
 from imgcls.inference.workers import LABELING
 from imgcls.runs.lease import Lease
 from tests.execution.runs import manifest_of, plan_at, spec_of
-from tests.processes import RayCluster, wait_for
+from tests.processes import wait_for
+
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 @pytest.fixture(autouse=True)
-def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def growing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The session is one that nodes may join, whatever earlier tests have started."""
     monkeypatch.setattr(session._Session, "private", False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cores(cluster: RayCluster) -> Iterator[None]:
-    with cluster.joined():
-        yield
 
 
 def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(

@@ -22,13 +22,8 @@ from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
 from tests.execution.runs import plan_at, spec_of
-from tests.processes import RayCluster
 
-
-@pytest.fixture(scope="module", autouse=True)
-def joined(cluster: RayCluster) -> Iterator[None]:
-    with cluster.joined():
-        yield
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 @pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])

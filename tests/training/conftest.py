@@ -40,7 +40,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 
 
 @pytest.fixture(scope="package")
-def local_ray(cluster: RayCluster) -> Iterator[None]:
+def joined(cluster: RayCluster) -> Iterator[None]:
     """This process is a driver of the test cluster, which has two logical CPUs."""
     with cluster.joined():
         yield

@@ -114,7 +114,7 @@ def play(config: dict[str, Any]) -> list[list[Decisions]] | None:
 
 
 @pytest.fixture(scope="module")
-def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Decisions]]:
+def played(joined: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Decisions]]:
     """The decisions of each of two workers at each step of every scene."""
     remote: Any = ray.remote(num_cpus=0)(DriverChannel)
     silent, stopped, lost = [remote.remote() for _ in range(3)]
