@@ -192,6 +192,13 @@ def cluster(endpoint: str) -> Iterator[RayCluster]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def joined(cluster: RayCluster) -> Iterator[None]:
+    """This process is a driver of the test cluster."""
+    with cluster.joined():
+        yield
+
+
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """Where an S3 store answers."""

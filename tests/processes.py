@@ -7,6 +7,7 @@ no Ray session behind and touches no other.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from imgcls import cli
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
@@ -51,7 +54,7 @@ class RayCluster:
         command = [
             str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
             f"--port={port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}",
-            f"--include-dashboard={'true' if dashboard else 'false'}",
+            f"--include-dashboard={'true' if dashboard else 'false'}", "--no-monitor",
             f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000",
         ]  # fmt: skip
         process = subprocess.Popen(
@@ -72,6 +75,20 @@ class RayCluster:
 
     def environment(self) -> dict[str, str]:
         return {"RAY_ADDRESS": self.address}
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Within the block, this process is a driver of the cluster; `run_here` works on it.
+
+        Its workers serve all jobs of the block: they import torch once, not once per command.
+        """
+        import ray
+
+        ray.init(self.address, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Processes of this cluster whose title has `name` in it."""
@@ -162,6 +179,14 @@ def imgcls(
     with started(*arguments, env=env, cwd=cwd) as process:
         out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run an `imgcls` command in this process to its end."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @contextlib.contextmanager

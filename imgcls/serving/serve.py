@@ -12,10 +12,13 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
+import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imgcls import log
 from imgcls.cluster import autoscaler, ray_internals, session
@@ -264,8 +267,8 @@ def _start_proxies(config: ServeConfig) -> None:
             f"http: Ray Serve already listens on {current[0]}:{current[1]} on this cluster. Pass "
             f"--http.host {current[0]} --http.port {current[1]}, or stop it with `serve shutdown`"
         )
-    if current is None and session.is_private_session():
-        _check_port_free(config.http)
+    if current is None:
+        _check_ports_free(config.http)
     ray_serve.start(
         proxy_location=ProxyLocation.EveryNode,
         http_options=HTTPOptions(
@@ -278,17 +281,40 @@ def _start_proxies(config: ServeConfig) -> None:
     )
 
 
-def _check_port_free(http: HttpConfig) -> None:
+def _check_ports_free(http: HttpConfig) -> None:
+    """Check on every node that nothing listens on the address of the proxies.
+
+    A proxy of Ray Serve shares its port with any other one on the machine (SO_REUSEPORT): each
+    would get a part of the other's requests.
+    """
+    if session.is_private_session():
+        failures = {"": _find_bind_error(http)}
+    else:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        probes: list[Any] = []
+        for node in nodes:
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            probe: Any = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_find_bind_error)
+            probes.append(probe.remote(http))
+        places = [f" on node {node['NodeManagerAddress']}" for node in nodes]
+        failures = dict(zip(places, ray.get(probes), strict=True))
+    for place, error in failures.items():
+        if error is not None:
+            raise RequestError(
+                f"http.port {http.port}{place}: {error}. Pass another --http.port or --http.host"
+            )
+
+
+def _find_bind_error(http: HttpConfig) -> str | None:
+    """Why this machine cannot listen on the address; None if it can."""
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((http.host, http.port))
         except OSError as error:
-            raise RequestError(
-                f"http.port {http.port}: {error.strerror or error}. Pass another --http.port or "
-                "--http.host"
-            ) from error
+            return error.strerror or str(error)
+    return None
 
 
 def _wait_for_replicas(settings_id: str, interruption: Interruption) -> None:

@@ -189,18 +189,18 @@ def _set_dropout(network: nn.Module, rate: float) -> None:
 
 
 def check_can_train(network: nn.Module, preprocess: Preprocess, rows: int) -> None:
-    """Check that the network accepts the shapes of a training step, without computing it.
+    """Check that the network accepts the shapes of a training step.
 
     rows: minimum number of images of a worker in a part of a step
     Raises BundleError when the network cannot process images of this size, or so few of them.
     """
-    shapes = {
-        name: torch.empty_like(value, device="meta")
-        for name, value in (*network.named_parameters(), *network.named_buffers())
-    }
-    images = torch.zeros(rows, 3, preprocess.crop, preprocess.crop, device="meta")
+    # A network that takes two images takes more: batch normalization refuses one value per channel.
+    # On the meta device, torch would load its compiler for this, which takes a second.
+    images = torch.zeros(min(rows, 2), 3, preprocess.crop, preprocess.crop)
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
     try:
-        torch.func.functional_call(network.train(), shapes, images)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.func.functional_call(network.train(), buffers, images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise BundleError(
             f"the network cannot train on {rows} images of {preprocess.crop}x{preprocess.crop} "

@@ -56,13 +56,6 @@ def refuse(batch: Any) -> Any:
     raise StorageCredentials("s3://b/x: access is refused") from KeyError("x")
 
 
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A port that accepts connections and never answers."""
@@ -113,7 +106,7 @@ def test_a_name_without_an_address_is_no_cluster() -> None:
         check_reachable("no-such-host.invalid:6379")
 
 
-def test_a_cluster_that_is_there_is_reached(ray_session: None) -> None:
+def test_a_cluster_that_is_there_is_reached(joined: None) -> None:
     check_reachable(ray.get_runtime_context().gcs_address)
 
 
@@ -130,7 +123,7 @@ def test_a_command_ends_when_its_cluster_is_gone(
     assert not (tmp_path / "out" / "_run.json").exists()
 
 
-def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: None) -> None:
+def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(joined: None) -> None:
     task: Any = ray.remote(max_retries=0)(refuse)
     with (
         pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),
@@ -146,7 +139,7 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(ray_session: No
 
 
 def test_a_worker_keeps_what_a_batch_frees_for_the_next(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch
+    joined: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task: Any = ray.remote(faults_of_a_batch)
     kept = ray.get(task.options(runtime_env=build_malloc_env()).remote())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,13 @@ import torch
 from imgcls.models import zoo
 from tests.conftest import COLORS, draw
 from tests.processes import REPOSITORY, RayCluster, imgcls
+
+
+@pytest.fixture(scope="package")
+def joined(cluster: RayCluster) -> Iterator[None]:
+    """This process is a driver of the test cluster, for commands by `run_here`."""
+    with cluster.joined():
+        yield
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from imgcls.models import zoo as networks
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import copied, draw
 from tests.e2e.outputs import assert_exactly_once, parquet, success
-from tests.processes import REPOSITORY, RayCluster, imgcls
+from tests.processes import REPOSITORY, run_here
 from tests.s3 import REAL
 
 LONGEST = {True: "a" * 251, False: "a" * 150}
@@ -234,7 +234,7 @@ def scores(row: dict[str, object]) -> dict[str, float]:
 
 
 def test_everything_that_folders_hold_is_a_row_with_its_reason_or_its_answer(
-    cluster: RayCluster, sharp_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    joined: None, sharp_bundle: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zoo = Zoo(place / "zoo")
     zoo.folder.mkdir()
@@ -249,10 +249,9 @@ def test_everything_that_folders_hold_is_a_row_with_its_reason_or_its_answer(
         pq.write_table(pa.table({"path": [path for path, _ in zoo.rows]}), stream)
     output = place / "out"
     bundle = copied(sharp_bundle, place / "bundle")
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", zoo.folder / "m.parquet", "--model", bundle),
         *("--output", output, "--precision", "fp32", "--max-error-rate", 0.9, "--top-k", 3),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     rows = assert_exactly_once(output, len(zoo.rows)).to_pylist()
@@ -291,7 +290,7 @@ DIRTY = {
 
 
 def test_the_committed_dirty_manifest_shows_every_status_it_promises(
-    cluster: RayCluster, digit_bundle: Path, place: Path
+    joined: None, digit_bundle: Path, place: Path
 ) -> None:
     manifest = copied(REPOSITORY / "manifests", place / "manifests") / "dirty.csv"
     with manifest.open(newline="", encoding="utf-8") as stream:
@@ -299,10 +298,9 @@ def test_the_committed_dirty_manifest_shows_every_status_it_promises(
     assert set(DIRTY) < set(notes)
     output = place / "out"
     bundle = copied(digit_bundle, place / "bundle")
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
         *("--max-error-rate", 0.5),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     assert "1 label not among the classes of the model ('one')" in done.stdout

@@ -19,7 +19,7 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from tests.browser import opened
 from tests.conftest import save, write_manifest
 from tests.curation.pictures import picture
-from tests.processes import RayCluster, imgcls, started, wait_for
+from tests.processes import RayCluster, imgcls, run_here, started, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -153,12 +153,10 @@ def issues_in_all(output: Path, issue: str) -> int:
     return json.loads((output / "summary.json").read_text())["issues"][issue]
 
 
-def test_a_data_set_is_described_in_numbers_and_pictures(
-    tmp_path: Path, cluster: RayCluster
-) -> None:
+def test_a_data_set_is_described_in_numbers_and_pictures(tmp_path: Path, joined: None) -> None:
     train, _ = data_set(tmp_path)
     output = tmp_path / "stats"
-    done = imgcls("manifest", "stats", train, "--output", output, env=cluster.environment())
+    done = run_here("manifest", "stats", train, "--output", output)
     assert done.returncode == 0, done.stderr
     stats = json.loads((output / "stats.json").read_text())
     assert stats["status"] == {"ok": 43, "truncated": 1}
@@ -173,13 +171,12 @@ def test_a_data_set_is_described_in_numbers_and_pictures(
 
 
 @ON_S3
-def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayCluster) -> None:
+def test_a_manifest_is_built_with_what_its_images_are(place: Path, joined: None) -> None:
     data_set(place)
     output = place / "built"
-    done = imgcls(
+    done = run_here(
         *("manifest", "build", place / "images", "--output", output),
         *("--contents", "--perceptual"),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     with (output / "manifest.parquet").open("rb") as stream:
@@ -192,9 +189,7 @@ def test_a_manifest_is_built_with_what_its_images_are(place: Path, cluster: RayC
     assert (rows["cut.jpg"]["status"], rows["cut.jpg"]["width"]) == ("truncated", None)
     assert len(rows["0.jpg"]["hash"]) == 64
     assert sorted(path.name for path in output.iterdir()) == ["manifest.parquet"]
-    done = imgcls(
-        "manifest", "split", output, "--output", place / "split", env=cluster.environment()
-    )
+    done = run_here("manifest", "split", output, "--output", place / "split")
     assert done.returncode == 0, done.stderr
 
 
@@ -202,7 +197,7 @@ def test_a_table_in_another_shape_becomes_a_manifest(tmp_path: Path) -> None:
     rows = [("a.jpg", "cat", "x"), ("b.jpg", "dog", "y")]
     table = write_manifest(tmp_path / "t.csv", rows, ("file", "species", "site"))
     output = tmp_path / "out"
-    done = imgcls(
+    done = run_here(
         *("manifest", "build", table, "--path-column", "file", "--label-column", "species"),
         *("--output", output),
     )

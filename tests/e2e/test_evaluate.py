@@ -16,26 +16,25 @@ from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
 from imgcls.models.bundle import load_bundle
 from tests.conftest import COLORS, write_manifest
 from tests.e2e.outputs import assert_exactly_once, parquet, success, table
-from tests.processes import RayCluster, imgcls
+from tests.processes import run_here
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_run_is_evaluated_calibrated_compared_and_evaluated_with_joined_labels(
-    cluster: RayCluster, place: Path, placed_bundle: Path, colors: Callable[..., Path]
+    joined: None, place: Path, placed_bundle: Path, colors: Callable[..., Path]
 ) -> None:
     manifest = colors(60, place)
     (place / "images" / "00007.jpg").unlink()
     output = place / "out"
-    done = imgcls(
+    done = run_here(
         *("evaluate", "--manifest", manifest, "--model", placed_bundle, "--output", output),
         *("--slice-by", "camera", "--max-error-rate", "0.05"),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     check_metrics(done.stdout, output)
-    check_calibration(manifest, output, placed_bundle, place, cluster)
+    check_calibration(manifest, output, placed_bundle, place)
     check_joined_labels(output, place)
 
 
@@ -56,12 +55,10 @@ def check_metrics(printed: str, output: Path) -> None:
         assert lines.count(name) == 1, (name, printed)
 
 
-def check_calibration(
-    manifest: Path, output: Path, bundle: Path, place: Path, cluster: RayCluster
-) -> None:
+def check_calibration(manifest: Path, output: Path, bundle: Path, place: Path) -> None:
     """The chosen threshold is the one that prediction applies; accuracy stays the same."""
     calibrated = place / "calibrated"
-    done = imgcls(
+    done = run_here(
         *("calibrate", "--model", bundle, "--predictions", output),
         *("--output", calibrated, "--target-precision", 0.3),
     )
@@ -69,16 +66,15 @@ def check_calibration(
     made = load_bundle(str(calibrated)).spec
     assert made.temperature != 1.0
     again = place / "again"
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", manifest, "--model", calibrated, "--output", again),
         *("--max-error-rate", "0.05"),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     for row in table(again).to_pylist():
         confident = row["confidence"] is not None and row["confidence"] >= made.threshold
         assert row["accepted"] == confident
-    same = imgcls("compare", output, again, "--fail-if-worse", "0.5pt")
+    same = run_here("compare", output, again, "--fail-if-worse", "0.5pt")
     assert same.returncode == 0, same.stderr
     assert "no significant difference" in same.stdout
 

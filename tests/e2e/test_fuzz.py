@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import draw
 from tests.e2e.outputs import assert_exactly_once
-from tests.processes import RayCluster, imgcls
+from tests.processes import run_here
 
 ROWS = 2000
 ALPHABETS = (
@@ -160,18 +160,17 @@ def parquet_manifest(folder: Path, rng: random.Random, names: list[str]) -> Path
     return folder / "m.parquet"
 
 
-def check(format: str, seed: int, cluster: RayCluster, bundle: Path, folder: Path) -> None:
+def check(format: str, seed: int, bundle: Path, folder: Path) -> None:
     print(f"{format} from seed {seed}")
     rng = random.Random(seed)
     folder.mkdir()
     names = damaged_images(folder, rng, 200)
     make = csv_manifest if format == "csv" else parquet_manifest
     manifest, output = make(folder, rng, names), folder / "out"
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
         *("--max-error-rate", 1, "--max-pixels", 1_000_000, "--chunk-rows", rng.choice([64, 100])),
         *("--part-rows", rng.choice([640, 1000, 5000])),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(output, ROWS)
@@ -187,16 +186,16 @@ def check(format: str, seed: int, cluster: RayCluster, bundle: Path, folder: Pat
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_any_manifest_of_any_images_comes_back_row_for_row(
-    format: str, cluster: RayCluster, color_bundle: Path, tmp_path: Path
+    format: str, joined: None, color_bundle: Path, tmp_path: Path
 ) -> None:
-    check(format, random.randrange(10**6), cluster, color_bundle, tmp_path / format)
+    check(format, random.randrange(10**6), color_bundle, tmp_path / format)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_any_manifest_of_any_images_comes_back_row_for_row_again_and_again(
-    format: str, cluster: RayCluster, color_bundle: Path, tmp_path: Path
+    format: str, joined: None, color_bundle: Path, tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
     for number in range(10):
-        check(format, seed + number, cluster, color_bundle, tmp_path / f"{format}-{number}")
+        check(format, seed + number, color_bundle, tmp_path / f"{format}-{number}")

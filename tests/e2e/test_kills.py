@@ -25,7 +25,7 @@ import pytest
 
 from tests.conftest import copied, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
-from tests.processes import RayCluster, imgcls, kill_family, started, wait_for
+from tests.processes import RayCluster, imgcls, kill_family, run_here, started, wait_for
 
 ROWS, CHUNKS, PARTS = 480, 60, 4
 
@@ -51,12 +51,11 @@ def arguments(manifest: Path, bundle: Path, output: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def reference(
-    photographs: Path, color_bundle: Path, cluster: RayCluster,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> pa.Table:  # fmt: skip
+    photographs: Path, color_bundle: Path, joined: None, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
     """The table of an undisturbed run."""
     output = tmp_path_factory.mktemp("reference") / "out"
-    done = imgcls(*arguments(photographs, color_bundle, output), env=cluster.environment())
+    done = run_here(*arguments(photographs, color_bundle, output))
     assert done.returncode == 0, done.stderr
     return assert_exactly_once(output, ROWS)
 
@@ -81,7 +80,10 @@ def assert_as_left_alone(output: Path, reference: pa.Table) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """The process to kill, seconds after `chunks` more chunks have become durable."""
+    """The process to kill, `delay` seconds after `chunks` more chunks have become durable.
+
+    target: driver, worker, cluster, or session: a driver with a Ray session of its own
+    """
 
     target: str
     chunks: int
@@ -94,14 +96,18 @@ def names_of(output: Path) -> list[str]:
     return [name for name in names if name.endswith((".parquet", "_SUCCESS"))]
 
 
-def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kill]) -> list[str]:
+def kill_and_restart(
+    manifest: Path, bundle: Path, output: Path, kills: list[Kill], first: RayCluster
+) -> list[str]:
     """Start the command, kill it, restart it; then let it end. Returns the state at each kill."""
     met = []
+    command = arguments(manifest, bundle, output)
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(RayCluster.start(cpus=2))
+        cluster = first
         for kill in kills:
             before = durable(names_of(output))
-            with started(*arguments(manifest, bundle, output), env=cluster.environment()) as driver:
+            env = {} if kill.target == "session" else cluster.environment()
+            with started(*command, env=env) as driver:
                 until_durable(output, before + kill.chunks)
                 time.sleep(kill.delay)
                 met.append(f"{kill.target} at {durable(names_of(output))} of {CHUNKS} chunks")
@@ -113,13 +119,27 @@ def kill_and_restart(manifest: Path, bundle: Path, output: Path, kills: list[Kil
                         worker.kill()
                     until_durable(output, durable(names_of(output)) + 4 if killed else 0)
                     driver.kill()
+                elif kill.target == "session":
+                    kill_with_private_session(driver)
                 else:
                     cluster.kill()
                     driver.kill()
                     cluster = stack.enter_context(RayCluster.start(cpus=2))
-        last = imgcls(*arguments(manifest, bundle, output), env=cluster.environment())
+        last = imgcls(*command, env=cluster.environment())
         assert last.returncode == 0, last.stderr
     return met
+
+
+def kill_with_private_session(driver: subprocess.Popen[str]) -> None:
+    """Kill a driver without a cluster; the servers of its own Ray session end with it."""
+    children = psutil.Process(driver.pid).children(recursive=True)
+    servers = [p for p in children if p.name() in ("raylet", "gcs_server")]
+    driver.kill()
+    driver.wait()
+    gone, alive = psutil.wait_procs(servers, timeout=30)
+    assert (len(gone), alive) == (2, [])
+    for process in children:
+        kill_family(process.pid)
 
 
 def until_durable(output: Path, chunks: int) -> None:
@@ -143,17 +163,23 @@ def durable(names: list[str]) -> int:
     ("place", "targets"),
     [
         pytest.param("disk", ("driver", "cluster"), marks=pytest.mark.slow),
-        ("s3", ("worker", "driver")),
+        ("s3", ("worker", "session")),
     ],
     indirect=["place"],
 )
 def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
-    there: tuple[Path, Path, Path], reference: pa.Table, targets: tuple[str, ...]
+    there: tuple[Path, Path, Path],
+    reference: pa.Table,
+    targets: tuple[str, ...],
+    cluster: RayCluster,
 ) -> None:
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     kills = [Kill(target, rng.randrange(1, 15), rng.uniform(0, 0.5)) for target in targets]
-    met = kill_and_restart(*there, kills)
+    with contextlib.ExitStack() as stack:
+        if "cluster" in targets:
+            cluster = stack.enter_context(RayCluster.start(cpus=2))
+        met = kill_and_restart(*there, kills, cluster)
     print(f"seed {seed}:", *met, sep="\n  ")
     assert_as_left_alone(there[2], reference)
 
@@ -185,7 +211,8 @@ def test_twenty_kills_at_random_moments(
         kills = random_kills(rng, [targets[i % len(targets)] for i in range(5)])
         rounds += 1
         output = output.parent / f"out-{rounds}"
-        met += kill_and_restart(manifest, bundle, output, kills)
+        with RayCluster.start(cpus=2) as cluster:
+            met += kill_and_restart(manifest, bundle, output, kills, cluster)
         assert_as_left_alone(output, reference)
     print(f"seed {seed}, {rounds} tables, all equal:", *met, sep="\n  ")
 
@@ -211,7 +238,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
     assert "rerun the same command to resume" in err
     assert not (output / "_lease").exists()
     assert not committed(output)
-    again = imgcls(*command, env=cluster.environment())
+    again = run_here(*command)
     assert again.returncode == 0, again.stderr
     assert "rows are done" in again.stdout
     assert_as_left_alone(output, reference)
@@ -273,7 +300,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
         for record in (output / "_lease").iterdir():
             # as if the holder were on a machine that cannot be asked whether it is alive
             record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))
-        heir = imgcls(*command, env=cluster.environment())
+        heir = run_here(*command)
         assert heir.returncode == 0, heir.stderr
         assert_as_left_alone(output, reference)
         committed_table = table(output)
@@ -312,22 +339,6 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
         assert "no space left" in full.stderr
         assert not committed(disk / "out")
         filler.unlink()
-        again = imgcls(*command, env=cluster.environment())
+        again = run_here(*command)
         assert again.returncode == 0, again.stderr
         assert assert_exactly_once(disk / "out", ROWS).equals(reference)
-
-
-def test_a_private_ray_session_ends_with_its_driver(
-    photographs: Path, color_bundle: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    with started(*arguments(photographs, color_bundle, output)) as driver:
-        wait_for(lambda: len(list(output.glob("_staging/part-*/chunk-*"))) >= 1)
-        children = psutil.Process(driver.pid).children(recursive=True)
-        servers = [p for p in children if p.name() in ("raylet", "gcs_server")]
-        driver.kill()
-        driver.wait()
-    gone, alive = psutil.wait_procs(servers, timeout=30)
-    assert (len(gone), alive) == (2, [])
-    for process in children:
-        kill_family(process.pid)

@@ -181,21 +181,18 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_names_it(
 
 
 def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
-    tmp_path: Path, color_bundle: Path
+    tmp_path: Path, color_bundle: Path, cluster: RayCluster
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
-    with RayCluster.start(cpus=2) as cluster:
-        order = words(
-            manifest, color_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5,
-        )  # fmt: skip
-        with started(*order, env=cluster.environment()) as driver:
-            wait_for(lambda: durable(output) > 2)
-            # not one that is still starting: without that one the other is soon done with all
-            stopped = next(w for w in cluster.workers("ray::Map") if "__init__" not in title(w))
-            stopped.send_signal(signal.SIGSTOP)
-            out, err = driver.communicate(timeout=300)
-            assert driver.returncode == 0, err
-            assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
+    order = words(manifest, color_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5)
+    with started(*order, env=cluster.environment()) as driver:
+        wait_for(lambda: durable(output) > 2)
+        # not one that is still starting: without that one the other is soon done with all
+        stopped = next(w for w in cluster.workers("ray::Map") if "__init__" not in title(w))
+        stopped.send_signal(signal.SIGSTOP)
+        out, err = driver.communicate(timeout=300)
+        assert driver.returncode == 0, err
+        assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
     # stopped between two chunks, it has none; then no worker makes progress, and it is replanned
     message = (
         r"watch   chunk \d+ \(rows .*\): worker .* made no progress for|no worker has made progress"

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 
 from tests.conftest import COLORS, draw, save
 from tests.e2e.outputs import assert_exactly_once
-from tests.processes import RayCluster, imgcls
+from tests.processes import run_here
 
 
 def test_a_folder_per_class_is_a_labeled_manifest(
-    cluster: RayCluster, placed_bundle: Path, place: Path
+    joined: None, placed_bundle: Path, place: Path
 ) -> None:
     tree = place / "tree"
     for i in range(12):
@@ -22,9 +22,8 @@ def test_a_folder_per_class_is_a_labeled_manifest(
         file.parent.mkdir(parents=True, exist_ok=True)
         save(draw(name, seed=i), file)
     (tree / "red" / "notes.txt").write_text("no image")
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", tree, "--model", placed_bundle, "--output", place / "out"),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(place / "out", 12)
@@ -36,7 +35,7 @@ def test_a_folder_per_class_is_a_labeled_manifest(
 
 
 def test_a_glob_of_parquet_files_with_other_column_names_is_labeled_in_order(
-    cluster: RayCluster, placed_bundle: Path, place: Path
+    joined: None, placed_bundle: Path, place: Path
 ) -> None:
     for i in range(12):
         save(draw("red", seed=i), place / f"{i}.jpg")
@@ -50,11 +49,10 @@ def test_a_glob_of_parquet_files_with_other_column_names_is_labeled_in_order(
     for start in (8, 0, 4):
         with (place / f"night-{start:02d}.parquet").open("wb") as stream:
             pq.write_table(whole.slice(start, 4), stream)
-    done = imgcls(
+    done = run_here(
         *("predict", "--manifest", place / "night-*.parquet", "--manifest.path-column", "image"),
         *("--manifest.label-column", "colour", "--model", placed_bundle),
         *("--output", place / "out"),
-        env=cluster.environment(),
     )
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(place / "out", 12)

@@ -18,7 +18,7 @@ from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import COLORS, draw, save
 from tests.e2e.outputs import parquet
-from tests.processes import RayCluster, imgcls, started, wait_for
+from tests.processes import RayCluster, run_here, started, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 SETTINGS = ("--precision", "fp32", "--max-error-rate", 0.5, "--chunk-rows", 4)
@@ -99,7 +99,7 @@ def rows_of(folder: Path) -> dict[str, tuple[Any, ...]]:
     indirect=["place"],
 )
 def test_nights_come_to_the_result_of_labeling_the_last_state_from_scratch(
-    cluster: RayCluster, place: Path, nights: int, capsys: pytest.CaptureFixture[str]
+    cluster: RayCluster, joined: None, place: Path, nights: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     killed, new_model = nights * 4 // 10, nights * 6 // 10
     finished_later = nights >= 10  # than the night after it
@@ -130,11 +130,11 @@ def test_nights_come_to_the_result_of_labeling_the_last_state_from_scratch(
             unfinished, there = words, tonight
             labeled.append(0)
             continue
-        night = imgcls(*words, env=cluster.environment())
+        night = run_here(*words)
         assert night.returncode == 0, night.stderr
         labeled.append(parquet(tonight / "predictions").num_rows)
         if number == killed + 1 and finished_later:
-            resumed = imgcls(*unfinished, env=cluster.environment())
+            resumed = run_here(*unfinished)
             assert resumed.returncode == 0, resumed.stderr
             assert (there / "_SUCCESS").exists()
         if number == nights - 1:
@@ -152,10 +152,9 @@ def test_nights_come_to_the_result_of_labeling_the_last_state_from_scratch(
         max(labeled[number] for number in usual) <= 6 + 5
     )  # new; changed, spoilt, repaired, still broken
 
-    scratch = imgcls(
+    scratch = run_here(
         *("predict", "--manifest", manifest, "--model", new, "--output", place / "scratch"),
         *SETTINGS,
-        env=cluster.environment(),
     )
     assert scratch.returncode == 0, scratch.stderr
     found, expected = rows_of(place / "latest"), rows_of(place / "scratch")
@@ -163,12 +162,11 @@ def test_nights_come_to_the_result_of_labeling_the_last_state_from_scratch(
     assert found == expected
     assert {status for status, *_ in found.values()} == {"ok", "not_an_image"}
 
-    nothing = imgcls(
+    nothing = run_here(
         *("predict", "--manifest", manifest, "--model", new, "--since", place / "latest"),
         *("--output", place / "again", *SETTINGS, "--max-error-rates.not_an_image", 1),
         "--retry-failed",
         *("--summary-json", place / "summary.json", "--reference", place / "scratch"),
-        env=cluster.environment(),
     )
     assert nothing.returncode == 0, nothing.stderr
     summary = json.loads((place / "summary.json").read_text())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from imgcls.cli import main
 from imgcls.data import decode
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, parquet, success, table
-from tests.processes import RayCluster, imgcls
+from tests.processes import RayCluster, imgcls, run_here
 
 
 @pytest.fixture
-def predict(cluster: RayCluster) -> Callable[..., subprocess.CompletedProcess[str]]:
+def predict(joined: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `imgcls predict` on the test cluster."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return imgcls("predict", *arguments, env=cluster.environment())
-
-    return run
+    return functools.partial(run_here, "predict")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     predict: Callable[..., subprocess.CompletedProcess[str]], shared: Path, tmp_path: Path
 ) -> None:
     bundle, output = tmp_path / "bundle", tmp_path / "out"
-    made = imgcls(
+    made = run_here(
         *("model", "import", "--arch", "squeezenet1_0", "--output", bundle),
         *("--weights", shared / "weights" / "squeezenet1_0-imagenet.pth"),
         *("--classes", shared / "weights" / "imagenet-classes.txt"),
@@ -166,7 +160,7 @@ def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
 def test_the_gpu_layouts_write_the_same_table(
     layout: str,
     host_share: float,
-    cluster: RayCluster,
+    joined: None,
     colors: Callable[..., Path],
     placed_bundle: Path,
     place: Path,
@@ -177,7 +171,7 @@ def test_the_gpu_layouts_write_the_same_table(
         *("predict", "--manifest", manifest, "--model", placed_bundle, "--max-error-rate", 0.5),
         *("--scale.batch-size", 32, "--decode", "fast" if layout == "gpu_decode" else "exact"),
     )
-    plain = imgcls(*base, "--output", place / "cpu", env=cluster.environment())
+    plain = run_here(*base, "--output", place / "cpu")
     assert plain.returncode == 0, plain.stderr
     with RayCluster.start(cpus=2, gpus=1) as logical:
         env = logical.environment()
@@ -230,53 +224,33 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     assert whole.take(kept).equals(after.take(kept).cast(whole.schema))
 
 
-def test_a_bad_request_exits_2_with_a_remedy_before_an_image_is_read(
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--manifest": "empty.csv"}, "has no rows"),
+        ({"--manifest": "other.csv"}, "is a class of the model"),
+        ({"--scale.layout": "gpu"}, "needs a GPU"),
+        ({"--scale.workers": 7}, "at most 2"),
+    ],
+)
+def test_a_request_that_cannot_be_planned_exits_2_before_an_image_is_read(
+    change: dict[str, object],
+    message: str,
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colors: Callable[..., Path],
     color_bundle: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    manifest = colors(6)
-    empty = write_manifest(tmp_path / "empty.csv", [], ("path", "label"))
-    other = write_manifest(tmp_path / "other.csv", [("images/00000.jpg", "cat")], ("path", "label"))
-    taken = write_manifest(tmp_path / "taken.csv", [("a.jpg", "1")], ("path", "confidence"))
-    damaged = tmp_path / "damaged"
-    shutil.copytree(color_bundle, damaged)
-    weights = bytearray((damaged / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (damaged / "model.safetensors").write_bytes(weights)
-    file = tmp_path / "file"
-    file.write_text("in the way")
-    out = tmp_path / "out"
-    good = {"--manifest": manifest, "--model": color_bundle, "--output": out}
-    cases: list[tuple[dict[str, object], str]] = [
-        ({"--manifest": empty}, "has no rows"),
-        ({"--manifest": tmp_path / "nowhere.csv"}, "no such file"),
-        ({"--manifest.path-column": "file"}, "--manifest.path-column"),
-        ({"--manifest": other}, "is a class of the model"),
-        ({"--manifest": taken}, "column 'confidence' is an output column of predict"),
-        ({"--model": damaged}, "the file is damaged"),
-        ({"--model": tmp_path / "nowhere"}, "imgcls model import"),
-        ({"--output": file / "below"}, "cannot be written"),
-        ({"--scale.layout": "gpu"}, "needs a GPU"),
-        ({"--scale.workers": 7}, "at most 2"),
-        ({"--topk": 7}, "did you mean top_k"),
-    ]
-    planned = ("has no rows", "is a class of the model", "needs a GPU", "at most 2")
-    for change, expected in cases:
-        options = [str(part) for pair in {**good, **change}.items() for part in pair]
-        if expected in planned:
-            done = predict(*options)
-            code, err = done.returncode, done.stderr
-        else:  # refused before Ray is asked for anything
-            code, err = main(["predict", *options]), capsys.readouterr().err
-        assert code == 2, (change, err)
-        assert expected in err, (change, err)
-        assert not (out / "predictions").exists()
-        assert not (out / "_run.json").exists()
-        assert not (out / "_staging").exists()
-    assert not ray.is_initialized()
+    """Others are refused before a Ray session is started: tests/inference/test_predict.py."""
+    monkeypatch.chdir(tmp_path)
+    write_manifest(tmp_path / "empty.csv", [], ("path", "label"))
+    write_manifest(tmp_path / "other.csv", [("images/00000.jpg", "cat")], ("path", "label"))
+    options = {"--manifest": colors(6), "--model": color_bundle, "--output": "out"} | change
+    done = predict(*(part for pair in options.items() for part in pair))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_large_manifests_are_rolled_up_into_several_files(

@@ -18,7 +18,7 @@ from tests.conftest import write_manifest
 from tests.data.test_object_store import MIX
 from tests.e2e.outputs import assert_exactly_once
 from tests.faults import KINDS, Proxy, refusal
-from tests.processes import RayCluster, imgcls, started, wait_for
+from tests.processes import RayCluster, imgcls, run_here, started, wait_for
 from tests.s3 import BUCKET, keys, url
 
 pytestmark = pytest.mark.timeout(900)
@@ -84,6 +84,7 @@ def fetched(s3: Any, prefix: str, folder: Path) -> Path:
 def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     endpoint: str,
     cluster: RayCluster,
+    joined: None,
     place: Path,
     colors: Callable[..., Path],
     placed_bundle: Path,
@@ -107,7 +108,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr
         assert "rerun the same command to resume" in first.stderr
-    again = imgcls(*words, env=cluster.environment())
+    again = run_here(*words)
     assert again.returncode == 0, again.stderr
     assert "of 60 rows are done" in again.stdout
     assert set(assert_exactly_once(place / "out", 60)["status"].to_pylist()) == {"ok"}
@@ -117,6 +118,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
 def test_a_network_that_fails_changes_no_row(
     s3: Any,
     endpoint: str,
+    joined: None,
     tmp_path: Path,
     colors: Callable[[int], Path],
     color_bundle: Path,
@@ -134,7 +136,7 @@ def test_a_network_that_fails_changes_no_row(
         name = str(file.relative_to(tmp_path)) if not folder else file.name
         s3.upload_file(str(file), BUCKET, folder + name)
     settings = ("--max-error-rate", 0.05, "--chunk-rows", 8, "--precision", "fp32")
-    quiet = imgcls(
+    quiet = run_here(
         *("predict", "--manifest", manifest, "--model", color_bundle),
         *("--output", tmp_path / "disk", *settings),
     )

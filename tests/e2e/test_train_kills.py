@@ -30,7 +30,7 @@ from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from tests.conftest import copied, write_manifest
 from tests.e2e.outputs import parquet
-from tests.processes import RayCluster, imgcls, kill_family, machine, started, wait_for
+from tests.processes import RayCluster, imgcls, kill_family, machine, run_here, started, wait_for
 from tests.s3 import bucket, url
 
 pytestmark = pytest.mark.timeout(600)
@@ -89,18 +89,13 @@ def arguments(digits: Path, output: Path, epochs: int = EPOCHS) -> list[object]:
     ]
 
 
-def train_undisturbed(digits: Path, output: Path, cluster: RayCluster, epochs: int) -> Path:
-    done = imgcls(
-        *arguments(digits, output, epochs), env=cluster.environment(), timeout=2 * PATIENCE
-    )
+@pytest.fixture(scope="module")
+def reference(digits: Path, joined: None, place: Path) -> Path:
+    """The bundle of an undisturbed run."""
+    output = place / "reference" / "bundle"
+    done = run_here(*arguments(digits, output))
     assert done.returncode == 0, done.stderr
     return output
-
-
-@pytest.fixture(scope="module")
-def reference(digits: Path, cluster: RayCluster, place: Path) -> Path:
-    """The bundle of an undisturbed run."""
-    return train_undisturbed(digits, place / "reference" / "bundle", cluster, EPOCHS)
 
 
 def read_progress(output: Path) -> TrainProgress:
@@ -383,7 +378,9 @@ def test_a_run_killed_at_random_moments_gets_the_same_weights(digits: Path, outp
     rng.shuffle(targets)
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(RayCluster.start(cpus=2))
-        alone = train_undisturbed(digits, output.parent / "alone", cluster, LONG)
+        alone = output.parent / "alone"
+        done = imgcls(*arguments(digits, alone, LONG), env=cluster.environment(), timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
         began = time.monotonic()
         words = arguments(digits, output, LONG)
         for target in targets:

@@ -220,19 +220,13 @@ def test_worst_mistakes_and_contradicted_labels_are_found(tmp_path: Path) -> Non
 
 
 def test_ray_data_counts_what_one_process_counts(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    joined: None, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ray
-
     config = EvaluationOptions(slice_by="camera")  # type: ignore[arg-type]
     here = compute_evaluation(str(run), config, need_labels=True)
     monkeypatch.setattr(aggregate_module, "MAX_LOCAL_ROWS", 0)
     monkeypatch.setattr(aggregate_module, "PIECE_ROWS", 500)
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    try:
-        there = compute_evaluation(str(run), config, need_labels=True)
-    finally:
-        ray.shutdown()
+    there = compute_evaluation(str(run), config, need_labels=True)
     assert "counted 3,000 of 3,000 rows" in capsys.readouterr().out
     for one, other in zip(here.metrics, there.metrics, strict=True):
         assert one.name == other.name

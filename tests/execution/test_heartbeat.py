@@ -25,10 +25,8 @@ from tests.processes import wait_for
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[str]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield "a-session"
-    ray.shutdown()
+def session(joined: None) -> str:
+    return "a-session"
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,18 +37,13 @@ from imgcls.runs.lease import Lease
 from tests.execution.runs import manifest_of, plan_at, spec_of
 from tests.processes import wait_for
 
+pytestmark = pytest.mark.usefixtures("joined")
+
 
 @pytest.fixture(autouse=True)
-def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def growing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The session is one that nodes may join, whatever earlier tests have started."""
     monkeypatch.setattr(session._Session, "private", False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
@@ -59,7 +54,7 @@ def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
     manifest = manifest_of(tmp_path, pa.table({"path": ["a.jpg"]}))
     output = tmp_path / "out"
     spec = spec_of(output, plan_at(output, manifest), manifest, "")
-    placement = dataclasses.replace(plan_placement([Node(2, 0)], ScaleConfig()), worker_cpus=2)
+    placement = dataclasses.replace(plan_placement([Node(3, 0)], ScaleConfig()), worker_cpus=3)
     pipeline = Pipeline(LABELING, spec, placement, [ChunkTask(0)])
     results = interrupts.iterate_in_thread(pipeline.run(), Interruption())
     start = time.monotonic()
@@ -72,10 +67,10 @@ def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
 def test_a_run_waits_for_nodes_it_has_lost_and_not_for_nodes_that_never_were(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    scale = ScaleConfig(workers=2, resource_timeout_s=1)
+    scale = ScaleConfig(workers=3, resource_timeout_s=1)
     with pytest.raises(ResourcesError) as caught:
         wait_for_placement(LABELING, scale, Interruption())
-    assert str(caught.value).endswith("Set at most 1")
+    assert str(caught.value).endswith("Set at most 2")
     assert capsys.readouterr().out == ""
     steps = autoscaler.iter_until_fit(
         lambda nodes: plan_placement(nodes, scale),
@@ -86,7 +81,7 @@ def test_a_run_waits_for_nodes_it_has_lost_and_not_for_nodes_that_never_were(
     )
     with pytest.raises(ResourcesError, match=r"waited 1 s for nodes; .* scale\.resource_timeout_s"):
         list(steps)
-    assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 2")
+    assert capsys.readouterr().out.startswith("waiting  for nodes: scale.workers 3")
     assert requested() == []
 
 
@@ -121,7 +116,7 @@ def test_the_first_node_is_requested_until_it_joins_or_the_wait_ends(
         Interruption(),
     )
     next(steps)
-    wait_for(lambda: requested() == [{"CPU": 0.5, "GPU": 1}])  # there is a core
+    wait_for(lambda: requested() == [{"CPU": 0.5, "GPU": 1}])  # there are two cores
     assert "waiting  for nodes: scale.layout gpu needs a GPU" in capsys.readouterr().out
     steps.close()
     wait_for(lambda: requested() == [])
@@ -144,10 +139,10 @@ def test_nodes_are_requested_while_there_is_work_and_released_when_they_join(
     wait_for(lambda: requested() == [whole, whole])
     autoscaler.update_request([whole])
     wait_for(lambda: requested() == [whole])
-    autoscaler.update_request([{"CPU": 1}, whole])  # the first one is there
+    autoscaler.update_request([{"CPU": 2}, whole])  # the first one is there
     wait_for(lambda: requested() == [whole])
     autoscaler.update_request([whole])
-    wait_for(lambda: ray.available_resources().get("CPU") == 1)
+    wait_for(lambda: ray.available_resources().get("CPU") == 2)
     autoscaler.cancel_request()
     wait_for(lambda: requested() == [])
 

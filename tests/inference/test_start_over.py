@@ -11,11 +11,11 @@ import pytest
 
 from imgcls.cli import main
 from tests.e2e.outputs import assert_exactly_once, committed
-from tests.processes import RayCluster, imgcls
+from tests.processes import run_here
 
 
 def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
-    cluster: RayCluster,
+    joined: None,
     colors: Callable[[int], Path],
     color_bundle: Path,
     tmp_path: Path,
@@ -26,7 +26,7 @@ def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
         *("predict", "--manifest", colors(60), "--model", color_bundle, "--output", output),
         *("--chunk-rows", 8, "--part-rows", 16),
     )
-    first = imgcls(*command, env=cluster.environment())
+    first = run_here(*command)
     assert first.returncode == 0, first.stderr
     whole = assert_exactly_once(output, 60)
 
@@ -34,7 +34,7 @@ def test_a_run_whose_start_over_or_commit_was_killed_ends_with_the_same_table(
     (output / "_SUCCESS").unlink()
     for part in (0, 2):
         (output / "predictions" / f"part-{part:05d}.parquet").unlink()
-    resumed = imgcls(*command, env=cluster.environment())
+    resumed = run_here(*command)
     assert resumed.returncode == 0, resumed.stderr
     assert "28 of 60 rows are done" in resumed.stdout
     assert assert_exactly_once(output, 60).equals(whole)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import ray
 
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
@@ -24,12 +23,7 @@ from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
 from tests.execution.runs import plan_at, spec_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("joined")
 
 
 @pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 
+from tests.processes import RayCluster
 from tests.training.team import Team
 
 
@@ -40,8 +40,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 
 
 @pytest.fixture(scope="package")
-def local_ray() -> Iterator[None]:
-    """One Ray session with two logical CPUs for all training tests of a process."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def joined(cluster: RayCluster) -> Iterator[None]:
+    """This process is a driver of the test cluster, which has two logical CPUs."""
+    with cluster.joined():
+        yield

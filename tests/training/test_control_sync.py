@@ -114,10 +114,11 @@ def play(config: dict[str, Any]) -> list[list[Decisions]] | None:
 
 
 @pytest.fixture(scope="module")
-def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Decisions]]:
+def played(joined: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Decisions]]:
     """The decisions of each of two workers at each step of every scene."""
     remote: Any = ray.remote(num_cpus=0)(DriverChannel)
-    channels = [remote.remote() for _ in SCENES]
+    silent, stopped, lost = [remote.remote() for _ in range(3)]
+    channels = [stopped if s is stop else lost if s is lose_channel else silent for s in SCENES]
     loop: Any = play
     trainer = TorchTrainer(
         loop,

@@ -17,7 +17,7 @@ def epoch(number: int) -> EpochMetrics:
 
 
 def test_lines_and_epochs_reach_the_driver_in_order_and_all_of_them(
-    local_ray: None, capsys: pytest.CaptureFixture[str]
+    joined: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     received: list[EpochMetrics] = []
     with open_driver_channel(3, received.append) as channel:
@@ -31,7 +31,7 @@ def test_lines_and_epochs_reach_the_driver_in_order_and_all_of_them(
     ]
 
 
-def test_epochs_are_handled_with_the_storage_settings_of_the_job(local_ray: None) -> None:
+def test_epochs_are_handled_with_the_storage_settings_of_the_job(joined: None) -> None:
     found: list[StorageConfig] = []
     settings = StorageConfig(endpoint_url="http://store:9000")
     with (
@@ -42,7 +42,7 @@ def test_epochs_are_handled_with_the_storage_settings_of_the_job(local_ray: None
     assert [each.endpoint_url for each in found] == ["http://store:9000"]
 
 
-def test_workers_are_notified_of_the_stop_request_and_not_before(local_ray: None) -> None:
+def test_workers_are_notified_of_the_stop_request_and_not_before(joined: None) -> None:
     with open_driver_channel(3, lambda epoch: None) as channel:
         stop = channel.wait_for_stop.remote()
         ray.get(channel.get_failure.remote())  # a later call returns, so the first one waits
@@ -51,7 +51,7 @@ def test_workers_are_notified_of_the_stop_request_and_not_before(local_ray: None
         assert ray.wait([stop], timeout=60)[0] == [stop]
 
 
-def test_the_first_failure_is_the_one_that_is_kept(local_ray: None) -> None:
+def test_the_first_failure_is_the_one_that_is_kept(joined: None) -> None:
     with open_driver_channel(3, lambda epoch: None) as channel:
         assert ray.get(channel.get_failure.remote()) is None
         ray.get(channel.report_failure.remote("out of memory"))
@@ -59,7 +59,7 @@ def test_the_first_failure_is_the_one_that_is_kept(local_ray: None) -> None:
         assert ray.get(channel.get_failure.remote()) == "out of memory"
 
 
-def test_a_lost_channel_does_not_block_the_driver(local_ray: None) -> None:
+def test_a_lost_channel_does_not_block_the_driver(joined: None) -> None:
     with open_driver_channel(3, lambda epoch: None) as channel:
         ray.kill(channel)
     assert not [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]

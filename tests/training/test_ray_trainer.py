@@ -37,7 +37,7 @@ class Clock:
 
 
 def test_workers_that_are_alive_are_not_waited_for_and_lost_ones_only_until_the_timeout(
-    local_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    joined: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(autoscaler, "LOG_WAIT_AFTER_S", 0)

@@ -59,7 +59,7 @@ def test_from_weights_the_default_is_a_probe_and_then_a_careful_fine_tuning(
 
 @pytest.mark.parametrize(("cache", "expected"), [(None, True), (True, True), (False, False)])
 def test_images_that_fit_are_decoded_once_unless_the_request_differs(
-    config: Callable[..., TrainConfig], local_ray: None, cache: bool | None, expected: bool
+    config: Callable[..., TrainConfig], joined: None, cache: bool | None, expected: bool
 ) -> None:
     setup = resolve_setup(config())
     data = setup.config.data.model_copy(update={"cache": cache})

@@ -172,7 +172,7 @@ def test_an_output_that_cannot_be_written_is_refused(digits: Path, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def trained(local_ray: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(joined: None, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(config(digits, tmp_path_factory.mktemp("trained") / "bundle"))
 
 
@@ -218,7 +218,7 @@ def test_the_bundle_holds_the_best_epoch_and_how_it_was_made(
 
 @pytest.mark.slow  # test_trainer covers the loop, test_ray_trainer the error
 def test_features_that_overflow_end_the_training_before_it_writes_a_bundle(
-    local_ray: None, digits: Path, tmp_path: Path
+    joined: None, digits: Path, tmp_path: Path
 ) -> None:
     architecture = zoo.resolve_architecture("small_cnn", {"width": 16})
     state = zoo.build_network(architecture, 10).state_dict()
@@ -355,7 +355,7 @@ def test_from_weights_the_head_is_fitted_first_and_then_all_is_finetuned(
 
 @pytest.mark.slow
 def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
-    local_ray: None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    joined: None, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "bundle"
     # with this interval a training would save a state at every agreement
@@ -376,7 +376,7 @@ def test_an_lr_range_test_draws_its_curve_and_makes_no_bundle(
 
 @pytest.mark.slow
 def test_epochs_without_an_improvement_end_the_training(
-    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
+    joined: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
     request = {"data": {"train": str(colors(60))}, "model": {"name": "small_cnn"}, "epochs": 9}
     request |= {"batch_size": 20, "best_by": "val_accuracy"}
@@ -392,7 +392,7 @@ def test_epochs_without_an_improvement_end_the_training(
 
 @pytest.mark.slow
 def test_a_class_without_a_validation_image_is_reported(
-    local_ray: None,
+    joined: None,
     tmp_path: Path,
     colors: Callable[[int], Path],
     capsys: pytest.CaptureFixture[str],
@@ -411,7 +411,7 @@ def test_a_class_without_a_validation_image_is_reported(
 
 @pytest.mark.slow
 def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
-    local_ray: None, digits: Path, tmp_path: Path
+    joined: None, digits: Path, tmp_path: Path
 ) -> None:
     found = {}
     for cache in (True, False):
@@ -436,7 +436,7 @@ def test_images_decoded_in_every_epoch_train_the_same_as_cached_ones(
 
 @pytest.mark.slow
 def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
-    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
+    joined: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
     manifest = colors(36)
     for name in ("00003", "00011"):
@@ -462,7 +462,7 @@ def test_failures_while_streaming_are_counted_and_too_many_end_the_training(
 
 
 def test_too_many_bad_images_train_nothing(
-    local_ray: None, tmp_path: Path, colors: Callable[[int], Path]
+    joined: None, tmp_path: Path, colors: Callable[[int], Path]
 ) -> None:
     manifest = colors(30)
     for name in ("00003", "00011"):
@@ -474,15 +474,13 @@ def test_too_many_bad_images_train_nothing(
     assert [path.name for path in output.rglob("*")] == ["_train", "run.json"]
 
 
-def test_workers_that_do_not_fit_are_refused(local_ray: None, digits: Path, tmp_path: Path) -> None:
+def test_workers_that_do_not_fit_are_refused(joined: None, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourcesError, match="do not fit the nodes"):
         train(config(digits, tmp_path / "bundle", scale={"num_workers": 3}))
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights(
-    local_ray: None, digits: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_weights(joined: None, digits: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         train(config(digits, tmp_path / name, epochs=2))
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
@@ -491,7 +489,7 @@ def test_the_same_seed_gives_the_same_weights(
 
 @pytest.mark.slow
 def test_a_diverging_run_keeps_the_weights_from_before_and_names_their_file(
-    local_ray: None, digits: Path, tmp_path: Path
+    joined: None, digits: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "bundle"
     # each of the 14 steps of an epoch doubles the weights, which is too much by the second

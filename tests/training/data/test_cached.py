@@ -91,9 +91,7 @@ def test_a_batch_for_each_set_of_rows(rows: pa.Table) -> None:
     assert all(batch.failures == () for batch in found)
 
 
-def test_ray_decodes_every_row_once_and_reports_the_bad_ones(
-    local_ray: None, rows: pa.Table
-) -> None:
+def test_ray_decodes_every_row_once_and_reports_the_bad_ones(joined: None, rows: pa.Table) -> None:
     decoded = decode_images(rows, SETTINGS, cpus=2)
     assert len(decoded.blocks) > 2, "small sets are cut too, so that all CPUs have some"
     bad = [(failure.url, failure.label, failure.held) for failure in decoded.failures]

@@ -27,7 +27,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 
 
 @pytest.fixture(scope="module")
-def source(local_ray: None, rows: pa.Table) -> StreamedImages:
+def source(joined: None, rows: pa.Table) -> StreamedImages:
     return StreamedImages(
         ray.put(rows), DecodeSettings.from_preprocess(SPEC, cropped=True), cpus=1.0
     )
