@@ -44,7 +44,7 @@ from imgcls.models.normalize import Normalizer
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
 from imgcls.models.precision import choose_float_dtype, choose_precision
 from imgcls.models.sources import ImageSource
-from imgcls.models.task import ScoreScaling, find_task
+from imgcls.models.task import ScoreScaling, find_task, rank_on_device
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,13 @@ class Scores:
     scores:    (N, C) float32 calibrated scores, in class order; all NaN for an image whose logits
         are not all finite (see `is_finite`)
     embedding: (N, E) float32 input of the final layer, averaged over space; None unless requested
+    order:     (N, k) int64 the k best classes, best first, if they were requested and the device is
+        a GPU
     """
 
     scores: npt.NDArray[np.float32]
     embedding: npt.NDArray[np.float32] | None = None
+    order: npt.NDArray[np.int64] | None = None
 
     @property
     def is_finite(self) -> npt.NDArray[np.bool_]:
@@ -73,17 +76,23 @@ class PendingScores:
     """Scores that a GPU may still be computing."""
 
     def __init__(
-        self, scores: torch.Tensor, embedding: torch.Tensor | None, timer: CudaTimer
+        self,
+        scores: torch.Tensor,
+        embedding: torch.Tensor | None,
+        timer: CudaTimer,
+        order: torch.Tensor | None = None,
     ) -> None:
         timer.stop()
         self._timer = timer
         self._scores = AsyncDownload(scores)
         self._embedding = None if embedding is None else AsyncDownload(embedding)
+        self._order = None if order is None else AsyncDownload(order)
 
     def get(self) -> Scores:
         """Wait for the scores and return them."""
         embedding = None if self._embedding is None else self._embedding.get().numpy()
-        return Scores(self._scores.get().numpy(), embedding)
+        order = None if self._order is None else self._order.get().numpy()
+        return Scores(self._scores.get().numpy(), embedding, order)
 
     def gpu_seconds(self) -> float:
         """Wait for the end; GPU time of the forward pass in seconds, 0 on a CPU."""
@@ -224,6 +233,7 @@ class Classifier:
         self._normalize = Normalizer(self.preprocess, self.device)
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
+        self._ranks_on_device = self.device.type == "cuda"
         self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(network) if compile and self.precision != "int8" else network
@@ -268,13 +278,25 @@ class Classifier:
         return self.submit(batch, embeddings=embeddings).get()
 
     @torch.inference_mode()
-    def submit(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> PendingScores:
-        """As `classify`, but return before a GPU has finished."""
+    def submit(
+        self,
+        batch: Pixels | torch.Tensor,
+        *,
+        embeddings: bool = False,
+        top_k: int | None = None,
+    ) -> PendingScores:
+        """As `classify`, but return before a GPU has finished.
+
+        top_k: number of best classes to find on a GPU; None for no `Scores.order`
+        """
         pixels = self._normalize.upload(batch)
         timer = CudaTimer(self.device)
         logits, features = self._run_network(pixels, embeddings)
         scores = self.task.compute_scores(logits, self._scaling)
-        return PendingScores(scores, None if features is None else features.float(), timer)
+        order = None
+        if top_k is not None and self._ranks_on_device:
+            order = rank_on_device(scores, top_k)
+        return PendingScores(scores, None if features is None else features.float(), timer, order)
 
     def build_not_finite_error(self) -> NotFinite:
         """The error of an image whose scores are not finite."""

@@ -153,6 +153,18 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     assert seconds.prepare > 0
 
 
+def test_classes_ranked_on_the_device_give_the_same_table(
+    spec: PredictSpec, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, work = read_chunk_rows(spec, ChunkTask(0)), ChunkTask(0)
+    prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, StageTimings())
+    expected = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    monkeypatch.setattr(classifier, "_ranks_on_device", True)
+    monkeypatch.delattr("imgcls.models.task.select_top_k")
+    found = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    assert found.equals(expected)
+
+
 def test_a_retry_does_its_rows_alone_and_without_the_manifest(
     spec: PredictSpec, classifier: Classifier, photographs: pa.Table, tmp_path: Path
 ) -> None:
