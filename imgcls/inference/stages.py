@@ -213,7 +213,7 @@ def _view_as_tensor(pixels: Pixels) -> torch.Tensor:
 
     They may lie in shared memory that is read-only, for which `torch.from_numpy` prints a warning.
     """
-    flat = torch.from_dlpack(pa.array(pixels.reshape(-1)))
+    flat = torch.utils.dlpack.from_dlpack(pa.array(pixels.reshape(-1)))
     return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
