@@ -179,8 +179,9 @@ class Classifier:
     bundle
         A loaded bundle; `Classifier.load` takes its path or URL.
     precision
-        "auto" uses bf16 where the hardware multiplies it natively, else fp32. The attributes
-        `precision` and `precision_reason` hold the choice and its reason.
+        "auto" uses bf16 where the hardware multiplies it natively, else fp32. "fp16" is for GPUs
+        without bf16. The attributes `precision` and `precision_reason` hold the choice and its
+        reason.
     device
         Default: the GPU if there is one, else the CPU.
     compile
@@ -229,7 +230,7 @@ class Classifier:
             network = _quantize_from_bundle(network, bundle, last)
         elif self.device.type == "cpu" and not compile:
             network = fuse_convolutions(network, self.preprocess.crop, keep=last)
-        self._network = HeadNetwork(network, in_fp32=self._dtype == torch.bfloat16)
+        self._network = HeadNetwork(network, in_fp32=self._dtype != torch.float32)
         self._normalize = Normalizer(self.preprocess, self.device)
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
