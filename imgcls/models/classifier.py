@@ -7,7 +7,7 @@ Knows neither manifests nor Ray. Inference, evaluation and serving all use it, s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -39,6 +39,7 @@ from imgcls.models.bundle import (
 from imgcls.models.cuda_graph import AsyncDownload, CudaGraphRunner, CudaTimer
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import fuse_convolutions
+from imgcls.models.graph_sizes import SizedForward
 from imgcls.models.head import HeadNetwork
 from imgcls.models.normalize import Normalizer
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
@@ -187,7 +188,8 @@ class Classifier:
     compile
         Compile the network with `torch.compile`.
     batch_size
-        Usual batch size on a GPU. The forward pass of this size is recorded as a CUDA graph.
+        Usual batch size on a GPU, or several. The forward pass of each is recorded as a CUDA graph,
+        and a batch is padded to the next size.
     decode
         "exact" decodes JPEGs at full size, "fast" decodes large ones at 1/2, 1/4 or 1/8. Default:
         the setting of the bundle.
@@ -214,7 +216,7 @@ class Classifier:
         precision: Precision = "auto",
         device: str | torch.device | None = None,
         compile: bool = False,
-        batch_size: int | None = None,
+        batch_size: int | Sequence[int] | None = None,
         decode: DecodeMode | None = None,
     ) -> None:
         bundle = bundle.with_decode(decode)
@@ -240,7 +242,10 @@ class Classifier:
             torch.compile(network) if compile and self.precision != "int8" else network
         )
         if self.device.type == "cuda" and batch_size is not None:
-            self._compute_logits = self._record_cuda_graph(batch_size)
+            sizes = [batch_size] if isinstance(batch_size, int) else batch_size
+            self._compute_logits = SizedForward(
+                {size: self._record_cuda_graph(size) for size in sizes}
+            )
 
     @property
     def embedding_width(self) -> int:
