@@ -7,6 +7,7 @@ Knows neither manifests nor Ray. Inference, evaluation and serving all use it, s
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
@@ -83,7 +84,6 @@ class PendingScores:
         timer: CudaTimer,
         order: torch.Tensor | None = None,
     ) -> None:
-        timer.stop()
         self._timer = timer
         self._scores = AsyncDownload(scores)
         self._embedding = None if embedding is None else AsyncDownload(embedding)
@@ -96,7 +96,10 @@ class PendingScores:
         return Scores(self._scores.get().numpy(), embedding, order)
 
     def gpu_seconds(self) -> float:
-        """Wait for the end; GPU time of the forward pass in seconds, 0 on a CPU."""
+        """Wait for the end; GPU time since the forward pass before, in seconds; 0 on a CPU.
+
+        Time in which the GPU had nothing to do is not counted.
+        """
         return self._timer.elapsed_seconds()
 
 
@@ -237,6 +240,8 @@ class Classifier:
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
         self._ranks_on_device = self.device.type == "cuda"
+        self._timer_lock = threading.Lock()
+        self._last_timer: CudaTimer | None = None
         self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(network) if compile and self.precision != "int8" else network
@@ -302,6 +307,9 @@ class Classifier:
         order = None
         if top_k is not None and self._ranks_on_device:
             order = rank_on_device(scores, top_k)
+        with self._timer_lock:
+            timer.stop(self._last_timer)
+            self._last_timer = timer
         return PendingScores(scores, None if features is None else features.float(), timer, order)
 
     def build_not_finite_error(self) -> NotFinite:
