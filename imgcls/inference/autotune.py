@@ -30,7 +30,8 @@ from imgcls.models.bundle import load_bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
-    from imgcls.models.classifier import Classifier, PendingScores
+    from imgcls.models.classifier import Classifier
+    from imgcls.models.scores import PendingScores
 
 MIN_FORWARD_SECONDS = 600.0
 """Forward passes per worker, in seconds, from which compiling is benchmarked."""

@@ -25,7 +25,8 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.metrics.columns import encode_classes
-from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.models.classifier import Classifier
+from imgcls.models.scores import PendingScores
 from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError

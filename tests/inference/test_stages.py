@@ -28,8 +28,9 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
-from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.models.classifier import Classifier
 from imgcls.models.cuda_graph import CudaTimer
+from imgcls.models.scores import PendingScores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
