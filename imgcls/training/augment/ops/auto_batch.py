@@ -1,7 +1,7 @@
 """The operations of RandAugment and TrivialAugment on a batch of images, each with its magnitude.
 
-torchvision's take one image, or one magnitude for all: about ten kernels for each image of a batch,
-which limits a GPU to 1,000 images/s. Here a batch takes some kernels for each kind of operation.
+torchvision's take one image, or one magnitude for all: about ten kernels for each image of a batch.
+Here a batch takes some kernels for each kind of operation.
 The results are torchvision's; blended colors can differ by one of 255 levels, because a product
 and a sum are rounded once or twice.
 """
