@@ -54,7 +54,8 @@ class ChunkTask:
 class StageTimings:
     """Wall seconds that a worker spent in each stage of a chunk, and the bytes that it read.
 
-    gpu: seconds of forward passes on a GPU; part of `classify`, not a stage
+    gpu: seconds in which a GPU ran forward passes, counted once where those of two chunks overlap;
+        not a stage
     """
 
     fetch: float = 0.0

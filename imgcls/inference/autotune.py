@@ -6,6 +6,7 @@ from its results. A short run would end before a benchmark pays: it takes the pl
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +24,13 @@ from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, StorageError, first_line
 from imgcls.execution.formatting import format_count, format_share
-from imgcls.execution.placement import Placement, ScaleConfig
-from imgcls.models.bundle import load_bundle
+from imgcls.execution.placement import WORKER_CPUS, Placement, ScaleConfig
+from imgcls.models.bundle import load_bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
     from imgcls.models.classifier import Classifier
+    from imgcls.models.scores import PendingScores
 
 MIN_FORWARD_S = 600.0
 """Forward passes per worker, in seconds, from which compiling is benchmarked."""
@@ -40,6 +42,11 @@ MIN_SPLIT_FRACTION = 0.05
 """Minimum fraction of the decoding that is given to the slower side."""
 BENCHMARK_IMAGES = 64
 """Number of images to benchmark decoding on."""
+DEVICE_DECODE_IMAGES = 256
+"""Number of images that a GPU decodes at a time in the benchmark, as many as a chunk has; its rate
+rises with their number."""
+MAX_BATCHES_AHEAD = 2
+"""Number of batches submitted to a GPU before the scores of the first are read, as in a run."""
 _MEASURE_S = 1.0
 
 CompileMode = Literal["auto", "always", "never"]
@@ -84,7 +91,8 @@ class BenchmarkResult:
     compiled:        compiled, at the chosen batch size; None if not measured, or failed
     compile_seconds: duration of the first compiled forward pass
     compile_failure: why it could not be compiled, for example without a C++ compiler
-    cpu_decode:      decoding on one core; None without readable images
+    cpu_decode:      decoding on one core while all cores of a GPU decode; None without readable
+        images
     device_decode:   decoding in batches on the worker's device; None without readable images
     """
 
@@ -198,25 +206,84 @@ def run_benchmark(
     interruption: Interruption,
     waiting: Callable[[float], None],
 ) -> BenchmarkResult:
-    """Measure on a worker with the resources of the placement's workers.
+    """Measure on a worker with the resources of the placement's workers, then on its cores.
 
     waiting: called with the seconds since the start, while there is no result
     """
     started_at = time.monotonic()
+
+    def wait_for(references: list[Any]) -> list[Any]:
+        while len(ray.wait(references, num_returns=len(references), timeout=0.2)[0]) < len(
+            references
+        ):
+            interruption.check()
+            waiting(time.monotonic() - started_at)
+        results: list[Any] = ray.get(references)
+        return results
+
     task = ray.remote(
         num_cpus=placement.worker_cpus,
         num_gpus=placement.worker_gpus,
         runtime_env={} if placement.worker_gpus else build_malloc_env(),
     )(measure_rates).remote(spec, images, placement.threads)
-    while not ray.wait([task], timeout=0.2)[0]:
-        interruption.check()
-        waiting(time.monotonic() - started_at)
-    result: BenchmarkResult = ray.get(task)
-    return result
+    result: BenchmarkResult = wait_for([task])[0]
+    if result.device_decode is None:
+        return result
+    cores = max(1, placement.prepare_tasks // placement.workers)
+    return replace(result, cpu_decode=_measure_cores(images, cores, wait_for))
+
+
+def _measure_cores(
+    images: BenchmarkInput, cores: int, wait_for: Callable[[list[Any]], list[Any]]
+) -> float:
+    """Images decoded per second and core while all cores decode.
+
+    A core that decodes alone has its caches, its clock and its second thread for itself.
+    """
+    actor: Any = ray.remote(num_cpus=WORKER_CPUS)(DecodeBenchmark)
+    actors = [actor.remote(images) for _ in range(cores)]
+    wait_for([each.load.remote() for each in actors])
+    rates: list[float] = wait_for([each.measure.remote() for each in actors])
+    for each in actors:
+        ray.kill(each)
+    return sum(rates) / cores
+
+
+class DecodeBenchmark:
+    """Ray actor that decodes the first images of a run on one core."""
+
+    def __init__(self, images: BenchmarkInput) -> None:
+        self._images = images
+        self._files: list[bytes] = []
+        self._preprocess: Preprocess | None = None
+
+    def load(self) -> None:
+        """Read the images that can be decoded."""
+        import torch
+
+        torch.set_num_threads(1)
+        images = self._images
+        storage_settings.set_process_settings(images.storage)
+        description = read_description(images.bundle_url).with_decode(images.decode)
+        self._preprocess = description.spec.preprocess
+        self._files = _load_readable(images, self._preprocess)
+
+    def measure(self) -> float:
+        """Images decoded per second."""
+        from imgcls.data import decode
+
+        preprocess = self._preprocess
+        assert preprocess is not None
+
+        def decode_all() -> None:
+            for file in self._files:
+                decode.decode_image(file, preprocess)
+
+        return len(self._files) * _measure_rate(decode_all)
 
 
 def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> BenchmarkResult:
-    """Measure the bundle's network, and decoding, on this process's device."""
+    """Measure the bundle's network, and decoding in batches, on this process's device."""
     import torch
 
     from imgcls.models.classifier import Classifier
@@ -230,7 +297,18 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
     pixels = pixels.contiguous(memory_format=torch.channels_last)
 
     def rate(classifier: Classifier, size: int) -> float:
-        return size * _measure_rate(lambda: classifier.classify(pixels[:size]))
+        pending: collections.deque[PendingScores] = collections.deque()
+
+        def submit() -> None:
+            pending.append(classifier.submit(pixels[:size]))
+            if len(pending) > MAX_BATCHES_AHEAD:
+                pending.popleft().get()
+
+        def finish() -> None:
+            while pending:
+                pending.popleft().get()
+
+        return size * _measure_rate(submit, finish)
 
     plain = Classifier(bundle, precision=precision)
     forward = {}
@@ -326,20 +404,16 @@ def _measure_decoding(
     if not files:
         return result
 
-    def decode_on_cpu() -> None:
-        for file in files:
-            decode.decode_image(file, classifier.preprocess)
+    if classifier.device.type == "cuda":
+        repeats = -(-DEVICE_DECODE_IMAGES // len(files))
+        files = (files * repeats)[:DEVICE_DECODE_IMAGES]
 
     def decode_on_device() -> None:
         decode.decode_batch(files, classifier.preprocess, device=classifier.device)
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return replace(
-        result,
-        cpu_decode=len(files) * _measure_rate(decode_on_cpu),
-        device_decode=len(files) * _measure_rate(decode_on_device),
-    )
+    return replace(result, device_decode=len(files) * _measure_rate(decode_on_device))
 
 
 def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
@@ -356,11 +430,16 @@ def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes
     return files
 
 
-def _measure_rate(work: Callable[[], object]) -> float:
-    """Calls per second, after one call to warm up."""
+def _measure_rate(work: Callable[[], object], finish: Callable[[], object] = lambda: None) -> float:
+    """Calls per second, after one call to warm up.
+
+    finish: waits for what the calls have submitted
+    """
     work()
+    finish()
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < _MEASURE_S:
         work()
         done += 1
+    finish()
     return done / (time.perf_counter() - start)

@@ -51,17 +51,28 @@ class AsyncDownload:
 
 
 class CudaTimer:
-    """GPU time of the kernels launched between construction and `stop`; 0 on a CPU."""
+    """GPU time of the kernels launched between construction and `stop`; 0 on a CPU.
+
+    Kernels that other threads launch in between run in this time too. Of timers that are chained by
+    `stop`, each counts only the time after the end of the one before: their sum counts no time
+    twice.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._marks: list[torch.cuda.Event] = []
+        self._earlier_end: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._marks[0].record()
 
-    def stop(self) -> None:
+    def stop(self, earlier: CudaTimer | None = None) -> None:
+        """Record the end.
+
+        earlier: the timer that was stopped last, whose time is not counted again
+        """
         if self._marks:
             self._marks[1].record()
+            self._earlier_end = earlier._marks[1] if earlier is not None else None
 
     def elapsed_seconds(self) -> float:
         """Wait for the end; elapsed GPU time."""
@@ -69,7 +80,10 @@ class CudaTimer:
             return 0.0
         start, end = self._marks
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        elapsed = float(start.elapsed_time(end))
+        if self._earlier_end is not None:
+            elapsed = max(0.0, min(elapsed, self._earlier_end.elapsed_time(end)))
+        return elapsed / 1000
 
 
 class CudaGraphRunner:

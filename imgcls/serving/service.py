@@ -21,6 +21,7 @@ from imgcls.data.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
+from imgcls.models.graph_sizes import choose_graph_sizes
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics
@@ -49,14 +50,16 @@ class ServedModel:
         """Load and warm up; raises BundleError if the bundle is missing or damaged."""
         bundle = load_bundle(config.model)
         on_gpu = torch.cuda.is_available()
+        # a lone image must not wait for the forward pass of a full batch
+        sizes = choose_graph_sizes(config.batch_size)
         classifier = Classifier(
             bundle,
             precision=config.precision,
-            batch_size=config.batch_size if on_gpu else None,
+            batch_size=sizes if on_gpu else None,
             decode=config.decode,
         )
         crop = bundle.spec.preprocess.crop
-        for count in (1, config.batch_size):
+        for count in sizes if on_gpu else (1, config.batch_size):
             blank = np.zeros((count, crop, crop, 3), np.uint8).transpose(0, 3, 1, 2)
             classifier.classify(blank, embeddings=count == 1)
         return cls(classifier)

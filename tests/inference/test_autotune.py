@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -198,10 +199,61 @@ def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_
     assert set(result.forward) == {8, 16}
     assert min(result.forward.values()) > 0
     assert result.compiled is None  # one row is labeled sooner than a network is compiled
-    assert result.cpu_decode is not None
-    assert result.cpu_decode > 0
     assert result.device_decode is not None
+    assert result.device_decode > 0
+    decoding = autotune.DecodeBenchmark(images)
+    decoding.load()
+    assert decoding.measure() > 0
     none = autotune.measure_rates(
         BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1
     )
-    assert none.cpu_decode is None
+    assert none.device_decode is None
+
+
+def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Actor:
+        """A core that decodes 400 images/s while 16 others do."""
+
+        def __init__(self) -> None:
+            self.load = SimpleNamespace(remote=lambda: calls.append("load"))
+            self.measure = SimpleNamespace(remote=self._measure)
+
+        def _measure(self) -> float:
+            calls.append("measure")
+            return 400.0
+
+    task = SimpleNamespace(remote=lambda *_: BenchmarkResult({64: 9000}, device_decode=3000))
+    actors = SimpleNamespace(remote=lambda *_: Actor())
+    fake = SimpleNamespace(
+        remote=lambda **_: lambda work: actors if work is autotune.DecodeBenchmark else task,
+        wait=lambda references, **_: (references, []),
+        get=lambda references: references,
+        kill=lambda actor: calls.append("kill"),
+    )
+    monkeypatch.setattr(autotune, "ray", fake)
+    placement = plan_placement([Node(cpus=16, gpus=1, accelerator="H100")], ScaleConfig())
+    images = BenchmarkInput("", "fast", "fp32", LONG, (), StorageConfig())
+    result = autotune.run_benchmark(
+        BenchmarkSpec((64,), False, True), images, placement, Interruption(), lambda waited: None
+    )
+    assert result == BenchmarkResult({64: 9000}, cpu_decode=400.0, device_decode=3000)
+    assert calls == ["load"] * 17 + ["measure"] * 17 + ["kill"] * 17
+
+
+def test_a_batch_that_is_still_computed_counts_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+
+    def submit() -> None:
+        clock[0] += 0.25  # 4 batches within the second
+
+    def finish() -> None:
+        clock[0] += 1.0  # until the GPU has done them
+
+    assert autotune._measure_rate(submit, finish) == 2.0

@@ -28,8 +28,9 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
-from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.models.classifier import Classifier
 from imgcls.models.cuda_graph import CudaTimer
+from imgcls.models.scores import PendingScores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
@@ -151,6 +152,18 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     assert fused.schema.equals(build_prediction_schema(labeled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
+
+
+def test_classes_ranked_on_the_device_give_the_same_table(
+    spec: PredictSpec, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, work = read_chunk_rows(spec, ChunkTask(0)), ChunkTask(0)
+    prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, StageTimings())
+    expected = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    monkeypatch.setattr(classifier, "_ranks_on_device", True)
+    monkeypatch.delattr("imgcls.models.task.select_top_k")
+    found = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    assert found.equals(expected)
 
 
 def test_a_retry_does_its_rows_alone_and_without_the_manifest(

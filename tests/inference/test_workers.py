@@ -16,7 +16,7 @@ from imgcls.errors import CrashingImage, StorageError
 from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
-from imgcls.execution.worker import run_first_stage, unpickle_cell
+from imgcls.execution.worker import run_first_stage, unpack_prepared, unpickle_cell
 from imgcls.inference import workers
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
@@ -35,7 +35,7 @@ def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
     manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
     spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
-    data = unpickle_cell(run_prepare(spec, 0.0), "prepared").data
+    data = unpack_prepared(run_prepare(spec, 0.0)).data
     assert type(data) is kind
     assert len(data if isinstance(data, list) else data.status) == 4
 
@@ -43,7 +43,7 @@ def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
 def run_prepare(spec: PredictSpec, cpu_fraction: float) -> pa.Table:
     """The first stage of chunk 0."""
     batch = pa.table({"task": [pickle.dumps(ChunkTask(0))]})
-    return pa.table(run_first_stage(batch, workers.prepare_chunk, spec, cpu_fraction))
+    return run_first_stage(batch, workers.prepare_chunk, spec, cpu_fraction)
 
 
 @pytest.mark.parametrize("cpu_fraction", [1.0, 0.0])

@@ -320,6 +320,27 @@ def test_bf16_scores_are_close_and_sum_to_one(tmp_path: Path, name: str) -> None
     np.testing.assert_allclose(other.embedding / scale, one.embedding / scale, atol=0.05)
 
 
+def test_fp16_scores_are_close_and_one_that_overflows_is_no_prediction(
+    small: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, for which fp16 cannot be chosen: the arithmetic is the same, but slow."""
+    monkeypatch.setattr(
+        "imgcls.models.classifier.choose_precision", lambda *_: ("fp16", "as requested")
+    )
+    monkeypatch.setattr(
+        "imgcls.models.classifier.fuse_convolutions", lambda network, side, keep: network
+    )
+    half = Classifier(small.bundle, precision="fp16", device="cpu")
+    batch = random_batch(small, 4)
+    found = half.classify(batch, embeddings=True)
+    np.testing.assert_allclose(found.scores, small.classify(batch).scores, atol=2e-3)
+    assert found.embedding is not None
+    assert (found.scores.dtype, found.embedding.dtype) == (np.float32, np.float32)
+    half._normalize._scale *= 1e6  # beyond 65,504
+    assert not half.classify(batch).is_finite.any()
+    assert "in fp16; run it with --precision fp32" in str(half.build_not_finite_error())
+
+
 @pytest.fixture(scope="module")
 def sample(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Labels and scores of the ImageNet sample under real weights, at both precisions."""

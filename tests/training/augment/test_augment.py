@@ -201,7 +201,7 @@ def test_every_image_of_a_batch_has_its_own_random_draw(settings: Any) -> None:
 @pytest.mark.parametrize("preset", VARYING)
 def test_no_value_is_ever_copied_from_the_device(preset: str) -> None:
     """Meta tensors have no values: an operation that would synchronize with a GPU fails."""
-    config = AugmentConfig.model_validate({"preset": preset, "auto": "off", "hue": 0.1})
+    config = AugmentConfig.model_validate({"preset": preset, "hue": 0.1})
     pixels, labels = noise(6, 20).to("meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     found, targets = Augment(config, size=16, num_classes=4)(pixels, labels)
     assert (found.shape, found.device.type) == ((6, 3, 16, 16), "meta")
