@@ -22,13 +22,15 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ImageError, StorageError
+from imgcls.errors import ImageError, RunFailed, StorageError
 from imgcls.execution.formatting import format_count, format_percent
 from imgcls.execution.placement import Placement, ScaleConfig
+from imgcls.inference.gpu_errors import describe_out_of_memory
 from imgcls.models.bundle import load_bundle
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
+    from imgcls.execution.messages import Device
     from imgcls.models.classifier import Classifier
 
 MIN_FORWARD_SECONDS = 600.0
@@ -82,6 +84,7 @@ class BenchmarkResult:
     """Rates of one worker, in images per second.
 
     forward:         forward passes, by batch size
+    too_large:       the smallest batch size that a GPU had no memory for; None if all fit
     compiled:        compiled, at the chosen batch size; None if not measured, or failed
     compile_seconds: duration of the first compiled forward pass
     compile_failure: why it could not be compiled, for example without a C++ compiler
@@ -90,6 +93,7 @@ class BenchmarkResult:
     """
 
     forward: dict[int, float]
+    too_large: int | None = None
     compiled: float | None = None
     compile_seconds: float = 0.0
     compile_failure: str | None = None
@@ -199,7 +203,7 @@ def run_benchmark(
         num_cpus=placement.worker_cpus,
         num_gpus=placement.worker_gpus,
         runtime_env={} if placement.worker_gpus else build_malloc_env(),
-    )(measure_rates).remote(spec, images, placement.threads)
+    )(measure_rates).remote(spec, images, placement.threads, placement.device)
     while not ray.wait([task], timeout=0.2)[0]:
         interruption.check()
         waiting(time.monotonic() - started_at)
@@ -207,8 +211,13 @@ def run_benchmark(
     return result
 
 
-def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> BenchmarkResult:
-    """Measure the bundle's network, and decoding, on this process's device."""
+def measure_rates(
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, device: Device
+) -> BenchmarkResult:
+    """Measure the bundle's network, and decoding, on the device of the workers.
+
+    Raises RunFailed when not even the smallest batch size fits into the memory of a GPU.
+    """
     import torch
 
     from imgcls.models.classifier import Classifier
@@ -224,18 +233,29 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
     def rate(classifier: Classifier, size: int) -> float:
         return size * _measure_rate(lambda: classifier.classify(pixels[:size]))
 
-    plain = Classifier(bundle, precision=precision)
-    forward = {}
-    for size in spec.batch_sizes:
-        if plain.device.type == "cuda":
-            plain = Classifier(bundle, precision=precision, batch_size=size)
-        forward[size] = rate(plain, size)
+    plain = Classifier(bundle, precision=precision, device=device)
+    forward: dict[int, float] = {}
+    too_large: int | None = None
+    for size in sorted(spec.batch_sizes):
+        try:
+            if device == "cuda":
+                plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
+            forward[size] = rate(plain, size)
+        except torch.OutOfMemoryError as error:
+            if not forward:
+                raise RunFailed(describe_out_of_memory(error, size)) from error
+            too_large = size
+            break
     best = choose_batch_size(forward)
-    result = BenchmarkResult(forward)
+    if too_large is not None:  # in place of the one that did not fit
+        plain = Classifier(bundle, precision=precision, device=device, batch_size=best)
+    result = BenchmarkResult(forward, too_large=too_large)
     if spec.compile and images.rows / forward[best] > MIN_FORWARD_SECONDS:
         start = time.perf_counter()
         try:
-            compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
+            compiled = Classifier(
+                bundle, precision=precision, device=device, compile=True, batch_size=best
+            )
             compiled.classify(pixels[:best])
         except Exception as error:  # noqa: BLE001  a failed compiler is no error: compiling is optional
             result = replace(result, compile_failure=str(error).strip().partition("\n")[0])
@@ -256,6 +276,8 @@ def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, 
     size = choose_batch_size(result.forward)
     plain = result.forward[size]
     tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(result.forward.items()))
+    if result.too_large is not None:
+        tried += f", {result.too_large}: out of memory"
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
     if result.compile_failure is not None:
         reasons.append(f"not compiled: {result.compile_failure}")
@@ -307,7 +329,7 @@ def _measure_decoding(
 ) -> BenchmarkResult:
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data import decode, device_decode
 
     files = _load_readable(images, classifier.preprocess)
     if not files:
@@ -318,7 +340,7 @@ def _measure_decoding(
             decode.decode_image(file, classifier.preprocess)
 
     def decode_on_device() -> None:
-        decode.decode_batch(files, classifier.preprocess, device=classifier.device)
+        device_decode.decode_batch(files, classifier.preprocess, device=classifier.device)
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 

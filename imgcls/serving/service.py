@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from imgcls.data import decode
+from imgcls.data.cuda import exit_on_device_failure
 from imgcls.data.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
@@ -45,14 +45,17 @@ class ServedModel:
         self.sha256 = classifier.bundle.sha256
 
     @classmethod
-    def load(cls, config: ServeConfig) -> ServedModel:
-        """Load and warm up; raises BundleError if the bundle is missing or damaged."""
+    def load(cls, config: ServeConfig, device: str) -> ServedModel:
+        """Load and warm up; raises BundleError if the bundle is missing or damaged.
+
+        device: "cpu" or "cuda"
+        """
         bundle = load_bundle(config.model)
-        on_gpu = torch.cuda.is_available()
         classifier = Classifier(
             bundle,
             precision=config.precision,
-            batch_size=config.batch_size if on_gpu else None,
+            device=device,
+            batch_size=config.batch_size,
             decode=config.decode,
         )
         crop = bundle.spec.preprocess.crop
@@ -106,13 +109,21 @@ class Service:
     """Classifies uploads with one model at a time.
 
     decoders:    number of decoding threads
+    device:      type of device of the model, "cpu" or "cuda"
     is_draining: the service is about to shut down, as /readyz reports
     """
 
     def __init__(
-        self, config: ServeConfig, model: ServedModel, metrics: ReplicaMetrics, *, decoders: int
+        self,
+        config: ServeConfig,
+        model: ServedModel,
+        metrics: ReplicaMetrics,
+        *,
+        decoders: int,
+        device: str,
     ) -> None:
         self.config = config
+        self._device = device
         self.model = model
         self.metrics = metrics
         self.is_draining = False
@@ -171,7 +182,7 @@ class Service:
         """
         async with self._update_lock:
             loop = asyncio.get_running_loop()
-            model = await loop.run_in_executor(None, ServedModel.load, config)
+            model = await loop.run_in_executor(None, ServedModel.load, config, self._device)
             has_changed = model.sha256 != self.model.sha256
             self.config, self.model = config, model
             self._batcher.size = config.batch_size
@@ -224,7 +235,7 @@ class Service:
         for indices in groups.values():
             first = items[indices[0]]
             self.metrics.batch_images.observe(len(indices))
-            with self.metrics.time_stage("classify"):
+            with self.metrics.time_stage("classify"), exit_on_device_failure():
                 output = first.model.classifier.classify(
                     decode.stack_images([items[index].pixels for index in indices]),
                     embeddings=first.embedding,

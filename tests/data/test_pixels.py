@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data.decode import decode_batch, decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.decode import decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.device_decode import decode_batch
 from imgcls.data.image_features import compute_features
 from imgcls.data.image_headers import read_jpeg_xl_header
 from imgcls.data.preprocess import Preprocess
