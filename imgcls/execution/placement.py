@@ -24,7 +24,7 @@ from imgcls.execution.worker import Job, run_first_stage
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from imgcls.execution.messages import RunSpec
+    from imgcls.execution.messages import Device, RunSpec
 
 PlacementName = Literal["cpu", "gpu", "gpu_decode"]
 
@@ -108,6 +108,11 @@ class Placement(abc.ABC):
         """Append the stages of a job to a dataset of pickled chunk tasks."""
 
     @property
+    def device(self) -> Device:
+        """The type of device of a worker: workers without a GPU of their own must not use any."""
+        return "cuda" if self.worker_gpus else "cpu"
+
+    @property
     @abc.abstractmethod
     def num_readers(self) -> int:
         """Number of processes that read images at a time."""
@@ -150,7 +155,7 @@ class Placement(abc.ABC):
             "batch_format": "pyarrow",
             "num_cpus": self.worker_cpus,
             "num_gpus": self.worker_gpus or None,
-            "fn_constructor_args": (spec, self.threads),
+            "fn_constructor_args": (spec, self.threads, self.device),
         }
 
 

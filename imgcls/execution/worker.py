@@ -29,6 +29,7 @@ from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt
 from imgcls.execution.messages import (
     ChunkResult,
     ChunkTask,
+    Device,
     PreparedChunk,
     RunSpec,
     StageTimings,
@@ -62,10 +63,11 @@ class Job:
 class BaseWorker(abc.ABC, Generic[SpecT]):
     """An actor that writes the tables of chunks.
 
+    device:  "cpu" or "cuda", as planned; Ray shows GPUs to workers without one, too
     details: facts for `ChunkResult.details`, set by `load`
     """
 
-    def __init__(self, spec: SpecT, threads: int) -> None:
+    def __init__(self, spec: SpecT, threads: int, device: Device) -> None:
         heartbeat.register_worker(spec.session)
         actor = ray.get_runtime_context().get_actor_id()
         start = Attempt(spec.session, f"start-{actor}", "starting a worker")
@@ -77,6 +79,7 @@ class BaseWorker(abc.ABC, Generic[SpecT]):
             )
         storage_settings.set_process_settings(spec.storage)
         self.spec = spec
+        self.device = device
         self.details: dict[str, str] = {}
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._schema = self.load(threads)

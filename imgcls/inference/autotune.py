@@ -22,13 +22,15 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ImageError, StorageError, first_line
+from imgcls.errors import ImageError, RunFailed, StorageError, first_line
 from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.placement import WORKER_CPUS, Placement, ScaleConfig
+from imgcls.inference.gpu_errors import describe_out_of_memory
 from imgcls.models.bundle import load_bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
+    from imgcls.execution.messages import Device
     from imgcls.models.classifier import Classifier
     from imgcls.models.scores import PendingScores
 
@@ -88,6 +90,7 @@ class BenchmarkResult:
     """Rates of one worker, in images per second.
 
     forward:         forward passes, by batch size
+    too_large:       the smallest batch size that a GPU had no memory for; None if all fit
     compiled:        compiled, at the chosen batch size; None if not measured, or failed
     compile_seconds: duration of the first compiled forward pass
     compile_failure: why it could not be compiled, for example without a C++ compiler
@@ -97,6 +100,7 @@ class BenchmarkResult:
     """
 
     forward: dict[int, float]
+    too_large: int | None = None
     compiled: float | None = None
     compile_seconds: float = 0.0
     compile_failure: str | None = None
@@ -225,7 +229,7 @@ def run_benchmark(
         num_cpus=placement.worker_cpus,
         num_gpus=placement.worker_gpus,
         runtime_env={} if placement.worker_gpus else build_malloc_env(),
-    )(measure_rates).remote(spec, images, placement.threads)
+    )(measure_rates).remote(spec, images, placement.threads, placement.device)
     result: BenchmarkResult = wait_for([task])[0]
     if result.device_decode is None:
         return result
@@ -282,8 +286,13 @@ class DecodeBenchmark:
         return len(self._files) * _measure_rate(decode_all)
 
 
-def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> BenchmarkResult:
-    """Measure the bundle's network, and decoding in batches, on this process's device."""
+def measure_rates(
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, device: Device
+) -> BenchmarkResult:
+    """Measure the bundle's network, and decoding in batches, on the device of the workers.
+
+    Raises RunFailed when not even the smallest batch size fits into the memory of a GPU.
+    """
     import torch
 
     from imgcls.models.classifier import Classifier
@@ -310,23 +319,29 @@ def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> 
 
         return size * _measure_rate(submit, finish)
 
-    plain = Classifier(bundle, precision=precision)
-    forward = {}
-    for size in spec.batch_sizes:
+    plain = Classifier(bundle, precision=precision, device=device)
+    forward: dict[int, float] = {}
+    too_large: int | None = None
+    for size in sorted(spec.batch_sizes):
         try:
-            if plain.device.type == "cuda":
-                plain = Classifier(bundle, precision=precision, batch_size=size)
+            if device == "cuda":
+                plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
             forward[size] = rate(plain, size)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if not forward:
-                raise
-            break  # smaller batches fit
+                raise RunFailed(describe_out_of_memory(error, size)) from error
+            too_large = size
+            break
     best = choose_batch_size(forward)
-    result = BenchmarkResult(forward)
+    if too_large is not None:  # in place of the one that did not fit
+        plain = Classifier(bundle, precision=precision, device=device, batch_size=best)
+    result = BenchmarkResult(forward, too_large=too_large)
     if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:
         start = time.perf_counter()
         try:
-            compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
+            compiled = Classifier(
+                bundle, precision=precision, device=device, compile=True, batch_size=best
+            )
             compiled.classify(pixels[:best])
         except Exception as error:  # noqa: BLE001  a failed compiler is no error: compiling is optional
             result = replace(result, compile_failure=str(error).strip().partition("\n")[0])
@@ -347,6 +362,8 @@ def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, 
     size = choose_batch_size(result.forward)
     plain = result.forward[size]
     tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(result.forward.items()))
+    if result.too_large is not None:
+        tried += f", {result.too_large}: out of memory"
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
     if result.compile_failure is not None:
         reasons.append(f"not compiled: {result.compile_failure}")
@@ -398,7 +415,7 @@ def _measure_decoding(
 ) -> BenchmarkResult:
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data import device_decode
 
     files = _load_readable(images, classifier.preprocess)
     if not files:
@@ -409,7 +426,7 @@ def _measure_decoding(
         files = (files * repeats)[:DEVICE_DECODE_IMAGES]
 
     def decode_on_device() -> None:
-        decode.decode_batch(files, classifier.preprocess, device=classifier.device)
+        device_decode.decode_batch(files, classifier.preprocess, device=classifier.device)
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from imgcls.data import decode, filesystem, manifest
+from imgcls.data import decode, device_decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import OK, CrashingImage, ImageError, StorageError
@@ -142,7 +142,7 @@ def prepare_on_device(
     prepared = PreparedImages()
     with timings.measure("prepare"):
         decoded = iter(
-            decode.decode_batch(
+            device_decode.decode_batch(
                 [file for file in files if isinstance(file, bytes)],
                 classifier.preprocess,
                 device=classifier.device,

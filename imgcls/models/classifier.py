@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from imgcls import log
+from imgcls.data.cuda import CudaTimer, resolve_device
 from imgcls.data.decode import Pixels, stack_images
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig, use_settings
@@ -37,7 +39,7 @@ from imgcls.models.bundle import (
     read_description,
     require_int8,
 )
-from imgcls.models.cuda_graph import CudaGraphRunner, CudaTimer
+from imgcls.models.cuda_graph import CaptureError, CudaGraphRunner
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import fuse_convolutions
 from imgcls.models.graph_sizes import SizedForward
@@ -132,14 +134,15 @@ class Classifier:
     precision
         "auto" uses bf16 where the hardware multiplies it natively, else fp32. "fp16" is for GPUs
         without bf16. The attributes `precision` and `precision_reason` hold the choice and its
-        reason.
+        reason. "fp32" on a GPU turns TF32 off for all convolutions of the process.
     device
         Default: the GPU if there is one, else the CPU.
     compile
         Compile the network with `torch.compile`.
     batch_size
-        Usual batch size on a GPU, or several. The forward pass of each is recorded as a CUDA graph,
-        and a batch is padded to the next size.
+        Usual batch size on a GPU, or several. The forward pass of each is captured as a CUDA graph,
+        and a batch is padded to the next size; a network that cannot be captured runs without one,
+        and a note is logged.
     decode
         "exact" decodes JPEGs at full size, "fast" decodes large ones at 1/2, 1/4 or 1/8. Default:
         the setting of the bundle.
@@ -173,9 +176,12 @@ class Classifier:
         self.bundle = bundle
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = resolve_device(device)
         self.precision, self.precision_reason = choose_precision(precision, self.device)
         self._dtype = choose_float_dtype(self.precision, self.device)
+        if self.device.type == "cuda" and self.precision == "fp32":
+            # by default cuDNN rounds the factors of a convolution to 10 bits
+            torch.backends.cudnn.allow_tf32 = False
         network = load_network(bundle, self.device, self._dtype)
         _, last = zoo.find_head(network)
         if self.precision == "int8":
@@ -195,9 +201,7 @@ class Classifier:
         )
         if self.device.type == "cuda" and batch_size is not None:
             sizes = [batch_size] if isinstance(batch_size, int) else batch_size
-            self._compute_logits = SizedForward(
-                {size: self._record_cuda_graph(size) for size in sizes}
-            )
+            self._compute_logits = self._capture_cuda_graphs(sizes)
 
     @property
     def embedding_width(self) -> int:
@@ -402,10 +406,19 @@ class Classifier:
         ]
 
     @torch.inference_mode()
-    def _record_cuda_graph(self, batch_size: int) -> CudaGraphRunner:
+    def _capture_cuda_graphs(self, sizes: Iterable[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The network as a CUDA graph per batch size, or as it is if it cannot be captured."""
         crop = self.preprocess.crop
-        example = torch.empty((batch_size, 3, crop, crop), dtype=self._dtype, device=self.device)
-        return CudaGraphRunner(self._compute_logits, example.to(memory_format=torch.channels_last))
+        graphs = {}
+        try:
+            for size in sizes:
+                example = torch.empty((size, 3, crop, crop), dtype=self._dtype, device=self.device)
+                example = example.to(memory_format=torch.channels_last)
+                graphs[size] = CudaGraphRunner(self._compute_logits, example)
+            return SizedForward(graphs)
+        except CaptureError as error:
+            log.emit("note", f"{self.bundle.url} runs without a CUDA graph: {error}")
+            return self._compute_logits
 
     def _run_network(
         self, pixels: torch.Tensor, embeddings: bool

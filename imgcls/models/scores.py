@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imgcls.models.cuda_graph import AsyncDownload, CudaTimer
+from imgcls.data.cuda import AsyncDownload, CudaTimer
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -115,6 +116,19 @@ def test_gpus_without_cpus_on_their_node_stay_idle_which_is_logged() -> None:
     assert placement.workers == 2
     assert placement.reasons[-1] == "2 GPUs idle: too few CPUs on their nodes"
     assert "idle" not in " ".join(planned(Node(64, 4)).reasons)
+
+
+@pytest.mark.parametrize(
+    ("layout", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("gpu_decode", "cuda")]
+)
+def test_workers_are_started_with_the_device_that_is_planned(layout: str, device: str) -> None:
+    """Ray shows the GPUs of a node to workers without one as well."""
+    placement = planned(Node(16, 1), layout=layout)
+    assert placement.device == device
+    spec: Any = object()
+    options = placement._actor_options(spec, 1)
+    assert options["fn_constructor_args"] == (spec, 1, device)
+    assert options["num_gpus"] == (1 if device == "cuda" else None)
 
 
 # ------------------------------------------------------------------ what does not fit

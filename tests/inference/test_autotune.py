@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -13,11 +14,15 @@ import torch
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import RunFailed
 from imgcls.execution.formatting import format_share
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
 from imgcls.execution.worker import is_cpu_chunk
 from imgcls.inference import autotune
 from imgcls.inference.autotune import BenchmarkInput, BenchmarkResult, BenchmarkSpec, TunedSettings
+from imgcls.models import classifier as classifiers
+from imgcls.models.bundle import Bundle
+from imgcls.models.classifier import Classifier
 from tests.conftest import draw
 
 CPUS = plan_placement([Node(cpus=2, gpus=0)], ScaleConfig())
@@ -110,7 +115,7 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
 
     monkeypatch.setattr(torch, "compile", refuse)
     images = BenchmarkInput(str(color_bundle), "fast", "fp32", LONG, (), StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1)
+    result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1, "cpu")
     tuned, reasons = autotune.choose_settings(result, LONG)
     assert tuned == TunedSettings(8, False)
     assert reasons[1] == "not compiled: No working C++ compiler found"
@@ -195,7 +200,7 @@ def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_
     broken.write_bytes(b"no image")
     urls = (str(good), str(broken), str(tmp_path / "missing.jpg"))
     images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, urls, StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1)
+    result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1, "cpu")
     assert set(result.forward) == {8, 16}
     assert min(result.forward.values()) > 0
     assert result.compiled is None  # one row is labeled sooner than a network is compiled
@@ -205,7 +210,7 @@ def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_
     decoding.load()
     assert decoding.measure() > 0
     none = autotune.measure_rates(
-        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1
+        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
     )
     assert none.device_decode is None
 
@@ -257,3 +262,32 @@ def test_a_batch_that_is_still_computed_counts_when_it_is_done(
         clock[0] += 1.0  # until the GPU has done them
 
     assert autotune._measure_rate(submit, finish) == 2.0
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "GPU", in truth the CPU, with memory for batches of up to 100."""
+
+    class SmallClassifier(Classifier):
+        def __init__(self, bundle: Bundle, **options: Any) -> None:
+            assert options.pop("device") == "cuda"
+            if (options.pop("batch_size", None) or 1) > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(bundle, device="cpu", **options)
+
+    monkeypatch.setattr(classifiers, "Classifier", SmallClassifier)
+    monkeypatch.setattr(autotune, "_MEASURE_S", 0.0)
+
+
+def test_a_batch_size_that_a_gpu_has_no_memory_for_is_not_chosen(
+    small_gpu: None, color_bundle: Path
+) -> None:
+    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
+    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, False)
+    result = autotune.measure_rates(spec, images, 1, "cuda")
+    assert (set(result.forward), result.too_large) == ({64}, 128)
+    tuned, reasons = autotune.choose_settings(result, LONG)
+    assert tuned == TunedSettings(64, False)
+    assert reasons[0].endswith(", 128: out of memory")
+    with pytest.raises(RunFailed, match=r"batches of 128: .*Set a smaller --scale\.batch-size"):
+        autotune.measure_rates(replace(spec, batch_sizes=(128,)), images, 1, "cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from imgcls.models.cuda_graph import CudaTimer
+from imgcls.data.cuda import CudaTimer
 
 TIMES: list[float] = []
 
