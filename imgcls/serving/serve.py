@@ -294,8 +294,8 @@ def _check_ports_free(http: HttpConfig) -> None:
         probes: list[Any] = []
         for node in nodes:
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            probe: Any = ray.remote(num_cpus=0, scheduling_strategy=on_node)(_find_bind_error)
-            probes.append(probe.remote(http))
+            probe: Any = ray.remote(num_cpus=0)(_find_bind_error)
+            probes.append(probe.options(scheduling_strategy=on_node).remote(http))
         places = [f" on node {node['NodeManagerAddress']}" for node in nodes]
         failures = dict(zip(places, ray.get(probes), strict=True))
     for place, error in failures.items():
