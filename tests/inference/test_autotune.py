@@ -121,24 +121,6 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
     assert reasons[1] == "not compiled: No working C++ compiler found"
 
 
-def test_a_batch_that_exceeds_the_memory_is_not_chosen(
-    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = iter([10.0, 9.0])
-
-    def measure(work: object) -> float:
-        for rate in rates:
-            return rate
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(autotune, "_measure_rate", measure)
-    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8, 16, 32), False, False), images, 1)
-    assert result.forward == {8: 80.0, 16: 144.0}
-    with pytest.raises(torch.OutOfMemoryError):  # not even the smallest fits
-        autotune.measure_rates(BenchmarkSpec((8,), False, False), images, 1)
-
-
 def test_an_image_that_crashes_the_benchmark_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -123,7 +123,7 @@ def test_a_network_that_cannot_be_captured_runs_without_a_graph(
     network = classifier._compute_logits
     monkeypatch.setattr(classifiers, "CudaGraphRunner", refuse)
     with caplog.at_level(logging.WARNING, "imgcls"):
-        assert classifier._capture_cuda_graph(SIZE) is network
+        assert classifier._capture_cuda_graphs([SIZE]) is network
     assert caplog.messages == [
         f"{tmp_path / 'b'} runs without a CUDA graph: it waits for the device"
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
 
-    def record(self) -> None:
+    def record(self, stream: None) -> None:
         self.at = TIMES.pop(0)
 
     def synchronize(self) -> None: ...
@@ -27,6 +29,8 @@ class Event:
 
 def test_the_time_of_overlapping_passes_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     TIMES[:] = [1000, 1500, 3000, 4000, 9000, 10000]
     gpu = torch.device("cuda")
     first, second = CudaTimer(gpu), CudaTimer(gpu)  # of two threads

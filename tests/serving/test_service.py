@@ -25,10 +25,9 @@ def test_a_replica_with_a_gpu_captures_and_warms_up_a_graph_for_a_lone_image(
 
     def build(bundle: Any, *, batch_size: Any, **_: Any) -> Any:
         sizes.append(batch_size)
-        return SimpleNamespace(bundle=bundle, classify=classify)
+        return SimpleNamespace(bundle=bundle, classify=classify, device=torch.device("cuda"))
 
     monkeypatch.setattr(service, "Classifier", build)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    service.ServedModel.load(ServeConfig(model=str(color_bundle), batch_size=16))
+    service.ServedModel.load(ServeConfig(model=str(color_bundle), batch_size=16), "cuda")
     assert sizes == [(1, 4, 16)]
     assert warmed == [(1, True), (4, False), (16, False)]
