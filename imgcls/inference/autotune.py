@@ -287,7 +287,7 @@ class DecodeBenchmark:
 
 
 def measure_rates(
-    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, device: Device
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: Device
 ) -> BenchmarkResult:
     """Measure the bundle's network, and decoding in batches, on the device of the workers.
 
@@ -295,12 +295,14 @@ def measure_rates(
     """
     import torch
 
+    from imgcls.data.cuda import find_worker_device
     from imgcls.models.classifier import Classifier
 
     storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
     bundle = load_bundle(images.bundle_url).with_decode(images.decode)
     precision: Any = images.precision
+    device = find_worker_device(planned)
     side = bundle.spec.preprocess.crop
     pixels = torch.randint(0, 256, (max(spec.batch_sizes), 3, side, side), dtype=torch.uint8)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -324,7 +326,7 @@ def measure_rates(
     too_large: int | None = None
     for size in sorted(spec.batch_sizes):
         try:
-            if device == "cuda":
+            if device.type == "cuda":
                 plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
             forward[size] = rate(plain, size)
         except torch.OutOfMemoryError as error:
