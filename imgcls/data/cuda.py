@@ -22,6 +22,8 @@ from typing import ClassVar
 
 import torch
 
+from imgcls import log
+
 _DECODER_ERROR = "Error while decoding JPEG images"
 """How torchvision begins the message of any error within nvJPEG, whatever its kind."""
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
@@ -200,3 +202,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if str(found) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return found
+
+
+def find_worker_device(planned: str) -> torch.device:
+    """The device of a worker for which "cpu" or "cuda" is planned.
+
+    A GPU that Ray counts but torch does not find, for want of a driver, is reported.
+    """
+    if planned == "cuda" and not torch.cuda.is_available():
+        log.emit("note", "Ray assigned a GPU to this worker, but torch finds none: using the CPU")
+        return torch.device("cpu")
+    return resolve_device(planned)

@@ -212,7 +212,7 @@ def run_benchmark(
 
 
 def measure_rates(
-    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, device: Device
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: Device
 ) -> BenchmarkResult:
     """Measure the bundle's network, and decoding, on the device of the workers.
 
@@ -220,12 +220,14 @@ def measure_rates(
     """
     import torch
 
+    from imgcls.data.cuda import find_worker_device
     from imgcls.models.classifier import Classifier
 
     storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
     bundle = load_bundle(images.bundle_url).with_decode(images.decode)
     precision: Any = images.precision
+    device = find_worker_device(planned)
     side = bundle.spec.preprocess.crop
     pixels = torch.randint(0, 256, (max(spec.batch_sizes), 3, side, side), dtype=torch.uint8)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -238,7 +240,7 @@ def measure_rates(
     too_large: int | None = None
     for size in sorted(spec.batch_sizes):
         try:
-            if device == "cuda":
+            if device.type == "cuda":
                 plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
             forward[size] = rate(plain, size)
         except torch.OutOfMemoryError as error:

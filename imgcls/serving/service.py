@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from imgcls.data import decode
-from imgcls.data.cuda import exit_on_device_failure
+from imgcls.data.cuda import exit_on_device_failure, find_worker_device
 from imgcls.data.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
@@ -54,7 +54,7 @@ class ServedModel:
         classifier = Classifier(
             bundle,
             precision=config.precision,
-            device=device,
+            device=find_worker_device(device),
             batch_size=config.batch_size,
             decode=config.decode,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -69,6 +70,8 @@ def test_concurrent_decoding_has_streams_of_its_own_and_later_decoding_reuses_th
         second = decode()
         assert second is not first
     assert {decode(), decode()} <= {first, second}
+    with DecodeStage(GPU):
+        assert {cuda.current_stream(GPU), decode()} == {first, second}
     assert len(cuda.streams) == 2
 
 
@@ -79,6 +82,21 @@ def test_on_a_cpu_there_are_no_streams() -> None:
         stage.raise_device_failure(RuntimeError("a damaged file"))
     assert AsyncDownload(torch.ones(1)).get().tolist() == [1]
     assert CudaTimer(torch.device("cpu")).elapsed_seconds() == 0
+
+
+def test_a_gpu_that_ray_counts_but_torch_does_not_find_is_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, "imgcls"):
+        assert stages.find_worker_device("cuda") == torch.device("cpu")
+    assert caplog.messages == [
+        "Ray assigned a GPU to this worker, but torch finds none: using the CPU"
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert stages.find_worker_device("cuda") == torch.device("cuda", 3)
+    assert stages.find_worker_device("cpu") == torch.device("cpu")
 
 
 PREFIX = "Error while decoding JPEG images: "

@@ -184,11 +184,13 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class SmallClassifier(Classifier):
         def __init__(self, bundle: Bundle, **options: Any) -> None:
-            assert options.pop("device") == "cuda"
+            assert options.pop("device").type == "cuda"
             if (options.pop("batch_size", None) or 1) > 100:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(bundle, device="cpu", **options)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(classifiers, "Classifier", SmallClassifier)
     monkeypatch.setattr(autotune, "_MEASURE_SECONDS", 0.0)
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
+from imgcls.data.cuda import CudaTimer
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.completed import read_chunk_rows, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
@@ -29,7 +30,6 @@ from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.classifier import Classifier, PendingScores
-from imgcls.models.cuda_graph import CudaTimer
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
@@ -46,7 +46,7 @@ STATUSES = {
 @pytest.fixture(scope="session")
 def classifier(color_bundle: Path) -> Classifier:
     torch.set_num_threads(1)
-    return Classifier.load(str(color_bundle), precision="fp32")
+    return Classifier.load(str(color_bundle), precision="fp32", device="cpu")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
 ) -> None:
     written = []
     for _ in range(2):
-        fresh = Classifier.load(str(color_bundle), precision="fp32")
+        fresh = Classifier.load(str(color_bundle), precision="fp32", device="cpu")
         for number in range(3):
             work = ChunkTask(number)
             write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())
