@@ -35,6 +35,7 @@ class _ModelLoader:
         """Load the model; returns the schema of the prediction columns."""
         import torch
 
+        from imgcls.data.cuda import find_worker_device
         from imgcls.inference import stages
         from imgcls.models.classifier import Classifier
 
@@ -44,7 +45,7 @@ class _ModelLoader:
         self._classifier = Classifier(
             load_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
-            device=self.device,
+            device=find_worker_device(self.device),
             decode=spec.decode,
             compile=spec.compile,
             batch_size=spec.batch_size,

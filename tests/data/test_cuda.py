@@ -70,6 +70,8 @@ def test_concurrent_decoding_has_streams_of_its_own_and_later_decoding_reuses_th
         second = decode()
         assert second is not first
     assert {decode(), decode()} <= {first, second}
+    with DecodeStage(GPU):
+        assert {cuda.current_stream(GPU), decode()} == {first, second}
     assert len(cuda.streams) == 2
 
 

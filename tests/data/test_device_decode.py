@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,65 @@ def test_a_device_without_memory_is_no_property_of_an_image(
     monkeypatch.setattr(torchvision.io, "decode_jpeg", fail)
     with pytest.raises(torch.OutOfMemoryError):
         decode_batch([jpeg_of(90)])
+
+
+# ------------------------------------------------------------------ on a GPU
+
+KINDS: dict[str, bytes] = {
+    "baseline": jpeg_of(400, 300),
+    "progressive": jpeg_of(400, 300, progressive=True),
+    "4:4:4": jpeg_of(400, 300, subsampling=0),
+    "4:2:2": jpeg_of(400, 300, subsampling=1),
+    "restart": jpeg_of(400, 300, restart_marker_blocks=4),
+    "gray": encoded(drawn(400, 300).convert("L"), "JPEG"),
+    "odd": jpeg_of(401, 299),
+    "rgb": with_adobe_marker(jpeg_of(400, 300), 0),
+    "png": encoded(drawn(400, 300), "PNG"),
+}
+
+
+def decode_on_cpu(data: bytes) -> Any:
+    try:
+        return decode.decode_image(data, SPEC)
+    except ImageError as error:
+        return error
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_every_kind_as_a_cpu_does_and_finds_the_same_damage() -> None:
+    files = list(KINDS.values())
+    damaged = [data[: len(data) * part // 4] for data in files for part in (1, 2, 3)]
+    results: list[Any] = device_decode.decode_batch([*files, *damaged, b"junk"], SPEC, device=GPU)
+    torch.cuda.current_stream().synchronize()
+    for data, result in zip([*files, *damaged, b"junk"], results, strict=True):
+        expected = decode_on_cpu(data)
+        assert type(result) is type(expected)
+        if isinstance(expected, ImageError):
+            assert (result.status, str(result)) == (expected.status, str(expected))
+            continue
+        assert result[1] == expected[1]
+        # nvJPEG and the resize on the device round differently
+        assert np.abs(result[0].cpu().numpy() - expected[0].astype(int)).mean() < 2
+
+
+@pytest.mark.gpu
+def test_threads_that_decode_and_compute_get_the_pixels_of_one_that_does_not() -> None:
+    files = [jpeg_of(1200 + 8 * index, 900) for index in range(16)]
+
+    def run(order: Sequence[int]) -> torch.Tensor:
+        pixels = decode_on_gpu([files[index] for index in order])
+        work = torch.randn(4096, 4096, device=GPU)
+        for _ in range(20):  # kernels that keep the forward stream behind
+            work = work @ work / 4096
+        return torch.stack(pixels).cpu()[np.argsort(order)]
+
+    def decode_on_gpu(batch: Sequence[bytes]) -> list[torch.Tensor]:
+        results = device_decode.decode_batch(batch, SPEC, device=GPU)
+        return [result[0] for result in results if isinstance(result, tuple)]
+
+    torch.cuda.synchronize()
+    expected = torch.stack(decode_on_gpu(files)).cpu()
+    orders = [np.random.default_rng(seed).permutation(len(files)) for seed in range(40)]
+    with ThreadPoolExecutor(2) as threads:
+        for found in threads.map(run, orders):
+            assert torch.equal(found, expected)

@@ -47,7 +47,7 @@ STATUSES = {
 @pytest.fixture(scope="session")
 def classifier(color_bundle: Path) -> Classifier:
     torch.set_num_threads(1)
-    return Classifier.load(str(color_bundle), precision="fp32")
+    return Classifier.load(str(color_bundle), precision="fp32", device="cpu")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
 ) -> None:
     written = []
     for _ in range(2):
-        fresh = Classifier.load(str(color_bundle), precision="fp32")
+        fresh = Classifier.load(str(color_bundle), precision="fp32", device="cpu")
         for number in range(3):
             work = ChunkTask(number)
             write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())
