@@ -53,7 +53,7 @@ def main() -> None:
 def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data import decode, device_decode
     from imgcls.models.classifier import Classifier
 
     def report(what: str, rate: float) -> None:
@@ -82,7 +82,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     def on_the_device(count: int) -> None:
         for start in range(0, count, CHUNK):
             some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
-            decode.decode_batch(some, plain.preprocess, device=plain.device)
+            device_decode.decode_batch(some, plain.preprocess, device=plain.device)
         torch.cuda.synchronize()
 
     def on_the_host(count: int) -> None:
@@ -95,7 +95,7 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
 
     def one_chunk(start: int) -> None:
         some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
-        found = decode.decode_batch(some, plain.preprocess, device=plain.device)
+        found = device_decode.decode_batch(some, plain.preprocess, device=plain.device)
         best.classify(torch.stack([each[0] for each in found if isinstance(each, tuple)]))
 
     decoding = rate(lambda: on_the_device(rows), rows)

@@ -38,7 +38,7 @@ class ScanWorker(ChunkWorker[ScanSpec]):
         self._classifier: Classifier | None = None
         if self.spec.bundle_url is not None:
             bundle = load_unchanged_bundle(self.spec.bundle_url, self.spec.bundle_sha256)
-            self._classifier = Classifier(bundle, decode=self.spec.decode)
+            self._classifier = Classifier(bundle, decode=self.spec.decode, device=self.device)
             self.details = {"precision": self._classifier.precision}
         classifier = self._classifier
         return scan_stage.scan_schema(None if classifier is None else classifier.embedding_width)

@@ -18,11 +18,9 @@ from __future__ import annotations
 import importlib
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +31,6 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from imgcls.data import formats, jpeg, png, tiff
 from imgcls.data.formats import ImageFormat
 from imgcls.data.image_headers import is_cut_off, read_jpeg_xl_header, read_sample_format
-from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.pixels import Pixels as Pixels
 from imgcls.data.pixels import convert_to_rgb, find_ico_image, load_rgb
 from imgcls.data.preprocess import Preprocess
@@ -42,7 +39,6 @@ from imgcls.data.resize import (
     apply_orientation,
     apply_tensor_orientation,
     compute_resized_size,
-    resize_on_device,
     resize_pillow,
     resize_scaled_jpeg,
     resize_tensor,
@@ -69,7 +65,7 @@ CHROMA_MARGIN = 1.4
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _JPEG_FORMATS = ("JPEG", "MPO")
-_JPEG_SIGNATURE = b"\xff\xd8\xff"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -83,7 +79,7 @@ def decode_image(
     height) in pixels before the resize and after EXIF orientation.
     Raises EmptyImage, TruncatedImage, NotAnImage, UnsupportedImage, ImageTooLarge or ImageError.
     """
-    header = _read_header(data, max_pixels)
+    header = read_header(data, max_pixels)
     try:
         if header.is_plain_jpeg:
             return _decode_and_resize_jpeg(data, header, spec), header.display_size
@@ -120,7 +116,7 @@ def preprocess_pil_image(image: Image.Image, spec: Preprocess) -> Pixels:
     try:
         data = _read_undecoded_file(image)
         if data is not None:
-            header = _read_header(data, max_pixels=max(MAX_PIXELS, math.prod(image.size)))
+            header = read_header(data, max_pixels=max(MAX_PIXELS, math.prod(image.size)))
             rgb, orientation = _decode_full_rgb(header.image, data), header.orientation
         else:
             image.load()  # first, since reading EXIF would swallow an error in the pixels
@@ -146,80 +142,6 @@ def _read_undecoded_file(image: Image.Image) -> bytes | None:
     return data
 
 
-def decode_batch(
-    blobs: Sequence[bytes],
-    spec: Preprocess,
-    *,
-    device: torch.device,
-    max_pixels: int = MAX_PIXELS,
-) -> list[tuple[torch.Tensor, tuple[int, int]] | ImageError]:
-    """Decode a batch of images on a device, with nvJPEG on a GPU.
-
-    With `decode: fast`, JPEGs are decoded and resized on the device, after a check of their image
-    data on the CPU (nvJPEG does not report missing data). All others go through `decode_image`.
-    Returns, for each image, its pixels as a uint8 tensor on `device` and its display size, or its
-    error.
-    """
-    results: list[tuple[torch.Tensor, tuple[int, int]] | ImageError | None] = [None] * len(blobs)
-    plain = []
-    for index, data in enumerate(blobs):
-        if spec.decode != "fast" or not data.startswith(_JPEG_SIGNATURE):
-            continue
-        try:
-            header = _read_header(data, max_pixels)
-        except ImageError as error:
-            results[index] = error
-            continue
-        small = math.prod(compute_resized_size(header.display_size, spec)) <= MAX_RESIZE_PIXELS
-        if header.is_plain_jpeg and small:
-            plain.append((index, header.orientation, header.display_size))
-    sound = check_jpegs([blobs[index] for index, _, _ in plain])
-    for (index, _, _), checked in zip(plain, sound, strict=True):
-        if isinstance(checked, ImageError):
-            results[index] = checked
-    plain = [item for item in plain if results[item[0]] is None]
-    encoded = [
-        torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for data in sound
-        if not isinstance(data, ImageError)
-    ]
-    try:
-        decoded = (
-            torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB, device=device)
-            if encoded
-            else []
-        )
-    except RuntimeError:
-        decoded, plain = [], []  # one broken file fails the batch: decode each by itself
-    for (index, orientation, display_size), tensor in zip(plain, decoded, strict=True):
-        upright = apply_tensor_orientation(tensor, orientation)
-        results[index] = resize_on_device(upright, display_size, spec), display_size
-    for index, data in enumerate(blobs):
-        if results[index] is None:
-            try:
-                pixels, display_size = decode_image(data, spec, max_pixels=max_pixels)
-                results[index] = torch.from_numpy(pixels).to(device), display_size
-            except ImageError as error:
-                results[index] = error
-    return [result for result in results if result is not None]
-
-
-def check_jpegs(blobs: Sequence[bytes]) -> list[bytes | ImageError]:
-    """Verify the image data of JPEGs, on all CPUs that this process may use.
-
-    Returns the result or the error of `jpeg.verify_jpeg` for each.
-    """
-
-    def check(data: bytes) -> bytes | ImageError:
-        try:
-            return jpeg.verify_jpeg(data)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(check, blobs))
-
-
 @dataclass(frozen=True)
 class ImagePreview:
     """Thumbnail of an image file, with facts from its header.
@@ -241,7 +163,7 @@ def decode_preview(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> I
 
     Raises as `decode_image` does.
     """
-    header = _read_header(data, max_pixels)
+    header = read_header(data, max_pixels)
     try:
         if header.is_plain_jpeg:
             factor = _choose_scale_factor(header.image.size, (side, side))
@@ -261,7 +183,7 @@ def decode_preview(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> I
 
 
 @dataclass(frozen=True)
-class _ImageHeader:
+class ImageHeader:
     """Header of an image file that is opened and not decoded.
 
     orientation:  EXIF, 1 to 8
@@ -280,7 +202,8 @@ class _ImageHeader:
         return self.image.format in _JPEG_FORMATS and self.image.mode in ("L", "RGB")
 
 
-def _read_header(data: bytes, max_pixels: int) -> _ImageHeader:
+def read_header(data: bytes, max_pixels: int) -> ImageHeader:
+    """Read the header of an image file. Raises as `decode_image` does."""
     image, chunks = _open_image(data, max_pixels)
     width, height = _read_size(image, data)
     _check_pixel_count(width, height, max_pixels)
@@ -291,7 +214,7 @@ def _read_header(data: bytes, max_pixels: int) -> _ImageHeader:
     else:
         orientation = _read_orientation(image)
     display_size = (height, width) if orientation >= 5 else (width, height)
-    return _ImageHeader(
+    return ImageHeader(
         image, orientation, display_size, bool(chunks) and png.is_plain_png(data, chunks)
     )
 
@@ -404,7 +327,7 @@ def _read_orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def _decode_and_resize_jpeg(data: bytes, header: _ImageHeader, spec: Preprocess) -> Pixels:
+def _decode_and_resize_jpeg(data: bytes, header: ImageHeader, spec: Preprocess) -> Pixels:
     orientation, display_size = header.orientation, header.display_size
     resized = compute_resized_size(display_size, spec)
     wanted = (resized[1], resized[0]) if orientation >= 5 else resized
@@ -429,7 +352,7 @@ def _convert_error(error: Exception, data: bytes) -> ImageError:
     lowered = reason.lower()
     if isinstance(error, Image.DecompressionBombError):
         return ImageTooLarge(reason)
-    refusal = jpeg.find_unsupported_process(data) if data.startswith(_JPEG_SIGNATURE) else None
+    refusal = jpeg.find_unsupported_process(data) if data.startswith(JPEG_SIGNATURE) else None
     if refusal:
         return refusal
     signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")

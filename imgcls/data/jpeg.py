@@ -38,6 +38,7 @@ some cameras write them. Of 1,336 photographs with one wrong bit, 13 % end with 
 with at most two."""
 
 _EOI, _SOS, _RESTART_INTERVAL, _COMMENT = 0xD9, 0xDA, 0xDD, 0xFE
+_APP14 = 0xEE
 _SOI_BYTES, _EOI_BYTES = b"\xff\xd8", b"\xff\xd9"
 _APP_MARKERS = range(0xE0, 0xF0)
 _MAX_WIDTH = 65_500
@@ -147,6 +148,21 @@ def _name_unsupported_process(marker: int, *, precision: int, count: int) -> str
     if marker == 0xCB:
         return "lossless JPEG with arithmetic coding"
     return f"JPEG with {count} components" if count not in (1, 3, 4) else None
+
+
+def may_store_rgb(data: bytes) -> bool:
+    """Whether a JPEG may hold RGB, not YCbCr: by an Adobe marker or by its component identifiers.
+
+    libjpeg decides between the two by its own rules, which other decoders do not share.
+    Source: libjpeg-turbo, jdapimin.c, default_decompress_parms.
+    """
+    for marker, start, stop in _iterate_segments(data, first_scan=True):
+        segment = data[start:stop]
+        if marker == _APP14 and segment[4:9] == b"Adobe" and segment[15:16] == b"\0":
+            return True
+        if marker in _FRAME_MARKERS and segment[9:10] == b"\3" and segment[10:19:3] == b"RGB":
+            return True
+    return False
 
 
 def decode_jpeg(

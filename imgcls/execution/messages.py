@@ -9,13 +9,16 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OK
 from imgcls.execution.plan import Plan
+
+Device = Literal["cpu", "cuda"]
+"""Type of device that a worker runs its network on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class ChunkTask:
 class StageTimings:
     """Wall seconds that a worker spent in each stage of a chunk, and the bytes that it read.
 
-    gpu: seconds of forward passes on a GPU; part of `classify`, not a stage
+    gpu: seconds in which a GPU ran forward passes, counted once where those of two chunks overlap;
+        not a stage
     """
 
     fetch: float = 0.0

@@ -24,7 +24,7 @@ from imgcls.execution.worker import Job, run_first_stage
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from imgcls.execution.messages import RunSpec
+    from imgcls.execution.messages import Device, RunSpec
 
 PlacementName = Literal["cpu", "gpu", "gpu_decode"]
 
@@ -108,6 +108,11 @@ class Placement(abc.ABC):
         """Append the stages of a job to a dataset of pickled chunk tasks."""
 
     @property
+    def device(self) -> Device:
+        """The type of device of a worker: workers without a GPU of their own must not use any."""
+        return "cuda" if self.worker_gpus else "cpu"
+
+    @property
     @abc.abstractmethod
     def num_readers(self) -> int:
         """Number of processes that read images at a time."""
@@ -150,7 +155,7 @@ class Placement(abc.ABC):
             "batch_format": "pyarrow",
             "num_cpus": self.worker_cpus,
             "num_gpus": self.worker_gpus or None,
-            "fn_constructor_args": (spec, self.threads),
+            "fn_constructor_args": (spec, self.threads, self.device),
         }
 
 
@@ -338,13 +343,11 @@ def _choose_placement(
         return config.layout, f"{config.layout} layout, as set by scale.layout"
     if gpus < 1:
         return "cpu", f"no GPU among {cpus:g} CPUs: every stage in one worker per core"
-    engines = all(node.accelerator in JPEG_ENGINE_GPUS for node in nodes if node.gpus)
-    found = format_count(gpus, "GPU")
-    if engines and cpus / gpus < 24:
-        return "gpu_decode", (
-            f"{found} with JPEG engines and only {cpus / gpus:.0f} CPUs each: GPUs decode"
-        )
-    return "gpu", f"{found}, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
+    reason = f"{format_count(gpus, 'GPU')}, {cpus / gpus:.0f} CPUs each: CPUs decode for GPUs"
+    if all(node.accelerator in JPEG_ENGINE_GPUS for node in nodes if node.gpus):
+        # a driver may lack the engine that the name promises, and its speed depends on the images
+        reason += "; their JPEG engines are not measured"
+    return "gpu", reason
 
 
 def _plan_cpu(nodes: Sequence[Node], config: ScaleConfig, reason: str) -> Placement:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import itertools
 import math
 import os
 import pickle
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -27,6 +29,7 @@ from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt
 from imgcls.execution.messages import (
     ChunkResult,
     ChunkTask,
+    Device,
     PreparedChunk,
     RunSpec,
     StageTimings,
@@ -60,10 +63,11 @@ class Job:
 class BaseWorker(abc.ABC, Generic[SpecT]):
     """An actor that writes the tables of chunks.
 
+    device:  "cpu" or "cuda", as planned; Ray shows GPUs to workers without one, too
     details: facts for `ChunkResult.details`, set by `load`
     """
 
-    def __init__(self, spec: SpecT, threads: int) -> None:
+    def __init__(self, spec: SpecT, threads: int, device: Device) -> None:
         heartbeat.register_worker(spec.session)
         actor = ray.get_runtime_context().get_actor_id()
         start = Attempt(spec.session, f"start-{actor}", "starting a worker")
@@ -75,6 +79,7 @@ class BaseWorker(abc.ABC, Generic[SpecT]):
             )
         storage_settings.set_process_settings(spec.storage)
         self.spec = spec
+        self.device = device
         self.details: dict[str, str] = {}
         self._name = f"{socket.gethostname()}/{os.getpid()}"
         self._schema = self.load(threads)
@@ -165,7 +170,7 @@ class PreparedChunkWorker(BaseWorker[SpecT]):
 
     def __call__(self, batch: pa.Table) -> dict[str, list[bytes]]:
         """Run the second stage of a chunk."""
-        prepared: PreparedChunk = unpickle_cell(batch, "prepared")
+        prepared = unpack_prepared(batch)
         task, timings = prepared.task, prepared.timings
         attempt = Attempt.for_chunk(self.spec, task, "finish")
         rows = completed.read_chunk_rows(self.spec, task)
@@ -179,7 +184,7 @@ def run_first_stage(
     prepare: Callable[[Any, pa.Table, bool, StageTimings, Attempt], Any],
     spec: RunSpec,
     cpu_fraction: float,
-) -> dict[str, list[bytes]]:
+) -> pa.Table:
     """Ray task: prepare a chunk on a CPU for a worker that has a GPU.
 
     prepare:      called with the spec, the manifest rows, whether all that CPUs can do is to be
@@ -192,8 +197,38 @@ def run_first_stage(
     attempt = Attempt.for_chunk(spec, task, "prepare")
     data = prepare(spec, rows, is_cpu_chunk(task.chunk, cpu_fraction), timings, attempt)
     attempt.complete()
-    prepared = PreparedChunk(task, data, timings, attempt.crashes)
-    return {"prepared": [pickle.dumps(prepared, protocol=5)]}
+    return pack_prepared(PreparedChunk(task, data, timings, attempt.crashes))
+
+
+def pack_prepared(prepared: PreparedChunk) -> pa.Table:
+    """A prepared chunk as a table of one row, with its arrays in binary cells of their own.
+
+    Pickled within one cell, a chunk of 256 images of 224 pixels takes 146 ms to read in the GPU's
+    worker, and holds the lock of its Python interpreter. Arrays in cells are read in place.
+    """
+    arrays: list[pickle.PickleBuffer] = []
+    header = pickle.dumps(prepared, protocol=5, buffer_callback=arrays.append)
+    views = [array.raw() for array in arrays]
+    # one array, which is the usual case, is not copied
+    content = pa.py_buffer(views[0] if len(views) == 1 else b"".join(views))
+    offsets = pa.array(itertools.accumulate((view.nbytes for view in views), initial=0), pa.int64())
+    cells = pa.Array.from_buffers(
+        pa.large_binary(), len(views), [None, offsets.buffers()[1], content]
+    )
+    row = pa.ListArray.from_arrays([0, len(views)], cells)
+    return pa.table({"prepared": pa.array([header], pa.large_binary()), "arrays": row})
+
+
+def unpack_prepared(batch: pa.Table) -> PreparedChunk:
+    """The prepared chunk of a table of one row; its arrays are read-only views of the table."""
+    cells = batch.column("arrays")[0].values  # a scalar of a cell would be a copy of it
+    offsets = np.frombuffer(cells.buffers()[1], np.int64)[cells.offset :][: len(cells) + 1]
+    content = cells.buffers()[2]
+    arrays = [
+        content.slice(start, end - start) for start, end in itertools.pairwise(offsets.tolist())
+    ]
+    prepared: PreparedChunk = pickle.loads(batch.column("prepared")[0].as_buffer(), buffers=arrays)
+    return prepared
 
 
 def is_cpu_chunk(chunk: int, fraction: float) -> bool:

@@ -6,6 +6,7 @@ from its results. A short run would end before a benchmark pays: it takes the pl
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,14 +22,17 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ImageError, StorageError, first_line
+from imgcls.errors import ImageError, RunFailed, StorageError, first_line
 from imgcls.execution.formatting import format_count, format_share
-from imgcls.execution.placement import Placement, ScaleConfig
-from imgcls.models.bundle import load_bundle
+from imgcls.execution.placement import WORKER_CPUS, Placement, ScaleConfig
+from imgcls.inference.gpu_errors import describe_out_of_memory
+from imgcls.models.bundle import load_bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
+    from imgcls.execution.messages import Device
     from imgcls.models.classifier import Classifier
+    from imgcls.models.scores import PendingScores
 
 MIN_FORWARD_S = 600.0
 """Forward passes per worker, in seconds, from which compiling is benchmarked."""
@@ -40,6 +44,11 @@ MIN_SPLIT_FRACTION = 0.05
 """Minimum fraction of the decoding that is given to the slower side."""
 BENCHMARK_IMAGES = 64
 """Number of images to benchmark decoding on."""
+DEVICE_DECODE_IMAGES = 256
+"""Number of images that a GPU decodes at a time in the benchmark, as many as a chunk has; its rate
+rises with their number."""
+MAX_BATCHES_AHEAD = 2
+"""Number of batches submitted to a GPU before the scores of the first are read, as in a run."""
 _MEASURE_S = 1.0
 
 CompileMode = Literal["auto", "always", "never"]
@@ -81,14 +90,17 @@ class BenchmarkResult:
     """Rates of one worker, in images per second.
 
     forward:         forward passes, by batch size
+    too_large:       the smallest batch size that a GPU had no memory for; None if all fit
     compiled:        compiled, at the chosen batch size; None if not measured, or failed
     compile_seconds: duration of the first compiled forward pass
     compile_failure: why it could not be compiled, for example without a C++ compiler
-    cpu_decode:      decoding on one core; None without readable images
+    cpu_decode:      decoding on one core while all cores of a GPU decode; None without readable
+        images
     device_decode:   decoding in batches on the worker's device; None without readable images
     """
 
     forward: dict[int, float]
+    too_large: int | None = None
     compiled: float | None = None
     compile_seconds: float = 0.0
     compile_failure: str | None = None
@@ -198,57 +210,140 @@ def run_benchmark(
     interruption: Interruption,
     waiting: Callable[[float], None],
 ) -> BenchmarkResult:
-    """Measure on a worker with the resources of the placement's workers.
+    """Measure on a worker with the resources of the placement's workers, then on its cores.
 
     waiting: called with the seconds since the start, while there is no result
     """
     started_at = time.monotonic()
+
+    def wait_for(references: list[Any]) -> list[Any]:
+        while len(ray.wait(references, num_returns=len(references), timeout=0.2)[0]) < len(
+            references
+        ):
+            interruption.check()
+            waiting(time.monotonic() - started_at)
+        results: list[Any] = ray.get(references)
+        return results
+
     task = ray.remote(
         num_cpus=placement.worker_cpus,
         num_gpus=placement.worker_gpus,
         runtime_env={} if placement.worker_gpus else build_malloc_env(),
-    )(measure_rates).remote(spec, images, placement.threads)
-    while not ray.wait([task], timeout=0.2)[0]:
-        interruption.check()
-        waiting(time.monotonic() - started_at)
-    result: BenchmarkResult = ray.get(task)
-    return result
+    )(measure_rates).remote(spec, images, placement.threads, placement.device)
+    result: BenchmarkResult = wait_for([task])[0]
+    if result.device_decode is None:
+        return result
+    cores = max(1, placement.prepare_tasks // placement.workers)
+    return replace(result, cpu_decode=_measure_cores(images, cores, wait_for))
 
 
-def measure_rates(spec: BenchmarkSpec, images: BenchmarkInput, threads: int) -> BenchmarkResult:
-    """Measure the bundle's network, and decoding, on this process's device."""
+def _measure_cores(
+    images: BenchmarkInput, cores: int, wait_for: Callable[[list[Any]], list[Any]]
+) -> float:
+    """Images decoded per second and core while all cores decode.
+
+    A core that decodes alone has its caches, its clock and its second thread for itself.
+    """
+    actor: Any = ray.remote(num_cpus=WORKER_CPUS)(DecodeBenchmark)
+    actors = [actor.remote(images) for _ in range(cores)]
+    wait_for([each.load.remote() for each in actors])
+    rates: list[float] = wait_for([each.measure.remote() for each in actors])
+    for each in actors:
+        ray.kill(each)
+    return sum(rates) / cores
+
+
+class DecodeBenchmark:
+    """Ray actor that decodes the first images of a run on one core."""
+
+    def __init__(self, images: BenchmarkInput) -> None:
+        self._images = images
+        self._files: list[bytes] = []
+        self._preprocess: Preprocess | None = None
+
+    def load(self) -> None:
+        """Read the images that can be decoded."""
+        import torch
+
+        torch.set_num_threads(1)
+        images = self._images
+        storage_settings.set_process_settings(images.storage)
+        description = read_description(images.bundle_url).with_decode(images.decode)
+        self._preprocess = description.spec.preprocess
+        self._files = _load_readable(images, self._preprocess)
+
+    def measure(self) -> float:
+        """Images decoded per second."""
+        from imgcls.data import decode
+
+        preprocess = self._preprocess
+        assert preprocess is not None
+
+        def decode_all() -> None:
+            for file in self._files:
+                decode.decode_image(file, preprocess)
+
+        return len(self._files) * _measure_rate(decode_all)
+
+
+def measure_rates(
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: Device
+) -> BenchmarkResult:
+    """Measure the bundle's network, and decoding in batches, on the device of the workers.
+
+    Raises RunFailed when not even the smallest batch size fits into the memory of a GPU.
+    """
     import torch
 
+    from imgcls.data.cuda import find_worker_device
     from imgcls.models.classifier import Classifier
 
     storage_settings.set_process_settings(images.storage)
     torch.set_num_threads(threads)
     bundle = load_bundle(images.bundle_url).with_decode(images.decode)
     precision: Any = images.precision
+    device = find_worker_device(planned)
     side = bundle.spec.preprocess.crop
     pixels = torch.randint(0, 256, (max(spec.batch_sizes), 3, side, side), dtype=torch.uint8)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
 
     def rate(classifier: Classifier, size: int) -> float:
-        return size * _measure_rate(lambda: classifier.classify(pixels[:size]))
+        pending: collections.deque[PendingScores] = collections.deque()
 
-    plain = Classifier(bundle, precision=precision)
-    forward = {}
-    for size in spec.batch_sizes:
+        def submit() -> None:
+            pending.append(classifier.submit(pixels[:size]))
+            if len(pending) > MAX_BATCHES_AHEAD:
+                pending.popleft().get()
+
+        def finish() -> None:
+            while pending:
+                pending.popleft().get()
+
+        return size * _measure_rate(submit, finish)
+
+    plain = Classifier(bundle, precision=precision, device=device)
+    forward: dict[int, float] = {}
+    too_large: int | None = None
+    for size in sorted(spec.batch_sizes):
         try:
-            if plain.device.type == "cuda":
-                plain = Classifier(bundle, precision=precision, batch_size=size)
+            if device.type == "cuda":
+                plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
             forward[size] = rate(plain, size)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if not forward:
-                raise
-            break  # smaller batches fit
+                raise RunFailed(describe_out_of_memory(error, size)) from error
+            too_large = size
+            break
     best = choose_batch_size(forward)
-    result = BenchmarkResult(forward)
+    if too_large is not None:  # in place of the one that did not fit
+        plain = Classifier(bundle, precision=precision, device=device, batch_size=best)
+    result = BenchmarkResult(forward, too_large=too_large)
     if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:
         start = time.perf_counter()
         try:
-            compiled = Classifier(bundle, precision=precision, compile=True, batch_size=best)
+            compiled = Classifier(
+                bundle, precision=precision, device=device, compile=True, batch_size=best
+            )
             compiled.classify(pixels[:best])
         except Exception as error:  # noqa: BLE001  a failed compiler is no error: compiling is optional
             result = replace(result, compile_failure=str(error).strip().partition("\n")[0])
@@ -269,6 +364,8 @@ def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, 
     size = choose_batch_size(result.forward)
     plain = result.forward[size]
     tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(result.forward.items()))
+    if result.too_large is not None:
+        tried += f", {result.too_large}: out of memory"
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
     if result.compile_failure is not None:
         reasons.append(f"not compiled: {result.compile_failure}")
@@ -320,26 +417,22 @@ def _measure_decoding(
 ) -> BenchmarkResult:
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data import device_decode
 
     files = _load_readable(images, classifier.preprocess)
     if not files:
         return result
 
-    def decode_on_cpu() -> None:
-        for file in files:
-            decode.decode_image(file, classifier.preprocess)
+    if classifier.device.type == "cuda":
+        repeats = -(-DEVICE_DECODE_IMAGES // len(files))
+        files = (files * repeats)[:DEVICE_DECODE_IMAGES]
 
     def decode_on_device() -> None:
-        decode.decode_batch(files, classifier.preprocess, device=classifier.device)
+        device_decode.decode_batch(files, classifier.preprocess, device=classifier.device)
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return replace(
-        result,
-        cpu_decode=len(files) * _measure_rate(decode_on_cpu),
-        device_decode=len(files) * _measure_rate(decode_on_device),
-    )
+    return replace(result, device_decode=len(files) * _measure_rate(decode_on_device))
 
 
 def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
@@ -356,11 +449,16 @@ def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes
     return files
 
 
-def _measure_rate(work: Callable[[], object]) -> float:
-    """Calls per second, after one call to warm up."""
+def _measure_rate(work: Callable[[], object], finish: Callable[[], object] = lambda: None) -> float:
+    """Calls per second, after one call to warm up.
+
+    finish: waits for what the calls have submitted
+    """
     work()
+    finish()
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < _MEASURE_S:
         work()
         done += 1
+    finish()
     return done / (time.perf_counter() - start)

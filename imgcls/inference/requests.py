@@ -103,8 +103,8 @@ class PredictConfig(Section):
     """exact: decode JPEGs at full size. fast: decode large ones at reduced size. Default: the
     bundle's setting."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware has it natively, else fp32. int8: on CPUs, with a bundle that
-    was quantized."""
+    """auto: bf16 where the hardware has it natively, else fp32. fp16: for GPUs without bf16; an
+    image that exceeds its range becomes an error row. int8: on CPUs, with a quantized bundle."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the model. auto: where a benchmark before a long run shows that it saves time."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)

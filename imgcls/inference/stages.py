@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from imgcls.data import decode, filesystem, manifest
+from imgcls.data import decode, device_decode, filesystem, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import OK, CrashingImage, ImageError, StorageError
@@ -25,7 +25,8 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.metrics.columns import encode_classes
-from imgcls.models.classifier import Classifier, PendingScores
+from imgcls.models.classifier import Classifier
+from imgcls.models.scores import PendingScores
 from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
@@ -141,7 +142,7 @@ def prepare_on_device(
     prepared = PreparedImages()
     with timings.measure("prepare"):
         decoded = iter(
-            decode.decode_batch(
+            device_decode.decode_batch(
                 [file for file in files if isinstance(file, bytes)],
                 classifier.preprocess,
                 device=classifier.device,
@@ -171,9 +172,12 @@ def classify_prepared(
 ) -> pa.Table:
     """Classify prepared pixels: the second stage where there are GPUs."""
     head = _BatchedForward(spec, classifier)
+    pixels = prepared.pixels
+    images = pixels if isinstance(pixels, list) else _view_as_tensor(pixels)
     with timings.measure("classify"):
-        for start in range(0, len(prepared.pixels), spec.batch_size):
-            head.submit(_stack_batch(prepared.pixels[start : start + spec.batch_size]))
+        for start in range(0, len(images), spec.batch_size):
+            batch = images[start : start + spec.batch_size]
+            head.submit(torch.stack(batch) if isinstance(batch, list) else batch)
         head.collect(timings)
     return _build_table(spec, classifier, rows, task, prepared, head)
 
@@ -205,8 +209,13 @@ def predict_chunk(
     return _build_table(spec, classifier, rows, task, prepared, head)
 
 
-def _stack_batch(pixels: Pixels | list[torch.Tensor]) -> Pixels | torch.Tensor:
-    return torch.stack(pixels) if isinstance(pixels, list) else pixels.transpose(0, 3, 1, 2)
+def _view_as_tensor(pixels: Pixels) -> torch.Tensor:
+    """(K, crop, crop, 3) pixels as (K, 3, crop, crop), without a copy.
+
+    They may lie in shared memory that is read-only, for which `torch.from_numpy` prints a warning.
+    """
+    flat = torch.utils.dlpack.from_dlpack(pa.array(pixels.reshape(-1)))
+    return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 class _BatchedForward:
@@ -218,11 +227,14 @@ class _BatchedForward:
         self._pending: list[PendingScores] = []
         self.scores: list[npt.NDArray[np.float32]] = []
         self.embeddings: list[npt.NDArray[np.float32]] = []
+        self.order: list[npt.NDArray[np.int64]] = []
         self.finite: list[npt.NDArray[np.bool_]] = []
 
     def submit(self, batch: Pixels | torch.Tensor) -> None:
         """Start a forward pass; a GPU runs it while the next batch is prepared."""
-        self._pending.append(self._classifier.submit(batch, embeddings=self._spec.embeddings))
+        self._pending.append(
+            self._classifier.submit(batch, embeddings=self._spec.embeddings, top_k=self._spec.top_k)
+        )
 
     def collect(self, timings: StageTimings) -> None:
         """Wait for the scores of all batches; adds the time that the GPU took."""
@@ -233,6 +245,8 @@ class _BatchedForward:
             self.scores.append(result.scores[finite])
             if result.embedding is not None:
                 self.embeddings.append(result.embedding[finite])
+            if result.order is not None:
+                self.order.append(result.order[finite])
             timings.gpu += pending.gpu_seconds()
         self._pending.clear()
 
@@ -290,6 +304,7 @@ def _build_table(
         classes,
         spec.thresholds,
         top_k=spec.top_k,
+        order=np.concatenate(head.order) if head.order else None,
         codes=codes,
         scores_type=spec.scores_type if spec.scores else None,
     )

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from imgcls.errors import BundleError, CrashingImage
 from imgcls.execution.heartbeat import Attempt
-from imgcls.execution.messages import ChunkTask, PreparedChunk, StageTimings
+from imgcls.execution.messages import ChunkTask, Device, PreparedChunk, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job, PreparedChunkWorker
+from imgcls.inference.gpu_errors import handle_gpu_errors
 from imgcls.inference.specs import PredictSpec
 from imgcls.models.bundle import Bundle, load_bundle, read_description
 
@@ -25,6 +26,7 @@ class _ModelLoader:
     """Loads the model of a labeling worker."""
 
     spec: PredictSpec
+    device: Device
     details: dict[str, str]
     _classifier: Any
     _stages: Any
@@ -33,6 +35,7 @@ class _ModelLoader:
         """Load the model; returns the schema of the prediction columns."""
         import torch
 
+        from imgcls.data.cuda import find_worker_device
         from imgcls.inference import stages
         from imgcls.models.classifier import Classifier
 
@@ -42,6 +45,7 @@ class _ModelLoader:
         self._classifier = Classifier(
             load_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
+            device=find_worker_device(self.device),
             decode=spec.decode,
             compile=spec.compile,
             batch_size=spec.batch_size,
@@ -71,10 +75,21 @@ class CpuWorker(_ModelLoader, ChunkWorker[PredictSpec]):
 class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
     """Classifies chunks on a GPU; decodes them there first where CPUs have not."""
 
+    def load(self, threads: int) -> pa.Schema:
+        """Load the model; a GPU that fails meanwhile ends the process."""
+        with handle_gpu_errors(self.spec.batch_size):
+            return super().load(threads)
+
     def process_prepared(
         self, rows: pa.Table, prepared: PreparedChunk, attempt: Attempt
     ) -> pa.Table:
-        """Classify pixels, or decode and classify files."""
+        """Classify pixels, or decode and classify files; a GPU that fails ends the process."""
+        with handle_gpu_errors(self.spec.batch_size):
+            return self._decode_and_classify(rows, prepared, attempt)
+
+    def _decode_and_classify(
+        self, rows: pa.Table, prepared: PreparedChunk, attempt: Attempt
+    ) -> pa.Table:
         spec, classifier, stages = self.spec, self._classifier, self._stages
         images = prepared.data
         if isinstance(images, list):

@@ -42,7 +42,7 @@ WEIGHTS_FILE = "model.safetensors"
 MODEL_CARD_FILE = "README.md"
 
 NetworkSource = Literal["torchvision", "timm", "imgcls"]
-Precision = Literal["auto", "fp32", "bf16", "int8"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 
 class Architecture(Section):

@@ -7,7 +7,8 @@ Knows neither manifests nor Ray. Inference, evaluation and serving all use it, s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -16,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from imgcls import log
+from imgcls.data.cuda import CudaTimer, resolve_device
 from imgcls.data.decode import Pixels, stack_images
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig, use_settings
@@ -36,58 +39,17 @@ from imgcls.models.bundle import (
     read_description,
     require_int8,
 )
-from imgcls.models.cuda_graph import AsyncDownload, CudaGraphRunner, CudaTimer
+from imgcls.models.cuda_graph import CaptureError, CudaGraphRunner
 from imgcls.models.fold_batchnorm import fold_batch_norms
 from imgcls.models.fuse_cpu import fuse_convolutions
+from imgcls.models.graph_sizes import SizedForward
 from imgcls.models.head import HeadNetwork
 from imgcls.models.normalize import Normalizer
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
 from imgcls.models.precision import choose_float_dtype, choose_precision
+from imgcls.models.scores import PendingScores, Scores
 from imgcls.models.sources import ImageSource
-from imgcls.models.task import ScoreScaling, find_task
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores and embeddings of N images.
-
-    scores:    (N, C) float32 calibrated scores, in class order; all NaN for an image whose logits
-        are not all finite (see `is_finite`)
-    embedding: (N, E) float32 input of the final layer, averaged over space; None unless requested
-    """
-
-    scores: npt.NDArray[np.float32]
-    embedding: npt.NDArray[np.float32] | None = None
-
-    @property
-    def is_finite(self) -> npt.NDArray[np.bool_]:
-        """(N,) bool: whether all scores of an image are finite.
-
-        Valid weights can still overflow in a layer for one image, above all in half precision.
-        Such a row must not get a label.
-        """
-        return ~np.isnan(self.scores[:, 0])
-
-
-class PendingScores:
-    """Scores that a GPU may still be computing."""
-
-    def __init__(
-        self, scores: torch.Tensor, embedding: torch.Tensor | None, timer: CudaTimer
-    ) -> None:
-        timer.stop()
-        self._timer = timer
-        self._scores = AsyncDownload(scores)
-        self._embedding = None if embedding is None else AsyncDownload(embedding)
-
-    def get(self) -> Scores:
-        """Wait for the scores and return them."""
-        embedding = None if self._embedding is None else self._embedding.get().numpy()
-        return Scores(self._scores.get().numpy(), embedding)
-
-    def gpu_seconds(self) -> float:
-        """Wait for the end; GPU time of the forward pass in seconds, 0 on a CPU."""
-        return self._timer.elapsed_seconds()
+from imgcls.models.task import ScoreScaling, find_task, rank_on_device
 
 
 @dataclass(frozen=True)
@@ -170,14 +132,17 @@ class Classifier:
     bundle
         A loaded bundle; `Classifier.load` takes its path or URL.
     precision
-        "auto" uses bf16 where the hardware multiplies it natively, else fp32. The attributes
-        `precision` and `precision_reason` hold the choice and its reason.
+        "auto" uses bf16 where the hardware multiplies it natively, else fp32. "fp16" is for GPUs
+        without bf16. The attributes `precision` and `precision_reason` hold the choice and its
+        reason. "fp32" on a GPU turns TF32 off for all convolutions of the process.
     device
         Default: the GPU if there is one, else the CPU.
     compile
         Compile the network with `torch.compile`.
     batch_size
-        Usual batch size on a GPU. The forward pass of this size is recorded as a CUDA graph.
+        Usual batch size on a GPU, or several. The forward pass of each is captured as a CUDA graph,
+        and a batch is padded to the next size; a network that cannot be captured runs without one,
+        and a note is logged.
     decode
         "exact" decodes JPEGs at full size, "fast" decodes large ones at 1/2, 1/4 or 1/8. Default:
         the setting of the bundle.
@@ -204,32 +169,39 @@ class Classifier:
         precision: Precision = "auto",
         device: str | torch.device | None = None,
         compile: bool = False,
-        batch_size: int | None = None,
+        batch_size: int | Sequence[int] | None = None,
         decode: DecodeMode | None = None,
     ) -> None:
         bundle = bundle.with_decode(decode)
         self.bundle = bundle
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = resolve_device(device)
         self.precision, self.precision_reason = choose_precision(precision, self.device)
         self._dtype = choose_float_dtype(self.precision, self.device)
+        if self.device.type == "cuda" and self.precision == "fp32":
+            # by default cuDNN rounds the factors of a convolution to 10 bits
+            torch.backends.cudnn.allow_tf32 = False
         network = load_network(bundle, self.device, self._dtype)
         _, last = zoo.find_head(network)
         if self.precision == "int8":
             network = _quantize_from_bundle(network, bundle, last)
         elif self.device.type == "cpu" and not compile:
             network = fuse_convolutions(network, self.preprocess.crop, keep=last)
-        self._network = HeadNetwork(network, in_fp32=self._dtype == torch.bfloat16)
+        self._network = HeadNetwork(network, in_fp32=self._dtype != torch.float32)
         self._normalize = Normalizer(self.preprocess, self.device)
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
+        self._ranks_on_device = self.device.type == "cuda"
+        self._timer_lock = threading.Lock()
+        self._last_timer: CudaTimer | None = None
         self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(network) if compile and self.precision != "int8" else network
         )
         if self.device.type == "cuda" and batch_size is not None:
-            self._compute_logits = self._record_cuda_graph(batch_size)
+            sizes = [batch_size] if isinstance(batch_size, int) else batch_size
+            self._compute_logits = self._capture_cuda_graphs(sizes)
 
     @property
     def embedding_width(self) -> int:
@@ -268,13 +240,28 @@ class Classifier:
         return self.submit(batch, embeddings=embeddings).get()
 
     @torch.inference_mode()
-    def submit(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> PendingScores:
-        """As `classify`, but return before a GPU has finished."""
+    def submit(
+        self,
+        batch: Pixels | torch.Tensor,
+        *,
+        embeddings: bool = False,
+        top_k: int | None = None,
+    ) -> PendingScores:
+        """As `classify`, but return before a GPU has finished.
+
+        top_k: number of best classes to find on a GPU; None for no `Scores.order`
+        """
         pixels = self._normalize.upload(batch)
         timer = CudaTimer(self.device)
         logits, features = self._run_network(pixels, embeddings)
         scores = self.task.compute_scores(logits, self._scaling)
-        return PendingScores(scores, None if features is None else features.float(), timer)
+        order = None
+        if top_k is not None and self._ranks_on_device:
+            order = rank_on_device(scores, top_k)
+        with self._timer_lock:
+            timer.stop(self._last_timer)
+            self._last_timer = timer
+        return PendingScores(scores, None if features is None else features.float(), timer, order)
 
     def build_not_finite_error(self) -> NotFinite:
         """The error of an image whose scores are not finite."""
@@ -419,10 +406,19 @@ class Classifier:
         ]
 
     @torch.inference_mode()
-    def _record_cuda_graph(self, batch_size: int) -> CudaGraphRunner:
+    def _capture_cuda_graphs(self, sizes: Iterable[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The network as a CUDA graph per batch size, or as it is if it cannot be captured."""
         crop = self.preprocess.crop
-        example = torch.empty((batch_size, 3, crop, crop), dtype=self._dtype, device=self.device)
-        return CudaGraphRunner(self._compute_logits, example.to(memory_format=torch.channels_last))
+        graphs = {}
+        try:
+            for size in sizes:
+                example = torch.empty((size, 3, crop, crop), dtype=self._dtype, device=self.device)
+                example = example.to(memory_format=torch.channels_last)
+                graphs[size] = CudaGraphRunner(self._compute_logits, example)
+            return SizedForward(graphs)
+        except CaptureError as error:
+            log.emit("note", f"{self.bundle.url} runs without a CUDA graph: {error}")
+            return self._compute_logits
 
     def _run_network(
         self, pixels: torch.Tensor, embeddings: bool

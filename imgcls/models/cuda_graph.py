@@ -1,82 +1,35 @@
-"""CUDA graph of the forward pass, asynchronous copies to and from a GPU, and GPU timing.
-
-The host submits a batch and continues with the next one; only reading the scores waits.
-"""
+"""CUDA graph of the forward pass: the host launches all kernels of a batch at once."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 WARM_UP_PASSES = 3
 """Forward passes before a graph is captured: libraries choose their kernels in the first ones."""
 
-
-class PinnedUploader:
-    """Copies batches to a GPU through pinned memory, on a separate stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """The batch on the device, ready for kernels launched later on this thread's stream."""
-        kernels = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
-            copy = batch.pin_memory().to(self._device, non_blocking=True)
-        kernels.wait_stream(self._stream)
-        copy.record_stream(kernels)
-        return copy
+_capture_lock = threading.Lock()
+"""torch allows one capture at a time in a process."""
+_failed_captures: list[torch.cuda.CUDAGraph] = []
+"""Kept, because torch's allocator of pinned memory goes on to ask them for their streams."""
 
 
-class AsyncDownload:
-    """Asynchronous copy of a tensor to the host; a CPU tensor is returned as it is."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = tensor
-        self._done: torch.cuda.Event | None = None
-        if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    def get(self) -> torch.Tensor:
-        """Wait for the copy and return it."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._host
-
-
-class CudaTimer:
-    """GPU time of the kernels launched between construction and `stop`; 0 on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._marks: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._marks[0].record()
-
-    def stop(self) -> None:
-        if self._marks:
-            self._marks[1].record()
-
-    def elapsed_seconds(self) -> float:
-        """Wait for the end; elapsed GPU time."""
-        if not self._marks:
-            return 0.0
-        start, end = self._marks
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+class CaptureError(Exception):
+    """A network cannot be captured as a CUDA graph; it can run without one."""
 
 
 class CudaGraphRunner:
-    """A network captured as a CUDA graph, which launches all kernels at once, for one batch size.
+    """A network captured as a CUDA graph for one batch size.
 
     Smaller batches are padded to this size, so that the scores of a row do not depend on the number
     of rows in its batch; larger ones run without the graph.
+
+    Raises CaptureError for a network that waits for the device, for example to choose a shape by
+    data; torch.OutOfMemoryError; torch.AcceleratorError for a device that has failed.
     """
 
     def __init__(
@@ -85,15 +38,9 @@ class CudaGraphRunner:
         self._network = network
         self._input = torch.zeros_like(example)
         self._lock = threading.Lock()
-        stream = torch.cuda.Stream(example.device)
-        stream.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                network(self._input)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = network(self._input)
+        with torch.cuda.device(example.device), _capture_lock:
+            self._output = _capture(self._graph, network, self._input)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         count = len(inputs)
@@ -103,3 +50,49 @@ class CudaGraphRunner:
             self._input[:count].copy_(inputs)
             self._graph.replay()
             return self._output[:count].clone()
+
+
+def _capture(
+    graph: torch.cuda.CUDAGraph,
+    network: Callable[[torch.Tensor], torch.Tensor],
+    inputs: torch.Tensor,
+) -> torch.Tensor:
+    """Capture the network on the current device; returns its output, which replays overwrite."""
+    stream = torch.cuda.Stream(inputs.device)
+    kernels = torch.cuda.current_stream(inputs.device)
+    stream.wait_stream(kernels)
+    pool = torch.cuda.graph_pool_handle()
+    # a failed capture does not restore the stream that was current before
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_PASSES):
+            network(inputs)
+        try:
+            # thread_local: what other threads do meanwhile, such as answering requests, is allowed
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                output = network(inputs)
+        except RuntimeError as error:
+            _abandon_capture(graph, pool, inputs.device)
+            raise _find_reason(error) from error
+    kernels.wait_stream(stream)
+    return output
+
+
+def _abandon_capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Undo what a failed capture leaves behind; raises torch.AcceleratorError if the device failed.
+
+    Without it, torch's allocator would count the capture as in progress, and would not reuse memory
+    that two streams have used.
+    """
+    _failed_captures.append(graph)
+    with contextlib.suppress(RuntimeError):  # torch may have ended it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    torch.cuda.synchronize(device)
+
+
+def _find_reason(error: BaseException) -> Exception:
+    """The first error of a failed capture: what follows only reports that it is invalid."""
+    while error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    return CaptureError(str(error).partition("\n")[0])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from imgcls.data.cuda import PinnedUploader
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.models.cuda_graph import PinnedUploader
 
 
 class Normalizer:

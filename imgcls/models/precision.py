@@ -1,4 +1,8 @@
-"""Choice of the precision by the hardware: bfloat16 or int8 where it is multiplied natively."""
+"""Choice of the precision by the hardware: bfloat16 or int8 where it is multiplied natively.
+
+fp16 is never chosen automatically: its largest number is 65,504, which a layer can exceed, and its
+speed has not been measured on a GPU without bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +29,14 @@ _ISA_BY_FLAG = {
 
 def choose_precision(
     wanted: Precision, device: torch.device
-) -> tuple[Literal["fp32", "bf16", "int8"], str]:
+) -> tuple[Literal["fp32", "bf16", "fp16", "int8"], str]:
     """The precision to run at on a device, and the reason.
 
-    Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions.
+    Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions, and for fp16 on a
+    CPU.
     """
+    if wanted == "fp16" and device.type != "cuda":
+        raise RequestError("precision fp16: runs on GPUs only; use bf16 or auto on a CPU")
     if wanted == "int8" and device.type != "cpu":
         raise RequestError("precision int8: runs on CPUs only; use bf16 or auto on a GPU")
     if wanted == "int8" and not read_cpu_flags() & INT8_FLAGS:
@@ -41,7 +48,9 @@ def choose_precision(
         return wanted, "as requested"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "the GPU has it") if native else ("fp32", "the GPU has no bfloat16")
+        if native:
+            return "bf16", "the GPU has it"
+        return "fp32", "the GPU has no bfloat16; --precision fp16 is possible, not measured"
     flags = read_cpu_flags()
     for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"), ("bf16", "Arm BF16")):
         if flag in flags:
@@ -53,7 +62,7 @@ def choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtyp
     """The dtype of the layers that are not quantized."""
     if precision in ("auto", "int8"):
         precision, _ = choose_precision("auto", device)
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def read_cpu_flags() -> set[str]:

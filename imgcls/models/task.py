@@ -109,8 +109,13 @@ class Task(ABC):
         scores: NDArray[np.float32],
         thresholds: Sequence[float] | NDArray[np.float32],
         top_k: int,
+        order: NDArray[np.int64] | None = None,
     ) -> Decisions:
-        """Predictions of (N, C) scores; thresholds: (C,), in class order."""
+        """Predictions of (N, C) scores.
+
+        thresholds: (C,), in class order
+        order:      (N, k) class indices as `rank_on_device` returns them; None to compute them
+        """
 
     @abstractmethod
     def rank_labels(
@@ -137,11 +142,13 @@ class Task(ABC):
         thresholds: Sequence[float],
         *,
         top_k: int,
+        order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Prediction columns of (N, C) finite scores, by the names of `build_fields`.
 
+        order:       as for `decide`
         codes:       (N,) class index of each row's label, negative for none; None without labels
         scores_type: numpy dtype of the column of all scores; None without this column
         """
@@ -230,9 +237,13 @@ class SingleLabel(Task):
         scores: NDArray[np.float32],
         thresholds: Sequence[float] | NDArray[np.float32],
         top_k: int,
+        order: NDArray[np.int64] | None = None,
     ) -> Decisions:
         """The top k classes; ties go to the lower index."""
-        classes, values = select_top_k(scores, top_k)
+        if order is None:
+            classes, values = select_top_k(scores, top_k)
+        else:
+            classes, values = order, np.take_along_axis(scores, order, axis=1)
         required = np.asarray(thresholds, np.float32)[classes[:, 0]]
         return Decisions(classes, values, values[:, 0] >= required)
 
@@ -270,11 +281,12 @@ class SingleLabel(Task):
         thresholds: Sequence[float],
         *,
         top_k: int,
+        order: NDArray[np.int64] | None = None,
         codes: NDArray[np.int64] | None = None,
         scores_type: str | None = None,
     ) -> dict[str, pa.Array]:
         """Columns of the decisions; the score and rank of a label that is no class are null."""
-        found = self.decide(scores, thresholds, top_k)
+        found = self.decide(scores, thresholds, top_k, order)
         names = pa.array(classes, pa.string())
         width = found.classes.shape[1]
         columns: dict[str, pa.Array] = {
@@ -331,6 +343,15 @@ def select_top_k(
     else:
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(scores, order, axis=1)
+
+
+def rank_on_device(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The indices of `select_top_k` for a tensor of finite scores, on its device: (N, k) int64.
+
+    A core takes 20 ms to sort 256 rows of 1,000 classes. The sort is a stable one, because `topk`
+    returns equal scores in any order.
+    """
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def _build_lists(values: pa.Array, width: int) -> pa.ListArray:

@@ -133,7 +133,8 @@ class ServeConfig(Section):
     decode: DecodeMode | None = None
     """exact: decode JPEGs at full size. fast: large ones at reduced size. Default: the bundle's."""
     precision: Precision = "auto"
-    """Numeric precision of the model; auto: bf16 if the hardware supports it, otherwise fp32."""
+    """Numeric precision of the model; auto: bf16 if the hardware supports it, otherwise fp32. fp16:
+    on GPUs, for those without bf16."""
     top_k: PositiveInt = 5
     """Default number of labels per image."""
     threshold: UnitFloat | None = None

@@ -55,9 +55,10 @@ class Endpoint:
     Ray Serve calls `reconfigure` with the settings before the first request and after each change.
     """
 
-    def __init__(self, coordinator: DeploymentHandle[Any], threads: int) -> None:
+    def __init__(self, coordinator: DeploymentHandle[Any], threads: int, device: str) -> None:
         self._coordinator = CoordinatorClient(coordinator)
         self._threads = threads
+        self._device = device
         self._metrics = ReplicaMetrics()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._reload_count = 0
@@ -102,10 +103,12 @@ class Endpoint:
         import torch
 
         torch.set_num_threads(self._threads)
-        return ServedModel.load(config)
+        return ServedModel.load(config, self._device)
 
     def _start_service(self, model: ServedModel, config: ServeConfig) -> None:
-        self._service = Service(config, model, self._metrics, decoders=self._threads)
+        self._service = Service(
+            config, model, self._metrics, decoders=self._threads, device=self._device
+        )
         self._tasks = [
             asyncio.create_task(loop())
             for loop in (
@@ -218,7 +221,8 @@ def build_application(
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=config.http.request_timeout_s,
     )
-    bound: serve.Application = endpoint.bind(Coordinator.bind(), replicas.threads)  # type: ignore[attr-defined]
+    coordinator = Coordinator.bind()  # type: ignore[attr-defined]
+    bound: serve.Application = endpoint.bind(coordinator, replicas.threads, replicas.device)
     return bound
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from imgcls.cluster.session import Node
 from imgcls.errors import ResourcesError
@@ -30,6 +31,11 @@ class ReplicaPlan:
     threads: int
     reason: str
 
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """The type of device of a replica: one without a GPU of its own must not use any."""
+        return "cuda" if self.gpus else "cpu"
+
 
 def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: bool) -> ReplicaPlan:
     """Compute the number of replicas and their resources from the nodes of the cluster.
@@ -37,12 +43,18 @@ def plan_replicas(nodes: Sequence[Node], config: ReplicaConfig, *, may_grow: boo
     may_grow: whether an autoscaler may add nodes
     Raises ResourcesError when `config.min_replicas` do not fit.
     """
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    cpus, gpus = sum(node.cpus for node in nodes), sum(math.floor(node.gpus) for node in nodes)
     if gpus:
-        min_replicas = config.min_replicas or math.floor(gpus)
-        cpus_each = config.cpus or max(0.5, math.floor(cpus / max(gpus, min_replicas)))
+        min_replicas = config.min_replicas or gpus
+        with_gpus = [(node.cpus, math.floor(node.gpus)) for node in nodes if node.gpus >= 1]
+        # a replica's CPUs must be on the node of its GPU, whichever that is
+        smallest_share = min(node_cpus // node_gpus for node_cpus, node_gpus in with_gpus)
+        cpus_each = config.cpus or max(0.5, smallest_share)
         gpus_each, reason = 1.0, f"{gpus:g} GPUs, one replica per GPU"
-        fit = min(math.floor(gpus), math.floor(cpus / cpus_each + 1e-6))
+        fit = sum(
+            min(node_gpus, math.floor(node_cpus / cpus_each + 1e-6))
+            for node_cpus, node_gpus in with_gpus
+        )
     else:
         min_replicas = config.min_replicas or max(1, min(MAX_DEFAULT_REPLICAS, math.floor(cpus)))
         cpus_each = config.cpus or max(1.0, float(math.floor(cpus / min_replicas)))

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from imgcls.data import decode
+from imgcls.data.cuda import exit_on_device_failure, find_worker_device
 from imgcls.data.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
+from imgcls.models.graph_sizes import choose_graph_sizes
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics
@@ -45,18 +46,23 @@ class ServedModel:
         self.sha256 = classifier.bundle.sha256
 
     @classmethod
-    def load(cls, config: ServeConfig) -> ServedModel:
-        """Load and warm up; raises BundleError if the bundle is missing or damaged."""
+    def load(cls, config: ServeConfig, device: str) -> ServedModel:
+        """Load and warm up; raises BundleError if the bundle is missing or damaged.
+
+        device: "cpu" or "cuda"
+        """
         bundle = load_bundle(config.model)
-        on_gpu = torch.cuda.is_available()
+        # a lone image must not wait for the forward pass of a full batch
+        sizes = choose_graph_sizes(config.batch_size)
         classifier = Classifier(
             bundle,
             precision=config.precision,
-            batch_size=config.batch_size if on_gpu else None,
+            device=find_worker_device(device),
+            batch_size=sizes,
             decode=config.decode,
         )
         crop = bundle.spec.preprocess.crop
-        for count in (1, config.batch_size):
+        for count in sizes if classifier.device.type == "cuda" else (1, config.batch_size):
             blank = np.zeros((count, crop, crop, 3), np.uint8).transpose(0, 3, 1, 2)
             classifier.classify(blank, embeddings=count == 1)
         return cls(classifier)
@@ -106,13 +112,21 @@ class Service:
     """Classifies uploads with one model at a time.
 
     decoders:    number of decoding threads
+    device:      type of device of the model, "cpu" or "cuda"
     is_draining: the service is about to shut down, as /readyz reports
     """
 
     def __init__(
-        self, config: ServeConfig, model: ServedModel, metrics: ReplicaMetrics, *, decoders: int
+        self,
+        config: ServeConfig,
+        model: ServedModel,
+        metrics: ReplicaMetrics,
+        *,
+        decoders: int,
+        device: str,
     ) -> None:
         self.config = config
+        self._device = device
         self.model = model
         self.metrics = metrics
         self.is_draining = False
@@ -171,7 +185,7 @@ class Service:
         """
         async with self._update_lock:
             loop = asyncio.get_running_loop()
-            model = await loop.run_in_executor(None, ServedModel.load, config)
+            model = await loop.run_in_executor(None, ServedModel.load, config, self._device)
             has_changed = model.sha256 != self.model.sha256
             self.config, self.model = config, model
             self._batcher.size = config.batch_size
@@ -224,7 +238,7 @@ class Service:
         for indices in groups.values():
             first = items[indices[0]]
             self.metrics.batch_images.observe(len(indices))
-            with self.metrics.time_stage("classify"):
+            with self.metrics.time_stage("classify"), exit_on_device_failure():
                 output = first.model.classifier.classify(
                     decode.stack_images([items[index].pixels for index in indices]),
                     embeddings=first.embedding,

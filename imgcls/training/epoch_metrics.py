@@ -21,7 +21,8 @@ class EpochMetrics:
     images_per_second:     training images by the training time of all workers together
     seconds:               duration of the epoch, validation included
     val_balanced_accuracy: mean recall of the classes that have validation rows
-    wait_seconds, compute_seconds: training time per worker, waiting for images and the rest
+    wait_seconds:          time per worker in which its device was idle until images arrived
+    compute_seconds:       the rest of the training time per worker
     train_failed, val_failed:      images left out because they could not be decoded
     """
 

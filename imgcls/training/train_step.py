@@ -78,6 +78,7 @@ class TrainStep:
         )
         self.loss = TrainingLoss(config.loss, weights)
         network = network.to(context.device).to(memory_format=torch.channels_last)
+        self._syncs_norms = config.scale.sync_batchnorm and context.world_size > 1
         if config.scale.sync_batchnorm:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network = network
@@ -198,13 +199,18 @@ class TrainStep:
     def _accumulate_gradients(self, batch: Batch, global_batch_size: int) -> torch.Tensor:
         """Backpropagate a batch in `scale.accumulate` parts; returns the totals of `step`."""
         pixels, labels, weight = self._prepare_batch(batch)
-        pixels, targets = self.augment(pixels, labels)
-        parts = min(self.config.scale.accumulate, len(targets))
+        targets = labels
+        if len(labels):
+            pixels, targets = self.augment(pixels, labels)
+        parts = self.config.scale.accumulate
+        if not self._syncs_norms:  # else each part is a collective, also where it has no rows
+            parts = min(parts, len(targets))
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         pairs = zip(pixels.tensor_split(parts), targets.tensor_split(parts), strict=True)
         for part, (images, part_targets) in enumerate(pairs):
             with self._no_sync_if(part < parts - 1):
-                with self.autocast():
+                # without rows, torch's SyncBatchNorm sends its inputs' dtype; with rows, float32
+                with self.autocast() if len(images) else contextlib.nullcontext():
                     outputs = self._forward(self.normalize_inputs(images))
                 loss, logits = self.loss(outputs, part_targets)
                 # DDP averages the gradients of workers; this makes it the mean over the batch
@@ -219,14 +225,16 @@ class TrainStep:
         """A batch on the device, and the weight of its loss.
 
         A worker whose images all failed takes part with blank images of weight 0, because the
-        other workers wait for its gradients.
+        other workers wait for its gradients; with synchronized norms without any image, because
+        they wait for its batch statistics, too, to which blank images would add.
         """
         self.network.train()
+        has_images = len(batch.labels) > 0
         # blank images must not change running statistics; only the norms are set to evaluation
         # mode, because auxiliary heads must still produce the gradients that others wait for
-        for norm in self._frozen_norms if len(batch.labels) else self._norms:
+        for norm in self._frozen_norms if has_images or self._syncs_norms else self._norms:
             norm.eval()
-        if len(batch.labels):
+        if has_images or self._syncs_norms:
             return self.pixels_to_device(batch.pixels), self.labels_to_device(batch.labels), 1.0
         shape = (2, 3, self._size, self._size)
         blank = torch.zeros(shape, dtype=torch.uint8, device=self._device)

@@ -40,6 +40,7 @@ from imgcls.training.sampler import (
     shuffle_rows,
     steps_per_epoch,
 )
+from imgcls.training.step_totals import StepTotals
 from imgcls.training.train_step import TrainStep, WorkerContext
 from imgcls.training.validation import EvalAccumulator, EvalMetrics, all_reduce_sum, shard_batches
 
@@ -215,9 +216,9 @@ class Trainer:
             kept = state["average"] or state["network"]
             self.checkpoints.save(progress, state, kept if best else None)
 
-    def _sync_control(self, progress: TrainProgress, totals: torch.Tensor | None = None) -> None:
+    def _sync_control(self, progress: TrainProgress, totals: StepTotals | None = None) -> None:
         """Save or stop if the workers agree to; `progress` and `totals` are the state to save."""
-        decision = self.control.step(True if totals is None else torch.isfinite(totals[0]))
+        decision = self.control.step(True if totals is None else torch.isfinite(totals.scores[0]))
         if decision is None:
             return
         if not decision.is_finite:
@@ -228,7 +229,7 @@ class Trainer:
         # an LR range test has no state, and the folder may hold that of an unfinished training
         if (decision.should_stop or decision.should_save) and not self.config.find_lr:
             if totals is not None:
-                progress = replace(progress, totals=tuple(all_reduce_sum(totals.clone())))
+                progress = replace(progress, totals=tuple(all_reduce_sum(totals.to_tensor())))
             self._save(progress)
         if decision.should_stop:
             self.checkpoints.wait_until_saved()
@@ -277,24 +278,21 @@ class Trainer:
 
     def _train_steps(self, number: int) -> torch.Tensor:
         """Run the remaining steps of an epoch; (6,) float64, this worker's EpochTotals."""
-        totals = torch.zeros(6, dtype=torch.float64, device=self.device)
-        if self.rank == 0 and self.progress.totals:
-            totals += torch.tensor(self.progress.totals, dtype=torch.float64, device=self.device)
+        totals = StepTotals(self.device, self.progress.totals if self.rank == 0 else ())
         mark = time.perf_counter()
         for step, share, batch in self._iter_steps(number, self.progress.step):
-            arrived = time.perf_counter()
+            totals.timer.start(time.perf_counter() - mark)
             at = (number - 1) * self.steps + step
             last = self.steps * self.config.epochs
             set_learning_rates(self.train_step.optimizer, self.config.optim, at, last)
             self.train_step.seed_rng(number, step)
-            totals[:2] += self.train_step.step(batch, share.global_batch_size, at)
+            totals.scores += self.train_step.step(batch, share.global_batch_size, at)
+            totals.timer.stop()
+            totals.add_images(len(batch.labels), len(batch.failures))
             self._post_failures(batch, number)
-            finished = time.perf_counter()
-            spent = (len(batch.labels), arrived - mark, finished - arrived, len(batch.failures))
-            totals[2:] += torch.tensor(spent, dtype=torch.float64, device=self.device)
-            mark = finished
             self._sync_control(replace(self.progress, step=step + 1), totals)
-        return totals
+            mark = time.perf_counter()
+        return totals.to_tensor()
 
     def _iter_steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, StepShare, Batch]]:
         """The steps of an epoch from step `first`, with this worker's images."""

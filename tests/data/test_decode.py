@@ -17,7 +17,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
 
 from imgcls.data import decode
-from imgcls.data.decode import decode_batch, decode_preview
+from imgcls.data.decode import decode_preview
+from imgcls.data.device_decode import decode_batch
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError
 from tests.data.pictures import (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data import decode, jpeg
+from imgcls.data import decode, device_decode, jpeg
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import difference, drawn, encoded, reference
@@ -62,14 +62,14 @@ def by_prepared(data: bytes) -> Any:
 
 def by_checked(data: bytes) -> Any:
     """What decode_batch gives a GPU, and what Pillow decodes of it."""
-    (found,) = decode.check_jpegs([data])
+    (found,) = device_decode.check_jpegs([data])
     if isinstance(found, ImageError):
         raise found
     return np.asarray(Image.open(io.BytesIO(found)).convert("RGB"))
 
 
 def by_batch(data: bytes) -> Any:
-    (found,) = decode.decode_batch([data], SPEC, device=torch.device("cpu"))
+    (found,) = device_decode.decode_batch([data], SPEC, device=torch.device("cpu"))
     if isinstance(found, ImageError):
         raise found
     return found[0].numpy()
@@ -363,7 +363,7 @@ def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: A
     fast = decode.decode_image(data, spec)[0]
     assert difference(exact, expected) < 0.02
     exactly = spec.model_copy(update={"decode": "exact"})
-    (found,) = decode.decode_batch([data], exactly, device=torch.device("cpu"))
+    (found,) = device_decode.decode_batch([data], exactly, device=torch.device("cpu"))
     assert isinstance(found, tuple)
     assert (found[0].numpy() == exact).all()  # nvJPEG would not decode to these pixels
     assert 0.02 < difference(fast, expected) < 0.4

@@ -161,11 +161,11 @@ def test_calibrating_again_goes_on_from_there(bundle: Bundle, tmp_path: Path) ->
         calibrate(request(first, again, method="vector"))
     rng = np.random.default_rng(0)
     batch = rng.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
-    before = np.log(Classifier(first, precision="fp32").classify(batch).scores)
+    before = np.log(Classifier(first, precision="fp32", device="cpu").classify(batch).scores)
     second = calibrate(request(first, again)).bundle
     factor = second.spec.vector_scaling.scale[0] / first.spec.vector_scaling.scale[0]
     expected = torch.softmax(torch.from_numpy(before) * factor, 1).numpy()
-    got = Classifier(second, precision="fp32").classify(batch).scores
+    got = Classifier(second, precision="fp32", device="cpu").classify(batch).scores
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -176,9 +176,9 @@ def test_the_classifier_applies_the_fitted_scaling(
     """Scores of the old bundle, scaled as fitted, are the scores of the new one."""
     rng = np.random.default_rng(0)
     batch = rng.integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
-    old = Classifier(bundle, precision="fp32").classify(batch).scores
+    old = Classifier(bundle, precision="fp32", device="cpu").classify(batch).scores
     result = calibrate(request(bundle, run_of(tmp_path, bundle), method=method))
-    got = Classifier(result.bundle, precision="fp32").classify(batch).scores
+    got = Classifier(result.bundle, precision="fp32", device="cpu").classify(batch).scores
     scaling = result.bundle.spec.vector_scaling
     if scaling is None:
         scaled = np.log(old) * (bundle.spec.temperature / result.temperature)
@@ -220,7 +220,7 @@ def test_per_class_thresholds_are_applied_and_hopeless_classes_are_not_accepted(
     assert all(0 < t < 1 for t in thresholds[:4])
     assert result.bundle.spec.temperature == 2.0
     assert "1 of 5 classes never reach the target (eel)" in capsys.readouterr().out
-    classifier = Classifier(result.bundle, precision="fp32")
+    classifier = Classifier(result.bundle, precision="fp32", device="cpu")
     np.testing.assert_allclose(classifier._thresholds, thresholds)
     certain = np.eye(5, dtype=np.float32)  # a confidence of exactly 1 for each class
     accepted = [each.accepted for each in classifier.rank_scores(certain)]
@@ -244,7 +244,7 @@ def test_without_a_class_that_reaches_the_target_nothing_is_accepted(
     changes = {"target_precision": 0.9, "per_class": True, "method": "none"}
     made = calibrate(request(bundle, run, **changes)).bundle
     assert made.spec.threshold == NEVER_ACCEPT
-    ranked = Classifier(made, precision="fp32").rank_scores(np.eye(5, dtype=np.float32))
+    ranked = Classifier(made, device="cpu").rank_scores(np.eye(5, dtype=np.float32))
     assert not any(each.accepted for each in ranked)
     card = (Path(made.url) / "README.md").read_text()
     assert "acceptance threshold none: no prediction is accepted." in card

@@ -1,17 +1,23 @@
-"""Limits that all workers of a pipeline keep together."""
+"""Limits that all workers of a pipeline keep together, and the blocks that they take."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
+import ray.data
 
 from imgcls.cluster.session import Node
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.execution.pipeline import apply_host_limits
-from imgcls.execution.placement import ScaleConfig, plan_placement
+from imgcls.execution.messages import ChunkTask
+from imgcls.execution.pipeline import Pipeline, apply_host_limits
+from imgcls.execution.placement import GpuPlacement, ScaleConfig, plan_placement
+from imgcls.inference.workers import LABELING
 from tests.execution.runs import plan_at, spec_of
 
 
@@ -38,3 +44,24 @@ def test_workers_together_keep_the_limit_per_host_and_queue_for_it_briefly(
     shared, planned = apply_host_limits(spec, placement, 1000)
     limits = (planned.workers, shared.storage.max_requests_per_host, shared.io_concurrency)
     assert limits == expected
+
+
+def test_blocks_are_sized_by_the_tasks_that_decode_not_by_the_gpu_workers(
+    colors: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest block must not keep one of 17 tasks at work when the others are done."""
+    blocks: list[pa.Table] = []
+    monkeypatch.setattr(ray.data, "from_blocks", blocks.extend)
+    monkeypatch.setattr(GpuPlacement, "add_stages", lambda *given: None)
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
+    plan = plan_at(tmp_path / "out", manifest)
+    spec: Any = spec_of(tmp_path / "out", plan, manifest, "")
+    placement = plan_placement([Node(cpus=16, gpus=1)], ScaleConfig())
+    assert (placement.workers, placement.prepare_tasks) == (1, 17)
+    Pipeline(LABELING, spec, placement, [ChunkTask(chunk) for chunk in range(391)])
+    sizes = [block.num_rows for block in blocks]
+    assert sum(sizes) == 391
+    busy = [0] * placement.prepare_tasks
+    for size in sizes:
+        heapq.heapreplace(busy, busy[0] + size)
+    assert max(busy) == 23  # 391 chunks / 17 tasks

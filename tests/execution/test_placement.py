@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -75,18 +76,22 @@ def test_with_gpus_and_cpus_in_plenty_the_cpus_decode() -> None:
 
 
 @pytest.mark.parametrize("accelerator", JPEG_ENGINE_GPUS)
-def test_gpus_with_jpeg_engines_and_few_cpus_decode_themselves(accelerator: str) -> None:
+def test_jpeg_engines_that_are_not_measured_are_not_used(accelerator: str) -> None:
     placement = planned(Node(cpus=16, gpus=1, accelerator=accelerator))
-    assert (placement.name, placement.workers) == ("gpu_decode", 1)
-    assert "1 GPU with JPEG engines and only 16 CPUs each" in placement.reasons[0]
-    assert placement.reasons[1].endswith("tasks on CPUs to fetch")
+    assert (placement.name, placement.cpu_decode_fraction) == ("gpu", 1.0)
+    assert placement.reasons[0].endswith(
+        "CPUs decode for GPUs; their JPEG engines are not measured"
+    )
+    asked = planned(Node(cpus=16, gpus=1, accelerator=accelerator), layout="gpu_decode")
+    assert (asked.name, asked.cpu_decode_fraction) == ("gpu_decode", 0.0)
+    assert asked.reasons[1].endswith("tasks on CPUs to fetch")
 
 
-def test_one_gpu_without_a_jpeg_engine_keeps_decoding_on_the_cpus() -> None:
+def test_jpeg_engines_are_mentioned_where_all_gpus_have_one() -> None:
     mixed = planned(Node(8, 1, "A100"), Node(8, 1, "T4"))
-    assert mixed.name == "gpu"
-    assert planned(Node(8, 1, "A100"), Node(8, 0)).name == "gpu_decode"
-    assert planned(Node(8, 1, None)).name == "gpu"
+    assert "engines" not in mixed.reasons[0]
+    assert "engines" in planned(Node(8, 1, "A100"), Node(8, 0)).reasons[0]
+    assert "engines" not in planned(Node(8, 1, None)).reasons[0]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "gpu_decode"])
@@ -115,6 +120,19 @@ def test_gpus_without_cpus_on_their_node_stay_idle_which_is_logged() -> None:
     assert placement.workers == 2
     assert placement.reasons[-1] == "2 GPUs idle: too few CPUs on their nodes"
     assert "idle" not in " ".join(planned(Node(64, 4)).reasons)
+
+
+@pytest.mark.parametrize(
+    ("layout", "device"), [("cpu", "cpu"), ("gpu", "cuda"), ("gpu_decode", "cuda")]
+)
+def test_workers_are_started_with_the_device_that_is_planned(layout: str, device: str) -> None:
+    """Ray shows the GPUs of a node to workers without one as well."""
+    placement = planned(Node(16, 1), layout=layout)
+    assert placement.device == device
+    spec: Any = object()
+    options = placement._actor_options(spec, 1)
+    assert options["fn_constructor_args"] == (spec, 1, device)
+    assert options["num_gpus"] == (1 if device == "cuda" else None)
 
 
 # ------------------------------------------------------------------ what does not fit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -12,11 +14,15 @@ import torch
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import RunFailed
 from imgcls.execution.formatting import format_share
 from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
 from imgcls.execution.worker import is_cpu_chunk
 from imgcls.inference import autotune
 from imgcls.inference.autotune import BenchmarkInput, BenchmarkResult, BenchmarkSpec, TunedSettings
+from imgcls.models import classifier as classifiers
+from imgcls.models.bundle import Bundle
+from imgcls.models.classifier import Classifier
 from tests.conftest import draw
 
 CPUS = plan_placement([Node(cpus=2, gpus=0)], ScaleConfig())
@@ -109,28 +115,10 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
 
     monkeypatch.setattr(torch, "compile", refuse)
     images = BenchmarkInput(str(color_bundle), "fast", "fp32", LONG, (), StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1)
+    result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1, "cpu")
     tuned, reasons = autotune.choose_settings(result, LONG)
     assert tuned == TunedSettings(8, False)
     assert reasons[1] == "not compiled: No working C++ compiler found"
-
-
-def test_a_batch_that_exceeds_the_memory_is_not_chosen(
-    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = iter([10.0, 9.0])
-
-    def measure(work: object) -> float:
-        for rate in rates:
-            return rate
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(autotune, "_measure_rate", measure)
-    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8, 16, 32), False, False), images, 1)
-    assert result.forward == {8: 80.0, 16: 144.0}
-    with pytest.raises(torch.OutOfMemoryError):  # not even the smallest fits
-        autotune.measure_rates(BenchmarkSpec((8,), False, False), images, 1)
 
 
 def test_an_image_that_crashes_the_benchmark_does_not_end_the_run(
@@ -194,14 +182,96 @@ def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_
     broken.write_bytes(b"no image")
     urls = (str(good), str(broken), str(tmp_path / "missing.jpg"))
     images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, urls, StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1)
+    result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1, "cpu")
     assert set(result.forward) == {8, 16}
     assert min(result.forward.values()) > 0
     assert result.compiled is None  # one row is labeled sooner than a network is compiled
-    assert result.cpu_decode is not None
-    assert result.cpu_decode > 0
     assert result.device_decode is not None
+    assert result.device_decode > 0
+    decoding = autotune.DecodeBenchmark(images)
+    decoding.load()
+    assert decoding.measure() > 0
     none = autotune.measure_rates(
-        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1
+        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
     )
-    assert none.cpu_decode is None
+    assert none.device_decode is None
+
+
+def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Actor:
+        """A core that decodes 400 images/s while 16 others do."""
+
+        def __init__(self) -> None:
+            self.load = SimpleNamespace(remote=lambda: calls.append("load"))
+            self.measure = SimpleNamespace(remote=self._measure)
+
+        def _measure(self) -> float:
+            calls.append("measure")
+            return 400.0
+
+    task = SimpleNamespace(remote=lambda *_: BenchmarkResult({64: 9000}, device_decode=3000))
+    actors = SimpleNamespace(remote=lambda *_: Actor())
+    fake = SimpleNamespace(
+        remote=lambda **_: lambda work: actors if work is autotune.DecodeBenchmark else task,
+        wait=lambda references, **_: (references, []),
+        get=lambda references: references,
+        kill=lambda actor: calls.append("kill"),
+    )
+    monkeypatch.setattr(autotune, "ray", fake)
+    placement = plan_placement([Node(cpus=16, gpus=1, accelerator="H100")], ScaleConfig())
+    images = BenchmarkInput("", "fast", "fp32", LONG, (), StorageConfig())
+    result = autotune.run_benchmark(
+        BenchmarkSpec((64,), False, True), images, placement, Interruption(), lambda waited: None
+    )
+    assert result == BenchmarkResult({64: 9000}, cpu_decode=400.0, device_decode=3000)
+    assert calls == ["load"] * 17 + ["measure"] * 17 + ["kill"] * 17
+
+
+def test_a_batch_that_is_still_computed_counts_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+
+    def submit() -> None:
+        clock[0] += 0.25  # 4 batches within the second
+
+    def finish() -> None:
+        clock[0] += 1.0  # until the GPU has done them
+
+    assert autotune._measure_rate(submit, finish) == 2.0
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "GPU", in truth the CPU, with memory for batches of up to 100."""
+
+    class SmallClassifier(Classifier):
+        def __init__(self, bundle: Bundle, **options: Any) -> None:
+            assert options.pop("device").type == "cuda"
+            if (options.pop("batch_size", None) or 1) > 100:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(bundle, device="cpu", **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(classifiers, "Classifier", SmallClassifier)
+    monkeypatch.setattr(autotune, "_MEASURE_S", 0.0)
+
+
+def test_a_batch_size_that_a_gpu_has_no_memory_for_is_not_chosen(
+    small_gpu: None, color_bundle: Path
+) -> None:
+    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
+    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, False)
+    result = autotune.measure_rates(spec, images, 1, "cuda")
+    assert (set(result.forward), result.too_large) == ({64}, 128)
+    tuned, reasons = autotune.choose_settings(result, LONG)
+    assert tuned == TunedSettings(64, False)
+    assert reasons[0].endswith(", 128: out of memory")
+    with pytest.raises(RunFailed, match=r"batches of 128: .*Set a smaller --scale\.batch-size"):
+        autotune.measure_rates(replace(spec, batch_sizes=(128,)), images, 1, "cuda")

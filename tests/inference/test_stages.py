@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
+from imgcls.data.cuda import CudaTimer
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.completed import read_chunk_rows, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
@@ -28,8 +29,8 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
-from imgcls.models.classifier import Classifier, PendingScores
-from imgcls.models.cuda_graph import CudaTimer
+from imgcls.models.classifier import Classifier
+from imgcls.models.scores import PendingScores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
@@ -46,7 +47,7 @@ STATUSES = {
 @pytest.fixture(scope="session")
 def classifier(color_bundle: Path) -> Classifier:
     torch.set_num_threads(1)
-    return Classifier.load(str(color_bundle), precision="fp32")
+    return Classifier.load(str(color_bundle), precision="fp32", device="cpu")
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_doing_a_chunk_twice_writes_the_same_bytes(
 ) -> None:
     written = []
     for _ in range(2):
-        fresh = Classifier.load(str(color_bundle), precision="fp32")
+        fresh = Classifier.load(str(color_bundle), precision="fp32", device="cpu")
         for number in range(3):
             work = ChunkTask(number)
             write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())
@@ -151,6 +152,18 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     assert fused.schema.equals(build_prediction_schema(labeled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
+
+
+def test_classes_ranked_on_the_device_give_the_same_table(
+    spec: PredictSpec, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, work = read_chunk_rows(spec, ChunkTask(0)), ChunkTask(0)
+    prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, StageTimings())
+    expected = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    monkeypatch.setattr(classifier, "_ranks_on_device", True)
+    monkeypatch.delattr("imgcls.models.task.select_top_k")
+    found = stages.classify_prepared(spec, classifier, rows, work, prepared, StageTimings())
+    assert found.equals(expected)
 
 
 def test_a_retry_does_its_rows_alone_and_without_the_manifest(

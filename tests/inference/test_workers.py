@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
+from imgcls.curation.scan_worker import ScanSpec, ScanWorker
 from imgcls.data import filesystem
+from imgcls.data.cuda import DEVICE_FAILURE_STATUS
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import CrashingImage, StorageError
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import CrashingImage, RunFailed, StorageError
 from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
-from imgcls.execution.worker import run_first_stage, unpickle_cell
-from imgcls.inference import workers
-from imgcls.inference.specs import PredictSpec
+from imgcls.execution.worker import run_first_stage, unpack_prepared, unpickle_cell
+from imgcls.inference import autotune, workers
+from imgcls.inference.autotune import BenchmarkInput, BenchmarkSpec
+from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
 from tests.execution.runs import plan_at, spec_of
@@ -35,7 +43,7 @@ def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
     manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
     spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
-    data = unpickle_cell(run_prepare(spec, 0.0), "prepared").data
+    data = unpack_prepared(run_prepare(spec, 0.0)).data
     assert type(data) is kind
     assert len(data if isinstance(data, list) else data.status) == 4
 
@@ -43,7 +51,58 @@ def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
 def run_prepare(spec: PredictSpec, cpu_fraction: float) -> pa.Table:
     """The first stage of chunk 0."""
     batch = pa.table({"task": [pickle.dumps(ChunkTask(0))]})
-    return pa.table(run_first_stage(batch, workers.prepare_chunk, spec, cpu_fraction))
+    return run_first_stage(batch, workers.prepare_chunk, spec, cpu_fraction)
+
+
+def test_a_worker_without_a_gpu_uses_none_although_there_is_one(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    spec = spec_of(tmp_path / "out", plan, manifest, bundle.url, bundle_sha256=bundle.sha256)
+    scan = ScanSpec(
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(ImageSpec)},
+        bundle_url=bundle.url, bundle_sha256=bundle.sha256, decode=None,
+    )  # fmt: skip
+    for worker in (workers.CpuWorker(spec, 1, "cpu"), ScanWorker(scan, 1, "cpu")):
+        assert worker._classifier.device == torch.device("cpu")
+    images = BenchmarkInput(bundle.url, "fast", "fp32", 1, (), StorageConfig())
+    assert autotune.measure_rates(BenchmarkSpec((1,), False, False), images, 1, "cpu").forward
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RunFailed),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), SystemExit),
+    ],
+)
+def test_without_memory_the_run_ends_and_with_a_gpu_that_fails_the_worker(
+    error: RuntimeError, ended: type[BaseException], colors: Callable[..., Path],
+    color_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(f"ended with {status}"))
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    spec = spec_of(tmp_path / "out", plan, manifest, bundle.url, bundle_sha256=bundle.sha256)
+    spec = dataclasses.replace(spec, session=ended.__name__)
+    worker = workers.GpuWorker(spec, 1, "cpu")
+    monkeypatch.setattr(worker._classifier, "submit", fail)
+    with pytest.raises(ended) as found:
+        worker(run_prepare(spec, 1.0))
+    if ended is RunFailed:
+        assert "has not enough memory for batches of" in str(found.value)
+        assert "Set a smaller --scale.batch-size" in str(found.value)
+    else:  # the worker that replaces it counts a crash
+        assert str(found.value) == f"ended with {DEVICE_FAILURE_STATUS}"
+        assert Attempt.for_chunk(spec, ChunkTask(0), "finish").crashes == 1
 
 
 @pytest.mark.parametrize("cpu_fraction", [1.0, 0.0])
@@ -57,7 +116,7 @@ def test_crashes_in_both_stages_are_counted_in_the_result(
     spec = spec_of(output, plan, manifest, str(color_bundle), bundle_sha256=sha256)
     for stage in ("prepare", "prepare", "finish"):
         Attempt.for_chunk(spec, ChunkTask(0), stage)  # and its worker crashes
-    finished = workers.GpuWorker(spec, 1)(run_prepare(spec, cpu_fraction))
+    finished = workers.GpuWorker(spec, 1, "cpu")(run_prepare(spec, cpu_fraction))
     result: ChunkResult = unpickle_cell(pa.table(finished), "result")
     assert (result.rows, result.status, result.crashes) == (4, {"ok": 4}, 3)
     assert result.details == {"precision": "fp32"}

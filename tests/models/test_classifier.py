@@ -223,7 +223,7 @@ def test_the_temperature_divides_the_logits(small: Classifier, temperature: floa
 
 
 def test_predictions_are_labels_with_their_scores(color_bundle: Path, tmp_path: Path) -> None:
-    classifier = Classifier.load(str(color_bundle))
+    classifier = Classifier.load(str(color_bundle), device="cpu")
     pictures = [draw(name, seed=i) for i, name in enumerate(COLORS)]
     paths = []
     for i, picture in enumerate(pictures):
@@ -251,7 +251,7 @@ def test_a_prediction_below_the_threshold_is_not_accepted(tmp_path: Path) -> Non
     data = tmp_path / "x.png"
     draw("red").save(data)
     for threshold, folder in bundles.items():
-        (one,) = Classifier.load(str(folder)).predict([data])
+        (one,) = Classifier.load(str(folder), device="cpu").predict([data])
         assert one.accepted is (threshold == 0.0)
 
 
@@ -270,7 +270,7 @@ def test_the_decode_setting_of_the_bundle_can_be_replaced(small: Classifier) -> 
         )
         assert scores[route] == best[0].topk_scores
     assert scores["exact"] != scores["fast"]
-    assert Classifier(small.bundle).preprocess == small.preprocess
+    assert Classifier(small.bundle, device="cpu").preprocess == small.preprocess
 
 
 def test_an_image_that_cannot_be_used_is_an_error_here(small: Classifier, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_the_public_names_are_those_of_the_package(color_bundle: Path) -> None:
     import imgcls
 
     assert imgcls.Classifier is Classifier
-    assert imgcls.Classifier.load(str(color_bundle)).classes == list(COLORS)
+    assert imgcls.Classifier.load(str(color_bundle), device="cpu").classes == list(COLORS)
     assert imgcls.load_bundle(str(color_bundle)).spec.classes == list(COLORS)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         imgcls.nonsense  # noqa: B018
@@ -318,6 +318,27 @@ def test_bf16_scores_are_close_and_sum_to_one(tmp_path: Path, name: str) -> None
     assert other.embedding.dtype == np.float32
     scale = np.abs(one.embedding).max()
     np.testing.assert_allclose(other.embedding / scale, one.embedding / scale, atol=0.05)
+
+
+def test_fp16_scores_are_close_and_one_that_overflows_is_no_prediction(
+    small: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, for which fp16 cannot be chosen: the arithmetic is the same, but slow."""
+    monkeypatch.setattr(
+        "imgcls.models.classifier.choose_precision", lambda *_: ("fp16", "as requested")
+    )
+    monkeypatch.setattr(
+        "imgcls.models.classifier.fuse_convolutions", lambda network, side, keep: network
+    )
+    half = Classifier(small.bundle, precision="fp16", device="cpu")
+    batch = random_batch(small, 4)
+    found = half.classify(batch, embeddings=True)
+    np.testing.assert_allclose(found.scores, small.classify(batch).scores, atol=2e-3)
+    assert found.embedding is not None
+    assert (found.scores.dtype, found.embedding.dtype) == (np.float32, np.float32)
+    half._normalize._scale *= 1e6  # beyond 65,504
+    assert not half.classify(batch).is_finite.any()
+    assert "in fp16; run it with --precision fp32" in str(half.build_not_finite_error())
 
 
 @pytest.fixture(scope="module")

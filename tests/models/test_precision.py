@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from imgcls.errors import RequestError
-from imgcls.models.precision import choose_precision, read_cpu_flags
+from imgcls.models.precision import choose_float_dtype, choose_precision, read_cpu_flags
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,25 @@ def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
     monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(info))
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert read_cpu_flags() - {"flags", ":"} == left
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "precision", "dtype"),
+    [(True, "bf16", torch.bfloat16), (False, "fp32", torch.float32)],
+)
+def test_a_gpu_without_bf16_runs_in_fp16_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, precision: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    gpu = torch.device("cuda")
+    chosen, reason = choose_precision("auto", gpu)
+    assert chosen == precision
+    assert ("fp16 is possible, not measured" in reason) == (not has_bf16)
+    assert choose_float_dtype("auto", gpu) == dtype
+    assert choose_precision("fp16", gpu) == ("fp16", "as requested")
+    assert choose_float_dtype("fp16", gpu) == torch.float16
+    with pytest.raises(RequestError, match="fp16: runs on GPUs only; use bf16 or auto on a CPU"):
+        choose_precision("fp16", torch.device("cpu"))
 
 
 def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import NEVER_ACCEPT, Architecture, BundleSpec, VectorScaling
-from imgcls.models.task import SINGLE_LABEL, TASKS, ScoreScaling, find_task, select_top_k
+from imgcls.models.task import (
+    SINGLE_LABEL,
+    TASKS,
+    ScoreScaling,
+    find_task,
+    rank_on_device,
+    select_top_k,
+)
 
 Scores = npt.NDArray[np.float32]
 LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, 0.0], [1e4, -1e4, 0.0]])
@@ -95,6 +102,8 @@ def test_the_top_are_the_best_first_and_ties_go_to_the_first_class(
     assert values.tolist() == [
         [row[i] for i in best] for row, best in zip(table.tolist(), expected, strict=True)
     ]
+    on_device = rank_on_device(torch.from_numpy(table), k).numpy()
+    assert (on_device.tolist(), on_device.dtype) == (expected, np.int64)
 
 
 def test_a_prediction_is_accepted_from_the_threshold_of_its_class_on() -> None:

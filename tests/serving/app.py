@@ -73,7 +73,9 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:
-        service = Service(config, ServedModel.load(config), ReplicaMetrics(), decoders=1)
+        service = Service(
+            config, ServedModel.load(config, "cpu"), ReplicaMetrics(), decoders=1, device="cpu"
+        )
         access = AccessControl(keyring, LocalAllowance(take), config.http.cors_origins)
         this = Running(f"http://127.0.0.1:{port}", port, service, asyncio.get_running_loop())
         server = uvicorn.Server(

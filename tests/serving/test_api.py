@@ -31,7 +31,7 @@ def test_an_image_gets_the_prediction_of_the_classifier(
     server: Running, color_bundle: Path
 ) -> None:
     data = jpeg()
-    expected = Classifier.load(str(color_bundle)).predict([data], top_k=2)[0]
+    expected = Classifier.load(str(color_bundle), device="cpu").predict([data], top_k=2)[0]
     response = post(server, data, params={"top_k": 2})
     assert response.status_code == 200
     answer = response.json()
@@ -91,7 +91,7 @@ def test_embeddings_come_on_request(server: Running, color_bundle: Path) -> None
         (plain,) = client.predict(jpeg())
         (row,) = client.predict(jpeg(), embeddings=True)
     assert "embedding" not in plain
-    assert len(row["embedding"]) == Classifier.load(str(color_bundle)).embedding_width
+    assert len(row["embedding"]) == Classifier.load(str(color_bundle), device="cpu").embedding_width
     assert row["topk_scores"] == plain["topk_scores"]
 
 

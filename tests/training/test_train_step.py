@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from imgcls.data.preprocess import Preprocess
@@ -178,6 +179,80 @@ def test_a_worker_whose_images_all_failed_does_not_block_the_others(team: Team) 
     settings = settings_of({}, 3)
     for gradients in team.call(3, step_without_images_but_in_one, settings):
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def sync_batch_norm_on_cpus(self: nn.SyncBatchNorm, inputs: torch.Tensor) -> torch.Tensor:
+    """torch's SyncBatchNorm runs on GPUs only: the same arithmetic, and as many collectives."""
+    assert self.weight is not None
+    assert len(inputs) or inputs.dtype == torch.float32, "others send their statistics in float32"
+    assert self.training, "other workers would wait for this one"
+    dtype, inputs = inputs.dtype, inputs.float()
+    over = (0, 2, 3)
+    sums = torch.cat(
+        [inputs.sum(over), inputs.square().sum(over), inputs.new_full((1,), inputs[:, 0].numel())]
+    )
+    mean, square, count = all_reduce(sums).tensor_split([len(self.weight), 2 * len(self.weight)])
+    mean, square = (part / count for part in (mean, square))
+    scale = self.weight / (square - mean.square() + self.eps).sqrt()
+    shape = (1, -1, 1, 1)
+    return ((inputs - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)).to(dtype)
+
+
+def with_a_norm() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(20, CLASSES),
+    )  # fmt: skip
+
+
+def sync_step(
+    rank: int, workers: int, settings: TrainConfig, counts: list[int], precision: str
+) -> dict[str, torch.Tensor]:
+    """The gradient of a step in which each worker has some of the rows."""
+    nn.SyncBatchNorm.forward = sync_batch_norm_on_cpus  # type: ignore[method-assign]
+    accepts_cpus: Any = nn.parallel.DistributedDataParallel
+    accepts_cpus._passing_sync_batchnorm_handle = lambda *_: None
+    context = WorkerContext(rank, workers, torch.device("cpu"), precision)
+    made = build_train_step(with_a_norm(), settings, context)
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    whole, start = rows(), sum(counts[:rank])
+    mine = slice(start, start + counts[rank])
+    made.step(Batch(whole.pixels[mine], whole.labels[mine]), sum(counts), 0)
+    return parameter_changes(made, before)
+
+
+@pytest.mark.parametrize(
+    ("counts", "precision"), [([0, ROWS], "fp32"), ([2, ROWS - 2], "fp32"), ([0, ROWS], "bf16")]
+)
+def test_synchronized_norms_work_with_workers_that_have_few_images_or_none(
+    team: Team, counts: list[int], precision: str
+) -> None:
+    """Three parts: the first worker has none, or none in the last part."""
+    accumulate = 3
+    settings = config(optim=PLAIN_SGD, scale={"accumulate": accumulate, "sync_batchnorm": True})
+    first, second = team.call(2, sync_step, settings, counts, precision)
+    torch.testing.assert_close(first, second)
+    # the parts of all workers, whose statistics are computed together, as batches of one worker
+    parts = [
+        np.concatenate(pair)
+        for pair in zip(
+            np.array_split(np.arange(counts[0]), accumulate),
+            np.array_split(np.arange(counts[0], ROWS), accumulate),
+            strict=True,
+        )
+    ]
+    whole = rows()
+    totals: dict[str, Any] = {}
+    for part in parts:
+        made = build_train_step(with_a_norm(), config(optim=PLAIN_SGD))
+        before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+        made.step(Batch(whole.pixels[part], whole.labels[part]), ROWS, 0)
+        for name, gradient in parameter_changes(made, before).items():
+            totals[name] = totals.get(name, 0) + gradient
+    # bf16 has 8 bits
+    rtol, atol = (1e-3, 1e-5) if precision == "fp32" else (0.05, 0.01)
+    torch.testing.assert_close(second, totals, rtol=rtol, atol=atol)
 
 
 # ------------------------------------------------------------------ resuming and repeating

@@ -137,9 +137,9 @@ def _crop_on_gpu(
 ) -> torch.Tensor:
     """Two matrix products for the whole batch; unlike grid_sample, antialiased."""
     side, device = pixels.shape[-1], pixels.device
+    boxes, flips = (drawn.to(device, non_blocking=True) for drawn in (boxes, flips))
     columns = build_resampling_weights(boxes[:, 1], boxes[:, 3], flips[0], size, side)
     rows = build_resampling_weights(boxes[:, 0], boxes[:, 2], flips[1], size, side)
-    columns, rows = (weights.to(device, non_blocking=True) for weights in (columns, rows))
     return to_uint8(torch.matmul(torch.matmul(rows[:, None], pixels.float()), columns[:, None].mT))
 
 
@@ -148,15 +148,18 @@ def build_resampling_weights(
 ) -> torch.Tensor:
     """(N, size, side) float32: the weight of each input pixel in each output pixel.
 
+    They are computed on the device of the arguments: for 256 images of 224 pixels, they take a CPU
+    0.4 s, and 106 MB.
+
     start, length, flip: (N,) the segment of each row of `side` pixels to resample, and whether to
     reverse it. The filter is a triangle as wide as an output pixel, at least as wide as an input
     pixel, cut off at the ends of the segment: Pillow's BILINEAR.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size
-    outputs = torch.arange(size)[None, :, None]
+    outputs = torch.arange(size, device=start.device)[None, :, None]
     outputs = torch.where(flip[:, None, None], size - 1 - outputs, outputs)
-    inputs = torch.arange(side)[None, None, :]
+    inputs = torch.arange(side, device=start.device)[None, None, :]
     distance = (inputs + 0.5 - (start + scale * (outputs + 0.5))).abs()
     weights = (1 - distance / scale.clamp(min=1)).clamp(min=0)
     weights *= (inputs >= start) & (inputs < start + length)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as TF
 
 from imgcls.training.augment.ops import crop
@@ -94,3 +95,22 @@ def test_crops_keep_the_share_of_the_area_that_was_requested() -> None:
     assert 0.58 < area.max() < 0.62
     assert 0.45 < shape.min() < 0.6
     assert 1.7 < shape.max() < 2.1
+
+
+def test_the_weights_of_a_gpu_are_made_there() -> None:
+    """Only boxes and flips are made on the CPU; meta tensors stand for those of a GPU."""
+    on_cpu: list[int] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+                on_cpu.append(out.numel())
+            return out
+
+    _, boxes = boxes_of(16, 40)
+    pixels = noise(16, 40).to("meta")
+    with Record():
+        found = crop.crop_and_flip(pixels, boxes, torch.zeros(2, 16, dtype=torch.bool), 32)
+    assert (found.shape, found.device.type) == ((16, 3, 32, 32), "meta")
+    assert max(on_cpu, default=0) <= boxes.numel()
