@@ -171,8 +171,8 @@ def tune_settings(
             interruption,
             lambda waited: timeout.check(waited, "a benchmark"),
         )
-    except ray.exceptions.WorkerCrashedError as error:
-        # by an image, for example: in the run, only its row has an error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError) as error:
+        # a task or an actor, by an image for example: in the run, only its row has an error
         log.emit("note", f"not benchmarked, the worker crashed: {first_line(error)}")
         return TunedSettings(placement.batch_size, always)
     tuned, reasons = choose_settings(result, images.rows)

@@ -121,11 +121,14 @@ def test_a_network_that_cannot_be_compiled_runs_uncompiled(
     assert reasons[1] == "not compiled: No working C++ compiler found"
 
 
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.WorkerCrashedError(), ray.exceptions.ActorDiedError()]
+)
 def test_an_image_that_crashes_the_benchmark_does_not_end_the_run(
-    monkeypatch: pytest.MonkeyPatch,
+    error: ray.exceptions.RayError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: object) -> BenchmarkResult:
-        raise ray.exceptions.WorkerCrashedError
+        raise error
 
     monkeypatch.setattr(autotune, "run_benchmark", crash)
     images = BenchmarkInput("bundle", "fast", "fp32", LONG, (), StorageConfig())
