@@ -19,7 +19,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import grpc
 import ray
@@ -36,6 +36,10 @@ _MALLOC_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
 }
 """Environment of glibc's allocator: the number of arenas, and two thresholds in bytes."""
+
+
+DeviceType = Literal["cpu", "cuda"]
+"""Device that a worker or replica is planned to run its network on."""
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,7 @@ def _scan_image(spec: ScanSpec, blob: FetchResult, embeddings: _EmbeddingBatcher
 class _EmbeddingBatcher:
     """Computes the embeddings of a chunk's images in batches, scaled to length 1.
 
-    None for each without a model.
-
-    None also for an image whose outputs are NaN or infinite.
+    The embedding is None without a model, and for an image whose outputs are NaN or infinite.
     """
 
     def __init__(self, classifier: Classifier | None, batch_size: int) -> None:

@@ -9,16 +9,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import OK
 from imgcls.execution.plan import Plan
-
-Device = Literal["cpu", "cuda"]
-"""Type of device that a worker runs its network on."""
 
 
 @dataclass(frozen=True, kw_only=True)

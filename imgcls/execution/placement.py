@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from imgcls.cluster.session import Node, build_malloc_env
+from imgcls.cluster.session import DeviceType, Node, build_malloc_env
 from imgcls.config import Section, UnitFloat
 from imgcls.errors import ResourcesError
 from imgcls.execution.formatting import format_count
@@ -24,7 +24,7 @@ from imgcls.execution.worker import Job, run_first_stage
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from imgcls.execution.messages import Device, RunSpec
+    from imgcls.execution.messages import RunSpec
 
 PlacementName = Literal["cpu", "gpu", "gpu_decode"]
 
@@ -108,7 +108,7 @@ class Placement(abc.ABC):
         """Append the stages of a job to a dataset of pickled chunk tasks."""
 
     @property
-    def device(self) -> Device:
+    def device(self) -> DeviceType:
         """The type of device of a worker: workers without a GPU of their own must not use any."""
         return "cuda" if self.worker_gpus else "cpu"
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from imgcls.cluster.session import DeviceType
 from imgcls.data import storage_settings
 from imgcls.errors import RunFailed
 from imgcls.execution import completed, heartbeat
@@ -29,7 +30,6 @@ from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt
 from imgcls.execution.messages import (
     ChunkResult,
     ChunkTask,
-    Device,
     PreparedChunk,
     RunSpec,
     StageTimings,
@@ -67,7 +67,7 @@ class BaseWorker(abc.ABC, Generic[SpecT]):
     details: facts for `ChunkResult.details`, set by `load`
     """
 
-    def __init__(self, spec: SpecT, threads: int, device: Device) -> None:
+    def __init__(self, spec: SpecT, threads: int, device: DeviceType) -> None:
         heartbeat.register_worker(spec.session)
         actor = ray.get_runtime_context().get_actor_id()
         start = Attempt(spec.session, f"start-{actor}", "starting a worker")

@@ -17,7 +17,7 @@ import ray
 from imgcls import log
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
-from imgcls.cluster.session import build_malloc_env
+from imgcls.cluster.session import DeviceType, build_malloc_env
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
@@ -30,7 +30,6 @@ from imgcls.models.bundle import load_bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.data.preprocess import Preprocess
-    from imgcls.execution.messages import Device
     from imgcls.models.classifier import Classifier
     from imgcls.models.scores import PendingScores
 
@@ -287,7 +286,7 @@ class DecodeBenchmark:
 
 
 def measure_rates(
-    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: Device
+    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: DeviceType
 ) -> BenchmarkResult:
     """Measure the bundle's network, and decoding in batches, on the device of the workers.
 

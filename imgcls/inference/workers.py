@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from imgcls.cluster.session import DeviceType
 from imgcls.errors import BundleError, CrashingImage
 from imgcls.execution.heartbeat import Attempt
-from imgcls.execution.messages import ChunkTask, Device, PreparedChunk, StageTimings
+from imgcls.execution.messages import ChunkTask, PreparedChunk, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job, PreparedChunkWorker
 from imgcls.inference.gpu_errors import handle_gpu_errors
 from imgcls.inference.specs import PredictSpec
@@ -26,7 +27,7 @@ class _ModelLoader:
     """Loads the model of a labeling worker."""
 
     spec: PredictSpec
-    device: Device
+    device: DeviceType
     details: dict[str, str]
     _classifier: Any
     _stages: Any

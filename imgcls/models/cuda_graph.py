@@ -15,7 +15,7 @@ WARM_UP_PASSES = 3
 _capture_lock = threading.Lock()
 """torch allows one capture at a time in a process."""
 _failed_captures: list[torch.cuda.CUDAGraph] = []
-"""Kept, because torch's allocator of pinned memory goes on to ask them for their streams."""
+"""Kept, because torch's allocator of pinned memory still asks them for their streams."""
 
 
 class CaptureError(Exception):

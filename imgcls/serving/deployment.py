@@ -20,6 +20,7 @@ from starlette.types import Scope as ASGIScope
 
 from imgcls import config as configuration
 from imgcls.cluster import autoscaler, session
+from imgcls.cluster.session import DeviceType
 from imgcls.data import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
@@ -55,7 +56,9 @@ class Endpoint:
     Ray Serve calls `reconfigure` with the settings before the first request and after each change.
     """
 
-    def __init__(self, coordinator: DeploymentHandle[Any], threads: int, device: str) -> None:
+    def __init__(
+        self, coordinator: DeploymentHandle[Any], threads: int, device: DeviceType
+    ) -> None:
         self._coordinator = CoordinatorClient(coordinator)
         self._threads = threads
         self._device = device

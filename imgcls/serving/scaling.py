@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from imgcls.cluster.session import Node
+from imgcls.cluster.session import DeviceType, Node
 from imgcls.errors import ResourcesError
 from imgcls.serving.config import ReplicaConfig
 
@@ -32,7 +31,7 @@ class ReplicaPlan:
     reason: str
 
     @property
-    def device(self) -> Literal["cpu", "cuda"]:
+    def device(self) -> DeviceType:
         """The type of device of a replica: one without a GPU of its own must not use any."""
         return "cuda" if self.gpus else "cpu"
 

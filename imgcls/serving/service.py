@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from imgcls.cluster.session import DeviceType
 from imgcls.data import decode
 from imgcls.data.cuda import exit_on_device_failure, find_worker_device
 from imgcls.data.decode import Pixels
@@ -46,11 +47,8 @@ class ServedModel:
         self.sha256 = classifier.bundle.sha256
 
     @classmethod
-    def load(cls, config: ServeConfig, device: str) -> ServedModel:
-        """Load and warm up; raises BundleError if the bundle is missing or damaged.
-
-        device: "cpu" or "cuda"
-        """
+    def load(cls, config: ServeConfig, device: DeviceType) -> ServedModel:
+        """Load and warm up; raises BundleError if the bundle is missing or damaged."""
         bundle = load_bundle(config.model)
         # a lone image must not wait for the forward pass of a full batch
         sizes = choose_graph_sizes(config.batch_size)
@@ -112,7 +110,7 @@ class Service:
     """Classifies uploads with one model at a time.
 
     decoders:    number of decoding threads
-    device:      type of device of the model, "cpu" or "cuda"
+    device:      planned device of the model
     is_draining: the service is about to shut down, as /readyz reports
     """
 
@@ -123,7 +121,7 @@ class Service:
         metrics: ReplicaMetrics,
         *,
         decoders: int,
-        device: str,
+        device: DeviceType,
     ) -> None:
         self.config = config
         self._device = device

@@ -169,7 +169,7 @@ def test_batches_under_way_do_not_disturb_each_other(pair: tuple[Classifier, Cla
 
 @pytest.fixture(scope="module")
 def under_load(pair: tuple[Classifier, Classifier]) -> Iterator[list[np.ndarray[Any, Any]]]:
-    """Scores of one batch, from a thread that goes on classifying it."""
+    """Scores of one batch, from a thread that classifies it repeatedly."""
     _, replayed = pair
     batch, found, stop = random_batch(replayed, SIZE), [], [False]
 
