@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data.decode import decode_batch, decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.decode import decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.device_decode import decode_batch
 from imgcls.data.image_features import compute_features
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import encoded
