@@ -80,15 +80,20 @@ class RayCluster:
     def joined(self) -> Iterator[None]:
         """Within the block, this process is a driver of the cluster; `run_here` works on it.
 
-        Its workers serve all jobs of the block: they import torch once, not once per command.
+        Its workers serve all jobs of the block: they import torch once, not once per command. A
+        cluster that the process had joined before is left meanwhile.
         """
         import ray
 
+        earlier = ray.get_runtime_context().gcs_address if ray.is_initialized() else None
+        ray.shutdown()
         ray.init(self.address, log_to_driver=False)
         try:
             yield
         finally:
             ray.shutdown()
+            if earlier is not None:
+                ray.init(earlier, log_to_driver=False)
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Processes of this cluster whose title has `name` in it."""

@@ -24,7 +24,6 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import ray
 from ray.util import placement_group_table
 
 from imgcls.data.decode import decode_image
@@ -343,22 +342,18 @@ def test_an_autoscaler_is_asked_for_a_first_machine_and_for_all_that_the_work_is
         waiting = [g for g in placement_group_table().values() if g["state"] == "PENDING"]
         return [bundle for g in waiting for bundle in g["bundles"].values()]
 
-    with RayCluster.start(cpus=0) as cluster:
-        ray.init(cluster.address, log_to_driver=False)
-        try:
-            environment = {**cluster.environment(), "HOME": str(tmp_path)}
-            with started(*order, env=environment) as driver:
-                wait_for(lambda: asked() == [{"CPU": 1}], 120)
-                with machine(cluster, 1):
-                    wait_for(lambda: asked() == [], 120)
-                    if job == "predict":
-                        wait_for(lambda: asked() == [{"CPU": 1}], 120)  # and one more
-                    out, err = driver.communicate(timeout=300)
-                    assert driver.returncode == 0, err
-            assert "waiting  for nodes: " in out
-            wait_for(lambda: asked() == [])
-        finally:
-            ray.shutdown()
+    with RayCluster.start(cpus=0) as cluster, cluster.joined():
+        environment = {**cluster.environment(), "HOME": str(tmp_path)}
+        with started(*order, env=environment) as driver:
+            wait_for(lambda: asked() == [{"CPU": 1}], 120)
+            with machine(cluster, 1):
+                wait_for(lambda: asked() == [], 120)
+                if job == "predict":
+                    wait_for(lambda: asked() == [{"CPU": 1}], 120)  # and one more
+                out, err = driver.communicate(timeout=300)
+                assert driver.returncode == 0, err
+        assert "waiting  for nodes: " in out
+        wait_for(lambda: asked() == [])
     if job == "predict":
         assert_exactly_once(output, 3000)
 

@@ -279,21 +279,15 @@ def test_a_truncated_state_is_skipped_for_the_one_before(
 @pytest.mark.slow
 def test_waiting_for_workers_is_logged_and_ends_at_the_timeout(digits: Path, output: Path) -> None:
     words = [*arguments(digits, output), "--scale.num-workers", 1, "--scale.cpus-per-worker", 2]
-    with RayCluster.start(cpus=2) as cluster:
-        ray.init(cluster.address, log_to_driver=False)
-        try:
-            kind: Any = ray.remote(num_cpus=1)(Busy)
-            other = kind.remote()  # as another job would
-            ray.get(other.there.remote())
-            done = imgcls(
-                *words,
-                "--scale.resource-timeout-s",
-                40,
-                env=cluster.environment(),
-                timeout=PATIENCE,
-            )
-        finally:
-            ray.shutdown()
+    with RayCluster.start(cpus=2) as cluster, cluster.joined():
+        kind: Any = ray.remote(num_cpus=1)(Busy)
+        other = kind.remote()  # as another job would
+        ray.get(other.there.remote())
+        done = imgcls(
+            *(*words, "--scale.resource-timeout-s", 40),
+            env=cluster.environment(),
+            timeout=PATIENCE,
+        )
     assert done.returncode == 1
     line = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
     assert re.search(line, done.stdout), done.stdout
