@@ -291,7 +291,7 @@ def test_waiting_for_workers_is_logged_and_ends_at_the_timeout(digits: Path, out
     assert done.returncode == 1
     line = r"waiting  for training workers, 1 x \(2 CPU\), \d+ of at most 40 s; the cluster has 1 "
     assert re.search(line, done.stdout), done.stdout
-    assert "(scale.resource_timeout_s) of training workers" in done.stderr
+    assert "(scale.resource_timeout_s) for training workers" in done.stderr
     assert not is_finished(output)
 
 
