@@ -6,6 +6,8 @@ import os
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# one process less per training; the test of a drained node turns it on
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 import csv
 from collections.abc import Callable, Iterator, Sequence

@@ -25,6 +25,7 @@ from imgcls.cluster.session import (
 )
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
 from tests.conftest import draw
+from tests.processes import RayCluster
 from tests.processes import imgcls as run_imgcls
 
 
@@ -170,7 +171,7 @@ session.end_session(0)
 JOINED = """
 import ray
 from imgcls.cluster import session
-ray.init("local")
+ray.init()
 session.connect()
 session.end_session(0)
 assert ray.is_initialized()
@@ -209,10 +210,13 @@ def test_a_run_that_is_broken_off_ends_with_a_thread_of_its_own_still_in_ray() -
 
 
 @pytest.mark.parametrize("script", [PRIVATE, JOINED])
-def test_a_private_session_is_our_own_to_set_up_and_to_end(script: str) -> None:
+def test_a_private_session_is_our_own_to_set_up_and_to_end(
+    script: str, cluster: RayCluster
+) -> None:
+    address = "local" if script == PRIVATE else cluster.address
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env={**os.environ, "RAY_ADDRESS": address},
         capture_output=True,
         text=True,
         check=False,

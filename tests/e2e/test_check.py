@@ -64,15 +64,14 @@ def issues_in(output: Path) -> dict[str, list[int]]:
 
 @ON_S3
 def test_a_check_finds_what_is_wrong_shows_it_and_writes_a_manifest_without_it(
-    place: Path, cluster: RayCluster, placed_bundle: Path, tmp_path: Path
+    place: Path, joined: None, placed_bundle: Path, tmp_path: Path
 ) -> None:
     train, test = data_set(place)
     clean = place / "clean.parquet"
-    done = imgcls(
+    done = run_here(
         *("manifest", "check", train, "--against", test, "--output", clean),
         *("--drop", "exact-duplicates,unreadable,leakage", "--fail-on", "leakage"),
         *("--model", placed_bundle),
-        env=cluster.environment(),
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "1 images with leakage, such as " in done.stderr

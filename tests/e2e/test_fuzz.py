@@ -170,6 +170,7 @@ def check(format: str, seed: int, bundle: Path, folder: Path) -> None:
     done = run_here(
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
         *("--max-error-rate", 1, "--max-pixels", 1_000_000, "--chunk-rows", rng.choice([64, 100])),
+        *("--scale.workers", 1),
         *("--part-rows", rng.choice([640, 1000, 5000])),
     )
     assert done.returncode == 0, done.stderr

@@ -263,7 +263,7 @@ def test_the_training_job_writes_a_bundle(head: RayCluster, checkout: Path, tmp_
     done = submit(
         *(head, checkout, "train", "python", "jobs/train.py", "--config", "jobs/train.yaml"),
         *("--data.train", manifest, "--output", tmp_path / "bundle", "--epochs", 1),
-        *("--model.options.width", 4, "--scale.cpus-per-worker", 0.5),
+        *("--model.options.width", 4, "--scale.num-workers", 1),
     )
     assert done.returncode == 0, done.stdout
     assert status(head, "train") == "SUCCEEDED"

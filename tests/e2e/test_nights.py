@@ -21,7 +21,8 @@ from tests.e2e.outputs import parquet
 from tests.processes import RayCluster, run_here, started, wait_for
 
 pytestmark = pytest.mark.timeout(900)
-SETTINGS = ("--precision", "fp32", "--max-error-rate", 0.5, "--chunk-rows", 4)
+SETTINGS = ("--precision", "fp32", "--max-error-rate", 0.5, "--chunk-rows", 4,
+            "--scale.workers", 1)  # fmt: skip
 
 
 def bundle(folder: Path, seed: int) -> Path:

@@ -18,7 +18,7 @@ from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, parquet, success, table
-from tests.processes import RayCluster, imgcls, run_here
+from tests.processes import RayCluster, run_here
 
 
 @pytest.fixture
@@ -173,10 +173,9 @@ def test_the_gpu_layouts_write_the_same_table(
     )
     plain = run_here(*base, "--output", place / "cpu")
     assert plain.returncode == 0, plain.stderr
-    with RayCluster.start(cpus=2, gpus=1) as logical:
-        env = logical.environment()
+    with RayCluster.start(cpus=2, gpus=1) as logical, logical.joined():
         asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
-        done = imgcls(*base, "--output", place / layout, *asked, env=env)
+        done = run_here(*base, "--output", place / layout, *asked)
         assert done.returncode == 0, done.stderr
     assert "1 model worker on GPUs" in done.stdout
     assert table(place / layout).equals(table(place / "cpu"))

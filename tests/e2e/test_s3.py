@@ -83,7 +83,6 @@ def fetched(s3: Any, prefix: str, folder: Path) -> Path:
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     endpoint: str,
-    cluster: RayCluster,
     joined: None,
     place: Path,
     colors: Callable[..., Path],
@@ -104,7 +103,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
             *("--output", place / "out"),
         )
         proxy.respond = expired
-        first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
+        first = run_here(*words, "--storage.endpoint-url", proxy.url)
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr
         assert "rerun the same command to resume" in first.stderr
@@ -146,7 +145,7 @@ def test_a_network_that_fails_changes_no_row(
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with Proxy(endpoint, MIX, seed=seed).running() as proxy:
         for _ in range(5):
-            run = imgcls(
+            run = run_here(
                 *("predict", "--manifest", url("manifest.csv"), "--model", url("bundle")),
                 *("--output", url("out"), *settings, "--storage.endpoint-url", proxy.url),
                 *("--storage.attempt-timeout-s", 1, "--lease-seconds", 10),

@@ -30,7 +30,16 @@ from imgcls.models.classifier import Classifier
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from tests.conftest import copied, write_manifest
 from tests.e2e.outputs import parquet
-from tests.processes import RayCluster, imgcls, kill_family, machine, run_here, started, wait_for
+from tests.processes import (
+    BIN,
+    RayCluster,
+    imgcls,
+    kill_family,
+    machine,
+    run_here,
+    started,
+    wait_for,
+)
 from tests.s3 import bucket, url
 
 pytestmark = pytest.mark.timeout(600)
@@ -129,8 +138,8 @@ class Command:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, words: list[object], cluster: RayCluster) -> Iterator[Command]:
-        with started(*words, env=cluster.environment()) as process:
+    def running(cls, words: list[object], cluster: RayCluster, **env: str) -> Iterator[Command]:
+        with started(*words, env=cluster.environment() | env) as process:
             yield cls(process)
 
     def until_epoch(self, output: Path, epochs: int) -> None:
@@ -151,8 +160,13 @@ class Command:
 
     def find_resumes(self) -> list[tuple[int, int]]:
         """(epoch, step) of each resume of a worker group."""
-        found = (re.match(r"resuming: epoch (\d+)(?:, step (\d+) of \d+)?", x) for x in self.lines)
-        return [(int(match[1]), int(match[2] or 0)) for match in found if match]
+        return find_resumes(self.lines)
+
+
+def find_resumes(lines: list[str]) -> list[tuple[int, int]]:
+    """(epoch, step) of each resume of a worker group."""
+    found = (re.match(r"resuming: epoch (\d+)(?:, step (\d+) of \d+)?", line) for line in lines)
+    return [(int(match[1]), int(match[2] or 0)) for match in found if match]
 
 
 def assert_as_undisturbed(output: Path, reference: Path, digits: Path) -> None:
@@ -219,16 +233,16 @@ def interrupted_run(digits: Path, cluster: RayCluster, place: Path) -> Path:
 
 
 def test_a_killed_driver_loses_no_epoch(
-    digits: Path, reference: Path, interrupted_run: Path, cluster: RayCluster, output: Path
+    digits: Path, reference: Path, interrupted_run: Path, joined: None, output: Path
 ) -> None:
     copied(interrupted_run, output)
     done = count_epochs(output)
     leftover = output / "_train" / "ray" / "0123456789ab"
     leftover.mkdir(parents=True)
     (leftover / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60.0", "chec')
-    with Command.running(arguments(digits, output), cluster) as command:
-        assert command.end() == 0, command.errors
-    ((epoch, _),) = command.find_resumes()
+    resumed = run_here(*arguments(digits, output))
+    assert resumed.returncode == 0, resumed.stderr
+    ((epoch, _),) = find_resumes(resumed.stdout.splitlines())
     assert epoch == done + 1
     assert_as_undisturbed(output, reference, digits)
 
@@ -274,6 +288,31 @@ def test_a_truncated_state_is_skipped_for_the_one_before(
         assert command.end() == 0, command.errors
     assert command.find_resumes() == [(before.progress.epoch, before.progress.step)]
     assert_as_undisturbed(output, reference, digits)
+
+
+@pytest.mark.slow
+def test_a_node_about_to_be_preempted_makes_the_workers_save_at_once(
+    digits: Path, output: Path
+) -> None:
+    words = [*arguments(digits, output, 400), "--checkpoint-minutes", 60]
+    watcher = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
+    with RayCluster.start(cpus=2) as cluster, Command.running(words, cluster, **watcher) as command:
+        command.until_epoch(output, 1)
+        with cluster.joined():
+            (node,) = ray.nodes()
+        subprocess.run(
+            [
+                *(str(BIN / "ray"), "drain-node", "--address", cluster.address),
+                *("--node-id", node["NodeID"], "--deadline-remaining-seconds", "600"),
+                *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+            ],
+            check=True,
+        )
+        states = Checkpoints(str(output))
+        wait_for(
+            lambda: any(state.progress.step for state in states.list_states()), PATIENCE, every=0.1
+        )
+        assert not command.has_ended
 
 
 @pytest.mark.slow
