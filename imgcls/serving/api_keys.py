@@ -58,11 +58,14 @@ class Keyring:
 
     A key file without records is valid: its last key was revoked, and every request is rejected. A
     missing or malformed file is taken for a mistake: a refresh raises and keeps the previous keys.
+    A file of zero bytes revokes the keys only when two refreshes in a row find it so: editors and
+    shells empty a file before they write it.
     """
 
     def __init__(self, url: str | None, keys: list[ApiKey] | None = None) -> None:
         self._url = url
         self._extra_keys = keys or []
+        self._was_blank = False
         self._keys = self._load()
 
     def find(self, secret: str) -> ApiKey | None:
@@ -79,9 +82,13 @@ class Keyring:
 
     def refresh(self) -> None:
         """Read the file again. Raises as the constructor does, and then keeps the previous keys."""
-        self._keys = self._load()
+        was_blank = self._was_blank
+        keys = self._load()
+        if was_blank or not self._was_blank:
+            self._keys = keys
 
     def _load(self) -> list[ApiKey]:
+        self._was_blank = False
         if self._url is None:
             return self._extra_keys
         try:
@@ -91,6 +98,7 @@ class Keyring:
                 f"keys.file {self._url}: no such file. Run `imgcls key new --file {self._url} "
                 "--name NAME` to create it with a first key"
             ) from error
+        self._was_blank = not text
         return [*self._extra_keys, *parse_keys(text, f"keys.file {self._url}", may_be_empty=True)]
 
 

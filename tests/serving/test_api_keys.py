@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 from pathlib import Path
@@ -71,7 +72,27 @@ def test_a_malformed_or_missing_file_keeps_the_previous_keys(tmp_path: Path) -> 
     assert keyring.find(secret) is not None
 
 
-@pytest.mark.parametrize("left", ["", "# no keys\n", "[]\n"])
+def test_a_file_that_is_empty_while_it_is_rewritten_revokes_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    secret = create(file)
+    text = file.read_text()
+    keyring = Keyring(str(file))
+    for following in (text, "- name: ["):
+        file.write_text("")
+        keyring.refresh()
+        assert keyring.find(secret) is not None
+        file.write_text(following)
+        with contextlib.suppress(RequestError):
+            keyring.refresh()
+        assert keyring.find(secret) is not None
+    file.write_text("")
+    keyring.refresh()
+    assert keyring.find(secret) is not None
+    keyring.refresh()
+    assert keyring.find(secret) is None
+
+
+@pytest.mark.parametrize("left", ["# no keys\n", "[]\n"])
 def test_the_last_key_can_be_revoked_and_another_one_created(tmp_path: Path, left: str) -> None:
     file = tmp_path / "keys.yaml"
     secret = create(file)
