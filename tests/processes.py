@@ -55,6 +55,7 @@ class RayCluster:
             str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
             f"--port={port}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}",
             f"--include-dashboard={'true' if dashboard else 'false'}", "--no-monitor",
+            "--include-log-monitor=false",
             f"--dashboard-port={dashboard_port}", "--object-store-memory=500000000",
         ]  # fmt: skip
         process = subprocess.Popen(
@@ -121,7 +122,7 @@ def machine(
     command = [
         *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats"),
         *(f"--address={cluster.address}", f"--num-cpus={cpus}"),
-        "--object-store-memory=200000000",
+        *("--object-store-memory=200000000", "--include-log-monitor=false"),
     ]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
