@@ -25,6 +25,7 @@ from imgcls.cluster import ray_internals
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
+from imgcls.formatting import format_count
 
 T = TypeVar("T")
 
@@ -206,9 +207,9 @@ class WaitTimeout:
 
 def _describe_capacity() -> str:
     there, free = list_nodes(), ray.available_resources()
-    nodes = "1 node" if len(there) == 1 else f"{len(there)} nodes"
     return (
-        f"the cluster has {nodes} with {sum(node.cpus for node in there):g} CPUs and "
+        f"the cluster has {format_count(len(there), 'node')} with "
+        f"{sum(node.cpus for node in there):g} CPUs and "
         f"{sum(node.gpus for node in there):g} GPUs, of which {free.get('CPU', 0):g} and "
         f"{free.get('GPU', 0):g} are free"
     )

@@ -18,8 +18,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from imgcls.cluster.session import DeviceType, Node, build_malloc_env
 from imgcls.config import Section, UnitFloat
 from imgcls.errors import ResourcesError
-from imgcls.execution.formatting import format_count
 from imgcls.execution.worker import Job, run_first_stage
+from imgcls.formatting import format_count
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -35,7 +35,6 @@ from imgcls.errors import (
 )
 from imgcls.execution import replan
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.formatting import format_count
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import (
     Placement,
@@ -48,6 +47,7 @@ from imgcls.execution.plan import Plan, restore_shards
 from imgcls.execution.progress import Progress
 from imgcls.execution.replan import NodeMonitor, RunState
 from imgcls.execution.worker import Job
+from imgcls.formatting import format_count
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data import filesystem
 from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
-from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.plan import Plan
+from imgcls.formatting import format_count, format_share
 from imgcls.inference import rollup
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.status import read_status

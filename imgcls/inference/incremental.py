@@ -24,7 +24,7 @@ from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, resolve_paths
 from imgcls.errors import ManifestError, OutputError
-from imgcls.execution.formatting import format_count
+from imgcls.formatting import format_count
 from imgcls.inference.known_images import (
     DELETED,
     FAILED_BEFORE,

@@ -23,7 +23,6 @@ from imgcls.config import requested
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import RequestError, RunFailed
-from imgcls.execution.formatting import format_count
 from imgcls.execution.placement import Placement
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import (
@@ -33,6 +32,7 @@ from imgcls.execution.runner import (
     load_completed,
     wait_for_placement,
 )
+from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
 from imgcls.inference.known_images import TRANSIENT_STATUSES

@@ -29,6 +29,7 @@ from imgcls.cluster.interrupts import Interruption, run_in_thread
 from imgcls.cluster.session import build_malloc_env
 from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
+from imgcls.formatting import format_count
 from imgcls.models import zoo
 from imgcls.models.precision import choose_precision
 from imgcls.training import network as networks
@@ -235,7 +236,7 @@ def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     networks.set_regularization(network, spec.config.model)
     trainer = Trainer(spec, WorkerContext(rank, world_size, device, precision), network, channel)
     if rank == 0:
-        workers = f"{world_size} worker" + ("s" if world_size > 1 else "")
+        workers = format_count(world_size, "worker")
         channel.post.remote(f"training: {workers} on {device.type}, {precision} ({reason})")
     return trainer.run(lambda epoch: _ray_train.report(asdict(epoch)))
 
