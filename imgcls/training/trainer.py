@@ -75,7 +75,6 @@ class TrainLoopResult:
         `failed` (a worker failed, and would again)
     problem:       the failure as text
     failed_images: numbers of images that cannot be decoded and of all images, for `failures`
-    is_stopped:    whether the driver requested the stop; the state is saved
     lr_curve:      (learning rate, loss) pairs of an LR range test
     """
 
@@ -84,7 +83,6 @@ class TrainLoopResult:
     failure_kind: str | None = None
     problem: str | None = None
     failed_images: tuple[int, int] = (0, 0)
-    is_stopped: bool = False
     lr_curve: tuple[tuple[float, float], ...] = ()
 
 
@@ -233,7 +231,7 @@ class Trainer:
             self._save(progress)
         if decision.should_stop:
             self.checkpoints.wait_until_saved()
-            raise StopTraining(is_stopped=True)
+            raise StopTraining
 
     # ------------------------------------------------------------------ an epoch
 
