@@ -31,7 +31,7 @@ from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import iterate_groups
-from imgcls.curation.scan import ScanConfig, ScannedManifest, scan_manifests
+from imgcls.curation.scan import ScanConfig, ScannedManifest, hold_output, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.preprocess import DecodeMode
@@ -166,14 +166,14 @@ def _check(config: CheckConfig) -> CheckResult:
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
-    with scan_manifests(config, output, manifests, bundle=bundle, results=results) as (
-        scanned,
-        lease,
+    with (
+        hold_output(output, results) as held,
+        scan_manifests(config, held, manifests, bundle=bundle, results=results) as scanned,
     ):
         images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
         _check_readable(images, scanned)
         findings = [each for each in _find_issues(images, config) if len(each.indices)]
-        lease.check()
+        held.lease.check()
         result = _write_results(output, clean, images, findings, config)
         if clean is not None:
             _write_clean(clean, images, findings, scanned[0], config.drop)

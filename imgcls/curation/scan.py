@@ -90,50 +90,70 @@ class ScannedManifest:
                 yield rows, pq.read_table(file)
 
 
+@dataclass(frozen=True)
+class HeldOutput:
+    """An output folder while its lease is held, and the stop request of the command."""
+
+    url: str
+    lease: Lease
+    interruption: interrupts.Interruption
+
+
+@contextlib.contextmanager
+def hold_output(output: str, allowed: Sequence[str] | None = None) -> Iterator[HeldOutput]:
+    """Hold the lease on an output folder; within the block, signals interrupt and release it.
+
+    allowed: names of the files that the folder may contain besides those of a scan; None for any
+    Raises OutputLocked when another driver holds it, OutputError when it cannot be written or
+    contains another file.
+    """
+    layout.check_output_writable(output)
+    if allowed is not None:
+        _check_content(output, allowed)
+    with interrupts.Interruption().handle_signals() as interruption:
+        lease = Lease.acquire(output)
+        try:
+            yield HeldOutput(output, lease, interruption)
+        finally:
+            lease.release()
+
+
 @contextlib.contextmanager
 def scan_manifests(
     config: ScanConfig,
-    output: str,
+    output: HeldOutput,
     manifests: Sequence[Manifest],
     *,
     bundle: Bundle | None = None,
     results: Sequence[str],
-    ignored: Sequence[str] = (),
-) -> Iterator[tuple[list[ScannedManifest], Lease]]:
+) -> Iterator[list[ScannedManifest]]:
     """Scan all images that an earlier run into the same folder has not scanned.
 
+    The scan is removed when the block ends without an error.
+
     bundle:  computes the embeddings too
-    results: names of the files that the caller writes to the folder while its lease is held
-    ignored: names of other files in the folder, which are not touched
-    Raises OutputError when the folder contains anything else.
+    results: names of the files that the caller writes to the folder; removed with `overwrite`
     """
-    _check_output(output, (*results, *ignored))
     if config.overwrite:
-        _check_inputs(output, results, manifests)
-    with interrupts.Interruption().handle_signals() as interruption:
-        lease = Lease.acquire(output)
-        try:
-            if config.overwrite:
-                for name in (*results, SCAN_FOLDER):
-                    filesystem.remove(filesystem.join(output, name))
-            with add_resume_hint(output, lease):
-                session.connect()
-                scanned = [
-                    scan_manifest(
-                        manifest,
-                        filesystem.join(output, SCAN_FOLDER, str(number)),
-                        config,
-                        bundle=bundle,
-                        lease=lease,
-                        interruption=interruption,
-                    )
-                    for number, manifest in enumerate(manifests)
-                ]
-            yield scanned, lease
-            # the next run scans again: images may have been replaced
-            filesystem.remove(filesystem.join(output, SCAN_FOLDER))
-        finally:
-            lease.release()
+        _check_inputs(output.url, results, manifests)
+        for name in (*results, SCAN_FOLDER):
+            filesystem.remove(filesystem.join(output.url, name))
+    with add_resume_hint(output.url, output.lease):
+        session.connect()
+        scanned = [
+            scan_manifest(
+                manifest,
+                filesystem.join(output.url, SCAN_FOLDER, str(number)),
+                config,
+                bundle=bundle,
+                lease=output.lease,
+                interruption=output.interruption,
+            )
+            for number, manifest in enumerate(manifests)
+        ]
+    yield scanned
+    # the next run scans again: images may have been replaced
+    filesystem.remove(filesystem.join(output.url, SCAN_FOLDER))
 
 
 def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manifest]) -> None:
@@ -148,8 +168,7 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
             )
 
 
-def _check_output(output: str, allowed: Sequence[str]) -> None:
-    layout.check_output_writable(output)
+def _check_content(output: str, allowed: Sequence[str]) -> None:
     others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *allowed}
     if others:
         raise OutputError(

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from imgcls import log
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
-from imgcls.curation.scan import ScanConfig, scan_manifests
+from imgcls.curation.scan import ScanConfig, hold_output, scan_manifests
 from imgcls.curation.split import NO_LABEL
 from imgcls.data import filesystem
 from imgcls.data.manifest import open_manifest
@@ -44,13 +44,14 @@ def compute_stats(config: StatsConfig) -> dict[str, Any]:
     """
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
-    with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (
-        [scanned],
-        lease,
+    results = (STATS_FILE, STATS_PAGE)
+    with (
+        hold_output(output, results) as held,
+        scan_manifests(config, held, [manifest], results=results) as [scanned],
     ):
         images = build_image_table([(manifest, scanned.read_tables())])
         stats = summarize_images(images)
-        lease.check()
+        held.lease.check()
         body = json.dumps(stats, indent=2) + "\n"
         filesystem.write(filesystem.join(output, STATS_FILE), body.encode())
         page = render_stats_page(

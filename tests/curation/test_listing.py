@@ -107,6 +107,7 @@ def test_an_interrupted_listing_is_resumed(
     output = tmp_path / "manifest"
     config = ListingConfig(source=str(tree), output=str(output), list_concurrency=1)
     build_listing(config)
+    assert "skipped 1 file: 1 .txt" in capsys.readouterr().out
     whole = rows_of(str(output))
     parts = sorted(output.glob("part-*.parquet"))
     kept = parts[1].stat()
@@ -116,7 +117,9 @@ def test_an_interrupted_listing_is_resumed(
     with pytest.raises(ManifestError, match=r"its listing is not complete; rerun `imgcls manifest"):
         rows_of(str(output))
     build_listing(config)
-    assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
+    logged = capsys.readouterr().out
+    assert f"resume  {len(parts) - 1} of {len(parts)} groups" in logged
+    assert "skipped 1 file: 1 .txt" in logged  # in a group that is not listed again
     assert rows_of(str(output)) == whole
     assert parts[1].stat().st_mtime_ns == kept.st_mtime_ns
     (output / "_SUCCESS").unlink()
