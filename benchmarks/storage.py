@@ -166,7 +166,8 @@ def label(
 
 
 def listing(folder: Path) -> None:
-    from imgcls.curation.listing import ListingConfig, build_listing
+    from imgcls.curation.config import ListingConfig
+    from imgcls.curation.listing import build_listing
 
     start = time.perf_counter()
     output = str(folder / "listed")
@@ -205,7 +206,8 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 def plan(labels: Path, manifest: Path, connection: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
+    from imgcls.inference.config import SinceConfig
+    from imgcls.inference.incremental import ManifestComparison, SinceRequest
 
     start = time.perf_counter()
     request = SinceRequest.resolve(

@@ -9,51 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
-from pydantic import Field, PositiveInt
 
 from imgcls import log
 from imgcls.curation import listing
-from imgcls.curation.listing import ListingConfig
-from imgcls.curation.scan import HeldOutput, ScanConfig, hold_output, scan_manifests
+from imgcls.curation.config import ListingConfig, ManifestBuildConfig, ScanConfig
+from imgcls.curation.scan import HeldOutput, hold_output, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.discovery import group_tables
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
 from imgcls.data.manifest_options import KeyNames
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
-from imgcls.execution.placement import ScaleConfig
 from imgcls.runs.layout import write_table
 
 MANIFEST_FILE = "manifest.parquet"
 LISTING_FOLDER = "_listing"
 CONTENT_COLUMNS = ("status", "bytes", "format", "width", "height", "digest")
-
-
-class ManifestBuildConfig(ListingConfig):
-    """List a folder or a bucket into a manifest, or convert a glob or a table to one."""
-
-    path_column: str = "path"
-    """Column of image paths in the source table; named path in the manifest."""
-    label_column: str | None = None
-    """Column of class names in the source table; named label in the manifest."""
-    delimiter: str | None = None
-    """Delimiter of a CSV source, one character (default: detected in the header line)."""
-    encoding: str = "utf-8"
-    """Text encoding of a CSV source."""
-    escape: str | None = None
-    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
-    contents: bool = False
-    """Read every image; adds the columns status, bytes, format, width, height, digest (BLAKE2b)."""
-    perceptual: bool = False
-    """With contents: add the perceptual hash as a column."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """With contents: maximum number of pixels of an image."""
-    max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
-    scale: ScaleConfig = ScaleConfig()
-    """With contents."""
 
 
 @with_config_storage

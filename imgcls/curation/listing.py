@@ -14,14 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import PositiveInt
 
 from imgcls import log
-from imgcls.config import Section
+from imgcls.curation.config import ListingConfig
 from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
 from imgcls.data.formats import (
@@ -30,7 +29,7 @@ from imgcls.data.formats import (
     has_image_suffix,
     is_hidden_name,
 )
-from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
+from imgcls.data.storage_settings import create_thread_pool, with_config_storage
 from imgcls.data.store import FileInfo
 from imgcls.errors import OutputError, RequestError
 from imgcls.runs.lease import LEASE_FOLDER
@@ -39,24 +38,6 @@ _MAX_GROUPS = 64
 _MAX_DEPTH = 3
 _FLUSH_ROWS = 65_536
 _SKIPPED_KEY = "imgcls.skipped"
-
-
-class ListingConfig(Section):
-    """List a folder or a bucket into a manifest."""
-
-    positional: ClassVar[tuple[str, ...]] = ("source",)
-
-    source: str
-    """Folder or prefix to list, such as s3://bucket/photos."""
-    output: str
-    """Folder of Parquet files to write; pass it to `--manifest`."""
-    labels: bool = False
-    """Use the name of the folder right below the source as the label."""
-    list_concurrency: PositiveInt = 16
-    """Number of prefixes that are listed in parallel."""
-    overwrite: bool = False
-    """Replace an existing manifest."""
-    storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage

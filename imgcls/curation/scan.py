@@ -10,21 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.cluster import interrupts, session
-from imgcls.config import Section
+from imgcls.curation.config import ScanConfig
 from imgcls.curation.scan_worker import SCAN, ScanSpec
 from imgcls.data import filesystem, storage_settings
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.manifest import Manifest, ManifestConfig
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
-from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import (
     Driver,
@@ -42,27 +37,6 @@ from imgcls.runs.provenance import build_provenance
 SCAN_FOLDER = "_looks"
 """Folder of a scan below the output, until the results are written."""
 PART_ROWS = 1_000_000
-
-
-class ScanConfig(Section):
-    """The images to scan, and how."""
-
-    positional: ClassVar[tuple[str, ...]] = ("manifest",)
-
-    manifest: ManifestConfig
-    """The manifest of the images."""
-    output: str
-    """Folder to write the results to."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Maximum number of pixels of an image; a larger one is refused from its header."""
-    max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """Maximum size of an image file, in bytes; a larger one gets the status too_large."""
-    overwrite: bool = False
-    """Delete earlier results in the output folder and start over."""
-    progress_seconds: PositiveFloat = 5.0
-    """Interval of the progress lines in a job's log, in seconds."""
-    scale: ScaleConfig = ScaleConfig()
-    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)

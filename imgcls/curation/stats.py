@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 
 from imgcls import log
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
-from imgcls.curation.scan import ScanConfig, hold_output, scan_manifests
+from imgcls.curation.config import StatsConfig
+from imgcls.curation.scan import hold_output, scan_manifests
 from imgcls.curation.split import NO_LABEL
 from imgcls.data import filesystem
 from imgcls.data.manifest import open_manifest
@@ -21,17 +21,6 @@ from imgcls.html import render_page
 STATS_FILE = "stats.json"
 STATS_PAGE = "stats.html"
 PERCENTILES = (0, 5, 50, 95, 100)
-
-
-class StatsConfig(ScanConfig):
-    """Describe a data set: classes, sizes, formats, a contact sheet per class."""
-
-    sheet_images: NonNegativeInt = 12
-    """Number of images on the contact sheet of a class."""
-    max_sheets: PositiveInt = 50
-    """Maximum number of contact sheets; the largest classes come first."""
-    seed: int = 0
-    """Seed for choosing the images of the contact sheets."""
 
 
 @with_config_storage

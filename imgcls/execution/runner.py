@@ -35,10 +35,10 @@ from imgcls.errors import (
 )
 from imgcls.execution import replan
 from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import (
     Placement,
-    ScaleConfig,
     compute_first_bundles,
     plan_placement,
     select_nodes,

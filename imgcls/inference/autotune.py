@@ -23,7 +23,8 @@ from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, RunFailed, StorageError, first_line
-from imgcls.execution.placement import WORKER_CPUS, Placement, ScaleConfig
+from imgcls.execution.config import ScaleConfig
+from imgcls.execution.placement import WORKER_CPUS, Placement
 from imgcls.formatting import format_count, format_share
 from imgcls.inference.gpu_errors import describe_out_of_memory
 from imgcls.models.bundle import load_bundle, read_description

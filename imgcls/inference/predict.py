@@ -35,11 +35,11 @@ from imgcls.execution.runner import (
 from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
+from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
 from imgcls.inference.ray_metrics import RayMetrics
-from imgcls.inference.requests import PredictConfig as PredictConfig
 from imgcls.inference.requests import (
     check_request,
     check_resumable,

@@ -24,19 +24,14 @@ from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
 from imgcls.training.data.cached import CachedImages, decode_images, find_store_bytes
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
 from imgcls.training.optim.loss import compute_class_weights
-from imgcls.training.optim.strategy import (
-    Strategy,
-    choose_default_lr,
-    has_probe,
-    resolve_strategy,
-)
+from imgcls.training.optim.strategy import choose_default_lr, has_probe, resolve_strategy
 from imgcls.training.sampler import steps_per_epoch
 from imgcls.training.scaling import WorkerPlan, fits_object_store
 

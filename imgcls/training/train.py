@@ -36,24 +36,22 @@ from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import list_differences
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    TrainScaleConfig,
+)
 from imgcls.training.data.cached import CachedImages
-from imgcls.training.data.examples import DataConfig
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
 from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note
 from imgcls.training.loggers import base
-from imgcls.training.network import ModelConfig
-from imgcls.training.optim.optimizer import OptimConfig
 from imgcls.training.publish import HISTORY_FILE, publish_bundle, write_lr_curve
 from imgcls.training.ray_trainer import fit_torch_trainer
 from imgcls.training.result import TrainResult
-from imgcls.training.scaling import (
-    TrainScaleConfig,
-    WorkerPlan,
-    compute_decode_cpus,
-    wait_for_worker_plan,
-)
+from imgcls.training.scaling import WorkerPlan, compute_decode_cpus, wait_for_worker_plan
 from imgcls.training.setup import (
     TrainSetup,
     build_too_many_errors,

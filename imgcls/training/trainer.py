@@ -24,7 +24,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import find_non_finite
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
-from imgcls.training.config import EarlyStoppingConfig, TrainConfig
+from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.control_sync import ControlSync
 from imgcls.training.data.batches import Batch, ImageDataset
 from imgcls.training.data.cached import CachedImages
@@ -56,7 +56,7 @@ class TrainLoopSpec:
     """
 
     config: TrainConfig
-    strategy: strategy.Strategy
+    strategy: Strategy
     architecture: Architecture
     num_classes: int
     initial_weights: Any

@@ -12,12 +12,8 @@ import pytest
 
 from imgcls import config as configuration
 from imgcls.curation import build
-from imgcls.curation.build import (
-    CONTENT_COLUMNS,
-    ManifestBuildConfig,
-    _check_columns,
-    build_manifest,
-)
+from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.config import ListingConfig
+from imgcls.curation.listing import build_listing
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError, StorageError

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.config import ListingConfig
+from imgcls.curation.listing import build_listing
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from imgcls.cli import main
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.config import ListingConfig
+from imgcls.curation.listing import build_listing
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import COLORS, draw, save

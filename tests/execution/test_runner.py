@@ -21,14 +21,10 @@ from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ResourcesError
 from imgcls.execution.completed import write_chunk
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec, StageTimings
 from imgcls.execution.pipeline import Pipeline
-from imgcls.execution.placement import (
-    ScaleConfig,
-    compute_first_bundles,
-    plan_placement,
-    select_nodes,
-)
+from imgcls.execution.placement import compute_first_bundles, plan_placement, select_nodes
 from imgcls.execution.replan import find_missing_nodes
 from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
 from imgcls.execution.worker import ChunkWorker, Job
