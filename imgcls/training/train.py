@@ -46,7 +46,7 @@ from imgcls.training.config import (
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
-from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note
+from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult, format_probe_note
 from imgcls.training.loggers import base
 from imgcls.training.publish import HISTORY_FILE, publish_bundle, write_lr_curve
 from imgcls.training.ray_trainer import fit_torch_trainer
@@ -61,7 +61,7 @@ from imgcls.training.setup import (
     plan_decoding,
     resolve_setup,
 )
-from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
+from imgcls.training.trainer import TrainLoopSpec
 
 __all__ = [
     "DataConfig",

@@ -29,7 +29,7 @@ from imgcls.training.control_sync import ControlSync
 from imgcls.training.data.batches import Batch, ImageDataset
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
-from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric
+from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric, TrainLoopResult
 from imgcls.training.optim import linear_probe, strategy
 from imgcls.training.optim.lr_finder import LrFinder
 from imgcls.training.optim.optimizer import set_learning_rates
@@ -64,26 +64,6 @@ class TrainLoopSpec:
     images: CachedImages | StreamedImages
     class_weights: list[float] | None
     head_coefficients: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class TrainLoopResult:
-    """Result of the training loop, the same on every worker.
-
-    precision:     the precision used, also when the request is `auto`
-    failure_kind:  None on success; `diverged`, `failures` (too many images cannot be decoded) or
-        `failed` (a worker failed, and would again)
-    problem:       the failure as text
-    failed_images: numbers of images that cannot be decoded and of all images, for `failures`
-    lr_curve:      (learning rate, loss) pairs of an LR range test
-    """
-
-    history: tuple[EpochMetrics, ...]
-    precision: str
-    failure_kind: str | None = None
-    problem: str | None = None
-    failed_images: tuple[int, int] = (0, 0)
-    lr_curve: tuple[tuple[float, float], ...] = ()
 
 
 class StopTraining(Exception):

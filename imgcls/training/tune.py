@@ -34,7 +34,6 @@ from imgcls.runs.lease import Lease
 from imgcls.training import train as training
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
     WorkerPlan,
@@ -370,6 +369,8 @@ def _format_values(values: dict[str, Any]) -> str:
 
 def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     """Write the table and the plot, and copy the best trial's bundle."""
+    from imgcls.training.plots import draw_parallel_coordinates  # imports matplotlib
+
     table = _build_table(config, grid)
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)
