@@ -169,10 +169,8 @@ def scan_manifest(
         placement = wait_for_placement(SCAN, config.scale, interruption)
         spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
         driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
-        results = JobRun(SCAN, spec, driver).run(
-            placement, remaining, total=plan.rows, done=completed.rows_done
-        )
-        for _ in results:
+        run = JobRun(SCAN, spec, driver)
+        for _ in run.run(placement, remaining, total=plan.rows, done=completed.rows_done):
             pass
     return ScannedManifest(output, manifest, plan)
 

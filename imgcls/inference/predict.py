@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster import interrupts, session
 from imgcls.config import requested
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
@@ -175,7 +175,6 @@ def _label_job(
             driver = Driver(job.output, lease, interruption, config.scale, config.progress_seconds)
             return _PredictRun(config, job, bundle, driver, started_at).run()
     finally:
-        autoscaler.cancel_request()
         lease.release()
 
 

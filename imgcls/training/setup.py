@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from torch import nn
 
 from imgcls import log
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.data import filesystem
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError, TooManyErrors
@@ -195,13 +196,15 @@ def plan_decoding(setup: TrainSetup) -> tuple[DecodeSettings, bool]:
     return decoding, fits_object_store(needed, find_store_bytes())
 
 
-def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> CachedImages:
-    """Decode all images into the object store.
+def decode_dataset(
+    setup: TrainSetup, decoding: DecodeSettings, cpus: float, execution: DataExecution
+) -> CachedImages:
+    """Decode all images into the object store, in an execution that another thread may stop.
 
     Raises TooManyErrors when too many images cannot be decoded, or too few remain.
     """
     start = time.perf_counter()
-    decoded = decode_images(setup.examples.rows, decoding, cpus=cpus)
+    decoded = decode_images(setup.examples.rows, decoding, cpus=cpus, execution=execution)
     rows, failures = setup.examples.rows.num_rows, decoded.failures
     log.show(
         f"decoded: {rows - len(failures):,} images, {len(failures):,} failed, "

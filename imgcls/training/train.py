@@ -18,8 +18,9 @@ import pandas as pd
 import ray
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.config import requested
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import use_settings
@@ -229,16 +230,13 @@ class _Run:
         self.began = time.monotonic()
 
     def run(self) -> TrainResult:
-        try:
-            workers = wait_for_worker_plan(self.config.scale, self.interruption)
-            images = self._load_images(workers)
-            draw_samples(self.setup, images)
-            spec = self._build_spec(images)
-            if self.config.find_lr:
-                return self._find_lr(spec, workers)
-            return self._train(spec, workers)
-        finally:
-            autoscaler.cancel_request()
+        workers = wait_for_worker_plan(self.config.scale, self.interruption)
+        images = self._load_images(workers)
+        draw_samples(self.setup, images)
+        spec = self._build_spec(images)
+        if self.config.find_lr:
+            return self._find_lr(spec, workers)
+        return self._train(spec, workers)
 
     def _load_images(self, workers: WorkerPlan) -> CachedImages | StreamedImages:
         """Decode the images into the object store if they fit, else set up decoding per epoch."""
@@ -251,8 +249,9 @@ class _Run:
         if not cached:
             return StreamedImages(ray.put(rows), decoding, compute_decode_cpus(nodes, workers))
         cpus = sum(node.cpus for node in nodes)
-        decoded = run_in_thread(lambda: decode_dataset(self.setup, decoding, cpus))
-        return wait_interruptibly(decoded, self.interruption)
+        execution = DataExecution()
+        decoded = run_in_thread(lambda: decode_dataset(self.setup, decoding, cpus, execution))
+        return wait_interruptibly(decoded, self.interruption, execution.stop)
 
     def _build_spec(self, images: CachedImages | StreamedImages) -> TrainLoopSpec:
         setup = self.setup
