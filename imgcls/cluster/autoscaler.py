@@ -128,7 +128,7 @@ def iter_until_fit(
     fit:       plans for a list of nodes; raises ResourcesError when they do not suffice
     wanted:    the bundles to request, given the nodes that may join (None where unknown)
     seconds:   maximum wait, `scale.resource_timeout_s`
-    request:   of the job; replaced while nodes are missing, and cancelled at the end
+    request:   of the job; replaced while nodes are missing, and canceled at the end
     under_way: it succeeded before, so that missing nodes were lost and may be replaced
     Returns the result of `fit`. Raises ResourcesError when the nodes that may join do not suffice
     either, or after the maximum wait.
