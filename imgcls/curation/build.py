@@ -51,14 +51,14 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     allowed = (MANIFEST_FILE, LISTING_FOLDER) if config.contents else None
     with hold_output(output, allowed) as held:
         if is_listed and not config.contents:
-            return listing.build_listing(config)
+            return listing.build_listing(config, held.lease)
         target = filesystem.join(output, MANIFEST_FILE)
         if filesystem.exists(target) and not config.overwrite:
             raise OutputError(
                 f"output {output}: contains a manifest already; pass --overwrite, or another "
                 "--output"
             )
-        manifest = table or _open_table(config, _list_images(config, output))
+        manifest = table or _open_table(config, _list_images(config, held))
         if config.contents:
             rows = _write_with_contents(config, held, manifest)
         else:
@@ -89,14 +89,15 @@ def _list_added_columns(config: ManifestBuildConfig) -> tuple[str, ...]:
     return (*CONTENT_COLUMNS, "hash") if config.perceptual else CONTENT_COLUMNS
 
 
-def _list_images(config: ManifestBuildConfig, output: str) -> str:
+def _list_images(config: ManifestBuildConfig, output: HeldOutput) -> str:
     """List the source into a folder of the output; an interrupted run keeps its listing."""
-    folder = filesystem.join(output, LISTING_FOLDER)
+    folder = filesystem.join(output.url, LISTING_FOLDER)
     if config.overwrite:
         filesystem.remove(folder)
     if not filesystem.exists(filesystem.join(folder, LISTING_DONE_FILE)):
         listed = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))
-        listing.build_listing(listed.model_copy(update={"output": folder, "overwrite": False}))
+        listed = listed.model_copy(update={"output": folder, "overwrite": False})
+        listing.build_listing(listed, output.lease)
     return folder
 
 

@@ -32,7 +32,7 @@ from imgcls.data.formats import (
 from imgcls.data.storage_settings import create_thread_pool, with_config_storage
 from imgcls.data.store import FileInfo
 from imgcls.errors import OutputError, RequestError
-from imgcls.runs.lease import LEASE_FOLDER
+from imgcls.runs.lease import LEASE_FOLDER, Lease
 
 _MAX_GROUPS = 64
 _MAX_DEPTH = 3
@@ -41,14 +41,16 @@ _SKIPPED_KEY = "imgcls.skipped"
 
 
 @with_config_storage
-def build_listing(config: ListingConfig) -> int:
+def build_listing(config: ListingConfig, lease: Lease) -> int:
     """List all images below a folder; returns their number.
 
     Columns: path (string, absolute), size (int64, bytes), mtime (timestamp, UTC), etag (string,
     null on disks), and label with `labels`. Hidden files and files that are not images are skipped.
     The same command resumes an interrupted listing.
     Raises RequestError when there is no image, or one is next to the class folders; OutputError
-    when the output has another manifest.
+    when the output has another manifest; RunFailed when the lease was lost.
+
+    lease: of the output, or of a folder around it
     """
     started = time.monotonic()
     output = filesystem.absolute(config.output)
@@ -83,6 +85,7 @@ def build_listing(config: ListingConfig) -> int:
             + (f" (skipped {format_suffix_counts(skipped)})" if skipped else "")
         )
     log_skipped_files(source, skipped, "their names are not those of images")
+    lease.check()
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
     filesystem.write(
         filesystem.join(output, LISTING_DONE_FILE), (json.dumps(body, indent=2) + "\n").encode()

@@ -72,6 +72,24 @@ def test_overwrite_does_not_remove_the_source(tmp_path: Path) -> None:
     assert source.exists()
 
 
+def test_a_driver_that_lost_its_lease_completes_no_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(_: Lease) -> None:
+        raise RunFailed("the lease on the output was lost")
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(picture(0)))
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "check", check)
+        with pytest.raises(RunFailed, match="lease"):
+            build_from(source=str(tmp_path / "photos"), output=str(output))
+    assert not (output / "_SUCCESS").exists()
+    assert build_from(source=str(tmp_path / "photos"), output=str(output)) == 1
+    assert (output / "_SUCCESS").exists()
+
+
 def test_a_driver_that_lost_its_lease_writes_no_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
