@@ -166,12 +166,12 @@ def label(
 
 
 def listing(folder: Path) -> None:
-    from imgcls.curation.config import ListingConfig
-    from imgcls.curation.listing import build_listing
+    from imgcls.curation.build import build_manifest
+    from imgcls.curation.config import ManifestBuildConfig
 
     start = time.perf_counter()
     output = str(folder / "listed")
-    count = build_listing(ListingConfig(source=f"s3://{BUCKET}-many", output=output))
+    count = build_manifest(ManifestBuildConfig(source=f"s3://{BUCKET}-many", output=output))
     took = time.perf_counter() - start
     print(f"  listing {count:,} objects: {took:.1f} s, {1e6 * took / count:.1f} s a million")
 

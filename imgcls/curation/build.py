@@ -58,7 +58,7 @@ def build_manifest(config: ManifestBuildConfig) -> int:
                 f"output {output}: contains a manifest already; pass --overwrite, or another "
                 "--output"
             )
-        manifest = table or _open_table(config, _list_images(config, held))
+        manifest = _open_table(config, _list_images(config, held)) if table is None else table
         if config.contents:
             rows = _write_with_contents(config, held, manifest)
         else:
