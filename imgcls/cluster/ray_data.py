@@ -21,7 +21,7 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def own_data_context() -> Iterator[ray.data.DataContext]:
+def own_data_settings() -> Iterator[ray.data.DataContext]:
     """The settings of the datasets that are made in the block; a dataset keeps them afterwards.
 
     They are a copy of the program's, without progress bars, and with the original errors of
@@ -58,9 +58,9 @@ class DataExecution:
         self._name = secrets.token_hex(8)
 
     @contextlib.contextmanager
-    def own_context(self) -> Iterator[ray.data.DataContext]:
-        """As `own_data_context`; `stop` stops the datasets that are made in the block."""
-        with own_data_context() as context:
+    def own_settings(self) -> Iterator[ray.data.DataContext]:
+        """As `own_data_settings`; `stop` stops the datasets that are made in the block."""
+        with own_data_settings() as context:
             context.set_config(_ExecutorRegistry.KEY, self._name)
             context.custom_execution_callback_classes.append(_ExecutorRegistry)
             yield context

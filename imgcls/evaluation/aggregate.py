@@ -229,12 +229,12 @@ def _aggregate_on_cluster(
 ) -> Iterator[RunAggregate]:
     import ray.data
 
-    from imgcls.cluster.ray_data import own_data_context
+    from imgcls.cluster.ray_data import own_data_settings
 
     session.connect()
     started = time.monotonic()
     aggregate = storage_settings.bind_settings(_aggregate_piece, run, spec)
-    with own_data_context():
+    with own_data_settings():
         dataset = ray.data.from_items(
             [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
         ).map(aggregate)

@@ -31,7 +31,7 @@ class Pipeline:
     ) -> None:
         spec, placement = apply_host_limits(spec, placement, len(tasks))
         self._execution = DataExecution()
-        with self._execution.own_context() as context:
+        with self._execution.own_settings() as context:
             # each result leaves its worker at once, not when the block of its chunk is done
             context.target_max_block_size = 1
             ray_internals.limit_result_buffer(context, placement.max_buffered_results)

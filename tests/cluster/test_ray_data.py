@@ -6,13 +6,13 @@ import threading
 
 import ray.data
 
-from imgcls.cluster.ray_data import own_data_context
+from imgcls.cluster.ray_data import own_data_settings
 
 
 def test_the_settings_of_a_job_are_not_those_of_the_program() -> None:
     program = ray.data.DataContext.get_current()
     before = program.enable_progress_bars, program.raise_original_map_exception
-    with own_data_context() as context:
+    with own_data_settings() as context:
         context.target_max_block_size = 1
         assert (context.enable_progress_bars, context.raise_original_map_exception) == (False, True)
         assert ray.data.DataContext.get_current() is context
@@ -27,13 +27,13 @@ def test_jobs_in_two_threads_do_not_get_each_others_settings() -> None:
     found: list[object] = []
 
     def run_first() -> None:
-        with own_data_context() as context:
+        with own_data_settings() as context:
             context.target_max_block_size = 1
             is_inside.set()
             may_leave.wait(60)
 
     def run_second() -> None:
-        with own_data_context() as context:
+        with own_data_settings() as context:
             found.append(context.target_max_block_size)
 
     first, second = threading.Thread(target=run_first), threading.Thread(target=run_second)

@@ -17,7 +17,7 @@ import ray
 import ray.data
 
 from imgcls.cluster import session
-from imgcls.cluster.ray_data import own_data_context
+from imgcls.cluster.ray_data import own_data_settings
 from imgcls.cluster.session import (
     _Session,
     build_malloc_env,
@@ -132,7 +132,7 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(joined: None) -
         unwrap_ray_errors(),
     ):
         ray.get(task.remote(None))
-    with own_data_context():
+    with own_data_settings():
         dataset = ray.data.range(1).map_batches(refuse)
     with (
         pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.config import build
-from imgcls.curation.config import ListingConfig
-from imgcls.curation.listing import build_listing
+from imgcls.curation.build import build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
@@ -103,8 +103,10 @@ class Nightly:
         self.column: Callable[[int], pa.Array] | None = None
 
     def build(self, images: Images) -> None:
-        build_listing(
-            ListingConfig(source=str(images.folder), output=str(self.manifest), overwrite=True)
+        build_manifest(
+            ManifestBuildConfig(
+                source=str(images.folder), output=str(self.manifest), overwrite=True
+            )
         )
         if self.column is not None:
             for part in self.manifest.glob("*.parquet"):

@@ -69,7 +69,7 @@ def decode_images(
         size = max(1, min(compute_block_rows(settings.for_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
     decode = storage_settings.bind_settings_split(math.ceil(cpus), decode_block, settings=settings)
-    with execution.own_context():
+    with execution.own_settings():
         dataset = ray.data.from_blocks(chunks).map_batches(decode, batch_format="pyarrow")
     try:
         decoded = dataset.materialize()

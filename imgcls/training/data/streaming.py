@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.ray_data import own_data_context
+from imgcls.cluster.ray_data import own_data_settings
 from imgcls.data import storage_settings
 from imgcls.training.data.batches import (
     Batch,
@@ -98,7 +98,7 @@ class StreamedDataset:
             wanted=wanted,
             settings=self._source.settings,
         )
-        with own_data_context() as context:
+        with own_data_settings() as context:
             options = context.execution_options
             options.preserve_order = True
             options.resource_limits = options.resource_limits.copy(cpu=max(1.0, self._cpus))
