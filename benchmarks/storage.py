@@ -166,11 +166,12 @@ def label(
 
 
 def listing(folder: Path) -> None:
-    from imgcls.curation.listing import ListingConfig, build_listing
+    from imgcls.curation.build import build_manifest
+    from imgcls.curation.config import ManifestBuildConfig
 
     start = time.perf_counter()
     output = str(folder / "listed")
-    count = build_listing(ListingConfig(source=f"s3://{BUCKET}-many", output=output))
+    count = build_manifest(ManifestBuildConfig(source=f"s3://{BUCKET}-many", output=output))
     took = time.perf_counter() - start
     print(f"  listing {count:,} objects: {took:.1f} s, {1e6 * took / count:.1f} s a million")
 
@@ -205,7 +206,8 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 def plan(labels: Path, manifest: Path, connection: Connection) -> None:
     from imgcls.data.manifest import ManifestConfig, open_manifest
-    from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
+    from imgcls.inference.config import SinceConfig
+    from imgcls.inference.incremental import ManifestComparison, SinceRequest
 
     start = time.perf_counter()
     request = SinceRequest.resolve(

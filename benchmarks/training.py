@@ -52,6 +52,7 @@ from benchmarks.training_loops import (
     reference_loop,
 )
 from imgcls.data import decode
+from imgcls.formatting import format_count
 from imgcls.models import zoo
 from imgcls.models.precision import choose_precision
 from imgcls.training.data.batches import DecodeSettings
@@ -196,7 +197,7 @@ def measure(task: Task, workers: int, repeats: int) -> Measured:
     """All in turn; the first time, the reference with each number of loader processes."""
     measured = Measured()
     loaders = [1, 2] if not GPUS else [max(1, CORES // workers // 2), max(1, CORES // workers)]
-    print(f"{task.model}, {workers} worker{'s' if workers > 1 else ''}:")
+    print(f"{task.model}, {format_count(workers, 'worker')}:")
     for repeat in range(repeats):
         augmented, plain = in_processes(bare_loop, task, workers)
         measured.note(LIMIT, augmented)
@@ -217,7 +218,7 @@ def measure(task: Task, workers: int, repeats: int) -> Measured:
 
 def report(task: Task, workers: int, measured: Measured) -> None:
     limit = measured.median(LIMIT)
-    of = f"{task.model}, {workers} worker{'s' if workers > 1 else ''}: median"
+    of = f"{task.model}, {format_count(workers, 'worker')}: median"
     print(f"\n{of:<44} {'images/s':>10} {'of limit':>10}")
     for name in (LIMIT, PLAIN, STEPS, WALL, REFERENCE):
         rate = measured.median(name)

@@ -4,32 +4,20 @@ from typing import Literal, overload
 from collections.abc import Mapping
 from datetime import date
 from imgcls.client import Client as Client
-from imgcls.curation.check import CheckConfig, CheckResult
-from imgcls.curation.checks.duplicates import DuplicatesConfig
-from imgcls.curation.checks.label_errors import LabelErrorsConfig
-from imgcls.curation.checks.rules import RulesConfig
+from imgcls.curation.check import CheckResult
+from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsConfig, RulesConfig
 from imgcls.data.manifest import ManifestConfig
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
-from imgcls.evaluation.evaluate import EvaluateConfig
-from imgcls.evaluation.label_join import LabelTableConfig
-from imgcls.execution.placement import ScaleConfig
-from imgcls.inference.incremental import SinceConfig
-from imgcls.inference.predict import PredictConfig
+from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig
+from imgcls.execution.config import ScaleConfig
+from imgcls.inference.config import PredictConfig, SinceConfig
 from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
-from imgcls.training.augment.augment import AugmentConfig
-from imgcls.training.config import EarlyStoppingConfig
-from imgcls.training.data.examples import DataConfig
-from imgcls.training.loggers.base import TrackConfig
-from imgcls.training.network import ModelConfig
-from imgcls.training.optim.loss import LossConfig
-from imgcls.training.optim.optimizer import OptimConfig
-from imgcls.training.optim.strategy import FinetuneConfig, ProbeConfig
+from imgcls.training.augment.recipe import AugmentConfig
+from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
 from imgcls.training.result import TrainResult
-from imgcls.training.scaling import TrainScaleConfig
-from imgcls.training.train import TrainConfig
 from os import PathLike
 
 __version__: str

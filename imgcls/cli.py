@@ -1,6 +1,7 @@
 """The `imgcls` command: finds the command, loads its configuration, maps errors to exit codes.
 
-A command's module is imported only when it is called, so that `imgcls --help` answers at once.
+The modules of a command's configuration import neither torch nor Ray, and its function is imported
+once the configuration is valid, so that help pages and wrong keys are answered at once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import io
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
 
 from imgcls import LAZY_EXPORTS, __version__, config, log, reference
 from imgcls.config import Section
@@ -26,162 +27,140 @@ SUMMARY = "--summary-json"
 COMMANDS = {
     "train": Command(
         "train a network on labeled images and write a bundle",
-        "imgcls.training.train",
-        "TrainConfig",
-        "train",
+        "imgcls.training.config.TrainConfig",
+        "imgcls.training.train.train",
         "imgcls train --data.train demo/digits-train.csv --model.name small_cnn --epochs 2 "
         "--augment.hflip 0 --output demo/small",
     ),
     "tune": Command(
         "search hyperparameters over many trainings",
-        "imgcls.training.tune",
-        "TuneConfig",
-        "tune",
+        "imgcls.training.search_space.TuneConfig",
+        "imgcls.training.tune.tune",
         "imgcls tune --config jobs/tune.yaml --data.train demo/digits-train.csv "
         "--tune.trials 2 --epochs 1 --augment.hflip 0 --output demo/search",
     ),
     "predict": Command(
         "label the images of a manifest with a bundle and commit the table",
-        "imgcls.inference.predict",
-        "PredictConfig",
-        "predict",
+        "imgcls.inference.config.PredictConfig",
+        "imgcls.inference.predict.predict",
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
         "demo/labels --scores --embeddings",
     ),
     "status": Command(
         "show the progress of a run, from its output folder",
-        "imgcls.inference.status",
-        "StatusConfig",
-        "status",
+        "imgcls.inference.status.StatusConfig",
+        "imgcls.inference.status.status",
         "imgcls status demo/labels",
     ),
     "evaluate": Command(
         "evaluate predictions: metrics with confidence intervals, slices, a report",
-        "imgcls.evaluation.evaluate",
-        "EvaluateConfig",
-        "evaluate",
+        "imgcls.evaluation.config.EvaluateConfig",
+        "imgcls.evaluation.evaluate.evaluate",
         "imgcls evaluate --predictions demo/labels",
     ),
     "compare": Command(
         "compare two runs over the same images",
-        "imgcls.evaluation.compare",
-        "CompareConfig",
-        "compare",
+        "imgcls.evaluation.config.CompareConfig",
+        "imgcls.evaluation.compare.compare",
         "imgcls compare demo/predictions demo/labels",
     ),
     "calibrate": Command(
         "calibrate probabilities and choose thresholds, into a new bundle",
-        "imgcls.evaluation.calibrate",
-        "CalibrateConfig",
-        "calibrate",
+        "imgcls.evaluation.config.CalibrateConfig",
+        "imgcls.evaluation.calibrate.calibrate",
         "imgcls calibrate --model demo/bundle --predictions demo/labels --output demo/calibrated",
     ),
     "report": Command(
         "write report.html for a run or a trained bundle",
-        "imgcls.evaluation.report",
-        "ReportConfig",
-        "write_report",
+        "imgcls.evaluation.config.ReportConfig",
+        "imgcls.evaluation.report.write_report",
         "imgcls report demo/bundle",
     ),
     "serve": Command(
         "serve a model over HTTP, with a demo page",
-        "imgcls.serving.serve",
-        "ServeConfig",
-        "serve",
+        "imgcls.serving.config.ServeConfig",
+        "imgcls.serving.serve.serve",
         "imgcls serve --model demo/bundle",
     ),
     "key new": Command(
         "create an API key for `serve`",
-        "imgcls.serving.api_keys",
-        "NewKeyConfig",
-        "create_key",
+        "imgcls.serving.api_keys.NewKeyConfig",
+        "imgcls.serving.api_keys.create_key",
         "imgcls key new --file demo/keys.yaml --name me",
     ),
     "history compact": Command(
         "merge many runs into one table with the newest row of each image",
-        "imgcls.inference.history",
-        "CompactConfig",
-        "compact",
+        "imgcls.inference.history.CompactConfig",
+        "imgcls.inference.history.compact",
         "imgcls history compact demo/labels --output demo/latest",
     ),
     "manifest build": Command(
         "build a manifest from a folder, a bucket or a table",
-        "imgcls.curation.build",
-        "ManifestBuildConfig",
-        "build_manifest",
+        "imgcls.curation.config.ManifestBuildConfig",
+        "imgcls.curation.build.build_manifest",
         "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
     "manifest stats": Command(
         "describe a data set: classes, sizes, formats, sample images per class",
-        "imgcls.curation.stats",
-        "StatsConfig",
-        "compute_stats",
+        "imgcls.curation.config.StatsConfig",
+        "imgcls.curation.stats.compute_stats",
         "imgcls manifest stats demo/digits-train.csv --output demo/stats",
     ),
     "manifest split": Command(
         "split a manifest into train, val and test, or into folds",
-        "imgcls.curation.split",
-        "SplitConfig",
-        "split_manifest",
+        "imgcls.curation.config.SplitConfig",
+        "imgcls.curation.split.split_manifest",
         "imgcls manifest split demo/digits-train.csv --output demo/split",
     ),
     "manifest check": Command(
         "find bad images, duplicates, leaks and suspicious labels",
-        "imgcls.curation.check",
-        "CheckConfig",
-        "check",
+        "imgcls.curation.config.CheckConfig",
+        "imgcls.curation.check.check",
         "imgcls manifest check demo/digits-train.csv --against demo/digits-test.csv "
         "--output demo/check",
     ),
     "model import": Command(
         "make a bundle from a weights file",
-        "imgcls.models.import_weights",
-        "ImportConfig",
-        "import_model",
+        "imgcls.models.config.ImportConfig",
+        "imgcls.models.import_weights.import_model",
         "imgcls model import --arch resnet18 --weights resnet18.pth --classes "
         "imagenet.txt --output imagenet",
     ),
     "model quantize": Command(
         "calibrate a bundle for int8 on CPUs and measure the loss of accuracy",
-        "imgcls.evaluation.quantize",
-        "QuantizeConfig",
-        "quantize_bundle",
+        "imgcls.evaluation.config.QuantizeConfig",
+        "imgcls.evaluation.quantize.quantize_bundle",
         "imgcls model quantize --model demo/bundle --manifest demo/digits-train.csv "
         "--output demo/int8",
     ),
     "model list": Command(
         "list the architectures",
-        "imgcls.models.import_weights",
-        "ListModelsConfig",
-        "list_models",
+        "imgcls.models.config.ListModelsConfig",
+        "imgcls.models.import_weights.list_models",
         "imgcls model list --contains resnet",
     ),
     "export": Command(
         "export a bundle to ONNX, torch.export or TorchScript",
-        "imgcls.models.export",
-        "ExportConfig",
-        "export_bundle",
+        "imgcls.models.config.ExportConfig",
+        "imgcls.models.export.export_bundle",
         "imgcls export --model demo/bundle --output demo/exported",
     ),
     "demo": Command(
         "train on handwritten digits and label the test set",
-        "imgcls.demo",
-        "DemoConfig",
-        "demo",
+        "imgcls.demo.DemoConfig",
+        "imgcls.demo.demo",
         "imgcls demo",
     ),
     "completion": Command(
         "print a completion script for bash, zsh or fish",
-        "imgcls.cli",
-        "CompletionConfig",
-        "print_completion",
+        "imgcls.cli.CompletionConfig",
+        "imgcls.cli.print_completion",
         "imgcls completion bash",
     ),
     "reference": Command(
         "print every key of every command as Markdown",
-        "imgcls.cli",
-        "ReferenceConfig",
-        "print_reference",
+        "imgcls.cli.ReferenceConfig",
+        "imgcls.cli.print_reference",
         "imgcls reference",
     ),
 }
@@ -213,9 +192,10 @@ def print_reference(config: ReferenceConfig) -> None:
     if config.format == "markdown":
         print(reference.render_reference(COMMANDS), end="")
         return
-    by_function = {(each.module, each.function): each for each in COMMANDS.values()}
-    functions = {n: by_function[at] for n, at in LAZY_EXPORTS.items() if at in by_function}
-    others = {n: at for n, at in LAZY_EXPORTS.items() if at not in by_function}
+    by_function = {each.function: each for each in COMMANDS.values()}
+    commands = {name: by_function.get(".".join(at)) for name, at in LAZY_EXPORTS.items()}
+    functions = {name: each for name, each in commands.items() if each is not None}
+    others = {name: at for name, at in LAZY_EXPORTS.items() if commands[name] is None}
     print(reference.render_stub(functions, others), end="")
 
 
@@ -301,8 +281,6 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
     command = COMMANDS[name]
     _escape_what_cannot_be_shown()
     try:
-        module = importlib.import_module(command.module)
-        function: Callable[[Any], object] = getattr(module, command.function)
         model = command.load_model()
         if any(word in ("-h", "--help") for word in argv):
             print(
@@ -316,7 +294,7 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
             return 0
         settings = config.load(model, argv)
         handler.is_json = getattr(settings, "log", "text") == "json"
-        function(settings)
+        command.load_function()(settings)
     except Interrupted as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -2,7 +2,7 @@
 
 Unknown keys are refused with the nearest valid key, all problems are reported together, keys are
 dotted paths, and the environment is never read. `format_help` renders the help page of a model.
-Each section is defined next to the code that it configures.
+The sections are in the `config.py` of each package, or next to code that imports nothing heavy.
 """
 
 from __future__ import annotations

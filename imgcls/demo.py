@@ -17,6 +17,10 @@ from imgcls import log
 from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import RequestError
+from imgcls.evaluation.config import EvaluateConfig
+from imgcls.inference.config import PredictConfig
+from imgcls.training.augment.recipe import AugmentConfig
+from imgcls.training.config import DataConfig, ModelConfig, TrainConfig, TrainScaleConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,30 +47,29 @@ def demo(config: DemoConfig) -> None:
     seconds = time.monotonic() - started
     log.show(f"1. digits written to {folder / 'digits'} ({seconds:.0f} s)")
 
-    from imgcls.training import train as training
-    from imgcls.training.augment.augment import AugmentConfig
+    from imgcls.training.train import train
 
     log.show(f"2. train: the small CNN from scratch, {config.num_workers} workers")
     bundle = folder / "bundle"
-    training.train(
-        training.TrainConfig(
-            data=training.DataConfig(train=ManifestConfig(path=str(train_manifest))),
-            model=training.ModelConfig(name="small_cnn"),
+    train(
+        TrainConfig(
+            data=DataConfig(train=ManifestConfig(path=str(train_manifest))),
+            model=ModelConfig(name="small_cnn"),
             # mirrored digits are not digits
             augment=AugmentConfig(preset="light", hflip=0.0),
-            scale=training.TrainScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
+            scale=TrainScaleConfig(num_workers=config.num_workers, cpus_per_worker=0.5),
             epochs=config.epochs,
             output=str(bundle),
             overwrite=True,
         )
     )
 
-    from imgcls.inference import predict as inference
+    from imgcls.inference.predict import predict
 
     log.show(f"3. predict: {test_manifest}")
     predictions = folder / "predictions"
-    inference.predict(
-        inference.PredictConfig(
+    predict(
+        PredictConfig(
             manifest=ManifestConfig(path=str(test_manifest)),
             model=str(bundle),
             output=str(predictions),
@@ -74,10 +77,10 @@ def demo(config: DemoConfig) -> None:
             overwrite=True,
         )
     )
-    from imgcls.evaluation import evaluate
+    from imgcls.evaluation.evaluate import evaluate
 
     log.show(f"4. evaluate: {predictions}")
-    evaluate.evaluate(evaluate.EvaluateConfig(predictions=str(predictions)))
+    evaluate(EvaluateConfig(predictions=str(predictions)))
     log.show(f"5. done in {time.monotonic() - started:.0f} s; results:")
     for name, path in (
         ("images", folder / "digits"),

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,21 +29,30 @@ Shell = Literal["bash", "zsh", "fish"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command: where its configuration and its function are, what it is for, and an example.
+    """A command: what it is for, its configuration and its function by dotted name, an example.
 
     example: runs after `imgcls demo`, in a clone of the repository
     """
 
     summary: str
-    module: str
     config: str
     function: str
     example: str
 
     def load_model(self) -> type[Section]:
-        """The configuration model; imports the command's module."""
-        model: type[Section] = getattr(importlib.import_module(self.module), self.config)
+        """Import the configuration model, but not the command's function."""
+        model: type[Section] = _import_name(self.config)
         return model
+
+    def load_function(self) -> Callable[[Any], object]:
+        """Import the function that runs the command."""
+        function: Callable[[Any], object] = _import_name(self.function)
+        return function
+
+
+def _import_name(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -325,11 +334,9 @@ def render_stub(functions: Mapping[str, Command], exports: Mapping[str, tuple[st
     body: list[str] = []
     for name, command in functions.items():
         model = command.load_model()
-        function = getattr(importlib.import_module(command.module), command.function)
-        result = typing.get_type_hints(function)["return"]
-        types_needed.setdefault(command.module, set()).add(command.config)
-        returned = _type_source(result, types_needed)
-        body += ["", "@overload", f"def {name}(config: {command.config}, /) -> {returned}: ..."]
+        result = typing.get_type_hints(command.load_function())["return"]
+        source, returned = (_type_source(each, types_needed) for each in (model, result))
+        body += ["", "@overload", f"def {name}(config: {source}, /) -> {returned}: ..."]
         body += ["@overload", f"def {name}(", "    *,"]
         fields = model.model_fields.items()
         for key, field in sorted(fields, key=lambda item: not item[1].is_required()):

@@ -118,7 +118,7 @@ def test_every_commands_help_lists_every_key_that_it_takes(
     assert cli.main([*name.split(), "--help"]) == 0
     text = capsys.readouterr().out
     command = cli.COMMANDS[name]
-    model = getattr(importlib.import_module(command.module), command.config)
+    model = command.load_model()
     unnamed = "".join(f"{each.rpartition('.')[2].upper()} " for each in model.positional)
     assert text.startswith(f"usage: imgcls {name} {unnamed}[--config FILE.yaml]")
     lines = text.splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_v
 
 from imgcls import cli, config
 from imgcls.config import Section, requested
-from imgcls.curation.check import CheckConfig
+from imgcls.curation.config import CheckConfig
 from imgcls.errors import ConfigError, RequestError
-from imgcls.evaluation.compare import CompareConfig
-from imgcls.evaluation.evaluate import EvaluateConfig
+from imgcls.evaluation.config import CompareConfig, EvaluateConfig
 from imgcls.inference.predict import PredictConfig
 from tests.processes import BIN, REPOSITORY, imgcls
 
@@ -489,7 +487,7 @@ def test_training_takes_none_where_it_is_a_choice(argv: list[str]) -> None:
 def test_every_shipped_yaml_loads_and_shows_every_key(job: str) -> None:
     file = REPOSITORY / "jobs" / f"{job}.yaml"
     command = cli.COMMANDS[job]
-    model = getattr(importlib.import_module(command.module), command.config)
+    model = command.load_model()
     loaded = config.load(model, ["--config", str(file)])
     shown = set(leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
     taken = set(leaves(loaded.model_dump(exclude_none=job == "tune")))
@@ -546,6 +544,22 @@ def test_the_commands_own_help_imports_nothing_heavy(argv: list[str]) -> None:
     )
     assert "AssertionError" not in done.stderr
     assert done.returncode == (0 if argv and argv[0].startswith("--") else 2)
+
+
+def test_no_command_needs_torch_or_ray_to_refuse_a_wrong_key() -> None:
+    script = (
+        "import sys\n"
+        "from imgcls.cli import COMMANDS, main\n"
+        "heavy = {'ray', 'torch', 'torchvision', 'matplotlib', 'pandas', 'duckdb', 'fastapi'}\n"
+        "for name in COMMANDS:\n"
+        "    assert main([*name.split(), '--nonsense.key', '1']) == 2, name\n"
+        "    assert not heavy & set(sys.modules), (name, heavy & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nonsense.key: unknown key") == len(cli.COMMANDS)
 
 
 def test_the_installed_command_lists_its_jobs() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -39,7 +38,7 @@ def test_every_command_on_a_page_is_taken(page: Path) -> None:
         if "--help" in words or "..." in words:
             continue
         command = COMMANDS[name]
-        model = getattr(importlib.import_module(command.module), command.config)
+        model = command.load_model()
         config.load(model, words)
 
 
@@ -72,7 +71,7 @@ def test_every_command_has_an_example_that_it_takes(
     words = shlex.split(command.example)
     assert words[0] == "imgcls"
     assert words[1 : 1 + len(name.split())] == name.split()
-    model = getattr(importlib.import_module(command.module), command.config)
+    model = command.load_model()
     config.load(model, words[1 + len(name.split()) :])
     assert main([*name.split(), "--help"]) == 0
     page = capsys.readouterr().out.replace("\\\n", " ")

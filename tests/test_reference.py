@@ -11,7 +11,7 @@ import pytest
 
 from imgcls import LAZY_EXPORTS, cli, config, reference
 from imgcls.config import Section
-from imgcls.curation.check import CheckConfig
+from imgcls.curation.config import CheckConfig
 from tests.conftest import REPOSITORY
 from tests.processes import BIN
 from tests.test_config import Job

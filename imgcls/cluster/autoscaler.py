@@ -1,15 +1,16 @@
 """Autoscaling: the nodes that may join, requests for them, and waiting for them.
 
-Owns this driver's requests to the autoscaler, and cancels them. The nodes that are there are listed
-by `session`.
+Each job has requests of its own, so that jobs in one process do not cancel each other's. The nodes
+that are there are listed by `session`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import ray
 import yaml
@@ -25,6 +26,7 @@ from imgcls.cluster import ray_internals
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node, build_node, is_private_session, list_nodes
 from imgcls.errors import ResourcesError, RunFailed
+from imgcls.formatting import format_count
 
 T = TypeVar("T")
 
@@ -36,10 +38,6 @@ UNLIMITED_NODES = 1000
 """Number of nodes assumed for a group without a maximum."""
 LOG_INTERVAL_S = 5.0
 """Interval of the log lines after that."""
-
-
-class _PendingRequest:
-    placement_groups: ClassVar[list[PlacementGroup]] = []
 
 
 def find_max_nodes() -> list[Node] | None:
@@ -75,39 +73,43 @@ def parse_launcher_nodes(config: Mapping[str, Any]) -> list[Node]:
     return sorted(found, key=lambda node: -node.gpus)[: config["max_workers"]]
 
 
-def request_nodes(bundles: Iterable[Mapping[str, float]]) -> None:
-    """Request nodes from the autoscaler, where there is one, that can hold each of the bundles.
+class NodeRequest:
+    """A job's request for nodes to the autoscaler, where there is one.
 
-    Replaces the previous request, until `cancel_request`. The requests are pending placement
-    groups, because Ray Data overwrites `ray.autoscaler.sdk.request_resources` every 20 s; that
-    request also outlives a killed driver, and brings no nodes at all when it cannot be met in full.
+    It consists of pending placement groups, because Ray Data overwrites
+    `ray.autoscaler.sdk.request_resources` every 20 s; that request also outlives a killed driver,
+    and brings no nodes at all when it cannot be met in full.
     """
-    cancel_request()
-    _PendingRequest.placement_groups = [placement_group([dict(bundle)]) for bundle in bundles]
 
+    def __init__(self) -> None:
+        self._groups: list[PlacementGroup] = []
 
-def update_request(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Update the request to the bundles still missing; to be called repeatedly.
+    def replace(self, bundles: Iterable[Mapping[str, float]]) -> None:
+        """Request nodes that can hold each of the bundles, instead of the previous ones."""
+        self.cancel()
+        self._groups = [placement_group([dict(bundle)]) for bundle in bundles]
 
-    Placement groups that were created have served their purpose, and are removed.
-    """
-    waiting = []
-    for group in _PendingRequest.placement_groups:
-        if placement_group_table(group).get("state") == "CREATED":
-            remove_placement_group(group)
-        else:
-            waiting.append(group)
-    _PendingRequest.placement_groups = waiting
-    if len(waiting) != len(bundles):
-        request_nodes(bundles)
+    def update(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Reduce or extend the request to the bundles still missing; to be called repeatedly.
 
+        Placement groups that were created have served their purpose, and are removed.
+        """
+        waiting = []
+        for group in self._groups:
+            if placement_group_table(group).get("state") == "CREATED":
+                remove_placement_group(group)
+            else:
+                waiting.append(group)
+        self._groups = waiting
+        if len(waiting) != len(bundles):
+            self.replace(bundles)
 
-def cancel_request() -> None:
-    """Cancel the current request, if any."""
-    if ray.is_initialized():
-        for group in _PendingRequest.placement_groups:
-            remove_placement_group(group)
-    _PendingRequest.placement_groups = []
+    def cancel(self) -> None:
+        """Cancel what is requested, if anything."""
+        if ray.is_initialized():
+            for group in self._groups:
+                remove_placement_group(group)
+        self._groups = []
 
 
 def iter_until_fit(
@@ -116,6 +118,7 @@ def iter_until_fit(
     seconds: float,
     interruption: Interruption,
     *,
+    request: NodeRequest | None = None,
     under_way: bool = False,
 ) -> Generator[None, None, T]:
     """Call `fit` on the nodes of the cluster every 0.5 s until it succeeds; yields in between.
@@ -125,11 +128,13 @@ def iter_until_fit(
     fit:       plans for a list of nodes; raises ResourcesError when they do not suffice
     wanted:    the bundles to request, given the nodes that may join (None where unknown)
     seconds:   maximum wait, `scale.resource_timeout_s`
+    request:   of the job; replaced while nodes are missing, and canceled at the end
     under_way: it succeeded before, so that missing nodes were lost and may be replaced
     Returns the result of `fit`. Raises ResourcesError when the nodes that may join do not suffice
     either, or after the maximum wait.
     """
     started = logged = time.monotonic()
+    request = request or NodeRequest()
     requested = False
     try:
         while True:
@@ -143,7 +148,7 @@ def iter_until_fit(
                 if not requested:
                     if most is not None:
                         fit(most)
-                    request_nodes(wanted(most))
+                    request.replace(wanted(most))
                     requested = True
                 waited = time.monotonic() - started
                 if waited > seconds:
@@ -162,7 +167,7 @@ def iter_until_fit(
             yield
     finally:
         if requested:
-            cancel_request()
+            request.cancel()
 
 
 def wait_until_fit(
@@ -172,13 +177,14 @@ def wait_until_fit(
     interruption: Interruption,
 ) -> T:
     """As `iter_until_fit`, blocking."""
-    steps = iter_until_fit(fit, wanted, seconds, interruption)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as ended:
-            result: T = ended.value
-            return result
+    # closed, because the traceback of an interruption would keep it, and with it the request
+    with contextlib.closing(iter_until_fit(fit, wanted, seconds, interruption)) as steps:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                result: T = ended.value
+                return result
 
 
 class WaitTimeout:
@@ -206,9 +212,9 @@ class WaitTimeout:
 
 def _describe_capacity() -> str:
     there, free = list_nodes(), ray.available_resources()
-    nodes = "1 node" if len(there) == 1 else f"{len(there)} nodes"
     return (
-        f"the cluster has {nodes} with {sum(node.cpus for node in there):g} CPUs and "
+        f"the cluster has {format_count(len(there), 'node')} with "
+        f"{sum(node.cpus for node in there):g} CPUs and "
         f"{sum(node.gpus for node in there):g} GPUs, of which {free.get('CPU', 0):g} and "
         f"{free.get('GPU', 0):g} are free"
     )

@@ -10,6 +10,7 @@ import contextlib
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from types import FrameType
@@ -79,26 +80,50 @@ def run_in_thread(call: Callable[[], T]) -> Future[T]:
     return future
 
 
-def wait_interruptibly(future: Future[T], interruption: Interruption) -> T:
-    """The future's result; after a signal raises Interrupted, and leaves the call running."""
-    while not wait([future], timeout=_POLL_S).done:
-        interruption.check()
+def wait_interruptibly(
+    future: Future[T], interruption: Interruption, stop: Callable[[], None] | None = None
+) -> T:
+    """The future's result; after a signal raises Interrupted.
+
+    stop: makes the call end; called in another thread until it has, which is not waited for
+    """
+    try:
+        while not wait([future], timeout=_POLL_S).done:
+            interruption.check()
+    except BaseException:
+        if stop is not None:
+            _stop_in_background(stop, future.done)
+        raise
     return future.result()
 
 
-def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterator[T | None]:
+def _stop_in_background(stop: Callable[[], None], has_ended: Callable[[], bool]) -> None:
+    def repeat() -> None:
+        while not has_ended():
+            stop()
+            time.sleep(_POLL_S)
+
+    run_in_thread(repeat)
+
+
+def iterate_in_thread(
+    items: Iterable[T], interruption: Interruption, stop: Callable[[], None] | None = None
+) -> Iterator[T | None]:
     """Iterate in a daemon thread, so that signals are handled while Ray blocks.
 
     Yields None after every 0.2 s without an item.
+
+    stop: makes `items` end; when the iteration is broken off, called in another thread until they
+        have, so that Ray does not go on until its next item
     """
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-    stop = threading.Event()
+    is_stopped = threading.Event()
 
     def consume() -> None:
         try:
             for item in items:
                 ready.put((item, None))
-                if stop.is_set():
+                if is_stopped.is_set():
                     return
             ready.put((None, StopIteration()))
         except BaseException as error:  # noqa: BLE001  raised again by the consumer
@@ -121,5 +146,7 @@ def iterate_in_thread(items: Iterable[T], interruption: Interruption) -> Iterato
                 raise error
             yield item
     finally:
-        stop.set()
+        is_stopped.set()
+        if stop is not None and thread.is_alive():
+            _stop_in_background(stop, lambda: not thread.is_alive())
         thread.join(timeout=1)  # at its end, or inside Ray, which cannot be interrupted

@@ -2,6 +2,9 @@
 
 Authentication, addresses and log folders are configured as in Ray: `RAY_ADDRESS` and
 `RAY_AUTH_MODE` are obeyed and never changed here.
+
+Ray has one session per process, so jobs in several threads share it: the first one starts or joins
+it, and no job shuts it down; the command does so at its end.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import threading
 import urllib.parse
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -57,8 +61,10 @@ class Node:
 
 
 class _Session:
-    private = False
-    ray_threads: ClassVar[list[threading.Thread]] = []
+    lock: ClassVar[threading.Lock] = threading.Lock()
+    private_address: ClassVar[str | None] = None
+    """Address of the private session that `connect` has started last."""
+    ray_threads: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()
 
 
 def connect() -> None:
@@ -66,10 +72,14 @@ def connect() -> None:
 
     Raises RunFailed within a minute when the cluster that RAY_ADDRESS names does not answer.
     """
+    with _Session.lock:  # of two jobs in two threads, the second one finds the session of the first
+        if not ray.is_initialized():
+            _start_or_join()
+
+
+def _start_or_join() -> None:
     # Ray's core logs a false alarm for every actor pool; real errors arrive as exceptions
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if ray.is_initialized():
-        return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = _find_address()
     private = address == "local"
@@ -82,18 +92,10 @@ def connect() -> None:
             log_to_driver=False,
             include_dashboard=False,
         )
-    _Session.private = private
+    if private:
+        _Session.private_address = ray.get_runtime_context().gcs_address
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has replaced the handler
-
-
-def configure_ray_data() -> None:
-    """Make Ray Data raise the original error of a function, and raise errors without logging them.
-
-    To be called once `ray.data` was imported, and before a dataset is made.
-    """
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    ray.data.DataContext.get_current().raise_original_map_exception = True
 
 
 def end_session(exit_code: int) -> None:
@@ -108,20 +110,26 @@ def end_session(exit_code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
-    if _Session.private and ray.is_initialized():
+    if is_private_session():
         ray_internals.kill_autoscaler_monitor()
         ray.shutdown()
-    _Session.private = False
 
 
 def register_ray_thread(thread: threading.Thread) -> None:
     """Register a thread that may be inside Ray's native code when the process ends."""
-    _Session.ray_threads.append(thread)
+    _Session.ray_threads.add(thread)
 
 
 def is_private_session() -> bool:
-    """Whether `connect` started the session: no node will join it."""
-    return _Session.private
+    """Whether `connect` started the session: no node will join it.
+
+    The program may have shut it down since, and joined another one.
+    """
+    return (
+        _Session.private_address is not None
+        and ray.is_initialized()
+        and bool(ray.get_runtime_context().gcs_address == _Session.private_address)
+    )
 
 
 def build_malloc_env() -> dict[str, Any]:
@@ -135,7 +143,7 @@ def build_malloc_env() -> dict[str, Any]:
     Empty in a private session, whose processes were all started that way: an own runtime
     environment would start new ones.
     """
-    if _Session.private:
+    if is_private_session():
         return {}
     return {
         "env_vars": {name: os.environ.get(name, value) for name, value in _MALLOC_SETTINGS.items()}

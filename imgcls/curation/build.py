@@ -9,51 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
-from pydantic import Field, PositiveInt
 
 from imgcls import log
 from imgcls.curation import listing
-from imgcls.curation.listing import ListingConfig
-from imgcls.curation.scan import ScanConfig, scan_manifests
+from imgcls.curation.config import ListingConfig, ManifestBuildConfig, ScanConfig
+from imgcls.curation.scan import HeldOutput, hold_output, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.discovery import group_tables
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
 from imgcls.data.manifest_options import KeyNames
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
-from imgcls.execution.placement import ScaleConfig
 from imgcls.runs.layout import write_table
 
 MANIFEST_FILE = "manifest.parquet"
 LISTING_FOLDER = "_listing"
 CONTENT_COLUMNS = ("status", "bytes", "format", "width", "height", "digest")
-
-
-class ManifestBuildConfig(ListingConfig):
-    """List a folder or a bucket into a manifest, or convert a glob or a table to one."""
-
-    path_column: str = "path"
-    """Column of image paths in the source table; named path in the manifest."""
-    label_column: str | None = None
-    """Column of class names in the source table; named label in the manifest."""
-    delimiter: str | None = None
-    """Delimiter of a CSV source, one character (default: detected in the header line)."""
-    encoding: str = "utf-8"
-    """Text encoding of a CSV source."""
-    escape: str | None = None
-    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
-    contents: bool = False
-    """Read every image; adds the columns status, bytes, format, width, height, digest (BLAKE2b)."""
-    perceptual: bool = False
-    """With contents: add the perceptual hash as a column."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """With contents: maximum number of pixels of an image."""
-    max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
-    scale: ScaleConfig = ScaleConfig()
-    """With contents."""
 
 
 @with_config_storage
@@ -63,27 +35,43 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     Returns the number of its rows. A folder or prefix is listed by `listing.build_listing`.
     A glob or a table (CSV, Parquet) keeps its columns, with absolute paths in `path` and labels in
     `label`. With `contents` every image is scanned, and its features are added.
-    Raises RequestError when the request is wrong, RunFailed when the scan was interrupted (rerun to
-    resume).
+    Raises RequestError when the request is wrong, OutputLocked when another build writes to the
+    output, RunFailed when the scan was interrupted (rerun to resume).
     """
     output = filesystem.absolute(config.output)
     is_listed = filesystem.is_folder(config.source) and not _is_table_folder(config.source)
     if config.perceptual and not config.contents:
         raise ConfigError("perceptual: requires reading every image; pass --contents too")
-    if is_listed and not config.contents:
-        return listing.build_listing(config)
     if config.labels and not is_listed:
         raise ConfigError(
             f"labels: {config.source} is not a folder with one folder per class; pass the folder, "
             "or name the column of a table with --label-column"
         )
-    target = filesystem.join(output, MANIFEST_FILE)
-    if filesystem.exists(target) and not config.overwrite:
-        raise OutputError(
-            f"output {output}: contains a manifest already; pass --overwrite, or another --output"
-        )
+    table = None if is_listed else _open_table(config, config.source)
+    allowed = (MANIFEST_FILE, LISTING_FOLDER) if config.contents else None
+    with hold_output(output, allowed) as held:
+        if is_listed and not config.contents:
+            return listing.build_listing(config, held.lease)
+        target = filesystem.join(output, MANIFEST_FILE)
+        if filesystem.exists(target) and not config.overwrite:
+            raise OutputError(
+                f"output {output}: contains a manifest already; pass --overwrite, or another "
+                "--output"
+            )
+        manifest = _open_table(config, _list_images(config, held)) if table is None else table
+        if config.contents:
+            rows = _write_with_contents(config, held, manifest)
+        else:
+            rows = _write_rows(target, manifest, _read_rows(manifest))
+        filesystem.remove(filesystem.join(output, LISTING_FOLDER))
+    log.emit("manifest", f"{rows:,} images: {output}", rows=rows)
+    return rows
+
+
+def _open_table(config: ManifestBuildConfig, source: str) -> Manifest:
+    """Open the source table or the listing of the source."""
     table = ManifestConfig(
-        path=_list_images(config, output) if is_listed else config.source,
+        path=source,
         path_column=config.path_column,
         label_column=config.label_column,
         delimiter=config.delimiter,
@@ -92,32 +80,34 @@ def build_manifest(config: ManifestBuildConfig) -> int:
     )
     manifest = open_manifest(table, keys=KeyNames(section=""))
     if config.contents:
-        rows = _write_with_contents(config, output, manifest)
-    else:
-        rows = _write_rows(target, manifest, _read_rows(manifest))
-    filesystem.remove(filesystem.join(output, LISTING_FOLDER))
-    log.emit("manifest", f"{rows:,} images: {output}", rows=rows)
-    return rows
+        _check_columns(manifest, _list_added_columns(config))
+    return manifest
 
 
-def _list_images(config: ManifestBuildConfig, output: str) -> str:
+def _list_added_columns(config: ManifestBuildConfig) -> tuple[str, ...]:
+    """The columns that `contents` adds."""
+    return (*CONTENT_COLUMNS, "hash") if config.perceptual else CONTENT_COLUMNS
+
+
+def _list_images(config: ManifestBuildConfig, output: HeldOutput) -> str:
     """List the source into a folder of the output; an interrupted run keeps its listing."""
-    folder = filesystem.join(output, LISTING_FOLDER)
+    folder = filesystem.join(output.url, LISTING_FOLDER)
     if config.overwrite:
         filesystem.remove(folder)
     if not filesystem.exists(filesystem.join(folder, LISTING_DONE_FILE)):
         listed = ListingConfig(**config.model_dump(include=set(ListingConfig.model_fields)))
-        listing.build_listing(listed.model_copy(update={"output": folder, "overwrite": False}))
+        listed = listed.model_copy(update={"output": folder, "overwrite": False})
+        listing.build_listing(listed, output.lease)
     return folder
 
 
-def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Manifest) -> int:
+def _write_with_contents(
+    config: ManifestBuildConfig, output: HeldOutput, manifest: Manifest
+) -> int:
     """Write the rows with the features of their images; returns their number."""
-    added = [*CONTENT_COLUMNS, *(["hash"] if config.perceptual else [])]
-    _check_columns(manifest, added)
     scan = ScanConfig(
         manifest=ManifestConfig(path=manifest.source),
-        output=output,
+        output=output.url,
         max_pixels=config.max_pixels,
         max_bytes=config.max_bytes,
         overwrite=config.overwrite,
@@ -125,11 +115,9 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
         storage=config.storage,
     )
     tables = []
-    with scan_manifests(
-        scan, output, [manifest], results=(MANIFEST_FILE,), ignored=(LISTING_FOLDER,)
-    ) as ([scanned], lease):
+    with scan_manifests(scan, output, [manifest], results=(MANIFEST_FILE,)) as [scanned]:
         for rows, features in scanned.read_tables():
-            for name in added:
+            for name in _list_added_columns(config):
                 column = features.column(name)
                 if pa.types.is_fixed_size_binary(column.type):
                     column = pa.chunked_array([_encode_hex(column)])
@@ -137,9 +125,9 @@ def _write_with_contents(config: ManifestBuildConfig, output: str, manifest: Man
                 rows = rows.remove_column(index) if index >= 0 else rows
                 rows = rows.append_column(name, column)
             tables.append(rows)
-        lease.check()
+        output.lease.check()
         return _write_rows(
-            filesystem.join(output, MANIFEST_FILE), manifest, pa.concat_tables(tables)
+            filesystem.join(output.url, MANIFEST_FILE), manifest, pa.concat_tables(tables)
         )
 
 

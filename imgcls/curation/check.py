@@ -8,33 +8,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BeforeValidator, NonNegativeInt
 
 from imgcls import log
-from imgcls.config import Names, names, requested
+from imgcls.config import requested
 from imgcls.curation.checks import duplicates, label_errors, report, rules
-from imgcls.curation.checks.duplicates import DuplicatesConfig
 from imgcls.curation.checks.findings import (
     DUPLICATE_ISSUES,
     MODEL_ISSUES,
     DuplicateTest,
     Finding,
-    Issue,
     build_issue_table,
 )
 from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, build_image_table
-from imgcls.curation.checks.label_errors import LabelErrorsConfig
 from imgcls.curation.checks.report import IssueSection
-from imgcls.curation.checks.rules import RulesConfig
 from imgcls.curation.checks.similarity import iterate_groups
-from imgcls.curation.scan import ScanConfig, ScannedManifest, scan_manifests
+from imgcls.curation.config import (
+    CheckConfig,
+    Issue,
+)
+from imgcls.curation.scan import ScannedManifest, hold_output, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
-from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.models.bundle import load_bundle
@@ -47,30 +45,6 @@ ISSUES_FILE = "issues.parquet"
 CHECK_SUMMARY = "summary.json"
 CHECK_REPORT = "report.html"
 CLEAN_MANIFEST = "clean.parquet"
-
-IssueList = Annotated[list[Issue], BeforeValidator(names)]
-
-
-class CheckConfig(ScanConfig):
-    """Check a data set: bad images, duplicates, leaks between manifests, probable label errors."""
-
-    against: Names = []
-    """Other manifests, such as the test set; an image in both is reported as leakage."""
-    model: str | None = None
-    """Bundle whose embeddings are used to find similar images, outliers and label errors."""
-    decode: DecodeMode | None = None
-    """Decode route for the model: exact or fast (default: bundle's)."""
-    output: str
-    """Folder for the results; with drop, NAME.parquet writes the clean manifest there."""
-    drop: IssueList = []
-    """Write the manifest without rows that have these issues; the first duplicate is kept."""
-    fail_on: IssueList = []
-    """Exit with status 3 if one of these issues is found."""
-    rules: RulesConfig = RulesConfig()
-    duplicates: DuplicatesConfig = DuplicatesConfig()
-    labels: LabelErrorsConfig = LabelErrorsConfig()
-    gallery: NonNegativeInt = 24
-    """Maximum number of images shown per issue."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +140,14 @@ def _check(config: CheckConfig) -> CheckResult:
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
-    with scan_manifests(config, output, manifests, bundle=bundle, results=results) as (
-        scanned,
-        lease,
+    with (
+        hold_output(output, results) as held,
+        scan_manifests(config, held, manifests, bundle=bundle, results=results) as scanned,
     ):
         images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
         _check_readable(images, scanned)
         findings = [each for each in _find_issues(images, config) if len(each.indices)]
-        lease.check()
+        held.lease.check()
         result = _write_results(output, clean, images, findings, config)
         if clean is not None:
             _write_clean(clean, images, findings, scanned[0], config.drop)

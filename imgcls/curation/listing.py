@@ -14,14 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import PositiveInt
 
 from imgcls import log
-from imgcls.config import Section
+from imgcls.curation.config import ListingConfig
 from imgcls.data import filesystem
 from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
 from imgcls.data.formats import (
@@ -30,48 +29,33 @@ from imgcls.data.formats import (
     has_image_suffix,
     is_hidden_name,
 )
-from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
+from imgcls.data.storage_settings import create_thread_pool, with_config_storage
 from imgcls.data.store import FileInfo
 from imgcls.errors import OutputError, RequestError
+from imgcls.runs.lease import LEASE_FOLDER, Lease
 
 _MAX_GROUPS = 64
 _MAX_DEPTH = 3
 _FLUSH_ROWS = 65_536
-
-
-class ListingConfig(Section):
-    """List a folder or a bucket into a manifest."""
-
-    positional: ClassVar[tuple[str, ...]] = ("source",)
-
-    source: str
-    """Folder or prefix to list, such as s3://bucket/photos."""
-    output: str
-    """Folder of Parquet files to write; pass it to `--manifest`."""
-    labels: bool = False
-    """Use the name of the folder right below the source as the label."""
-    list_concurrency: PositiveInt = 16
-    """Number of prefixes that are listed in parallel."""
-    overwrite: bool = False
-    """Replace an existing manifest."""
-    storage: StorageConfig = StorageConfig()
+_SKIPPED_KEY = "imgcls.skipped"
 
 
 @with_config_storage
-def build_listing(config: ListingConfig) -> int:
+def build_listing(config: ListingConfig, lease: Lease) -> int:
     """List all images below a folder; returns their number.
 
     Columns: path (string, absolute), size (int64, bytes), mtime (timestamp, UTC), etag (string,
     null on disks), and label with `labels`. Hidden files and files that are not images are skipped.
     The same command resumes an interrupted listing.
     Raises RequestError when there is no image, or one is next to the class folders; OutputError
-    when the output has another manifest.
+    when the output has another manifest; RunFailed when the lease was lost.
+
+    lease: of the output, or of a folder around it
     """
     started = time.monotonic()
     output = filesystem.absolute(config.output)
     source = filesystem.absolute(config.source).rstrip("/")
-    skipped: Counter[str] = Counter()
-    groups = _plan_groups(config, source, output, skipped)
+    groups = _plan_groups(config, source, output)
     parts = [_get_part_url(output, at) for at in range(len(groups) + 1)]
     present = set(filesystem.list_names(output))
     remaining = [at for at, part in enumerate(parts) if part.rpartition("/")[2] not in present]
@@ -80,8 +64,7 @@ def build_listing(config: ListingConfig) -> int:
         log.show(f"resume  {done:,} of {len(parts):,} groups are listed already")
     with create_thread_pool(config.list_concurrency, "list") as pool:
         tasks = [
-            pool.submit(_list_group, groups[at - 1], parts[at], source, config, skipped)
-            for at in remaining
+            pool.submit(_list_group, groups[at - 1], parts[at], source, config) for at in remaining
         ]
         listed = 0
         try:
@@ -93,7 +76,7 @@ def build_listing(config: ListingConfig) -> int:
             for task in tasks:
                 task.cancel()
             raise
-    rows = sum(_count_rows(part) for part in parts)
+    rows, skipped = _read_totals(parts)
     if rows == 0:
         for name in _list_own_files(output):
             filesystem.remove(filesystem.join(output, name))
@@ -102,6 +85,7 @@ def build_listing(config: ListingConfig) -> int:
             + (f" (skipped {format_suffix_counts(skipped)})" if skipped else "")
         )
     log_skipped_files(source, skipped, "their names are not those of images")
+    lease.check()
     body = {"source": source, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
     filesystem.write(
         filesystem.join(output, LISTING_DONE_FILE), (json.dumps(body, indent=2) + "\n").encode()
@@ -110,9 +94,7 @@ def build_listing(config: ListingConfig) -> int:
     return rows
 
 
-def _plan_groups(
-    config: ListingConfig, source: str, output: str, skipped: Counter[str]
-) -> list[list[str]]:
+def _plan_groups(config: ListingConfig, source: str, output: str) -> list[list[str]]:
     """Groups of folders to list recursively; an interrupted listing keeps its groups.
 
     The files above these folders are listed on the way down, into the first part.
@@ -120,7 +102,7 @@ def _plan_groups(
     request = {"source": source, "labels": config.labels}
     url, first = filesystem.join(output, LISTING_FILE), _get_part_url(output, 0)
     ours = set(_list_own_files(output))
-    if others := set(filesystem.list_names(output)) - ours:
+    if others := set(filesystem.list_names(output)) - ours - {LEASE_FOLDER}:
         raise OutputError(
             f"output {output}: contains other files ({min(others)}); pass another --output"
         )
@@ -137,7 +119,7 @@ def _plan_groups(
             )
         if first.rpartition("/")[2] in ours:
             return [list(group) for group in stored["groups"]]
-    with _PartWriter.open(first, source, config.labels, skipped) as top:
+    with _PartWriter.open(first, source, config.labels) as top:
         folders = _find_prefixes(top, source, config.list_concurrency)
         size = -(-len(folders) // _MAX_GROUPS) or 1
         groups = [folders[start : start + size] for start in range(0, len(folders), size)]
@@ -167,10 +149,8 @@ def _find_prefixes(top: _PartWriter, source: str, concurrency: int) -> list[str]
     return folders
 
 
-def _list_group(
-    group: Sequence[str], part: str, source: str, config: ListingConfig, skipped: Counter[str]
-) -> int:
-    with _PartWriter.open(part, source, config.labels, skipped) as writer:
+def _list_group(group: Sequence[str], part: str, source: str, config: ListingConfig) -> int:
+    with _PartWriter.open(part, source, config.labels) as writer:
         for folder in group:
             plots: set[str] = set()  # folders of bundles whose plots are not images of a data set
             for page in filesystem.iter_pages(folder, deep=True):
@@ -186,26 +166,26 @@ def _list_group(
 class _PartWriter:
     """Writer of one Parquet file of the manifest; thread-safe.
 
-    skipped: counts the skipped files of all parts, by suffix
+    The file's metadata count the skipped files by suffix, so that a resumed listing knows them all.
     """
 
-    def __init__(self, writer: pq.ParquetWriter, source: str, skipped: Counter[str]) -> None:
+    def __init__(self, writer: pq.ParquetWriter, source: str) -> None:
         self.rows = 0
-        self._writer, self._source, self._skipped = writer, source, skipped
+        self._writer, self._source = writer, source
+        self._skipped: Counter[str] = Counter()
         self._pending: list[FileInfo] = []
         self._lock = threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
-    def open(
-        cls, url: str, source: str, labels: bool, skipped: Counter[str]
-    ) -> Iterator[_PartWriter]:
+    def open(cls, url: str, source: str, labels: bool) -> Iterator[_PartWriter]:
         label = [pa.field("label", pa.string())] if labels else []
         schema = pa.schema([*_SCHEMA, *label])
         with filesystem.open_write(url) as stream, pq.ParquetWriter(stream, schema) as writer:
-            part = cls(writer, source, skipped)
+            part = cls(writer, source)
             yield part
             part._flush()
+            writer.add_key_value_metadata({_SKIPPED_KEY: json.dumps(part._skipped)})
 
     def add(self, files: Sequence[FileInfo]) -> None:
         with self._lock:
@@ -258,9 +238,15 @@ def _get_labels(files: Sequence[FileInfo], source: str) -> Iterator[str]:
         yield label
 
 
-def _count_rows(part: str) -> int:
-    with filesystem.open_read(part) as stream:
-        return int(pq.ParquetFile(stream).metadata.num_rows)
+def _read_totals(parts: Sequence[str]) -> tuple[int, Counter[str]]:
+    """The rows of all parts, and the files that were skipped, by suffix."""
+    rows, skipped = 0, Counter[str]()
+    for part in parts:
+        with filesystem.open_read(part) as stream:
+            metadata = pq.ParquetFile(stream).metadata
+        rows += metadata.num_rows
+        skipped.update(json.loads(metadata.metadata.get(_SKIPPED_KEY.encode(), b"{}")))
+    return rows, skipped
 
 
 _SCHEMA = (

@@ -10,21 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PositiveFloat, PositiveInt
 
 from imgcls.cluster import interrupts, session
-from imgcls.config import Section
+from imgcls.curation.config import ScanConfig
 from imgcls.curation.scan_worker import SCAN, ScanSpec
 from imgcls.data import filesystem, storage_settings
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.manifest import Manifest, ManifestConfig
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
-from imgcls.execution.placement import ScaleConfig
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import (
     Driver,
@@ -42,27 +37,6 @@ from imgcls.runs.provenance import build_provenance
 SCAN_FOLDER = "_looks"
 """Folder of a scan below the output, until the results are written."""
 PART_ROWS = 1_000_000
-
-
-class ScanConfig(Section):
-    """The images to scan, and how."""
-
-    positional: ClassVar[tuple[str, ...]] = ("manifest",)
-
-    manifest: ManifestConfig
-    """The manifest of the images."""
-    output: str
-    """Folder to write the results to."""
-    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
-    """Maximum number of pixels of an image; a larger one is refused from its header."""
-    max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """Maximum size of an image file, in bytes; a larger one gets the status too_large."""
-    overwrite: bool = False
-    """Delete earlier results in the output folder and start over."""
-    progress_seconds: PositiveFloat = 5.0
-    """Interval of the progress lines in a job's log, in seconds."""
-    scale: ScaleConfig = ScaleConfig()
-    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)
@@ -90,50 +64,70 @@ class ScannedManifest:
                 yield rows, pq.read_table(file)
 
 
+@dataclass(frozen=True)
+class HeldOutput:
+    """An output folder while its lease is held, and the stop request of the command."""
+
+    url: str
+    lease: Lease
+    interruption: interrupts.Interruption
+
+
+@contextlib.contextmanager
+def hold_output(output: str, allowed: Sequence[str] | None = None) -> Iterator[HeldOutput]:
+    """Hold the lease on an output folder; within the block, signals interrupt and release it.
+
+    allowed: names of the files that the folder may contain besides those of a scan; None for any
+    Raises OutputLocked when another driver holds it, OutputError when it cannot be written or
+    contains another file.
+    """
+    layout.check_output_writable(output)
+    if allowed is not None:
+        _check_content(output, allowed)
+    with interrupts.Interruption().handle_signals() as interruption:
+        lease = Lease.acquire(output)
+        try:
+            yield HeldOutput(output, lease, interruption)
+        finally:
+            lease.release()
+
+
 @contextlib.contextmanager
 def scan_manifests(
     config: ScanConfig,
-    output: str,
+    output: HeldOutput,
     manifests: Sequence[Manifest],
     *,
     bundle: Bundle | None = None,
     results: Sequence[str],
-    ignored: Sequence[str] = (),
-) -> Iterator[tuple[list[ScannedManifest], Lease]]:
+) -> Iterator[list[ScannedManifest]]:
     """Scan all images that an earlier run into the same folder has not scanned.
 
+    The scan is removed when the block ends without an error.
+
     bundle:  computes the embeddings too
-    results: names of the files that the caller writes to the folder while its lease is held
-    ignored: names of other files in the folder, which are not touched
-    Raises OutputError when the folder contains anything else.
+    results: names of the files that the caller writes to the folder; removed with `overwrite`
     """
-    _check_output(output, (*results, *ignored))
     if config.overwrite:
-        _check_inputs(output, results, manifests)
-    with interrupts.Interruption().handle_signals() as interruption:
-        lease = Lease.acquire(output)
-        try:
-            if config.overwrite:
-                for name in (*results, SCAN_FOLDER):
-                    filesystem.remove(filesystem.join(output, name))
-            with add_resume_hint(output, lease):
-                session.connect()
-                scanned = [
-                    scan_manifest(
-                        manifest,
-                        filesystem.join(output, SCAN_FOLDER, str(number)),
-                        config,
-                        bundle=bundle,
-                        lease=lease,
-                        interruption=interruption,
-                    )
-                    for number, manifest in enumerate(manifests)
-                ]
-            yield scanned, lease
-            # the next run scans again: images may have been replaced
-            filesystem.remove(filesystem.join(output, SCAN_FOLDER))
-        finally:
-            lease.release()
+        _check_inputs(output.url, results, manifests)
+        for name in (*results, SCAN_FOLDER):
+            filesystem.remove(filesystem.join(output.url, name))
+    with add_resume_hint(output.url, output.lease):
+        session.connect()
+        scanned = [
+            scan_manifest(
+                manifest,
+                filesystem.join(output.url, SCAN_FOLDER, str(number)),
+                config,
+                bundle=bundle,
+                lease=output.lease,
+                interruption=output.interruption,
+            )
+            for number, manifest in enumerate(manifests)
+        ]
+    yield scanned
+    # the next run scans again: images may have been replaced
+    filesystem.remove(filesystem.join(output.url, SCAN_FOLDER))
 
 
 def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manifest]) -> None:
@@ -148,8 +142,7 @@ def _check_inputs(output: str, results: Sequence[str], manifests: Sequence[Manif
             )
 
 
-def _check_output(output: str, allowed: Sequence[str]) -> None:
-    layout.check_output_writable(output)
+def _check_content(output: str, allowed: Sequence[str]) -> None:
     others = set(filesystem.list_names(output)) - {SCAN_FOLDER, LEASE_FOLDER, *allowed}
     if others:
         raise OutputError(
@@ -176,10 +169,8 @@ def scan_manifest(
         placement = wait_for_placement(SCAN, config.scale, interruption)
         spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
         driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
-        results = JobRun(SCAN, spec, driver).run(
-            placement, remaining, total=plan.rows, done=completed.rows_done
-        )
-        for _ in results:
+        run = JobRun(SCAN, spec, driver)
+        for _ in run.run(placement, remaining, total=plan.rows, done=completed.rows_done):
             pass
     return ScannedManifest(output, manifest, plan)
 

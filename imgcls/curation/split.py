@@ -11,25 +11,22 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PositiveFloat
 
 from imgcls import log
-from imgcls.config import Section
+from imgcls.curation.config import BY_CONTENT, SplitConfig
 from imgcls.data import filesystem
 from imgcls.data.image_features import compute_digest
 from imgcls.data.manifest import (
     Manifest,
-    ManifestConfig,
     log_label_variants,
     make_paths_absolute,
     normalize_labels,
     open_manifest,
 )
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import (
     ConfigError,
     ManifestError,
@@ -38,31 +35,8 @@ from imgcls.errors import (
     StorageMissing,
 )
 
-BY_CONTENT = "content"
 DIGEST_COLUMN = "digest"
 NO_LABEL = "(no label)"
-
-
-class SplitConfig(Section):
-    """Split a manifest into parts; duplicates and groups are never shared between parts."""
-
-    positional: ClassVar[tuple[str, ...]] = ("manifest",)
-
-    manifest: ManifestConfig
-    """The manifest to split."""
-    output: str
-    """Folder for the parts: one Parquet file each, to be passed to `--manifest`."""
-    parts: dict[str, PositiveFloat] = {"train": 0.8, "val": 0.1, "test": 0.1}
-    """Fraction of the rows for each part, by its name."""
-    folds: int | None = Field(default=None, ge=2, le=100)
-    """Number of cross-validation folds instead of parts: folders with train and val.parquet."""
-    by: str = BY_CONTENT
-    """Rows to keep together: content (same image bytes), or a column such as patient."""
-    seed: int = 0
-    """Seed of the split."""
-    overwrite: bool = False
-    """Replace an existing split."""
-    storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage

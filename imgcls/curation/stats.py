@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 
 from imgcls import log
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_image_table
-from imgcls.curation.scan import ScanConfig, scan_manifests
+from imgcls.curation.config import StatsConfig
+from imgcls.curation.scan import hold_output, scan_manifests
 from imgcls.curation.split import NO_LABEL
 from imgcls.data import filesystem
 from imgcls.data.manifest import open_manifest
@@ -23,17 +23,6 @@ STATS_PAGE = "stats.html"
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
-class StatsConfig(ScanConfig):
-    """Describe a data set: classes, sizes, formats, a contact sheet per class."""
-
-    sheet_images: NonNegativeInt = 12
-    """Number of images on the contact sheet of a class."""
-    max_sheets: PositiveInt = 50
-    """Maximum number of contact sheets; the largest classes come first."""
-    seed: int = 0
-    """Seed for choosing the images of the contact sheets."""
-
-
 @with_config_storage
 def compute_stats(config: StatsConfig) -> dict[str, Any]:
     """Describe a data set: classes, sizes and formats, with sample images of each class.
@@ -44,13 +33,14 @@ def compute_stats(config: StatsConfig) -> dict[str, Any]:
     """
     output = filesystem.absolute(config.output)
     manifest = open_manifest(config.manifest)
-    with scan_manifests(config, output, [manifest], results=(STATS_FILE, STATS_PAGE)) as (
-        [scanned],
-        lease,
+    results = (STATS_FILE, STATS_PAGE)
+    with (
+        hold_output(output, results) as held,
+        scan_manifests(config, held, [manifest], results=results) as [scanned],
     ):
         images = build_image_table([(manifest, scanned.read_tables())])
         stats = summarize_images(images)
-        lease.check()
+        held.lease.check()
         body = json.dumps(stats, indent=2) + "\n"
         filesystem.write(filesystem.join(output, STATS_FILE), body.encode())
         page = render_stats_page(

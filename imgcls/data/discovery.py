@@ -25,6 +25,7 @@ from imgcls.data.manifest_formats import (
 )
 from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames
 from imgcls.errors import ManifestError
+from imgcls.formatting import format_count
 
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _DATE_NAME = re.compile(r"(19|20)\d\d[-_.](W?\d\d)([-_.]\d\d)?([-_.T ].*)?")  # 2026-01-31, 2026_01
@@ -112,9 +113,8 @@ def get_suffix(path: str) -> str:
 def format_suffix_counts(skipped: Counter[str]) -> str:
     """Counts by suffix as text: `12 files: 8 .heic, 4 (no suffix)`."""
     shown = [f"{count:,} {suffix}" for suffix, count in skipped.most_common(8)]
-    total = skipped.total()
     more = [] if len(skipped) <= 8 else [f"{len(skipped) - 8} other suffixes"]
-    return f"{total:,} {'file' if total == 1 else 'files'}: {', '.join(shown + more)}"
+    return f"{format_count(skipped.total(), 'file')}: {', '.join(shown + more)}"
 
 
 def log_skipped_files(url: str, skipped: Counter[str], reason: str) -> None:

@@ -29,7 +29,6 @@ class SampleFormat:
     is_inverted:       the lowest value is white
     is_planar:         one plane per band
     alpha:             straight or associated (multiplied into the colors); None without alpha
-    has_icc_profile:   an ICC profile is embedded; pixels are not converted by it
     significant_bits:  bits of each band that carry data (PNG's sBIT); None if not stated
     transparent_color: the gray level or color that is transparent (PNG's tRNS), in stored units
     """
@@ -40,7 +39,6 @@ class SampleFormat:
     is_inverted: bool = False
     is_planar: bool = False
     alpha: AlphaKind | None = None
-    has_icc_profile: bool = False
     significant_bits: tuple[int, ...] | None = None
     transparent_color: tuple[int, ...] | None = None
 
@@ -103,13 +101,12 @@ def _read_png(data: bytes) -> SampleFormat:
         bits=(header.bit_depth,) * bands,
         color=color,
         alpha="straight" if alpha else None,
-        has_icc_profile=b"iCCP" in bodies,
         significant_bits=significant[:bands] if significant else None,
         transparent_color=transparent,
     )
 
 
-_PNG_CHUNKS = (b"sBIT", b"tRNS", b"iCCP")
+_PNG_CHUNKS = (b"sBIT", b"tRNS")
 _PNG_COLORS = {
     0: ("gray", 1, False),
     2: ("RGB", 3, False),
@@ -147,7 +144,6 @@ def _read_tiff(data: bytes) -> SampleFormat:
         is_inverted=photometric == 0,
         is_planar=tags.get_first(tiff.PLANAR, 1) == 2 and count > 1,
         alpha=alpha,
-        has_icc_profile=tiff.ICC in tags,
     )
     tiff.check_strips(data, tags, samples.bits, planar=samples.is_planar)
     if samples.kind != "unsigned" or max(samples.bits) > 16:

@@ -41,6 +41,7 @@ from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames, ReadOptions
 from imgcls.data.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
+from imgcls.formatting import format_count
 
 
 class ManifestConfig(Section):
@@ -474,7 +475,7 @@ def find_label_variants(counts: Mapping[str, int], classes: Iterable[str] = ()) 
     for group in groups.values():
         if len(group) > 1 and (not known or (group & known and group - known)):
             shown = [
-                f"{name!r} ({counts[name]:,} {'row' if counts[name] == 1 else 'rows'})"
+                f"{name!r} ({format_count(counts[name], 'row')})"
                 if name in counts
                 else f"class {name!r}"
                 for name in sorted(group)

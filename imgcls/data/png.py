@@ -39,23 +39,22 @@ class PngChunk(NamedTuple):
 
 
 class PngHeader(NamedTuple):
-    """IHDR: size in pixels, bits per sample, color type, interlace method."""
+    """IHDR: size in pixels, bits per sample, color type."""
 
     width: int
     height: int
     bit_depth: int
     color_type: int
-    interlace_method: int
 
 
 def parse_ihdr(data: bytes) -> PngHeader:
     """Parse the header chunk. Raises TruncatedImage or ImageError for a missing or damaged one."""
     if len(data) < 33:
         raise TruncatedImage(f"the PNG is truncated in its header ({len(data):,} bytes)")
-    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
     if depth not in _BIT_DEPTHS.get(color, ()) or not width or not height:
         raise ImageError(f"the PNG's header is damaged: {depth} bits, color type {color}")
-    return PngHeader(width, height, depth, color, interlaced)
+    return PngHeader(width, height, depth, color)
 
 
 _BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}

@@ -229,15 +229,15 @@ def _aggregate_on_cluster(
 ) -> Iterator[RunAggregate]:
     import ray.data
 
+    from imgcls.cluster.ray_data import own_data_settings
+
     session.connect()
-    session.configure_ray_data()
     started = time.monotonic()
     aggregate = storage_settings.bind_settings(_aggregate_piece, run, spec)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    dataset = ray.data.from_items(
-        [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
-    ).map(aggregate)
+    with own_data_settings():
+        dataset = ray.data.from_items(
+            [{"piece": pickle.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces)
+        ).map(aggregate)
     done = 0
     for row in dataset.iter_rows():
         part: RunAggregate = pickle.loads(row["aggregate"])

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
 
 from imgcls import log
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import read_piece
-from imgcls.evaluation.label_join import JoinedLabels, LabelJoinConfig, resolve_labels
+from imgcls.evaluation.config import CalibrateConfig
+from imgcls.evaluation.label_join import JoinedLabels, resolve_labels
 from imgcls.metrics import expected_calibration_error, selective
 from imgcls.metrics.columns import Ints, OkRows, encode_classes, take_scores
 from imgcls.metrics.selective import SelectiveCounts, Threshold
@@ -47,28 +46,6 @@ MAX_SCORES = 50_000_000
 _IDENTITY_SCALE = np.ones(1, np.float32)
 _SCORE_FLOOR = np.float32(2.0**-25)
 """Replaces scores that underflow to 0 in float16."""
-
-
-class CalibrateConfig(LabelJoinConfig):
-    """Calibrate confidence, choose acceptance thresholds, and write a new bundle."""
-
-    model: str
-    """Bundle that predicted the held-out images."""
-    predictions: str
-    """Output folder of `imgcls predict --scores` on labeled held-out images."""
-    output: str
-    """Folder of the new bundle."""
-    method: Literal["temperature", "vector", "none"] = "temperature"
-    """vector: a scale and a bias per class (needs many rows per class); none: thresholds only."""
-    target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Choose the lowest threshold at which this share of the accepted rows is correct."""
-    per_class: bool = False
-    """Choose a threshold per predicted class instead of one for all."""
-    min_rows: PositiveInt = 30
-    """Minimum number of accepted labeled rows for a threshold."""
-    overwrite: bool = False
-    """Replace an existing bundle."""
-    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator
 
 from imgcls import log
-from imgcls.config import Names, Section
 from imgcls.data import filesystem
 from imgcls.data.manifest import normalize_labels
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError, TooManyErrors
 from imgcls.evaluation.aggregate import NO_VALUE, read_piece
-from imgcls.evaluation.label_join import (
-    LabelTableConfig,
-    normalize_join_keys,
-    resolve_labels,
-    select_run_columns,
-)
+from imgcls.evaluation.config import CompareConfig, parse_points
+from imgcls.evaluation.label_join import normalize_join_keys, resolve_labels, select_run_columns
 from imgcls.metrics.agreement import PairedComparison, mcnemar_test
 from imgcls.runs.committed import CommittedRun, open_run
 from imgcls.runs.layout import write_tables
@@ -53,50 +47,6 @@ _NO_DIFFERING = pa.schema(
         ("right", pa.string()),
     ]
 ).empty_table()
-
-
-def _validate_points(text: str) -> str:
-    parse_points(text)
-    return text
-
-
-def parse_points(text: str) -> float:
-    """Parse a difference of accuracies: `0.5pt`, `0.5pp` and `0.5%` are 0.005.
-
-    A number without a unit is a fraction. Raises ValueError if it is not in [0, 1).
-    """
-    number = text.strip().lower()
-    for unit in ("pt", "pp", "%"):
-        if number.endswith(unit):
-            value = float(number.removesuffix(unit)) / 100
-            break
-    else:
-        value = float(number)
-    if not 0 <= value < 1:
-        raise ValueError(f"{text!r} is not between 0 and 100 points; write 0.5pt for half a point")
-    return value
-
-
-class CompareConfig(Section):
-    """Compare the accuracy of two runs over the same images, per class and slice."""
-
-    positional: ClassVar[tuple[str, ...]] = ("run_a", "run_b")
-
-    run_a: str
-    """Output folder of the run to compare with, e.g. of the current model."""
-    run_b: str
-    """Output folder of the run of the candidate model."""
-    on: str | None = None
-    """Column that identifies the image; required if the runs have different manifests."""
-    labels: LabelTableConfig | None = None
-    """Table of labels to join (default: the label column of run_a)."""
-    slice_by: Names = []
-    """Columns of run_a to slice by: the difference for each value, e.g. camera,site."""
-    fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
-    """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt."""
-    output: str | None = None
-    """Folder for per_class, slices and differing rows as Parquet, and summary.json."""
-    storage: StorageConfig = StorageConfig()
 
 
 @dataclass(frozen=True, eq=False)

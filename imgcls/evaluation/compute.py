@@ -11,20 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from pydantic import PositiveInt
 
-from imgcls.config import Names
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run
-from imgcls.evaluation.label_join import (
-    JoinedLabels,
-    LabelJoinConfig,
-    resolve_labels,
-    select_run_columns,
-)
+from imgcls.evaluation.config import EvaluationOptions
+from imgcls.evaluation.label_join import JoinedLabels, resolve_labels, select_run_columns
 from imgcls.metrics import tables
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.metrics.discrimination import build_discrimination_table
@@ -36,19 +30,6 @@ from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, open_run
 
 SUMMARY_FILE = "summary.json"
-
-
-class EvaluationOptions(LabelJoinConfig):
-    """Labels to evaluate against, and contents of the report."""
-
-    slice_by: Names = []
-    """Manifest columns to slice by: all metrics for each value, e.g. camera,site."""
-    small_slice: PositiveInt = 30
-    """Slices with fewer labeled rows are marked as small."""
-    gallery: PositiveInt = 24
-    """Images of each kind in the report."""
-    thumbnails: bool = True
-    """Read the images and show thumbnails in the report."""
 
 
 @dataclass(frozen=True, eq=False)

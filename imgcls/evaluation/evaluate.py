@@ -5,60 +5,24 @@ Writes the metric tables, `summary.json` and `report.html`, and logs the headlin
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from imgcls import log
-from imgcls.config import UnitFloat, requested
+from imgcls.config import requested
 from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig, use_settings
+from imgcls.data.manifest import Manifest, open_manifest
+from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
-from imgcls.evaluation.compute import (
-    SUMMARY_FILE,
-    Evaluation,
-    EvaluationOptions,
-    compute_evaluation,
-    write_evaluation,
-)
+from imgcls.evaluation.compute import SUMMARY_FILE, Evaluation, compute_evaluation, write_evaluation
+from imgcls.evaluation.config import EvaluateConfig
 from imgcls.evaluation.label_join import select_run_columns
-from imgcls.execution.placement import ScaleConfig
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_summary
-from imgcls.models.bundle import Precision
 from imgcls.runs import layout
 from imgcls.runs.committed import is_scalar_type
 from imgcls.runs.schema import build_prediction_schema
-
-
-class EvaluateConfig(EvaluationOptions):
-    """Evaluate existing predictions, or run prediction on a manifest and evaluate the result."""
-
-    positional: ClassVar[tuple[str, ...]] = ("predictions",)
-
-    predictions: str | None = None
-    """Output folder of `imgcls predict`, to evaluate without running the model again."""
-    manifest: ManifestConfig | None = None
-    """Images to predict first, if there are no predictions yet."""
-    model: str | None = None
-    """Bundle to predict with."""
-    output: str | None = None
-    """Folder to write to (default: the predictions' folder; required with --labels)."""
-    scores: bool = True
-    """With a manifest: write the scores of all classes, which AUROC and Brier need."""
-    decode: DecodeMode | None = None
-    """With a manifest: as for predict."""
-    precision: Precision = "auto"
-    """With a manifest: as for predict."""
-    max_error_rate: UnitFloat = 0.01
-    """With a manifest: maximum share of failed rows; above it nothing is evaluated."""
-    overwrite: bool = False
-    """With a manifest: delete the contents of the output folder and start over."""
-    scale: ScaleConfig = ScaleConfig()
-    """With a manifest: as for predict."""
-    storage: StorageConfig = StorageConfig()
 
 
 def evaluate(config: EvaluateConfig | None = None, /, **settings: Any) -> Evaluation:

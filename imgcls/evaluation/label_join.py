@@ -7,18 +7,16 @@ either side is rejected, because its label would be ambiguous.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import model_validator
 
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
 from imgcls.data.manifest_options import KeyNames
 from imgcls.errors import OK, RequestError
+from imgcls.evaluation.config import LabelTableConfig
 from imgcls.metrics.columns import encode_classes, take_scores
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.committed import CommittedRun, is_scalar_type
@@ -26,38 +24,6 @@ from imgcls.runs.committed import CommittedRun, is_scalar_type
 JOINED_COLUMN = "label"
 """Column of the joined label."""
 _KEYS = KeyNames("labels", {"path_column": "on", "label_column": "labels.column"})
-
-
-class LabelTableConfig(Section):
-    """CSV or Parquet table of labels."""
-
-    shorthand: ClassVar[str | None] = "path"
-
-    path: str
-    """File, folder or glob of the table."""
-    column: str = "label"
-    """Column of class names."""
-    delimiter: str | None = None
-    """CSV delimiter (default: detected from the header line)."""
-    encoding: str = "utf-8"
-    """CSV text encoding."""
-    escape: str | None = None
-    """CSV escape character before a quote inside a quoted value, e.g. \\ for files from Spark."""
-
-
-class LabelJoinConfig(Section):
-    """Labels to evaluate a run against."""
-
-    labels: LabelTableConfig | None = None
-    """Table of labels to join (default: the label column of the run)."""
-    on: str | None = None
-    """Column that joins predictions and labels (default: the path column)."""
-
-    @model_validator(mode="after")
-    def _check_join(self) -> Self:
-        if self.on is not None and self.labels is None:
-            raise ValueError("on: is the key of --labels, which is missing; pass --labels TABLE")
-        return self
 
 
 def select_run_columns(names: Sequence[str], *, joined: bool) -> list[str]:

@@ -13,15 +13,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
 
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
-from imgcls.data.manifest import Manifest, ManifestConfig, normalize_labels, open_manifest
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.manifest import Manifest, normalize_labels, open_manifest
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ImageError, RequestError, StorageError
+from imgcls.evaluation.config import MIN_IMAGES, QuantizeConfig
 from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
@@ -37,23 +36,6 @@ from imgcls.models.int8_calibration import record_int8_ranges
 
 _BATCH_SIZE = 32
 _IO_CONCURRENCY = 16
-MIN_IMAGES = 16
-
-
-class QuantizeConfig(Section):
-    """Create a bundle that runs in int8 on CPUs, and measure agreement, accuracy and speed."""
-
-    model: str
-    """Bundle to calibrate."""
-    manifest: ManifestConfig
-    """Images like those to be predicted; if they have labels, accuracy is measured too."""
-    output: str
-    """Folder of the new bundle."""
-    images: int = Field(default=1024, ge=2 * MIN_IMAGES)
-    """Images to read from the start of the manifest: half to calibrate, half to evaluate."""
-    overwrite: bool = False
-    """Replace an existing bundle."""
-    storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage

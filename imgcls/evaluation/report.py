@@ -8,19 +8,19 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import yaml
 
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot
-from imgcls.evaluation.compute import Evaluation, EvaluationOptions, compute_evaluation
+from imgcls.evaluation.compute import Evaluation, compute_evaluation
+from imgcls.evaluation.config import ReportConfig
 from imgcls.html import render_page
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import (
@@ -37,19 +37,6 @@ MAX_CLASSES_SHOWN = 1_000
 MAX_SLICES_SHOWN = 300
 MAX_NOTEBOOK_IMAGES = 8
 _TEMPLATES = "imgcls.evaluation"
-
-
-class ReportConfig(Section):
-    """Write report.html for a run (labeled or not) or for a trained bundle."""
-
-    positional: ClassVar[tuple[str, ...]] = ("source",)
-
-    source: str
-    """Output folder of `imgcls predict`, or a bundle of `imgcls train`."""
-    output: str | None = None
-    """File to write (default: report.html in the source folder)."""
-    evaluation: EvaluationOptions = EvaluationOptions()
-    storage: StorageConfig = StorageConfig()
 
 
 @with_config_storage

@@ -7,16 +7,14 @@ chunks in flight.
 from __future__ import annotations
 
 import pickle
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import pyarrow as pa
 import ray.data
 
 from imgcls.cluster import ray_internals
-from imgcls.cluster.session import configure_ray_data
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import Placement
 from imgcls.execution.worker import Job
@@ -25,38 +23,19 @@ MAX_BLOCK_CHUNKS = 256
 """Maximum number of chunks in a block. A block costs the driver 40 KB and 4 ms."""
 
 
-class _ExecutorRegistry(ray_internals.ExecutionCallback):
-    """Gives a pipeline its executor before the first result; Ray Data itself gives it after.
-
-    Ray Data constructs the callback from its class, so the two find each other by a name in the
-    pipeline's context.
-    """
-
-    KEY: ClassVar[str] = "imgcls.pipeline"
-    executors: ClassVar[dict[str, Any]] = {}
-
-    def before_execution_starts(self, executor: Any) -> None:
-        self.executors[ray_internals.get_execution_config(executor, self.KEY)] = executor
-
-
 class Pipeline:
     """Chunks of a job on the cluster; after one that was stopped another can be started."""
 
     def __init__(
         self, job: Job, spec: RunSpec, placement: Placement, tasks: Sequence[ChunkTask]
     ) -> None:
-        configure_ray_data()
         spec, placement = apply_host_limits(spec, placement, len(tasks))
-        self._name = secrets.token_hex(8)
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        # each result leaves its worker at once, not when the block of its chunk is done
-        context.target_max_block_size = 1
-        ray_internals.limit_result_buffer(context, placement.max_buffered_results)
-        context.execution_no_progress_timeout_s = -1  # `scale` sets the timeouts
-        context.set_config(_ExecutorRegistry.KEY, self._name)
-        context.custom_execution_callback_classes.append(_ExecutorRegistry)
-        with ray.data.DataContext.current(context):
+        self._execution = DataExecution()
+        with self._execution.own_settings() as context:
+            # each result leaves its worker at once, not when the block of its chunk is done
+            context.target_max_block_size = 1
+            ray_internals.limit_result_buffer(context, placement.max_buffered_results)
+            context.execution_no_progress_timeout_s = -1  # `scale` sets the timeouts
             dataset = ray.data.from_blocks(build_blocks(tasks, placement.num_readers))
             self._dataset = placement.add_stages(dataset, job, spec)
 
@@ -68,16 +47,14 @@ class Pipeline:
                 for payload in batch.column("result").to_pylist():
                     yield pickle.loads(payload)
         finally:
-            _ExecutorRegistry.executors.pop(self._name, None)
+            self._execution.close()
 
     def stop(self) -> None:
         """Take the workers away, whatever they are doing, so that `run` ends.
 
         Call it again until `run` has ended: it has no effect in the moment before Ray Data starts.
         """
-        executor = _ExecutorRegistry.executors.get(self._name)
-        if executor is not None:
-            executor.shutdown(force=True)
+        self._execution.stop()
 
 
 def apply_host_limits(

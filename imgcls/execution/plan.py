@@ -27,7 +27,7 @@ from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
 from imgcls.errors import ManifestError, OutputError
-from imgcls.execution.formatting import format_count
+from imgcls.formatting import format_count
 from imgcls.runs import layout
 
 DEFAULT_CHUNK_ROWS = 256

@@ -8,8 +8,8 @@ from typing import Any, TextIO
 
 from imgcls import log
 from imgcls.errors import OK
-from imgcls.execution.formatting import format_count, format_duration, format_share
 from imgcls.execution.messages import ChunkResult, StageTimings
+from imgcls.formatting import format_count, format_duration, format_share
 
 _WINDOW_S = 30.0
 _LIVE_S = 0.2

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from imgcls.cluster import session
 from imgcls.cluster.session import Node
-from imgcls.execution.formatting import format_count
 from imgcls.execution.placement import Placement
+from imgcls.formatting import format_count
 
 SETTLE_S = 15.0
 """Time without a change of nodes before a replan: nodes seldom join or leave alone."""

@@ -20,7 +20,7 @@ import ray
 
 from imgcls import log
 from imgcls.cluster import autoscaler, interrupts, session
-from imgcls.cluster.autoscaler import WaitTimeout
+from imgcls.cluster.autoscaler import NodeRequest, WaitTimeout
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.manifest import Manifest
@@ -35,11 +35,10 @@ from imgcls.errors import (
 )
 from imgcls.execution import replan
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.formatting import format_count
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec
 from imgcls.execution.placement import (
     Placement,
-    ScaleConfig,
     compute_first_bundles,
     plan_placement,
     select_nodes,
@@ -48,6 +47,7 @@ from imgcls.execution.plan import Plan, restore_shards
 from imgcls.execution.progress import Progress
 from imgcls.execution.replan import NodeMonitor, RunState
 from imgcls.execution.worker import Job
+from imgcls.formatting import format_count
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 
@@ -216,6 +216,7 @@ class ChunkRunner:
         self._use_gpus = job.has_gpu_stage
         self._chunk_bytes = driver.chunk_bytes
         self._adapt = adapt
+        self._request = NodeRequest()
         self._timeout = WaitTimeout(driver.scale.resource_timeout_s)
         self._max_nodes = None if session.is_private_session() else autoscaler.find_max_nodes()
 
@@ -239,7 +240,7 @@ class ChunkRunner:
                 placement = self._adapt((yield from self._replan()))
                 _log_placement(placement)
         finally:
-            autoscaler.cancel_request()
+            self._request.cancel()
 
     def _run_pass(
         self, placement: Placement, remaining: dict[int, ChunkTask]
@@ -257,7 +258,9 @@ class ChunkRunner:
         rows_left = self._count_rows(remaining)
         rows, first_at = 0, 0.0
         try:
-            for result in interrupts.iterate_in_thread(pipeline.run(), self._interruption):
+            for result in interrupts.iterate_in_thread(
+                pipeline.run(), self._interruption, pipeline.stop
+            ):
                 for message in watchdog.check():
                     log.emit("watch", message)
                 if result is not None and result.task.chunk in remaining:
@@ -305,7 +308,7 @@ class ChunkRunner:
             wanted = select_nodes(
                 self._max_nodes, self._scale, self._chunk_bytes, rows, use_gpus=self._use_gpus
             )
-            autoscaler.update_request(replan.find_missing_nodes(wanted, session.list_nodes()))
+            self._request.update(replan.find_missing_nodes(wanted, session.list_nodes()))
 
     def _replan(self) -> Generator[None, None, Placement]:
         """The placement for the nodes that are there after some have left or joined."""
@@ -319,6 +322,7 @@ class ChunkRunner:
                     ),
                     scale.resource_timeout_s,
                     self._interruption,
+                    request=self._request,
                     under_way=True,
                 )
             )

@@ -23,8 +23,9 @@ from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, RunFailed, StorageError, first_line
-from imgcls.execution.formatting import format_count, format_share
-from imgcls.execution.placement import WORKER_CPUS, Placement, ScaleConfig
+from imgcls.execution.config import ScaleConfig
+from imgcls.execution.placement import WORKER_CPUS, Placement
+from imgcls.formatting import format_count, format_share
 from imgcls.inference.gpu_errors import describe_out_of_memory
 from imgcls.models.bundle import load_bundle, read_description
 
@@ -229,7 +230,11 @@ def run_benchmark(
         num_gpus=placement.worker_gpus,
         runtime_env={} if placement.worker_gpus else build_malloc_env(),
     )(measure_rates).remote(spec, images, placement.threads, placement.device)
-    result: BenchmarkResult = wait_for([task])[0]
+    try:
+        result: BenchmarkResult = wait_for([task])[0]
+    except RunFailed:  # interrupted, or waited too long for the cores
+        ray.cancel(task, force=True)
+        raise
     if result.device_decode is None:
         return result
     cores = max(1, placement.prepare_tasks // placement.workers)
@@ -245,10 +250,12 @@ def _measure_cores(
     """
     actor: Any = ray.remote(num_cpus=WORKER_CPUS)(DecodeBenchmark)
     actors = [actor.remote(images) for _ in range(cores)]
-    wait_for([each.load.remote() for each in actors])
-    rates: list[float] = wait_for([each.measure.remote() for each in actors])
-    for each in actors:
-        ray.kill(each)
+    try:
+        wait_for([each.load.remote() for each in actors])
+        rates: list[float] = wait_for([each.measure.remote() for each in actors])
+    finally:
+        for each in actors:
+            ray.kill(each)
     return sum(rates) / cores
 
 

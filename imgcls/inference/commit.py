@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from imgcls import log
 from imgcls.data import filesystem
 from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
-from imgcls.execution.formatting import format_count, format_share
 from imgcls.execution.plan import Plan
+from imgcls.formatting import format_count, format_share
 from imgcls.inference import rollup
+from imgcls.inference.config import ErrorStatus
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.status import read_status
 from imgcls.metrics import PredictionCounts, tables
@@ -27,12 +28,6 @@ from imgcls.metrics.drift import compute_drift
 from imgcls.metrics.formatting import format_summary
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
-
-ErrorStatus = Literal[
-    "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
-    "unsupported", "too_large", "unreadable", "not_finite", "crashed",
-]  # fmt: skip
-"""Statuses of rows without a prediction."""
 
 DEFAULT_MAX_ERRORS = 10
 """Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds

@@ -24,8 +24,8 @@ from imgcls.data.manifest import ManifestConfig, open_manifest, resolve_paths
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.data.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OutputError, RequestError
-from imgcls.execution.formatting import format_count
 from imgcls.execution.plan import MAX_PART_BYTES
+from imgcls.formatting import format_count
 from imgcls.inference.known_images import KnownImages, rank_runs, take_rows
 from imgcls.inference.nights import find_origins, find_past_runs
 from imgcls.runs import layout

@@ -13,18 +13,18 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Collection, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.config import Names, Section
 from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
 from imgcls.data.manifest import Manifest, resolve_paths
 from imgcls.errors import ManifestError, OutputError
-from imgcls.execution.formatting import format_count
+from imgcls.formatting import format_count
+from imgcls.inference.config import SinceConfig
 from imgcls.inference.known_images import (
     DELETED,
     FAILED_BEFORE,
@@ -44,17 +44,6 @@ from imgcls.runs.committed import CommittedRun, iter_tables
 
 DEFAULT_VERSION_COLUMNS = ("etag", "size", "mtime", "version")
 """Columns whose change means another image, if both manifest and earlier runs have them."""
-
-
-class SinceConfig(Section):
-    """Earlier runs, whose successful rows are not labeled again."""
-
-    shorthand: ClassVar[str | None] = "path"
-
-    path: str
-    """A run, a folder of runs such as labels/ of labels/date=.../, or a compacted history."""
-    version: Names = []
-    """Manifest columns whose change means another image. Default: etag, size, mtime, version."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,9 +19,10 @@ from imgcls import log
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest
 from imgcls.errors import TooManyErrors
-from imgcls.execution.formatting import format_count
 from imgcls.execution.plan import RunIdentity, parse_plan
-from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
+from imgcls.formatting import format_count
+from imgcls.inference.config import SinceConfig
+from imgcls.inference.incremental import ManifestComparison, SinceRequest
 from imgcls.inference.known_images import read_planned_rows
 from imgcls.inference.nights import OutputSeries, PlannedRun, compute_next_sequence
 from imgcls.runs import layout

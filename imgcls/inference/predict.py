@@ -18,12 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster import interrupts, session
 from imgcls.config import requested
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import RequestError, RunFailed
-from imgcls.execution.formatting import format_count
 from imgcls.execution.placement import Placement
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import (
@@ -33,13 +32,14 @@ from imgcls.execution.runner import (
     load_completed,
     wait_for_placement,
 )
+from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
+from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
 from imgcls.inference.ray_metrics import RayMetrics
-from imgcls.inference.requests import PredictConfig as PredictConfig
 from imgcls.inference.requests import (
     check_request,
     check_resumable,
@@ -175,7 +175,6 @@ def _label_job(
             driver = Driver(job.output, lease, interruption, config.scale, config.progress_seconds)
             return _PredictRun(config, job, bundle, driver, started_at).run()
     finally:
-        autoscaler.cancel_request()
         lease.release()
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageError
-from imgcls.execution.formatting import format_count, format_share
+from imgcls.formatting import format_count, format_share
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
 

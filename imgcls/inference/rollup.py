@@ -24,11 +24,11 @@ from imgcls.data.manifest import normalize_labels
 from imgcls.data.schemas import conform_table, widen_dictionaries
 from imgcls.errors import OK, RunFailed
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.formatting import format_count
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.placement import ROLLUP_TASK_CPUS
 from imgcls.execution.plan import Plan
 from imgcls.execution.runner import Driver
+from imgcls.formatting import format_count
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout
 

@@ -18,8 +18,8 @@ from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
-from imgcls.execution.formatting import format_count, format_duration, format_share
 from imgcls.execution.plan import Plan, parse_plan
+from imgcls.formatting import format_count, format_duration, format_share
 from imgcls.runs import layout, lease
 from imgcls.runs.lease import LeaseHolder
 

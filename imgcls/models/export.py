@@ -16,22 +16,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 import yaml
-from pydantic import BeforeValidator, PositiveInt
 from torch import nn
 
 from imgcls import log
-from imgcls.config import Section, names
 from imgcls.data import decode, filesystem
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import (
     BundleError,
     ImageError,
@@ -43,9 +41,9 @@ from imgcls.errors import (
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
 from imgcls.models.classifier import Classifier, load_network
+from imgcls.models.config import ExportConfig, ExportFormat
 from imgcls.models.task import ScoreScaling, find_task
 
-ExportFormat = Literal["onnx", "program", "torchscript"]
 EXPORT_FILES: dict[ExportFormat, str] = {
     "onnx": "model.onnx",
     "program": "model.pt2",
@@ -57,26 +55,6 @@ SYNTHETIC_IMAGES = 16
 """Number of synthetic images for the comparison if no images are configured."""
 CLEAR_MARGIN = 0.01
 """Minimum lead of the best score over the next at which labels must be equal."""
-
-
-class ExportConfig(Section):
-    """Write a bundle as files that run without imgcls."""
-
-    positional: ClassVar[tuple[str, ...]] = ("model",)
-
-    model: str
-    """Bundle to export."""
-    output: str
-    """Folder to write."""
-    formats: Annotated[list[ExportFormat], BeforeValidator(names)] = ["onnx"]
-    """onnx: ONNX Runtime and others. program: torch.export. torchscript: older PyTorch."""
-    images: ManifestConfig | None = None
-    """Images for the comparison of scores (default: synthetic images)."""
-    max_images: PositiveInt = 64
-    """Maximum number of images for the comparison, from the start of the manifest."""
-    overwrite: bool = False
-    """Replace an existing export."""
-    storage: StorageConfig = StorageConfig()
 
 
 class PortableNetwork(nn.Module):

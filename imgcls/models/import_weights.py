@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import PositiveInt
-
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data import filesystem
-from imgcls.data.preprocess import DecodeMode, Preprocess
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.preprocess import Preprocess
+from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ConfigError, StorageError, request_error
 from imgcls.models import zoo
 from imgcls.models.bundle import (
@@ -21,37 +18,7 @@ from imgcls.models.bundle import (
     parse_class_list,
     save_bundle,
 )
-
-
-class ImportConfig(Section):
-    """Make a bundle from a weights file and a list of classes."""
-
-    arch: str
-    """Architecture, e.g. squeezenet1_0; `imgcls model list` lists all names."""
-    weights: str
-    """State dict, .pth or .safetensors (path or URL), or the name of torchvision weights."""
-    classes: str
-    """Text file with one class name per line, in the order of the network's outputs."""
-    output: str
-    """Bundle folder to write."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of the architecture's constructor."""
-    resize: PositiveInt | None = None
-    """Length of the shorter side after resizing, in pixels (default: of the architecture)."""
-    crop: PositiveInt | None = None
-    """Side of the model's square input, in pixels (default: of the architecture)."""
-    decode: DecodeMode = "exact"
-    """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
-    overwrite: bool = False
-    """Replace an existing bundle."""
-    storage: StorageConfig = StorageConfig()
-
-
-class ListModelsConfig(Section):
-    """List the architectures."""
-
-    contains: str = ""
-    """Substring that the names must contain (default: list all)."""
+from imgcls.models.config import ImportConfig, ListModelsConfig
 
 
 @with_config_storage

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 AnyFloat = TypeVar("AnyFloat", bound=np.floating[Any])
-ScoresType = Literal["float32", "float16"]
 
 _BLOCK_VALUES = 4_000_000
 """Number of log scores that `compute_confidences` processes at a time."""

@@ -1,22 +1,31 @@
-"""Configuration of `imgcls train`; each section is defined in the module that uses it."""
+"""Configuration of `imgcls train`.
+
+It is checked without torch and Ray, so that a wrong key is refused at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import unicodedata
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from imgcls.config import Section
+from imgcls.config import Section, UnitFloat
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.manifest import ManifestConfig
+from imgcls.data.preprocess import DecodeMode, ResizeMode
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.training.augment.augment import AugmentConfig
-from imgcls.training.data.examples import DataConfig
+from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.epoch_metrics import SelectionMetric
-from imgcls.training.loggers.base import TrackConfig
-from imgcls.training.network import ModelConfig
-from imgcls.training.optim.loss import LossConfig
-from imgcls.training.optim.optimizer import OptimConfig
-from imgcls.training.optim.strategy import FinetuneConfig, ProbeConfig, Strategy
-from imgcls.training.scaling import TrainScaleConfig
 
 TrainPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -30,6 +39,215 @@ NON_IDENTITY_KEYS = (
     "storage",
 )
 """Keys that may change when a run is resumed, because they do not affect the weights."""
+
+
+class ModelConfig(Section):
+    """Network architecture, initial weights and preprocessing."""
+
+    shorthand: ClassVar[str | None] = "name"
+
+    name: str = "resnet18"
+    """small_cnn, a torchvision classifier (`imgcls model list`), or a timm model as timm:NAME."""
+    weights: str | None = None
+    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1. Default: random."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Dropout probability before the head. Default: that of the architecture."""
+    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Stochastic depth (Huang 2016): probability of skipping the last block; earlier ones less."""
+    image_size: PositiveInt | None = None
+    """Side of the square network input, in pixels. Default: that of the weights."""
+    resize_mode: ResizeMode | None = None
+    """How images that are not square are resized: crop, pad or squash. Default: as the weights."""
+    crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
+    """Fraction of the shorter side in the center crop of predictions. Default: at least 0.965."""
+    decode: DecodeMode = "exact"
+    """JPEG decoding: exact at full size, or fast at 1/2, 1/4 or 1/8 of the size of large ones."""
+
+
+Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
+
+
+class ProbeConfig(Section):
+    """Linear probe: the head on features that are computed once."""
+
+    views: PositiveInt = 2
+    """Features per training image: center crop, mirrored (if augment.hflip > 0), random crops."""
+    l2: NonNegativeFloat | None = None
+    """L2 regularization strength of the linear probe. Default: chosen by the validation loss."""
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning: all layers, lower ones with smaller learning rates."""
+
+    backbone_lr_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Learning rate of the layers below the head, as a fraction of optim.lr."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of the learning rate from each layer below the head to the next lower; 1: equal."""
+    batchnorm: Literal["frozen", "train"] = "frozen"
+    """Batch normalization: frozen keeps the pretrained statistics, train uses each batch's."""
+    unfreeze_every: PositiveInt | None = None
+    """Epochs after which the next lower layer is unfrozen, from the head down (default: at once)"""
+
+
+class LossConfig(Section):
+    """Training loss."""
+
+    class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
+    """none, balanced (inverse to the images of a class), or {class: weight}; others have 1."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Fraction of the target that is distributed over all classes."""
+    focal_gamma: NonNegativeFloat = 0.0
+    """Gamma of the focal loss (Lin et al. 2017), which reduces the loss of easy rows; 0: off."""
+
+
+OptimizerName = Literal["adamw", "sgd"]
+
+
+ScheduleName = Literal["cosine", "one_cycle", "step", "constant"]
+
+
+class OptimConfig(Section):
+    """Optimizer, learning-rate schedule and moving average."""
+
+    name: OptimizerName = "adamw"
+    """adamw (Loshchilov & Hutter 2019), or sgd with Nesterov momentum, which needs a higher lr."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate, of the head if rates differ. Default: 3e-4 from weights; from scratch
+    3e-3 for small_cnn and 1e-3 for others."""
+    scale_lr_from: PositiveInt | None = None
+    """Linear scaling rule: the batch_size that optim.lr is for; the rate scales with batch_size."""
+    schedule: ScheduleName = "cosine"
+    """After the warmup: cosine to 0, one_cycle (Smith 2018), step (by step_factor), or constant."""
+    warmup: UnitFloat = 0.1
+    """Fraction of all steps in which the learning rate rises to optim.lr."""
+    step_every: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Schedule step: fraction of all steps between two reductions."""
+    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Schedule step: factor of the learning rate at each reduction."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Weight decay of weight matrices; biases and normalization layers have none."""
+    clip_norm: PositiveFloat | None = None
+    """Maximum norm of the gradient over all parameters; a larger one is scaled down."""
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.99
+    """Decay per step of the weights' moving average, which is validated and saved; null: off."""
+
+    def compute_peak_lr(self, batch_size: int) -> float:
+        """Peak learning rate for a batch size."""
+        if self.lr is None:
+            raise ValueError("optim.lr is not set; see strategy.choose_default_lr")
+        return self.lr * (batch_size / self.scale_lr_from if self.scale_lr_from else 1)
+
+
+class TrainScaleConfig(Section):
+    """Training workers and their resources."""
+
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Number of training workers, which share each batch; [min, max] adapts to the cluster."""
+    use_gpu: bool | None = None
+    """Use one GPU per worker. Default: if the cluster has enough GPUs for all workers."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that each worker reserves; may be a fraction."""
+    accumulate: PositiveInt = 1
+    """Gradient accumulation: parts into which a worker splits its share of a batch."""
+    sync_batchnorm: bool = False
+    """Synchronize batch statistics over all workers; only on GPUs."""
+    compile: bool = False
+    """Compile the network with torch.compile; worth its time only on long runs."""
+    max_failures: NonNegativeInt = 8
+    """Maximum number of times that lost workers are replaced before the run fails."""
+    resource_timeout_s: PositiveFloat = 1800.0
+    """Maximum wait for nodes or workers, in seconds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainScaleConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers {list(self.bounds)}: put the smaller number first")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Minimum and maximum number of workers."""
+        count = self.num_workers
+        return (count, count) if isinstance(count, int) else count
+
+    @property
+    def min_workers(self) -> int:
+        return self.bounds[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.bounds[1]
+
+
+class TrackConfig(Section):
+    """Experiment tracking, in addition to TensorBoard."""
+
+    mlflow: str | None = None
+    """Tracking URI of MLflow, e.g. http://mlflow:5000 or sqlite:///mlflow.db."""
+    wandb: str | None = None
+    """Project of Weights & Biases, as PROJECT or ENTITY/PROJECT."""
+    experiment: str = "imgcls"
+    """MLflow experiment of the run."""
+    run: str | None = None
+    """Name of the run in MLflow and Weights & Biases (default: name of the output folder)."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _check_mlflow(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password:
+            raise ValueError(
+                "contains a password, and settings are written into the bundle; set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return uri
+
+    @field_validator("wandb")
+    @classmethod
+    def _check_wandb(cls, project: str | None) -> str | None:
+        if project is not None and (project.count("/") > 1 or not all(project.split("/"))):
+            raise ValueError(f"{project!r} is neither PROJECT nor ENTITY/PROJECT")
+        return project
+
+    def resolve_run_name(self, output: str) -> str:
+        """`run`, or the name of the output folder."""
+        return self.run or output.rstrip("/").rpartition("/")[2]
+
+
+class DataConfig(Section):
+    """Training and validation data."""
+
+    shorthand: ClassVar[str | None] = "train"
+
+    train: ManifestConfig
+    """Labeled training images."""
+    val: ManifestConfig | None = None
+    """Labeled validation images (default: a part of data.train is held out)."""
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of each class to hold out if data.val is not set; chosen by a hash of the path."""
+    max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
+    """Maximum share of undecodable images. They are left out; above this share training fails."""
+    sampling: Literal["natural", "balanced"] = "natural"
+    """natural: every image once per epoch; balanced: equally many per class, rare ones repeated."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
+    cache: bool | None = None
+    """Decode once and keep in memory (default: if all images fit into Ray's object store)."""
+    classes: list[str] | None = None
+    """Class names in the order of the outputs (default: the sorted labels of data.train)."""
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, classes: list[str] | None) -> list[str] | None:
+        if classes is not None:  # the same normalization as for labels
+            classes = [unicodedata.normalize("NFC", name) for name in classes]
+        if classes is not None and len(set(classes)) < len(classes):
+            duplicate = next(name for name in classes if classes.count(name) > 1)
+            raise ValueError(f"class {duplicate!r} is listed twice; class names must be unique")
+        return classes
 
 
 class EarlyStoppingConfig(Section):

@@ -1,4 +1,8 @@
-"""Metrics of one epoch: the record, its line in the log, and which epoch is the best."""
+"""Metrics of one epoch: the record, its line in the log, and which epoch is the best.
+
+The result of the training loop, which returns them, is defined here too: Ray Train's controller
+reads it, and should not import the loop for that.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +78,26 @@ class EpochMetrics:
         if by == "val_loss":
             return self.val_loss < other.val_loss
         return (self.val_accuracy, -self.val_loss) > (other.val_accuracy, -other.val_loss)
+
+
+@dataclass(frozen=True)
+class TrainLoopResult:
+    """Result of the training loop, the same on every worker.
+
+    precision:     the precision used, also when the request is `auto`
+    failure_kind:  None on success; `diverged`, `failures` (too many images cannot be decoded) or
+        `failed` (a worker failed, and would again)
+    problem:       the failure as text
+    failed_images: numbers of images that cannot be decoded and of all images, for `failures`
+    lr_curve:      (learning rate, loss) pairs of an LR range test
+    """
+
+    history: tuple[EpochMetrics, ...]
+    precision: str
+    failure_kind: str | None = None
+    problem: str | None = None
+    failed_images: tuple[int, int] = (0, 0)
+    lr_curve: tuple[tuple[float, float], ...] = ()
 
 
 def format_probe_note(

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from imgcls.formatting import format_count
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
     BundleSpec,
@@ -112,10 +113,9 @@ def _format_summary(spec: BundleSpec, row: Mapping[str, float], parameters: int 
     network = f"{_format_code(spec.architecture.name)} ({spec.architecture.source}){size}"
     lines = [f"An image classifier: {network}, {known}."]
     if "val_accuracy" in row:
-        rows = (
-            f" of {_format_count(row['val_rows'], 'validation image')}" if "val_rows" in row else ""
-        )
-        lines.append(f"It classifies {_format_accuracy(row)}{rows} correctly.")
+        rows = row.get("val_rows")
+        images = "" if rows is None else f" of {format_count(int(rows), 'validation image')}"
+        lines.append(f"It classifies {_format_accuracy(row)}{images} correctly.")
     return "\n".join([*lines, "", *render_card_description(spec), ""])
 
 
@@ -142,7 +142,7 @@ def _format_data(spec: BundleSpec, class_rows: Mapping[str, tuple[int, int]] | N
             "" if _get_nested(data, "manifests", "data.val") else ", held out of the same manifest"
         )
         lines.append(
-            f"{_format_count(data['train_rows'], 'image')} to train on, {data['val_rows']:,} "
+            f"{format_count(data['train_rows'], 'image')} to train on, {data['val_rows']:,} "
             "to validate"
             f"{origin}; {failed:,} of them could not be decoded and were left out."
         )
@@ -306,10 +306,6 @@ def _format_code(text: object) -> str:
     if "`" in shown:
         return f"`` {shown} ``" if "``" not in shown else escape_markdown(shown, len(shown))
     return f"`{shown}`" if shown else ""
-
-
-def _format_count(number: float, noun: str) -> str:
-    return f"{number:,.0f} {noun}" + ("" if number == 1 else "s")
 
 
 def _format_duration(seconds: float) -> str:

@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data.lazy_torchvision import torchvision
-from imgcls.data.preprocess import DecodeMode, Preprocess, ResizeMode
+from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture
+from imgcls.training.config import ModelConfig
 
 _MIN_CROP_PCT = 0.965
 """Of torchvision's training recipe of 2021. The 0.875 of the recipe before it removes image borders
 that random crops of half the area and more have shown in training.
 """
-
-
-class ModelConfig(Section):
-    """Network architecture, initial weights and preprocessing."""
-
-    shorthand: ClassVar[str | None] = "name"
-
-    name: str = "resnet18"
-    """small_cnn, a torchvision classifier (`imgcls model list`), or a timm model as timm:NAME."""
-    weights: str | None = None
-    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1. Default: random."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Dropout probability before the head. Default: that of the architecture."""
-    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Stochastic depth (Huang 2016): probability of skipping the last block; earlier ones less."""
-    image_size: PositiveInt | None = None
-    """Side of the square network input, in pixels. Default: that of the weights."""
-    resize_mode: ResizeMode | None = None
-    """How images that are not square are resized: crop, pad or squash. Default: as the weights."""
-    crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None
-    """Fraction of the shorter side in the center crop of predictions. Default: at least 0.965."""
-    decode: DecodeMode = "exact"
-    """JPEG decoding: exact at full size, or fast at 1/2, 1/4 or 1/8 of the size of large ones."""
 
 
 def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:

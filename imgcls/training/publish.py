@@ -16,13 +16,11 @@ from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.provenance import build_provenance
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.epoch_metrics import EpochMetrics
+from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.model_card import build_model_card
 from imgcls.training.optim.lr_finder import find_steepest_lr
-from imgcls.training.plots import draw_curves, draw_lr_range, smooth_curve
 from imgcls.training.scaling import WorkerPlan
 from imgcls.training.setup import SAMPLES_PLOT, TrainSetup
-from imgcls.training.trainer import TrainLoopResult
 
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
@@ -116,6 +114,8 @@ def _build_spec(
 
 def _render_files(history: pd.DataFrame, best: EpochMetrics) -> dict[str, bytes]:
     """The history as a table and as curves, by file name."""
+    from imgcls.training.plots import draw_curves  # imports matplotlib
+
     sink = io.BytesIO()
     history.to_parquet(sink, index=False)
     curves = draw_curves(history, best.epoch)
@@ -128,10 +128,12 @@ def write_lr_curve(url: str, curve: Sequence[tuple[float, float]]) -> float:
     curve: (learning rate, loss) of each step, at least two
     Returns the learning rate at which the loss falls fastest.
     """
+    from imgcls.training import plots  # imports matplotlib
+
     lrs, losses = zip(*curve, strict=True)
-    suggestion = find_steepest_lr(lrs, smooth_curve(np.asarray(losses)))
-    plots = draw_lr_range(lrs, losses, suggestion)
-    files = {f"plots/{name}": data for name, data in plots.items()}
+    suggestion = find_steepest_lr(lrs, plots.smooth_curve(np.asarray(losses)))
+    drawn = plots.draw_lr_range(lrs, losses, suggestion)
+    files = {f"plots/{name}": data for name, data in drawn.items()}
     sink = io.BytesIO()
     pd.DataFrame({"lr": lrs, "loss": losses}).to_parquet(sink, index=False)
     files["lr_range.parquet"] = sink.getvalue()

@@ -8,6 +8,7 @@ that lasts too long.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -29,14 +30,16 @@ from imgcls.cluster.interrupts import Interruption, run_in_thread
 from imgcls.cluster.session import build_malloc_env
 from imgcls.data import filesystem, object_store, storage_settings
 from imgcls.errors import Interrupted, RunFailed
+from imgcls.formatting import format_count
 from imgcls.models import zoo
 from imgcls.models.precision import choose_precision
 from imgcls.training import network as networks
 from imgcls.training.checkpoints import CHECKPOINT_FOLDER
 from imgcls.training.config import TrainPrecision
+from imgcls.training.epoch_metrics import TrainLoopResult
 from imgcls.training.scaling import WorkerPlan
 from imgcls.training.train_step import WorkerContext
-from imgcls.training.trainer import Trainer, TrainLoopResult, TrainLoopSpec
+from imgcls.training.trainer import Trainer, TrainLoopSpec
 
 # `ray.train` exports the names of Train V2 where it runs, but those of V1 where it is type-checked
 _ray_train: Any = ray.train
@@ -65,15 +68,29 @@ def fit_torch_trainer(
     Raises Interrupted after a signal, once the workers have saved their state; RunFailed when
     workers fail, or when none is alive for `scale.resource_timeout_s`.
     """
-    scale = spec.config.scale
     folder = filesystem.join(spec.config.output, CHECKPOINT_FOLDER, "ray")
+    trainer = build_torch_trainer(spec, workers, channel, folder)
+    try:
+        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
+            timeout_s = spec.config.scale.resource_timeout_s
+            liveness = _WorkerLiveness(channel, str(workers), timeout_s)
+            return _wait_for_result(run_in_thread(trainer.fit), channel, liveness, interruption)
+    finally:
+        filesystem.remove(folder)
+
+
+def build_torch_trainer(
+    spec: TrainLoopSpec, workers: WorkerPlan, channel: Any, folder: str
+) -> TorchTrainer:
+    """Ray Train's trainer of the group of workers; its own records are written to `folder`."""
+    scale = spec.config.scale
     path, file_system = resolve_ray_storage(folder)
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     is_elastic = workers.min_count < workers.max_count
     loop: Any = storage_settings.bind_settings(train_loop_per_worker)
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"spec": spec, "channel": channel},
+    return TorchTrainer(
+        # bound, since Ray Train's controller reads `train_loop_config`, and would import the loop
+        functools.partial(loop, spec, channel),
         scaling_config=_ray_train.ScalingConfig(
             num_workers=(workers.min_count, workers.max_count) if is_elastic else workers.count,
             use_gpu=workers.gpus > 0,
@@ -93,12 +110,6 @@ def fit_torch_trainer(
             worker_runtime_env=build_malloc_env(),
         ),
     )
-    try:
-        with session.set_env_defaults({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_INTERVAL_S)}):
-            liveness = _WorkerLiveness(channel, str(workers), scale.resource_timeout_s)
-            return _wait_for_result(run_in_thread(trainer.fit), channel, liveness, interruption)
-    finally:
-        filesystem.remove(folder)
 
 
 class _WorkerLiveness:
@@ -195,9 +206,8 @@ def resolve_ray_storage(folder: str) -> tuple[str, pyarrow.fs.FileSystem | None]
 # ---------------------------------------------------------------------- in a worker
 
 
-def train_loop_per_worker(config: dict[str, Any]) -> TrainLoopResult:
+def train_loop_per_worker(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     """The training function that Ray Train calls in every worker."""
-    spec, channel = config["spec"], config["channel"]
     reason = ray.get(channel.get_failure.remote())
     if reason is not None:
         # Ray Train restarts workers after any failure; this one would only occur again
@@ -235,7 +245,7 @@ def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     networks.set_regularization(network, spec.config.model)
     trainer = Trainer(spec, WorkerContext(rank, world_size, device, precision), network, channel)
     if rank == 0:
-        workers = f"{world_size} worker" + ("s" if world_size > 1 else "")
+        workers = format_count(world_size, "worker")
         channel.post.remote(f"training: {workers} on {device.type}, {precision} ({reason})")
     return trainer.run(lambda epoch: _ray_train.report(asdict(epoch)))
 

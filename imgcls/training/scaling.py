@@ -9,57 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-
 from imgcls.cluster import autoscaler
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
-from imgcls.config import Section
 from imgcls.errors import ResourcesError
+from imgcls.training.config import TrainScaleConfig
 
 MAX_STORE_FRACTION = 0.8
 """Fraction of the object store that decoded images may fill; beyond it Ray spills to disk."""
-
-
-class TrainScaleConfig(Section):
-    """Training workers and their resources."""
-
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    """Number of training workers, which share each batch; [min, max] adapts to the cluster."""
-    use_gpu: bool | None = None
-    """Use one GPU per worker. Default: if the cluster has enough GPUs for all workers."""
-    cpus_per_worker: PositiveFloat = 1.0
-    """CPUs that each worker reserves; may be a fraction."""
-    accumulate: PositiveInt = 1
-    """Gradient accumulation: parts into which a worker splits its share of a batch."""
-    sync_batchnorm: bool = False
-    """Synchronize batch statistics over all workers; only on GPUs."""
-    compile: bool = False
-    """Compile the network with torch.compile; worth its time only on long runs."""
-    max_failures: NonNegativeInt = 8
-    """Maximum number of times that lost workers are replaced before the run fails."""
-    resource_timeout_s: PositiveFloat = 1800.0
-    """Maximum wait for nodes or workers, in seconds."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainScaleConfig:
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers {list(self.bounds)}: put the smaller number first")
-        return self
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Minimum and maximum number of workers."""
-        count = self.num_workers
-        return (count, count) if isinstance(count, int) else count
-
-    @property
-    def min_workers(self) -> int:
-        return self.bounds[0]
-
-    @property
-    def max_workers(self) -> int:
-        return self.bounds[1]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from ray import tune
 
 from imgcls.config import Section, build
 from imgcls.errors import ConfigError
@@ -31,13 +29,6 @@ class Axis(Section):
     """[low, high], uniform over the integers, both ends included."""
     lograndint: tuple[int, int] | None = None
     """[low, high], integers, uniform on a log scale, both ends included."""
-
-    _domains: ClassVar[dict[str, Callable[..., Any]]] = {
-        "uniform": tune.uniform,
-        "loguniform": tune.loguniform,
-        "randint": lambda low, high: tune.randint(low, high + 1),
-        "lograndint": lambda low, high: tune.lograndint(low, high + 1),
-    }
 
     @model_validator(mode="after")
     def _check(self) -> Axis:
@@ -65,12 +56,17 @@ class Axis(Section):
 
     def build_domain(self) -> Any:
         """The axis as a search domain of Ray Tune."""
+        from ray import tune  # not to check the configuration
+
         values = getattr(self, self.kind)
         if self.kind == "choice":
             return tune.choice(values)
         if self.kind == "grid":
             return tune.grid_search(values)
-        return self._domains[self.kind](*values)
+        low, high = values
+        if self.kind.endswith("randint"):
+            high += 1  # Ray Tune excludes the upper end
+        return getattr(tune, self.kind)(low, high)
 
     def list_extremes(self) -> list[Any]:
         """Values to check: all of a list, the ends of an interval."""

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from torch import nn
 
 from imgcls import log
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.data import filesystem
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError, TooManyErrors
@@ -24,19 +25,14 @@ from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import DecodeFailure, DecodeSettings, decode_block, view_pixels
 from imgcls.training.data.cached import CachedImages, decode_images, find_store_bytes
 from imgcls.training.data.examples import Examples, read_examples
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.loggers import base
 from imgcls.training.optim.loss import compute_class_weights
-from imgcls.training.optim.strategy import (
-    Strategy,
-    choose_default_lr,
-    has_probe,
-    resolve_strategy,
-)
+from imgcls.training.optim.strategy import choose_default_lr, has_probe, resolve_strategy
 from imgcls.training.sampler import steps_per_epoch
 from imgcls.training.scaling import WorkerPlan, fits_object_store
 
@@ -200,13 +196,15 @@ def plan_decoding(setup: TrainSetup) -> tuple[DecodeSettings, bool]:
     return decoding, fits_object_store(needed, find_store_bytes())
 
 
-def decode_dataset(setup: TrainSetup, decoding: DecodeSettings, cpus: float) -> CachedImages:
-    """Decode all images into the object store.
+def decode_dataset(
+    setup: TrainSetup, decoding: DecodeSettings, cpus: float, execution: DataExecution
+) -> CachedImages:
+    """Decode all images into the object store, in an execution that another thread may stop.
 
     Raises TooManyErrors when too many images cannot be decoded, or too few remain.
     """
     start = time.perf_counter()
-    decoded = decode_images(setup.examples.rows, decoding, cpus=cpus)
+    decoded = decode_images(setup.examples.rows, decoding, cpus=cpus, execution=execution)
     rows, failures = setup.examples.rows.num_rows, decoded.failures
     log.show(
         f"decoded: {rows - len(failures):,} images, {len(failures):,} failed, "

@@ -18,8 +18,9 @@ import pandas as pd
 import ray
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.config import requested
 from imgcls.data import filesystem
 from imgcls.data.storage_settings import use_settings
@@ -36,24 +37,22 @@ from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import list_differences
 from imgcls.training.checkpoints import Checkpoints
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    TrainScaleConfig,
+)
 from imgcls.training.data.cached import CachedImages
-from imgcls.training.data.examples import DataConfig
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
-from imgcls.training.epoch_metrics import EpochMetrics, format_probe_note
+from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult, format_probe_note
 from imgcls.training.loggers import base
-from imgcls.training.network import ModelConfig
-from imgcls.training.optim.optimizer import OptimConfig
 from imgcls.training.publish import HISTORY_FILE, publish_bundle, write_lr_curve
 from imgcls.training.ray_trainer import fit_torch_trainer
 from imgcls.training.result import TrainResult
-from imgcls.training.scaling import (
-    TrainScaleConfig,
-    WorkerPlan,
-    compute_decode_cpus,
-    wait_for_worker_plan,
-)
+from imgcls.training.scaling import WorkerPlan, compute_decode_cpus, wait_for_worker_plan
 from imgcls.training.setup import (
     TrainSetup,
     build_too_many_errors,
@@ -63,7 +62,7 @@ from imgcls.training.setup import (
     plan_decoding,
     resolve_setup,
 )
-from imgcls.training.trainer import TrainLoopResult, TrainLoopSpec
+from imgcls.training.trainer import TrainLoopSpec
 
 __all__ = [
     "DataConfig",
@@ -231,16 +230,13 @@ class _Run:
         self.began = time.monotonic()
 
     def run(self) -> TrainResult:
-        try:
-            workers = wait_for_worker_plan(self.config.scale, self.interruption)
-            images = self._load_images(workers)
-            draw_samples(self.setup, images)
-            spec = self._build_spec(images)
-            if self.config.find_lr:
-                return self._find_lr(spec, workers)
-            return self._train(spec, workers)
-        finally:
-            autoscaler.cancel_request()
+        workers = wait_for_worker_plan(self.config.scale, self.interruption)
+        images = self._load_images(workers)
+        draw_samples(self.setup, images)
+        spec = self._build_spec(images)
+        if self.config.find_lr:
+            return self._find_lr(spec, workers)
+        return self._train(spec, workers)
 
     def _load_images(self, workers: WorkerPlan) -> CachedImages | StreamedImages:
         """Decode the images into the object store if they fit, else set up decoding per epoch."""
@@ -253,8 +249,9 @@ class _Run:
         if not cached:
             return StreamedImages(ray.put(rows), decoding, compute_decode_cpus(nodes, workers))
         cpus = sum(node.cpus for node in nodes)
-        decoded = run_in_thread(lambda: decode_dataset(self.setup, decoding, cpus))
-        return wait_interruptibly(decoded, self.interruption)
+        execution = DataExecution()
+        decoded = run_in_thread(lambda: decode_dataset(self.setup, decoding, cpus, execution))
+        return wait_interruptibly(decoded, self.interruption, execution.stop)
 
     def _build_spec(self, images: CachedImages | StreamedImages) -> TrainLoopSpec:
         setup = self.setup

@@ -19,7 +19,7 @@ from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.models.normalize import Normalizer
 from imgcls.training.augment.augment import Augment
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.optim import strategy
 from imgcls.training.optim.loss import TrainingLoss
@@ -61,7 +61,7 @@ class TrainStep:
     def __init__(
         self,
         config: TrainConfig,
-        strategy_: strategy.Strategy,
+        strategy_: Strategy,
         preprocess: Preprocess,
         class_weights: list[float] | None,
         num_classes: int,

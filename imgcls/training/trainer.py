@@ -24,12 +24,12 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import find_non_finite
 from imgcls.training.checkpoints import Checkpoints, TrainProgress
-from imgcls.training.config import EarlyStoppingConfig, TrainConfig
+from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.control_sync import ControlSync
 from imgcls.training.data.batches import Batch, ImageDataset
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
-from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric
+from imgcls.training.epoch_metrics import EpochMetrics, SelectionMetric, TrainLoopResult
 from imgcls.training.optim import linear_probe, strategy
 from imgcls.training.optim.lr_finder import LrFinder
 from imgcls.training.optim.optimizer import set_learning_rates
@@ -56,7 +56,7 @@ class TrainLoopSpec:
     """
 
     config: TrainConfig
-    strategy: strategy.Strategy
+    strategy: Strategy
     architecture: Architecture
     num_classes: int
     initial_weights: Any
@@ -64,28 +64,6 @@ class TrainLoopSpec:
     images: CachedImages | StreamedImages
     class_weights: list[float] | None
     head_coefficients: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class TrainLoopResult:
-    """Result of the training loop, the same on every worker.
-
-    precision:     the precision used, also when the request is `auto`
-    failure_kind:  None on success; `diverged`, `failures` (too many images cannot be decoded) or
-        `failed` (a worker failed, and would again)
-    problem:       the failure as text
-    failed_images: numbers of images that cannot be decoded and of all images, for `failures`
-    is_stopped:    whether the driver requested the stop; the state is saved
-    lr_curve:      (learning rate, loss) pairs of an LR range test
-    """
-
-    history: tuple[EpochMetrics, ...]
-    precision: str
-    failure_kind: str | None = None
-    problem: str | None = None
-    failed_images: tuple[int, int] = (0, 0)
-    is_stopped: bool = False
-    lr_curve: tuple[tuple[float, float], ...] = ()
 
 
 class StopTraining(Exception):
@@ -233,7 +211,7 @@ class Trainer:
             self._save(progress)
         if decision.should_stop:
             self.checkpoints.wait_until_saved()
-            raise StopTraining(is_stopped=True)
+            raise StopTraining
 
     # ------------------------------------------------------------------ an epoch
 

@@ -22,8 +22,9 @@ import pandas as pd
 from ray import tune as ray_tune
 
 from imgcls import log
-from imgcls.cluster import autoscaler, session
+from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.cluster.session import Node
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import ManifestConfig
@@ -34,7 +35,6 @@ from imgcls.runs.lease import Lease
 from imgcls.training import train as training
 from imgcls.training.data.cached import CachedImages
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.plots import draw_parallel_coordinates
 from imgcls.training.ray_trainer import resolve_ray_storage
 from imgcls.training.scaling import (
     WorkerPlan,
@@ -103,7 +103,6 @@ def tune(config: TuneConfig) -> TuneResult:
             session.connect()
             return _run_search(config, task, interruption)
         finally:
-            autoscaler.cancel_request()
             lease.release()
 
 
@@ -168,9 +167,9 @@ def _run_search(config: TuneConfig, task: TrainSetup, interruption: Interruption
     )
     images: CachedImages | None = None
     if cached:
-        images = wait_interruptibly(
-            run_in_thread(lambda: decode_dataset(task, settings, cpus)), interruption
-        )
+        execution = DataExecution()
+        decoding = run_in_thread(lambda: decode_dataset(task, settings, cpus, execution))
+        images = wait_interruptibly(decoding, interruption, execution.stop)
     with _silence_tune():
         tuner = _build_tuner(config, images, concurrent)
         grid = wait_interruptibly(run_in_thread(tuner.fit), interruption)
@@ -370,6 +369,8 @@ def _format_values(values: dict[str, Any]) -> str:
 
 def _write_results(config: TuneConfig, grid: Any) -> TuneResult:
     """Write the table and the plot, and copy the best trial's bundle."""
+    from imgcls.training.plots import draw_parallel_coordinates  # imports matplotlib
+
     table = _build_table(config, grid)
     sink = io.BytesIO()
     table.to_parquet(sink, index=False)

@@ -17,10 +17,12 @@ import ray
 import ray.data
 
 from imgcls.cluster import session
+from imgcls.cluster.ray_data import own_data_settings
 from imgcls.cluster.session import (
+    _Session,
     build_malloc_env,
     check_reachable,
-    configure_ray_data,
+    is_private_session,
     unwrap_ray_errors,
 )
 from imgcls.errors import RequestError, RunFailed, StorageCredentials
@@ -131,12 +133,24 @@ def test_an_error_of_ours_comes_through_what_ray_wraps_around_it(joined: None) -
         unwrap_ray_errors(),
     ):
         ray.get(task.remote(None))
-    configure_ray_data()
+    with own_data_settings():
+        dataset = ray.data.range(1).map_batches(refuse)
     with (
         pytest.raises(StorageCredentials, match=r"^s3://b/x: access is refused$"),
         unwrap_ray_errors(),
     ):
-        ray.data.range(1).map_batches(refuse).materialize()
+        dataset.materialize()
+
+
+def test_only_the_session_that_was_started_as_a_private_one_is_private(
+    joined: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Session, "private_address", None)
+    assert not is_private_session()
+    monkeypatch.setattr(_Session, "private_address", "127.0.0.1:1")  # one that was shut down
+    assert not is_private_session()
+    monkeypatch.setattr(_Session, "private_address", ray.get_runtime_context().gcs_address)
+    assert is_private_session()
 
 
 def test_a_worker_keeps_what_a_batch_frees_for_the_next(

@@ -12,14 +12,11 @@ import pytest
 
 from imgcls import config as configuration
 from imgcls.curation import build
-from imgcls.curation.build import (
-    CONTENT_COLUMNS,
-    ManifestBuildConfig,
-    _check_columns,
-    build_manifest,
-)
+from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ConfigError, ManifestError, OutputError, RunFailed
+from imgcls.errors import ConfigError, ManifestError, OutputError, OutputLocked, RunFailed
+from imgcls.runs.lease import Lease
 from tests.conftest import write_manifest
 from tests.curation.pictures import jpeg, picture
 
@@ -75,12 +72,29 @@ def test_overwrite_does_not_remove_the_source(tmp_path: Path) -> None:
     assert source.exists()
 
 
+def test_a_driver_that_lost_its_lease_completes_no_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(_: Lease) -> None:
+        raise RunFailed("the lease on the output was lost")
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(picture(0)))
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "check", check)
+        with pytest.raises(RunFailed, match="lease"):
+            build_from(source=str(tmp_path / "photos"), output=str(output))
+    assert not (output / "_SUCCESS").exists()
+    assert build_from(source=str(tmp_path / "photos"), output=str(output)) == 1
+    assert (output / "_SUCCESS").exists()
+
+
 def test_a_driver_that_lost_its_lease_writes_no_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Lost:
-        def check(self) -> None:
-            raise RunFailed("the lease on the output was lost")
+    def check(_: Lease) -> None:
+        raise RunFailed("the lease on the output was lost")
 
     class Scanned:
         def read_tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -88,11 +102,48 @@ def test_a_driver_that_lost_its_lease_writes_no_manifest(
             yield pa.table({"path": ["a.jpg"]}), pa.table(features)
 
     @contextlib.contextmanager
-    def scan(*_: object, **__: object) -> Iterator[tuple[list[Scanned], Lost]]:
-        yield [Scanned()], Lost()
+    def scan(*_: object, **__: object) -> Iterator[list[Scanned]]:
+        yield [Scanned()]
 
     monkeypatch.setattr(build, "scan_manifests", scan)
+    monkeypatch.setattr(Lease, "check", check)
     write_manifest(tmp_path / "t.csv", [("a.jpg",)], ("path",))
     with pytest.raises(RunFailed, match="lease"):
         build_from(source=str(tmp_path / "t.csv"), output=str(tmp_path / "out"), contents=True)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+@pytest.mark.parametrize("contents", [False, True])
+def test_a_build_whose_output_another_one_holds_does_not_list_the_source(
+    contents: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(picture(0)))
+    output = tmp_path / "out"
+    lease = Lease.acquire(str(output))
+    try:
+        with pytest.raises(OutputLocked, match=r"out is locked by"):
+            build_from(source=str(tmp_path / "photos"), output=str(output), contents=contents)
+        assert [path.name for path in output.iterdir()] == ["_lease"]
+    finally:
+        lease.release()
+    assert build_from(source=str(tmp_path / "photos"), output=str(tmp_path / "out")) == 1
+    assert not (output / "_lease").exists()
+
+
+def test_a_table_is_not_written_to_an_output_that_another_build_holds(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "t.csv", [("a.jpg",)], ("path",))
+    lease = Lease.acquire(str(tmp_path / "out"))
+    try:
+        with pytest.raises(OutputLocked, match=r"out is locked by"):
+            build_from(source=str(tmp_path / "t.csv"), output=str(tmp_path / "out"))
+    finally:
+        lease.release()
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_a_wrong_table_leaves_no_output_folder(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "t.csv", [("a.jpg", 3)], ("path", "width"))
+    with pytest.raises(ManifestError, match="has a column 'width'"):
+        build_from(source=str(tmp_path / "t.csv"), output=str(tmp_path / "out"), contents=True)
+    assert not (tmp_path / "out").exists()

@@ -9,16 +9,10 @@ import pyarrow as pa
 import pytest
 
 from imgcls import config as configuration
-from imgcls.curation.check import (
-    CheckConfig,
-    CheckResult,
-    _check_readable,
-    _open_manifests,
-    check,
-    find_dropped,
-)
-from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, Issue, build_issue_table
+from imgcls.curation.check import CheckResult, _check_readable, _open_manifests, check, find_dropped
+from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, build_issue_table
 from imgcls.curation.checks.report import build_section
+from imgcls.curation.config import CheckConfig, Issue
 from imgcls.curation.scan import ScannedManifest
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError

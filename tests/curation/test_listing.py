@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.config import ListingConfig
+from imgcls.curation.listing import build_listing
+from imgcls.curation.scan import hold_output
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError, StorageError
@@ -21,6 +23,11 @@ NAMES = [
     *(f"fox/{i:05d}.jpg" for i in range(2500)),
 ]  # fmt: skip
 OTHERS = ["cat/notes.txt", ".hidden/4.jpg", "cat/.trash/5.jpg", "dog/.6.jpg"]
+
+
+def list_images(config: ListingConfig) -> int:
+    with hold_output(config.output) as held:
+        return build_listing(config, held.lease)
 
 
 def rows_of(output: str) -> list[dict[str, Any]]:
@@ -40,7 +47,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_image_of_a_folder_is_listed_once(tree: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "manifest")
-    count = build_listing(
+    count = list_images(
         ListingConfig(source=str(tree), output=output, labels=True, list_concurrency=2)
     )
     rows = rows_of(output)
@@ -63,7 +70,7 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
     s3.put_object(Bucket=BUCKET, Key="photos/cat/", Body=b"")  # a folder, to some tools
     s3.put_object(Bucket=BUCKET, Key="photos-of-others/1.jpg", Body=b"x")
     output = url("manifests/tonight")
-    build_listing(ListingConfig(source=url("photos"), output=output))
+    list_images(ListingConfig(source=url("photos"), output=output))
     rows = {row["path"]: row for row in rows_of(output)}
     assert sorted(rows) == sorted(url(f"photos/{name}") for name in (*names, "top.jpg"))
     head = s3.head_object(Bucket=BUCKET, Key="photos/dog/a b.jpg")
@@ -74,7 +81,7 @@ def test_every_image_of_a_bucket_is_listed_once(s3: Any, tmp_path: Path) -> None
         row["mtime"].replace(microsecond=0) == head["LastModified"]
     )  # a listing may have more digits
     with pytest.raises(RequestError, match=r"top.jpg: is next to the class folders"):
-        build_listing(ListingConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
+        list_images(ListingConfig(source=url("photos"), output=str(tmp_path / "m"), labels=True))
 
 
 def test_files_that_a_listing_skips_are_counted_and_logged(
@@ -87,7 +94,7 @@ def test_files_that_a_listing_skips_are_counted_and_logged(
         (source / name).touch()
     for listings in (1, 16):  # few folders are listed as they are, many are descended into
         output = str(tmp_path / f"manifest-{listings}")
-        build_listing(ListingConfig(source=str(source), output=output, list_concurrency=listings))
+        list_images(ListingConfig(source=str(source), output=output, list_concurrency=listings))
         assert sorted(row["path"] for row in rows_of(output)) == [
             f"{source}/a/1.jpg",
             f"{source}/b/2.jpg",
@@ -98,7 +105,7 @@ def test_files_that_a_listing_skips_are_counted_and_logged(
     (source / "a" / "1.jpg").unlink()
     (source / "b" / "2.jpg").unlink()
     with pytest.raises(RequestError, match=r"no image below it; .* \(skipped 4 files: "):
-        build_listing(ListingConfig(source=str(source), output=str(tmp_path / "none")))
+        list_images(ListingConfig(source=str(source), output=str(tmp_path / "none")))
 
 
 def test_an_interrupted_listing_is_resumed(
@@ -106,7 +113,8 @@ def test_an_interrupted_listing_is_resumed(
 ) -> None:
     output = tmp_path / "manifest"
     config = ListingConfig(source=str(tree), output=str(output), list_concurrency=1)
-    build_listing(config)
+    list_images(config)
+    assert "skipped 1 file: 1 .txt" in capsys.readouterr().out
     whole = rows_of(str(output))
     parts = sorted(output.glob("part-*.parquet"))
     kept = parts[1].stat()
@@ -115,32 +123,34 @@ def test_an_interrupted_listing_is_resumed(
     capsys.readouterr()
     with pytest.raises(ManifestError, match=r"its listing is not complete; rerun `imgcls manifest"):
         rows_of(str(output))
-    build_listing(config)
-    assert f"resume  {len(parts) - 1} of {len(parts)} groups" in capsys.readouterr().out
+    list_images(config)
+    logged = capsys.readouterr().out
+    assert f"resume  {len(parts) - 1} of {len(parts)} groups" in logged
+    assert "skipped 1 file: 1 .txt" in logged  # in a group that is not listed again
     assert rows_of(str(output)) == whole
     assert parts[1].stat().st_mtime_ns == kept.st_mtime_ns
     (output / "_SUCCESS").unlink()
     parts[0].unlink()  # what lies above the groups, and is not one of them
-    build_listing(config)
+    list_images(config)
     assert rows_of(str(output)) == whole
 
 
 def test_an_existing_manifest_is_replaced_only_with_overwrite(tree: Path, tmp_path: Path) -> None:
     output = tmp_path / "manifest"
     config = ListingConfig(source=str(tree / "cat"), output=str(output))
-    build_listing(config)
+    list_images(config)
     for changes in ({}, {"source": str(tree)}):
         with pytest.raises(OutputError, match="pass --overwrite, or another"):
-            build_listing(config.model_copy(update=changes))
+            list_images(config.model_copy(update=changes))
     more = config.model_copy(update={"source": str(tree), "overwrite": True})
-    assert build_listing(more) == len(NAMES)
+    assert list_images(more) == len(NAMES)
     assert pq.read_table(output).num_rows == len(NAMES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
         other = {"output": str(tmp_path / "full"), "overwrite": overwrite}
         with pytest.raises(OutputError, match=r"contains other files \(thesis.txt\)"):
-            build_listing(config.model_copy(update=other))
+            list_images(config.model_copy(update=other))
     assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
 
 
@@ -148,8 +158,8 @@ def test_an_empty_or_missing_source_is_refused(tmp_path: Path, s3: Any) -> None:
     (tmp_path / "empty").mkdir()
     for source in (str(tmp_path / "empty"), url("nothing")):
         with pytest.raises(RequestError, match="no image below it"):
-            build_listing(ListingConfig(source=source, output=str(tmp_path / "out")))
+            list_images(ListingConfig(source=source, output=str(tmp_path / "out")))
     for source, message in ((str(tmp_path / "gone"), "no such file"), ("s3://no-bucket", "bucket")):
         with pytest.raises((RequestError, StorageError), match=message):
-            build_listing(ListingConfig(source=source, output=str(tmp_path / "new")))
+            list_images(ListingConfig(source=source, output=str(tmp_path / "new")))
     assert filesystem.list_names(str(tmp_path / "new")) == []

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from imgcls.curation.checks import label_errors
-from imgcls.curation.checks.duplicates import DuplicatesConfig
 from imgcls.curation.checks.hash_search import find_near_pairs
-from imgcls.curation.checks.label_errors import LabelErrorsConfig
+from imgcls.curation.config import DuplicatesConfig, LabelErrorsConfig
 from imgcls.data.image_features import MIRROR_BITS, compute_features
 from tests.conftest import write_manifest
 from tests.curation.pictures import Row, images_of
@@ -79,7 +78,8 @@ def test_changed_copies_of_photographs_are_found(
 def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path: Path) -> None:
     from imgcls.data import decode
     from imgcls.models.classifier import Classifier
-    from imgcls.models.import_weights import ImportConfig, import_model
+    from imgcls.models.config import ImportConfig
+    from imgcls.models.import_weights import import_model
 
     weights = shared / "weights"
     bundle = import_model(

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls.config import build
-from imgcls.curation.split import SplitConfig, assign_parts, split_manifest
+from imgcls.curation.config import SplitConfig
+from imgcls.curation.split import assign_parts, split_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from tests.conftest import draw, write_manifest
 

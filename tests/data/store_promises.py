@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.build import build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
@@ -169,8 +170,8 @@ class StorePromises:
     def test_a_manifest_is_built_of_a_bucket(self, place: Place, tmp_path: Path) -> None:
         for name in ("cat/1.jpg", "dog/2.png", "dog/notes.txt"):
             filesystem.write(place.url(f"t/{name}"), b"x")
-        config = ListingConfig(source=place.url("t"), output=str(tmp_path / "m"), labels=True)
-        assert build_listing(config) == 2
+        config = ManifestBuildConfig(source=place.url("t"), output=str(tmp_path / "m"), labels=True)
+        assert build_manifest(config) == 2
         rows = pq.read_table(tmp_path / "m").sort_by("path").to_pylist()
         assert [(row["path"], row["label"]) for row in rows] == [
             (place.url("t/cat/1.jpg"), "cat"),

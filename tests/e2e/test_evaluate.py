@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
+from imgcls.evaluation.config import EvaluateConfig
+from imgcls.evaluation.evaluate import evaluate
 from imgcls.models.bundle import load_bundle
 from tests.conftest import COLORS, write_manifest
 from tests.e2e.outputs import assert_exactly_once, parquet, success, table

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from imgcls.cli import main
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.build import build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import COLORS, draw, save
@@ -112,8 +113,10 @@ def test_nights_come_to_the_result_of_labeling_the_last_state_from_scratch(
     labeled = []
     for number in range(nights):
         world.day(number, {0: 24, killed: 40}.get(number, 6))
-        build_listing(
-            ListingConfig(source=str(world.folder), output=str(manifest), overwrite=bool(number))
+        build_manifest(
+            ManifestBuildConfig(
+                source=str(world.folder), output=str(manifest), overwrite=bool(number)
+            )
         )
         words = [
             *("predict", "--manifest", manifest, "--model", new if number >= new_model else old),

@@ -13,7 +13,6 @@ import torch
 
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation.calibrate import (
-    CalibrateConfig,
     HeldOutScores,
     calibrate,
     compute_confidences,
@@ -21,6 +20,7 @@ from imgcls.evaluation.calibrate import (
     fit_temperature,
     fit_vector_scaling,
 )
+from imgcls.evaluation.config import CalibrateConfig
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
 from imgcls.models.bundle import NEVER_ACCEPT, Bundle, BundleSpec, load_bundle, save_bundle

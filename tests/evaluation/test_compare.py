@@ -11,9 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import RequestError, TooManyErrors
-from imgcls.evaluation.compare import CompareConfig, compare, parse_points
-from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.label_join import LabelTableConfig
+from imgcls.evaluation.compare import compare
+from imgcls.evaluation.compute import compute_evaluation
+from imgcls.evaluation.config import (
+    CompareConfig,
+    EvaluationOptions,
+    LabelTableConfig,
+    parse_points,
+)
 from imgcls.inference.history import CompactConfig, compact
 from tests.conftest import write_manifest
 from tests.evaluation.runs import CLASSES, commit, drawn

@@ -14,8 +14,8 @@ from sklearn import metrics as sk
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation import aggregate as aggregate_module
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate
-from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.label_join import LabelTableConfig
+from imgcls.evaluation.compute import compute_evaluation
+from imgcls.evaluation.config import EvaluationOptions, LabelTableConfig
 from imgcls.metrics import tables
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.metrics.tables import Metric

@@ -12,8 +12,9 @@ import pytest
 
 from imgcls.config import build
 from imgcls.errors import ConfigError, ManifestError, RequestError
-from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
+from imgcls.evaluation.compute import compute_evaluation
+from imgcls.evaluation.config import EvaluateConfig, EvaluationOptions
+from imgcls.evaluation.evaluate import evaluate
 from tests.conftest import write_manifest
 from tests.evaluation.runs import commit
 

@@ -12,9 +12,10 @@ import pytest
 
 from imgcls.errors import ManifestError, RequestError
 from imgcls.evaluation.aggregate import AggregateSpec, aggregate_run
-from imgcls.evaluation.compare import CompareConfig, compare
-from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels, LabelTableConfig
+from imgcls.evaluation.compare import compare
+from imgcls.evaluation.compute import compute_evaluation
+from imgcls.evaluation.config import CompareConfig, EvaluationOptions, LabelTableConfig
+from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.metrics.confusion import ClassCounts
 from imgcls.runs.committed import open_run
 from tests.conftest import write_manifest

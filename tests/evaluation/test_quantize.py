@@ -10,10 +10,12 @@ import pytest
 
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError
-from imgcls.evaluation.quantize import QuantizeConfig, quantize_bundle
+from imgcls.evaluation.config import QuantizeConfig
+from imgcls.evaluation.quantize import quantize_bundle
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
-from imgcls.models.import_weights import ImportConfig, import_model
+from imgcls.models.config import ImportConfig
+from imgcls.models.import_weights import import_model
 from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
 from tests.conftest import COLORS
 

@@ -13,8 +13,9 @@ from PIL import Image
 
 from imgcls.errors import RequestError
 from imgcls.evaluation import confusion_plot
-from imgcls.evaluation.compute import EvaluationOptions, compute_evaluation
-from imgcls.evaluation.report import ReportConfig, write_report
+from imgcls.evaluation.compute import compute_evaluation
+from imgcls.evaluation.config import EvaluationOptions, ReportConfig
+from imgcls.evaluation.report import write_report
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.browser import launched, opened

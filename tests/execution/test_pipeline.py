@@ -14,9 +14,10 @@ import ray.data
 from imgcls.cluster.session import Node
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.pipeline import Pipeline, apply_host_limits
-from imgcls.execution.placement import GpuPlacement, ScaleConfig, plan_placement
+from imgcls.execution.placement import GpuPlacement, plan_placement
 from imgcls.inference.workers import LABELING
 from tests.execution.runs import plan_at, spec_of
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from imgcls.cluster.session import Node
 from imgcls.errors import ResourcesError
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import (
     GPU_WORKER_CPUS,
     JPEG_ENGINE_GPUS,
     ROLLUP_TASK_CPUS,
     WORKER_CPUS,
     Placement,
-    ScaleConfig,
     compute_first_bundles,
     plan_placement,
     select_nodes,

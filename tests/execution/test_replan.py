@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from imgcls.cluster.session import Node
-from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
+from imgcls.execution.config import ScaleConfig
+from imgcls.execution.placement import Placement, plan_placement
 from imgcls.execution.replan import SETTLE_S, RunState, find_missing_nodes, find_replan_reason
 
 A, B, C = (Node(2, 0, id=name) for name in "abc")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,19 +20,16 @@ import ray.data
 from ray.util import placement_group_table
 
 from imgcls.cluster import autoscaler, interrupts, session
+from imgcls.cluster.autoscaler import NodeRequest
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ResourcesError
+from imgcls.errors import Interrupted, ResourcesError
 from imgcls.execution.completed import write_chunk
+from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec, StageTimings
 from imgcls.execution.pipeline import Pipeline
-from imgcls.execution.placement import (
-    ScaleConfig,
-    compute_first_bundles,
-    plan_placement,
-    select_nodes,
-)
+from imgcls.execution.placement import compute_first_bundles, plan_placement, select_nodes
 from imgcls.execution.replan import find_missing_nodes
 from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
 from imgcls.execution.worker import ChunkWorker, Job
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("joined")
 @pytest.fixture(autouse=True)
 def growing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The session is one that nodes may join, whatever earlier tests have started."""
-    monkeypatch.setattr(session._Session, "private", False)
+    monkeypatch.setattr(session._Session, "private_address", None)
 
 
 def test_a_pipeline_without_room_for_a_worker_waits_until_it_is_stopped(
@@ -135,15 +136,21 @@ def test_nodes_are_requested_while_there_is_work_and_released_when_they_join(
         find_missing_nodes(select_nodes(max_nodes, ScaleConfig(), 0, 200), session.list_nodes())
         == [whole] * 2
     )
-    autoscaler.update_request([whole, whole])
+    request = NodeRequest()
+    request.update([whole, whole])
     wait_for(lambda: requested() == [whole, whole])
-    autoscaler.update_request([whole])
+    request.update([whole])
     wait_for(lambda: requested() == [whole])
-    autoscaler.update_request([{"CPU": 2}, whole])  # the first one is there
+    request.update([{"CPU": 2}, whole])  # the first one is there
     wait_for(lambda: requested() == [whole])
-    autoscaler.update_request([whole])
+    request.update([whole])
     wait_for(lambda: ray.available_resources().get("CPU") == 2)
-    autoscaler.cancel_request()
+    other = NodeRequest()  # of another job in this process
+    other.replace([{"GPU": 1}])
+    wait_for(lambda: whole in requested() and {"GPU": 1} in requested())
+    request.cancel()
+    wait_for(lambda: requested() == [{"GPU": 1}])
+    other.cancel()
     wait_for(lambda: requested() == [])
 
 
@@ -172,7 +179,24 @@ class LengthWorker(ChunkWorker[RunSpec]):
         return pa.table(columns, schema=schema)
 
 
-def run_lengths(folder: Path, paths: list[str], skip: Collection[int] = ()) -> list[ChunkResult]:
+class StuckWorker(LengthWorker):
+    """Never ends its first chunk."""
+
+    def process(self, *_: object) -> pa.Table:
+        Path(self.spec.output, "pid.new").write_text(str(os.getpid()))
+        Path(self.spec.output, "pid.new").rename(Path(self.spec.output, "pid"))
+        time.sleep(600)
+        raise AssertionError("not reached")
+
+
+def run_lengths(
+    folder: Path,
+    paths: list[str],
+    skip: Collection[int] = (),
+    *,
+    worker: type[LengthWorker] = LengthWorker,
+    interruption: Interruption | None = None,
+) -> list[ChunkResult]:
     """Run the remaining chunks of a plan of three rows each; chunks in `skip` exist before."""
     manifest = manifest_of(folder, pa.table({"path": paths}))
     output, plan = str(folder / "out"), plan_at(folder / "out", manifest, chunk_rows=3)
@@ -184,8 +208,9 @@ def run_lengths(folder: Path, paths: list[str], skip: Collection[int] = ()) -> l
         write_chunk(spec, ChunkTask(chunk), SCHEMA.empty_table(), StageTimings())
     lease = Lease.acquire(output, 30)
     try:
-        driver = Driver(output, lease, Interruption(), ScaleConfig(), progress_seconds=60)
-        job = Job("lengths", LengthWorker)
+        interruption = interruption or Interruption()
+        driver = Driver(output, lease, interruption, ScaleConfig(), progress_seconds=60)
+        job = Job("lengths", worker)
         placement = wait_for_placement(job, driver.scale, driver.interruption)
         completed = load_completed(output, plan, manifest)
         run = JobRun(job, spec, driver)
@@ -214,3 +239,23 @@ def test_a_table_with_other_columns_than_the_job_has_is_not_written(tmp_path: Pa
     ):
         run_lengths(tmp_path, ["a", "", "ccc"])
     assert not list(tmp_path.glob("out/_staging/part-*/chunk-*"))
+
+
+def test_an_interrupt_ends_the_workers_although_the_program_goes_on(tmp_path: Path) -> None:
+    pid = tmp_path / "out" / "pid"
+
+    def interrupt() -> None:
+        wait_for(pid.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with (
+        Interruption().handle_signals() as interruption,
+        # keeps the traceback and with it the frames, as a notebook does
+        pytest.raises(Interrupted, match="stopped by SIGINT") as caught,
+    ):
+        run_lengths(tmp_path, ["a", "bb", "ccc"], worker=StuckWorker, interruption=interruption)
+    thread.join()
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())))
+    assert caught.traceback

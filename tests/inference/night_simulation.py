@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.config import build
-from imgcls.curation.listing import ListingConfig, build_listing
+from imgcls.curation.build import build_manifest
+from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
@@ -26,8 +27,8 @@ from imgcls.execution.completed import CompletedChunks, read_chunk_rows, write_c
 from imgcls.execution.messages import StageTimings
 from imgcls.execution.plan import RunIdentity, make_plan, parse_plan
 from imgcls.inference import commit, stages
+from imgcls.inference.config import SinceConfig
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import SinceConfig
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries
 from imgcls.inference.rollup import roll_up, write_empty_part
@@ -102,8 +103,10 @@ class Nightly:
         self.column: Callable[[int], pa.Array] | None = None
 
     def build(self, images: Images) -> None:
-        build_listing(
-            ListingConfig(source=str(images.folder), output=str(self.manifest), overwrite=True)
+        build_manifest(
+            ManifestBuildConfig(
+                source=str(images.folder), output=str(self.manifest), overwrite=True
+            )
         )
         if self.column is not None:
             for part in self.manifest.glob("*.parquet"):

@@ -15,9 +15,10 @@ from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import RunFailed
-from imgcls.execution.formatting import format_share
-from imgcls.execution.placement import Placement, ScaleConfig, plan_placement
+from imgcls.execution.config import ScaleConfig
+from imgcls.execution.placement import Placement, plan_placement
 from imgcls.execution.worker import is_cpu_chunk
+from imgcls.formatting import format_share
 from imgcls.inference import autotune
 from imgcls.inference.autotune import BenchmarkInput, BenchmarkResult, BenchmarkSpec, TunedSettings
 from imgcls.models import classifier as classifiers

@@ -11,13 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.errors import OutputError, RunFailed, TooManyErrors
-from imgcls.inference.commit import (
-    ErrorStatus,
-    check_drift,
-    check_error_rates,
-    report_exit,
-    store_refusal,
-)
+from imgcls.inference.commit import check_drift, check_error_rates, report_exit, store_refusal
+from imgcls.inference.config import ErrorStatus
 from imgcls.inference.status import read_status
 from imgcls.metrics import PredictionCounts
 from imgcls.runs import layout

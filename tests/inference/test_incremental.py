@@ -20,9 +20,11 @@ from imgcls.config import build
 from imgcls.data import filesystem
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError, RequestError
-from imgcls.evaluation.evaluate import EvaluateConfig, evaluate
+from imgcls.evaluation.config import EvaluateConfig
+from imgcls.evaluation.evaluate import evaluate
+from imgcls.inference.config import SinceConfig
 from imgcls.inference.history import CompactConfig, compact
-from imgcls.inference.incremental import ManifestComparison, SinceConfig, SinceRequest
+from imgcls.inference.incremental import ManifestComparison, SinceRequest
 from imgcls.inference.known_images import take_rows
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, find_past_runs
 from imgcls.inference.predict import resolve_output

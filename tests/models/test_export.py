@@ -20,7 +20,8 @@ from imgcls.errors import OutputError, RequestError, RunFailed
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, VectorScaling, save_bundle
 from imgcls.models.classifier import Classifier
-from imgcls.models.export import ExportConfig, compare_scores, export_bundle
+from imgcls.models.config import ExportConfig
+from imgcls.models.export import compare_scores, export_bundle
 from tests.conftest import draw
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save, save_file
 
 from imgcls.data.decode import preprocess_pil_image
 from imgcls.errors import BundleError, NotFinite
-from imgcls.evaluation.quantize import QuantizeConfig, quantize_bundle
+from imgcls.evaluation.config import QuantizeConfig
+from imgcls.evaluation.quantize import quantize_bundle
 from imgcls.models import zoo
 from imgcls.models.bundle import (
     BundleSpec,
@@ -27,9 +28,10 @@ from imgcls.models.bundle import (
     save_bundle,
 )
 from imgcls.models.classifier import Classifier
-from imgcls.models.export import ExportConfig, export_bundle
+from imgcls.models.config import ExportConfig, ImportConfig
+from imgcls.models.export import export_bundle
 from imgcls.models.finite import check_finite_safetensors, check_finite_tensors
-from imgcls.models.import_weights import ImportConfig, import_model
+from imgcls.models.import_weights import import_model
 from tests.conftest import COLORS, draw, write_manifest
 
 BAD = [float("nan"), float("inf"), float("-inf")]

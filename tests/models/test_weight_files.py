@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, load_bundle, save_bundle
-from imgcls.models.import_weights import ImportConfig, import_model
+from imgcls.models.config import ImportConfig
+from imgcls.models.import_weights import import_model
 from imgcls.training import network as networks
 
 ARCHITECTURE = zoo.resolve_architecture("small_cnn", {"width": 4})

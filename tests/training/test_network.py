@@ -14,8 +14,8 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
+from imgcls.training.config import ModelConfig
 from imgcls.training.network import (
-    ModelConfig,
     build_initial_network,
     check_can_train,
     resolve_model,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +16,16 @@ import ray.train
 
 from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
+from imgcls.config import build
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
+from imgcls.training.config import TrainConfig
 from imgcls.training.driver_channel import open_driver_channel
+from imgcls.training.epoch_metrics import TrainLoopResult
 from imgcls.training.ray_trainer import format_worker_failure, resolve_ray_storage
-from imgcls.training.trainer import TrainLoopResult
+from imgcls.training.scaling import WorkerPlan
+from imgcls.training.trainer import TrainLoopSpec
 from tests.processes import wait_for
 
 
@@ -93,3 +100,25 @@ def test_ray_keeps_its_records_on_a_store_through_the_driver_of_the_store(tmp_pa
     assert filesystem.read("memory://ray-records/run/record") == b"state"
     filesystem.remove("memory://ray-records")
     assert resolve_ray_storage(str(tmp_path)) == (str(tmp_path), None)
+
+
+def test_the_controller_of_ray_train_does_not_import_the_training_loop(tmp_path: Path) -> None:
+    config = build(TrainConfig, {"data": "x.csv", "output": str(tmp_path)})
+    unused: dict[str, Any] = dict.fromkeys(
+        ("architecture", "initial_weights", "preprocess", "images", "class_weights")
+    )
+    spec = TrainLoopSpec(
+        config=config, strategy="scratch", num_classes=2, head_coefficients=(), **unused
+    )
+    workers = WorkerPlan(count=1, cpus=1, gpus=0, min_count=1, max_count=1)
+    trainer = ray_trainer.build_torch_trainer(spec, workers, None, str(tmp_path))
+    # these two are all that the controller reads of this package
+    assert b"imgcls" not in ray.cloudpickle.dumps(trainer.train_run_context)
+    result = pickle.dumps(TrainLoopResult((), "fp32"))
+    script = (
+        "import pickle, sys\n"
+        "result = pickle.load(sys.stdin.buffer)\n"
+        "assert result.precision == 'fp32'\n"
+        "assert not {'torch', 'imgcls.training.trainer'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], input=result, check=True)

@@ -7,8 +7,8 @@ import pytest
 from imgcls.cluster.session import Node
 from imgcls.config import load
 from imgcls.errors import ConfigError, ResourcesError
+from imgcls.training.config import TrainScaleConfig
 from imgcls.training.scaling import (
-    TrainScaleConfig,
     WorkerPlan,
     compute_decode_cpus,
     fits_object_store,

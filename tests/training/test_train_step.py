@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.optim.optimizer import set_learning_rates
-from imgcls.training.optim.strategy import Strategy
 from imgcls.training.sampler import iter_step_shares
 from imgcls.training.train_step import TrainStep, WorkerContext
 from tests.training.team import Team

@@ -16,10 +16,9 @@ from torch import nn
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.training import trainer
-from imgcls.training.config import EarlyStoppingConfig, TrainConfig
+from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.epoch_metrics import EpochMetrics
-from imgcls.training.optim.strategy import Strategy
 from imgcls.training.sampler import Int64Array
 from imgcls.training.train_step import WorkerContext
 from imgcls.training.trainer import Trainer, TrainLoopSpec, is_stalled

@@ -11,33 +11,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, PositiveInt
 
-from imgcls.config import Section, UnitFloat
-from imgcls.curation.checks.findings import DuplicateTest, Finding, Issue
+from imgcls.curation.checks.findings import DuplicateTest, Finding
 from imgcls.curation.checks.hash_search import DisjointSets, Pairs, find_near_pairs
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
 from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups, normalize_embeddings
+from imgcls.curation.config import DuplicatesConfig, Issue
 from imgcls.data.image_features import HASH_BITS, MIRROR_BITS
 
 COSINE_BLOCK = 65_536
 _PLANES = 256
 """Number of random hyperplanes whose sides are the bits of an embedding's hash."""
-
-
-class DuplicatesConfig(Section):
-    """Minimum similarity of two images that count as duplicates."""
-
-    max_hash_distance: int = Field(default=60, ge=0, le=100)
-    """Near duplicates: maximum number of bits of the perceptual hash (of 256) that differ."""
-    min_contrast: UnitFloat = 0.02
-    """Minimum contrast of an image for its perceptual hash to be used."""
-    min_side: PositiveInt = 24
-    """Minimum length of the shorter side, in pixels, for the perceptual hash to be used."""
-    min_cosine: UnitFloat = 0.95
-    """With a model: minimum cosine similarity between the embeddings of similar images."""
-    seed: PositiveInt = 1
-    """Seed of the random projections of the embeddings."""
 
 
 def find_duplicates(images: ImageTable, config: DuplicatesConfig) -> Iterator[Finding]:

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
+from imgcls.curation.config import Issue
 
-Issue = Literal[
-    "unreadable",
-    "wrong-extension",
-    "tiny",
-    "extreme-aspect",
-    "odd-size",
-    "near-black",
-    "near-white",
-    "low-information",
-    "blurry",
-    "greyscale",
-    "rotated",
-    "exact-duplicates",
-    "near-duplicates",
-    "similar",
-    "leakage",
-    "label-conflict",
-    "label-error",
-    "outlier",
-]
 ISSUES: tuple[Issue, ...] = get_args(Issue)
 DUPLICATE_ISSUES: tuple[Issue, ...] = ("exact-duplicates", "near-duplicates", "similar")
 """Issues of groups of duplicates, of which --drop keeps one image."""

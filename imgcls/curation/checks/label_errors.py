@@ -11,35 +11,15 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 
-from imgcls.config import Section, UnitFloat
 from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, IntArray
 from imgcls.curation.checks.similarity import normalize_embeddings
+from imgcls.curation.config import LabelErrorsConfig
 
 OUTLIER_BLOCK = 4096
 PROBE_WEIGHT_DECAYS = (0.003, 0.03, 0.3)
 """Candidate weight decays of the probe; the best in cross-validation is used."""
-
-
-class LabelErrorsConfig(Section):
-    """Detection of label errors and outliers, with a model."""
-
-    folds: int = Field(default=5, ge=2, le=20)
-    """Number of cross-validation folds."""
-    max_probe_images: PositiveInt = 50_000
-    """Maximum number of images to fit a probe on; classes with few images are used completely."""
-    min_margin: UnitFloat = 0.0
-    """Label errors: minimum difference of probability between the best class and the label."""
-    neighbors: PositiveInt = 10
-    """Outliers: number of nearest neighbors whose mean distance is used."""
-    max_reference_images: PositiveInt = 10_000
-    """Outliers: maximum number of images among which neighbors are searched."""
-    outlier_deviations: PositiveFloat = 5.0
-    """Outliers: minimum distance above the median, in robust standard deviations."""
-    seed: int = 1
-    """Seed of the folds and samples."""
 
 
 def find_label_issues(images: ImageTable, config: LabelErrorsConfig) -> Iterator[Finding]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from imgcls.curation.checks.findings import Finding, Issue
+from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import ImageTable, IntArray
+from imgcls.curation.config import Issue
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.html import render_page
 

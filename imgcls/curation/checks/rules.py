@@ -10,38 +10,14 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from imgcls.config import Section, UnitFloat
-from imgcls.curation.checks.findings import Finding, Issue
+from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable
+from imgcls.curation.config import Issue, RulesConfig
 from imgcls.data.formats import FORMAT_BY_PILLOW_NAME
 
 DescribeImage = Callable[[int], str]
 """The detail text of the image at an index; called only for flagged images."""
-
-
-class RulesConfig(Section):
-    """Thresholds of the rules for single images."""
-
-    min_side: PositiveInt = 16
-    """Tiny: minimum length of the shorter side, in pixels; off where the median is below it."""
-    max_aspect: PositiveFloat = 4.0
-    """Extreme aspect: maximum ratio of the longer to the shorter side."""
-    max_size_ratio: PositiveFloat = 10.0
-    """Odd size: maximum ratio between the number of pixels and its median, either way."""
-    black_level: UnitFloat = 0.1
-    """Near-black: 95 % of the pixels are darker than this (0 is black, 1 is white)."""
-    white_level: UnitFloat = 0.95
-    """Near-white: 95 % of the pixels are brighter than this (0 is black, 1 is white)."""
-    min_entropy: NonNegativeFloat = 2.0
-    """Low information: minimum entropy of the brightness, in bits (0 to 8)."""
-    min_sharpness: NonNegativeFloat = 0.12
-    """Blurry: minimum sharpness (standard deviation of the Laplacian over that of brightness)."""
-    min_color: UnitFloat = 0.03
-    """Grayscale: minimum difference between the color channels (0 to 1)."""
-    max_gray_share: UnitFloat = 0.2
-    """Grayscale: maximum fraction of such images; above it, none is reported."""
 
 
 def apply_rules(images: ImageTable, rules: RulesConfig) -> Iterator[Finding]:

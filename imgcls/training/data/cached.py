@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
-from imgcls.cluster.session import configure_ray_data
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.data import storage_settings
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
@@ -55,30 +55,28 @@ class CachedImages:
         )
 
 
-def decode_images(rows: pa.Table, settings: DecodeSettings, *, cpus: float) -> CachedImages:
-    """Fetch and decode rows (row, url, label, held), one task per CPU at a time."""
+def decode_images(
+    rows: pa.Table, settings: DecodeSettings, *, cpus: float, execution: DataExecution
+) -> CachedImages:
+    """Fetch and decode rows (row, url, label, held), one task per CPU at a time.
+
+    execution: another thread may stop it
+    """
     cut = -(-rows.num_rows // int(BLOCKS_PER_CPU * max(1, cpus)))
     chunks = []
     for held in (False, True):
         split = rows.filter(pc.equal(rows.column("held"), held))
         size = max(1, min(compute_block_rows(settings.for_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
-    configure_ray_data()
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
-        decoded = (
-            ray.data.from_blocks(chunks)
-            .map_batches(
-                storage_settings.bind_settings_split(
-                    math.ceil(cpus), decode_block, settings=settings
-                ),
-                batch_format="pyarrow",
-            )
-            .materialize()
-        )
+    decode = storage_settings.bind_settings_split(math.ceil(cpus), decode_block, settings=settings)
+    with execution.own_settings():
+        dataset = ray.data.from_blocks(chunks).map_batches(decode, batch_format="pyarrow")
+    try:
+        decoded = dataset.materialize()
         status = decoded.select_columns(["row", "url", "label", "held", "error"])
         bad = status.filter(expr=col("error").is_not_null()).take_all()
+    finally:
+        execution.close()
     failures = [
         DecodeFailure(row["url"], row["label"], row["held"], row["error"])
         for row in sorted(bad, key=lambda row: (row["held"], row["row"]))

@@ -7,18 +7,13 @@ same on every machine. The images themselves are read later, by `batches`.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, PositiveInt, field_validator
 
-from imgcls.config import Section
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.manifest import (
     ManifestConfig,
     log_label_variants,
@@ -28,41 +23,9 @@ from imgcls.data.manifest import (
 )
 from imgcls.data.manifest_options import KeyNames
 from imgcls.errors import ManifestError
+from imgcls.training.config import DataConfig
 
 _SCHEMA = pa.schema([("row", pa.int64()), ("path", pa.string()), ("label", pa.string())])
-
-
-class DataConfig(Section):
-    """Training and validation data."""
-
-    shorthand: ClassVar[str | None] = "train"
-
-    train: ManifestConfig
-    """Labeled training images."""
-    val: ManifestConfig | None = None
-    """Labeled validation images (default: a part of data.train is held out)."""
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Share of each class to hold out if data.val is not set; chosen by a hash of the path."""
-    max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Maximum share of undecodable images. They are left out; above this share training fails."""
-    sampling: Literal["natural", "balanced"] = "natural"
-    """natural: every image once per epoch; balanced: equally many per class, rare ones repeated."""
-    max_bytes: PositiveInt = MAX_IMAGE_BYTES
-    """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
-    cache: bool | None = None
-    """Decode once and keep in memory (default: if all images fit into Ray's object store)."""
-    classes: list[str] | None = None
-    """Class names in the order of the outputs (default: the sorted labels of data.train)."""
-
-    @field_validator("classes")
-    @classmethod
-    def _check_classes(cls, classes: list[str] | None) -> list[str] | None:
-        if classes is not None:  # the same normalization as for labels
-            classes = [unicodedata.normalize("NFC", name) for name in classes]
-        if classes is not None and len(set(classes)) < len(classes):
-            duplicate = next(name for name in classes if classes.count(name) > 1)
-            raise ValueError(f"class {duplicate!r} is listed twice; class names must be unique")
-        return classes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
-from imgcls.cluster.session import configure_ray_data
+from imgcls.cluster.ray_data import own_data_settings
 from imgcls.data import storage_settings
 from imgcls.training.data.batches import (
     Batch,
@@ -98,20 +98,14 @@ class StreamedDataset:
             wanted=wanted,
             settings=self._source.settings,
         )
-        configure_ray_data()
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            cpu=max(1.0, self._cpus)
-        )
-        with ray.data.DataContext.current(context):
+        with own_data_settings() as context:
+            options = context.execution_options
+            options.preserve_order = True
+            options.resource_limits = options.resource_limits.copy(cpu=max(1.0, self._cpus))
             decoded = ray.data.range(
                 len(rows), override_num_blocks=-(-len(rows) // size)
             ).map_batches(decode, batch_size=None)
-            yield from decoded.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=2
-            )
+        yield from decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
     def _build_batch(self, table: pa.Table) -> Batch:
         good = table.column("error").is_null().to_numpy()

@@ -16,54 +16,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
-from urllib.parse import urlsplit
-
-from pydantic import field_validator
 
 from imgcls import log
-from imgcls.config import Section
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted, one_line
+from imgcls.training.config import TrackConfig
 from imgcls.training.loggers.mlflow import MLflowLogger
 from imgcls.training.loggers.tensorboard import TensorBoardLogger
 from imgcls.training.loggers.wandb import WandbLogger
 
 RETRY_PAUSE_S = 60.0
 """Pause after a failure of a logger, so that not every epoch waits for its timeout."""
-
-
-class TrackConfig(Section):
-    """Experiment tracking, in addition to TensorBoard."""
-
-    mlflow: str | None = None
-    """Tracking URI of MLflow, e.g. http://mlflow:5000 or sqlite:///mlflow.db."""
-    wandb: str | None = None
-    """Project of Weights & Biases, as PROJECT or ENTITY/PROJECT."""
-    experiment: str = "imgcls"
-    """MLflow experiment of the run."""
-    run: str | None = None
-    """Name of the run in MLflow and Weights & Biases (default: name of the output folder)."""
-
-    @field_validator("mlflow")
-    @classmethod
-    def _check_mlflow(cls, uri: str | None) -> str | None:
-        if uri is not None and urlsplit(uri).password:
-            raise ValueError(
-                "contains a password, and settings are written into the bundle; set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-            )
-        return uri
-
-    @field_validator("wandb")
-    @classmethod
-    def _check_wandb(cls, project: str | None) -> str | None:
-        if project is not None and (project.count("/") > 1 or not all(project.split("/"))):
-            raise ValueError(f"{project!r} is neither PROJECT nor ENTITY/PROJECT")
-        return project
-
-    def resolve_run_name(self, output: str) -> str:
-        """`run`, or the name of the output folder."""
-        return self.run or output.rstrip("/").rpartition("/")[2]
 
 
 class MetricLogger(Protocol):

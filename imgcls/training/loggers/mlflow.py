@@ -21,7 +21,7 @@ from imgcls.errors import RequestError, one_line
 from imgcls.training.loggers.packages import import_package
 
 if TYPE_CHECKING:
-    from imgcls.training.loggers.base import TrackConfig
+    from imgcls.training.config import TrackConfig
 
 MAX_PARAMS_PER_CALL = 100
 """MLflow's limit on the parameters of one call."""

@@ -17,7 +17,7 @@ import yaml
 from imgcls.data import filesystem
 
 if TYPE_CHECKING:
-    from imgcls.training.loggers.base import TrackConfig
+    from imgcls.training.config import TrackConfig
 
 EVENTS_FOLDER = "tensorboard"
 

@@ -17,7 +17,7 @@ from imgcls.training.loggers.packages import import_package
 from imgcls.training.loggers.tensorboard import build_tag
 
 if TYPE_CHECKING:
-    from imgcls.training.loggers.base import TrackConfig
+    from imgcls.training.config import TrackConfig
 
 UPLOAD_TIMEOUT_S = 60.0
 """Time to upload the rest of a run at its end; `wandb sync` can upload what is left then."""

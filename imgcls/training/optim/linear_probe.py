@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls.models import zoo
-from imgcls.training.augment.augment import Augment, AugmentConfig
-from imgcls.training.augment.ops.crop import center_crop
+from imgcls.training.augment.augment import Augment
+from imgcls.training.augment.kernels.crop import center_crop
+from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep

@@ -7,28 +7,16 @@ division of rows among workers changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat
 
-from imgcls.config import Section
 from imgcls.errors import ConfigError
 from imgcls.models.task import SINGLE_LABEL
+from imgcls.training.config import LossConfig
 
 AUXILIARY_WEIGHTS = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
 """Weights of Inception's and GoogLeNet's auxiliary losses (Szegedy et al., CVPR 2016 and 2015)."""
-
-
-class LossConfig(Section):
-    """Training loss."""
-
-    class_weights: Literal["none", "balanced"] | dict[str, NonNegativeFloat] = "none"
-    """none, balanced (inverse to the images of a class), or {class: weight}; others have 1."""
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Fraction of the target that is distributed over all classes."""
-    focal_gamma: NonNegativeFloat = 0.0
-    """Gamma of the focal loss (Lin et al. 2017), which reduces the loss of easy rows; 0: off."""
 
 
 class TrainingLoss:

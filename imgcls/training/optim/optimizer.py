@@ -9,55 +9,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from imgcls.config import Section, UnitFloat
+from imgcls.training.config import OptimConfig
 from imgcls.training.optim.param_groups import ParamGroup
-
-OptimizerName = Literal["adamw", "sgd"]
-ScheduleName = Literal["cosine", "one_cycle", "step", "constant"]
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
 ONE_CYCLE_MOMENTUM = (0.85, 0.95)
 EMA_WARMUP = 10
-
-
-class OptimConfig(Section):
-    """Optimizer, learning-rate schedule and moving average."""
-
-    name: OptimizerName = "adamw"
-    """adamw (Loshchilov & Hutter 2019), or sgd with Nesterov momentum, which needs a higher lr."""
-    lr: PositiveFloat | None = None
-    """Peak learning rate, of the head if rates differ. Default: 3e-4 from weights; from scratch
-    3e-3 for small_cnn and 1e-3 for others."""
-    scale_lr_from: PositiveInt | None = None
-    """Linear scaling rule: the batch_size that optim.lr is for; the rate scales with batch_size."""
-    schedule: ScheduleName = "cosine"
-    """After the warmup: cosine to 0, one_cycle (Smith 2018), step (by step_factor), or constant."""
-    warmup: UnitFloat = 0.1
-    """Fraction of all steps in which the learning rate rises to optim.lr."""
-    step_every: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
-    """Schedule step: fraction of all steps between two reductions."""
-    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Schedule step: factor of the learning rate at each reduction."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Momentum of SGD."""
-    weight_decay: NonNegativeFloat = 0.05
-    """Weight decay of weight matrices; biases and normalization layers have none."""
-    clip_norm: PositiveFloat | None = None
-    """Maximum norm of the gradient over all parameters; a larger one is scaled down."""
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.99
-    """Decay per step of the weights' moving average, which is validated and saved; null: off."""
-
-    def compute_peak_lr(self, batch_size: int) -> float:
-        """Peak learning rate for a batch size."""
-        if self.lr is None:
-            raise ValueError("optim.lr is not set; see strategy.choose_default_lr")
-        return self.lr * (batch_size / self.scale_lr_from if self.scale_lr_from else 1)
 
 
 def build_optimizer(

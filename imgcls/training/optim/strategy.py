@@ -7,39 +7,13 @@ epoch. The probe itself is in `linear_probe`.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
 
-from imgcls.config import Section
 from imgcls.errors import RequestError
 from imgcls.models.bundle import Architecture
+from imgcls.training.config import FinetuneConfig, Strategy
 from imgcls.training.optim.param_groups import ParamGroup, build_param_groups, split_layers
-
-Strategy = Literal["scratch", "probe", "finetune", "probe_then_finetune"]
-
-
-class ProbeConfig(Section):
-    """Linear probe: the head on features that are computed once."""
-
-    views: PositiveInt = 2
-    """Features per training image: center crop, mirrored (if augment.hflip > 0), random crops."""
-    l2: NonNegativeFloat | None = None
-    """L2 regularization strength of the linear probe. Default: chosen by the validation loss."""
-
-
-class FinetuneConfig(Section):
-    """Fine-tuning: all layers, lower ones with smaller learning rates."""
-
-    backbone_lr_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Learning rate of the layers below the head, as a fraction of optim.lr."""
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor of the learning rate from each layer below the head to the next lower; 1: equal."""
-    batchnorm: Literal["frozen", "train"] = "frozen"
-    """Batch normalization: frozen keeps the pretrained statistics, train uses each batch's."""
-    unfreeze_every: PositiveInt | None = None
-    """Epochs after which the next lower layer is unfrozen, from the head down (default: at once)"""
 
 
 def resolve_strategy(strategy: Strategy | None, *, pretrained: bool) -> Strategy:

@@ -11,7 +11,8 @@ import torch
 
 from imgcls.curation.checks import label_errors
 from imgcls.curation.checks.image_table import ImageTable
-from imgcls.curation.checks.label_errors import LabelErrorsConfig, _sample_per_class
+from imgcls.curation.checks.label_errors import _sample_per_class
+from imgcls.curation.config import LabelErrorsConfig
 from tests.curation.pictures import Row, clusters, images_of, indices_by_issue, jpeg, picture
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from imgcls.curation.checks import rules
 from imgcls.curation.checks.findings import ISSUES
 from imgcls.curation.checks.report import ISSUE_DESCRIPTIONS, build_section, render_check_report
-from imgcls.curation.checks.rules import RulesConfig
+from imgcls.curation.config import RulesConfig
 from tests.curation.pictures import images_of
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from imgcls.curation.checks import rules
-from imgcls.curation.checks.rules import RulesConfig
+from imgcls.curation.config import RulesConfig
 from tests.curation.pictures import Row, images_of, indices_by_issue, jpeg, picture
 from tests.data.pictures import drawn, encoded
 

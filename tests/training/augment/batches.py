@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from imgcls.training.augment.augment import Augment, AugmentConfig
+from imgcls.training.augment.augment import Augment
+from imgcls.training.augment.recipe import AugmentConfig
 
 
 def noise(count: int, side: int, low: int = 0, high: int = 256) -> torch.Tensor:

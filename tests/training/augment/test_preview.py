@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.training.augment.augment import PRESETS, Augment, AugmentConfig
-from imgcls.training.augment.ops.crop import center_crop
+from imgcls.training.augment.augment import Augment
+from imgcls.training.augment.kernels.crop import center_crop
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
+from imgcls.training.augment.recipe import PRESETS, AugmentConfig
 from tests.training.augment.batches import noise
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from imgcls.cluster.ray_data import DataExecution
 from imgcls.data import decode
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import DecodeSettings, decode_block
@@ -92,7 +93,7 @@ def test_a_batch_for_each_set_of_rows(rows: pa.Table) -> None:
 
 
 def test_ray_decodes_every_row_once_and_reports_the_bad_ones(joined: None, rows: pa.Table) -> None:
-    decoded = decode_images(rows, SETTINGS, cpus=2)
+    decoded = decode_images(rows, SETTINGS, cpus=2, execution=DataExecution())
     assert len(decoded.blocks) > 2, "small sets are cut too, so that all CPUs have some"
     bad = [(failure.url, failure.label, failure.held) for failure in decoded.failures]
     assert bad == [(rows.column("url")[4].as_py(), 1, False), (None, 2, False)]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from imgcls.config import load
 from imgcls.errors import ConfigError, ManifestError
-from imgcls.training.data.examples import DataConfig, Examples, _choose_held_out, read_examples
+from imgcls.training.config import DataConfig
+from imgcls.training.data.examples import Examples, _choose_held_out, read_examples
 from tests.conftest import write_manifest
 
 Rows = list[tuple[str, str]]

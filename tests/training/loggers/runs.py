@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from imgcls.training.loggers.base import TrackConfig, open_loggers
+from imgcls.training.config import TrackConfig
+from imgcls.training.loggers.base import open_loggers
 
 SETTINGS = {"model": {"name": "resnet18", "options": {}}, "epochs": 5, "classes": ["a", "b"]}
 

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from imgcls.config import load
 from imgcls.errors import Interrupted, RequestError
+from imgcls.training.config import TrackConfig
 from imgcls.training.loggers import base
 from imgcls.training.loggers.base import (
     MetricLoggers,
-    TrackConfig,
     check_loggers,
     flatten_settings,
     open_loggers,
@@ -240,8 +240,9 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(
 def test_packages_of_loggers_that_are_not_configured_are_not_imported() -> None:
     script = (
         "import sys\n"
+        "from imgcls.training.config import TrackConfig\n"
         "from imgcls.training.loggers import base\n"
-        "base.check_loggers(base.TrackConfig(), '/out')\n"
+        "base.check_loggers(TrackConfig(), '/out')\n"
         "heavy = {'mlflow', 'wandb', 'tensorboardX', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

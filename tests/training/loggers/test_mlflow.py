@@ -13,13 +13,9 @@ import pytest
 
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted, RequestError
+from imgcls.training.config import TrackConfig
 from imgcls.training.loggers import base
-from imgcls.training.loggers.base import (
-    MetricLoggers,
-    TrackConfig,
-    check_loggers,
-    open_loggers,
-)
+from imgcls.training.loggers.base import MetricLoggers, check_loggers, open_loggers
 from imgcls.training.loggers.mlflow import build_mlflow_key
 from tests.training.loggers.runs import SETTINGS, log_interrupted_run, values
 

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from imgcls.data import filesystem
+from imgcls.training.config import TrackConfig
 from imgcls.training.loggers import base
-from imgcls.training.loggers.base import (
-    MetricLoggers,
-    TrackConfig,
-    open_loggers,
-)
+from imgcls.training.loggers.base import MetricLoggers, open_loggers
 from imgcls.training.loggers.tensorboard import build_tag
 from tests.training.loggers.runs import SETTINGS, values
 

@@ -16,11 +16,8 @@ import pytest
 
 from imgcls.data import filesystem
 from imgcls.errors import Interrupted, RequestError
-from imgcls.training.loggers.base import (
-    TrackConfig,
-    check_loggers,
-    open_loggers,
-)
+from imgcls.training.config import TrackConfig
+from imgcls.training.loggers.base import check_loggers, open_loggers
 from tests.training.loggers.runs import SETTINGS, log_interrupted_run, values
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import ModelConfig, TrainConfig
 from imgcls.training.data.batches import Batch
-from imgcls.training.network import ModelConfig, compute_head_coefficients, resolve_model
+from imgcls.training.network import compute_head_coefficients, resolve_model
 from imgcls.training.optim import linear_probe
 from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
 from imgcls.training.train_step import TrainStep, WorkerContext

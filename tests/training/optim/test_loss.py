@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from imgcls.config import load
 from imgcls.errors import ConfigError
-from imgcls.training.optim.loss import LossConfig, TrainingLoss, compute_class_weights
+from imgcls.training.config import LossConfig
+from imgcls.training.optim.loss import TrainingLoss, compute_class_weights
 
 INCEPTION = namedtuple("INCEPTION", ("logits", "aux_logits"))
 GOOGLENET = namedtuple("GOOGLENET", ("logits", "aux_logits2", "aux_logits1"))

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from imgcls.training.config import OptimConfig
 from imgcls.training.optim.optimizer import (
     ModelEma,
-    OptimConfig,
     build_optimizer,
     compute_lr_factor,
     copy_optimizer_state,

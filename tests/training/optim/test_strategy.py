@@ -9,10 +9,9 @@ from torch import nn
 
 from imgcls.errors import RequestError
 from imgcls.models import zoo
+from imgcls.training.config import FinetuneConfig, Strategy
 from imgcls.training.optim.param_groups import split_layers
 from imgcls.training.optim.strategy import (
-    FinetuneConfig,
-    Strategy,
     choose_default_lr,
     find_trainable,
     has_probe,

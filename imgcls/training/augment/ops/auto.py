@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field
 
-from imgcls.training.augment.ops.auto_batch import Drawn, apply_drawn
 from imgcls.training.augment.ops.base import ImageBatch, Operation
 
 AutoPolicy = Literal["off", "randaugment", "trivialaugment"]
@@ -44,13 +41,9 @@ class AutoAugment(Operation):
         return {"num_ops": "auto randaugment", "magnitude": "auto randaugment"}
 
     def apply(self, batch: ImageBatch) -> ImageBatch:
-        pixels, transform = batch.pixels, self._build_transform()
-        if pixels.device.type == "cpu":
-            return replace(batch, pixels=torch.stack([transform(image) for image in pixels]))
-        drawn = _draw_operations(transform, len(pixels), pixels.shape[-2:])
-        for each in zip(*drawn, strict=True):
-            pixels = apply_drawn(pixels, each)
-        return replace(batch, pixels=pixels)
+        from imgcls.training.augment.kernels.auto import apply_transform
+
+        return replace(batch, pixels=apply_transform(self._build_transform(), batch.pixels))
 
     def _build_transform(self) -> Any:
         """torchvision's transform of one uint8 image, drawing from torch's global generator."""
@@ -67,23 +60,3 @@ class AutoAugment(Operation):
             DEFAULT_NUM_OPS if self.num_ops is None else self.num_ops,
             DEFAULT_MAGNITUDE if self.magnitude is None else self.magnitude,
         )
-
-
-def _draw_operations(transform: Any, count: int, size: Sequence[int]) -> list[list[Drawn]]:
-    """The operations that torchvision's transform draws for each of `count` images of a size.
-
-    It draws as it does for images on a CPU, and has its method record an operation instead of
-    applying it.
-    """
-    drawn: list[list[Drawn]] = []
-
-    def record(image: torch.Tensor, name: str, magnitude: float, **_: Any) -> torch.Tensor:
-        drawn[-1].append((name, magnitude))
-        return image
-
-    transform._apply_image_or_video_transform = record
-    image = torch.empty(3, *size, dtype=torch.uint8)
-    for _ in range(count):
-        drawn.append([])
-        transform(image)
-    return drawn

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from imgcls.training.augment.ops.base import (
-    ImageBatch,
-    Operation,
-    Probability,
-    draw_boxes,
-    draw_uniform,
-    paste_boxes,
-)
-
-ERASE_AREA = (0.02, 0.33)
-ERASE_RATIO = (0.3, 3.3)
-"""Of the rectangles, as in Zhong et al., AAAI 2020, and torchvision's RandomErasing."""
+from imgcls.training.augment.ops.base import ImageBatch, Operation, Probability
 
 
 class RandomErase(Operation):
@@ -34,13 +21,6 @@ class RandomErase(Operation):
         return {"erase": self.erase} if self.is_active else {}
 
     def apply(self, batch: ImageBatch) -> ImageBatch:
+        from imgcls.training.augment.kernels.erase import erase_rectangles
+
         return replace(batch, pixels=erase_rectangles(batch.pixels, self.erase or 0.0))
-
-
-def erase_rectangles(pixels: torch.Tensor, probability: float) -> torch.Tensor:
-    """Cover a rectangle of some images, each with a random color; returns a copy."""
-    count, side = len(pixels), pixels.shape[-1]
-    chosen = torch.rand(count) < probability
-    boxes = draw_boxes(draw_uniform(count, ERASE_AREA), ERASE_RATIO, side)
-    colors = torch.randint(0, 256, (count, 3, 1, 1), dtype=torch.uint8)
-    return paste_boxes(pixels, colors.to(pixels.device, non_blocking=True), boxes, chosen)

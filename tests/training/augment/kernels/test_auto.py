@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from imgcls.training.augment.ops import auto
-from imgcls.training.augment.ops.auto_batch import apply_drawn
+from imgcls.training.augment.kernels.auto import apply_drawn, draw_operations
+from imgcls.training.augment.ops.auto import AutoAugment
 from imgcls.training.augment.ops.base import ImageBatch
 from tests.training.augment.batches import augmented, noise
 
@@ -67,12 +67,12 @@ def test_every_operation_of_torchvision_has_its_batch() -> None:
 
 @pytest.mark.parametrize("policy", ["trivialaugment", "randaugment"])
 def test_images_of_a_gpu_draw_the_operations_of_a_cpu(policy: Any) -> None:
-    made = auto.AutoAugment(auto=policy)
+    made = AutoAugment(auto=policy)
     pixels = noise(40, 12)
     torch.manual_seed(3)
     expected = made.apply(ImageBatch(pixels, torch.zeros(40), 12, 4)).pixels
     torch.manual_seed(3)
-    drawn = auto._draw_operations(made._build_transform(), 40, (12, 12))
+    drawn = draw_operations(made._build_transform(), 40, (12, 12))
     found = pixels
     for each in zip(*drawn, strict=True):
         found = apply_drawn(found, each)

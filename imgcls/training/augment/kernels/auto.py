@@ -10,14 +10,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from imgcls.training.augment.ops.base import to_uint8
+from imgcls.training.augment.kernels.base import to_uint8
 
 Drawn = tuple[str, float]
 """torchvision's name of an operation, and its magnitude."""
+
+
+def apply_transform(transform: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Apply torchvision's RandAugment or TrivialAugment to each image of a batch.
+
+    pixels: (N, 3, S, S) uint8
+    """
+    if pixels.device.type == "cpu":
+        return torch.stack([transform(image) for image in pixels])
+    drawn = draw_operations(transform, len(pixels), pixels.shape[-2:])
+    for each in zip(*drawn, strict=True):
+        pixels = apply_drawn(pixels, each)
+    return pixels
+
+
+def draw_operations(transform: Any, count: int, size: Sequence[int]) -> list[list[Drawn]]:
+    """The operations that torchvision's transform draws for each of `count` images of a size.
+
+    It draws as it does for images on a CPU, and has its method record an operation instead of
+    applying it.
+    """
+    drawn: list[list[Drawn]] = []
+
+    def record(image: torch.Tensor, name: str, magnitude: float, **_: Any) -> torch.Tensor:
+        drawn[-1].append((name, magnitude))
+        return image
+
+    transform._apply_image_or_video_transform = record
+    image = torch.empty(3, *size, dtype=torch.uint8)
+    for _ in range(count):
+        drawn.append([])
+        transform(image)
+    return drawn
 
 
 def apply_drawn(pixels: torch.Tensor, drawn: Sequence[Drawn]) -> torch.Tensor:

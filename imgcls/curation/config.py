@@ -1,0 +1,228 @@
+"""Configuration of the `imgcls manifest` commands.
+
+It is checked without torch and Ray, so that a wrong key is refused at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from imgcls.config import Names, Section, UnitFloat, names
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.manifest import ManifestConfig
+from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.config import ScaleConfig
+
+
+class ListingConfig(Section):
+    """List a folder or a bucket into a manifest."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str
+    """Folder or prefix to list, such as s3://bucket/photos."""
+    output: str
+    """Folder of Parquet files to write; pass it to `--manifest`."""
+    labels: bool = False
+    """Use the name of the folder right below the source as the label."""
+    list_concurrency: PositiveInt = 16
+    """Number of prefixes that are listed in parallel."""
+    overwrite: bool = False
+    """Replace an existing manifest."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ManifestBuildConfig(ListingConfig):
+    """List a folder or a bucket into a manifest, or convert a glob or a table to one."""
+
+    path_column: str = "path"
+    """Column of image paths in the source table; named path in the manifest."""
+    label_column: str | None = None
+    """Column of class names in the source table; named label in the manifest."""
+    delimiter: str | None = None
+    """Delimiter of a CSV source, one character (default: detected in the header line)."""
+    encoding: str = "utf-8"
+    """Text encoding of a CSV source."""
+    escape: str | None = None
+    """CSV escape character before a quote inside a quoted value, such as \\ for files of Spark."""
+    contents: bool = False
+    """Read every image; adds the columns status, bytes, format, width, height, digest (BLAKE2b)."""
+    perceptual: bool = False
+    """With contents: add the perceptual hash as a column."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """With contents: maximum number of pixels of an image."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
+    scale: ScaleConfig = ScaleConfig()
+    """With contents."""
+
+
+class ScanConfig(Section):
+    """The images to scan, and how."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The manifest of the images."""
+    output: str
+    """Folder to write the results to."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Maximum number of pixels of an image; a larger one is refused from its header."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """Maximum size of an image file, in bytes; a larger one gets the status too_large."""
+    overwrite: bool = False
+    """Delete earlier results in the output folder and start over."""
+    progress_seconds: PositiveFloat = 5.0
+    """Interval of the progress lines in a job's log, in seconds."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+class StatsConfig(ScanConfig):
+    """Describe a data set: classes, sizes, formats, a contact sheet per class."""
+
+    sheet_images: NonNegativeInt = 12
+    """Number of images on the contact sheet of a class."""
+    max_sheets: PositiveInt = 50
+    """Maximum number of contact sheets; the largest classes come first."""
+    seed: int = 0
+    """Seed for choosing the images of the contact sheets."""
+
+
+BY_CONTENT = "content"
+
+
+class SplitConfig(Section):
+    """Split a manifest into parts; duplicates and groups are never shared between parts."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The manifest to split."""
+    output: str
+    """Folder for the parts: one Parquet file each, to be passed to `--manifest`."""
+    parts: dict[str, PositiveFloat] = {"train": 0.8, "val": 0.1, "test": 0.1}
+    """Fraction of the rows for each part, by its name."""
+    folds: int | None = Field(default=None, ge=2, le=100)
+    """Number of cross-validation folds instead of parts: folders with train and val.parquet."""
+    by: str = BY_CONTENT
+    """Rows to keep together: content (same image bytes), or a column such as patient."""
+    seed: int = 0
+    """Seed of the split."""
+    overwrite: bool = False
+    """Replace an existing split."""
+    storage: StorageConfig = StorageConfig()
+
+
+Issue = Literal[
+    "unreadable",
+    "wrong-extension",
+    "tiny",
+    "extreme-aspect",
+    "odd-size",
+    "near-black",
+    "near-white",
+    "low-information",
+    "blurry",
+    "greyscale",
+    "rotated",
+    "exact-duplicates",
+    "near-duplicates",
+    "similar",
+    "leakage",
+    "label-conflict",
+    "label-error",
+    "outlier",
+]
+
+
+class RulesConfig(Section):
+    """Thresholds of the rules for single images."""
+
+    min_side: PositiveInt = 16
+    """Tiny: minimum length of the shorter side, in pixels; off where the median is below it."""
+    max_aspect: PositiveFloat = 4.0
+    """Extreme aspect: maximum ratio of the longer to the shorter side."""
+    max_size_ratio: PositiveFloat = 10.0
+    """Odd size: maximum ratio between the number of pixels and its median, either way."""
+    black_level: UnitFloat = 0.1
+    """Near-black: 95 % of the pixels are darker than this (0 is black, 1 is white)."""
+    white_level: UnitFloat = 0.95
+    """Near-white: 95 % of the pixels are brighter than this (0 is black, 1 is white)."""
+    min_entropy: NonNegativeFloat = 2.0
+    """Low information: minimum entropy of the brightness, in bits (0 to 8)."""
+    min_sharpness: NonNegativeFloat = 0.12
+    """Blurry: minimum sharpness (standard deviation of the Laplacian over that of brightness)."""
+    min_color: UnitFloat = 0.03
+    """Grayscale: minimum difference between the color channels (0 to 1)."""
+    max_gray_share: UnitFloat = 0.2
+    """Grayscale: maximum fraction of such images; above it, none is reported."""
+
+
+class DuplicatesConfig(Section):
+    """Minimum similarity of two images that count as duplicates."""
+
+    max_hash_distance: int = Field(default=60, ge=0, le=100)
+    """Near duplicates: maximum number of bits of the perceptual hash (of 256) that differ."""
+    min_contrast: UnitFloat = 0.02
+    """Minimum contrast of an image for its perceptual hash to be used."""
+    min_side: PositiveInt = 24
+    """Minimum length of the shorter side, in pixels, for the perceptual hash to be used."""
+    min_cosine: UnitFloat = 0.95
+    """With a model: minimum cosine similarity between the embeddings of similar images."""
+    seed: PositiveInt = 1
+    """Seed of the random projections of the embeddings."""
+
+
+class LabelErrorsConfig(Section):
+    """Detection of label errors and outliers, with a model."""
+
+    folds: int = Field(default=5, ge=2, le=20)
+    """Number of cross-validation folds."""
+    max_probe_images: PositiveInt = 50_000
+    """Maximum number of images to fit a probe on; classes with few images are used completely."""
+    min_margin: UnitFloat = 0.0
+    """Label errors: minimum difference of probability between the best class and the label."""
+    neighbors: PositiveInt = 10
+    """Outliers: number of nearest neighbors whose mean distance is used."""
+    max_reference_images: PositiveInt = 10_000
+    """Outliers: maximum number of images among which neighbors are searched."""
+    outlier_deviations: PositiveFloat = 5.0
+    """Outliers: minimum distance above the median, in robust standard deviations."""
+    seed: int = 1
+    """Seed of the folds and samples."""
+
+
+IssueList = Annotated[list[Issue], BeforeValidator(names)]
+
+
+class CheckConfig(ScanConfig):
+    """Check a data set: bad images, duplicates, leaks between manifests, probable label errors."""
+
+    against: Names = []
+    """Other manifests, such as the test set; an image in both is reported as leakage."""
+    model: str | None = None
+    """Bundle whose embeddings are used to find similar images, outliers and label errors."""
+    decode: DecodeMode | None = None
+    """Decode route for the model: exact or fast (default: bundle's)."""
+    output: str
+    """Folder for the results; with drop, NAME.parquet writes the clean manifest there."""
+    drop: IssueList = []
+    """Write the manifest without rows that have these issues; the first duplicate is kept."""
+    fail_on: IssueList = []
+    """Exit with status 3 if one of these issues is found."""
+    rules: RulesConfig = RulesConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    labels: LabelErrorsConfig = LabelErrorsConfig()
+    gallery: NonNegativeInt = 24
+    """Maximum number of images shown per issue."""

@@ -1,0 +1,188 @@
+"""Configuration of the commands that evaluate, compare, calibrate and report.
+
+It is checked without torch and Ray, so that a wrong key is refused at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.manifest import ManifestConfig
+from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.config import ScaleConfig
+from imgcls.models.bundle import Precision
+
+
+class LabelTableConfig(Section):
+    """CSV or Parquet table of labels."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    """File, folder or glob of the table."""
+    column: str = "label"
+    """Column of class names."""
+    delimiter: str | None = None
+    """CSV delimiter (default: detected from the header line)."""
+    encoding: str = "utf-8"
+    """CSV text encoding."""
+    escape: str | None = None
+    """CSV escape character before a quote inside a quoted value, e.g. \\ for files from Spark."""
+
+
+class LabelJoinConfig(Section):
+    """Labels to evaluate a run against."""
+
+    labels: LabelTableConfig | None = None
+    """Table of labels to join (default: the label column of the run)."""
+    on: str | None = None
+    """Column that joins predictions and labels (default: the path column)."""
+
+    @model_validator(mode="after")
+    def _check_join(self) -> Self:
+        if self.on is not None and self.labels is None:
+            raise ValueError("on: is the key of --labels, which is missing; pass --labels TABLE")
+        return self
+
+
+class EvaluationOptions(LabelJoinConfig):
+    """Labels to evaluate against, and contents of the report."""
+
+    slice_by: Names = []
+    """Manifest columns to slice by: all metrics for each value, e.g. camera,site."""
+    small_slice: PositiveInt = 30
+    """Slices with fewer labeled rows are marked as small."""
+    gallery: PositiveInt = 24
+    """Images of each kind in the report."""
+    thumbnails: bool = True
+    """Read the images and show thumbnails in the report."""
+
+
+class EvaluateConfig(EvaluationOptions):
+    """Evaluate existing predictions, or run prediction on a manifest and evaluate the result."""
+
+    positional: ClassVar[tuple[str, ...]] = ("predictions",)
+
+    predictions: str | None = None
+    """Output folder of `imgcls predict`, to evaluate without running the model again."""
+    manifest: ManifestConfig | None = None
+    """Images to predict first, if there are no predictions yet."""
+    model: str | None = None
+    """Bundle to predict with."""
+    output: str | None = None
+    """Folder to write to (default: the predictions' folder; required with --labels)."""
+    scores: bool = True
+    """With a manifest: write the scores of all classes, which AUROC and Brier need."""
+    decode: DecodeMode | None = None
+    """With a manifest: as for predict."""
+    precision: Precision = "auto"
+    """With a manifest: as for predict."""
+    max_error_rate: UnitFloat = 0.01
+    """With a manifest: maximum share of failed rows; above it nothing is evaluated."""
+    overwrite: bool = False
+    """With a manifest: delete the contents of the output folder and start over."""
+    scale: ScaleConfig = ScaleConfig()
+    """With a manifest: as for predict."""
+    storage: StorageConfig = StorageConfig()
+
+
+def _validate_points(text: str) -> str:
+    parse_points(text)
+    return text
+
+
+def parse_points(text: str) -> float:
+    """Parse a difference of accuracies: `0.5pt`, `0.5pp` and `0.5%` are 0.005.
+
+    A number without a unit is a fraction. Raises ValueError if it is not in [0, 1).
+    """
+    number = text.strip().lower()
+    for unit in ("pt", "pp", "%"):
+        if number.endswith(unit):
+            value = float(number.removesuffix(unit)) / 100
+            break
+    else:
+        value = float(number)
+    if not 0 <= value < 1:
+        raise ValueError(f"{text!r} is not between 0 and 100 points; write 0.5pt for half a point")
+    return value
+
+
+class CompareConfig(Section):
+    """Compare the accuracy of two runs over the same images, per class and slice."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run_a", "run_b")
+
+    run_a: str
+    """Output folder of the run to compare with, e.g. of the current model."""
+    run_b: str
+    """Output folder of the run of the candidate model."""
+    on: str | None = None
+    """Column that identifies the image; required if the runs have different manifests."""
+    labels: LabelTableConfig | None = None
+    """Table of labels to join (default: the label column of run_a)."""
+    slice_by: Names = []
+    """Columns of run_a to slice by: the difference for each value, e.g. camera,site."""
+    fail_if_worse: Annotated[str, AfterValidator(_validate_points)] | None = None
+    """Exit with code 3 if the accuracy of run_b is lower by more than this, e.g. 0.5pt."""
+    output: str | None = None
+    """Folder for per_class, slices and differing rows as Parquet, and summary.json."""
+    storage: StorageConfig = StorageConfig()
+
+
+class CalibrateConfig(LabelJoinConfig):
+    """Calibrate confidence, choose acceptance thresholds, and write a new bundle."""
+
+    model: str
+    """Bundle that predicted the held-out images."""
+    predictions: str
+    """Output folder of `imgcls predict --scores` on labeled held-out images."""
+    output: str
+    """Folder of the new bundle."""
+    method: Literal["temperature", "vector", "none"] = "temperature"
+    """vector: a scale and a bias per class (needs many rows per class); none: thresholds only."""
+    target_precision: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Choose the lowest threshold at which this share of the accepted rows is correct."""
+    per_class: bool = False
+    """Choose a threshold per predicted class instead of one for all."""
+    min_rows: PositiveInt = 30
+    """Minimum number of accepted labeled rows for a threshold."""
+    overwrite: bool = False
+    """Replace an existing bundle."""
+    storage: StorageConfig = StorageConfig()
+
+
+MIN_IMAGES = 16
+
+
+class QuantizeConfig(Section):
+    """Create a bundle that runs in int8 on CPUs, and measure agreement, accuracy and speed."""
+
+    model: str
+    """Bundle to calibrate."""
+    manifest: ManifestConfig
+    """Images like those to be predicted; if they have labels, accuracy is measured too."""
+    output: str
+    """Folder of the new bundle."""
+    images: int = Field(default=1024, ge=2 * MIN_IMAGES)
+    """Images to read from the start of the manifest: half to calibrate, half to evaluate."""
+    overwrite: bool = False
+    """Replace an existing bundle."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ReportConfig(Section):
+    """Write report.html for a run (labeled or not) or for a trained bundle."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str
+    """Output folder of `imgcls predict`, or a bundle of `imgcls train`."""
+    output: str | None = None
+    """File to write (default: report.html in the source folder)."""
+    evaluation: EvaluationOptions = EvaluationOptions()
+    storage: StorageConfig = StorageConfig()

@@ -1,0 +1,115 @@
+"""Configuration of `imgcls predict`.
+
+It is checked without torch and Ray, so that a wrong key is refused at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.manifest import ManifestConfig
+from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
+from imgcls.execution.config import ScaleConfig
+from imgcls.log import LogFormat
+from imgcls.models.bundle import Precision
+from imgcls.runs.lease import DEFAULT_TERM_S
+
+ErrorStatus = Literal[
+    "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
+    "unsupported", "too_large", "unreadable", "not_finite", "crashed",
+]  # fmt: skip
+"""Statuses of rows without a prediction."""
+
+
+class SinceConfig(Section):
+    """Earlier runs, whose successful rows are not labeled again."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: str
+    """A run, a folder of runs such as labels/ of labels/date=.../, or a compacted history."""
+    version: Names = []
+    """Manifest columns whose change means another image. Default: etag, size, mtime, version."""
+
+
+class PredictConfig(Section):
+    """Label every image of a manifest."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The images: a CSV or Parquet file, a glob, or a folder."""
+    model: str
+    """Bundle folder, local or on an object store."""
+    output: str
+    """Folder to write. An unfinished run in it is resumed."""
+    top_k: int = Field(default=5, ge=1, le=20)
+    """Number of labels kept per image."""
+    threshold: UnitFloat | None = None
+    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
+    embeddings: bool = False
+    """Also write the input of the model's final layer."""
+    scores: bool = False
+    """Also write the score of every class."""
+    scores_type: Literal["float32", "float16"] = "float32"
+    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
+    max_error_rate: UnitFloat = 0.01
+    """Maximum fraction of failed rows in a committed run; with since, of the new rows."""
+    max_errors: NonNegativeInt | None = None
+    """Number of failed rows allowed at any rate. Default: 10 with since, else 0."""
+    max_error_rates: dict[ErrorStatus, UnitFloat] = {}
+    """Per-status limits, e.g. {missing: 0.05}. A status listed here is not counted in
+    max_error_rate."""
+    reference: str | None = None
+    """Earlier run to measure the drift of predicted classes and confidence against."""
+    max_psi: NonNegativeFloat | None = None
+    """Maximum drift in a committed run, as population stability index."""
+    summary_json: str | None = None
+    """JSON file to write at the end, whatever the exit code: how the run ended, rows, statuses."""
+    since: SinceConfig | None = None
+    """Label only images that are new, changed or failed since these runs: one run, or a folder of
+    runs."""
+    relabel: bool = False
+    """With since: also label images that another bundle has labeled."""
+    retry_failed: bool = False
+    """With since: also retry broken images that have not changed."""
+    date: datetime.date | None = None
+    """Date that replaces {date} in output (default: today, UTC). Set it to resume an earlier day's
+    run."""
+    retry_errors: bool = False
+    """Retry the rows that failed in an earlier run on this output."""
+    overwrite: bool = False
+    """Delete the run in the output folder and start over."""
+    limit: PositiveInt | None = None
+    """Number of rows to label, from the start of the manifest. Default: all."""
+    decode: DecodeMode | None = None
+    """exact: decode JPEGs at full size. fast: decode large ones at reduced size. Default: the
+    bundle's setting."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware has it natively, else fp32. fp16: for GPUs without bf16; an
+    image that exceeds its range becomes an error row. int8: on CPUs, with a quantized bundle."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the model. auto: where a benchmark before a long run shows that it saves time."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Maximum number of pixels of an image, read from its header; a larger one is too_large."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """Maximum size of an image file, in bytes. A larger one is too_large and not read further."""
+    chunk_rows: PositiveInt | None = None
+    """Rows per chunk, the unit of work. Default: by the size of the manifest, at most 256."""
+    part_rows: PositiveInt = 1_000_000
+    """Maximum number of rows of an output file; fewer when it would exceed 128 MB."""
+    progress_seconds: PositiveFloat = 5.0
+    """Time between two progress lines in a log, in seconds."""
+    log: LogFormat = "text"
+    """json: one JSON object per line, each with the run id; for each chunk its worker, rows and
+    times."""
+    lease_seconds: PositiveFloat = DEFAULT_TERM_S
+    """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
+    scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()

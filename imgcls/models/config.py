@@ -1,0 +1,68 @@
+"""Configuration of `imgcls export`, `imgcls model import` and `imgcls model list`.
+
+It is checked without torch and Ray, so that a wrong key is refused at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, PositiveInt
+
+from imgcls.config import Section, names
+from imgcls.data.manifest import ManifestConfig
+from imgcls.data.preprocess import DecodeMode
+from imgcls.data.storage_settings import StorageConfig
+
+ExportFormat = Literal["onnx", "program", "torchscript"]
+
+
+class ExportConfig(Section):
+    """Write a bundle as files that run without imgcls."""
+
+    positional: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str
+    """Bundle to export."""
+    output: str
+    """Folder to write."""
+    formats: Annotated[list[ExportFormat], BeforeValidator(names)] = ["onnx"]
+    """onnx: ONNX Runtime and others. program: torch.export. torchscript: older PyTorch."""
+    images: ManifestConfig | None = None
+    """Images for the comparison of scores (default: synthetic images)."""
+    max_images: PositiveInt = 64
+    """Maximum number of images for the comparison, from the start of the manifest."""
+    overwrite: bool = False
+    """Replace an existing export."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ImportConfig(Section):
+    """Make a bundle from a weights file and a list of classes."""
+
+    arch: str
+    """Architecture, e.g. squeezenet1_0; `imgcls model list` lists all names."""
+    weights: str
+    """State dict, .pth or .safetensors (path or URL), or the name of torchvision weights."""
+    classes: str
+    """Text file with one class name per line, in the order of the network's outputs."""
+    output: str
+    """Bundle folder to write."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the architecture's constructor."""
+    resize: PositiveInt | None = None
+    """Length of the shorter side after resizing, in pixels (default: of the architecture)."""
+    crop: PositiveInt | None = None
+    """Side of the model's square input, in pixels (default: of the architecture)."""
+    decode: DecodeMode = "exact"
+    """exact: decode JPEGs at full size. fast: decode large JPEGs at 1/2, 1/4 or 1/8."""
+    overwrite: bool = False
+    """Replace an existing bundle."""
+    storage: StorageConfig = StorageConfig()
+
+
+class ListModelsConfig(Section):
+    """List the architectures."""
+
+    contains: str = ""
+    """Substring that the names must contain (default: list all)."""

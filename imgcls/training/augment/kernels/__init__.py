@@ -1,0 +1,1 @@
+"""Tensor functions of the augmentations, which the operations import when they are applied."""
