@@ -6,8 +6,9 @@ For each model, in images per second of this machine's first GPU, medians of thr
   forward   pixels that are on the device already, launched kernel by kernel, and as a recorded
             graph, by batch size; compiled too
   upload    the same from the host's memory, batches handed over without waiting
-  nvJPEG    photographs decoded and resized in bulk on the device
-  decode    the same by one core of the host
+  nvJPEG    photographs decoded and resized in bulk on the device, of those that it takes
+  decode    all photographs by one core of the host
+  verify    the same, but those for the device are verified and left for it
   chunks    nvJPEG and the forward pass of whole chunks in two threads, as a worker does them;
             and what the slower of the two would allow, and what both in turn would
 A check comes first: the same labels by every route, scores no further apart than 0.01.
@@ -79,9 +80,12 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     host = np.resize(pixels, (CHUNK, *pixels.shape[1:]))
     report("upload and forward", rate(lambda: classify(best, host, rows), rows))
 
+    prepared = [device_decode.prepare_file(blob, plain.preprocess) for blob in blobs]
+    jpegs = [file for file in prepared if isinstance(file, device_decode.DeviceJpeg)]
+
     def on_the_device(count: int) -> None:
         for start in range(0, count, CHUNK):
-            some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
+            some = [jpegs[i % len(jpegs)] for i in range(start, start + CHUNK)]
             device_decode.decode_batch(some, plain.preprocess, device=plain.device)
         torch.cuda.synchronize()
 
@@ -89,18 +93,23 @@ def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
         for i in range(count):
             decode.decode_image(blobs[i % len(blobs)], plain.preprocess)
 
+    def verified_on_the_host(count: int) -> None:
+        for i in range(count):
+            device_decode.prepare_file(blobs[i % len(blobs)], plain.preprocess)
+
     def chunks(count: int) -> None:
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(one_chunk, range(0, count, CHUNK)))
 
     def one_chunk(start: int) -> None:
-        some = [blobs[i % len(blobs)] for i in range(start, start + CHUNK)]
+        some = [jpegs[i % len(jpegs)] for i in range(start, start + CHUNK)]
         found = device_decode.decode_batch(some, plain.preprocess, device=plain.device)
         best.classify(torch.stack([each[0] for each in found if isinstance(each, tuple)]))
 
     decoding = rate(lambda: on_the_device(rows), rows)
     report("nvJPEG", decoding)
     report("decode, one core", rate(lambda: on_the_host(1000), 1000))
+    report("verify, one core", rate(lambda: verified_on_the_host(1000), 1000))
     report("chunks, two threads", rate(lambda: chunks(rows), rows))
     report("  the slower of the two allows", min(decoding, fastest))
     report("  both in turn allow", 1 / (1 / decoding + 1 / fastest))

@@ -56,7 +56,7 @@ class ScaleConfig(Section):
 
     layout: Literal["auto", "cpu", "gpu", "gpu_decode"] = "auto"
     """cpu: one worker per core runs every stage. gpu: CPUs decode for GPUs. gpu_decode: GPUs decode
-    as well."""
+    baseline JPEGs."""
     workers: PositiveInt | None = None
     """Number of model workers. Default: one per core, or one per GPU."""
     io_concurrency: PositiveInt = 16
@@ -64,8 +64,8 @@ class ScaleConfig(Section):
     batch_size: PositiveInt | None = None
     """Images per forward pass. Default: 32 on CPUs; on GPUs measured, or 128 for a short run."""
     cpu_decode_fraction: UnitFloat | None = None
-    """Fraction of the images that CPUs decode for GPUs that decode too. Default: measured, or 0 for
-    a short run."""
+    """Fraction of the chunks that CPUs decode wholly for GPUs that decode too. Default: measured,
+    or 0 for a short run."""
     crash_retries: NonNegativeInt = 1
     """Retries of a chunk after a worker crash before its images are processed one at a time."""
     worker_timeout_s: PositiveFloat = 600.0
@@ -248,7 +248,9 @@ class GpuPlacement(Placement):
 
 
 class GpuDecodePlacement(GpuPlacement):
-    """`gpu_decode`: tasks on CPUs fetch, and decode a fraction; GPUs decode the rest."""
+    """`gpu_decode`: tasks on CPUs fetch, and decode a fraction of the chunks; GPUs decode the
+    baseline JPEGs of the others.
+    """
 
     name: ClassVar[PlacementName] = "gpu_decode"
 
@@ -400,8 +402,6 @@ def _plan_gpu(
             "--scale.layout cpu"
         )
     prepare_tasks, store_reason = _limit_by_object_store(nodes, rooms, chunk_bytes)
-    decodes = kind is GpuPlacement or bool(config.cpu_decode_fraction)
-    work = "fetch and decode" if decodes else "fetch"
     idle = gpus - workers if config.workers is None else 0
     return kind(
         workers=workers,
@@ -414,7 +414,7 @@ def _plan_gpu(
         reasons=(
             reason,
             f"{format_count(workers, 'model worker')} on GPUs, up to "
-            f"{format_count(prepare_tasks, 'task')} on CPUs to {work}",
+            f"{format_count(prepare_tasks, 'task')} on CPUs to fetch and decode",
             *([store_reason] if store_reason else []),
             *([f"{format_count(idle, 'GPU')} idle: too few CPUs on their nodes"] if idle else []),
         ),

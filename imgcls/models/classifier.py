@@ -239,6 +239,10 @@ class Classifier:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
         return self.submit(batch, embeddings=embeddings).get()
 
+    def upload(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy (N, 3, crop, crop) uint8 to the device, without waiting for its other work."""
+        return self._normalize.upload(pixels)
+
     @torch.inference_mode()
     def submit(
         self,
