@@ -18,14 +18,10 @@ import torch
 from imgcls.data import jpeg
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decode import JPEG_SIGNATURE, MAX_PIXELS, decode_image, read_header
+from imgcls.data.device_resize import resize_batch
 from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import Preprocess
-from imgcls.data.resize import (
-    MAX_RESIZE_PIXELS,
-    apply_tensor_orientation,
-    compute_resized_size,
-    resize_on_device,
-)
+from imgcls.data.resize import MAX_RESIZE_PIXELS, DecodedImage, compute_resized_size
 from imgcls.errors import ImageError
 
 MAX_DECODED_BYTES = 512_000_000
@@ -142,11 +138,14 @@ def _decode_group(
 ) -> None:
     """Decode and resize JPEGs; those that the decoder rejects get no result."""
     encoded = [torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in group]
-    for file, tensor in zip(group, _decode_jpegs(encoded, stage), strict=True):
-        if tensor is not None:
-            upright = apply_tensor_orientation(tensor, file.orientation)
-            resized = resize_on_device(upright, file.display_size, spec)
-            results[file.index] = resized, file.display_size
+    decoded = {
+        file.index: DecodedImage(tensor, file.orientation, file.display_size)
+        for file, tensor in zip(group, _decode_jpegs(encoded, stage), strict=True)
+        if tensor is not None
+    }
+    resized = resize_batch(list(decoded.values()), spec)
+    for (index, image), pixels in zip(decoded.items(), resized, strict=True):
+        results[index] = pixels, image.display_size
 
 
 def _decode_jpegs(encoded: list[torch.Tensor], stage: DecodeStage) -> list[torch.Tensor | None]:
