@@ -17,15 +17,11 @@ import torch
 from imgcls.data import jpeg
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decode import JPEG_SIGNATURE, MAX_PIXELS, ImageHeader, decode_image, read_header
+from imgcls.data.device_resize import resize_batch
 from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.pixels import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.data.resize import (
-    MAX_RESIZE_PIXELS,
-    apply_tensor_orientation,
-    compute_resized_size,
-    resize_on_device,
-)
+from imgcls.data.resize import MAX_RESIZE_PIXELS, DecodedImage, compute_resized_size
 from imgcls.errors import ImageError
 
 MAX_DECODED_BYTES = 512_000_000
@@ -134,14 +130,15 @@ def _decode_group(
 ) -> list[torch.Tensor | None]:
     """Decode and resize JPEGs; None for those that the decoder rejects."""
     encoded = [torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in group]
-    resized: list[torch.Tensor | None] = []
-    for file, tensor in zip(group, _decode_jpegs(encoded, stage), strict=True):
-        if tensor is None:
-            resized.append(None)
-        else:
-            upright = apply_tensor_orientation(tensor, file.orientation)
-            resized.append(resize_on_device(upright, file.display_size, spec))
-    return resized
+    decoded = {
+        index: DecodedImage(tensor, file.orientation, file.display_size)
+        for index, (file, tensor) in enumerate(
+            zip(group, _decode_jpegs(encoded, stage), strict=True)
+        )
+        if tensor is not None
+    }
+    resized = dict(zip(decoded, resize_batch(list(decoded.values()), spec), strict=True))
+    return [resized.get(index) for index in range(len(group))]
 
 
 def _decode_jpegs(encoded: list[torch.Tensor], stage: DecodeStage) -> list[torch.Tensor | None]:

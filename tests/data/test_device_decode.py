@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data import decode, device_decode
+from imgcls.data import decode, device_decode, device_resize
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.device_decode import DeviceJpeg
 from imgcls.data.lazy_torchvision import torchvision
@@ -54,11 +54,11 @@ class Decoder:
 @pytest.fixture
 def decoder(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     made = Decoder(cuda)
-    resize: Callable[..., torch.Tensor] = device_decode.resize_on_device
+    resize: Callable[..., torch.Tensor] = device_resize.resize_on_device
     monkeypatch.setattr(DecodeStage, "_idle", {})
     monkeypatch.setattr(torchvision.io, "decode_jpeg", made)
     monkeypatch.setattr(
-        device_decode,
+        device_resize,
         "resize_on_device",
         lambda tensor, *args: cuda.launch(resize(tensor, *args), tensor),
     )

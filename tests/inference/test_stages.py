@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data import device_decode
+from imgcls.data import device_decode, device_resize
 from imgcls.data.cuda import CudaTimer, DecodeStage, PinnedUploader
 from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import Preprocess
@@ -241,13 +241,13 @@ def test_pixels_of_cpus_and_of_the_device_are_both_there_before_the_forward_pass
 ) -> None:
     gpu = torch.device("cuda", 0)
     preprocess = Preprocess(resize=24, crop=16, decode="fast")
-    resize, decode_jpeg = device_decode.resize_on_device, torchvision.io.decode_jpeg
+    resize, decode_jpeg = device_resize.resize_on_device, torchvision.io.decode_jpeg
     monkeypatch.setattr(DecodeStage, "_idle", {})
     monkeypatch.setattr(
         torchvision.io, "decode_jpeg", lambda files, mode, device: decode_jpeg(files, mode)
     )
     monkeypatch.setattr(
-        device_decode,
+        device_resize,
         "resize_on_device",
         lambda tensor, *args: cuda.launch(resize(tensor, *args), tensor),
     )
