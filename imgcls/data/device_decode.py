@@ -18,7 +18,7 @@ from imgcls.data import jpeg
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decode import JPEG_SIGNATURE, MAX_PIXELS, ImageHeader, decode_image, read_header
 from imgcls.data.device_resize import resize_batch
-from imgcls.data.lazy_torchvision import torchvision
+from imgcls.data.nvjpeg import decode_jpegs
 from imgcls.data.pixels import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.data.resize import MAX_RESIZE_PIXELS, DecodedImage, compute_resized_size
@@ -129,33 +129,11 @@ def _decode_group(
     group: Sequence[DeviceJpeg], spec: Preprocess, stage: DecodeStage
 ) -> list[torch.Tensor | None]:
     """Decode and resize JPEGs; None for those that the decoder rejects."""
-    encoded = [torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in group]
+    tensors = decode_jpegs([file.data for file in group], stage)
     decoded = {
         index: DecodedImage(tensor, file.orientation, file.display_size)
-        for index, (file, tensor) in enumerate(
-            zip(group, _decode_jpegs(encoded, stage), strict=True)
-        )
+        for index, (file, tensor) in enumerate(zip(group, tensors, strict=True))
         if tensor is not None
     }
     resized = dict(zip(decoded, resize_batch(list(decoded.values()), spec), strict=True))
     return [resized.get(index) for index in range(len(group))]
-
-
-def _decode_jpegs(encoded: list[torch.Tensor], stage: DecodeStage) -> list[torch.Tensor | None]:
-    """Decode JPEGs to (3, H, W) uint8; None for those that the decoder rejects.
-
-    One such file fails its batch, which is then bisected.
-    """
-    stage.wait_for_kernels()
-    try:
-        return list(
-            torchvision.io.decode_jpeg(
-                encoded, torchvision.io.ImageReadMode.RGB, device=stage.device
-            )
-        )
-    except RuntimeError as error:
-        stage.raise_device_failure(error)
-    if len(encoded) == 1:
-        return [None]
-    middle = len(encoded) // 2
-    return [*_decode_jpegs(encoded[:middle], stage), *_decode_jpegs(encoded[middle:], stage)]
