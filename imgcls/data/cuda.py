@@ -168,6 +168,17 @@ class CudaTimer:
             self._marks[mark].record(torch.cuda.current_stream(self._device))
 
 
+def exit_after_device_failure(delay_s: float) -> None:
+    """End the process, whose GPU has failed, after some seconds in which it can send responses.
+
+    Call it while the exception is handled: its traceback is printed.
+    """
+    traceback.print_exc()
+    sys.stderr.write("the GPU failed: this process ends, to be replaced\n")
+    sys.stderr.flush()
+    threading.Timer(delay_s, os._exit, (DEVICE_FAILURE_STATUS,)).start()
+
+
 @contextlib.contextmanager
 def exit_on_device_failure() -> Iterator[None]:
     """End the process when a GPU fails in the block, so that another one is started in its place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 import pytest
 import torch
@@ -108,3 +109,24 @@ def test_a_device_that_failed_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
     assert ended.value.code == stages.DEVICE_FAILURE_STATUS
     with pytest.raises(torch.OutOfMemoryError), stages.exit_on_device_failure():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_process_whose_device_failed_ends_after_its_responses(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned: list[tuple[object, ...]] = []
+
+    class Timer:
+        def __init__(self, *args: object) -> None:
+            self.args = args
+
+        def start(self) -> None:
+            planned.append(self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    try:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error")
+    except torch.AcceleratorError:
+        stages.exit_after_device_failure(0.5)
+    assert planned == [(0.5, os._exit, (stages.DEVICE_FAILURE_STATUS,))]
+    assert "uncorrectable ECC error" in capfd.readouterr().err
