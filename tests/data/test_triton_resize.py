@@ -24,8 +24,8 @@ SPECS = {
     mode: Preprocess(resize=10, crop=8, mode=mode, interpolation=interpolation)
     for mode, interpolation in (("crop", "bilinear"), ("pad", "bilinear"), ("squash", "bicubic"))
 }
-WIDE = Preprocess(resize=130, crop=130)
-"""More rows and columns than one program computes, and more positions than one block has."""
+LARGE = Preprocess(resize=20, crop=20)
+"""Resized with smaller blocks: several programs for the image, several blocks for the weights."""
 
 
 def make_images(device: str = "cpu") -> list[DecodedImage]:
@@ -40,7 +40,7 @@ def make_images(device: str = "cpu") -> list[DecodedImage]:
     return images
 
 
-def make_wide_image() -> DecodedImage:
+def make_large_image() -> DecodedImage:
     noise = np.random.default_rng(1).integers(0, 256, (3, 5, 6), np.uint8)
     return DecodedImage(torch.from_numpy(noise), 1, (6, 5))
 
@@ -52,11 +52,13 @@ def resize_on_cpu(image: DecodedImage, spec: Preprocess) -> Any:
 
 def run_interpreter(path: str) -> None:
     """Write the pixels of all cases; Triton must be imported with TRITON_INTERPRET set."""
-    from imgcls.data.triton_resize import resize_batch
+    from imgcls.data import triton_resize
 
     images = make_images()
-    found = {mode: resize_batch(images, spec).numpy() for mode, spec in SPECS.items()}
-    np.savez(path, wide=resize_batch([make_wide_image()], WIDE).numpy(), **found)
+    found = {mode: triton_resize.resize_batch(images, spec) for mode, spec in SPECS.items()}
+    triton_resize.BLOCK = triton_resize.COLUMNS = 16
+    found["large"] = triton_resize.resize_batch([make_large_image()], LARGE)
+    np.savez(path, **{name: pixels.numpy() for name, pixels in found.items()})
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ def test_pixels_are_those_of_a_cpu(interpreted: Any, mode: str) -> None:
 
 
 def test_images_larger_than_a_block_have_the_pixels_of_a_cpu(interpreted: Any) -> None:
-    expected = resize_on_cpu(make_wide_image(), WIDE)
-    np.testing.assert_array_equal(interpreted["wide"][0], expected)
+    expected = resize_on_cpu(make_large_image(), LARGE)
+    np.testing.assert_array_equal(interpreted["large"][0], expected)
 
 
 def test_the_kernels_compile_and_round_as_a_cpu_does(
