@@ -250,6 +250,34 @@ def test_a_gpu_decodes_every_kind_as_a_cpu_does_and_finds_the_same_damage() -> N
 
 
 @pytest.mark.gpu
+def test_a_second_gpu_decodes_to_the_pixels_of_the_first() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    files = [*KINDS.values(), *(jpeg_of(800 + 8 * i, 600) for i in range(8))]
+    first = decode_by_device(files, SPEC, "cuda:0")
+    second = decode_by_device(files, SPEC, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(first, second, strict=True):
+        assert one[1] == other[1]
+        assert torch.equal(torch.as_tensor(one[0]).cpu(), torch.as_tensor(other[0]).cpu())
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_memory_to_decode_is_no_error_of_an_image() -> None:
+    files = [jpeg_of(8000, 6000)] * 2
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(GPU)
+    blocks = [torch.empty(free - 200_000_000, dtype=torch.uint8, device=GPU)]
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            decode_batch(files)
+    finally:
+        blocks.clear()
+        torch.cuda.empty_cache()
+    assert all(isinstance(result, tuple) for result in decode_batch(files))
+
+
+@pytest.mark.gpu
 def test_threads_that_decode_and_compute_get_the_pixels_of_one_that_does_not() -> None:
     files = [jpeg_of(1200 + 8 * index, 900) for index in range(16)]
 

@@ -225,6 +225,52 @@ def test_after_a_capture_that_failed_memory_of_uploads_is_still_reused(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("captured", [None, SIZE])
+def test_a_compiled_network_answers_as_it_does_otherwise_on_a_gpu(
+    pair: tuple[Classifier, Classifier], captured: int | None
+) -> None:
+    plain, _ = pair
+    compiled = Classifier(
+        plain.bundle, precision="fp32", device=plain.device, compile=True, batch_size=captured
+    )
+    for count in (1, SIZE, SIZE + 1):
+        batch = random_batch(plain, count)
+        expected = plain.classify(batch).scores
+        np.testing.assert_allclose(compiled.classify(batch).scores, expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "atol"), [("bf16", 0.02), ("fp16", 0.005)])
+def test_half_precision_has_nearly_the_scores_of_fp32(
+    pair: tuple[Classifier, Classifier], precision: Any, atol: float
+) -> None:
+    plain, _ = pair
+    half = Classifier(plain.bundle, precision=precision, device=plain.device, batch_size=SIZE)
+    batch = random_batch(plain, SIZE)
+    found = half.classify(batch, embeddings=True)
+    expected = plain.classify(batch, embeddings=True)
+    assert (found.scores.dtype, half.precision) == (np.float32, precision)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=atol)
+    assert found.embedding is not None
+    np.testing.assert_allclose(found.embedding, expected.embedding, rtol=0.1, atol=0.1)
+    np.testing.assert_allclose(half.classify(batch).scores, found.scores, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_scores_of_a_cpu(pair: tuple[Classifier, Classifier]) -> None:
+    cpu = Classifier(pair[0].bundle, precision="fp32", device="cpu")
+    batch = random_batch(cpu, SIZE)
+    expected = cpu.classify(batch, embeddings=True)
+    for classifier in pair:
+        pending = classifier.submit(batch, embeddings=True, top_k=3)
+        found = pending.get()
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+        np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-3, atol=1e-3)
+        assert found.order is not None
+        assert (found.order == np.argsort(-found.scores, axis=1)[:, :3]).all()
+
+
+@pytest.mark.gpu
 def test_a_second_gpu_gives_the_scores_of_the_first(pair: tuple[Classifier, Classifier]) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

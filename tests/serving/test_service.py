@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,8 +140,8 @@ def test_images_that_a_gpu_has_no_memory_for_get_503_with_the_remedy(
 def test_other_images_of_a_batch_keep_their_scores(server: Running, small_gpu: SmallGpu) -> None:
     """Embeddings take another forward pass; they can need more memory."""
     model = server.service.model
-    pixels = np.zeros((3, 224, 224), np.uint8)[:, : model.classifier.preprocess.crop]
-    pixels = pixels[:, :, : model.classifier.preprocess.crop]
+    crop = model.classifier.preprocess.crop
+    pixels = np.zeros((crop, crop, 3), np.uint8).transpose(2, 0, 1)
     items = [service.ForwardItem(model, pixels, embedding=i % 2 == 1) for i in range(4)]
     run = model.classifier.classify
 
@@ -179,3 +180,90 @@ def test_a_model_that_a_gpu_has_no_memory_for_is_refused_with_the_remedy(
     monkeypatch.setattr(service, "Classifier", fail)
     with pytest.raises(ResourcesError, match=r"batches of 16: .*Set a smaller --batch-size"):
         service.ServedModel.load(ServeConfig(model=str(color_bundle)), "cuda")
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture(scope="module")
+def gpu_server(color_bundle: Path) -> Iterator[Running]:
+    with serving(color_bundle, device="cuda", precision="fp32") as running:
+        yield running
+
+
+def assert_nearly(found: Any, expected: Any, atol: float = 1e-4) -> None:
+    """The same predictions, whose scores may be rounded differently."""
+    assert len(found["predictions"]) == len(expected["predictions"])
+    for here, there in zip(found["predictions"], expected["predictions"], strict=True):
+        scores = dict(zip(here["topk_labels"], here["topk_scores"], strict=True))
+        wanted = dict(zip(there["topk_labels"], there["topk_scores"], strict=True))
+        assert scores == pytest.approx(wanted, abs=atol)
+        assert (here["status"], here["width"]) == (there["status"], there["width"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 3, 16, 40])
+def test_a_service_on_a_gpu_has_the_predictions_of_one_on_a_cpu(
+    server: Running, gpu_server: Running, count: int
+) -> None:
+    assert gpu_server.service.model.classifier.device.type == "cuda"
+    # the CPU may compute in bf16
+    expected = post_images(server, count).json()
+    assert_nearly(post_images(gpu_server, count).json(), expected, atol=0.005)
+
+
+def reload_under_load(running: Running) -> None:
+    """Load the bundle five times, while two clients send images."""
+    expected = post_images(running, 5).json()
+    stop = threading.Event()
+    found: list[requests.Response] = []
+
+    def send() -> None:
+        while not stop.is_set():
+            found.append(post_images(running, 5))
+
+    clients = [threading.Thread(target=send) for _ in range(2)]
+    for client in clients:
+        client.start()
+    for _ in range(5):
+        before = running.service.model
+        update = running.service.update(running.service.config)
+        asyncio.run_coroutine_threadsafe(update, running.loop).result(300)
+        assert running.service.model is not before
+    stop.set()
+    for client in clients:
+        client.join(60)
+    assert found
+    for response in found:
+        assert response.status_code == 200
+        assert_nearly(response.json(), expected)
+
+
+@pytest.mark.gpu
+def test_a_bundle_is_reloaded_on_a_gpu_while_requests_are_answered(gpu_server: Running) -> None:
+    reload_under_load(gpu_server)
+
+
+@pytest.mark.gpu
+def test_a_batch_beyond_the_memory_of_a_gpu_is_split(
+    gpu_server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = gpu_server.service.model.classifier
+    classify, sizes = classifier.classify, []
+
+    def classify_with_much_memory(batch: Any, *, embeddings: bool) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 4:
+            torch.empty(2**46, dtype=torch.uint8, device="cuda")
+        return classify(batch, embeddings=embeddings)
+
+    monkeypatch.setattr(classifier, "classify", classify_with_much_memory)
+    crop = classifier.preprocess.crop
+    pixels = np.zeros((crop, crop, 3), np.uint8).transpose(2, 0, 1)
+    items = [service.ForwardItem(gpu_server.service.model, pixels, False) for _ in range(16)]
+    found = gpu_server.service._classify_batch(items)
+    assert sizes == [16, 4, 4, 4, 4]
+    expected = classify(pixels[None]).scores[0]
+    for result in found:
+        assert isinstance(result, service.ImageScores)
+        np.testing.assert_allclose(result.scores, expected, atol=1e-5)
