@@ -297,3 +297,17 @@ def test_a_batch_size_that_a_gpu_has_no_memory_for_is_not_chosen(
     assert reasons[0].endswith(", 128: out of memory")
     with pytest.raises(RunFailed, match=r"batches of 128: .*Set a smaller --scale\.batch-size"):
         autotune.measure_rates(replace(spec, batch_sizes=(128,)), images, 1, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_benchmarked_with_graphs_and_nvjpeg(color_bundle: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        draw("red", (320, 240), seed=i).save(tmp_path / f"{i}.jpg")
+    urls = tuple(str(tmp_path / f"{i}.jpg") for i in range(4))
+    images = BenchmarkInput(str(color_bundle), "fast", "auto", 1, urls, StorageConfig())
+    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, True)
+    result = autotune.measure_rates(spec, images, 1, "cuda")
+    assert set(result.forward) == set(autotune.GPU_BATCH_SIZES)
+    assert min(result.forward.values()) > 0
+    assert result.device_decode is not None
+    assert result.device_decode > 0
