@@ -39,6 +39,7 @@ def resize_batch(images: Sequence[DecodedImage], spec: Preprocess) -> list[torch
     """Resize and crop images on their device, which is the current one; undo their orientation.
 
     Returns (3, crop, crop) uint8 of each. Kernels run on the current stream.
+    Raises torch.OutOfMemoryError, or torch.AcceleratorError for a device that has failed.
     """
     if not images:
         return []
@@ -46,7 +47,11 @@ def resize_batch(images: Sequence[DecodedImage], spec: Preprocess) -> list[torch
     kernel = _find_kernel(device, spec) if device.type == "cuda" else None
     if kernel is None:
         return [_resize_one(image, spec) for image in images]
-    return list(kernel(images, spec).unbind())
+    try:
+        return list(kernel(images, spec).unbind())
+    except RuntimeError:
+        torch.cuda.synchronize(device)  # Triton reports a device that has failed as RuntimeError
+        raise
 
 
 def _resize_one(image: DecodedImage, spec: Preprocess) -> torch.Tensor:

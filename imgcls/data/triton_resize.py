@@ -27,8 +27,11 @@ OPTIONS = {"enable_fp_fusion": False}
 
 _IMAGE_FIELDS = tl.constexpr(4)
 """Address, and the strides of channels, rows and columns."""
-_AXIS_FIELDS = tl.constexpr(6)
-"""Length, length after the resize, first one kept, place on the canvas, number kept, taps."""
+_AXIS_FIELDS = tl.constexpr(7)
+"""Length, length after the resize, first one kept, place on the canvas, number kept, taps, and the
+place of the axis among the weights."""
+_TAPS, _WEIGHTS = [9, 16], [10, 17]
+"""Columns of the last two fields of y and of x."""
 
 
 def resize_batch(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Tensor:
@@ -38,22 +41,24 @@ def resize_batch(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Tens
     Returns (N, 3, crop, crop) uint8, channels last in memory.
     """
     device = images[0].pixels.device
+    count, crop = len(images), spec.crop
     table = torch.tensor([_describe(image, spec) for image in images], dtype=torch.int64)
-    most_taps = int(table[:, [9, 15]].max())
+    taps = table[:, _TAPS]
+    ends = taps.flatten().cumsum(0).view(count, 2)
+    table[:, _WEIGHTS] = (ends - taps) * crop
+    weights = torch.empty(int(ends[-1, 1]) * crop, dtype=torch.int16, device=device)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
-    count, crop = len(images), spec.crop
-    weights = torch.empty((count, 2, most_taps, crop), dtype=torch.int16, device=device)
     starts = torch.empty((count, 2, crop), dtype=torch.int32, device=device)
     shifts = torch.empty((count, 2), dtype=torch.int32, device=device)
     output = torch.empty((count, crop, crop, 3), dtype=torch.uint8, device=device)
     _compute_weights[(count, 2)](
-        table, weights, starts, shifts, most_taps,
+        table, weights, starts, shifts,
         CROP=crop, BICUBIC=spec.interpolation == "bicubic", BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     grid = (count, triton.cdiv(crop, ROWS), triton.cdiv(crop, COLUMNS))
     _resize[grid](
-        table, weights, starts, shifts, output, most_taps,
+        table, weights, starts, shifts, output,
         CROP=crop, ROWS=ROWS, COLUMNS=COLUMNS, **OPTIONS,
     )  # fmt: skip
     return output.permute(0, 3, 1, 2)
@@ -75,8 +80,8 @@ def _describe(image: DecodedImage, spec: Preprocess) -> list[int]:
     (left, top, right, bottom), (x, y) = compute_crop_window(resized, spec)
     return [
         address, channel, row, column,
-        height, resized[1], top, y, bottom - top, _count_taps(height, resized[1], spec),
-        width, resized[0], left, x, right - left, _count_taps(width, resized[0], spec),
+        height, resized[1], top, y, bottom - top, _count_taps(height, resized[1], spec), 0,
+        width, resized[0], left, x, right - left, _count_taps(width, resized[0], spec), 0,
     ]  # fmt: skip
 
 
@@ -124,21 +129,20 @@ def _weigh(
     return tl.where(pixel < last, weight, 0.0)
 
 
-@triton.jit(do_not_specialize=["most_taps"])
+@triton.jit
 def _compute_weights(
     table: tl.tensor,
     weights: tl.tensor,
     starts: tl.tensor,
     shifts: tl.tensor,
-    most_taps: tl.tensor,
     CROP: tl.constexpr,
     BICUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One program: the weights of one axis of one image.
 
-    table:   (N, 16) int64, see `_describe`
-    weights: (N, 2, most_taps, CROP) int16, times 2^shift
+    table:   (N, 18) int64, see `_describe`
+    weights: (taps, CROP) int16 of each axis of each image, times 2^shift
     starts:  (N, 2, CROP) int32, the first input pixel of each output pixel
     shifts:  (N, 2) int32, the largest shift at which all weights of the axis have 15 bits
     """
@@ -147,7 +151,7 @@ def _compute_weights(
     fields = fields + axis * _AXIS_FIELDS
     length, resized = tl.load(fields).to(tl.int32), tl.load(fields + 1).to(tl.int32)
     kept_from, kept = tl.load(fields + 2).to(tl.int32), tl.load(fields + 4).to(tl.int32)
-    taps = tl.load(fields + 5).to(tl.int32)
+    taps, own_weights = tl.load(fields + 5).to(tl.int32), weights + tl.load(fields + 6)
     scale = length.to(tl.float64) / resized.to(tl.float64)
     inverse = 1.0 / tl.maximum(scale, 1.0)
     largest = tl.zeros((BLOCK,), tl.float64)
@@ -179,8 +183,7 @@ def _compute_weights(
         for tap in range(taps):
             exact = _weigh(tap, first, last, center, inverse, BICUBIC) / total * unit
             rounded = tl.where(exact < 0.0, exact - 0.5, exact + 0.5).to(tl.int16)
-            to = weights + ((image * 2 + axis) * most_taps + tap) * CROP + place
-            tl.store(to, rounded, mask=place < kept)
+            tl.store(own_weights + tap * CROP + place, rounded, mask=place < kept)
 
 
 @triton.jit
@@ -189,14 +192,13 @@ def _round(total: tl.tensor, shift: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum((total + (1 << (shift - 1))) >> shift, 0), 255)
 
 
-@triton.jit(do_not_specialize=["most_taps"])
+@triton.jit
 def _resize(
     table: tl.tensor,
     weights: tl.tensor,
     starts: tl.tensor,
     shifts: tl.tensor,
     output: tl.tensor,
-    most_taps: tl.tensor,
     CROP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -219,8 +221,7 @@ def _resize(
     in_rows, in_columns = (y >= 0) & (y < tl.load(down + 4)), (x >= 0) & (x < tl.load(across + 4))
     first_row = tl.load(starts + image * 2 * CROP + y, mask=in_rows, other=0)
     first_column = tl.load(starts + (image * 2 + 1) * CROP + x, mask=in_columns, other=0)
-    row_weights = weights + image * 2 * most_taps * CROP + y
-    column_weights = weights + (image * 2 + 1) * most_taps * CROP + x
+    row_weights, column_weights = weights + tl.load(down + 6) + y, weights + tl.load(across + 6) + x
     row_shift, column_shift = tl.load(shifts + image * 2), tl.load(shifts + image * 2 + 1)
     red = tl.zeros((ROWS, COLUMNS), tl.int32)
     green = tl.zeros((ROWS, COLUMNS), tl.int32)

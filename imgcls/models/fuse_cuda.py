@@ -45,12 +45,11 @@ class CudnnConv2d(nn.Module):
         super().__init__()
         self.name = name
         self.weight, self.bias = source.weight, source.bias
-        self._layout: tuple[Any, ...] = (source.stride, source.padding, source.dilation)
-        self._groups = source.groups
+        self._layout: Any = (source.stride, source.padding, source.dilation, source.groups)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: (N, C, H, W); residual: of the result's shape."""
-        setting = (self.bias, *self._layout, self._groups)
+        setting = (self.bias, *self._layout)
         result: torch.Tensor
         if residual is None:
             result = torch.cudnn_convolution_relu(x, self.weight, *setting)
@@ -60,7 +59,8 @@ class CudnnConv2d(nn.Module):
 
     def run_unfused(self, x: torch.Tensor) -> torch.Tensor:
         """The convolution with its bias alone."""
-        return F.conv2d(x, self.weight, self.bias, *self._layout, self._groups)
+        result: torch.Tensor = F.conv2d(x, self.weight, self.bias, *self._layout)
+        return result
 
 
 class FusionError(Exception):

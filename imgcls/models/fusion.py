@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -174,7 +174,7 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def _is_fusable(module: nn.Module) -> bool:
+def _is_fusable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(module) is nn.Conv2d
         and module.padding_mode == "zeros"

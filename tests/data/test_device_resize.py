@@ -119,6 +119,22 @@ def test_a_gpu_without_memory_is_no_reason_to_do_without_a_kernel(
     assert device_resize._kernels == {}
 
 
+def test_a_gpu_that_failed_is_reported_as_such(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(images: Sequence[DecodedImage], spec: Preprocess) -> torch.Tensor:
+        if len(images) == len(device_resize.SAMPLE_SIZES):
+            return resize_on_cpu(images, spec)
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    install(monkeypatch, kernel)
+    with pytest.raises(RuntimeError, match="Triton"):
+        device_resize.resize_batch([make_image(on_gpu=True)], SPEC)
+    cuda.failure = torch.AcceleratorError("CUDA error: an illegal memory access")
+    with pytest.raises(torch.AcceleratorError):
+        device_resize.resize_batch([make_image(on_gpu=True)], SPEC)
+
+
 def test_a_cpu_resizes_each_image_without_a_note(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,7 +97,7 @@ def test_the_kernels_compile_and_round_as_a_cpu_does(
         (triton_resize._compute_weights, {}, {"CROP": 224, "BICUBIC": True, "BLOCK": 128}),
         (triton_resize._resize, {"output": "*u8"}, {"CROP": 224, "ROWS": 8, "COLUMNS": 64}),
     ):
-        types = {**arrays, **signature, "most_taps": "i32", **dict.fromkeys(constants, "constexpr")}
+        types = {**arrays, **signature, **dict.fromkeys(constants, "constexpr")}
         source = ASTSource(kernel, types, constants)
         compiled = triton.compile(
             source, target=GPUTarget("cuda", 75, 32), options=triton_resize.OPTIONS

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import ray.train
+import torch
 
 from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
@@ -18,6 +19,7 @@ from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
 from imgcls.training.driver_channel import open_driver_channel
 from imgcls.training.ray_trainer import format_worker_failure, resolve_ray_storage
+from imgcls.training.scaling import TrainScaleConfig
 from imgcls.training.trainer import TrainLoopResult
 from tests.processes import wait_for
 
@@ -93,3 +95,15 @@ def test_ray_keeps_its_records_on_a_store_through_the_driver_of_the_store(tmp_pa
     assert filesystem.read("memory://ray-records/run/record") == b"state"
     filesystem.remove("memory://ray-records")
     assert resolve_ray_storage(str(tmp_path)) == (str(tmp_path), None)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_convolutions_of_a_gpu_repeat_their_results_unless_the_fastest_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", not deterministic)
+    monkeypatch.setattr(cudnn, "benchmark", deterministic)
+    ray_trainer._set_convolution_algorithms(deterministic=deterministic)
+    assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+    assert TrainScaleConfig().deterministic
