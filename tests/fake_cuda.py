@@ -123,6 +123,7 @@ class FakeCuda:
 
     def check_read(self, tensor: torch.Tensor, reader: FakeStream) -> None:
         """Fail if the reader has not waited for a tensor, or its memory may be reused meanwhile."""
+        tensor = tensor if tensor._base is None else tensor._base  # type: ignore[attr-defined]
         writer, kernel = getattr(tensor, "fake_writer", (reader, 0))
         if writer is reader:
             return

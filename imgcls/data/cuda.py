@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import threading
 import traceback
@@ -23,11 +22,6 @@ from typing import ClassVar
 import torch
 
 from imgcls import log
-
-_DECODER_ERROR = "Error while decoding JPEG images"
-"""How torchvision begins the message of any error within nvJPEG, whatever its kind."""
-_OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
-"""Messages of an allocation that failed; 5 is NVJPEG_STATUS_ALLOCATOR_FAILURE."""
 
 DEVICE_FAILURE_STATUS = 70
 """Exit status of a process whose GPU has failed."""
@@ -78,24 +72,6 @@ class DecodeStage:
         """
         if self._stream is not None:
             self._stream.synchronize()
-
-    def raise_device_failure(self, error: RuntimeError) -> None:
-        """Raise unless an error of the JPEG decoder is about the images.
-
-        Raises torch.OutOfMemoryError, torch.AcceleratorError for a device that has failed, or the
-        error itself if there is no decoder. torchvision reports all of them as RuntimeError.
-        """
-        if self.device.type != "cuda":
-            return
-        message = str(error)
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-            raise error
-        if _OUT_OF_MEMORY.search(message):
-            raise torch.OutOfMemoryError(message) from error
-        if _DECODER_ERROR not in message:
-            raise error
-        # nvJPEG may still write to the outputs, which are freed; also raises a device's failure
-        torch.cuda.synchronize(self.device)
 
     def hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give the tensors to kernels on the stream that was current before this stage."""
@@ -190,6 +166,17 @@ class CudaTimer:
     def _record(self, mark: int) -> None:
         with torch.cuda.device(self._device):
             self._marks[mark].record(torch.cuda.current_stream(self._device))
+
+
+def exit_after_device_failure(delay_s: float) -> None:
+    """End the process, whose GPU has failed, after some seconds in which it can send responses.
+
+    Call it while the exception is handled: its traceback is printed.
+    """
+    traceback.print_exc()
+    sys.stderr.write("the GPU failed: this process ends, to be replaced\n")
+    sys.stderr.flush()
+    threading.Timer(delay_s, os._exit, (DEVICE_FAILURE_STATUS,)).start()
 
 
 @contextlib.contextmanager

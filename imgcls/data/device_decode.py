@@ -1,31 +1,27 @@
-"""Decode batches of image files on a GPU, with nvJPEG.
+"""Decode JPEGs in batches on a GPU, with nvJPEG.
 
-With `decode: fast`, JPEGs are decoded and resized on the device, after a check of their image data
-on the CPU: nvJPEG does not report missing data. All other files, and those that nvJPEG rejects, go
-through `decode.decode_image`.
+A CPU decides by file (`prepare_file`). With `decode: fast`, baseline JPEGs are left for the device;
+their image data are verified first, because nvJPEG does not report missing data. Every other file
+is decoded on the CPU by `decode.decode_image`. The device decodes and resizes the JPEGs
+(`decode_batch`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from imgcls.data import jpeg
 from imgcls.data.cuda import DecodeStage
-from imgcls.data.decode import JPEG_SIGNATURE, MAX_PIXELS, decode_image, read_header
-from imgcls.data.lazy_torchvision import torchvision
+from imgcls.data.decode import JPEG_SIGNATURE, MAX_PIXELS, ImageHeader, decode_image, read_header
+from imgcls.data.device_resize import resize_batch
+from imgcls.data.nvjpeg import decode_jpegs
+from imgcls.data.pixels import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.data.resize import (
-    MAX_RESIZE_PIXELS,
-    apply_tensor_orientation,
-    compute_resized_size,
-    resize_on_device,
-)
+from imgcls.data.resize import MAX_RESIZE_PIXELS, DecodedImage, compute_resized_size
 from imgcls.errors import ImageError
 
 MAX_DECODED_BYTES = 512_000_000
@@ -34,94 +30,89 @@ MAX_DECODED_BYTES = 512_000_000
 DecodeResult = tuple[torch.Tensor, tuple[int, int]] | ImageError
 """Pixels on the device, (3, crop, crop) uint8, and display size (width, height); or the error."""
 
+_BASELINE = 0xC0
+_LUMA_SAMPLING = ((1, 1), (2, 1), (1, 2), (2, 2))
+"""Sampling factors of the first component in 4:4:4, 4:2:2, 4:4:0 and 4:2:0, which all of nvJPEG's
+decoders take."""
+
 
 @dataclass(frozen=True)
-class _DeviceJpeg:
+class DeviceJpeg:
     """A verified JPEG for the device to decode.
 
-    index: its place in the batch
+    orientation:  EXIF, 1 to 8
+    display_size: (width, height) in pixels, after EXIF orientation
     """
 
-    index: int
     data: bytes
     orientation: int
     display_size: tuple[int, int]
 
 
-def decode_batch(
-    blobs: Sequence[bytes],
-    spec: Preprocess,
-    *,
-    device: torch.device,
-    max_pixels: int = MAX_PIXELS,
-) -> list[DecodeResult]:
-    """Decode a batch of images on a device; returns the pixels or the error of each.
+def prepare_file(
+    data: bytes, spec: Preprocess, *, max_pixels: int = MAX_PIXELS
+) -> DeviceJpeg | tuple[Pixels, tuple[int, int]]:
+    """Verify a baseline JPEG for the device to decode, or decode any other file.
 
-    The pixels are ready for kernels that the calling thread launches on its current stream.
+    Returns the JPEG, or pixels and display size as `decode_image` does. Raises as it does.
+    """
+    # nvJPEG's pixels are not those of libjpeg, which `exact` promises
+    if spec.decode == "fast" and data.startswith(JPEG_SIGNATURE):
+        header = read_header(data, max_pixels)
+        if _is_for_device(data, header, spec):
+            return DeviceJpeg(jpeg.verify_jpeg(data), header.orientation, header.display_size)
+    return decode_image(data, spec, max_pixels=max_pixels)
+
+
+def decode_batch(
+    files: Sequence[DeviceJpeg], spec: Preprocess, *, device: torch.device
+) -> list[DecodeResult]:
+    """Decode a batch of JPEGs on a device; returns the pixels or the error of each.
+
+    A file that nvJPEG rejects is decoded on the CPU. The pixels are ready for kernels that the
+    calling thread launches on its current stream.
     Raises torch.OutOfMemoryError, or torch.AcceleratorError for a device that has failed.
     """
-    results: dict[int, DecodeResult] = {}
-    files = _select_jpegs(blobs, spec, max_pixels, results)
+    results: list[DecodeResult] = []
     with DecodeStage(device) as stage:
         for group in _split_by_size(files):
-            _decode_group(group, spec, stage, results)
-        for index, data in enumerate(blobs):
-            if index not in results:
-                try:
-                    pixels, size = decode_image(data, spec, max_pixels=max_pixels)
-                    results[index] = torch.from_numpy(pixels).to(device), size
-                except ImageError as error:
-                    results[index] = error
-        stage.hand_over(result[0] for result in results.values() if isinstance(result, tuple))
-    return [results[index] for index in range(len(blobs))]
+            for file, pixels in zip(group, _decode_group(group, spec, stage), strict=True):
+                if pixels is None:
+                    results.append(_decode_rejected(file, spec, device))
+                else:
+                    results.append((pixels, file.display_size))
+        stage.hand_over(result[0] for result in results if isinstance(result, tuple))
+    return results
 
 
-def check_jpegs(blobs: Sequence[bytes]) -> list[bytes | ImageError]:
-    """Verify the image data of JPEGs, on all CPUs that this process may use.
-
-    Returns the result or the error of `jpeg.verify_jpeg` for each.
-    """
-
-    def check(data: bytes) -> bytes | ImageError:
-        try:
-            return jpeg.verify_jpeg(data)
-        except ImageError as error:
-            return error
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(check, blobs))
-
-
-def _select_jpegs(
-    blobs: Sequence[bytes], spec: Preprocess, max_pixels: int, results: dict[int, DecodeResult]
-) -> list[_DeviceJpeg]:
-    """The files that the device is to decode; adds the errors of damaged ones to `results`."""
-    if spec.decode != "fast":
-        return []  # nvJPEG's pixels are not those of libjpeg
-    found = []
-    for index, data in enumerate(blobs):
-        if not data.startswith(JPEG_SIGNATURE):
-            continue
-        try:
-            header = read_header(data, max_pixels)
-        except ImageError as error:
-            results[index] = error
-            continue
-        small = math.prod(compute_resized_size(header.display_size, spec)) <= MAX_RESIZE_PIXELS
-        if header.is_plain_jpeg and small and not jpeg.may_store_rgb(data):
-            found.append(_DeviceJpeg(index, data, header.orientation, header.display_size))
-    sound = []
-    for file, checked in zip(found, check_jpegs([file.data for file in found]), strict=True):
-        if isinstance(checked, ImageError):
-            results[file.index] = checked
-        else:
-            sound.append(_DeviceJpeg(file.index, checked, file.orientation, file.display_size))
-    return sound
+def _is_for_device(data: bytes, header: ImageHeader, spec: Preprocess) -> bool:
+    """Whether every decoder of nvJPEG takes a JPEG, and decodes it to the colors of libjpeg."""
+    frame = jpeg.read_frame_header(data)
+    if not header.is_plain_jpeg or frame is None or jpeg.may_store_rgb(data):
+        return False
+    luma, *chroma = frame.sampling_factors.values()
+    gray = header.image.mode == "L" and not chroma and luma == (1, 1)
+    color = header.image.mode == "RGB" and chroma == [(1, 1)] * 2 and luma in _LUMA_SAMPLING
+    return (
+        (gray or color)
+        and frame.process == _BASELINE
+        and not frame.has_multiple_scans
+        and math.prod(compute_resized_size(header.display_size, spec)) <= MAX_RESIZE_PIXELS
+    )
 
 
-def _split_by_size(files: Sequence[_DeviceJpeg]) -> Iterator[list[_DeviceJpeg]]:
+def _decode_rejected(file: DeviceJpeg, spec: Preprocess, device: torch.device) -> DecodeResult:
+    """Decode a file on the CPU that the device's decoder rejects."""
+    try:
+        pixels, size = decode_image(file.data, spec, max_pixels=math.prod(file.display_size))
+    except ImageError as error:
+        return error
+    return torch.from_numpy(pixels).to(device), size
+
+
+def _split_by_size(files: Sequence[DeviceJpeg]) -> Iterator[list[DeviceJpeg]]:
     """Consecutive groups of at most MAX_DECODED_BYTES each, or of one larger image."""
-    group: list[_DeviceJpeg] = []
+    group: list[DeviceJpeg] = []
     total = 0
     for file in files:
         size = 3 * math.prod(file.display_size)
@@ -135,35 +126,14 @@ def _split_by_size(files: Sequence[_DeviceJpeg]) -> Iterator[list[_DeviceJpeg]]:
 
 
 def _decode_group(
-    group: Sequence[_DeviceJpeg],
-    spec: Preprocess,
-    stage: DecodeStage,
-    results: dict[int, DecodeResult],
-) -> None:
-    """Decode and resize JPEGs; those that the decoder rejects get no result."""
-    encoded = [torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in group]
-    for file, tensor in zip(group, _decode_jpegs(encoded, stage), strict=True):
-        if tensor is not None:
-            upright = apply_tensor_orientation(tensor, file.orientation)
-            resized = resize_on_device(upright, file.display_size, spec)
-            results[file.index] = resized, file.display_size
-
-
-def _decode_jpegs(encoded: list[torch.Tensor], stage: DecodeStage) -> list[torch.Tensor | None]:
-    """Decode JPEGs to (3, H, W) uint8; None for those that the decoder rejects.
-
-    One such file fails its batch, which is then bisected.
-    """
-    stage.wait_for_kernels()
-    try:
-        return list(
-            torchvision.io.decode_jpeg(
-                encoded, torchvision.io.ImageReadMode.RGB, device=stage.device
-            )
-        )
-    except RuntimeError as error:
-        stage.raise_device_failure(error)
-    if len(encoded) == 1:
-        return [None]
-    middle = len(encoded) // 2
-    return [*_decode_jpegs(encoded[:middle], stage), *_decode_jpegs(encoded[middle:], stage)]
+    group: Sequence[DeviceJpeg], spec: Preprocess, stage: DecodeStage
+) -> list[torch.Tensor | None]:
+    """Decode and resize JPEGs; None for those that the decoder rejects."""
+    tensors = decode_jpegs([file.data for file in group], stage)
+    decoded = {
+        index: DecodedImage(tensor, file.orientation, file.display_size)
+        for index, (file, tensor) in enumerate(zip(group, tensors, strict=True))
+        if tensor is not None
+    }
+    resized = dict(zip(decoded, resize_batch(list(decoded.values()), spec), strict=True))
+    return [resized.get(index) for index in range(len(group))]

@@ -6,6 +6,8 @@ size share one geometry: the size and the crop window round as torchvision's Res
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,6 +34,20 @@ _PILLOW_FILTER = {
 }
 
 
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded image on a device.
+
+    pixels:       (3, H, W) uint8, as stored
+    orientation:  its EXIF orientation, 1 to 8, which is still to be undone
+    display_size: (width, height) of the upright image
+    """
+
+    pixels: torch.Tensor
+    orientation: int
+    display_size: tuple[int, int]
+
+
 def compute_resized_size(display_size: tuple[int, int], spec: Preprocess) -> tuple[int, int]:
     """(width, height) to resize to before cropping or padding, rounded as torchvision does."""
     width, height = display_size
@@ -52,7 +68,7 @@ def resize_pillow(image: Image.Image, display_size: tuple[int, int], spec: Prepr
     Returns (3, crop, crop) uint8, channels last in memory.
     """
     resized = compute_resized_size(display_size, spec)
-    (left, top, right, bottom), _ = _compute_crop_window(resized, spec)
+    (left, top, right, bottom), _ = compute_crop_window(resized, spec)
     x, y = display_size[0] / resized[0], display_size[1] / resized[1]
     kept = image.resize(
         (right - left, bottom - top),
@@ -70,7 +86,7 @@ def resize_scaled_jpeg(
     orientation: the EXIF orientation that was undone after decoding
     """
     resized = compute_resized_size(display_size, spec)
-    (left, top, right, bottom), _ = _compute_crop_window(resized, spec)
+    (left, top, right, bottom), _ = compute_crop_window(resized, spec)
     image = tensor.permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
     x = _map_span(
@@ -105,7 +121,7 @@ def _map_span(
 def resize_tensor(tensor: torch.Tensor, display_size: tuple[int, int], spec: Preprocess) -> Pixels:
     """The same for an upright image, (3, H, W) uint8, on the CPU."""
     resized = compute_resized_size(display_size, spec)
-    (left, top, right, bottom), _ = _compute_crop_window(resized, spec)
+    (left, top, right, bottom), _ = compute_crop_window(resized, spec)
     kept = _interpolate(tensor, resized, spec)[:, top:bottom, left:right]
     return _place_on_canvas(kept.permute(1, 2, 0).numpy(), resized, spec)
 
@@ -115,7 +131,7 @@ def resize_on_device(
 ) -> torch.Tensor:
     """The same on the tensor's device; returns (3, crop, crop) uint8."""
     resized = compute_resized_size(display_size, spec)
-    (left, top, right, bottom), (x, y) = _compute_crop_window(resized, spec)
+    (left, top, right, bottom), (x, y) = compute_crop_window(resized, spec)
     canvas = torch.zeros((3, spec.crop, spec.crop), dtype=torch.uint8, device=tensor.device)
     kept = _interpolate(tensor, resized, spec)[:, top:bottom, left:right]
     canvas[:, y : y + kept.shape[1], x : x + kept.shape[2]] = kept
@@ -137,7 +153,7 @@ def _interpolate(tensor: torch.Tensor, size: tuple[int, int], spec: Preprocess) 
     return resized if resized.dtype == torch.uint8 else resized.round().clamp(0, 255).byte()
 
 
-def _compute_crop_window(
+def compute_crop_window(
     resized: tuple[int, int], spec: Preprocess
 ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
     """The box of the resized image that is kept, and its (x, y) on the square canvas.
@@ -156,7 +172,7 @@ def _place_on_canvas(pixels: Pixels, resized: tuple[int, int], spec: Preprocess)
     """Center (H, W, 3) on black: (3, crop, crop), channels last in memory."""
     if pixels.shape[:2] == (spec.crop, spec.crop):
         return np.array(pixels).transpose(2, 0, 1)
-    _, (x, y) = _compute_crop_window(resized, spec)
+    _, (x, y) = compute_crop_window(resized, spec)
     canvas = np.zeros((spec.crop, spec.crop, 3), np.uint8)
     canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
     return canvas.transpose(2, 0, 1)

@@ -17,7 +17,7 @@ class ScaleConfig(Section):
 
     layout: Literal["auto", "cpu", "gpu", "gpu_decode"] = "auto"
     """cpu: one worker per core runs every stage. gpu: CPUs decode for GPUs. gpu_decode: GPUs decode
-    as well."""
+    baseline JPEGs."""
     workers: PositiveInt | None = None
     """Number of model workers. Default: one per core, or one per GPU."""
     io_concurrency: PositiveInt = 16
@@ -25,8 +25,8 @@ class ScaleConfig(Section):
     batch_size: PositiveInt | None = None
     """Images per forward pass. Default: 32 on CPUs; on GPUs measured, or 128 for a short run."""
     cpu_decode_fraction: UnitFloat | None = None
-    """Fraction of the images that CPUs decode for GPUs that decode too. Default: measured, or 0 for
-    a short run."""
+    """Fraction of the chunks that CPUs decode wholly for GPUs that decode too. Default: measured,
+    or 0 for a short run."""
     crash_retries: NonNegativeInt = 1
     """Retries of a chunk after a worker crash before its images are processed one at a time."""
     worker_timeout_s: PositiveFloat = 600.0

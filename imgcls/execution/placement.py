@@ -220,7 +220,9 @@ class GpuPlacement(Placement):
 
 
 class GpuDecodePlacement(GpuPlacement):
-    """`gpu_decode`: tasks on CPUs fetch, and decode a fraction; GPUs decode the rest."""
+    """`gpu_decode`: tasks on CPUs fetch, and decode a fraction of the chunks; GPUs decode the
+    baseline JPEGs of the others.
+    """
 
     name: ClassVar[PlacementName] = "gpu_decode"
 
@@ -372,8 +374,6 @@ def _plan_gpu(
             "--scale.layout cpu"
         )
     prepare_tasks, store_reason = _limit_by_object_store(nodes, rooms, chunk_bytes)
-    decodes = kind is GpuPlacement or bool(config.cpu_decode_fraction)
-    work = "fetch and decode" if decodes else "fetch"
     idle = gpus - workers if config.workers is None else 0
     return kind(
         workers=workers,
@@ -386,7 +386,7 @@ def _plan_gpu(
         reasons=(
             reason,
             f"{format_count(workers, 'model worker')} on GPUs, up to "
-            f"{format_count(prepare_tasks, 'task')} on CPUs to {work}",
+            f"{format_count(prepare_tasks, 'task')} on CPUs to fetch and decode",
             *([store_reason] if store_reason else []),
             *([f"{format_count(idle, 'GPU')} idle: too few CPUs on their nodes"] if idle else []),
         ),

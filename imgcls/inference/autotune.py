@@ -52,6 +52,8 @@ MAX_BATCHES_AHEAD = 2
 _MEASURE_S = 1.0
 
 CompileMode = Literal["auto", "always", "never"]
+DecodeStep = Literal["decode", "verify"]
+DECODE_STEPS: tuple[DecodeStep, ...] = ("decode", "verify")
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ class BenchmarkResult:
     compiled:        compiled, at the chosen batch size; None if not measured, or failed
     compile_seconds: duration of the first compiled forward pass
     compile_failure: why it could not be compiled, for example without a C++ compiler
-    cpu_decode:      decoding on one core while all cores of a GPU decode; None without readable
-        images
-    device_decode:   decoding in batches on the worker's device; None without readable images
+    cpu_decode:      decoding on one core while all cores of a GPU decode; None if not measured
+    cpu_verify:      the same, but JPEGs for a GPU are verified and left for it
+    device_decode:   decoding in batches on the worker's device, which leaves the other files to
+        CPUs; None if no image is one for the device
     """
 
     forward: dict[int, float]
@@ -105,6 +108,7 @@ class BenchmarkResult:
     compile_seconds: float = 0.0
     compile_failure: str | None = None
     cpu_decode: float | None = None
+    cpu_verify: float | None = None
     device_decode: float | None = None
 
 
@@ -238,25 +242,27 @@ def run_benchmark(
     if result.device_decode is None:
         return result
     cores = max(1, placement.prepare_tasks // placement.workers)
-    return replace(result, cpu_decode=_measure_cores(images, cores, wait_for))
+    cpu_decode, cpu_verify = _measure_cores(images, cores, wait_for)
+    return replace(result, cpu_decode=cpu_decode, cpu_verify=cpu_verify)
 
 
 def _measure_cores(
     images: BenchmarkInput, cores: int, wait_for: Callable[[list[Any]], list[Any]]
-) -> float:
-    """Images decoded per second and core while all cores decode.
+) -> tuple[float, float]:
+    """Images decoded, and prepared for a GPU, per second and core while all cores work.
 
-    A core that decodes alone has its caches, its clock and its second thread for itself.
+    A core that works alone has its caches, its clock and its second thread for itself.
     """
     actor: Any = ray.remote(num_cpus=WORKER_CPUS)(DecodeBenchmark)
     actors = [actor.remote(images) for _ in range(cores)]
     try:
         wait_for([each.load.remote() for each in actors])
-        rates: list[float] = wait_for([each.measure.remote() for each in actors])
+        rates = [wait_for([each.measure.remote(step) for each in actors]) for step in DECODE_STEPS]
     finally:
         for each in actors:
             ray.kill(each)
-    return sum(rates) / cores
+    decoding, verifying = (sum(rate) / cores for rate in rates)
+    return decoding, verifying
 
 
 class DecodeBenchmark:
@@ -278,18 +284,22 @@ class DecodeBenchmark:
         self._preprocess = description.spec.preprocess
         self._files = _load_readable(images, self._preprocess)
 
-    def measure(self) -> float:
-        """Images decoded per second."""
-        from imgcls.data import decode
+    def measure(self, step: DecodeStep) -> float:
+        """Images per second.
+
+        step: "decode" every file, or "verify" those that a GPU is to decode, and decode the others
+        """
+        from imgcls.data import decode, device_decode
 
         preprocess = self._preprocess
         assert preprocess is not None
+        process: Any = {"decode": decode.decode_image, "verify": device_decode.prepare_file}[step]
 
-        def decode_all() -> None:
+        def process_all() -> None:
             for file in self._files:
-                decode.decode_image(file, preprocess)
+                process(file, preprocess)
 
-        return len(self._files) * _measure_rate(decode_all)
+        return len(self._files) * _measure_rate(process_all)
 
 
 def measure_rates(
@@ -393,16 +403,21 @@ def balance_decoding(
 ) -> tuple[TunedSettings, str]:
     """The settings with the decoding split between CPUs and GPUs by their rates, and the reason.
 
-    With D images/s decoded by all CPUs, n GPUs that decode g and classify f images/s each, and a
-    fraction s decoded on CPUs, the CPUs allow D / s images/s and the GPUs
-    n / ((1 - s) / g + 1 / f). The fraction at which both are equal is chosen.
+    With all CPUs that decode D or verify V images/s, n GPUs that decode g and classify f images/s
+    each, and a fraction s decoded on CPUs, the CPUs allow 1 / (s / D + (1 - s) / V) images/s and
+    the GPUs n / ((1 - s) / g + 1 / f). The fraction at which both are equal is chosen.
     """
-    if result.cpu_decode is None or result.device_decode is None:
-        return tuned, "decoding: not measured, none of the first images can be read"
+    if result.cpu_decode is None or result.cpu_verify is None or result.device_decode is None:
+        return tuned, "decoding: on CPUs, none of the first images is one for GPUs to decode"
     plain = result.forward[tuned.batch_size]
     f = result.compiled if tuned.compile and result.compiled is not None else plain
-    g, all_cores = result.device_decode, placement.prepare_tasks * result.cpu_decode
-    share = all_cores * (1 / g + 1 / f) / (placement.workers + all_cores / g)
+    g, n = result.device_decode, placement.workers
+    decoding = 1 / (placement.prepare_tasks * result.cpu_decode)  # seconds per image
+    verifying = 1 / (placement.prepare_tasks * result.cpu_verify)
+    on_gpus = 1 / (n * g)
+    share = 1.0  # where a CPU verifies no faster than it decodes
+    if verifying < decoding:
+        share = (on_gpus + 1 / (n * f) - verifying) / (on_gpus + decoding - verifying)
     share = (
         0.0
         if share < MIN_SPLIT_FRACTION
@@ -411,9 +426,9 @@ def balance_decoding(
         else round(share, 2)
     )
     reason = (
-        f"decoding: {result.cpu_decode:,.0f} images/s per core with "
-        f"{format_count(placement.prepare_tasks, 'core')}, {g:,.0f} per GPU that classifies "
-        f"{f:,.0f}: {format_share(share)} on CPUs"
+        f"decoding: {result.cpu_decode:,.0f} images/s per core, or {result.cpu_verify:,.0f} "
+        f"verified, with {format_count(placement.prepare_tasks, 'core')}; {g:,.0f} per GPU that "
+        f"classifies {f:,.0f}: {format_share(share)} on CPUs"
     )
     return replace(tuned, cpu_decode_fraction=share), reason
 
@@ -425,9 +440,12 @@ def _measure_decoding(
 
     from imgcls.data import device_decode
 
-    files = _load_readable(images, classifier.preprocess)
+    loaded = _load_readable(images, classifier.preprocess)
+    prepared = [device_decode.prepare_file(file, classifier.preprocess) for file in loaded]
+    files = [file for file in prepared if isinstance(file, device_decode.DeviceJpeg)]
     if not files:
         return result
+    fraction = len(files) / len(loaded)
 
     if classifier.device.type == "cuda":
         repeats = -(-DEVICE_DECODE_IMAGES // len(files))
@@ -438,7 +456,8 @@ def _measure_decoding(
         if classifier.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return replace(result, device_decode=len(files) * _measure_rate(decode_on_device))
+    rate = len(files) * _measure_rate(decode_on_device)
+    return replace(result, device_decode=rate / fraction)
 
 
 def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:

@@ -6,8 +6,9 @@ placement composes the same ones: same batches, same bytes written. Ray is not u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from imgcls.data import decode, device_decode, filesystem, manifest
 from imgcls.data.decode import Pixels
+from imgcls.data.device_decode import DeviceJpeg
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import OK, CrashingImage, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
@@ -31,6 +33,8 @@ from imgcls.runs.schema import build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""
+DecodeFn = Callable[[bytes], tuple[Pixels, tuple[int, int]] | DeviceJpeg]
+"""Decodes a file to pixels and display size, or verifies a JPEG for a GPU to decode."""
 NO_CRASHED_ROWS: Mapping[int, str] = MappingProxyType({})
 
 
@@ -42,9 +46,10 @@ def _ignore_heartbeat() -> None:
 class PreparedImages:
     """The images of N rows before the model: pixels of the good ones, errors of the others.
 
-    pixels: uint8 (K, crop, crop, 3) of the K ok rows, in row order; where a GPU decoded them, a
-        list of tensors (3, crop, crop)
+    pixels: uint8 (K, crop, crop, 3) of the K ok rows without those of `jpegs`, in row order; where
+        a GPU decoded some of them, a list of tensors (3, crop, crop) on the GPU
     status, error, width, height: one entry per row; width and height are null unless ok
+    jpegs:  by row, what a GPU is still to decode; the row is ok until the GPU finds otherwise
     """
 
     pixels: Pixels | list[torch.Tensor] = field(default_factory=list)
@@ -52,6 +57,7 @@ class PreparedImages:
     error: list[str | None] = field(default_factory=list)
     width: list[int | None] = field(default_factory=list)
     height: list[int | None] = field(default_factory=list)
+    jpegs: dict[int, DeviceJpeg] = field(default_factory=dict)
 
     def add_image(self, size: tuple[int, int]) -> None:
         """Add a good image of (width, height)."""
@@ -60,12 +66,25 @@ class PreparedImages:
         self.width.append(size[0])
         self.height.append(size[1])
 
+    def add_jpeg(self, file: DeviceJpeg) -> None:
+        """Add an image for a GPU to decode."""
+        self.jpegs[len(self.status)] = file
+        self.add_image(file.display_size)
+
     def add_error(self, error: StorageError | ImageError) -> None:
         """Add a row whose image cannot be used."""
-        self.status.append(error.status)
-        self.error.append(str(error))
-        self.width.append(None)
-        self.height.append(None)
+        self.add_image((0, 0))
+        self.set_error(len(self.status) - 1, error)
+
+    def drop_jpeg(self, row: int, error: ImageError) -> None:
+        """Make an error of a row that a GPU was to decode; any other row stays as it is."""
+        if self.jpegs.pop(row, None) is not None:
+            self.set_error(row, error)
+
+    def set_error(self, row: int, error: StorageError | ImageError) -> None:
+        """Make an error of a row that was ok."""
+        self.status[row], self.error[row] = error.status, str(error)
+        self.width[row] = self.height[row] = None
 
 
 def fetch_images(
@@ -104,16 +123,23 @@ def time_fetch(files: Iterator[FetchResult], timings: StageTimings) -> Iterator[
 
 
 def prepare_image(
-    file: FetchResult, preprocess: Preprocess, max_pixels: int, prepared: PreparedImages
+    file: FetchResult, decode_file: DecodeFn, prepared: PreparedImages
 ) -> Pixels | None:
-    """Decode one row's image and add its status to `prepared`; returns the pixels if it is good."""
+    """Decode one row's image and add its status to `prepared`.
+
+    Returns the pixels; None for a bad image, and for one that a GPU is to decode.
+    """
     try:
         if not isinstance(file, bytes):
             raise file
-        pixels, size = decode.decode_image(file, preprocess, max_pixels=max_pixels)
+        decoded = decode_file(file)
     except (StorageError, ImageError) as error:
         prepared.add_error(error)
         return None
+    if isinstance(decoded, DeviceJpeg):
+        prepared.add_jpeg(decoded)
+        return None
+    pixels, size = decoded
     prepared.add_image(size)
     return pixels
 
@@ -125,41 +151,59 @@ def prepare_on_cpu(
     timings: StageTimings,
     crashed_rows: Mapping[int, str] = NO_CRASHED_ROWS,
     heartbeat: HeartbeatFn = _ignore_heartbeat,
+    max_device_bytes: int = 0,
 ) -> PreparedImages:
-    """Fetch and decode all rows of a chunk on a CPU, for a GPU to classify."""
+    """Fetch the rows of a chunk on a CPU, and decode what a GPU is not to decode.
+
+    max_device_bytes: maximum total size of the JPEGs left for the GPU; 0 to decode every file here
+    """
     prepared = PreparedImages()
+    decode_here = partial(decode.decode_image, spec=preprocess, max_pixels=spec.max_pixels)
+    left = max_device_bytes
+
+    def decode_or_verify(data: bytes) -> tuple[Pixels, tuple[int, int]] | DeviceJpeg:
+        nonlocal left
+        if len(data) > left:
+            return decode_here(data)
+        found = device_decode.prepare_file(data, preprocess, max_pixels=spec.max_pixels)
+        if isinstance(found, DeviceJpeg):
+            left -= len(found.data)
+        return found
+
     files = fetch_images(spec, rows, crashed_rows)
-    decoded = list(_iter_decoded(spec, files, preprocess, prepared, timings, heartbeat))
+    decoded = list(_iter_decoded(files, decode_or_verify, prepared, timings, heartbeat))
     if decoded:
         prepared.pixels = decode.stack_images(decoded).transpose(0, 2, 3, 1)
     return prepared
 
 
-def prepare_on_device(
-    spec: PredictSpec, files: Sequence[FetchResult], classifier: Classifier, timings: StageTimings
-) -> PreparedImages:
-    """Decode fetched files in a batch on the classifier's device, where the pixels stay."""
-    prepared = PreparedImages()
+def decode_on_device(
+    prepared: PreparedImages, classifier: Classifier, timings: StageTimings
+) -> None:
+    """Decode the JPEGs of a prepared chunk on the classifier's device, where the pixels stay."""
+    if not prepared.jpegs:
+        return
     with timings.measure("prepare"):
-        decoded = iter(
-            device_decode.decode_batch(
-                [file for file in files if isinstance(file, bytes)],
-                classifier.preprocess,
-                device=classifier.device,
-                max_pixels=spec.max_pixels,
-            )
+        results = device_decode.decode_batch(
+            list(prepared.jpegs.values()), classifier.preprocess, device=classifier.device
         )
-        pixels: list[torch.Tensor] = []
-        for file in files:
-            result = next(decoded) if isinstance(file, bytes) else file
-            timings.bytes += len(file) if isinstance(file, bytes) else 0
-            if isinstance(result, tuple):
-                pixels.append(result[0])
-                prepared.add_image(result[1])
-            else:
-                prepared.add_error(result)
-    prepared.pixels = pixels
-    return prepared
+        others: Iterator[torch.Tensor] = iter(())
+        if not isinstance(prepared.pixels, list):
+            others = iter(classifier.upload(_view_as_tensor(prepared.pixels)))
+        by_row = dict(zip(prepared.jpegs, results, strict=True))
+        pixels = []
+        for row, status in enumerate(prepared.status):
+            result = by_row.get(row)
+            if isinstance(result, ImageError):
+                prepared.set_error(row, result)
+            elif status == OK:
+                pixels.append(next(others) if result is None else result[0])
+    prepared.pixels, prepared.jpegs = pixels, {}
+
+
+def decode_alone(file: DeviceJpeg, classifier: Classifier) -> None:
+    """Decode one file on the classifier's device, to see whether the process survives it."""
+    device_decode.decode_batch([file], classifier.preprocess, device=classifier.device)
 
 
 def classify_prepared(
@@ -170,7 +214,10 @@ def classify_prepared(
     prepared: PreparedImages,
     timings: StageTimings,
 ) -> pa.Table:
-    """Classify prepared pixels: the second stage where there are GPUs."""
+    """Classify prepared pixels: the second stage where there are GPUs.
+
+    prepared: without `jpegs`
+    """
     head = _BatchedForward(spec, classifier)
     pixels = prepared.pixels
     images = pixels if isinstance(pixels, list) else _view_as_tensor(pixels)
@@ -196,7 +243,10 @@ def predict_chunk(
     head = _BatchedForward(spec, classifier)
     batch: list[Pixels] = []
     files = fetch_images(spec, rows, crashed_rows)
-    for pixels in _iter_decoded(spec, files, classifier.preprocess, prepared, timings, heartbeat):
+    decode_file = partial(
+        decode.decode_image, spec=classifier.preprocess, max_pixels=spec.max_pixels
+    )
+    for pixels in _iter_decoded(files, decode_file, prepared, timings, heartbeat):
         batch.append(pixels)
         if len(batch) == spec.batch_size:
             with timings.measure("classify"):
@@ -252,16 +302,15 @@ class _BatchedForward:
 
 
 def _iter_decoded(
-    spec: PredictSpec,
     files: Iterator[FetchResult],
-    preprocess: Preprocess,
+    decode_file: DecodeFn,
     prepared: PreparedImages,
     timings: StageTimings,
     heartbeat: HeartbeatFn,
 ) -> Iterator[Pixels]:
     for file in time_fetch(files, timings):
         with timings.measure("prepare"):
-            pixels = prepare_image(file, preprocess, spec.max_pixels, prepared)
+            pixels = prepare_image(file, decode_file, prepared)
         heartbeat()
         if pixels is not None:
             yield pixels
@@ -332,5 +381,4 @@ def _mark_not_finite(
     error = classifier.build_not_finite_error()
     good = [row for row, status in enumerate(prepared.status) if status == OK]
     for row in np.array(good)[~finite]:
-        prepared.status[row], prepared.error[row] = error.status, str(error)
-        prepared.width[row] = prepared.height[row] = None
+        prepared.set_error(row, error)

@@ -5,8 +5,8 @@ Torch, and the stages with it, are imported in the workers alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -19,8 +19,11 @@ from imgcls.inference.gpu_errors import handle_gpu_errors
 from imgcls.inference.specs import PredictSpec
 from imgcls.models.bundle import Bundle, load_bundle, read_description
 
+if TYPE_CHECKING:
+    from imgcls.inference.stages import PreparedImages
+
 MAX_TRANSFER_BYTES = 512_000_000
-"""Maximum size of a chunk's files that are sent to a GPU, in bytes; CPUs decode a larger chunk."""
+"""Maximum size of a chunk's files that are sent to a GPU, in bytes; CPUs decode the others."""
 
 
 class _ModelLoader:
@@ -74,7 +77,7 @@ class CpuWorker(_ModelLoader, ChunkWorker[PredictSpec]):
 
 
 class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
-    """Classifies chunks on a GPU; decodes them there first where CPUs have not."""
+    """Classifies chunks on a GPU; decodes there first what CPUs have left for it."""
 
     def load(self, threads: int) -> pa.Schema:
         """Load the model; a GPU that fails meanwhile ends the process."""
@@ -84,7 +87,7 @@ class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
     def process_prepared(
         self, rows: pa.Table, prepared: PreparedChunk, attempt: Attempt
     ) -> pa.Table:
-        """Classify pixels, or decode and classify files; a GPU that fails ends the process."""
+        """Decode what is left, and classify; a GPU that fails ends the process."""
         with handle_gpu_errors(self.spec.batch_size):
             return self._decode_and_classify(rows, prepared, attempt)
 
@@ -92,17 +95,14 @@ class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
         self, rows: pa.Table, prepared: PreparedChunk, attempt: Attempt
     ) -> pa.Table:
         spec, classifier, stages = self.spec, self._classifier, self._stages
-        images = prepared.data
-        if isinstance(images, list):
+        images: PreparedImages = prepared.data
+        if images.jpegs:
             for row in attempt.iter_suspect_rows(rows.num_rows):
-                alone = images[row : row + 1]
-                stages.prepare_on_device(spec, alone, classifier, StageTimings())
-            crashed = attempt.crashed_rows
-            images = [
-                CrashingImage(crashed[row]) if row in crashed else file
-                for row, file in enumerate(images)
-            ]
-            images = stages.prepare_on_device(spec, images, classifier, prepared.timings)
+                if row in images.jpegs:
+                    stages.decode_alone(images.jpegs[row], classifier)
+            for row, message in attempt.crashed_rows.items():
+                images.drop_jpeg(row, CrashingImage(message))
+            stages.decode_on_device(images, classifier, prepared.timings)
         else:
             attempt.check_crashes()
         table: pa.Table = stages.classify_prepared(
@@ -113,40 +113,32 @@ class GpuWorker(_ModelLoader, PreparedChunkWorker[PredictSpec]):
 
 def prepare_chunk(
     spec: PredictSpec, rows: pa.Table, decode: bool, timings: StageTimings, attempt: Attempt
-) -> Any:
-    """First stage where there are GPUs: fetch a chunk's files; decode them if `decode` is set.
+) -> PreparedImages:
+    """First stage where there are GPUs: fetch a chunk's files and decode them.
 
-    Returns the files, or `PreparedImages` where they are decoded or too large to be sent.
+    decode: whether to decode all of them; otherwise JPEGs for a GPU are verified and left for it
     """
-    from imgcls.inference import stages
-
-    if not decode:
-        for row in attempt.iter_suspect_rows(rows.num_rows):
-            list(stages.fetch_images(spec, rows.slice(row, 1)))
-        files = _fetch_files(stages.fetch_images(spec, rows, attempt.crashed_rows), attempt)
-        if files is not None:
-            return files
     import torch
+
+    from imgcls.inference import stages
 
     torch.set_num_threads(1)
     preprocess = read_description(spec.bundle_url).with_decode(spec.decode).spec.preprocess
+    max_device_bytes = 0 if decode else MAX_TRANSFER_BYTES
     for row in attempt.iter_suspect_rows(rows.num_rows):
-        stages.prepare_on_cpu(spec, rows.slice(row, 1), preprocess, StageTimings())
+        alone = rows.slice(row, 1)
+        stages.prepare_on_cpu(
+            spec, alone, preprocess, StageTimings(), max_device_bytes=max_device_bytes
+        )
     return stages.prepare_on_cpu(
-        spec, rows, preprocess, timings, attempt.crashed_rows, attempt.heartbeat
+        spec,
+        rows,
+        preprocess,
+        timings,
+        attempt.crashed_rows,
+        attempt.heartbeat,
+        max_device_bytes,
     )
-
-
-def _fetch_files(files: Iterator[Any], attempt: Attempt) -> list[Any] | None:
-    """A chunk's files for a GPU to decode; None where they exceed MAX_TRANSFER_BYTES."""
-    fetched, size = [], 0
-    for file in files:
-        size += len(file) if isinstance(file, bytes) else 0
-        if size > MAX_TRANSFER_BYTES:
-            return None
-        fetched.append(file)
-        attempt.heartbeat()
-    return fetched
 
 
 def load_unchanged_bundle(url: str, sha256: str | None) -> Bundle:

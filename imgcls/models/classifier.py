@@ -31,7 +31,7 @@ from imgcls.errors import (
     StorageError,
     one_line,
 )
-from imgcls.models import int8, sources, zoo
+from imgcls.models import fuse_cpu, fuse_cuda, int8, sources, zoo
 from imgcls.models.bundle import (
     Bundle,
     Precision,
@@ -41,7 +41,6 @@ from imgcls.models.bundle import (
 )
 from imgcls.models.cuda_graph import CaptureError, CudaGraphRunner
 from imgcls.models.fold_batchnorm import fold_batch_norms
-from imgcls.models.fuse_cpu import fuse_convolutions
 from imgcls.models.graph_sizes import SizedForward
 from imgcls.models.head import HeadNetwork
 from imgcls.models.normalize import Normalizer
@@ -122,6 +121,8 @@ class Predictions(list[AnyPrediction]):
 
 MAX_SHOWN = 24
 """Number of predictions in the HTML view."""
+USUAL_BATCH_SIZES = (1, 32)
+"""Sizes for which fused layers are compared with the separate steps on a GPU, if none are given."""
 
 
 class Classifier:
@@ -182,12 +183,17 @@ class Classifier:
         if self.device.type == "cuda" and self.precision == "fp32":
             # by default cuDNN rounds the factors of a convolution to 10 bits
             torch.backends.cudnn.allow_tf32 = False
+        sizes = [batch_size] if isinstance(batch_size, int) else batch_size
         network = load_network(bundle, self.device, self._dtype)
         _, last = zoo.find_head(network)
         if self.precision == "int8":
             network = _quantize_from_bundle(network, bundle, last)
-        elif self.device.type == "cpu" and not compile:
-            network = fuse_convolutions(network, self.preprocess.crop, keep=last)
+        elif not compile and self.device.type == "cuda":
+            network = fuse_cuda.fuse_convolutions(
+                network, self.preprocess.crop, keep=last, batch_sizes=sizes or USUAL_BATCH_SIZES
+            )
+        elif not compile:
+            network = fuse_cpu.fuse_convolutions(network, self.preprocess.crop, keep=last)
         self._network = HeadNetwork(network, in_fp32=self._dtype != torch.float32)
         self._normalize = Normalizer(self.preprocess, self.device)
         self.task = find_task(bundle.spec)
@@ -199,8 +205,7 @@ class Classifier:
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
             torch.compile(network) if compile and self.precision != "int8" else network
         )
-        if self.device.type == "cuda" and batch_size is not None:
-            sizes = [batch_size] if isinstance(batch_size, int) else batch_size
+        if self.device.type == "cuda" and sizes is not None:
             self._compute_logits = self._capture_cuda_graphs(sizes)
 
     @property
@@ -238,6 +243,10 @@ class Classifier:
     def classify(self, batch: Pixels | torch.Tensor, *, embeddings: bool = False) -> Scores:
         """Scores of a batch: (N, 3, crop, crop) uint8 RGB, N at least 1; a tensor on any device."""
         return self.submit(batch, embeddings=embeddings).get()
+
+    def upload(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy (N, 3, crop, crop) uint8 to the device, without waiting for its other work."""
+        return self._normalize.upload(pixels)
 
     @torch.inference_mode()
     def submit(

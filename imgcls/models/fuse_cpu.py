@@ -7,15 +7,14 @@ are one more pass through memory each. Weights are packed once. The operators ar
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from imgcls.data.lazy_torchvision import torchvision
 from imgcls.models.fold_batchnorm import trace_network
+from imgcls.models.fusion import FusionSite, find_fusable_convolutions, replace_convolutions
 
 NOMINAL_BATCH = 32
 """Batch size that weights are packed for; they work for any other."""
@@ -29,8 +28,6 @@ _ACTIVATIONS: dict[Any, tuple[str, tuple[float, ...]]] = {
     nn.Sigmoid: ("sigmoid", ()),
 }
 """oneDNN's name of each activation, and its parameters."""
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 class FusedConv2d(nn.Module):
@@ -124,114 +121,20 @@ def insert_fused_convolutions(
     network: nn.Module, side: int, *, keep: nn.Module
 ) -> fx.GraphModule | None:
     """Replace convolutions by fused ones, not yet packed; None if there are none."""
-    convolutions = [module for module in network.modules() if _is_fusable(module)]
+    convolutions = find_fusable_convolutions(network)
     if not convolutions:
         return None
-    weight: torch.Tensor = next(convolutions[0].parameters())
+    weight = convolutions[0].weight
     graph = trace_network(network) if has_onednn_kernels(weight.dtype) else None
     if graph is None:
         return None
-    sizes = _ShapeRecorder(graph)
-    with torch.inference_mode():
-        sizes.run(weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last))
-    _remove_training_layers(graph)
-    modules = dict(graph.named_modules())
-    order = {node: place for place, node in enumerate(graph.graph.nodes)}
-    for number, node in enumerate(list(graph.graph.nodes)):
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        if module is None or module is keep or not _is_fusable(module):
-            continue
-        last, residual = node, _find_residual(node, sizes.shapes)
-        inputs: tuple[Any, ...] = (node.args[0],)
-        if residual is not None:
-            (last,) = node.users
-            inputs = (*inputs, residual, _is_last_use(residual, last, modules, order))
-        activation: tuple[str, tuple[float, ...]] = ("none", ())
-        if len(last.users) == 1:
-            (follower,) = last.users
-            kind = get_node_kind(follower, modules)
-            if kind in _ACTIVATIONS:
-                activation, last = _ACTIVATIONS[kind], follower
-        size = [NOMINAL_BATCH, *sizes.shapes[node.args[0]][1:]]
-        name = f"fused_{number}"
-        graph.add_module(name, FusedConv2d(str(node.target), module, size, *activation))
-        modules[name] = graph.get_submodule(name)
-        with graph.graph.inserting_after(last):
-            made = graph.graph.call_module(name, inputs)
-        order[made], sizes.shapes[made] = order[last], sizes.shapes[last]
-        last.replace_all_uses_with(made)
-        while last is not node:
-            before = next(each for each in last.all_input_nodes if each is not residual)
-            graph.graph.erase_node(last)
-            last = before
-        graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
+    sample = weight.new_zeros((1, 3, side, side)).to(memory_format=torch.channels_last)
+    replace_convolutions(graph, sample, keep=keep, activations=_ACTIVATIONS, build=_build_layer)
     return graph
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs a graph once and records the shape of each step's tensor."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
-            self.shapes[n] = tuple(result.shape)
-        return result
-
-
-def _is_fusable(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
-
-
-def _remove_training_layers(graph: fx.GraphModule) -> None:
-    """Remove layers that act in training only: dropout and stochastic depth."""
-    modules = dict(graph.named_modules())
-    for node in list(graph.graph.nodes):
-        kind = get_node_kind(node, modules)
-        if kind in (nn.Dropout, nn.Identity, torchvision.ops.stochastic_depth):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-
-
-def get_node_kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """Class of a layer, function of a call, or None for other nodes."""
-    if node.op == "call_module":
-        return type(modules[str(node.target)])
-    return node.target if node.op == "call_function" else None
-
-
-def _find_residual(node: fx.Node, sizes: dict[fx.Node, tuple[int, ...]]) -> fx.Node | None:
-    """The tensor added to a convolution's result, of its shape, if that is its only use."""
-    if len(node.users) != 1:
-        return None
-    (follower,) = node.users
-    if (
-        follower.op != "call_function"
-        or follower.target not in _ADDITIONS
-        or len(follower.args) != 2
-    ):
-        return None
-    others = [each for each in follower.args if each is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node):
-        return None
-    return others[0] if sizes.get(others[0]) == sizes[node] else None
-
-
-def _is_last_use(
-    residual: fx.Node, at: fx.Node, modules: dict[str, nn.Module], order: dict[fx.Node, int]
-) -> bool:
-    """Whether neither a tensor nor a view of its memory is read after the step `at`."""
-    allocating = (FusedConv2d, nn.Conv2d, nn.MaxPool2d)
-    users = [user for user in residual.users if user is not at]
-    return get_node_kind(residual, modules) in allocating and all(
-        order[user] < order[at] and get_node_kind(user, modules) in allocating for user in users
-    )
+def _build_layer(site: FusionSite) -> tuple[FusedConv2d, tuple[bool, ...]]:
+    activation = ("none", ()) if site.activation is None else _ACTIVATIONS[site.activation]
+    size = [NOMINAL_BATCH, *site.input_shape[1:]]
+    layer = FusedConv2d(site.name, site.convolution, size, *activation)
+    return layer, (site.frees_residual,) if site.has_residual else ()

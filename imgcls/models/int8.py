@@ -15,12 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from imgcls.models.fuse_cpu import (
-    FusedConv2d,
-    get_node_kind,
-    insert_fused_convolutions,
-    pack_convolutions,
-)
+from imgcls.models.fuse_cpu import FusedConv2d, insert_fused_convolutions, pack_convolutions
+from imgcls.models.fusion import get_node_kind
 
 ValueRange = tuple[float, float]
 ValueRanges = dict[str, dict[str, ValueRange]]

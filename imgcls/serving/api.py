@@ -136,7 +136,7 @@ _PREDICT_ERRORS = _AUTH_ERRORS | _describe_problems(
         415: "Not an image, an unsupported image format, or an unsupported content type.",
         422: "The only image of the request is truncated, empty or damaged.",
         429: "Rate limit of the API key exceeded; see Retry-After.",
-        503: "The queue is full; see Retry-After.",
+        503: "The queue is full, or the GPU failed or has no memory left; see Retry-After.",
     }
 )
 _BINARY_SCHEMA = {"schema": {"type": "string", "format": "binary"}}

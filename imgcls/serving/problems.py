@@ -96,6 +96,30 @@ def build_busy_problem(seconds: float) -> Problem:
     )
 
 
+def build_out_of_memory_problem(batch_size: int) -> Problem:
+    """Problem of images for which a GPU has no memory.
+
+    batch_size: number of images in the smallest forward pass that was tried
+    """
+    return Problem(
+        503,
+        "out_of_memory",
+        f"the GPU has not enough memory for a batch of {batch_size}. Set a smaller --batch-size of "
+        "the service, or use a GPU with more memory",
+        retry_after=5,
+    )
+
+
+def build_device_failure_problem() -> Problem:
+    """Problem of a replica whose GPU has failed, and which another one replaces."""
+    return Problem(
+        503,
+        "device_failure",
+        "the GPU of this replica failed; the replica is being replaced, retry later",
+        retry_after=5,
+    )
+
+
 def can_exceed_limit(scope: Scope, max_bytes: int) -> bool:
     """Whether the request body is, or may turn out to be, longer than `max_bytes`.
 

@@ -7,6 +7,7 @@ network, temperature and thresholds as the batch job, so a row here equals the r
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +15,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from imgcls.cluster.session import DeviceType
 from imgcls.data import decode
-from imgcls.data.cuda import exit_on_device_failure, find_worker_device
+from imgcls.data.cuda import exit_after_device_failure, find_worker_device
 from imgcls.data.decode import Pixels
-from imgcls.errors import OK, ImageError, ImageTooLarge
+from imgcls.errors import OK, ImageError, ImageTooLarge, ResourcesError, one_line
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction
-from imgcls.models.graph_sizes import choose_graph_sizes
+from imgcls.models.graph_sizes import SIZE_FACTOR, choose_graph_sizes
 from imgcls.serving.batching import DynamicBatcher
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.metrics import ReplicaMetrics
-from imgcls.serving.problems import build_busy_problem
+from imgcls.serving.problems import (
+    Problem,
+    build_busy_problem,
+    build_device_failure_problem,
+    build_out_of_memory_problem,
+)
 from imgcls.serving.uploads import Upload
+
+EXIT_DELAY_S = 1.0
+"""Time for the responses of a replica whose GPU has failed, before its process ends."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,22 @@ class ServedModel:
 
     @classmethod
     def load(cls, config: ServeConfig, device: DeviceType) -> ServedModel:
-        """Load and warm up; raises BundleError if the bundle is missing or damaged."""
+        """Load and warm up.
+
+        Raises BundleError if the bundle is missing or damaged, and ResourcesError if a GPU has no
+        memory for it.
+        """
+        try:
+            return cls._load(config, device)
+        except torch.OutOfMemoryError as error:
+            raise ResourcesError(
+                f"bundle {config.model}: the GPU has not enough memory for it and batches of "
+                f"{config.batch_size}: {one_line(error)}. Set a smaller --batch-size, or use a GPU "
+                "with more memory"
+            ) from error
+
+    @classmethod
+    def _load(cls, config: ServeConfig, device: DeviceType) -> ServedModel:
         bundle = load_bundle(config.model)
         # a lone image must not wait for the forward pass of a full batch
         sizes = choose_graph_sizes(config.batch_size)
@@ -106,6 +133,9 @@ class ImageScores:
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
 
 
+ForwardResult = ImageScores | Problem
+
+
 class Service:
     """Classifies uploads with one model at a time.
 
@@ -129,7 +159,8 @@ class Service:
         self.metrics = metrics
         self.is_draining = False
         self._decode_pool = ThreadPoolExecutor(decoders, "decode")
-        self._batcher: DynamicBatcher[ForwardItem, ImageScores] = DynamicBatcher(
+        self._has_failed_device = False
+        self._batcher: DynamicBatcher[ForwardItem, ForwardResult] = DynamicBatcher(
             self._classify_batch, config.batch_size
         )
         self._num_waiting = 0
@@ -142,7 +173,9 @@ class Service:
         return self._num_waiting
 
     def check_capacity(self, count: int = 1) -> None:
-        """Raise a Problem (503) if `count` more images exceed the queue."""
+        """Raise a Problem (503) if `count` more images exceed the queue, or the GPU has failed."""
+        if self._has_failed_device:
+            raise build_device_failure_problem()
         if self._num_waiting + count > self.config.limits.waiting_images:
             raise build_busy_problem(self._num_waiting * self._seconds_per_image)
 
@@ -156,7 +189,7 @@ class Service:
         """Classify uploads.
 
         Returns the model and one row per upload, in the columns of the batch job. Raises a Problem
-        if the queue is full.
+        if the queue is full, or the GPU has failed or has no memory for the images.
         """
         self.check_capacity(len(uploads))
         model = self.model
@@ -192,7 +225,7 @@ class Service:
     async def _predict_one(
         self, model: ServedModel, upload: Upload, options: PredictOptions
     ) -> dict[str, Any]:
-        future: asyncio.Future[ImageScores] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[ForwardResult] = asyncio.get_running_loop().create_future()
 
         def decode_and_submit() -> tuple[int, int]:
             pixels, size = self._decode_upload(model, upload)
@@ -204,6 +237,8 @@ class Service:
         except ImageError as error:
             return _build_row(None, status=error.status, error=str(error))
         output = await future
+        if isinstance(output, Problem):
+            raise output
         if np.isnan(output.scores).any():
             failure = model.classifier.build_not_finite_error()
             return _build_row(None, status=failure.status, error=str(failure))
@@ -227,24 +262,51 @@ class Service:
                 upload.read(), model.classifier.preprocess, max_pixels=limits.pixels
             )
 
-    def _classify_batch(self, items: Sequence[ForwardItem]) -> list[ImageScores]:
+    def _classify_batch(self, items: Sequence[ForwardItem]) -> list[ForwardResult]:
         """Run the network, in one batch per model: during an update requests of both may wait."""
-        results: dict[int, ImageScores] = {}
+        results: dict[int, ForwardResult] = {}
         groups: dict[tuple[str, bool], list[int]] = {}
         for index, item in enumerate(items):
             groups.setdefault((item.model.sha256, item.embedding), []).append(index)
         for indices in groups.values():
-            first = items[indices[0]]
             self.metrics.batch_images.observe(len(indices))
-            with self.metrics.time_stage("classify"), exit_on_device_failure():
-                output = first.model.classifier.classify(
-                    decode.stack_images([items[index].pixels for index in indices]),
-                    embeddings=first.embedding,
-                )
-            for i, index in enumerate(indices):
-                embedding = None if output.embedding is None else output.embedding[i]
-                results[index] = ImageScores(output.scores[i], embedding)
+            with self.metrics.time_stage("classify"):
+                found = self._classify_group([items[index] for index in indices])
+            results.update(zip(indices, found, strict=True))
         return [results[index] for index in range(len(items))]
+
+    def _classify_group(self, items: Sequence[ForwardItem]) -> Sequence[ForwardResult]:
+        """Run the network once, or in smaller batches if a GPU has no memory for all images."""
+        count = len(items)
+        sizes = dict.fromkeys((count, -(-count // SIZE_FACTOR)))  # of one captured size less
+        for size in sizes:
+            if self._has_failed_device:
+                break
+            try:
+                return [
+                    scores
+                    for start in range(0, count, size)
+                    for scores in _run_network(items[start : start + size])
+                ]
+            except torch.OutOfMemoryError as error:
+                logger.warning("no memory for a forward pass of %d images: %s", size, error)
+            except torch.AcceleratorError:
+                # every later call of CUDA in this process fails, too
+                self._has_failed_device = True
+                exit_after_device_failure(EXIT_DELAY_S)
+        if self._has_failed_device:
+            return [build_device_failure_problem() for _ in items]
+        return [build_out_of_memory_problem(min(sizes)) for _ in items]
+
+
+def _run_network(items: Sequence[ForwardItem]) -> list[ImageScores]:
+    """Scores of images of one model, all with embeddings or none."""
+    output = items[0].model.classifier.classify(
+        decode.stack_images([item.pixels for item in items]), embeddings=items[0].embedding
+    )
+    if output.embedding is None:
+        return [ImageScores(scores, None) for scores in output.scores]
+    return list(map(ImageScores, output.scores, output.embedding))
 
 
 def _build_row(

@@ -157,6 +157,8 @@ class TrainScaleConfig(Section):
     """Synchronize batch statistics over all workers; only on GPUs."""
     compile: bool = False
     """Compile the network with torch.compile; worth its time only on long runs."""
+    deterministic: bool = True
+    """Repeat results exactly on GPUs; false: use the fastest convolutions, whose results vary."""
     max_failures: NonNegativeInt = 8
     """Maximum number of times that lost workers are replaced before the run fails."""
     resource_timeout_s: PositiveFloat = 1800.0

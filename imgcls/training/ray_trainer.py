@@ -237,8 +237,7 @@ def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     _set_num_threads(context.get_local_world_size())
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    _set_convolution_algorithms(deterministic=spec.config.scale.deterministic)
     precision, reason = _resolve_precision(spec.config.precision, device)
     network = zoo.build_network(spec.architecture, spec.num_classes)
     network.load_state_dict(ray.get(spec.initial_weights))
@@ -255,6 +254,15 @@ def _resolve_precision(requested: TrainPrecision, device: torch.device) -> tuple
     if requested == "fp16":
         return "fp16", "as requested"
     return choose_precision(requested, device)
+
+
+def _set_convolution_algorithms(*, deterministic: bool) -> None:
+    """Let cuDNN use only algorithms that repeat their results, or measure all and use the fastest.
+
+    Measurements are off for the former, because they may choose another algorithm in each run.
+    """
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def _set_num_threads(local_workers: int) -> None:

@@ -90,7 +90,7 @@ def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path
             output=str(tmp_path / "bundle"),
         )
     )
-    classifier = Classifier(bundle)
+    classifier = Classifier(bundle, device="cpu")
     files = sorted((shared / "data" / "cats-dogs" / "train").rglob("*.jpg"))
     embeddings = []
     for start in range(0, len(files), 50):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from imgcls.data import decode
+from imgcls.data import decode, device_decode
+from imgcls.data.device_decode import DeviceJpeg
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError
 
@@ -29,6 +32,23 @@ STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+
+
+def decode_by_device(
+    files: Sequence[bytes], spec: Preprocess, device: str | torch.device = "cpu"
+) -> list[Any]:
+    """(pixels, size) or the error of each file, of which the device decodes those that are for it;
+    the pixels of others are arrays.
+    """
+    found: list[Any] = []
+    for data in files:
+        try:
+            found.append(device_decode.prepare_file(data, spec))
+        except ImageError as error:
+            found.append(error)
+    jpegs = [file for file in found if isinstance(file, DeviceJpeg)]
+    decoded = iter(device_decode.decode_batch(jpegs, spec, device=torch.device(device)))
+    return [next(decoded) if isinstance(file, DeviceJpeg) else file for file in found]
 
 
 def drawn(width: int, height: int) -> Image.Image:

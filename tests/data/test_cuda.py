@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 import pytest
 import torch
@@ -79,7 +80,6 @@ def test_on_a_cpu_there_are_no_streams() -> None:
     with DecodeStage(torch.device("cpu")) as stage:
         stage.wait_for_kernels()
         stage.hand_over([torch.zeros(1)])
-        stage.raise_device_failure(RuntimeError("a damaged file"))
     assert AsyncDownload(torch.ones(1)).get().tolist() == [1]
     assert CudaTimer(torch.device("cpu")).elapsed_seconds() == 0
 
@@ -99,37 +99,6 @@ def test_a_gpu_that_ray_counts_but_torch_does_not_find_is_reported(
     assert stages.find_worker_device("cpu") == torch.device("cpu")
 
 
-PREFIX = "Error while decoding JPEG images: "
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
-        (RuntimeError(PREFIX + "CUDA out of memory. Tried"), torch.OutOfMemoryError),
-        (RuntimeError(PREFIX + "Failed to decode batch: 5"), torch.OutOfMemoryError),
-        (torch.AcceleratorError("illegal memory access"), torch.AcceleratorError),
-        (RuntimeError("Failed to initialize nvjpeg with hardware backend: 6"), RuntimeError),
-    ],
-)
-def test_an_error_that_no_image_causes_is_raised(
-    cuda: FakeCuda, error: RuntimeError, expected: type[RuntimeError]
-) -> None:
-    with pytest.raises(RuntimeError) as found, DecodeStage(GPU) as stage:
-        stage.raise_device_failure(error)
-    assert type(found.value) is expected
-
-
-def test_the_device_is_idle_before_memory_of_a_failed_batch_is_used_again(cuda: FakeCuda) -> None:
-    with DecodeStage(GPU) as stage:
-        cuda.launch(torch.zeros(1))
-        stage.raise_device_failure(RuntimeError(PREFIX + "Failed to parse jpeg stream: 3"))
-        cuda.check_idle(cuda.current_stream(GPU))
-        cuda.failure = torch.AcceleratorError("CUDA error: an illegal memory access")
-        with pytest.raises(torch.AcceleratorError):
-            stage.raise_device_failure(RuntimeError(PREFIX + "Failed to parse jpeg stream: 6"))
-
-
 def test_a_device_that_failed_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def leave(status: int) -> None:
         raise SystemExit(status)
@@ -140,3 +109,24 @@ def test_a_device_that_failed_ends_the_process(monkeypatch: pytest.MonkeyPatch) 
     assert ended.value.code == stages.DEVICE_FAILURE_STATUS
     with pytest.raises(torch.OutOfMemoryError), stages.exit_on_device_failure():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_process_whose_device_failed_ends_after_its_responses(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    planned: list[tuple[object, ...]] = []
+
+    class Timer:
+        def __init__(self, *args: object) -> None:
+            self.args = args
+
+        def start(self) -> None:
+            planned.append(self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    try:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error")
+    except torch.AcceleratorError:
+        stages.exit_after_device_failure(0.5)
+    assert planned == [(0.5, os._exit, (stages.DEVICE_FAILURE_STATUS,))]
+    assert "uncorrectable ECC error" in capfd.readouterr().err

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls.data import decode, device_decode
+from imgcls.data import decode, device_decode, device_resize
 from imgcls.data.cuda import DecodeStage
+from imgcls.data.device_decode import DeviceJpeg
 from imgcls.data.lazy_torchvision import torchvision
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError
-from tests.data.pictures import drawn, encoded
+from tests.data.pictures import decode_by_device, drawn, encoded
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda import cuda as cuda
 
@@ -53,11 +54,11 @@ class Decoder:
 @pytest.fixture
 def decoder(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Decoder:
     made = Decoder(cuda)
-    resize: Callable[..., torch.Tensor] = device_decode.resize_on_device
+    resize: Callable[..., torch.Tensor] = device_resize.resize_on_device
     monkeypatch.setattr(DecodeStage, "_idle", {})
     monkeypatch.setattr(torchvision.io, "decode_jpeg", made)
     monkeypatch.setattr(
-        device_decode,
+        device_resize,
         "resize_on_device",
         lambda tensor, *args: cuda.launch(resize(tensor, *args), tensor),
     )
@@ -65,17 +66,15 @@ def decoder(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
 
 def decode_batch(files: Sequence[bytes]) -> list[Any]:
-    return device_decode.decode_batch(files, SPEC, device=GPU)
+    return decode_by_device(files, SPEC, GPU)
 
 
 def test_pixels_of_every_batch_can_be_read_by_the_forward_pass(
     cuda: FakeCuda, decoder: Decoder
 ) -> None:
-    files = [jpeg_of(90), encoded(drawn(50, 40), "PNG"), jpeg_of(100), b"junk", jpeg_of(REJECTED)]
+    files = [jpeg_of(90), jpeg_of(100), jpeg_of(REJECTED)]
     for _ in range(2):  # the second batch gets memory of the first
-        results = decode_batch(files)
-        assert [isinstance(result, ImageError) for result in results] == [0, 0, 0, 1, 0]
-        pixels = [result[0] for result in results if not isinstance(result, ImageError)]
+        pixels = [result[0] for result in decode_batch(files)]
         cuda.launch(torch.stack(pixels), *pixels)
     assert len(cuda.streams) == 1
 
@@ -136,12 +135,74 @@ def test_jpegs_that_may_store_rgb_are_decoded_by_libjpeg(decoder: Decoder) -> No
     for data in (by_marker, by_identifiers):
         ((pixels, _),) = decode_batch([data])
         assert decoder.batches == []
-        assert (pixels.numpy() == decode.decode_image(data, SPEC)[0]).all()
+        assert (pixels == decode.decode_image(data, SPEC)[0]).all()
         # the same samples, but taken for RGB
-        assert abs(pixels.float() - decode_batch([plain])[0][0].float()).mean() > 10
+        assert abs(pixels.astype(int) - decode_batch([plain])[0][0].numpy()).mean() > 10
         decoder.batches.clear()
     decode_batch([not_rgb])
     assert decoder.batches == [[90]]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_for_device"),
+    [
+        ({}, True), ({"subsampling": 0}, True), ({"subsampling": 1}, True),
+        ({"restart_marker_blocks": 4}, True), ({"progressive": True}, False),
+    ],
+)  # fmt: skip
+def test_baseline_jpegs_are_left_for_the_device(
+    options: dict[str, Any], is_for_device: bool
+) -> None:
+    in_full = options.get("subsampling", 0) == 0  # a gray file can state subsampling, too
+    for image, suits in (
+        (drawn(90, 60), True), (drawn(90, 60).convert("L"), in_full),
+        (drawn(90, 60).convert("CMYK"), False),
+    ):  # fmt: skip
+        data = encoded(image, "JPEG", **options)
+        found = device_decode.prepare_file(data, SPEC)
+        assert isinstance(found, DeviceJpeg) == (is_for_device and suits)
+        exact = SPEC.model_copy(update={"decode": "exact"})
+        assert not isinstance(device_decode.prepare_file(data, exact), DeviceJpeg)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "is_for_device"),
+    [((1, 2), True), ((4, 1), False), ((1, 4), False), ((4, 2), False), ((3, 1), False)],
+)
+def test_unusual_subsampling_is_decoded_by_libjpeg(
+    sampling: tuple[int, int], is_for_device: bool
+) -> None:
+    """Only the header decides: nvJPEG rejects some of them, with their whole batch."""
+    data = bytearray(jpeg_of(90))
+    data[data.index(b"\xff\xc0") + 11] = 16 * sampling[0] + sampling[1]
+    header = decode.read_header(bytes(data), 10**6)
+    assert device_decode._is_for_device(bytes(data), header, SPEC) == is_for_device
+
+
+def decode_on_cpu(data: bytes) -> Any:
+    try:
+        return decode.decode_image(data, SPEC)
+    except ImageError as error:
+        return error
+
+
+@pytest.mark.parametrize(("format", "damage"), [
+    ("PNG", None), ("WEBP", None), ("GIF", None), ("BMP", None), ("JPEG", 2), ("PNG", 2),
+])  # fmt: skip
+def test_other_files_and_damaged_ones_are_not(format: str, damage: int | None) -> None:
+    data = encoded(drawn(90, 60), format)
+    data = data[: len(data) // damage] if damage else data
+    try:
+        found: object = device_decode.prepare_file(data, SPEC)
+    except ImageError as error:
+        found = error
+    expected = decode_on_cpu(data)
+    if isinstance(expected, ImageError):
+        assert (type(found), str(found)) == (type(expected), str(expected))
+    else:
+        assert isinstance(found, tuple)
+        assert (found[0] == expected[0]).all()
+        assert found[1] == (90, 60)
 
 
 def test_a_device_without_memory_is_no_property_of_an_image(
@@ -170,18 +231,11 @@ KINDS: dict[str, bytes] = {
 }
 
 
-def decode_on_cpu(data: bytes) -> Any:
-    try:
-        return decode.decode_image(data, SPEC)
-    except ImageError as error:
-        return error
-
-
 @pytest.mark.gpu
 def test_a_gpu_decodes_every_kind_as_a_cpu_does_and_finds_the_same_damage() -> None:
     files = list(KINDS.values())
     damaged = [data[: len(data) * part // 4] for data in files for part in (1, 2, 3)]
-    results: list[Any] = device_decode.decode_batch([*files, *damaged, b"junk"], SPEC, device=GPU)
+    results = decode_batch([*files, *damaged, b"junk"])
     torch.cuda.current_stream().synchronize()
     for data, result in zip([*files, *damaged, b"junk"], results, strict=True):
         expected = decode_on_cpu(data)
@@ -191,7 +245,36 @@ def test_a_gpu_decodes_every_kind_as_a_cpu_does_and_finds_the_same_damage() -> N
             continue
         assert result[1] == expected[1]
         # nvJPEG and the resize on the device round differently
-        assert np.abs(result[0].cpu().numpy() - expected[0].astype(int)).mean() < 2
+        pixels = torch.as_tensor(result[0]).cpu().numpy()
+        assert np.abs(pixels - expected[0].astype(int)).mean() < 2
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_decodes_to_the_pixels_of_the_first() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    files = [*KINDS.values(), *(jpeg_of(800 + 8 * i, 600) for i in range(8))]
+    first = decode_by_device(files, SPEC, "cuda:0")
+    second = decode_by_device(files, SPEC, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(first, second, strict=True):
+        assert one[1] == other[1]
+        assert torch.equal(torch.as_tensor(one[0]).cpu(), torch.as_tensor(other[0]).cpu())
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_memory_to_decode_is_no_error_of_an_image() -> None:
+    files = [jpeg_of(8000, 6000)] * 2
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(GPU)
+    blocks = [torch.empty(free - 200_000_000, dtype=torch.uint8, device=GPU)]
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            decode_batch(files)
+    finally:
+        blocks.clear()
+        torch.cuda.empty_cache()
+    assert all(isinstance(result, tuple) for result in decode_batch(files))
 
 
 @pytest.mark.gpu
@@ -206,8 +289,7 @@ def test_threads_that_decode_and_compute_get_the_pixels_of_one_that_does_not() -
         return torch.stack(pixels).cpu()[np.argsort(order)]
 
     def decode_on_gpu(batch: Sequence[bytes]) -> list[torch.Tensor]:
-        results = device_decode.decode_batch(batch, SPEC, device=GPU)
-        return [result[0] for result in results if isinstance(result, tuple)]
+        return [result[0] for result in decode_batch(batch)]
 
     torch.cuda.synchronize()
     expected = torch.stack(decode_on_gpu(files)).cpu()

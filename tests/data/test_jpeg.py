@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from imgcls.data import decode, device_decode, jpeg
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import ImageError, TruncatedImage
-from tests.data.pictures import difference, drawn, encoded, reference
+from tests.data.pictures import decode_by_device, difference, drawn, encoded, reference
 
 SPEC = Preprocess(resize=64, crop=56, decode="fast")
 EXACT = Preprocess(resize=64, crop=56, decode="exact")
@@ -61,18 +60,15 @@ def by_prepared(data: bytes) -> Any:
 
 
 def by_checked(data: bytes) -> Any:
-    """What decode_batch gives a GPU, and what Pillow decodes of it."""
-    (found,) = device_decode.check_jpegs([data])
-    if isinstance(found, ImageError):
-        raise found
-    return np.asarray(Image.open(io.BytesIO(found)).convert("RGB"))
+    """What a GPU gets, and what Pillow decodes of it."""
+    return np.asarray(Image.open(io.BytesIO(jpeg.verify_jpeg(data))).convert("RGB"))
 
 
 def by_batch(data: bytes) -> Any:
-    (found,) = device_decode.decode_batch([data], SPEC, device=torch.device("cpu"))
+    (found,) = decode_by_device([data], SPEC)
     if isinstance(found, ImageError):
         raise found
-    return found[0].numpy()
+    return np.asarray(found[0])
 
 
 ROUTES: dict[str, Callable[[bytes], Any]] = {
@@ -363,9 +359,8 @@ def test_exact_is_pillows_decode_and_fast_is_near_it(kind: str, interpolation: A
     fast = decode.decode_image(data, spec)[0]
     assert difference(exact, expected) < 0.02
     exactly = spec.model_copy(update={"decode": "exact"})
-    (found,) = device_decode.decode_batch([data], exactly, device=torch.device("cpu"))
-    assert isinstance(found, tuple)
-    assert (found[0].numpy() == exact).all()  # nvJPEG would not decode to these pixels
+    pixels, _ = device_decode.prepare_file(data, exactly)  # nvJPEG would decode to others
+    assert (pixels == exact).all()
     assert 0.02 < difference(fast, expected) < 0.4
 
 

@@ -108,7 +108,7 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     import torch
 
     torch.set_num_threads(1)
-    classifier = Classifier.load(str(bundle))
+    classifier = Classifier.load(str(bundle), device="cpu")
     folder = manifest.parent
     pixels = [
         decode.decode_image((folder / path).read_bytes(), classifier.preprocess)[0]

@@ -191,7 +191,7 @@ def assert_as_undisturbed(output: Path, reference: Path, digits: Path) -> None:
         np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-4, err_msg=key)
     with (digits / "val.csv").open() as stream:
         rows = pd.read_csv(stream, dtype=str)
-    classifier = Classifier.load(str(output), precision="fp32")
+    classifier = Classifier.load(str(output), precision="fp32", device="cpu")
     predictions = classifier.predict([str(digits / path) for path in rows.path])
     right = sum(p.label == label for p, label in zip(predictions, rows.label, strict=True))
     best = there.val_accuracy[there.val_loss.idxmin()]

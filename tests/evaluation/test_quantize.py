@@ -51,7 +51,12 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     files = [str(tmp_path / "images" / f"{i:05d}.jpg") for i in good]
     labels = np.array([list(COLORS)[i % 3] for i in good])
     rough, exact = (
-        np.array([one.label for one in Classifier(made, precision=precision).predict(files)])
+        np.array(
+            [
+                one.label
+                for one in Classifier(made, precision=precision, device="cpu").predict(files)
+            ]
+        )
         for precision in ("int8", "fp32")
     )
     assert int8.agreement == (rough == exact).mean()

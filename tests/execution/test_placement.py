@@ -84,7 +84,7 @@ def test_jpeg_engines_that_are_not_measured_are_not_used(accelerator: str) -> No
     )
     asked = planned(Node(cpus=16, gpus=1, accelerator=accelerator), layout="gpu_decode")
     assert (asked.name, asked.cpu_decode_fraction) == ("gpu_decode", 0.0)
-    assert asked.reasons[1].endswith("tasks on CPUs to fetch")
+    assert asked.reasons[1].endswith("tasks on CPUs to fetch and decode")
 
 
 def test_jpeg_engines_are_mentioned_where_all_gpus_have_one() -> None:

@@ -97,7 +97,7 @@ class Nightly:
         self.folder = folder
         self.labels, self.manifest = folder / "labels", folder / "tonight"
         self.latest = folder / "latest"
-        self.classifier = Classifier.load(str(bundle), precision="fp32")
+        self.classifier = Classifier.load(str(bundle), precision="fp32", device="cpu")
         self.bundle = str(bundle)
         self.labeled = 0
         self.column: Callable[[int], pa.Array] | None = None

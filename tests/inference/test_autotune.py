@@ -141,11 +141,11 @@ def test_an_image_that_crashes_the_benchmark_does_not_end_the_run(
 
 
 def test_decoding_is_split_so_that_neither_cpus_nor_gpus_wait() -> None:
-    result = BenchmarkResult({128: 4000}, cpu_decode=100, device_decode=2000)
+    result = BenchmarkResult({128: 4000}, cpu_decode=100, cpu_verify=300, device_decode=2000)
     tuned, reason = autotune.balance_decoding(result, GPUS, TunedSettings(128, False))
     placement = tuned.apply_to(GPUS)
     share = placement.cpu_decode_fraction
-    by_cpus = placement.prepare_tasks * 100 / share
+    by_cpus = placement.prepare_tasks / (share / 100 + (1 - share) / 300)
     by_gpus = placement.workers / ((1 - share) / 2000 + 1 / 4000)
     assert 0 < share < 1
     assert by_cpus == pytest.approx(by_gpus, rel=0.03)
@@ -153,20 +153,31 @@ def test_decoding_is_split_so_that_neither_cpus_nor_gpus_wait() -> None:
     assert reason.endswith(f"{format_share(share)} on CPUs")
 
 
-@pytest.mark.parametrize(("host", "name", "share"), [(1e5, "gpu", 1.0), (1, "gpu_decode", 0.0)])
-def test_a_side_that_is_too_slow_decodes_nothing(host: float, name: str, share: float) -> None:
-    result = BenchmarkResult({128: 4000}, cpu_decode=host, device_decode=2000)
+@pytest.mark.parametrize(
+    ("host", "verify", "name", "share"),
+    [
+        (1e5, 2e5, "gpu", 1.0),
+        (1, 1e4, "gpu_decode", 0.0),
+        (50, 100, "gpu_decode", 0.0),  # the CPUs are too slow even to verify for the GPUs
+        (100, 100, "gpu", 1.0),  # to verify costs a CPU as much as to decode
+        (100, 90, "gpu", 1.0),
+    ],
+)
+def test_a_side_that_is_too_slow_decodes_nothing(
+    host: float, verify: float, name: str, share: float
+) -> None:
+    result = BenchmarkResult({128: 4000}, cpu_decode=host, cpu_verify=verify, device_decode=2000)
     tuned, _ = autotune.balance_decoding(result, GPUS, TunedSettings(128, False))
     placement = tuned.apply_to(GPUS)
     assert (placement.name, placement.cpu_decode_fraction) == (name, share)
 
 
-def test_without_a_readable_image_the_placement_is_unchanged() -> None:
+def test_without_an_image_for_gpus_the_placement_is_unchanged() -> None:
     tuned, reason = autotune.balance_decoding(
         BenchmarkResult({128: 4000}), GPUS, TunedSettings(128, False)
     )
     assert tuned.apply_to(GPUS) == GPUS
-    assert "none of the first images" in reason
+    assert reason == "decoding: on CPUs, none of the first images is one for GPUs to decode"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.37, 0.5, 1.0])
@@ -194,11 +205,17 @@ def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_
     assert result.device_decode > 0
     decoding = autotune.DecodeBenchmark(images)
     decoding.load()
-    assert decoding.measure() > 0
+    for step in autotune.DECODE_STEPS:
+        assert decoding.measure(step) > 0
     none = autotune.measure_rates(
         BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
     )
     assert none.device_decode is None
+    draw("red").save(tmp_path / "missing.jpg", "PNG")  # readable, but not by the device
+    png = autotune.measure_rates(
+        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
+    )
+    assert png.device_decode is None
 
 
 def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
@@ -207,15 +224,15 @@ def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
     calls: list[str] = []
 
     class Actor:
-        """A core that decodes 400 images/s while 16 others do."""
+        """A core that decodes 400 and verifies 800 images/s while 16 others do."""
 
         def __init__(self) -> None:
             self.load = SimpleNamespace(remote=lambda: calls.append("load"))
             self.measure = SimpleNamespace(remote=self._measure)
 
-        def _measure(self) -> float:
-            calls.append("measure")
-            return 400.0
+        def _measure(self, step: str) -> float:
+            calls.append(step)
+            return {"decode": 400.0, "verify": 800.0}[step]
 
     task = SimpleNamespace(remote=lambda *_: BenchmarkResult({64: 9000}, device_decode=3000))
     actors = SimpleNamespace(remote=lambda *_: Actor())
@@ -231,8 +248,10 @@ def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
     result = autotune.run_benchmark(
         BenchmarkSpec((64,), False, True), images, placement, Interruption(), lambda waited: None
     )
-    assert result == BenchmarkResult({64: 9000}, cpu_decode=400.0, device_decode=3000)
-    assert calls == ["load"] * 17 + ["measure"] * 17 + ["kill"] * 17
+    assert result == BenchmarkResult(
+        {64: 9000}, cpu_decode=400.0, cpu_verify=800.0, device_decode=3000
+    )
+    assert calls == ["load"] * 17 + ["decode"] * 17 + ["verify"] * 17 + ["kill"] * 17
 
 
 def test_a_batch_that_is_still_computed_counts_when_it_is_done(
@@ -279,3 +298,17 @@ def test_a_batch_size_that_a_gpu_has_no_memory_for_is_not_chosen(
     assert reasons[0].endswith(", 128: out of memory")
     with pytest.raises(RunFailed, match=r"batches of 128: .*Set a smaller --scale\.batch-size"):
         autotune.measure_rates(replace(spec, batch_sizes=(128,)), images, 1, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_benchmarked_with_graphs_and_nvjpeg(color_bundle: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        draw("red", (320, 240), seed=i).save(tmp_path / f"{i}.jpg")
+    urls = tuple(str(tmp_path / f"{i}.jpg") for i in range(4))
+    images = BenchmarkInput(str(color_bundle), "fast", "auto", 1, urls, StorageConfig())
+    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, True)
+    result = autotune.measure_rates(spec, images, 1, "cuda")
+    assert set(result.forward) == set(autotune.GPU_BATCH_SIZES)
+    assert min(result.forward.values()) > 0
+    assert result.device_decode is not None
+    assert result.device_decode > 0

@@ -21,8 +21,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data.cuda import CudaTimer
+from imgcls.data import device_decode, device_resize
+from imgcls.data.cuda import CudaTimer, DecodeStage, PinnedUploader
+from imgcls.data.lazy_torchvision import torchvision
+from imgcls.data.preprocess import Preprocess
 from imgcls.data.storage_settings import StorageConfig
+from imgcls.errors import ImageError
 from imgcls.execution.completed import read_chunk_rows, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan
@@ -35,6 +39,8 @@ from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.schema import build_prediction_schema
 from tests.conftest import draw
 from tests.execution.runs import CLASSES, manifest_of, plan_at, spec_of
+from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import cuda as cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # pytest takes the filter of imgcls away
 
@@ -47,7 +53,7 @@ STATUSES = {
 @pytest.fixture(scope="session")
 def classifier(color_bundle: Path) -> Classifier:
     torch.set_num_threads(1)
-    return Classifier.load(str(color_bundle), precision="fp32", device="cpu")
+    return Classifier.load(str(color_bundle), precision="fp32", device="cpu", decode="fast")
 
 
 @pytest.fixture
@@ -144,14 +150,117 @@ def test_the_stages_give_the_same_table_wherever_a_layout_puts_them(
     fused = stages.predict_chunk(spec, classifier, rows, work, seconds)
     prepared = stages.prepare_on_cpu(spec, rows, classifier.preprocess, seconds)
     split = stages.classify_prepared(spec, classifier, rows, work, prepared, seconds)
-    blobs = list(stages.fetch_images(spec, rows))
-    decoded = stages.prepare_on_device(spec, blobs, classifier, seconds)
-    fetched = stages.classify_prepared(spec, classifier, rows, work, decoded, seconds)
+    left = stages.prepare_on_cpu(spec, rows, classifier.preprocess, seconds, max_device_bytes=10**9)
+    stages.decode_on_device(left, classifier, seconds)
+    fetched = stages.classify_prepared(spec, classifier, rows, work, left, seconds)
     assert split.equals(fused)
     assert fetched.equals(fused)
     assert fused.schema.equals(build_prediction_schema(labeled=True, scores=3, embedding=32))
     assert seconds.fetch > 0
     assert seconds.prepare > 0
+
+
+def mixed_files(folder: Path) -> pa.Table:
+    """13 rows: files for the device, others, damaged ones and a missing one, in turn."""
+    image = draw("red", (60, 40))
+    files: list[tuple[str, dict[str, Any]]] = [
+        ("jpg", {}), ("png", {}), ("jpg", {"progressive": True}), ("webp", {}),
+        ("jpg", {"subsampling": 0}), ("gif", {}), ("jpg", {}), ("jpg", {}),
+    ]  # fmt: skip
+    for i, (kind, options) in enumerate(files):
+        image.save(folder / f"{i}.{kind}", **options)
+    image.convert("CMYK").save(folder / "8.jpg")
+    whole = (folder / "7.jpg").read_bytes()
+    (folder / "9.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "10.jpg").write_bytes(b"junk")
+    (folder / "12.jpg").write_bytes(whole)
+    paths = [f"{i}.{kind}" for i, (kind, _) in enumerate(files)]
+    paths += [f"{i}.jpg" for i in range(8, 13)]
+    return pa.table({"path": paths, "label": ["red"] * 13})
+
+
+@pytest.mark.parametrize(("most", "on_device"), [
+    (10**9, [0, 4, 6, 7, 12]), (0, []), (2700, [0, 4]),
+])  # fmt: skip
+def test_only_baseline_jpegs_reach_the_device_and_the_table_is_that_of_a_cpu(
+    classifier: Classifier, color_bundle: Path, tmp_path: Path, most: int, on_device: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    manifest = manifest_of(tmp_path, mixed_files(tmp_path))
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=16)
+    spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), batch_size=3)
+    work, timings = ChunkTask(0), StageTimings()
+    rows = read_chunk_rows(spec, work)
+    prepared = stages.prepare_on_cpu(
+        spec, rows, classifier.preprocess, timings, max_device_bytes=most
+    )
+    assert list(prepared.jpegs) == on_device
+    assert len(prepared.pixels) == 10 - len(on_device)
+    for module in (stages.decode, device_decode):
+        monkeypatch.delattr(module, "decode_image")  # the GPU's worker decodes nothing itself
+    stages.decode_on_device(prepared, classifier, timings)
+    found = stages.classify_prepared(spec, classifier, rows, work, prepared, timings)
+    monkeypatch.undo()
+    assert found.equals(predict_alone(spec, classifier, work))
+    assert found["status"].to_pylist() == [
+        *["ok"] * 9, "truncated", "not_an_image", "missing", "ok",
+    ]  # fmt: skip
+
+
+def test_a_file_that_the_device_and_the_cpu_reject_is_an_error_of_its_row(
+    classifier: Classifier, color_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_of(tmp_path, mixed_files(tmp_path))
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=16)
+    spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle))
+    rows = read_chunk_rows(spec, ChunkTask(0))
+    prepared = stages.prepare_on_cpu(
+        spec, rows, classifier.preprocess, StageTimings(), max_device_bytes=10**9
+    )
+    decode_batch = device_decode.decode_batch
+    monkeypatch.setattr(
+        device_decode,
+        "decode_batch",
+        lambda *args, **options: [
+            ImageError("rejected") if index == 1 else result
+            for index, result in enumerate(decode_batch(*args, **options))
+        ],
+    )
+    stages.decode_on_device(prepared, classifier, StageTimings())
+    found = stages.classify_prepared(
+        spec, classifier, rows, ChunkTask(0), prepared, StageTimings()
+    ).to_pylist()
+    expected = predict_alone(spec, classifier, ChunkTask(0)).to_pylist()
+    assert (found[4]["status"], found[4]["error"]) == ("unreadable", "rejected")
+    assert found[4]["predicted_label"] is found[4]["width"] is None
+    assert found[:4] + found[5:] == expected[:4] + expected[5:]
+
+
+def test_pixels_of_cpus_and_of_the_device_are_both_there_before_the_forward_pass(
+    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 0)
+    preprocess = Preprocess(resize=24, crop=16, decode="fast")
+    resize, decode_jpeg = device_resize.resize_on_device, torchvision.io.decode_jpeg
+    monkeypatch.setattr(DecodeStage, "_idle", {})
+    monkeypatch.setattr(
+        torchvision.io, "decode_jpeg", lambda files, mode, device: decode_jpeg(files, mode)
+    )
+    monkeypatch.setattr(
+        device_resize,
+        "resize_on_device",
+        lambda tensor, *args: cuda.launch(resize(tensor, *args), tensor),
+    )
+    manifest = manifest_of(tmp_path, mixed_files(tmp_path))
+    plan = plan_at(tmp_path / "out", manifest, chunk_rows=16)
+    spec = spec_of(tmp_path / "out", plan, manifest, "")
+    rows = read_chunk_rows(spec, ChunkTask(0))
+    prepared = stages.prepare_on_cpu(spec, rows, preprocess, StageTimings(), max_device_bytes=10**9)
+    oracle: Any = SimpleNamespace(preprocess=preprocess, device=gpu, upload=PinnedUploader(gpu))
+    stages.decode_on_device(prepared, oracle, StageTimings())
+    assert len(prepared.pixels) == 10
+    assert len(cuda.streams) == 2  # decoding and upload
+    cuda.launch(torch.stack(list(prepared.pixels)), *prepared.pixels)
 
 
 def test_classes_ranked_on_the_device_give_the_same_table(

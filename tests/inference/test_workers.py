@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from imgcls.cluster.session import DeviceType
 from imgcls.curation.scan_worker import ScanSpec, ScanWorker
-from imgcls.data import filesystem
+from imgcls.data import device_decode, filesystem
 from imgcls.data.cuda import DEVICE_FAILURE_STATUS
+from imgcls.data.device_decode import DecodeResult, DeviceJpeg
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import CrashingImage, RunFailed, StorageError
+from imgcls.errors import RunFailed, StorageError
 from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
@@ -34,18 +39,23 @@ from tests.execution.runs import plan_at, spec_of
 pytestmark = pytest.mark.usefixtures("joined")
 
 
-@pytest.mark.parametrize(("most", "kind"), [(10_000_000, list), (100, PreparedImages)])
-def test_a_chunk_with_too_many_bytes_for_a_gpu_is_decoded_on_a_cpu(
-    most: int, kind: type, colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("cpu_fraction", "fitting", "on_gpu"), [(0.0, 4, 4), (0.0, 2, 2), (0.0, 0, 0), (1.0, 4, 0)]
+)
+def test_files_beyond_the_bytes_for_a_gpu_are_decoded_on_a_cpu(
+    cpu_fraction: float, fitting: int, on_gpu: int, colors: Callable[..., Path],
+    color_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(workers, "MAX_TRANSFER_BYTES", most)
     manifest = open_manifest(ManifestConfig(path=str(colors(4))))
     plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
     spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
-    data = unpack_prepared(run_prepare(spec, 0.0)).data
-    assert type(data) is kind
-    assert len(data if isinstance(data, list) else data.status) == 4
+    paths = read_chunk_rows(spec, ChunkTask(0)).column("path").to_pylist()[:fitting]
+    sizes = [os.path.getsize(str(manifest.resolve(path))) for path in paths]
+    monkeypatch.setattr(workers, "MAX_TRANSFER_BYTES", sum(sizes))
+    data: PreparedImages = unpack_prepared(run_prepare(spec, cpu_fraction)).data
+    assert data.status == ["ok"] * 4
+    assert list(data.jpegs) == list(range(on_gpu))
+    assert len(data.pixels) == 4 - on_gpu
 
 
 def run_prepare(spec: PredictSpec, cpu_fraction: float) -> pa.Table:
@@ -143,8 +153,112 @@ def test_a_file_that_crashes_the_process_that_fetches_it_is_a_crashed_row(
     for _ in range(spec.crash_retries + 1 + CRASHES_TO_CONFIRM):
         with pytest.raises(KilledError):
             run_prepare(spec, 0.0)
-    files = unpickle_cell(run_prepare(spec, 0.0), "prepared").data
-    assert [type(file) for file in files] == [bytes, bytes, CrashingImage, bytes]
+    data = unpack_prepared(run_prepare(spec, 0.0)).data
+    assert data.status == ["ok", "ok", "crashed", "ok"]
+    assert list(data.jpegs) == [0, 1, 3]
+
+
+def test_a_file_that_crashes_the_gpu_worker_is_a_crashed_row(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    manifest = open_manifest(ManifestConfig(path=str(colors(4))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    spec = spec_of(
+        tmp_path / "out", plan, manifest, bundle.url, bundle_sha256=bundle.sha256,
+        session="decoding",
+    )  # fmt: skip
+    prepared = run_prepare(spec, 0.0)
+    bad = unpack_prepared(prepared).data.jpegs[2].data
+    decode_batch = device_decode.decode_batch
+
+    def crash(files: Sequence[DeviceJpeg], *args: Any, **options: Any) -> list[DecodeResult]:
+        if bad in [file.data for file in files]:
+            raise KilledError
+        return decode_batch(files, *args, **options)
+
+    monkeypatch.setattr(device_decode, "decode_batch", crash)
+    worker = workers.GpuWorker(spec, 1, "cpu")
+    for _ in range(spec.crash_retries + 1 + CRASHES_TO_CONFIRM):
+        with pytest.raises(KilledError):
+            worker(prepared)
+    result: ChunkResult = unpickle_cell(pa.table(worker(prepared)), "result")
+    assert result.status == {"ok": 3, "crashed": 1}
+
+
+# ------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+def test_a_batch_size_beyond_the_memory_of_a_gpu_ends_the_run_with_the_remedy(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    spec = spec_of(
+        tmp_path / "out", plan, manifest, bundle.url, bundle_sha256=bundle.sha256,
+        batch_size=10**9,
+    )  # fmt: skip
+    with pytest.raises(RunFailed, match=r"batches of 1000000000: .*smaller --scale\.batch-size"):
+        workers.GpuWorker(spec, 1, "cuda")
+
+
+FAILING = """
+import torch
+from imgcls.inference.gpu_errors import handle_gpu_errors
+with handle_gpu_errors(1):
+    values = torch.zeros(4, device="cuda")
+    values[torch.tensor([7], device="cuda")].sum()  # an assertion within the kernel
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_an_error_after_which_a_gpu_cannot_be_used_ends_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == DEVICE_FAILURE_STATUS, done.stderr
+    assert "the GPU failed: this process ends, to be replaced" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cpu_fraction", [1.0, 0.0])
+def test_a_gpu_worker_writes_the_table_of_a_cpu_worker(
+    cpu_fraction: float, colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
+) -> None:
+    check_gpu_worker(cpu_fraction, "cuda", colors(16), color_bundle, tmp_path)
+
+
+def check_gpu_worker(
+    cpu_fraction: float, device: DeviceType, path: Path, color_bundle: Path, folder: Path
+) -> None:
+    (folder / "images" / "00003.jpg").write_bytes(b"broken")
+    manifest = open_manifest(ManifestConfig(path=str(path)))
+    bundle = load_bundle(str(color_bundle))
+    tables = []
+    for name in ("cpu", "gpu"):
+        plan = plan_at(folder / name, manifest, classes=bundle.spec.classes)
+        spec = spec_of(
+            folder / name, plan, manifest, bundle.url, bundle_sha256=bundle.sha256, scores=True,
+            session=f"{name} {cpu_fraction}",
+        )  # fmt: skip
+        if name == "cpu":
+            batch = pa.table({"task": [pickle.dumps(ChunkTask(0))]})
+            workers.CpuWorker(spec, 1, "cpu")(batch)
+        else:
+            workers.GpuWorker(spec, 1, device)(run_prepare(spec, cpu_fraction))
+        (written,) = (folder / name / "_staging").glob("part-*/chunk-*")
+        tables.append(pq.read_table(written))
+    cpu, gpu = tables
+    for column in ("row", "status", "error", "width", "height"):
+        assert gpu[column].to_pylist() == cpu[column].to_pylist()
+    for here, there in zip(gpu["scores"].to_pylist(), cpu["scores"].to_pylist(), strict=True):
+        # nvJPEG and the resize of a GPU round differently
+        assert (here is None) == (there is None)
+        assert here is None or here == pytest.approx(there, abs=0.02)
 
 
 class KilledError(Exception):

@@ -328,7 +328,7 @@ def test_fp16_scores_are_close_and_one_that_overflows_is_no_prediction(
         "imgcls.models.classifier.choose_precision", lambda *_: ("fp16", "as requested")
     )
     monkeypatch.setattr(
-        "imgcls.models.classifier.fuse_convolutions", lambda network, side, keep: network
+        "imgcls.models.fuse_cpu.fuse_convolutions", lambda network, side, keep: network
     )
     half = Classifier(small.bundle, precision="fp16", device="cpu")
     batch = random_batch(small, 4)

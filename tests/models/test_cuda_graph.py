@@ -17,6 +17,7 @@ from imgcls.data.cuda import exit_on_device_failure
 from imgcls.models import classifier as classifiers
 from imgcls.models.classifier import Classifier
 from imgcls.models.cuda_graph import WARM_UP_PASSES, CaptureError, CudaGraphRunner
+from imgcls.models.graph_sizes import SizedForward
 from tests.fake_cuda import FakeCuda
 from tests.fake_cuda import cuda as cuda
 from tests.models.test_classifier import bundle_of, random_batch
@@ -193,7 +194,7 @@ def test_a_bundle_is_loaded_while_another_one_answers(
     expected = plain.classify(batch).scores
     for _ in range(5):
         loaded = Classifier(replayed.bundle, precision="fp32", device="cuda", batch_size=SIZE)
-        assert isinstance(loaded._compute_logits, CudaGraphRunner)
+        assert isinstance(loaded._compute_logits, SizedForward)
         np.testing.assert_allclose(loaded.classify(batch).scores, expected, atol=1e-5)
     for scores in list(under_load):
         np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -221,6 +222,52 @@ def test_after_a_capture_that_failed_memory_of_uploads_is_still_reused(
     for _ in range(50):
         plain.classify(batch)
     assert torch.cuda.memory_reserved(plain.device) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [None, SIZE])
+def test_a_compiled_network_answers_as_it_does_otherwise_on_a_gpu(
+    pair: tuple[Classifier, Classifier], captured: int | None
+) -> None:
+    plain, _ = pair
+    compiled = Classifier(
+        plain.bundle, precision="fp32", device=plain.device, compile=True, batch_size=captured
+    )
+    for count in (1, SIZE, SIZE + 1):
+        batch = random_batch(plain, count)
+        expected = plain.classify(batch).scores
+        np.testing.assert_allclose(compiled.classify(batch).scores, expected, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "atol"), [("bf16", 0.02), ("fp16", 0.005)])
+def test_half_precision_has_nearly_the_scores_of_fp32(
+    pair: tuple[Classifier, Classifier], precision: Any, atol: float
+) -> None:
+    plain, _ = pair
+    half = Classifier(plain.bundle, precision=precision, device=plain.device, batch_size=SIZE)
+    batch = random_batch(plain, SIZE)
+    found = half.classify(batch, embeddings=True)
+    expected = plain.classify(batch, embeddings=True)
+    assert (found.scores.dtype, half.precision) == (np.float32, precision)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=atol)
+    assert found.embedding is not None
+    np.testing.assert_allclose(found.embedding, expected.embedding, rtol=0.1, atol=0.1)
+    np.testing.assert_allclose(half.classify(batch).scores, found.scores, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_scores_of_a_cpu(pair: tuple[Classifier, Classifier]) -> None:
+    cpu = Classifier(pair[0].bundle, precision="fp32", device="cpu")
+    batch = random_batch(cpu, SIZE)
+    expected = cpu.classify(batch, embeddings=True)
+    for classifier in pair:
+        pending = classifier.submit(batch, embeddings=True, top_k=3)
+        found = pending.get()
+        np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+        np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-3, atol=1e-3)
+        assert found.order is not None
+        assert (found.order == np.argsort(-found.scores, axis=1)[:, :3]).all()
 
 
 @pytest.mark.gpu

@@ -98,6 +98,28 @@ def test_a_residual_that_is_read_again_keeps_its_memory() -> None:
     assert [args[2] for args in sums] == [False]
 
 
+@needs_onednn
+@torch.inference_mode()
+def test_a_scaled_addition_is_not_fused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total = torch.add(self.convolution(x), x, alpha=2)
+            out: torch.Tensor = self.head(total.mean((2, 3)))
+            return out
+
+    torch.manual_seed(0)
+    network = Scaled().eval()
+    batch = batch_of(2, 16)
+    expected = network(batch)
+    made = fuse_convolutions(network, 16, keep=network.head)
+    assert any(isinstance(module, FusedConv2d) for module in made.modules())
+    torch.testing.assert_close(made(batch), expected)
+
+
 @torch.inference_mode()
 def test_a_network_that_cannot_be_followed_is_left_alone() -> None:
     class Restless(nn.Module):

@@ -19,6 +19,7 @@ import requests
 import uvicorn
 
 from imgcls import config as configuration
+from imgcls.cluster.session import DeviceType
 from imgcls.models.bundle import load_bundle, load_bundle_weights, save_bundle
 from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import Keyring
@@ -52,7 +53,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
+def serving(bundle: Path, device: DeviceType = "cpu", **settings: Any) -> Iterator[Running]:
     """Serve a bundle.
 
     settings: dotted keys of `imgcls serve`, with `__` in place of the dot
@@ -74,7 +75,7 @@ def serving(bundle: Path, **settings: Any) -> Iterator[Running]:
 
     async def run() -> None:
         service = Service(
-            config, ServedModel.load(config, "cpu"), ReplicaMetrics(), decoders=1, device="cpu"
+            config, ServedModel.load(config, device), ReplicaMetrics(), decoders=1, device=device
         )
         access = AccessControl(keyring, LocalAllowance(take), config.http.cors_origins)
         this = Running(f"http://127.0.0.1:{port}", port, service, asyncio.get_running_loop())

@@ -23,10 +23,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of one worker, in this process."""
+def alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process group of one worker, in this process; its backend is the fixture's parameter."""
+    backend = getattr(request, "param", "gloo")
     dist.init_process_group(
-        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30)
+        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=30)
     )
     yield
     dist.destroy_process_group()

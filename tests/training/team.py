@@ -1,4 +1,4 @@
-"""Worker processes for tests: a new gloo process group of any size for each call."""
+"""Worker processes for tests: a new process group of any size for each call."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ class Team:
                 process.kill()
                 process.join()
 
-    def call(self, workers: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def call(
+        self, workers: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+    ) -> list[Any]:
         """What a module's `function(rank, workers, *args)` returns in each worker."""
         self._calls += 1
         store = str(self._folder / f"store-{self._calls}")
         for rank, line in enumerate(self._lines[:workers]):
-            line.send_bytes(pickle.dumps((function, rank, workers, store, args)))
+            line.send_bytes(pickle.dumps((function, rank, workers, store, args, backend)))
         results = []
         for rank, line in enumerate(self._lines[:workers]):
             assert line.poll(SECONDS), f"worker {rank} did not answer"
@@ -58,10 +60,10 @@ class Team:
 def _serve(line: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        function, rank, workers, store, args = pickle.loads(line.recv_bytes())
+        function, rank, workers, store, args, backend = pickle.loads(line.recv_bytes())
         try:
             shared = dist.FileStore(store, workers)
-            dist.init_process_group("gloo", store=shared, rank=rank, world_size=workers)
+            dist.init_process_group(backend, store=shared, rank=rank, world_size=workers)
             answer = (None, function(rank, workers, *args))
         except Exception:  # noqa: BLE001  the test gets the traceback
             answer = (traceback.format_exc(), None)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 import ray.train
+import torch
 
 from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
@@ -20,7 +21,7 @@ from imgcls.config import build
 from imgcls.data import filesystem
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
-from imgcls.training.config import TrainConfig
+from imgcls.training.config import TrainConfig, TrainScaleConfig
 from imgcls.training.driver_channel import open_driver_channel
 from imgcls.training.epoch_metrics import TrainLoopResult
 from imgcls.training.ray_trainer import format_worker_failure, resolve_ray_storage
@@ -122,3 +123,15 @@ def test_the_controller_of_ray_train_does_not_import_the_training_loop(tmp_path:
         "assert not {'torch', 'imgcls.training.trainer'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], input=result, check=True)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_convolutions_of_a_gpu_repeat_their_results_unless_the_fastest_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", not deterministic)
+    monkeypatch.setattr(cudnn, "benchmark", deterministic)
+    ray_trainer._set_convolution_algorithms(deterministic=deterministic)
+    assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
+    assert TrainScaleConfig().deterministic

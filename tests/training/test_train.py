@@ -186,7 +186,7 @@ def test_two_workers_use_every_good_row_exactly_once_per_epoch(trained: TrainRes
 def test_the_bundle_predicts_as_well_as_the_history_reports(
     trained: TrainResult, digits: Path
 ) -> None:
-    classifier = Classifier.load(trained.bundle, precision="fp32")
+    classifier = Classifier.load(trained.bundle, precision="fp32", device="cpu")
     val = pd.read_csv(digits / "val.csv", dtype=str)
     predictions = classifier.predict([digits / path for path in val.path])
     correct = sum(p.label == label for p, label in zip(predictions, val.label, strict=True))
@@ -259,7 +259,9 @@ def test_the_bundle_brings_the_manifest_of_its_validation_images(trained: TrainR
     held = pd.read_parquet(Path(trained.bundle) / "validation.parquet")
     assert len(held) == VAL_ROWS
     assert all(Path(path).is_file() for path in held.path)
-    rows = Classifier.load(trained.bundle, precision="fp32").predict(held.path.tolist())
+    rows = Classifier.load(trained.bundle, precision="fp32", device="cpu").predict(
+        held.path.tolist()
+    )
     right = sum(row.label == label for row, label in zip(rows, held.label, strict=True))
     best = trained.best
     assert best is not None
@@ -299,7 +301,7 @@ def test_a_probe_learns_other_classes_with_the_head_alone(
     after = load_file(output / "model.safetensors")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved == {"head.4.weight", "head.4.bias"}
-    classifier = Classifier.load(str(output), precision="fp32")
+    classifier = Classifier.load(str(output), precision="fp32", device="cpu")
     assert classifier.classes == ["even", "odd"]
     rows = pd.read_csv(digits / "parity-val.csv", dtype=str)
     predictions = classifier.predict([digits / path for path in rows.path])

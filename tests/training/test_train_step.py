@@ -75,7 +75,8 @@ def empty() -> Batch:
 
 def parameter_changes(made: TrainStep, before: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Minus the change of each parameter: its gradient under PLAIN_SGD."""
-    return {name: before[name] - p.detach() for name, p in made.network.named_parameters()}
+    after = made.network.named_parameters()
+    return {name: (before[name] - p.detach()).cpu() for name, p in after}
 
 
 # ------------------------------------------------------------------ the gradient of a step
@@ -88,10 +89,14 @@ LOSSES: list[tuple[dict[str, Any], list[float] | None]] = [
 
 
 def one_step(
-    rank: int, workers: int, settings: TrainConfig, weights: list[float] | None
+    rank: int,
+    workers: int,
+    settings: TrainConfig,
+    weights: list[float] | None,
+    device: str = "cpu",
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The gradient of all rows at once, and the totals of this worker's rows."""
-    context = WorkerContext(rank, workers, torch.device("cpu"), "fp32")
+    context = WorkerContext(rank, workers, torch.device(device), "fp32")
     made = build_train_step(without_norms(), settings, context, weights)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
     whole = rows()
@@ -292,17 +297,18 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
-def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) -> None:
-    settings = config(optim=optim, augment="strong")
-    made = build_train_step(small_cnn(), settings)
+def run_and_resume(settings: TrainConfig, context: WorkerContext) -> tuple[TrainStep, TrainStep]:
+    """Six steps in a row, and the last three from the state that the first three left."""
+    made = build_train_step(small_cnn(), settings, context)
     steps(made, 0, 3)
     stored = io.BytesIO()
     torch.save(made.state_dict(), stored)
     steps(made, 3, 6)
     stored.seek(0)
     resumed = build_train_step(
-        zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), CLASSES), settings
+        zoo.build_network(zoo.resolve_architecture("small_cnn", {"width": 4}), CLASSES),
+        settings,
+        context,
     )
     for module in resumed.network.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
@@ -310,6 +316,12 @@ def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) 
     resumed.load_state_dict(torch.load(stored, weights_only=True))
     torch.manual_seed(99)
     steps(resumed, 3, 6)
+    return made, resumed
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
+def test_a_loaded_state_takes_the_next_steps_bit_for_bit(optim: dict[str, Any]) -> None:
+    made, resumed = run_and_resume(config(optim=optim, augment="strong"), build_context())
     assert same(everything(resumed), everything(made))
 
 
@@ -494,3 +506,105 @@ def test_steps_learn_what_can_be_learned(build: Callable[[], nn.Module], falls: 
         made.seed_rng(1, step)
         losses.append(float(made.step(Batch(pixels, labels), 32, step)[0]) / 32)
     assert losses[-1] < falls * losses[0]
+
+
+# ------------------------------------------------------------------ on GPUs
+
+# TF32, which cuDNN uses in fp32 by default, has 10 bits
+ON_GPUS = {"rtol": 0.02, "atol": 1e-3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("loss", "weights"), LOSSES, ids=["plain", "weighted", "focal"])
+def test_a_gpu_has_the_gradient_of_a_cpu(
+    loss: dict[str, Any], weights: list[float] | None, accumulate: int
+) -> None:
+    expected, total, correct = whole_batch(loss, weights)
+    gradients, totals = one_step(0, 1, settings_of(loss, accumulate), weights, "cuda")
+    torch.testing.assert_close(gradients, expected, **ON_GPUS)
+    assert totals[0] == pytest.approx(total, rel=1e-2)
+    assert abs(totals[1] - correct) <= 1
+
+
+@pytest.mark.gpu
+def test_two_workers_on_one_gpu_have_the_gradient_of_all_rows(team: Team) -> None:
+    """Over gloo: NCCL refuses two workers on one GPU."""
+    expected, total, _ = whole_batch({}, None)
+    results = team.call(2, one_step, settings_of({}, 3), None, "cuda:0")
+    for gradients, _ in results:
+        torch.testing.assert_close(gradients, expected, **ON_GPUS)
+    assert sum(totals[0] for _, totals in results) == pytest.approx(total, rel=1e-2)
+
+
+def one_step_on_own_gpu(
+    rank: int, workers: int, settings: TrainConfig
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    torch.cuda.set_device(rank)  # as Ray Train does
+    return one_step(rank, workers, settings, None, f"cuda:{rank}")
+
+
+@pytest.mark.gpu
+def test_workers_on_gpus_of_their_own_have_the_gradient_of_all_rows(team: Team) -> None:
+    count = min(3, torch.cuda.device_count())
+    if count < 2:
+        pytest.skip("needs two GPUs")
+    expected, _, _ = whole_batch({}, None)
+    results = team.call(count, one_step_on_own_gpu, settings_of({}, 3), backend="nccl")
+    for gradients, _ in results:
+        torch.testing.assert_close(gradients, expected, **ON_GPUS)
+
+
+def sync_step_on_own_gpu(
+    rank: int, workers: int, settings: TrainConfig, counts: list[int]
+) -> dict[str, torch.Tensor]:
+    torch.cuda.set_device(rank)
+    context = WorkerContext(rank, workers, torch.device("cuda", rank), "fp32")
+    made = build_train_step(with_a_norm(), settings, context)
+    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
+    whole, start = rows(), sum(counts[:rank])
+    mine = slice(start, start + counts[rank])
+    made.step(Batch(whole.pixels[mine], whole.labels[mine]), sum(counts), 0)
+    return parameter_changes(made, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[0, ROWS], [2, ROWS - 2]])
+def test_synchronized_norms_of_torch_work_with_a_worker_without_images(
+    team: Team, counts: list[int]
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    settings = config(optim=PLAIN_SGD, scale={"sync_batchnorm": True})
+    found = team.call(2, sync_step_on_own_gpu, settings, counts, backend="nccl")
+    alone = build_train_step(with_a_norm(), config(optim=PLAIN_SGD))
+    before = {name: p.detach().clone() for name, p in alone.network.named_parameters()}
+    alone.step(rows(), ROWS, 0)
+    for gradients in found:
+        torch.testing.assert_close(gradients, parameter_changes(alone, before), **ON_GPUS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=["adamw+ema", "sgd+ema", "adamw", "sgd"])
+def test_half_precision_on_a_gpu_is_resumed(
+    precision: str, optim: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_half_precision_is_resumed(precision, optim, "cuda", monkeypatch)
+
+
+def check_half_precision_is_resumed(
+    precision: str, optim: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a training worker
+    context = WorkerContext(0, 1, torch.device(device), precision)
+    made, resumed = run_and_resume(config(optim=optim, augment="strong"), context)
+    before, after = everything(made), everything(resumed)
+    assert after["scaler"] == before["scaler"]
+    assert bool(before["scaler"]) == (precision == "fp16")
+    assert all(p.dtype == torch.float32 for p in made.network.parameters())
+    # some kernels of the backward pass add in any order
+    torch.testing.assert_close(after["network"], before["network"], rtol=1e-2, atol=1e-3)
+    first = dict(small_cnn().named_parameters())
+    for name, parameter in made.network.named_parameters():
+        assert not torch.equal(parameter.detach().cpu(), first[name])

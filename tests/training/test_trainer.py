@@ -121,7 +121,13 @@ def build_trainer(
     monkeypatch.setattr(trainer, "ControlSync", NoControl)
     monkeypatch.setattr(trainer.ray, "get", lambda reference: reference)
 
-    def build(network: nn.Module, strategy: Strategy, **settings: Any) -> Trainer:
+    def build(
+        network: nn.Module,
+        strategy: Strategy,
+        device: str = "cpu",
+        worker_precision: str = "fp32",
+        **settings: Any,
+    ) -> Trainer:
         config = TrainConfig.model_validate(
             {"data": {"train": "none.csv"}, "output": str(tmp_path), "optim": {"lr": 1e-3}}
             | {"augment": "none", "epochs": 2, "batch_size": 20, **settings}
@@ -138,7 +144,7 @@ def build_trainer(
             class_weights=None,
             head_coefficients=(1.0,),
         )
-        context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+        context = WorkerContext(0, 1, torch.device(device), worker_precision)
         return Trainer(spec, context, network, Channel())
 
     return build
@@ -207,3 +213,40 @@ def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not(
         assert (here.train_loss, here.val_loss) == (there.train_loss, there.val_loss)
     after, wanted = resumed.train_step.network.state_dict(), whole.train_step.network.state_dict()
     assert all(torch.equal(after[name], wanted[name]) for name in wanted)
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alone", ["nccl"], indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_on_a_gpu_over_nccl_learns_and_is_resumed(
+    build_trainer: Callable[..., Trainer], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a training worker
+    check_a_run_is_resumed(build_trainer, "cuda", precision)
+
+
+def check_a_run_is_resumed(
+    build_trainer: Callable[..., Trainer], device: str, precision: str
+) -> None:
+    settings: dict[str, Any] = {
+        "epochs": 4, "device": device, "worker_precision": precision, "optim": {"lr": 1e-2},
+    }  # fmt: skip
+    whole = build_trainer(build_network(), "probe_then_finetune", **settings)
+    expected = whole.run(lambda epoch: None)
+    assert expected.failure_kind is None
+    assert max(epoch.val_accuracy for epoch in expected.history) > 0.8
+    whole.checkpoints.start_run({})
+    first = build_trainer(build_network(), "probe_then_finetune", **settings)
+    for _ in range(2):  # the probe and an epoch
+        first._run_next_epoch()
+    first.checkpoints.wait_until_saved()
+    resumed = build_trainer(build_network(), "probe_then_finetune", **settings)
+    result = resumed.run(lambda epoch: None)
+    assert resumed.channel.posts[0] == "resuming: epoch 2"
+    assert [epoch.epoch for epoch in result.history] == [0, 1, 2, 3, 4]
+    # some kernels of the backward pass add in any order
+    for here, there in zip(result.history, expected.history, strict=True):
+        assert here.val_loss == pytest.approx(there.val_loss, rel=0.05, abs=0.01)
