@@ -292,7 +292,7 @@ class TrainConfig(Section):
     precision: TrainPrecision = "auto"
     """Precision of the arithmetic (weights stay fp32); auto: bf16 if the hardware supports it."""
     seed: NonNegativeInt = 0
-    """Random seed; the same seed, workers and hardware give the same weights."""
+    """Random seed; it repeats the weights on equal hardware, if scale.deterministic is true."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Minutes between saved states within an epoch; one is also saved after every epoch."""
     find_lr: bool = False
