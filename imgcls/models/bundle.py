@@ -43,6 +43,7 @@ MODEL_CARD_FILE = "README.md"
 
 NetworkSource = Literal["torchvision", "timm", "imgcls"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+EngineName = Literal["auto", "torch", "openvino"]
 
 
 class Architecture(Section):

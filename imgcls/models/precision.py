@@ -14,6 +14,8 @@ import torch
 from imgcls.errors import RequestError
 from imgcls.models.bundle import Precision
 
+RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""A precision that was chosen."""
 INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
 _ISAS = (
     "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
@@ -27,9 +29,7 @@ _ISA_BY_FLAG = {
 }  # fmt: skip
 
 
-def choose_precision(
-    wanted: Precision, device: torch.device
-) -> tuple[Literal["fp32", "bf16", "fp16", "int8"], str]:
+def choose_precision(wanted: Precision, device: torch.device) -> tuple[RunPrecision, str]:
     """The precision to run at on a device, and the reason.
 
     Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions, and for fp16 on a
@@ -56,6 +56,11 @@ def choose_precision(
         if flag in flags:
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 natively."""
+    return choose_precision("auto", device)[0] == "bf16"
 
 
 def choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -1,0 +1,96 @@
+"""Engines that run the network of a bundle, and the choice between them.
+
+An engine takes uint8 pixels and returns logits and features; what they mean is defined in
+`models.task`. PyTorch runs everywhere; OpenVINO, an optional package, runs on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from imgcls.data.decode import Pixels
+from imgcls.errors import BundleError, RequestError
+from imgcls.models.bundle import Bundle, EngineName
+from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine, is_openvino_installed
+from imgcls.models.precision import RunPrecision, has_native_bf16
+from imgcls.models.torch_engine import TorchEngine
+
+OPENVINO_INSTALL = "pip install 'imgcls[openvino]'"
+
+
+class Engine(Protocol):
+    """A network on one device."""
+
+    @property
+    def name(self) -> str:
+        """The value of `engine` that chooses it."""
+
+    @property
+    def version(self) -> str:
+        """Version of the package that runs the network."""
+
+    @property
+    def embedding_width(self) -> int:
+        """E, the length of the features."""
+
+    def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
+        """Copy (N, 3, crop, crop) uint8 to the device."""
+
+    def run(
+        self, pixels: torch.Tensor, *, features: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, C) logits and (N, E) features, None unless requested, of uploaded pixels."""
+
+
+def build_engine(
+    wanted: EngineName,
+    bundle: Bundle,
+    device: torch.device,
+    precision: RunPrecision,
+    *,
+    compile: bool = False,
+    batch_size: int | Sequence[int] | None = None,
+) -> Engine:
+    """The engine for a bundle on a device.
+
+    wanted: "auto" is torch
+    compile, batch_size: as for `Classifier`
+    Raises RequestError if the engine cannot be used as requested, BundleError if the weights do not
+    fit the network, or the engine cannot run it.
+    """
+    if wanted != "openvino":
+        return TorchEngine(bundle, device, precision, compile=compile, batch_size=batch_size)
+    check_openvino(compile=compile, precision=precision)
+    if device.type != "cpu":
+        raise RequestError("engine openvino: runs on CPUs only; use torch or auto on a GPU")
+    if precision == "bf16" and not has_native_bf16(device):
+        raise RequestError(
+            "engine openvino: this CPU has no bfloat16 instructions, without which OpenVINO has no "
+            "bf16; use --precision fp32, or --engine torch"
+        )
+    try:
+        return OpenVinoEngine(bundle, precision)
+    except ConversionError as error:
+        raise BundleError(
+            f"bundle {bundle.url}: OpenVINO cannot run its network: {error}; use --engine torch"
+        ) from error
+
+
+def check_openvino(*, compile: bool, precision: str) -> None:
+    """Raise RequestError if OpenVINO is not installed, or cannot be combined with a setting."""
+    if compile:
+        raise RequestError(
+            "engine openvino: takes no compiled network; use --engine torch, or set --compile never"
+        )
+    if precision == "int8":
+        raise RequestError(
+            "engine openvino: has no int8; use --engine torch, or another --precision"
+        )
+    if not is_openvino_installed():
+        raise RequestError(
+            f"engine openvino: the package is not installed; run: {OPENVINO_INSTALL}, or use "
+            "--engine torch"
+        )

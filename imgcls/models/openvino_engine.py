@@ -1,0 +1,157 @@
+"""OpenVINO engine: the network of a bundle on a CPU, converted from PyTorch in memory.
+
+Normalization is part of the converted network. One network serves all batch sizes: the logits and
+features of an image depend neither on the size of its batch nor on its place in it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from importlib import metadata, util
+from typing import Any
+
+import numpy as np
+import torch
+
+from imgcls.data.decode import Pixels
+from imgcls.data.preprocess import Preprocess
+from imgcls.models.bundle import Bundle
+from imgcls.models.head import MIN_ROWS, HeadNetwork
+from imgcls.models.normalize import Normalizer
+from imgcls.models.precision import RunPrecision
+from imgcls.models.torch_engine import load_network
+
+_PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+"""Maximum difference of logits from torch's in fp32, as a fraction of the largest. Measured on
+ImageNet networks: up to 2e-6 and 0.04."""
+_CHECKED_IMAGES = MIN_ROWS + 1
+"""Number of images in the comparison with torch, other than in the traced batch: a network that
+is traced for one batch size only is found."""
+
+
+class ConversionError(Exception):
+    """OpenVINO cannot run a network; torch can."""
+
+
+class OpenVinoEngine:
+    """The network of a bundle in OpenVINO, with as many threads as torch has.
+
+    Raises ConversionError for a network that cannot be converted, or whose logits differ from
+    those of torch; BundleError if the weights do not fit the network.
+    """
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, precision: RunPrecision) -> None:
+        cpu = torch.device("cpu")
+        network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
+        self.version = metadata.version("openvino")
+        self.embedding_width = network.embedding_width
+        self._lock = threading.Lock()
+        preprocess = bundle.spec.preprocess
+        try:
+            self._compiled = _compile(_convert(network, preprocess), precision)
+            self._check_logits(network, preprocess, precision)
+        except ConversionError:
+            raise
+        except Exception as error:  # of many kinds: of the tracer, the converter and the plugin
+            raise ConversionError(_summarize(error)) from error
+
+    def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
+        """The batch as a tensor on the CPU."""
+        return (batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)).cpu()
+
+    def run(
+        self, pixels: torch.Tensor, *, features: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, C) logits and (N, E) features, None unless requested.
+
+        pixels: (N, 3, crop, crop) uint8; channels last are not copied
+        """
+        inputs = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        with self._lock:  # a compiled network has one set of output buffers
+            outputs = self._compiled(inputs)
+            logits = torch.from_numpy(outputs[0].copy())
+            kept = torch.from_numpy(outputs[1].copy()) if features else None
+        return logits, kept
+
+    def _check_logits(
+        self, network: HeadNetwork, preprocess: Preprocess, precision: RunPrecision
+    ) -> None:
+        """Raise ConversionError if logits or features are not those of torch."""
+        side = preprocess.crop
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (_CHECKED_IMAGES, 3, side, side), dtype=np.uint8)
+        with torch.inference_mode():
+            expected = network(Normalizer(preprocess, torch.device("cpu"))(pixels))
+        found = self.run(torch.from_numpy(pixels), features=True)
+        for what, right, seen in zip(("logits", "features"), expected, found, strict=True):
+            assert seen is not None
+            if seen.shape != right.shape:
+                raise ConversionError("it takes batches of one size only")
+            apart = float((right - seen).abs().max())
+            allowed = _TOLERANCE[precision] * float(right.abs().max())
+            if not apart <= allowed:
+                raise ConversionError(
+                    f"its {what} differ from torch's by {apart:.2g}, more than {allowed:.2g}"
+                )
+
+
+def is_openvino_installed() -> bool:
+    """Whether the package is there; does not import it."""
+    return util.find_spec("openvino") is not None
+
+
+def _import_openvino() -> Any:
+    """The package, without the usage reports that it sends to its vendor when it is imported."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+    import openvino.preprocess
+
+    return openvino
+
+
+def _summarize(error: Exception) -> str:
+    """The line of OpenVINO's long messages that has the reason."""
+    lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
+    unknown = [line for line in lines if line.startswith("No conversion rule found")]
+    return (unknown or lines[-1:] or [type(error).__name__])[0]
+
+
+def _convert(network: HeadNetwork, preprocess: Preprocess) -> Any:
+    """A model of (N, crop, crop, 3) uint8 to logits and features."""
+    openvino = _import_openvino()
+    side = preprocess.crop
+    example = torch.zeros(MIN_ROWS, 3, side, side)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # about torch.jit, which OpenVINO's converter reads
+        traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))
+        model = openvino.convert_model(traced, example_input=example, input=[[-1, 3, side, side]])
+    steps = openvino.preprocess.PrePostProcessor(model)
+    pixels = steps.input(0)
+    pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    pixels.model().set_layout(openvino.Layout("NCHW"))
+    mean, std = ([255 * each for each in values] for values in (preprocess.mean, preprocess.std))
+    pixels.preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
+    return steps.build()
+
+
+def _compile(model: Any, precision: RunPrecision) -> Any:
+    return (
+        _import_openvino()
+        .Core()
+        .compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[precision],
+                # a batch at a time, on all threads of this process; the machine may have others
+                "NUM_STREAMS": 1,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "ENABLE_CPU_PINNING": False,
+            },
+        )
+    )
