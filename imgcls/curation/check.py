@@ -37,7 +37,8 @@ from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
-from imgcls.models.bundle import load_bundle
+from imgcls.models.bundle import EngineName, load_bundle
+from imgcls.models.openvino_package import check_openvino
 from imgcls.runs.layout import write_table
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class CheckConfig(ScanConfig):
     """Bundle whose embeddings are used to find similar images, outliers and label errors."""
     decode: DecodeMode | None = None
     """Decode route for the model: exact or fast (default: bundle's)."""
+    engine: EngineName = "auto"
+    """Library that runs the model: torch, or openvino (optional, for CPUs). auto: torch."""
     output: str
     """Folder for the results; with drop, NAME.parquet writes the clean manifest there."""
     drop: IssueList = []
@@ -165,11 +168,12 @@ def _check(config: CheckConfig) -> CheckResult:
     bundle = None
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
+    if config.engine == "openvino":
+        check_openvino(compile=False, precision="auto")
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
-    with scan_manifests(config, output, manifests, bundle=bundle, results=results) as (
-        scanned,
-        lease,
-    ):
+    with scan_manifests(
+        config, output, manifests, bundle=bundle, engine=config.engine, results=results
+    ) as (scanned, lease):
         images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
         _check_readable(images, scanned)
         findings = [each for each in _find_issues(images, config) if len(each.indices)]

@@ -34,7 +34,7 @@ from imgcls.execution.runner import (
     wait_for_placement,
 )
 from imgcls.inference.requests import is_on_web
-from imgcls.models.bundle import Bundle
+from imgcls.models.bundle import Bundle, EngineName
 from imgcls.runs import layout
 from imgcls.runs.lease import LEASE_FOLDER, Lease
 from imgcls.runs.provenance import build_provenance
@@ -97,12 +97,14 @@ def scan_manifests(
     manifests: Sequence[Manifest],
     *,
     bundle: Bundle | None = None,
+    engine: EngineName = "torch",
     results: Sequence[str],
     ignored: Sequence[str] = (),
 ) -> Iterator[tuple[list[ScannedManifest], Lease]]:
     """Scan all images that an earlier run into the same folder has not scanned.
 
     bundle:  computes the embeddings too
+    engine:  runs its network
     results: names of the files that the caller writes to the folder while its lease is held
     ignored: names of other files in the folder, which are not touched
     Raises OutputError when the folder contains anything else.
@@ -124,6 +126,7 @@ def scan_manifests(
                         filesystem.join(output, SCAN_FOLDER, str(number)),
                         config,
                         bundle=bundle,
+                        engine=engine,
                         lease=lease,
                         interruption=interruption,
                     )
@@ -163,6 +166,7 @@ def scan_manifest(
     config: ScanConfig,
     *,
     bundle: Bundle | None,
+    engine: EngineName,
     lease: Lease,
     interruption: interrupts.Interruption,
 ) -> ScannedManifest:
@@ -170,11 +174,11 @@ def scan_manifest(
 
     Raises OutputError when the folder contains another run, RunFailed when it was interrupted.
     """
-    plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle))
+    plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle, engine))
     completed = load_completed(output, plan, manifest)
     if remaining := completed.list_remaining():
         placement = wait_for_placement(SCAN, config.scale, interruption)
-        spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
+        spec = _build_spec(manifest, output, config, plan, bundle, engine, placement.batch_size)
         driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
         results = JobRun(SCAN, spec, driver).run(
             placement, remaining, total=plan.rows, done=completed.rows_done
@@ -184,7 +188,9 @@ def scan_manifest(
     return ScannedManifest(output, manifest, plan)
 
 
-def _build_identity(manifest: Manifest, config: ScanConfig, bundle: Bundle | None) -> RunIdentity:
+def _build_identity(
+    manifest: Manifest, config: ScanConfig, bundle: Bundle | None, engine: EngineName
+) -> RunIdentity:
     return RunIdentity(
         manifest={
             "fingerprint": manifest.fingerprint(),
@@ -196,6 +202,7 @@ def _build_identity(manifest: Manifest, config: ScanConfig, bundle: Bundle | Non
             "max_pixels": config.max_pixels,
             "max_bytes": config.max_bytes,
             "decode": None if bundle is None else bundle.spec.preprocess.decode,
+            "engine": None if bundle is None else engine,
         },
     )
 
@@ -225,6 +232,7 @@ def _build_spec(
     config: ScanConfig,
     plan: Plan,
     bundle: Bundle | None,
+    engine: EngineName,
     batch_size: int,
 ) -> ScanSpec:
     return ScanSpec(
@@ -243,4 +251,5 @@ def _build_spec(
         bundle_url=None if bundle is None else filesystem.absolute(bundle.url),
         bundle_sha256=None if bundle is None else bundle.sha256,
         decode=None if bundle is None else bundle.spec.preprocess.decode,
+        engine=engine,
     )

@@ -27,7 +27,7 @@ from imgcls.execution.placement import ScaleConfig
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.metrics import tables
 from imgcls.metrics.formatting import format_summary
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 from imgcls.runs import layout
 from imgcls.runs.committed import is_scalar_type
 from imgcls.runs.schema import build_prediction_schema
@@ -51,6 +51,8 @@ class EvaluateConfig(EvaluationOptions):
     decode: DecodeMode | None = None
     """With a manifest: as for predict."""
     precision: Precision = "auto"
+    """With a manifest: as for predict."""
+    engine: EngineName = "auto"
     """With a manifest: as for predict."""
     max_error_rate: UnitFloat = 0.01
     """With a manifest: maximum share of failed rows; above it nothing is evaluated."""
@@ -168,6 +170,7 @@ def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
             scores=config.scores,
             decode=config.decode,
             precision=config.precision,
+            engine=config.engine,
             max_error_rate=config.max_error_rate,
             overwrite=config.overwrite,
             scale=config.scale,

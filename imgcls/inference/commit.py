@@ -83,6 +83,7 @@ def write_success(
     seconds: Mapping[str, float],
     steady_rate: float | None,
     precision: Sequence[str],
+    engine: Sequence[str],
 ) -> None:
     """Mark the run as committed: written last, and only when every row is in the table.
 
@@ -97,6 +98,7 @@ def write_success(
         "manifest_fingerprint": run["identity"]["manifest"]["fingerprint"],
         "settings": run["identity"]["settings"],
         "precision": sorted(precision),
+        "engine": sorted(engine),
         "versions": run["provenance"]["versions"],
         "files": {
             name: filesystem.size(filesystem.join(output, layout.PREDICTIONS_FOLDER, name))

@@ -14,11 +14,10 @@ import torch
 from imgcls.data.decode import Pixels
 from imgcls.errors import BundleError, RequestError
 from imgcls.models.bundle import Bundle, EngineName
-from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine, is_openvino_installed
+from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine
+from imgcls.models.openvino_package import check_openvino
 from imgcls.models.precision import RunPrecision, has_native_bf16
 from imgcls.models.torch_engine import TorchEngine
-
-OPENVINO_INSTALL = "pip install 'imgcls[openvino]'"
 
 
 class Engine(Protocol):
@@ -77,20 +76,3 @@ def build_engine(
         raise BundleError(
             f"bundle {bundle.url}: OpenVINO cannot run its network: {error}; use --engine torch"
         ) from error
-
-
-def check_openvino(*, compile: bool, precision: str) -> None:
-    """Raise RequestError if OpenVINO is not installed, or cannot be combined with a setting."""
-    if compile:
-        raise RequestError(
-            "engine openvino: takes no compiled network; use --engine torch, or set --compile never"
-        )
-    if precision == "int8":
-        raise RequestError(
-            "engine openvino: has no int8; use --engine torch, or another --precision"
-        )
-    if not is_openvino_installed():
-        raise RequestError(
-            f"engine openvino: the package is not installed; run: {OPENVINO_INSTALL}, or use "
-            "--engine torch"
-        )

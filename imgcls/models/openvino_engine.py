@@ -6,10 +6,9 @@ features of an image depend neither on the size of its batch nor on its place in
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.models.bundle import Bundle
 from imgcls.models.head import MIN_ROWS, HeadNetwork
 from imgcls.models.normalize import Normalizer
+from imgcls.models.openvino_package import import_openvino
 from imgcls.models.precision import RunPrecision
 from imgcls.models.torch_engine import load_network
 
@@ -100,20 +100,6 @@ class OpenVinoEngine:
                 )
 
 
-def is_openvino_installed() -> bool:
-    """Whether the package is there; does not import it."""
-    return util.find_spec("openvino") is not None
-
-
-def _import_openvino() -> Any:
-    """The package, without the usage reports that it sends to its vendor when it is imported."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-    import openvino.preprocess
-
-    return openvino
-
-
 def _summarize(error: Exception) -> str:
     """The line of OpenVINO's long messages that has the reason."""
     lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
@@ -123,7 +109,7 @@ def _summarize(error: Exception) -> str:
 
 def _convert(network: HeadNetwork, preprocess: Preprocess) -> Any:
     """A model of (N, crop, crop, 3) uint8 to logits and features."""
-    openvino = _import_openvino()
+    openvino = import_openvino()
     side = preprocess.crop
     example = torch.zeros(MIN_ROWS, 3, side, side)
     with warnings.catch_warnings(), torch.inference_mode():
@@ -141,7 +127,7 @@ def _convert(network: HeadNetwork, preprocess: Preprocess) -> Any:
 
 def _compile(model: Any, precision: RunPrecision) -> Any:
     return (
-        _import_openvino()
+        import_openvino()
         .Core()
         .compile_model(
             model,

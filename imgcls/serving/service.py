@@ -55,6 +55,7 @@ class ServedModel:
         classifier = Classifier(
             bundle,
             precision=config.precision,
+            engine=config.engine,
             device=find_worker_device(device),
             batch_size=sizes,
             decode=config.decode,
@@ -80,6 +81,7 @@ class ServedModel:
             "threshold": spec.threshold if threshold is None else threshold,
             "thresholds": spec.thresholds if threshold is None else {},
             "precision": self.classifier.precision,
+            "engine": self.classifier.engine,
             "embedding_width": self.classifier.embedding_width,
             "metrics": spec.metrics,
         }

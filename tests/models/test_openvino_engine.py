@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from imgcls.errors import BundleError, RequestError
-from imgcls.models import engines, openvino_engine, torch_engine
+from imgcls.models import engines, openvino_engine, openvino_package, torch_engine
 from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.models.classifier import Classifier
 from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine
@@ -182,7 +182,7 @@ def test_weights_that_do_not_fit_are_the_fault_of_the_bundle(
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     small: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "is_openvino_installed", lambda: False)
+    monkeypatch.setattr(openvino_package, "is_openvino_installed", lambda: False)
     with pytest.raises(RequestError, match=r"run: pip install 'imgcls\[openvino\]'"):
         Classifier(small, engine="openvino", precision="fp32", device="cpu")
     assert Classifier(small, device="cpu").engine == f"torch {torch.__version__}"
