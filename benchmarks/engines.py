@@ -12,7 +12,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,8 @@ def measure(bundle: Path, model: str, contestants: list[str], rounds: int) -> No
 
 
 def _prepare(name: str, bundle: Path, batch: Any) -> Run:
+    from imgcls.evaluation.quantize import calibrate_bundle
+    from imgcls.models.bundle import load_bundle
     from imgcls.models.classifier import Classifier
 
     if name == "torch as torchvision has it":
@@ -85,14 +86,12 @@ def _prepare(name: str, bundle: Path, batch: Any) -> Run:
     if name == "onnxruntime":
         return _onnxruntime(bundle)
     engine, _, precision = name.partition(" ")
-    if name == "torch int8":
-        return _torch_int8(bundle, batch)
-    if name == "openvino int8":
-        return _openvino_int8(bundle, batch)
     engine_name: Any = engine
     wanted: Any = precision or "fp32"
-    classifier = Classifier.load(str(bundle), engine=engine_name, precision=wanted, device="cpu")
-    return classifier.classify
+    loaded = load_bundle(str(bundle))
+    if wanted == "int8":
+        loaded = calibrate_bundle(loaded, engine_name, list(batch), judged_images=1)
+    return Classifier(loaded, engine=engine_name, precision=wanted, device="cpu").classify
 
 
 def _plain_torch(bundle: Path) -> Run:
@@ -133,47 +132,6 @@ def _onnxruntime(bundle: Path) -> Run:
             str(Path(folder) / "model.onnx"), settings, providers=["CPUExecutionProvider"]
         )
     return lambda batch: session.run(None, {"pixels": np.ascontiguousarray(batch)})
-
-
-def _torch_int8(bundle: Path, batch: Any) -> Run:
-    from imgcls.models.bundle import Int8Calibration, load_bundle
-    from imgcls.models.classifier import Classifier
-    from imgcls.models.int8_calibration import record_int8_ranges
-
-    loaded = load_bundle(str(bundle))
-    calibration = Int8Calibration(
-        ranges=record_int8_ranges(loaded, [batch]), calibration_images=BATCH, judged_images=1,
-        agreement=1,
-    )  # fmt: skip
-    prepared = replace(loaded, spec=loaded.spec.model_copy(update={"int8": calibration}))
-    return Classifier(prepared, engine="torch", precision="int8", device="cpu").classify
-
-
-def _openvino_int8(bundle: Path, batch: Any) -> Run:
-    import nncf
-    import torch
-
-    from imgcls.models import openvino_engine
-    from imgcls.models.bundle import load_bundle
-    from imgcls.models.head import HeadNetwork
-    from imgcls.models.torch_engine import load_network
-
-    loaded = load_bundle(str(bundle))
-    network = load_network(loaded, torch.device("cpu"), torch.float32)
-    model = openvino_engine._convert(
-        HeadNetwork(network, in_fp32=False).eval(), loaded.spec.preprocess
-    )
-    inputs = np.ascontiguousarray(batch.transpose(0, 2, 3, 1))
-    quantized = nncf.quantize(
-        model,
-        nncf.Dataset([inputs]),
-        subset_size=1,
-        advanced_parameters=nncf.AdvancedQuantizationParameters(
-            overflow_fix=nncf.OverflowFix.ENABLE
-        ),
-    )
-    compiled = openvino_engine._compile(quantized, "fp32")
-    return lambda batch: compiled(batch.transpose(0, 2, 3, 1))
 
 
 if __name__ == "__main__":

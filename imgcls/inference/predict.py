@@ -343,7 +343,7 @@ class _PredictRun:
             self.plan.rows,
             build_input,
             self.driver.interruption,
-            engine="torch" if config.precision == "int8" else config.engine,
+            engine=config.engine,
         )
         if "chosen" not in run:
             run["chosen"] = tuned.to_json()

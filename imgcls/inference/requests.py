@@ -40,7 +40,14 @@ from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
 from imgcls.inference.commit import ErrorStatus
 from imgcls.inference.incremental import SinceConfig
 from imgcls.log import LogFormat
-from imgcls.models.bundle import Bundle, EngineName, Precision, load_bundle, require_int8
+from imgcls.models.bundle import (
+    Bundle,
+    EngineName,
+    Precision,
+    load_bundle,
+    require_int8,
+    resolve_int8_engine,
+)
 from imgcls.models.openvino_package import check_openvino
 from imgcls.runs import layout
 from imgcls.runs.lease import DEFAULT_TERM_S
@@ -143,9 +150,10 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
                 "compile always: an int8 network cannot be compiled. Set --compile never, or "
                 "another --precision"
             )
+        config = config.model_copy(update={"engine": resolve_int8_engine(config.engine, bundle)})
         log.emit("int8", require_int8(bundle).describe_cost())
     if config.engine == "openvino":
-        check_openvino(compile=config.compile == "always", precision=config.precision)
+        check_openvino(compile=config.compile == "always")
     check_columns(manifest)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)

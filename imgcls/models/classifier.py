@@ -28,7 +28,13 @@ from imgcls.errors import (
     StorageError,
 )
 from imgcls.models import sources
-from imgcls.models.bundle import Bundle, EngineName, Precision, read_description
+from imgcls.models.bundle import (
+    Bundle,
+    EngineName,
+    Precision,
+    read_description,
+    resolve_int8_engine,
+)
 from imgcls.models.engines import build_engine
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
 from imgcls.models.precision import choose_precision
@@ -166,7 +172,9 @@ class Classifier:
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
         self.device = resolve_device(device)
-        self.precision, self.precision_reason = choose_precision(precision, self.device)
+        if precision == "int8" and self.device.type == "cpu":
+            engine = resolve_int8_engine(engine, bundle)
+        self.precision, self.precision_reason = choose_precision(precision, self.device, engine)
         self._engine = build_engine(
             engine,
             bundle,

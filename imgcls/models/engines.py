@@ -62,7 +62,7 @@ def build_engine(
     """
     if wanted != "openvino":
         return TorchEngine(bundle, device, precision, compile=compile, batch_size=batch_size)
-    check_openvino(compile=compile, precision=precision)
+    check_openvino(compile=compile)
     if device.type != "cpu":
         raise RequestError("engine openvino: runs on CPUs only; use torch or auto on a GPU")
     if precision == "bf16" and not has_native_bf16(device):

@@ -6,8 +6,10 @@ features of an image depend neither on the size of its batch nor on its place in
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
+import zipfile
 from importlib import metadata
 from typing import Any
 
@@ -16,17 +18,20 @@ import torch
 
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
-from imgcls.models.bundle import Bundle
+from imgcls.errors import BundleError
+from imgcls.models.bundle import Bundle, load_int8_model
 from imgcls.models.head import MIN_ROWS, HeadNetwork
 from imgcls.models.normalize import Normalizer
 from imgcls.models.openvino_package import import_openvino
 from imgcls.models.precision import RunPrecision
 from imgcls.models.torch_engine import load_network
 
-_PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 """Maximum difference of logits from torch's in fp32, as a fraction of the largest. Measured on
 ImageNet networks: up to 2e-6 and 0.04."""
+MODEL_FILES = ("model.xml", "model.bin")
+"""Files of a quantized network: its graph and its weights."""
 _CHECKED_IMAGES = MIN_ROWS + 1
 """Number of images in the comparison with torch, other than in the traced batch: a network that
 is traced for one batch size only is found."""
@@ -46,19 +51,28 @@ class OpenVinoEngine:
     name = "openvino"
 
     def __init__(self, bundle: Bundle, precision: RunPrecision) -> None:
-        cpu = torch.device("cpu")
-        network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
         self.version = metadata.version("openvino")
-        self.embedding_width = network.embedding_width
         self._lock = threading.Lock()
-        preprocess = bundle.spec.preprocess
+        load = self._load_quantized if precision == "int8" else self._load_converted
         try:
-            self._compiled = _compile(_convert(network, preprocess), precision)
-            self._check_logits(network, preprocess, precision)
-        except ConversionError:
+            load(bundle, precision)
+        except (ConversionError, BundleError):
             raise
         except Exception as error:  # of many kinds: of the tracer, the converter and the plugin
-            raise ConversionError(_summarize(error)) from error
+            raise ConversionError(summarize_error(error)) from error
+        self.embedding_width: int = self._compiled.output(1).partial_shape[1].get_length()
+
+    def _load_quantized(self, bundle: Bundle, precision: RunPrecision) -> None:
+        packed = load_int8_model(bundle)
+        assert packed is not None
+        self._compiled = _compile(unpack_model(packed), precision)
+
+    def _load_converted(self, bundle: Bundle, precision: RunPrecision) -> None:
+        cpu = torch.device("cpu")
+        network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
+        preprocess = bundle.spec.preprocess
+        self._compiled = _compile(convert_network(network, preprocess), precision)
+        self._check_logits(network, preprocess, precision)
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
         """The batch as a tensor on the CPU."""
@@ -100,14 +114,14 @@ class OpenVinoEngine:
                 )
 
 
-def _summarize(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """The line of OpenVINO's long messages that has the reason."""
     lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
     unknown = [line for line in lines if line.startswith("No conversion rule found")]
     return (unknown or lines[-1:] or [type(error).__name__])[0]
 
 
-def _convert(network: HeadNetwork, preprocess: Preprocess) -> Any:
+def convert_network(network: HeadNetwork, preprocess: Preprocess) -> Any:
     """A model of (N, crop, crop, 3) uint8 to logits and features."""
     openvino = import_openvino()
     side = preprocess.crop
@@ -123,6 +137,13 @@ def _convert(network: HeadNetwork, preprocess: Preprocess) -> Any:
     mean, std = ([255 * each for each in values] for values in (preprocess.mean, preprocess.std))
     pixels.preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
     return steps.build()
+
+
+def unpack_model(packed: bytes) -> Any:
+    """The model in the `INT8_FILE` of a bundle."""
+    with zipfile.ZipFile(io.BytesIO(packed)) as files:
+        contents = [files.read(name) for name in MODEL_FILES]
+    return import_openvino().Core().read_model(*contents)
 
 
 def _compile(model: Any, precision: RunPrecision) -> Any:

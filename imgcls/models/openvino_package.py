@@ -19,15 +19,11 @@ def is_openvino_installed() -> bool:
     return util.find_spec("openvino") is not None
 
 
-def check_openvino(*, compile: bool, precision: str) -> None:
-    """Raise RequestError if OpenVINO is not installed, or cannot be combined with a setting."""
+def check_openvino(*, compile: bool) -> None:
+    """Raise RequestError if OpenVINO is not installed, or the network is to be compiled."""
     if compile:
         raise RequestError(
             "engine openvino: takes no compiled network; use --engine torch, or set --compile never"
-        )
-    if precision == "int8":
-        raise RequestError(
-            "engine openvino: has no int8; use --engine torch, or another --precision"
         )
     if not is_openvino_installed():
         raise RequestError(

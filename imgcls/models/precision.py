@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from imgcls.errors import RequestError
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 
 RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
 """A precision that was chosen."""
@@ -29,21 +29,20 @@ _ISA_BY_FLAG = {
 }  # fmt: skip
 
 
-def choose_precision(wanted: Precision, device: torch.device) -> tuple[RunPrecision, str]:
+def choose_precision(
+    wanted: Precision, device: torch.device, engine: EngineName = "torch"
+) -> tuple[RunPrecision, str]:
     """The precision to run at on a device, and the reason.
 
-    Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions, and for fp16 on a
-    CPU.
+    Raises RequestError for int8 on a GPU, or on a CPU whose instructions the engine cannot use for
+    it, and for fp16 on a CPU.
     """
     if wanted == "fp16" and device.type != "cuda":
         raise RequestError("precision fp16: runs on GPUs only; use bf16 or auto on a CPU")
     if wanted == "int8" and device.type != "cpu":
         raise RequestError("precision int8: runs on CPUs only; use bf16 or auto on a GPU")
-    if wanted == "int8" and not read_cpu_flags() & INT8_FLAGS:
-        raise RequestError(
-            f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
-            "sums overflow; use --precision auto"
-        )
+    if wanted == "int8":
+        _check_int8_instructions(engine)
     if wanted != "auto":
         return wanted, "as requested"
     if device.type == "cuda":
@@ -56,6 +55,18 @@ def choose_precision(wanted: Precision, device: torch.device) -> tuple[RunPrecis
         if flag in flags:
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
+
+
+def _check_int8_instructions(engine: EngineName) -> None:
+    flags = read_cpu_flags()
+    if engine == "openvino" and "avx2" not in flags:
+        raise RequestError("precision int8: this CPU has no AVX2; use --precision auto")
+    if engine != "openvino" and not flags & INT8_FLAGS:
+        raise RequestError(
+            f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
+            "sums overflow in torch; use --precision auto, or a bundle from `imgcls model quantize "
+            "--engine openvino`"
+        )
 
 
 def has_native_bf16(device: torch.device) -> bool:

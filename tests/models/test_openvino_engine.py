@@ -188,18 +188,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert Classifier(small, device="cpu").engine == f"torch {torch.__version__}"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compile": True}, "engine openvino: takes no compiled network"),
-        ({"precision": "int8"}, "engine openvino: has no int8|precision int8: this CPU"),
-    ],
-)
-def test_settings_that_openvino_lacks_are_refused(
-    small: Bundle, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RequestError, match=message):
-        Classifier(small, engine="openvino", device="cpu", **options)
+def test_a_compiled_network_is_refused(small: Bundle) -> None:
+    with pytest.raises(RequestError, match="engine openvino: takes no compiled network"):
+        Classifier(small, engine="openvino", device="cpu", compile=True)
 
 
 def test_bf16_is_refused_where_openvino_has_none(
