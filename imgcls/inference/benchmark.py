@@ -45,7 +45,7 @@ class BenchmarkSpec:
     batch_sizes: candidates
     compile:     whether to measure a compiled network too
     decode:      whether to measure decoding, on a CPU core and on the device
-    engines:     engines to measure beside torch
+    engines:     other engines than torch to measure
     """
 
     batch_sizes: tuple[int, ...]
@@ -97,7 +97,7 @@ class BenchmarkResult:
     cpu_decode:      decoding on one core while all cores of a GPU decode; None without readable
         images
     device_decode:   decoding in batches on the worker's device; None without readable images
-    engines:         of engines beside torch, by name
+    engines:         of other engines than torch, by name
     """
 
     forward: dict[int, float]
