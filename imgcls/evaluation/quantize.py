@@ -39,7 +39,7 @@ from imgcls.models.classifier import Classifier
 from imgcls.models.int8_calibration import record_int8_ranges
 from imgcls.models.openvino_int8 import quantize_for_openvino
 from imgcls.models.openvino_package import check_openvino
-from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
+from imgcls.models.precision import has_int8_instructions
 
 _REASONS = {
     "torch": "this CPU has VNNI or AMX",
@@ -141,6 +141,7 @@ def calibrate_bundle(
     calibration = Int8Calibration(
         engine=engine,
         model_sha256=None if model is None else hashlib.sha256(model).hexdigest(),
+        has_vnni=has_int8_instructions(),
         ranges=ranges,
         calibration_images=len(pixels),
         judged_images=judged_images,
@@ -154,7 +155,7 @@ def _choose_engine(wanted: EngineName) -> Literal["torch", "openvino"]:
     if wanted != "auto":
         engine = wanted
     else:
-        engine = "torch" if read_cpu_flags() & INT8_FLAGS else "openvino"
+        engine = "torch" if has_int8_instructions() else "openvino"
         log.show(f"engine  {engine}: {_REASONS[engine]}")
     if engine == "openvino":
         check_openvino(compile=False)

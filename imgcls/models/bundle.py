@@ -73,6 +73,8 @@ class Int8Calibration(Section):
     """Engine that the network is quantized for."""
     model_sha256: str | None = None
     """Hash of the file with the quantized network, for openvino."""
+    has_vnni: bool = True
+    """Whether the accuracy was measured on a CPU with VNNI or AMX, where no sum overflows."""
     ranges: dict[str, dict[str, tuple[FiniteFloat, FiniteFloat]]]
     """(minimum, maximum) of the tensors at each convolution, for torch; see `models.int8`."""
     calibration_images: int

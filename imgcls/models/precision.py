@@ -57,11 +57,16 @@ def choose_precision(
     return "fp32", "the CPU has no bfloat16 instructions"
 
 
+def has_int8_instructions() -> bool:
+    """Whether the CPU sums products of int8 without overflow."""
+    return bool(read_cpu_flags() & INT8_FLAGS)
+
+
 def _check_int8_instructions(engine: EngineName) -> None:
     flags = read_cpu_flags()
     if engine == "openvino" and "avx2" not in flags:
         raise RequestError("precision int8: this CPU has no AVX2; use --precision auto")
-    if engine != "openvino" and not flags & INT8_FLAGS:
+    if engine != "openvino" and not has_int8_instructions():
         raise RequestError(
             f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
             "sums overflow in torch; use --precision auto, or a bundle from `imgcls model quantize "

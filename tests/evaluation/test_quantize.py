@@ -48,6 +48,7 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     int8 = made.spec.int8
     assert int8 is not None
     assert (int8.calibration_images, int8.judged_images) == (32, 32)
+    assert int8.has_vnni == bool(read_cpu_flags() & INT8_FLAGS)
     assert (int8.engine, made.spec.int8) == (engine, load_bundle(str(output)).spec.int8)
     before = load_bundle(str(color_bundle))
     assert made.weights_sha256 == before.weights_sha256
@@ -91,7 +92,7 @@ def test_the_engine_is_chosen_by_the_instructions_of_the_cpu(
     flags: set[str], engine: str, reason: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(quantize, "read_cpu_flags", lambda: flags)
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
     assert quantize._choose_engine("auto") == engine
     assert capsys.readouterr().out == f"engine  {engine}: {reason}\n"
 
@@ -112,6 +113,9 @@ def test_impossible_requests_are_rejected_before_anything_is_written(
 
 
 @pytest.mark.shared
+@pytest.mark.parametrize(
+    "engine", ["torch", pytest.param("openvino", marks=pytest.mark.slow)], indirect=True
+)
 def test_real_weights_agree_on_real_photographs(shared: Path, tmp_path: Path, engine: str) -> None:
     weights = shared / "weights"
     config = ImportConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ def test_a_bundle_runs_in_int8_only_in_the_engine_it_is_quantized_for(
     monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"sse4_2"})
     with pytest.raises(RequestError, match="precision int8: this CPU has no AVX2"):
         Classifier(quantized, precision="int8", device="cpu")
+
+
+def test_a_cpu_where_sums_overflow_needs_an_accuracy_of_its_kind(
+    quantized: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8 = quantized.spec.int8
+    assert int8 is not None
+    without, with_vnni = (
+        replace(
+            quantized,
+            spec=quantized.spec.model_copy(
+                update={"int8": int8.model_copy(update={"has_vnni": has_vnni})}
+            ),
+        )
+        for has_vnni in (False, True)
+    )
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
+    with pytest.raises(BundleError, match=r"was measured on a CPU with VNNI.* Quantize it again"):
+        Classifier(with_vnni, precision="int8", device="cpu")
+    assert Classifier(without, precision="int8", device="cpu").precision == "int8"
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2", "avx_vnni"})
+    assert Classifier(without, precision="int8", device="cpu").precision == "int8"
 
 
 def test_without_nncf_the_command_that_installs_it_is_named(
