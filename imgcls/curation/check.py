@@ -168,8 +168,8 @@ def _check(config: CheckConfig) -> CheckResult:
     bundle = None
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
-    if config.engine == "openvino":
-        check_openvino(compile=False)
+        if config.engine == "openvino":
+            check_openvino(compile=False)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
     with scan_manifests(
         config, output, manifests, bundle=bundle, engine=config.engine, results=results
