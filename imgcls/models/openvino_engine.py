@@ -65,13 +65,13 @@ class OpenVinoEngine:
     def _load_quantized(self, bundle: Bundle, precision: RunPrecision) -> None:
         packed = load_int8_model(bundle)
         assert packed is not None
-        self._compiled = _compile(unpack_model(packed), precision)
+        self._compiled = compile_network(unpack_model(packed), precision)
 
     def _load_converted(self, bundle: Bundle, precision: RunPrecision) -> None:
         cpu = torch.device("cpu")
         network = HeadNetwork(load_network(bundle, cpu, torch.float32), in_fp32=False).eval()
         preprocess = bundle.spec.preprocess
-        self._compiled = _compile(convert_network(network, preprocess), precision)
+        self._compiled = compile_network(convert_network(network, preprocess), precision)
         self._check_logits(network, preprocess, precision)
 
     def upload(self, batch: Pixels | torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,8 @@ def unpack_model(packed: bytes) -> Any:
     return import_openvino().Core().read_model(*contents)
 
 
-def _compile(model: Any, precision: RunPrecision) -> Any:
+def compile_network(model: Any, precision: RunPrecision) -> Any:
+    """A model that runs on the threads that torch has."""
     return (
         import_openvino()
         .Core()

@@ -115,6 +115,30 @@ def test_a_cpu_where_sums_overflow_needs_an_accuracy_of_its_kind(
     assert Classifier(without, precision="int8", device="cpu").precision == "int8"
 
 
+@pytest.mark.parametrize(
+    ("flags", "labels", "chosen"),
+    [
+        ({"avx2"}, {"first_layer_only": [1, 2, 0], "enable": [1, 2, 3]}, "enable"),
+        ({"avx2"}, {"first_layer_only": [1, 2, 3], "enable": [1, 0, 3]}, "first_layer_only"),
+        ({"avx2", "avx512_vnni"}, {}, "first_layer_only"),  # nothing overflows
+    ],
+)
+def test_weights_have_7_bits_where_more_labels_are_as_before(
+    flags: set[str], labels: dict[str, list[int]], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model(str):
+        def clone(self) -> Model:
+            return self
+
+    answers = labels | {"exact": [1, 2, 3]}
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
+    monkeypatch.setattr(openvino_int8, "_quantize", lambda model, images, fix: fix)
+    monkeypatch.setattr(
+        openvino_int8, "_predict_labels", lambda model, images: np.array(answers[model])
+    )
+    assert openvino_int8._quantize_for_this_cpu(Model("exact"), []) == chosen
+
+
 def test_without_nncf_the_command_that_installs_it_is_named(
     exact: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
