@@ -36,6 +36,7 @@ from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.models.bundle import load_bundle
+from imgcls.models.openvino_package import check_openvino
 from imgcls.runs.layout import write_table
 
 if TYPE_CHECKING:
@@ -139,10 +140,14 @@ def _check(config: CheckConfig) -> CheckResult:
     bundle = None
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
+        if config.engine == "openvino":
+            check_openvino(compile=False)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
     with (
         hold_output(output, results) as held,
-        scan_manifests(config, held, manifests, bundle=bundle, results=results) as scanned,
+        scan_manifests(
+            config, held, manifests, bundle=bundle, engine=config.engine, results=results
+        ) as scanned,
     ):
         images = build_image_table((each.manifest, each.read_tables()) for each in scanned)
         _check_readable(images, scanned)

@@ -22,6 +22,7 @@ from imgcls.data.manifest import ManifestConfig
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
+from imgcls.models.bundle import EngineName
 
 
 class ListingConfig(Section):
@@ -215,6 +216,8 @@ class CheckConfig(ScanConfig):
     """Bundle whose embeddings are used to find similar images, outliers and label errors."""
     decode: DecodeMode | None = None
     """Decode route for the model: exact or fast (default: bundle's)."""
+    engine: EngineName = "auto"
+    """Library that runs the model: torch, or openvino (optional, for CPUs). auto: torch."""
     output: str
     """Folder for the results; with drop, NAME.parquet writes the clean manifest there."""
     drop: IssueList = []

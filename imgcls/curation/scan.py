@@ -29,7 +29,7 @@ from imgcls.execution.runner import (
     wait_for_placement,
 )
 from imgcls.inference.requests import is_on_web
-from imgcls.models.bundle import Bundle
+from imgcls.models.bundle import Bundle, EngineName
 from imgcls.runs import layout
 from imgcls.runs.lease import LEASE_FOLDER, Lease
 from imgcls.runs.provenance import build_provenance
@@ -99,6 +99,7 @@ def scan_manifests(
     manifests: Sequence[Manifest],
     *,
     bundle: Bundle | None = None,
+    engine: EngineName = "torch",
     results: Sequence[str],
 ) -> Iterator[list[ScannedManifest]]:
     """Scan all images that an earlier run into the same folder has not scanned.
@@ -106,6 +107,7 @@ def scan_manifests(
     The scan is removed when the block ends without an error.
 
     bundle:  computes the embeddings too
+    engine:  runs its network
     results: names of the files that the caller writes to the folder; removed with `overwrite`
     """
     if config.overwrite:
@@ -120,6 +122,7 @@ def scan_manifests(
                 filesystem.join(output.url, SCAN_FOLDER, str(number)),
                 config,
                 bundle=bundle,
+                engine=engine,
                 lease=output.lease,
                 interruption=output.interruption,
             )
@@ -156,6 +159,7 @@ def scan_manifest(
     config: ScanConfig,
     *,
     bundle: Bundle | None,
+    engine: EngineName,
     lease: Lease,
     interruption: interrupts.Interruption,
 ) -> ScannedManifest:
@@ -163,11 +167,11 @@ def scan_manifest(
 
     Raises OutputError when the folder contains another run, RunFailed when it was interrupted.
     """
-    plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle))
+    plan = _load_or_make_plan(manifest, output, _build_identity(manifest, config, bundle, engine))
     completed = load_completed(output, plan, manifest)
     if remaining := completed.list_remaining():
         placement = wait_for_placement(SCAN, config.scale, interruption)
-        spec = _build_spec(manifest, output, config, plan, bundle, placement.batch_size)
+        spec = _build_spec(manifest, output, config, plan, bundle, engine, placement.batch_size)
         driver = Driver(output, lease, interruption, config.scale, config.progress_seconds)
         run = JobRun(SCAN, spec, driver)
         for _ in run.run(placement, remaining, total=plan.rows, done=completed.rows_done):
@@ -175,7 +179,9 @@ def scan_manifest(
     return ScannedManifest(output, manifest, plan)
 
 
-def _build_identity(manifest: Manifest, config: ScanConfig, bundle: Bundle | None) -> RunIdentity:
+def _build_identity(
+    manifest: Manifest, config: ScanConfig, bundle: Bundle | None, engine: EngineName
+) -> RunIdentity:
     return RunIdentity(
         manifest={
             "fingerprint": manifest.fingerprint(),
@@ -187,6 +193,7 @@ def _build_identity(manifest: Manifest, config: ScanConfig, bundle: Bundle | Non
             "max_pixels": config.max_pixels,
             "max_bytes": config.max_bytes,
             "decode": None if bundle is None else bundle.spec.preprocess.decode,
+            "engine": None if bundle is None else engine,
         },
     )
 
@@ -216,6 +223,7 @@ def _build_spec(
     config: ScanConfig,
     plan: Plan,
     bundle: Bundle | None,
+    engine: EngineName,
     batch_size: int,
 ) -> ScanSpec:
     return ScanSpec(
@@ -234,4 +242,5 @@ def _build_spec(
         bundle_url=None if bundle is None else filesystem.absolute(bundle.url),
         bundle_sha256=None if bundle is None else bundle.sha256,
         decode=None if bundle is None else bundle.spec.preprocess.decode,
+        engine=engine,
     )

@@ -12,6 +12,7 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job
 from imgcls.inference.specs import ImageSpec
 from imgcls.inference.workers import load_unchanged_bundle
+from imgcls.models.bundle import EngineName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class ScanSpec(ImageSpec):
     bundle_url: str | None
     bundle_sha256: str | None
     decode: DecodeMode | None
+    engine: EngineName = "torch"
 
 
 class ScanWorker(ChunkWorker[ScanSpec]):
@@ -38,8 +40,13 @@ class ScanWorker(ChunkWorker[ScanSpec]):
         self._classifier: Classifier | None = None
         if self.spec.bundle_url is not None:
             bundle = load_unchanged_bundle(self.spec.bundle_url, self.spec.bundle_sha256)
-            self._classifier = Classifier(bundle, decode=self.spec.decode, device=self.device)
-            self.details = {"precision": self._classifier.precision}
+            self._classifier = Classifier(
+                bundle, decode=self.spec.decode, engine=self.spec.engine, device=self.device
+            )
+            self.details = {
+                "precision": self._classifier.precision,
+                "engine": self._classifier.engine,
+            }
         classifier = self._classifier
         return scan_stage.scan_schema(None if classifier is None else classifier.embedding_width)
 

@@ -32,6 +32,7 @@ from imgcls.models.bundle import (
     check_bundle_output,
     load_bundle,
     load_bundle_weights,
+    load_int8_model,
     save_bundle,
 )
 from imgcls.models.task import SINGLE_LABEL, find_task
@@ -146,7 +147,9 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     }
     provenance = spec.provenance | {"calibration": record}
     spec = spec.model_copy(update={"provenance": provenance})
-    made = save_bundle(config.output, spec, load_bundle_weights(bundle))
+    made = save_bundle(
+        config.output, spec, load_bundle_weights(bundle), int8_model=load_int8_model(bundle)
+    )
     result = Calibration(made, spec.temperature, before, after, thresholds, reason)
     _log_result(config, bundle, result, len(rows.label))
     return result

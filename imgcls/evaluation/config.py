@@ -14,7 +14,7 @@ from imgcls.data.manifest import ManifestConfig
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 
 
 class LabelTableConfig(Section):
@@ -80,6 +80,8 @@ class EvaluateConfig(EvaluationOptions):
     decode: DecodeMode | None = None
     """With a manifest: as for predict."""
     precision: Precision = "auto"
+    """With a manifest: as for predict."""
+    engine: EngineName = "auto"
     """With a manifest: as for predict."""
     max_error_rate: UnitFloat = 0.01
     """With a manifest: maximum share of failed rows; above it nothing is evaluated."""
@@ -170,6 +172,9 @@ class QuantizeConfig(Section):
     """Folder of the new bundle."""
     images: int = Field(default=1024, ge=2 * MIN_IMAGES)
     """Images to read from the start of the manifest: half to calibrate, half to evaluate."""
+    engine: EngineName = "auto"
+    """Engine to quantize for. openvino: for x86 CPUs with AVX2. torch: for VNNI or AMX. auto: torch
+    if this CPU has one of them, else openvino."""
     overwrite: bool = False
     """Replace an existing bundle."""
     storage: StorageConfig = StorageConfig()

@@ -132,6 +132,7 @@ def _resolve_run(config: EvaluateConfig) -> tuple[str, bool]:
             scores=config.scores,
             decode=config.decode,
             precision=config.precision,
+            engine=config.engine,
             max_error_rate=config.max_error_rate,
             overwrite=config.overwrite,
             scale=config.scale,

@@ -1,14 +1,16 @@
 """Calibrate a bundle for int8 and measure the cost: `imgcls model quantize`.
 
-Every other image of a manifest is used for calibration: the value ranges of the convolutions. The
+Every other image of a manifest is used for calibration: the value ranges of the activations. The
 images in between measure how often the label changes, and the accuracy.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,7 @@ from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
 from imgcls.models.bundle import (
     Bundle,
+    EngineName,
     Int8Calibration,
     check_bundle_output,
     load_bundle,
@@ -33,7 +36,14 @@ from imgcls.models.bundle import (
 )
 from imgcls.models.classifier import Classifier
 from imgcls.models.int8_calibration import record_int8_ranges
+from imgcls.models.openvino_int8 import quantize_for_openvino
+from imgcls.models.openvino_package import check_openvino
+from imgcls.models.precision import has_int8_instructions
 
+_REASONS = {
+    "torch": "this CPU has VNNI or AMX",
+    "openvino": "this CPU has neither VNNI nor AMX, which int8 in torch requires",
+}
 _BATCH_SIZE = 32
 _IO_CONCURRENCY = 16
 
@@ -57,7 +67,7 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
     BundleError
         If the network cannot be quantized.
     RequestError
-        If too few images can be read.
+        If too few images can be read, or a package of the engine is not installed.
     OutputError
         If the output has a bundle.
     """
@@ -70,17 +80,14 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
             f"least {2 * MIN_IMAGES}; 1,000 are recommended"
         )
     evaluated, label = pixels[1::2], codes[1::2]
-    calibration = Int8Calibration(
-        ranges=record_int8_ranges(bundle, _iter_batches(pixels[::2])),
-        calibration_images=len(pixels[::2]),
-        judged_images=len(evaluated),
-        agreement=0.0,
-    )
-    prepared = replace(bundle, spec=bundle.spec.model_copy(update={"int8": calibration}))
+    prepared = calibrate_bundle(bundle, config.engine, pixels[::2], judged_images=len(evaluated))
+    assert prepared.spec.int8 is not None
     int8 = Classifier(prepared, precision="int8", device="cpu")
-    calibration = _measure_cost(calibration, bundle, int8, evaluated, label)
+    calibration = _measure_cost(prepared.spec.int8, bundle, int8, evaluated, label)
     spec = bundle.spec.model_copy(update={"int8": calibration})
-    made = save_bundle(config.output, spec, load_bundle_weights(bundle))
+    made = save_bundle(
+        config.output, spec, load_bundle_weights(bundle), int8_model=prepared.unsaved_int8
+    )
     usual = Classifier(bundle, device="cpu")
     gain = _time_batch(usual, evaluated) / _time_batch(int8, evaluated)
     agreeing = round(calibration.agreement * len(evaluated))
@@ -90,11 +97,48 @@ def quantize_bundle(config: QuantizeConfig) -> Bundle:
         f"{high:.1%}"
     )
     log.show(
-        f"speed   {gain:.2f} times the throughput of {usual.precision} on this machine"
+        f"speed   {gain:.2f} times the throughput of {usual.precision} in torch on this machine"
         + ("" if gain > 1 else ": int8 is not faster for this network")
     )
     log.show(f"bundle  {made.url}; use it with `imgcls predict --precision int8`")
     return made
+
+
+def calibrate_bundle(
+    bundle: Bundle, wanted: EngineName, pixels: Sequence[Pixels], *, judged_images: int
+) -> Bundle:
+    """The bundle with data for int8 in one engine; its accuracy is not measured yet.
+
+    pixels: (3, crop, crop) uint8 RGB each
+    """
+    engine = _choose_engine(wanted)
+    model, ranges = None, {}
+    if engine == "openvino":
+        model = quantize_for_openvino(bundle, _iter_batches(pixels))
+    else:
+        ranges = record_int8_ranges(bundle, _iter_batches(pixels))
+    calibration = Int8Calibration(
+        engine=engine,
+        model_sha256=None if model is None else hashlib.sha256(model).hexdigest(),
+        has_vnni=has_int8_instructions(),
+        ranges=ranges,
+        calibration_images=len(pixels),
+        judged_images=judged_images,
+        agreement=0.0,
+    )
+    spec = bundle.spec.model_copy(update={"int8": calibration})
+    return replace(bundle, spec=spec, unsaved_int8=model)
+
+
+def _choose_engine(wanted: EngineName) -> Literal["torch", "openvino"]:
+    if wanted != "auto":
+        engine = wanted
+    else:
+        engine = "torch" if has_int8_instructions() else "openvino"
+        log.show(f"engine  {engine}: {_REASONS[engine]}")
+    if engine == "openvino":
+        check_openvino(compile=False)
+    return engine
 
 
 def _measure_cost(

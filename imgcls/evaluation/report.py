@@ -287,7 +287,8 @@ def _list_provenance(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     if evaluation.config.labels is not None:
         yield "labels", evaluation.config.labels.path
     yield "committed", success["committed"]
-    yield "prediction", f"{success['seconds']['wall']:,.0f} s, {', '.join(success['precision'])}"
+    how = [*success["precision"], *success.get("engine", ())]  # earlier versions have no engine
+    yield "prediction", f"{success['seconds']['wall']:,.0f} s, {', '.join(how)}"
     yield "git commit", str(run.provenance.get("git_commit"))
     yield "versions", ", ".join(f"{k} {v}" for k, v in success["versions"].items())
 

@@ -6,110 +6,39 @@ from its results. A short run would end before a benchmark pays: it takes the pl
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ray
 
 from imgcls import log
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
-from imgcls.cluster.session import DeviceType, build_malloc_env
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import ImageError, RunFailed, StorageError, first_line
+from imgcls.cluster.session import build_malloc_env
+from imgcls.errors import RunFailed, first_line
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import WORKER_CPUS, Placement
 from imgcls.formatting import format_count, format_share
-from imgcls.inference.gpu_errors import describe_out_of_memory
-from imgcls.models.bundle import load_bundle, read_description
+from imgcls.inference.benchmark import (
+    DECODE_STEPS,
+    NEAR_BEST_FRACTION,
+    BenchmarkInput,
+    BenchmarkResult,
+    BenchmarkSpec,
+    DecodeBenchmark,
+    choose_batch_size,
+    measure_rates,
+)
+from imgcls.models.bundle import EngineName
+from imgcls.models.openvino_package import is_openvino_installed
 
-if TYPE_CHECKING:
-    from imgcls.data.preprocess import Preprocess
-    from imgcls.models.classifier import Classifier
-    from imgcls.models.scores import PendingScores
-
-MIN_FORWARD_S = 600.0
-"""Forward passes per worker, in seconds, from which compiling is benchmarked."""
 GPU_BATCH_SIZES = (64, 128, 256)
 """Batch sizes to benchmark on a GPU."""
-NEAR_BEST_FRACTION = 0.97
-"""The smallest batch size with this fraction of the best rate is chosen: it needs least memory."""
 MIN_SPLIT_FRACTION = 0.05
 """Minimum fraction of the decoding that is given to the slower side."""
-BENCHMARK_IMAGES = 64
-"""Number of images to benchmark decoding on."""
-DEVICE_DECODE_IMAGES = 256
-"""Number of images that a GPU decodes at a time in the benchmark, as many as a chunk has; its rate
-rises with their number."""
-MAX_BATCHES_AHEAD = 2
-"""Number of batches submitted to a GPU before the scores of the first are read, as in a run."""
-_MEASURE_S = 1.0
-
 CompileMode = Literal["auto", "always", "never"]
-DecodeStep = Literal["decode", "verify"]
-DECODE_STEPS: tuple[DecodeStep, ...] = ("decode", "verify")
-
-
-@dataclass(frozen=True)
-class BenchmarkSpec:
-    """What to measure.
-
-    batch_sizes: candidates
-    compile:     whether to measure a compiled network too
-    decode:      whether to measure decoding, on a CPU core and on the device
-    """
-
-    batch_sizes: tuple[int, ...]
-    compile: bool
-    decode: bool
-
-
-@dataclass(frozen=True)
-class BenchmarkInput:
-    """The model and the images to measure on.
-
-    rows: number of rows that each worker will process
-    urls: images from the start of the manifest
-    """
-
-    bundle_url: str
-    decode: DecodeMode
-    precision: str
-    rows: int
-    urls: tuple[str, ...]
-    storage: StorageConfig
-    max_bytes: int = MAX_IMAGE_BYTES
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """Rates of one worker, in images per second.
-
-    forward:         forward passes, by batch size
-    too_large:       the smallest batch size that a GPU had no memory for; None if all fit
-    compiled:        compiled, at the chosen batch size; None if not measured, or failed
-    compile_seconds: duration of the first compiled forward pass
-    compile_failure: why it could not be compiled, for example without a C++ compiler
-    cpu_decode:      decoding on one core while all cores of a GPU decode; None if not measured
-    cpu_verify:      the same, but JPEGs for a GPU are verified and left for it
-    device_decode:   decoding in batches on the worker's device, which leaves the other files to
-        CPUs; None if no image is one for the device
-    """
-
-    forward: dict[int, float]
-    too_large: int | None = None
-    compiled: float | None = None
-    compile_seconds: float = 0.0
-    compile_failure: str | None = None
-    cpu_decode: float | None = None
-    cpu_verify: float | None = None
-    device_decode: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,16 +46,23 @@ class TunedSettings:
     """Settings that change results and were chosen automatically; stored with the run.
 
     cpu_decode_fraction: of the images, decoded on CPUs for GPUs; None for the placement's own
+    engine: runs the network
     """
 
     batch_size: int
     compile: bool
     cpu_decode_fraction: float | None = None
+    engine: EngineName = "torch"
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TunedSettings:
         """The settings in a `_run.json`."""
-        return cls(stored["batch_size"], stored["compile"], stored.get("host_share"))
+        return cls(
+            stored["batch_size"],
+            stored["compile"],
+            stored.get("host_share"),
+            stored.get("engine", "torch"),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The entry `chosen` of `_run.json`; its keys are those of all versions."""
@@ -134,6 +70,7 @@ class TunedSettings:
             "batch_size": self.batch_size,
             "compile": self.compile,
             "host_share": self.cpu_decode_fraction,
+            "engine": self.engine,
         }
 
     def apply_to(self, placement: Placement) -> Placement:
@@ -151,6 +88,8 @@ def tune_settings(
     rows: int,
     build_input: Callable[[int], BenchmarkInput],
     interruption: Interruption,
+    *,
+    engine: EngineName = "torch",
 ) -> TunedSettings:
     """Choose the automatic settings of a run, with a benchmark if it is a long one; log why.
 
@@ -162,9 +101,12 @@ def tune_settings(
     if stored is not None:
         return TunedSettings.from_json(stored)
     always = compile == "always"
-    spec = plan_benchmark(scale, compile, placement, rows)
+    usual = TunedSettings(
+        placement.batch_size, always, engine="torch" if engine == "auto" else engine
+    )
+    spec = plan_benchmark(scale, compile, placement, rows, engine)
     if spec is None:
-        return TunedSettings(placement.batch_size, always)
+        return usual
     images = build_input(rows // placement.workers)
     timeout = WaitTimeout(scale.resource_timeout_s)
     try:
@@ -178,8 +120,10 @@ def tune_settings(
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError) as error:
         # a task or an actor, by an image for example: in the run, only its row has an error
         log.emit("note", f"not benchmarked, the worker crashed: {first_line(error)}")
-        return TunedSettings(placement.batch_size, always)
+        return usual
     tuned, reasons = choose_settings(result, images.rows)
+    if engine != "auto":
+        tuned = replace(tuned, engine=engine)
     tuned = replace(tuned, compile=tuned.compile or always)
     if spec.decode:
         tuned, reason = balance_decoding(result, placement, tuned)
@@ -194,6 +138,7 @@ def plan_benchmark(
     compile: CompileMode,
     placement: Placement,
     rows: int,
+    engine: EngineName = "torch",
 ) -> BenchmarkSpec | None:
     """What to measure before a run of some rows; None when nothing is automatic or worth it."""
     if rows < placement.min_benchmark_rows * placement.workers:
@@ -201,10 +146,14 @@ def plan_benchmark(
     has_gpus = placement.worker_gpus > 0
     decode = has_gpus and config.layout == "auto" and config.cpu_decode_fraction is None
     tune_batch_size = has_gpus and config.batch_size is None
+    may_differ = engine == "auto" and compile != "always" and not has_gpus
     spec = BenchmarkSpec(
-        GPU_BATCH_SIZES if tune_batch_size else (placement.batch_size,), compile == "auto", decode
+        GPU_BATCH_SIZES if tune_batch_size else (placement.batch_size,),
+        compile == "auto" and engine != "openvino",
+        decode,
+        ("openvino",) if may_differ and is_openvino_installed() else (),
     )
-    return spec if tune_batch_size or spec.compile or decode else None
+    return spec if tune_batch_size or spec.compile or decode or spec.engines else None
 
 
 def run_benchmark(
@@ -265,137 +214,41 @@ def _measure_cores(
     return decoding, verifying
 
 
-class DecodeBenchmark:
-    """Ray actor that decodes the first images of a run on one core."""
-
-    def __init__(self, images: BenchmarkInput) -> None:
-        self._images = images
-        self._files: list[bytes] = []
-        self._preprocess: Preprocess | None = None
-
-    def load(self) -> None:
-        """Read the images that can be decoded."""
-        import torch
-
-        torch.set_num_threads(1)
-        images = self._images
-        storage_settings.set_process_settings(images.storage)
-        description = read_description(images.bundle_url).with_decode(images.decode)
-        self._preprocess = description.spec.preprocess
-        self._files = _load_readable(images, self._preprocess)
-
-    def measure(self, step: DecodeStep) -> float:
-        """Images per second.
-
-        step: "decode" every file, or "verify" those that a GPU is to decode, and decode the others
-        """
-        from imgcls.data import decode, device_decode
-
-        preprocess = self._preprocess
-        assert preprocess is not None
-        process: Any = {"decode": decode.decode_image, "verify": device_decode.prepare_file}[step]
-
-        def process_all() -> None:
-            for file in self._files:
-                process(file, preprocess)
-
-        return len(self._files) * _measure_rate(process_all)
-
-
-def measure_rates(
-    spec: BenchmarkSpec, images: BenchmarkInput, threads: int, planned: DeviceType
-) -> BenchmarkResult:
-    """Measure the bundle's network, and decoding in batches, on the device of the workers.
-
-    Raises RunFailed when not even the smallest batch size fits into the memory of a GPU.
-    """
-    import torch
-
-    from imgcls.data.cuda import find_worker_device
-    from imgcls.models.classifier import Classifier
-
-    storage_settings.set_process_settings(images.storage)
-    torch.set_num_threads(threads)
-    bundle = load_bundle(images.bundle_url).with_decode(images.decode)
-    precision: Any = images.precision
-    device = find_worker_device(planned)
-    side = bundle.spec.preprocess.crop
-    pixels = torch.randint(0, 256, (max(spec.batch_sizes), 3, side, side), dtype=torch.uint8)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-
-    def rate(classifier: Classifier, size: int) -> float:
-        pending: collections.deque[PendingScores] = collections.deque()
-
-        def submit() -> None:
-            pending.append(classifier.submit(pixels[:size]))
-            if len(pending) > MAX_BATCHES_AHEAD:
-                pending.popleft().get()
-
-        def finish() -> None:
-            while pending:
-                pending.popleft().get()
-
-        return size * _measure_rate(submit, finish)
-
-    plain = Classifier(bundle, precision=precision, device=device)
-    forward: dict[int, float] = {}
-    too_large: int | None = None
-    for size in sorted(spec.batch_sizes):
-        try:
-            if device.type == "cuda":
-                plain = Classifier(bundle, precision=precision, device=device, batch_size=size)
-            forward[size] = rate(plain, size)
-        except torch.OutOfMemoryError as error:
-            if not forward:
-                raise RunFailed(describe_out_of_memory(error, size)) from error
-            too_large = size
-            break
-    best = choose_batch_size(forward)
-    if too_large is not None:  # in place of the one that did not fit
-        plain = Classifier(bundle, precision=precision, device=device, batch_size=best)
-    result = BenchmarkResult(forward, too_large=too_large)
-    if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:
-        start = time.perf_counter()
-        try:
-            compiled = Classifier(
-                bundle, precision=precision, device=device, compile=True, batch_size=best
-            )
-            compiled.classify(pixels[:best])
-        except Exception as error:  # noqa: BLE001  a failed compiler is no error: compiling is optional
-            result = replace(result, compile_failure=str(error).strip().partition("\n")[0])
-        else:
-            took = time.perf_counter() - start
-            result = replace(result, compiled=rate(compiled, best), compile_seconds=took)
-    return _measure_decoding(result, images, plain) if spec.decode else result
-
-
-def choose_batch_size(forward: dict[int, float]) -> int:
-    """The smallest batch size whose rate is close to the best."""
-    fastest = max(forward.values())
-    return min(size for size, rate in forward.items() if rate >= NEAR_BEST_FRACTION * fastest)
-
-
 def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, tuple[str, ...]]:
-    """Batch size and compiling for workers with `rows` rows each, and the reasons."""
+    """Batch size, engine and compiling for workers with `rows` rows each, and the reasons."""
     size = choose_batch_size(result.forward)
-    plain = result.forward[size]
+    best = result.forward[size]
     tried = ", ".join(f"{n}: {rate:,.0f}" for n, rate in sorted(result.forward.items()))
     if result.too_large is not None:
         tried += f", {result.too_large}: out of memory"
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
     if result.compile_failure is not None:
         reasons.append(f"not compiled: {result.compile_failure}")
-    if result.compiled is None:
-        return TunedSettings(size, False), tuple(reasons)
-    saved = rows * (1 / plain - 1 / result.compiled) - result.compile_seconds
-    pays = saved > result.compile_seconds
-    reasons.append(
-        f"compiled {result.compiled:,.0f} images/s instead of {plain:,.0f}, after "
-        f"{result.compile_seconds:.0f} s: over {rows:,} rows per worker "
-        f"{'saves' if saved > 0 else 'loses'} {abs(saved):,.0f} s; "
-        f"{'compiled' if pays else 'not compiled'}"
+    tuned = TunedSettings(size, False)
+    if result.compiled is not None:
+        pays, gain = _describe_gain(best, result.compiled, result.compile_seconds, rows)
+        reasons.append(f"compiled {gain}; {'compiled' if pays else 'not compiled'}")
+        if pays:
+            tuned, best = TunedSettings(size, True), result.compiled
+    for name, option in result.engines.items():
+        if option.rate is None:
+            reasons.append(f"engine {tuned.engine}: {option.failure}")
+            continue
+        pays, gain = _describe_gain(best, option.rate, option.seconds, rows)
+        if pays and option.rate * NEAR_BEST_FRACTION > best:
+            tuned, best = TunedSettings(size, False, engine=name), option.rate
+        reasons.append(f"{name} {gain}; engine {tuned.engine}")
+    return tuned, tuple(reasons)
+
+
+def _describe_gain(usual: float, other: float, seconds: float, rows: int) -> tuple[bool, str]:
+    """Whether another rate saves more than twice the seconds until it begins, and the numbers."""
+    saved = rows * (1 / usual - 1 / other) - seconds
+    text = (
+        f"{other:,.0f} images/s instead of {usual:,.0f}, after {seconds:.0f} s: over {rows:,} rows "
+        f"per worker {'saves' if saved > 0 else 'loses'} {abs(saved):,.0f} s"
     )
-    return TunedSettings(size, pays), tuple(reasons)
+    return saved > seconds, text
 
 
 def balance_decoding(
@@ -431,59 +284,3 @@ def balance_decoding(
         f"classifies {f:,.0f}: {format_share(share)} on CPUs"
     )
     return replace(tuned, cpu_decode_fraction=share), reason
-
-
-def _measure_decoding(
-    result: BenchmarkResult, images: BenchmarkInput, classifier: Classifier
-) -> BenchmarkResult:
-    import torch
-
-    from imgcls.data import device_decode
-
-    loaded = _load_readable(images, classifier.preprocess)
-    prepared = [device_decode.prepare_file(file, classifier.preprocess) for file in loaded]
-    files = [file for file in prepared if isinstance(file, device_decode.DeviceJpeg)]
-    if not files:
-        return result
-    fraction = len(files) / len(loaded)
-
-    if classifier.device.type == "cuda":
-        repeats = -(-DEVICE_DECODE_IMAGES // len(files))
-        files = (files * repeats)[:DEVICE_DECODE_IMAGES]
-
-    def decode_on_device() -> None:
-        device_decode.decode_batch(files, classifier.preprocess, device=classifier.device)
-        if classifier.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    rate = len(files) * _measure_rate(decode_on_device)
-    return replace(result, device_decode=rate / fraction)
-
-
-def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
-    from imgcls.data import decode
-
-    files = []
-    for url in images.urls:
-        try:
-            file = filesystem.read_image(url, images.max_bytes)
-            decode.decode_image(file, preprocess)
-        except (StorageError, ImageError):
-            continue  # becomes an error row
-        files.append(file)
-    return files
-
-
-def _measure_rate(work: Callable[[], object], finish: Callable[[], object] = lambda: None) -> float:
-    """Calls per second, after one call to warm up.
-
-    finish: waits for what the calls have submitted
-    """
-    work()
-    finish()
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < _MEASURE_S:
-        work()
-        done += 1
-    finish()
-    return done / (time.perf_counter() - start)

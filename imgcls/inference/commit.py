@@ -78,6 +78,7 @@ def write_success(
     seconds: Mapping[str, float],
     steady_rate: float | None,
     precision: Sequence[str],
+    engine: Sequence[str],
 ) -> None:
     """Mark the run as committed: written last, and only when every row is in the table.
 
@@ -92,6 +93,7 @@ def write_success(
         "manifest_fingerprint": run["identity"]["manifest"]["fingerprint"],
         "settings": run["identity"]["settings"],
         "precision": sorted(precision),
+        "engine": sorted(engine),
         "versions": run["provenance"]["versions"],
         "files": {
             name: filesystem.size(filesystem.join(output, layout.PREDICTIONS_FOLDER, name))

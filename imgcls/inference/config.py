@@ -17,7 +17,7 @@ from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.log import LogFormat
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 from imgcls.runs.lease import DEFAULT_TERM_S
 
 ErrorStatus = Literal[
@@ -94,6 +94,9 @@ class PredictConfig(Section):
     precision: Precision = "auto"
     """auto: bf16 where the hardware has it natively, else fp32. fp16: for GPUs without bf16; an
     image that exceeds its range becomes an error row. int8: on CPUs, with a quantized bundle."""
+    engine: EngineName = "auto"
+    """Library that runs the network. auto: torch, or on CPUs OpenVINO (if installed) where a
+    benchmark before a long run shows that it saves time."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile the model. auto: where a benchmark before a long run shows that it saves time."""
     max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)

@@ -35,6 +35,7 @@ from imgcls.execution.runner import (
 from imgcls.formatting import format_count
 from imgcls.inference import autotune, commit, rollup
 from imgcls.inference.autotune import TunedSettings
+from imgcls.inference.benchmark import BENCHMARK_IMAGES, BenchmarkInput
 from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
@@ -321,9 +322,9 @@ class _PredictRun:
         """The automatic settings: those that the run has stored, else chosen and stored now."""
         config = self.config
 
-        def build_input(rows_per_worker: int) -> autotune.BenchmarkInput:
-            urls = itertools.islice(iter_image_urls(self.manifest), autotune.BENCHMARK_IMAGES)
-            return autotune.BenchmarkInput(
+        def build_input(rows_per_worker: int) -> BenchmarkInput:
+            urls = itertools.islice(iter_image_urls(self.manifest), BENCHMARK_IMAGES)
+            return BenchmarkInput(
                 bundle_url=filesystem.absolute(self.bundle.url),
                 decode=self.bundle.spec.preprocess.decode,
                 precision=config.precision,
@@ -341,6 +342,7 @@ class _PredictRun:
             self.plan.rows,
             build_input,
             self.driver.interruption,
+            engine=config.engine,
         )
         if "chosen" not in run:
             run["chosen"] = tuned.to_json()
@@ -364,6 +366,7 @@ class _PredictRun:
             embeddings=settings["embeddings"],
             decode=settings["decode"],
             precision=settings["precision"],
+            engine=tuned.engine,
             compile=tuned.compile,
             batch_size=tuned.batch_size,
             max_pixels=settings["max_pixels"],
@@ -468,6 +471,7 @@ class _PredictRun:
             seconds={"wall": time.monotonic() - self.started_at, **job_run.stage_seconds},
             steady_rate=job_run.steady_rate,
             precision=sorted(job_run.details.get("precision", ())),
+            engine=sorted(job_run.details.get("engine", ())),
         )
         _remove_staging(output)
         log.emit("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)

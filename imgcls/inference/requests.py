@@ -32,7 +32,8 @@ from imgcls.errors import (
 from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
 from imgcls.inference.config import PredictConfig
-from imgcls.models.bundle import Bundle, load_bundle, require_int8
+from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
+from imgcls.models.openvino_package import check_openvino
 from imgcls.runs import layout
 from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
@@ -53,7 +54,10 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
                 "compile always: an int8 network cannot be compiled. Set --compile never, or "
                 "another --precision"
             )
+        config = config.model_copy(update={"engine": resolve_int8_engine(config.engine, bundle)})
         log.emit("int8", require_int8(bundle).describe_cost())
+    if config.engine == "openvino":
+        check_openvino(compile=config.compile == "always")
     check_columns(manifest)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)
@@ -70,6 +74,7 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "scores": config.scores_type if config.scores else False,
         "limit": config.limit,
         "precision": config.precision,
+        "engine": config.engine,
         "compile": config.compile,
         "batch_size": config.scale.batch_size,
         "max_pixels": config.max_pixels,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from imgcls.data.filesystem import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.messages import RunSpec
+from imgcls.models.bundle import EngineName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,4 +41,5 @@ class PredictSpec(ImageSpec):
     embeddings: bool
     decode: DecodeMode
     precision: str
+    engine: EngineName = "torch"
     compile: bool

@@ -49,12 +49,16 @@ class _ModelLoader:
         self._classifier = Classifier(
             load_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
+            engine=spec.engine,
             device=find_worker_device(self.device),
             decode=spec.decode,
             compile=spec.compile,
             batch_size=spec.batch_size,
         )
-        self.details = {"precision": self._classifier.precision}
+        self.details = {
+            "precision": self._classifier.precision,
+            "engine": self._classifier.engine,
+        }
         return stages.build_schema(spec, self._classifier)
 
 

@@ -39,10 +39,13 @@ NEVER_ACCEPT = 2.0
 rounding included, so that `score >= threshold` is false."""
 BUNDLE_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
+INT8_FILE = "int8.openvino.zip"
+"""The network as OpenVINO's XML and weights, if it is quantized for this engine."""
 MODEL_CARD_FILE = "README.md"
 
 NetworkSource = Literal["torchvision", "timm", "imgcls"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+EngineName = Literal["auto", "torch", "openvino"]
 
 
 class Architecture(Section):
@@ -64,10 +67,16 @@ class VectorScaling(Section):
 
 
 class Int8Calibration(Section):
-    """Activation ranges for int8, and its measured accuracy."""
+    """Data for int8 in one engine, and its measured accuracy."""
 
+    engine: Literal["torch", "openvino"] = "torch"
+    """Engine that the network is quantized for."""
+    model_sha256: str | None = None
+    """Hash of the file with the quantized network, for openvino."""
+    has_vnni: bool = True
+    """Whether the accuracy was measured on a CPU with VNNI or AMX, where no sum overflows."""
     ranges: dict[str, dict[str, tuple[FiniteFloat, FiniteFloat]]]
-    """(minimum, maximum) of the tensors at each convolution; see `models.int8`."""
+    """(minimum, maximum) of the tensors at each convolution, for torch; see `models.int8`."""
     calibration_images: int
     """Number of images that the ranges were measured on."""
     judged_images: int
@@ -173,6 +182,8 @@ class Bundle:
     sha256: str
     storage: StorageConfig = field(default_factory=current_settings, compare=False, repr=False)
     """Storage settings that the bundle was loaded with; its weights are read with them."""
+    unsaved_int8: bytes | None = field(default=None, compare=False, repr=False)
+    """Content of `INT8_FILE` of a bundle that is not written yet."""
 
     def with_decode(self, decode: DecodeMode | None) -> Bundle:
         """The same bundle with another decode route for JPEGs; unchanged for None."""
@@ -221,7 +232,34 @@ def load_bundle(
     with use_settings(storage):
         bundle = read_description(os.fspath(url))
         _read_verified_weights(bundle)
+        load_int8_model(bundle)
     return bundle
+
+
+def load_int8_model(bundle: Bundle) -> bytes | None:
+    """Content of `INT8_FILE`; None if the bundle has none.
+
+    Raises BundleError if it is missing or damaged.
+    """
+    expected = None if bundle.spec.int8 is None else bundle.spec.int8.model_sha256
+    if expected is None or bundle.unsaved_int8 is not None:
+        return bundle.unsaved_int8
+    with use_settings(bundle.storage):
+        return _read_verified(bundle, INT8_FILE, expected)
+
+
+def resolve_int8_engine(wanted: EngineName, bundle: Bundle) -> Literal["torch", "openvino"]:
+    """The engine that a bundle is quantized for.
+
+    Raises BundleError if it is not quantized, or for another engine than the one wanted.
+    """
+    engine = require_int8(bundle).engine
+    if wanted not in ("auto", engine):
+        raise BundleError(
+            f"bundle {bundle.url}: is quantized for {engine}, not for {wanted}; use --engine "
+            f"{engine}, or quantize it again with --engine {wanted}"
+        )
+    return engine
 
 
 def require_int8(bundle: Bundle) -> Int8Calibration:
@@ -243,19 +281,30 @@ def load_bundle_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
 
 
 def save_bundle(
-    url: str, spec: BundleSpec, state: Mapping[str, torch.Tensor], card: str | None = None
+    url: str,
+    spec: BundleSpec,
+    state: Mapping[str, torch.Tensor],
+    card: str | None = None,
+    int8_model: bytes | None = None,
 ) -> Bundle:
     """Write a bundle folder, the description last.
 
-    card: text of README.md (default: `render_minimal_card`)
-    Raises BundleError if a tensor has NaN or infinity, StorageError if the folder cannot be
-    written.
+    card:       text of README.md (default: `render_minimal_card`)
+    int8_model: content of `INT8_FILE`, if the description has its hash
+    Raises BundleError if a tensor has NaN or infinity, or the quantized network is not the one of
+    the description; StorageError if the folder cannot be written.
     """
     from safetensors.torch import save
+
+    found = None if int8_model is None else hashlib.sha256(int8_model).hexdigest()
+    if found != (None if spec.int8 is None else spec.int8.model_sha256):
+        raise BundleError(f"bundle {url}: lacks the quantized network that the description names")
 
     data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
     check_finite_safetensors(data, f"bundle {url}: weights to write")
     filesystem.write(filesystem.join(url, WEIGHTS_FILE), data)
+    if int8_model is not None:
+        filesystem.write(filesystem.join(url, INT8_FILE), int8_model)
     body = spec.model_dump(mode="json") | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     body["sha256"] = _compute_digest(body)
     text = render_minimal_card(spec) if card is None else card
@@ -408,23 +457,28 @@ def is_lfs_pointer(data: bytes) -> bool:
 
 
 def _read_verified_weights(bundle: Bundle) -> bytes:
+    data = _read_verified(bundle, WEIGHTS_FILE, bundle.weights_sha256)
+    check_finite_safetensors(data, f"bundle {bundle.url}: {WEIGHTS_FILE}")
+    return data
+
+
+def _read_verified(bundle: Bundle, name: str, sha256: str) -> bytes:
+    """Content of a file of weights with this hash."""
     try:
-        data = filesystem.read(filesystem.join(bundle.url, WEIGHTS_FILE))
+        data = filesystem.read(filesystem.join(bundle.url, name))
     except StorageError as error:
         raise request_error(BundleError, f"bundle {bundle.url}: {error}", error) from error
     if is_lfs_pointer(data):
         raise BundleError(
-            f"bundle {bundle.url}: {WEIGHTS_FILE} is a Git LFS pointer, not the weights; fetch "
-            "them "
-            "with `git lfs pull`"
+            f"bundle {bundle.url}: {name} is a Git LFS pointer, not the weights; fetch them with "
+            "`git lfs pull`"
         )
     found = hashlib.sha256(data).hexdigest()
-    if found != bundle.weights_sha256:
+    if found != sha256:
         raise BundleError(
-            f"bundle {bundle.url}: {WEIGHTS_FILE} has SHA-256 {found[:12]}..., expected "
-            f"{bundle.weights_sha256[:12]}...; the file is damaged, copy the bundle again"
+            f"bundle {bundle.url}: {name} has SHA-256 {found[:12]}..., expected "
+            f"{sha256[:12]}...; the file is damaged, copy the bundle again"
         )
-    check_finite_safetensors(data, f"bundle {bundle.url}: {WEIGHTS_FILE}")
     return data
 
 

@@ -8,44 +8,36 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from imgcls import log
 from imgcls.data.cuda import CudaTimer, resolve_device
 from imgcls.data.decode import Pixels, stack_images
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig, use_settings
 from imgcls.errors import (
-    BundleError,
     ImageError,
     ImgclsError,
     NotFinite,
     RequestError,
     StorageError,
-    one_line,
 )
-from imgcls.models import fuse_cpu, fuse_cuda, int8, sources, zoo
+from imgcls.models import sources
 from imgcls.models.bundle import (
     Bundle,
+    EngineName,
     Precision,
-    load_bundle_weights,
     read_description,
-    require_int8,
+    resolve_int8_engine,
 )
-from imgcls.models.cuda_graph import CaptureError, CudaGraphRunner
-from imgcls.models.fold_batchnorm import fold_batch_norms
-from imgcls.models.graph_sizes import SizedForward
-from imgcls.models.head import HeadNetwork
-from imgcls.models.normalize import Normalizer
+from imgcls.models.engines import build_engine
 from imgcls.models.notebook_repr import render_failed_prediction, render_prediction
-from imgcls.models.precision import choose_float_dtype, choose_precision
+from imgcls.models.precision import choose_precision
 from imgcls.models.scores import PendingScores, Scores
 from imgcls.models.sources import ImageSource
 from imgcls.models.task import ScoreScaling, find_task, rank_on_device
@@ -121,8 +113,6 @@ class Predictions(list[AnyPrediction]):
 
 MAX_SHOWN = 24
 """Number of predictions in the HTML view."""
-USUAL_BATCH_SIZES = (1, 32)
-"""Sizes for which fused layers are compared with the separate steps on a GPU, if none are given."""
 
 
 class Classifier:
@@ -136,6 +126,9 @@ class Classifier:
         "auto" uses bf16 where the hardware multiplies it natively, else fp32. "fp16" is for GPUs
         without bf16. The attributes `precision` and `precision_reason` hold the choice and its
         reason. "fp32" on a GPU turns TF32 off for all convolutions of the process.
+    engine
+        "torch", or "openvino" for CPUs, an optional package. "auto" is torch. The attribute
+        `engine` holds the engine and its version.
     device
         Default: the GPU if there is one, else the CPU.
     compile
@@ -168,6 +161,7 @@ class Classifier:
         bundle: Bundle,
         *,
         precision: Precision = "auto",
+        engine: EngineName = "auto",
         device: str | torch.device | None = None,
         compile: bool = False,
         batch_size: int | Sequence[int] | None = None,
@@ -178,40 +172,33 @@ class Classifier:
         self.classes = bundle.spec.classes
         self.preprocess = bundle.spec.preprocess
         self.device = resolve_device(device)
-        self.precision, self.precision_reason = choose_precision(precision, self.device)
-        self._dtype = choose_float_dtype(self.precision, self.device)
-        if self.device.type == "cuda" and self.precision == "fp32":
-            # by default cuDNN rounds the factors of a convolution to 10 bits
-            torch.backends.cudnn.allow_tf32 = False
-        sizes = [batch_size] if isinstance(batch_size, int) else batch_size
-        network = load_network(bundle, self.device, self._dtype)
-        _, last = zoo.find_head(network)
-        if self.precision == "int8":
-            network = _quantize_from_bundle(network, bundle, last)
-        elif not compile and self.device.type == "cuda":
-            network = fuse_cuda.fuse_convolutions(
-                network, self.preprocess.crop, keep=last, batch_sizes=sizes or USUAL_BATCH_SIZES
-            )
-        elif not compile:
-            network = fuse_cpu.fuse_convolutions(network, self.preprocess.crop, keep=last)
-        self._network = HeadNetwork(network, in_fp32=self._dtype != torch.float32)
-        self._normalize = Normalizer(self.preprocess, self.device)
+        if precision == "int8" and self.device.type == "cpu":
+            engine = resolve_int8_engine(engine, bundle)
+        self.precision, self.precision_reason = choose_precision(precision, self.device, engine)
+        self._engine = build_engine(
+            engine,
+            bundle,
+            self.device,
+            self.precision,
+            compile=compile,
+            batch_size=batch_size,
+        )
         self.task = find_task(bundle.spec)
         self._scaling = ScoreScaling.from_spec(bundle.spec, self.device)
         self._ranks_on_device = self.device.type == "cuda"
         self._timer_lock = threading.Lock()
         self._last_timer: CudaTimer | None = None
         self._thresholds = np.array(bundle.spec.resolve_thresholds(), np.float32)
-        self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (
-            torch.compile(network) if compile and self.precision != "int8" else network
-        )
-        if self.device.type == "cuda" and sizes is not None:
-            self._compute_logits = self._capture_cuda_graphs(sizes)
+
+    @property
+    def engine(self) -> str:
+        """Name and version of the engine that runs the network, e.g. "torch 2.14.1"."""
+        return f"{self._engine.name} {self._engine.version}"
 
     @property
     def embedding_width(self) -> int:
         """E, the length of an embedding."""
-        return self._network.embedding_width
+        return self._engine.embedding_width
 
     @classmethod
     def load(
@@ -246,7 +233,7 @@ class Classifier:
 
     def upload(self, pixels: torch.Tensor) -> torch.Tensor:
         """Copy (N, 3, crop, crop) uint8 to the device, without waiting for its other work."""
-        return self._normalize.upload(pixels)
+        return self._engine.upload(pixels)
 
     @torch.inference_mode()
     def submit(
@@ -260,9 +247,9 @@ class Classifier:
 
         top_k: number of best classes to find on a GPU; None for no `Scores.order`
         """
-        pixels = self._normalize.upload(batch)
+        pixels = self._engine.upload(batch)
         timer = CudaTimer(self.device)
-        logits, features = self._run_network(pixels, embeddings)
+        logits, features = self._engine.run(pixels, features=embeddings)
         scores = self.task.compute_scores(logits, self._scaling)
         order = None
         if top_k is not None and self._ranks_on_device:
@@ -414,27 +401,6 @@ class Classifier:
             )
         ]
 
-    @torch.inference_mode()
-    def _capture_cuda_graphs(self, sizes: Iterable[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The network as a CUDA graph per batch size, or as it is if it cannot be captured."""
-        crop = self.preprocess.crop
-        graphs = {}
-        try:
-            for size in sizes:
-                example = torch.empty((size, 3, crop, crop), dtype=self._dtype, device=self.device)
-                example = example.to(memory_format=torch.channels_last)
-                graphs[size] = CudaGraphRunner(self._compute_logits, example)
-            return SizedForward(graphs)
-        except CaptureError as error:
-            log.emit("note", f"{self.bundle.url} runs without a CUDA graph: {error}")
-            return self._compute_logits
-
-    def _run_network(
-        self, pixels: torch.Tensor, embeddings: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = self._normalize(pixels).to(self._dtype)
-        return self._network(inputs) if embeddings else (self._compute_logits(inputs), None)
-
 
 def _check_positive(**numbers: int) -> None:
     for name, value in numbers.items():
@@ -453,23 +419,3 @@ def _build_failed_prediction(
     if errors == "raise" or not isinstance(error, (StorageError, ImageError)):
         raise type(error)(message) from error
     return FailedPrediction(error.status, message, source)
-
-
-def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The bundle's network in eval mode, its batch norms folded, channels last."""
-    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
-    try:
-        network.load_state_dict(load_bundle_weights(bundle))
-    except RuntimeError as error:
-        raise BundleError(
-            f"bundle {bundle.url}: the weights do not fit: {one_line(error)}"
-        ) from error
-    return fold_batch_norms(network.eval()).to(device, dtype).to(memory_format=torch.channels_last)
-
-
-def _quantize_from_bundle(network: nn.Module, bundle: Bundle, last: nn.Module) -> nn.Module:
-    ranges = require_int8(bundle).ranges
-    try:
-        return int8.quantize_network(network, bundle.spec.preprocess.crop, keep=last, ranges=ranges)
-    except ValueError as error:
-        raise BundleError(f"bundle {bundle.url}: int8: {error}; quantize it again") from error

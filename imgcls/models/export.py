@@ -40,9 +40,10 @@ from imgcls.errors import (
     first_line,
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
-from imgcls.models.classifier import Classifier, load_network
+from imgcls.models.classifier import Classifier
 from imgcls.models.config import ExportConfig, ExportFormat
 from imgcls.models.task import ScoreScaling, find_task
+from imgcls.models.torch_engine import load_network
 
 EXPORT_FILES: dict[ExportFormat, str] = {
     "onnx": "model.onnx",

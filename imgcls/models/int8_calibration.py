@@ -13,11 +13,11 @@ from imgcls.data.decode import Pixels
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle
-from imgcls.models.classifier import load_network
 from imgcls.models.fuse_cpu import FusedConv2d, insert_fused_convolutions, pack_convolutions
 from imgcls.models.int8 import ValueRange, ValueRanges
 from imgcls.models.normalize import Normalizer
 from imgcls.models.precision import choose_float_dtype
+from imgcls.models.torch_engine import load_network
 
 
 def record_int8_ranges(bundle: Bundle, batches: Iterable[Pixels]) -> ValueRanges:

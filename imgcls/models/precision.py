@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 
 from imgcls.errors import RequestError
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 
+RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""A precision that was chosen."""
 INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
 _ISAS = (
     "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
@@ -28,22 +30,19 @@ _ISA_BY_FLAG = {
 
 
 def choose_precision(
-    wanted: Precision, device: torch.device
-) -> tuple[Literal["fp32", "bf16", "fp16", "int8"], str]:
+    wanted: Precision, device: torch.device, engine: EngineName = "torch"
+) -> tuple[RunPrecision, str]:
     """The precision to run at on a device, and the reason.
 
-    Raises RequestError for int8 on a GPU, or on a CPU without int8 instructions, and for fp16 on a
-    CPU.
+    Raises RequestError for int8 on a GPU, or on a CPU whose instructions the engine cannot use for
+    it, and for fp16 on a CPU.
     """
     if wanted == "fp16" and device.type != "cuda":
         raise RequestError("precision fp16: runs on GPUs only; use bf16 or auto on a CPU")
     if wanted == "int8" and device.type != "cpu":
         raise RequestError("precision int8: runs on CPUs only; use bf16 or auto on a GPU")
-    if wanted == "int8" and not read_cpu_flags() & INT8_FLAGS:
-        raise RequestError(
-            f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
-            "sums overflow; use --precision auto"
-        )
+    if wanted == "int8":
+        _check_int8_instructions(engine)
     if wanted != "auto":
         return wanted, "as requested"
     if device.type == "cuda":
@@ -56,6 +55,28 @@ def choose_precision(
         if flag in flags:
             return "bf16", f"the CPU has {name}"
     return "fp32", "the CPU has no bfloat16 instructions"
+
+
+def has_int8_instructions() -> bool:
+    """Whether the CPU sums products of int8 without overflow."""
+    return bool(read_cpu_flags() & INT8_FLAGS)
+
+
+def _check_int8_instructions(engine: EngineName) -> None:
+    flags = read_cpu_flags()
+    if engine == "openvino" and "avx2" not in flags:
+        raise RequestError("precision int8: this CPU has no AVX2; use --precision auto")
+    if engine != "openvino" and not has_int8_instructions():
+        raise RequestError(
+            f"precision int8: this CPU has none of {', '.join(sorted(INT8_FLAGS))}, without which "
+            "sums overflow in torch; use --precision auto, or a bundle from `imgcls model quantize "
+            "--engine openvino`"
+        )
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 natively."""
+    return choose_precision("auto", device)[0] == "bf16"
 
 
 def choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtype:

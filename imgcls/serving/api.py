@@ -92,6 +92,7 @@ class ModelDescription(BaseModel):
     threshold: float
     thresholds: dict[str, float]
     precision: str
+    engine: str = Field(description="Library that runs the network, and its version.")
     embedding_width: int
     metrics: dict[str, float]
 

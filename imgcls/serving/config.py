@@ -11,7 +11,7 @@ from imgcls.config import Names, Section, UnitFloat
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.log import LogFormat
-from imgcls.models.bundle import Precision
+from imgcls.models.bundle import EngineName, Precision
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 MIB = 1 << 20
@@ -135,6 +135,9 @@ class ServeConfig(Section):
     precision: Precision = "auto"
     """Numeric precision of the model; auto: bf16 if the hardware supports it, otherwise fp32. fp16:
     on GPUs, for those without bf16."""
+    engine: EngineName = "auto"
+    """Library that runs the network: torch, or openvino, an optional package for CPUs. auto: torch.
+    """
     top_k: PositiveInt = 5
     """Default number of labels per image."""
     threshold: UnitFloat | None = None

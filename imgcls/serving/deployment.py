@@ -24,6 +24,7 @@ from imgcls.cluster.session import DeviceType
 from imgcls.data import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
+from imgcls.models.openvino_package import check_openvino
 from imgcls.serving import api_keys
 from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import ApiKey, Keyring
@@ -247,7 +248,7 @@ def build_from_args(args: dict[str, Any]) -> serve.Application:
 
 
 def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
-    """Check the API keys and the bundle before anything starts.
+    """Check the API keys, the bundle and the engine before anything starts.
 
     Returns the keys that are not in the key file. Raises RequestError or BundleError.
     """
@@ -259,4 +260,6 @@ def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
             f"{config.keys.file} --name NAME` to create one"
         )
     load_bundle(config.model)
+    if config.engine == "openvino":
+        check_openvino(compile=False)
     return fixed_keys

@@ -82,6 +82,7 @@ class ServedModel:
         classifier = Classifier(
             bundle,
             precision=config.precision,
+            engine=config.engine,
             device=find_worker_device(device),
             batch_size=sizes,
             decode=config.decode,
@@ -107,6 +108,7 @@ class ServedModel:
             "threshold": spec.threshold if threshold is None else threshold,
             "thresholds": spec.thresholds if threshold is None else {},
             "precision": self.classifier.precision,
+            "engine": self.classifier.engine,
             "embedding_width": self.classifier.embedding_width,
             "metrics": spec.metrics,
         }

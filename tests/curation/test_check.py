@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from imgcls import config as configuration
 from imgcls.curation.check import CheckResult, _check_readable, _open_manifests, check, find_dropped
 from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, build_issue_table
 from imgcls.curation.checks.report import build_section
-from imgcls.curation.config import CheckConfig, Issue
-from imgcls.curation.scan import ScannedManifest
+from imgcls.curation.config import CheckConfig, Issue, ScanConfig
+from imgcls.curation.scan import ScannedManifest, _build_identity
 from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.errors import ConfigError, ManifestError, OutputError
+from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.execution.plan import Plan
+from imgcls.models import openvino_package
+from imgcls.models.bundle import load_bundle
 from imgcls.runs.layout import write_table
 from tests.conftest import write_manifest
 from tests.curation.pictures import images_of, jpeg, picture
@@ -46,6 +49,30 @@ def test_an_issue_that_cannot_be_found_is_refused(
     with pytest.raises(ConfigError, match=message):
         check(manifest=str(tmp_path / "m.csv"), output=str(tmp_path / "out"), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_engine_is_refused_before_ray_starts(
+    tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_package, "is_openvino_installed", lambda: False)
+    write_manifest(tmp_path / "m.csv", [("a.jpg",)], ("path",))
+    places = {"manifest": str(tmp_path / "m.csv"), "output": str(tmp_path / "out")}
+    with pytest.raises(RequestError, match=r"run: pip install 'imgcls\[openvino\]'"):
+        check(model=str(color_bundle), engine="openvino", **places)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_engine_is_part_of_what_a_resumed_scan_must_match(
+    tmp_path: Path, color_bundle: Path
+) -> None:
+    write_manifest(tmp_path / "m.csv", [("a.jpg",)], ("path",))
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.csv")))
+    config = ScanConfig(manifest=ManifestConfig(path=str(tmp_path / "m.csv")), output="out")
+    one, other = (
+        _build_identity(manifest, config, load_bundle(str(color_bundle)), engine)
+        for engine in ("openvino", "torch")
+    )
+    assert other.find_differences(asdict(one)) == ["settings.engine: 'openvino' then, 'torch' now"]
 
 
 def test_overwrite_removes_no_input(tmp_path: Path) -> None:

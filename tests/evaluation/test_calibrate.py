@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from imgcls.evaluation.calibrate import (
 from imgcls.evaluation.config import CalibrateConfig
 from imgcls.metrics import expected_calibration_error
 from imgcls.models import zoo
-from imgcls.models.bundle import NEVER_ACCEPT, Bundle, BundleSpec, load_bundle, save_bundle
+from imgcls.models.bundle import (
+    INT8_FILE,
+    NEVER_ACCEPT,
+    Bundle,
+    BundleSpec,
+    Int8Calibration,
+    load_bundle,
+    load_bundle_weights,
+    save_bundle,
+)
 from imgcls.models.classifier import Classifier
 from tests.evaluation.runs import CLASSES, commit, drawn
 
@@ -142,6 +152,20 @@ def test_a_bundle_keeps_its_confidences_where_all_held_out_rows_are_right(
     out = capsys.readouterr().out
     assert "note: all held-out predictions are correct, so they determine no temperature" in out
     assert "the old threshold does not apply" not in out
+
+
+def test_the_new_bundle_keeps_the_quantized_network(bundle: Bundle, tmp_path: Path) -> None:
+    data = b"a network for OpenVINO"
+    int8 = Int8Calibration(
+        engine="openvino", model_sha256=hashlib.sha256(data).hexdigest(), ranges={},
+        calibration_images=1, judged_images=1, agreement=1,
+    )  # fmt: skip
+    spec = bundle.spec.model_copy(update={"int8": int8})
+    weights = load_bundle_weights(bundle)
+    quantized = save_bundle(str(tmp_path / "quantized"), spec, weights, int8_model=data)
+    made = calibrate(request(quantized, run_of(tmp_path, quantized))).bundle
+    assert load_bundle(made.url).spec.int8 == int8
+    assert (Path(made.url) / INT8_FILE).read_bytes() == data
 
 
 def test_a_bundle_that_is_there_is_replaced_only_when_asked(bundle: Bundle, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from imgcls.data.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError
+from imgcls.evaluation import quantize
 from imgcls.evaluation.config import QuantizeConfig
 from imgcls.evaluation.quantize import quantize_bundle
 from imgcls.models.bundle import load_bundle
@@ -19,10 +20,14 @@ from imgcls.models.import_weights import import_model
 from imgcls.models.precision import INT8_FLAGS, read_cpu_flags
 from tests.conftest import COLORS
 
-pytestmark = pytest.mark.skipif(
-    not read_cpu_flags() & INT8_FLAGS,
-    reason="this machine does not multiply int8",
-)
+pytestmark = pytest.mark.skipif("avx2" not in read_cpu_flags(), reason="this CPU has no AVX2")
+
+
+@pytest.fixture(params=["torch", "openvino"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "torch" and not read_cpu_flags() & INT8_FLAGS:
+        pytest.skip("this machine does not multiply int8 in torch")
+    return str(request.param)
 
 
 def order(manifest: Path, bundle: Path, output: Path, **more: object) -> QuantizeConfig:
@@ -36,14 +41,17 @@ def test_the_cost_is_measured_on_images_that_were_not_used_for_calibration(
     color_bundle: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    engine: str,
 ) -> None:
     manifest, output = colors(70), tmp_path / "int8"
     (tmp_path / "images" / "00003.jpg").write_bytes(b"broken")
     (tmp_path / "images" / "00005.jpg").unlink()
-    made = quantize_bundle(order(manifest, color_bundle, output, images=64))
+    made = quantize_bundle(order(manifest, color_bundle, output, images=64, engine=engine))
     int8 = made.spec.int8
     assert int8 is not None
     assert (int8.calibration_images, int8.judged_images) == (32, 32)
+    assert int8.has_vnni == bool(read_cpu_flags() & INT8_FLAGS)
+    assert (int8.engine, made.spec.int8) == (engine, load_bundle(str(output)).spec.int8)
     before = load_bundle(str(color_bundle))
     assert made.weights_sha256 == before.weights_sha256
     assert made.spec.model_copy(update={"int8": None}) == before.spec
@@ -80,6 +88,22 @@ def test_without_labels_only_agreement_is_measured(
     assert int8.accuracy is int8.accuracy_fp32 is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "engine", "reason"),
+    [
+        ({"avx2", "avx512_vnni"}, "torch", "this CPU has VNNI or AMX"),
+        ({"avx2"}, "openvino", "this CPU has neither VNNI nor AMX, which int8 in torch requires"),
+    ],
+)
+def test_the_engine_is_chosen_by_the_instructions_of_the_cpu(
+    flags: set[str], engine: str, reason: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: flags)
+    assert quantize._choose_engine("auto") == engine
+    assert capsys.readouterr().out == f"engine  {engine}: {reason}\n"
+
+
 def test_impossible_requests_are_rejected_before_anything_is_written(
     colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
 ) -> None:
@@ -96,7 +120,10 @@ def test_impossible_requests_are_rejected_before_anything_is_written(
 
 
 @pytest.mark.shared
-def test_real_weights_agree_on_real_photographs(shared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", ["torch", pytest.param("openvino", marks=pytest.mark.slow)], indirect=True
+)
+def test_real_weights_agree_on_real_photographs(shared: Path, tmp_path: Path, engine: str) -> None:
     weights = shared / "weights"
     config = ImportConfig(
         arch="squeezenet1_0",
@@ -106,7 +133,8 @@ def test_real_weights_agree_on_real_photographs(shared: Path, tmp_path: Path) ->
     )
     import_model(config)
     manifest = shared / "data" / "imagenet-sample" / "manifest.csv"
-    int8 = quantize_bundle(order(manifest, tmp_path / "bundle", tmp_path / "int8")).spec.int8
+    asked = order(manifest, tmp_path / "bundle", tmp_path / "int8", engine=engine)
+    int8 = quantize_bundle(asked).spec.int8
     assert int8 is not None
     assert int8.judged_images == 167
     assert int8.agreement > 0.9  # 158 of 167 were the same when this was written

@@ -249,7 +249,13 @@ class Nightly:
             layout.write_run(output, run | {"refused": str(error)})
             raise
         commit.write_success(
-            output, run=run, counts=counts, seconds={"wall": 1.0}, steady_rate=None, precision=[]
+            output,
+            run=run,
+            counts=counts,
+            seconds={"wall": 1.0},
+            steady_rate=None,
+            precision=[],
+            engine=[],
         )
         mark = Path(output) / layout.SUCCESS_FILE
         success = json.loads(mark.read_text())

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import ray
-import torch
 
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import RunFailed
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import Placement, plan_placement
 from imgcls.execution.worker import is_cpu_chunk
 from imgcls.formatting import format_share
 from imgcls.inference import autotune
-from imgcls.inference.autotune import BenchmarkInput, BenchmarkResult, BenchmarkSpec, TunedSettings
-from imgcls.models import classifier as classifiers
-from imgcls.models.bundle import Bundle
-from imgcls.models.classifier import Classifier
-from tests.conftest import draw
+from imgcls.inference.autotune import TunedSettings
+from imgcls.inference.benchmark import BenchmarkInput, BenchmarkResult, BenchmarkSpec, OptionRate
+from imgcls.models.bundle import EngineName
 
 CPUS = plan_placement([Node(cpus=2, gpus=0)], ScaleConfig())
 GPUS = plan_placement([Node(cpus=16, gpus=2, accelerator="H200")], ScaleConfig())
@@ -56,16 +49,54 @@ def test_only_automatic_settings_are_benchmarked() -> None:
     assert autotune.plan_benchmark(scale, "never", placement, LONG) is None
 
 
+@pytest.mark.parametrize(
+    ("engine", "placement", "compile", "installed", "measured"),
+    [
+        ("auto", CPUS, "auto", True, ("openvino",)),
+        ("auto", CPUS, "never", True, ("openvino",)),
+        ("auto", CPUS, "always", True, None),  # OpenVINO takes no compiled network
+        ("auto", CPUS, "never", False, None),
+        ("auto", GPUS, "auto", True, ()),
+        ("torch", CPUS, "auto", True, ()),
+        ("openvino", CPUS, "auto", True, None),
+    ],
+)
+def test_openvino_is_measured_on_cpus_where_it_is_installed(
+    engine: EngineName, placement: Placement, compile: autotune.CompileMode, installed: bool,
+    measured: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(autotune, "is_openvino_installed", lambda: installed)
+    spec = autotune.plan_benchmark(ScaleConfig(), compile, placement, LONG, engine)
+    assert (None if spec is None else spec.engines) == measured
+    assert autotune.plan_benchmark(ScaleConfig(), compile, CPUS, 39_999, engine) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "used"), [("auto", "torch"), ("torch", "torch"), ("openvino", "openvino")]
+)
+def test_a_run_that_is_not_benchmarked_takes_torch_unless_another_is_set(
+    engine: EngineName, used: str
+) -> None:
+    def build_input(rows: int) -> BenchmarkInput:
+        raise AssertionError("a short run is not benchmarked")
+
+    tuned = autotune.tune_settings(
+        None, ScaleConfig(), "auto", CPUS, 100, build_input, Interruption(), engine=engine
+    )
+    assert tuned == TunedSettings(32, False, engine=used)
+
+
 def test_a_resumed_run_keeps_what_changes_its_results() -> None:
     def build_input(rows: int) -> BenchmarkInput:
         raise AssertionError("a resumed run is not benchmarked")
 
-    stored = {"batch_size": 64, "compile": True, "host_share": None}
+    stored = {"batch_size": 64, "compile": True, "host_share": None, "engine": "openvino"}
     for placement in (CPUS, GPUS):
         kept = autotune.tune_settings(
-            stored, ScaleConfig(), "auto", placement, LONG, build_input, Interruption()
-        )
-        assert kept == TunedSettings(64, True)
+            stored, ScaleConfig(), "auto", placement, LONG, build_input, Interruption(),
+            engine="auto",
+        )  # fmt: skip
+        assert kept == TunedSettings(64, True, engine="openvino")
         assert kept.apply_to(placement) == placement
     split = TunedSettings(64, True, 0.3).apply_to(GPUS)
     assert (split.name, split.cpu_decode_fraction) == ("gpu_decode", 0.3)
@@ -73,10 +104,11 @@ def test_a_resumed_run_keeps_what_changes_its_results() -> None:
 
 
 def test_the_stored_choice_has_the_keys_of_earlier_versions() -> None:
-    stored = {"batch_size": 64, "compile": True, "host_share": 0.25}
+    stored = {"batch_size": 64, "compile": True, "host_share": 0.25, "engine": "openvino"}
     assert TunedSettings.from_json(stored).to_json() == stored
     del stored["host_share"]  # of a version without GPU decoding
-    assert TunedSettings.from_json(stored).cpu_decode_fraction is None
+    del stored["engine"]  # of a version that ran torch only
+    assert TunedSettings.from_json(stored) == TunedSettings(64, True, None, "torch")
 
 
 # ------------------------------------------------------------------ the choice
@@ -108,18 +140,37 @@ def test_a_network_is_compiled_where_that_saves_twice_its_cost(
     assert reasons[1].endswith(f"over {rows:,} rows per worker {end}")
 
 
-def test_a_network_that_cannot_be_compiled_runs_uncompiled(
-    color_bundle: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("rate", "seconds", "engine", "end"),
+    [
+        (125, 4, "openvino", "saves 16 s; engine openvino"),
+        (125, 12, "torch", "saves 8 s; engine torch"),  # saves less than the time to convert it
+        (103, 0, "torch", "saves 3 s; engine torch"),  # within what a benchmark varies by
+        (90, 0, "torch", "loses 11 s; engine torch"),
+    ],
+)
+def test_an_engine_is_chosen_where_it_saves_twice_its_cost(
+    rate: float, seconds: float, engine: str, end: str
 ) -> None:
-    def refuse(network: object) -> object:
-        raise RuntimeError("No working C++ compiler found\nadvice")
+    result = BenchmarkResult({32: 100}, engines={"openvino": OptionRate(rate, seconds)})
+    tuned, reasons = autotune.choose_settings(result, 10_000)
+    assert tuned == TunedSettings(32, False, engine=engine)
+    assert reasons[1] == (
+        f"openvino {rate} images/s instead of 100, after {seconds} s: over 10,000 rows per worker "
+        f"{end}"
+    )
 
-    monkeypatch.setattr(torch, "compile", refuse)
-    images = BenchmarkInput(str(color_bundle), "fast", "fp32", LONG, (), StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8,), True, False), images, 1, "cpu")
-    tuned, reasons = autotune.choose_settings(result, LONG)
-    assert tuned == TunedSettings(8, False)
-    assert reasons[1] == "not compiled: No working C++ compiler found"
+
+def test_a_compiled_network_and_an_engine_compete_with_each_other() -> None:
+    def choose(engine_rate: float) -> TunedSettings:
+        result = BenchmarkResult(
+            {32: 100}, compiled=150, compile_seconds=60,
+            engines={"openvino": OptionRate(engine_rate, 5)},
+        )  # fmt: skip
+        return autotune.choose_settings(result, LONG)[0]
+
+    assert choose(149) == TunedSettings(32, True)
+    assert choose(200) == TunedSettings(32, False, engine="openvino")
 
 
 @pytest.mark.parametrize(
@@ -191,33 +242,6 @@ def test_chunks_are_spread_evenly_over_cpus_and_gpus(share: float) -> None:
 # ------------------------------------------------------------------ the benchmark
 
 
-def test_a_worker_measures_its_network_and_its_decoding(color_bundle: Path, tmp_path: Path) -> None:
-    good, broken = tmp_path / "good.jpg", tmp_path / "broken.jpg"
-    draw("red").save(good)
-    broken.write_bytes(b"no image")
-    urls = (str(good), str(broken), str(tmp_path / "missing.jpg"))
-    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, urls, StorageConfig())
-    result = autotune.measure_rates(BenchmarkSpec((8, 16), True, True), images, 1, "cpu")
-    assert set(result.forward) == {8, 16}
-    assert min(result.forward.values()) > 0
-    assert result.compiled is None  # one row is labeled sooner than a network is compiled
-    assert result.device_decode is not None
-    assert result.device_decode > 0
-    decoding = autotune.DecodeBenchmark(images)
-    decoding.load()
-    for step in autotune.DECODE_STEPS:
-        assert decoding.measure(step) > 0
-    none = autotune.measure_rates(
-        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
-    )
-    assert none.device_decode is None
-    draw("red").save(tmp_path / "missing.jpg", "PNG")  # readable, but not by the device
-    png = autotune.measure_rates(
-        BenchmarkSpec((8,), False, True), replace(images, urls=urls[1:]), 1, "cpu"
-    )
-    assert png.device_decode is None
-
-
 def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -252,63 +276,3 @@ def test_all_cores_of_a_gpu_decode_at_once_when_they_are_measured(
         {64: 9000}, cpu_decode=400.0, cpu_verify=800.0, device_decode=3000
     )
     assert calls == ["load"] * 17 + ["decode"] * 17 + ["verify"] * 17 + ["kill"] * 17
-
-
-def test_a_batch_that_is_still_computed_counts_when_it_is_done(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
-
-    def submit() -> None:
-        clock[0] += 0.25  # 4 batches within the second
-
-    def finish() -> None:
-        clock[0] += 1.0  # until the GPU has done them
-
-    assert autotune._measure_rate(submit, finish) == 2.0
-
-
-@pytest.fixture
-def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A "GPU", in truth the CPU, with memory for batches of up to 100."""
-
-    class SmallClassifier(Classifier):
-        def __init__(self, bundle: Bundle, **options: Any) -> None:
-            assert options.pop("device").type == "cuda"
-            if (options.pop("batch_size", None) or 1) > 100:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            super().__init__(bundle, device="cpu", **options)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(classifiers, "Classifier", SmallClassifier)
-    monkeypatch.setattr(autotune, "_MEASURE_S", 0.0)
-
-
-def test_a_batch_size_that_a_gpu_has_no_memory_for_is_not_chosen(
-    small_gpu: None, color_bundle: Path
-) -> None:
-    images = BenchmarkInput(str(color_bundle), "fast", "fp32", 1, (), StorageConfig())
-    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, False)
-    result = autotune.measure_rates(spec, images, 1, "cuda")
-    assert (set(result.forward), result.too_large) == ({64}, 128)
-    tuned, reasons = autotune.choose_settings(result, LONG)
-    assert tuned == TunedSettings(64, False)
-    assert reasons[0].endswith(", 128: out of memory")
-    with pytest.raises(RunFailed, match=r"batches of 128: .*Set a smaller --scale\.batch-size"):
-        autotune.measure_rates(replace(spec, batch_sizes=(128,)), images, 1, "cuda")
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_benchmarked_with_graphs_and_nvjpeg(color_bundle: Path, tmp_path: Path) -> None:
-    for i in range(4):
-        draw("red", (320, 240), seed=i).save(tmp_path / f"{i}.jpg")
-    urls = tuple(str(tmp_path / f"{i}.jpg") for i in range(4))
-    images = BenchmarkInput(str(color_bundle), "fast", "auto", 1, urls, StorageConfig())
-    spec = BenchmarkSpec(autotune.GPU_BATCH_SIZES, False, True)
-    result = autotune.measure_rates(spec, images, 1, "cuda")
-    assert set(result.forward) == set(autotune.GPU_BATCH_SIZES)
-    assert min(result.forward.values()) > 0
-    assert result.device_decode is not None
-    assert result.device_decode > 0

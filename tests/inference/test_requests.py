@@ -16,6 +16,7 @@ from imgcls.errors import RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
 from imgcls.inference.requests import check_columns, resolve_settings
+from imgcls.models import openvino_package
 from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
 from tests.s3 import forget_connections, url
@@ -37,6 +38,33 @@ def test_int8_needs_a_bundle_that_was_prepared_for_it(tmp_path: Path, color_bund
     assert f"`imgcls model quantize --model {color_bundle} --manifest FILE --output NEW`" in message
     message = refused(tmp_path, color_bundle, "a.jpg", precision="int8", compile="always")
     assert "an int8 network cannot be compiled" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"compile": "always"}, "takes no compiled network; use --engine torch, or set --compile"),
+        ({}, "is not installed; run: pip install 'imgcls[openvino]', or use --engine torch"),
+    ],
+)
+def test_an_engine_that_cannot_run_is_refused_before_ray_starts(
+    tmp_path: Path, color_bundle: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, str],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(openvino_package, "is_openvino_installed", lambda: False)
+    assert message in refused(tmp_path, color_bundle, "a.jpg", engine="openvino", **more)
+
+
+def test_the_engine_is_part_of_what_a_resumed_run_must_match(color_bundle: Path) -> None:
+    bundle = load_bundle(str(color_bundle))
+
+    def identity(engine: str) -> RunIdentity:
+        asked = {"manifest": "m.csv", "model": bundle.url, "output": "out", "engine": engine}
+        return RunIdentity({}, {}, resolve_settings(build(PredictConfig, asked), bundle))
+
+    assert identity("torch").find_differences(asdict(identity("openvino"))) == [
+        "settings.engine: 'openvino' then, 'torch' now"
+    ]
 
 
 def test_exact_decoding_is_refused_where_gpus_are_to_decode(

@@ -33,6 +33,7 @@ from imgcls.execution.plan import Plan
 from imgcls.inference import stages
 from imgcls.inference.specs import PredictSpec
 from imgcls.inference.stages import PreparedImages
+from imgcls.models.bundle import EngineName
 from imgcls.models.classifier import Classifier
 from imgcls.models.scores import PendingScores
 from imgcls.models.task import SINGLE_LABEL
@@ -125,12 +126,13 @@ def test_scores_are_float32_unless_float16_is_asked_for(
             assert rounded == np.array(exact).astype(np.float16).tolist()
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_doing_a_chunk_twice_writes_the_same_bytes(
-    spec: PredictSpec, color_bundle: Path, tmp_path: Path
+    spec: PredictSpec, color_bundle: Path, tmp_path: Path, engine: EngineName
 ) -> None:
     written = []
     for _ in range(2):
-        fresh = Classifier.load(str(color_bundle), precision="fp32", device="cpu")
+        fresh = Classifier.load(str(color_bundle), precision="fp32", engine=engine, device="cpu")
         for number in range(3):
             work = ChunkTask(number)
             write_chunk(spec, work, predict_alone(spec, fresh, work), StageTimings())

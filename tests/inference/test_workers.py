@@ -29,8 +29,8 @@ from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
 from imgcls.execution.worker import run_first_stage, unpack_prepared, unpickle_cell
-from imgcls.inference import autotune, workers
-from imgcls.inference.autotune import BenchmarkInput, BenchmarkSpec
+from imgcls.inference import benchmark, workers
+from imgcls.inference.benchmark import BenchmarkInput, BenchmarkSpec
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
@@ -80,7 +80,7 @@ def test_a_worker_without_a_gpu_uses_none_although_there_is_one(
     for worker in (workers.CpuWorker(spec, 1, "cpu"), ScanWorker(scan, 1, "cpu")):
         assert worker._classifier.device == torch.device("cpu")
     images = BenchmarkInput(bundle.url, "fast", "fp32", 1, (), StorageConfig())
-    assert autotune.measure_rates(BenchmarkSpec((1,), False, False), images, 1, "cpu").forward
+    assert benchmark.measure_rates(BenchmarkSpec((1,), False, False), images, 1, "cpu").forward
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,23 @@ def test_crashes_in_both_stages_are_counted_in_the_result(
     finished = workers.GpuWorker(spec, 1, "cpu")(run_prepare(spec, cpu_fraction))
     result: ChunkResult = unpickle_cell(pa.table(finished), "result")
     assert (result.rows, result.status, result.crashes) == (4, {"ok": 4}, 3)
-    assert result.details == {"precision": "fp32"}
+    assert result.details == {"precision": "fp32", "engine": f"torch {torch.__version__}"}
+
+
+def test_a_worker_runs_the_engine_of_its_run(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    changes = {"bundle_sha256": bundle.sha256, "engine": "openvino"}
+    spec = spec_of(tmp_path / "out", plan, manifest, bundle.url, **changes)
+    scan = ScanSpec(
+        **{field.name: getattr(spec, field.name) for field in dataclasses.fields(ImageSpec)},
+        bundle_url=bundle.url, bundle_sha256=bundle.sha256, decode=None, engine="openvino",
+    )  # fmt: skip
+    for worker in (workers.CpuWorker(spec, 1, "cpu"), ScanWorker(scan, 1, "cpu")):
+        assert worker.details["engine"].startswith("openvino ")
 
 
 def test_a_file_that_crashes_the_process_that_fetches_it_is_a_crashed_row(

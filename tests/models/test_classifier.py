@@ -336,7 +336,7 @@ def test_fp16_scores_are_close_and_one_that_overflows_is_no_prediction(
     np.testing.assert_allclose(found.scores, small.classify(batch).scores, atol=2e-3)
     assert found.embedding is not None
     assert (found.scores.dtype, found.embedding.dtype) == (np.float32, np.float32)
-    half._normalize._scale *= 1e6  # beyond 65,504
+    half._engine._normalize._scale *= 1e6  # beyond 65,504
     assert not half.classify(batch).is_finite.any()
     assert "in fp16; run it with --precision fp32" in str(half.build_not_finite_error())
 

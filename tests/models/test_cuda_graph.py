@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from imgcls.data.cuda import exit_on_device_failure
-from imgcls.models import classifier as classifiers
+from imgcls.models import torch_engine
 from imgcls.models.classifier import Classifier
 from imgcls.models.cuda_graph import WARM_UP_PASSES, CaptureError, CudaGraphRunner
 from imgcls.models.graph_sizes import SizedForward
@@ -121,10 +121,10 @@ def test_a_network_that_cannot_be_captured_runs_without_a_graph(
         raise CaptureError("it waits for the device")
 
     classifier = Classifier.load(str(bundle_of(tmp_path / "b", "small_cnn")), device="cpu")
-    network = classifier._compute_logits
-    monkeypatch.setattr(classifiers, "CudaGraphRunner", refuse)
+    network = classifier._engine._compute_logits
+    monkeypatch.setattr(torch_engine, "CudaGraphRunner", refuse)
     with caplog.at_level(logging.WARNING, "imgcls"):
-        assert classifier._capture_cuda_graphs([SIZE]) is network
+        assert classifier._engine._capture_cuda_graphs([SIZE]) is network
     assert caplog.messages == [
         f"{tmp_path / 'b'} runs without a CUDA graph: it waits for the device"
     ]
@@ -194,7 +194,7 @@ def test_a_bundle_is_loaded_while_another_one_answers(
     expected = plain.classify(batch).scores
     for _ in range(5):
         loaded = Classifier(replayed.bundle, precision="fp32", device="cuda", batch_size=SIZE)
-        assert isinstance(loaded._compute_logits, SizedForward)
+        assert isinstance(loaded._engine._compute_logits, SizedForward)
         np.testing.assert_allclose(loaded.classify(batch).scores, expected, atol=1e-5)
     for scores in list(under_load):
         np.testing.assert_allclose(scores, expected, atol=1e-5)

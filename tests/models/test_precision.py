@@ -72,3 +72,6 @@ def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"avx2"})
     with pytest.raises(RequestError, match="amx_int8, avx512_vnni, avx_vnni, without which"):
         choose_precision("int8", torch.device("cpu"))
+    assert choose_precision("int8", torch.device("cpu"), "openvino")[0] == "int8"
+    monkeypatch.setattr("imgcls.models.precision.read_cpu_flags", lambda: {"amx_int8"})
+    assert choose_precision("int8", torch.device("cpu"))[0] == "int8"

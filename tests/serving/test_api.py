@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 from PIL import Image
 
 from imgcls.client import Client, ServiceError
@@ -110,6 +111,7 @@ def test_the_model_is_described(server: Running) -> None:
     description = requests.get(f"{server.url}/v1/model", timeout=10).json()
     assert description["classes"] == ["red", "green", "blue"]
     assert description["sha256"] == server.service.model.sha256
+    assert description["engine"] == f"torch {torch.__version__}"
     assert description["preprocess"]["crop"] == 32 or description["preprocess"]["crop"] > 0
     for path in ("/healthz", "/readyz"):
         response = requests.get(f"{server.url}{path}", timeout=10)

@@ -12,6 +12,7 @@ from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import Node
 from imgcls.config import build
 from imgcls.errors import RequestError
+from imgcls.models import openvino_package
 from imgcls.serving import serve as serving
 from imgcls.serving.config import ServeConfig
 from imgcls.serving.serve import has_missing_replicas, serve
@@ -49,6 +50,7 @@ def fail(*_: object) -> None:
             {"http": {"certificate": "c.pem", "private_key": "k.pem"}},
             "Pass a PEM file",
         ),
+        ({"engine": "openvino"}, r"is not installed; run: pip install 'imgcls\[openvino\]'"),
     ],
 )
 def test_wrong_settings_are_rejected_before_ray_starts(
@@ -59,6 +61,7 @@ def test_wrong_settings_are_rejected_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session, "connect", fail)
+    monkeypatch.setattr(openvino_package, "is_openvino_installed", lambda: False)
     monkeypatch.chdir(tmp_path)
     config = build(ServeConfig, {"model": str(color_bundle), **settings})
     with pytest.raises(RequestError, match=message):
