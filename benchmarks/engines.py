@@ -122,7 +122,7 @@ def _onnxruntime(bundle: Path) -> Run:
 
     from imgcls import log
     from imgcls.models.config import ExportConfig
-from imgcls.models.export import export_bundle
+    from imgcls.models.export import export_bundle
 
     log.show = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
