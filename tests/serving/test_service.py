@@ -72,7 +72,7 @@ class SmallGpu:
 
 
 def network_of(running: Running) -> nn.Module:
-    network: Any = running.service.model.classifier._compute_logits
+    network: Any = running.service.model.classifier._engine._compute_logits
     assert isinstance(network, nn.Module)
     return network
 
