@@ -257,7 +257,11 @@ def test_a_gpu_without_memory_is_no_property_of_the_network(cudnn: Cudnn) -> Non
 def test_a_classifier_on_a_gpu_has_fused_layers(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "bundle", "resnet18")
     classifier = Classifier.load(str(bundle), device="cuda", batch_size=SIZES)
-    layers = [module for module in classifier._engine._network.modules() if isinstance(module, CudnnConv2d)]
+    layers = [
+        module
+        for module in classifier._engine._network.modules()
+        if isinstance(module, CudnnConv2d)
+    ]
     assert len(layers) == 16
 
 
