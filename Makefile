@@ -66,6 +66,7 @@ bench-more: venv  ## other models and kinds of images, agreement, start-up, grow
 	$(BIN)/python -m benchmarks.scale nodes
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.duplicates
+	$(BIN)/python -m benchmarks.engines
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
