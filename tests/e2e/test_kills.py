@@ -336,7 +336,7 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
     with small_disk(tmp_path / "disk", "2m") as disk:
         filler = disk / "filler"
         # room for the plan, but not for the chunks of a single part, however soon those are joined
-        filler.write_bytes(b"x" * 2_010_000)
+        filler.write_bytes(b"x" * 2_040_000)
         command = arguments(photographs, color_bundle, disk / "out")
         full = run_here(*command)
         assert full.returncode == 1, (full.stdout, full.stderr)
