@@ -188,7 +188,10 @@ def imgcls(
 
 
 def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run an `imgcls` command in this process to its end."""
+    """Run an `imgcls` command in this process to its end.
+
+    Not for a run that is to fail midway: it ends its process if a thread is still inside Ray.
+    """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.main([str(argument) for argument in arguments])

@@ -331,14 +331,14 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
-    photographs: Path, color_bundle: Path, reference: pa.Table, tmp_path: Path
+    photographs: Path, color_bundle: Path, reference: pa.Table, cluster: RayCluster, tmp_path: Path
 ) -> None:
     with small_disk(tmp_path / "disk", "2m") as disk:
         filler = disk / "filler"
         # room for the plan, but not for the chunks of a single part, however soon those are joined
         filler.write_bytes(b"x" * 2_040_000)
         command = arguments(photographs, color_bundle, disk / "out")
-        full = run_here(*command)
+        full = imgcls(*command, env=cluster.environment())
         assert full.returncode == 1, (full.stdout, full.stderr)
         assert "no space left" in full.stderr
         assert not committed(disk / "out")

@@ -83,6 +83,7 @@ def fetched(s3: Any, prefix: str, folder: Path) -> Path:
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     endpoint: str,
+    cluster: RayCluster,
     joined: None,
     place: Path,
     colors: Callable[..., Path],
@@ -103,7 +104,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
             *("--output", place / "out"),
         )
         proxy.respond = expired
-        first = run_here(*words, "--storage.endpoint-url", proxy.url)
+        first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
         assert first.returncode == 1, first.stderr
         assert "access is refused (ExpiredToken); check the credentials" in first.stderr
         assert "rerun the same command to resume" in first.stderr
@@ -117,6 +118,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
 def test_a_network_that_fails_changes_no_row(
     s3: Any,
     endpoint: str,
+    cluster: RayCluster,
     joined: None,
     tmp_path: Path,
     colors: Callable[[int], Path],
@@ -145,10 +147,11 @@ def test_a_network_that_fails_changes_no_row(
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with Proxy(endpoint, MIX, seed=seed).running() as proxy:
         for _ in range(5):
-            run = run_here(
+            run = imgcls(
                 *("predict", "--manifest", url("manifest.csv"), "--model", url("bundle")),
                 *("--output", url("out"), *settings, "--storage.endpoint-url", proxy.url),
                 *("--storage.attempt-timeout-s", 1, "--lease-seconds", 10),
+                env=cluster.environment(),
             )
             assert run.returncode in (0, 1), run.stderr
             if run.returncode == 0:
