@@ -25,7 +25,16 @@ import pytest
 
 from tests.conftest import copied, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
-from tests.processes import RayCluster, imgcls, kill_family, run_here, started, wait_for
+from tests.processes import (
+    RayCluster,
+    family,
+    imgcls,
+    kill_family,
+    run_here,
+    started,
+    title,
+    wait_for,
+)
 
 ROWS, CHUNKS, PARTS = 240, 30, 3
 
@@ -144,6 +153,12 @@ def kill_with_private_session(driver: subprocess.Popen[str]) -> None:
     assert (len(gone), alive) == (2, [])
     for process in children:
         kill_family(process.pid)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def until_durable(output: Path, chunks: int) -> None:
@@ -308,8 +323,11 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
         assert heir.returncode == 0, heir.stderr
         assert_as_left_alone(output, reference)
         committed_table = table(output)
+        workers = [process for process in family(zombie.pid) if "ray::Map" in title(process)]
         os.kill(zombie.pid, signal.SIGCONT)
         _, err = zombie.communicate(timeout=60)
+        # its workers end a moment after it, and may write once more
+        wait_for(lambda: not any(is_alive(process) for process in workers))
     assert zombie.returncode == 1, err
     assert "the lease on the output was lost" in err
     assert table(output).equals(committed_table)
