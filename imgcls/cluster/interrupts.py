@@ -114,7 +114,7 @@ def iterate_in_thread(
     Yields None after every 0.2 s without an item.
 
     stop: makes `items` end; when the iteration is broken off, called in another thread until they
-        have, so that Ray does not go on until its next item
+        have, so that Ray does not continue until its next item
     """
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
     is_stopped = threading.Event()

@@ -26,17 +26,14 @@ from imgcls.curation.checks.findings import (
 from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray, build_image_table
 from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.similarity import iterate_groups
-from imgcls.curation.config import (
-    CheckConfig,
-    Issue,
-)
+from imgcls.curation.config import CheckConfig, Issue
 from imgcls.curation.scan import ScannedManifest, hold_output, scan_manifests
 from imgcls.data import filesystem
 from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
 from imgcls.data.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.models.bundle import load_bundle
-from imgcls.models.openvino_package import check_openvino
+from imgcls.models.openvino_package import check_engine
 from imgcls.runs.layout import write_table
 
 if TYPE_CHECKING:
@@ -140,8 +137,7 @@ def _check(config: CheckConfig) -> CheckResult:
     bundle = None
     if config.model is not None:
         bundle = load_bundle(config.model).with_decode(config.decode)
-        if config.engine == "openvino":
-            check_openvino(compile=False)
+        check_engine(config.engine)
     results = (CHECK_REPORT, CHECK_SUMMARY, ISSUES_FILE, CLEAN_MANIFEST)
     with (
         hold_output(output, results) as held,

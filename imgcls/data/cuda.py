@@ -173,10 +173,14 @@ def exit_after_device_failure(delay_s: float) -> None:
 
     Call it while the exception is handled: its traceback is printed.
     """
+    _print_device_failure()
+    threading.Timer(delay_s, os._exit, (DEVICE_FAILURE_STATUS,)).start()
+
+
+def _print_device_failure() -> None:
     traceback.print_exc()
     sys.stderr.write("the GPU failed: this process ends, to be replaced\n")
     sys.stderr.flush()
-    threading.Timer(delay_s, os._exit, (DEVICE_FAILURE_STATUS,)).start()
 
 
 @contextlib.contextmanager
@@ -188,9 +192,7 @@ def exit_on_device_failure() -> Iterator[None]:
     try:
         yield
     except torch.AcceleratorError:
-        traceback.print_exc()
-        sys.stderr.write("the GPU failed: this process ends, to be replaced\n")
-        sys.stderr.flush()
+        _print_device_failure()
         os._exit(DEVICE_FAILURE_STATUS)
 
 

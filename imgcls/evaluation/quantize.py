@@ -37,7 +37,7 @@ from imgcls.models.bundle import (
 from imgcls.models.classifier import Classifier
 from imgcls.models.int8_calibration import record_int8_ranges
 from imgcls.models.openvino_int8 import quantize_for_openvino
-from imgcls.models.openvino_package import check_openvino
+from imgcls.models.openvino_package import check_engine
 from imgcls.models.precision import has_int8_instructions
 
 _REASONS = {
@@ -136,8 +136,7 @@ def _choose_engine(wanted: EngineName) -> Literal["torch", "openvino"]:
     else:
         engine = "torch" if has_int8_instructions() else "openvino"
         log.show(f"engine  {engine}: {_REASONS[engine]}")
-    if engine == "openvino":
-        check_openvino(compile=False)
+    check_engine(engine)
     return engine
 
 

@@ -222,14 +222,15 @@ def choose_settings(result: BenchmarkResult, rows: int) -> tuple[TunedSettings, 
     if result.too_large is not None:
         tried += f", {result.too_large}: out of memory"
     reasons = [f"forward pass by batch size, images/s of one worker: {tried}"]
-    if result.compile_failure is not None:
-        reasons.append(f"not compiled: {result.compile_failure}")
     tuned = TunedSettings(size, False)
-    if result.compiled is not None:
-        pays, gain = _describe_gain(best, result.compiled, result.compile_seconds, rows)
-        reasons.append(f"compiled {gain}; {'compiled' if pays else 'not compiled'}")
-        if pays:
-            tuned, best = TunedSettings(size, True), result.compiled
+    if (compiled := result.compiled) is not None:
+        if compiled.rate is None:
+            reasons.append(f"not compiled: {compiled.failure}")
+        else:
+            pays, gain = _describe_gain(best, compiled.rate, compiled.seconds, rows)
+            reasons.append(f"compiled {gain}; {'compiled' if pays else 'not compiled'}")
+            if pays:
+                tuned, best = TunedSettings(size, True), compiled.rate
     for name, option in result.engines.items():
         if option.rate is None:
             reasons.append(f"engine {tuned.engine}: {option.failure}")
@@ -262,8 +263,9 @@ def balance_decoding(
     """
     if result.cpu_decode is None or result.cpu_verify is None or result.device_decode is None:
         return tuned, "decoding: on CPUs, none of the first images is one for GPUs to decode"
-    plain = result.forward[tuned.batch_size]
-    f = result.compiled if tuned.compile and result.compiled is not None else plain
+    f = result.forward[tuned.batch_size]
+    if tuned.compile and result.compiled is not None and result.compiled.rate is not None:
+        f = result.compiled.rate
     g, n = result.device_decode, placement.workers
     decoding = 1 / (placement.prepare_tasks * result.cpu_decode)  # seconds per image
     verifying = 1 / (placement.prepare_tasks * result.cpu_verify)

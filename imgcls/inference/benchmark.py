@@ -80,7 +80,7 @@ class OptionRate:
 
     rate:    images per second at the chosen batch size; None if the network cannot run so
     seconds: until its first batch was done
-    failure: the reason
+    failure: the reason, for example no C++ compiler
     """
 
     rate: float | None = None
@@ -94,9 +94,7 @@ class BenchmarkResult:
 
     forward:         forward passes, by batch size
     too_large:       the smallest batch size that a GPU had no memory for; None if all fit
-    compiled:        compiled, at the chosen batch size; None if not measured, or failed
-    compile_seconds: duration of the first compiled forward pass
-    compile_failure: why it could not be compiled, for example without a C++ compiler
+    compiled:        compiled; None if not measured
     cpu_decode:      decoding on one core while all cores of a GPU decode; None if not measured
     cpu_verify:      the same, but JPEGs for a GPU are verified and left for it
     device_decode:   decoding in batches on the worker's device, which leaves the other files to
@@ -106,9 +104,7 @@ class BenchmarkResult:
 
     forward: dict[int, float]
     too_large: int | None = None
-    compiled: float | None = None
-    compile_seconds: float = 0.0
-    compile_failure: str | None = None
+    compiled: OptionRate | None = None
     cpu_decode: float | None = None
     cpu_verify: float | None = None
     device_decode: float | None = None
@@ -193,12 +189,7 @@ def measure_rates(
     options = {"precision": precision, "device": device, "batch_size": best}
     if spec.compile and images.rows / forward[best] > MIN_FORWARD_S:
         compiled = _measure_option(bundle, pixels[:best], compile=True, **options)
-        result = replace(
-            result,
-            compiled=compiled.rate,
-            compile_seconds=compiled.seconds,
-            compile_failure=compiled.failure,
-        )
+        result = replace(result, compiled=compiled)
     others = {
         name: _measure_option(bundle, pixels[:best], engine=name, **options)
         for name in spec.engines

@@ -33,7 +33,7 @@ from imgcls.execution.placement import MAX_STORAGE_WAITS
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
 from imgcls.inference.config import PredictConfig
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
-from imgcls.models.openvino_package import check_openvino
+from imgcls.models.openvino_package import check_engine
 from imgcls.runs import layout
 from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
@@ -56,8 +56,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
             )
         config = config.model_copy(update={"engine": resolve_int8_engine(config.engine, bundle)})
         log.emit("int8", require_int8(bundle).describe_cost())
-    if config.engine == "openvino":
-        check_openvino(compile=config.compile == "always")
+    check_engine(config.engine, compile=config.compile == "always")
     check_columns(manifest)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)

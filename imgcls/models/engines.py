@@ -15,7 +15,7 @@ from imgcls.data.decode import Pixels
 from imgcls.errors import BundleError, RequestError
 from imgcls.models.bundle import Bundle, EngineName, require_int8
 from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine
-from imgcls.models.openvino_package import check_openvino
+from imgcls.models.openvino_package import check_engine
 from imgcls.models.precision import RunPrecision, has_int8_instructions, has_native_bf16
 from imgcls.models.torch_engine import TorchEngine
 
@@ -60,9 +60,9 @@ def build_engine(
     Raises RequestError if the engine cannot be used as requested, BundleError if the weights do not
     fit the network, or the engine cannot run it.
     """
+    check_engine(wanted, compile=compile)
     if wanted != "openvino":
         return TorchEngine(bundle, device, precision, compile=compile, batch_size=batch_size)
-    check_openvino(compile=compile)
     if device.type != "cpu":
         raise RequestError("engine openvino: runs on CPUs only; use torch or auto on a GPU")
     if precision == "bf16" and not has_native_bf16(device):

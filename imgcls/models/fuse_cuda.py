@@ -145,7 +145,7 @@ def _verify(graph: fx.GraphModule, network: nn.Module, sample: torch.Tensor) -> 
 
 
 class _LayerComparison(fx.Interpreter):
-    """Runs a graph; compares each fused layer with the separate steps, and goes on with theirs."""
+    """Runs a graph; compares each fused layer with the separate steps, whose results it uses."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)

@@ -10,6 +10,7 @@ from importlib import util
 from typing import Any
 
 from imgcls.errors import RequestError
+from imgcls.models.bundle import EngineName
 
 INSTALL = "pip install 'imgcls[openvino]'"
 
@@ -19,8 +20,13 @@ def is_openvino_installed() -> bool:
     return util.find_spec("openvino") is not None
 
 
-def check_openvino(*, compile: bool) -> None:
-    """Raise RequestError if OpenVINO is not installed, or the network is to be compiled."""
+def check_engine(wanted: EngineName, *, compile: bool = False) -> None:
+    """Raise RequestError if OpenVINO is wanted and cannot be used as requested.
+
+    compile: whether the network is to be compiled
+    """
+    if wanted != "openvino":
+        return
     if compile:
         raise RequestError(
             "engine openvino: takes no compiled network; use --engine torch, or set --compile never"

@@ -24,7 +24,7 @@ from imgcls.cluster.session import DeviceType
 from imgcls.data import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
-from imgcls.models.openvino_package import check_openvino
+from imgcls.models.openvino_package import check_engine
 from imgcls.serving import api_keys
 from imgcls.serving.api import build_app
 from imgcls.serving.api_keys import ApiKey, Keyring
@@ -260,6 +260,5 @@ def run_preflight_checks(config: ServeConfig) -> list[ApiKey]:
             f"{config.keys.file} --name NAME` to create one"
         )
     load_bundle(config.model)
-    if config.engine == "openvino":
-        check_openvino(compile=False)
+    check_engine(config.engine)
     return fixed_keys

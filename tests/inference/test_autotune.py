@@ -134,7 +134,7 @@ def test_the_smallest_batch_size_close_to_the_best_rate_is_chosen() -> None:
 def test_a_network_is_compiled_where_that_saves_twice_its_cost(
     rows: int, compiled: float, end: str
 ) -> None:
-    result = BenchmarkResult({32: 100}, compiled=compiled, compile_seconds=60)
+    result = BenchmarkResult({32: 100}, compiled=OptionRate(compiled, 60))
     tuned, reasons = autotune.choose_settings(result, rows)
     assert tuned.compile == end.endswith("; compiled")
     assert reasons[1].endswith(f"over {rows:,} rows per worker {end}")
@@ -164,7 +164,7 @@ def test_an_engine_is_chosen_where_it_saves_twice_its_cost(
 def test_a_compiled_network_and_an_engine_compete_with_each_other() -> None:
     def choose(engine_rate: float) -> TunedSettings:
         result = BenchmarkResult(
-            {32: 100}, compiled=150, compile_seconds=60,
+            {32: 100}, compiled=OptionRate(150, 60),
             engines={"openvino": OptionRate(engine_rate, 5)},
         )  # fmt: skip
         return autotune.choose_settings(result, LONG)[0]

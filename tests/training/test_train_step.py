@@ -218,10 +218,17 @@ def sync_step(
     accepts_cpus: Any = nn.parallel.DistributedDataParallel
     accepts_cpus._passing_sync_batchnorm_handle = lambda *_: None
     context = WorkerContext(rank, workers, torch.device("cpu"), precision)
+    return step_on_own_rows(settings, context, counts)
+
+
+def step_on_own_rows(
+    settings: TrainConfig, context: WorkerContext, counts: list[int]
+) -> dict[str, torch.Tensor]:
+    """The gradient of a step of which a worker has its own count of the rows."""
     made = build_train_step(with_a_norm(), settings, context)
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
-    whole, start = rows(), sum(counts[:rank])
-    mine = slice(start, start + counts[rank])
+    whole, start = rows(), sum(counts[: context.rank])
+    mine = slice(start, start + counts[context.rank])
     made.step(Batch(whole.pixels[mine], whole.labels[mine]), sum(counts), 0)
     return parameter_changes(made, before)
 
@@ -560,12 +567,7 @@ def sync_step_on_own_gpu(
 ) -> dict[str, torch.Tensor]:
     torch.cuda.set_device(rank)
     context = WorkerContext(rank, workers, torch.device("cuda", rank), "fp32")
-    made = build_train_step(with_a_norm(), settings, context)
-    before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
-    whole, start = rows(), sum(counts[:rank])
-    mine = slice(start, start + counts[rank])
-    made.step(Batch(whole.pixels[mine], whole.labels[mine]), sum(counts), 0)
-    return parameter_changes(made, before)
+    return step_on_own_rows(settings, context, counts)
 
 
 @pytest.mark.gpu
