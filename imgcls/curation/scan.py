@@ -193,7 +193,8 @@ def _build_identity(
             "max_pixels": config.max_pixels,
             "max_bytes": config.max_bytes,
             "decode": None if bundle is None else bundle.spec.preprocess.decode,
-            "engine": None if bundle is None else engine,
+            # null, as for a scan of a version without engines, which is resumed
+            "engine": None if bundle is None or engine == "auto" else engine,
         },
     )
 

@@ -73,7 +73,8 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "scores": config.scores_type if config.scores else False,
         "limit": config.limit,
         "precision": config.precision,
-        "engine": config.engine,
+        # null, as in runs of versions without engines, which are resumed; for int8 by the bundle
+        "engine": None if config.engine == "auto" or config.precision == "int8" else config.engine,
         "compile": config.compile,
         "batch_size": config.scale.batch_size,
         "max_pixels": config.max_pixels,

@@ -68,11 +68,14 @@ def test_the_engine_is_part_of_what_a_resumed_scan_must_match(
     write_manifest(tmp_path / "m.csv", [("a.jpg",)], ("path",))
     manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.csv")))
     config = ScanConfig(manifest=ManifestConfig(path=str(tmp_path / "m.csv")), output="out")
-    one, other = (
+    one, other, automatic = (
         _build_identity(manifest, config, load_bundle(str(color_bundle)), engine)
-        for engine in ("openvino", "torch")
+        for engine in ("openvino", "torch", "auto")
     )
     assert other.find_differences(asdict(one)) == ["settings.engine: 'openvino' then, 'torch' now"]
+    without_engines = asdict(automatic)
+    del without_engines["settings"]["engine"]
+    assert automatic.find_differences(without_engines) == []
 
 
 def test_overwrite_removes_no_input(tmp_path: Path) -> None:

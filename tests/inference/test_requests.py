@@ -67,6 +67,17 @@ def test_the_engine_is_part_of_what_a_resumed_run_must_match(color_bundle: Path)
     ]
 
 
+@pytest.mark.parametrize("changes", [{}, {"precision": "int8", "engine": "torch"}])
+def test_a_run_of_a_version_without_engines_is_resumed(
+    color_bundle: Path, changes: dict[str, str]
+) -> None:
+    bundle = load_bundle(str(color_bundle))
+    asked = {"manifest": "m.csv", "model": bundle.url, "output": "out", **changes}
+    now = RunIdentity({}, {}, resolve_settings(build(PredictConfig, asked), bundle))
+    earlier = {name: value for name, value in now.settings.items() if name != "engine"}
+    assert now.find_differences({"settings": earlier}) == []
+
+
 def test_exact_decoding_is_refused_where_gpus_are_to_decode(
     tmp_path: Path, color_bundle: Path
 ) -> None:
