@@ -25,7 +25,7 @@ from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.kernels.crop import center_crop
+from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.recipe import AugmentConfig
 
 CORES = len(os.sched_getaffinity(0))

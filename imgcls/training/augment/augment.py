@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from imgcls.training.augment.ops.base import ImageBatch
+from imgcls.training.augment.base import ImageBatch
 from imgcls.training.augment.recipe import AugmentConfig
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imgcls.data.decode import Pixels
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.kernels.crop import center_crop
+from imgcls.training.augment.crop import center_crop
 from imgcls.training.sampler import Int64Array
 
 TILE_SIZE = 144

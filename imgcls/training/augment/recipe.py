@@ -1,7 +1,7 @@
 """Configuration of the augmentation: its presets, and all operations in their order.
 
-To add an augmentation, write an `Operation` with its keys in a module of `ops` and its tensor
-functions in a module of `kernels`, and add it to the bases of `Recipe`.
+To add an augmentation, write an `Operation` with its keys and its tensor function in a module of
+this package, and add it to the bases of `Recipe`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, model_validator
 
 from imgcls.config import Section
-from imgcls.training.augment.ops.auto import AutoAugment
-from imgcls.training.augment.ops.base import ImageBatch, Operation
-from imgcls.training.augment.ops.color import ColorJitter
-from imgcls.training.augment.ops.crop import CropAndFlip
-from imgcls.training.augment.ops.erase import RandomErase
-from imgcls.training.augment.ops.mix import Mix
+from imgcls.training.augment.auto import AutoAugment
+from imgcls.training.augment.base import ImageBatch, Operation
+from imgcls.training.augment.color import ColorJitter
+from imgcls.training.augment.crop import CropAndFlip
+from imgcls.training.augment.erase import RandomErase
+from imgcls.training.augment.mix import Mix
 
 Preset = Literal["none", "light", "standard", "strong"]
 

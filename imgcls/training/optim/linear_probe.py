@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from imgcls.models import zoo
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.kernels.crop import center_crop
+from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.network import spatial_mean

@@ -13,8 +13,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from imgcls.config import Section, dump, load
 from imgcls.errors import ConfigError
+from imgcls.training.augment import crop
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.kernels import crop
 from imgcls.training.augment.recipe import PRESETS, AugmentConfig, Recipe
 from tests.training.augment.batches import augmented, noise
 

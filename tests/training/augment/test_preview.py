@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from imgcls.training.augment.augment import Augment
-from imgcls.training.augment.kernels.crop import center_crop
+from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.preview import choose_sample_rows, draw_preview
 from imgcls.training.augment.recipe import PRESETS, AugmentConfig
 from tests.training.augment.batches import noise

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from imgcls.training.augment.kernels.mix import mix_images
+from imgcls.training.augment.mix import mix_images
 from tests.training.augment.batches import augmented, noise
 
 MIXING = [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0, "mix_prob": 0.7}]

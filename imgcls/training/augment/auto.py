@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from imgcls.training.augment.ops.base import ImageBatch, Operation
+from imgcls.training.augment.base import ImageBatch, Operation
 
 AutoPolicy = Literal["off", "randaugment", "trivialaugment"]
 DEFAULT_NUM_OPS, DEFAULT_MAGNITUDE = 2, 9
@@ -41,7 +41,7 @@ class AutoAugment(Operation):
         return {"num_ops": "auto randaugment", "magnitude": "auto randaugment"}
 
     def apply(self, batch: ImageBatch) -> ImageBatch:
-        from imgcls.training.augment.kernels.auto import apply_transform
+        from imgcls.training.augment.auto_batch import apply_transform
 
         return replace(batch, pixels=apply_transform(self._build_transform(), batch.pixels))
 

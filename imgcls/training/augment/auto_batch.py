@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from imgcls.training.augment.kernels.base import to_uint8
+from imgcls.training.augment.base import to_uint8
 
 Drawn = tuple[str, float]
 """torchvision's name of an operation, and its magnitude."""

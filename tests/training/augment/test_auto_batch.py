@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from imgcls.training.augment.kernels.auto import apply_drawn, draw_operations
-from imgcls.training.augment.ops.auto import AutoAugment
-from imgcls.training.augment.ops.base import ImageBatch
+from imgcls.training.augment.auto import AutoAugment
+from imgcls.training.augment.auto_batch import apply_drawn, draw_operations
+from imgcls.training.augment.base import ImageBatch
 from tests.training.augment.batches import augmented, noise
 
 

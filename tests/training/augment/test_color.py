@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-from imgcls.training.augment.kernels import color
+from imgcls.training.augment import color
 from tests.training.augment.batches import augmented, noise
 
 

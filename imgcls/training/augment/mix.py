@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
-from imgcls.training.augment.kernels.base import draw_boxes, iter_slices, paste_boxes, to_uint8
+from pydantic import Field
+
+from imgcls.training.augment.base import (
+    ImageBatch,
+    Operation,
+    Probability,
+    draw_boxes,
+    iter_slices,
+    paste_boxes,
+    to_uint8,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Alpha = Annotated[float, Field(ge=0.0, le=10.0)]
+
+
+class Mix(Operation):
+    """MixUp, CutMix, or both on different images of a batch."""
+
+    mixup: Alpha | None = None
+    """Alpha of MixUp: two images and their labels are blended in shares from Beta(alpha, alpha)."""
+    cutmix: Alpha | None = None
+    """Alpha of CutMix: a rectangle of another image is pasted, its area from Beta(alpha, alpha)."""
+    mix_prob: Probability | None = None
+    """Share of the images to mix (default 1); with mixup and cutmix, half of them by each."""
+
+    @property
+    def is_active(self) -> bool:
+        return self._share > 0 and bool(self.mixup or self.cutmix)
+
+    @property
+    def mixes_targets(self) -> bool:
+        return self.is_active
+
+    def describe(self) -> dict[str, object]:
+        if not self.is_active:
+            return {}
+        shown = {"mixup": self.mixup, "cutmix": self.cutmix, "mix_prob": self._share}
+        return {name: value for name, value in shown.items() if value}
+
+    def find_requirements(self) -> dict[str, str]:
+        return {} if self.mixup or self.cutmix else {"mix_prob": "mixup or cutmix"}
+
+    def apply(self, batch: ImageBatch) -> ImageBatch:
+        pixels, share = mix_images(batch.pixels, self.mixup or 0.0, self.cutmix or 0.0, self._share)
+        targets = mix_targets(batch.targets, share, batch.num_classes)
+        return replace(batch, pixels=pixels, targets=targets)
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.mix_prob is None else self.mix_prob
 
 
 def mix_images(
@@ -18,6 +71,8 @@ def mix_images(
     one half (but for whole pixels), so that no image is lost while its neighbor appears twice.
     Source: Zhang et al., ICLR 2018 (mixup); Yun et al., ICCV 2019 (cutmix).
     """
+    import torch
+
     count, side = len(pixels), pixels.shape[-1]
     mixed = torch.rand(count) < probability
     pasted = torch.rand(count) < (0.5 if mixup and cutmix else float(cutmix > 0))
@@ -41,6 +96,8 @@ def mix_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -> 
     labels: (N,) int64 of the images before they were mixed
     share:  (N,) float32
     """
+    import torch
+
     own = torch.zeros(len(labels), num_classes, device=labels.device)
     own.scatter_(1, labels[:, None], 1.0)
     share = share.to(labels.device, non_blocking=True)[:, None]
@@ -49,6 +106,8 @@ def mix_targets(labels: torch.Tensor, share: torch.Tensor, num_classes: int) -> 
 
 def _draw_own_share(alpha: float, count: int) -> torch.Tensor:
     """(count,) float32 in 0.5 to 1: drawn from Beta(alpha, alpha), or its complement if larger."""
+    import torch
+
     share = torch.distributions.Beta(alpha, alpha).sample((count,))
     return torch.maximum(share, 1 - share)
 
@@ -63,5 +122,5 @@ def _blend(
     rows = rows.to(pixels.device, non_blocking=True)
     for part in iter_slices(pixels, len(rows)):
         at = rows[part]
-        out[at] = to_uint8(torch.lerp(pixels[at].float(), other[at].float(), weight[part]))
+        out[at] = to_uint8(pixels[at].float().lerp(other[at].float(), weight[part]))
     return out

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as TF
 
-from imgcls.training.augment.kernels import crop
-from imgcls.training.augment.kernels.base import draw_boxes, draw_uniform
+from imgcls.training.augment import crop
+from imgcls.training.augment.base import draw_boxes, draw_uniform
 from tests.training.augment.batches import augmented, noise
 
 

@@ -1,1 +1,0 @@
-"""Tensor functions of the augmentations, which the operations import when they are applied."""

@@ -1,1 +1,0 @@
-"""The augmentations, one module each: an `Operation` with its configuration keys."""
