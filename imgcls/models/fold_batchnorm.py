@@ -13,6 +13,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from imgcls.models.timm_layers import is_norm_act, is_same_padded, split_norm_acts
+
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
     """Fold the batch norms of a network; returns it unchanged if it has none.
@@ -26,13 +28,17 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     if traced is None:
         return network
     modules = dict(traced.named_modules())
+    split = {f"{name}.norm" for name, module in network.named_modules() if is_norm_act(module)}
     for node in list(traced.graph.nodes):
         convolution = _find_foldable_convolution(node, modules)
         if convolution is None:
             continue
-        parent, _, name = str(convolution.target).rpartition(".")
         fused = fuse_conv_bn_eval(modules[convolution.target], modules[node.target])
-        setattr(traced.get_submodule(parent), name, fused)
+        if node.target in split:
+            # another name: int8 ranges of earlier versions are by the convolution's, and were
+            # measured before the activation
+            convolution.target = node.target
+        traced.set_submodule(str(convolution.target), fused)
         node.replace_all_uses_with(convolution)
         traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()
@@ -53,6 +59,7 @@ def trace_network(network: nn.Module) -> fx.GraphModule | None:
         traced = fx.GraphModule(network, graph)
         if hasattr(network, "class_heads"):
             traced.class_heads = network.class_heads
+        split_norm_acts(traced)
         return traced
     except Exception:  # noqa: BLE001  any error of its code when its input is a proxy
         return None
@@ -82,7 +89,7 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        is_layer = isinstance(module, (nn.Linear, nn.Conv2d))
+        is_layer = isinstance(module, (nn.Linear, nn.Conv2d)) or is_norm_act(module)
         return is_layer or super().is_leaf_module(module, name)
 
 
@@ -94,5 +101,6 @@ def _find_foldable_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> 
     if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
         return None
     runs = [each for each in node.graph.nodes if each.target == source.target]
-    plain = type(modules[str(source.target)]) is nn.Conv2d and len(runs) == 1
-    return source if plain else None
+    convolution = modules[str(source.target)]
+    is_plain = type(convolution) is nn.Conv2d or is_same_padded(convolution)
+    return source if is_plain and len(runs) == 1 else None

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from imgcls.data.lazy_torchvision import torchvision
+from imgcls.models.timm_layers import fix_padding
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
@@ -64,6 +65,7 @@ def replace_convolutions(
     shapes = _ShapeRecorder(graph)
     with torch.inference_mode():
         shapes.run(sample)
+    fix_padding(graph, shapes.shapes)
     _remove_training_layers(graph)
     replacer = _Replacer(graph, shapes.shapes, activations)
     for number, node in enumerate(list(graph.graph.nodes)):
