@@ -45,7 +45,7 @@ Route = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]
 """Bytes to the decoded image, and bytes to (224, 224, 3) uint8 RGB."""
 MASKS = {
     "ATEN_CPU_CAPABILITY": "avx2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
-    "OPENCV_CPU_DISABLE": "AVX512-SKX", "JSIMD_FORCEAVX2": "1",
+    "OPENCV_CPU_DISABLE": "AVX512-SKX",
 }  # fmt: skip
 MEGAPIXELS = {"3mp": 3, "12mp": 12}
 EVERY = {"32": 24, "photo": 12, "3mp": 40, "12mp": 80}
