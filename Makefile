@@ -65,6 +65,7 @@ bench-more: venv  ## other models and kinds of images, agreement, start-up, grow
 	$(BIN)/python -m benchmarks.scale resume
 	$(BIN)/python -m benchmarks.scale nodes
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.duplicates
 	$(BIN)/python -m benchmarks.engines
 

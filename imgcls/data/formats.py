@@ -14,7 +14,7 @@ from typing import Literal
 LISTING_FILE, LISTING_DONE_FILE = "_listing.json", "_SUCCESS"
 """Files that `imgcls manifest build` writes next to a manifest: its content, and its success."""
 
-Decoder = Literal["simplejpeg", "pillow", "extra"]
+Decoder = Literal["simplejpeg", "libspng", "pillow", "extra"]
 FORMATS_EXTRA = "formats"
 """Extra of `imgcls` that installs the packages for formats whose decoder is `extra`."""
 
@@ -28,7 +28,8 @@ class ImageFormat:
     suffixes:       lower case, with the dot; the usual one first
     mime_types:     media types, the registered one first
     signature:      regular expression for the first bytes; None if `identify_format` decides
-    decoder:        simplejpeg (Pillow for files that it does not decode), pillow, or extra
+    decoder:        simplejpeg or libspng (Pillow for files that these do not decode), pillow or
+        extra
     plugin_package: module that registers the format with Pillow, for `extra`
     """
 
@@ -46,7 +47,9 @@ IMAGE_FORMATS = (
         "JPEG", ("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
         ("image/jpeg", "image/pjpeg", "image/mpo"), rb"\xff\xd8\xff", "simplejpeg",
     ),
-    ImageFormat("PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG"),
+    ImageFormat(
+        "PNG", ("PNG",), (".png", ".apng"), ("image/png", "image/apng"), rb"\x89PNG", "libspng"
+    ),
     ImageFormat("WebP", ("WEBP",), (".webp",), ("image/webp",), rb"RIFF....WEBP"),
     ImageFormat("GIF", ("GIF",), (".gif",), ("image/gif",), rb"GIF8"),
     ImageFormat(

@@ -38,7 +38,7 @@ some cameras write them. Of 1,336 photographs with one wrong bit, 13 % end with 
 with at most two."""
 
 _EOI, _SOS, _RESTART_INTERVAL, _COMMENT = 0xD9, 0xDA, 0xDD, 0xFE
-_APP14 = 0xEE
+_APP1, _APP14 = 0xE1, 0xEE
 _SOI_BYTES, _EOI_BYTES = b"\xff\xd8", b"\xff\xd9"
 _APP_MARKERS = range(0xE0, 0xF0)
 _MAX_WIDTH = 65_500
@@ -47,6 +47,7 @@ _STANDALONE_MARKERS = (0x01, *range(0xD0, 0xD9))
 """Markers without a length: TEM, restart and start of image."""
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_LS = 0xF7
+_HUFFMAN_MARKERS = (0xC0, 0xC1, 0xC2)
 _PROGRESSIVE_MARKERS = frozenset((0xC2, 0xC6, 0xCA, 0xCE))
 _ANY_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -72,6 +73,7 @@ class FrameHeader:
     size:      (width, height) in pixels
     sampling:  (horizontal, vertical) sampling factors by component identifier
     scanned:   number of components in the first scan
+    has_app1:  whether a segment with EXIF or XMP data precedes the scan
     """
 
     process: int
@@ -79,6 +81,18 @@ class FrameHeader:
     size: tuple[int, int]
     sampling_factors: dict[int, tuple[int, int]]
     first_scan_components: int
+    has_app1: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether libjpeg decodes it, upright: baseline to progressive, 8 bits, gray or color."""
+        return (
+            self.process in _HUFFMAN_MARKERS
+            and self.precision == 8
+            and len(self.sampling_factors) in (1, 3)
+            and min(self.size) > 0
+            and not self.has_app1
+        )
 
     @property
     def has_multiple_scans(self) -> bool:
@@ -108,9 +122,11 @@ class FrameHeader:
 
 def read_frame_header(data: bytes) -> FrameHeader | None:
     """Read the frame header; None if it is damaged, or no scan follows."""
-    frame = b""
+    frame, has_app1 = b"", False
     for marker, start, stop in _iterate_segments(data, first_scan=True):
-        if marker in _FRAME_MARKERS:
+        if marker == _APP1:
+            has_app1 = True
+        elif marker in _FRAME_MARKERS:
             frame = data[start:stop]
         elif marker == _SOS and len(frame) > 10 and len(frame) >= 10 + 3 * frame[9] > 10:
             sampling = {
@@ -118,7 +134,7 @@ def read_frame_header(data: bytes) -> FrameHeader | None:
                 for at in range(10, 10 + 3 * frame[9], 3)
             }
             size = int.from_bytes(frame[7:9], "big"), int.from_bytes(frame[5:7], "big")
-            return FrameHeader(frame[1], frame[4], size, sampling, data[start + 4])
+            return FrameHeader(frame[1], frame[4], size, sampling, data[start + 4], has_app1)
     return None
 
 

@@ -95,13 +95,20 @@ def _scale_to_8_bits(values: SampleArray, top: int) -> npt.NDArray[np.uint8]:
 
 
 def _load_png(image: ImageFile.ImageFile, data: bytes, samples: SampleFormat) -> Image.Image:
+    chunks = png.parse_chunks(data)
+    decoded = png.decode_8_bit(data, chunks)
+    if decoded is None:
+        png.verify_rows(data, chunks)
     if samples.color != "palette":
         image.info.pop("transparency", None)  # Pillow compares it with scaled samples
     stated = samples.significant_bits or samples.bits
     narrow = any(n < depth for n, depth in zip(stated, samples.bits, strict=True))
     if samples.color == "palette" or not (narrow or samples.transparent_color):
-        return convert_to_rgb(image)
-    values = _read_png_samples(image, data, samples)
+        return convert_to_rgb(image if decoded is None else Image.fromarray(decoded))
+    if decoded is None:
+        values = _read_png_samples(image, data, samples)
+    else:
+        values = np.atleast_3d(decoded).astype(np.uint16)
     colors = values.shape[2] - (samples.alpha is not None)
     tops = _find_white_levels(values, samples)
     rgb = np.dstack([_scale_to_8_bits(values[..., band], tops[band]) for band in range(colors)])

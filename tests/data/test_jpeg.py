@@ -16,7 +16,7 @@ from PIL import Image
 
 from imgcls.data import decode, device_decode, jpeg
 from imgcls.data.preprocess import Preprocess
-from imgcls.errors import ImageError, TruncatedImage
+from imgcls.errors import ImageError, ImageTooLarge, TruncatedImage
 from tests.data.pictures import decode_by_device, difference, drawn, encoded, reference
 
 SPEC = Preprocess(resize=64, crop=56, decode="fast")
@@ -318,6 +318,28 @@ def test_a_factor_gives_the_means_of_squares() -> None:
         squares = pixels[: rows * factor, : columns * factor]
         means = squares.reshape(rows, factor, columns, factor).mean((1, 3))
         assert np.abs(found[:rows, :columns, 0] - means).max() < 1.5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_jpeg_without_exif_has_the_pixels_of_the_same_file_with_exif(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FILES[name]
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    body = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    with_exif = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
+    expected, size = decode.decode_image(with_exif, SPEC)
+    with pytest.raises(ImageTooLarge, match=f"{size[0]}x{size[1]} is"):
+        decode.decode_image(plain, SPEC, max_pixels=size[0] * size[1] - 1)
+    frames = jpeg.read_frame_header(plain), jpeg.read_frame_header(with_exif)
+    assert all(frames)
+    assert [frame.is_plain for frame in frames if frame] == ["CMYK" not in name, False]
+    if "CMYK" not in name:
+        monkeypatch.delattr(decode.Image, "open")  # Pillow does not read its header
+    pixels, shown = decode.decode_image(plain, SPEC)
+    assert shown == size
+    np.testing.assert_array_equal(pixels, expected)
 
 
 def test_the_frame_header_is_read() -> None:

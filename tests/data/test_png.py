@@ -13,6 +13,7 @@ from PIL import Image
 from imgcls.data.decode import decode_image, decode_preview, preprocess_pil_image
 from imgcls.data.device_decode import prepare_file
 from imgcls.data.image_features import compute_features
+from imgcls.data.png import decode_8_bit, parse_chunks
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import encoded
 from tests.data.samples import ALPHA, GREY, NOISE, RGB, SIDE, SPEC, Array, away, gray3, over_white
@@ -183,3 +184,91 @@ def test_damage_in_other_chunks_of_a_png_is_seen(kind: bytes) -> None:
     held[9] ^= 1
     with pytest.raises(ImageError, match=f"checksum of its chunk {kind.decode()}"):
         decode_image(png(RGB, 8, 2, bytes(held)), SPEC)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_libspng_decodes_the_samples_of_an_8_bit_png(mode: str) -> None:
+    slopes = np.add.outer(np.arange(61), 3 * np.arange(47)).astype(np.uint8)
+    drawn = np.stack([slopes, slopes[::-1], slopes // 2, slopes.T.reshape(61, 47)], axis=-1)
+    for values in (NOISE, drawn):
+        image = Image.fromarray(values).convert(mode)
+        data = encoded(image, "PNG")
+        decoded = decode_8_bit(data, parse_chunks(data))
+        assert decoded is not None
+        np.testing.assert_array_equal(decoded, np.asarray(image))
+
+
+def repacked(data: bytes, pixel_data: bytes) -> bytes:
+    """The PNG with other compressed rows, with the right checksum for their chunk."""
+    start = data.index(b"IDAT") - 4
+    (length,) = struct.unpack_from(">I", data, start)
+    return data[:start] + chunk(b"IDAT", pixel_data) + data[start + 12 + length :]
+
+
+def unpacked(data: bytes) -> bytes:
+    """The rows of a PNG, each with the byte of its filter."""
+    return zlib.decompress(b"".join(c.body(data) for c in parse_chunks(data) if c.kind == b"IDAT"))
+
+
+def _damaged_pixel_data() -> dict[str, tuple[bytes, str]]:
+    """Compressed rows of `RGB` with damage that no chunk's checksum shows, and their status."""
+    rows = unpacked(png(RGB, 8, 2))
+    whole, half = zlib.compress(rows), len(rows) // 2
+    stored = bytearray(zlib.compress(rows, 0))  # without compression
+    stored[len(stored) // 2] ^= 4
+    flipped = rows[:half] + bytes([rows[half] ^ 4]) + rows[half + 1 :]
+    return {
+        "wrong checksum of the rows": (whole[:-1] + bytes([whole[-1] ^ 1]), "unreadable"),
+        "one bit of a row": (bytes(stored), "unreadable"),
+        "checksum of other rows": (zlib.compress(flipped)[:-4] + whole[-4:], "unreadable"),
+        "cut": (whole[: len(whole) // 2], "truncated"),
+        "filter that does not exist": (zlib.compress(b"\x09" + rows[1:]), "unreadable"),
+        "not compressed": (rows, "unreadable"),
+    }
+
+
+DAMAGED_PIXEL_DATA = _damaged_pixel_data()
+
+
+@pytest.mark.parametrize("name", DAMAGED_PIXEL_DATA)
+def test_damage_that_the_checksum_of_a_chunk_does_not_show_is_refused(name: str) -> None:
+    pixel_data, status = DAMAGED_PIXEL_DATA[name]
+    data = repacked(png(RGB, 8, 2), pixel_data)
+    assert decode_8_bit(data, parse_chunks(data)) is None
+    for call in (lambda: decode_image(data, SPEC), lambda: decode_preview(data, 20)):
+        with pytest.raises(ImageError) as caught:
+            call()
+        assert caught.value.status == status
+
+
+WHOLE_PNGS = {
+    "gray": png(GREY, 8, 0), "RGB": png(RGB, 8, 2), "RGBA": png(NOISE, 8, 6),
+    "gray with alpha": png(NOISE[..., :2], 8, 4), "RGB, 16 bits": png(RGB.astype(int), 16, 2),
+    "1 bit": png(GREY // 128, 1, 0), "interlaced": png(RGB, 8, 2, interlaced=1),
+    "interlaced, 1 bit": png(GREY // 128, 1, 0, interlaced=1),
+    "palette": png(GREY // 64, 2, 3, chunk(b"PLTE", bytes(range(12)))),
+    "transparent color": png(RGB, 8, 2, chunk(b"tRNS", b"\0\1\0\2\0\3")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE_PNGS)
+def test_a_png_without_its_last_rows_is_truncated(kind: str) -> None:
+    whole = WHOLE_PNGS[kind]
+    rows = unpacked(whole)
+    decode_image(repacked(whole, zlib.compress(rows)), SPEC)
+    last = len(rows) // (3 if "interlaced" in kind else SIDE)
+    for missing in (1, last):
+        data = repacked(whole, zlib.compress(rows[:-missing]))
+        with pytest.raises(TruncatedImage):
+            decode_image(data, SPEC)
+        with pytest.raises(TruncatedImage):
+            decode_preview(data, 20)
+
+
+def test_a_png_that_libspng_refuses_and_pillow_decodes_keeps_its_pixels() -> None:
+    whole = png(RGB, 8, 2)
+    header = bytearray(whole[16:29])
+    header[10] = 1  # a compression method that does not exist
+    data = whole[:8] + chunk(b"IHDR", bytes(header)) + whole[33:]
+    assert decode_8_bit(data, parse_chunks(data)) is None
+    assert away(data, RGB) <= 1
