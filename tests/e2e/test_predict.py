@@ -105,9 +105,6 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(output, 334)
 
-    import torch
-
-    torch.set_num_threads(1)
     classifier = Classifier.load(str(bundle), device="cpu")
     folder = manifest.parent
     pixels = [

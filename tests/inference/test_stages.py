@@ -53,7 +53,6 @@ STATUSES = {
 
 @pytest.fixture(scope="session")
 def classifier(color_bundle: Path) -> Classifier:
-    torch.set_num_threads(1)
     return Classifier.load(str(color_bundle), precision="fp32", device="cpu", decode="fast")
 
 

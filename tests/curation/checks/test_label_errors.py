@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
 from imgcls.curation.checks import label_errors
 from imgcls.curation.checks.image_table import ImageTable
 from imgcls.curation.checks.label_errors import _sample_per_class
 from imgcls.curation.config import LabelErrorsConfig
 from tests.curation.pictures import Row, clusters, images_of, indices_by_issue, jpeg, picture
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The probes are small: with many threads they wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def labeled(tmp_path: Path, vectors: np.ndarray, label: np.ndarray) -> ImageTable:
