@@ -9,9 +9,11 @@ Measured over the same images, in turn, in one run, and reported as medians of t
              from the end of one epoch to the end of the next, validation and saving included
   reference  torchvision's references/classification: ImageFolder, its transforms, DataLoader
 
-All start from random weights and do the same: random resized crop and mirroring, bf16 autocast
-where the machine has it, channels-last, fused AdamW, no average of weights, the same global batch;
-several workers are processes under DDP, who share the cores. Starting up and the first epoch (of
+All start from random weights and do the same: random resized crop and mirroring, autocast to
+`--precision` (auto: bf16 where the machine has it), channels-last, fused AdamW, no average of
+weights, the same global batch; several workers are processes under DDP, who share the cores. All
+processes keep freed memory, as those of a Ray session of ours do. `ONEDNN_MAX_CPU_ISA=AVX2`
+imitates a CPU without AVX-512 for all of them. Starting up and the first epoch (of
 the bare loop: some steps) are not counted. The ratio to the limit is to the loop with augmentation,
 which does the same work. The reference is given what its script leaves out and would gain from:
 channels-last, running statistics that are not sent about, loader processes that live on, and the
@@ -51,6 +53,7 @@ from benchmarks.training_loops import (
     in_processes,
     reference_loop,
 )
+from imgcls.cluster.session import build_malloc_env
 from imgcls.data import decode
 from imgcls.formatting import format_count
 from imgcls.models import zoo
@@ -83,6 +86,7 @@ class Measured:
 
 def main() -> None:
     options = parse()
+    os.environ.update(build_malloc_env()["env_vars"])
     described = machine()
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     rows: list[dict[str, Any]] = []
@@ -109,6 +113,7 @@ def parse() -> argparse.Namespace:
     most = GPUS or CORES
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2] if most > 1 else [1])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 64, help="of all workers")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first is not counted")
@@ -131,6 +136,7 @@ def machine() -> dict[str, Any]:
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return {
         "cpu": found[1] if found else name,
+        "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", "none"),
         "cores": CORES,
         "gpu": f"{GPUS} x {torch.cuda.get_device_name()}" if GPUS else "none",
         "torch": torch.__version__,
@@ -155,7 +161,8 @@ def prepare(folder: Path, model: str, options: argparse.Namespace) -> Task:
             decoded[path] = decode.decode_image(path.read_bytes(), spec)[0]
     np.save(folder / "pixels.npy", np.stack([decoded[path] for path, _ in train]))
     np.save(folder / "labels.npy", np.array([label for _, label in train]))
-    precision, reason = choose_precision("auto", torch.device("cuda" if GPUS else "cpu"))
+    device = torch.device("cuda" if GPUS else "cpu")
+    precision, reason = choose_precision(options.precision, device)
     classes = len({label for _, label in train})
     task = Task(
         model=model,

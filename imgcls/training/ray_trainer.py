@@ -236,7 +236,11 @@ def _run_trainer(spec: TrainLoopSpec, channel: Any) -> TrainLoopResult:
     context = _ray_train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    _set_num_threads(context.get_local_world_size())
+    node_id = ray.get_runtime_context().get_node_id()
+    node_cpus = next(node.cpus for node in session.list_nodes() if node.id == node_id)
+    torch.set_num_threads(
+        compute_num_threads(len(os.sched_getaffinity(0)), node_cpus, context.get_local_world_size())
+    )
     _set_convolution_algorithms(deterministic=spec.config.scale.deterministic)
     precision, reason = _resolve_precision(spec.config.precision, device)
     network = zoo.build_network(spec.architecture, spec.num_classes)
@@ -265,6 +269,12 @@ def _set_convolution_algorithms(*, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def _set_num_threads(local_workers: int) -> None:
-    """Divide the node's cores among its workers; Ray's default of one thread leaves them idle."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_workers))
+def compute_num_threads(cores: int, node_cpus: float, local_workers: int) -> int:
+    """A worker's share of its node's cores; Ray's default of one thread would leave others idle.
+
+    cores:         that the process may run on: those of the machine, also in a container
+    node_cpus:     CPUs of the node in Ray, which reads the CPU limit of a container; more threads
+                   than that are suspended in turn, each while the others wait for it
+    local_workers: training workers on the node
+    """
+    return max(1, int(min(cores, node_cpus)) // local_workers)

@@ -21,6 +21,7 @@ from imgcls.models.normalize import Normalizer
 from imgcls.training.augment.augment import Augment
 from imgcls.training.config import Strategy, TrainConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.depthwise import use_float32_depthwise
 from imgcls.training.optim import strategy
 from imgcls.training.optim.loss import TrainingLoss
 from imgcls.training.optim.optimizer import (
@@ -81,6 +82,8 @@ class TrainStep:
         self._syncs_norms = config.scale.sync_batchnorm and context.world_size > 1
         if config.scale.sync_batchnorm:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if context.device.type == "cpu" and context.precision == "bf16":
+            use_float32_depthwise(network)
         self.network = network
         self.ema: ModelEma | None = None
         if config.optim.ema is not None:

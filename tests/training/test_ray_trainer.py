@@ -24,7 +24,11 @@ from imgcls.training import ray_trainer
 from imgcls.training.config import TrainConfig, TrainScaleConfig
 from imgcls.training.driver_channel import open_driver_channel
 from imgcls.training.epoch_metrics import TrainLoopResult
-from imgcls.training.ray_trainer import format_worker_failure, resolve_ray_storage
+from imgcls.training.ray_trainer import (
+    compute_num_threads,
+    format_worker_failure,
+    resolve_ray_storage,
+)
 from imgcls.training.scaling import WorkerPlan
 from imgcls.training.trainer import TrainLoopSpec
 from tests.processes import wait_for
@@ -135,3 +139,21 @@ def test_convolutions_of_a_gpu_repeat_their_results_unless_the_fastest_are_wante
     ray_trainer._set_convolution_algorithms(deterministic=deterministic)
     assert (cudnn.deterministic, cudnn.benchmark) == (deterministic, not deterministic)
     assert TrainScaleConfig().deterministic
+
+
+@pytest.mark.parametrize(
+    ("cores", "node_cpus", "workers", "threads"),
+    [
+        (8, 8.0, 1, 8),
+        (8, 8.0, 3, 2),
+        (64, 4.0, 1, 4),  # a container limited to 4 CPUs sees all cores of its machine
+        (64, 4.0, 2, 2),
+        (64, 3.5, 2, 1),
+        (2, 16.0, 1, 2),  # more CPUs declared than the machine has
+        (4, 4.0, 8, 1),
+    ],
+)
+def test_workers_share_the_cores_that_their_node_may_use(
+    cores: int, node_cpus: float, workers: int, threads: int
+) -> None:
+    assert compute_num_threads(cores, node_cpus, workers) == threads

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -90,24 +93,34 @@ def test_the_loss_is_the_mean_over_rows_and_not_over_batches(alone: None) -> Non
     )
 
 
-def averaged(rank: int, workers: int) -> dict[str, torch.Tensor]:
-    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+def averaged(rank: int, workers: int) -> tuple[dict[str, torch.Tensor], int]:
+    """The state after averaging, and the number of all-reduces."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3), nn.BatchNorm2d(1).double()
+    )
     with torch.no_grad():
         network[0].weight.fill_(rank)
     network[1].running_mean.fill_(rank)
     network[1].running_var.fill_(10.0**rank)
     network[1].num_batches_tracked.fill_(5)
-    average_buffers(network, workers)
-    return network.state_dict()
+    network[2].register_buffer("grid", rank * torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    network[3].running_mean.fill_(rank + 0.1)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        average_buffers(network, workers)
+    return network.state_dict(), all_reduce.call_count
 
 
 def test_running_statistics_become_the_mean_of_the_workers(team: Team) -> None:
-    states = team.call(3, averaged)
-    for rank, state in enumerate(states):
+    for rank, (state, all_reduces) in enumerate(team.call(3, averaged)):
         torch.testing.assert_close(state["1.running_mean"], torch.full((2,), 1.0))
         torch.testing.assert_close(state["1.running_var"], torch.full((2,), 37.0))
+        torch.testing.assert_close(state["2.grid"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        torch.testing.assert_close(
+            state["3.running_mean"], torch.tensor([1.1], dtype=torch.float64), rtol=1e-12, atol=0
+        )
         assert state["1.num_batches_tracked"] == 5
         assert torch.equal(state["0.weight"], torch.full_like(state["0.weight"], rank))
+        assert all_reduces == 2, "one for each dtype"
 
 
 def total(rank: int, workers: int) -> list[float]:
