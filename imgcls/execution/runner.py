@@ -53,7 +53,7 @@ from imgcls.runs.lease import Lease
 
 PROGRESS_WRITE_S = 10.0
 """Time between two writes of the progress file."""
-LEASE_CHECK_S = 1.0
+LEASE_CHECK_S = 5.0
 """Age of a check of the lease that is accepted for a chunk's result. A check for each would limit
 the driver to as many chunks per second as a store answers listings one after another. Before a part
 is published, the lease is checked again."""
