@@ -305,7 +305,7 @@ def simulate() -> None:
 class SimulatedWorker:
     """Writes a chunk of made-up predictions where a real worker would write real ones."""
 
-    def __init__(self, spec: Any, threads: int) -> None:
+    def __init__(self, spec: Any, threads: int, device: str) -> None:
         import ray
 
         from imgcls.models.bundle import load_bundle
