@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from imgcls.data import filesystem
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, Plan, choose_sizes
 
 ROW_BYTES = 128
@@ -34,8 +35,8 @@ BLOCK_BYTES = 40_000
 """Memory of the driver for a block of chunks in Ray Data."""
 RENEWAL_S, CHECK_S = 6, 5
 """Seconds between two renewals of the lease (a PUT and a listing), and between two checks."""
-FINGERPRINT_BLOCK = 4 << 20
-"""Bytes of the manifest that are read by one request."""
+CONCURRENT_BLOCKS, HASHED_PER_S = 8, 0.8e9
+"""Requests for the manifest at a time, and bytes of it that a core hashes per second (AMD EPYC)."""
 
 CORE_RATES = {
     "MobileNetV3-Small": 486.8 / 2,
@@ -117,7 +118,11 @@ def make_run(
 
 
 def show_growth(options: argparse.Namespace) -> None:
-    """A line for each number of rows and size of chunks."""
+    """A line for each number of rows and size of chunks.
+
+    The seconds of a resume are those of the driver before work starts: it hashes the manifest,
+    lists the finished files and makes its tasks. The start of Ray and of the workers is not in it.
+    """
     print(
         f"{'rows':>14} {'per chunk':>10} {'objects':>10} {'per million':>12} {'PUT, LIST':>11} "
         f"{'GET':>10} {'USD':>6} {'driver MB':>10} {'blocks':>7} {'CPU s':>6} "
@@ -132,8 +137,10 @@ def show_growth(options: argparse.Namespace) -> None:
             )
             weighed = weigh_driver(run)
             usd = (run.puts * options.put_price + run.gets * options.get_price) / 1e6
-            reads = math.ceil(rows * options.manifest_bytes / FINGERPRINT_BLOCK)
-            seconds = weighed["cpu"] + options.latency * (run.resume_pages + reads)
+            size = rows * options.manifest_bytes
+            reads = math.ceil(size / filesystem.BLOCK_BYTES)
+            waits = options.latency * (run.resume_pages + reads / CONCURRENT_BLOCKS)
+            seconds = weighed["cpu"] + size / HASHED_PER_S + waits
             print(
                 f"{rows:>14,} {run.plan.chunk_rows:>10,} {run.objects:>10,} "
                 f"{run.objects / rows * 1e6:>12,.0f} {run.puts:>11,} {run.gets:>10,} {usd:>6.2f} "
