@@ -4,11 +4,13 @@
     python -m benchmarks.scale plan   [--rows 10000 100000 1000000]
     python -m benchmarks.scale resume [--rows 100000000] [--done 0.5]
     python -m benchmarks.scale nodes  [--nodes 1 2 4 8] [--rows 200000]
+    python -m benchmarks.scale paper | cost
 
   work    images of 32 x 32 through the small CNN, by the command that a user types
   plan    the same with the work simulated: what the driver, the plan and the commit cost
   resume  a run of which a share is done: from the command to the first chunk that is new
   nodes   logical nodes of one CPU each on this machine, the work simulated: who does how much
+  paper, cost  see `scale_costs`
 Each run has a process of its own, whose time and peak memory are read when it ends. `--spot-price`
 (USD per hour for a machine like this one), `--put-price` and `--get-price` (USD per million
 requests) give what a million images would cost.
@@ -35,20 +37,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks import scale_costs
+
 IMAGES = 1000
 """Number of image files; the rows of a manifest repeat them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["work", "plan", "resume", "nodes"])
+    parser.add_argument("what", choices=["work", "plan", "resume", "nodes", "paper", "cost"])
     parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--chunk-rows", type=int, help="of work and plan; default: automatic")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--done", type=float, default=0.5, help="the share that is done before")
     parser.add_argument("--spot-price", type=float, default=0.04)
     parser.add_argument("--put-price", type=float, default=5.0)
     parser.add_argument("--get-price", type=float, default=0.4)
+    scale_costs.add_options(parser)
     options = parser.parse_args()
+    if options.what in ("paper", "cost"):
+        (scale_costs.show_growth if options.what == "paper" else scale_costs.show_costs)(options)
+        return
     with tempfile.TemporaryDirectory(prefix="imgcls-scale-") as folder:
         if options.what in ("work", "plan"):
             grow(options, Path(folder))
@@ -60,20 +69,22 @@ def main() -> None:
 
 def grow(options: argparse.Namespace, folder: Path) -> None:
     print(
-        f"{'rows':>12} {'seconds':>9} {'steady/s':>9} {'us/row':>8} {'driver MB':>10} "
-        f"{'written':>8} {'USD per million':>16}"
+        f"{'rows':>12} {'seconds':>9} {'driver CPU s':>13} {'steady/s':>9} {'us/row':>8} "
+        f"{'driver MB':>10} {'written':>8} {'USD per million':>16}"
     )
     simulated = options.what == "plan"
     for rows in options.rows or [10_000, 100_000, 1_000_000]:
-        result = in_a_process("label", rows, folder, simulated=simulated)
+        result = in_a_process(
+            "label", rows, folder, simulated=simulated, chunk_rows=options.chunk_rows
+        )
         steady = result["steady"] or rows / result["seconds"]
         requests = (result["written"] * options.put_price / rows) + (
             0 if simulated else options.get_price
         )
         cost = 1e6 / steady / 3600 * options.spot_price + requests
         print(
-            f"{rows:>12,} {result['seconds']:>9.1f} {steady:>9,.0f} {1e6 / steady:>8.0f} "
-            f"{result['memory']:>10.0f} {result['written']:>8,} {cost:>16.2f}",
+            f"{rows:>12,} {result['seconds']:>9.1f} {result['cpu']:>13.1f} {steady:>9,.0f} "
+            f"{1e6 / steady:>8.0f} {result['memory']:>10.0f} {result['written']:>8,} {cost:>16.2f}",
             flush=True,
         )
 
@@ -117,11 +128,12 @@ def child(what: str, order: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         work: Any = {"label": label, "resume": broken_off, "spread": over_nodes}[what]
         result = work(**order)
-    result["kilobytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    result |= {"kilobytes": used.ru_maxrss, "cpu": used.ru_utime + used.ru_stime}
     print(json.dumps(result))
 
 
-def label(rows: int, folder: str, simulated: bool) -> dict[str, Any]:
+def label(rows: int, folder: str, simulated: bool, chunk_rows: int | None = None) -> dict[str, Any]:
     place = Path(folder) / f"{rows}-{simulated}"
     place.mkdir()
     if simulated:
@@ -129,6 +141,7 @@ def label(rows: int, folder: str, simulated: bool) -> dict[str, Any]:
     config = order_for(place, rows, draw(Path(folder)))
     from imgcls.inference.predict import predict
 
+    config = config.model_copy(update={"chunk_rows": chunk_rows})
     start = time.perf_counter()
     predict(config)
     seconds = time.perf_counter() - start
@@ -292,7 +305,7 @@ def simulate() -> None:
 class SimulatedWorker:
     """Writes a chunk of made-up predictions where a real worker would write real ones."""
 
-    def __init__(self, spec: Any, threads: int) -> None:
+    def __init__(self, spec: Any, threads: int, device: str) -> None:
         import ray
 
         from imgcls.models.bundle import load_bundle

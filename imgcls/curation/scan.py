@@ -20,7 +20,7 @@ from imgcls.curation.scan_worker import SCAN, ScanSpec
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
-from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
+from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, read_shard_chunk
 from imgcls.execution.runner import (
     Driver,
     JobRun,
@@ -52,16 +52,15 @@ class ScannedManifest:
         for part in range(self.plan.num_parts):
             with filesystem.open_read(layout.shard_url(self.output, part)) as stream:
                 shard = pq.ParquetFile(stream)
-                for group in range(len(self.plan.chunks_of(part))):
-                    yield shard.read_row_group(group)
+                for index in range(len(self.plan.chunks_of(part))):
+                    yield read_shard_chunk(shard, self.plan, index)
 
     def read_tables(self) -> Iterator[tuple[pa.Table, pa.Table]]:
         """The rows of the manifest and the features of their images, chunk by chunk, in order."""
         for chunk, rows in enumerate(self.read_rows()):
             part = self.plan.part_of(chunk)
-            url = layout.chunk_url(self.output, part, chunk, self.plan.run_id)
-            with filesystem.open_read(url) as file:
-                yield rows, pq.read_table(file)
+            data = filesystem.read(layout.chunk_url(self.output, part, chunk, self.plan.run_id))
+            yield rows, pq.read_table(pa.BufferReader(data))
 
 
 @dataclass(frozen=True)

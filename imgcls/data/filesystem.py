@@ -34,6 +34,8 @@ MAX_IMAGE_BYTES = 100_000_000
 """Default limit for the size of an image file."""
 READ_AHEAD_BYTES = 256_000_000
 """Maximum bytes that one `read_ahead` buffers, in addition to the next file."""
+BLOCK_BYTES = 4 << 20
+"""Size of a block of `iter_blocks`."""
 
 _DISK_RETRY_S = 5.0
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
@@ -147,6 +149,19 @@ def open_read(url: str) -> IO[bytes]:
     if is_local(url):
         return _retry_locally(url, lambda: cast(IO[bytes], open(local_path(url), "rb")))
     return object_store.open_object(url)
+
+
+def iter_blocks(url: str, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The bytes of a file of any size in order, block by block.
+
+    The blocks of an object are read concurrently, because each request waits for its answer.
+    """
+    if not is_local(url):
+        yield from object_store.iter_blocks(url, block_bytes)
+        return
+    with open_read(url) as stream:
+        while block := stream.read(block_bytes):
+            yield block
 
 
 def write(url: str, data: bytes) -> None:

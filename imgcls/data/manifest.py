@@ -329,9 +329,8 @@ def _list_columns(schema: pa.Schema) -> str:
 def _hash_files(files: tuple[str, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        with filesystem.open_read(file) as stream:
-            while block := stream.read(4 << 20):
-                digest.update(block)
+        for block in filesystem.iter_blocks(file):
+            digest.update(block)
         digest.update(b"\x00end of file\x00")
     return digest.hexdigest()
 

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import functools
 import io
+import itertools
 import tempfile
+from collections import deque
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from typing import IO, Any, TypeVar
@@ -20,7 +22,12 @@ from imgcls.data.error_details import describe_error, get_error_code, shorten_ur
 from imgcls.data.readahead import UNLIMITED, ReadAllowance, too_large_error
 from imgcls.data.retries import retry, retry_async
 from imgcls.data.storage_errors import translate_error
-from imgcls.data.storage_settings import StorageConfig, bind_settings, current_settings
+from imgcls.data.storage_settings import (
+    StorageConfig,
+    bind_settings,
+    create_thread_pool,
+    current_settings,
+)
 from imgcls.data.store import GET, LIST, PUT, BucketStore, FileInfo, ListingPage, ReadObject, Store
 from imgcls.data.stores import STORES, find_store, get_protocol
 from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
@@ -28,6 +35,7 @@ from imgcls.errors import StorageError, StorageMissing, StorageUnavailable
 T = TypeVar("T")
 
 _READ_BUFFER_BYTES = 4 << 20
+_CONCURRENT_RANGES = 8
 
 
 def resolve_store(url: str) -> tuple[Store, str]:
@@ -184,6 +192,25 @@ def open_object(url: str) -> IO[bytes]:
     return io.BufferedReader(_RangeReader(url, size), _READ_BUFFER_BYTES)
 
 
+def iter_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
+    """The bytes of an object in order, by concurrent reads of ranges of `block_bytes`."""
+    size = int(call_store(url, "info", needs=GET)["size"])
+    starts = iter(range(0, size, block_bytes))
+    reading: deque[Future[bytes]] = deque()
+    with create_thread_pool(_CONCURRENT_RANGES, "range") as pool:
+        try:
+            while True:
+                for start in itertools.islice(starts, _CONCURRENT_RANGES - len(reading)):
+                    end = min(size, start + block_bytes)
+                    reading.append(pool.submit(_get_range, url, start, end))
+                if not reading:
+                    return
+                yield reading.popleft().result()
+        finally:
+            for future in reading:
+                future.cancel()
+
+
 def iter_store_pages(url: str, *, deep: bool) -> Iterator[ListingPage]:
     """List a folder page by page: its files and folders, or with `deep` all files below it.
 
@@ -255,12 +282,16 @@ class _RangeReader(io.RawIOBase):
         return self._read_range(start, self._size) if start < self._size else b""
 
     def _request_range(self, start: int, end: int) -> bytes:
-        def read() -> bytes:
-            data: bytes = call_store(self._url, "cat_file", needs=GET, start=start, end=end)
-            if len(data) != end - start:
-                raise StorageUnavailable(
-                    f"{shorten_url(self._url)}: received {len(data):,} of {end - start:,} bytes"
-                )
-            return data
+        return _get_range(self._url, start, end)
 
-        return retry(self._url, read, GET)
+
+def _get_range(url: str, start: int, end: int) -> bytes:
+    def read() -> bytes:
+        data: bytes = call_store(url, "cat_file", needs=GET, start=start, end=end)
+        if len(data) != end - start:
+            raise StorageUnavailable(
+                f"{shorten_url(url)}: received {len(data):,} of {end - start:,} bytes"
+            )
+        return data
+
+    return retry(url, read, GET)

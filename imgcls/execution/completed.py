@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 from imgcls.data import filesystem
 from imgcls.errors import StorageMissing
 from imgcls.execution.messages import ChunkTask, RunSpec, StageTimings
-from imgcls.execution.plan import Plan
+from imgcls.execution.plan import Plan, read_shard_chunk
 from imgcls.runs import layout
 
 
@@ -54,9 +53,9 @@ class CompletedChunks:
     @property
     def rows_done(self) -> int:
         """Rows of all written chunks."""
-        rolled_up = itertools.chain.from_iterable(self.plan.chunks_of(part) for part in self.parts)
-        staged = itertools.chain.from_iterable(self.chunks.values())
-        return sum(len(self.plan.rows_of(chunk)) for chunk in itertools.chain(rolled_up, staged))
+        rolled_up = sum(len(self.plan.rows_of_part(part)) for part in self.parts)
+        staged = (chunk for chunks in self.chunks.values() for chunk in chunks)
+        return rolled_up + sum(len(self.plan.rows_of(chunk)) for chunk in staged)
 
     def list_remaining(self) -> list[ChunkTask]:
         """The chunks still to be processed, in order."""
@@ -97,11 +96,10 @@ def read_chunk_rows(spec: RunSpec, task: ChunkTask) -> pa.Table:
     if task.rows is not None:
         return task.rows
     part = spec.plan.part_of(task.chunk)
-    group = task.chunk - spec.plan.chunks_of(part).start
+    index = task.chunk - spec.plan.chunks_of(part).start
     with _SHARD_LOCK:
         shard = _open_shard(layout.shard_url(spec.output, part), spec.plan.run_id)
-        table: pa.Table = shard.read_row_group(group)
-    return table
+        return read_shard_chunk(shard, spec.plan, index)
 
 
 _SHARD_LOCK = threading.Lock()
@@ -119,10 +117,13 @@ def read_committed(spec: RunSpec, task: ChunkTask) -> pa.Table | None:
 
     Ray processes a whole block again when the worker that had it is lost.
     """
-    url = _get_chunk_url(spec, task)
-    if not filesystem.exists(url):
+    try:
+        data = filesystem.read(
+            _get_chunk_url(spec, task)
+        )  # on S3 `exists` would list, as a PUT costs
+    except StorageMissing:
         return None
-    return pq.read_table(filesystem.open_read(url), columns=["status"])
+    return pq.read_table(pa.BufferReader(data), columns=["status"])
 
 
 def write_chunk(spec: RunSpec, task: ChunkTask, table: pa.Table, timings: StageTimings) -> None:

@@ -38,9 +38,11 @@ class RunSpec:
     is_on_web: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChunkTask:
     """A chunk to process: all its rows, or for a retry the rows at `offsets` within it.
+
+    The driver has one for each chunk of a run.
 
     rows: path and label columns of the rows of a retry. A committed run has no manifest shards.
     """

@@ -21,6 +21,9 @@ from imgcls.execution.worker import Job
 
 MAX_BLOCK_CHUNKS = 256
 """Maximum number of chunks in a block. A block costs the driver 40 KB and 4 ms."""
+MAX_BLOCK_ROWS = 262_144
+"""Maximum number of rows in a block: a part has several blocks, so that parts are completed, and
+rolled up, one after another."""
 
 
 class Pipeline:
@@ -36,7 +39,8 @@ class Pipeline:
             context.target_max_block_size = 1
             ray_internals.limit_result_buffer(context, placement.max_buffered_results)
             context.execution_no_progress_timeout_s = -1  # `scale` sets the timeouts
-            dataset = ray.data.from_blocks(build_blocks(tasks, placement.num_readers))
+            blocks = build_blocks(tasks, placement.num_readers, spec.plan.chunk_rows)
+            dataset = ray.data.from_blocks(blocks)
             self._dataset = placement.add_stages(dataset, job, spec)
 
     def run(self) -> Iterator[ChunkResult]:
@@ -76,17 +80,19 @@ def apply_host_limits(
     return spec, placement
 
 
-def build_blocks(tasks: Sequence[ChunkTask], consumers: int) -> list[pa.Table]:
+def build_blocks(tasks: Sequence[ChunkTask], consumers: int, chunk_rows: int) -> list[pa.Table]:
     """Blocks of tasks that shrink towards the end: few blocks, and no idle worker at the end.
 
-    consumers: processes that take blocks, which are those of the first stage. With the number of
+    consumers:  processes that take blocks, which are those of the first stage. With the number of
         GPU workers instead, one of 17 decoding tasks would get an eighth of all chunks.
+    chunk_rows: rows of a chunk
     Source: guided self-scheduling, Polychronopoulos and Kuck, IEEE ToC 1987.
     """
     blocks = []
     start = 0
+    largest = max(1, min(MAX_BLOCK_CHUNKS, MAX_BLOCK_ROWS // chunk_rows))
     while start < len(tasks):
-        size = min(MAX_BLOCK_CHUNKS, max(1, (len(tasks) - start) // (8 * consumers)))
+        size = min(largest, max(1, (len(tasks) - start) // (8 * consumers)))
         blocks.append(pa.table({"task": [pickle.dumps(t) for t in tasks[start : start + size]]}))
         start += size
     return blocks

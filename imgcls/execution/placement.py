@@ -430,8 +430,8 @@ def _limit_by_object_store(
         raise ResourcesError(
             f"a task that decodes holds up to {STORED_CHUNKS_PER_TASK} chunks of "
             f"{chunk_bytes / 1e6:,.0f} MB in the object store, where it may use "
-            f"{largest / 1e6:,.0f} MB. Set a smaller --chunk-rows, or start Ray with a larger "
-            "--object-store-memory"
+            f"{largest / 1e6:,.0f} MB. Set a smaller --chunk-rows, start Ray with a larger "
+            "--object-store-memory, or set --scale.layout cpu"
         )
     size, count = min(stores, key=lambda store: store[0] / store[1])
     fraction = min(1.0, size / each / count)

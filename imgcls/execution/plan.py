@@ -1,14 +1,15 @@
 """The plan of a run: its manifest, streamed once into shards of fixed-size chunks; its identity.
 
-Owns `_run.json` and the manifest shards. A chunk is one row group of one shard, so a worker reads
-only its own rows, whatever the size of the manifest, and a manifest that changes during the run
-changes nothing. Memory is bounded. A resumed run is the same run, or is refused.
+Owns `_run.json` and the manifest shards. A chunk is one or more row groups of one shard, so a
+worker reads only its own rows, whatever the size of the manifest, and a manifest that changes
+during the run changes nothing. Memory is bounded. A resumed run is the same run, or is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -31,6 +32,14 @@ from imgcls.formatting import format_count
 from imgcls.runs import layout
 
 DEFAULT_CHUNK_ROWS = 256
+"""Rows per chunk, and per row group of a shard, of all but small manifests."""
+MAX_CHUNK_ROWS = 4096
+"""Maximum number of rows per chunk of a large manifest. A chunk costs the driver 1 KB and several
+requests; a worker that is killed loses up to one chunk."""
+MIN_GROWN_CHUNKS = 8192
+"""Minimum number of chunks with more than 256 rows: eight for each of a thousand workers."""
+MIN_CHUNKS_PER_PART = 16
+"""Minimum number of chunks with more than 256 rows in a whole part."""
 SMALL_MANIFEST_ROWS = 32 * DEFAULT_CHUNK_ROWS
 MAX_PART_BYTES = 128_000_000
 
@@ -71,6 +80,11 @@ class Plan:
         """The manifest rows of a chunk."""
         start = chunk * self.chunk_rows
         return range(start, min(self.rows, start + self.chunk_rows))
+
+    def rows_of_part(self, part: int) -> range:
+        """The manifest rows of a part."""
+        start = part * self.part_rows
+        return range(start, min(self.rows, start + self.part_rows))
 
 
 @dataclass(frozen=True)
@@ -123,15 +137,14 @@ def make_plan(
     limit: int | None,
     provenance: Mapping[str, Any],
     classes: list[str] | None,
+    max_chunk_rows: int = MAX_CHUNK_ROWS,
     may_be_empty: bool = False,
     any_labels: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Stream the manifest into shards below `output`, then write `_run.json`.
 
-    chunk_rows: None chooses 256, or less for a manifest too small to keep every worker busy
-    part_rows:  maximum number of rows of a final file
-    row_bytes:  expected size of an output row in Parquet, in bytes
+    chunk_rows, part_rows, row_bytes, max_chunk_rows: see `choose_sizes`
     limit:      number of rows to take from the start of the manifest
     classes:    of the model, if the run has one
     any_labels: accept labels of which none is a class of the model
@@ -141,9 +154,14 @@ def make_plan(
     head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
     if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no rows")
-    largest = min(part_rows, max(1, MAX_PART_BYTES // row_bytes))
-    chunk = min(largest, chunk_rows or _choose_chunk_rows(head.num_rows))
-    part = largest // chunk * chunk
+    choose = functools.partial(
+        choose_sizes,
+        chunk_rows=chunk_rows,
+        part_rows=part_rows,
+        row_bytes=row_bytes,
+        max_chunk_rows=max_chunk_rows,
+    )
+    chunk, part = choose(head.num_rows)
     labels = None if classes is None else _LabelChecker(manifest, classes)
     with _ShardWriter(output, manifest.schema, chunk, part) as writer:
         for table in itertools.chain((head,), rest):
@@ -152,6 +170,7 @@ def make_plan(
             writer.add(table)
     if labels is not None:
         labels.check(refuse=not any_labels)
+    chunk, part = choose(writer.rows)  # the same part, now that the number of rows is known
     plan = Plan(identity.compute_run_id(), writer.rows, chunk, part)
     run = {
         "identity": asdict(identity),
@@ -175,11 +194,59 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
             writer.add(table)
 
 
-def _choose_chunk_rows(rows: int) -> int:
-    """256 rows, or a 32nd of a small manifest, rounded up to a multiple of 32."""
-    if rows >= SMALL_MANIFEST_ROWS:
-        return DEFAULT_CHUNK_ROWS
-    return max(32, -(-rows // 32 // 32) * 32)
+def read_shard_chunk(shard: pq.ParquetFile, plan: Plan, index: int) -> pa.Table:
+    """The manifest rows of a chunk, read from its shard.
+
+    index: of the chunk in its part
+    """
+    group_rows = shard.metadata.row_group(0).num_rows  # fewer only where it is the shard's only one
+    count = max(1, plan.chunk_rows // group_rows)
+    groups = range(index * count, min((index + 1) * count, shard.num_row_groups))
+    table: pa.Table = shard.read_row_groups(groups)
+    return table
+
+
+def choose_sizes(
+    rows: int,
+    *,
+    chunk_rows: int | None,
+    part_rows: int,
+    row_bytes: int,
+    max_chunk_rows: int = MAX_CHUNK_ROWS,
+) -> tuple[int, int]:
+    """Rows per chunk and per part of a manifest.
+
+    A small manifest has chunks of less than 256 rows, to keep every worker busy. From
+    MIN_GROWN_CHUNKS chunks of 512 rows on they double with the manifest, because each chunk costs
+    requests, and memory and time of the driver. The size of a part is the same for all manifests
+    that are not small: it is needed before their rows are counted.
+
+    chunk_rows:     rows per chunk, if it is set
+    part_rows:      maximum number of rows of a final file
+    row_bytes:      expected size of an output row in Parquet, in bytes
+    max_chunk_rows: limit of the chunks' growth
+    """
+    largest = min(part_rows, max(1, MAX_PART_BYTES // row_bytes))
+    if chunk_rows is None and rows >= SMALL_MANIFEST_ROWS:
+        usual = min(largest, DEFAULT_CHUNK_ROWS)
+        limit = _double(usual, min(MAX_CHUNK_ROWS, largest // MIN_CHUNKS_PER_PART))
+        chunk = _double(usual, min(limit, max_chunk_rows, rows // MIN_GROWN_CHUNKS))
+        return chunk, largest // limit * limit
+    # a 32nd of a small manifest, rounded up to a multiple of 32
+    chunk = min(largest, chunk_rows or max(32, -(-rows // 32 // 32) * 32))
+    return chunk, largest // chunk * chunk
+
+
+def _double(rows: int, limit: int) -> int:
+    """Double as often as the limit allows."""
+    while 2 * rows <= limit:
+        rows *= 2
+    return rows
+
+
+def _get_group_rows(chunk_rows: int) -> int:
+    """Rows per row group of a shard: it is written before the size of its chunks is known."""
+    return chunk_rows if chunk_rows % DEFAULT_CHUNK_ROWS else DEFAULT_CHUNK_ROWS
 
 
 def _read_first_rows(
@@ -211,7 +278,7 @@ def _limit_rows(manifest: Manifest, limit: int | None) -> Iterator[pa.Table]:
 
 
 class _ShardWriter:
-    """Writes a stream of tables into shard files whose row groups are chunks.
+    """Writes a stream of tables into shard files of whole chunks, of one or more row groups each.
 
     On an error the shard in progress leaves no file.
     """
@@ -220,7 +287,7 @@ class _ShardWriter:
         self.rows = 0
         self._output = output
         self._schema = schema
-        self._chunk_rows = chunk_rows
+        self._group_rows = _get_group_rows(chunk_rows)
         self._part_rows = part_rows
         self._buffer: list[pa.Table] = []
         self._buffered = 0
@@ -247,16 +314,16 @@ class _ShardWriter:
     def add(self, table: pa.Table) -> None:
         self._buffer.append(table)
         self._buffered += table.num_rows
-        if self._buffered >= self._chunk_rows:
+        if self._buffered >= self._group_rows:
             whole = pa.concat_tables(self._buffer).combine_chunks()
             start = 0
-            while whole.num_rows - start >= self._chunk_rows:
-                self._write(whole.slice(start, self._chunk_rows))
-                start += self._chunk_rows
+            while whole.num_rows - start >= self._group_rows:
+                self._write(whole.slice(start, self._group_rows))
+                start += self._group_rows
             rest = whole.slice(start)
             self._buffer, self._buffered = ([rest] if rest.num_rows else []), rest.num_rows
 
-    def _write(self, chunk: pa.Table) -> None:
+    def _write(self, group: pa.Table) -> None:
         url = layout.shard_url(self._output, self.rows // self._part_rows)
         with filesystem.translate_os_errors(url):
             if self.rows % self._part_rows == 0:
@@ -268,8 +335,8 @@ class _ShardWriter:
                     )
                 )
             assert self._writer is not None
-            self._writer.write_table(chunk, row_group_size=self._chunk_rows)
-        self.rows += chunk.num_rows
+            self._writer.write_table(group, row_group_size=self._group_rows)
+        self.rows += group.num_rows
 
 
 class _LabelChecker:

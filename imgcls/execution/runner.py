@@ -53,6 +53,10 @@ from imgcls.runs.lease import Lease
 
 PROGRESS_WRITE_S = 10.0
 """Time between two writes of the progress file."""
+LEASE_CHECK_S = 5.0
+"""Age of a check of the lease that is accepted for a chunk's result. A check for each would limit
+the driver to as many chunks per second as a store answers listings one after another. Before a part
+is published, the lease is checked again."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Driver:
     interruption: Interruption
     scale: ScaleConfig
     progress_seconds: float
-    chunk_bytes: int = 0
-    """Size of a prepared chunk on its way from CPUs to GPUs."""
+    image_bytes: int = 0
+    """Size of a prepared image on its way from CPUs to GPUs."""
 
 
 class Observer(Protocol):
@@ -134,7 +138,7 @@ class JobRun:
     def run(
         self, placement: Placement, tasks: Sequence[ChunkTask], *, total: int, done: int = 0
     ) -> Iterator[ChunkResult]:
-        """Process tasks; yields each result once its chunk is written and the lease is held.
+        """Process tasks; yields each result once its chunk is written, while the lease is held.
 
         total: rows of the run; done: of these, rows that were finished before
         Raises RunFailed when no worker makes progress for `scale.resource_timeout_s`, or another
@@ -150,7 +154,7 @@ class JobRun:
                 if result is None:
                     progress.tick()
                 else:
-                    driver.lease.check()
+                    driver.lease.check(LEASE_CHECK_S)
                     self._record(result, progress)
                     yield result
                 if time.monotonic() - written_at > PROGRESS_WRITE_S:
@@ -214,7 +218,7 @@ class ChunkRunner:
         self._interruption = driver.interruption
         self._scale = driver.scale
         self._use_gpus = job.has_gpu_stage
-        self._chunk_bytes = driver.chunk_bytes
+        self._chunk_bytes = driver.image_bytes * spec.plan.chunk_rows
         self._adapt = adapt
         self._request = NodeRequest()
         self._timeout = WaitTimeout(driver.scale.resource_timeout_s)

@@ -104,7 +104,8 @@ class PredictConfig(Section):
     max_bytes: PositiveInt = MAX_IMAGE_BYTES
     """Maximum size of an image file, in bytes. A larger one is too_large and not read further."""
     chunk_rows: PositiveInt | None = None
-    """Rows per chunk, the unit of work. Default: by the size of the manifest, at most 256."""
+    """Rows per chunk, the unit of work. Default: 32 to 4,096 by the size of the manifest; at most
+    256 with GPUs."""
     part_rows: PositiveInt = 1_000_000
     """Maximum number of rows of an output file; fewer when it would exceed 128 MB."""
     progress_seconds: PositiveFloat = 5.0

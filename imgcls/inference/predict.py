@@ -24,7 +24,7 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import RequestError, RunFailed
 from imgcls.execution.placement import Placement
-from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan
+from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, Plan, RunIdentity, make_plan, parse_plan
 from imgcls.execution.runner import (
     Driver,
     JobRun,
@@ -44,9 +44,10 @@ from imgcls.inference.ray_metrics import RayMetrics
 from imgcls.inference.requests import (
     check_request,
     check_resumable,
-    estimate_chunk_bytes,
+    estimate_image_bytes,
     is_on_web,
     iter_image_urls,
+    limit_chunk_rows,
     resolve_settings,
 )
 from imgcls.inference.result import PredictResult as PredictResult
@@ -212,10 +213,13 @@ class _PredictRun:
             if layout.is_committed(output) and not config.retry_errors:
                 return self._return_committed(stored)
         session.connect()
-        chunk_bytes = estimate_chunk_bytes(config, self.manifest, self.bundle)
-        self.driver = replace(self.driver, chunk_bytes=chunk_bytes)
+        image_bytes = estimate_image_bytes(config, self.manifest, self.bundle)
+        self.driver = replace(self.driver, image_bytes=image_bytes)
+        chunk_rows = config.chunk_rows or DEFAULT_CHUNK_ROWS
+        if stored is not None:
+            chunk_rows = parse_plan(stored).chunk_rows
         placement = wait_for_placement(
-            LABELING, config.scale, self.driver.interruption, chunk_bytes
+            LABELING, config.scale, self.driver.interruption, image_bytes * chunk_rows
         )
         self.plan = parse_plan(stored) if stored is not None else self._make_plan()
         run = layout.load_run(output)
@@ -297,6 +301,7 @@ class _PredictRun:
                 limit=config.limit,
                 provenance=build_provenance(config.model_dump(mode="json", exclude={"storage"})),
                 classes=classes,
+                max_chunk_rows=limit_chunk_rows(config, self.bundle),
                 may_be_empty=config.since is not None,
                 # after a first night, a few new rows may all have labels of new classes
                 any_labels=comparison is not None and bool(comparison.past_runs.committed),

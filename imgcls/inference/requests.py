@@ -30,13 +30,15 @@ from imgcls.errors import (
     StorageForbidden,
 )
 from imgcls.execution.placement import MAX_STORAGE_WAITS
-from imgcls.execution.plan import DEFAULT_CHUNK_ROWS
+from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS
 from imgcls.inference.config import PredictConfig
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
 from imgcls.models.openvino_package import check_engine
 from imgcls.runs import layout
 from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
 
+MAX_CHUNK_SCORES = 4_096_000
+"""Maximum number of scores of an automatic chunk of more than 256 rows: 16 MB in a worker."""
 SAMPLED_FILES = 16
 """Files at the start of the manifest whose size is read, to estimate the size of a chunk."""
 
@@ -207,13 +209,30 @@ def check_resumable(output: str, config: PredictConfig) -> None:
         )
 
 
-def estimate_chunk_bytes(config: PredictConfig, manifest: Manifest, bundle: Bundle) -> int:
-    """Size of a chunk on its way to a GPU: its pixels, or its files where those are larger."""
+def estimate_image_bytes(config: PredictConfig, manifest: Manifest, bundle: Bundle) -> int:
+    """Mean size of an image on its way to a GPU: its pixels, or its file where that is larger."""
     side = bundle.spec.preprocess.crop
-    each = 3 * side * side
+    pixels = 3 * side * side
+    if not may_use_gpus(config):
+        return pixels
+    urls = itertools.islice(iter_image_urls(manifest), SAMPLED_FILES)
+    sizes = [size for url in urls if (size := read_image_size(url)) <= config.max_bytes]
+    return max(pixels, sum(sizes) // max(1, len(sizes)))
+
+
+def may_use_gpus(config: PredictConfig) -> bool:
+    """Whether the run may use GPUs, of nodes that are there or that may join."""
     may_join = [] if session.is_private_session() else autoscaler.find_max_nodes() or []
-    if any(node.gpus for node in [*session.list_nodes(), *may_join]):
-        urls = itertools.islice(iter_image_urls(manifest), SAMPLED_FILES)
-        sizes = [size for url in urls if (size := read_image_size(url)) <= config.max_bytes]
-        each = max(each, sum(sizes) // max(1, len(sizes)))
-    return each * (config.chunk_rows or DEFAULT_CHUNK_ROWS)
+    has_gpus = any(node.gpus for node in [*session.list_nodes(), *may_join])
+    return has_gpus and config.scale.layout != "cpu"
+
+
+def limit_chunk_rows(config: PredictConfig, bundle: Bundle) -> int:
+    """Maximum number of rows of an automatic chunk, by the memory that one takes.
+
+    A chunk for a GPU passes through the object store as pixels, several at a time. On a CPU a
+    worker holds one batch of pixels, and the scores of a chunk.
+    """
+    if may_use_gpus(config):
+        return DEFAULT_CHUNK_ROWS
+    return min(MAX_CHUNK_ROWS, MAX_CHUNK_SCORES // len(bundle.spec.classes))

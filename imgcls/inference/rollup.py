@@ -26,7 +26,7 @@ from imgcls.errors import OK, RunFailed
 from imgcls.execution.completed import CompletedChunks
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.placement import ROLLUP_TASK_CPUS
-from imgcls.execution.plan import Plan
+from imgcls.execution.plan import Plan, read_shard_chunk
 from imgcls.execution.runner import Driver
 from imgcls.formatting import format_count
 from imgcls.metrics import PredictionCounts
@@ -221,13 +221,14 @@ def _read_columns(output: str, part: int, columns: list[str]) -> Iterator[pa.Tab
 def _join_part(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
     with filesystem.open_read(layout.shard_url(output, part)) as stream:
         shard = pq.ParquetFile(stream)
-        for group, chunk in enumerate(plan.chunks_of(part)):
-            rows = shard.read_row_group(group)
+        for index, chunk in enumerate(plan.chunks_of(part)):
+            rows = read_shard_chunk(shard, plan, index)
             rows = conform_table(
                 rows, widen_dictionaries(rows.schema), layout.shard_url(output, part)
             )
-            with filesystem.open_read(layout.chunk_url(output, part, chunk, plan.run_id)) as file:
-                predicted = pq.read_table(file)
+            # by one request; a stream would make three
+            data = filesystem.read(layout.chunk_url(output, part, chunk, plan.run_id))
+            predicted = pq.read_table(pa.BufferReader(data))
             for name in predicted.schema.names:
                 rows = rows.append_column(predicted.schema.field(name), predicted.column(name))
             yield rows

@@ -47,7 +47,7 @@ def part_url(output: str, part: int) -> str:
 
 
 def shard_url(output: str, part: int) -> str:
-    """The manifest rows of a part; row group g is chunk g of the part."""
+    """The manifest rows of a part; each of its chunks is one or more row groups."""
     return join(output, STAGING_FOLDER, "manifest", part_name(part))
 
 

@@ -58,6 +58,7 @@ class Lease:
         self._owner = uuid.uuid4().hex
         self._renewals = 0
         self._last_renewal = time.monotonic()
+        self._last_listing = float("-inf")
         self._lost_reason: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -83,12 +84,18 @@ class Lease:
                 lease._thread.start()
                 return lease
 
-    def check(self) -> None:
-        """Raise RunFailed unless this driver still owns the output; call it before publishing."""
-        if self._lost_reason is None and time.monotonic() - self._last_renewal > self._term:
+    def check(self, max_age_s: float = 0.0) -> None:
+        """Raise RunFailed unless this driver still owns the output; call it before publishing.
+
+        max_age_s: accept an earlier check of this age, in seconds, because each is a listing
+        """
+        now = time.monotonic()
+        if self._lost_reason is None and now - self._last_renewal > self._term:
             self._lost_reason = f"it could not be renewed for {self._term:.0f} s"
-        if self._lost_reason is None and _find_latest(self._folder) > self._number:
-            self._lost_reason = "another driver has taken over"
+        if self._lost_reason is None and now - self._last_listing >= max_age_s:
+            if _find_latest(self._folder) > self._number:
+                self._lost_reason = "another driver has taken over"
+            self._last_listing = now
         if self._lost_reason is not None:
             raise RunFailed(
                 f"the lease on the output was lost: {self._lost_reason}; no results were lost, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from imgcls.data import filesystem
 from imgcls.data.manifest import (
     ManifestConfig,
     find_label_variants,
@@ -27,6 +29,7 @@ from imgcls.data.manifest import (
     resolve_paths,
 )
 from imgcls.errors import ManifestError, RequestError
+from tests.s3 import url
 
 
 def open_at(path: object, **options: Any) -> Any:
@@ -832,6 +835,17 @@ def test_a_fingerprint_changes_with_any_byte_of_the_table(
     byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != whole[position]))
     path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
     assert open_manifest(ManifestConfig(path=str(path), encoding="latin-1")).fingerprint() != before
+
+
+def test_a_fingerprint_is_the_same_on_a_disk_and_on_a_store(tmp_path: Path, s3: Any) -> None:
+    """Of more than one block, which a store is asked for one by one."""
+    data = b"path\n" + b"".join(b"%07d.jpg\n" % row for row in range(400_000))
+    assert len(data) > filesystem.BLOCK_BYTES
+    (tmp_path / "rows.csv").write_bytes(data)
+    filesystem.write(url("rows.csv"), data)
+    stored = open_manifest(ManifestConfig(path=url("rows.csv"))).fingerprint()
+    digest = hashlib.blake2b(data + b"\x00end of file\x00", digest_size=16)
+    assert stored == open_at(tmp_path / "rows.csv").fingerprint() == digest.hexdigest()
 
 
 def test_a_fingerprint_is_of_the_content_and_not_of_the_place(put: Put, tmp_path: Path) -> None:

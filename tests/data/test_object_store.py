@@ -91,6 +91,32 @@ def test_reading_ahead_asks_once_for_each_object_and_for_nothing_else(
     assert proxy.requests == {"GET": 25, "PUT": 2}
 
 
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 25_300])
+def test_the_blocks_of_an_object_are_read_once_each_and_arrive_in_order(
+    s3: Any, network: Callable[..., Proxy], size: int
+) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    s3.put_object(Bucket=BUCKET, Key="in/blocks", Body=data)
+    proxy = network({}, **PATIENT)
+    blocks = list(filesystem.iter_blocks(url("in/blocks"), 1000))
+    assert b"".join(blocks) == data
+    assert [len(block) for block in blocks[:-1]] == [1000] * (len(blocks) - 1)
+    wanted = {"HEAD": 1} | ({"GET": len(blocks)} if size else {})
+    assert proxy.requests == wanted
+
+
+def test_blocks_that_a_network_damages_or_that_are_missing_raise_or_are_read_again(
+    s3: Any, network: Callable[..., Proxy]
+) -> None:
+    data = np.random.default_rng(1).bytes(60_000)
+    s3.put_object(Bucket=BUCKET, Key="in/blocks", Body=data)
+    proxy = network(MIX)
+    assert b"".join(filesystem.iter_blocks(url("in/blocks"), 1000)) == data
+    assert proxy.met.total() > 3
+    with pytest.raises(StorageMissing, match="in/none"):
+        list(filesystem.iter_blocks(url("in/none")))
+
+
 def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     s3: Any, network: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:

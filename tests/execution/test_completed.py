@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.completed import CompletedChunks, read_committed, write_chunk
+from imgcls.execution.messages import ChunkTask, StageTimings
+from imgcls.runs.schema import build_prediction_schema
 from tests.execution.runs import DrawnRun
+from tests.faults import Proxy
+from tests.s3 import forget_connections, url
 
 
 @pytest.fixture
@@ -61,3 +67,24 @@ def test_files_of_other_runs_are_ignored(run: DrawnRun) -> None:
         (predictions_ / name).write_bytes(b"x")
     completed = CompletedChunks.load(run.output, run.plan)
     assert (completed.parts, completed.chunks) == (set(), {0: {0}})
+
+
+def test_a_chunk_is_looked_for_by_one_read_and_written_by_one_request(
+    run: DrawnRun, s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing, which a HEAD of a missing object leads to, costs as much as a PUT."""
+    seen: list[str] = []
+    spec, task = replace(run.spec, output=url("out")), ChunkTask(3)
+    with Proxy(endpoint, respond=seen.append).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        forget_connections()
+        assert read_committed(spec, task) is None
+        write_chunk(spec, task, build_prediction_schema(labeled=True).empty_table(), StageTimings())
+        found = read_committed(spec, task)
+        assert found is not None
+        assert (found.num_rows, found.column_names) == (0, ["status"])
+    requests = [head.partition("?")[0].split(" HTTP")[0] for head in seen]
+    key = f"/out/_staging/part-00001/chunk-00000003.{spec.plan.run_id}.parquet"
+    methods = [line.partition(" ")[0] for line in requests]
+    assert methods == ["GET", "PUT", "GET"]
+    assert all(line.endswith(key) for line in requests)

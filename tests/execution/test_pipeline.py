@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkTask
-from imgcls.execution.pipeline import Pipeline, apply_host_limits
+from imgcls.execution.pipeline import Pipeline, apply_host_limits, build_blocks
 from imgcls.execution.placement import GpuPlacement, plan_placement
 from imgcls.inference.workers import LABELING
 from tests.execution.runs import plan_at, spec_of
@@ -66,3 +67,15 @@ def test_blocks_are_sized_by_the_tasks_that_decode_not_by_the_gpu_workers(
     for size in sizes:
         heapq.heapreplace(busy, busy[0] + size)
     assert max(busy) == 23  # 391 chunks / 17 tasks
+
+
+@pytest.mark.parametrize(
+    ("chunk_rows", "largest"), [(32, 256), (256, 256), (1024, 256), (4096, 64), (1_000_000, 1)]
+)
+def test_a_block_has_at_most_256_chunks_and_about_a_quarter_of_a_part(
+    chunk_rows: int, largest: int
+) -> None:
+    blocks = build_blocks([ChunkTask(chunk) for chunk in range(2000)], 1, chunk_rows)
+    assert max(block.num_rows for block in blocks) == min(largest, 250)
+    chunks = [pickle.loads(task).chunk for block in blocks for task in block["task"].to_pylist()]
+    assert chunks == list(range(2000))

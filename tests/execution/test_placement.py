@@ -294,7 +294,8 @@ def test_a_chunk_too_large_for_the_object_store_is_refused_with_the_arithmetic()
         plan_placement([node], ScaleConfig(), chunk_bytes=38_535_168)
     assert str(caught.value) == (
         "a task that decodes holds up to 5 chunks of 39 MB in the object store, where it may use "
-        "50 MB. Set a smaller --chunk-rows, or start Ray with a larger --object-store-memory"
+        "50 MB. Set a smaller --chunk-rows, start Ray with a larger --object-store-memory, or set "
+        "--scale.layout cpu"
     )
 
 

@@ -18,12 +18,15 @@ from hypothesis import strategies as st
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError
+from imgcls.execution import plan as plan_module
 from imgcls.execution.plan import (
     DEFAULT_CHUNK_ROWS,
     MAX_PART_BYTES,
     Plan,
     RunIdentity,
+    choose_sizes,
     parse_plan,
+    read_shard_chunk,
     restore_shards,
 )
 from imgcls.runs.layout import load_run
@@ -107,6 +110,75 @@ def test_chunks_grow_with_the_manifest_and_keep_a_small_one_in_many_hands(tmp_pa
         1: 32, 100: 32, 2000: 64, 8191: DEFAULT_CHUNK_ROWS, 8192: DEFAULT_CHUNK_ROWS,
         30_000: DEFAULT_CHUNK_ROWS,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk_rows", "objects"),
+    [
+        (1_000_000, 256, 3_911),
+        (4_194_303, 256, 3_909),
+        (4_194_304, 512, 1_956),
+        (10_000_000, 1024, 979),
+        (33_554_432, 4096, 246),
+        (1_000_000_000, 4096, 246),
+        (10_000_000_000, 4096, 246),
+    ],
+)
+def test_the_objects_of_a_million_rows_become_fewer_with_the_manifest(
+    rows: int, chunk_rows: int, objects: int
+) -> None:
+    """One object per chunk; a shard and a final file per part."""
+    sizes = choose_sizes(rows, chunk_rows=None, part_rows=1_000_000, row_bytes=128)
+    assert sizes == (chunk_rows, 999_424)
+    plan = Plan("run", rows, *sizes)
+    assert round((plan.num_chunks + 2 * plan.num_parts) / (rows / 1e6)) == objects
+
+
+def test_chunks_do_not_grow_where_they_are_set_or_limited_or_parts_are_small() -> None:
+    billion = 1_000_000_000
+    usual: dict[str, Any] = {"chunk_rows": None, "part_rows": 1_000_000, "row_bytes": 128}
+    assert choose_sizes(billion, **usual, max_chunk_rows=256) == (256, 999_424)
+    assert choose_sizes(billion, **usual, max_chunk_rows=187) == (256, 999_424)
+    assert choose_sizes(billion, **{**usual, "chunk_rows": 300}) == (300, 999_900)
+    assert choose_sizes(billion, **{**usual, "row_bytes": 8320}) == (512, 15_360)
+    assert choose_sizes(billion, **{**usual, "part_rows": 100}) == (100, 100)
+
+
+def test_the_chunks_of_a_large_manifest_are_several_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "MIN_GROWN_CHUNKS", 16)
+    table = numbered(20_000)
+    manifest = manifest_of(tmp_path, table)
+    output = tmp_path / "out"
+    plan = plan_at(output, manifest, part_rows=17_000)
+    assert (plan.chunk_rows, plan.part_rows, plan.num_chunks) == (1024, 16_384, 20)
+    files = shards(output)
+    assert [file.metadata.num_row_groups for file in files] == [64, 15]
+    for chunk in range(plan.num_chunks):
+        part, span = plan.part_of(chunk), plan.rows_of(chunk)
+        read = read_shard_chunk(files[part], plan, chunk - plan.chunks_of(part).start)
+        assert read.equals(table.slice(span.start, len(span)))
+    folder = output / "_staging" / "manifest"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "part-00000.parquet").unlink()
+    restore_shards(str(output), manifest, plan)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_shards_of_earlier_versions_have_row_groups_as_large_as_their_chunks(
+    tmp_path: Path,
+) -> None:
+    """A run that was begun with 512 rows per chunk is resumed."""
+    table, plan = numbered(1200), Plan("run", 1200, 512, 1024)
+    for part in range(plan.num_parts):
+        span = plan.rows_of_part(part)
+        file = tmp_path / f"{part}.parquet"
+        pq.write_table(table.slice(span.start, len(span)), file, row_group_size=512)
+        shard = pq.ParquetFile(file)
+        read = [read_shard_chunk(shard, plan, index) for index in range(len(plan.chunks_of(part)))]
+        assert [rows.num_rows for rows in read] == [[512, 512], [176]][part]
+        assert pa.concat_tables(read).equals(table.slice(span.start, len(span)))
 
 
 def test_wide_rows_make_final_files_of_fewer_rows(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -23,15 +24,28 @@ from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import NodeRequest
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
+from imgcls.data import filesystem
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import Interrupted, ResourcesError
+from imgcls.errors import Interrupted, ResourcesError, RunFailed
+from imgcls.execution import runner
 from imgcls.execution.completed import write_chunk
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkResult, ChunkTask, RunSpec, StageTimings
 from imgcls.execution.pipeline import Pipeline
-from imgcls.execution.placement import compute_first_bundles, plan_placement, select_nodes
+from imgcls.execution.placement import (
+    Placement,
+    compute_first_bundles,
+    plan_placement,
+    select_nodes,
+)
 from imgcls.execution.replan import find_missing_nodes
-from imgcls.execution.runner import Driver, JobRun, load_completed, wait_for_placement
+from imgcls.execution.runner import (
+    ChunkRunner,
+    Driver,
+    JobRun,
+    load_completed,
+    wait_for_placement,
+)
 from imgcls.execution.worker import ChunkWorker, Job
 from imgcls.inference.workers import LABELING
 from imgcls.runs.lease import Lease
@@ -230,6 +244,42 @@ def test_any_job_with_a_worker_is_run_and_resumed(
     [file] = tmp_path.glob("out/_staging/part-00000/chunk-00000002.*.parquet")
     assert pq.read_table(file)["length"].to_pylist() == [1, 2, 3]
     assert pq.read_table(file)["row"].to_pylist() == [6, 7, 8]
+
+
+def test_a_thousand_results_cost_one_listing_of_the_lease_until_it_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing for each would be the limit of the cluster's rate."""
+    manifest = manifest_of(tmp_path, pa.table({"path": ["a.jpg"] * 1000}))
+    output, plan = str(tmp_path / "out"), plan_at(tmp_path / "out", manifest, chunk_rows=1)
+    spec = spec_of(tmp_path / "out", plan, manifest, "")
+    listed: list[str] = []
+    list_names = filesystem.list_names
+
+    def count_listings(folder: str) -> list[str]:
+        listed.append(folder)
+        return list_names(folder)
+
+    def finish(passes: ChunkRunner, placement: Placement, tasks: Collection[ChunkTask]) -> Any:
+        return (ChunkResult(task, 1, {"ok": 1}, StageTimings(), "h/1") for task in tasks)
+
+    monkeypatch.setattr(ChunkRunner, "run", finish)
+    monkeypatch.setattr(runner, "LEASE_CHECK_S", 3600)
+    lease = Lease.acquire(output, 3600)
+    monkeypatch.setattr(filesystem, "list_names", count_listings)
+    try:
+        driver = Driver(output, lease, Interruption(), ScaleConfig(), progress_seconds=60)
+        run = JobRun(LABELING, spec, driver)
+        tasks = [ChunkTask(chunk) for chunk in range(plan.num_chunks)]
+        results = run.run(plan_placement([Node(2, 0)], ScaleConfig()), tasks, total=plan.rows)
+        assert [next(results).task.chunk for _ in range(999)] == list(range(999))
+        assert listed == [str(tmp_path / "out" / "_lease")]
+        (tmp_path / "out" / "_lease" / "000002.json").write_text("{}")
+        monkeypatch.setattr(runner, "LEASE_CHECK_S", 0)
+        with pytest.raises(RunFailed, match="another driver has taken over"):
+            next(results)
+    finally:
+        lease.release()
 
 
 def test_a_table_with_other_columns_than_the_job_has_is_not_written(tmp_path: Path) -> None:

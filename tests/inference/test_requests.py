@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
+from imgcls.cluster import session
+from imgcls.cluster.session import Node
 from imgcls.config import build
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.preprocess import DecodeMode
 from imgcls.errors import RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict
-from imgcls.inference.requests import check_columns, resolve_settings
+from imgcls.inference.requests import check_columns, limit_chunk_rows, resolve_settings
 from imgcls.models import openvino_package
 from imgcls.models.bundle import load_bundle
 from tests.conftest import write_manifest
@@ -65,6 +68,27 @@ def test_the_engine_is_part_of_what_a_resumed_run_must_match(color_bundle: Path)
     assert identity("torch").find_differences(asdict(identity("openvino"))) == [
         "settings.engine: 'openvino' then, 'torch' now"
     ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "classes", "most"),
+    [
+        (0, "auto", 1000, 4096),
+        (0, "auto", 21_841, 187),
+        (1, "auto", 1000, 256),
+        (1, "gpu", 1000, 256),
+        (1, "cpu", 1000, 4096),
+    ],
+)
+def test_chunks_are_limited_by_the_memory_that_they_take(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, layout: str, classes: int, most: int
+) -> None:
+    """187 rows of 21,841 scores are 16 MB; a chunk for a GPU is in the object store as pixels."""
+    monkeypatch.setattr(session, "is_private_session", lambda: True)
+    monkeypatch.setattr(session, "list_nodes", lambda: [Node(cpus=4, gpus=0), Node(4, gpus)])
+    asked = {"manifest": "m.csv", "model": "b", "output": "out", "scale.layout": layout}
+    bundle: Any = SimpleNamespace(spec=SimpleNamespace(classes=[""] * classes))
+    assert limit_chunk_rows(build(PredictConfig, asked), bundle) == most
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "int8", "engine": "torch"}])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from upath import UPath
 
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import RunFailed, StorageMissing
+from imgcls.execution import plan as plan_module
 from imgcls.execution.messages import ChunkTask
 from imgcls.inference import rollup
 from tests.execution.runs import CLASSES, DrawnRun, plan_at, predictions, spec_of
+from tests.faults import Proxy
+from tests.s3 import forget_connections, url
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
@@ -65,6 +70,47 @@ def test_dictionaries_of_8_bits_come_through_with_the_values_of_all_shards(tmp_p
     for part in range(plan.num_parts):
         rollup.roll_up(run.output, plan, part, None, CLASSES)
     assert run.read()["site"].to_pylist() == wanted
+
+
+def test_a_roll_up_reads_each_chunk_by_one_request(
+    run: DrawnRun, s3: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output: Any = UPath(url("out"))
+    plan = plan_at(output, run.manifest, chunk_rows=8)
+    spec = spec_of(output, plan, run.manifest, "")
+    stored = DrawnRun(run.folder, run.manifest, run.table, plan, spec)
+    stored.label()
+    seen: list[str] = []
+    with Proxy(endpoint, respond=seen.append).running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        forget_connections()
+        assert stored.roll_up(0).rows == 100
+    chunks = [head.partition(" ")[0] for head in seen if "/chunk-" in head]
+    assert chunks == ["GET"] * 13
+
+
+def test_the_final_files_do_not_depend_on_the_size_of_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 1,024 rows, as of a large manifest, and of 256; the same predictions."""
+    monkeypatch.setattr(rollup, "_ROW_GROUP_ROWS", 4096)
+    rows = 9_000
+    drawn = predictions(range(rows), seed=7)
+    small = DrawnRun.planned(tmp_path / "small", rows)
+    monkeypatch.setattr(plan_module, "MIN_GROWN_CHUNKS", 8)
+    large = DrawnRun.planned(tmp_path / "large", rows)
+    assert (small.plan.chunk_rows, large.plan.chunk_rows) == (256, 1024)
+    staged = []
+    for run in (small, large):
+        for chunk in range(run.plan.num_chunks):
+            span = run.plan.rows_of(chunk)
+            run.commit(chunk, drawn.slice(span.start, len(span)))
+        staged.append(len(list(run.staged(0).iterdir())))
+        assert run.roll_up(0).rows == rows
+    assert staged == [36, 9]
+    assert pq.ParquetFile(large.part(0)).metadata.num_row_groups == 3
+    assert large.part(0).read_bytes() == small.part(0).read_bytes()
+    assert large.read().select(large.table.column_names).equals(large.table)
 
 
 def test_shards_that_were_planned_with_8_bits_are_rolled_up(tmp_path: Path) -> None:

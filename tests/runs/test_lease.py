@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from imgcls.data import filesystem
 from imgcls.errors import OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 from tests.processes import REPOSITORY, wait_for
@@ -271,6 +272,31 @@ def test_an_overtaken_driver_learns_it_when_it_renews_and_takes_nothing_with_it(
         old.check()
     old.release()
     assert record(output, 2).exists()
+
+
+def test_an_earlier_check_is_accepted_for_a_while_and_each_later_one_lists_again(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(output, term=3600)
+    listed: list[str] = []
+
+    def list_names(folder: str) -> list[str]:
+        listed.append(folder)
+        return filesystem_list_names(folder)
+
+    filesystem_list_names = filesystem.list_names
+    monkeypatch.setattr(filesystem, "list_names", list_names)
+    for _ in range(100):
+        lease.check(max_age_s=600)
+    assert len(listed) == 1
+    record(output, 2).write_bytes(record(output, 1).read_bytes())
+    lease.check(max_age_s=600)
+    lease._last_listing -= 600
+    with pytest.raises(RunFailed, match="another driver has taken over"):
+        lease.check(max_age_s=600)
+    with pytest.raises(RunFailed, match="another driver has taken over"):
+        lease.check(max_age_s=600)  # from then on, without a listing
+    assert len(listed) == 2
 
 
 def test_giving_a_lease_back_cleans_up_and_lets_the_next_in(
