@@ -35,6 +35,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.machine import read_cpu
+
 IMAGES = 1000
 """Number of image files; the rows of a manifest repeat them."""
 
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--put-price", type=float, default=5.0)
     parser.add_argument("--get-price", type=float, default=0.4)
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="imgcls-scale-") as folder:
         if options.what in ("work", "plan"):
             grow(options, Path(folder))
