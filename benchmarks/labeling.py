@@ -43,6 +43,9 @@ from benchmarks.workloads import (
     write_manifest,
 )
 
+OWN_PRECISIONS = ("fp32", "bf16")
+"""Precisions that imgcls has on CPUs, other than int8."""
+
 
 def main() -> None:
     options = parse()
@@ -101,14 +104,17 @@ def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) ->
             measure_limits(rates, bundle, manifest, own, everything=repeat == 0)
         labels = {}
         for precision in dict.fromkeys([own, *chosen.values()]):
+            if precision not in OWN_PRECISIONS:
+                continue
             where = folder / f"out-{repeat}-{precision}"
             output = measure_engines(rates, bundle, manifest, where, precision, options.engines)
             labels[precision] = read_imgcls_labels(output, list_known_images(images))
         for name in names if repeat < options.peer_repeats else ():
             where, precision = folder / f"{name}-{repeat}", chosen[name]
             job = (name, bundle, manifest, where, precision)
+            expected = labels.get(precision, labels[own])
             try:
-                note(rates, measure_peer(*job, labels[precision], options.daft_packages))
+                note(rates, measure_peer(*job, expected, options.daft_packages))
             except PeerFailed as reason:
                 print(f"  {f'{name}, {precision}':<45} {reason}", flush=True)
     print(f"\n{format_table(rates, cpu)}\n", flush=True)

@@ -14,7 +14,6 @@ from typing import Any
 from benchmarks.workloads import read_manifest
 
 BATCH = 32
-DEFAULT_PRECISION = "default"
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Job:
 
     bundle: folder of the network; the exported networks are in a folder next to it
     output: CSV file or folder of Parquet files with the columns path and predicted
-    precision: fp32, bf16, or default
+    precision: fp32 or bf16; another name is OpenVINO's
     model: torchvision's name of the network
     resize, crop: sides in pixels
     mean, std: of the channels, for values from 0 to 1

@@ -6,8 +6,8 @@ One process per measurement, from its imports to its written predictions, like a
 what an expert changes without leaving the tool: the precision that is fastest on this CPU,
 channels-last, JPEGs decoded at reduced size by Pillow's draft mode, one process per core, batches
 of 32. All have the weights and the preprocessing of the bundle, so that their labels can be
-compared; the programs themselves do not import imgcls. PRECISION is fp32, bf16, or default: the one
-that the tool takes by itself.
+compared; the programs themselves do not import imgcls. PRECISION is fp32 or bf16; a documented peer
+is given the one that the tool takes by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from benchmarks import exported_peers
 from benchmarks.machine import CORES
-from benchmarks.peer_jobs import BATCH, DEFAULT_PRECISION, Job, read_job, write_labels
+from benchmarks.peer_jobs import BATCH, Job, read_job, write_labels
 from benchmarks.workloads import read_manifest
 
 TIMM_NAMES = {
@@ -289,7 +289,7 @@ def network(job: Job) -> Callable[[Any], Any]:
 
 def has_own_weights(name: str, bundle: Path) -> bool:
     """Whether a peer's network has other weights than the bundle, so that labels differ."""
-    model = read_job(bundle, Path(), Path(), DEFAULT_PRECISION, tuned=False).model
+    model = read_job(bundle, Path(), Path(), "fp32", tuned=False).model
     return name.startswith("timm") and model in TIMM_NAMES
 
 

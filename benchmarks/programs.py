@@ -20,7 +20,6 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks import peers
-from benchmarks.peer_jobs import DEFAULT_PRECISION
 from benchmarks.workloads import read_manifest
 
 TIMEOUT_S = 1200
@@ -86,16 +85,14 @@ def measure_peer(
 ) -> Rate:
     """The rate of a peer's whole program.
 
-    precision: at which the peer runs; a documented one takes it by itself
+    precision: at which the peer runs
     expected: class by path, of known images
     packages: folder of the packages of Daft
     Raises PeerFailed.
     """
-    peer = peers.PEERS[name]
-    given = precision if peer.tuned else DEFAULT_PRECISION
     command = [
         *(sys.executable, "-m", "benchmarks.peers", name),
-        *(str(bundle), str(manifest), str(output), given),
+        *(str(bundle), str(manifest), str(output), precision),
     ]
     environment = dict(os.environ)
     if name.startswith("Daft"):

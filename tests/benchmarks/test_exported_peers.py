@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,6 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks import exported_peers
-from benchmarks.machine import CORES
 from benchmarks.peer_jobs import Job, read_job
 
 PREPROCESS = {
@@ -58,7 +60,6 @@ def test_batches_hold_every_image_once() -> None:
 def test_each_row_has_the_label_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process per core takes every second row, with two cores."""
     job = make_job(tmp_path, tuned=True)
     files = [str(tmp_path / f"{shade}.png") for shade in range(0, 220, 10)]
     for shade, file in zip(range(0, 220, 10), files, strict=True):
@@ -69,8 +70,39 @@ def test_each_row_has_the_label_of_its_file(
         "load_classifier",
         lambda engine, job, *, threads: lambda batch: batch[:, 0, 0, 0].astype(int),
     )
+    monkeypatch.setattr(exported_peers, "CORES", 3)
+    monkeypatch.setattr(multiprocessing, "Pool", ThreadPool)  # a fork of the tests may hang
     exported_peers.classify_by_cores(job, "onnxruntime")
-    assert CORES >= 1
     assert job.output.read_text().splitlines()[1:] == [
         f"{file},{shade}" for shade, file in zip(range(0, 220, 10), files, strict=True)
     ]
+
+
+class Compiled:
+    def get_property(self, name: str) -> Compiled:
+        assert name == "INFERENCE_PRECISION_HINT"
+        return self
+
+    def to_string(self) -> str:
+        return "bf16"
+
+
+def raise_error(*_: object) -> None:
+    raise RuntimeError("Supported primitive descriptors list is empty")
+
+
+@pytest.mark.parametrize(
+    ("compile_network", "expected"),
+    [(lambda *_: Compiled(), "bf16"), (raise_error, "fp32")],
+    ids=["runs", "fails"],
+)
+def test_a_default_precision_that_fails_means_fp32(
+    compile_network: Callable[..., Compiled],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with ONEDNN_MAX_CPU_ISA=AVX2 on a CPU that has bf16."""
+    make_job(tmp_path, tuned=False)
+    monkeypatch.setattr(exported_peers, "_compile_for_throughput", compile_network)
+    assert exported_peers.find_openvino_default(tmp_path) == expected

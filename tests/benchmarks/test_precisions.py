@@ -59,6 +59,23 @@ def test_each_tuned_peer_takes_the_precision_of_its_engine(
     assert len(shown) == 3
 
 
+def raise_error() -> None:
+    raise RuntimeError("no primitive for bf16")
+
+
+def test_a_precision_that_cannot_run_is_left_out() -> None:
+    fine = lambda: lambda: sum(range(10_000))  # noqa: E731
+    for fails in (raise_error, lambda: raise_error):  # while it is prepared, and when it runs
+        rates = precisions.measure_rates({"fp32": fine, "bf16": fails})
+        assert list(rates) == ["fp32"]
+        assert rates["fp32"] > 0
+
+
+def test_a_network_that_does_not_run_in_fp32_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no primitive"):
+        precisions.measure_rates({"fp32": raise_error})
+
+
 def test_nothing_is_measured_for_documented_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precisions, "_measure", None)
     rates, chosen = labeling.choose_precisions(["Daft", "timm"], Path("bundle"))
