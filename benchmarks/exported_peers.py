@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -47,9 +48,11 @@ def export_network(bundle: Path) -> None:
     module = torchvision.models.get_model(job.model, weights=None).eval()
     module.load_state_dict(job.load_weights())
     example = torch.rand(2, 3, job.crop, job.crop)
-    model = openvino.convert_model(
-        module, example_input=example, input=[[-1, 3, job.crop, job.crop]]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch.jit, which OpenVINO's converter uses
+        model = openvino.convert_model(
+            module, example_input=example, input=[[-1, 3, job.crop, job.crop]]
+        )
     steps = openvino.preprocess.PrePostProcessor(model)
     pixels = steps.input(0)
     pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
