@@ -154,7 +154,8 @@ def measure_engines(
         output = where.with_name(f"{where.name}-{engine}")
         whole, steady = measure_imgcls(bundle, manifest, output, precision, engine)
         named = "imgcls" if engine == engines[0] else f"imgcls --engine {engine}"
-        note(rates, Rate(f"{named}, after start-up", precision, steady))
+        if steady is not None:
+            note(rates, Rate(f"{named}, after start-up", precision, steady))
         note(rates, Rate(f"{named}, whole job", precision, whole))
     return where.with_name(f"{where.name}-{engines[0]}")
 

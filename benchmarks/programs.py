@@ -52,8 +52,11 @@ class Rate:
 
 def measure_imgcls(
     bundle: Path, manifest: Path, output: Path, precision: str = "auto", engine: str = "auto"
-) -> tuple[float, float]:
-    """Images per second of `imgcls predict`: of the whole command, and after start-up."""
+) -> tuple[float, float | None]:
+    """Images per second of `imgcls predict`: of the whole command, and after start-up.
+
+    The latter is None for a run without a second chunk per worker.
+    """
     command = [
         *(sys.executable, "-m", "imgcls.cli", "predict", "--manifest", str(manifest)),
         *("--model", str(bundle), "--output", str(output)),

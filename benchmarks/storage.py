@@ -162,6 +162,8 @@ def label(
         for where in places:
             output = folder / f"out-{where}-{repeat}"
             _, steady = measure_imgcls(bundle, folder / f"{where}.csv", output)
+            if steady is None:
+                raise SystemExit("too few rows for a rate after start-up; pass more with --rows")
             note(measured, f"predict from {where}", steady)
 
 
