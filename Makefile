@@ -51,6 +51,9 @@ test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_T
 bench: venv  ## measure this machine's limits, labelling beside other tools, training, evaluation
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--config-settings editable_mode=compat -e '.[bench]'
+	@# apart: Daft requires older packages than the rest
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .venv/daft \
+		-r benchmarks/requirements-daft.txt
 	$(BIN)/python -m benchmarks.labeling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.evaluation

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import read_cpu
 from benchmarks.workloads import SAMPLE, photographs
 
 SHARED = Path(os.environ.get("IMGCLS_SHARED", Path(__file__).parents[2] / "shared"))
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--every", type=int, default=1, help="use every Nth photograph (camera)")
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     bundles = {name: bundle_of(*MODELS[name]) for name in options.model}
     for kind in options.images:
         if kind == "camera":

@@ -14,6 +14,8 @@ import time
 
 import numpy as np
 
+from benchmarks.machine import read_cpu
+
 SIZES = (10_000, 100_000, 1_000_000)
 MAX_DISTANCE = 60
 
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--copies", type=float, default=0.05)
     parser.add_argument("--bits", type=float, default=0.02)
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     print(f"{'hashes':>10}  {'seconds':>8}  {'peak MB':>8}  {'found':>7}")
     for count in options.hashes:
         with mp.get_context("spawn").Pool(1) as pool:

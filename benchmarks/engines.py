@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import read_cpu
 from benchmarks.workloads import make_bundle
 
 BATCH = 32
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     torch.set_num_threads(1)
     for model in options.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.machine import read_cpu
 from imgcls.runs import layout
 
 PART_ROWS = 1_000_000
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000_000, 20_000_000])
     parser.add_argument("--classes", type=int, default=1000)
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     print(f"{'rows':>12} {'seconds':>9} {'rows/s':>11} {'peak memory':>12} {'over Ray':>9}")
     found = []
     for rows in options.rows:

@@ -33,6 +33,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import read_cpu
 from benchmarks.workloads import SAMPLE, make_bundle, photographs
 
 BATCHES = (64, 128, 256, 512)
@@ -51,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device here")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; CPU: {read_cpu()}")
     blobs = [file.read_bytes() for file in photographs(options.source)]
     with tempfile.TemporaryDirectory(prefix="imgcls-gpu-") as folder:
         for model in options.models:

@@ -1,52 +1,50 @@
 """Throughput of `imgcls predict` against the limits of this machine and against other tools.
 
     python -m benchmarks.labeling [--models resnet18] [--images imagenet] [--rows 4000]
-                                  [--repeats 3] [--peers all]
+                                  [--repeats 3] [--peers all] [--no-limits] [--engines auto]
 
 Over the same files, in turn, in one run, and reported as medians, in images per second:
   limits  decoding alone by each route, the network alone, both together, in bare processes
   imgcls  `imgcls predict` as a user runs it; the whole command, and after start-up
-  peers   Ray Data, Daft, timm, a DataLoader loop and Hugging Face's pipeline, each as documented
-          and tuned to the same precision; the whole program, from its imports to its output
-The networks have random weights: what they predict does not matter here. Prints a table, and leaves
-a bar chart and a Parquet file with a description of the machine in bench-results/.
+  peers   Ray Data, Daft, timm, a DataLoader loop, Hugging Face's pipeline, OpenVINO and ONNX
+          Runtime, each as documented and tuned; the whole program, from its imports to its output
+A tuned peer runs at the precision that a short measurement finds the fastest for its network on
+this CPU; imgcls runs at its own and at each precision of a peer, and both are compared at equal
+precision. The networks have random weights; their heads recognize 100 of the images, and a peer
+that gives them other labels than imgcls is not compared. Prints a table, and leaves a bar chart and
+a Parquet file with a description of the machine in bench-results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
-import json
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from benchmarks import limits, peers
+from benchmarks import exported_peers, limits, peers, precisions
+from benchmarks.labeling_results import format_table, write_results
+from benchmarks.machine import read_cpu
+from benchmarks.programs import (
+    PeerFailed,
+    Rate,
+    measure_imgcls,
+    measure_peer,
+    read_imgcls_labels,
+)
 from benchmarks.workloads import (
-    CORES,
     KINDS,
     SAMPLE,
+    list_known_images,
     make_bundle,
     make_images,
     mean_size,
-    read_manifest,
     write_manifest,
 )
 
-RESULTS = Path("bench-results")
-PATIENCE = 1200
-"""Seconds that a peer may take."""
-LIMIT, PLAIN = "limit: both", "limit: both by torchvision"
-STEADY, WHOLE = "imgcls, after start-up", "imgcls, whole job"
+OWN_PRECISIONS = ("fp32", "bf16")
+"""Precisions that imgcls has on CPUs, other than int8."""
 
 
 def main() -> None:
@@ -65,149 +63,149 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", default=["imagenet"], choices=KINDS)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", nargs="*", default=["all"], help="all, or names of peers")
+    parser.add_argument("--peers", nargs="*", default=["all"], help="all, tuned, or names of peers")
     parser.add_argument("--peer-repeats", type=int, default=1, help="some take minutes")
+    parser.add_argument("--no-limits", action="store_true", help="do not measure the limits")
+    parser.add_argument("--engines", nargs="+", default=["auto"], help="of imgcls; first: compared")
     parser.add_argument("--source", type=Path, default=SAMPLE, help="a folder of photographs")
+    parser.add_argument(
+        "--daft-packages",
+        type=Path,
+        default=Path(sys.prefix) / "daft",
+        help="folder with Daft and the packages that it requires",
+    )
     options = parser.parse_args()
     if not options.source.is_dir():
         parser.error(f"no folder {options.source}; name one of photographs with --source")
-    unknown = set(options.peers) - {"all", *peers.PEERS}
+    unknown = set(options.peers) - {"all", "tuned", *peers.PEERS}
     if unknown:
         parser.error(f"no peer {unknown.pop()!r}; there are {', '.join(peers.PEERS)}")
     return options
 
 
 def measure(model: str, kind: str, folder: Path, options: argparse.Namespace) -> None:
+    cpu = read_cpu()
     images = make_images(kind, options.source, folder)
     manifest = write_manifest(folder, images, options.rows)
-    bundle = make_bundle(folder, model)
+    bundle = make_bundle(folder, model, images)
     print(
         f"{model}, {kind} images of {mean_size(images) / 1000:.0f} KB, {options.rows:,} rows; "
-        f"{processor()}, {CORES} cores",
+        f"{cpu}",
         flush=True,
     )
-    names = list(peers.PEERS) if "all" in options.peers else options.peers
-    measured: dict[str, list[float]] = {}
+    names = select_peers(options.peers)
+    if any(peers.PEERS[name].engine != "torch" for name in names):
+        exported_peers.export_network(bundle)
+    forward, chosen = choose_precisions(names, bundle)
+    own = find_own_precision()
+    rates: list[Rate] = []
     for repeat in range(options.repeats):
-        for what in limits.WHAT:
-            if repeat and not what.startswith("both"):
+        if not options.no_limits:
+            measure_limits(rates, bundle, manifest, own, everything=repeat == 0)
+        labels = {}
+        for precision in dict.fromkeys([own, *chosen.values()]):
+            if precision not in OWN_PRECISIONS:
                 continue
-            note(measured, f"limit: {what}", limits.measure(what, bundle, manifest))
-        whole, steady = measure_imgcls(bundle, manifest, folder / f"out-{repeat}")
-        note(measured, STEADY, steady)
-        note(measured, WHOLE, whole)
+            where = folder / f"out-{repeat}-{precision}"
+            output = measure_engines(rates, bundle, manifest, where, precision, options.engines)
+            labels[precision] = read_imgcls_labels(output, list_known_images(images))
         for name in names if repeat < options.peer_repeats else ():
-            rate = measure_peer(name, model, manifest, folder / f"{name}-{repeat}")
-            if rate is not None:
-                note(measured, name, rate)
-    report(measured)
-    keep(measured, model, kind, options.rows)
-
-
-def note(measured: dict[str, list[float]], name: str, value: float) -> None:
-    measured.setdefault(name, []).append(value)
-    print(f"  {name:<45} {value:8.1f} images/s", flush=True)
-
-
-def report(measured: dict[str, list[float]]) -> None:
-    medians = {name: statistics.median(values) for name, values in measured.items()}
-    limit, plain, whole = medians[LIMIT], medians[PLAIN], medians[WHOLE]
-    print(
-        f"\n{'median':<35} {'images/s':>10} {'of the limit':>13} {'of torchvision':>15} "
-        f"{'imgcls is':>11}"
-    )
-    for name, value in medians.items():
-        ratio = f"{whole / value:9.2f} x" if name in peers.PEERS else ""
-        print(
-            f"{name:<35} {value:>10.1f} {value / limit:>13.0%} {value / plain:>15.0%} {ratio:>11}"
-        )
-    print("imgcls as a whole job and each peer as a whole program\n", flush=True)
-
-
-def keep(measured: dict[str, list[float]], model: str, kind: str, rows: int) -> None:
-    """A Parquet file of all measurements and a bar chart of their medians."""
-    RESULTS.mkdir(exist_ok=True)
-    machine = {
-        "processor": processor(), "cores": CORES, "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("ray", "torch", "torchvision")},
+            where, precision = folder / f"{name}-{repeat}", chosen[name]
+            job = (name, bundle, manifest, where, precision)
+            expected = labels.get(precision, labels[own])
+            try:
+                note(rates, measure_peer(*job, expected, options.daft_packages))
+            except PeerFailed as reason:
+                print(f"  {f'{name}, {precision}':<45} {reason}", flush=True)
+    print(f"\n{format_table(rates, cpu)}\n", flush=True)
+    record = {
+        "model": model, "images": kind, "rows": options.rows, "engines": options.engines,
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "forward_images_per_cpu_second": forward,
     }  # fmt: skip
-    table = pa.table(
-        {
-            "name": [name for name, values in measured.items() for _ in values],
-            "images_per_second": [value for values in measured.values() for value in values],
-        }
-    )
-    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = {"model": model, "images": kind, "rows": rows, "measured": stamp, **machine}
-    table = table.replace_schema_metadata({"imgcls.benchmark": json.dumps(record)})
-    place = RESULTS / f"labeling-{model}-{kind}"
-    pq.write_table(table, place.with_suffix(".parquet"))
-    draw(measured, f"{model}, {kind} images, {CORES} cores", place.with_suffix(".png"))
-    print(f"kept in {place}.parquet and .png\n")
+    place = write_results(rates, record, cpu, options.daft_packages)
+    print(f"written to {place}.parquet and .png\n")
 
 
-def draw(measured: dict[str, list[float]], title: str, file: Path) -> None:
-    from matplotlib.figure import Figure
+def measure_limits(
+    rates: list[Rate], bundle: Path, manifest: Path, precision: str, *, everything: bool
+) -> None:
+    """Measure the limits of this machine; without `everything`, only those of both steps."""
+    for what in limits.WHAT:
+        if everything or what.startswith("both"):
+            value = limits.measure(what, bundle, manifest, precision)
+            used = "" if what.startswith("decode") else precision
+            note(rates, Rate(f"limit: {what}", used, value))
 
-    shown = {
-        name: statistics.median(values)
-        for name, values in measured.items()
-        if not name.startswith(("limit: decode", "limit: forward"))
-    }
-    figure = Figure(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
-    axis = figure.subplots()
-    colors = [
-        "0.6"
-        if name in (LIMIT, PLAIN)
-        else "tab:blue"
-        if name.startswith("imgcls")
-        else "tab:orange"
-        for name in shown
+
+def measure_engines(
+    rates: list[Rate],
+    bundle: Path,
+    manifest: Path,
+    where: Path,
+    precision: str,
+    engines: list[str],
+) -> Path:
+    """Measure imgcls at one precision with each engine; the output of the first one.
+
+    where: outputs are written to folders with names that begin so
+    """
+    for engine in engines:
+        output = where.with_name(f"{where.name}-{engine}")
+        whole, steady = measure_imgcls(bundle, manifest, output, precision, engine)
+        named = "imgcls" if engine == engines[0] else f"imgcls --engine {engine}"
+        if steady is not None:
+            note(rates, Rate(f"{named}, after start-up", precision, steady))
+        note(rates, Rate(f"{named}, whole job", precision, whole))
+    return where.with_name(f"{where.name}-{engines[0]}")
+
+
+def select_peers(names: list[str]) -> list[str]:
+    """The peers that are named; "all" and "tuned" stand for several."""
+    return [
+        name
+        for name, peer in peers.PEERS.items()
+        if "all" in names or name in names or (peer.tuned and "tuned" in names)
     ]
-    bars = axis.barh(list(shown), list(shown.values()), color=colors)
-    axis.bar_label(bars, fmt="%.0f", padding=3)
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set(xlabel="images per second", title=title)
-    figure.savefig(file, dpi=120)
 
 
-def processor() -> str:
-    with Path("/proc/cpuinfo").open() as stream:
-        names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def find_own_precision() -> str:
+    """The precision that imgcls takes by itself on this CPU."""
+    import torch
+
+    from imgcls.models.precision import choose_precision
+
+    return choose_precision("auto", torch.device("cpu"))[0]
 
 
-def measure_imgcls(bundle: Path, manifest: Path, output: Path) -> tuple[float, float]:
-    """Images per second of `imgcls predict`: of the whole command, and after start-up."""
-    command = [
-        *(sys.executable, "-m", "imgcls.cli", "predict", "--manifest", str(manifest)),
-        *("--model", str(bundle), "--output", str(output)),
-    ]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    whole = time.perf_counter() - start
-    success: dict[str, Any] = json.loads((output / "_SUCCESS").read_text())
-    return success["rows"] / whole, success["steady_images_per_second"]
+def choose_precisions(
+    names: list[str], bundle: Path
+) -> tuple[dict[peers.Engine, dict[str, float]], dict[str, str]]:
+    """Rates of forward passes by engine and precision, for tuned peers; the precision of each peer.
+
+    A documented peer has the precision that its engine takes by itself.
+    """
+    tuned = {peers.PEERS[name].engine for name in names if peers.PEERS[name].tuned}
+    documented = {peers.PEERS[name].engine for name in names if not peers.PEERS[name].tuned}
+    rates = precisions.measure_engines(tuned, bundle)
+    fastest = {engine: precisions.choose_precision(each) for engine, each in rates.items()}
+    usual = {each: precisions.find_default_precision(each, bundle) for each in documented}
+    for engine, each in rates.items():
+        measured = ", ".join(f"{precision} {rate:.1f}" for precision, rate in each.items())
+        print(f"  forward by {engine}, images per CPU second: {measured}; tuned: {fastest[engine]}")
+    chosen = {}
+    for name in names:
+        peer = peers.PEERS[name]
+        chosen[name] = (fastest if peer.tuned else usual)[peer.engine]
+    return rates, chosen
 
 
-def measure_peer(name: str, model: str, manifest: Path, output: Path) -> float | None:
-    """Images per second of a peer's whole program; None, and a line, when it did not end well."""
-    command = [sys.executable, "-m", "benchmarks.peers", name, model, str(manifest), str(output)]
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PATIENCE
-        )
-    except subprocess.TimeoutExpired:
-        print(f"  {name:<45} gave up after {PATIENCE} s", flush=True)
-        return None
-    took = time.perf_counter() - start
-    if done.returncode:
-        print(f"  {name:<45} failed: {(done.stderr.strip() or '?').splitlines()[-1]}", flush=True)
-        return None
-    return len(read_manifest(manifest)) / took
+def note(rates: list[Rate], rate: Rate) -> None:
+    """Keep a measurement, and print it."""
+    rates.append(rate)
+    agreement = "" if rate.agreement is None else f", labels agree {rate.agreement:.1%}"
+    named = f"{rate.name}{', ' * bool(rate.precision)}{rate.precision}"
+    print(f"  {named:<45} {rate.value:8.1f} images/s{agreement}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import CORES, read_manifest
+from benchmarks.machine import CORES
+from benchmarks.workloads import read_manifest
 from imgcls.cluster.session import build_malloc_env
 
 BATCH = 32
@@ -33,7 +34,7 @@ by Pillow       JPEGs decoded whole, then the model's documented transforms
 """
 
 
-def measure(what: str, bundle: Path, manifest: Path) -> float:
+def measure(what: str, bundle: Path, manifest: Path, precision: str) -> float:
     """Images per second of one process per core, start-up and warm-up left out."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(CORES + 1)
@@ -41,7 +42,7 @@ def measure(what: str, bundle: Path, manifest: Path) -> float:
     os.environ.update(build_malloc_env()["env_vars"])
     try:
         processes = [
-            context.Process(target=_work, args=(what, bundle, manifest, index, barrier))
+            context.Process(target=_work, args=(what, bundle, manifest, precision, index, barrier))
             for index in range(CORES)
         ]
         for process in processes:
@@ -57,14 +58,16 @@ def measure(what: str, bundle: Path, manifest: Path) -> float:
     return len(read_manifest(manifest)) / (time.perf_counter() - start)
 
 
-def _work(what: str, bundle: Path, manifest: Path, index: int, barrier: Barrier) -> None:
+def _work(
+    what: str, bundle: Path, manifest: Path, precision: str, index: int, barrier: Barrier
+) -> None:
     import torch
 
     from imgcls.data import decode
     from imgcls.models.classifier import Classifier
 
     torch.set_num_threads(1)
-    classifier = Classifier.load(str(bundle))
+    classifier = Classifier.load(str(bundle), precision=precision)
     paths = read_manifest(manifest)[index::CORES]
     decoder = _decoder(what, classifier)
     by_us = " by " not in what

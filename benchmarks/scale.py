@@ -38,6 +38,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks import scale_costs
+from benchmarks.machine import read_cpu
 
 IMAGES = 1000
 """Number of image files; the rows of a manifest repeat them."""
@@ -58,6 +59,7 @@ def main() -> None:
     if options.what in ("paper", "cost"):
         (scale_costs.show_growth if options.what == "paper" else scale_costs.show_costs)(options)
         return
+    print(f"CPU: {read_cpu()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="imgcls-scale-") as folder:
         if options.what in ("work", "plan"):
             grow(options, Path(folder))

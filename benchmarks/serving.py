@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import read_cpu
 from benchmarks.workloads import SAMPLE, make_bundle, photographs
 
 CLIENTS, SECONDS = 64, 60
@@ -47,6 +48,7 @@ def main() -> None:
     if options.plain:
         serve_plain(options.plain, options.port)
         return
+    print(f"CPU: {read_cpu()}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         bundle = make_bundle(Path(name), options.model)
         files = [str(file) for file in photographs(SAMPLE)]

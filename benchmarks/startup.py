@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.machine import read_cpu
 from benchmarks.workloads import SAMPLE, make_bundle, write_manifest
 
 NAMES = {
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--model", default="resnet18")
     options = parser.parse_args()
+    print(f"CPU: {read_cpu()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="imgcls-startup-") as name:
         folder = Path(name)
         command = [

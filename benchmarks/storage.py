@@ -20,7 +20,6 @@ import csv
 import hashlib
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import statistics
@@ -37,8 +36,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.labeling import measure_imgcls
-from benchmarks.workloads import CORES, SAMPLE, make_bundle
+from benchmarks.machine import read_cpu
+from benchmarks.programs import measure_imgcls
+from benchmarks.workloads import SAMPLE, make_bundle
 from tests.evaluation.runs import commit
 
 BUCKET = "photos"
@@ -52,7 +52,7 @@ def main() -> None:
     files = sorted(path for path in options.images.rglob("*") if path.is_file())
     size = statistics.mean(path.stat().st_size for path in files) / 1000
     print(
-        f"{platform.processor() or platform.machine()}, {CORES} cores; {len(files)} photographs of "
+        f"{read_cpu()}; {len(files)} photographs of "
         f"{size:.0f} KB, {1000 * options.delay:.0f} ms added to every answer",
         flush=True,
     )
@@ -162,6 +162,8 @@ def label(
         for where in places:
             output = folder / f"out-{where}-{repeat}"
             _, steady = measure_imgcls(bundle, folder / f"{where}.csv", output)
+            if steady is None:
+                raise SystemExit("too few rows for a rate after start-up; pass more with --rows")
             note(measured, f"predict from {where}", steady)
 
 

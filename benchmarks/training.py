@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -43,8 +42,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.machine import CORES, read_cpu
 from benchmarks.training_loops import (
-    CORES,
     CROP,
     GPUS,
     MIRROR,
@@ -130,13 +129,8 @@ SIZES = {"resnet18": 320, "small_cnn": 4000}
 
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return {
-        "cpu": found[1] if found else name,
-        "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", "none"),
+        "cpu": str(read_cpu()),
         "cores": CORES,
         "gpu": f"{GPUS} x {torch.cuda.get_device_name()}" if GPUS else "none",
         "torch": torch.__version__,

@@ -7,7 +7,6 @@ several. They share one step, which does what a step of ours does and nothing el
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from benchmarks.machine import CORES
 from imgcls.data.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
@@ -28,7 +28,6 @@ from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.recipe import AugmentConfig
 
-CORES = len(os.sched_getaffinity(0))
 GPUS = torch.cuda.device_count()
 CROP, MIRROR = (0.08, 1.0), 0.5
 """Of torchvision's RandomResizedCrop and RandomHorizontalFlip."""
