@@ -26,13 +26,14 @@ from benchmarks.workloads import SAMPLE, make_bundle, write_manifest
 NAMES = {
     "raylet/raylet": "Ray: raylet",
     "gcs_server": "Ray: global control store",
+    "log_monitor.py": "Ray: log monitor",
     "monitor.py": "Ray: autoscaler",
     "dashboard.py": "Ray: dashboard",
     "dashboard/agent.py": "Ray: dashboard agent",
     "DashboardAgent": "Ray: dashboard agent",
     "RuntimeEnvAgent": "Ray: runtime environment agent",
     "runtime_env/agent": "Ray: runtime environment agent",
-    "log_monitor.py": "Ray: log monitor",
+
     "_StatsActor": "Ray Data: statistics",
     "AutoscalingCoordinator": "Ray Data: autoscaling",
     "ActorLocationTracker": "Ray Data: places of actors",
