@@ -16,6 +16,7 @@ from torch import nn
 
 from imgcls.data.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, first_line
+from imgcls.imports import import_meta_kernels
 
 TIMM_PREFIX = "timm:"
 _RESIZE_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -57,6 +58,7 @@ def build_timm_network(name: str, num_classes: int, options: Mapping[str, Any]) 
     several = _find_class_layers(network, num_classes)
     if len(several) > 1:
         # a hidden layer may have `num_classes` outputs, too: only heads change with this number
+        import_meta_kernels()
         with torch.device("meta"):
             other = create(name, pretrained=False, num_classes=num_classes + 1, **options)
         network.class_heads = tuple(

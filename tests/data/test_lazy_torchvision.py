@@ -7,6 +7,8 @@ import sys
 
 PROGRAM = """
 import sys
+from imgcls.imports import import_meta_kernels, import_torch
+import_torch()
 import imgcls.inference.stages, imgcls.models.classifier, imgcls.models.zoo
 assert "torchvision" in sys.modules
 assert "torch._dynamo" not in sys.modules and "torch._dynamo.utils" not in sys.modules
@@ -19,6 +21,7 @@ torch.use_deterministic_algorithms(True)
 from imgcls.data.lazy_torchvision import is_compile_supported
 import torch._dynamo.utils
 assert is_compile_supported("cpu") == torch._dynamo.utils.is_compile_supported("cpu")
+import_meta_kernels()
 double = torch.compile(lambda x: x + x, backend="eager")
 print(double(torch.ones(2)).tolist())
 """
