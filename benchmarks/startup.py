@@ -40,6 +40,7 @@ NAMES = {
     "AutoscalingCoordinator": "Ray Data: autoscaling",
     "ActorLocationTracker": "Ray Data: places of actors",
     "MapWorker": "worker",
+    "default_worker.py": "Ray: process without work",
     "imgcls.cli": "driver",
 }
 
@@ -83,7 +84,7 @@ def main() -> None:
                     read_samples(samples / f"{pid}.jsonl", origin),
                 )
                 for pid, process in seen.items()
-                if process.since < first
+                if process.since < first and process.name in NAMES.values()
             ]
             options.chart.write_text(render_chart(title, tracks, first))
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_DEPTH = 5
-PIXELS_PER_S = 130
+MAX_DEPTH = 7
+WIDTH = 1300
 LEFT, ROW, GAP = 16, 15, 26
-MIN_WIDTH = 1.5
+MIN_WIDTH = 2.0
 """Narrower steps are not drawn, in pixels."""
 COLORS = {
-    "imgcls": "#b7dfb0",
+    "imgcls": "#d3ecc8",
     "ray": "#b4d2f0",
     "torch": "#f6c7a0",
     "torchvision": "#f6c7a0",
@@ -22,7 +22,11 @@ COLORS = {
     "pyarrow": "#d9c5ec",
     "numpy": "#d9c5ec",
 }
+WRAPPERS = ("cli", "reference", "log", "imports", "data.retries")
+"""Modules of this package whose functions only call the next step."""
 OTHER_COLOR = "#e4e4e4"
+STEP_COLOR = "#a5d39a"
+"""Color of the functions of this package."""
 
 Steps = tuple[str, ...]
 """Nested steps, the outermost first."""
@@ -72,7 +76,9 @@ def simplify_stack(stack: Iterable[Sequence[str]]) -> Steps:
             name = f"import {top}.{rest.partition('.')[0]}" if is_nested and rest else top
             name = name if name.startswith("import") else f"import {name}"
         elif top == "imgcls":
-            name = f"{module}.{function}"
+            if rest in WRAPPERS:
+                continue
+            name = f"{rest}.{function}"
         elif (module, function) == ("ray._private.worker", "init"):
             name = "ray.init"
         else:
@@ -101,25 +107,26 @@ def join_steps(samples: Sequence[tuple[float, Steps]], end: float) -> list[Step]
 
 def render_chart(title: str, tracks: Sequence[ProcessTrack], end: float) -> str:
     """The chart from the command to `end` seconds after it."""
+    scale = WIDTH / end
     body: list[str] = []
     top = 64.0
     for track in sorted(tracks, key=lambda each: each.since):
         steps = [
             step
             for step in join_steps(track.samples, end)
-            if (step.end - step.start) * PIXELS_PER_S >= MIN_WIDTH
+            if (step.end - step.start) * scale >= MIN_WIDTH
         ]
-        body.append(_render_track(track, steps, top, end))
+        body.append(_render_track(track, steps, top, end, scale))
         top += GAP + ROW * (1 + max((step.depth for step in steps), default=0))
-    width = LEFT * 2 + end * PIXELS_PER_S
+    width = LEFT * 2 + WIDTH
     axis = "".join(
-        f'<path d="M{_x(second)} 44V{top:.0f}" stroke="#ddd"/>'
-        f'<text x="{_x(second)}" y="40" text-anchor="middle">{second} s</text>'
+        f'<path d="M{LEFT + second * scale:.1f} 44V{top:.0f}" stroke="#ddd"/>'
+        f'<text x="{LEFT + second * scale:.1f}" y="40" text-anchor="middle">{second} s</text>'
         for second in range(int(end) + 1)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {top:.0f}" '
-        f'width="{width:.0f}" height="{top:.0f}" font-family="sans-serif" font-size="10">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top:.0f}" '
+        f'width="{width}" height="{top:.0f}" font-family="sans-serif" font-size="10">'
         f'<rect width="100%" height="100%" fill="#fff"/>'
         f'<text x="{LEFT}" y="20" font-size="13">{html.escape(title)}</text>{axis}'
         + "\n".join(body)
@@ -127,21 +134,23 @@ def render_chart(title: str, tracks: Sequence[ProcessTrack], end: float) -> str:
     )
 
 
-def _render_track(track: ProcessTrack, steps: Sequence[Step], top: float, end: float) -> str:
+def _render_track(
+    track: ProcessTrack, steps: Sequence[Step], top: float, end: float, scale: float
+) -> str:
     text = f"{track.name}: {track.used:.2f} CPU s"
-    place = min(track.since, end - 1.5)
+    since = LEFT + track.since * scale
+    place = min(since, LEFT + WIDTH - 6 * len(text))
     parts = [
-        f'<text x="{_x(place)}" y="{top:.0f}" font-weight="bold">{html.escape(text)}</text>',
-        f'<path d="M{_x(track.since)} {top + 3:.0f}H{_x(end)}" stroke="#888"/>',
+        f'<text x="{place:.1f}" y="{top:.0f}" font-weight="bold">{html.escape(text)}</text>',
+        f'<path d="M{since:.1f} {top + 3:.0f}H{LEFT + end * scale:.1f}" stroke="#888"/>',
     ]
     for step in steps:
-        x, y = LEFT + step.start * PIXELS_PER_S, top + 4 + step.depth * ROW
-        width = (step.end - step.start) * PIXELS_PER_S
-        label = html.escape(step.name)
+        x, y = LEFT + step.start * scale, top + 4 + step.depth * ROW
+        width = (step.end - step.start) * scale
         parts.append(
             f'<rect x="{x:.1f}" y="{y:.0f}" width="{width:.1f}" height="{ROW - 1}" '
-            f'fill="{_color(step.name)}"><title>{label}, {step.end - step.start:.2f} s</title>'
-            "</rect>"
+            f'fill="{_color(step.name)}"><title>{html.escape(step.name)}, '
+            f"{step.end - step.start:.2f} s</title></rect>"
         )
         room = int((width - 4) / 5.6)
         if room >= 4:
@@ -150,9 +159,7 @@ def _render_track(track: ProcessTrack, steps: Sequence[Step], top: float, end: f
     return "".join(parts)
 
 
-def _x(seconds: float) -> str:
-    return f"{LEFT + seconds * PIXELS_PER_S:.1f}"
-
-
 def _color(step: str) -> str:
+    if not step.startswith("import "):
+        return COLORS["ray"] if step == "ray.init" else STEP_COLOR
     return COLORS.get(step.removeprefix("import ").partition(".")[0], OTHER_COLOR)

@@ -123,22 +123,40 @@ def start_without_services() -> Iterator[None]:
     `include_dashboard=False` it starts a dashboard without pages and waits for it. Together they
     take 2 CPU seconds, of the 15 until the first prediction. A node whose dashboard could not start
     has the same state as one without it.
+
+    Ray also imports the dashboard's dependencies, to know whether there are any: 0.2 CPU seconds
+    for `ray[default]`, which this package requires. And its agent listens to a port that is the
+    same for all sessions: where it is taken, `ray.init` waits 3.4 s until the agent stops trying.
     """
-    node: Any = ray._private.node.Node
-    parameters: Any = ray._private.parameter
-    start_dashboard, build_parameters = node.start_api_server, parameters.RayParams
+    constants = ray._private.ray_constants
 
-    def skip_dashboard(self: Any, **_: Any) -> None:
-        self._webui_url = ""
+    def skip_dashboard(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+        # the agent looks for an address every second, and logs an error; this one has no server
+        node.get_gcs_client().internal_kv_put(
+            constants.DASHBOARD_ADDRESS.encode(),
+            b"127.0.0.1:1",
+            True,
+            constants.KV_NAMESPACE_DASHBOARD,
+        )
 
-    node.start_api_server = skip_dashboard
-    parameters.RayParams = functools.partial(
-        build_parameters, no_monitor=True, include_log_monitor=False
+    build: Any = ray._private.parameter.RayParams
+    parameters = functools.partial(
+        build, no_monitor=True, include_log_monitor=False, dashboard_agent_listen_port=0
     )
+    replaced: list[tuple[Any, str, Any]] = [
+        (ray._private.node.Node, "start_api_server", skip_dashboard),
+        (ray._private.parameter, "RayParams", parameters),
+        (ray._private.utils, "get_dashboard_dependency_error", lambda: None),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
         yield
     finally:
-        node.start_api_server, parameters.RayParams = start_dashboard, build_parameters
+        for owner, name, value in originals:
+            setattr(owner, name, value)
 
 
 # ---------------------------------------------------------------------------------- Ray Data

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from imgcls import log
 from imgcls.data.decode import Pixels
 from imgcls.errors import BundleError, one_line
-from imgcls.imports import import_meta_kernels
 from imgcls.models import fuse_cpu, fuse_cuda, int8, zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights, require_int8
 from imgcls.models.cuda_graph import CaptureError, CudaGraphRunner
@@ -66,8 +65,6 @@ class TorchEngine:
             )
         elif not compile:
             network = fuse_cpu.fuse_convolutions(network, crop, keep=last)
-        if compile:
-            import_meta_kernels()
         self._network = HeadNetwork(network, in_fp32=self._dtype != torch.float32)
         self._normalize = Normalizer(bundle.spec.preprocess, device)
         self._compute_logits: Callable[[torch.Tensor], torch.Tensor] = (

@@ -193,6 +193,8 @@ started = psutil.Process().children(recursive=True)
 assert len(started) > 3
 commands = [" ".join(process.cmdline()) for process in started]
 assert not [each for each in commands if "dashboard.py" in each or "monitor.py" in each]
+(raylet,) = [each for each in commands if each.split()[0].endswith("/raylet")]
+assert "--listen-port=0 " in raylet and "--minimal" not in raylet
 session.end_session(0)
 assert not ray.is_initialized()
 _, left = psutil.wait_procs(started, timeout=10)
