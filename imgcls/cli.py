@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 from imgcls import LAZY_EXPORTS, __version__, config, log, reference
 from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
+from imgcls.imports import pause_collector
 from imgcls.reference import Command
 
 SUMMARY = "--summary-json"
@@ -281,7 +282,8 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
     command = COMMANDS[name]
     _escape_what_cannot_be_shown()
     try:
-        model = command.load_model()
+        with pause_collector():
+            model = command.load_model()
         if any(word in ("-h", "--help") for word in argv):
             print(
                 reference.format_help(
@@ -294,7 +296,9 @@ def _run(name: str, argv: Sequence[str], handler: log.CommandHandler) -> int:
             return 0
         settings = config.load(model, argv)
         handler.is_json = getattr(settings, "log", "text") == "json"
-        command.load_function()(settings)
+        with pause_collector():
+            function = command.load_function()
+        function(settings)
     except Interrupted as error:
         print(f"imgcls {name}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -16,6 +16,9 @@ from typing import Any, ClassVar
 import ray.data
 
 from imgcls.cluster import ray_internals
+from imgcls.cluster.session import is_private_session
+
+ray_internals.keep_data_actors_local(is_private_session)
 
 _lock = threading.Lock()
 

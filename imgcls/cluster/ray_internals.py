@@ -7,8 +7,12 @@ long to import (Ray Data, Ray Serve, Ray Train) is imported on first use.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -110,10 +114,49 @@ def find_local_cluster() -> str:
     return address
 
 
-def kill_autoscaler_monitor() -> None:
-    """Kill the autoscaler of a private session: `ray.shutdown` waits for it, it ignores SIGTERM."""
-    node: Any = ray._private.worker._global_node
-    node.kill_monitor(check_alive=False)
+@contextlib.contextmanager
+def start_without_services() -> Iterator[None]:
+    """Within the block, `ray.init` starts no dashboard, no autoscaler and no log monitor.
+
+    They are for other clients, for nodes that may join, and for drivers that print the output of
+    their workers. `ray start` has options for the last two and `ray.init` has none; with
+    `include_dashboard=False` it starts a dashboard without pages and waits for it. Together they
+    take 2 CPU seconds, of the 15 until the first prediction. A node whose dashboard could not start
+    has the same state as one without it.
+
+    Ray also imports the dashboard's dependencies, to know whether there are any: 0.2 CPU seconds
+    for `ray[default]`, which this package requires. And its agent listens to a port that is the
+    same for all sessions: where it is taken, `ray.init` waits 3.4 s until the agent stops trying.
+    """
+    constants = ray._private.ray_constants
+
+    def skip_dashboard(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+        # the agent looks for an address every second, and logs an error; this one has no server
+        node.get_gcs_client().internal_kv_put(
+            constants.DASHBOARD_ADDRESS.encode(),
+            b"127.0.0.1:1",
+            True,
+            constants.KV_NAMESPACE_DASHBOARD,
+        )
+
+    build: Any = ray._private.parameter.RayParams
+    parameters = functools.partial(
+        build, no_monitor=True, include_log_monitor=False, dashboard_agent_listen_port=0
+    )
+    replaced: list[tuple[Any, str, Any]] = [
+        (ray._private.node.Node, "start_api_server", skip_dashboard),
+        (ray._private.parameter, "RayParams", parameters),
+        (ray._private.utils, "get_dashboard_dependency_error", lambda: None),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
 
 
 # ---------------------------------------------------------------------------------- Ray Data
@@ -130,6 +173,111 @@ def limit_result_buffer(context: Any, blocks: int) -> None:
     Ray Data has no public setting; by default two blocks wait in every worker.
     """
     context._max_num_blocks_in_streaming_gen_buffer = blocks
+
+
+class _LocalActor:
+    """Handle like that of a Ray actor, of an object in the process of its caller."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type[_LocalActor], tuple[Any]]:
+        return _LocalActor, (self._instance,)
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        method = getattr(self._instance, name)
+
+        def remote(*arguments: Any, **options: Any) -> ray.ObjectRef[Any]:
+            with self._lock:
+                return ray.put(method(*arguments, **options))
+
+        return SimpleNamespace(remote=remote)
+
+
+class _UnknownLocations:
+    """Replaces Ray Data's tracker of the nodes of actors, of which a private session has one.
+
+    Ray Data uses the node that an actor started on where the tracker does not know it.
+    """
+
+    def update_actor_location(self, logical_actor_id: str, node_id: str) -> None:
+        pass
+
+    def get_actor_locations(self, logical_actor_ids: tuple[str, ...]) -> dict[str, str]:
+        return {}
+
+
+def _build_stats_actor() -> Any:
+    from ray.data._internal import stats
+
+    kind: Any = stats._StatsActor
+    return kind.__ray_metadata__.modified_class()
+
+
+def _build_autoscaling_coordinator() -> Any:
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as module
+
+    class Coordinator(module._AutoscalingCoordinatorActor):
+        # Its thread would go on after the session and start another one. The executor of a dataset
+        # sends a request every ten seconds, after which the coordinator does the same work.
+        TICK_INTERVAL_S = 10**9
+
+    return Coordinator(send_resources_request=lambda *_: None)
+
+
+_DATA_ACTORS: tuple[tuple[Callable[[], Any], str, tuple[str, ...]], ...] = (
+    (_build_stats_actor, "get_or_create_stats_actor", ("ray.data._internal.stats",)),
+    (
+        _build_autoscaling_coordinator,
+        "get_or_create_autoscaling_coordinator",
+        ("ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",),
+    ),
+    (
+        _UnknownLocations,
+        "get_or_create_actor_location_tracker",
+        (
+            "ray.data._internal.execution.operators.actor_pool_map_operator",
+            "ray.data._internal.utils.cached_ray_internals",
+        ),
+    ),
+)
+"""Ray Data's actors: what builds one here, the function that Ray Data gets it from, and the modules
+that call that function."""
+
+
+def keep_data_actors_local(is_private: Callable[[], bool]) -> None:
+    """Keep Ray Data's internal actors in the driver's process while a session is private.
+
+    Ray Data starts three: statistics, locations of actors, and resources of datasets. Each is a
+    process that imports Ray Data, 0.9 CPU seconds, and the workers wait for two of them. Only the
+    dashboard and other drivers would use them too. Ray Data has no setting for it.
+    """
+    for build, name, modules in _DATA_ACTORS:
+        for module in map(importlib.import_module, modules):
+            original = getattr(module, name)
+            if not hasattr(original, "__wrapped__"):
+                setattr(module, name, _prefer_local(original, build, is_private))
+
+
+def _prefer_local(
+    original: Callable[[], Any], build: Callable[[], Any], is_private: Callable[[], bool]
+) -> Callable[[], Any]:
+    lock = threading.Lock()
+    actors: dict[str, _LocalActor] = {}
+
+    @functools.wraps(original)
+    def get_or_create() -> Any:
+        if not is_private():
+            return original()
+        session = ray.get_runtime_context().gcs_address
+        with lock:
+            if session not in actors:
+                actors.clear()
+                actors[session] = _LocalActor(build())
+            return actors[session]
+
+    return get_or_create
 
 
 # ---------------------------------------------------------------------------------- Ray Serve

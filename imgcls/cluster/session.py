@@ -85,7 +85,11 @@ def _start_or_join() -> None:
     private = address == "local"
     # Ray Data imports pandas next; Ray's own processes take two seconds to start in the meantime
     threading.Thread(target=importlib.import_module, args=("pandas",), daemon=True).start()
-    with _hold_back_stderr(), set_env_defaults(_MALLOC_SETTINGS if private else {}):
+    with (
+        _hold_back_stderr(),
+        set_env_defaults(_MALLOC_SETTINGS if private else {}),
+        ray_internals.start_without_services() if private else contextlib.nullcontext(),
+    ):
         ray.init(
             address,
             logging_level=logging.WARNING,
@@ -101,8 +105,8 @@ def _start_or_join() -> None:
 def end_session(exit_code: int) -> None:
     """Shut down the private session that `connect` started; leave a cluster that was joined alone.
 
-    The interpreter would do so too at its exit, but 1.5 s later: Ray then waits for messages, which
-    are not shown here, and for its autoscaler. After an interruption a thread may still be inside
+    The interpreter would do so too at its exit, but later: Ray then waits for messages, which are
+    not shown here. After an interruption a thread may still be inside
     Ray's native code, which does not survive a shutdown; the process then exits here, with
     `exit_code`, and the session ends with it.
     """
@@ -111,7 +115,6 @@ def end_session(exit_code: int) -> None:
         sys.stderr.flush()
         os._exit(exit_code)
     if is_private_session():
-        ray_internals.kill_autoscaler_monitor()
         ray.shutdown()
 
 

@@ -11,7 +11,7 @@ from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job
 from imgcls.inference.specs import ImageSpec
-from imgcls.inference.workers import load_unchanged_bundle
+from imgcls.inference.workers import find_unchanged_bundle, import_stages
 from imgcls.models.bundle import EngineName
 
 
@@ -30,6 +30,8 @@ class ScanWorker(ChunkWorker[ScanSpec]):
 
     def load(self, threads: int) -> pa.Schema:
         """Load the model, if there is one."""
+        import_stages()
+
         import torch
 
         from imgcls.curation import scan_stage
@@ -39,7 +41,7 @@ class ScanWorker(ChunkWorker[ScanSpec]):
         self._scan_chunk = scan_stage.scan_chunk
         self._classifier: Classifier | None = None
         if self.spec.bundle_url is not None:
-            bundle = load_unchanged_bundle(self.spec.bundle_url, self.spec.bundle_sha256)
+            bundle = find_unchanged_bundle(self.spec.bundle_url, self.spec.bundle_sha256)
             self._classifier = Classifier(
                 bundle, decode=self.spec.decode, engine=self.spec.engine, device=self.device
             )

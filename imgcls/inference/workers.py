@@ -5,7 +5,9 @@ Torch, and the stages with it, are imported in the workers alone.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -15,9 +17,10 @@ from imgcls.errors import BundleError, CrashingImage
 from imgcls.execution.heartbeat import Attempt
 from imgcls.execution.messages import ChunkTask, PreparedChunk, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job, PreparedChunkWorker
+from imgcls.imports import pause_collector
 from imgcls.inference.gpu_errors import handle_gpu_errors
 from imgcls.inference.specs import PredictSpec
-from imgcls.models.bundle import Bundle, load_bundle, read_description
+from imgcls.models.bundle import Bundle, read_description
 
 if TYPE_CHECKING:
     from imgcls.inference.stages import PreparedImages
@@ -37,17 +40,17 @@ class _ModelLoader:
 
     def load(self, threads: int) -> pa.Schema:
         """Load the model; returns the schema of the prediction columns."""
+        spec = self.spec
+        self._stages = stages = import_stages()
+
         import torch
 
         from imgcls.data.cuda import find_worker_device
-        from imgcls.inference import stages
         from imgcls.models.classifier import Classifier
 
         torch.set_num_threads(threads)
-        spec = self.spec
-        self._stages = stages
         self._classifier = Classifier(
-            load_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
+            find_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
             engine=spec.engine,
             device=find_worker_device(self.device),
@@ -122,9 +125,9 @@ def prepare_chunk(
 
     decode: whether to decode all of them; otherwise JPEGs for a GPU are verified and left for it
     """
-    import torch
+    stages = import_stages()
 
-    from imgcls.inference import stages
+    import torch
 
     torch.set_num_threads(1)
     preprocess = read_description(spec.bundle_url).with_decode(spec.decode).spec.preprocess
@@ -134,7 +137,7 @@ def prepare_chunk(
         stages.prepare_on_cpu(
             spec, alone, preprocess, StageTimings(), max_device_bytes=max_device_bytes
         )
-    return stages.prepare_on_cpu(
+    images: PreparedImages = stages.prepare_on_cpu(
         spec,
         rows,
         preprocess,
@@ -143,11 +146,23 @@ def prepare_chunk(
         attempt.heartbeat,
         max_device_bytes,
     )
+    return images
 
 
-def load_unchanged_bundle(url: str, sha256: str | None) -> Bundle:
-    """Load the bundle that the run started with; raises BundleError when it has changed."""
-    bundle = load_bundle(url)
+def import_stages() -> ModuleType:
+    """Import torch and the stages of a chunk; returns `imgcls.inference.stages`."""
+    with pause_collector():
+        from imgcls.inference import stages
+    gc.freeze()  # what was imported stays
+    return stages
+
+
+def find_unchanged_bundle(url: str, sha256: str | None) -> Bundle:
+    """The bundle that the run started with; raises BundleError when it has changed.
+
+    Its weights are read and verified once, by the classifier.
+    """
+    bundle = read_description(url)
     if bundle.sha256 != sha256:
         raise BundleError(
             f"bundle {url}: changed while the run was in progress. Restore it, or start over with "

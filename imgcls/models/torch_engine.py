@@ -6,9 +6,11 @@ On CPUs convolutions are fused or quantized; on GPUs forward passes are captured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from imgcls import log
 from imgcls.data.decode import Pixels
@@ -106,9 +108,43 @@ class TorchEngine:
             return self._compute_logits
 
 
+class SkipRandomWeights(TorchFunctionMode):
+    """Within the block, the parameters of new layers are not initialized, but hold any values.
+
+    For networks whose parameters are all loaded afterwards, which `load_state_dict` checks. Random
+    numbers take 0.1 CPU seconds for a ResNet-18 and 0.45 for a ViT-B/16.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the parameter that a random generator was to fill; call any other function."""
+        named = kwargs or {}
+        filled = args[0] if args else named.get("tensor")
+        if func in _RANDOM_FILLS and isinstance(filled, nn.Parameter):
+            return filled
+        return func(*args, **named)
+
+
+_RANDOM_FILLS = (
+    torch.Tensor.uniform_,
+    torch.Tensor.normal_,
+    torch.Tensor.erfinv_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.kaiming_uniform_,
+)
+"""Functions that initialize weights; `erfinv_` makes a normal distribution of a uniform one."""
+
+
 def load_network(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The bundle's network in eval mode, its batch norms folded, channels last."""
-    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
+    with SkipRandomWeights():
+        network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
     try:
         network.load_state_dict(load_bundle_weights(bundle))
     except RuntimeError as error:

@@ -55,6 +55,21 @@ def faults_of_a_batch() -> int:
     return min(counted)
 
 
+class AddOne:
+    """A worker of a dataset."""
+
+    def __call__(self, batch: Any) -> Any:
+        return {"id": batch["id"] + 1}
+
+
+def add_one() -> list[int]:
+    """The rows of a dataset that an actor has processed."""
+    with own_data_settings():
+        pool = ray.data.ActorPoolStrategy(size=1)
+        dataset = ray.data.range(3).map_batches(AddOne, compute=pool, num_cpus=0.5)
+    return sorted(row["id"] for row in dataset.take_all())
+
+
 def refuse(batch: Any) -> Any:
     raise StorageCredentials("s3://b/x: access is refused") from KeyError("x")
 
@@ -166,14 +181,20 @@ def test_a_worker_keeps_what_a_batch_frees_for_the_next(
 PRIVATE = """
 import os, psutil, ray
 from imgcls.cluster import session
-from tests.cluster.test_session import faults_of_a_batch
+from tests.cluster.test_session import add_one, faults_of_a_batch
 before = dict(os.environ)
 session.connect()
 assert dict(os.environ).items() >= before.items() and "MALLOC_ARENA_MAX" not in os.environ
 assert session.build_malloc_env() == {}
 assert ray.get(ray.remote(faults_of_a_batch).remote()) < 100
+assert add_one() == add_one() == [1, 2, 3]
+assert ray.util.list_named_actors(all_namespaces=True) == []
 started = psutil.Process().children(recursive=True)
 assert len(started) > 3
+commands = [" ".join(process.cmdline()) for process in started]
+assert not [each for each in commands if "dashboard.py" in each or "monitor.py" in each]
+(raylet,) = [each for each in commands if each.split()[0].endswith("/raylet")]
+assert "--listen-port=0 " in raylet and "--minimal" not in raylet
 session.end_session(0)
 assert not ray.is_initialized()
 _, left = psutil.wait_procs(started, timeout=10)
@@ -185,8 +206,12 @@ session.end_session(0)
 JOINED = """
 import ray
 from imgcls.cluster import session
+from tests.cluster.test_session import add_one
 ray.init()
 session.connect()
+assert add_one() == [1, 2, 3]
+names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+assert {"AutoscalingCoordinator", "ActorLocationTracker"} < names
 session.end_session(0)
 assert ray.is_initialized()
 """

@@ -1,0 +1,27 @@
+"""Import of large packages when a process starts.
+
+Every process of a job pays for its imports before it does any work: torch alone takes more than a
+CPU second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def pause_collector() -> Iterator[None]:
+    """Within the block, run no garbage collection.
+
+    Modules stay until the process ends, but collections visit all of their objects again and again:
+    a quarter of the time of torch's import.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
