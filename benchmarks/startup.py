@@ -23,9 +23,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks import stack_sampler
-from benchmarks.machine import read_cpu
+from benchmarks.machine import CORES, read_cpu
 from benchmarks.startup_chart import ProcessTrack, read_samples, render_chart
-from benchmarks.workloads import CORES, SAMPLE, make_bundle, write_manifest
+from benchmarks.workloads import SAMPLE, make_bundle, write_manifest
 
 NAMES = {
     "raylet/raylet": "Ray: raylet",
