@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from imgcls import LAZY_EXPORTS, __version__, config, log, reference
+from imgcls.cluster.imports import pause_collector
 from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
-from imgcls.imports import pause_collector
 from imgcls.reference import Command
 
 SUMMARY = "--summary-json"

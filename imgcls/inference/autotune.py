@@ -16,7 +16,7 @@ import ray
 from imgcls import log
 from imgcls.cluster.autoscaler import WaitTimeout
 from imgcls.cluster.interrupts import Interruption
-from imgcls.cluster.session import build_malloc_env
+from imgcls.cluster.session import build_malloc_env, is_private_session
 from imgcls.errors import RunFailed, first_line
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import WORKER_CPUS, Placement
@@ -31,11 +31,15 @@ from imgcls.inference.benchmark import (
     choose_batch_size,
     measure_rates,
 )
-from imgcls.models.bundle import EngineName
+from imgcls.models.bundle import EngineName, Precision
+from imgcls.models.cpu import is_openvino_faster
 from imgcls.models.openvino_package import is_openvino_installed
 
 GPU_BATCH_SIZES = (64, 128, 256)
 """Batch sizes to benchmark on a GPU."""
+MIN_OPENVINO_ROWS = 1_000
+"""Rows per worker from which OpenVINO saves more time than it takes to convert the network, about a
+second for a ResNet-50."""
 MIN_SPLIT_FRACTION = 0.05
 """Minimum fraction of the decoding that is given to the slower side."""
 CompileMode = Literal["auto", "always", "never"]
@@ -90,6 +94,7 @@ def tune_settings(
     interruption: Interruption,
     *,
     engine: EngineName = "torch",
+    precision: Precision = "auto",
 ) -> TunedSettings:
     """Choose the automatic settings of a run, with a benchmark if it is a long one; log why.
 
@@ -106,6 +111,9 @@ def tune_settings(
     )
     spec = plan_benchmark(scale, compile, placement, rows, engine)
     if spec is None:
+        if engine == "auto" and not always and is_openvino_usual(placement, rows, precision):
+            log.emit("tune", "engine openvino: this CPU has no AMX, without which it is faster")
+            return replace(usual, engine="openvino")
         return usual
     images = build_input(rows // placement.workers)
     timeout = WaitTimeout(scale.resource_timeout_s)
@@ -131,6 +139,21 @@ def tune_settings(
     for reason in reasons:
         log.emit("tune", reason)
     return tuned
+
+
+def is_openvino_usual(placement: Placement, rows: int, precision: Precision) -> bool:
+    """Whether a run that is not benchmarked takes OpenVINO.
+
+    It does on this machine alone, since the CPUs of a cluster's nodes are not known.
+    """
+    return (
+        is_openvino_installed()
+        and placement.worker_gpus == 0
+        and rows >= MIN_OPENVINO_ROWS * placement.workers
+        and precision in ("auto", "fp32")
+        and is_private_session()
+        and is_openvino_faster()
+    )
 
 
 def plan_benchmark(

@@ -348,6 +348,7 @@ class _PredictRun:
             build_input,
             self.driver.interruption,
             engine=config.engine,
+            precision=config.precision,
         )
         if "chosen" not in run:
             run["chosen"] = tuned.to_json()
@@ -372,6 +373,7 @@ class _PredictRun:
             decode=settings["decode"],
             precision=settings["precision"],
             engine=tuned.engine,
+            is_engine_automatic=self.config.engine == "auto",
             compile=tuned.compile,
             batch_size=tuned.batch_size,
             max_pixels=settings["max_pixels"],

@@ -29,6 +29,7 @@ class PredictSpec(ImageSpec):
     """A run that labels the images with a bundle.
 
     thresholds: by class, in the bundle's order
+    is_engine_automatic: whether torch runs a network that the engine cannot run
     """
 
     bundle_url: str
@@ -42,4 +43,5 @@ class PredictSpec(ImageSpec):
     decode: DecodeMode
     precision: str
     engine: EngineName = "torch"
+    is_engine_automatic: bool = False
     compile: bool

@@ -5,6 +5,7 @@ Torch, and the stages with it, are imported in the workers alone.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Mapping
 from types import ModuleType
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from imgcls import log
+from imgcls.cluster.imports import pause_collector
 from imgcls.cluster.session import DeviceType
-from imgcls.errors import BundleError, CrashingImage
+from imgcls.errors import BundleError, CrashingImage, first_line
 from imgcls.execution.heartbeat import Attempt
 from imgcls.execution.messages import ChunkTask, PreparedChunk, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job, PreparedChunkWorker
-from imgcls.imports import pause_collector
 from imgcls.inference.gpu_errors import handle_gpu_errors
 from imgcls.inference.specs import PredictSpec
 from imgcls.models.bundle import Bundle, read_description
@@ -49,15 +51,23 @@ class _ModelLoader:
         from imgcls.models.classifier import Classifier
 
         torch.set_num_threads(threads)
-        self._classifier = Classifier(
+        build = functools.partial(
+            Classifier,
             find_unchanged_bundle(spec.bundle_url, spec.bundle_sha256),
             precision=spec.precision,  # type: ignore[arg-type]
-            engine=spec.engine,
             device=find_worker_device(self.device),
             decode=spec.decode,
             compile=spec.compile,
             batch_size=spec.batch_size,
         )
+        try:
+            self._classifier = build(engine=spec.engine)
+        except BundleError as error:
+            # the same for each worker of a run: it depends on the network and on versions alone
+            if not spec.is_engine_automatic or spec.engine == "torch":
+                raise
+            self._classifier = build(engine="torch")
+            log.emit("note", f"engine torch: {first_line(error)}")
         self.details = {
             "precision": self._classifier.precision,
             "engine": self._classifier.engine,

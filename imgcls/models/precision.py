@@ -6,27 +6,17 @@ speed has not been measured on a GPU without bfloat16.
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
 import torch
 
 from imgcls.errors import RequestError
 from imgcls.models.bundle import EngineName, Precision
+from imgcls.models.cpu import read_cpu_flags
 
 RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
 """A precision that was chosen."""
 INT8_FLAGS = {"amx_int8", "avx512_vnni", "avx_vnni"}
-_ISAS = (
-    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
-    "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX",
-)  # fmt: skip
-"""Instruction sets to which oneDNN can be limited, in ascending order.
-Source: oneDNN developer guide, "CPU Dispatcher Control"."""
-_ISA_BY_FLAG = {
-    "avx_vnni": "AVX2_VNNI", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16",
-    "amx_bf16": "AVX512_CORE_AMX", "amx_int8": "AVX512_CORE_AMX",
-}  # fmt: skip
 
 
 def choose_precision(
@@ -97,19 +87,3 @@ def choose_float_dtype(precision: Precision, device: torch.device) -> torch.dtyp
     if precision in ("auto", "int8"):
         precision, _ = choose_precision("auto", device)
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-
-
-def read_cpu_flags() -> set[str]:
-    """The CPU's flags, without those that ONEDNN_MAX_CPU_ISA keeps oneDNN from using."""
-    flags: set[str] = set()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            line = next((each for each in info if each.startswith(("flags", "Features"))), "")
-        flags.update(line.split())
-    except OSError:
-        pass
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    if limit in _ISAS:
-        allowed = _ISAS[: _ISAS.index(limit) + 1]
-        flags -= {flag for flag, isa in _ISA_BY_FLAG.items() if isa not in allowed}
-    return flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -84,6 +85,39 @@ def test_a_run_that_is_not_benchmarked_takes_torch_unless_another_is_set(
         None, ScaleConfig(), "auto", CPUS, 100, build_input, Interruption(), engine=engine
     )
     assert tuned == TunedSettings(32, False, engine=used)
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({}, "openvino"),
+        ({"precision": "fp32"}, "openvino"),
+        ({"precision": "bf16"}, "torch"),  # a CPU without it has no bf16 in OpenVINO
+        ({"engine": "torch"}, "torch"),
+        ({"rows": 1_999}, "torch"),
+        ({"compile": "always"}, "torch"),
+        ({"placement": GPUS}, "torch"),
+        ({"installed": False}, "torch"),
+        ({"private": False}, "torch"),
+        ({"faster": False}, "torch"),
+    ],
+)
+def test_a_run_of_thousands_of_rows_takes_openvino_where_it_is_known_to_be_faster(
+    changes: dict[str, Any], used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "engine": "auto", "precision": "auto", "rows": 2_000, "compile": "auto",
+        "placement": CPUS, "installed": True, "private": True, "faster": True,
+    } | changes  # fmt: skip
+    monkeypatch.setattr(autotune, "is_openvino_installed", lambda: given["installed"])
+    monkeypatch.setattr(autotune, "is_private_session", lambda: given["private"])
+    monkeypatch.setattr(autotune, "is_openvino_faster", lambda: given["faster"])
+    tuned = autotune.tune_settings(
+        None, ScaleConfig(), given["compile"], given["placement"], given["rows"],
+        lambda rows: BenchmarkInput("bundle", "exact", "fp32", rows, (), StorageConfig()),
+        Interruption(), engine=given["engine"], precision=given["precision"],
+    )  # fmt: skip
+    assert tuned.engine == used
 
 
 def test_a_resumed_run_keeps_what_changes_its_results() -> None:

@@ -24,7 +24,7 @@ from imgcls.data.cuda import DEVICE_FAILURE_STATUS
 from imgcls.data.device_decode import DecodeResult, DeviceJpeg
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import RunFailed, StorageError
+from imgcls.errors import BundleError, RunFailed, StorageError
 from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt
 from imgcls.execution.messages import ChunkResult, ChunkTask
@@ -34,6 +34,7 @@ from imgcls.inference.benchmark import BenchmarkInput, BenchmarkSpec
 from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.inference.stages import PreparedImages
 from imgcls.models.bundle import load_bundle
+from imgcls.models.openvino_engine import ConversionError
 from tests.execution.runs import plan_at, spec_of
 
 pytestmark = pytest.mark.usefixtures("joined")
@@ -81,6 +82,28 @@ def test_a_worker_without_a_gpu_uses_none_although_there_is_one(
         assert worker._classifier.device == torch.device("cpu")
     images = BenchmarkInput(bundle.url, "fast", "fp32", 1, (), StorageConfig())
     assert benchmark.measure_rates(BenchmarkSpec((1,), False, False), images, 1, "cpu").forward
+
+
+@pytest.mark.parametrize("is_automatic", [True, False])
+def test_a_network_that_openvino_cannot_run_is_run_by_torch_unless_openvino_was_requested(
+    is_automatic: bool, colors: Callable[..., Path], color_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def refuse(*_: object) -> None:
+        raise ConversionError("No conversion rule found for operations: aten::linalg_svd")
+
+    monkeypatch.setattr("imgcls.models.engines.OpenVinoEngine", refuse)
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    bundle = load_bundle(str(color_bundle))
+    plan = plan_at(tmp_path / "out", manifest, classes=bundle.spec.classes)
+    spec = spec_of(tmp_path / "out", plan, manifest, bundle.url, bundle_sha256=bundle.sha256)
+    spec = replace(spec, engine="openvino", is_engine_automatic=is_automatic)
+    if not is_automatic:
+        with pytest.raises(BundleError, match=r"aten::linalg_svd; use --engine torch"):
+            workers.CpuWorker(spec, 1, "cpu")
+        return
+    worker = workers.CpuWorker(spec, 1, "cpu")
+    assert worker.details["engine"].startswith("torch ")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 
 from imgcls.errors import RequestError
-from imgcls.models.precision import choose_float_dtype, choose_precision, read_cpu_flags
+from imgcls.models.precision import choose_float_dtype, choose_precision
 
 
 @pytest.mark.parametrize(
@@ -31,23 +29,6 @@ def test_bf16_is_chosen_where_the_processor_has_it(
     if precision == "fp32":
         requested += "; fp32 is faster: the CPU has no bfloat16 instructions"
     assert choose_precision("bf16", torch.device("cpu")) == ("bf16", requested)
-
-
-@pytest.mark.parametrize(
-    ("limit", "left"),
-    [
-        ("", {"avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}),
-        ("AVX512_CORE_BF16", {"avx2", "avx512_vnni", "avx512_bf16"}),
-        ("avx2", {"avx2"}),
-    ],
-)
-def test_what_onednn_must_not_use_is_no_instruction_of_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, limit: str, left: set[str]
-) -> None:
-    info = "flags : avx2 avx512_vnni avx512_bf16 amx_int8 amx_bf16\nflags : none\n"
-    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(info))
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert read_cpu_flags() - {"flags", ":"} == left
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from imgcls.imports import pause_collector
+from imgcls.cluster.imports import pause_collector
 
 STORES = {"fsspec", "s3fs", "botocore", "aiobotocore", "gcsfs", "adlfs"}
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
