@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from PIL import ExifTags, Image
 from ray.util import placement_group_table
 
 from imgcls.data.decode import decode_image
@@ -139,11 +140,20 @@ def test_an_image_that_kills_its_worker_is_one_row_and_all_others_are_labeled(
 def with_poison(folder: Path) -> Path:
     """A manifest of 200 small images, of which row 77 kills who reads it."""
     manifest = photographs(folder, 200, (64, 48))
-    (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes() + POISON)
+    poison(folder / "0.jpg", folder / "bad.jpg")
     lines = manifest.read_text().splitlines()
     lines[1 + 77] = "bad.jpg,77"
     manifest.write_text("\n".join(lines) + "\n")
     return manifest
+
+
+def poison(source: Path, target: Path) -> None:
+    """Write an image with the mark, and with EXIF data, which Pillow reads."""
+    with Image.open(source) as image:
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 1
+        image.save(target, exif=exif)
+    target.write_bytes(target.read_bytes() + POISON)
 
 
 @pytest.mark.cluster
@@ -167,7 +177,7 @@ def test_when_every_image_kills_the_run_ends_with_an_error_that_names_it(
 ) -> None:
     manifest = photographs(tmp_path / "images", 12, (64, 48))
     for image in (tmp_path / "images").glob("*.jpg"):
-        image.write_bytes(image.read_bytes() + POISON)
+        poison(image, image)
     with RayCluster.start(cpus=2, env=poisoned("SIGKILL")) as cluster:
         order = words(manifest, color_bundle, tmp_path / "out", "--scale.crash-retries", 0)
         done = imgcls(*order, env=cluster.environment(), timeout=400)
