@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 import urllib.request
 from collections.abc import Callable
@@ -36,40 +35,36 @@ def test_a_run_logs_json_lines_and_exports_metrics_through_ray(
             lines = response.read().decode().splitlines()
         return [line for line in lines if line.startswith("ray_imgcls_")]
 
-    def find_runs(lines: list[str]) -> set[str]:
-        return {run for line in lines for run in re.findall(r'run="(\w+)"', line)}
-
-    order = predict(colors(50), color_bundle, tmp_path / "out", "--chunk-rows", 16, "--log", "json")
-    earlier = find_runs(export())
+    output = tmp_path / "out"
+    order = predict(colors(50), color_bundle, output, "--chunk-rows", 16, "--log", "json")
     exported: list[str] = []
     with started(*order, env=cluster.environment()) as driver:
+        wait_for((output / "_run.json").exists)
+        # what an earlier test's run has counted may be exported during this one
+        run = f'run="{json.loads((output / "_run.json").read_bytes())["run_id"]}"'
         deadline = time.monotonic() + 120
-        while count_images(exported, find_runs(exported) - earlier) < 50:
+        while count_images(exported) < 50:
             assert time.monotonic() < deadline
-            exported = export()
+            exported = [line for line in export() if run in line]
             time.sleep(0.5)
         out, err = driver.communicate(timeout=120)
         assert driver.returncode == 0, err
     lines = [json.loads(line) for line in out.splitlines()]
     check_json_lines(lines)
-    run = f'run="{lines[-1]["run_id"]}"'
-    check_metrics([line for line in exported if run in line])
+    assert run == f'run="{lines[-1]["run_id"]}"'
+    check_metrics(exported)
 
 
-def count_images(lines: list[str], runs: set[str]) -> float:
+def count_images(lines: list[str]) -> float:
     counted = [line for line in lines if line.startswith("ray_imgcls_images_total")]
-    return sum(
-        float(line.rpartition(" ")[2])
-        for line in counted
-        if any(f'run="{run}"' in line for run in runs)
-    )
+    return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
 def check_metrics(lines: list[str]) -> None:
     """The metrics of 50 images of one run, by status."""
     counted = [line for line in lines if line.startswith("ray_imgcls_images_total")]
     assert all('status="ok"' in line for line in counted)
-    assert sum(float(line.rpartition(" ")[2]) for line in counted) == 50
+    assert count_images(lines) == 50
     assert any(line.startswith("ray_imgcls_stage_seconds_bucket") for line in lines)
 
 
