@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from imgcls.execution.plan import parse_plan
 from imgcls.runs import layout
 from tests.processes import RayCluster, run_here, started, wait_for
 
@@ -41,7 +42,9 @@ def test_a_run_logs_json_lines_and_exports_metrics_through_ray(
     with started(*order, env=cluster.environment()) as driver:
         wait_for((output / "_run.json").exists)
         # what an earlier test's run has counted may be exported during this one
-        run = f'run="{json.loads((output / "_run.json").read_bytes())["run_id"]}"'
+        stored = layout.load_run(str(output))
+        assert stored is not None
+        run = f'run="{parse_plan(stored).run_id}"'
         deadline = time.monotonic() + 120
         while count_images(exported) < 50:
             assert time.monotonic() < deadline
