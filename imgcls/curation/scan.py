@@ -20,6 +20,7 @@ from imgcls.curation.scan_worker import SCAN, ScanSpec
 from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import Manifest
 from imgcls.errors import OutputError
+from imgcls.execution.completed import read_chunk_table
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, read_shard_chunk
 from imgcls.execution.runner import (
     Driver,
@@ -59,8 +60,8 @@ class ScannedManifest:
         """The rows of the manifest and the features of their images, chunk by chunk, in order."""
         for chunk, rows in enumerate(self.read_rows()):
             part = self.plan.part_of(chunk)
-            data = filesystem.read(layout.chunk_url(self.output, part, chunk, self.plan.run_id))
-            yield rows, pq.read_table(pa.BufferReader(data))
+            url = layout.chunk_url(self.output, part, chunk, self.plan.run_id)
+            yield rows, read_chunk_table(url)
 
 
 @dataclass(frozen=True)

@@ -118,12 +118,15 @@ def read_committed(spec: RunSpec, task: ChunkTask) -> pa.Table | None:
     Ray processes a whole block again when the worker that had it is lost.
     """
     try:
-        data = filesystem.read(
-            _get_chunk_url(spec, task)
-        )  # on S3 `exists` would list, as a PUT costs
+        # on S3, `exists` would make a LIST, which costs as much as a PUT
+        return read_chunk_table(_get_chunk_url(spec, task), columns=["status"])
     except StorageMissing:
         return None
-    return pq.read_table(pa.BufferReader(data), columns=["status"])
+
+
+def read_chunk_table(url: str, columns: list[str] | None = None) -> pa.Table:
+    """The table of a chunk, read by one request; a stream would make three."""
+    return pq.read_table(pa.BufferReader(filesystem.read(url)), columns=columns)
 
 
 def write_chunk(spec: RunSpec, task: ChunkTask, table: pa.Table, timings: StageTimings) -> None:

@@ -111,8 +111,8 @@ def tune_settings(
     )
     spec = plan_benchmark(scale, compile, placement, rows, engine)
     if spec is None:
-        if engine == "auto" and not always and is_openvino_usual(placement, rows, precision):
-            log.emit("tune", "engine openvino: this CPU has no AMX, without which it is faster")
+        if engine == "auto" and not always and is_openvino_default(placement, rows, precision):
+            log.emit("tune", "engine openvino: on a CPU without AMX it is faster than torch")
             return replace(usual, engine="openvino")
         return usual
     images = build_input(rows // placement.workers)
@@ -141,10 +141,10 @@ def tune_settings(
     return tuned
 
 
-def is_openvino_usual(placement: Placement, rows: int, precision: Precision) -> bool:
-    """Whether a run that is not benchmarked takes OpenVINO.
+def is_openvino_default(placement: Placement, rows: int, precision: Precision) -> bool:
+    """Whether a run that is not benchmarked uses OpenVINO.
 
-    It does on this machine alone, since the CPUs of a cluster's nodes are not known.
+    Only in a private session: the CPUs of a cluster's nodes are not known.
     """
     return (
         is_openvino_installed()

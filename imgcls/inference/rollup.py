@@ -23,7 +23,7 @@ from imgcls.data import filesystem, storage_settings
 from imgcls.data.manifest import normalize_labels
 from imgcls.data.schemas import conform_table, widen_dictionaries
 from imgcls.errors import OK, RunFailed
-from imgcls.execution.completed import CompletedChunks
+from imgcls.execution.completed import CompletedChunks, read_chunk_table
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.placement import ROLLUP_TASK_CPUS
 from imgcls.execution.plan import Plan, read_shard_chunk
@@ -226,9 +226,7 @@ def _join_part(output: str, plan: Plan, part: int) -> Iterator[pa.Table]:
             rows = conform_table(
                 rows, widen_dictionaries(rows.schema), layout.shard_url(output, part)
             )
-            # by one request; a stream would make three
-            data = filesystem.read(layout.chunk_url(output, part, chunk, plan.run_id))
-            predicted = pq.read_table(pa.BufferReader(data))
+            predicted = read_chunk_table(layout.chunk_url(output, part, chunk, plan.run_id))
             for name in predicted.schema.names:
                 rows = rows.append_column(predicted.schema.field(name), predicted.column(name))
             yield rows

@@ -159,11 +159,15 @@ def prepare_chunk(
     return images
 
 
+@functools.cache  # to freeze again would keep the garbage of all chunks before
 def import_stages() -> ModuleType:
-    """Import torch and the stages of a chunk; returns `imgcls.inference.stages`."""
+    """Import torch and the stages of a chunk; returns `imgcls.inference.stages`.
+
+    The collector does not visit what was imported again.
+    """
     with pause_collector():
         from imgcls.inference import stages
-    gc.freeze()  # what was imported stays
+    gc.freeze()
     return stages
 
 

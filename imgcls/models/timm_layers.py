@@ -39,8 +39,15 @@ def split_norm_acts(graph: fx.GraphModule) -> None:
         source = modules[str(node.target)] if node.op == "call_module" else None
         if source is None or not is_norm_act(source):
             continue
-        norm = nn.BatchNorm2d(source.num_features, eps=source.eps, device="meta")
-        norm.load_state_dict(source.state_dict(), assign=True, strict=False)
+        norm = nn.BatchNorm2d(
+            source.num_features,
+            eps=source.eps,
+            affine=source.affine,
+            track_running_stats=source.track_running_stats,
+            device="meta",
+        )
+        state = source.state_dict()  # has the parameters of the activation too
+        norm.load_state_dict({name: state[name] for name in norm.state_dict()}, assign=True)
         parts = OrderedDict(norm=norm.eval(), drop=source.drop, act=source.act)
         graph.set_submodule(str(node.target), nn.Sequential(parts))
         with graph.graph.inserting_after(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pickle
 import subprocess
@@ -63,6 +64,18 @@ def run_prepare(spec: PredictSpec, cpu_fraction: float) -> pa.Table:
     """The first stage of chunk 0."""
     batch = pa.table({"task": [pickle.dumps(ChunkTask(0))]})
     return run_first_stage(batch, workers.prepare_chunk, spec, cpu_fraction)
+
+
+def test_the_garbage_of_a_chunk_is_collected(
+    colors: Callable[..., Path], color_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = open_manifest(ManifestConfig(path=str(colors(2))))
+    plan = plan_at(tmp_path / "out", manifest, classes=["red", "green", "blue"])
+    spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
+    run_prepare(spec, 1.0)
+    frozen = gc.get_freeze_count()
+    run_prepare(spec, 1.0)
+    assert gc.get_freeze_count() == frozen
 
 
 def test_a_worker_without_a_gpu_uses_none_although_there_is_one(

@@ -73,3 +73,22 @@ def test_ranges_from_before_an_activation_are_not_used_for_the_convolution_with_
     assert len(after) == len(before)
     # without a batch norm, the head is the same convolution as before
     assert after & before <= {"conv_head"}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@torch.inference_mode()
+def test_a_norm_is_split_with_and_without_weights_and_from_the_weights_of_its_activation(
+    affine: bool,
+) -> None:
+    from timm.layers import BatchNormAct2d
+
+    norm = BatchNormAct2d(4, affine=affine, act_layer=nn.PReLU)
+    norm.running_mean.uniform_(-0.2, 0.2)
+    norm.running_var.uniform_(0.5, 2)
+    norm.act.weight.fill_(0.3)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
+    batch = batch_of(2, 8)
+    expected = network(batch)
+    folded = fold_batch_norms(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(batch), expected)
