@@ -100,7 +100,7 @@ def note(measured: dict[str, list[float]], name: str, value: float, more: str = 
 def read(files: list[Path], options: argparse.Namespace, measured: dict[str, list[float]]) -> None:
     from pyarrow.fs import S3FileSystem
 
-    from imgcls.data import filesystem, storage_settings
+    from imgcls.data import image_files, storage_settings
 
     keys = [f"{BUCKET}/{files[i % len(files)].name}" for i in range(options.rows)]
     urls: list[str | None] = [f"s3://{key}" for key in keys]
@@ -124,7 +124,7 @@ def read(files: list[Path], options: argparse.Namespace, measured: dict[str, lis
 
     def ahead(places: list[str | None]) -> Callable[[], None]:
         def run() -> None:
-            for data in filesystem.read_ahead(places, IN_FLIGHT):
+            for data in image_files.read_ahead(places, IN_FLIGHT):
                 assert isinstance(data, bytes)
 
         return run

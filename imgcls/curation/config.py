@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from imgcls.config import Names, Section, UnitFloat, names
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.manifest import ManifestConfig
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig

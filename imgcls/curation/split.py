@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.curation.config import BY_CONTENT, SplitConfig
-from imgcls.data import filesystem
+from imgcls.data import filesystem, image_files
 from imgcls.data.image_features import compute_digest
 from imgcls.data.manifest import (
     Manifest,
@@ -152,7 +152,7 @@ def _compute_keys(
         for path, digest in zip(paths, digests, strict=True)
         if digest is None
     ]
-    blobs = zip(unknown, filesystem.read_ahead(unknown), strict=True)
+    blobs = zip(unknown, image_files.read_ahead(unknown), strict=True)
     for digest in digests:
         if digest is None:
             url, blob = next(blobs)

@@ -15,25 +15,19 @@ import re
 import shutil
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import IO, TypeVar, cast
 
 from imgcls.data import disk, object_store, storage_errors
 from imgcls.data.formats import is_hidden_name
-from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
+from imgcls.data.readahead import ReadAllowance
 from imgcls.data.retries import retry
-from imgcls.data.storage_settings import create_thread_pool
 from imgcls.data.store import DELETE, GET, LIST, FileInfo, ListingPage
-from imgcls.errors import StorageCredentials, StorageError, StorageMissing
+from imgcls.errors import StorageMissing
 
 T = TypeVar("T")
 
-MAX_IMAGE_BYTES = 100_000_000
-"""Default limit for the size of an image file."""
-READ_AHEAD_BYTES = 256_000_000
-"""Maximum bytes that one `read_ahead` buffers, in addition to the next file."""
 BLOCK_BYTES = 4 << 20
 """Size of a block of `iter_blocks`."""
 
@@ -103,45 +97,21 @@ def read(url: str) -> bytes:
     return object_store.get_object(url)
 
 
-def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """Read an image file of at most `max_bytes`.
+def read_within(url: str, allowance: ReadAllowance) -> bytes:
+    """Read a file within an allowance.
 
-    Raises as `read` does, StorageTooLarge for a larger file, and StorageError for a path that is no
-    regular file, such as a FIFO or a device.
+    Raises as `read` does, StorageTooLarge for a larger file, StorageError for a path that is no
+    regular file, such as a FIFO or a device, and BudgetFull where other reads hold the bytes it
+    needs.
     """
-    return _read_limited(url, ReadAllowance(max_bytes))
+    if is_local(url):
+        return _retry_locally(url, lambda: disk.read_local_file(local_path(url), allowance))
+    return object_store.get_object(url, allowance)
 
 
-def read_ahead(
-    urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_IMAGE_BYTES
-) -> Iterator[bytes | StorageError]:
-    """Read image files concurrently; yields the bytes or the error of each, in order.
-
-    in_flight: number of concurrent reads
-    max_bytes: limit of one file; a larger one yields StorageTooLarge
-
-    Memory is bounded by READ_AHEAD_BYTES + 2 * max_bytes: the files that wait, the next one, and
-    the one that is joined from its pieces. None, for a row without a path, yields StorageMissing.
-    Raises StorageCredentials, which concerns all files.
-    """
-    waiting: deque[Future[bytes]] = deque()
-    budget = ByteBudget(READ_AHEAD_BYTES)
-
-    def delivered(left: int) -> Iterator[bytes | StorageError]:
-        while len(waiting) > left:
-            yield _get_outcome(waiting.popleft())
-            budget.release_oldest()
-
-    with create_thread_pool(in_flight, "fetch") as pool:
-        try:
-            for number, url in enumerate(urls):
-                waiting.append(_start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
-                yield from delivered(in_flight - 1)
-            yield from delivered(0)
-        finally:
-            for future in waiting:
-                future.cancel()
-            budget.close()
+def start_read(url: str, allowance: ReadAllowance) -> Future[bytes] | None:
+    """Start reading a file on the event loop of its store; None where a thread must read it."""
+    return None if is_local(url) else object_store.start_get_object(url, allowance)
 
 
 def open_read(url: str) -> IO[bytes]:
@@ -360,17 +330,6 @@ def _read_local(path: str) -> bytes:
         return stream.readall()
 
 
-def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
-    """Read a file within its allowance, waiting while other reads hold the bytes it needs."""
-    while True:
-        try:
-            if is_local(url):
-                return _retry_locally(url, lambda: disk.read_local_file(local_path(url), allowance))
-            return object_store.get_object(url, allowance)
-        except BudgetFull as full:
-            allowance.reserve_later(full.total).result()
-
-
 def _decode_name(name: str) -> str:
     """A file name as text: bytes that are not UTF-8, which no table can hold, become U+FFFD.
 
@@ -382,27 +341,3 @@ def _decode_name(name: str) -> str:
 def _retry_locally(url: str, call: Callable[[], T]) -> T:
     """Retry for 5 s only: a disk that does not answer by then will not."""
     return retry(url, call, seconds=_DISK_RETRY_S)
-
-
-def _start_read(
-    url: str | None, pool: ThreadPoolExecutor, allowance: ReadAllowance
-) -> Future[bytes]:
-    """Start a read: on the store's event loop where it has one, else in a thread."""
-    try:
-        if url is None:
-            raise StorageMissing("the path is null")
-        reading = None if is_local(url) else object_store.start_get_object(url, allowance)
-    except StorageError as error:
-        failed: Future[bytes] = Future()
-        failed.set_exception(error)
-        return failed
-    return pool.submit(_read_limited, url, allowance) if reading is None else reading
-
-
-def _get_outcome(reading: Future[bytes]) -> bytes | StorageError:
-    try:
-        return reading.result()
-    except StorageCredentials:
-        raise
-    except StorageError as error:
-        return error

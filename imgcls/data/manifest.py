@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem
+from imgcls.data import containers, filesystem
 from imgcls.data.discovery import (
     ManifestFiles,
     filter_images,
@@ -105,7 +105,12 @@ def resolve_path(path: str | None, root: str) -> str | None:
 
     On an object store `./` and `../` are resolved here, since its keys are plain strings.
     """
-    if path is None or filesystem.is_url(path) or os.path.isabs(path):
+    if path is None or os.path.isabs(path):
+        return path
+    if containers.is_member_url(path):
+        name = containers.parse_member_url(path)
+        return str(replace(name, file=resolve_path(name.file, root) or name.file))
+    if filesystem.is_url(path):
         return path
     if not filesystem.is_local(root) and _DOT_SEGMENT.search(path):
         return _remove_dot_segments(path, root)
@@ -129,10 +134,9 @@ def _remove_dot_segments(path: str, root: str) -> str:
 def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     """`resolve_path` of a whole column, as large strings."""
     text = paths.cast(pa.large_string())
-    if (
-        not filesystem.is_local(root)
-        and pc.any(pc.match_substring_regex(text, _DOT_SEGMENT.pattern)).as_py()
-    ):
+    has_dots = pc.any(pc.match_substring_regex(text, _DOT_SEGMENT.pattern)).as_py()
+    has_members = pc.any(pc.match_substring_regex(text, _MEMBER)).as_py()
+    if has_members or (has_dots and not filesystem.is_local(root)):
         return pa.chunked_array(
             [pa.array([resolve_path(path, root) for path in text.to_pylist()], pa.large_string())]
         )
@@ -143,6 +147,7 @@ def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
 
 
 _ABSOLUTE = r"^(/|[A-Za-z0-9+]+://|data:)"
+_MEMBER = f"^({'|'.join(containers.CONTAINER_KINDS)})://"
 
 
 def make_paths_absolute(manifest: Manifest, rows: pa.Table) -> pa.Table:

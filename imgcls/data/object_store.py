@@ -202,7 +202,7 @@ def iter_blocks(url: str, block_bytes: int) -> Iterator[bytes]:
             while True:
                 for start in itertools.islice(starts, _CONCURRENT_RANGES - len(reading)):
                     end = min(size, start + block_bytes)
-                    reading.append(pool.submit(_get_range, url, start, end))
+                    reading.append(pool.submit(get_range, url, start, end))
                 if not reading:
                     return
                 yield reading.popleft().result()
@@ -282,10 +282,12 @@ class _RangeReader(io.RawIOBase):
         return self._read_range(start, self._size) if start < self._size else b""
 
     def _request_range(self, start: int, end: int) -> bytes:
-        return _get_range(self._url, start, end)
+        return get_range(self._url, start, end)
 
 
-def _get_range(url: str, start: int, end: int) -> bytes:
+def get_range(url: str, start: int, end: int) -> bytes:
+    """The bytes from `start` up to `end` of an object, by one request."""
+
     def read() -> bytes:
         data: bytes = call_store(url, "cat_file", needs=GET, start=start, end=end)
         if len(data) != end - start:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.data.manifest import resolve_path
 from imgcls.errors import ImageError, StorageError
 
@@ -19,7 +19,7 @@ _QUALITY = 72
 def build_thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]:
     """A JPEG data URI of about 5 KB for each path; None if the image cannot be read."""
     urls: Iterable[str | None] = (resolve_path(path, root) for path in paths)
-    return [_build_thumbnail(blob) for blob in filesystem.read_ahead(urls)]
+    return [_build_thumbnail(blob) for blob in image_files.read_ahead(urls)]
 
 
 def _build_thumbnail(blob: bytes | StorageError) -> str | None:

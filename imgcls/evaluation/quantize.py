@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from imgcls import log
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import Manifest, normalize_labels, open_manifest
 from imgcls.data.storage_settings import with_config_storage
@@ -172,7 +172,7 @@ def _read_pixels(
             text = normalize_labels(table.column(manifest.label_column))
             known = encode_classes(pa.chunked_array([text]), bundle.spec.classes)
         for blob, code in zip(
-            filesystem.read_ahead(iter(urls), _IO_CONCURRENCY), known, strict=True
+            image_files.read_ahead(iter(urls), _IO_CONCURRENCY), known, strict=True
         ):
             try:
                 if isinstance(blob, StorageError):

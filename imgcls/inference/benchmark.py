@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from imgcls.cluster.session import DeviceType
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data import image_files, storage_settings
+from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import ImageError, RunFailed, StorageError
@@ -267,7 +267,7 @@ def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes
     files = []
     for url in images.urls:
         try:
-            file = filesystem.read_image(url, images.max_bytes)
+            file = image_files.read_image(url, images.max_bytes)
             decode.decode_image(file, preprocess)
         except (StorageError, ImageError):
             continue  # becomes an error row

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Names, Section, UnitFloat
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.manifest import ManifestConfig
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig

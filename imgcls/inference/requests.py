@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from imgcls import log
 from imgcls.cluster import autoscaler, session
-from imgcls.data import filesystem
+from imgcls.data import containers, filesystem, image_files
 from imgcls.data.http import HttpStore
 from imgcls.data.manifest import Manifest, open_manifest
 from imgcls.data.stores import find_store
@@ -139,7 +139,7 @@ def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> No
     places = (
         output,
         filesystem.absolute(config.model),
-        *itertools.islice(iter_image_urls(manifest), 1),
+        *map(containers.find_file, itertools.islice(iter_image_urls(manifest), 1)),
     )
     remote = next((place for place in places if not filesystem.is_local(place)), None)
     if remote is not None:
@@ -164,13 +164,14 @@ def iter_image_urls(manifest: Manifest) -> Iterator[str]:
 
 def is_on_web(manifest: Manifest) -> bool:
     """Whether the first image is on a web server."""
-    return find_store(next(iter_image_urls(manifest), "")) is HttpStore
+    url = next(iter_image_urls(manifest), "")
+    return find_store(containers.find_file(url)) is HttpStore
 
 
 def read_image_size(url: str) -> int:
     """Size of an image file in bytes; 0 when it cannot be read, which becomes an error row."""
     try:
-        return filesystem.size(url)
+        return image_files.get_size(url)
     except StorageError:
         return 0
 
@@ -181,10 +182,10 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
     Raises RequestError when the credentials are rejected, or the bucket does not exist.
     """
     url = next(iter_image_urls(manifest), None)
-    if url is None or filesystem.is_local(url):
+    if url is None or filesystem.is_local(containers.find_file(url)):
         return
     try:
-        filesystem.read_image(url, max_bytes)
+        image_files.read_image(url, max_bytes)
     except StorageCredentials as error:
         raise RequestError(f"the first image: {error}") from error
     except StorageBucketMissing as error:

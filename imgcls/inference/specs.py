@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imgcls.data.filesystem import MAX_IMAGE_BYTES
+from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.messages import RunSpec
 from imgcls.models.bundle import EngineName

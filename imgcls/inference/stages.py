@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from imgcls.data import decode, device_decode, filesystem, manifest
+from imgcls.data import decode, device_decode, image_files, manifest
 from imgcls.data.decode import Pixels
 from imgcls.data.device_decode import DeviceJpeg
 from imgcls.data.preprocess import Preprocess
@@ -100,7 +100,7 @@ def fetch_images(
         for row, path in enumerate(paths)
         if row not in crashed_rows
     )
-    files = filesystem.read_ahead(urls, spec.io_concurrency, spec.max_bytes)
+    files = image_files.read_ahead(urls, spec.io_concurrency, spec.max_bytes)
     if not crashed_rows:
         return files
     return (

@@ -26,7 +26,7 @@ import yaml
 from torch import nn
 
 from imgcls import log
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, filesystem, image_files
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.storage_settings import with_config_storage
@@ -273,7 +273,7 @@ def _decode_manifest_images(bundle: Bundle, config: ManifestConfig) -> Iterator[
     manifest = open_manifest(config)
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
-        for blob in filesystem.read_ahead(manifest.resolve(path) for path in paths):
+        for blob in image_files.read_ahead(manifest.resolve(path) for path in paths):
             if isinstance(blob, StorageError):
                 continue
             try:

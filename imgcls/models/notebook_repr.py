@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.data.pixels import convert_to_rgb
 from imgcls.models.sources import ImageSource
 
@@ -61,7 +61,9 @@ def _encode_thumbnail(source: ImageSource | None) -> str | None:
             small = convert_to_rgb(source).copy()
             small.thumbnail((REPR_SIDE, REPR_SIDE))
         elif isinstance(source, (str, os.PathLike)):
-            small = decode.decode_preview(filesystem.read_image(os.fspath(source)), REPR_SIDE).image
+            small = decode.decode_preview(
+                image_files.read_image(os.fspath(source)), REPR_SIDE
+            ).image
         else:
             small = decode.decode_preview(bytes(source), REPR_SIDE).image
     except Exception:  # noqa: BLE001  show the prediction without a thumbnail

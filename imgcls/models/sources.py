@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.errors import RequestError
@@ -66,7 +66,7 @@ def load_pixels(source: Any, preprocess: Preprocess) -> Pixels:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return decode.decode_image(bytes(source), preprocess)[0]
     if isinstance(source, (str, os.PathLike)):
-        return decode.decode_image(filesystem.read_image(os.fspath(source)), preprocess)[0]
+        return decode.decode_image(image_files.read_image(os.fspath(source)), preprocess)[0]
     raise RequestError(f"is a {type(source).__name__}; pass {IMAGE_SOURCE_TYPES}")
 
 

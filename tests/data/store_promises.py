@@ -19,7 +19,7 @@ import pytest
 
 from imgcls.curation.build import build_manifest
 from imgcls.curation.config import ManifestBuildConfig
-from imgcls.data import filesystem, storage_settings
+from imgcls.data import filesystem, image_files, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputLocked,
@@ -102,7 +102,7 @@ class StorePromises:
         url = filesystem.join(place.url("t/folder"), name, f"{name}.txt")
         filesystem.write(url, b"one")
         assert filesystem.read(url) == b"one"
-        assert list(filesystem.read_ahead([url])) == [b"one"]
+        assert list(image_files.read_ahead([url])) == [b"one"]
         assert filesystem.size(url) == 3
         assert filesystem.exists(url)
         assert filesystem.list_names(place.url(f"t/folder/{name}")) == [f"{name}.txt"]
@@ -182,11 +182,11 @@ class StorePromises:
     def test_more_bytes_than_allowed_are_not_read(self, place: Place) -> None:
         url = place.url("t/large.jpg")
         filesystem.write(url, bytes(20 << 20))
-        assert len(filesystem.read_image(url)) == 20 << 20
+        assert len(image_files.read_image(url)) == 20 << 20
         for limit in (1000, (20 << 20) - 1):
             with pytest.raises(StorageTooLarge, match="has 20,971,520 bytes, more than the limit"):
-                filesystem.read_image(url, limit)
-        found = list(filesystem.read_ahead([url] * 3, max_bytes=1000))
+                image_files.read_image(url, limit)
+        found = list(image_files.read_ahead([url] * 3, max_bytes=1000))
         assert [each.status for each in found if isinstance(each, StorageError)] == [
             "too_large"
         ] * 3
@@ -216,7 +216,7 @@ class StorePromises:
         for url, data in made.items():
             filesystem.write(url, data)
         place.proxy.share = {kind: 0.3}
-        assert list(filesystem.read_ahead(made)) == list(made.values())
+        assert list(image_files.read_ahead(made)) == list(made.values())
         assert place.proxy.met[kind] > 1
 
     def test_refusals_have_different_errors(self, place: Place) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.data import disk, filesystem
+from imgcls.data import disk, filesystem, image_files
 from imgcls.data.readahead import ReadAllowance
 from imgcls.errors import (
     OutputLocked,
@@ -94,12 +94,12 @@ def test_what_is_no_image_file_is_one_error_at_once(tmp_path: Path, name: str) -
         pytest.skip("no /proc/kcore here")
     with unprivileged() if name == "locked" else contextlib.nullcontext():
         with pytest.raises(StorageError) as caught:
-            filesystem.read_image(str(path), max_bytes=1000)
+            image_files.read_image(str(path), max_bytes=1000)
         assert type(caught.value) is kind
         assert caught.value.status == status
         assert str(path) in str(caught.value) or len(str(path)) > 300
         assert words in str(caught.value)
-        first, second = filesystem.read_ahead([str(path), str(good)], max_bytes=1000)
+        first, second = image_files.read_ahead([str(path), str(good)], max_bytes=1000)
     assert type(first) is kind
     assert second == b"good" or name == "locked"
 
@@ -107,19 +107,19 @@ def test_what_is_no_image_file_is_one_error_at_once(tmp_path: Path, name: str) -
 def test_a_file_of_just_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
     for size in (0, 1, 999, 1000):
         (tmp_path / "file").write_bytes(b"x" * size)
-        assert filesystem.read_image(str(tmp_path / "file"), max_bytes=1000) == b"x" * size
+        assert image_files.read_image(str(tmp_path / "file"), max_bytes=1000) == b"x" * size
     (tmp_path / "file").write_bytes(b"x" * 1001)
     with pytest.raises(StorageTooLarge, match="has 1,001 bytes"):
-        filesystem.read_image(str(tmp_path / "file"), max_bytes=1000)
+        image_files.read_image(str(tmp_path / "file"), max_bytes=1000)
 
 
 def test_a_file_whose_size_is_not_known_before_is_counted_as_it_is_read() -> None:
     """Those in /proc have content, and 0 bytes."""
     path = "/proc/self/maps"
     assert os.stat(path).st_size == 0
-    assert b"/" in filesystem.read_image(path)
+    assert b"/" in image_files.read_image(path)
     with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100"):
-        filesystem.read_image(path, max_bytes=100)
+        image_files.read_image(path, max_bytes=100)
 
 
 def test_a_file_that_grows_while_it_is_read_is_cut_off_at_the_limit(
@@ -153,7 +153,7 @@ def test_a_name_that_is_not_utf8_is_a_row_that_is_missing(tmp_path: Path, name: 
         f.path for page in filesystem.iter_pages(str(tmp_path), deep=True) for f in page.files
     ] == [f"{tmp_path}/{listed}"]
     assert filesystem.list_names(str(tmp_path)) == [listed]
-    (found,) = filesystem.read_ahead([f"{tmp_path}/{listed}"])
+    (found,) = image_files.read_ahead([f"{tmp_path}/{listed}"])
     assert isinstance(found, StorageMissing)
 
 

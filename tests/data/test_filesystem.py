@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data import filesystem, retries, storage_settings
+from imgcls.data import filesystem, image_files, retries, storage_settings
 from imgcls.errors import (
     StorageError,
     StorageForbidden,
@@ -150,7 +150,7 @@ def test_a_long_url_is_shortened_in_messages() -> None:
 def test_a_store_that_cannot_be_used_is_a_storage_error(url: str) -> None:
     protocol = url.partition("://")[0]
     assert f"no file system for {protocol}://" in fails(StorageError, lambda: filesystem.read(url))
-    (found,) = filesystem.read_ahead([url])
+    (found,) = image_files.read_ahead([url])
     assert isinstance(found, StorageError)
 
 
@@ -377,7 +377,7 @@ def test_reading_ahead_keeps_the_order_and_puts_errors_in_their_place(
         elif kind == "folder":
             path.mkdir(exist_ok=True)
         urls.append(None if kind == "null" else str(path))
-    found = list(filesystem.read_ahead(urls, in_flight))
+    found = list(image_files.read_ahead(urls, in_flight))
     assert len(found) == len(present)
     for i, (kind, got) in enumerate(zip(present, found, strict=True)):
         if kind == "yes":
@@ -399,7 +399,7 @@ def test_reading_ahead_goes_no_further_than_it_was_allowed(tmp_path: Path) -> No
             requested += 1
             yield str(tmp_path / "file")
 
-    reading = filesystem.read_ahead(urls(), in_flight=4)
+    reading = image_files.read_ahead(urls(), in_flight=4)
     for taken in range(1, 100):
         next(reading)
         assert requested - taken < 4
@@ -470,7 +470,7 @@ def short_deadline() -> Iterator[None]:
 def test_reads_ahead_really_are_under_way_together(server: Server) -> None:
     server.answers = {f"/{i}": [(200, b"%d" % i)] for i in range(24)}
     server.meeting = threading.Barrier(4)  # no answer before four requests
-    found = list(filesystem.read_ahead([f"{server.url}/{i}" for i in range(24)], in_flight=4))
+    found = list(image_files.read_ahead([f"{server.url}/{i}" for i in range(24)], in_flight=4))
     assert found == [b"%d" % i for i in range(24)]
     assert server.most_under_way == 4
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from imgcls.data import filesystem, storage_settings
+from imgcls.data import filesystem, image_files, storage_settings
 from imgcls.data.http import encode_url
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import StorageMissing, StorageThrottled, StorageTooLarge, StorageUnavailable
@@ -122,7 +122,7 @@ def test_an_endless_body_is_cut_off_at_the_limit(server: Server) -> None:
     server.replies["/endless.jpg"] = [Reply(body=endless)]
     url = f"{server.url}/endless.jpg"
     with pytest.raises(StorageTooLarge, match=r"has more bytes than the limit of 1,000,000"):
-        filesystem.read_image(url, MB)
+        image_files.read_image(url, MB)
     # what the sockets of both sides hold is sent and not read
     assert server.sent["/endless.jpg"] < 30 * MB
     assert len(server.lines) == 1
@@ -131,9 +131,9 @@ def test_an_endless_body_is_cut_off_at_the_limit(server: Server) -> None:
 def test_a_declared_size_is_checked_before_anything_is_read(server: Server) -> None:
     server.replies["/x"] = [Reply(body=bytes(MB + 1))]
     with pytest.raises(StorageTooLarge, match="has 1,000,001 bytes, more than the limit"):
-        filesystem.read_image(f"{server.url}/x", MB)
+        image_files.read_image(f"{server.url}/x", MB)
     server.replies["/x"] = [Reply(body=bytes(MB))]
-    assert filesystem.read_image(f"{server.url}/x", MB) == bytes(MB)
+    assert image_files.read_image(f"{server.url}/x", MB) == bytes(MB)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "deflate"])
@@ -143,9 +143,9 @@ def test_what_a_compressed_body_holds_is_counted(server: Server, coding: str) ->
     server.replies["/bomb"] = [Reply(body=pack(bytes(50 * MB)), headers=headers)]
     assert len(pack(bytes(50 * MB))) < MB
     with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 1,000,000"):
-        filesystem.read_image(f"{server.url}/bomb", MB)
+        image_files.read_image(f"{server.url}/bomb", MB)
     server.replies["/fine"] = [Reply(body=pack(b"image" * 1000), headers=headers)]
-    assert filesystem.read_image(f"{server.url}/fine", MB) == b"image" * 1000
+    assert image_files.read_image(f"{server.url}/fine", MB) == b"image" * 1000
     assert server.heads[-1]["accept-encoding"] == "identity"
 
 
@@ -153,13 +153,13 @@ def test_a_compressed_body_that_breaks_off_is_asked_for_again(server: Server) ->
     whole = gzip.compress(b"image" * 100)
     headers = {"Content-Encoding": "gzip"}
     server.replies["/x"] = [Reply(body=body, headers=headers) for body in (whole[:-4], whole)]
-    assert filesystem.read_image(f"{server.url}/x") == b"image" * 100
+    assert image_files.read_image(f"{server.url}/x") == b"image" * 100
 
 
 def test_many_large_files_at_once_hold_no_more_than_the_budget(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filesystem, "READ_AHEAD_BYTES", 3 * MB)
+    monkeypatch.setattr(image_files, "READ_AHEAD_BYTES", 3 * MB)
     for i in range(12):
         body = bytes([i]) * MB
         server.replies[f"/{i}"] = [Reply(body=body if i % 2 else lambda body=body: iter([body]))]  # type: ignore[misc]
@@ -174,7 +174,7 @@ def test_many_large_files_at_once_hold_no_more_than_the_budget(
 
     monkeypatch.setattr(filesystem, "ByteBudget", Watched)
     urls = [f"{server.url}/{i}" for i in range(12)]
-    for i, data in enumerate(filesystem.read_ahead(urls, in_flight=8, max_bytes=2 * MB)):
+    for i, data in enumerate(image_files.read_ahead(urls, in_flight=8, max_bytes=2 * MB)):
         assert data == bytes([i]) * MB
         held += 1
     assert held == 12
@@ -197,7 +197,7 @@ def test_many_large_files_at_once_hold_no_more_than_the_budget(
 )
 def test_a_url_reaches_the_server_byte_for_byte(server: Server, rest: str) -> None:
     url = f"{server.url}{rest}"
-    assert list(filesystem.read_ahead([url])) == [b"default"]
+    assert list(image_files.read_ahead([url])) == [b"default"]
     assert server.lines == [rest if rest.startswith("/") else f"/{rest}"]
     with filesystem.open_read(url) as stream:
         assert stream.read() == b"default"
@@ -216,7 +216,7 @@ def test_a_redirection_is_followed_to_the_letter(server: Server) -> None:
     for place in (f"{server.url}{target}", target):
         server.replies["/a"] = [Reply(302, headers={"Location": place})]
         server.lines.clear()
-        assert filesystem.read_image(f"{server.url}/a") == b"default"
+        assert image_files.read_image(f"{server.url}/a") == b"default"
         assert server.lines == ["/a", target]
 
 
@@ -228,15 +228,15 @@ def test_a_host_is_asked_again_at_the_time_that_it_named(server: Server) -> None
         server.times.clear()
         headers = {"Retry-After": value}
         server.replies["/x"] = [Reply(429, headers=headers), Reply(body=b"image")]
-        assert filesystem.read_image(f"{server.url}/x") == b"image"
+        assert image_files.read_image(f"{server.url}/x") == b"image"
         assert server.times[1] - server.times[0] >= 0.9
 
 
 def test_a_host_that_asks_for_longer_than_the_retry_time_is_left_alone(server: Server) -> None:
     server.replies["/0"] = [Reply(503, headers={"Retry-After": "3600"})]
     with pytest.raises(StorageThrottled, match="fewer requests"):
-        filesystem.read_image(f"{server.url}/0")
-    found = list(filesystem.read_ahead(f"{server.url}/{i}" for i in range(1, 20)))
+        image_files.read_image(f"{server.url}/0")
+    found = list(image_files.read_ahead(f"{server.url}/{i}" for i in range(1, 20)))
     assert len(server.lines) == 1  # the others were not requested
     assert all(isinstance(each, StorageThrottled) for each in found)
     assert "asks for no request for 3600 s" in str(found[0])
@@ -245,9 +245,9 @@ def test_a_host_that_asks_for_longer_than_the_retry_time_is_left_alone(server: S
 def test_requests_carry_the_projects_name_or_another(
     server: Server, settings: Callable[..., None]
 ) -> None:
-    filesystem.read_image(f"{server.url}/a")
+    image_files.read_image(f"{server.url}/a")
     settings(user_agent="photos/2 (ops@example.com)")
-    filesystem.read_image(f"{server.url}/b")
+    image_files.read_image(f"{server.url}/b")
     assert [head["user-agent"] for head in server.heads] == ["imgcls", "photos/2 (ops@example.com)"]
 
 
@@ -257,7 +257,7 @@ def test_no_more_requests_than_allowed_are_under_way_to_a_host(
     settings(max_requests_per_host=3, attempt_timeout_s=0.5, retry_timeout_s=1)
     server.pause = 0.1
     # in the queue for longer than an attempt may take, and than the retry time
-    found = list(filesystem.read_ahead((f"{server.url}/{i}" for i in range(60)), in_flight=48))
+    found = list(image_files.read_ahead((f"{server.url}/{i}" for i in range(60)), in_flight=48))
     assert found == [b"default"] * 60
     assert server.most_under_way == 3
     assert len(server.lines) == 60
@@ -276,7 +276,7 @@ def test_the_workers_of_a_run_share_the_limit(limit: int, processes: int, share:
 def test_gone_is_missing(server: Server) -> None:
     server.replies["/x"] = [Reply(410)]
     with pytest.raises(StorageMissing, match="no such file"):
-        filesystem.read_image(f"{server.url}/x")
+        image_files.read_image(f"{server.url}/x")
     assert len(server.lines) == 1
 
 
@@ -291,4 +291,4 @@ def test_a_server_that_never_ends_its_answer_is_given_up(
     settings(attempt_timeout_s=0.3, retry_timeout_s=0.5)
     server.replies["/x"] = [Reply(body=slow)]
     with pytest.raises(StorageUnavailable, match="did not answer"):
-        filesystem.read_image(f"{server.url}/x")
+        image_files.read_image(f"{server.url}/x")

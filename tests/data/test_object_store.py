@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.config import Config
 
-from imgcls.data import filesystem, object_store, storage_settings
+from imgcls.data import filesystem, image_files, object_store, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputError,
@@ -74,7 +74,7 @@ def test_every_object_arrives_as_it_was_stored(
 ) -> None:
     made = objects(s3, 30)
     proxy = network({kind: 0.3})
-    assert list(filesystem.read_ahead(made)) == list(made.values())
+    assert list(image_files.read_ahead(made)) == list(made.values())
     assert proxy.met[kind] > 3
 
 
@@ -83,7 +83,7 @@ def test_reading_ahead_asks_once_for_each_object_and_for_nothing_else(
 ) -> None:
     made = objects(s3, 25)
     proxy = network({}, **PATIENT)
-    assert list(filesystem.read_ahead(made)) == list(made.values())
+    assert list(image_files.read_ahead(made)) == list(made.values())
     assert proxy.requests == {"GET": 25}
     filesystem.write(url("out/one"), b"x" * (8 << 20))
     with filesystem.open_write(url("out/two")) as stream:
@@ -124,7 +124,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
     seen: list[str] = []
     proxy = network({}, requester_pays=True)
     proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
-    assert list(filesystem.read_ahead(made)) == list(made.values())
+    assert list(image_files.read_ahead(made)) == list(made.values())
     fs = object_store.resolve_store(url(""))[0].file_system
     long_way: list[str] = []
     call = fs._call_s3
@@ -134,7 +134,7 @@ def test_what_botocore_asked_first_is_asked_without_it_from_then_on(
         return await call(method, **arguments)
 
     monkeypatch.setattr(fs, "_call_s3", spy)
-    assert list(filesystem.read_ahead(made)) == list(made.values())
+    assert list(image_files.read_ahead(made)) == list(made.values())
     assert long_way == []
     lines = [{line.partition(":")[0] for line in head.split("\r\n")[1:] if line} for head in seen]
     assert all("x-amz-request-payer" in names and "authorization" in names for names in lines)
@@ -170,7 +170,7 @@ def test_a_public_bucket_is_read_without_credentials(
     seen: list[str] = []
     proxy.respond = lambda head: seen.append(head.lower())  # type: ignore[func-returns-value]
     for _ in range(2):
-        assert list(filesystem.read_ahead(made)) == list(made.values())
+        assert list(image_files.read_ahead(made)) == list(made.values())
     assert not [head for head in seen if "authorization:" in head]
 
 
@@ -189,7 +189,7 @@ def test_a_bucket_in_another_region_is_found_there(s3: Any, network: Callable[..
     proxy = network({})
     proxy.respond = elsewhere
     for _ in range(2):
-        assert list(filesystem.read_ahead(made)) == list(made.values())
+        assert list(image_files.read_ahead(made)) == list(made.values())
     filesystem.write(url("out/x"), b"x")
     assert filesystem.read(url("out/x")) == b"x"
 
@@ -240,7 +240,7 @@ def test_a_wrong_clock_is_reported_with_the_difference_and_ends_the_read(
                      head=f"Date: {behind}\r\n")  # fmt: skip
     proxy.respond = lambda head: answer
     with pytest.raises(StorageClockSkew, match=r"clock is (1:00:00|0:59:5\d) behind the store's"):
-        list(filesystem.read_ahead(made))
+        list(image_files.read_ahead(made))
     assert proxy.requests.total() <= 2  # a wrong clock does not pass
 
 
@@ -250,8 +250,8 @@ def test_more_bytes_than_allowed_are_not_read(s3: Any, network: Callable[..., Pr
     network({})
     for _ in range(2):  # by botocore, and without it
         with pytest.raises(StorageTooLarge, match=r"has 2,000,000 bytes, more than the limit of 1"):
-            filesystem.read_image(place, 1_999_999)
-        assert len(filesystem.read_image(place, 2_000_000)) == 2_000_000
+            image_files.read_image(place, 1_999_999)
+        assert len(image_files.read_image(place, 2_000_000)) == 2_000_000
 
 
 def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..., Proxy]) -> None:
@@ -265,7 +265,7 @@ def test_an_endless_answer_is_cut_off_at_the_limit(s3: Any, network: Callable[..
             assert filesystem.read(made[0])
         proxy.respond = lambda head: answer
         with pytest.raises(StorageTooLarge, match="has more bytes than the limit of 100,000"):
-            filesystem.read_image(made[1], 100_000)
+            image_files.read_image(made[1], 100_000)
 
 
 def test_a_path_may_have_a_dot_as_on_a_disk(s3: Any, network: Callable[..., Proxy]) -> None:
@@ -274,10 +274,10 @@ def test_a_path_may_have_a_dot_as_on_a_disk(s3: Any, network: Callable[..., Prox
     s3.put_object(Bucket=BUCKET, Key="in/own.jpg", Body=b"the one without")
     network({})
     for _ in range(2):
-        assert filesystem.read_image(url("in/./a.jpg")) == b"a"
-        assert filesystem.read_image(url("./in/././a.jpg")) == b"a"
+        assert image_files.read_image(url("in/./a.jpg")) == b"a"
+        assert image_files.read_image(url("./in/././a.jpg")) == b"a"
         # a key that has one is that key
-        assert filesystem.read_image(url("in/./own.jpg")) == b"the one with a dot"
+        assert image_files.read_image(url("in/./own.jpg")) == b"the one with a dot"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -318,7 +318,7 @@ def test_a_lasting_fault_differs_from_a_missing_object(
     made = objects(s3, 4)
     for kind, word in (("slow_down", "fewer requests"), ("reset", "did not answer")):
         network({kind: 1.0}, retry_timeout_s=1.0)
-        found = list(filesystem.read_ahead(made))
+        found = list(image_files.read_ahead(made))
         assert all(isinstance(each, StorageUnavailable) for each in found)
         assert all(word in str(each) for each in found)
 
@@ -342,7 +342,7 @@ def test_credentials_that_are_refused_end_the_reading(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     forget_connections()
     with pytest.raises(StorageCredentials, match="check the credentials, which come from"):
-        list(filesystem.read_ahead(made))
+        list(image_files.read_ahead(made))
 
 
 @pytest.mark.skipif(REAL is not None, reason="a real store checks the signature of all headers")

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import filesystem
+from imgcls.data import filesystem, image_files
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.s3 import S3Reader
 from imgcls.errors import (
@@ -77,7 +77,7 @@ def test_what_is_not_there_is_missing(s3: Any) -> None:
     assert filesystem.glob(url("none/*")) == []
     assert not filesystem.exists(url("none"))
     assert not filesystem.is_folder(url("none"))
-    found = list(filesystem.read_ahead([url("none"), None]))
+    found = list(image_files.read_ahead([url("none"), None]))
     assert [type(f) for f in found] == [StorageMissing, StorageMissing]
 
 

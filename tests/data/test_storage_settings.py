@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import filesystem, object_store, storage_settings
+from imgcls.data import filesystem, image_files, object_store, storage_settings
 from imgcls.data.storage_settings import StorageConfig, use_settings
 from imgcls.errors import ConfigError
 from imgcls.models.bundle import load_bundle_weights
@@ -48,7 +48,7 @@ def test_two_jobs_in_two_threads_use_two_stores(stores: dict[str, Any]) -> None:
             lease = Lease.acquire(url("out"), term=0.5)  # renewed by a thread of its own
             together.wait()
             found = [filesystem.read(url(f"{number}")) for number in range(ROUNDS)]
-            ahead = filesystem.read_ahead([url(f"{number}") for number in range(ROUNDS)])
+            ahead = image_files.read_ahead([url(f"{number}") for number in range(ROUNDS)])
             found += [each for each in ahead if isinstance(each, bytes)]
             with storage_settings.create_thread_pool(2, "read") as pool:
                 found += pool.map(filesystem.read, [url("0"), url("1")])

@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
 
-from imgcls.data import filesystem, object_store, stores
+from imgcls.data import filesystem, image_files, object_store, stores
 from imgcls.data.azure import AzureStore
 from imgcls.data.gcs import GCSStore
 from imgcls.data.http import HttpStore
@@ -130,7 +130,7 @@ def test_a_new_store_is_a_class_and_a_line_in_the_table(monkeypatch: pytest.Monk
     for url in urls:
         filesystem.write(url, url.encode())
     assert filesystem.create(urls[0], b"other") is False
-    assert list(filesystem.read_ahead(urls)) == [url.encode() for url in urls]
+    assert list(image_files.read_ahead(urls)) == [url.encode() for url in urls]
     assert Drawers.attempts == len(urls) + 2  # a transient error, and the read by `create`
     assert filesystem.read("drawer://top/./in/./b") == urls[1].encode()
     with pytest.raises(StorageMissing):

@@ -20,7 +20,7 @@ import torch
 
 from imgcls.cluster.session import DeviceType
 from imgcls.curation.scan_worker import ScanSpec, ScanWorker
-from imgcls.data import device_decode, filesystem
+from imgcls.data import device_decode, image_files
 from imgcls.data.cuda import DEVICE_FAILURE_STATUS
 from imgcls.data.device_decode import DecodeResult, DeviceJpeg
 from imgcls.data.manifest import ManifestConfig, open_manifest
@@ -193,7 +193,7 @@ def test_a_file_that_crashes_the_process_that_fetches_it_is_a_crashed_row(
     spec = spec_of(tmp_path / "out", plan, manifest, str(color_bundle), bundle_sha256="")
     spec = replace(spec, session="fetching")
     bad = manifest.resolve(read_chunk_rows(spec, ChunkTask(0)).column("path")[2].as_py())
-    read = filesystem.read_ahead
+    read = image_files.read_ahead
 
     def crash(urls: Iterable[str | None], *limits: int) -> Iterator[bytes | StorageError]:
         for url in urls:
@@ -201,7 +201,7 @@ def test_a_file_that_crashes_the_process_that_fetches_it_is_a_crashed_row(
                 raise KilledError
             yield from read([url], *limits)
 
-    monkeypatch.setattr(filesystem, "read_ahead", crash)
+    monkeypatch.setattr(image_files, "read_ahead", crash)
     for _ in range(spec.crash_retries + 1 + CRASHES_TO_CONFIRM):
         with pytest.raises(KilledError):
             run_prepare(spec, 0.0)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.errors import ImageError, NotAnImage, RequestError, StorageError
 from imgcls.models.classifier import Classifier
 from tests.browser import opened
@@ -75,7 +75,7 @@ def test_a_file_above_the_limit_has_the_status_of_a_labeling_run(
     classifier: Classifier, tmp_path: Path
 ) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
-        file.truncate(filesystem.MAX_IMAGE_BYTES + 1)
+        file.truncate(image_files.MAX_IMAGE_BYTES + 1)
     (found,) = classifier.predict(tmp_path / "huge.jpg", errors="return")
     assert found.status == "too_large"
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from imgcls.data import decode, filesystem
+from imgcls.data import decode, image_files
 from imgcls.data.decode import Pixels
 from imgcls.data.preprocess import Preprocess
 from imgcls.data.storage_settings import bind_settings
@@ -40,11 +40,11 @@ class DecodeSettings:
 
     train: Preprocess
     val: Preprocess
-    max_bytes: int = filesystem.MAX_IMAGE_BYTES
+    max_bytes: int = image_files.MAX_IMAGE_BYTES
 
     @classmethod
     def from_preprocess(
-        cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = filesystem.MAX_IMAGE_BYTES
+        cls, preprocess: Preprocess, *, cropped: bool, max_bytes: int = image_files.MAX_IMAGE_BYTES
     ) -> DecodeSettings:
         """The settings of both splits. cropped: whether training takes random crops"""
         if cropped and preprocess.mode == "crop":
@@ -116,7 +116,7 @@ def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)
     errors: list[str | None] = []
-    blobs = filesystem.read_ahead(rows.column("url").to_pylist(), max_bytes=settings.max_bytes)
+    blobs = image_files.read_ahead(rows.column("url").to_pylist(), max_bytes=settings.max_bytes)
     for index, data in enumerate(blobs):
         try:
             if isinstance(data, StorageError):

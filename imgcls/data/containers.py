@@ -1,0 +1,111 @@
+"""Files that contain many images: archives, and tables with a column of image bytes.
+
+An image in one of them is named by a member URL, KIND://FILE#MEMBER, where FILE is an absolute path
+or a URL: `tar:///data/000.tar#cats/1.jpg`, `tar://s3://bucket/000.tar#cats/1.jpg`. A new kind is a
+module with its reader, and a line in `CONTAINER_KINDS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from imgcls.data import filesystem, range_file
+from imgcls.data.error_details import shorten_url
+from imgcls.data.load_cache import LoadCache
+from imgcls.data.readahead import ReadAllowance
+from imgcls.data.storage_settings import current_settings
+from imgcls.errors import StorageMissing
+
+_OPEN_CONTAINERS = 16
+"""Maximum number of containers that a process keeps open."""
+
+
+class Container(Protocol):
+    """An opened file with many images; several threads read from it at the same time."""
+
+    def read(self, member: str, allowance: ReadAllowance) -> bytes:
+        """The bytes of a member.
+
+        Raises StorageMissing for a member that is not in the file, StorageTooLarge and BudgetFull
+        before more is read than is allowed, ImageError for a member that is damaged, and
+        StorageError.
+        """
+
+    def get_size(self, member: str) -> int:
+        """Size of a member in bytes; raises StorageMissing and StorageError."""
+
+
+@dataclass(frozen=True)
+class ContainerKind:
+    """A kind of file with many images.
+
+    suffixes: of the files, in lower case with the dot
+    open:     opens a file by its path or URL; raises StorageError
+    """
+
+    suffixes: tuple[str, ...]
+    open: Callable[[str], Container]
+
+
+CONTAINER_KINDS: dict[str, ContainerKind] = {}
+
+
+@dataclass(frozen=True)
+class MemberUrl:
+    """A member of a container: `str` of it is its URL."""
+
+    kind: str
+    file: str
+    member: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}://{self.file}#{self.member}"
+
+
+def is_member_url(url: str) -> bool:
+    """Whether a URL names a member of a container."""
+    return url.partition("://")[0] in CONTAINER_KINDS and "://" in url
+
+
+def parse_member_url(url: str) -> MemberUrl:
+    """Split a member URL.
+
+    The member starts after the first # that follows a suffix of the kind, since a path may contain
+    # itself; else after the first #. Raises StorageMissing for a URL without a member.
+    """
+    kind, _, rest = url.partition("://")
+    suffixes = "|".join(re.escape(suffix) for suffix in CONTAINER_KINDS[kind].suffixes)
+    found = re.search(rf"({suffixes})(#)", rest, re.IGNORECASE)
+    at = found.start(2) if found else rest.find("#")
+    if at < 0 or at == len(rest) - 1:
+        raise StorageMissing(
+            f"{shorten_url(url)}: names no member; write it as {kind}://FILE#MEMBER"
+        )
+    return MemberUrl(kind, rest[:at], rest[at + 1 :])
+
+
+def find_file(url: str) -> str:
+    """The file that holds an image's bytes: the container of a member, else the image itself."""
+    return parse_member_url(url).file if is_member_url(url) else url
+
+
+def read_member(url: str, allowance: ReadAllowance) -> bytes:
+    """Read a member of a container, see `Container.read`."""
+    name = parse_member_url(url)
+    return open_container(name.kind, name.file).read(name.member, allowance)
+
+
+def open_container(kind: str, file: str) -> Container:
+    """Open a container, or take it from those that are open; raises StorageError.
+
+    A local file that was replaced is opened again.
+    """
+    version = range_file.get_version(file) if filesystem.is_local(file) else None
+    key = (kind, file, version, current_settings())
+    return _opened.get(key, lambda: CONTAINER_KINDS[kind].open(file))
+
+
+_opened: LoadCache[Container] = LoadCache(_OPEN_CONTAINERS, lambda container: 1)
