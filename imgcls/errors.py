@@ -97,6 +97,10 @@ class StorageBucketMissing(StorageMissing):
     """There is no such bucket or container."""
 
 
+class StorageChanged(StorageMissing):
+    """The file was replaced while parts of it were read."""
+
+
 class StorageForbidden(StorageError):
     """The store refuses access."""
 

@@ -31,7 +31,6 @@ from imgcls.errors import (
     ConfigError,
     ManifestError,
     OutputError,
-    StorageError,
     StorageMissing,
 )
 
@@ -156,7 +155,7 @@ def _compute_keys(
     for digest in digests:
         if digest is None:
             url, blob = next(blobs)
-            if isinstance(blob, StorageError):
+            if not isinstance(blob, bytes):
                 raise ManifestError(
                     f"manifest {manifest.source}: {url or 'a row without a path'}: {blob}; "
                     "remove such rows with `imgcls manifest check --drop unreadable`, or pass --by "

@@ -24,7 +24,7 @@ from imgcls.data.store import (
     ListPage,
     ReadObject,
 )
-from imgcls.errors import StorageError
+from imgcls.errors import StorageChanged, StorageError
 
 _PAGE_SIZE = 1000
 FIRST_REQUEST_BYTES = 4 << 20
@@ -73,6 +73,22 @@ class AzureStore(BucketStore):
 
     def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
         return functools.partial(_read_blob, self.file_system, allowance=allowance)
+
+    async def read_range(self, path: str, start: int, end: int, version: str | None) -> bytes:
+        from azure.core import MatchConditions
+        from azure.core.exceptions import ResourceModifiedError
+
+        more: dict[str, Any] = {}
+        if version is not None:
+            more = {"etag": f'"{version}"', "match_condition": MatchConditions.IfNotModified}
+        container, name, _ = self.file_system.split_path(path)
+        async with self.file_system.service_client.get_blob_client(container, name) as blob:
+            try:
+                stream = await blob.download_blob(start, end - start, max_concurrency=1, **more)
+                data: bytes = await stream.readall()
+            except ResourceModifiedError as error:
+                raise StorageChanged(f"az://{path}: was replaced") from error
+            return data
 
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage:
         container, name, _ = self.file_system.split_path(path)

@@ -8,15 +8,17 @@ module with its reader, and a line in `CONTAINER_KINDS`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from imgcls.data import filesystem, range_file
+from imgcls.data import archive_index, filesystem, range_file
 from imgcls.data.error_details import shorten_url
 from imgcls.data.load_cache import LoadCache
 from imgcls.data.readahead import ReadAllowance
 from imgcls.data.storage_settings import current_settings
+from imgcls.data.tar_archive import TarArchive
+from imgcls.data.zip_archive import ZipArchive
 from imgcls.errors import StorageMissing
 
 _OPEN_CONTAINERS = 16
@@ -50,7 +52,10 @@ class ContainerKind:
     open: Callable[[str], Container]
 
 
-CONTAINER_KINDS: dict[str, ContainerKind] = {}
+CONTAINER_KINDS: dict[str, ContainerKind] = {
+    "tar": ContainerKind((".tar",), TarArchive),
+    "zip": ContainerKind((".zip",), ZipArchive),
+}
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,18 @@ def find_file(url: str) -> str:
 
 
 def read_member(url: str, allowance: ReadAllowance) -> bytes:
-    """Read a member of a container, see `Container.read`."""
+    """Read a member of a container, see `Container.read`.
+
+    In a run, an archive in a store is opened once, and one that is replaced meanwhile is an error.
+    """
     name = parse_member_url(url)
-    return open_container(name.kind, name.file).read(name.member, allowance)
+    try:
+        return open_container(name.kind, name.file).read(name.member, allowance)
+    except StorageMissing:
+        if archive_index.get_index_folder() is not None or filesystem.is_local(name.file):
+            raise
+        _opened.discard(_build_key(name.kind, name.file))
+        return open_container(name.kind, name.file).read(name.member, allowance)
 
 
 def open_container(kind: str, file: str) -> Container:
@@ -103,9 +117,12 @@ def open_container(kind: str, file: str) -> Container:
 
     A local file that was replaced is opened again.
     """
+    return _opened.get(_build_key(kind, file), lambda: CONTAINER_KINDS[kind].open(file))
+
+
+def _build_key(kind: str, file: str) -> Hashable:
     version = range_file.get_version(file) if filesystem.is_local(file) else None
-    key = (kind, file, version, current_settings())
-    return _opened.get(key, lambda: CONTAINER_KINDS[kind].open(file))
+    return kind, file, version, current_settings(), archive_index.get_index_folder()
 
 
 _opened: LoadCache[Container] = LoadCache(_OPEN_CONTAINERS, lambda container: 1)

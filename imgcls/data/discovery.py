@@ -15,11 +15,14 @@ from urllib.parse import unquote
 
 from imgcls import log
 from imgcls.data import filesystem
+from imgcls.data.file_lists import expand_braces
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
 from imgcls.data.manifest_formats import (
     MANIFEST_FORMATS,
     TABLE_FORMATS,
+    ArchiveFormat,
     ListingFormat,
+    detect_archive_format,
     detect_table_format,
     suggest_formats,
 )
@@ -37,7 +40,8 @@ class ManifestFiles:
     """The files of a manifest.
 
     format:     a key of MANIFEST_FORMATS
-    files:      the tables, or the images that a glob matches; empty for a folder of images
+    files:      the tables, the archives, or the images that a glob matches; empty for a folder of
+                images
     folder:     the folder that was passed, where relative paths of partitioned tables start
     partitions: for each table, the values in its folder names such as year=2026, null allowed
     """
@@ -62,6 +66,9 @@ def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) ->
         )
     if filesystem.exists(url):
         return ManifestFiles(_detect_format(url, format, [url], keys), (url,))
+    listed = expand_braces(url)
+    if len(listed) > 1:
+        return ManifestFiles(_detect_format(url, format, listed, keys), tuple(listed))
     if re.search(r"[*?\[]", url):
         matches = filesystem.glob(url)
         pattern = url.rpartition("/")[2]
@@ -146,6 +153,8 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
             f"manifest {url}: is a Delta Lake table, whose files may contain deleted rows; export "
             "its rows to Parquet and pass the exported files"
         )
+    if isinstance(MANIFEST_FORMATS.get(format), ArchiveFormat):
+        return _find_archives(url, format, names, keys)
     tables = group_tables(names)
     if format == "auto":
         _check_mixed_content(url, tables, keys)
@@ -164,7 +173,30 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
         raise ManifestError(
             f"manifest {url}: the folder contains no {format} file" + (fix if below else "")
         )
+    archives = [name for name in names if detect_archive_format(name) and not is_hidden_name(name)]
+    if archives and _find_first(url, has_image_suffix) is None:
+        return _find_archives(url, format, names, keys)
     return ManifestFiles(_detect_image_layout(url, names, folders, keys), folder=url)
+
+
+def _find_archives(url: str, format: str, names: list[str], keys: KeyNames) -> ManifestFiles:
+    """The archives that are directly in a folder."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        each = detect_archive_format(name)
+        if each is not None and format in ("auto", each) and not is_hidden_name(name):
+            found.setdefault(each, []).append(filesystem.join(url, name))
+    if len(found) > 1:
+        raise ManifestError(
+            f"manifest {url}: contains {' and '.join(found)} archives; pass "
+            f"{suggest_formats(keys, tuple(found))} to read only those"
+        )
+    if not found:
+        raise ManifestError(f"manifest {url}: the folder contains no {format} archive; pass a glob")
+    ((chosen, files),) = found.items()
+    rest = Counter(get_suffix(n) for n in names if not detect_archive_format(n) and _is_visible(n))
+    log_skipped_files(url, rest, f"only {chosen} archives are read")
+    return ManifestFiles(chosen, tuple(files), url)
 
 
 def _list_folders(url: str) -> list[str]:
@@ -331,7 +363,7 @@ def _detect_image_layout(url: str, names: list[str], folders: list[str], keys: K
 def _detect_format(url: str, format: str, files: list[str], keys: KeyNames) -> str:
     if format != "auto":
         return format
-    formats = {detect_table_format(file) for file in files}
+    formats = {detect_table_format(file) or detect_archive_format(file) for file in files}
     if len(formats) == 1 and (found := formats.pop()) is not None:
         return found
     if all(has_image_suffix(file) for file in files):
@@ -339,6 +371,6 @@ def _detect_format(url: str, format: str, files: list[str], keys: KeyNames) -> s
     suffixes = ", ".join(sorted({get_suffix(file) for file in files}))
     raise ManifestError(
         f"manifest {url}: cannot detect the format from {suffixes!r}; pass "
-        + suggest_formats(keys, (*TABLE_FORMATS, "images"))
+        + suggest_formats(keys, (*TABLE_FORMATS, "images", "webdataset", "zip"))
         + ("" if len(files) == 1 else ", or narrow the pattern to files of one kind")
     )

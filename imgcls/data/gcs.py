@@ -12,6 +12,7 @@ import functools
 import hashlib
 from typing import Any
 
+from imgcls.data.error_details import get_http_status
 from imgcls.data.readahead import BodyBuffer, ReadAllowance
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.data.store import (
@@ -25,7 +26,7 @@ from imgcls.data.store import (
     ListPage,
     ReadObject,
 )
-from imgcls.errors import StorageUnavailable
+from imgcls.errors import StorageChanged, StorageUnavailable
 
 _PAGE_SIZE = 1000
 _PIECE_BYTES = 1 << 16
@@ -56,6 +57,18 @@ class GCSStore(BucketStore):
 
     def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
         return functools.partial(_read_object, self.file_system, allowance=allowance)
+
+    async def read_range(self, path: str, start: int, end: int, version: str | None) -> bytes:
+        fs = self.file_system
+        more = {} if version is None else {"ifGenerationMatch": version}
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        try:
+            _, data = await fs._call("GET", fs.url(path), headers=headers, **more)
+        except Exception as error:
+            if get_http_status(error) == "412":
+                raise StorageChanged(f"gs://{path}: was replaced") from error
+            raise
+        return bytes(data)
 
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage:
         bucket, key, _ = self.file_system.split_path(path)

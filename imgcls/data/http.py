@@ -15,12 +15,12 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from imgcls.data.error_details import shorten_url
+from imgcls.data.error_details import get_http_status, shorten_url
 from imgcls.data.host_limiter import HostLimiter
 from imgcls.data.readahead import BodyBuffer, ReadAllowance, too_large_error
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.data.store import ReadObject, Store
-from imgcls.errors import StorageError, StorageUnavailable
+from imgcls.errors import StorageChanged, StorageError, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
@@ -50,6 +50,20 @@ class HttpStore(Store):
 
     def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
         return lambda _: self._reader.read(url, allowance)
+
+    async def read_range(self, path: str, start: int, end: int, version: str | None) -> bytes:
+        # a weak ETag matches nothing in If-Match (RFC 9110, section 13.1.1)
+        can_match = version is not None and not version.startswith("W/")
+        headers = {"If-Match": f'"{version}"'} if can_match else {}
+        try:
+            data: bytes = await self.file_system._cat_file(
+                path, start=start, end=end, headers=headers
+            )
+        except Exception as error:
+            if get_http_status(error) == "412":
+                raise StorageChanged(f"{shorten_url(path)}: was replaced") from error
+            raise
+        return data
 
     def get_host_limiter(self, url: str) -> HostLimiter:
         return self._reader.get_limiter(url)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from imgcls.data import containers, filesystem
 from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
 from imgcls.data.storage_settings import create_thread_pool
-from imgcls.errors import StorageCredentials, StorageError, StorageMissing
+from imgcls.errors import ImageError, StorageCredentials, StorageError, StorageMissing
 
 MAX_IMAGE_BYTES = 100_000_000
 """Default limit for the size of an image file."""
@@ -24,8 +24,8 @@ READ_AHEAD_BYTES = 256_000_000
 def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """Read an image file of at most `max_bytes`.
 
-    Raises as `read` does, StorageTooLarge for a larger file, and StorageError for a path that is no
-    regular file, such as a FIFO or a device.
+    Raises as `read` does, StorageTooLarge for a larger file, StorageError for a path that is no
+    regular file, such as a FIFO or a device, and ImageError for a damaged member of a container.
     """
     return _read_limited(url, ReadAllowance(max_bytes))
 
@@ -40,11 +40,13 @@ def get_size(url: str) -> int:
 
 def read_ahead(
     urls: Iterable[str | None], in_flight: int = 16, max_bytes: int = MAX_IMAGE_BYTES
-) -> Iterator[bytes | StorageError]:
+) -> Iterator[bytes | StorageError | ImageError]:
     """Read image files concurrently; yields the bytes or the error of each, in order.
 
     in_flight: number of concurrent reads
     max_bytes: limit of one file; a larger one yields StorageTooLarge
+
+    A damaged member of a container yields an ImageError.
 
     Memory is bounded by READ_AHEAD_BYTES + 2 * max_bytes: the files that wait, the next one, and
     the one that is joined from its pieces. None, for a row without a path, yields StorageMissing.
@@ -53,7 +55,7 @@ def read_ahead(
     waiting: deque[Future[bytes]] = deque()
     budget = ByteBudget(READ_AHEAD_BYTES)
 
-    def delivered(left: int) -> Iterator[bytes | StorageError]:
+    def delivered(left: int) -> Iterator[bytes | StorageError | ImageError]:
         while len(waiting) > left:
             yield _get_outcome(waiting.popleft())
             budget.release_oldest()
@@ -97,10 +99,10 @@ def _start_read(
     return pool.submit(_read_limited, url, allowance) if reading is None else reading
 
 
-def _get_outcome(reading: Future[bytes]) -> bytes | StorageError:
+def _get_outcome(reading: Future[bytes]) -> bytes | StorageError | ImageError:
     try:
         return reading.result()
     except StorageCredentials:
         raise
-    except StorageError as error:
+    except (StorageError, ImageError) as error:
         return error

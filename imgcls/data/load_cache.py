@@ -51,6 +51,14 @@ class LoadCache(Generic[T]):
             self._drop_oldest(key)
         return item
 
+    def discard(self, key: Hashable) -> None:
+        """Drop the item of a key; one that is being loaded stays."""
+        with self._lock:
+            future = self._items.get(key)
+            if future is not None and future.done():
+                del self._items[key]
+                self._total -= self._get_size(future.result())
+
     def _drop_oldest(self, newest: Hashable) -> None:
         for key in list(self._items):
             if self._total <= self._max_size:

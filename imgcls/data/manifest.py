@@ -7,7 +7,6 @@ and a ManifestError names the place. The images themselves are not read here.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
@@ -22,7 +21,9 @@ import pyarrow.compute as pc
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import containers, filesystem
+from imgcls.data import containers, filesystem, fingerprint
+from imgcls.data.archive_listing import ArchiveOptions
+from imgcls.data.archive_manifest import ArchiveTable
 from imgcls.data.discovery import (
     ManifestFiles,
     filter_images,
@@ -33,6 +34,7 @@ from imgcls.data.discovery import (
 )
 from imgcls.data.manifest_formats import (
     MANIFEST_FORMATS,
+    ArchiveFormat,
     ListingFormat,
     ManifestFormat,
     TableFormat,
@@ -50,9 +52,9 @@ class ManifestConfig(Section):
     shorthand: ClassVar[str | None] = "path"
 
     path: str
-    """CSV or Parquet (file, folder or glob), a folder per class, or a folder or glob of images."""
+    """CSV, Parquet, WebDataset or zip (file, folder, glob or {000..099}), or a folder of images."""
     format: ManifestFormat = "auto"
-    """tree: one folder per class. images: unlabeled files. auto: detected from the path."""
+    """tree: a folder per class. images: unlabeled files. webdataset: tar. auto: by the name."""
     path_column: str = "path"
     """Name of the column of image paths."""
     label_column: str | None = None
@@ -92,7 +94,7 @@ class Manifest:
         return self._read_batches()
 
     def fingerprint(self) -> str:
-        """BLAKE2b of the files' bytes, or of the listing (path, size) for folders of images."""
+        """BLAKE2b of the files' bytes, or of a listing of path and size for images and archives."""
         return self._compute_fingerprint()
 
     def resolve(self, path: str | None) -> str | None:
@@ -169,11 +171,31 @@ def open_manifest(
     try:
         found = find_manifest_files(config.path, config.format, keys)
         format = MANIFEST_FORMATS[found.format]
+        if isinstance(format, ArchiveFormat):
+            return _open_archives(config, found, format, keys)
         if isinstance(format, ListingFormat):
             return _ImageListing(config, found, format, keys).open()
         return _TableFiles(config, found, format, keys).open(any_key=any_key)
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
+
+
+def _open_archives(
+    config: ManifestConfig, found: ManifestFiles, format: ArchiveFormat, keys: KeyNames
+) -> Manifest:
+    options = ArchiveOptions(config.path_column, config.label_column, keys)
+    table = ArchiveTable(config.path, found.files, format, options)
+    return Manifest(
+        source=config.path,
+        format=found.format,
+        schema=table.schema,
+        path_column=config.path_column,
+        label_column=table.label_column,
+        root=filesystem.absolute(config.root or get_table_folder(found.files[0])),
+        files=table.files,
+        _read_batches=table.iter_batches,
+        _compute_fingerprint=table.compute_fingerprint,
+    )
 
 
 class _TableFiles:
@@ -202,7 +224,7 @@ class _TableFiles:
             root=filesystem.absolute(config.root or _find_root(self._found)),
             files=tuple(files),
             _read_batches=lambda: self._iter_batches(schema, has_own_folders),
-            _compute_fingerprint=lambda: _hash_files(files),
+            _compute_fingerprint=lambda: fingerprint.hash_files(files),
         )
 
     def _get_partition(self, file: str, schema: pa.Schema) -> dict[str, str | None]:
@@ -331,15 +353,6 @@ def _list_columns(schema: pa.Schema) -> str:
     return ", ".join(schema.names) or "none"
 
 
-def _hash_files(files: tuple[str, ...]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        for block in filesystem.iter_blocks(file):
-            digest.update(block)
-        digest.update(b"\x00end of file\x00")
-    return digest.hexdigest()
-
-
 class _ImageListing:
     """Image files of a folder or glob, one row per file; the folder is listed at each pass."""
 
@@ -376,7 +389,9 @@ class _ImageListing:
             root=root,
             files=(),
             _read_batches=lambda: self._iter_batches(schema),
-            _compute_fingerprint=lambda: _hash_listing(self._iter_paths(), root),
+            _compute_fingerprint=lambda: fingerprint.hash_listing(
+                (path, resolve_path(path, root)) for path in self._iter_paths()
+            ),
         )
 
     def _iter_paths(self) -> Iterator[str]:
@@ -416,22 +431,6 @@ class _ImageListing:
                 f"into one, or pass {self._keys.option('format')} images"
             )
         return label
-
-
-def _hash_listing(paths: Iterator[str], root: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        url = resolve_path(path, root)
-        size = _get_file_size(url) if url is not None and filesystem.is_local(url) else 0
-        digest.update(f"{path}\x00{size}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _get_file_size(url: str) -> int:
-    try:
-        return filesystem.size(url)
-    except StorageError:
-        return -1  # a dead link is a row, and fails as a row
 
 
 def normalize_labels(column: pa.Array | pa.ChunkedArray, keys: KeyNames = DEFAULT_KEYS) -> pa.Array:

@@ -13,10 +13,14 @@ from typing import Literal
 
 import pyarrow as pa
 
-from imgcls.data import csv_reader, parquet_reader
+from imgcls.data import archive_listing, csv_reader, parquet_reader
+from imgcls.data.archive import Archive
+from imgcls.data.archive_listing import ArchiveOptions, ArchiveRows
 from imgcls.data.manifest_options import KeyNames, ReadOptions
+from imgcls.data.tar_archive import TarArchive
+from imgcls.data.zip_archive import ZipArchive
 
-ManifestFormat = Literal["auto", "csv", "parquet", "tree", "images"]
+ManifestFormat = Literal["auto", "csv", "parquet", "tree", "images", "webdataset", "zip"]
 
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -56,13 +60,29 @@ class ListingFormat:
     get_label: Callable[[str], str | None] | None
 
 
+@dataclass(frozen=True)
+class ArchiveFormat:
+    """Archives that contain the images, one row per image.
+
+    title:    name of the format in messages
+    suffixes: in lower case, with the dot
+    open:     opens an archive by its path or URL
+    list:     lists the rows of an archive
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    open: Callable[[str], Archive]
+    list: Callable[[Archive, ArchiveOptions], ArchiveRows]
+
+
 def get_top_folder(path: str) -> str | None:
     """First folder of a relative path: the class in a tree with one folder per class."""
     folder, separator, _ = path.partition("/")
     return folder if separator else None
 
 
-MANIFEST_FORMATS: dict[str, TableFormat | ListingFormat] = {
+MANIFEST_FORMATS: dict[str, TableFormat | ListingFormat | ArchiveFormat] = {
     "csv": TableFormat(
         "CSV",
         (".csv", ".tsv", ".txt"),
@@ -80,6 +100,10 @@ MANIFEST_FORMATS: dict[str, TableFormat | ListingFormat] = {
     ),
     "tree": ListingFormat(get_top_folder),
     "images": ListingFormat(None),
+    "webdataset": ArchiveFormat(
+        "WebDataset", (".tar", ".tgz"), TarArchive, archive_listing.list_webdataset
+    ),
+    "zip": ArchiveFormat("zip", (".zip",), ZipArchive, archive_listing.list_zip),
 }
 TABLE_FORMATS = {name: f for name, f in MANIFEST_FORMATS.items() if isinstance(f, TableFormat)}
 
@@ -94,6 +118,22 @@ def detect_table_format(path: str) -> str | None:
         suffix = os.path.splitext(base)[1]
     for name, format in TABLE_FORMATS.items():
         if suffix in format.suffixes and (format.can_be_compressed or not is_compressed):
+            return name
+    return None
+
+
+def detect_archive_format(path: str) -> str | None:
+    """Format of an archive by the suffix of its file; None for any other file.
+
+    A compressed tar is one too: opening it raises the error with the command that converts it.
+    """
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
+    path = path.lower()
+    for suffix in _COMPRESSION_SUFFIXES:
+        path = path.removesuffix(suffix)
+    for name, format in MANIFEST_FORMATS.items():
+        if isinstance(format, ArchiveFormat) and path.endswith(format.suffixes):
             return name
     return None
 

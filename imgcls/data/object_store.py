@@ -285,11 +285,15 @@ class _RangeReader(io.RawIOBase):
         return get_range(self._url, start, end)
 
 
-def get_range(url: str, start: int, end: int) -> bytes:
-    """The bytes from `start` up to `end` of an object, by one request."""
+def get_range(url: str, start: int, end: int, version: str | None = None) -> bytes:
+    """The bytes from `start` up to `end` of an object, by one request.
+
+    version: of the object, where it is known
+    Raises StorageChanged for an object of another version, in stores that compare it.
+    """
 
     def read() -> bytes:
-        data: bytes = call_store(url, "cat_file", needs=GET, start=start, end=end)
+        data = _request_range(url, start, end, version)
         if len(data) != end - start:
             raise StorageUnavailable(
                 f"{shorten_url(url)}: received {len(data):,} of {end - start:,} bytes"
@@ -297,3 +301,13 @@ def get_range(url: str, start: int, end: int) -> bytes:
         return data
 
     return retry(url, read, GET)
+
+
+def _request_range(url: str, start: int, end: int, version: str | None) -> bytes:
+    store, path = resolve_store(url)
+    if not store.file_system.async_impl:
+        data: bytes = call_store(url, "cat_file", needs=GET, start=start, end=end)
+        return data
+    call = functools.partial(store.read_range, path, start, end, version)
+    request = retry_async(url, call, GET, host=store.get_host_limiter(url))
+    return _start_request(store, request).result()

@@ -14,7 +14,7 @@ from imgcls.data import filesystem, object_store
 from imgcls.data.error_details import shorten_url
 from imgcls.data.storage_settings import bind_settings
 from imgcls.data.store import GET
-from imgcls.errors import StorageMissing, StorageUnavailable
+from imgcls.errors import StorageChanged, StorageMissing, StorageUnavailable
 
 
 class RangeFile(Protocol):
@@ -89,16 +89,19 @@ class _ObjectRanges:
         info = object_store.call_store(url, "info", needs=GET)
         if info.get("size") is None:
             raise StorageUnavailable(
-                f"{shorten_url(url)}: the server does not say its size, which reading parts needs; "
-                "download the file first"
+                f"{shorten_url(url)}: the server does not send its size, and parts of it cannot be "
+                "read without; download the file first"
             )
         self.size = int(info["size"])
         self.version = _find_etag(info)
         # the file may be used by threads in which no settings apply
-        self._read = bind_settings(object_store.get_range, url)
+        self._read = bind_settings(object_store.get_range, url, version=self.version)
 
     def read(self, start: int, end: int) -> bytes:
-        return self._read(start, end)
+        try:
+            return self._read(start, end)
+        except StorageChanged as error:
+            raise changed_error(self.url) from error
 
 
 def changed_error(url: str) -> StorageMissing:
@@ -114,5 +117,6 @@ def _format_version(found: os.stat_result) -> str:
 
 
 def _find_etag(info: dict[str, object]) -> str | None:
-    found = info.get("ETag") or info.get("etag") or info.get("generation")
+    # the ETag that GCS sends is not one that its reads compare
+    found = info.get("generation") or info.get("ETag") or info.get("etag")
     return str(found).strip('"') if found else None

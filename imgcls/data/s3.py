@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from imgcls.data.error_details import get_http_status
 from imgcls.data.readahead import UNLIMITED, BodyBuffer, ReadAllowance, too_large_error
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.data.store import (
@@ -29,7 +30,7 @@ from imgcls.data.store import (
     ListPage,
     ReadObject,
 )
-from imgcls.errors import StorageUnavailable
+from imgcls.errors import StorageChanged, StorageUnavailable
 
 _SINGLE_PUT_BYTES = 1 << 30
 
@@ -70,6 +71,24 @@ class S3Store(BucketStore):
 
     def start_read(self, url: str, allowance: ReadAllowance) -> ReadObject:
         return functools.partial(self._reader.read, suspect=set(), allowance=allowance)
+
+    async def read_range(self, path: str, start: int, end: int, version: str | None) -> bytes:
+        fs = self.file_system
+        bucket, key, version_id = fs.split_path(path)
+        more = {"VersionId": version_id} if version_id else {}
+        if version is not None:
+            more["IfMatch"] = f'"{version}"'
+        try:
+            response = await fs._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **more
+            )
+        except Exception as error:
+            if get_http_status(error) == "412":
+                raise StorageChanged(f"s3://{path}: was replaced") from error
+            raise
+        async with response["Body"] as body:
+            data: bytes = await body.read()
+            return data
 
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage:
         bucket, key, _ = self.file_system.split_path(path)

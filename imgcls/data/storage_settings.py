@@ -9,6 +9,7 @@ on. Only processes of one job (Ray workers, trials, Serve replicas) set them for
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -135,10 +136,14 @@ def bind_settings_split(
 
 
 def create_thread_pool(threads: int, name: str) -> ThreadPoolExecutor:
-    """A thread pool in which the current settings apply."""
-    return ThreadPoolExecutor(
-        threads, thread_name_prefix=name, initializer=_current.set, initargs=(current_settings(),)
-    )
+    """A thread pool in which the caller's context variables apply, such as these settings."""
+    values = [*contextvars.copy_context().items(), (_current, current_settings())]
+
+    def set_values() -> None:
+        for variable, value in values:
+            variable.set(value)
+
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=set_values)
 
 
 def bind_iterator(items: Iterable[T]) -> Iterator[T]:

@@ -90,6 +90,15 @@ class Store:
         """
         return None
 
+    async def read_range(self, path: str, start: int, end: int, version: str | None) -> bytes:
+        """The bytes from `start` up to `end` of an object, on the file system's event loop.
+
+        version: of the object, where it is known; a store that can compare it raises StorageChanged
+            for an object of another version
+        """
+        data: bytes = await self.file_system._cat_file(path, start=start, end=end)
+        return data
+
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage | None:
         """The function that lists a folder page by page, on the file system's event loop.
 

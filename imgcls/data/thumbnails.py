@@ -22,8 +22,8 @@ def build_thumbnails(paths: Sequence[str | None], root: str) -> list[str | None]
     return [_build_thumbnail(blob) for blob in image_files.read_ahead(urls)]
 
 
-def _build_thumbnail(blob: bytes | StorageError) -> str | None:
-    if isinstance(blob, StorageError):
+def _build_thumbnail(blob: bytes | StorageError | ImageError) -> str | None:
+    if not isinstance(blob, bytes):
         return None
     try:
         upright = decode.decode_preview(blob, 2 * THUMBNAIL_SIDE).image

@@ -21,7 +21,7 @@ from imgcls.data import decode, image_files
 from imgcls.data.decode import Pixels
 from imgcls.data.manifest import Manifest, normalize_labels, open_manifest
 from imgcls.data.storage_settings import with_config_storage
-from imgcls.errors import BundleError, ImageError, RequestError, StorageError
+from imgcls.errors import BundleError, ImageError, RequestError
 from imgcls.evaluation.config import MIN_IMAGES, QuantizeConfig
 from imgcls.metrics.columns import encode_classes
 from imgcls.metrics.intervals import wilson_interval
@@ -175,7 +175,7 @@ def _read_pixels(
             image_files.read_ahead(iter(urls), _IO_CONCURRENCY), known, strict=True
         ):
             try:
-                if isinstance(blob, StorageError):
+                if not isinstance(blob, bytes):
                     continue
                 pixels.append(decode.decode_image(blob, bundle.spec.preprocess)[0])
             except ImageError:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls import log
-from imgcls.data import filesystem
+from imgcls.data import archive_index, filesystem
 from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
 from imgcls.errors import ManifestError, OutputError
 from imgcls.formatting import format_count
@@ -151,7 +151,9 @@ def make_plan(
     notes:      more entries of `_run.json`
     Raises ManifestError when it has no row, or no label that is a class of the model.
     """
-    head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
+    indexes = layout.index_folder(output)
+    with archive_index.use_index_folder(indexes):
+        head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
     if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no rows")
     choose = functools.partial(
@@ -163,7 +165,10 @@ def make_plan(
     )
     chunk, part = choose(head.num_rows)
     labels = None if classes is None else _LabelChecker(manifest, classes)
-    with _ShardWriter(output, manifest.schema, chunk, part) as writer:
+    with (
+        archive_index.use_index_folder(indexes),
+        _ShardWriter(output, manifest.schema, chunk, part) as writer,
+    ):
         for table in itertools.chain((head,), rest):
             if labels is not None:
                 labels.add(table)
@@ -189,7 +194,10 @@ def restore_shards(output: str, manifest: Manifest, plan: Plan) -> None:
     present = filesystem.list_names(filesystem.parent(layout.shard_url(output, 0)))
     if {layout.part_name(part) for part in range(plan.num_parts)} <= set(present):
         return
-    with _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer:
+    with (
+        archive_index.use_index_folder(layout.index_folder(output)),
+        _ShardWriter(output, manifest.schema, plan.chunk_rows, plan.part_rows) as writer,
+    ):
         for table in _limit_rows(manifest, plan.rows):
             writer.add(table)
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import ray
 
 from imgcls.cluster.session import DeviceType
-from imgcls.data import storage_settings
+from imgcls.data import archive_index, storage_settings
 from imgcls.errors import RunFailed
 from imgcls.execution import completed, heartbeat
 from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt
@@ -34,6 +34,7 @@ from imgcls.execution.messages import (
     RunSpec,
     StageTimings,
 )
+from imgcls.runs import layout
 
 SpecT = TypeVar("SpecT", bound=RunSpec)
 
@@ -78,6 +79,7 @@ class BaseWorker(abc.ABC, Generic[SpecT]):
                 "out of memory)"
             )
         storage_settings.set_process_settings(spec.storage)
+        archive_index.set_process_index_folder(layout.index_folder(spec.output))
         self.spec = spec
         self.device = device
         self.details: dict[str, str] = {}
@@ -192,6 +194,7 @@ def run_first_stage(
     cpu_fraction: fraction of the chunks of which CPUs do all that they can
     """
     storage_settings.set_process_settings(spec.storage)
+    archive_index.set_process_index_folder(layout.index_folder(spec.output))
     task: ChunkTask = unpickle_cell(batch, "task")
     rows, timings = completed.read_chunk_rows(spec, task), StageTimings()
     attempt = Attempt.for_chunk(spec, task, "prepare")

@@ -21,6 +21,7 @@ from imgcls.data.http import HttpStore
 from imgcls.data.manifest import Manifest, open_manifest
 from imgcls.data.stores import find_store
 from imgcls.errors import (
+    ImageError,
     ManifestError,
     OutputError,
     RequestError,
@@ -172,7 +173,7 @@ def read_image_size(url: str) -> int:
     """Size of an image file in bytes; 0 when it cannot be read, which becomes an error row."""
     try:
         return image_files.get_size(url)
-    except StorageError:
+    except (StorageError, ImageError):
         return 0
 
 
@@ -192,7 +193,7 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
         raise RequestError(f"the first image: {error}. Correct the manifest's paths") from error
     except StorageForbidden as error:
         log.emit("note", f"the first image: {error}")
-    except StorageError:
+    except (StorageError, ImageError):
         return  # becomes an error row
 
 

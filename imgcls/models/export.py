@@ -36,7 +36,6 @@ from imgcls.errors import (
     OutputError,
     RequestError,
     RunFailed,
-    StorageError,
     first_line,
 )
 from imgcls.models.bundle import MODEL_CARD_FILE, Bundle, BundleSpec, load_bundle
@@ -274,7 +273,7 @@ def _decode_manifest_images(bundle: Bundle, config: ManifestConfig) -> Iterator[
     for batch in manifest.batches():
         paths = batch.column(manifest.path_column).cast(pa.string()).to_pylist()
         for blob in image_files.read_ahead(manifest.resolve(path) for path in paths):
-            if isinstance(blob, StorageError):
+            if not isinstance(blob, bytes):
                 continue
             try:
                 yield decode.decode_image(blob, bundle.spec.preprocess)[0]

@@ -5,6 +5,7 @@ out/_lease/                      the driver that owns the output now
 out/_progress.json               the driver's last progress report; removed at the end
 out/_staging/manifest/           the manifest, cut into one shard per part
 out/_staging/part-00000/         finished chunks of a part
+out/_staging/archives/           indexes of the archives that contain the images
 out/predictions/part-00000.parquet
 out/metrics/*.parquet
 out/_since/*.parquet             with --since: images that were deleted, broken or failed before
@@ -49,6 +50,11 @@ def part_url(output: str, part: int) -> str:
 def shard_url(output: str, part: int) -> str:
     """The manifest rows of a part; each of its chunks is one or more row groups."""
     return join(output, STAGING_FOLDER, "manifest", part_name(part))
+
+
+def index_folder(output: str) -> str:
+    """The indexes of archives, which all workers of a run share, see `archive_index`."""
+    return join(output, STAGING_FOLDER, "archives")
 
 
 def part_staging_folder(output: str, part: int) -> str:

@@ -60,3 +60,13 @@ def test_an_error_is_raised_and_not_kept() -> None:
     with pytest.raises(OSError, match="no answer"):
         cache.get("key", fail)
     assert cache.get("key", lambda: b"item") == b"item"
+
+
+def test_an_item_that_is_discarded_is_loaded_again() -> None:
+    cache: LoadCache[bytes] = LoadCache(3, len)
+    assert cache.get("key", lambda: b"one") == b"one"
+    cache.discard("key")
+    cache.discard("none")
+    assert cache.get("key", lambda: b"two") == b"two"
+    assert cache.get("other", lambda: b"") == b""
+    assert cache.get("key", lambda: b"three") == b"two"

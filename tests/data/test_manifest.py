@@ -640,7 +640,7 @@ def test_a_manifest_that_is_not_there_is_refused(
 
 def test_a_format_that_cannot_be_detected_must_be_passed(put: Put, tmp_path: Path) -> None:
     path = put("path,label\na.jpg,x\n", "rows")
-    assert "pass --manifest.format csv, parquet or images" in refused(path)
+    assert "pass --manifest.format csv, parquet, images, webdataset or zip" in refused(path)
     assert rows_of(path, format="csv") == [{"path": "a.jpg", "label": "x"}]
     assert "the folder contains no parquet file" in refused(tmp_path, format="parquet")
     assert "if it is CSV, pass --manifest.format csv" in refused(path, format="parquet")

@@ -119,7 +119,7 @@ def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
     blobs = image_files.read_ahead(rows.column("url").to_pylist(), max_bytes=settings.max_bytes)
     for index, data in enumerate(blobs):
         try:
-            if isinstance(data, StorageError):
+            if not isinstance(data, bytes):
                 raise data
             stacked[index] = decode.decode_image(data, preprocess)[0]
             errors.append(None)
