@@ -85,6 +85,10 @@ IMAGE_FORMATS = (
         "JPEG XL", ("JXL",), (".jxl",), ("image/jxl",),
         rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "extra", "pillow_jxl",
     ),
+    ImageFormat(
+        "DICOM", ("DICOM",), (".dcm", ".dicom"), ("application/dicom",), rb".{128}DICM",
+        "extra", "imgcls.data.dicom",
+    ),
 )  # fmt: skip
 
 IMAGE_SUFFIXES = frozenset(suffix for format_ in IMAGE_FORMATS for suffix in format_.suffixes)
@@ -116,7 +120,6 @@ _UNSUPPORTED_FORMATS = (
     ("a Windows cursor (CUR)", rb"\0\0\x02\0(?!\0\0)..(?s:.{3})\0"),
     ("a DirectDraw surface (DDS)", rb"DDS "),
     ("a FITS image", rb"SIMPLE  ="),
-    ("a DICOM image", rb".{128}DICM"),
     ("a NIfTI volume", rb".{344}(n\+1|ni1)\0"),
     ("a Canon CR3 raw file", rb"....ftypcrx "),
     ("a Fujifilm RAF raw file", rb"FUJIFILMCCD-RAW"),
@@ -164,7 +167,7 @@ def is_hidden_name(name: str) -> bool:
 
 def identify_format(data: bytes) -> ImageFormat | None:
     """Identify the format of a file by its first bytes; None if it is not in the table."""
-    head = data[:64]
+    head = data[:132]
     for format_, signature in _SIGNATURES:
         if signature.match(head):
             return format_
@@ -215,7 +218,7 @@ def _is_tga(data: bytes) -> bool:
 
 _SIGNATURES = [
     (format_, re.compile(format_.signature, re.DOTALL))
-    for format_ in IMAGE_FORMATS
+    for format_ in reversed(IMAGE_FORMATS)  # the header of a DICOM file may begin with one of TIFF
     if format_.signature
 ]
 _UNSUPPORTED_SIGNATURES = [

@@ -138,6 +138,15 @@ def read_frame_header(data: bytes) -> FrameHeader | None:
     return None
 
 
+def read_frame_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) in the frame header of a JPEG of any process, or of a JPEG-LS."""
+    for marker, start, stop in _iterate_segments(data, first_scan=True):
+        if (marker in _FRAME_MARKERS or marker == _JPEG_LS) and stop - start > 9:
+            height, width = struct.unpack_from(">HH", data, start + 5)
+            return width, height
+    return None
+
+
 def find_unsupported_process(data: bytes) -> UnsupportedImage | None:
     """The error for a JPEG process that is not decoded, such as 12-bit; None for a supported one.
 

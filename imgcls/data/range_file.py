@@ -89,8 +89,8 @@ class _ObjectRanges:
         info = object_store.call_store(url, "info", needs=GET)
         if info.get("size") is None:
             raise StorageUnavailable(
-                f"{shorten_url(url)}: the server does not send its size, and parts of it cannot be "
-                "read without; download the file first"
+                f"{shorten_url(url)}: its size is unknown, which is needed to read parts of it; "
+                "download the file first"
             )
         self.size = int(info["size"])
         self.version = _find_etag(info)

@@ -90,7 +90,7 @@ def test_other_bytes_are_no_format(data: bytes) -> None:
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
         (b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg width="1">', "SVG"),
         (b"DDS |", "DDS"), (b"icns\0\0", "ICNS"), (b"SIMPLE  =    T", "FITS"),
-        (bytes(128) + b"DICM", "DICOM"), (b"\0\0\0\x18ftypcrx \0\0\0\1", "CR3"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "CR3"),
         (b"FUJIFILMCCD-RAW ", "RAF"), (b"IIRO\x08\0", "ORF"), (b"IIU\0\x18\0", "RW2"),
         (b"II\xbc\1", "JPEG XR"), (b"PF\n1 1\n-1.0\n", "PFM"), (b"P7\nWIDTH 1", "PAM"),
         (b"qoif\0\0", "QOI"), (b"gimp xcf v011", "XCF"), (b"#?RADIANCE\n", "Radiance"),
