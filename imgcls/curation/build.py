@@ -73,6 +73,7 @@ def _open_table(config: ManifestBuildConfig, source: str) -> Manifest:
     table = ManifestConfig(
         path=source,
         path_column=config.path_column,
+        image_column=config.image_column,
         label_column=config.label_column,
         delimiter=config.delimiter,
         encoding=config.encoding,

@@ -48,6 +48,8 @@ class ManifestBuildConfig(ListingConfig):
 
     path_column: str = "path"
     """Column of image paths in the source table; named path in the manifest."""
+    image_column: str | None = None
+    """Column of the images themselves in a Parquet source; the manifest gets their URLs."""
     label_column: str | None = None
     """Column of class names in the source table; named label in the manifest."""
     delimiter: str | None = None

@@ -15,6 +15,7 @@ from typing import Protocol
 from imgcls.data import archive_index, filesystem, range_file
 from imgcls.data.error_details import shorten_url
 from imgcls.data.load_cache import LoadCache
+from imgcls.data.parquet_images import ParquetImages
 from imgcls.data.readahead import ReadAllowance
 from imgcls.data.storage_settings import current_settings
 from imgcls.data.tar_archive import TarArchive
@@ -55,6 +56,7 @@ class ContainerKind:
 CONTAINER_KINDS: dict[str, ContainerKind] = {
     "tar": ContainerKind((".tar",), TarArchive),
     "zip": ContainerKind((".zip",), ZipArchive),
+    "parquet": ContainerKind((".parquet", ".pq"), ParquetImages),
 }
 
 

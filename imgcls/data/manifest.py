@@ -32,6 +32,8 @@ from imgcls.data.discovery import (
     log_skipped_files,
     walk_images,
 )
+from imgcls.data.image_columns import find_image_columns
+from imgcls.data.manifest_columns import check_columns, check_duplicate_columns, find_label_column
 from imgcls.data.manifest_formats import (
     MANIFEST_FORMATS,
     ArchiveFormat,
@@ -39,7 +41,7 @@ from imgcls.data.manifest_formats import (
     ManifestFormat,
     TableFormat,
 )
-from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames, ReadOptions
+from imgcls.data.manifest_options import DEFAULT_KEYS, ImageColumns, KeyNames, ReadOptions
 from imgcls.data.parquet_reader import READ_BATCH_ROWS
 from imgcls.data.schemas import conform_table, unify_schemas
 from imgcls.errors import ManifestError, StorageError, request_error
@@ -57,6 +59,8 @@ class ManifestConfig(Section):
     """tree: a folder per class. images: unlabeled files. webdataset: tar. auto: by the name."""
     path_column: str = "path"
     """Name of the column of image paths."""
+    image_column: str | None = None
+    """Column of the images themselves: bytes, struct<bytes, path> (default: detected) or base64."""
     label_column: str | None = None
     """Name of the column of class names (default: `label`, if the table has it)."""
     root: str | None = None
@@ -94,7 +98,10 @@ class Manifest:
         return self._read_batches()
 
     def fingerprint(self) -> str:
-        """BLAKE2b of the files' bytes, or of a listing of path and size for images and archives."""
+        """BLAKE2b of the files' bytes, or of a listing of path and size for images and archives.
+
+        Of a file with columns of images, its size, footer and other columns.
+        """
         return self._compute_fingerprint()
 
     def resolve(self, path: str | None) -> str | None:
@@ -208,9 +215,15 @@ class _TableFiles:
         self._options = ReadOptions(config.delimiter, config.encoding, config.escape, keys)
 
     def open(self, *, any_key: bool) -> Manifest:
-        config, files = self._config, self._found.files
+        files = self._found.files
         schema = unify_schemas(self._iter_schemas(), "manifest")
-        _check_columns(config, schema, self._keys, any_key=any_key)
+        images = self._find_image_columns(schema, any_key=any_key)
+        self._options = replace(self._options, images=images)
+        schema = images.convert_schema(schema)
+        config = self._config.model_copy(
+            update={"path_column": images.name or self._config.path_column}
+        )
+        check_columns(config, schema, self._keys, any_key=any_key)
         folders = {get_table_folder(file) for file in files}
         has_own_folders = (
             config.root is None and not self._found.partitions and len(folders) > 1 and not any_key
@@ -220,12 +233,33 @@ class _TableFiles:
             format=self._found.format,
             schema=schema,
             path_column=config.path_column,
-            label_column=_find_label_column(config, schema, self._keys),
+            label_column=find_label_column(config, schema, self._keys),
             root=filesystem.absolute(config.root or _find_root(self._found)),
             files=tuple(files),
-            _read_batches=lambda: self._iter_batches(schema, has_own_folders),
-            _compute_fingerprint=lambda: fingerprint.hash_files(files),
+            _read_batches=lambda: self._iter_batches(schema, config.path_column, has_own_folders),
+            _compute_fingerprint=lambda: fingerprint.hash_files(files, images.contained),
         )
+
+    def _find_image_columns(self, schema: pa.Schema, *, any_key: bool) -> ImageColumns:
+        config = self._config
+        if self._found.format == "parquet":
+            # a column of paths that the user named must be in the table
+            is_default = config.path_column == ManifestConfig.model_fields["path_column"].default
+            return find_image_columns(
+                schema,
+                config.path,
+                self._keys,
+                chosen=config.image_column,
+                path_column=config.path_column,
+                may_detect=is_default and not any_key,
+            )
+        if config.image_column is not None:
+            raise ManifestError(
+                f"manifest {config.path}: {self._keys.option('image_column')} is for Parquet files"
+                "; write the table as Parquet, or the images as data: URLs in a column of paths "
+                "(data:image/jpeg;base64,...)"
+            )
+        return ImageColumns()
 
     def _get_partition(self, file: str, schema: pa.Schema) -> dict[str, str | None]:
         """The values in the folder names of a file that are not columns of the file."""
@@ -235,16 +269,18 @@ class _TableFiles:
     def _iter_schemas(self) -> Iterator[tuple[str, pa.Schema]]:
         for file in self._found.files:
             own = self._format.read_schema(file, self._options)
-            _check_duplicate_columns(file, own)
+            check_duplicate_columns(file, own)
             added = [pa.field(name, pa.string()) for name in self._get_partition(file, own)]
             yield file, pa.schema([*own, *added])
 
-    def _iter_batches(self, schema: pa.Schema, has_own_folders: bool) -> Iterator[pa.RecordBatch]:
+    def _iter_batches(
+        self, schema: pa.Schema, path_column: str, has_own_folders: bool
+    ) -> Iterator[pa.RecordBatch]:
         """All rows in the common schema.
 
         has_own_folders: relative paths start at the folder of their table
         """
-        path_index = schema.get_field_index(self._config.path_column)
+        path_index = schema.get_field_index(path_column)
         for file in self._found.files:
             for batch in self._format.read_batches(file, self._options):
                 if batch.schema.equals(schema) and not has_own_folders:
@@ -279,78 +315,6 @@ def _resolve_in_folder(table: pa.Table, path_index: int, folder: str) -> pa.Tabl
     if pc.all(pc.match_substring_regex(paths.cast(pa.large_string()), _ABSOLUTE)).as_py():
         return table
     return table.set_column(path_index, field, resolve_paths(paths, folder).cast(field.type))
-
-
-def _check_duplicate_columns(file: str, schema: pa.Schema) -> None:
-    names = schema.names
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise ManifestError(
-            f"manifest {file}: column {duplicates[0]!r} is in it twice; rename one of them"
-        )
-
-
-def _check_columns(
-    config: ManifestConfig, schema: pa.Schema, keys: KeyNames, *, any_key: bool
-) -> None:
-    names = schema.names
-    for key, name in (
-        ("path_column", config.path_column),
-        ("label_column", config.label_column),
-    ):
-        if name is not None and name not in names:
-            raise ManifestError(
-                f"manifest {config.path}: no column {name!r} (found: {_list_columns(schema)}); "
-                f"name it with {keys.option(key)}{_suggest_fix(name, names, keys)}"
-            )
-    type = schema.field(config.path_column).type
-    if pa.types.is_dictionary(type):
-        type = type.value_type
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    if not any_key and not any(check(type) for check in is_text):
-        raise ManifestError(
-            f"manifest {config.path}: column {config.path_column!r} is {type}, not text; "
-            f"name the column of paths with {keys.option('path_column')}"
-        )
-
-
-def _suggest_fix(name: str, names: list[str], keys: KeyNames) -> str:
-    """A second fix for a missing column: another delimiter, or a name without spaces."""
-    if len(names) == 1 and name in re.split(r"\W+", names[0]):
-        return f", or the delimiter of {names[0]!r} with {keys.option('delimiter')}"
-    spaced = next((each for each in names if each != name and each.strip() == name), None)
-    return "" if spaced is None else f"; {_describe_spaces(spaced)}"
-
-
-def _describe_spaces(name: str) -> str:
-    return (
-        f"the name {name!r} has spaces around it: remove the spaces next to the delimiters, in the "
-        "header and in the rows"
-    )
-
-
-def _find_label_column(config: ManifestConfig, schema: pa.Schema, keys: KeyNames) -> str | None:
-    if config.label_column is not None:
-        return config.label_column
-    if "label" in schema.names:
-        return "label"
-    option = keys.option("label_column")
-    for name in schema.names:
-        if name.strip() == "label":
-            raise ManifestError(
-                f"manifest {config.path}: {_describe_spaces(name)}; or pass {option} {name!r}"
-            )
-        if name.strip().lower() == "label":
-            log.emit(
-                "note",
-                f"manifest {config.path}: column {name!r} is not read as labels; pass {option} "
-                f"{name!r} if it contains them",
-            )
-    return None
-
-
-def _list_columns(schema: pa.Schema) -> str:
-    return ", ".join(schema.names) or "none"
 
 
 class _ImageListing:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 
 @dataclass(frozen=True)
 class KeyNames:
@@ -33,17 +35,51 @@ DEFAULT_KEYS = KeyNames()
 
 
 @dataclass(frozen=True)
+class ImageColumns:
+    """The columns of a Parquet table that contain images.
+
+    name:      the one that becomes the column of paths; None where the table has paths
+    path_copy: the column that gets the paths of a struct<bytes, path>; None without one
+    left_out:  the others
+    """
+
+    name: str | None = None
+    path_copy: str | None = None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def contained(self) -> tuple[str, ...]:
+        """All columns of images."""
+        return self.left_out if self.name is None else (self.name, *self.left_out)
+
+    def convert_schema(self, schema: pa.Schema) -> pa.Schema:
+        """The columns of the manifest, for those of its files."""
+        fields: list[pa.Field] = []
+        for each in schema:
+            if each.name == self.name:
+                names = [each.name] if self.path_copy is None else [each.name, self.path_copy]
+                fields += [pa.field(name, pa.string()) for name in names]
+            elif each.name not in self.left_out:
+                fields.append(each)
+        return pa.schema(fields)
+
+
+@dataclass(frozen=True)
 class ReadOptions:
-    """How the CSV files of a manifest are written, as far as the user set it.
+    """How the tables of a manifest are read.
 
     delimiter: one ASCII character; None detects it in the header line
     encoding:  text encoding of files without a byte order mark
     escape:    character before a quote inside a quoted value; None where quotes are doubled
                (RFC 4180)
     keys:      names of these options in error messages
+    images:    the columns of images of Parquet files
+
+    The first three are for CSV files.
     """
 
     delimiter: str | None = None
     encoding: str = "utf-8"
     escape: str | None = None
     keys: KeyNames = DEFAULT_KEYS
+    images: ImageColumns = ImageColumns()

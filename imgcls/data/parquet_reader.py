@@ -9,18 +9,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls.data import filesystem
+from imgcls.data.class_labels import convert_class_labels, convert_label_types
 from imgcls.data.foreign_formats import PARQUET_MAGIC, detect_foreign_format
-from imgcls.data.manifest_options import KeyNames, ReadOptions
+from imgcls.data.image_columns import MemberColumn, is_image_struct
+from imgcls.data.manifest_options import ImageColumns, KeyNames, ReadOptions
 from imgcls.errors import ManifestError, one_line
 
 READ_BATCH_ROWS = 16_384
 
 
 def read_parquet_schema(file: str, options: ReadOptions) -> pa.Schema:
-    """The columns of a Parquet file; raises ManifestError where a type cannot be read."""
+    """The columns of a Parquet file; raises ManifestError where a type cannot be read.
+
+    Columns of images are as in the file.
+    """
     parquet = _open_parquet(file, options.keys)
     try:
-        return parquet.schema_arrow.remove_metadata()
+        return convert_label_types(parquet.schema_arrow).remove_metadata()
     except pa.ArrowException as error:
         raise _build_type_error(file, error) from error
 
@@ -30,14 +35,52 @@ def read_parquet_batches(file: str, options: ReadOptions) -> Iterator[pa.RecordB
     try:
         parquet = _open_parquet(file, options.keys)
         _check_int96_range(file, parquet)
-        for batch in parquet.iter_batches(batch_size=READ_BATCH_ROWS):
+        schema = parquet.schema_arrow
+        converted = _ImageColumnReader(file, schema, options.images)
+        for batch in parquet.iter_batches(READ_BATCH_ROWS, columns=converted.names):
             if batch.num_rows:
                 batch.validate(full=True)  # Parquet readers do not check that text is UTF-8
-                yield batch
+                yield convert_class_labels(converted.convert(batch), schema, f"manifest {file}")
     except pa.ArrowNotImplementedError as error:
         raise _build_type_error(file, error, _describe_nested_dictionary(file)) from error
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"manifest {file}: {one_line(error)}; the file is damaged") from error
+
+
+class _ImageColumnReader:
+    """Reads a file without its columns of images, see `ImageColumns`.
+
+    names: the columns to read from the file; None for all
+    """
+
+    def __init__(self, file: str, schema: pa.Schema, images: ImageColumns) -> None:
+        self._images = images
+        self._members: MemberColumn | None = None
+        self.names: list[str] | None = None
+        self._has_paths = False
+        if not images.contained:
+            return
+        names = [name for name in schema.names if name not in images.left_out]
+        if images.name is not None:
+            self._members = MemberColumn(file, images.name)
+            self._has_paths = is_image_struct(schema.field(images.name).type)
+            at = names.index(images.name)
+            names[at : at + 1] = [f"{images.name}.path"] if self._has_paths else []
+        self.names = names
+        self._schema = images.convert_schema(schema)
+
+    def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The columns of the manifest, for those that were read."""
+        if self._members is None:
+            return batch
+        name, copy = self._images.name, self._images.path_copy
+        paths = None
+        if self._has_paths:
+            paths = pc.struct_field(batch.column(name), "path").cast(pa.string())
+        urls = self._members.build_next(paths, batch.num_rows)
+        own = {name: urls, copy: paths}
+        columns = [own[each] if each in own else batch.column(each) for each in self._schema.names]
+        return pa.record_batch(columns, schema=self._schema)
 
 
 def _check_int96_range(file: str, parquet: pq.ParquetFile) -> None:

@@ -113,6 +113,42 @@ def test_every_row_of_a_chunk_has_its_row_and_its_reason(
             assert row["error"]
 
 
+@pytest.mark.parametrize("form", ["struct", "path in struct", "binary", "base64"])
+def test_images_in_the_rows_of_a_table_are_predicted_as_files_are(
+    spec: PredictSpec, classifier: Classifier, photographs: pa.Table, tmp_path: Path, form: str
+) -> None:
+    paths = photographs["path"].to_pylist()
+    files = [
+        (tmp_path / name).read_bytes() if name and (tmp_path / name).exists() else None
+        for name in paths
+    ]
+    if form == "binary":
+        column = pa.array(files)
+    elif form == "base64":
+        texts = [None if each is None else base64.b64encode(each).decode() for each in files]
+        column = pa.array(texts)
+    else:
+        kept = files if form == "struct" else [None] * len(files)
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        rows = [{"bytes": b, "path": p} for b, p in zip(kept, paths, strict=True)]
+        column = pa.array(rows, kind)
+    table = pa.table({"image": column, "label": photographs["label"]})
+    manifest = manifest_of(tmp_path, table, image_column="image")
+    plan = plan_at(tmp_path / "from rows", manifest, chunk_rows=8, part_rows=16)
+    wide = {"scores": True, "embeddings": True, "batch_size": 3}
+    own = spec_of(tmp_path / "from rows", plan, manifest, spec.bundle_url, **wide)
+    names = build_prediction_names(spec, classifier)
+    for number in range(3):
+        expected = predict_alone(spec, classifier, ChunkTask(number)).select(names)
+        assert predict_alone(own, classifier, ChunkTask(number)).select(names).equals(expected)
+
+
+def build_prediction_names(spec: PredictSpec, classifier: Classifier) -> list[str]:
+    """The columns of predictions, without the text of errors, which names the place."""
+    written = predict_alone(spec, classifier, ChunkTask(0)).schema.names
+    return [name for name in written if name not in ("path", "error")]
+
+
 def test_scores_are_float32_unless_float16_is_asked_for(
     spec: PredictSpec, classifier: Classifier
 ) -> None:
