@@ -7,6 +7,7 @@ module with its reader, and a line in `CONTAINER_KINDS`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -84,14 +85,19 @@ def parse_member_url(url: str) -> MemberUrl:
     # itself; else after the first #. Raises StorageMissing for a URL without a member.
     """
     kind, _, rest = url.partition("://")
-    suffixes = "|".join(re.escape(suffix) for suffix in CONTAINER_KINDS[kind].suffixes)
-    found = re.search(rf"({suffixes})(#)", rest, re.IGNORECASE)
-    at = found.start(2) if found else rest.find("#")
+    found = _compile_member_start(kind).search(rest)
+    at = found.end() - 1 if found else rest.find("#")
     if at < 0 or at == len(rest) - 1:
         raise StorageMissing(
             f"{shorten_url(url)}: names no member; write it as {kind}://FILE#MEMBER"
         )
     return MemberUrl(kind, rest[:at], rest[at + 1 :])
+
+
+@functools.cache
+def _compile_member_start(kind: str) -> re.Pattern[str]:
+    suffixes = "|".join(re.escape(suffix) for suffix in CONTAINER_KINDS[kind].suffixes)
+    return re.compile(f"({suffixes})#", re.IGNORECASE)
 
 
 def find_file(url: str) -> str:

@@ -63,11 +63,14 @@ class GCSStore(BucketStore):
         more = {} if version is None else {"ifGenerationMatch": version}
         headers = {"Range": f"bytes={start}-{end - 1}"}
         try:
-            _, data = await fs._call("GET", fs.url(path), headers=headers, **more)
+            answer, data = await fs._call("GET", fs.url(path), headers=headers, **more)
         except Exception as error:
             if get_http_status(error) == "412":
                 raise StorageChanged(f"gs://{path}: was replaced") from error
             raise
+        # some servers with the API of GCS ignore the condition
+        if version is not None and answer.get("X-Goog-Generation", version) != version:
+            raise StorageChanged(f"gs://{path}: was replaced")
         return bytes(data)
 
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage:

@@ -87,7 +87,8 @@ def _iter_members(file: RangeFile, stream: _HeaderStream, scan: ArchiveScan) -> 
         except (ValueError, OverflowError, RecursionError) as error:
             scan.damage = _describe_damage(file, start, error)
             return
-        end = info.offset_data + info.size
+        # the size of a sparse file is that of the extracted one
+        end = tar.offset - _HEADER_BYTES + 1 if info.issparse() else info.offset_data + info.size
         is_cut = info.isreg() and end > file.size
         member = _build_member(info, stream, is_cut=is_cut)
         if member is None:

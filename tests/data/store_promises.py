@@ -19,7 +19,7 @@ import pytest
 
 from imgcls.curation.build import build_manifest
 from imgcls.curation.config import ManifestBuildConfig
-from imgcls.data import filesystem, image_files, storage_settings
+from imgcls.data import filesystem, image_files, range_file, storage_settings
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.errors import (
     OutputLocked,
@@ -128,6 +128,16 @@ class StorePromises:
             pq.write_table(table, stream, row_group_size=50_000)
         with filesystem.open_read(url) as stream:
             assert pq.read_table(stream).equals(table)
+
+    def test_parts_of_an_object_are_of_one_version(self, place: Place) -> None:
+        url = place.url("t/archive#1.tar")
+        filesystem.write(url, b"old content")
+        file = range_file.open_ranges(url)
+        assert (file.size, file.read(4, 11), file.read(0, 1)) == (11, b"content", b"o")
+        filesystem.write(url, b"new content")
+        assert range_file.get_version(url) not in (None, file.version)
+        with pytest.raises(StorageMissing, match="has changed since it was opened"):
+            file.read(4, 11)
 
     def test_a_listing_has_size_time_and_version_and_a_replaced_object_another_version(
         self, place: Place

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from imgcls.data import object_store
-from imgcls.data.archive_file import BLOCK_BYTES, ArchiveFile
+from imgcls.data import archive_file, object_store
+from imgcls.data.archive_file import ArchiveFile
 from tests.s3 import BUCKET, url
 
+BLOCK_BYTES = 100_000
 SIZE = 5 * BLOCK_BYTES + 1000
-MEMBER = 200_000
+MEMBER = 3000
 
 
 @pytest.fixture
-def content(s3: Any) -> bytes:
+def content(s3: Any, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    monkeypatch.setattr(archive_file, "BLOCK_BYTES", BLOCK_BYTES)
     data = random.Random(0).randbytes(SIZE)
     s3.put_object(Bucket=BUCKET, Key="file", Body=data)
     return data

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imgcls.data import archive_index, image_files
+from imgcls.data import archive_file, archive_index, image_files
 from imgcls.data.range_file import open_ranges
 from imgcls.data.tar_archive import TarArchive, scan_tar
 from imgcls.errors import (
@@ -60,7 +61,7 @@ def test_the_last_of_several_members_of_one_name_is_read(tmp_path: Path) -> None
     assert index.replaced_count == 1
 
 
-def test_links_are_followed_once_within_the_archive(tmp_path: Path) -> None:
+def test_links_are_followed_within_the_archive(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         add_members(tar, {"d/a.jpg": b"one"})
@@ -69,6 +70,7 @@ def test_links_are_followed_once_within_the_archive(tmp_path: Path) -> None:
             ("d/soft.jpg", tarfile.SYMTYPE, "a.jpg"),
             ("e/up.jpg", tarfile.SYMTYPE, "../d/a.jpg"),
             ("twice.jpg", tarfile.LNKTYPE, "hard.jpg"),
+            ("loop.jpg", tarfile.SYMTYPE, "loop.jpg"),
             ("out.jpg", tarfile.SYMTYPE, "../../etc/passwd"),
             ("root.jpg", tarfile.SYMTYPE, "/etc/passwd"),
             ("fifo.jpg", tarfile.FIFOTYPE, ""),
@@ -76,10 +78,10 @@ def test_links_are_followed_once_within_the_archive(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             tar.addfile(info)
-    for name in ("hard.jpg", "d/soft.jpg", "e/up.jpg"):
+    for name in ("hard.jpg", "d/soft.jpg", "e/up.jpg", "twice.jpg"):
         assert read(path, name) == b"one"
         assert image_files.get_size(f"tar://{path}#{name}") == 3
-    assert "another link" in fails(StorageMissing, path, "twice.jpg")
+    assert "a link to other links" in fails(StorageMissing, path, "loop.jpg")
     for name in ("out.jpg", "root.jpg"):
         assert "not in the archive" in fails(StorageMissing, path, name)
     assert "FIFO" in fails(StorageError, path, "fifo.jpg")
@@ -92,6 +94,19 @@ def test_a_sparse_member_is_an_error(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as tar:
         tar.addfile(info)
     assert "sparse" in fails(StorageError, path, "a.jpg")
+
+
+def test_a_sparse_member_that_is_larger_than_the_archive_does_not_end_it(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.truncate(1_000_000)
+    (tmp_path / "b.jpg").write_bytes(b"one")
+    for format in ("gnu", "pax"):
+        archive = f"{tmp_path}/{format}.tar"
+        options = [f"--format={format}", "--sparse", "-C", str(tmp_path)]
+        subprocess.run(["tar", "-cf", archive, *options, "a.jpg", "b.jpg"], check=True)
+        assert "sparse" in fails(StorageError, archive, "a.jpg")
+        assert read(archive, "b.jpg") == b"one"
+        assert TarArchive(archive).index.note == ""
 
 
 def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
@@ -203,9 +218,12 @@ def test_small_texts_are_kept_by_a_scan(tmp_path: Path) -> None:
     assert scan.texts == {"a.cls": b"3", "a.json": b"{}"}
 
 
-def test_an_archive_in_a_store_is_read_by_ranges(s3: Any, tmp_path: Path) -> None:
-    members = {f"{i}.jpg": bytes([i]) * 300_000 for i in range(30)}
-    members["large.jpg"] = bytes(9_000_000)
+def test_an_archive_in_a_store_is_read_by_ranges(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_file, "BLOCK_BYTES", 50_000)
+    members = {f"{i}.jpg": bytes([i]) * 3000 for i in range(99)}
+    members["large.jpg"] = bytes(200_000)
     with open(write_tar(tmp_path / "x.tar", members), "rb") as file:
         s3.upload_fileobj(file, BUCKET, "x.tar")
     names = [f"tar://{url('x.tar')}#{name}" for name in members]
