@@ -89,7 +89,7 @@ def label(
     scores_type: Literal['float32', 'float16'] = ...,
     max_error_rate: float = ...,
     max_errors: int | None = ...,
-    max_error_rates: dict[Literal['missing', 'forbidden', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
+    max_error_rates: dict[Literal['missing', 'forbidden', 'opted_out', 'throttled', 'unavailable', 'empty', 'truncated', 'not_an_image', 'unsupported', 'too_large', 'unreadable', 'not_finite', 'crashed'], float] = ...,
     reference: str | None | PathLike[str] = ...,
     max_psi: float | None = ...,
     summary_json: str | None | PathLike[str] = ...,

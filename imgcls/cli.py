@@ -101,6 +101,12 @@ COMMANDS = {
         "imgcls.curation.build.build_manifest",
         "imgcls manifest build demo/digits/test --output demo/listed --labels --contents",
     ),
+    "manifest fetch": Command(
+        "store the images of a list of URLs in Parquet files or WebDataset archives",
+        "imgcls.curation.config.FetchConfig",
+        "imgcls.curation.fetch.fetch",
+        "imgcls manifest fetch demo/digits-test.csv --output demo/fetched",
+    ),
     "manifest stats": Command(
         "describe a data set: classes, sizes, formats, sample images per class",
         "imgcls.curation.config.StatsConfig",

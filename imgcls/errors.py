@@ -107,6 +107,12 @@ class StorageForbidden(StorageError):
     status = "forbidden"
 
 
+class StorageOptedOut(StorageForbidden):
+    """The owner of the image does not allow its use; it was not read, or is not used."""
+
+    status = "opted_out"
+
+
 class StorageCredentials(StorageForbidden):
     """Credentials are wrong, missing or expired; every request will be refused."""
 

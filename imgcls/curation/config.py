@@ -22,6 +22,8 @@ from imgcls.data.manifest import ManifestConfig
 from imgcls.data.preprocess import DecodeMode
 from imgcls.data.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
+from imgcls.inference.config import ErrorStatus
+from imgcls.log import LogFormat
 from imgcls.models.bundle import EngineName
 
 
@@ -68,6 +70,45 @@ class ManifestBuildConfig(ListingConfig):
     """With contents: maximum size of an image file, in bytes; a larger one is too_large."""
     scale: ScaleConfig = ScaleConfig()
     """With contents."""
+
+
+ShardFormat = Literal["parquet", "tar"]
+
+
+class FetchConfig(Section):
+    """Store the images of a manifest, such as a list of URLs, in shards."""
+
+    positional: ClassVar[tuple[str, ...]] = ("manifest",)
+
+    manifest: ManifestConfig
+    """The list of images: a CSV or Parquet file, a glob, or a folder."""
+    output: str
+    """Folder to write. An unfinished fetch in it is resumed."""
+    format: ShardFormat = "parquet"
+    """parquet: tables with a column of images, as Hugging Face datasets reads them. tar:
+    WebDataset archives, each with a table of all its rows."""
+    shard_rows: int = Field(default=5000, ge=1, le=1_000_000)
+    """Manifest rows per shard, the unit that is fetched again after a kill."""
+    io_concurrency: PositiveInt = 256
+    """Concurrent reads over all hosts."""
+    max_pixels: int = Field(default=100_000_000, ge=1, le=178_956_970)
+    """Maximum number of pixels of an image; a larger one is too_large."""
+    max_bytes: PositiveInt = MAX_IMAGE_BYTES
+    """Maximum size of an image file, in bytes. A larger one is too_large and not read further."""
+    max_error_rate: UnitFloat = 0.01
+    """Maximum fraction of failed rows; above it, the exit code is 3."""
+    max_error_rates: dict[ErrorStatus, UnitFloat] = {}
+    """Per-status limits, e.g. {missing: 0.3}. A status listed here is not counted in
+    max_error_rate."""
+    retry_errors: bool = False
+    """Fetch the rows again that failed in an earlier run on this output."""
+    overwrite: bool = False
+    """Delete the fetch in the output folder and start over."""
+    progress_seconds: PositiveFloat = 5.0
+    """Interval of the progress lines in a job's log, in seconds."""
+    log: LogFormat = "text"
+    """json: one JSON object per line."""
+    storage: StorageConfig = StorageConfig()
 
 
 class ScanConfig(Section):

@@ -195,6 +195,7 @@ def _build_identity(
             "decode": None if bundle is None else bundle.spec.preprocess.decode,
             # null, as for a scan of a version without engines, which is resumed
             "engine": None if bundle is None or engine == "auto" else engine,
+            "robots_opt_outs": sorted(config.storage.robots_opt_outs) or None,
         },
     )
 

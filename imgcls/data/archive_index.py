@@ -163,9 +163,9 @@ class MemberIndex:
             at += 1
         if found is None:
             return None
-        numbers = (int(values[found]) for values in self._numbers)
+        offset, size, stored, method, crc = (int(values[found]) for values in self._numbers)
         problem = self._table.column("problem")[found].as_py() if self._has_problem[found] else ""
-        return Member(name, *numbers, problem)
+        return Member(name, offset, size, stored, method, crc, problem)
 
     def _find_replaced(self) -> set[int]:
         replaced = set()

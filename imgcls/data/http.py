@@ -2,7 +2,8 @@
 
 A URL is sent as it is in the manifest, because a signed URL becomes invalid by re-encoding. A
 process sends at most `max_requests_per_host` concurrent requests to a host, and none before the
-time that the host has named in a Retry-After.
+time that the host has named in a Retry-After. On request, images whose owner has opted out are
+refused, and images are kept in a local cache.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import functools
 import urllib.parse
 import weakref
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from imgcls.data import formats
 from imgcls.data.error_details import get_http_status, shorten_url
 from imgcls.data.host_limiter import HostLimiter
+from imgcls.data.http_cache import HttpCache
 from imgcls.data.readahead import BodyBuffer, ReadAllowance, too_large_error
+from imgcls.data.robots import ROBOTS_HEADER, find_opt_out
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.data.store import ReadObject, Store
-from imgcls.errors import StorageChanged, StorageError, StorageUnavailable
+from imgcls.data.store import ReadCached, ReadObject, Store
+from imgcls.errors import StorageChanged, StorageError, StorageOptedOut, StorageUnavailable
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 10
@@ -65,6 +69,9 @@ class HttpStore(Store):
             raise
         return data
 
+    def start_cached_read(self, url: str, allowance: ReadAllowance) -> ReadCached | None:
+        return self._reader.start_cached_read(url, allowance)
+
     def get_host_limiter(self, url: str) -> HostLimiter:
         return self._reader.get_limiter(url)
 
@@ -76,18 +83,15 @@ class HttpStore(Store):
 @functools.cache
 def _build_reader(settings: StorageConfig) -> HttpReader:
     """One reader for http:// and https://."""
-    return HttpReader(
-        settings.max_requests_per_host, settings.user_agent, settings.attempt_timeout_s
-    )
+    return HttpReader(settings)
 
 
 class HttpReader:
     """Reads whole files over HTTP, on one event loop."""
 
-    def __init__(self, max_requests_per_host: int, user_agent: str, connect_seconds: float) -> None:
-        self._host_requests = max_requests_per_host
-        self._user_agent = user_agent
-        self._connect_seconds = connect_seconds
+    def __init__(self, settings: StorageConfig) -> None:
+        self._settings = settings
+        self._cache = None if settings.http_cache is None else HttpCache(settings.http_cache)
         self._hosts: dict[str, HostLimiter] = {}
         self._session: Any = None
 
@@ -95,23 +99,38 @@ class HttpReader:
         """The limiter of a URL's host: scheme, name and port."""
         scheme, _, rest = url.partition("://")
         name = f"{scheme}://{rest.partition('/')[0].partition('?')[0].rpartition('@')[2]}".lower()
-        return self._hosts.setdefault(name, HostLimiter(name, self._host_requests))
+        limit = self._settings.max_requests_per_host
+        return self._hosts.setdefault(name, HostLimiter(name, limit))
+
+    def start_cached_read(self, url: str, allowance: ReadAllowance) -> ReadCached | None:
+        """The function that reads an image from the cache; None without one."""
+        if self._cache is None or not allowance.is_for_image:
+            return None
+        return functools.partial(asyncio.to_thread, self._read_cached, url, allowance)
+
+    def _read_cached(self, url: str, allowance: ReadAllowance) -> bytes | None:
+        assert self._cache is not None
+        found = self._cache.read(url, allowance)
+        if found is not None:
+            self._check_opt_out(url, found.robots)
+        return None if found is None else found.data
 
     async def read(self, url: str, allowance: ReadAllowance) -> bytes:
         """Read a file, decompressed where the server compressed it for the transfer.
 
-        Raises StorageTooLarge, BudgetFull, StorageUnavailable for an incomplete response, and
-        aiohttp's errors, with the response headers, for any other response.
+        Raises StorageTooLarge, BudgetFull, StorageOptedOut, StorageUnavailable for an incomplete
+        response, and aiohttp's errors, with the response headers, for any other response.
         """
         import aiohttp
         import yarl
         from fsspec.implementations.http import HTTPFileSystem
 
+        settings = self._settings
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_seconds),
-                headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.attempt_timeout_s),
+                headers={"User-Agent": settings.user_agent, "Accept-Encoding": "identity"},
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -142,6 +161,9 @@ class HttpReader:
             )  # fmt: skip
             self.get_limiter(url).note_retry_after(error)
             raise error
+        robots: list[str] = answer.headers.getall(ROBOTS_HEADER, [])
+        if allowance.is_for_image:
+            self._check_opt_out(url, robots)
         coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         length = answer.content_length  # as sent; the content is at least as long
         if length is not None and coding != "identity" and allowance.is_exceeded_by(length):
@@ -149,7 +171,20 @@ class HttpReader:
         with BodyBuffer(url, allowance, length) as body:
             async for part in _decompress(url, coding, answer.content.iter_chunked(_PIECE_BYTES)):
                 body.append(part)
-            return body.join()
+            data = body.join()
+        is_image = formats.identify_format(data) is not None  # not an error page of status 200
+        if self._cache is not None and allowance.is_for_image and is_image:
+            await asyncio.to_thread(self._cache.write, url, data, robots)
+        return data
+
+    def _check_opt_out(self, url: str, robots: Iterable[str]) -> None:
+        """Raise StorageOptedOut where the headers exclude an image by a directive to respect."""
+        settings = self._settings
+        directive = find_opt_out(robots, settings.robots_opt_outs, settings.user_agent)
+        if directive is not None:
+            raise StorageOptedOut(
+                f"{shorten_url(url)}: its owner has opted out ({ROBOTS_HEADER}: {directive})"
+            )
 
 
 def encode_url(url: str) -> str:

@@ -57,13 +57,13 @@ def read_ahead(
 
     def delivered(left: int) -> Iterator[bytes | StorageError | ImageError]:
         while len(waiting) > left:
-            yield _get_outcome(waiting.popleft())
+            yield get_outcome(waiting.popleft())
             budget.release_oldest()
 
     with create_thread_pool(in_flight, "fetch") as pool:
         try:
             for number, url in enumerate(urls):
-                waiting.append(_start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
+                waiting.append(start_read(url, pool, ReadAllowance(max_bytes, budget, number)))
                 yield from delivered(in_flight - 1)
             yield from delivered(0)
         finally:
@@ -83,7 +83,7 @@ def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
             allowance.reserve_later(full.total).result()
 
 
-def _start_read(
+def start_read(
     url: str | None, pool: ThreadPoolExecutor, allowance: ReadAllowance
 ) -> Future[bytes]:
     """Start a read: on the store's event loop where it has one, else in a thread."""
@@ -99,7 +99,8 @@ def _start_read(
     return pool.submit(_read_limited, url, allowance) if reading is None else reading
 
 
-def _get_outcome(reading: Future[bytes]) -> bytes | StorageError | ImageError:
+def get_outcome(reading: Future[bytes]) -> bytes | StorageError | ImageError:
+    """The bytes of a finished read, or its error; raises StorageCredentials."""
     try:
         return reading.result()
     except StorageCredentials:

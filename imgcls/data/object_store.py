@@ -115,6 +115,11 @@ def start_get_object(url: str, allowance: ReadAllowance = UNLIMITED) -> Future[b
 async def _get_object_async(
     url: str, store: Store, path: str, read: ReadObject, allowance: ReadAllowance
 ) -> bytes:
+    read_cached = store.start_cached_read(url, allowance)
+    if read_cached is not None:
+        cached = await retry_async(url, read_cached, GET, allowance=allowance)
+        if cached is not None:
+            return cached
     host = store.get_host_limiter(url)
     try:
         return await retry_async(url, lambda: read(path), GET, host=host, allowance=allowance)

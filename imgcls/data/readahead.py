@@ -113,6 +113,11 @@ class ReadAllowance:
         self._read = read
         self._admitted = 0
 
+    @property
+    def is_for_image(self) -> bool:
+        """Whether it is for an image: all other files have no limit."""
+        return self.max_bytes is not None
+
     def is_exceeded_by(self, size: int) -> bool:
         return self.max_bytes is not None and size > self.max_bytes
 

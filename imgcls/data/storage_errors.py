@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from imgcls.data.error_details import (
     get_error_code,
     get_headers,
     get_http_status,
+    iter_causes,
     iter_class_names,
     parse_http_date,
     shorten_url,
@@ -118,6 +120,21 @@ def _explain_missing(failure: _Failure) -> StorageError:
     return StorageMissing(f"{failure.place}: no such file")
 
 
+def _is_unknown_host(failure: _Failure) -> bool:
+    """Whether the name of a web server does not exist: lists from the web have many of these.
+
+    A name server that does not answer is EAI_AGAIN, which is retried.
+    """
+    causes = iter_causes(failure.error)
+    errors = [each.errno for each in causes if isinstance(each, socket.gaierror)]
+    is_web = failure.url.startswith(("http://", "https://"))
+    return is_web and any(each in (socket.EAI_NONAME, socket.EAI_NODATA) for each in errors)
+
+
+def _explain_unknown_host(failure: _Failure) -> StorageError:
+    return StorageMissing(f"{failure.place}: no such host")
+
+
 def _explain_clock_skew(failure: _Failure) -> StorageError:
     return StorageClockSkew(
         f"{failure.place}: the store refuses every request, because this machine's clock is "
@@ -185,6 +202,7 @@ def _explain_unavailable(failure: _Failure) -> StorageError:
 
 _RULES: tuple[tuple[Callable[[_Failure], bool], Callable[[_Failure], StorageError]], ...] = (
     (_is_missing, _explain_missing),
+    (_is_unknown_host, _explain_unknown_host),
     (lambda failure: failure.code in _CLOCK_CODES, _explain_clock_skew),
     (_is_bad_credentials, _explain_bad_credentials),
     (lambda failure: failure.code == "InvalidObjectState", _explain_archived),

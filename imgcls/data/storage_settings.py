@@ -11,18 +11,27 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Annotated, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, PositiveFloat, PositiveInt
 
 from imgcls import config
 from imgcls.config import Section
+from imgcls.data.robots import RobotsDirective
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _check_local_folder(folder: str) -> str:
+    """The absolute path, since the workers of a run have other working directories."""
+    if "://" in folder.removeprefix("file://"):
+        raise ValueError("must be a folder on a disk, not a URL")
+    return os.path.abspath(folder.removeprefix("file://"))
 
 
 class StorageConfig(Section):
@@ -46,6 +55,12 @@ class StorageConfig(Section):
     """Maximum concurrent requests to one HTTP host, over all workers of a run."""
     user_agent: str = "imgcls"
     """User-Agent header of HTTP requests; some hosts require a contact address in it."""
+    robots_opt_outs: Annotated[tuple[RobotsDirective, ...], BeforeValidator(config.names)] = ()
+    """X-Robots-Tag directives that exclude an image, such as noai,noimageai; its row gets the
+    status opted_out."""
+    http_cache: Annotated[str, AfterValidator(_check_local_folder)] | None = None
+    """Local folder that keeps images from web servers; an image in it is not requested again, also
+    if it has changed on its server. Nothing is removed from it."""
 
     def split_across(self, processes: int) -> StorageConfig:
         """The settings of each of `processes` processes that share the limit per host."""

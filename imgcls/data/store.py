@@ -43,6 +43,9 @@ class ListingPage:
 ReadObject = Callable[[str], Awaitable[bytes]]
 """Reads the object at a path of the file system; called once per attempt."""
 
+ReadCached = Callable[[], Awaitable[bytes | None]]
+"""Reads an object from a local cache; None where that does not have it."""
+
 ListPage = Callable[[Any], Awaitable[tuple[ListingPage, Any]]]
 """Requests the page of a listing that a token names, the first one for None. Returns it with the
 token of the next page, or None after the last one; called once per attempt."""
@@ -98,6 +101,13 @@ class Store:
         """
         data: bytes = await self.file_system._cat_file(path, start=start, end=end)
         return data
+
+    def start_cached_read(self, url: str, allowance: ReadAllowance) -> ReadCached | None:
+        """The function that reads an object without a request, before any; None without a cache.
+
+        It raises as that of `start_read` does.
+        """
+        return None
 
     def start_listing(self, url: str, path: str, *, deep: bool) -> ListPage | None:
         """The function that lists a folder page by page, on the file system's event loop.

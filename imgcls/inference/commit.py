@@ -18,7 +18,6 @@ from imgcls import log
 from imgcls.data import filesystem
 from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
 from imgcls.execution.plan import Plan
-from imgcls.formatting import format_count, format_share
 from imgcls.inference import rollup
 from imgcls.inference.config import ErrorStatus
 from imgcls.inference.incremental import read_failed_before
@@ -28,6 +27,7 @@ from imgcls.metrics.drift import compute_drift
 from imgcls.metrics.formatting import format_summary
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables
+from imgcls.runs.error_limits import check_status_counts
 
 DEFAULT_MAX_ERRORS = 10
 """Default of `max_errors` with `since`: a night may have so few images that one broken one exceeds
@@ -166,39 +166,16 @@ def check_error_rates(
     max_errors: int = 0,
     repeated: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise TooManyErrors when more rows failed than allowed, with one status or all others.
-
-    allowed:    maximum fraction of failed rows, without those of `by_status`
-    by_status:  maximum fraction by status
-    max_errors: number of failed rows, without those of `by_status`, that is allowed at any rate
-    repeated:   failed rows by status whose image had failed before; they are not counted
-    """
-    repeated = repeated or {}
-    old = sum(repeated.values())
-    rows = counts.rows - old
-    limits = [
-        (
-            f"rows are {status}",
-            counts.status.get(status, 0) - repeated.get(status, 0),
-            limit,
-            0,
-            f"--max-error-rates.{status}",
-        )
-        for status, limit in by_status.items()
-    ]
-    others = counts.error_rows - old - sum(failed for _, failed, _, _, _ in limits)
-    limits.append(("rows failed", others, allowed, max_errors, "--max-error-rate"))
-    for what, failed, limit, free, option in limits:
-        share = failed / max(1, rows)
-        if share > limit and failed > free:
-            also = f" or {format_count(free, 'row')}" if free else ""
-            before = f", not counting {old:,} that had failed before" if old else ""
-            raise TooManyErrors(
-                f"output {output}: {failed:,} of {rows:,} {what} ({format_share(share)}, allowed "
-                f"{format_share(limit)}{also}){before}; the run is not committed. See "
-                "metrics/errors.parquet, then rerun with --retry-errors, or with a higher "
-                f"{option}"
-            )
+    """Raise TooManyErrors when more rows failed than allowed, see `check_status_counts`."""
+    check_status_counts(
+        output,
+        counts.status,
+        allowed,
+        by_status,
+        max_errors=max_errors,
+        repeated=repeated,
+        outcome="the run is not committed. See metrics/errors.parquet",
+    )
 
 
 def count_repeated_failures(output: str, plan: Plan, path_column: str) -> Counter[str]:

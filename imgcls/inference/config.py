@@ -21,8 +21,8 @@ from imgcls.models.bundle import EngineName, Precision
 from imgcls.runs.lease import DEFAULT_TERM_S
 
 ErrorStatus = Literal[
-    "missing", "forbidden", "throttled", "unavailable", "empty", "truncated", "not_an_image",
-    "unsupported", "too_large", "unreadable", "not_finite", "crashed",
+    "missing", "forbidden", "opted_out", "throttled", "unavailable", "empty", "truncated",
+    "not_an_image", "unsupported", "too_large", "unreadable", "not_finite", "crashed",
 ]  # fmt: skip
 """Statuses of rows without a prediction."""
 

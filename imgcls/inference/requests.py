@@ -85,6 +85,7 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
         "decode": bundle.spec.preprocess.decode,
         "chunk_rows": config.chunk_rows,
         "part_rows": config.part_rows,
+        "robots_opt_outs": sorted(config.storage.robots_opt_outs) or None,  # null: as of before
     }
 
 

@@ -4,98 +4,37 @@ from __future__ import annotations
 
 import email.utils
 import gzip
-import threading
+import os
+import socket
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from imgcls import config
 from imgcls.data import filesystem, image_files, storage_settings
 from imgcls.data.http import encode_url
 from imgcls.data.storage_settings import StorageConfig
-from imgcls.errors import StorageMissing, StorageThrottled, StorageTooLarge, StorageUnavailable
+from imgcls.errors import (
+    ConfigError,
+    StorageMissing,
+    StorageOptedOut,
+    StorageThrottled,
+    StorageTooLarge,
+    StorageUnavailable,
+)
+from tests.web_server import Reply, Server, serving
 
 MB = 1_000_000
 
 
-@dataclass
-class Reply:
-    """One answer; `body` makes pieces that are sent as chunks, or is sent whole."""
-
-    status: int = 200
-    body: bytes | Callable[[], Iterator[bytes]] = b""
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each path as a test has set it up, and records the requests."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.replies: dict[str, list[Reply]] = {}
-        self.lines: list[str] = []
-        self.times: list[float] = []
-        self.heads: list[dict[str, str]] = []
-        self.sent: Counter[str] = Counter()
-        self.under_way = self.most_under_way = 0
-        self.pause = 0.0
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        server = self.server
-        with server.lock:
-            server.lines.append(self.raw_requestline.split(b" ")[1].decode("latin-1"))
-            server.times.append(time.monotonic())
-            server.heads.append({name.lower(): value for name, value in self.headers.items()})
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-            replies = server.replies.get(self.path, [Reply(body=b"default")])
-            reply = replies.pop(0) if len(replies) > 1 else replies[0]
-        time.sleep(server.pause)
-        with server.lock:
-            server.under_way -= 1
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        try:
-            if isinstance(reply.body, bytes):
-                self.send_header("Content-Length", str(len(reply.body)))
-                self.end_headers()
-                self.wfile.write(reply.body)
-                return
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for piece in reply.body():
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                server.sent[self.path] += len(piece)
-            self.wfile.write(b"0\r\n\r\n")
-        except OSError:
-            self.close_connection = True  # the client has had enough
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-        thread.start()
+    with serving() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
@@ -165,14 +104,14 @@ def test_many_large_files_at_once_hold_no_more_than_the_budget(
         server.replies[f"/{i}"] = [Reply(body=body if i % 2 else lambda body=body: iter([body]))]  # type: ignore[misc]
     held = most = 0
 
-    class Watched(filesystem.ByteBudget):
+    class Watched(image_files.ByteBudget):
         def _try_take(self, read: int, total: int) -> bool:
             nonlocal most
             taken = super()._try_take(read, total)
             most = max(most, sum(self._held.values()))
             return taken
 
-    monkeypatch.setattr(filesystem, "ByteBudget", Watched)
+    monkeypatch.setattr(image_files, "ByteBudget", Watched)
     urls = [f"{server.url}/{i}" for i in range(12)]
     for i, data in enumerate(image_files.read_ahead(urls, in_flight=8, max_bytes=2 * MB)):
         assert data == bytes([i]) * MB
@@ -280,6 +219,38 @@ def test_gone_is_missing(server: Server) -> None:
     assert len(server.lines) == 1
 
 
+@pytest.mark.parametrize("code", [socket.EAI_NONAME, socket.EAI_NODATA])
+def test_a_host_that_does_not_exist_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    asked: list[str] = []
+
+    def resolve(host: str, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(code, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(StorageMissing, match=r"http://gone\.example/a\.jpg: no such host"):
+        image_files.read_image("http://gone.example/a.jpg")
+    assert asked == ["gone.example"]
+
+
+def test_a_name_server_that_does_not_answer_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    answers = iter([socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")])
+    genuine = socket.getaddrinfo
+
+    def resolve(host: str, *more: Any, **named: Any) -> Any:
+        for error in answers:
+            raise error
+        return genuine("127.0.0.1", *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    url = server.url.replace("127.0.0.1", "again.example")
+    assert image_files.read_image(f"{url}/a.jpg") == b"default"
+
+
 def test_a_server_that_never_ends_its_answer_is_given_up(
     server: Server, settings: Callable[..., None]
 ) -> None:
@@ -292,3 +263,105 @@ def test_a_server_that_never_ends_its_answer_is_given_up(
     server.replies["/x"] = [Reply(body=slow)]
     with pytest.raises(StorageUnavailable, match="did not answer"):
         image_files.read_image(f"{server.url}/x")
+
+
+# ------------------------------------------------------------------ opt-outs
+
+
+def test_an_image_whose_owner_opted_out_is_refused_on_request(
+    server: Server, settings: Callable[..., None]
+) -> None:
+    server.replies["/x"] = [Reply(body=b"image", headers={"X-Robots-Tag": "otherbot: a, noai"})]
+    server.replies["/y"] = [Reply(body=b"image", headers={"X-Robots-Tag": "nofollow, noai"})]
+    assert image_files.read_image(f"{server.url}/y") == b"image"  # not requested
+    settings(robots_opt_outs=("noai",))
+    assert image_files.read_image(f"{server.url}/x") == b"image"
+    with pytest.raises(StorageOptedOut, match=r"/y: .*\(X-Robots-Tag: noai\)") as caught:
+        image_files.read_image(f"{server.url}/y")
+    assert caught.value.status == "opted_out"
+    assert len(server.lines) == 3  # it was not tried again
+    assert filesystem.read(f"{server.url}/y") == b"image"  # no image: a manifest or a bundle
+
+
+def test_wrong_directives_and_cache_folders_are_refused() -> None:
+    with pytest.raises(ConfigError, match="noimageai"):
+        config.build(StorageConfig, {"robots_opt_outs": "noai,nothing"})
+    with pytest.raises(ConfigError, match="http_cache: must be a folder on a disk, not a URL"):
+        config.build(StorageConfig, {"http_cache": "s3://bucket/cache"})
+    built = config.build(StorageConfig, {"robots_opt_outs": "noai,noindex", "http_cache": "c"})
+    assert built.robots_opt_outs == ("noai", "noindex")
+    assert built.http_cache == os.path.abspath("c")
+
+
+# ------------------------------------------------------------------ cache
+
+
+def test_an_image_is_requested_once_with_a_cache(
+    server: Server, settings: Callable[..., None], tmp_path: Path
+) -> None:
+    settings(http_cache=str(tmp_path))
+    body = b"\xff\xd8\xff image"
+    server.replies["/x"] = [Reply(body=body, headers={"X-Robots-Tag": "noai"})]
+    for _ in range(2):
+        assert image_files.read_image(f"{server.url}/x") == body
+    assert server.lines == ["/x"]
+    with pytest.raises(StorageTooLarge):
+        image_files.read_image(f"{server.url}/x", 5)
+    settings(http_cache=str(tmp_path), robots_opt_outs=("noai",))
+    with pytest.raises(StorageOptedOut):  # also for an entry of an earlier pass
+        image_files.read_image(f"{server.url}/x")
+    assert server.lines == ["/x"]
+    (entry,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    entry.write_bytes(entry.read_bytes()[:-1])
+    settings(http_cache=str(tmp_path))
+    assert image_files.read_image(f"{server.url}/x") == body  # damaged, so fetched again
+    assert server.lines == ["/x", "/x"]
+
+
+def test_pages_and_errors_are_not_cached(
+    server: Server, settings: Callable[..., None], tmp_path: Path
+) -> None:
+    settings(http_cache=str(tmp_path), robots_opt_outs=("noai",))
+    page = Reply(body=b"<html>try again later</html>")
+    image = Reply(body=b"GIF89a image")
+    server.replies["/x"] = [page, Reply(404), image]
+    url = f"{server.url}/x"
+    assert image_files.read_image(url) == page.body
+    with pytest.raises(StorageMissing):
+        image_files.read_image(url)
+    assert image_files.read_image(url) == image.body
+    server.replies["/y"] = [Reply(body=b"GIF89a image", headers={"X-Robots-Tag": "noai"})]
+    with pytest.raises(StorageOptedOut):
+        image_files.read_image(f"{server.url}/y")
+    filesystem.read(f"{server.url}/z")
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_cached_image_waits_for_no_slot_of_its_host(
+    server: Server, settings: Callable[..., None], tmp_path: Path
+) -> None:
+    settings(http_cache=str(tmp_path), retry_timeout_s=20)
+    server.replies["/x"] = [Reply(body=b"GIF89a image")]
+    image_files.read_image(f"{server.url}/x")
+    server.replies["/y"] = [Reply(503, headers={"Retry-After": "3600"})]
+    with pytest.raises(StorageThrottled):
+        image_files.read_image(f"{server.url}/y")
+    assert image_files.read_image(f"{server.url}/x") == b"GIF89a image"
+
+
+def test_many_cached_images_hold_no_more_than_the_budget(
+    server: Server,
+    settings: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings(http_cache=str(tmp_path))
+    monkeypatch.setattr(image_files, "READ_AHEAD_BYTES", 3 * MB)
+    bodies = [b"GIF89a" + bytes([i]) * MB for i in range(12)]
+    for i, body in enumerate(bodies):
+        server.replies[f"/{i}"] = [Reply(body=body)]
+    urls = [f"{server.url}/{i}" for i in range(12)]
+    assert list(image_files.read_ahead(urls, in_flight=8, max_bytes=2 * MB)) == bodies
+    requests = len(server.lines)  # some are begun again when there is room for their bytes
+    assert list(image_files.read_ahead(urls, in_flight=8, max_bytes=2 * MB)) == bodies
+    assert len(server.lines) == requests
