@@ -93,6 +93,7 @@ def label(
     reference: str | None | PathLike[str] = ...,
     max_psi: float | None = ...,
     summary_json: str | None | PathLike[str] = ...,
+    publish: str | None | PathLike[str] = ...,
     since: SinceConfig | None | Mapping[str, object] | str | PathLike[str] = ...,
     relabel: bool = ...,
     retry_failed: bool = ...,

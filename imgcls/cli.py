@@ -47,6 +47,12 @@ COMMANDS = {
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
         "demo/labels --scores --embeddings",
     ),
+    "publish": Command(
+        "add a committed run to a Delta or Iceberg table, or to a data set on Hugging Face",
+        "imgcls.publishing.config.PublishConfig",
+        "imgcls.publishing.publish.publish",
+        "imgcls publish demo/labels --to delta:demo/table",
+    ),
     "status": Command(
         "show the progress of a run, from its output folder",
         "imgcls.inference.status.StatusConfig",

@@ -182,12 +182,10 @@ def scan_manifest(
 def _build_identity(
     manifest: Manifest, config: ScanConfig, bundle: Bundle | None, engine: EngineName
 ) -> RunIdentity:
+    described = manifest.describe_identity()
+    del described["label_column"]  # a scan reads no labels
     return RunIdentity(
-        manifest={
-            "fingerprint": manifest.fingerprint(),
-            "path_column": manifest.path_column,
-            "root": manifest.root,
-        },
+        manifest=described,
         bundle={"sha256": None if bundle is None else bundle.sha256},
         settings={
             "max_pixels": config.max_pixels,

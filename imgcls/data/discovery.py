@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from imgcls import log
-from imgcls.data import filesystem
+from imgcls.data import filesystem, fingerprint
 from imgcls.data.file_lists import expand_braces
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
 from imgcls.data.manifest_formats import (
+    FILE_FORMATS,
     MANIFEST_FORMATS,
     TABLE_FORMATS,
     ArchiveFormat,
@@ -27,9 +28,11 @@ from imgcls.data.manifest_formats import (
     suggest_formats,
 )
 from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames
+from imgcls.data.table_version import TableVersion
 from imgcls.errors import ManifestError
 from imgcls.formatting import format_count
 
+_DELTA_LOG = "_delta_log"
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _DATE_NAME = re.compile(r"(19|20)\d\d[-_.](W?\d\d)([-_.]\d\d)?([-_.T ].*)?")  # 2026-01-31, 2026_01
 _DATE_DIGITS = re.compile(r"(19|20)\d\d((0[1-9]|1[0-2])([0-3]\d)?)?")  # 2026, 202601, 20260131
@@ -44,12 +47,28 @@ class ManifestFiles:
                 images
     folder:     the folder that was passed, where relative paths of partitioned tables start
     partitions: for each table, the values in its folder names such as year=2026, null allowed
+    version:    for a table with versions, the one that is read
     """
 
     format: str
     files: tuple[str, ...] = ()
     folder: str | None = None
     partitions: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    version: TableVersion | None = None
+
+    @property
+    def version_name(self) -> str | None:
+        """The version or snapshot that is read; None for files."""
+        return None if self.version is None else self.version.version
+
+    def compute_fingerprint(self, image_columns: Collection[str]) -> str:
+        """BLAKE2b of the bytes of the tables, or of a table's id and version.
+
+        image_columns: columns of Parquet files whose bytes are not read
+        """
+        if self.version is not None:
+            return self.version.fingerprint
+        return fingerprint.hash_files(self.files, image_columns)
 
 
 def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) -> ManifestFiles:
@@ -58,6 +77,13 @@ def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) ->
     format: "auto", or a key of MANIFEST_FORMATS
     Raises ManifestError where nothing is found, or where the format is ambiguous.
     """
+    name = _detect_prefix(url)
+    if name is not None:
+        return _pin_table(name, url)
+    if format == "iceberg":
+        raise ManifestError(f"manifest {url}: pass iceberg:CATALOG.NAMESPACE.TABLE")
+    if format == "delta":
+        return _pin_table("delta", f"delta:{url}")
     if filesystem.is_folder(url):
         return _find_in_folder(url, format, keys)
     if format == "tree":
@@ -85,6 +111,31 @@ def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) ->
         f"manifest {url}: no such file or folder{where}; pass a CSV or Parquet file, a glob, or a "
         "folder of images"
     )
+
+
+def resolve_source(url: str) -> str:
+    """The path of a manifest for other processes: absolute, and a table at its current version."""
+    name = _detect_prefix(url)
+    if name is not None:
+        return _pin_table(name, url).files[0]
+    url = filesystem.absolute(url)
+    if filesystem.is_folder(filesystem.join(url, _DELTA_LOG)):
+        return _pin_table("delta", f"delta:{url}").files[0]
+    return url
+
+
+def _detect_prefix(url: str) -> str | None:
+    """The format whose prefix a manifest has, as in `delta:PATH`."""
+    prefix = url.partition(":")[0]
+    format = TABLE_FORMATS.get(prefix)
+    return prefix if format is not None and format.pin and url != prefix else None
+
+
+def _pin_table(format: str, name: str) -> ManifestFiles:
+    pin = TABLE_FORMATS[format].pin
+    assert pin is not None
+    version = pin(name)
+    return ManifestFiles(format, (version.name,), version.folder, version=version)
 
 
 def walk_images(url: str, skipped: Counter[str]) -> Iterator[str]:
@@ -148,11 +199,13 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
             "it"
         )
     folders = _list_folders(url)
-    if "_delta_log" in folders:
-        raise ManifestError(
-            f"manifest {url}: is a Delta Lake table, whose files may contain deleted rows; export "
-            "its rows to Parquet and pass the exported files"
-        )
+    if _DELTA_LOG in folders:
+        if format != "auto":
+            raise ManifestError(
+                f"manifest {url}: is a Delta Lake table, whose files may contain deleted rows; "
+                f"leave out {keys.option('format')} {format}, or set it to delta"
+            )
+        return _pin_table("delta", f"delta:{url}")
     if isinstance(MANIFEST_FORMATS.get(format), ArchiveFormat):
         return _find_archives(url, format, names, keys)
     tables = group_tables(names)
@@ -237,7 +290,7 @@ def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames)
             if format in tables
         )
         raise ManifestError(
-            f"manifest {url}: contains {found}; pass {suggest_formats(keys, tuple(TABLE_FORMATS))} "
+            f"manifest {url}: contains {found}; pass {suggest_formats(keys, tuple(FILE_FORMATS))} "
             "to read only those, or pass a glob"
         )
     if not tables:
@@ -371,6 +424,6 @@ def _detect_format(url: str, format: str, files: list[str], keys: KeyNames) -> s
     suffixes = ", ".join(sorted({get_suffix(file) for file in files}))
     raise ManifestError(
         f"manifest {url}: cannot detect the format from {suffixes!r}; pass "
-        + suggest_formats(keys, (*TABLE_FORMATS, "images", "webdataset", "zip"))
+        + suggest_formats(keys, (*FILE_FORMATS, "images", "webdataset", "zip"))
         + ("" if len(files) == 1 else ", or narrow the pattern to files of one kind")
     )

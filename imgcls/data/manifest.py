@@ -54,7 +54,8 @@ class ManifestConfig(Section):
     shorthand: ClassVar[str | None] = "path"
 
     path: str
-    """CSV, Parquet, WebDataset or zip (file, folder, glob or {000..099}), or a folder of images."""
+    """CSV, Parquet, WebDataset or zip (file, folder, glob or {000..099}), a folder of images,
+    delta:PATH[@VERSION] or iceberg:CATALOG.NAMESPACE.TABLE[@SNAPSHOT]."""
     format: ManifestFormat = "auto"
     """tree: a folder per class. images: unlabeled files. webdataset: tar. auto: by the name."""
     path_column: str = "path"
@@ -81,6 +82,7 @@ class Manifest:
     path_column:  name of the column of image paths
     label_column: name of the column of class names, None when unlabeled
     files:        the tables of the manifest; empty for a folder or glob of images
+    version:      of a table with versions, such as a snapshot; else None
     """
 
     source: str
@@ -92,6 +94,7 @@ class Manifest:
     files: tuple[str, ...]
     _read_batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
     _compute_fingerprint: Callable[[], str] = field(repr=False)
+    version: str | None = None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Stream the rows, in order; raises ManifestError where a row cannot be read."""
@@ -103,6 +106,12 @@ class Manifest:
         Of a file with columns of images, its size, footer and other columns.
         """
         return self._compute_fingerprint()
+
+    def describe_identity(self) -> dict[str, Any]:
+        """The entries of a run's identity: fingerprint, columns, root, and a table's version."""
+        names = ("path_column", "label_column", "root", "version")
+        known = {name: getattr(self, name) for name in names[: 3 if self.version is None else 4]}
+        return {"fingerprint": self.fingerprint(), **known}
 
     def resolve(self, path: str | None) -> str | None:
         """Resolve the path of a row: unchanged when absolute or a URL, else below `root`."""
@@ -237,7 +246,8 @@ class _TableFiles:
             root=filesystem.absolute(config.root or _find_root(self._found)),
             files=tuple(files),
             _read_batches=lambda: self._iter_batches(schema, config.path_column, has_own_folders),
-            _compute_fingerprint=lambda: fingerprint.hash_files(files, images.contained),
+            _compute_fingerprint=lambda: self._found.compute_fingerprint(images.contained),
+            version=self._found.version_name,
         )
 
     def _find_image_columns(self, schema: pa.Schema, *, any_key: bool) -> ImageColumns:
@@ -304,6 +314,8 @@ def get_table_folder(file: str) -> str:
 
 
 def _find_root(found: ManifestFiles) -> str:
+    if found.version is not None:
+        return found.version.folder
     if found.partitions and found.folder is not None:
         return found.folder
     return get_table_folder(found.files[0])

@@ -2,6 +2,7 @@
 
 A new table format is two functions, `read_schema` and `read_batches`, and a line in
 `MANIFEST_FORMATS`; its name is also added to `ManifestFormat`, the values of the configuration key.
+A format of tables with versions has a third one, `pin`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from typing import Literal
 
 import pyarrow as pa
 
-from imgcls.data import archive_listing, csv_reader, parquet_reader
+from imgcls.data import (
+    archive_listing,
+    csv_reader,
+    delta_reader,
+    iceberg_reader,
+    parquet_reader,
+)
 from imgcls.data.archive import Archive
 from imgcls.data.archive_listing import ArchiveOptions, ArchiveRows
 from imgcls.data.manifest_options import KeyNames, ReadOptions
+from imgcls.data.table_version import TableVersion
 from imgcls.data.tar_archive import TarArchive
 from imgcls.data.zip_archive import ZipArchive
 
-ManifestFormat = Literal["auto", "csv", "parquet", "tree", "images", "webdataset", "zip"]
+ManifestFormat = Literal[
+    "auto", "csv", "parquet", "delta", "iceberg", "tree", "images", "webdataset", "zip"
+]
 
 _COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
@@ -38,6 +48,8 @@ class TableFormat:
     fallback_suffixes:  suffixes that are read from a folder only where no other file of the format
                         is in it
     can_be_compressed:  whether files such as table.csv.gz are read
+    pin:                for tables with versions, which a prefix such as "delta:" selects: chooses
+                        the version to read. The files are those names, as in `TableVersion`
     """
 
     title: str
@@ -47,6 +59,7 @@ class TableFormat:
     explicit_suffixes: tuple[str, ...] = ()
     fallback_suffixes: tuple[str, ...] = ()
     can_be_compressed: bool = False
+    pin: Callable[[str], TableVersion] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,20 @@ MANIFEST_FORMATS: dict[str, TableFormat | ListingFormat | ArchiveFormat] = {
         parquet_reader.read_parquet_batches,
         fallback_suffixes=(".pq",),
     ),
+    "delta": TableFormat(
+        "Delta",
+        (),
+        delta_reader.read_delta_schema,
+        delta_reader.read_delta_batches,
+        pin=delta_reader.pin_delta_table,
+    ),
+    "iceberg": TableFormat(
+        "Iceberg",
+        (),
+        iceberg_reader.read_iceberg_schema,
+        iceberg_reader.read_iceberg_batches,
+        pin=iceberg_reader.pin_iceberg_table,
+    ),
     "tree": ListingFormat(get_top_folder),
     "images": ListingFormat(None),
     "webdataset": ArchiveFormat(
@@ -106,6 +133,9 @@ MANIFEST_FORMATS: dict[str, TableFormat | ListingFormat | ArchiveFormat] = {
     "zip": ArchiveFormat("zip", (".zip",), ZipArchive, archive_listing.list_zip),
 }
 TABLE_FORMATS = {name: f for name, f in MANIFEST_FORMATS.items() if isinstance(f, TableFormat)}
+_LISTINGS = tuple(name for name in MANIFEST_FORMATS if name not in TABLE_FORMATS)
+FILE_FORMATS = {name: f for name, f in TABLE_FORMATS.items() if f.suffixes}
+"""The table formats whose files have a suffix."""
 
 
 def detect_table_format(path: str) -> str | None:
@@ -138,7 +168,7 @@ def detect_archive_format(path: str) -> str | None:
     return None
 
 
-def suggest_formats(keys: KeyNames, names: tuple[str, ...] = tuple(MANIFEST_FORMATS)) -> str:
+def suggest_formats(keys: KeyNames, names: tuple[str, ...] = (*FILE_FORMATS, *_LISTINGS)) -> str:
     """The option and its values for an error message: "--manifest.format csv or parquet"."""
     *first, last = names
     values = f"{', '.join(first)} or {last}" if first else last

@@ -115,9 +115,13 @@ class RunIdentity:
         differences = self.find_differences(stored)
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
+            version = stored.get("manifest", {}).get("version")
+            pin = ""
+            if version is not None and version != self.manifest.get("version"):
+                pin = f". To resume it, append @{version} to the table that is the manifest"
             raise OutputError(
                 f"output {output}: holds another run:\n{lines}\n"
-                "Pass another --output, or start over with --overwrite"
+                f"Pass another --output, or start over with --overwrite{pin}"
             )
 
 

@@ -72,6 +72,9 @@ class PredictConfig(Section):
     """Maximum drift in a committed run, as population stability index."""
     summary_json: str | None = None
     """JSON file to write at the end, whatever the exit code: how the run ended, rows, statuses."""
+    publish: str | None = None
+    """Table to add the run to once it is committed: delta:URL_OR_PATH,
+    iceberg:CATALOG.NAMESPACE.TABLE or hf:datasets/OWNER/NAME."""
     since: SinceConfig | None = None
     """Label only images that are new, changed or failed since these runs: one run, or a folder of
     runs."""

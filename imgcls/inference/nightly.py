@@ -256,6 +256,7 @@ def load_planned_manifest(
         path_column=identity["path_column"],
         label_column=identity["label_column"],
         root=identity["root"],
+        version=identity.get("version"),
         _read_batches=batches,
         _compute_fingerprint=lambda: str(identity["fingerprint"]),
     )

@@ -40,6 +40,7 @@ from imgcls.inference.config import PredictConfig as PredictConfig
 from imgcls.inference.known_images import TRANSIENT_STATUSES
 from imgcls.inference.nightly import NightlyRequest, PredictJob, label_new, load_planned_manifest
 from imgcls.inference.nights import OutputSeries, compute_next_sequence, format_date
+from imgcls.inference.publish_runs import publish_runs
 from imgcls.inference.ray_metrics import RayMetrics
 from imgcls.inference.requests import (
     check_request,
@@ -52,7 +53,7 @@ from imgcls.inference.requests import (
 )
 from imgcls.inference.result import PredictResult as PredictResult
 from imgcls.inference.rollup import PartRollup
-from imgcls.inference.specs import PredictSpec
+from imgcls.inference.specs import PredictSpec, find_embedding_width
 from imgcls.inference.workers import LABELING
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
@@ -113,8 +114,11 @@ def predict(config: PredictConfig | None = None, /, **settings: Any) -> PredictR
         config, manifest, bundle = check_request(config, output)
         label = functools.partial(_label_job, config, bundle, interruption, outputs)
         if config.since is None:
-            return label(_build_job(output, manifest))
-        return _label_new(config, manifest, bundle, label, outputs)
+            result = label(_build_job(output, manifest))
+        else:
+            result = _label_new(config, manifest, bundle, label, outputs)
+        publish_runs(config, outputs)
+        return result
 
 
 def resolve_output(output: str, date: datetime.date | None) -> str:
@@ -261,14 +265,8 @@ class _PredictRun:
         identity.check_same_run(self.output, stored["identity"])
 
     def _build_identity(self) -> RunIdentity:
-        manifest = self.manifest
         return RunIdentity(
-            manifest={
-                "fingerprint": manifest.fingerprint(),
-                "path_column": manifest.path_column,
-                "label_column": manifest.label_column,
-                "root": manifest.root,
-            },
+            manifest=self.manifest.describe_identity(),
             bundle={"sha256": self.bundle.sha256},
             settings=resolve_settings(self.config, self.bundle),
         )
@@ -412,7 +410,7 @@ class _PredictRun:
             labeled=spec.label_column is not None,
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,
-            embedding=_find_embedding_width(self.bundle) if spec.embeddings else None,
+            embedding=find_embedding_width(self.bundle) if spec.embeddings else None,
         )
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 
@@ -483,13 +481,6 @@ class _PredictRun:
         _remove_staging(output)
         log.emit("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)
         return PredictResult(output, counts.rows, counts)
-
-
-def _find_embedding_width(bundle: Bundle) -> int:
-    from imgcls.models import zoo  # and torch, which no other step of the driver needs
-
-    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
-    return zoo.get_embedding_width(network)
 
 
 def _remove_staging(output: str) -> None:

@@ -35,8 +35,13 @@ from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, MAX_CHUNK_ROWS
 from imgcls.inference.config import PredictConfig
 from imgcls.models.bundle import Bundle, load_bundle, require_int8, resolve_int8_engine
 from imgcls.models.openvino_package import check_engine
+from imgcls.publishing.publish import check_target
 from imgcls.runs import layout
-from imgcls.runs.schema import PREDICTION_COLUMNS, PROVENANCE_COLUMNS
+from imgcls.runs.schema import (
+    PREDICTION_COLUMNS,
+    PROVENANCE_COLUMNS,
+    build_prediction_schema,
+)
 
 MAX_CHUNK_SCORES = 4_096_000
 """Maximum number of scores of an automatic chunk of more than 256 rows: 16 MB in a worker."""
@@ -61,6 +66,7 @@ def check_request(config: PredictConfig, output: str) -> tuple[PredictConfig, Ma
         log.emit("int8", require_int8(bundle).describe_cost())
     check_engine(config.engine, compile=config.compile == "always")
     check_columns(manifest)
+    check_publish_target(config, manifest)
     check_timeouts(config, output, manifest)
     check_first_image(manifest, config.max_bytes)
     return config, manifest, bundle
@@ -131,6 +137,19 @@ def check_columns(manifest: Manifest) -> None:
                 "Spark and others ignore. Rename one"
             )
         seen[key] = name
+
+
+def check_publish_target(config: PredictConfig, manifest: Manifest) -> None:
+    """Raise RequestError where the table of this run could not be published."""
+    if config.publish is None:
+        return
+    added = build_prediction_schema(
+        labeled=manifest.label_column is not None,
+        scores=1 if config.scores else None,  # tables have lists of any length
+        embedding=1 if config.embeddings else None,
+    )
+    schema = pa.schema([*manifest.schema, *added])
+    check_target(config.publish, schema, f"manifest {manifest.source}")
 
 
 def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> None:

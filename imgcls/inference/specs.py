@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.messages import RunSpec
-from imgcls.models.bundle import EngineName
+from imgcls.models.bundle import Bundle, EngineName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +45,11 @@ class PredictSpec(ImageSpec):
     engine: EngineName = "torch"
     is_engine_automatic: bool = False
     compile: bool
+
+
+def find_embedding_width(bundle: Bundle) -> int:
+    """Number of values of an embedding of a bundle's network."""
+    from imgcls.models import zoo  # and torch, which no other step of the driver needs
+
+    network = zoo.build_network(bundle.spec.architecture, len(bundle.spec.classes))
+    return zoo.get_embedding_width(network)

@@ -27,6 +27,7 @@ from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interrup
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.cluster.session import Node
 from imgcls.data import filesystem, storage_settings
+from imgcls.data.discovery import resolve_source
 from imgcls.data.manifest import ManifestConfig
 from imgcls.data.storage_settings import with_config_storage
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
@@ -113,9 +114,7 @@ def _resolve_paths(config: TuneConfig) -> TuneConfig:
         if manifest is None:
             return None
         root = None if manifest.root is None else filesystem.absolute(manifest.root)
-        return manifest.model_copy(
-            update={"path": filesystem.absolute(manifest.path), "root": root}
-        )
+        return manifest.model_copy(update={"path": resolve_source(manifest.path), "root": root})
 
     data = config.data.model_copy(
         update={"train": absolute(config.data.train), "val": absolute(config.data.val)}

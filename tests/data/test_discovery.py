@@ -178,9 +178,10 @@ def test_tables_in_folders_below_are_named(
     assert paths_of(f"{tmp_path}/**/*.parquet") == ["/below/a.parquet", "/top.parquet"]
 
 
-def test_a_delta_table_is_refused(put: Put, tmp_path: Path) -> None:
+def test_a_delta_table_is_not_read_as_its_files(put: Put, tmp_path: Path) -> None:
     put("a.parquet", "_delta_log/00000.json")
-    assert "is a Delta Lake table, whose files may contain deleted rows" in refused(tmp_path)
+    expected = "is a Delta Lake table, whose files may contain deleted rows; leave out"
+    assert expected in refused(tmp_path, format="parquet")
 
 
 def test_a_glob_of_several_formats_is_refused_with_the_fix(put: Put, tmp_path: Path) -> None:

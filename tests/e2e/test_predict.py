@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imgcls.data import decode
+from imgcls.data.delta_table import open_delta_table
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest
@@ -181,6 +183,13 @@ def test_the_gpu_layouts_write_the_same_table(
 @pytest.mark.parametrize(
     "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
 )
+def count_published(delta: Path) -> Counter[str]:
+    """Rows of a Delta table by status; no row is in it twice."""
+    found = open_delta_table(str(delta)).to_pyarrow_table()
+    assert len(set(found["row"].to_pylist())) == found.num_rows
+    return Counter(found["status"].to_pylist())
+
+
 def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colors: Callable[..., Path],
@@ -192,11 +201,14 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     data = lost.read_bytes()
     lost.unlink()
     (place / "images" / "00077.jpg").write_bytes(b"")
+    delta = place / "table"
     arguments = ("--manifest", manifest, "--model", placed_bundle, "--output", output)
+    arguments = (*arguments, "--publish", f"delta:{delta}")
     refused = predict(*arguments)
     assert refused.returncode == 3
     assert "2 of 100 rows failed" in refused.stderr
     assert not committed(output)
+    assert not (delta / "_delta_log").exists()
     before = table(output)
     errors = parquet(output / "metrics" / "errors.parquet").to_pylist()
     assert [(e["row"], e["status"]) for e in errors] == [(42, "missing"), (77, "empty")]
@@ -211,6 +223,7 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     kept = [row for row in range(100) if row not in (42, 77)]
     assert after.take(kept).equals(before.take(kept).cast(after.schema))
     assert success(output)["status"] == {"empty": 1, "ok": 99}
+    assert count_published(delta) == {"empty": 1, "ok": 99}
 
     save(draw("red", seed=77), place / "images" / "00077.jpg")
     repaired = predict(*arguments, "--retry-errors")
@@ -218,6 +231,8 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     whole = assert_exactly_once(output, 100)
     assert set(whole["status"].to_pylist()) == {"ok"}
     assert whole.take(kept).equals(after.take(kept).cast(whole.schema))
+    assert "100 rows, which replace those of an earlier commit" in repaired.stdout
+    assert count_published(delta) == {"ok": 100}
 
 
 @pytest.mark.parametrize(

@@ -399,3 +399,12 @@ def test_a_manifest_of_millions_is_planned_in_bounded_memory(rows: int, tmp_path
     little = peak_bytes(tmp_path / "little", 10_000)
     much = peak_bytes(tmp_path / "much", rows)
     assert much - little < 300_000_000
+
+
+def test_a_run_of_another_version_of_a_table_is_refused_with_the_version_to_resume() -> None:
+    stored = replace(BASE, manifest={**BASE.manifest, "version": "12"})
+    now = replace(BASE, manifest={**BASE.manifest, "version": "13"})
+    with pytest.raises(OutputError, match=r"version: '12' then, '13' now") as caught:
+        now.check_same_run("out", asdict(stored))
+    assert "To resume it, append @12 to the table that is the manifest" in str(caught.value)
+    stored.check_same_run("out", asdict(stored))

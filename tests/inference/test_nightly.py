@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table
+from imgcls.inference.nightly import load_planned_manifest
 from imgcls.inference.nights import OutputSeries, find_past_runs
 from imgcls.inference.status import read_status
+from imgcls.runs import layout
+from tests.evaluation.runs import commit, drawn
 from tests.inference.night_simulation import Images, Killed, Nightly
 
 
@@ -329,3 +333,17 @@ def test_a_retry_of_a_start_over_that_was_interrupted_is_planned_again(
     shutil.rmtree(date_folder(nightly, 1) / "_staging" / "manifest")
     assert nightly.predict(day(1), retry_errors=True) == str(date_folder(nightly, 1))
     assert nightly.compact() == nightly.from_scratch()
+
+
+def test_an_unfinished_run_keeps_the_version_of_the_table_that_it_was_planned_from(
+    tmp_path: Path,
+) -> None:
+    run = commit(tmp_path / "run", drawn(3))
+    manifest = open_manifest(ManifestConfig(path=str(run / "predictions" / "part-00000.parquet")))
+    record = layout.load_run(str(run))
+    assert record is not None
+    today = dataclasses.replace(manifest, version="13")
+    assert load_planned_manifest(str(run), record, today).version is None
+    record["identity"]["manifest"]["version"] = "12"
+    planned = load_planned_manifest(str(run), record, today)
+    assert planned.describe_identity() == record["identity"]["manifest"]

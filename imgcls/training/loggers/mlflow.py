@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from imgcls.cluster.session import set_env_defaults
 from imgcls.data import filesystem
+from imgcls.data.optional_packages import import_package
 from imgcls.errors import RequestError, one_line
-from imgcls.training.loggers.packages import import_package
 
 if TYPE_CHECKING:
     from imgcls.training.config import TrackConfig

@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from imgcls.data import filesystem
+from imgcls.data.optional_packages import import_package
 from imgcls.errors import RequestError, one_line
-from imgcls.training.loggers.packages import import_package
 from imgcls.training.loggers.tensorboard import build_tag
 
 if TYPE_CHECKING:

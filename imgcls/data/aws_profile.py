@@ -1,0 +1,28 @@
+"""Credentials of an AWS profile, for libraries that read a profile from the environment only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AwsProfile:
+    """The credentials of a profile as they are now, and its region; None where it has none."""
+
+    access_key: str | None
+    secret_key: str | None
+    token: str | None
+    region: str | None
+
+
+def read_aws_profile(name: str) -> AwsProfile:
+    """Read a profile, also one whose credentials come from a role, a process or a login."""
+    import botocore.session
+
+    session = botocore.session.Session(profile=name)
+    region = session.get_config_variable("region")
+    credentials = session.get_credentials()
+    if credentials is None:
+        return AwsProfile(None, None, None, region)
+    frozen = credentials.get_frozen_credentials()
+    return AwsProfile(frozen.access_key, frozen.secret_key, frozen.token, region)

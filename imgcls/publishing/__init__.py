@@ -1,0 +1,1 @@
+"""Publication of committed runs: Delta tables, Iceberg tables, data sets on Hugging Face."""
