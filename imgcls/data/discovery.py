@@ -17,6 +17,7 @@ from imgcls import log
 from imgcls.data import filesystem, fingerprint
 from imgcls.data.file_lists import expand_braces
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix, is_hidden_name
+from imgcls.data.hub_datasets import find_repository_tables, refuse_saved_dataset
 from imgcls.data.manifest_formats import (
     FILE_FORMATS,
     MANIFEST_FORMATS,
@@ -28,6 +29,7 @@ from imgcls.data.manifest_formats import (
     suggest_formats,
 )
 from imgcls.data.manifest_options import DEFAULT_KEYS, KeyNames
+from imgcls.data.parquet_images import hash_without_images
 from imgcls.data.table_version import TableVersion
 from imgcls.errors import ManifestError
 from imgcls.formatting import format_count
@@ -68,7 +70,9 @@ class ManifestFiles:
         """
         if self.version is not None:
             return self.version.fingerprint
-        return fingerprint.hash_files(self.files, image_columns)
+        if image_columns:
+            return hash_without_images(self.files, image_columns)
+        return fingerprint.hash_files(self.files)
 
 
 def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) -> ManifestFiles:
@@ -84,7 +88,9 @@ def find_manifest_files(url: str, format: str, keys: KeyNames = DEFAULT_KEYS) ->
         raise ManifestError(f"manifest {url}: pass iceberg:CATALOG.NAMESPACE.TABLE")
     if format == "delta":
         return _pin_table("delta", f"delta:{url}")
-    if filesystem.is_folder(url):
+    # to a web server the question costs a download of the whole file
+    is_web_archive = url.startswith(("http://", "https://")) and detect_archive_format(url)
+    if not is_web_archive and filesystem.is_folder(url):
         return _find_in_folder(url, format, keys)
     if format == "tree":
         raise ManifestError(
@@ -206,9 +212,14 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
                 f"leave out {keys.option('format')} {format}, or set it to delta"
             )
         return _pin_table("delta", f"delta:{url}")
+    refuse_saved_dataset(url, names)
     if isinstance(MANIFEST_FORMATS.get(format), ArchiveFormat):
         return _find_archives(url, format, names, keys)
     tables = group_tables(names)
+    if not tables and format in ("auto", "parquet") and url.startswith("hf://"):
+        found = find_repository_tables(url, filesystem.walk(url))
+        if found:
+            return ManifestFiles("parquet", tuple(found), url)
     if format == "auto":
         _check_mixed_content(url, tables, keys)
     chosen = format if format != "auto" else next(iter(tables), None)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from imgcls.data import filesystem
-from imgcls.data.parquet_images import hash_without_images
 from imgcls.errors import StorageError
 
 
-def hash_files(files: Iterable[str], image_columns: Collection[str] = ()) -> str:
-    """BLAKE2b of the bytes of files.
-
-    image_columns: columns of Parquet files whose bytes are not read, see `hash_without_images`
-    """
+def hash_files(files: Iterable[str]) -> str:
+    """BLAKE2b of the bytes of files."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        if image_columns:
-            digest.update(hash_without_images(file, image_columns) + b"\x00")
-            continue
         for block in filesystem.iter_blocks(file):
             digest.update(block)
         digest.update(b"\x00end of file\x00")

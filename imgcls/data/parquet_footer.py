@@ -168,6 +168,8 @@ def _iter_leaves(
 def _read_chunk(column: Struct, rows: int, place: str) -> ColumnChunk:
     if 8 in column or 3 not in column:
         raise StorageError(f"{place} is encrypted; decrypt the file first")
+    if 1 in column:
+        raise StorageError(f"{place} is in another file; pass the file with the values")
     meta = column[3]
     if meta[4] not in _CODECS:
         raise StorageError(f"{place} is compressed with LZO; write it with snappy or zstd")

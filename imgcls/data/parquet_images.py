@@ -11,8 +11,9 @@ import base64
 import binascii
 import bisect
 import contextlib
+import hashlib
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,16 +201,21 @@ class ParquetImages:
             raise type(error)(f"{self._describe(member)}: {error}") from error
 
 
-def hash_without_images(url: str, names: Collection[str]) -> bytes:
-    """A digest of a table without reading its columns of images; raises StorageError.
+def hash_without_images(urls: Iterable[str], names: Collection[str]) -> str:
+    """A digest of tables without reading their columns of images; raises StorageError.
 
-    The table's size, footer and other columns, or its version where it is in a store that has one.
+    Of the size, the footer and the other columns of each, or of its footer and its version where
+    it is in a store that has one.
     """
-    file = open_ranges(url)
-    footer = read_footer(file)
-    if not filesystem.is_local(url) and file.version is not None:
-        return f"{footer.version} {file.version}".encode()
-    return footer.hash_other_columns(names)
+    digest = hashlib.blake2b(digest_size=16)
+    for url in urls:
+        file = open_ranges(url)
+        footer = read_footer(file)
+        if not filesystem.is_local(url) and file.version is not None:
+            digest.update(f"{footer.version} {file.version}\0".encode())
+        else:
+            digest.update(footer.hash_other_columns(names))
+    return digest.hexdigest()
 
 
 def _count_bytes(loaded: list[Values]) -> int:

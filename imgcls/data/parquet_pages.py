@@ -74,7 +74,7 @@ class Page:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the values of a page of version 2 are compressed as the column says."""
+        """Whether the values of a page of version 2 are compressed by the codec of the column."""
         return bool(self._details.get(7, True))
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 from imgcls.data.azure import AzureStore
 from imgcls.data.gcs import GCSStore
 from imgcls.data.http import HttpStore
+from imgcls.data.hub import HubStore
 from imgcls.data.s3 import S3Store
 from imgcls.data.store import Store
 
 STORES: dict[str, type[Store]] = {
     protocol: kind
-    for kind in (S3Store, GCSStore, AzureStore, HttpStore)
+    for kind in (S3Store, GCSStore, AzureStore, HttpStore, HubStore)
     for protocol in kind.protocols
 }
 """Every other protocol is served by `Store` itself."""

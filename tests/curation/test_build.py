@@ -14,6 +14,7 @@ from imgcls import config as configuration
 from imgcls.curation import build
 from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
 from imgcls.curation.config import ManifestBuildConfig
+from imgcls.data import image_files
 from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
@@ -33,6 +34,19 @@ def test_a_table_is_read_as_a_manifest_is(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist() == [
         {"path": f"{tmp_path}/a.jpg", "kind": 'fou\u00e9 "x"\r\ny'}
     ]
+
+
+def test_images_in_a_table_become_their_urls(tmp_path: Path) -> None:
+    table = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"photo": [b"1", b"2"], "kind": ["a", "b"]}), table)
+    settings = {"source": str(table), "output": str(tmp_path / "out"), "label_column": "kind"}
+    assert build_manifest(ManifestBuildConfig(**settings, image_column="photo")) == 2
+    written = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pydict()
+    assert written["label"] == ["a", "b"]
+    assert [path.rpartition("/")[0] for path in written["path"]] == [
+        f"parquet://{table}#photo/0", f"parquet://{table}#photo/1",
+    ]  # fmt: skip
+    assert list(image_files.read_ahead(written["path"])) == [b"1", b"2"]
 
 
 def test_an_added_column_does_not_hide_a_column_of_another_case(tmp_path: Path) -> None:

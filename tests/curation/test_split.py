@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from imgcls.config import build
 from imgcls.curation.config import SplitConfig
 from imgcls.curation.split import assign_parts, split_manifest
+from imgcls.data import image_files
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from tests.conftest import draw, write_manifest
 
@@ -83,6 +84,20 @@ def test_every_row_is_in_one_part_with_its_columns_and_an_absolute_path(
     assert set(found) == {str(tmp_path / "images" / f"{i}.png") for i in range(60)}
     row = found[str(tmp_path / "images" / "7.png")]
     assert (row["label"], row["patient"]) == ("green", "p1")
+
+
+def test_images_in_a_table_are_split_by_their_bytes_and_not_copied(tmp_path: Path) -> None:
+    images = [bytes([row // 2]) * 2000 for row in range(40)]
+    table = pa.table({"image": images, "number": range(40)})
+    pq.write_table(table, tmp_path / "m.parquet")
+    split_manifest(split_config(tmp_path / "m.parquet", tmp_path / "out"))
+    parts = [pq.read_table(file) for file in sorted((tmp_path / "out").glob("*.parquet"))]
+    assert sum(part.num_rows for part in parts) == 40
+    for part in parts:
+        numbers = part["number"].to_pylist()
+        assert {number ^ 1 for number in numbers} == set(numbers)
+        read = list(image_files.read_ahead(part["image"].to_pylist()))
+        assert read == [images[number] for number in numbers]
 
 
 def test_duplicates_stay_together_in_any_folder(tmp_path: Path) -> None:

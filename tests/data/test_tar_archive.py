@@ -13,6 +13,7 @@ import pytest
 
 from imgcls.data import archive_file, archive_index, image_files
 from imgcls.data.range_file import open_ranges
+from imgcls.data.readahead import UNLIMITED
 from imgcls.data.tar_archive import TarArchive, scan_tar
 from imgcls.errors import (
     ImageError,
@@ -206,9 +207,9 @@ def test_a_member_whose_header_has_changed_is_an_error(tmp_path: Path) -> None:
     with open(archive, "r+b") as file:
         file.write(b"c.jpg")
     os.utime(archive, ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert opened.read("b.jpg", image_files.ReadAllowance(None)) == b"two"
+    assert opened.read("b.jpg", UNLIMITED) == b"two"
     with pytest.raises(StorageMissing, match="has changed since"):
-        opened.read("a.jpg", image_files.ReadAllowance(None))
+        opened.read("a.jpg", UNLIMITED)
 
 
 def test_small_texts_are_kept_by_a_scan(tmp_path: Path) -> None:

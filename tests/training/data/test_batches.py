@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from imgcls.data import decode
+from imgcls.data.manifest import ManifestConfig, open_manifest
 from imgcls.data.preprocess import Preprocess
 from imgcls.training.data.batches import (
     MAX_BLOCK_BYTES,
@@ -92,6 +94,25 @@ def test_each_split_is_decoded_with_its_own_settings(rows: pa.Table) -> None:
         url = decoded.column("url")[0].as_py()
         expected, _ = decode.decode_image(Path(url).read_bytes(), settings.for_split(held=held))
         np.testing.assert_array_equal(pixels[0], expected)
+
+
+def test_images_in_a_table_are_decoded_in_any_order_as_files_are(
+    rows: pa.Table, tmp_path: Path
+) -> None:
+    files = [
+        Path(url).read_bytes() if url and Path(url).exists() else None
+        for url in rows["url"].to_pylist()
+    ]
+    pq.write_table(pa.table({"image": files}), tmp_path / "t.parquet", row_group_size=3)
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "t.parquet")))
+    urls = pa.Table.from_batches(manifest.batches())["image"]
+    own = rows.set_column(rows.schema.get_field_index("url"), "url", urls)
+    for held in (False, True):
+        order = np.random.default_rng(0).permutation(split(rows, held=held).num_rows)
+        expected = decode_block(split(rows, held=held).take(order), SETTINGS)
+        found = decode_block(split(own, held=held).take(order), SETTINGS)
+        assert found["pixels"].equals(expected["pixels"])
+        assert found["error"].is_null().equals(expected["error"].is_null())
 
 
 def test_a_slice_of_a_block_holds_its_own_pixels(rows: pa.Table) -> None:
