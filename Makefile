@@ -34,7 +34,8 @@ demo: venv  ## train, label and measure on a small data set, on this machine
 	$(BIN)/imgcls demo
 
 test: lint  ## all checks: lint, types, layers, tests
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	@# compiled once, not in every process of the tests
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-chaos: venv  ## the long tests: killed workers, killed drivers, fuzzed files
 	$(BIN)/pytest -m chaos -s --timeout 3600

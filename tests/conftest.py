@@ -36,10 +36,15 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
 LONG = ("e2e", "training")
 """Folders of which files take minutes: begun first, they leave no process waiting for the last."""
+CLUSTER = pytest.StashKey[RayCluster]()
+CLUSTER_FILES = pytest.StashKey[set[Path]]()
+"""Files of which tests use the shared cluster."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before any fixture
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.path not in item.config.stash[CLUSTER_FILES]:
+        end_cluster(item.config)
     if item.get_closest_marker("gpu") is not None:
         import torch
 
@@ -47,8 +52,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    users = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    config.stash[CLUSTER_FILES] = users
+    items.sort(key=lambda item: (item.path not in users, not set(LONG) & set(item.path.parts)))
+
+
+def end_cluster(config: pytest.Config) -> None:
+    """Kill the shared cluster after the last file that uses it: idle, it takes 6 % of a core."""
+    if CLUSTER in config.stash:
+        import ray
+
+        if not ray.is_initialized():
+            config.stash[CLUSTER].kill()
 
 
 @pytest.fixture(autouse=True)
@@ -196,12 +212,13 @@ def colors(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def cluster(endpoint: str) -> Iterator[RayCluster]:
+def cluster(endpoint: str, pytestconfig: pytest.Config) -> Iterator[RayCluster]:
     """A Ray cluster with two logical CPUs in processes of its own, for jobs run as commands.
 
     Its machines know the way to the object store, as those of a real one do.
     """
     with RayCluster.start(cpus=2, env=environment(endpoint)) as running:
+        pytestconfig.stash[CLUSTER] = running
         yield running
 
 

@@ -101,7 +101,9 @@ class RayCluster:
         return [p for p in family(self.process.pid) if name in title(p)]
 
     def kill(self) -> None:
-        """SIGKILL to every process of the cluster."""
+        """SIGKILL to every process of the cluster, once: its process id may be another's later."""
+        if self.process.returncode is not None:
+            return
         kill_family(self.process.pid)
         self.process.wait()
 

@@ -83,8 +83,9 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     client.create_bucket(Bucket=BUCKET)
     yield client
     forget_connections()
-    for key in keys(client):
-        client.delete_object(Bucket=BUCKET, Key=key)
+    left = [{"Key": key} for key in keys(client)]
+    for start in range(0, len(left), 1000):  # at most as many in a request
+        client.delete_objects(Bucket=BUCKET, Delete={"Objects": left[start : start + 1000]})
     client.delete_bucket(Bucket=BUCKET)
 
 

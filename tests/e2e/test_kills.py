@@ -37,6 +37,8 @@ from tests.processes import (
 )
 
 ROWS, CHUNKS, PARTS = 240, 30, 3
+ALONE = ("--scale.workers", 1)
+"""For runs that are not killed: the number of workers does not change the table."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def reference(
 ) -> pa.Table:
     """The table of an undisturbed run."""
     output = tmp_path_factory.mktemp("reference") / "out"
-    done = run_here(*arguments(photographs, color_bundle, output))
+    done = run_here(*arguments(photographs, color_bundle, output), *ALONE)
     assert done.returncode == 0, done.stderr
     return assert_exactly_once(output, ROWS)
 
@@ -136,9 +138,9 @@ def kill_and_restart(
                     driver.kill()
                     cluster = stack.enter_context(RayCluster.start(cpus=2))
         if cluster is first:
-            last = run_here(*command)
+            last = run_here(*command, *ALONE)
         else:
-            last = imgcls(*command, env=cluster.environment())
+            last = imgcls(*command, *ALONE, env=cluster.environment())
         assert last.returncode == 0, last.stderr
     return met
 
@@ -257,7 +259,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
     assert "rerun the same command to resume" in err
     assert not (output / "_lease").exists()
     assert not committed(output)
-    again = run_here(*command)
+    again = run_here(*command, *ALONE)
     assert again.returncode == 0, again.stderr
     assert "rows are done" in again.stdout
     assert_as_left_alone(output, reference)
@@ -319,7 +321,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
         for record in (output / "_lease").iterdir():
             # as if the holder were on a machine that cannot be asked whether it is alive
             record.write_text(record.read_text().replace('"machine": "', '"machine": "other-'))
-        heir = run_here(*command)
+        heir = run_here(*command, *ALONE)
         assert heir.returncode == 0, heir.stderr
         assert_as_left_alone(output, reference)
         committed_table = table(output)
@@ -361,6 +363,6 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
         assert "no space left" in full.stderr
         assert not committed(disk / "out")
         filler.unlink()
-        again = run_here(*command)
+        again = run_here(*command, *ALONE)
         assert again.returncode == 0, again.stderr
         assert assert_exactly_once(disk / "out", ROWS).equals(reference)
