@@ -111,7 +111,7 @@ def test_a_type_checker_sees_classes_keys_and_their_types() -> None:
 
 QUESTIONS = [
     ("imgcls pre", ["predict"]),
-    ("imgcls manifest ", ["build", "check", "split", "stats"]),
+    ("imgcls manifest ", ["build", "check", "fetch", "split", "stats"]),
     ("imgcls predict --scale.lay", ["--scale.layout"]),
     ("imgcls predict --scale.layout g", ["gpu", "gpu_decode"]),
     ("imgcls manifest check --manifest.path-", ["--manifest.path-column"]),
