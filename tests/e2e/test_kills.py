@@ -21,9 +21,13 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyarrow.csv as pv
+import pyarrow.parquet as pq
 import pytest
 
+from imgcls.data.manifest import ManifestConfig, open_manifest
 from tests.conftest import copied, draw, write_manifest
+from tests.data.archives import write_tar
 from tests.e2e.outputs import assert_exactly_once, committed, table
 from tests.processes import (
     RayCluster,
@@ -203,6 +207,31 @@ def test_a_run_killed_again_and_again_ends_with_the_table_of_one_left_alone(
         met = kill_and_restart(*there, kills, cluster)
     print(f"seed {seed}:", *met, sep="\n  ")
     assert_as_left_alone(there[2], reference)
+
+
+def test_a_killed_run_over_an_archive_and_a_table_with_images_is_resumed(
+    photographs: Path,
+    reference: pa.Table,
+    color_bundle: Path,
+    cluster: RayCluster,
+    tmp_path: Path,
+) -> None:
+    names = pv.read_csv(photographs)["path"].to_pylist()
+    files = {name: (photographs.parent / name).read_bytes() for name in dict.fromkeys(names)}
+    write_tar(tmp_path / "images.tar", files)
+    half = ROWS // 2
+    values = pa.array([files[name] for name in names[half:]], pa.binary())
+    pq.write_table(pa.table({"image": values}), tmp_path / "images.parquet", row_group_size=50)
+    opened = open_manifest(ManifestConfig(path=str(tmp_path / "images.parquet")))
+    members = [path for batch in opened.batches() for path in batch["image"].to_pylist()]
+    paths = [f"tar://images.tar#{name}" for name in names[:half]] + members
+    rows = [(path, "red", str(i)) for i, path in enumerate(paths)]
+    manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label", "id"))
+    output = tmp_path / "out"
+    print(*kill_and_restart(manifest, color_bundle, output, [Kill("driver", 8, 0.1)], cluster))
+    found = assert_exactly_once(output, ROWS)
+    different = ["path", "error"]
+    assert found.drop_columns(different).equals(reference.drop_columns(different))
 
 
 TARGETS = ("driver", "worker", "cluster", "driver", "worker")
