@@ -61,6 +61,18 @@ def find_image_columns(
     return ImageColumns(name, copy if has_copy else None, left_out)
 
 
+def leave_out_images(schema: pa.Schema, source: str) -> ImageColumns:
+    """The columns of images of a manifest in a format whose images are not read from its rows."""
+    left_out = tuple(each.name for each in schema if is_image_struct(each.type))
+    for name in left_out:
+        log.emit(
+            "note",
+            f"manifest {source}: column {name!r} of images is left out, since images are read from "
+            "Parquet files only",
+        )
+    return ImageColumns(left_out=left_out)
+
+
 def is_image_struct(type: pa.DataType) -> bool:
     """Whether a type is struct<bytes, path>, as Hugging Face `datasets` writes images."""
     if not kinds.is_struct(type) or {field.name for field in type} != {"bytes", "path"}:

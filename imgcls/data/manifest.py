@@ -32,7 +32,7 @@ from imgcls.data.discovery import (
     log_skipped_files,
     walk_images,
 )
-from imgcls.data.image_columns import find_image_columns
+from imgcls.data.image_columns import find_image_columns, leave_out_images
 from imgcls.data.manifest_columns import check_columns, check_duplicate_columns, find_label_column
 from imgcls.data.manifest_formats import (
     MANIFEST_FORMATS,
@@ -269,7 +269,7 @@ class _TableFiles:
                 "; write the table as Parquet, or the images as data: URLs in a column of paths "
                 "(data:image/jpeg;base64,...)"
             )
-        return ImageColumns()
+        return leave_out_images(schema, config.path)
 
     def _get_partition(self, file: str, schema: pa.Schema) -> dict[str, str | None]:
         """The values in the folder names of a file that are not columns of the file."""

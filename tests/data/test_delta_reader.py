@@ -142,3 +142,11 @@ def test_a_table_that_cannot_be_found_is_refused(tmp_path: Path, path: str, mess
     with pytest.raises(Exception, match=message) as caught:
         opened(path.format(tmp_path))
     assert getattr(caught.value, "exit_code", None) == 2
+
+
+def test_images_in_the_rows_are_left_out(tmp_path: Path) -> None:
+    images = pa.array([{"bytes": b"one", "path": "1.jpg"}])
+    write_deltalake(tmp_path / "t", pa.table({"path": ["a.jpg"], "image": images}))
+    manifest = opened(tmp_path / "t")
+    assert manifest.schema.names == ["path"]
+    assert [batch.to_pylist() for batch in manifest.batches()] == [[{"path": "a.jpg"}]]
