@@ -145,8 +145,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         "ece_after": after,
         "target_precision": config.target_precision,
     }
-    provenance = spec.provenance | {"calibration": record}
-    spec = spec.model_copy(update={"provenance": provenance})
+    spec = spec.model_copy(update={"provenance": spec.provenance | {"calibration": record}})
     made = save_bundle(
         config.output, spec, load_bundle_weights(bundle), int8_model=load_int8_model(bundle)
     )

@@ -155,8 +155,7 @@ def make_plan(
     notes:      more entries of `_run.json`
     Raises ManifestError when it has no row, or no label that is a class of the model.
     """
-    indexes = layout.index_folder(output)
-    with archive_index.use_index_folder(indexes):
+    with archive_index.use_index_folder(layout.index_folder(output)):
         head, rest = _read_first_rows(manifest, SMALL_MANIFEST_ROWS, limit)
     if head.num_rows == 0 and not may_be_empty:
         raise ManifestError(f"manifest {manifest.source}: has no rows")
@@ -170,7 +169,7 @@ def make_plan(
     chunk, part = choose(head.num_rows)
     labels = None if classes is None else _LabelChecker(manifest, classes)
     with (
-        archive_index.use_index_folder(indexes),
+        archive_index.use_index_folder(layout.index_folder(output)),
         _ShardWriter(output, manifest.schema, chunk, part) as writer,
     ):
         for table in itertools.chain((head,), rest):
