@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from upath import UPath
 
 from imgcls import log
+from imgcls.data.archive_index import set_process_index_folder
 from tests.processes import RayCluster
 from tests.s3 import bucket, environment, serving, url
 
@@ -72,6 +73,13 @@ def command_output() -> Iterator[None]:
     """What the functions of commands log is shown as the command shows it."""
     with log.command_handler():
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_index_folder() -> Iterator[None]:
+    """The folder of indexes that a worker sets for its process ends with the test."""
+    yield
+    set_process_index_folder(None)
 
 
 @pytest.fixture(scope="session")

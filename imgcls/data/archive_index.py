@@ -255,8 +255,8 @@ def use_index_folder(folder: str) -> Iterator[None]:
         _folder.reset(token)
 
 
-def set_process_index_folder(folder: str) -> None:
-    """As `use_index_folder`, for a process of one run, such as a worker."""
+def set_process_index_folder(folder: str | None) -> None:
+    """As `use_index_folder`, for a process of one run, such as a worker; None for no folder."""
     _Process.folder = folder
 
 
