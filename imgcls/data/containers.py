@@ -78,20 +78,29 @@ def is_member_url(url: str) -> bool:
     return url.partition("://")[0] in CONTAINER_KINDS and "://" in url
 
 
-def parse_member_url(url: str) -> MemberUrl:
-    """Split a member URL.
+def find_member(url: str) -> MemberUrl | None:
+    """The member that a URL names; None for other URLs, and for one of a kind without a member.
 
     The member starts after the first # that follows a suffix of the kind, since a path may contain
-    # itself; else after the first #. Raises StorageMissing for a URL without a member.
+    # itself; else after the first #.
     """
+    if not is_member_url(url):
+        return None
     kind, _, rest = url.partition("://")
     found = _compile_member_start(kind).search(rest)
     at = found.end() - 1 if found else rest.find("#")
-    if at < 0 or at == len(rest) - 1:
+    return MemberUrl(kind, rest[:at], rest[at + 1 :]) if 0 < at < len(rest) - 1 else None
+
+
+def parse_member_url(url: str) -> MemberUrl:
+    """The member that a URL of a kind of container names; raises StorageMissing without one."""
+    found = find_member(url)
+    if found is None:
+        kind = url.partition("://")[0]
         raise StorageMissing(
             f"{shorten_url(url)}: names no member; write it as {kind}://FILE#MEMBER"
         )
-    return MemberUrl(kind, rest[:at], rest[at + 1 :])
+    return found
 
 
 @functools.cache
@@ -102,7 +111,8 @@ def _compile_member_start(kind: str) -> re.Pattern[str]:
 
 def find_file(url: str) -> str:
     """The file that holds an image's bytes: the container of a member, else the image itself."""
-    return parse_member_url(url).file if is_member_url(url) else url
+    member = find_member(url)
+    return url if member is None else member.file
 
 
 def read_member(url: str, allowance: ReadAllowance) -> bytes:

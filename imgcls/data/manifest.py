@@ -125,9 +125,9 @@ def resolve_path(path: str | None, root: str) -> str | None:
     """
     if path is None or os.path.isabs(path):
         return path
-    if containers.is_member_url(path):
-        name = containers.parse_member_url(path)
-        return str(replace(name, file=resolve_path(name.file, root) or name.file))
+    member = containers.find_member(path)
+    if member is not None:
+        return str(replace(member, file=resolve_path(member.file, root) or member.file))
     if filesystem.is_url(path):
         return path
     if not filesystem.is_local(root) and _DOT_SEGMENT.search(path):

@@ -6,12 +6,15 @@ meanwhile is read to the end on a disk, and is an error in a store.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import Protocol
 
 from imgcls.data import filesystem, object_store
 from imgcls.data.error_details import shorten_url
+from imgcls.data.storage_errors import translate_error
 from imgcls.data.storage_settings import bind_settings
 from imgcls.data.store import GET
 from imgcls.errors import StorageChanged, StorageMissing, StorageUnavailable
@@ -51,15 +54,24 @@ def open_ranges(url: str) -> RangeFile:
 def get_version(url: str) -> str | None:
     """The version of a file now, see `RangeFile`; raises StorageError."""
     if filesystem.is_local(url):
-        with filesystem.translate_os_errors(url):
+        with _translate_path_errors(url):
             return _format_version(os.stat(filesystem.local_path(url)))
     return _find_etag(object_store.call_store(url, "info", needs=GET))
+
+
+@contextlib.contextmanager
+def _translate_path_errors(url: str) -> Iterator[None]:
+    """Errors of the operating system, and those of a path that no file can have."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise translate_error(url, error) from error
 
 
 class _LocalRanges:
     def __init__(self, url: str) -> None:
         self.url = url
-        with filesystem.translate_os_errors(url):
+        with _translate_path_errors(url):
             self._file = os.open(filesystem.local_path(url), os.O_RDONLY | os.O_CLOEXEC)
             found = os.fstat(self._file)
         self.size = found.st_size

@@ -317,7 +317,7 @@ def test_a_lasting_fault_differs_from_a_missing_object(
 ) -> None:
     made = objects(s3, 4)
     for kind, word in (("slow_down", "fewer requests"), ("reset", "did not answer")):
-        network({kind: 1.0}, retry_timeout_s=1.0)
+        network({kind: 1.0}, retry_timeout_s=2.0)
         found = list(image_files.read_ahead(made))
         assert all(isinstance(each, StorageUnavailable) for each in found)
         assert all(word in str(each) for each in found)

@@ -419,7 +419,9 @@ NOT_FOUND = [
     "", ".", "..", "/", "~", "foo://x", "foo://", "://x", "http://", "http://[", "http://[::1",
     "data:", "data:,", "data:;base64,", "data:;base64,%%%", "data:image/png",
     "file://", "file:///nowhere", "file://nowhere", "memory://nowhere", "local://nowhere",
-    "zip://a.jpg::nowhere.zip", "simplecache::file://nowhere", "a\0b.jpg", "\0", "a\nb",
+    "zip://a.jpg::nowhere.zip", "simplecache::file://nowhere", "tar://x.tar#", "tar://#x", "zip://x\0.zip#a.jpg",
+    "tar://nowhere.tar#a.jpg", "tar://.#a.jpg", "parquet://x#image/0/1", "parquet://x.parquet#",
+    "a\0b.jpg", "\0", "a\nb",
     "a\r\nb", "%00", "%2e%2e/%2e%2e", "100%", "?", "#", "[x].jpg", "*.jpg", "C:\\a.jpg", "é\u0301",
     "\u202egpj.a", "\ufeff", "\U0001f408.jpg", "a" * 255, "a" * 5000, "/".join(["a"] * 3000),
     "s p a c e", " ", "-", "--help", "$(true)", "`true`", "'", '"', "None", "nan", "null",
@@ -446,7 +448,9 @@ ANY_TEXT = st.text(max_size=60) | st.text("/.:%\\\0\n\t [?*#é", max_size=20)
 # no scheme of a network: a name that resolves to something would be asked
 ODD_URLS = st.builds(
     "{}{}{}".format,
-    st.sampled_from(["foo", "data", "file", "memory", "local", "zip", "tar", "x+y", "1", ""]),
+    st.sampled_from(
+        ["foo", "data", "file", "memory", "local", "zip", "tar", "parquet", "x+y", "1", ""]
+    ),
     st.sampled_from(["://", ":", ":/", "::", ":///"]),
     ANY_TEXT,
 )
