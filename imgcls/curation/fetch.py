@@ -89,12 +89,7 @@ def fetch(config: FetchConfig) -> dict[str, int]:
 
 def _build_identity(manifest: Manifest, config: FetchConfig) -> RunIdentity:
     return RunIdentity(
-        manifest={
-            "fingerprint": manifest.fingerprint(),
-            "path_column": manifest.path_column,
-            "label_column": manifest.label_column,
-            "root": manifest.root,
-        },
+        manifest=manifest.describe_identity(),
         bundle={},
         settings={
             "format": config.format,

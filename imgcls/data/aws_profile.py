@@ -15,8 +15,13 @@ class AwsProfile:
     region: str | None
 
 
-def read_aws_profile(name: str) -> AwsProfile:
-    """Read a profile, also one whose credentials come from a role, a process or a login."""
+def read_aws_profile(name: str | None) -> AwsProfile:
+    """Read a profile, also one whose credentials come from a role, a process or a login.
+
+    Without a name, all fields are None.
+    """
+    if not name:
+        return AwsProfile(None, None, None, None)
     import botocore.session
 
     session = botocore.session.Session(profile=name)

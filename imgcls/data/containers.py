@@ -74,7 +74,7 @@ class MemberUrl:
 
 
 def is_member_url(url: str) -> bool:
-    """Whether a URL names a member of a container."""
+    """Whether a URL has the protocol of a kind of container."""
     return url.partition("://")[0] in CONTAINER_KINDS and "://" in url
 
 
@@ -139,7 +139,7 @@ def open_container(kind: str, file: str) -> Container:
 
 
 def _build_key(kind: str, file: str) -> Hashable:
-    version = range_file.get_version(file) if filesystem.is_local(file) else None
+    version = range_file.get_local_version(file) if filesystem.is_local(file) else None
     return kind, file, version, current_settings(), archive_index.get_index_folder()
 
 

@@ -310,8 +310,6 @@ def _register_plugin(format_: ImageFormat) -> None:
         ) from None
     if format_.name == "HEIC" and "HEIF" not in Image.OPEN:
         package.register_heif_opener()
-    elif format_.name == "DICOM" and "DICOM" not in Image.OPEN:
-        package.register()
 
 
 def _build_open_error(format_: ImageFormat, data: bytes) -> ImageError:

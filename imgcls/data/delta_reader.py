@@ -6,7 +6,7 @@ A table that needs any other feature of the protocol is refused by its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -52,8 +52,16 @@ def pin_delta_table(name: str) -> TableVersion:
 
 def read_delta_schema(name: str, options: ReadOptions) -> pa.Schema:
     """The columns of a version; raises ManifestError for a table that cannot be read."""
+    return _check_schema(name, _open(name)[1])
+
+
+def _open(name: str) -> tuple[str, DeltaTable]:
+    """The folder of a table, and the table at its version."""
     url, version = split_version(name.removeprefix(_PREFIX))
-    table = open_delta_table(url, version)
+    return url, open_delta_table(url, version)
+
+
+def _check_schema(name: str, table: DeltaTable) -> pa.Schema:
     unknown = set(table.protocol().reader_features or ()) - _READ_FEATURES
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         unknown.add("columnMapping")
@@ -67,29 +75,32 @@ def read_delta_schema(name: str, options: ReadOptions) -> pa.Schema:
 
 def read_delta_batches(name: str, options: ReadOptions) -> Iterator[pa.RecordBatch]:
     """Stream the rows of a version without the deleted ones, in the order of the files' paths."""
-    url, version = split_version(name.removeprefix(_PREFIX))
-    table = open_delta_table(url, version)
-    schema = read_delta_schema(name, options)
+    url, table = _open(name)
+    schema = options.images.convert_schema(_check_schema(name, table))
     kept = _read_deletion_vectors(table)
     actions = pa.table(table.get_add_actions(flatten=False)).to_pylist()
     for action in sorted(actions, key=lambda action: str(action["path"])):
         file = _resolve_file(url, action["path"])
         partition = action.get("partition") or {}
-        for batch in _read_file(file, kept.get(file)):
+        for batch in _read_file(file, kept.get(file), options.images.contained):
             rows = _add_partition(batch, partition, schema)
             yield from conform_table(rows, schema, f"manifest {file}").to_batches()
 
 
-def _read_file(file: str, kept: npt.NDArray[np.bool_] | None) -> Iterator[pa.Table]:
+def _read_file(
+    file: str, kept: npt.NDArray[np.bool_] | None, left_out: Collection[str]
+) -> Iterator[pa.Table]:
     """The rows of a file.
 
-    kept: whether each row is kept; rows after the last one are
+    kept:     whether each row is kept; rows after the last one are
+    left_out: columns that are not read
     """
     first = 0
     try:
         with filesystem.open_read(file) as stream:
             parquet = pq.ParquetFile(stream, pre_buffer=False, coerce_int96_timestamp_unit="us")
-            for batch in parquet.iter_batches(READ_BATCH_ROWS):
+            names = [each for each in parquet.schema_arrow.names if each not in left_out]
+            for batch in parquet.iter_batches(READ_BATCH_ROWS, columns=names):
                 batch.validate(full=True)  # Parquet readers do not check that text is UTF-8
                 table = pa.Table.from_batches([batch])
                 if kept is not None:

@@ -67,15 +67,15 @@ def build_delta_options(url: str, settings: StorageConfig | None = None) -> dict
 
 
 def _build_s3_options(settings: StorageConfig) -> dict[str, str]:
-    profile = read_aws_profile(settings.profile) if settings.profile else None
+    profile = read_aws_profile(settings.profile)
     endpoint = settings.endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or ""
     options = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ALLOW_HTTP": "true" if endpoint.startswith("http://") else None,
-        "AWS_REGION": settings.region or (profile and profile.region),
-        "AWS_ACCESS_KEY_ID": profile and profile.access_key,
-        "AWS_SECRET_ACCESS_KEY": profile and profile.secret_key,
-        "AWS_SESSION_TOKEN": profile and profile.token,
+        "AWS_REGION": settings.region or profile.region,
+        "AWS_ACCESS_KEY_ID": profile.access_key,
+        "AWS_SECRET_ACCESS_KEY": profile.secret_key,
+        "AWS_SESSION_TOKEN": profile.token,
         "AWS_SKIP_SIGNATURE": "true" if settings.anon else None,
         "AWS_REQUEST_PAYER": "true" if settings.requester_pays else None,
     }

@@ -1,5 +1,7 @@
 """DICOM images, opened by Pillow through pydicom, with the window that the file states.
 
+Importing this module registers the format with Pillow.
+
 Decoded are single frames: gray with a window or a VOI LUT, gray of the full range of its bits, RGB,
 YBR and palette color. Whatever has no certain value of black and white is UnsupportedImage.
 Source: DICOM PS3.3, C.7.6.3 (pixels), C.11.1 (modality LUT), C.11.2 (VOI LUT, windows).
@@ -69,11 +71,6 @@ class DicomImageFile(ImageFile.ImageFile):
             pixels = _decode_gray(dataset) if self.mode == "L" else _decode_color(dataset)
             self.im = Image.fromarray(pixels).im
         return Image.Image.load(self)
-
-
-def register() -> None:
-    """Make Pillow open DICOM files."""
-    Image.register_open("DICOM", DicomImageFile)
 
 
 def _read_dataset(data: bytes) -> FileDataset:
@@ -211,3 +208,6 @@ def _decode_color(dataset: FileDataset) -> npt.NDArray[np.uint8]:
 
 def _to_8_bits(share: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     return np.round(share.clip(0, 1) * 255).astype(np.uint8)
+
+
+Image.register_open("DICOM", DicomImageFile)

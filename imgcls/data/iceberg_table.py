@@ -68,14 +68,14 @@ def build_catalog_properties(settings: StorageConfig | None = None) -> dict[str,
     settings: by default those that apply here
     """
     settings = settings or current_settings()
-    profile = read_aws_profile(settings.profile) if settings.profile else None
+    profile = read_aws_profile(settings.profile)
     chosen = {
         "client.profile-name": settings.profile,
         "s3.endpoint": settings.endpoint_url,
-        "s3.region": settings.region or (profile and profile.region),
-        "s3.access-key-id": profile and profile.access_key,
-        "s3.secret-access-key": profile and profile.secret_key,
-        "s3.session-token": profile and profile.token,
+        "s3.region": settings.region or profile.region,
+        "s3.access-key-id": profile.access_key,
+        "s3.secret-access-key": profile.secret_key,
+        "s3.session-token": profile.token,
         "s3.anonymous": "true" if settings.anon else None,
         "adls.anon": "true" if settings.anon else None,
         "gcs.requester-pays": "true" if settings.requester_pays else None,

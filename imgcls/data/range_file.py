@@ -51,12 +51,10 @@ def open_ranges(url: str) -> RangeFile:
     return _LocalRanges(url) if filesystem.is_local(url) else _ObjectRanges(url)
 
 
-def get_version(url: str) -> str | None:
-    """The version of a file now, see `RangeFile`; raises StorageError."""
-    if filesystem.is_local(url):
-        with _translate_path_errors(url):
-            return _format_version(os.stat(filesystem.local_path(url)))
-    return _find_etag(object_store.call_store(url, "info", needs=GET))
+def get_local_version(url: str) -> str:
+    """The version of a file on a disk now, see `RangeFile`; raises StorageError."""
+    with _translate_path_errors(url):
+        return _format_version(os.stat(filesystem.local_path(url)))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path: Path) -> None:
     file = range_file.open_ranges(str(path))
     os.replace(new, path)
     assert file.read(0, 3) == b"old"
-    assert range_file.get_version(str(path)) != file.version
+    assert range_file.get_local_version(str(path)) != file.version
 
 
 def test_a_file_that_is_written_over_is_an_error(tmp_path: Path) -> None:
