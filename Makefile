@@ -47,7 +47,7 @@ test-cluster: venv  ## machines that are lost, come and are cut off, for minutes
 	$(BIN)/pytest -m cluster -s --timeout 1800
 
 test-s3: venv  ## the tests on an object store: moto's, or the one that IMGCLS_TEST_S3_ENDPOINT names
-	$(BIN)/pytest -m "not chaos" -k "s3 or test_stores or test_listing" --timeout 1200
+	$(BIN)/pytest -m "not chaos" -k "s3 or test_registry or test_listing" --timeout 1200
 
 bench: venv  ## measure this machine's limits, labelling beside other tools, training, evaluation
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \

@@ -202,7 +202,7 @@ def settings(spec: Any) -> dict[str, Callable[[bytes], Any]]:
     from PIL import Image
     from torchvision.transforms import v2
 
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
 
     filter_ = v2.InterpolationMode(spec.interpolation)
     steps = v2.Compose(

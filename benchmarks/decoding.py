@@ -37,9 +37,9 @@ from torchvision.transforms.v2 import functional
 from benchmarks.agreement import at_size, camera_files
 from benchmarks.workloads import SAMPLE, photographs
 from imgcls.cluster.session import build_malloc_env
-from imgcls.data import decode, jpeg, png
-from imgcls.data.preprocess import Preprocess
-from imgcls.data.resize import compute_resized_size
+from imgcls.data.decoding import decode, jpeg, png
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.decoding.resize import compute_resized_size
 
 Route = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]
 """Bytes to the decoded image, and bytes to (224, 224, 3) uint8 RGB."""

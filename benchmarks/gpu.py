@@ -62,7 +62,7 @@ def main() -> None:
 def measure(bundle: str, model: str, blobs: list[bytes], rows: int) -> None:
     import torch
 
-    from imgcls.data import decode, device_decode
+    from imgcls.data.decoding import decode, device_decode
     from imgcls.models.classifier import Classifier
 
     print(model)
@@ -144,8 +144,8 @@ def measure_resize(blobs: list[bytes], plain: Any, rows: int) -> None:
     """Report the rates for a batch of decoded images on the device."""
     import torch
 
-    from imgcls.data import device_resize
-    from imgcls.data.resize import DecodedImage
+    from imgcls.data.decoding import device_resize
+    from imgcls.data.decoding.resize import DecodedImage
 
     images = []
     for index in range(CHUNK):

@@ -63,7 +63,7 @@ def _work(
 ) -> None:
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
     from imgcls.models.classifier import Classifier
 
     torch.set_num_threads(1)
@@ -118,7 +118,7 @@ def _decoder(what: str, classifier: Any) -> Callable[[bytes], Any]:
     from PIL import Image
     from torchvision.transforms import v2
 
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
 
     spec = classifier.preprocess
     if what == "decode by Pillow":

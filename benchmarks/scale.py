@@ -261,7 +261,7 @@ def over_nodes(rows: int, folder: str, nodes: int) -> dict[str, Any]:
 
 def order_for(place: Path, rows: int, files: list[str]) -> Any:
     from benchmarks.workloads import make_bundle
-    from imgcls.data.manifest import ManifestConfig
+    from imgcls.data.manifests.manifest import ManifestConfig
     from imgcls.inference.predict import PredictConfig
 
     manifest = place / "manifest.parquet"

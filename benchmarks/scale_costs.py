@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, Plan, choose_sizes
 
 ROW_BYTES = 128

@@ -100,7 +100,8 @@ def note(measured: dict[str, list[float]], name: str, value: float, more: str = 
 def read(files: list[Path], options: argparse.Namespace, measured: dict[str, list[float]]) -> None:
     from pyarrow.fs import S3FileSystem
 
-    from imgcls.data import image_files, storage_settings
+    from imgcls.data import image_files
+    from imgcls.data.storage import storage_settings
 
     keys = [f"{BUCKET}/{files[i % len(files)].name}" for i in range(options.rows)]
     urls: list[str | None] = [f"s3://{key}" for key in keys]
@@ -207,7 +208,7 @@ def planning(folder: Path, options: argparse.Namespace) -> None:
 
 
 def plan(labels: Path, manifest: Path, connection: Connection) -> None:
-    from imgcls.data.manifest import ManifestConfig, open_manifest
+    from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
     from imgcls.inference.config import SinceConfig
     from imgcls.inference.incremental import ManifestComparison, SinceRequest
 

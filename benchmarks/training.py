@@ -53,7 +53,7 @@ from benchmarks.training_loops import (
     reference_loop,
 )
 from imgcls.cluster.session import build_malloc_env
-from imgcls.data import decode
+from imgcls.data.decoding import decode
 from imgcls.formatting import format_count
 from imgcls.models import zoo
 from imgcls.models.precision import choose_precision

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from benchmarks.machine import CORES
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
 from imgcls.training.augment.augment import Augment

@@ -113,7 +113,7 @@ def recognize_images(network: Any, preprocess: Any, files: list[Path]) -> None:
     """
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
     from imgcls.models import zoo
     from imgcls.models.head import HeadNetwork
     from imgcls.models.normalize import Normalizer

@@ -6,8 +6,8 @@ from datetime import date
 from imgcls.client import Client as Client
 from imgcls.curation.check import CheckResult
 from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsConfig, RulesConfig
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
 from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig
 from imgcls.execution.config import ScaleConfig

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data.manifest import ManifestConfig
+from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.errors import RequestError
 from imgcls.evaluation.config import EvaluateConfig
 from imgcls.inference.config import PredictConfig

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.data import object_store
+from imgcls.data.storage import object_store
 
 REPOSITORY = Path(__file__).parent.parent
 BUCKET = "imgcls-tests"

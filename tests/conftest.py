@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from upath import UPath
 
 from imgcls import log
-from imgcls.data.archive_index import set_process_index_folder
+from imgcls.data.containers.archive_index import set_process_index_folder
 from tests.processes import RayCluster
 from tests.s3 import bucket, environment, serving, url
 
@@ -127,7 +127,7 @@ def overflowing_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CNN of finite weights whose first logit is infinite for a white image only."""
     import torch
 
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
     from imgcls.models import zoo
     from imgcls.models.bundle import BundleSpec, save_bundle
 

@@ -21,7 +21,7 @@ import s3fs
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from imgcls.data import object_store
+from imgcls.data.storage import object_store
 
 REPOSITORY = Path(__file__).parent.parent
 BUCKET = "-".join(["imgcls-tests", *filter(None, [os.environ.get("PYTEST_XDIST_WORKER")])])

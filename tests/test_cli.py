@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from imgcls import __version__, cli, config, errors
-from imgcls.data import storage_settings
+from imgcls.data.storage import storage_settings
 from tests.conftest import draw
 from tests.processes import free_port, imgcls
 

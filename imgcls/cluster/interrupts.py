@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TypeVar
 
 from imgcls.cluster.session import register_ray_thread
-from imgcls.data.storage_settings import bind_settings
+from imgcls.data.storage.storage_settings import bind_settings
 from imgcls.errors import Interrupted
 
 T = TypeVar("T")

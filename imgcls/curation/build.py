@@ -14,12 +14,17 @@ from imgcls import log
 from imgcls.curation import listing
 from imgcls.curation.config import ListingConfig, ManifestBuildConfig, ScanConfig
 from imgcls.curation.scan import HeldOutput, hold_output, scan_manifests
-from imgcls.data import filesystem
-from imgcls.data.discovery import group_tables
 from imgcls.data.formats import LISTING_DONE_FILE, has_image_suffix
-from imgcls.data.manifest import Manifest, ManifestConfig, make_paths_absolute, open_manifest
-from imgcls.data.manifest_options import KeyNames
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.manifests.discovery import group_tables
+from imgcls.data.manifests.manifest import (
+    Manifest,
+    ManifestConfig,
+    make_paths_absolute,
+    open_manifest,
+)
+from imgcls.data.manifests.options import KeyNames
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import ConfigError, ManifestError, OutputError
 from imgcls.runs.layout import write_table
 

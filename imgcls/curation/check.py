@@ -28,9 +28,9 @@ from imgcls.curation.checks.report import IssueSection
 from imgcls.curation.checks.similarity import iterate_groups
 from imgcls.curation.config import CheckConfig, Issue
 from imgcls.curation.scan import ScannedManifest, hold_output, scan_manifests
-from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
-from imgcls.data.storage_settings import use_settings
+from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, IssuesFound, ManifestError, OutputError
 from imgcls.models.bundle import load_bundle
 from imgcls.models.openvino_package import check_engine

@@ -17,10 +17,10 @@ from pydantic import (
 )
 
 from imgcls.config import Names, Section, UnitFloat, names
+from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.inference.config import ErrorStatus
 from imgcls.log import LogFormat

@@ -23,9 +23,9 @@ from imgcls.curation.fetch_pass import FetchPass, ShardTask
 from imgcls.curation.fetched_images import STATUS_COLUMN, check_columns
 from imgcls.curation.scan import HeldOutput, hold_output
 from imgcls.curation.shards import ShardStore
-from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, make_paths_absolute, open_manifest
-from imgcls.data.storage_settings import create_thread_pool, with_config_storage
+from imgcls.data.manifests.manifest import Manifest, make_paths_absolute, open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import create_thread_pool, with_config_storage
 from imgcls.errors import OK, OutputError
 from imgcls.execution.plan import (
     Plan,

@@ -21,9 +21,9 @@ import pyarrow as pa
 from imgcls.curation.fetched_images import FetchedImage, inspect_image
 from imgcls.curation.scan import HeldOutput
 from imgcls.curation.shards import FetchedRow, ShardStore
-from imgcls.data import filesystem
 from imgcls.data.image_pool import ImagePool
-from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import OK, ImageError, StorageError
 from imgcls.execution.messages import ChunkResult, ChunkTask, StageTimings
 from imgcls.execution.progress import Progress

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from imgcls.data import decode, formats
-from imgcls.data.manifest import Manifest
+from imgcls.data import formats
+from imgcls.data.decoding import decode
+from imgcls.data.manifests.manifest import Manifest
 from imgcls.errors import OK, ImageError, ManifestError, StorageError, one_line
 
 _CHECK_SIDE = 8

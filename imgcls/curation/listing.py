@@ -21,16 +21,16 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.curation.config import ListingConfig
-from imgcls.data import filesystem
-from imgcls.data.discovery import format_suffix_counts, get_suffix, log_skipped_files
 from imgcls.data.formats import (
     LISTING_DONE_FILE,
     LISTING_FILE,
     has_image_suffix,
     is_hidden_name,
 )
-from imgcls.data.storage_settings import create_thread_pool, with_config_storage
-from imgcls.data.store import FileInfo
+from imgcls.data.manifests.discovery import format_suffix_counts, get_suffix, log_skipped_files
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import create_thread_pool, with_config_storage
+from imgcls.data.storage.store import FileInfo
 from imgcls.errors import OutputError, RequestError
 from imgcls.runs.lease import LEASE_FOLDER, Lease
 

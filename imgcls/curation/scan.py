@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from imgcls.cluster import interrupts, session
 from imgcls.curation.config import ScanConfig
 from imgcls.curation.scan_worker import SCAN, ScanSpec
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.manifest import Manifest
+from imgcls.data.manifests.manifest import Manifest
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OutputError
 from imgcls.execution.completed import read_chunk_table
 from imgcls.execution.plan import Plan, RunIdentity, make_plan, parse_plan, read_shard_chunk

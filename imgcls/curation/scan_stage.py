@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.scan_worker import ScanSpec
-from imgcls.data import decode
-from imgcls.data.decode import Pixels
-from imgcls.data.image_features import FEATURE_FIELDS, compute_features
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.image_features import FEATURE_FIELDS, compute_features
 from imgcls.errors import OK, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from imgcls.data.preprocess import DecodeMode
+from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import ChunkWorker, HeartbeatFn, Job
 from imgcls.inference.specs import ImageSpec

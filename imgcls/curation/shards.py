@@ -31,8 +31,9 @@ from imgcls.curation.fetched_images import (
     STATUS_COLUMN,
     FetchedImage,
 )
-from imgcls.data import filesystem, formats
-from imgcls.data.manifest import normalize_labels
+from imgcls.data import formats
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.storage import filesystem
 from imgcls.errors import OK, OutputError
 
 MAX_GROUP_BYTES = 64_000_000

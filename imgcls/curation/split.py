@@ -17,16 +17,17 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.curation.config import BY_CONTENT, SplitConfig
-from imgcls.data import filesystem, image_files
-from imgcls.data.image_features import compute_digest
-from imgcls.data.manifest import (
+from imgcls.data import image_files
+from imgcls.data.decoding.image_features import compute_digest
+from imgcls.data.manifests.manifest import (
     Manifest,
     log_label_variants,
     make_paths_absolute,
     normalize_labels,
     open_manifest,
 )
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import (
     ConfigError,
     ManifestError,

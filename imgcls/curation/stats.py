@@ -12,9 +12,9 @@ from imgcls.curation.checks.image_table import FloatArray, ImageTable, build_ima
 from imgcls.curation.config import StatsConfig
 from imgcls.curation.scan import hold_output, scan_manifests
 from imgcls.curation.split import NO_LABEL
-from imgcls.data import filesystem
-from imgcls.data.manifest import open_manifest
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.manifests.manifest import open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.html import render_page
 

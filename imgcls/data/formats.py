@@ -87,7 +87,7 @@ IMAGE_FORMATS = (
     ),
     ImageFormat(
         "DICOM", ("DICOM",), (".dcm", ".dicom"), ("application/dicom",), rb".{128}DICM",
-        "extra", "imgcls.data.dicom",
+        "extra", "imgcls.data.decoding.dicom",
     ),
 )  # fmt: skip
 

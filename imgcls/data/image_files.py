@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from imgcls.data import containers, filesystem
-from imgcls.data.readahead import BudgetFull, ByteBudget, ReadAllowance
-from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.containers import members
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.readahead import BudgetFull, ByteBudget, ReadAllowance
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import ImageError, StorageCredentials, StorageError, StorageMissing
 
 MAX_IMAGE_BYTES = 100_000_000
@@ -32,9 +33,9 @@ def read_image(url: str, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
 
 def get_size(url: str) -> int:
     """Size of an image file in bytes; raises StorageMissing and StorageError."""
-    if containers.is_member_url(url):
-        name = containers.parse_member_url(url)
-        return containers.open_container(name.kind, name.file).get_size(name.member)
+    if members.is_member_url(url):
+        name = members.parse_member_url(url)
+        return members.open_container(name.kind, name.file).get_size(name.member)
     return filesystem.size(url)
 
 
@@ -76,8 +77,8 @@ def _read_limited(url: str, allowance: ReadAllowance) -> bytes:
     """Read a file within its allowance, waiting while other reads hold the bytes it needs."""
     while True:
         try:
-            if containers.is_member_url(url):
-                return containers.read_member(url, allowance)
+            if members.is_member_url(url):
+                return members.read_member(url, allowance)
             return filesystem.read_within(url, allowance)
         except BudgetFull as full:
             allowance.reserve_later(full.total).result()
@@ -90,7 +91,7 @@ def start_read(
     try:
         if url is None:
             raise StorageMissing("the path is null")
-        is_member = containers.is_member_url(url)
+        is_member = members.is_member_url(url)
         reading = None if is_member else filesystem.start_read(url, allowance)
     except StorageError as error:
         failed: Future[bytes] = Future()

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from imgcls.data import image_files
-from imgcls.data.readahead import ByteBudget, ReadAllowance
-from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.storage.readahead import ByteBudget, ReadAllowance
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import ImageError, StorageError
 
 K = TypeVar("K")

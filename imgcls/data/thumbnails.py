@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
-from imgcls.data import decode, image_files
-from imgcls.data.manifest import resolve_path
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.manifests.manifest import resolve_path
 from imgcls.errors import ImageError, StorageError
 
 THUMBNAIL_SIDE = 132

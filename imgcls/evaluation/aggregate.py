@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.cluster import session
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.manifest import normalize_labels
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation.label_join import JoinedLabels, select_run_columns
 from imgcls.metrics import PredictionCounts

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imgcls import log
-from imgcls.data.manifest import normalize_labels
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.aggregate import read_piece
 from imgcls.evaluation.config import CalibrateConfig

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.data import filesystem
-from imgcls.data.manifest import normalize_labels
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OK, RequestError, TooManyErrors
 from imgcls.evaluation.aggregate import NO_VALUE, read_piece
 from imgcls.evaluation.config import CompareConfig, parse_points

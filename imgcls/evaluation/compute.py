@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import RequestError
 from imgcls.evaluation import row_lookup
 from imgcls.evaluation.aggregate import AggregateSpec, RunAggregate, aggregate_run

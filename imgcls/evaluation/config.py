@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.models.bundle import EngineName, Precision
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from imgcls import log
 from imgcls.config import requested
-from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, open_manifest
-from imgcls.data.storage_settings import use_settings
+from imgcls.data.manifests.manifest import Manifest, open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import ConfigError, ManifestError
 from imgcls.evaluation import report
 from imgcls.evaluation.compute import SUMMARY_FILE, Evaluation, compute_evaluation, write_evaluation

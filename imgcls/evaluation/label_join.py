@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.data.manifest import ManifestConfig, normalize_labels, open_manifest
-from imgcls.data.manifest_options import KeyNames
+from imgcls.data.manifests.manifest import ManifestConfig, normalize_labels, open_manifest
+from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import OK, RequestError
 from imgcls.evaluation.config import LabelTableConfig
 from imgcls.metrics.columns import encode_classes, take_scores

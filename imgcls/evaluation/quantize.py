@@ -17,10 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from imgcls import log
-from imgcls.data import decode, image_files
-from imgcls.data.decode import Pixels
-from imgcls.data.manifest import Manifest, normalize_labels, open_manifest
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.manifests.manifest import Manifest, normalize_labels, open_manifest
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ImageError, RequestError
 from imgcls.evaluation.config import MIN_IMAGES, QuantizeConfig
 from imgcls.metrics.columns import encode_classes

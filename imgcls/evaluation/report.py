@@ -14,8 +14,8 @@ import pyarrow as pa
 import yaml
 
 from imgcls import log
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.data.thumbnails import build_thumbnails
 from imgcls.errors import RequestError, StorageError
 from imgcls.evaluation import charts, confusion_plot

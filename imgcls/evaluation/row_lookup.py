@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.evaluation.aggregate import RunAggregate, TopRows
 from imgcls.evaluation.label_join import JOINED_COLUMN, JoinedLabels
 from imgcls.runs.committed import CommittedRun, cast_string_views

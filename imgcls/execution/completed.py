@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import StorageMissing
 from imgcls.execution.messages import ChunkTask, RunSpec, StageTimings
 from imgcls.execution.plan import Plan, read_shard_chunk

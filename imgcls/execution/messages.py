@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import OK
 from imgcls.execution.plan import Plan
 

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imgcls import log
-from imgcls.data import archive_index, filesystem
-from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels
+from imgcls.data.containers import archive_index
+from imgcls.data.manifests.manifest import Manifest, log_label_variants, normalize_labels
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError
 from imgcls.formatting import format_count
 from imgcls.runs import layout

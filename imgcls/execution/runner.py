@@ -23,7 +23,7 @@ from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import NodeRequest, WaitTimeout
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
-from imgcls.data.manifest import Manifest
+from imgcls.data.manifests.manifest import Manifest
 from imgcls.errors import (
     CrashingImage,
     ImgclsError,

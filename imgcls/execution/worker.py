@@ -23,7 +23,8 @@ import pyarrow as pa
 import ray
 
 from imgcls.cluster.session import DeviceType
-from imgcls.data import archive_index, storage_settings
+from imgcls.data.containers import archive_index
+from imgcls.data.storage import storage_settings
 from imgcls.errors import RunFailed
 from imgcls.execution import completed, heartbeat
 from imgcls.execution.heartbeat import MAX_WORKER_STARTS, Attempt

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from imgcls.cluster.session import DeviceType
-from imgcls.data import image_files, storage_settings
+from imgcls.data import image_files
+from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage import storage_settings
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import ImageError, RunFailed, StorageError
 from imgcls.inference.gpu_errors import describe_out_of_memory
 from imgcls.models.bundle import Bundle, EngineName, load_bundle, read_description
@@ -20,7 +21,7 @@ from imgcls.models.bundle import Bundle, EngineName, load_bundle, read_descripti
 if TYPE_CHECKING:
     import torch
 
-    from imgcls.data.preprocess import Preprocess
+    from imgcls.data.decoding.preprocess import Preprocess
     from imgcls.models.classifier import Classifier
     from imgcls.models.scores import PendingScores
 
@@ -135,7 +136,7 @@ class DecodeBenchmark:
 
         step: "decode" every file, or "verify" those that a GPU is to decode, and decode the others
         """
-        from imgcls.data import decode, device_decode
+        from imgcls.data.decoding import decode, device_decode
 
         preprocess = self._preprocess
         assert preprocess is not None
@@ -239,7 +240,7 @@ def _measure_decoding(
 ) -> BenchmarkResult:
     import torch
 
-    from imgcls.data import device_decode
+    from imgcls.data.decoding import device_decode
 
     loaded = _load_readable(images, classifier.preprocess)
     prepared = [device_decode.prepare_file(file, classifier.preprocess) for file in loaded]
@@ -262,7 +263,7 @@ def _measure_decoding(
 
 
 def _load_readable(images: BenchmarkInput, preprocess: Preprocess) -> list[bytes]:
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
 
     files = []
     for url in images.urls:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls import log
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import ImgclsError, RunFailed, TooManyErrors
 from imgcls.execution.plan import Plan
 from imgcls.inference import rollup

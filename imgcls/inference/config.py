@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from imgcls.config import Names, Section, UnitFloat
+from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import EngineName, Precision

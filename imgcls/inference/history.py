@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem
-from imgcls.data.manifest import ManifestConfig, open_manifest, resolve_paths
-from imgcls.data.schemas import conform_table, unify_schemas
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest, resolve_paths
+from imgcls.data.manifests.schemas import conform_table, unify_schemas
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import OutputError, RequestError
 from imgcls.execution.plan import MAX_PART_BYTES
 from imgcls.formatting import format_count

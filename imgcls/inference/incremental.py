@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_DONE_FILE, LISTING_FILE, has_image_suffix
-from imgcls.data.manifest import Manifest, resolve_paths
+from imgcls.data.manifests.manifest import Manifest, resolve_paths
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError
 from imgcls.formatting import format_count
 from imgcls.inference.config import SinceConfig

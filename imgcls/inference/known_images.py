@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest, resolve_paths
-from imgcls.data.storage_settings import bind_iterator
+from imgcls.data.manifests.manifest import Manifest, resolve_paths
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import bind_iterator
 from imgcls.errors import OK, StorageForbidden, StorageMissing, StorageThrottled, StorageUnavailable
 from imgcls.inference.nights import PlannedRun, RunOrder, compute_run_order, find_origins
 from imgcls.runs import layout

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls import log
-from imgcls.data import filesystem
-from imgcls.data.manifest import Manifest
+from imgcls.data.manifests.manifest import Manifest
+from imgcls.data.storage import filesystem
 from imgcls.errors import TooManyErrors
 from imgcls.execution.plan import RunIdentity, parse_plan
 from imgcls.formatting import format_count

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls import log
-from imgcls.data import filesystem
 from imgcls.data.formats import LISTING_FILE
-from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import OutputError, StorageForbidden, StorageMissing
 from imgcls.execution.plan import Plan, parse_plan
 from imgcls.runs import layout

@@ -20,8 +20,8 @@ import pyarrow as pa
 from imgcls import log
 from imgcls.cluster import interrupts, session
 from imgcls.config import requested
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.manifest import Manifest
+from imgcls.data.manifests.manifest import Manifest
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import RequestError, RunFailed
 from imgcls.execution.placement import Placement
 from imgcls.execution.plan import DEFAULT_CHUNK_ROWS, Plan, RunIdentity, make_plan, parse_plan

@@ -16,10 +16,12 @@ import pyarrow as pa
 
 from imgcls import log
 from imgcls.cluster import autoscaler, session
-from imgcls.data import containers, filesystem, image_files
-from imgcls.data.http import HttpStore
-from imgcls.data.manifest import Manifest, open_manifest
-from imgcls.data.stores import find_store
+from imgcls.data import image_files
+from imgcls.data.containers import members
+from imgcls.data.manifests.manifest import Manifest, open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.http import HttpStore
+from imgcls.data.storage.registry import find_store
 from imgcls.errors import (
     ImageError,
     ManifestError,
@@ -160,7 +162,7 @@ def check_timeouts(config: PredictConfig, output: str, manifest: Manifest) -> No
     places = (
         output,
         filesystem.absolute(config.model),
-        *map(containers.find_file, itertools.islice(iter_image_urls(manifest), 1)),
+        *map(members.find_file, itertools.islice(iter_image_urls(manifest), 1)),
     )
     remote = next((place for place in places if not filesystem.is_local(place)), None)
     if remote is not None:
@@ -186,7 +188,7 @@ def iter_image_urls(manifest: Manifest) -> Iterator[str]:
 def is_on_web(manifest: Manifest) -> bool:
     """Whether the first image is on a web server."""
     url = next(iter_image_urls(manifest), "")
-    return find_store(containers.find_file(url)) is HttpStore
+    return find_store(members.find_file(url)) is HttpStore
 
 
 def read_image_size(url: str) -> int:
@@ -203,7 +205,7 @@ def check_first_image(manifest: Manifest, max_bytes: int) -> None:
     Raises RequestError when the credentials are rejected, or the bucket does not exist.
     """
     url = next(iter_image_urls(manifest), None)
-    if url is None or filesystem.is_local(containers.find_file(url)):
+    if url is None or filesystem.is_local(members.find_file(url)):
         return
     try:
         image_files.read_image(url, max_bytes)

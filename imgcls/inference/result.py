@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage import filesystem, storage_settings
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import StorageError
 from imgcls.formatting import format_count, format_share
 from imgcls.metrics import PredictionCounts

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import ray
 
 from imgcls.cluster.autoscaler import WaitTimeout
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.manifest import normalize_labels
-from imgcls.data.schemas import conform_table, widen_dictionaries
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
+from imgcls.data.storage import filesystem, storage_settings
 from imgcls.errors import OK, RunFailed
 from imgcls.execution.completed import CompletedChunks, read_chunk_table
 from imgcls.execution.messages import ChunkTask

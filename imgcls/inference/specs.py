@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
-from imgcls.data.preprocess import DecodeMode
 from imgcls.execution.messages import RunSpec
 from imgcls.models.bundle import Bundle, EngineName
 

@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from imgcls.data import decode, device_decode, image_files, manifest
-from imgcls.data.decode import Pixels
-from imgcls.data.device_decode import DeviceJpeg
-from imgcls.data.preprocess import Preprocess
+from imgcls.data import image_files
+from imgcls.data.decoding import decode, device_decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.device_decode import DeviceJpeg
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.manifests import manifest
 from imgcls.errors import OK, CrashingImage, ImageError, StorageError
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn

@@ -14,8 +14,12 @@ import pyarrow.parquet as pq
 
 from imgcls import log
 from imgcls.config import Section
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig, create_thread_pool, with_config_storage
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import (
+    StorageConfig,
+    create_thread_pool,
+    with_config_storage,
+)
 from imgcls.errors import OutputError, StorageMissing
 from imgcls.execution.completed import CompletedChunks
 from imgcls.execution.plan import Plan, parse_plan

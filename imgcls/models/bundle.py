@@ -24,9 +24,9 @@ from pydantic import (
 )
 
 from imgcls.config import Section, UnitFloat
-from imgcls.data import filesystem
-from imgcls.data.preprocess import DecodeMode, Preprocess
-from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
+from imgcls.data.decoding.preprocess import DecodeMode, Preprocess
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.errors import BundleError, OutputError, RequestError, StorageError, request_error
 from imgcls.models.finite import check_finite_safetensors
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from imgcls.data.cuda import CudaTimer, resolve_device
-from imgcls.data.decode import Pixels, stack_images
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig, use_settings
+from imgcls.data.decoding.decode import Pixels, stack_images
+from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.storage.storage_settings import StorageConfig, use_settings
 from imgcls.errors import (
     ImageError,
     ImgclsError,

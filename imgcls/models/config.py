@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, PositiveInt
 
 from imgcls.config import Section, names
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 
 ExportFormat = Literal["onnx", "program", "torchscript"]
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import BundleError, RequestError
 from imgcls.models.bundle import Bundle, EngineName, require_int8
 from imgcls.models.openvino_engine import ConversionError, OpenVinoEngine

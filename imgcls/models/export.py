@@ -26,10 +26,12 @@ import yaml
 from torch import nn
 
 from imgcls import log
-from imgcls.data import decode, filesystem, image_files
-from imgcls.data.decode import Pixels
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import (
     BundleError,
     ImageError,

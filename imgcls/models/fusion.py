@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from imgcls.data.lazy_torchvision import torchvision
+from imgcls.data.decoding.lazy_torchvision import torchvision
 from imgcls.models.timm_layers import fix_padding
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from imgcls import log
-from imgcls.data import filesystem
-from imgcls.data.preprocess import Preprocess
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import BundleError, ConfigError, StorageError, request_error
 from imgcls.models import zoo
 from imgcls.models.bundle import (

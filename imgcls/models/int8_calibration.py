@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from imgcls.data.cuda import PinnedUploader
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
 
 
 class Normalizer:

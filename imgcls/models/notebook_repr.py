@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from imgcls.data import decode, image_files
-from imgcls.data.pixels import convert_to_rgb
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.pixels import convert_to_rgb
 from imgcls.models.sources import ImageSource
 
 REPR_SIDE = 128

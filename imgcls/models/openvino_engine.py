@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models.bundle import Bundle, load_int8_model
 from imgcls.models.head import MIN_ROWS, HeadNetwork

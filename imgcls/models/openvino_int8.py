@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import BundleError, RequestError
 from imgcls.models.bundle import Bundle
 from imgcls.models.head import HeadNetwork

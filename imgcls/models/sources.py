@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imgcls.data import decode, image_files
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import RequestError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imgcls.data.preprocess import Interpolation, Preprocess, ResizeMode
+from imgcls.data.decoding.preprocess import Interpolation, Preprocess, ResizeMode
 from imgcls.errors import BundleError, first_line
 
 TIMM_PREFIX = "timm:"

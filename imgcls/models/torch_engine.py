@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from imgcls import log
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import BundleError, one_line
 from imgcls.models import fuse_cpu, fuse_cuda, int8, zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights, require_int8

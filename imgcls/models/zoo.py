@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from imgcls.data import filesystem
-from imgcls.data.lazy_torchvision import torchvision
-from imgcls.data.preprocess import Interpolation, Preprocess
+from imgcls.data.decoding.lazy_torchvision import torchvision
+from imgcls.data.decoding.preprocess import Interpolation, Preprocess
+from imgcls.data.storage import filesystem
 from imgcls.errors import BundleError, StorageError, request_error
 from imgcls.models import timm_models
 from imgcls.models.bundle import Architecture, NetworkSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from imgcls.config import Section
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 
 
 class PublishConfig(Section):

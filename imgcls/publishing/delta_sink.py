@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from imgcls.data import filesystem
-from imgcls.data.delta_table import build_delta_options, check_deltalake, open_delta_table
-from imgcls.data.table_errors import translate_table_error
+from imgcls.data.manifests.delta_table import build_delta_options, check_deltalake, open_delta_table
+from imgcls.data.manifests.table_errors import translate_table_error
+from imgcls.data.storage import filesystem
 from imgcls.errors import ImgclsError, RequestError, StorageError, StorageMissing, request_error
 from imgcls.publishing.rows import COMMITTED_COLUMN, RUN_ID_COLUMN, RunRows, select_run
 from imgcls.publishing.sink import Publication, Sink, TransactionConflict, retry_conflicts

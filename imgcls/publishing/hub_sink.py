@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from imgcls.data.manifests.table_errors import translate_table_error
 from imgcls.data.optional_packages import import_package
-from imgcls.data.table_errors import translate_table_error
 from imgcls.errors import ImgclsError, RequestError, StorageError, request_error
 from imgcls.publishing.rows import RunRows
 from imgcls.publishing.sink import Publication, Sink, TransactionConflict, retry_conflicts

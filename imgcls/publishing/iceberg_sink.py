@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from imgcls.data.iceberg_table import check_pyiceberg, open_catalog, open_iceberg_table
-from imgcls.data.table_errors import translate_table_error
+from imgcls.data.manifests.iceberg_table import check_pyiceberg, open_catalog, open_iceberg_table
+from imgcls.data.manifests.table_errors import translate_table_error
 from imgcls.errors import ImgclsError, RequestError, StorageError, StorageMissing, request_error
 from imgcls.publishing.rows import COMMITTED_COLUMN, RUN_ID_COLUMN, RunRows, select_run
 from imgcls.publishing.sink import Publication, Sink, TransactionConflict, retry_conflicts

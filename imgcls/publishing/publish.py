@@ -9,7 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from imgcls import log
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import RequestError
 from imgcls.formatting import format_count
 from imgcls.publishing.config import PublishConfig

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.publishing.table_types import convert_table
 from imgcls.runs import layout

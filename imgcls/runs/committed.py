@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing, request_error
 from imgcls.models.bundle import Bundle
 from imgcls.runs import layout

@@ -24,8 +24,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
-from imgcls.data.filesystem import join
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.filesystem import join
 from imgcls.errors import OutputError, StorageError, StorageMissing, request_error
 
 RUN_FORMAT_VERSION = 1

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgcls import log
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import bind_settings
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import bind_settings
 from imgcls.errors import OutputError, OutputLocked, RunFailed, StorageError, StorageMissing
 
 LEASE_FOLDER = "_lease"

@@ -20,8 +20,8 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveFloat, StringConstraints, ValidationError
 
 from imgcls.config import Section, names
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig, with_config_storage
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import StorageConfig, with_config_storage
 from imgcls.errors import RequestError, StorageMissing
 
 KeyScope = Literal["predict", "admin"]

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from imgcls.config import Names, Section, UnitFloat
-from imgcls.data.preprocess import DecodeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import EngineName, Precision
 

@@ -21,7 +21,7 @@ from starlette.types import Scope as ASGIScope
 from imgcls import config as configuration
 from imgcls.cluster import autoscaler, session
 from imgcls.cluster.session import DeviceType
-from imgcls.data import storage_settings
+from imgcls.data.storage import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
 from imgcls.models.openvino_package import check_engine

@@ -24,8 +24,8 @@ from imgcls import log
 from imgcls.cluster import autoscaler, ray_internals, session
 from imgcls.cluster.interrupts import Interruption
 from imgcls.config import Section
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import (
     ImgclsError,
     Interrupted,

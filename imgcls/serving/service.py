@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from imgcls.cluster.session import DeviceType
-from imgcls.data import decode
 from imgcls.data.cuda import exit_after_device_failure, find_worker_device
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
 from imgcls.errors import OK, ImageError, ImageTooLarge, ResourcesError, one_line
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier, Prediction

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import create_thread_pool
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import create_thread_pool
 from imgcls.errors import BundleError, OutputError, StorageMissing
 from imgcls.training.epoch_metrics import EpochMetrics
 

@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from imgcls.config import Section, UnitFloat
+from imgcls.data.decoding.preprocess import DecodeMode, ResizeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.preprocess import DecodeMode, ResizeMode
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.epoch_metrics import SelectionMetric
 

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imgcls import log
-from imgcls.data.storage_settings import bind_settings
+from imgcls.data.storage.storage_settings import bind_settings
 from imgcls.training.epoch_metrics import EpochMetrics
 
 THREAD_NAME = "driver channel"

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from imgcls import log
-from imgcls.data.lazy_torchvision import torchvision
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.lazy_torchvision import torchvision
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import Architecture

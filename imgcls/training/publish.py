@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import RunFailed
 from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
 from imgcls.models.task import SINGLE_LABEL

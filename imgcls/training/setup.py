@@ -18,8 +18,8 @@ from torch import nn
 
 from imgcls import log
 from imgcls.cluster.ray_data import DataExecution
-from imgcls.data import filesystem
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, TooManyErrors
 from imgcls.models.bundle import Architecture
 from imgcls.training import network as networks

@@ -22,8 +22,8 @@ from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.config import requested
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import use_settings
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import (
     BundleError,
     OutputError,

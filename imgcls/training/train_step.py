@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models.normalize import Normalizer
 from imgcls.training.augment.augment import Augment
 from imgcls.training.config import Strategy, TrainConfig

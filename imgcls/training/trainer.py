@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models.bundle import Architecture
 from imgcls.models.finite import find_non_finite
 from imgcls.training.checkpoints import Checkpoints, TrainProgress

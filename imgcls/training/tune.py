@@ -26,10 +26,10 @@ from imgcls.cluster import session
 from imgcls.cluster.interrupts import Interruption, run_in_thread, wait_interruptibly
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.cluster.session import Node
-from imgcls.data import filesystem, storage_settings
-from imgcls.data.discovery import resolve_source
-from imgcls.data.manifest import ManifestConfig
-from imgcls.data.storage_settings import with_config_storage
+from imgcls.data.manifests.discovery import resolve_source
+from imgcls.data.manifests.manifest import ManifestConfig
+from imgcls.data.storage import filesystem, storage_settings
+from imgcls.data.storage.storage_settings import with_config_storage
 from imgcls.errors import OutputError, RequestError, RunFailed, StorageMissing
 from imgcls.models.bundle import BUNDLE_FILE
 from imgcls.runs.lease import Lease

@@ -15,8 +15,8 @@ from PIL import Image
 from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import ImageTable, build_image_table
 from imgcls.curation.scan_stage import scan_schema
-from imgcls.data.image_features import compute_features
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.decoding.image_features import compute_features
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ImageError
 from tests.conftest import write_manifest
 from tests.data.pictures import encoded

@@ -15,7 +15,7 @@ from imgcls.curation import build
 from imgcls.curation.build import CONTENT_COLUMNS, _check_columns, build_manifest
 from imgcls.curation.config import ManifestBuildConfig
 from imgcls.data import image_files
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 from tests.conftest import write_manifest

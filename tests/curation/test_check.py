@@ -15,7 +15,7 @@ from imgcls.curation.checks.findings import ISSUES, ISSUES_SCHEMA, Finding, buil
 from imgcls.curation.checks.report import build_section
 from imgcls.curation.config import CheckConfig, Issue, ScanConfig
 from imgcls.curation.scan import ScannedManifest, _build_identity
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ConfigError, ManifestError, OutputError, RequestError
 from imgcls.execution.plan import Plan
 from imgcls.models import openvino_package

@@ -26,8 +26,8 @@ from imgcls.curation import shards
 from imgcls.curation.config import FetchConfig
 from imgcls.curation.fetch import fetch
 from imgcls.curation.scan import hold_output
-from imgcls.data import filesystem
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, OutputLocked, StorageFull, TooManyErrors
 from imgcls.inference.requests import check_columns
 from tests import processes

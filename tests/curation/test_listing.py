@@ -13,8 +13,8 @@ import pytest
 from imgcls.curation.config import ListingConfig
 from imgcls.curation.listing import build_listing
 from imgcls.curation.scan import hold_output
-from imgcls.data import filesystem
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, RequestError, StorageError
 from tests.s3 import BUCKET, url
 

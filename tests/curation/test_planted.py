@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from imgcls.curation.checks import label_errors
 from imgcls.curation.checks.hash_search import find_near_pairs
 from imgcls.curation.config import DuplicatesConfig, LabelErrorsConfig
-from imgcls.data.image_features import MIRROR_BITS, compute_features
+from imgcls.data.decoding.image_features import MIRROR_BITS, compute_features
 from tests.conftest import write_manifest
 from tests.curation.pictures import Row, images_of
 from tests.data.pictures import encoded
@@ -76,7 +76,7 @@ def test_changed_copies_of_photographs_are_found(
 
 @pytest.mark.slow
 def test_flipped_labels_of_cats_and_dogs_are_ranked_first(shared: Path, tmp_path: Path) -> None:
-    from imgcls.data import decode
+    from imgcls.data.decoding import decode
     from imgcls.models.classifier import Classifier
     from imgcls.models.config import ImportConfig
     from imgcls.models.import_weights import import_model

@@ -11,9 +11,9 @@ from PIL import Image
 
 from imgcls.curation.scan_stage import _EmbeddingBatcher, scan_chunk, scan_schema
 from imgcls.curation.scan_worker import ScanSpec
-from imgcls.data.image_features import ImageFeatures
-from imgcls.data.preprocess import Preprocess
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding.image_features import ImageFeatures
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.models.classifier import Classifier, Scores
 from tests.conftest import draw

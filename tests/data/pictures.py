@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from imgcls.data import decode, device_decode
-from imgcls.data.device_decode import DeviceJpeg
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding import decode, device_decode
+from imgcls.data.decoding.device_decode import DeviceJpeg
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import ImageError
 
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}}

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from imgcls.data.decode import decode_image, preprocess_pil_image
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import decode_image, preprocess_pil_image
+from imgcls.data.decoding.preprocess import Preprocess
 
 SIDE = 32
 SPEC = Preprocess(resize=SIDE, crop=SIDE, mode="squash")

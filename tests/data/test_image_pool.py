@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.data import image_files, image_pool, storage_settings
+from imgcls.data import image_files, image_pool
 from imgcls.data.image_pool import ImagePool
-from imgcls.data.readahead import ByteBudget
-from imgcls.data.storage_settings import StorageConfig, use_settings
+from imgcls.data.storage import storage_settings
+from imgcls.data.storage.readahead import ByteBudget
+from imgcls.data.storage.storage_settings import StorageConfig, use_settings
 from imgcls.errors import StorageCredentials, StorageError, StorageMissing, StorageTooLarge
 from tests.web_server import Reply, Server, serving
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from imgcls.data import filesystem
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage import filesystem
 from tests.browser import opened
 from tests.conftest import save, write_manifest
 from tests.curation.pictures import picture

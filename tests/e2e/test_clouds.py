@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from tests import clouds
 from tests.clouds import Cloud
 from tests.conftest import COLORS
-from tests.data.store_promises import placed
+from tests.data.storage.store_promises import placed
 from tests.processes import imgcls
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -25,7 +25,7 @@ import pyarrow.csv as pv
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from tests.conftest import copied, draw, write_manifest
 from tests.data.archives import write_tar
 from tests.e2e.outputs import assert_exactly_once, committed, table

@@ -27,8 +27,8 @@ import pytest
 from PIL import ExifTags, Image
 from ray.util import placement_group_table
 
-from imgcls.data.decode import decode_image
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import decode_image
+from imgcls.data.decoding.preprocess import Preprocess
 from tests.conftest import COLORS, draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, table
 from tests.processes import (

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import decode
-from imgcls.data.delta_table import open_delta_table
+from imgcls.data.decoding import decode
+from imgcls.data.manifests.delta_table import open_delta_table
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_manifest
-from tests.data.test_object_store import MIX
+from tests.data.storage.test_object_store import MIX
 from tests.e2e.outputs import assert_exactly_once
 from tests.faults import KINDS, Proxy, refusal
 from tests.processes import RayCluster, imgcls, run_here, started, wait_for

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from tests import s3
 from tests.conftest import COLORS, draw, write_manifest
 from tests.data.archives import write_tar, write_zip

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgcls.data.manifest import ManifestConfig
+from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.errors import OutputError, RequestError
 from imgcls.evaluation import quantize
 from imgcls.evaluation.config import QuantizeConfig

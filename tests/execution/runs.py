@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.completed import CompletedChunks, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.plan import Plan, RunIdentity, make_plan

@@ -13,8 +13,8 @@ import pytest
 import ray.data
 
 from imgcls.cluster.session import Node
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.messages import ChunkTask
 from imgcls.execution.pipeline import Pipeline, apply_host_limits, build_blocks

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import ManifestError, OutputError
 from imgcls.execution import plan as plan_module
 from imgcls.execution.plan import (
@@ -364,7 +364,7 @@ import sys
 from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.execution import plan
 from tests.execution.runs import plan_at
 

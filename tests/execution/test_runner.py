@@ -24,8 +24,8 @@ from imgcls.cluster import autoscaler, interrupts, session
 from imgcls.cluster.autoscaler import NodeRequest
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
-from imgcls.data import filesystem
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import Interrupted, ResourcesError, RunFailed
 from imgcls.execution import runner
 from imgcls.execution.completed import write_chunk

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from imgcls.config import build
 from imgcls.curation.build import build_manifest
 from imgcls.curation.config import ManifestBuildConfig
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import TooManyErrors
 from imgcls.execution.completed import CompletedChunks, read_chunk_rows, write_chunk
 from imgcls.execution.messages import StageTimings

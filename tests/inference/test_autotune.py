@@ -10,7 +10,7 @@ import ray
 
 from imgcls.cluster.interrupts import Interruption
 from imgcls.cluster.session import Node
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.execution.config import ScaleConfig
 from imgcls.execution.placement import Placement, plan_placement
 from imgcls.execution.worker import is_cpu_chunk

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import RunFailed
 from imgcls.inference import autotune, benchmark
 from imgcls.inference.autotune import TunedSettings

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imgcls.config import build
-from imgcls.data import filesystem
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, OutputError, RequestError
 from imgcls.evaluation.config import EvaluateConfig
 from imgcls.evaluation.evaluate import evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
+from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.inference.known_images import KnownImages
 from tests.execution.runs import manifest_of
 

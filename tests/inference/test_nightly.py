@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data.manifest import Manifest, ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import Manifest, ManifestConfig, open_manifest
 from imgcls.errors import OutputError
 from imgcls.inference.incremental import read_failed_before
 from imgcls.inference.known_images import KNOWN_BAD, read_since_table

@@ -13,8 +13,8 @@ import ray
 from imgcls.cluster import session
 from imgcls.cluster.session import Node
 from imgcls.config import build
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.preprocess import DecodeMode
+from imgcls.data.decoding.preprocess import DecodeMode
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import RequestError
 from imgcls.execution.plan import RunIdentity
 from imgcls.inference.predict import PredictConfig, predict

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from imgcls.data.manifest import ManifestConfig, open_manifest
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.errors import RunFailed, StorageMissing
 from imgcls.execution import plan as plan_module
 from imgcls.execution.messages import ChunkTask

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from imgcls.data import device_decode, device_resize
 from imgcls.data.cuda import CudaTimer, DecodeStage, PinnedUploader
-from imgcls.data.lazy_torchvision import torchvision
-from imgcls.data.preprocess import Preprocess
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding import device_decode, device_resize
+from imgcls.data.decoding.lazy_torchvision import torchvision
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import ImageError
 from imgcls.execution.completed import read_chunk_rows, write_chunk
 from imgcls.execution.messages import ChunkTask, StageTimings

@@ -20,11 +20,12 @@ import torch
 
 from imgcls.cluster.session import DeviceType
 from imgcls.curation.scan_worker import ScanSpec, ScanWorker
-from imgcls.data import device_decode, image_files
+from imgcls.data import image_files
 from imgcls.data.cuda import DEVICE_FAILURE_STATUS
-from imgcls.data.device_decode import DecodeResult, DeviceJpeg
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.storage_settings import StorageConfig
+from imgcls.data.decoding import device_decode
+from imgcls.data.decoding.device_decode import DecodeResult, DeviceJpeg
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
+from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.errors import BundleError, RunFailed, StorageError
 from imgcls.execution.completed import read_chunk_rows
 from imgcls.execution.heartbeat import CRASHES_TO_CONFIRM, Attempt

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms.functional import normalize
 
-from imgcls.data import decode
+from imgcls.data.decoding import decode
 from imgcls.errors import BundleError, NotAnImage, StorageMissing
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, load_bundle_weights, save_bundle

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
-from imgcls.data.decode import preprocess_pil_image
+from imgcls.data.decoding.decode import preprocess_pil_image
 from imgcls.errors import BundleError, NotFinite
 from imgcls.evaluation.config import QuantizeConfig
 from imgcls.evaluation.quantize import quantize_bundle

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imgcls.data import decode, image_files
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
 from imgcls.errors import ImageError, NotAnImage, RequestError, StorageError
 from imgcls.models.classifier import Classifier
 from tests.browser import opened

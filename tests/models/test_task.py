@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models.bundle import NEVER_ACCEPT, Architecture, BundleSpec, VectorScaling
 from imgcls.models.task import (
     SINGLE_LABEL,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import OutputError, OutputLocked, RunFailed
 from imgcls.runs.lease import Lease
 from tests.processes import REPOSITORY, wait_for

@@ -7,7 +7,7 @@ import threading
 import pytest
 import ray
 
-from imgcls.data.storage_settings import StorageConfig, current_settings, use_settings
+from imgcls.data.storage.storage_settings import StorageConfig, current_settings, use_settings
 from imgcls.training.driver_channel import THREAD_NAME, open_driver_channel
 from imgcls.training.epoch_metrics import EpochMetrics
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer

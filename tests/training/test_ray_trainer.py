@@ -18,7 +18,7 @@ import torch
 from imgcls.cluster import autoscaler, ray_internals
 from imgcls.cluster.interrupts import Interruption
 from imgcls.config import build
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import RunFailed
 from imgcls.training import ray_trainer
 from imgcls.training.config import TrainConfig, TrainScaleConfig

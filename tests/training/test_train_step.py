@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.models.normalize import Normalizer
 from imgcls.training.config import Strategy, TrainConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.models import zoo
 from imgcls.training import trainer
 from imgcls.training.config import EarlyStoppingConfig, Strategy, TrainConfig

@@ -17,7 +17,7 @@ from imgcls.curation.checks.hash_search import DisjointSets, Pairs, find_near_pa
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
 from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups, normalize_embeddings
 from imgcls.curation.config import DuplicatesConfig, Issue
-from imgcls.data.image_features import HASH_BITS, MIRROR_BITS
+from imgcls.data.decoding.image_features import HASH_BITS, MIRROR_BITS
 
 COSINE_BLOCK = 65_536
 _PLANES = 256

@@ -11,7 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifest import Manifest, log_label_variants, normalize_labels, resolve_paths
+from imgcls.data.manifests.manifest import (
+    Manifest,
+    log_label_variants,
+    normalize_labels,
+    resolve_paths,
+)
 from imgcls.errors import OK
 
 FloatArray = npt.NDArray[np.floating[Any]]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
-from imgcls.data.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
+from imgcls.data.decoding.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
 
 _BLOCK_PAIRS = 1 << 20
 """Number of pairs that are compared at once."""

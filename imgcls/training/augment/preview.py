@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from imgcls.data.decode import Pixels
+from imgcls.data.decoding.decode import Pixels
 from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.crop import center_crop
 from imgcls.training.sampler import Int64Array

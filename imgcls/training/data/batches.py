@@ -15,10 +15,11 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from imgcls.data import decode, image_files
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
-from imgcls.data.storage_settings import bind_settings
+from imgcls.data import image_files
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage.storage_settings import bind_settings
 from imgcls.errors import ImageError, StorageError
 from imgcls.training.sampler import Int64Array
 

@@ -18,9 +18,9 @@ import ray
 from ray.data.expressions import col
 
 from imgcls.cluster.ray_data import DataExecution
-from imgcls.data import storage_settings
-from imgcls.data.decode import Pixels
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.decode import Pixels
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.storage import storage_settings
 from imgcls.training.data.batches import (
     Batch,
     DecodeFailure,

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imgcls.data.manifest import (
+from imgcls.data.manifests.manifest import (
     ManifestConfig,
     log_label_variants,
     normalize_labels,
     open_manifest,
     resolve_path,
 )
-from imgcls.data.manifest_options import KeyNames
+from imgcls.data.manifests.options import KeyNames
 from imgcls.errors import ManifestError
 from imgcls.training.config import DataConfig
 

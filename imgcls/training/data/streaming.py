@@ -18,7 +18,7 @@ import ray
 import ray.train
 
 from imgcls.cluster.ray_data import own_data_settings
-from imgcls.data import storage_settings
+from imgcls.data.storage import storage_settings
 from imgcls.training.data.batches import (
     Batch,
     DecodeFailure,

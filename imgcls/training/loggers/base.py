@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from imgcls import log
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import Interrupted, one_line
 from imgcls.training.config import TrackConfig
 from imgcls.training.loggers.mlflow import MLflowLogger

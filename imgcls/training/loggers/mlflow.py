@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from imgcls.cluster.session import set_env_defaults
-from imgcls.data import filesystem
 from imgcls.data.optional_packages import import_package
+from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, one_line
 
 if TYPE_CHECKING:

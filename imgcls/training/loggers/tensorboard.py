@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 
 if TYPE_CHECKING:
     from imgcls.training.config import TrackConfig

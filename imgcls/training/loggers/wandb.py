@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from imgcls.data import filesystem
 from imgcls.data.optional_packages import import_package
+from imgcls.data.storage import filesystem
 from imgcls.errors import RequestError, one_line
 from imgcls.training.loggers.tensorboard import build_tag
 

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from imgcls.data import decode
-from imgcls.data.manifest import ManifestConfig, open_manifest
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.preprocess import Preprocess
+from imgcls.data.manifests.manifest import ManifestConfig, open_manifest
 from imgcls.training.data.batches import (
     MAX_BLOCK_BYTES,
     MAX_BLOCK_ROWS,

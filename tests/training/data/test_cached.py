@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pytest
 
 from imgcls.cluster.ray_data import DataExecution
-from imgcls.data import decode
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.training.data.batches import DecodeSettings, decode_block
 from imgcls.training.data.cached import CachedDataset, decode_images, find_store_bytes
 from tests.training.rows import draw_rows

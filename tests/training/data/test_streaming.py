@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from imgcls.data import decode
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding import decode
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.training.data import batches
 from imgcls.training.data.batches import DecodeSettings
 from imgcls.training.data.streaming import StreamedDataset, StreamedImages

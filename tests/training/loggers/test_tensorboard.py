@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.training.config import TrackConfig
 from imgcls.training.loggers import base
 from imgcls.training.loggers.base import MetricLoggers, open_loggers

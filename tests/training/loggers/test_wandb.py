@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 from imgcls.errors import Interrupted, RequestError
 from imgcls.training.config import TrackConfig
 from imgcls.training.loggers.base import check_loggers, open_loggers

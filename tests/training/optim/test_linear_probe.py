@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from imgcls.data.preprocess import Preprocess
+from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.training.config import ModelConfig, TrainConfig

@@ -1,0 +1,1 @@
+"""Manifests: tables, folders, archives and data sets that list the images."""
