@@ -93,6 +93,7 @@ def check_columns(manifest: Manifest) -> None:
         if name.casefold() in added:
             raise ManifestError(
                 f"manifest {manifest.source}: column {name!r} is an output column of `imgcls "
-                "manifest fetch`. Rename it in the manifest (output columns: "
+                f"manifest fetch`. Rename it in the manifest, or leave it out with "
+                f"--manifest.drop-columns {name} (output columns: "
                 f"{', '.join((IMAGE_COLUMN, *(field.name for field in FACT_FIELDS)))})"
             )

@@ -393,7 +393,8 @@ class _LabelChecker:
                 f"manifest {self._manifest.source}: no label in column "
                 f"{self._manifest.label_column!r} is a class of the model (found {examples}; the "
                 f"model has {shown}, {format_count(len(classes), 'class', 'classes')}). Use the "
-                "bundle trained on these classes, or pass another --manifest.label-column"
+                "bundle trained on these classes, pass another --manifest.label-column, or read no "
+                f"labels with --manifest.drop-columns {self._manifest.label_column}"
             )
         log_label_variants(f"manifest {self._manifest.source}", self._unknown, self._classes)
         log.emit(

@@ -125,18 +125,20 @@ def check_columns(manifest: Manifest) -> None:
             case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
             raise ManifestError(
                 f"{source}: column {name!r} is an output column of predict{case}. Rename it in the "
-                f"manifest (output columns: {', '.join(PREDICTION_COLUMNS)})"
+                f"manifest, or leave it out with --manifest.drop-columns {name} (output columns: "
+                f"{', '.join(PREDICTION_COLUMNS)})"
             )
         if key in added:
             raise ManifestError(
                 f"{source}: column {name!r} is an output column of `imgcls history compact`. "
-                f"Rename it in the manifest, or remove it (output columns: "
-                f"{', '.join(PROVENANCE_COLUMNS)})"
+                f"Rename it in the manifest, or leave it out with --manifest.drop-columns {name} "
+                f"(output columns: {', '.join(PROVENANCE_COLUMNS)})"
             )
         if key in seen:
             raise ManifestError(
                 f"{source}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
-                "Spark and others ignore. Rename one"
+                f"Spark and others ignore. Rename one, or leave it out with "
+                f"--manifest.drop-columns {name}"
             )
         seen[key] = name
 

@@ -222,7 +222,7 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
         if found:
             return ManifestFiles("parquet", tuple(found), url)
     if format == "auto":
-        _check_mixed_content(url, tables, keys)
+        _check_mixed_content(url, tables, [n for n in names if _is_archive(n)], keys)
     chosen = format if format != "auto" else next(iter(tables), None)
     if chosen is not None and chosen in tables:
         rest = Counter(get_suffix(n) for n in names if n not in tables[chosen] and _is_visible(n))
@@ -238,8 +238,7 @@ def _find_in_folder(url: str, format: str, keys: KeyNames) -> ManifestFiles:
         raise ManifestError(
             f"manifest {url}: the folder contains no {format} file" + (fix if below else "")
         )
-    archives = [name for name in names if detect_archive_format(name) and not is_hidden_name(name)]
-    if archives and _find_first(url, has_image_suffix) is None:
+    if any(map(_is_archive, names)) and _find_first(url, has_image_suffix) is None:
         return _find_archives(url, format, names, keys)
     return ManifestFiles(_detect_image_layout(url, names, folders, keys), folder=url)
 
@@ -293,8 +292,14 @@ def _is_visible(name: str) -> bool:
     return not name.startswith(("_", "."))
 
 
-def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames) -> None:
-    """Refuse a folder with tables of two formats, or with tables and images."""
+def _is_archive(name: str) -> bool:
+    return detect_archive_format(name) is not None and not is_hidden_name(name)
+
+
+def _check_mixed_content(
+    url: str, tables: dict[str, list[str]], archives: list[str], keys: KeyNames
+) -> None:
+    """Refuse a folder with tables of two formats, or with tables and archives or images."""
     if len(tables) > 1:
         found = " and ".join(
             f"{TABLE_FORMATS[format].title} files ({tables[format][0]!r})"
@@ -308,6 +313,14 @@ def _check_mixed_content(url: str, tables: dict[str, list[str]], keys: KeyNames)
     if not tables:
         return
     format, names = next(iter(tables.items()))
+    if archives:
+        other = detect_archive_format(archives[0])
+        option = keys.option("format")
+        raise ManifestError(
+            f"manifest {url}: contains a table ({names[0]!r}) and an archive ({archives[0]!r}); "
+            f"pass {option} {format} for the rows of the tables, or {option} {other} for the "
+            "images in the archives"
+        )
     image = _find_first(url, has_image_suffix)
     if image is not None:
         option = keys.option("format")

@@ -16,6 +16,7 @@ from imgcls.data.manifests.options import ReadOptions
 from imgcls.data.manifests.schemas import conform_table
 from imgcls.data.manifests.table_errors import translate_table_error
 from imgcls.data.manifests.table_version import TableVersion, split_version
+from imgcls.data.storage import filesystem
 from imgcls.errors import ManifestError, StorageError, StorageMissing
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def pin_iceberg_table(name: str) -> TableVersion:
         raise StorageMissing(f"{name}: has no snapshot {version}; it may have expired")
     return TableVersion(
         name=f"{_PREFIX}{table_name}@{snapshot.snapshot_id}",
-        folder=table.location().removeprefix("file://"),
+        folder=filesystem.local_path(table.location()),
         version=str(snapshot.snapshot_id),
         table_id=str(table.metadata.table_uuid),
     )

@@ -39,8 +39,11 @@ def find_image_columns(
     structs = [field.name for field in schema if is_image_struct(field.type)]
     lists = [field.name for field in schema if _is_image_list(field.type)]
     name = chosen or (path_column if path_column in structs else None)
-    if name is None and may_detect and path_column not in schema.names:
+    is_binary_file = _has_binary_files(schema)
+    if name is None and may_detect and (is_binary_file or path_column not in schema.names):
         candidates = structs or [field.name for field in schema if is_bytes(field.type)]
+        if is_binary_file:
+            candidates = ["content"]
         if len(candidates) > 1:
             raise ManifestError(
                 f"manifest {source}: columns {' and '.join(map(repr, candidates))} may contain the "
@@ -81,6 +84,12 @@ def is_image_struct(type: pa.DataType) -> bool:
     return is_bytes(parts["bytes"]) and (is_text(parts["path"]) or kinds.is_null(parts["path"]))
 
 
+def is_pixel_struct(type: pa.DataType) -> bool:
+    """Whether a type is that of Spark's image source: decoded pixels and their size."""
+    names = {field.name for field in type} if kinds.is_struct(type) else set()
+    return {"height", "width", "nChannels", "mode", "data"} <= names
+
+
 def is_bytes(type: pa.DataType) -> bool:
     """Whether a type has bytes of any length as values."""
     if kinds.is_dictionary(type):
@@ -93,6 +102,13 @@ def is_text(type: pa.DataType) -> bool:
     if kinds.is_dictionary(type):
         type = type.value_type
     return bool(kinds.is_string(type) or kinds.is_large_string(type) or kinds.is_string_view(type))
+
+
+def _has_binary_files(schema: pa.Schema) -> bool:
+    """Whether a table has the columns of Spark's binaryFile source: paths and contents of files."""
+    return {"path", "modificationTime", "length", "content"} <= set(schema.names) and is_bytes(
+        schema.field("content").type
+    )
 
 
 def _is_image_list(type: pa.DataType) -> bool:

@@ -20,12 +20,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imgcls import log
-from imgcls.config import Section
+from imgcls.config import Names, Section
 from imgcls.data.containers import members
 from imgcls.data.manifests import fingerprint
 from imgcls.data.manifests.archive_listing import ArchiveOptions
 from imgcls.data.manifests.archive_manifest import ArchiveTable
-from imgcls.data.manifests.columns import check_columns, check_duplicate_columns, find_label_column
+from imgcls.data.manifests.columns import (
+    check_columns,
+    check_duplicate_columns,
+    check_named_column,
+    find_label_column,
+)
 from imgcls.data.manifests.discovery import (
     ManifestFiles,
     filter_images,
@@ -66,6 +71,8 @@ class ManifestConfig(Section):
     """Column of the images themselves: bytes, struct<bytes, path> (default: detected) or base64."""
     label_column: str | None = None
     """Name of the column of class names (default: `label`, if the table has it)."""
+    drop_columns: Names = []
+    """Columns that are not read, separated by commas: no output has them. `label`: unlabeled."""
     root: str | None = None
     """Folder where relative paths start (default: the folder of their table)."""
     delimiter: str | None = None
@@ -85,6 +92,7 @@ class Manifest:
     label_column: name of the column of class names, None when unlabeled
     files:        the tables of the manifest; empty for a folder or glob of images
     version:      of a table with versions, such as a snapshot; else None
+    dropped:      the columns that are not read
     """
 
     source: str
@@ -97,6 +105,7 @@ class Manifest:
     _read_batches: Callable[[], Iterator[pa.RecordBatch]] = field(repr=False)
     _compute_fingerprint: Callable[[], str] = field(repr=False)
     version: str | None = None
+    dropped: tuple[str, ...] = ()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Stream the rows, in order; raises ManifestError where a row cannot be read."""
@@ -111,9 +120,17 @@ class Manifest:
 
     def describe_identity(self) -> dict[str, Any]:
         """The entries of a run's identity: fingerprint, columns, root, and a table's version."""
-        names = ("path_column", "label_column", "root", "version")
-        known = {name: getattr(self, name) for name in names[: 3 if self.version is None else 4]}
-        return {"fingerprint": self.fingerprint(), **known}
+        identity: dict[str, Any] = {
+            "fingerprint": self.fingerprint(),
+            "path_column": self.path_column,
+            "label_column": self.label_column,
+            "root": self.root,
+        }
+        if self.version is not None:
+            identity["version"] = self.version
+        if self.dropped:
+            identity["drop_columns"] = list(self.dropped)
+        return identity
 
     def resolve(self, path: str | None) -> str | None:
         """Resolve the path of a row: unchanged when absolute or a URL, else below `root`."""
@@ -166,7 +183,7 @@ def resolve_paths(paths: pa.ChunkedArray, root: str) -> pa.ChunkedArray:
     return pc.if_else(is_absolute, text, below)
 
 
-_ABSOLUTE = r"^(/|[A-Za-z0-9+]+://|data:)"
+_ABSOLUTE = r"^(/|[A-Za-z0-9+]+://|data:|file:/)"
 _MEMBER = f"^({'|'.join(members.CONTAINER_KINDS)})://"
 
 
@@ -190,12 +207,33 @@ def open_manifest(
         found = find_manifest_files(config.path, config.format, keys)
         format = MANIFEST_FORMATS[found.format]
         if isinstance(format, ArchiveFormat):
-            return _open_archives(config, found, format, keys)
-        if isinstance(format, ListingFormat):
-            return _ImageListing(config, found, format, keys).open()
-        return _TableFiles(config, found, format, keys).open(any_key=any_key)
+            manifest = _open_archives(config, found, format, keys)
+        elif isinstance(format, ListingFormat):
+            manifest = _ImageListing(config, found, format, keys).open()
+        else:
+            manifest = _TableFiles(config, found, format, keys).open(any_key=any_key)
+        return _drop_columns(manifest, config, keys) if config.drop_columns else manifest
     except (StorageError, UnicodeDecodeError) as error:
         raise request_error(ManifestError, f"manifest {config.path}: {error}", error) from error
+
+
+def _drop_columns(manifest: Manifest, config: ManifestConfig, keys: KeyNames) -> Manifest:
+    dropped, option = tuple(sorted(set(config.drop_columns))), keys.option("drop_columns")
+    for name in dropped:
+        check_named_column(config, manifest.schema, name, option)
+        if name in (manifest.path_column, config.label_column):
+            raise ManifestError(
+                f"manifest {config.path}: column {name!r} is read as that of the "
+                f"{'paths' if name == manifest.path_column else 'labels'}; remove it from {option}"
+            )
+    kept = [name for name in manifest.schema.names if name not in dropped]
+    return replace(
+        manifest,
+        schema=pa.schema([manifest.schema.field(name) for name in kept]),
+        label_column=None if manifest.label_column in dropped else manifest.label_column,
+        _read_batches=lambda: (batch.select(kept) for batch in manifest.batches()),
+        dropped=dropped,
+    )
 
 
 def _open_archives(
@@ -234,7 +272,13 @@ class _TableFiles:
         config = self._config.model_copy(
             update={"path_column": images.name or self._config.path_column}
         )
-        check_columns(config, schema, self._keys, any_key=any_key)
+        check_columns(
+            config,
+            schema,
+            self._keys,
+            any_key=any_key,
+            may_contain_images=self._found.format == "parquet",
+        )
         folders = {get_table_folder(file) for file in files}
         has_own_folders = (
             config.root is None and not self._found.partitions and len(folders) > 1 and not any_key

@@ -36,18 +36,21 @@ _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path on this machine (`file://` included)."""
-    return url.startswith("file://") or not is_url(url)
+    """Whether `url` is a path on this machine (`file:///a` and Hadoop's `file:/a` included)."""
+    return url.startswith("file:/") or not is_url(url)
 
 
 def is_url(text: str) -> bool:
     """Whether `text` is a URL, as in `s3://bucket/key` or `data:image/png;base64,...`."""
     scheme, separator, _ = text.partition("://")
-    return (bool(separator) and scheme.replace("+", "").isalnum()) or text.startswith("data:")
+    has_scheme = bool(separator) and scheme.replace("+", "").isalnum()
+    return has_scheme or text.startswith(("data:", "file:/"))
 
 
 def local_path(url: str) -> str:
-    return url.removeprefix("file://")
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    return url.removeprefix("file:") if url.startswith("file:/") else url
 
 
 def join(folder: str, *names: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -29,9 +30,10 @@ T = TypeVar("T")
 
 def _check_local_folder(folder: str) -> str:
     """The absolute path, since the workers of a run have other working directories."""
-    if "://" in folder.removeprefix("file://"):
+    path = re.sub("^file:(//)?(?=/)", "", folder)
+    if "://" in path:
         raise ValueError("must be a folder on a disk, not a URL")
-    return os.path.abspath(folder.removeprefix("file://"))
+    return os.path.abspath(path)
 
 
 class StorageConfig(Section):

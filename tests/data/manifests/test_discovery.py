@@ -76,6 +76,16 @@ def test_the_files_of_systems_and_bundles_are_no_classes(put: Put, tmp_path: Pat
     assert "dogs/plots/5.jpg" in paths_of(tmp_path)
 
 
+def test_tables_next_to_archives_are_refused_with_each_fix(put: Put, tmp_path: Path) -> None:
+    # the output of img2dataset
+    put("00000.tar", "00000.parquet", "00000_stats.json", "00001.tar", "00001.parquet")
+    assert refused(tmp_path) == (
+        f"manifest {tmp_path}: contains a table ('00000.parquet') and an archive ('00000.tar'); "
+        "pass --manifest.format parquet for the rows of the tables, or --manifest.format "
+        "webdataset for the images in the archives"
+    )
+
+
 @pytest.mark.parametrize("name", ["results.csv", "manifest.parquet", "list.tsv", "list.csv.gz"])
 @pytest.mark.parametrize("image", ["a.jpg", "cats/a.jpg"])
 def test_a_table_among_images_is_refused_with_each_fix(

@@ -284,3 +284,46 @@ def test_a_data_set_of_hugging_face_is_read_as_written(tmp_path: Path) -> None:
     assert table["label"].to_pylist() == ["dog", "cat", None]
     assert table["image_path"].to_pylist() == ["0.jpg", "1.jpg", "2.jpg"]
     assert read_images(manifest) == IMAGES
+
+
+def test_base64_text_and_pixels_of_spark_are_explained(tmp_path: Path) -> None:
+    text, pixels = tmp_path / "text.parquet", tmp_path / "pixels.parquet"
+    pq.write_table(pa.table({"image": ["aGVsbG8="]}), text)
+    with pytest.raises(ManifestError) as caught:
+        open_(text)
+    assert str(caught.value) == (
+        f"manifest {text}: no column 'path' (found: image); name it with --manifest.path-column, "
+        "or a column of images as base64 text with --manifest.image-column"
+    )
+    # the schema of spark.read.format("image")
+    decoded = {
+        "origin": "file:/a.jpg", "height": 1, "width": 1, "nChannels": 3, "mode": 16, "data": b"rgb"
+    }  # fmt: skip
+    pq.write_table(pa.table({"image": [decoded]}), pixels)
+    with pytest.raises(ManifestError, match="'image' contains pixels, as Spark's image source"):
+        open_(pixels)
+    with pytest.raises(ManifestError, match=r"'image' is struct<.*not one image per row"):
+        open_(pixels, image_column="image")
+
+
+def test_files_that_spark_read_are_those_of_its_column_of_bytes(tmp_path: Path) -> None:
+    # the schema of spark.read.format("binaryFile"), whose paths have Hadoop's form of a file URL
+    paths = [f"file:{tmp_path}/{at}.jpg" for at in range(len(IMAGES))]
+    columns = {
+        "path": paths,
+        "modificationTime": pa.array([0, 1, 2], pa.timestamp("us", "UTC")),
+        "length": [5, 0, 11],
+        "content": IMAGES,
+    }
+    manifest = open_(write(tmp_path / "part-00000.snappy.parquet", columns))
+    assert manifest.path_column == "content"
+    assert read_rows(manifest)["path"].to_pylist() == paths
+    assert read_images(manifest) == IMAGES
+
+
+def test_paths_of_spark_are_read(tmp_path: Path) -> None:
+    files = [tmp_path / f"{at}.jpg" for at in range(len(IMAGES))]
+    for file, image in zip(files, IMAGES, strict=True):
+        file.write_bytes(image)
+    manifest = open_(write(tmp_path / "a.parquet", {"path": [f"file:{file}" for file in files]}))
+    assert read_images(manifest) == IMAGES

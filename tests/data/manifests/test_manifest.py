@@ -613,6 +613,45 @@ def test_a_missing_column_is_refused_with_those_there(put: Put) -> None:
 
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_a_dropped_column_is_not_read(put: Put, tmp_path: Path, format: str) -> None:
+    path = put("path,label,status,width\na.jpg,x,success,256\n")
+    if format == "parquet":
+        path = tmp_path / "rows.parquet"
+        row = {"path": "a.jpg", "label": "x", "status": "success", "width": 256}
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    assert rows_of(path, drop_columns="status, width") == [{"path": "a.jpg", "label": "x"}]
+    manifest = open_at(path, drop_columns=["label"])
+    assert manifest.label_column is None
+    assert "label" not in manifest.schema.names
+    identities = [
+        open_at(path, drop_columns=names).describe_identity() for names in ([], ["label"])
+    ]
+    assert "drop_columns" not in identities[0]
+    assert identities[1] == {**identities[0], "label_column": None, "drop_columns": ["label"]}
+
+
+def test_a_column_that_is_needed_or_missing_cannot_be_dropped(put: Put, tmp_path: Path) -> None:
+    path = put("path,label,day\na.jpg,x,1\n")
+    assert "column 'path' is read as that of the paths" in refused(path, drop_columns=["path"])
+    message = refused(path, label_column="day", drop_columns=["day"])
+    assert message == (
+        f"manifest {path}: column 'day' is read as that of the labels; remove it from "
+        "--manifest.drop-columns"
+    )
+    message = refused(path, drop_columns=["night"])
+    assert "no column 'night' (found: path, label, day); name it with --manifest.drop-columns" in (
+        message
+    )
+
+
+def test_the_labels_of_a_folder_can_be_dropped(tree: Path) -> None:
+    labeled = rows_of(tree)
+    paths = [{"path": row["path"]} for row in labeled]
+    assert labeled != paths
+    assert rows_of(tree, drop_columns=["label"]) == paths
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_a_duplicate_column_name_is_refused(put: Put, tmp_path: Path, format: str) -> None:
     if format == "csv":
         put("path,x,x\na,1,2\n")
@@ -669,6 +708,7 @@ def test_relative_paths_start_at_the_manifests_folder_or_at_the_root(
         "gs://bucket/a.jpg",
         "https://host/a.jpg?x=1#y",
         "file:///data/a.jpg",
+        "file:/data/a.jpg",
         "data:image/png;base64,AAAA",
     ],
 )

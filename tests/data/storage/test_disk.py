@@ -204,7 +204,7 @@ def test_a_lease_left_empty_by_a_killed_driver_is_taken_over(tmp_path: Path, no_
 
 _RIVAL = """
 import errno, os, sys, time
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 def refused(*_, **__):
     raise OSError(errno.EOPNOTSUPP, "no links")
 os.link = refused

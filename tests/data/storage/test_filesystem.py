@@ -222,7 +222,9 @@ def test_removing_takes_a_file_or_a_folder_and_nothing_next_to_it(tmp_path: Path
 def test_places_are_joined_without_changing_any_part() -> None:
     assert filesystem.join("a", "b%20", "../c") == "a/b%20/../c"
     assert filesystem.join("s3://bucket/x/", "#?", "y") == "s3://bucket/x/#?/y"
-    assert filesystem.join("file:///a", "b") == "/a/b"
+    assert filesystem.join("file:///a", "b") == filesystem.join("file:/a", "b") == "/a/b"
+    assert filesystem.absolute("/x/file:a.jpg") == "/x/file:a.jpg"
+    assert filesystem.local_path("file:a.jpg") == "file:a.jpg"
     assert filesystem.parent("s3://bucket/x/y.csv") == "s3://bucket/x"
     assert filesystem.parent("/a/b.csv") == "/a"
     assert filesystem.absolute("s3://bucket/x") == "s3://bucket/x"
@@ -231,6 +233,7 @@ def test_places_are_joined_without_changing_any_part() -> None:
     assert all(filesystem.is_url(path) for path in urls)
     assert not any(filesystem.is_url(path) for path in paths)
     assert filesystem.is_local("file:///a")
+    assert filesystem.is_local("file:/a")
 
 
 # ------------------------------------------------------------------ whole or not at all
@@ -255,7 +258,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path, before: by
 
 _WRITER = """
 import sys
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 with filesystem.open_write(sys.argv[1]) as stream:
     while True:
         stream.write(bytes(1 << 16))
@@ -288,7 +291,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path: Path, before: bytes | Non
 
 _RIVAL = """
 import os, sys, time
-from imgcls.data import filesystem
+from imgcls.data.storage import filesystem
 folder, me, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
 filesystem.create(f"{folder}/ready-{me}", b"")
 while not os.path.exists(f"{folder}/go"):
