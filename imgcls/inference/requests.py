@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,25 +115,12 @@ def check_columns(manifest: Manifest) -> None:
 
     DuckDB, Spark, Athena and BigQuery do not distinguish names that differ only by case.
     """
-    source = f"manifest {manifest.source}"
-    written = {name.casefold(): name for name in PREDICTION_COLUMNS}
-    added = {name.casefold(): name for name in PROVENANCE_COLUMNS}
+    source, names = f"manifest {manifest.source}", manifest.schema.names
+    _refuse_output_columns(source, names, "predict", PREDICTION_COLUMNS)
+    _refuse_output_columns(source, names, "`imgcls history compact`", PROVENANCE_COLUMNS)
     seen: dict[str, str] = {}
-    for name in manifest.schema.names:
+    for name in names:
         key = name.casefold()
-        if key in written:
-            case = "" if name in written.values() else f" (as {written[key]!r}; case is ignored)"
-            raise ManifestError(
-                f"{source}: column {name!r} is an output column of predict{case}. Rename it in the "
-                f"manifest, or leave it out with --manifest.drop-columns {name} (output columns: "
-                f"{', '.join(PREDICTION_COLUMNS)})"
-            )
-        if key in added:
-            raise ManifestError(
-                f"{source}: column {name!r} is an output column of `imgcls history compact`. "
-                f"Rename it in the manifest, or leave it out with --manifest.drop-columns {name} "
-                f"(output columns: {', '.join(PROVENANCE_COLUMNS)})"
-            )
         if key in seen:
             raise ManifestError(
                 f"{source}: columns {seen[key]!r} and {name!r} differ only by case, which DuckDB, "
@@ -141,6 +128,24 @@ def check_columns(manifest: Manifest) -> None:
                 f"--manifest.drop-columns {name}"
             )
         seen[key] = name
+
+
+def _refuse_output_columns(
+    source: str, names: Sequence[str], command: str, written: Sequence[str]
+) -> None:
+    taken = {name.casefold() for name in written}
+    found = [name for name in names if name.casefold() in taken]
+    if not found:
+        return
+    subject, pronoun = f"column {found[0]!r} is an output column", "it"
+    if len(found) > 1:
+        subject = f"columns {', '.join(map(repr, found))} are output columns"
+        pronoun = "them"
+    raise ManifestError(
+        f"{source}: {subject} of {command} (case is ignored). Rename {pronoun} in the manifest, or "
+        f"leave {pronoun} out with --manifest.drop-columns {','.join(found)} (output columns: "
+        f"{', '.join(written)})"
+    )
 
 
 def check_publish_target(config: PredictConfig, manifest: Manifest) -> None:

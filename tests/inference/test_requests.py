@@ -143,11 +143,19 @@ def test_who_waits_for_a_store_is_not_to_be_taken_to_hang(
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ("path,Status", "column 'Status' is an output column of predict (as 'status'; case is"),
-        ("path,status", "column 'status' is an output column of predict. Rename it"),
+        ("path,Status", "column 'Status' is an output column of predict (case is ignored)"),
+        (
+            "path,status",
+            "column 'status' is an output column of predict (case is ignored). Rename it in",
+        ),
         (
             "path,TopK_Labels",
-            "column 'TopK_Labels' is an output column of predict (as 'topk_labels'",
+            "column 'TopK_Labels' is an output column of predict (case",
+        ),
+        (
+            "path,status,Width",
+            "columns 'status', 'Width' are output columns of predict (case is ignored). Rename "
+            "them in the manifest, or leave them out with --manifest.drop-columns status,Width (",
         ),
         ("path,run", "column 'run' is an output column of `imgcls history compact`"),
         ("path,Run", "column 'Run' is an output column of `imgcls history compact`"),
