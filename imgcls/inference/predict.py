@@ -57,6 +57,7 @@ from imgcls.inference.specs import PredictSpec, find_embedding_width
 from imgcls.inference.workers import LABELING
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
+from imgcls.models.device_support import check_device
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
 from imgcls.runs.lease import Lease
@@ -225,6 +226,7 @@ class _PredictRun:
         placement = wait_for_placement(
             LABELING, config.scale, self.driver.interruption, image_bytes * chunk_rows
         )
+        check_device(config.precision, config.engine, placement.device)
         self.plan = parse_plan(stored) if stored is not None else self._make_plan()
         run = layout.load_run(output)
         assert run is not None

@@ -63,8 +63,6 @@ def build_engine(
     check_engine(wanted, compile=compile)
     if wanted != "openvino":
         return TorchEngine(bundle, device, precision, compile=compile, batch_size=batch_size)
-    if device.type != "cpu":
-        raise RequestError("engine openvino: runs on CPUs only; use torch or auto on a GPU")
     if precision == "bf16" and not has_native_bf16(device):
         raise RequestError(
             "engine openvino: this CPU has no bfloat16 instructions, without which OpenVINO has no "

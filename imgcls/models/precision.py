@@ -13,6 +13,7 @@ import torch
 from imgcls.errors import RequestError
 from imgcls.models.bundle import EngineName, Precision
 from imgcls.models.cpu import read_cpu_flags
+from imgcls.models.device_support import check_device
 
 RunPrecision = Literal["fp32", "bf16", "fp16", "int8"]
 """A precision that was chosen."""
@@ -27,10 +28,7 @@ def choose_precision(
     Raises RequestError for int8 on a GPU, or on a CPU whose instructions the engine cannot use for
     it, and for fp16 on a CPU.
     """
-    if wanted == "fp16" and device.type != "cuda":
-        raise RequestError("precision fp16: runs on GPUs only; use bf16 or auto on a CPU")
-    if wanted == "int8" and device.type != "cpu":
-        raise RequestError("precision int8: runs on CPUs only; use bf16 or auto on a GPU")
+    check_device(wanted, engine, device.type)
     if wanted == "int8":
         _check_int8_instructions(engine)
     if wanted == "bf16" and device.type == "cpu" and _find_bf16_instructions() is None:

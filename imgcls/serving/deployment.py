@@ -24,6 +24,7 @@ from imgcls.cluster.session import DeviceType
 from imgcls.data.storage import storage_settings
 from imgcls.errors import ImgclsError, RequestError
 from imgcls.models.bundle import load_bundle, read_description
+from imgcls.models.device_support import check_device
 from imgcls.models.openvino_package import check_engine
 from imgcls.serving import api_keys
 from imgcls.serving.api import build_app
@@ -194,7 +195,9 @@ def build_application(
 
     fixed_keys:  keys that are not in `config.keys.file`
     settings_id: running replicas load the bundle again when this ID changes
+    Raises RequestError for a precision or an engine that the replicas' device cannot run.
     """
+    check_device(config.precision, config.engine, replicas.device)
     options: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
         options = {

@@ -174,15 +174,16 @@ def test_the_gpu_layouts_write_the_same_table(
     assert plain.returncode == 0, plain.stderr
     with RayCluster.start(cpus=2, gpus=1) as logical, logical.joined():
         asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
+        refused = run_here(*base, "--engine", "openvino", "--output", place / "refused", *asked)
+        assert refused.returncode == 2, refused.stderr
+        assert "engine openvino: runs on CPUs only" in refused.stderr
+        assert not (place / "refused").exists()
         done = run_here(*base, "--output", place / layout, *asked)
         assert done.returncode == 0, done.stderr
     assert "1 model worker on GPUs" in done.stdout
     assert table(place / layout).equals(table(place / "cpu"))
 
 
-@pytest.mark.parametrize(
-    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
-)
 def count_published(delta: Path) -> Counter[str]:
     """Rows of a Delta table by status; no row is in it twice."""
     found = open_delta_table(str(delta)).to_pyarrow_table()
@@ -190,6 +191,9 @@ def count_published(delta: Path) -> Counter[str]:
     return Counter(found["status"].to_pylist())
 
 
+@pytest.mark.parametrize(
+    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
+)
 def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colors: Callable[..., Path],

@@ -50,6 +50,12 @@ def test_a_gpu_without_bf16_runs_in_fp16_only_on_request(
         choose_precision("fp16", torch.device("cpu"))
 
 
+def test_openvino_is_for_cpus() -> None:
+    with pytest.raises(RequestError, match="engine openvino: runs on CPUs only; use torch or auto"):
+        choose_precision("fp32", torch.device("cuda"), "openvino")
+    assert choose_precision("fp32", torch.device("cpu"), "openvino")[0] == "fp32"
+
+
 def test_int8_is_for_cpus_that_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match="runs on CPUs only; use bf16 or auto on a GPU"):
         choose_precision("int8", torch.device("cuda"))
