@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 AZURITE_VERSION := 3.37.0
 AZURITE := .venv/azurite/node_modules/.bin/azurite-blob
 

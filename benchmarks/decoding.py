@@ -37,7 +37,7 @@ from torchvision.transforms.v2 import functional
 from benchmarks.agreement import at_size, camera_files
 from benchmarks.workloads import SAMPLE, photographs
 from imgcls.cluster.session import build_malloc_env
-from imgcls.data.decoding import decode, jpeg, png
+from imgcls.data.decoding import decode, jpeg, open_image, png
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.decoding.resize import compute_resized_size
 
@@ -146,7 +146,9 @@ def ours(format_: str) -> Iterator[tuple[str, Route]]:
         return jpeg.decode_jpeg(data, factor, frame=frame)
 
     def decode_png(data: bytes) -> Any:
-        return png.decode_8_bit(data, decode.read_header(data, decode.MAX_PIXELS).png_chunks)
+        return png.decode_8_bit(
+            data, open_image.read_header(data, open_image.MAX_PIXELS).png_chunks
+        )
 
     def prepare_by(spec: Preprocess) -> Callable[[bytes], Any]:
         return lambda data: decode.decode_image(data, spec)[0].transpose(1, 2, 0)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from imgcls.curation.fetched_images import FetchedImage, inspect_image
+from imgcls.curation.fetched_images import FetchedImage
+from imgcls.curation.inspector import ImageInspector
 from imgcls.curation.scan import HeldOutput
 from imgcls.curation.shards import FetchedRow, ShardStore
 from imgcls.data.image_pool import ImagePool
@@ -170,7 +171,8 @@ class FetchPass:
         max_pixels: int,
     ) -> None:
         self._store, self._output, self._tasks = store, output, tasks
-        self._in_flight, self._max_bytes, self._max_pixels = in_flight, max_bytes, max_pixels
+        self._in_flight, self._max_bytes = in_flight, max_bytes
+        self._inspector = ImageInspector(max_pixels)
         self._open: dict[int, _OpenShard] = {}
         self._unread: Iterator[_Read] = iter(())
         self._has_more_tasks = True
@@ -186,7 +188,10 @@ class FetchPass:
         """
         writer = create_thread_pool(1, "write")
         try:
-            with ImagePool(self._process, self._in_flight, self._max_bytes) as pool:
+            with (
+                self._inspector,
+                ImagePool(self._process, self._in_flight, self._max_bytes) as pool,
+            ):
                 while self._step(pool, writer):
                     self._output.interruption.check()
                     self._take_result(pool)
@@ -247,7 +252,7 @@ class FetchPass:
         progress.add(ChunkResult(ChunkTask(0), rows, status, StageTimings(), "fetch"))
 
     def _process(self, read: _Read, outcome: bytes | StorageError | ImageError) -> _Result:
-        image = inspect_image(outcome, self._max_pixels)
+        image = self._inspector.inspect(outcome)
         if image.status != OK or not isinstance(outcome, bytes):
             return _Result(image, None)
         return _Result(image, self._open[read.shard].spool.add(outcome))

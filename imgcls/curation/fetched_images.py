@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from imgcls.data import formats
-from imgcls.data.decoding import decode
+from imgcls.data.decoding import open_image
 from imgcls.data.manifests.manifest import Manifest
 from imgcls.errors import OK, ImageError, ManifestError, StorageError, one_line
 
@@ -72,7 +72,7 @@ def inspect_image(outcome: bytes | StorageError | ImageError, max_pixels: int) -
     try:
         if not isinstance(outcome, bytes):
             raise outcome
-        preview = decode.decode_preview(outcome, _CHECK_SIDE, max_pixels=max_pixels)
+        preview = open_image.decode_preview(outcome, _CHECK_SIDE, max_pixels=max_pixels)
     except (StorageError, ImageError) as error:
         return FetchedImage(error.status, one_line(error))
     width, height = preview.display_size

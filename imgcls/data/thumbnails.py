@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 from imgcls.data import image_files
-from imgcls.data.decoding import decode
+from imgcls.data.decoding import open_image
 from imgcls.data.manifests.manifest import resolve_path
 from imgcls.errors import ImageError, StorageError
 
@@ -27,7 +27,7 @@ def _build_thumbnail(blob: bytes | StorageError | ImageError) -> str | None:
     if not isinstance(blob, bytes):
         return None
     try:
-        upright = decode.decode_preview(blob, 2 * THUMBNAIL_SIDE).image
+        upright = open_image.decode_preview(blob, 2 * THUMBNAIL_SIDE).image
     except ImageError:
         return None
     if max(upright.size) < THUMBNAIL_SIDE // 2:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from imgcls.data import image_files
-from imgcls.data.decoding import decode
+from imgcls.data.decoding import open_image
 from imgcls.data.decoding.pixels import convert_to_rgb
 from imgcls.models.sources import ImageSource
 
@@ -62,11 +62,11 @@ def _encode_thumbnail(source: ImageSource | None) -> str | None:
             small = convert_to_rgb(source).copy()
             small.thumbnail((REPR_SIDE, REPR_SIDE))
         elif isinstance(source, (str, os.PathLike)):
-            small = decode.decode_preview(
+            small = open_image.decode_preview(
                 image_files.read_image(os.fspath(source)), REPR_SIDE
             ).image
         else:
-            small = decode.decode_preview(bytes(source), REPR_SIDE).image
+            small = open_image.decode_preview(bytes(source), REPR_SIDE).image
     except Exception:  # noqa: BLE001  show the prediction without a thumbnail
         return None
     sink = io.BytesIO()

@@ -159,6 +159,30 @@ def test_every_failure_is_a_row_with_its_status_and_no_image(
     assert server.lines.count("/broken") > 1
 
 
+def test_an_image_that_crashes_its_decoder_is_a_row(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in the processes that decode
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from PIL import Image\n"
+        "real = Image.open\n"
+        "def deadly(stream, *more, **named):\n"
+        "    if b'deadly' in stream.getvalue(): os.abort()\n"
+        "    return real(stream, *more, **named)\n"
+        "Image.open = deadly\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    server.replies["/17.jpg"] = [Reply(body=draw(17, comment=b"deadly"))]
+    source = write_list(tmp_path / "list.parquet", list_urls(server, 25))
+    fetch(build(source, tmp_path / "out"))
+    rows = read_table(tmp_path / "out")
+    statuses = ["crashed" if number == 17 else "ok" for number in range(25)]
+    assert [row["fetch_status"] for row in rows] == statuses
+    assert rows[17]["image"] is None
+    assert rows[17]["fetch_error"] == "the decoder was ended by SIGABRT while it was decoded"
+
+
 def test_a_url_of_several_rows_is_fetched_once_per_shard(server: Server, tmp_path: Path) -> None:
     urls = [f"{server.url}/{number}.jpg" for number in (1, 2, 1, 1, 3, 1)]
     source = write_list(tmp_path / "list.parquet", urls)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from imgcls.data.decoding import decode, device_decode
+from imgcls.data.decoding import decode, device_decode, open_image
 from imgcls.data.decoding.device_decode import DeviceJpeg
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import ImageError
@@ -169,7 +169,7 @@ def decodes_or_is_refused(data: bytes) -> None:
         assert pixels.dtype == np.uint8
         assert 0 < width * height <= 4_000_000
     try:
-        small = decode.decode_preview(data, 20).image
+        small = open_image.decode_preview(data, 20).image
     except ImageError:
         return
     assert max(small.size) <= 20

@@ -15,59 +15,47 @@ Routes, all compared in tests with the reference (Pillow decode, `Resize`, `Cent
 
 from __future__ import annotations
 
-import importlib
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from imgcls.data import formats
-from imgcls.data.decoding import jpeg, png, tiff
-from imgcls.data.decoding.image_headers import is_cut_off, read_jpeg_xl_header, read_sample_format
+from imgcls.data.decoding import jpeg, png
+from imgcls.data.decoding.open_image import (
+    JPEG_SIGNATURE,
+    MAX_PIXELS,
+    apply_orientation,
+    check_pixel_count,
+    choose_scale_factor,
+    convert_error,
+    decode_full_rgb,
+    read_header,
+    read_orientation,
+)
 from imgcls.data.decoding.pixels import Pixels as Pixels
-from imgcls.data.decoding.pixels import convert_to_rgb, find_ico_image, load_rgb
+from imgcls.data.decoding.pixels import convert_to_rgb
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.decoding.resize import (
     MAX_RESIZE_PIXELS,
-    apply_orientation,
     apply_tensor_orientation,
     compute_resized_size,
     resize_pillow,
     resize_scaled_jpeg,
     resize_tensor,
 )
-from imgcls.data.formats import ImageFormat
 from imgcls.errors import (
-    EmptyImage,
     ImageError,
-    ImageTooLarge,
-    NotAnImage,
-    TruncatedImage,
-    UnsupportedImage,
 )
 
-MAX_PIXELS = 100_000_000
 DCT_MARGIN = 2.0
 """Minimum size that the dct route decodes to, relative to the size after the resize, per side. The
 mean difference from decoding sharp photographs whole is 0.3 to 0.4 of 255; at 1.4 it was 0.8 to
 1.2."""
 CHROMA_MARGIN = 1.4
 """The same for color samples that libjpeg makes coarser than the decoded image (4:2:2)."""
-
-# Pillow's warnings are raised as errors here, or are harmless. One filter for the process, because
-# `catch_warnings` around each image would mix up the filters of threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-_JPEG_FORMATS = ("JPEG", "MPO")
-JPEG_SIGNATURE = b"\xff\xd8\xff"
-_EXIF_ORIENTATION = 0x0112
 
 
 def decode_image(
@@ -84,7 +72,7 @@ def decode_image(
     try:
         if frame is not None and frame.is_plain:
             # without Pillow, whose parser takes 7 % of the time of decoding a small photograph
-            _check_pixel_count(*frame.size, max_pixels)
+            check_pixel_count(*frame.size, max_pixels)
             return _decode_and_resize_jpeg(data, frame, 1, frame.size, spec), frame.size
         header = read_header(data, max_pixels)
         size = header.display_size
@@ -93,17 +81,17 @@ def decode_image(
         if header.is_plain_png:
             pixels = png.decode_8_bit(data, header.png_chunks)
             if pixels is None:
-                pixels = np.array(_decode_full_rgb(header.image, data))
+                pixels = np.array(decode_full_rgb(header.image, data))
             elif pixels.ndim == 2:
                 pixels = np.dstack((pixels, pixels, pixels))
             tensor = torch.from_numpy(pixels).permute(2, 0, 1)
             return _resize_whole(tensor, size, spec), size
-        rgb = apply_orientation(_decode_full_rgb(header.image, data), header.orientation)
+        rgb = apply_orientation(decode_full_rgb(header.image, data), header.orientation)
         return resize_pillow(rgb, rgb.size, spec), rgb.size
     except ImageError:
         raise
     except Exception as error:
-        raise _convert_error(error, data) from error
+        raise convert_error(error, data) from error
 
 
 def preprocess_pil_image(image: Image.Image, spec: Preprocess) -> Pixels:
@@ -118,16 +106,16 @@ def preprocess_pil_image(image: Image.Image, spec: Preprocess) -> Pixels:
         data = _read_undecoded_file(image)
         if data is not None:
             header = read_header(data, max_pixels=max(MAX_PIXELS, math.prod(image.size)))
-            rgb, orientation = _decode_full_rgb(header.image, data), header.orientation
+            rgb, orientation = decode_full_rgb(header.image, data), header.orientation
         else:
             image.load()  # first, since reading EXIF would swallow an error in the pixels
-            rgb, orientation = convert_to_rgb(image), _read_orientation(image)
+            rgb, orientation = convert_to_rgb(image), read_orientation(image)
         upright = apply_orientation(rgb, orientation)
         return resize_pillow(upright, upright.size, spec)
     except ImageError:
         raise
     except Exception as error:
-        raise _convert_error(error, data or b"") from error
+        raise convert_error(error, data or b"") from error
 
 
 def _read_undecoded_file(image: Image.Image) -> bytes | None:
@@ -143,197 +131,11 @@ def _read_undecoded_file(image: Image.Image) -> bytes | None:
     return data
 
 
-@dataclass(frozen=True)
-class ImagePreview:
-    """Thumbnail of an image file, with facts from its header.
-
-    image:        RGB, upright
-    format:       Pillow's name of the format
-    display_size: (width, height) in pixels, after EXIF orientation
-    orientation:  EXIF, 1 to 8
-    """
-
-    image: Image.Image
-    format: str
-    display_size: tuple[int, int]
-    orientation: int
-
-
-def decode_preview(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> ImagePreview:
-    """Thumbnail of an image file, at most `side` pixels wide and high.
-
-    Raises as `decode_image` does.
-    """
-    header = read_header(data, max_pixels)
-    try:
-        if header.is_plain_jpeg:
-            factor = _choose_scale_factor(header.image.size, (side, side))
-            rgb = apply_orientation(
-                Image.fromarray(jpeg.decode_jpeg(data, factor)), header.orientation
-            )
-            display_size = header.display_size
-        else:
-            rgb = apply_orientation(_decode_full_rgb(header.image, data), header.orientation)
-            display_size = rgb.size
-        rgb.thumbnail((side, side))
-    except ImageError:
-        raise
-    except Exception as error:
-        raise _convert_error(error, data) from error
-    return ImagePreview(rgb, header.image.format or "", display_size, header.orientation)
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """Header of an image file that is opened and not decoded.
-
-    orientation:  EXIF, 1 to 8
-    display_size: (width, height) in pixels, after EXIF orientation
-    png_chunks:   chunks of a PNG
-    is_plain_png: a PNG of 8 bits, gray or RGB, not interlaced, upright
-    """
-
-    image: ImageFile.ImageFile
-    orientation: int
-    display_size: tuple[int, int]
-    png_chunks: Sequence[png.PngChunk] = ()
-    is_plain_png: bool = False
-
-    @property
-    def is_plain_jpeg(self) -> bool:
-        """Whether libjpeg decodes it; MPO is a phone's JPEG with a depth map."""
-        return self.image.format in _JPEG_FORMATS and self.image.mode in ("L", "RGB")
-
-
-def read_header(data: bytes, max_pixels: int) -> ImageHeader:
-    """Read the header of an image file. Raises as `decode_image` does."""
-    image, chunks = _open_image(data, max_pixels)
-    width, height = _read_size(image, data)
-    _check_pixel_count(width, height, max_pixels)
-    if chunks:
-        orientation = png.find_orientation(data, chunks)
-    elif image.format == "JXL" and _is_oriented_by_decoder(image, data):
-        orientation = 1  # EXIF may repeat the orientation that the decoder applies
-    else:
-        orientation = _read_orientation(image)
-    display_size = (height, width) if orientation >= 5 else (width, height)
-    is_plain_png = bool(chunks) and png.is_plain_png(data, chunks)
-    return ImageHeader(image, orientation, display_size, chunks, is_plain_png)
-
-
-def _is_oriented_by_decoder(image: Any, data: bytes) -> bool:
-    """Whether a JPEG XL states an orientation; its decoder applies it unless it holds a JPEG."""
-    header = read_jpeg_xl_header(data)
-    return not image.jpeg and header is not None and header[2] != 1
-
-
-def _check_pixel_count(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"{width}x{height} is {width * height:,} pixels, more than max_pixels {max_pixels:,}"
-        )
-
-
-def _read_size(image: ImageFile.ImageFile, data: bytes) -> tuple[int, int]:
-    if image.format == "ICO":
-        picture = find_ico_image(data)
-        if picture.startswith(png.SIGNATURE):
-            return png.parse_ihdr(picture)[:2]
-    return image.size
-
-
-def _choose_scale_factor(size: tuple[int, int], min_size: tuple[int, int]) -> jpeg.ScaleFactor:
-    """The largest factor by which an image can be reduced and have at least `min_size`."""
-    possible = min(size[0] // min_size[0], size[1] // min_size[1])
-    return 8 if possible >= 8 else 4 if possible >= 4 else 2 if possible >= 2 else 1
-
-
 def choose_jpeg_factor(frame: jpeg.FrameHeader, wanted: tuple[int, int]) -> jpeg.ScaleFactor:
     """The factor by which `decode: fast` reduces a JPEG before its resize to `wanted`."""
     across, down = (max(DCT_MARGIN, CHROMA_MARGIN * coarser) for coarser in frame.chroma_spans)
     needed = math.ceil(wanted[0] * across), math.ceil(wanted[1] * down)
-    return _choose_scale_factor(frame.size, needed)
-
-
-def _decode_full_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """As `load_rgb`, with an error for missing image data of a JPEG, which Pillow ignores."""
-    if image.format in _JPEG_FORMATS:
-        image = Image.open(io.BytesIO(jpeg.verify_jpeg(data)), formats=["JPEG"])
-    return load_rgb(image, data)
-
-
-def _open_image(data: bytes, max_pixels: int) -> tuple[ImageFile.ImageFile, list[png.PngChunk]]:
-    """Open an image with Pillow, after limits and checksums; returns the chunks of a PNG, too."""
-    if not data:
-        raise EmptyImage("the file has no bytes")
-    format_ = formats.identify_format(data)
-    if format_ is None:
-        foreign = formats.identify_unsupported_format(data)
-        if foreign:
-            raise UnsupportedImage(f"{foreign} is not supported; {formats.DECODED_FORMATS_TEXT}")
-        raise NotAnImage(f"{_describe_unknown_bytes(data)}; {formats.DECODED_FORMATS_TEXT}")
-    if format_.plugin_package:
-        _register_plugin(format_)
-    stream, chunks = data, []
-    try:
-        if format_.name == "PNG":
-            chunks = png.parse_chunks(data)
-            png.verify_checksums(data, chunks)
-            stream = png.strip_metadata(data, chunks)
-        elif format_.name == "JPEG XL":
-            header = read_jpeg_xl_header(data)
-            if header:  # its plugin decodes when it opens
-                _check_pixel_count(*header[:2], max_pixels)
-        elif format_.name == "ICO":
-            picture = find_ico_image(data)
-            if picture.startswith(png.SIGNATURE):  # Pillow decodes it when it opens
-                _check_pixel_count(*png.parse_ihdr(picture)[:2], max_pixels)
-        openers = [name for name in format_.pillow_names if name != "MPO"]
-        return Image.open(io.BytesIO(stream), formats=openers), chunks
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise _build_open_error(format_, data) from None
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(str(error)) from error
-    except Exception as error:
-        raise _convert_error(error, data) from error
-
-
-def _register_plugin(format_: ImageFormat) -> None:
-    """Register a format's package with Pillow. Raises UnsupportedImage if it is not installed."""
-    try:
-        package = importlib.import_module(format_.plugin_package or "")
-    except ImportError:
-        raise UnsupportedImage(
-            f"{format_.name} needs a package that is not installed; "
-            f"run: pip install 'imgcls[{formats.FORMATS_EXTRA}]'"
-        ) from None
-    if format_.name == "HEIC" and "HEIF" not in Image.OPEN:
-        package.register_heif_opener()
-
-
-def _build_open_error(format_: ImageFormat, data: bytes) -> ImageError:
-    """The error for a file that Pillow does not open: unsupported, truncated or damaged."""
-    try:
-        samples = read_sample_format(format_, data)
-    except ImageError as error:
-        return error
-    if format_.name == "TIFF":
-        return UnsupportedImage(f"TIFF: {samples} is not supported{tiff.describe_encoding(data)}")
-    article = "an" if format_.name[0] in "AI" else "a"
-    text = f"begins as {article} {format_.name} does, but its header is damaged or cut off"
-    return _convert_error(ValueError(text), data)
-
-
-def _read_orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":
-        return 1  # Pillow applies it
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001  broken EXIF does not affect the pixels
-        return 1
-    return value if value in range(1, 9) else 1
+    return choose_scale_factor(frame.size, needed)
 
 
 def _decode_and_resize_jpeg(
@@ -361,31 +163,6 @@ def _resize_whole(tensor: torch.Tensor, display_size: tuple[int, int], spec: Pre
         rgb = Image.fromarray(tensor.permute(1, 2, 0).contiguous().numpy())
         return resize_pillow(rgb, display_size, spec)
     return resize_tensor(tensor, display_size, spec)
-
-
-def _convert_error(error: Exception, data: bytes) -> ImageError:
-    reason = re.sub(r"^\w+, \S+:\d+, ", "", " ".join(str(error).split()))[:300]
-    lowered = reason.lower()
-    if isinstance(error, Image.DecompressionBombError):
-        return ImageTooLarge(reason)
-    refusal = jpeg.find_unsupported_process(data) if data.startswith(JPEG_SIGNATURE) else None
-    if refusal:
-        return refusal
-    signs = ("truncated", "incomplete", "eof", "unexpected end", "not enough image data")
-    if any(sign in lowered for sign in signs) or is_cut_off(data):
-        return TruncatedImage(f"{reason} ({len(data):,} bytes)")
-    return ImageError(reason or type(error).__name__)
-
-
-def _describe_unknown_bytes(data: bytes) -> str:
-    head = data[:64].lstrip().lower()
-    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
-        return "the bytes are a web page or XML"
-    if head.startswith((b"{", b"[")):
-        return "the bytes are JSON"
-    if head.startswith(b"%pdf"):
-        return "the bytes are a PDF"
-    return f"the bytes begin with {data[:8]!r}"
 
 
 def stack_images(images: Sequence[Pixels]) -> Pixels:

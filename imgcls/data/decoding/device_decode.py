@@ -16,15 +16,10 @@ import torch
 
 from imgcls.data.cuda import DecodeStage
 from imgcls.data.decoding import jpeg
-from imgcls.data.decoding.decode import (
-    JPEG_SIGNATURE,
-    MAX_PIXELS,
-    ImageHeader,
-    decode_image,
-    read_header,
-)
+from imgcls.data.decoding.decode import decode_image
 from imgcls.data.decoding.device_resize import resize_batch
 from imgcls.data.decoding.nvjpeg import decode_jpegs
+from imgcls.data.decoding.open_image import JPEG_SIGNATURE, MAX_PIXELS, ImageHeader, read_header
 from imgcls.data.decoding.pixels import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.data.decoding.resize import MAX_RESIZE_PIXELS, DecodedImage, compute_resized_size

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from imgcls.data.decoding import decode
+from imgcls.data.decoding import open_image
 
 MAX_FEATURE_SIDE = 256
 """Maximum width and height at which the measures are computed, in pixels."""
@@ -76,12 +76,12 @@ class ImageFeatures:
         return vars(self) | {"hash": self.hash.tobytes()}
 
 
-def compute_features(data: bytes, *, max_pixels: int = decode.MAX_PIXELS) -> ImageFeatures:
+def compute_features(data: bytes, *, max_pixels: int = open_image.MAX_PIXELS) -> ImageFeatures:
     """Compute the features of an image file.
 
     Raises an ImageError as `decode.decode_image` does.
     """
-    preview = decode.decode_preview(data, MAX_FEATURE_SIDE, max_pixels=max_pixels)
+    preview = open_image.decode_preview(data, MAX_FEATURE_SIDE, max_pixels=max_pixels)
     red, green, blue = (np.asarray(band) for band in preview.image.split())
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     gray = preview.image.convert("L")

@@ -19,15 +19,6 @@ from imgcls.data.decoding.preprocess import Preprocess
 MAX_RESIZE_PIXELS = 4_000_000
 """Number of pixels after the resize above which only the crop is computed (a 20,000x1 strip)."""
 
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _PILLOW_FILTER = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -178,13 +169,8 @@ def _place_on_canvas(pixels: Pixels, resized: tuple[int, int], spec: Preprocess)
     return canvas.transpose(2, 0, 1)
 
 
-def apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
-    """Rotate or mirror an image as its EXIF orientation, 1 to 8, requires."""
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
-
-
 def apply_tensor_orientation(tensor: torch.Tensor, orientation: int) -> torch.Tensor:
-    """The same for (3, H, W)."""
+    """Rotate or mirror (3, H, W) as an EXIF orientation, 1 to 8, requires."""
     if orientation >= 5:
         tensor = tensor.transpose(1, 2)
     if orientation in (3, 4, 7, 8):

@@ -10,12 +10,23 @@ import re
 from imgcls.errors import StorageError, StorageForbidden, StorageUnavailable, one_line
 
 _DRAWING = re.compile(r"\x1b\[[0-9;]*m|↳")
+
+
+def _match_status(codes: str) -> str:
+    """A pattern for HTTP status codes, and no other number, such as that of `in 401.966µs`."""
+    return rf"\b({codes}) (Client|Server) Error|\(({codes})\)|status(?: code)?:? ({codes})\b(?!\.)"
+
+
 _FORBIDDEN = re.compile(
-    r"\b(401|403)\b|AccessDenied|Access Denied|Forbidden|Unauthorized|InvalidAccessKeyId"
-    r"|SignatureDoesNotMatch|[Cc]redential"
+    _match_status("401|403")
+    + r"|AccessDenied|Access Denied|Forbidden|Unauthorized|InvalidAccessKeyId"
+    # and not a part of a path
+    r"|SignatureDoesNotMatch|(?<![/\w.-])\w*[Cc]redential\w*(?![/\w-]|\.\w)"
 )
 _TEMPORARY = re.compile(
-    r"\b(429|500|502|503|504)\b|SlowDown|error sending request|[Tt]imed out|[Tt]imeout"
+    _match_status("429|500|502|503|504")
+    + r"|SlowDown|error sending request|[Tt]imed out|[Tt]imeout|Too Many Requests"
+    r"|Internal Server Error|Bad Gateway|Service Unavailable"
     r"|[Cc]onnection (refused|reset|aborted|error)|ConnectError|database is locked"
 )
 

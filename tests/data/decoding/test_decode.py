@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
 
 from imgcls.data.decoding import decode
-from imgcls.data.decoding.decode import decode_preview
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import ImageError
 from tests.data.pictures import (

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imgcls.data.decoding import decode
-from imgcls.data.decoding.decode import decode_preview
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.errors import EmptyImage, ImageError, ImageTooLarge, NotAnImage, TruncatedImage
 from tests.data.pictures import (
     FILES,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls.data.decoding.decode import decode_image, decode_preview
+from imgcls.data.decoding.decode import decode_image
 from imgcls.data.decoding.image_headers import read_jpeg_xl_header
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.errors import ImageError, UnsupportedImage
 from tests.data.pictures import STORED, difference, drawn, encoded
 from tests.data.samples import RGB, SPEC, away

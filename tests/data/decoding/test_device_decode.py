@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from imgcls.data.cuda import DecodeStage
-from imgcls.data.decoding import decode, device_decode, device_resize
+from imgcls.data.decoding import decode, device_decode, device_resize, open_image
 from imgcls.data.decoding.device_decode import DeviceJpeg
 from imgcls.data.decoding.lazy_torchvision import torchvision
 from imgcls.data.decoding.preprocess import Preprocess
@@ -175,7 +175,7 @@ def test_unusual_subsampling_is_decoded_by_libjpeg(
     """Only the header decides: nvJPEG rejects some of them, with their whole batch."""
     data = bytearray(jpeg_of(90))
     data[data.index(b"\xff\xc0") + 11] = 16 * sampling[0] + sampling[1]
-    header = decode.read_header(bytes(data), 10**6)
+    header = open_image.read_header(bytes(data), 10**6)
     assert device_decode._is_for_device(bytes(data), header, SPEC) == is_for_device
 
 

@@ -16,7 +16,7 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from imgcls.data.decoding.decode import decode_preview
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.errors import ImageError, ImageTooLarge, TruncatedImage, UnsupportedImage
 from tests.data.samples import Array, gray3
 

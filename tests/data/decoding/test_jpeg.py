@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls.data.decoding import decode, device_decode, jpeg
+from imgcls.data.decoding import decode, device_decode, jpeg, open_image
 from imgcls.data.decoding.preprocess import Preprocess
 from imgcls.errors import ImageError, ImageTooLarge, TruncatedImage
 from tests.data.pictures import decode_by_device, difference, drawn, encoded, reference
@@ -76,7 +76,7 @@ ROUTES: dict[str, Callable[[bytes], Any]] = {
     "decode exact": lambda data: decode.decode_image(data, EXACT)[0],
     "decode_batch": by_batch,
     "checked_jpegs": by_checked,
-    "picture": lambda data: np.asarray(decode.decode_preview(data, 96).image),
+    "picture": lambda data: np.asarray(open_image.decode_preview(data, 96).image),
     "prepared": by_prepared,
 }
 

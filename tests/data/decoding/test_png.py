@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls.data.decoding.decode import decode_image, decode_preview, preprocess_pil_image
+from imgcls.data.decoding.decode import decode_image, preprocess_pil_image
 from imgcls.data.decoding.device_decode import prepare_file
 from imgcls.data.decoding.image_features import compute_features
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.data.decoding.png import decode_8_bit, parse_chunks
 from imgcls.errors import ImageError, TruncatedImage
 from tests.data.pictures import encoded

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls.data.decoding.decode import decode_image, decode_preview
+from imgcls.data.decoding.decode import decode_image
+from imgcls.data.decoding.open_image import decode_preview
 from imgcls.errors import TruncatedImage, UnsupportedImage
 from tests.data.pictures import encoded
 from tests.data.samples import (
