@@ -28,6 +28,8 @@ def import_model(config: ImportConfig) -> Bundle:
     Raises BundleError if they do not match, OutputError if the bundle already exists.
     """
     architecture = zoo.resolve_architecture(config.arch, config.options)
+    if config.crop is not None:
+        architecture = zoo.set_image_size(architecture, config.crop)
     architecture = zoo.add_pretrained_options(architecture, config.weights)
     output = filesystem.absolute(config.output)
     check_bundle_output(output, overwrite=config.overwrite)
@@ -44,9 +46,8 @@ def import_model(config: ImportConfig) -> Bundle:
     state = zoo.load_weights(config.weights, architecture)
     network = zoo.build_network(architecture, len(classes))
     matched = zoo.match_weights(network, state)
-    note = matched.describe_unused()
-    if note is not None:
-        log.emit("note", f"{note}")
+    for note in matched.describe_changes():
+        log.emit("note", note)
     _check_class_count(network, matched.state, config, len(classes))
     zoo.apply_weights(network, state, replace_head=False)
     spec = BundleSpec(

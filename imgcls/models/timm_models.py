@@ -112,6 +112,17 @@ def resolve_preprocess(name: str) -> Preprocess:
     )
 
 
+def find_size_option(name: str, size: int) -> str | None:
+    """The argument of a network's constructor for its input size; None if it needs none.
+
+    Those of a fixed input size take `img_size`; at the size of its weights none needs it.
+    """
+    config = _import_timm().get_pretrained_cfg(name)
+    if config is None or not config.fixed_input_size or config.input_size[-1] == size:
+        return None
+    return "img_size"
+
+
 def load_pretrained(name: str) -> dict[str, torch.Tensor]:
     """State dict of timm's weights, downloaded if it is not cached; raises BundleError."""
     try:

@@ -134,18 +134,26 @@ def _unwrap_state_dict(place: str, state: Any) -> dict[str, torch.Tensor]:
 class MatchedWeights:
     """Tensors of a file by the names of the network.
 
-    prefix:      prefix removed from the file's keys; None if none was removed
-    unused_keys: the file's keys without this prefix
+    prefix:            prefix removed from the file's keys; None if none was removed
+    unused_keys:       the file's keys without this prefix
+    interpolated_keys: position embeddings that were interpolated to the network's input size
     """
 
     state: Mapping[str, torch.Tensor]
     prefix: str | None = None
     unused_keys: tuple[str, ...] = ()
+    interpolated_keys: tuple[str, ...] = ()
 
-    def describe_unused(self) -> str | None:
-        """Message about the unused tensors; None if there are none."""
-        if not self.prefix or not self.unused_keys:
-            return None
+    def describe_changes(self) -> list[str]:
+        """Messages about tensors that are not used, or not as they are in the file."""
+        notes = [self._describe_unused()] if self.prefix and self.unused_keys else []
+        if self.interpolated_keys:
+            names = ", ".join(self.interpolated_keys[:3])
+            more = ", ..." if len(self.interpolated_keys) > 3 else ""
+            notes.append(f"interpolated to the input size of the network: {names}{more}")
+        return notes
+
+    def _describe_unused(self) -> str:
         shown = ", ".join(self.unused_keys[:3]) + (", ..." if len(self.unused_keys) > 3 else "")
         return (
             f"using the weights below {self.prefix!r}; {len(self.unused_keys):,} other tensors are "

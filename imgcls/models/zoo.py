@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +26,10 @@ from imgcls.models.bundle import Architecture, NetworkSource
 from imgcls.models.finite import check_finite_tensors
 from imgcls.models.small_cnn import SmallCNN
 from imgcls.models.weight_files import MatchedWeights, list_body_keys, match_keys, read_state_dict
+
+PRETRAINED = "pretrained"
+"""Name of the weights that a library has for a network."""
+_LIBRARY_DEFAULT = (PRETRAINED, "torchvision")
 
 _SMALL_CNN_PREPROCESS = Preprocess(
     resize=32, crop=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="squash"
@@ -104,7 +111,7 @@ def get_default_preprocess(architecture: Architecture, weights: str | None = Non
     if architecture.source == "timm":
         return timm_models.resolve_preprocess(architecture.name)
     known = torchvision.models.get_model_weights(architecture.name)
-    name = "DEFAULT" if weights == "torchvision" else weights
+    name = "DEFAULT" if weights in _LIBRARY_DEFAULT else weights
     member = known[name] if name in known.__members__ else next(iter(known))
     recipe = member.transforms()
     interpolation: Interpolation = (
@@ -132,22 +139,40 @@ def add_pretrained_options(architecture: Architecture, weights: str | None = Non
     return architecture.model_copy(update={"options": {**options, **architecture.options}})
 
 
+def set_image_size(architecture: Architecture, size: int) -> Architecture:
+    """The architecture for inputs of `size` pixels, where the network has to know their size.
+
+    Vision transformers have a position embedding for each patch of the image; convolutional
+    networks take inputs of any size. A size that the options name is kept.
+    """
+    option: str | None = None
+    if architecture.source == "timm":
+        option = timm_models.find_size_option(architecture.name, size)
+    elif _is_torchvision(architecture, "vit_"):
+        option = "image_size"
+    if option is None:
+        return architecture
+    return architecture.model_copy(update={"options": {option: size, **architecture.options}})
+
+
 def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Tensor]:
     """Load a state dict from a file (`.safetensors`, or `.pth` with weights_only) or a library.
 
-    weights: path or URL; `torchvision` for its default; a name such as `IMAGENET1K_V1`; or `timm`
-        for the pretrained weights of a timm network
+    weights: path or URL; `pretrained` (or the name of the library) for the library's default; or a
+        name such as `IMAGENET1K_V1`
     Raises BundleError if they cannot be loaded.
     """
-    if architecture.source == "timm" and weights == "timm":
+    if architecture.source == "imgcls" and weights == PRETRAINED:
+        raise BundleError(f"model.weights {weights}: {architecture.name} has none; pass a file")
+    if architecture.source == "timm" and weights in (PRETRAINED, "timm"):
         return timm_models.load_pretrained(architecture.name)
     known = (
         torchvision.models.get_model_weights(architecture.name)
         if architecture.source == "torchvision"
         else None
     )
-    if known is not None and (weights == "torchvision" or weights in known.__members__):
-        member = known.DEFAULT if weights == "torchvision" else known[weights]
+    if known is not None and (weights in _LIBRARY_DEFAULT or weights in known.__members__):
+        member = known.DEFAULT if weights in _LIBRARY_DEFAULT else known[weights]
         try:
             return dict(member.get_state_dict(progress=False, check_hash=True))
         except Exception as error:
@@ -158,7 +183,7 @@ def load_weights(weights: str, architecture: Architecture) -> dict[str, torch.Te
     try:
         data = filesystem.read(weights)
     except StorageError as error:
-        own = [] if architecture.source == "imgcls" else [architecture.source]
+        own = [] if architecture.source == "imgcls" else [PRETRAINED]
         choices = ", ".join([*own, *(known.__members__ if known is not None else ())])
         also = f", or one of {choices}" if choices else ""
         raise request_error(
@@ -222,14 +247,45 @@ def apply_weights(
 
 
 def match_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> MatchedWeights:
-    """Rename weights to the names of the network: remove prefixes, or convert timm's names."""
+    """Weights by the names of the network, with position embeddings of its input size.
+
+    Prefixes are removed, names of timm's authors converted, and position embeddings of another
+    input size interpolated, as torchvision and timm do.
+    """
     own, heads = network.state_dict(), list_head_names(network)
     found = match_keys(own, heads, state)
     body = set(list_body_keys(own, heads))
-    if body <= found.state.keys():
+    missing = body - found.state.keys()
+    resized = [k for k in body - missing if found.state[k].shape != own[k].shape]
+    if not missing and not resized:
         return found
-    converted = timm_models.convert_checkpoint(network, found.state) or {}
-    return MatchedWeights(converted) if body <= converted.keys() else found
+    if resized and not all(_POSITIONS.search(key) for key in resized):
+        return found  # of another network
+    converted = _interpolate_positions(network, found.state)
+    if converted is None:
+        converted = timm_models.convert_checkpoint(network, found.state) or {}
+    if any(key not in converted or converted[key].shape != own[key].shape for key in body):
+        return found
+    return replace(found, state=converted, interpolated_keys=tuple(sorted(resized)))
+
+
+_POSITIONS = re.compile(r"pos_embed|position_bias|rel_pos|rope")
+"""In the names of parameters with a row per position in the image."""
+
+
+def _interpolate_positions(
+    network: nn.Module, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """Weights of a vision transformer of torchvision for its input size; None for others."""
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+    if not isinstance(network, VisionTransformer):
+        return None
+    kept = OrderedDict(state)
+    try:
+        return dict(interpolate_embeddings(network.image_size, network.patch_size, kept))
+    except ValueError:
+        return None
 
 
 def list_head_names(network: nn.Module) -> set[str]:

@@ -49,7 +49,7 @@ class ModelConfig(Section):
     name: str = "resnet18"
     """small_cnn, a torchvision classifier (`imgcls model list`), or a timm model as timm:NAME."""
     weights: str | None = None
-    """A .safetensors or .pth file, torchvision, timm, or e.g. IMAGENET1K_V1. Default: random."""
+    """A .safetensors or .pth file, pretrained, or e.g. IMAGENET1K_V1. Default: random."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor, e.g. {dropout: 0.3}."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Stochastic depth (Huang 2016): probability of skipping the last block; earlier ones less."""
     image_size: PositiveInt | None = None
-    """Side of the square network input, in pixels. Default: that of the weights."""
+    """Side of the square network input, in pixels, for any network. Default: as the weights."""
     resize_mode: ResizeMode | None = None
     """How images that are not square are resized: crop, pad or squash. Default: as the weights."""
     crop_pct: Annotated[float, Field(gt=0.5, le=1.0)] | None = None

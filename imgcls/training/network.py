@@ -29,6 +29,8 @@ def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     Raises BundleError when the network is unknown.
     """
     architecture = zoo.adapt_for_training(zoo.resolve_architecture(config.name, config.options))
+    if config.image_size is not None:
+        architecture = zoo.set_image_size(architecture, config.image_size)
     if config.weights is not None:
         architecture = zoo.add_pretrained_options(architecture, config.weights)
     preprocess = zoo.get_default_preprocess(architecture, config.weights)
@@ -59,10 +61,11 @@ def build_initial_network(
         matched = zoo.match_weights(network, state)
         left = zoo.apply_weights(network, state, replace_head=True)
         absent = [key for key in left if key not in matched.state]
-        headless = f"the weights have no head ({', '.join(absent)}); a new one is trained"
-        for note in (matched.describe_unused(), headless if absent else None):
-            if note is not None:
-                log.emit("note", f"model.weights {weights}: {note}")
+        notes = matched.describe_changes()
+        if absent:
+            notes.append(f"the weights have no head ({', '.join(absent)}); a new one is trained")
+        for note in notes:
+            log.emit("note", f"model.weights {weights}: {note}")
     return network
 
 

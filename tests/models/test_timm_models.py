@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,5 +84,49 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         "fc.weight",
         "fc.bias",
     ]
-    with pytest.raises(BundleError, match="pass a file, or one of timm"):
+    with pytest.raises(BundleError, match="pass a file, or one of pretrained"):
         zoo.load_weights(str(tmp_path / "none.pth"), architecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", 96),
+        ("swin_tiny_patch4_window7_224.ms_in1k", 112),
+        ("eva02_tiny_patch14_224.mim_in22k", 98),
+    ],
+)
+def test_the_image_size_alone_sets_what_a_network_needs(name: str, size: int) -> None:
+    architecture = zoo.resolve_architecture(f"timm:{name}")
+    sized = zoo.set_image_size(architecture, size)
+    assert sized.options == {"img_size": size}
+    default = zoo.get_default_preprocess(architecture).crop
+    assert zoo.set_image_size(architecture, default) == architecture
+    torch.manual_seed(0)
+    state = timm.create_model(name.partition(".")[0], num_classes=0).state_dict()
+    network = zoo.build_network(sized, 3)
+    zoo.apply_weights(network, state, replace_head=True)
+    # what timm itself makes of the same weights at this size
+    theirs = timm.create_model(name.partition(".")[0], num_classes=0, img_size=size)
+    convert = sys.modules[type(theirs).__module__].checkpoint_filter_fn  # type: ignore[attr-defined]
+    theirs.load_state_dict(convert(dict(state), theirs), strict=False)
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        expected = theirs.eval()(images)
+        found = network.eval().forward_head(network.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    assert torch.equal(found, expected)
+
+
+def test_weights_of_another_patch_size_are_refused_and_not_resampled() -> None:
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    network = zoo.build_network(
+        zoo.resolve_architecture("timm:vit_tiny_patch16_224", {"patch_size": 32}), 3
+    )
+    with pytest.raises(BundleError, match=r"patch_embed.proj.weight: shape \(192, 3, 16, 16\) in"):
+        zoo.apply_weights(network, state, replace_head=True)
+
+
+def test_networks_without_a_fixed_size_need_no_option() -> None:
+    for name in ("timm:resnet18", "timm:convnext_atto"):
+        architecture = zoo.resolve_architecture(name)
+        assert zoo.set_image_size(architecture, 96) == architecture

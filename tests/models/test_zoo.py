@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,41 @@ def test_pretrained_networks_are_built_as_their_weights_need(
     mine = dict.fromkeys(options, "mine")
     completed = zoo.add_pretrained_options(zoo.resolve_architecture(name, mine), weights)
     assert completed.options == mine
+
+
+def test_a_vision_transformer_takes_another_input_size_with_its_weights() -> None:
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    default = zoo.resolve_architecture("vit_b_16")
+    whole = zoo.build_network(default, 3)
+    architecture = zoo.add_pretrained_options(zoo.set_image_size(default, 96))
+    assert architecture.options == {"image_size": 96}
+    network = zoo.build_network(architecture, 3)
+    state = whole.state_dict()
+    matched = zoo.match_weights(network, state)
+    assert matched.interpolated_keys == ("encoder.pos_embedding",)
+    assert matched.describe_changes() == [
+        "interpolated to the input size of the network: encoder.pos_embedding"
+    ]
+    zoo.apply_weights(network, state, replace_head=False)
+    expected = interpolate_embeddings(96, 16, OrderedDict(state))
+    assert network.state_dict().keys() == expected.keys()
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, expected[key])
+    assert network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    # as before where the sizes are equal
+    assert zoo.match_weights(whole, state).interpolated_keys == ()
+
+
+def test_a_convolutional_network_takes_any_size_without_an_option() -> None:
+    for name in ("resnet18", "small_cnn"):
+        architecture = zoo.resolve_architecture(name)
+        assert zoo.set_image_size(architecture, 96) == architecture
+
+
+def test_options_of_the_user_come_before_the_image_size() -> None:
+    mine = zoo.resolve_architecture("vit_b_16", {"image_size": 384})
+    assert zoo.set_image_size(mine, 96) == mine
 
 
 @pytest.mark.parametrize(
@@ -381,4 +417,4 @@ def test_a_damaged_weights_file_is_refused_by_name(
 def test_weights_that_are_not_there_are_refused_with_the_choices() -> None:
     with pytest.raises(BundleError, match="no such file") as caught:
         zoo.load_weights("/none.pth", zoo.resolve_architecture("resnet50"))
-    assert "one of torchvision, IMAGENET1K_V1, IMAGENET1K_V2" in str(caught.value)
+    assert "one of pretrained, IMAGENET1K_V1, IMAGENET1K_V2" in str(caught.value)
