@@ -41,9 +41,10 @@ class ImportConfig(Section):
     """Make a bundle from a weights file and a list of classes."""
 
     arch: str
-    """Architecture, e.g. squeezenet1_0; `imgcls model list` lists all names."""
+    """Architecture, e.g. squeezenet1_0 (`imgcls model list`), timm:NAME, or a folder or hf://OWNER/NAME
+    of timm."""
     weights: str
-    """State dict, .pth or .safetensors (path or URL), or the name of torchvision weights."""
+    """State dict, .pth or .safetensors (path or URL), pretrained, or e.g. IMAGENET1K_V1."""
     classes: str
     """Text file with one class name per line, in the order of the network's outputs."""
     output: str

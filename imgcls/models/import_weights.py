@@ -27,6 +27,11 @@ def import_model(config: ImportConfig) -> Bundle:
 
     Raises BundleError if they do not match, OutputError if the bundle already exists.
     """
+    arch, weights, options = zoo.resolve_snapshot(
+        config.arch, config.weights, config.options, config.crop
+    )
+    assert weights is not None
+    config = config.model_copy(update={"arch": arch, "weights": weights, "options": options})
     architecture = zoo.resolve_architecture(config.arch, config.options)
     if config.crop is not None:
         architecture = zoo.set_image_size(architecture, config.crop)

@@ -82,15 +82,19 @@ def _find_class_layers(network: Any, num_classes: int) -> list[str]:
     ]
 
 
-def resolve_preprocess(name: str) -> Preprocess:
+def resolve_preprocess(name: str, pretrained: Mapping[str, Any] | None = None) -> Preprocess:
     """Preprocessing of timm's weights of this name.
 
+    pretrained: the description of other weights of the network, in timm's form
     Raises a BundleError if `Preprocess` cannot express it.
     """
+    timm = _import_timm()
     from timm.data import resolve_data_config
 
-    known = _import_timm().get_pretrained_cfg(name)
-    settings = resolve_data_config({}, pretrained_cfg=known.to_dict() if known is not None else {})
+    if pretrained is None:
+        known = timm.get_pretrained_cfg(name)
+        pretrained = known.to_dict() if known is not None else {}
+    settings = resolve_data_config({}, pretrained_cfg=dict(pretrained))
     crop = int(settings["input_size"][-1])
     mode = _RESIZE_MODES[settings["crop_mode"]]
     if mode != "crop" and settings["crop_pct"] < 1:

@@ -25,6 +25,7 @@ from imgcls.models import timm_models
 from imgcls.models.bundle import Architecture, NetworkSource
 from imgcls.models.finite import check_finite_tensors
 from imgcls.models.small_cnn import SmallCNN
+from imgcls.models.snapshots import find_folder, find_snapshot_of_weights, load_snapshot
 from imgcls.models.weight_files import MatchedWeights, list_body_keys, match_keys, read_state_dict
 
 PRETRAINED = "pretrained"
@@ -53,6 +54,27 @@ def resolve_architecture(name: str, options: Mapping[str, Any] | None = None) ->
         raise BundleError(f"model {name!r}: no such architecture; {hint}")
     source: NetworkSource = "imgcls" if name == "small_cnn" else "torchvision"
     return Architecture(source=source, name=name, options=dict(options or {}))
+
+
+def resolve_snapshot(
+    name: str, weights: str | None, options: Mapping[str, Any], image_size: int | None
+) -> tuple[str, str | None, dict[str, Any]]:
+    """Name, weights and options of the network in a snapshot; others are returned unchanged.
+
+    name:       see `snapshots.find_folder`; its weights are "pretrained"
+    image_size: input size, in place of that in the snapshot
+    Raises BundleError for a folder without a network.
+    """
+    folder = find_folder(name)
+    if folder is None:
+        return name, weights, dict(options)
+    snapshot = load_snapshot(folder)
+    if weights == PRETRAINED:
+        weights = snapshot.find_weights()
+    stored = dict(snapshot.options)
+    if image_size is not None:
+        stored.pop("img_size", None)
+    return snapshot.name, weights, {**stored, **options}
 
 
 def build_network(architecture: Architecture, num_classes: int) -> nn.Module:
@@ -104,12 +126,15 @@ def _is_torchvision(architecture: Architecture, *beginnings: str) -> bool:
 def get_default_preprocess(architecture: Architecture, weights: str | None = None) -> Preprocess:
     """Preprocessing that a network's weights were trained with.
 
-    weights: as for `load_weights`; for a file, the first torchvision weights are assumed
+    weights: as for `load_weights`; a file of a snapshot has its own; for another file, the first
+        weights of torchvision, or the default ones of timm, are assumed
     """
     if architecture.source == "imgcls":
         return _SMALL_CNN_PREPROCESS
     if architecture.source == "timm":
-        return timm_models.resolve_preprocess(architecture.name)
+        snapshot = find_snapshot_of_weights(weights)
+        described = None if snapshot is None else snapshot.pretrained
+        return timm_models.resolve_preprocess(architecture.name, described)
     known = torchvision.models.get_model_weights(architecture.name)
     name = "DEFAULT" if weights in _LIBRARY_DEFAULT else weights
     member = known[name] if name in known.__members__ else next(iter(known))

@@ -23,6 +23,17 @@ that random crops of half the area and more have shown in training.
 """
 
 
+def resolve_snapshot(config: ModelConfig) -> ModelConfig:
+    """The configuration by the names of a library, for a network in a folder or on the Hub.
+
+    Raises BundleError for a folder without a network.
+    """
+    name, weights, options = zoo.resolve_snapshot(
+        config.name, config.weights, config.options, config.image_size
+    )
+    return config.model_copy(update={"name": name, "weights": weights, "options": options})
+
+
 def resolve_model(config: ModelConfig) -> tuple[Architecture, Preprocess]:
     """The architecture and the preprocessing of the bundle.
 

@@ -68,6 +68,7 @@ def resolve_setup(config: TrainConfig) -> TrainSetup:
 
     Raises a RequestError when the training cannot work as requested.
     """
+    config = config.model_copy(update={"model": networks.resolve_snapshot(config.model)})
     examples = read_examples(config.data)
     strategy = resolve_strategy(config.strategy, pretrained=config.model.weights is not None)
     rows = examples.count(held=False)

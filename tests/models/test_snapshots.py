@@ -1,0 +1,114 @@
+"""Networks in folders as timm writes them, on a disk, and in the form of the Hub's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imgcls.errors import BundleError
+from imgcls.models import zoo
+from imgcls.models.snapshots import find_folder, load_snapshot
+from imgcls.training import network as networks
+from imgcls.training.config import ModelConfig
+
+timm = pytest.importorskip("timm")
+
+
+def save(folder: Path, name: str = "vit_tiny_patch16_224", **options: Any) -> dict[str, Any]:
+    """A network as timm's own function saves it; returns its weights."""
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    network = timm.create_model(name, **options)
+    save_for_hf(network, str(folder), model_args=options, safe_serialization="both")
+    state: dict[str, Any] = network.state_dict()
+    return state
+
+
+def test_a_folder_of_timm_is_trained_from_its_weights_with_its_preprocessing(
+    tmp_path: Path,
+) -> None:
+    state = save(tmp_path / "snapshot", img_size=96, num_classes=7)
+    config = json.loads((tmp_path / "snapshot" / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.8}
+    (tmp_path / "snapshot" / "config.json").write_text(json.dumps(config))
+    asked = ModelConfig(name=f"{tmp_path}/snapshot", weights="pretrained")
+    resolved = networks.resolve_snapshot(asked)
+    assert resolved.name == "timm:vit_tiny_patch16_224"
+    assert resolved.weights == f"{tmp_path}/snapshot/model.safetensors"
+    assert resolved.options["img_size"] == [96, 96]
+    architecture, preprocess = networks.resolve_model(resolved)
+    assert preprocess.mean == (0.1, 0.2, 0.3)
+    network = networks.build_initial_network(architecture, resolved.weights, 3, seed=0)
+    for key, value in network.state_dict().items():
+        if not key.startswith("head."):
+            assert torch.equal(value, state[key]), key
+    assert network.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    # another input size interpolates the position embeddings
+    sized = networks.resolve_snapshot(asked.model_copy(update={"image_size": 64}))
+    architecture, preprocess = networks.resolve_model(sized)
+    assert (architecture.options["img_size"], preprocess.crop) == (64, 64)
+    network = networks.build_initial_network(architecture, sized.weights, 3, seed=0)
+    assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    # safetensors come first; a folder may have one of both
+    (tmp_path / "snapshot" / "model.safetensors").unlink()
+    assert str(networks.resolve_snapshot(asked).weights).endswith("/pytorch_model.bin")
+    (tmp_path / "snapshot" / "pytorch_model.bin").unlink()
+    with pytest.raises(BundleError, match=r"has no model.safetensors or pytorch_model.bin; pass"):
+        networks.resolve_snapshot(asked)
+    assert networks.resolve_snapshot(ModelConfig(name=f"{tmp_path}/snapshot")).weights is None
+
+
+def test_a_file_of_the_user_and_his_options_come_before_those_of_the_folder(tmp_path: Path) -> None:
+    save(tmp_path / "snapshot", img_size=96)
+    asked = ModelConfig(
+        name=f"timm:local-dir:{tmp_path}/snapshot", weights="mine.pth", options={"img_size": 64}
+    )
+    resolved = networks.resolve_snapshot(asked)
+    assert (resolved.weights, resolved.options["img_size"]) == ("mine.pth", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("hf://timm/resnet18.a1_in1k", "hf://timm/resnet18.a1_in1k"),
+        ("timm:hf-hub:timm/resnet18.a1_in1k", "hf://timm/resnet18.a1_in1k"),
+        ("timm:local-dir:/models/a", "/models/a"),
+        ("/models/a", "/models/a"),
+        ("s3://bucket/models/a", "s3://bucket/models/a"),
+        ("resnet18", None),
+        ("timm:vit_small_patch14_dinov2.lvd142m", None),
+    ],
+)
+def test_names_of_folders_differ_from_names_of_networks(name: str, folder: str | None) -> None:
+    assert find_folder(name) == folder
+    if folder is None:
+        assert zoo.resolve_snapshot(name, None, {"a": 1}, 64) == (name, None, {"a": 1})
+
+
+def test_older_configurations_have_their_keys_at_the_top(tmp_path: Path) -> None:
+    config = {"architecture": "resnet18", "input_size": [3, 160, 160], "mean": [0, 0, 0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    snapshot = load_snapshot(str(tmp_path))
+    assert (snapshot.name, snapshot.options) == ("timm:resnet18", {})
+    assert snapshot.pretrained["input_size"] == [3, 160, 160]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"no such file; a folder with a network has timm's config.json"),
+        ("{", r"a folder with a network has timm's config.json"),
+        ("[]", r"is no config.json of timm; pass a network of timm"),
+        ('{"model_type": "dinov2", "architectures": ["Dinov2Model"]}', r"transformers \(dinov2\)"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BundleError, match=message):
+        zoo.resolve_snapshot(str(tmp_path), "pretrained", {}, None)
