@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 
 from imgcls.errors import BundleError
 from imgcls.models import zoo
+from imgcls.models.bundle import load_bundle, load_bundle_weights
 from imgcls.models.snapshots import find_folder, load_snapshot
 from imgcls.training import network as networks
 from imgcls.training.config import ModelConfig
+from tests.processes import imgcls
 
 timm = pytest.importorskip("timm")
 
@@ -112,3 +116,57 @@ def test_other_folders_are_refused(tmp_path: Path, text: str | None, message: st
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(BundleError, match=message):
         zoo.resolve_snapshot(str(tmp_path), "pretrained", {}, None)
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers as the Hub does for the repository owner/name of models."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/api/models/owner/name":
+            return self._answer(json.dumps({"id": "owner/name", "sha": "a" * 40}).encode())
+        if path == "/api/models/owner/name/tree/main":
+            found = [
+                {"type": "file", "path": name, "size": len(data), "oid": "b" * 40}
+                for name, data in self.files.items()
+            ]
+            return self._answer(json.dumps(found).encode())
+        data = self.files.get(path.removeprefix("/owner/name/resolve/main/"))
+        return self._answer(data or b"{}", 404 if data is None else 200)
+
+    def _answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *values: object) -> None: ...
+
+
+def test_a_network_on_the_hub_is_imported_with_its_weights(tmp_path: Path) -> None:
+    state = save(tmp_path / "snapshot", "test_vit", num_classes=3)
+    HubHandler.files = {path.name: path.read_bytes() for path in (tmp_path / "snapshot").iterdir()}
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        done = imgcls(
+            *("model", "import", "--arch", "hf://owner/name", "--weights", "pretrained"),
+            *("--classes", tmp_path / "classes.txt", "--output", tmp_path / "bundle"),
+            env={"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"},
+        )
+        server.shutdown()
+        thread.join()
+    assert done.returncode == 0, done.stderr
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    assert (bundle.spec.architecture.source, bundle.spec.architecture.name) == ("timm", "test_vit")
+    stored = load_bundle_weights(bundle)
+    assert stored.keys() == state.keys()
+    for key, value in stored.items():
+        assert torch.equal(value, state[key]), key
