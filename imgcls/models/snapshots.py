@@ -62,8 +62,38 @@ def find_folder(name: str) -> str | None:
 
 def load_snapshot(url: str) -> Snapshot:
     """Read the configuration of a snapshot. Raises BundleError."""
+    config = _read_config(url)
+    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
+        return _parse_config(url, config)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    found = f"a model of transformers ({kind})" if kind else f"no {CONFIG_FILE} of timm"
+    raise BundleError(
+        f"model {url}: is {found}; pass a network of timm, which has most architectures under "
+        "timm:NAME"
+    )
+
+
+def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
+    """The snapshot that a weights file is part of; None for a file alone.
+
+    Raises BundleError for a configuration that cannot be read, since it has the preprocessing.
+    """
+    folder, _, name = (weights or "").rpartition("/")
+    if not folder or name not in WEIGHTS_FILES:
+        return None
     try:
-        config = json.loads(filesystem.read(filesystem.join(url, CONFIG_FILE)))
+        has_config = filesystem.exists(filesystem.join(folder, CONFIG_FILE))
+    except StorageError as error:
+        raise request_error(BundleError, f"model.weights {weights}: {error}", error) from error
+    config = _read_config(folder) if has_config else None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
+    return _parse_config(folder, config)
+
+
+def _read_config(url: str) -> Any:
+    try:
+        return json.loads(filesystem.read(filesystem.join(url, CONFIG_FILE)))
     except (StorageError, ValueError) as error:
         raise request_error(
             BundleError,
@@ -71,13 +101,9 @@ def load_snapshot(url: str) -> Snapshot:
             "torchvision and timm have names: `imgcls model list`, timm:NAME",
             error,
         ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        found = f"a model of transformers ({kind})" if kind else f"no {CONFIG_FILE} of timm"
-        raise BundleError(
-            f"model {url}: is {found}; pass a network of timm, which has most architectures "
-            "under timm:NAME"
-        )
+
+
+def _parse_config(url: str, config: Mapping[str, Any]) -> Snapshot:
     pretrained = config.get("pretrained_cfg")
     return Snapshot(
         url=url,
@@ -86,14 +112,3 @@ def load_snapshot(url: str) -> Snapshot:
         # older files have its keys at the top
         pretrained=pretrained if isinstance(pretrained, dict) else config,
     )
-
-
-def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
-    """The snapshot that a weights file is part of; None for a file alone."""
-    folder, _, name = (weights or "").rpartition("/")
-    if not folder or name not in WEIGHTS_FILES:
-        return None
-    try:
-        return load_snapshot(folder)
-    except BundleError:
-        return None

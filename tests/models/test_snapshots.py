@@ -14,7 +14,7 @@ import torch
 from imgcls.errors import BundleError
 from imgcls.models import zoo
 from imgcls.models.bundle import load_bundle, load_bundle_weights
-from imgcls.models.snapshots import find_folder, load_snapshot
+from imgcls.models.snapshots import find_folder, find_snapshot_of_weights, load_snapshot
 from imgcls.training import network as networks
 from imgcls.training.config import ModelConfig
 from tests.processes import imgcls
@@ -116,6 +116,24 @@ def test_other_folders_are_refused(tmp_path: Path, text: str | None, message: st
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(BundleError, match=message):
         zoo.resolve_snapshot(str(tmp_path), "pretrained", {}, None)
+
+
+def test_a_file_of_weights_has_the_preprocessing_of_its_folder_or_none(tmp_path: Path) -> None:
+    file = str(tmp_path / "model.safetensors")
+    assert find_snapshot_of_weights(None) is None
+    assert find_snapshot_of_weights("torchvision") is None
+    assert find_snapshot_of_weights(file) is None
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert find_snapshot_of_weights(file) is None
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "crop_pct": 0.9}')
+    found = find_snapshot_of_weights(file)
+    assert found is not None
+    assert found.pretrained["crop_pct"] == 0.9
+    assert find_snapshot_of_weights(str(tmp_path / "other.safetensors")) is None
+    # what cannot be read is no default
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BundleError, match=r"a folder with a network has timm's config\.json"):
+        find_snapshot_of_weights(file)
 
 
 class HubHandler(BaseHTTPRequestHandler):
