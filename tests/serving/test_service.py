@@ -117,7 +117,13 @@ def test_a_batch_that_a_gpu_has_no_memory_for_is_split_and_gets_the_same_scores(
     response = post_as_one_batch(server, small_gpu, 10)
     assert small_gpu.sizes == [1, 10, 3, 3, 3, 1]
     assert response.status_code == 200
-    assert response.json() == expected
+    found = response.json()
+    assert found["model"] == expected["model"]
+    for one, other in zip(found["predictions"], expected["predictions"], strict=True):
+        # with AVX2 alone the last bit depends on the number of images in a forward pass
+        for name in ("confidence", "topk_scores"):
+            assert one.pop(name) == pytest.approx(other.pop(name), abs=1e-6)
+        assert one == other
 
 
 @pytest.mark.parametrize(("count", "smallest"), [(10, 3), (1, 1)])
