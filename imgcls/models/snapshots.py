@@ -63,8 +63,9 @@ def find_folder(name: str) -> str | None:
 def load_snapshot(url: str) -> Snapshot:
     """Read the configuration of a snapshot. Raises BundleError."""
     config = _read_config(url)
-    if isinstance(config, dict) and isinstance(config.get("architecture"), str):
-        return _parse_config(url, config)
+    snapshot = _parse_config(url, config)
+    if snapshot is not None:
+        return snapshot
     kind = config.get("model_type") if isinstance(config, dict) else None
     found = f"a model of transformers ({kind})" if kind else f"no {CONFIG_FILE} of timm"
     raise BundleError(
@@ -85,10 +86,7 @@ def find_snapshot_of_weights(weights: str | None) -> Snapshot | None:
         has_config = filesystem.exists(filesystem.join(folder, CONFIG_FILE))
     except StorageError as error:
         raise request_error(BundleError, f"model.weights {weights}: {error}", error) from error
-    config = _read_config(folder) if has_config else None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        return None
-    return _parse_config(folder, config)
+    return _parse_config(folder, _read_config(folder)) if has_config else None
 
 
 def _read_config(url: str) -> Any:
@@ -103,7 +101,10 @@ def _read_config(url: str) -> Any:
         ) from error
 
 
-def _parse_config(url: str, config: Mapping[str, Any]) -> Snapshot:
+def _parse_config(url: str, config: Any) -> Snapshot | None:
+    """None unless timm wrote the configuration."""
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return None
     pretrained = config.get("pretrained_cfg")
     return Snapshot(
         url=url,

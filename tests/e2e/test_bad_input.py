@@ -24,7 +24,7 @@ from imgcls.models import zoo as networks
 from imgcls.models.bundle import BundleSpec, save_bundle
 from tests.conftest import copied, draw
 from tests.e2e.outputs import assert_exactly_once, parquet, success
-from tests.processes import REPOSITORY, run_here
+from tests.processes import ALONE, REPOSITORY, run_here
 from tests.s3 import REAL
 
 LONGEST = {True: "a" * 251, False: "a" * 150}
@@ -251,7 +251,7 @@ def test_everything_that_folders_hold_is_a_row_with_its_reason_or_its_answer(
     bundle = copied(sharp_bundle, place / "bundle")
     done = run_here(
         *("predict", "--manifest", zoo.folder / "m.parquet", "--model", bundle),
-        *("--output", output, "--precision", "fp32", "--max-error-rate", 0.9, "--top-k", 3),
+        *("--output", output, "--precision", "fp32", "--max-error-rate", 0.9, "--top-k", 3, *ALONE),
     )
     assert done.returncode == 0, done.stderr
     rows = assert_exactly_once(output, len(zoo.rows)).to_pylist()

@@ -17,7 +17,7 @@ from imgcls.evaluation.evaluate import evaluate
 from imgcls.models.bundle import load_bundle
 from tests.conftest import COLORS, write_manifest
 from tests.e2e.outputs import assert_exactly_once, parquet, success, table
-from tests.processes import run_here
+from tests.processes import ALONE, run_here
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -31,7 +31,7 @@ def test_a_run_is_evaluated_calibrated_compared_and_evaluated_with_joined_labels
     output = place / "out"
     done = run_here(
         *("evaluate", "--manifest", manifest, "--model", placed_bundle, "--output", output),
-        *("--slice-by", "camera", "--max-error-rate", "0.05"),
+        *("--slice-by", "camera", "--max-error-rate", "0.05", *ALONE),
     )
     assert done.returncode == 0, done.stderr
     check_metrics(done.stdout, output)
@@ -69,7 +69,7 @@ def check_calibration(manifest: Path, output: Path, bundle: Path, place: Path) -
     again = place / "again"
     done = run_here(
         *("predict", "--manifest", manifest, "--model", calibrated, "--output", again),
-        *("--max-error-rate", "0.05"),
+        *("--max-error-rate", "0.05", *ALONE),
     )
     assert done.returncode == 0, done.stderr
     for row in table(again).to_pylist():

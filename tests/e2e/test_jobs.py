@@ -23,7 +23,7 @@ from imgcls import demo
 from imgcls.models.bundle import load_bundle
 from tests.conftest import draw, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed
-from tests.processes import BIN, REPOSITORY, RayCluster, free_port, started, wait_for
+from tests.processes import ALONE, BIN, REPOSITORY, RayCluster, free_port, started, wait_for
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -171,7 +171,7 @@ def start_blocked_run(
         manifest = write_manifest(folder / "m.csv", [*rows, (url, "red")], ("path", "label"))
         command = (
             *("python", "jobs/predict.py", "--config", "jobs/predict.yaml", "--chunk-rows", 8),
-            *("--manifest", manifest, "--model", bundle, "--output", output),
+            *("--manifest", manifest, "--model", bundle, "--output", output, *ALONE),
         )
         yield command, release
 
@@ -264,7 +264,7 @@ def test_the_training_job_writes_a_bundle(head: RayCluster, checkout: Path, tmp_
     done = submit(
         *(head, checkout, "train", "python", "jobs/train.py", "--config", "jobs/train.yaml"),
         *("--data.train", manifest, "--output", tmp_path / "bundle", "--epochs", 1),
-        *("--model.options.width", 4, "--scale.num-workers", 1),
+        *("--model.options.width", 4, "--scale.num-workers", 1, "--data.cache", "false"),
     )
     assert done.returncode == 0, done.stdout
     assert status(head, "train") == "SUCCEEDED"

@@ -30,6 +30,7 @@ from tests.conftest import copied, draw, write_manifest
 from tests.data.archives import write_tar
 from tests.e2e.outputs import assert_exactly_once, committed, table
 from tests.processes import (
+    ALONE,
     RayCluster,
     family,
     imgcls,
@@ -41,8 +42,6 @@ from tests.processes import (
 )
 
 ROWS, CHUNKS, PARTS = 240, 30, 3
-ALONE = ("--scale.workers", 1)
-"""For runs that are not killed: the number of workers does not change the table."""
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +112,17 @@ def names_of(output: Path) -> list[str]:
 
 
 def kill_and_restart(
-    manifest: Path, bundle: Path, output: Path, kills: list[Kill], first: RayCluster
+    manifest: Path,
+    bundle: Path,
+    output: Path,
+    kills: list[Kill],
+    first: RayCluster,
+    more: tuple[object, ...] = (),
 ) -> list[str]:
-    """Start the command, kill it, restart it; then let it end. Returns the state at each kill."""
+    """Start the command, kill it, restart it; then let it end. Returns the state at each kill.
+
+    more: arguments of the runs that are killed
+    """
     met = []
     command = arguments(manifest, bundle, output)
     with contextlib.ExitStack() as stack:
@@ -123,7 +130,7 @@ def kill_and_restart(
         for kill in kills:
             before = durable(names_of(output))
             env = {} if kill.target == "session" else cluster.environment()
-            with started(*command, env=env) as driver:
+            with started(*command, *more, env=env) as driver:
                 until_durable(output, before + kill.chunks)
                 time.sleep(kill.delay)
                 met.append(f"{kill.target} at {durable(names_of(output))} of {CHUNKS} chunks")
@@ -228,7 +235,8 @@ def test_a_killed_run_over_an_archive_and_a_table_with_images_is_resumed(
     rows = [(path, "red", str(i)) for i, path in enumerate(paths)]
     manifest = write_manifest(tmp_path / "m.csv", rows, ("path", "label", "id"))
     output = tmp_path / "out"
-    print(*kill_and_restart(manifest, color_bundle, output, [Kill("driver", 8, 0.1)], cluster))
+    kills = [Kill("driver", 8, 0.1)]
+    print(*kill_and_restart(manifest, color_bundle, output, kills, cluster, ALONE))
     found = assert_exactly_once(output, ROWS)
     different = ["path", "error"]
     assert found.drop_columns(different).equals(reference.drop_columns(different))
@@ -280,7 +288,7 @@ def test_a_stopped_run_ends_cleanly_and_resumes(
 ) -> None:
     output = there[2]
     command = arguments(*there)
-    with started(*command, env=cluster.environment()) as driver:
+    with started(*command, *ALONE, env=cluster.environment()) as driver:
         until_durable(output, 3)
         driver.send_signal(number)
         _, err = driver.communicate(timeout=30)
@@ -298,7 +306,7 @@ def test_of_two_drivers_on_one_output_one_is_refused_and_nothing_is_harmed(
     there: tuple[Path, Path, Path], reference: pa.Table, cluster: RayCluster
 ) -> None:
     output = there[2]
-    command = arguments(*there)
+    command = [*arguments(*there), *ALONE]
     env = cluster.environment()
     with started(*command, env=env) as one, started(*command, env=env) as two:
         ended = {name: p.communicate(timeout=240) for name, p in (("one", one), ("two", two))}
@@ -344,7 +352,7 @@ def test_a_zombie_driver_that_lost_its_lease_publishes_nothing(
     output = there[2]
     command = arguments(*there)
     # a Ray session of its own: a stopped driver keeps the CPUs of the cluster that it is on
-    with started(*command) as zombie:
+    with started(*command, *ALONE) as zombie:
         until_durable(output, 3)
         stop_between_requests(zombie.pid)
         for record in (output / "_lease").iterdir():
@@ -387,7 +395,7 @@ def test_a_full_disk_fails_clearly_and_resumes_once_there_is_room(
         # room for the plan, but not for the chunks of a single part, however soon those are joined
         filler.write_bytes(b"x" * 2_040_000)
         command = arguments(photographs, color_bundle, disk / "out")
-        full = imgcls(*command, env=cluster.environment())
+        full = imgcls(*command, *ALONE, env=cluster.environment())
         assert full.returncode == 1, (full.stdout, full.stderr)
         assert "no space left" in full.stderr
         assert not committed(disk / "out")

@@ -20,7 +20,7 @@ from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
 from tests.conftest import draw, save, write_manifest
 from tests.e2e.outputs import assert_exactly_once, committed, parquet, success, table
-from tests.processes import RayCluster, run_here
+from tests.processes import ALONE, RayCluster, run_here
 
 
 @pytest.fixture
@@ -135,7 +135,9 @@ def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
 ) -> None:
     colors(40, place)
     output = place / "out"
-    done = predict("--manifest", place / "images", "--model", placed_bundle, "--output", output)
+    done = predict(
+        "--manifest", place / "images", "--model", placed_bundle, "--output", output, *ALONE
+    )
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(output, 40)
     assert "label_rank" not in found.schema.names
@@ -170,7 +172,7 @@ def test_the_gpu_layouts_write_the_same_table(
         *("predict", "--manifest", manifest, "--model", placed_bundle, "--max-error-rate", 0.5),
         *("--scale.batch-size", 32, "--decode", "fast" if layout == "gpu_decode" else "exact"),
     )
-    plain = run_here(*base, "--output", place / "cpu")
+    plain = run_here(*base, "--output", place / "cpu", *ALONE)
     assert plain.returncode == 0, plain.stderr
     with RayCluster.start(cpus=2, gpus=1) as logical, logical.joined():
         asked = ("--scale.layout", layout, "--scale.cpu-decode-fraction", host_share)
@@ -207,7 +209,7 @@ def test_failed_rows_are_retried_alone_and_the_rest_is_kept(
     (place / "images" / "00077.jpg").write_bytes(b"")
     delta = place / "table"
     arguments = ("--manifest", manifest, "--model", placed_bundle, "--output", output)
-    arguments = (*arguments, "--publish", f"delta:{delta}")
+    arguments = (*arguments, "--publish", f"delta:{delta}", *ALONE)
     refused = predict(*arguments)
     assert refused.returncode == 3
     assert "2 of 100 rows failed" in refused.stderr
@@ -286,7 +288,7 @@ def test_large_manifests_are_rolled_up_into_several_files(
     done = predict(
         *("--manifest", place / "nested.parquet", "--manifest.path-column", "file"),
         *("--manifest.root", manifest.parent / "images", "--model", placed_bundle),
-        *("--output", output, "--chunk-rows", 8, "--part-rows", 30, "--limit", 90),
+        *("--output", output, "--chunk-rows", 8, "--part-rows", 30, "--limit", 90, *ALONE),
     )
     assert done.returncode == 0, done.stderr
     found = assert_exactly_once(output, 90)

@@ -18,7 +18,7 @@ from tests.conftest import write_manifest
 from tests.data.storage.test_object_store import MIX
 from tests.e2e.outputs import assert_exactly_once
 from tests.faults import KINDS, Proxy, refusal
-from tests.processes import RayCluster, imgcls, run_here, started, wait_for
+from tests.processes import ALONE, RayCluster, imgcls, run_here, started, wait_for
 from tests.s3 import BUCKET, keys, url
 
 pytestmark = pytest.mark.timeout(900)
@@ -101,7 +101,7 @@ def test_credentials_that_expire_break_a_run_off_that_fresh_ones_resume(
     with Proxy(endpoint).running() as proxy:
         words = (
             *("predict", "--manifest", manifest, "--model", placed_bundle, "--chunk-rows", 5),
-            *("--output", place / "out"),
+            *("--output", place / "out", *ALONE),
         )
         proxy.respond = expired
         first = imgcls(*words, "--storage.endpoint-url", proxy.url, env=cluster.environment())
@@ -139,7 +139,7 @@ def test_a_network_that_fails_changes_no_row(
     settings = ("--max-error-rate", 0.05, "--chunk-rows", 8, "--precision", "fp32")
     quiet = run_here(
         *("predict", "--manifest", manifest, "--model", color_bundle),
-        *("--output", tmp_path / "disk", *settings),
+        *("--output", tmp_path / "disk", *settings, *ALONE),
     )
     assert quiet.returncode == 0, quiet.stderr
     expected = assert_exactly_once(tmp_path / "disk", 82)

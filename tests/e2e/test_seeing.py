@@ -13,11 +13,11 @@ import ray
 
 from imgcls.execution.plan import parse_plan
 from imgcls.runs import layout
-from tests.processes import RayCluster, run_here, started, wait_for
+from tests.processes import ALONE, RayCluster, run_here, started, wait_for
 
 
 def predict(manifest: Path, bundle: Path, output: Path, *more: object) -> list[object]:
-    return ["predict", "--manifest", manifest, "--model", bundle, "--output", output, *more]
+    return ["predict", "--manifest", manifest, "--model", bundle, "--output", output, *ALONE, *more]
 
 
 def test_a_run_logs_json_lines_and_exports_metrics_through_ray(

@@ -24,7 +24,7 @@ from imgcls.serving import page
 from imgcls.serving.api_keys import NewKeyConfig, create_key
 from tests.conftest import draw, write_manifest
 from tests.e2e.served import Served, Traffic, served
-from tests.processes import family, run_here, wait_for
+from tests.processes import ALONE, family, run_here, wait_for
 from tests.serving.app import announce_body, jpeg, recalibrate, rewrite_bundle
 
 pytestmark = pytest.mark.timeout(600)
@@ -49,7 +49,7 @@ def predict_in_batch(tmp_path: Path, bundle: Path, manifest: Path) -> list[dict[
     output = tmp_path / "labels"
     done = run_here(
         *("predict", "--manifest", manifest, "--model", bundle, "--output", output),
-        *("--max-error-rate", 1),
+        *("--max-error-rate", 1, *ALONE),
     )
     assert done.returncode == 0, done.stderr
     table = pq.read_table(output / "predictions")

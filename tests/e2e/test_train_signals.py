@@ -39,7 +39,7 @@ def interrupt(
     words = [
         *("train", "--data.train", manifest, "--model.name", "small_cnn", "--epochs", 1000),
         *("--model.options", "{width: 4}", "--batch-size", BATCH, "--precision", "fp32"),
-        *("--scale.num-workers", 1, "--output", output),
+        *("--scale.num-workers", 1, "--data.cache", "false", "--output", output),
     ]
     env = cluster.environment() | {"PYTHONUNBUFFERED": "1"}
     with started(*words, env=env, start_new_session=True) as process:

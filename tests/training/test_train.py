@@ -292,7 +292,8 @@ def test_a_probe_learns_other_classes_with_the_head_alone(
 ) -> None:
     output = tmp_path / "bundle"
     data = {"train": str(digits / "parity.csv"), "val": str(digits / "parity-val.csv")}
-    result = train(config(digits, output, data=data, model=from_weights(trained), strategy="probe"))
+    settings = {"data": data, "model": from_weights(trained), "scale": {"num_workers": 1}}
+    result = train(config(digits, output, **settings, strategy="probe"))
     assert [(epoch.epoch, epoch.phase) for epoch in result.history] == [(0, "probe")]
     assert result.best is not None
     assert result.best.val_accuracy >= 0.85
