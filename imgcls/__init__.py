@@ -12,8 +12,10 @@ LAZY_EXPORTS = {
     "Client": ("imgcls.client", "Client"),
     "check": ("imgcls.curation.check", "check"),
     "evaluate": ("imgcls.evaluation.evaluate", "evaluate"),
+    "find_similar": ("imgcls.evaluation.similar", "find_similar"),
     "label": ("imgcls.inference.predict", "predict"),
     "load_bundle": ("imgcls.models.bundle", "load_bundle"),
+    "relabel": ("imgcls.inference.relabel", "relabel"),
     "train": ("imgcls.training.train", "train"),
 }
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "__version__",
     "check",
     "evaluate",
+    "find_similar",
     "label",
     "load_bundle",
+    "relabel",
     "train",
 ]
 

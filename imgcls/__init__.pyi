@@ -9,9 +9,9 @@ from imgcls.curation.config import CheckConfig, DuplicatesConfig, LabelErrorsCon
 from imgcls.data.manifests.manifest import ManifestConfig
 from imgcls.data.storage.storage_settings import StorageConfig
 from imgcls.evaluation.compute import Evaluation
-from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig
+from imgcls.evaluation.config import EvaluateConfig, LabelTableConfig, SimilarConfig
 from imgcls.execution.config import ScaleConfig
-from imgcls.inference.config import PredictConfig, SinceConfig
+from imgcls.inference.config import PredictConfig, RelabelConfig, SinceConfig
 from imgcls.inference.result import PredictResult
 from imgcls.models.bundle import load_bundle as load_bundle
 from imgcls.models.classifier import Classifier as Classifier
@@ -19,6 +19,7 @@ from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.config import DataConfig, EarlyStoppingConfig, FinetuneConfig, LossConfig, ModelConfig, OptimConfig, ProbeConfig, TrackConfig, TrainConfig, TrainScaleConfig
 from imgcls.training.result import TrainResult
 from os import PathLike
+from pyarrow.lib import Table
 
 __version__: str
 LAZY_EXPORTS: dict[str, tuple[str, str]]
@@ -75,6 +76,19 @@ def evaluate(
 ) -> Evaluation: ...
 
 @overload
+def find_similar(config: SimilarConfig, /) -> Table: ...
+@overload
+def find_similar(
+    *,
+    run: str | PathLike[str],
+    to: list[str] | str | PathLike[str],
+    k: int = ...,
+    model: str | None | PathLike[str] = ...,
+    output: str | None | PathLike[str] = ...,
+    storage: StorageConfig | Mapping[str, object] = ...,
+) -> Table: ...
+
+@overload
 def label(config: PredictConfig, /) -> PredictResult: ...
 @overload
 def label(
@@ -84,7 +98,7 @@ def label(
     output: str | PathLike[str],
     top_k: int = ...,
     threshold: float | None = ...,
-    embeddings: bool = ...,
+    embeddings: bool | Literal['float32', 'float16'] = ...,
     scores: bool = ...,
     scores_type: Literal['float32', 'float16'] = ...,
     max_error_rate: float = ...,
@@ -113,6 +127,24 @@ def label(
     log: Literal['text', 'json'] = ...,
     lease_seconds: float = ...,
     scale: ScaleConfig | Mapping[str, object] = ...,
+    storage: StorageConfig | Mapping[str, object] = ...,
+) -> PredictResult: ...
+
+@overload
+def relabel(config: RelabelConfig, /) -> PredictResult: ...
+@overload
+def relabel(
+    *,
+    source: str | PathLike[str],
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    source_model: str | None | PathLike[str] = ...,
+    top_k: int | None = ...,
+    threshold: float | None = ...,
+    scores: bool = ...,
+    scores_type: Literal['float32', 'float16'] = ...,
+    embeddings: bool = ...,
+    overwrite: bool = ...,
     storage: StorageConfig | Mapping[str, object] = ...,
 ) -> PredictResult: ...
 

@@ -47,6 +47,12 @@ COMMANDS = {
         "imgcls predict --manifest demo/digits-test.csv --model demo/bundle --output "
         "demo/labels --scores --embeddings",
     ),
+    "relabel": Command(
+        "label a run with another head, from its embeddings",
+        "imgcls.inference.config.RelabelConfig",
+        "imgcls.inference.relabel.relabel",
+        "imgcls relabel demo/labels --model demo/calibrated --output demo/relabeled",
+    ),
     "publish": Command(
         "add a committed run to a Delta or Iceberg table, or to a data set on Hugging Face",
         "imgcls.publishing.config.PublishConfig",
@@ -82,6 +88,12 @@ COMMANDS = {
         "imgcls.evaluation.config.ReportConfig",
         "imgcls.evaluation.report.write_report",
         "imgcls report demo/bundle",
+    ),
+    "similar": Command(
+        "find the images of a run that are similar to given ones",
+        "imgcls.evaluation.config.SimilarConfig",
+        "imgcls.evaluation.similar.find_similar",
+        "imgcls similar demo/labels --to demo/digits/test/3/0023.png --k 5",
     ),
     "serve": Command(
         "serve a model over HTTP, with a demo page",

@@ -114,9 +114,10 @@ def load(model: type[S], argv: Sequence[str]) -> S:
     """Build `model` from the command line `argv`.
 
     `--config FILE.yaml` may be given several times, later files winning; every other option is a
-    dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--embeddings`,
-    `--no-embeddings`, `--options.width 8` into a map, `--against A B` into a list), or the model's
-    positional ones without a key. `--print-config` prints the settings and raises SystemExit(0).
+    dotted key of the model (`--optim.lr 1e-3`, `--optim.lr=1e-3`, `--scores`, `--no-scores`,
+    `--embeddings float16`, `--options.width 8` into a map, `--against A B` into a list), or the
+    model's positional ones without a key. `--print-config` prints the settings and raises
+    SystemExit(0).
 
     Raises
     ------
@@ -303,7 +304,11 @@ def _parse(
             following = argv[position] if position < len(argv) else None
             takes_none = following is None or _is_option(following)
             if field is not None and _is_bool(field.annotation):
-                if following is not None and following.lower() in ("true", "false", "null", "none"):
+                choices = _choices(field)
+                words = {"true", "false", "null", "none", *choices}
+                # a wrong choice is refused with the right ones
+                is_value = choices and not takes_none and not unnamed
+                if following is not None and (is_value or following.lower() in words):
                     value, position = following, position + 1
                 else:
                     value = "true"
@@ -447,6 +452,11 @@ def _explain(model: type[Section], error: ValidationError) -> list[str]:
             problems.append(
                 f"{path}: {item['ctx']['error']}" if path else str(item["ctx"]["error"])
             )
+        elif item["type"] == "bool_parsing" and item["loc"][-1] == "bool":
+            continue  # of `bool | Literal[...]`, which is one problem: the next one
+        elif item["type"] == "literal_error" and str(item["loc"][-1]).startswith("literal["):
+            key, expected = path.partition(".literal[")[0], item["ctx"]["expected"]
+            problems.append(f"{key}: Input should be true, false, {expected}; found {found!r}")
         else:
             problems.append(f"{path}: {item['msg']}; found {found!r}")
     return problems

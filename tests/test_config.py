@@ -68,6 +68,7 @@ class Job(Section):
     optim: Optim = Optim()
     data: Source | None = None
     early: Early | None = Early()
+    vectors: bool | Literal["full", "half"] = False
     weighting: Literal["none", "balanced"] | dict[str, float] = "balanced"
     vary: Vary = Vary()
 
@@ -125,6 +126,12 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         (("--verbose",), {"verbose": True}),
         (("--no-verbose",), {"verbose": False}),
         (("--verbose", "null"), {"verbose": None}),
+        (("--vectors",), {"vectors": True}),
+        (("--vectors", "half"), {"vectors": "half"}),
+        (("--vectors=half",), {"vectors": "half"}),
+        (("--vectors", "false"), {"vectors": False}),
+        (("--no-vectors",), {"vectors": False}),
+        (("--vectors", "--epochs", "4"), {"vectors": True, "epochs": 4}),
         (("--optim.nesterov", "--epochs", "4"), {"optim": {"nesterov": True}, "epochs": 4}),
         (("--threshold", "null"), {"threshold": None}),
         (("--threshold=none",), {"threshold": None}),
@@ -313,6 +320,13 @@ def test_all_problems_are_reported_together_by_dotted_path(tmp_path: Path) -> No
     ):
         assert any(problem.startswith(start) for problem in found), (start, text)
     assert len(found) == 12, text
+
+
+@pytest.mark.parametrize("argv", [("--vectors", "quarter"), ("--vectors=quarter",)])
+def test_a_wrong_choice_of_an_option_that_needs_none_is_one_problem(argv: tuple[str, ...]) -> None:
+    assert problems(*argv) == [
+        "vectors: Input should be true, false, 'full' or 'half'; found 'quarter'"
+    ]
 
 
 def test_a_check_of_the_whole_model_has_its_own_message() -> None:

@@ -191,3 +191,21 @@ class ReportConfig(Section):
     """File to write (default: report.html in the source folder)."""
     evaluation: EvaluationOptions = EvaluationOptions()
     storage: StorageConfig = StorageConfig()
+
+
+class SimilarConfig(Section):
+    """Find the images of a run that are similar to given ones, by their embeddings."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str
+    """Output folder of `imgcls predict --embeddings`."""
+    to: Annotated[Names, Field(min_length=1)]
+    """The images to find similar ones to: paths or URLs."""
+    k: PositiveInt = 10
+    """Number of similar images per image."""
+    model: str | None = None
+    """Bundle that made the run. Default: the folder that was passed to `imgcls predict`."""
+    output: str | None = None
+    """Parquet file to write the table to as well."""
+    storage: StorageConfig = StorageConfig()

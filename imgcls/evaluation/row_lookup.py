@@ -49,7 +49,7 @@ def lookup_rows(
     files = np.concatenate([top.file for top in lists])
     positions = np.concatenate([top.position for top in lists])
     found = [
-        _read_part_rows(run.files[file], names, positions[files == file])
+        read_part_rows(run.files[file], names, positions[files == file])
         for file in np.unique(files)
     ] or [cast_string_views(pa.schema([run.schema.field(name) for name in names]).empty_table())]
     table = pa.concat_tables(found).take(np.argsort(np.argsort(files, kind="stable")))
@@ -84,7 +84,7 @@ def lookup_rows(
     ]
 
 
-def _read_part_rows(url: str, names: list[str], positions: np.ndarray) -> pa.Table:
+def read_part_rows(url: str, names: list[str], positions: np.ndarray) -> pa.Table:
     """Rows of a file at the given positions, in their order."""
     order = np.argsort(positions)
     wanted = positions[order]

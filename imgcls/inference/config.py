@@ -19,6 +19,7 @@ from imgcls.execution.config import ScaleConfig
 from imgcls.log import LogFormat
 from imgcls.models.bundle import EngineName, Precision
 from imgcls.runs.lease import DEFAULT_TERM_S
+from imgcls.runs.schema import EmbeddingType
 
 ErrorStatus = Literal[
     "missing", "forbidden", "opted_out", "throttled", "unavailable", "empty", "truncated",
@@ -53,8 +54,9 @@ class PredictConfig(Section):
     """Number of labels kept per image."""
     threshold: UnitFloat | None = None
     """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
-    embeddings: bool = False
-    """Also write the input of the model's final layer."""
+    embeddings: bool | EmbeddingType = False
+    """Also write the input of the model's final layer, in float32 unless the type is named. Spark
+    (4.3 and before) cannot read a table with float16."""
     scores: bool = False
     """Also write the score of every class."""
     scores_type: Literal["float32", "float16"] = "float32"
@@ -120,4 +122,32 @@ class PredictConfig(Section):
     lease_seconds: PositiveFloat = DEFAULT_TERM_S
     """Time without a renewal of its lease after which a driver counts as dead, in seconds."""
     scale: ScaleConfig = ScaleConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+class RelabelConfig(Section):
+    """Label a committed run with another head, from its embeddings."""
+
+    positional: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: str
+    """The run: output folder of `imgcls predict --embeddings`."""
+    model: str
+    """Bundle of the same network with another head, such as of `imgcls train --strategy probe`."""
+    output: str
+    """Folder to write. An unfinished run in it is resumed."""
+    source_model: str | None = None
+    """Bundle that made the run. Default: the folder that was passed to `imgcls predict`."""
+    top_k: int | None = Field(default=None, ge=1, le=20)
+    """Number of labels kept per image. Default: as in the run."""
+    threshold: UnitFloat | None = None
+    """Minimum confidence of an accepted prediction. Default: the bundle's threshold."""
+    scores: bool = False
+    """Also write the score of every class."""
+    scores_type: Literal["float32", "float16"] = "float32"
+    """Type of the written scores. Spark (4.3 and before) cannot read a table with float16."""
+    embeddings: bool = False
+    """Also copy the embeddings."""
+    overwrite: bool = False
+    """Delete the run in the output folder and start over."""
     storage: StorageConfig = StorageConfig()

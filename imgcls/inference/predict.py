@@ -53,7 +53,7 @@ from imgcls.inference.requests import (
 )
 from imgcls.inference.result import PredictResult as PredictResult
 from imgcls.inference.rollup import PartRollup
-from imgcls.inference.specs import PredictSpec, find_embedding_width
+from imgcls.inference.specs import PredictSpec, find_embedding_type, find_embedding_width
 from imgcls.inference.workers import LABELING
 from imgcls.metrics import PredictionCounts
 from imgcls.models.bundle import Bundle
@@ -286,7 +286,9 @@ class _PredictRun:
         """Plan the run: write the manifest shards and `_run.json`."""
         config, classes = self.config, self.bundle.spec.classes
         score_bytes = 2 if config.scores_type == "float16" else 4
-        row_bytes = 128 + score_bytes * len(classes) * config.scores + 8192 * config.embeddings
+        kind = find_embedding_type(config.embeddings)
+        embedding_bytes = 0 if kind is None else 4096 if kind == "float16" else 8192
+        row_bytes = 128 + score_bytes * len(classes) * config.scores + embedding_bytes
         comparison = self.job.comparison
         try:
             if comparison is not None:
@@ -369,7 +371,7 @@ class _PredictRun:
             thresholds=tuple(self.bundle.spec.resolve_thresholds(self.config.threshold)),
             scores=bool(settings["scores"]),
             scores_type=settings["scores"] or "float32",
-            embeddings=settings["embeddings"],
+            embeddings=find_embedding_type(settings["embeddings"]),
             decode=settings["decode"],
             precision=settings["precision"],
             engine=tuned.engine,
@@ -413,6 +415,7 @@ class _PredictRun:
             scores=len(self.bundle.spec.classes) if spec.scores else None,
             scores_type=spec.scores_type,
             embedding=find_embedding_width(self.bundle) if spec.embeddings else None,
+            embedding_type=spec.embeddings or "float32",
         )
         return pa.schema([*self.manifest.schema, *added]).empty_table()
 

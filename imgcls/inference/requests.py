@@ -80,7 +80,8 @@ def resolve_settings(config: PredictConfig, bundle: Bundle) -> dict[str, Any]:
     return {
         "top_k": config.top_k,
         "threshold": threshold,
-        "embeddings": config.embeddings,
+        # true is float32, as in runs of versions with this type alone, which are resumed
+        "embeddings": True if config.embeddings == "float32" else config.embeddings,
         "scores": config.scores_type if config.scores else False,
         "limit": config.limit,
         "precision": config.precision,

@@ -116,7 +116,7 @@ def roll_up(
     target = layout.part_url(output, part)
     counts = PredictionCounts.empty(tuple(classes))
     with filesystem.open_write(target) as stream:
-        for table in _write_row_groups(stream, _join_part(output, plan, part), plan):
+        for table in write_row_groups(stream, _join_part(output, plan, part), plan):
             counts += count_table(table, label_column, classes)
         _check_run_owner(output, plan)
     return counts
@@ -190,7 +190,7 @@ def merge_retries(output: str, plan: Plan, part: int, tasks: Sequence[ChunkTask]
     rows = retried.column("row").to_numpy()
     target = layout.part_url(output, part)
     with filesystem.open_write(target) as stream:
-        for _ in _write_row_groups(stream, _replace_rows(target, retried, rows), plan):
+        for _ in write_row_groups(stream, _replace_rows(target, retried, rows), plan):
             pass
         _check_run_owner(output, plan)
     filesystem.remove(layout.part_staging_folder(output, part))
@@ -258,7 +258,7 @@ def _merge_dictionaries(old: pa.ChunkedArray, new: pa.ChunkedArray) -> pa.Chunke
     return joined.unify_dictionaries().combine_chunks()
 
 
-def _write_row_groups(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator[pa.Table]:
+def write_row_groups(stream: object, tables: Iterator[pa.Table], plan: Plan) -> Iterator[pa.Table]:
     """Write tables as row groups of a useful size; yields the table of each group."""
     writer: pq.ParquetWriter | None = None
     pending: list[pa.Table] = []

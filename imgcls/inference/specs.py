@@ -8,6 +8,7 @@ from imgcls.data.decoding.preprocess import DecodeMode
 from imgcls.data.image_files import MAX_IMAGE_BYTES
 from imgcls.execution.messages import RunSpec
 from imgcls.models.bundle import Bundle, EngineName
+from imgcls.runs.schema import EmbeddingType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class PredictSpec(ImageSpec):
     """A run that labels the images with a bundle.
 
     thresholds: by class, in the bundle's order
+    embeddings: type of the written embeddings; None for none
     is_engine_automatic: whether torch runs a network that the engine cannot run
     """
 
@@ -39,12 +41,17 @@ class PredictSpec(ImageSpec):
     thresholds: tuple[float, ...]
     scores: bool
     scores_type: str = "float32"
-    embeddings: bool
+    embeddings: EmbeddingType | None
     decode: DecodeMode
     precision: str
     engine: EngineName = "torch"
     is_engine_automatic: bool = False
     compile: bool
+
+
+def find_embedding_type(setting: bool | EmbeddingType) -> EmbeddingType | None:
+    """The type of the written embeddings; True is float32, False is None."""
+    return ("float32" if setting else None) if isinstance(setting, bool) else setting
 
 
 def find_embedding_width(bundle: Bundle) -> int:

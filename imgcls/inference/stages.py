@@ -31,7 +31,7 @@ from imgcls.inference.specs import ImageSpec, PredictSpec
 from imgcls.metrics.columns import encode_classes
 from imgcls.models.classifier import Classifier
 from imgcls.models.scores import PendingScores
-from imgcls.runs.schema import build_prediction_schema
+from imgcls.runs.schema import EmbeddingType, build_prediction_schema
 
 FetchResult = bytes | StorageError | ImageError
 """The bytes of an image file, or why they cannot be read."""
@@ -285,7 +285,9 @@ class _BatchedForward:
     def submit(self, batch: Pixels | torch.Tensor) -> None:
         """Start a forward pass; a GPU runs it while the next batch is prepared."""
         self._pending.append(
-            self._classifier.submit(batch, embeddings=self._spec.embeddings, top_k=self._spec.top_k)
+            self._classifier.submit(
+                batch, embeddings=self._spec.embeddings is not None, top_k=self._spec.top_k
+            )
         )
 
     def collect(self, timings: StageTimings) -> None:
@@ -325,6 +327,7 @@ def build_schema(spec: PredictSpec, classifier: Classifier) -> pa.Schema:
         scores=len(classifier.classes) if spec.scores else None,
         scores_type=spec.scores_type,
         embedding=classifier.embedding_width if spec.embeddings else None,
+        embedding_type=spec.embeddings or "float32",
     )
 
 
@@ -360,9 +363,9 @@ def _build_table(
         scores_type=spec.scores_type if spec.scores else None,
     )
     if spec.embeddings:
-        width = classifier.embedding_width
-        stacked = np.concatenate([np.empty((0, width), np.float32), *head.embeddings])
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), width)
+        empty = np.empty((0, classifier.embedding_width), np.float32)
+        stacked = np.concatenate([empty, *head.embeddings])
+        columns["embedding"] = _build_embeddings(stacked, spec.embeddings)
     columns = {name: column.take(place) for name, column in columns.items()}
     columns["accepted"] = pc.fill_null(columns["accepted"], False)
     columns["row"] = pa.array([start + offset for offset in offsets], pa.int64())
@@ -371,6 +374,16 @@ def _build_table(
     columns["status"] = pa.array(prepared.status, pa.string()).dictionary_encode()
     columns["error"] = pa.array(prepared.error, pa.string())
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _build_embeddings(
+    embeddings: npt.NDArray[np.float32], dtype: EmbeddingType
+) -> pa.FixedSizeListArray:
+    """The column of (N, E) embeddings; null where a value is beyond the range of the type."""
+    with np.errstate(over="ignore"):
+        stored = embeddings.astype(dtype)
+    mask = pa.array(~np.isfinite(stored).all(1))
+    return pa.FixedSizeListArray.from_arrays(pa.array(stored.ravel()), stored.shape[1], mask=mask)
 
 
 def _mark_not_finite(

@@ -336,6 +336,69 @@ class Classifier:
         with use_settings(storage):
             return self._predict_batches(images, top_k, batch_size, errors)
 
+    def embed(
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        *,
+        batch_size: int = 32,
+        storage: StorageConfig | Mapping[str, Any] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Compute the embeddings of images: the input of the network's final layer.
+
+        Only the images of one batch are in memory at a time.
+
+        Parameters
+        ----------
+        images
+            One image or an iterable of images, as for `predict`.
+        batch_size
+            Number of images in one forward pass.
+        storage
+            Storage settings for URLs of images, e.g. `{"endpoint_url": "http://localhost:9000"}`.
+
+        Returns
+        -------
+        ndarray of float32, shape (N, E)
+            One row per image, in order, averaged over space where the input of the final layer has
+            spatial dimensions.
+
+        Raises
+        ------
+        RequestError
+            For an argument of another type or value.
+        StorageError, ImageError
+            For the first image that cannot be read or decoded, named in the message; NotFinite, an
+            ImageError, if the network outputs NaN or infinity for it.
+
+        Examples
+        --------
+        >>> import imgcls
+        >>> classifier = imgcls.Classifier.load("demo/bundle")  # doctest: +SKIP
+        >>> classifier.embed(["cat.jpg", "dog.jpg"]).shape  # doctest: +SKIP
+        (2, 512)
+        """
+        _check_positive(batch_size=batch_size)
+        parts = [np.empty((0, self.embedding_width), np.float32)]
+        position = 0
+        with use_settings(storage):
+            for batch in sources.iterate_batches(images, batch_size):
+                pixels = []
+                for place, source in enumerate(batch, position):
+                    try:
+                        pixels.append(sources.load_pixels(source, self.preprocess))
+                    except ImgclsError as error:
+                        raise _add_source_name(error, source, place) from error
+                found = self.classify(stack_images(pixels), embeddings=True)
+                assert found.embedding is not None
+                is_finite = found.is_finite & np.isfinite(found.embedding).all(1)
+                if not is_finite.all():
+                    at = int(is_finite.argmin())
+                    failure = self.build_not_finite_error()
+                    raise _add_source_name(failure, batch[at], position + at)
+                parts.append(found.embedding)
+                position += len(batch)
+        return np.concatenate(parts)
+
     def _predict_batches(
         self,
         images: ImageSource | Iterable[ImageSource],
@@ -414,8 +477,13 @@ def _build_failed_prediction(
     """The result for an image that cannot be used; raises the error with the image's name instead
     if `errors` is "raise", or for an argument of another type or value.
     """
-    name = sources.describe_source(source, position)
-    message = str(error) if name in str(error) else f"{name}: {error}"
+    named = _add_source_name(error, source, position)
     if errors == "raise" or not isinstance(error, (StorageError, ImageError)):
-        raise type(error)(message) from error
-    return FailedPrediction(error.status, message, source)
+        raise named from error
+    return FailedPrediction(error.status, str(named), source)
+
+
+def _add_source_name(error: ImgclsError, source: ImageSource, position: int) -> ImgclsError:
+    """The same error with the name of the image in its message."""
+    name = sources.describe_source(source, position)
+    return type(error)(str(error) if name in str(error) else f"{name}: {error}")

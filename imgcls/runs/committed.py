@@ -14,8 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imgcls.data.storage import filesystem
-from imgcls.errors import OutputError, RequestError, StorageError, StorageMissing, request_error
-from imgcls.models.bundle import Bundle
+from imgcls.errors import (
+    BundleError,
+    OutputError,
+    RequestError,
+    StorageError,
+    StorageMissing,
+    request_error,
+)
+from imgcls.models.bundle import Bundle, load_bundle
 from imgcls.runs import layout
 
 
@@ -132,6 +139,24 @@ class CommittedRun:
                     pieces.append(RowGroupRange(file, tuple(groups), start, held))
                     start, held, groups = start + held, 0, []
         return pieces
+
+
+def load_source_bundle(run: CommittedRun, url: str | None, option: str) -> Bundle:
+    """The bundle that made a run.
+
+    url:    its folder; None for the one that the run names
+    option: of the command that sets `url`
+    Raises RequestError if it cannot be read, or is another bundle.
+    """
+    try:
+        bundle = load_bundle(url or run.provenance["config"]["model"])
+    except BundleError as error:
+        raise RequestError(
+            f"{run.url}: the bundle that made it cannot be read ({error}); pass its folder as "
+            f"--{option}"
+        ) from error
+    run.check_bundle(bundle)
+    return bundle
 
 
 def is_scalar_type(kind: pa.DataType) -> bool:

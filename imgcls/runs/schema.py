@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pyarrow as pa
 
 from imgcls.models.task import SINGLE_LABEL, Task
+
+EmbeddingType = Literal["float32", "float16"]
 
 PREDICTION_COLUMNS = (
     "row",
@@ -33,21 +37,24 @@ def build_prediction_schema(
     scores: int | None = None,
     scores_type: str = "float32",
     embedding: int | None = None,
+    embedding_type: EmbeddingType = "float32",
     task: Task = SINGLE_LABEL,
 ) -> pa.Schema:
     """Schema of the columns that a run adds to its manifest.
 
-    labeled:    add the score and the rank of the manifest's label
+    labeled:     add the score and the rank of the manifest's label
     scores:      number of classes, to add the score of every class
     scores_type: float32, or float16, which Spark cannot read
     embedding:   width of the embedding, to add it
+    embedding_type: float32, or float16, which Spark cannot read
     """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
         *task.build_fields(has_labels=labeled, classes=scores, scores_type=scores_type),
     ]
     if embedding is not None:
-        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding)))
+        kind = pa.float16() if embedding_type == "float16" else pa.float32()
+        fields.append(pa.field("embedding", pa.list_(kind, embedding)))
     fields += [
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),

@@ -24,7 +24,7 @@ from tests.test_docs import PAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-FIRST = ["predict", "key new"]
+FIRST = ["predict", "calibrate", "key new"]
 """Examples whose outputs other examples use."""
 ELSEWHERE = {"nightly": "is a DAG for Airflow"}
 """Pages whose Python code is for other programs."""

@@ -194,7 +194,9 @@ def test_a_worker_that_hangs_is_killed_and_another_one_processes_its_chunk(
     tmp_path: Path, color_bundle: Path, cluster: RayCluster
 ) -> None:
     manifest, output = photographs(tmp_path / "images", 400), tmp_path / "out"
-    order = words(manifest, color_bundle, output, "--chunk-rows", 8, "--scale.worker-timeout-s", 5)
+    # longer than the start of a worker may take without progress on a busy machine
+    timeout = ("--scale.worker-timeout-s", 15)
+    order = words(manifest, color_bundle, output, "--chunk-rows", 8, *timeout)
     with started(*order, env=cluster.environment()) as driver:
         wait_for(lambda: durable(output) > 2)
         # not one that is still starting: without that one the other is soon done with all

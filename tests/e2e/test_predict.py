@@ -29,6 +29,17 @@ def predict(joined: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     return functools.partial(run_here, "predict")
 
 
+def assert_close(found: pa.Table, expected: pa.Table) -> None:
+    """The same tables, but for 1e-6 in the scores and so in the order of ties."""
+    assert found.schema.equals(expected.schema)
+    for name in found.schema.names:
+        ours, theirs = found[name].to_pylist(), expected[name].to_pylist()
+        if name in ("confidence", "topk_scores", "label_score", "scores"):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6, err_msg=name)
+        else:
+            assert ours == theirs, name
+
+
 @pytest.mark.parametrize(
     "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
 )
@@ -84,6 +95,13 @@ def test_every_row_is_labeled_and_the_columns_come_through(
     assert nothing.returncode == 0, nothing.stderr
     assert parquet(quiet / "predictions").num_rows == 0
     assert parquet(quiet / "predictions").schema == found.schema
+
+    relabeled = run_here(
+        *("relabel", output, "--model", placed_bundle, "--output", place / "relabeled"),
+        *("--scores", "--embeddings", "--top-k", 2, "--threshold", 0.4),
+    )
+    assert relabeled.returncode == 0, relabeled.stderr
+    assert_close(table(place / "relabeled"), found)
 
     other = predict(*arguments, "--top-k", 3)
     assert other.returncode == 2

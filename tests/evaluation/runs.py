@@ -92,6 +92,7 @@ def commit(
     group_rows: int = 1000,
     bundle_sha256: str = "b" * 64,
     fingerprint: str = "f" * 32,
+    model: str = "bundle",
 ) -> Path:
     """Write a table as the committed output of `imgcls predict`."""
     where = folder / layout.PREDICTIONS_FOLDER
@@ -113,7 +114,7 @@ def commit(
             "settings": {"top_k": 3, "threshold": 0.5},
         },
         "plan": {"run_id": "drawn", "rows": table.num_rows, "chunk_rows": 10, "part_rows": 10},
-        "provenance": {"config": {"model": "bundle", "manifest": {"path": "drawn.csv"}}},
+        "provenance": {"config": {"model": model, "manifest": {"path": "drawn.csv"}}},
         "classes": list(classes),
     }  # fmt: skip
     (folder / layout.RUN_FILE).write_text(json.dumps(run))

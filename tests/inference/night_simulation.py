@@ -210,7 +210,7 @@ class Nightly:
         spec = PredictSpec(
             output=output, plan=plan, bundle_url=self.bundle, bundle_sha256="b" * 64,
             path_column=manifest.path_column, label_column=None, root=manifest.root, top_k=2,
-            thresholds=(0.0,) * 3, scores=False, embeddings=False, decode="exact", precision="fp32",
+            thresholds=(0.0,) * 3, scores=False, embeddings=None, decode="exact", precision="fp32",
             compile=False, batch_size=8, max_pixels=10**6, io_concurrency=4,
             storage=StorageConfig(), session="", crash_retries=1,
         )  # fmt: skip

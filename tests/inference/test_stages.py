@@ -77,7 +77,7 @@ def photographs(tmp_path: Path) -> pa.Table:
 def spec(tmp_path: Path, photographs: pa.Table, color_bundle: Path) -> PredictSpec:
     manifest = manifest_of(tmp_path, photographs)
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8, part_rows=16)
-    wide = {"scores": True, "embeddings": True, "batch_size": 3}
+    wide = {"scores": True, "embeddings": "float32", "batch_size": 3}
     return spec_of(tmp_path / "out", plan, manifest, str(color_bundle), **wide)
 
 
@@ -135,7 +135,7 @@ def test_images_in_the_rows_of_a_table_are_predicted_as_files_are(
     table = pa.table({"image": column, "label": photographs["label"]})
     manifest = manifest_of(tmp_path, table, image_column="image")
     plan = plan_at(tmp_path / "from rows", manifest, chunk_rows=8, part_rows=16)
-    wide = {"scores": True, "embeddings": True, "batch_size": 3}
+    wide = {"scores": True, "embeddings": "float32", "batch_size": 3}
     own = spec_of(tmp_path / "from rows", plan, manifest, spec.bundle_url, **wide)
     names = build_prediction_names(spec, classifier)
     for number in range(3):
@@ -159,6 +159,24 @@ def test_scores_are_float32_unless_float16_is_asked_for(
     for exact, rounded in zip(full.to_pylist(), half.to_pylist(), strict=True):
         if exact is not None:
             assert rounded == np.array(exact).astype(np.float16).tolist()
+
+
+def test_embeddings_in_float16_are_rounded_and_null_beyond_its_range(
+    spec: PredictSpec, classifier: Classifier
+) -> None:
+    full = predict_alone(replace(spec, embeddings="float32"), classifier, ChunkTask(0))
+    half = predict_alone(replace(spec, embeddings="float16"), classifier, ChunkTask(0))
+    width = classifier.embedding_width
+    assert full["embedding"].type == pa.list_(pa.float32(), width)
+    assert half["embedding"].type == pa.list_(pa.float16(), width)
+    assert half.drop_columns("embedding").equals(full.drop_columns("embedding"))
+    pairs = zip(full["embedding"].to_pylist(), half["embedding"].to_pylist(), strict=True)
+    found = [(exact, rounded) for exact, rounded in pairs if exact is not None]
+    assert found
+    for exact, rounded in found:
+        assert rounded == np.array(exact).astype(np.float16).tolist()
+    column = stages._build_embeddings(np.array([[1, 65519], [1, 65520]], np.float32), "float16")
+    assert column.to_pylist() == [[1.0, 65504.0], None]
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
@@ -392,7 +410,7 @@ def bare(rows: int, **changes: Any) -> PredictSpec:
         "output": "/nowhere", "plan": Plan("r", rows, rows, rows), "bundle_url": "",
         "bundle_sha256": "", "path_column": "path", "label_column": None,
         "root": os.path.dirname(__file__),
-        "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": False,
+        "top_k": 2, "thresholds": (0.0,) * 3, "scores": False, "embeddings": None,
         "decode": "fast", "precision": "fp32", "compile": False, "batch_size": 4,
         "max_pixels": 1_000_000,
         "io_concurrency": 4, "storage": StorageConfig(), "session": "", "crash_retries": 1,
@@ -593,7 +611,7 @@ def test_an_image_without_finite_scores_is_an_error_and_its_neighbors_keep_their
     table = pa.table({"path": paths, "label": ["red"] * 6})
     manifest = manifest_of(tmp_path, table)
     plan = plan_at(tmp_path / "out", manifest, chunk_rows=8)
-    wide = {"scores": True, "embeddings": True, "batch_size": 2}
+    wide = {"scores": True, "embeddings": "float32", "batch_size": 2}
     spec = spec_of(tmp_path / "out", plan, manifest, str(overflowing_bundle), **wide)
     rows = predict_alone(spec, classifier, ChunkTask(0)).to_pylist()
     statuses = ["ok", "not_finite", "missing", "ok", "not_finite", "ok"]

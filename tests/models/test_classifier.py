@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import normalize
 
 from imgcls.data.decoding import decode
-from imgcls.errors import BundleError, NotAnImage, StorageMissing
+from imgcls.errors import BundleError, NotAnImage, RequestError, StorageMissing
 from imgcls.models import zoo
 from imgcls.models.bundle import BundleSpec, load_bundle_weights, save_bundle
 from imgcls.models.classifier import Classifier
@@ -80,6 +80,27 @@ def plain(
 def small(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
     folder = bundle_of(tmp_path_factory.mktemp("small") / "bundle", "small_cnn")
     return Classifier.load(str(folder), precision="fp32", device="cpu")
+
+
+# ------------------------------------------------------------------ embeddings
+
+
+def test_embeddings_of_images_are_those_of_their_pixels(small: Classifier, tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        draw("red", seed=i).save(file)
+    found = small.embed(files, batch_size=2)
+    pixels = [decode.decode_image(file.read_bytes(), small.preprocess)[0] for file in files]
+    expected = small.classify(np.stack(pixels), embeddings=True).embedding
+    assert found.dtype == np.float32
+    assert found.shape == (5, small.embedding_width)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert small.embed([]).shape == (0, small.embedding_width)
+    assert small.embed(files[0]).shape == (1, small.embedding_width)
+    with pytest.raises(StorageMissing, match=r"gone\.png"):
+        small.embed([files[0], tmp_path / "gone.png"])
+    with pytest.raises(RequestError, match="batch_size: 0 is not"):
+        small.embed(files, batch_size=0)
 
 
 # ------------------------------------------------------------------ the bare network's scores

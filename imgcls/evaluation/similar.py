@@ -1,0 +1,170 @@
+"""Images of a run that are similar to given ones, by the embeddings that the run has kept.
+
+The search is exact: every embedding of the run is compared, by cosine similarity. One pass reads
+the embeddings, a second one the other columns of the rows that were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imgcls import log
+from imgcls.config import requested
+from imgcls.data.storage import filesystem
+from imgcls.data.storage.storage_settings import with_config_storage
+from imgcls.errors import RequestError
+from imgcls.evaluation.config import SimilarConfig
+from imgcls.evaluation.row_lookup import read_part_rows
+from imgcls.models.classifier import Classifier
+from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
+
+Floats = npt.NDArray[np.float32]
+_BATCH_ROWS = 16_384
+_MIN_NORM = 1e-12
+
+
+def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> pa.Table:
+    """Find the images of a run that are similar to given ones.
+
+    Parameters
+    ----------
+    config : SimilarConfig, optional
+        The whole request, instead of `settings`.
+    **settings
+        The keys of `imgcls similar`. `run` and `to` are required.
+
+    Returns
+    -------
+    pyarrow.Table
+        For each image of `to`, its `k` most similar images, best first: `query`, `rank` (from 1),
+        `similarity` (cosine of the embeddings, -1 to 1), and the run's `row`, path,
+        `predicted_label` and `confidence`. Equal similarities are in row order.
+
+    Raises
+    ------
+    RequestError
+        The run has no embeddings, or its bundle is not found.
+    StorageError, ImageError
+        An image of `to` cannot be read or decoded.
+
+    Examples
+    --------
+    >>> import imgcls
+    >>> imgcls.find_similar(run="out", to="cat.jpg", k=3).to_pandas()  # doctest: +SKIP
+    """
+    example = 'find_similar(run="out", to="cat.jpg")'
+    return _find(requested(SimilarConfig, config, settings, example))
+
+
+@with_config_storage
+def _find(config: SimilarConfig) -> pa.Table:
+    run = open_run(config.run)
+    if "embedding" not in run.schema.names:
+        raise RequestError(
+            f"{run.url}: has no embeddings; label it with `imgcls predict --embeddings float16`"
+        )
+    if run.merged_runs:
+        raise RequestError(f"{run.url}: is a history of several runs; pass one of them")
+    classifier = Classifier(load_source_bundle(run, config.model, "model"))
+    queries = normalize(classifier.embed(config.to))
+    similarity, file, position = find_nearest(run, queries, config.k)
+    table = _build_table(config.to, run, similarity, file, position)
+    if config.output is not None:
+        layout.write_table(filesystem.absolute(config.output), table)
+    log.show(_format_table(table, run.path_column))
+    return table
+
+
+def normalize(vectors: Floats) -> Floats:
+    """(N, E) vectors scaled to length 1; those of length 0 stay as they are."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Floats = vectors / np.maximum(lengths, _MIN_NORM)
+    return scaled
+
+
+def find_nearest(
+    run: CommittedRun, queries: Floats, k: int
+) -> tuple[Floats, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The k rows of a run with the highest cosine similarity to each query, best first.
+
+    queries: (Q, E) float32, of length 1
+    Returns the similarity, the index of the file in `run.files`, and the position in it, each
+    (Q, n) with n at most k. Rows without an embedding, or with one of length 0, are left out.
+    """
+    count = len(queries)
+    best = np.empty((count, 0), np.float32)
+    file, position = (np.empty((count, 0), np.int64) for _ in range(2))
+    for number, start, rows, vectors in _iter_embeddings(run):
+        found = queries @ vectors.T
+        joined = np.concatenate([best, found], axis=1)
+        # stable: of equal similarities, the earlier row first
+        order = np.argsort(-joined, axis=1, kind="stable")[:, :k]
+        shape = found.shape
+        files = np.concatenate([file, np.full(shape, number)], axis=1)
+        positions = np.concatenate([position, np.broadcast_to(start + rows, shape)], axis=1)
+        best, file, position = (
+            np.take_along_axis(each, order, axis=1) for each in (joined, files, positions)
+        )
+    return best, file, position
+
+
+def _iter_embeddings(
+    run: CommittedRun,
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64], Floats]]:
+    """Batches of embeddings: index of the file, first position in it, offsets, (N, E) vectors."""
+    for number, url in enumerate(run.files):
+        start = 0
+        with filesystem.open_read(url) as stream:
+            file = pq.ParquetFile(stream)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=["embedding"]):
+                column = batch.column("embedding")
+                rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+                flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                vectors = flat.reshape(len(rows), -1) if len(rows) else flat.reshape(0, 1)
+                is_kept = np.linalg.norm(vectors, axis=1) > _MIN_NORM
+                if is_kept.any():
+                    yield number, start, rows[is_kept], normalize(vectors[is_kept])
+                start += batch.num_rows
+
+
+def _build_table(
+    names: list[str],
+    run: CommittedRun,
+    similarity: Floats,
+    file: npt.NDArray[np.int64],
+    position: npt.NDArray[np.int64],
+) -> pa.Table:
+    count, found = similarity.shape
+    columns = ["row", run.path_column, "predicted_label", "confidence"]
+    flat_file, flat_position = file.ravel(), position.ravel()
+    order = np.argsort(flat_file, kind="stable")
+    tables = [
+        read_part_rows(run.files[number], columns, flat_position[flat_file == number])
+        for number in np.unique(flat_file)
+    ] or [pa.schema([run.schema.field(name) for name in columns]).empty_table()]
+    rows = pa.concat_tables(tables).unify_dictionaries().take(np.argsort(order, kind="stable"))
+    return pa.table(
+        {
+            "query": pa.array(np.repeat(np.array(names, dtype=object), found), pa.string()),
+            "rank": pa.array(np.tile(np.arange(1, found + 1), count), pa.int32()),
+            "similarity": pa.array(similarity.ravel(), pa.float32()),
+            **{name: rows[name] for name in columns},
+        }
+    )
+
+
+def _format_table(table: pa.Table, path_column: str) -> str:
+    lines, query = [], None
+    for row in table.to_pylist():
+        if row["query"] != query:
+            query = row["query"]
+            lines.append(f"similar to {query}")
+        label = "" if row["predicted_label"] is None else f"  {row['predicted_label']}"
+        lines.append(f"{row['rank']:5d}  {row['similarity']:.4f}  {row[path_column]}{label}")
+    return "\n".join(lines or ["no image of the run has an embedding"])

@@ -1,0 +1,293 @@
+"""The job of `imgcls relabel`: label a committed run with another head, from its embeddings.
+
+No image is read, and Ray is not needed. Part by part, the manifest columns of the run are kept and
+its predictions replaced; a run that was interrupted is resumed at its first missing part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from imgcls import log
+from imgcls.cluster import interrupts
+from imgcls.config import requested
+from imgcls.data.manifests.manifest import normalize_labels
+from imgcls.data.manifests.schemas import conform_table, widen_dictionaries
+from imgcls.data.storage import filesystem, storage_settings
+from imgcls.errors import OK, RequestError
+from imgcls.execution.plan import Plan, RunIdentity, parse_plan
+from imgcls.execution.runner import add_resume_hint
+from imgcls.formatting import format_count
+from imgcls.inference import commit, rollup
+from imgcls.inference.config import RelabelConfig
+from imgcls.inference.nights import compute_next_sequence
+from imgcls.inference.result import PredictResult
+from imgcls.metrics import PredictionCounts
+from imgcls.metrics.columns import encode_classes
+from imgcls.models.bundle import Bundle, load_bundle
+from imgcls.models.linear_head import check_same_embeddings, load_linear_head
+from imgcls.models.task import ScoreScaling, find_task
+from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
+from imgcls.runs.lease import Lease
+from imgcls.runs.provenance import build_provenance
+from imgcls.runs.schema import PREDICTION_COLUMNS, build_prediction_schema
+
+NO_EMBEDDING = "not_finite"
+_NO_EMBEDDING_ERROR = "the run has no embedding of it, beyond the range of float16"
+_BATCH_ROWS = 16_384
+
+
+def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictResult:
+    """Label a committed run with another head, from its embeddings.
+
+    Parameters
+    ----------
+    config : RelabelConfig, optional
+        The whole request, instead of `settings`.
+    **settings
+        The keys of `imgcls relabel`. `source`, `model` and `output` are required.
+
+    Returns
+    -------
+    PredictResult
+        Where the table is, its number of rows and its counts.
+
+    Raises
+    ------
+    RequestError
+        The run has no embeddings, or they are not those of the bundle's network.
+    RunFailed
+        The run was interrupted. Call it again to resume.
+
+    Examples
+    --------
+    >>> import imgcls
+    >>> imgcls.relabel(source="out", model="newer", output="again")  # doctest: +SKIP
+    """
+    config = requested(
+        RelabelConfig, config, settings, 'relabel(source="out", model="newer", output="again")'
+    )
+    with (
+        storage_settings.use_settings(config.storage),
+        interrupts.Interruption().handle_signals() as interruption,
+    ):
+        run = open_run(config.source)
+        bundle = load_bundle(config.model)
+        _check_source(run)
+        check_same_embeddings(bundle, load_source_bundle(run, config.source_model, "source-model"))
+        precisions = run.success_record["precision"]  # several on a mixed cluster
+        head = load_linear_head(bundle, precisions[0] if len(precisions) == 1 else "fp32")
+        output = filesystem.absolute(config.output)
+        if output == run.url:
+            raise RequestError("output: is the run to label again; pass another --output")
+        layout.check_output_writable(output)
+        lease = Lease.acquire(output)
+        try:
+            with add_resume_hint(output, lease):
+                job = _Relabeling(config, run, bundle, head, output, lease, interruption)
+                return job.run()
+        finally:
+            lease.release()
+
+
+def _check_source(run: CommittedRun) -> None:
+    """Raise RequestError for a run that cannot be labeled again."""
+    if run.merged_runs:
+        raise RequestError(
+            f"{run.url}: is a history of several runs; label the runs again one by one, then "
+            "merge them with `imgcls history compact`"
+        )
+    if "embedding" not in run.schema.names:
+        raise RequestError(
+            f"{run.url}: has no embeddings; label it with `imgcls predict --embeddings float16`"
+        )
+
+
+class _Relabeling:
+    """One relabeling: the state that its steps share."""
+
+    def __init__(
+        self,
+        config: RelabelConfig,
+        run: CommittedRun,
+        bundle: Bundle,
+        head: nn.Linear,
+        output: str,
+        lease: Lease,
+        interruption: interrupts.Interruption,
+    ) -> None:
+        self._config = config
+        self._source = run
+        self._bundle = bundle
+        self._head = head
+        self._output = output
+        self._lease = lease
+        self._interruption = interruption
+        self._task = find_task(bundle.spec)
+        self._scaling = ScoreScaling.from_spec(bundle.spec)
+        self._thresholds = bundle.spec.resolve_thresholds(config.threshold)
+        self._top_k = config.top_k or run.top_k
+        kind = run.schema.field("embedding").type
+        self._schema = build_prediction_schema(
+            labeled=run.label_column is not None,
+            scores=len(bundle.spec.classes) if config.scores else None,
+            scores_type=config.scores_type,
+            embedding=kind.list_size if config.embeddings else None,
+            embedding_type="float16" if pa.types.is_float16(kind.value_type) else "float32",
+            task=self._task,
+        )
+
+    def run(self) -> PredictResult:
+        """Label every part that is missing, count all, commit."""
+        started_at = time.monotonic()
+        output, identity = self._output, self._build_identity()
+        if self._config.overwrite:
+            layout.remove_run(output)
+        stored = layout.load_run(output)
+        if stored is not None:
+            identity.check_same_run(output, stored["identity"])
+            if layout.is_committed(output):
+                rows = self._source.rows
+                log.emit(
+                    "committed",
+                    f"{output}: committed before, {format_count(rows, 'row')}; nothing to do",
+                )
+                return PredictResult(output, rows, None)
+        plan = replace(parse_plan(self._source.run_record), run_id=identity.compute_run_id())
+        record = self._write_record(identity, plan) if stored is None else stored
+        counts = PredictionCounts.empty(tuple(self._bundle.spec.classes))
+        for part, url in enumerate(self._source.files):
+            self._lease.check()
+            counts += self._label_part(plan, part, url)
+        return self._commit(record, plan, counts, started_at)
+
+    def _build_identity(self) -> RunIdentity:
+        then = self._source.run_record["identity"]
+        config = self._config
+        return RunIdentity(
+            manifest=then["manifest"],
+            bundle={"sha256": self._bundle.sha256},
+            settings={
+                **then["settings"],
+                "top_k": self._top_k,
+                "threshold": (
+                    self._bundle.spec.threshold if config.threshold is None else config.threshold
+                ),
+                "scores": config.scores_type if config.scores else False,
+                "embeddings": then["settings"]["embeddings"] if config.embeddings else False,
+                "relabeled": self._source.success_record["run_id"],
+            },
+        )
+
+    def _write_record(self, identity: RunIdentity, plan: Plan) -> dict[str, Any]:
+        record = {
+            "identity": asdict(identity),
+            "plan": asdict(plan),
+            "classes": self._bundle.spec.classes,
+            "provenance": build_provenance(
+                # the manifest is that of the run; its other settings are shown in reports
+                self._source.provenance["config"]
+                | {"model": self._bundle.url}
+                | {"relabel": self._config.model_dump(mode="json", exclude={"storage"})}
+            ),
+            "sequence": compute_next_sequence(self._output, None),
+        }
+        layout.write_run(self._output, record)
+        return record
+
+    def _label_part(self, plan: Plan, part: int, url: str) -> PredictionCounts:
+        target = layout.part_url(self._output, part)
+        label_column, classes = self._source.label_column, self._bundle.spec.classes
+        if filesystem.exists(target):
+            return rollup.count_part(self._output, part, label_column, classes)
+        counts = PredictionCounts.empty(tuple(classes))
+        with filesystem.open_write(target) as stream:
+            for table in rollup.write_row_groups(stream, self._label_batches(url), plan):
+                counts += rollup.count_table(table, label_column, classes)
+            self._lease.check()
+        return counts
+
+    def _label_batches(self, url: str) -> Iterator[pa.Table]:
+        with filesystem.open_read(url) as stream:
+            file = pq.ParquetFile(stream)
+            tables = (pa.Table.from_batches([each]) for each in file.iter_batches(_BATCH_ROWS))
+            for table in tables if file.metadata.num_rows else [file.schema_arrow.empty_table()]:
+                self._interruption.check()
+                yield self._label(conform_table(table, widen_dictionaries(table.schema), url))
+
+    def _label(self, table: pa.Table) -> pa.Table:
+        """The manifest columns of a table, with the new predictions."""
+        embedding = table["embedding"].combine_chunks()
+        has_embedding = embedding.is_valid().to_numpy(zero_copy_only=False)
+        vectors = embedding.flatten().to_numpy(zero_copy_only=False, writable=True)
+        scores = self._compute_scores(vectors.reshape(-1, self._head.in_features))
+        codes = None
+        if self._source.label_column is not None:
+            labels = normalize_labels(table[self._source.label_column])
+            labels = pa.chunked_array([labels])
+            codes = encode_classes(labels, self._bundle.spec.classes)[has_embedding]
+        columns: dict[str, pa.Array | pa.ChunkedArray] = dict(
+            self._task.build_columns(
+                scores,
+                self._bundle.spec.classes,
+                self._thresholds,
+                top_k=self._top_k,
+                codes=codes,
+                scores_type=self._config.scores_type if self._config.scores else None,
+            )
+        )
+        place = pa.array(np.cumsum(has_embedding) - 1, mask=~has_embedding)
+        columns = {name: column.take(place) for name, column in columns.items()}
+        columns["accepted"] = pc.fill_null(columns["accepted"], False)
+        status = table["status"].cast(pa.string())
+        is_lost = pc.and_(pc.equal(status, OK), pa.array(~has_embedding))
+        columns["status"] = pc.if_else(is_lost, NO_EMBEDDING, status).dictionary_encode()
+        columns["error"] = pc.if_else(is_lost, _NO_EMBEDDING_ERROR, table["error"])
+        kept = table.drop_columns(
+            [name for name in PREDICTION_COLUMNS if name in table.schema.names]
+        )
+        for field in self._schema:
+            column = columns[field.name] if field.name in columns else table[field.name]
+            kept = kept.append_column(field, column.cast(field.type))
+        return kept
+
+    @torch.inference_mode()
+    def _compute_scores(self, embeddings: np.ndarray) -> np.ndarray:
+        """(N, C) float32 scores of (N, E) embeddings."""
+        features = torch.from_numpy(embeddings).float()
+        logits = F.linear(features, self._head.weight, self._head.bias)
+        found: np.ndarray = self._task.compute_scores(logits, self._scaling).numpy()
+        return found
+
+    def _commit(
+        self, record: dict[str, Any], plan: Plan, counts: PredictionCounts, started_at: float
+    ) -> PredictResult:
+        output, path_column = self._output, self._source.path_column
+        summary = commit.write_metric_tables(
+            output, plan, counts, top_k=self._top_k, path_column=path_column
+        )
+        commit.log_metrics(summary)
+        self._lease.check()
+        commit.write_success(
+            output,
+            run=record,
+            counts=counts,
+            seconds={"wall": time.monotonic() - started_at},
+            steady_rate=None,
+            precision=self._source.success_record["precision"],
+            engine=[f"torch {torch.__version__}"],
+        )
+        log.emit("committed", f"{format_count(counts.rows, 'row')}: {output}", rows=counts.rows)
+        return PredictResult(output, counts.rows, counts)

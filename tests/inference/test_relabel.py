@@ -1,0 +1,289 @@
+"""`imgcls relabel`: a head's scores of a run's embeddings; rows without one have no prediction."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from imgcls.errors import BundleError, OutputError, RequestError
+from imgcls.inference import relabel as job
+from imgcls.inference.config import RelabelConfig
+from imgcls.inference.relabel import relabel
+from imgcls.models import zoo
+from imgcls.models.bundle import (
+    BundleSpec,
+    VectorScaling,
+    load_bundle,
+    load_bundle_weights,
+    save_bundle,
+)
+from imgcls.runs import layout
+from imgcls.runs.schema import build_prediction_schema
+
+CLASSES = ["red", "green", "blue"]
+OTHERS = ["dark", "light"]
+PART_ROWS = 8
+
+
+def save(
+    folder: Path, classes: Sequence[str], head_seed: int, name: str = "small_cnn", **spec: Any
+) -> Path:
+    """A bundle of one random body, whatever the head."""
+    architecture = zoo.resolve_architecture(name, {"width": 8} if name == "small_cnn" else None)
+    torch.manual_seed(0)
+    body = zoo.build_network(architecture, len(CLASSES)).state_dict()
+    network = zoo.build_network(architecture, len(classes))
+    torch.manual_seed(head_seed)
+    _, head = zoo.find_head(network)
+    head.reset_parameters()
+    heads = tuple(f"{name}." for name in zoo.find_heads(network))
+    weights = network.state_dict()
+    weights |= {key: value for key, value in body.items() if not key.startswith(heads)}
+    preprocess = spec.pop("preprocess", zoo.get_default_preprocess(architecture))
+    save_bundle(
+        str(folder),
+        BundleSpec(architecture=architecture, classes=list(classes), preprocess=preprocess, **spec),
+        weights,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("bundle") / "b", CLASSES, 1)
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same body with a calibrated head for other classes."""
+    scaling = VectorScaling(scale=[1.0, 1.4], bias=[0.2, -0.1])
+    more = {"temperature": 0.3, "vector_scaling": scaling, "thresholds": {"dark": 0.6}}
+    return save(tmp_path_factory.mktemp("newer") / "b", OTHERS, 2, **more)
+
+
+def commit_run(
+    folder: Path, bundle: Path, rows: int = 20, *, kind: str = "float32", lost: Sequence[int] = ()
+) -> np.ndarray:
+    """Commit a run with random embeddings; returns them, (rows, E) float32.
+
+    Row 5 failed. lost: rows that are ok and have no embedding
+    """
+    made = load_bundle(str(bundle))
+    network = zoo.build_network(made.spec.architecture, len(CLASSES))
+    width = zoo.get_embedding_width(network)
+    vectors = np.random.default_rng(0).normal(size=(rows, width)).astype(kind)
+    failed = np.arange(rows) == 5
+    schema = build_prediction_schema(labeled=True, embedding=width, embedding_type=kind)
+    columns: dict[str, Any] = {
+        name: pa.nulls(rows, schema.field(name).type) for name in schema.names
+    }
+    columns |= {
+        "row": pa.array(range(rows), pa.int64()),
+        "accepted": pa.array(~failed),
+        "embedding": pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.ravel()),
+            width,
+            mask=pa.array(failed | np.isin(np.arange(rows), lost)),
+        ),
+        "width": pa.array([64] * rows, pa.int32()),
+        "status": pa.array(np.where(failed, "missing", "ok").tolist()).dictionary_encode(),
+        "error": pa.array(["no such file" if each else None for each in failed], pa.string()),
+    }
+    kept = {
+        "path": [f"{row}.jpg" for row in range(rows)],
+        "label": [("dark", "light", "fox", None)[row % 4] for row in range(rows)],
+        "camera": pa.array([f"c{row % 2}" for row in range(rows)]).dictionary_encode(),
+    }
+    table = pa.table({**kept, **{name: columns[name] for name in schema.names}})
+    parts = folder / layout.PREDICTIONS_FOLDER
+    parts.mkdir(parents=True)
+    files = {}
+    for part, start in enumerate(range(0, max(rows, 1), PART_ROWS)):
+        name = layout.part_name(part)
+        pq.write_table(table.slice(start, PART_ROWS), parts / name)
+        files[name] = (parts / name).stat().st_size
+    manifest = {"fingerprint": "f", "path_column": "path", "label_column": "label", "root": "/"}
+    run = {
+        "identity": {
+            "manifest": manifest,
+            "bundle": {"sha256": made.sha256},
+            "settings": {"top_k": 2, "threshold": 0.0, "embeddings": kind},
+        },
+        "plan": {"run_id": "first", "rows": rows, "chunk_rows": 4, "part_rows": PART_ROWS},
+        "provenance": {"config": {"model": str(bundle), "manifest": {"path": "m.csv"}}},
+        "classes": CLASSES,
+    }
+    layout.write_run(str(folder), run)
+    success = {
+        "rows": rows, "files": files, "run_id": "first", "bundle_sha256": made.sha256,
+        "manifest_fingerprint": "f", "precision": ["fp32"],
+    }  # fmt: skip
+    (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
+    return vectors.astype(np.float32)
+
+
+def compute_expected(bundle: Path, vectors: np.ndarray) -> np.ndarray:
+    """(N, C) scores of embeddings, from the definitions."""
+    made = load_bundle(str(bundle))
+    network = zoo.build_network(made.spec.architecture, len(made.spec.classes))
+    network.load_state_dict(load_bundle_weights(made))
+    _, head = zoo.find_head(network)
+    weight, bias = (each.detach().double().numpy() for each in (head.weight, head.bias))
+    logits = (vectors.astype(np.float64) @ weight.T + bias) / made.spec.temperature
+    log_scores = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    if made.spec.vector_scaling is not None:
+        scaling = made.spec.vector_scaling
+        log_scores = log_scores * np.array(scaling.scale) + np.array(scaling.bias)
+    scores = np.exp(log_scores)
+    found: np.ndarray = scores / scores.sum(1, keepdims=True)
+    return found
+
+
+def read(folder: Path) -> pa.Table:
+    return pq.read_table(folder / layout.PREDICTIONS_FOLDER)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_scores_are_those_of_the_new_head(
+    tmp_path: Path, bundle: Path, newer: Path, kind: str
+) -> None:
+    vectors = commit_run(tmp_path / "run", bundle, kind=kind)
+    result = relabel(
+        source=str(tmp_path / "run"), model=str(newer), output=str(tmp_path / "out"), scores=True
+    )
+    assert (result.rows, result.status) == (20, {"missing": 1, "ok": 19})
+    table = read(tmp_path / "out")
+    assert table.schema.names == [
+        *("path", "label", "camera", "row", "predicted_label", "confidence", "accepted"),
+        *("topk_labels", "topk_scores", "label_score", "label_rank", "scores"),
+        *("width", "height", "status", "error"),
+    ]
+    before = read(tmp_path / "run")
+    for name in ("path", "label", "camera", "row", "width", "height", "status", "error"):
+        assert table[name].to_pylist() == before[name].to_pylist(), name
+    expected = compute_expected(newer, vectors)
+    for row, found in enumerate(table.to_pylist()):
+        if row == 5:
+            assert found["predicted_label"] is found["confidence"] is found["scores"] is None
+            assert found["accepted"] is False
+            continue
+        assert found["scores"] == pytest.approx(expected[row], abs=1e-6)
+        best = OTHERS[int(expected[row].argmax())]
+        assert found["predicted_label"] == best == found["topk_labels"][0]
+        assert found["accepted"] == (found["confidence"] >= (0.6 if best == "dark" else 0.0))
+        known = found["label"] in OTHERS
+        own = expected[row][OTHERS.index(found["label"])] if known else None
+        assert found["label_score"] == (pytest.approx(own, abs=1e-6) if known else None)
+        assert (found["label_rank"] is None) == (not known)
+    names = [file.name for file in sorted((tmp_path / "out" / "predictions").iterdir())]
+    assert names == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    errors = pq.read_table(tmp_path / "out" / "metrics" / "errors.parquet").to_pylist()
+    assert [(row["row"], row["status"]) for row in errors] == [(5, "missing")]
+
+
+def test_an_image_without_its_embedding_has_no_prediction(
+    tmp_path: Path, bundle: Path, newer: Path
+) -> None:
+    commit_run(tmp_path / "run", bundle, kind="float16", lost=[7, 16])
+    result = relabel(source=str(tmp_path / "run"), model=str(newer), output=str(tmp_path / "out"))
+    assert result.status == {"missing": 1, "not_finite": 2, "ok": 17}
+    rows = read(tmp_path / "out").to_pylist()
+    assert [row["row"] for row in rows if row["status"] == "not_finite"] == [7, 16]
+    assert rows[7]["predicted_label"] is None
+    assert "no embedding" in rows[7]["error"]
+
+
+def test_copied_embeddings_are_labeled_again_by_a_third_head(
+    tmp_path: Path, bundle: Path, newer: Path
+) -> None:
+    commit_run(tmp_path / "run", bundle, kind="float16", lost=[7])
+    chain = relabel(
+        source=str(tmp_path / "run"), model=str(newer), output=str(tmp_path / "second"),
+        embeddings=True,
+    )  # fmt: skip
+    second, first = read(tmp_path / "second"), read(tmp_path / "run")
+    assert second["embedding"].combine_chunks().equals(first["embedding"].combine_chunks())
+    # with the bundle that `relabel` wrote into its record
+    third = relabel(source=chain.output, model=str(bundle), output=str(tmp_path / "third"))
+    assert third.status == {"missing": 1, "not_finite": 1, "ok": 18}
+    assert set(read(tmp_path / "third")["predicted_label"].to_pylist()) <= {*CLASSES, None}
+
+
+def test_a_run_without_rows_is_committed(tmp_path: Path, bundle: Path, newer: Path) -> None:
+    commit_run(tmp_path / "run", bundle, 0)
+    result = relabel(source=str(tmp_path / "run"), model=str(newer), output=str(tmp_path / "out"))
+    assert result.rows == 0
+    assert read(tmp_path / "out").schema.names[:4] == ["path", "label", "camera", "row"]
+
+
+def test_an_interrupted_run_is_resumed_at_its_first_missing_part(
+    tmp_path: Path, bundle: Path, newer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_run(tmp_path / "run", bundle)
+    request = {"source": str(tmp_path / "run"), "model": str(newer)}
+    relabel(**request, output=str(tmp_path / "whole"))
+    label_part, labeled = job._Relabeling._label_part, Counter[int]()
+
+    def stop_at_1(self: Any, plan: Any, part: int, url: str) -> Any:
+        if part == 1 and not labeled[1]:
+            labeled[1] += 1
+            raise KeyboardInterrupt
+        labeled[part] += 1
+        return label_part(self, plan, part, url)
+
+    monkeypatch.setattr(job._Relabeling, "_label_part", stop_at_1)
+    with pytest.raises(KeyboardInterrupt):
+        relabel(**request, output=str(tmp_path / "out"))
+    first = tmp_path / "out" / "predictions" / "part-00000.parquet"
+    at = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    with pytest.raises(OutputError, match=r"settings\.top_k: 2 then, 1 now"):
+        relabel(**request, output=str(tmp_path / "out"), top_k=1)
+    relabel(**request, output=str(tmp_path / "out"))
+    assert first.stat().st_mtime_ns == at
+    for file in (tmp_path / "whole" / "predictions").iterdir():
+        assert (tmp_path / "out" / "predictions" / file.name).read_bytes() == file.read_bytes()
+    again = relabel(**request, output=str(tmp_path / "out"))
+    assert (again.rows, again.counts) == (20, None)
+
+
+def test_wrong_requests_write_nothing(tmp_path: Path, bundle: Path, newer: Path) -> None:
+    commit_run(tmp_path / "run", bundle)
+    source, output = str(tmp_path / "run"), str(tmp_path / "out")
+
+    def refuse(error: type[Exception], match: str, **changes: str) -> None:
+        asked = {"source": source, "model": str(newer), "output": output} | changes
+        with pytest.raises(error, match=match):
+            relabel(RelabelConfig.model_validate(asked))
+        assert not Path(output).exists()
+
+    refuse(OutputError, "holds no labeling run", source=str(tmp_path / "none"))
+    refuse(RequestError, "output: is the run to label again", output=source + "/")
+    refuse(RequestError, "was made by another bundle", source_model=str(newer))
+    refuse(RequestError, "pass its folder as --source-model", source_model=str(tmp_path / "gone"))
+    tuned = save(tmp_path / "tuned", OTHERS, 3)
+    weights = dict(load_bundle_weights(load_bundle(str(tuned))))
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1e-6
+    save_bundle(str(tmp_path / "moved"), load_bundle(str(tuned)).spec, weights)
+    refuse(BundleError, f"weight {name} differs, as after", model=str(tmp_path / "moved"))
+    preprocess = load_bundle(str(bundle)).spec.preprocess
+    darker = preprocess.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    other = save(tmp_path / "other", OTHERS, 3, preprocess=darker)
+    refuse(BundleError, "the preprocessing differs", model=str(other))
+    wide = save(tmp_path / "resnet", OTHERS, 3, "resnet18")
+    refuse(BundleError, "its network is resnet18, not small_cnn", model=str(wide))
+    plain = tmp_path / "plain"
+    commit_run(plain, bundle)
+    for file in (plain / "predictions").iterdir():
+        pq.write_table(pq.read_table(file).drop_columns("embedding"), file)
+    refuse(RequestError, "has no embeddings; label it with", source=str(plain))
