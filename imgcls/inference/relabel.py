@@ -47,6 +47,7 @@ from imgcls.runs.schema import PREDICTION_COLUMNS, build_prediction_schema
 NO_EMBEDDING = "not_finite"
 _NO_EMBEDDING_ERROR = "the run has no embedding of it, beyond the range of float16"
 _BATCH_ROWS = 16_384
+_SOURCE_KEYS = ("run_id", "committed")
 
 
 def relabel(config: RelabelConfig | None = None, /, **settings: Any) -> PredictResult:
@@ -109,10 +110,7 @@ def _check_source(run: CommittedRun) -> None:
             f"{run.url}: is a history of several runs; label the runs again one by one, then "
             "merge them with `imgcls history compact`"
         )
-    if "embedding" not in run.schema.names:
-        raise RequestError(
-            f"{run.url}: has no embeddings; label it with `imgcls predict --embeddings float16`"
-        )
+    run.check_embeddings()
 
 
 class _Relabeling:
@@ -187,7 +185,8 @@ class _Relabeling:
                 ),
                 "scores": config.scores_type if config.scores else False,
                 "embeddings": then["settings"]["embeddings"] if config.embeddings else False,
-                "relabeled": self._source.success_record["run_id"],
+                # after `predict --retry-errors`, the same run has other rows and another commit
+                "relabeled": {name: self._source.success_record[name] for name in _SOURCE_KEYS},
             },
         )
 

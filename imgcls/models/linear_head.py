@@ -14,6 +14,7 @@ from imgcls.models.precision import RunPrecision, choose_float_dtype
 from imgcls.models.torch_engine import load_network
 
 _CPU = torch.device("cpu")
+_REMEDY = "label the images with `imgcls predict`"
 _TOLERANCE = 1e-4
 """Largest relative difference between a network's logits and those of its final layer."""
 
@@ -27,10 +28,9 @@ def load_linear_head(bundle: Bundle, precision: RunPrecision = "fp32") -> nn.Lin
     """
     network = load_network(bundle, _CPU, torch.float32)
     name, layer = zoo.find_head(network)
-    remedy = "label the images with `imgcls predict`"
     problem = f"bundle {bundle.url}: the logits of {bundle.spec.architecture.name} are not computed"
     if not isinstance(layer, nn.Linear) or len(zoo.find_heads(network)) > 1:
-        raise BundleError(f"{problem} by one linear layer; {remedy}")
+        raise BundleError(f"{problem} by one linear layer; {_REMEDY}")
     crop = bundle.spec.preprocess.crop
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((2, 3, crop, crop), generator=generator)
@@ -38,7 +38,7 @@ def load_linear_head(bundle: Bundle, precision: RunPrecision = "fp32") -> nn.Lin
         logits, features = HeadNetwork(network, in_fp32=False)(inputs)
         again = F.linear(features, layer.weight, layer.bias)
     if logits.shape != again.shape or not torch.allclose(logits, again, _TOLERANCE, _TOLERANCE):
-        raise BundleError(f"{problem} by layer {name} alone; {remedy}")
+        raise BundleError(f"{problem} by layer {name} alone; {_REMEDY}")
     # as in `HeadNetwork`, which multiplies the rounded weights in float32
     return layer.to(choose_float_dtype(precision, _CPU)).float()
 
@@ -50,16 +50,15 @@ def check_same_embeddings(bundle: Bundle, source: Bundle) -> None:
     weight but those of the final layer, bit for bit.
     """
     start = f"bundle {bundle.url}: its embeddings are not those of {source.url}"
-    remedy = "label the images with `imgcls predict`"
     ours, theirs = bundle.spec, source.spec
     if ours.architecture.name != theirs.architecture.name:
         names = f"{ours.architecture.name}, not {theirs.architecture.name}"
-        raise BundleError(f"{start}: its network is {names}; {remedy}")
+        raise BundleError(f"{start}: its network is {names}; {_REMEDY}")
     if ours.architecture != theirs.architecture:
-        raise BundleError(f"{start}: the options of {ours.architecture.name} differ; {remedy}")
+        raise BundleError(f"{start}: the options of {ours.architecture.name} differ; {_REMEDY}")
     same_route = {"decode": theirs.preprocess.decode}
     if ours.preprocess.model_copy(update=same_route) != theirs.preprocess:
-        raise BundleError(f"{start}: the preprocessing differs; {remedy}")
+        raise BundleError(f"{start}: the preprocessing differs; {_REMEDY}")
     network = zoo.build_network(ours.architecture, len(ours.classes))
     heads = tuple(f"{name}." for name in zoo.find_heads(network))
     weights, others = load_bundle_weights(bundle), load_bundle_weights(source)
@@ -68,4 +67,4 @@ def check_same_embeddings(bundle: Bundle, source: Bundle) -> None:
             continue
         one, other = weights.get(name), others.get(name)
         if one is None or other is None or not torch.equal(one, other):
-            raise BundleError(f"{start}: weight {name} differs, as after fine-tuning; {remedy}")
+            raise BundleError(f"{start}: weight {name} differs, as after fine-tuning; {_REMEDY}")

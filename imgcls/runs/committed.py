@@ -114,6 +114,14 @@ class CommittedRun:
                 f"{option}: {self.url}: column {name!r} is {kind}; {use}. Pass another column"
             )
 
+    def check_embeddings(self) -> None:
+        """Raise RequestError when the embeddings of this run were not written."""
+        if "embedding" not in self.schema.names:
+            raise RequestError(
+                f"{self.url}: has no embeddings; label it with "
+                "`imgcls predict --embeddings float16`"
+            )
+
     def check_bundle(self, bundle: Bundle) -> None:
         """Raise RequestError when another bundle made these predictions."""
         if bundle.sha256 != self.bundle_sha256:

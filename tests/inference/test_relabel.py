@@ -126,6 +126,7 @@ def commit_run(
     success = {
         "rows": rows, "files": files, "run_id": "first", "bundle_sha256": made.sha256,
         "manifest_fingerprint": "f", "precision": ["fp32"],
+        "committed": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     (folder / layout.SUCCESS_FILE).write_text(json.dumps(success))
     return vectors.astype(np.float32)
@@ -254,6 +255,21 @@ def test_an_interrupted_run_is_resumed_at_its_first_missing_part(
         assert (tmp_path / "out" / "predictions" / file.name).read_bytes() == file.read_bytes()
     again = relabel(**request, output=str(tmp_path / "out"))
     assert (again.rows, again.counts) == (20, None)
+
+
+def test_a_run_whose_failed_rows_were_retried_is_another_source(
+    tmp_path: Path, bundle: Path, newer: Path
+) -> None:
+    """The rows of the earlier commit are not returned as those of the new one."""
+    commit_run(tmp_path / "run", bundle)
+    request = {"source": str(tmp_path / "run"), "model": str(newer)}
+    relabel(**request, output=str(tmp_path / "out"))
+    success = tmp_path / "run" / layout.SUCCESS_FILE
+    later = json.loads(success.read_text()) | {"committed": "2026-01-02T00:00:00+00:00"}
+    success.write_text(json.dumps(later))
+    with pytest.raises(OutputError, match=r"settings\.relabeled: .*01-01.* then, .*01-02.* now"):
+        relabel(**request, output=str(tmp_path / "out"))
+    assert relabel(**request, output=str(tmp_path / "out"), overwrite=True).counts is not None
 
 
 def test_wrong_requests_write_nothing(tmp_path: Path, bundle: Path, newer: Path) -> None:
