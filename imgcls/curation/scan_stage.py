@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.scan_worker import ScanSpec
 from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
@@ -23,6 +22,7 @@ from imgcls.execution.messages import ChunkTask, StageTimings
 from imgcls.execution.worker import HeartbeatFn
 from imgcls.inference.stages import NO_CRASHED_ROWS, FetchResult, fetch_images, time_fetch
 from imgcls.models.classifier import Classifier
+from imgcls.models.scores import normalize_embeddings
 
 
 def scan_schema(embedding_width: int | None) -> pa.Schema:

@@ -21,12 +21,13 @@ from imgcls.errors import RequestError
 from imgcls.evaluation.config import SimilarConfig
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.classifier import Classifier
+from imgcls.models.scores import normalize_embeddings
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, load_source_bundle, open_run
 
 Floats = npt.NDArray[np.float32]
 _BATCH_ROWS = 16_384
-_MIN_NORM = 1e-12
+_MIN_LENGTH = 1e-12
 
 
 def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> pa.Table:
@@ -65,27 +66,17 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
 @with_config_storage
 def _find(config: SimilarConfig) -> pa.Table:
     run = open_run(config.run)
-    if "embedding" not in run.schema.names:
-        raise RequestError(
-            f"{run.url}: has no embeddings; label it with `imgcls predict --embeddings float16`"
-        )
+    run.check_embeddings()
     if run.merged_runs:
         raise RequestError(f"{run.url}: is a history of several runs; pass one of them")
     classifier = Classifier(load_source_bundle(run, config.model, "model"))
-    queries = normalize(classifier.embed(config.to))
+    queries = normalize_embeddings(classifier.embed(config.to))
     similarity, file, position = find_nearest(run, queries, config.k)
     table = _build_table(config.to, run, similarity, file, position)
     if config.output is not None:
         layout.write_table(filesystem.absolute(config.output), table)
     log.show(_format_table(table, run.path_column))
     return table
-
-
-def normalize(vectors: Floats) -> Floats:
-    """(N, E) vectors scaled to length 1; those of length 0 stay as they are."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: Floats = vectors / np.maximum(lengths, _MIN_NORM)
-    return scaled
 
 
 def find_nearest(
@@ -127,9 +118,9 @@ def _iter_embeddings(
                 rows = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
                 flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
                 vectors = flat.reshape(len(rows), -1) if len(rows) else flat.reshape(0, 1)
-                is_kept = np.linalg.norm(vectors, axis=1) > _MIN_NORM
+                is_kept = np.linalg.norm(vectors, axis=1) > _MIN_LENGTH
                 if is_kept.any():
-                    yield number, start, rows[is_kept], normalize(vectors[is_kept])
+                    yield number, start, rows[is_kept], normalize_embeddings(vectors[is_kept])
                 start += batch.num_rows
 
 

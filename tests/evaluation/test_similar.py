@@ -15,6 +15,7 @@ from imgcls.errors import ImageError, RequestError, StorageMissing
 from imgcls.evaluation import similar
 from imgcls.models.bundle import load_bundle
 from imgcls.models.classifier import Classifier
+from imgcls.models.scores import normalize_embeddings
 from imgcls.runs.committed import open_run
 from tests.conftest import COLORS, draw
 from tests.evaluation import runs
@@ -42,10 +43,10 @@ def test_the_nearest_rows_are_those_of_all_pairs(
     vectors[[40, 300, 480]] = vectors[7]  # the same picture
     table = add_embeddings(runs.drawn(500), vectors, lost=(9, 250))
     run = open_run(str(runs.commit(tmp_path / "run", table, parts=3)))
-    queries = similar.normalize(np.vstack([vectors[7], rng.normal(size=6)]).astype(np.float32))
+    queries = normalize_embeddings(np.vstack([vectors[7], rng.normal(size=6)]).astype(np.float32))
     found, file, position = similar.find_nearest(run, queries, 20)
 
-    unit = similar.normalize(vectors.astype(np.float32))
+    unit = normalize_embeddings(vectors.astype(np.float32))
     expected = queries @ unit.T
     expected[:, [9, 200, 250]] = -2
     order = np.argsort(-expected, axis=1, kind="stable")[:, :20]

@@ -15,9 +15,10 @@ import pyarrow as pa
 from imgcls.curation.checks.findings import DuplicateTest, Finding
 from imgcls.curation.checks.hash_search import DisjointSets, Pairs, find_near_pairs
 from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
-from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups, normalize_embeddings
+from imgcls.curation.checks.similarity import ImageSimilarity, iterate_groups
 from imgcls.curation.config import DuplicatesConfig, Issue
 from imgcls.data.decoding.image_features import HASH_BITS, MIRROR_BITS
+from imgcls.models.scores import normalize_embeddings
 
 COSINE_BLOCK = 65_536
 _PLANES = 256

@@ -14,8 +14,8 @@ import torch
 
 from imgcls.curation.checks.findings import Finding
 from imgcls.curation.checks.image_table import FloatArray, ImageTable, IntArray
-from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.config import LabelErrorsConfig
+from imgcls.models.scores import normalize_embeddings
 
 OUTLIER_BLOCK = 4096
 PROBE_WEIGHT_DECAYS = (0.003, 0.03, 0.3)

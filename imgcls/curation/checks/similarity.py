@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from imgcls.curation.checks.image_table import BoolArray, FloatArray, ImageTable, IntArray
+from imgcls.curation.checks.image_table import BoolArray, ImageTable, IntArray
 from imgcls.data.decoding.image_features import DIGEST_BYTES, HASH_BITS, MIRROR_BITS
+from imgcls.models.scores import normalize_embeddings
 
 _BLOCK_PAIRS = 1 << 20
 """Number of pairs that are compared at once."""
@@ -88,14 +89,6 @@ class ImageSimilarity:
         for start in range(0, len(one), step):
             block = one[start : start + step]
             yield block, self.compute_hash_distance(block, other)
-
-
-def normalize_embeddings(embedding: npt.NDArray[np.floating]) -> FloatArray:
-    """Scale vectors to length 1, as float32."""
-    vectors = embedding.astype(np.float32)
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: FloatArray = vectors / np.maximum(length, 1e-12)
-    return scaled
 
 
 def iterate_groups(groups: IntArray) -> Iterator[IntArray]:

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from imgcls.curation.check import find_dropped
 from imgcls.curation.checks import duplicates
 from imgcls.curation.checks.duplicates import find_similar_pairs
-from imgcls.curation.checks.similarity import normalize_embeddings
 from imgcls.curation.config import DuplicatesConfig
+from imgcls.models.scores import normalize_embeddings
 from tests.curation.pictures import Row, clusters, images_of, indices_by_issue, jpeg, picture
 from tests.data.pictures import encoded
 
