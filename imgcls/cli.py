@@ -93,7 +93,7 @@ COMMANDS = {
         "find the images of a run that are similar to given ones",
         "imgcls.evaluation.config.SimilarConfig",
         "imgcls.evaluation.similar.find_similar",
-        "imgcls similar demo/labels --to demo/digits/test/3/0023.png --k 5",
+        "imgcls similar demo/labels --to demo/digits/test/3/0059.png --k 5",
     ),
     "serve": Command(
         "serve a model over HTTP, with a demo page",
