@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 from imgcls import LAZY_EXPORTS, __version__, config, log, reference
-from imgcls.cluster.imports import pause_collector
+from imgcls.cluster.imports import pause_collector, skip_collection_at_exit
 from imgcls.config import Section
 from imgcls.errors import ConfigError, ImgclsError, Interrupted
 from imgcls.reference import Command
@@ -294,6 +294,7 @@ def _stdout_is_broken() -> bool:
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command with its options and return the exit code; scripts in jobs/ call this."""
     code = 0
+    skip_collection_at_exit()
     with _quiet_pipe() as broken, log.command_handler() as handler:
         code = _run(name, argv, handler)
     code = BROKEN_PIPE if broken else code

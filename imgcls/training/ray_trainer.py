@@ -88,7 +88,7 @@ def build_torch_trainer(
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     is_elastic = workers.min_count < workers.max_count
     loop: Any = storage_settings.bind_settings(train_loop_per_worker)
-    return TorchTrainer(
+    trainer = TorchTrainer(
         # bound, since Ray Train's controller reads `train_loop_config`, and would import the loop
         functools.partial(loop, spec, channel),
         scaling_config=_ray_train.ScalingConfig(
@@ -110,6 +110,8 @@ def build_torch_trainer(
             worker_runtime_env=build_malloc_env(),
         ),
     )
+    ray_internals.skip_dataset_actor(trainer)
+    return trainer
 
 
 class _WorkerLiveness:

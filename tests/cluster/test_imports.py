@@ -68,3 +68,17 @@ def test_the_collector_is_paused_and_then_as_before(is_enabled: bool) -> None:
         assert gc.isenabled() == is_enabled
     finally:
         gc.enable()
+
+
+def test_a_process_ends_without_collecting_what_it_imported() -> None:
+    script = (
+        "import atexit, gc\n"
+        "from imgcls.cluster.imports import skip_collection_at_exit\n"
+        "atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count() > 1_000))\n"
+        "for _ in range(2):\n"
+        "    skip_collection_at_exit()\n"
+        "assert not gc.get_freeze_count()\n"
+    )
+    left, is_frozen = run(script).split()
+    assert int(left) < 100
+    assert is_frozen == "True"

@@ -107,7 +107,8 @@ def test_ray_keeps_its_records_on_a_store_through_the_driver_of_the_store(tmp_pa
     assert resolve_ray_storage(str(tmp_path)) == (str(tmp_path), None)
 
 
-def test_the_controller_of_ray_train_does_not_import_the_training_loop(tmp_path: Path) -> None:
+@pytest.fixture
+def torch_trainer(tmp_path: Path) -> Any:
     config = build(TrainConfig, {"data": "x.csv", "output": str(tmp_path)})
     unused: dict[str, Any] = dict.fromkeys(
         ("architecture", "initial_weights", "preprocess", "images", "class_weights")
@@ -116,9 +117,23 @@ def test_the_controller_of_ray_train_does_not_import_the_training_loop(tmp_path:
         config=config, strategy="scratch", num_classes=2, head_coefficients=(), **unused
     )
     workers = WorkerPlan(count=1, cpus=1, gpus=0, min_count=1, max_count=1)
-    trainer = ray_trainer.build_torch_trainer(spec, workers, None, str(tmp_path))
+    return ray_trainer.build_torch_trainer(spec, workers, None, str(tmp_path))
+
+
+def test_no_process_is_started_for_datasets_that_a_training_does_not_have(
+    torch_trainer: Any,
+) -> None:
+    from ray.train.torch import TorchTrainer
+
+    kinds = [type(callback).__name__ for callback in torch_trainer._create_default_callbacks()]
+    theirs = TorchTrainer._create_default_callbacks(torch_trainer)
+    assert "DatasetsCallback" not in kinds
+    assert sorted([*kinds, "DatasetsCallback"]) == sorted(type(each).__name__ for each in theirs)
+
+
+def test_the_controller_of_ray_train_does_not_import_the_training_loop(torch_trainer: Any) -> None:
     # these two are all that the controller reads of this package
-    assert b"imgcls" not in ray.cloudpickle.dumps(trainer.train_run_context)
+    assert b"imgcls" not in ray.cloudpickle.dumps(torch_trainer.train_run_context)
     result = pickle.dumps(TrainLoopResult((), "fp32"))
     script = (
         "import pickle, sys\n"
