@@ -286,7 +286,7 @@ def _prefer_local(
 def skip_dataset_actor(trainer: Any) -> None:
     """Keep a trainer without datasets from starting the actor that would split them.
 
-    It is a process of 1.4 CPU seconds for every group of workers, which are then told to import Ray
+    It is a process of 1.4 CPU seconds for every group of workers, which then import Ray
     Data: 0.5 CPU seconds each. Ray Train has no setting for it.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.conftest import COLORS, draw, save
 from tests.e2e.outputs import assert_exactly_once
 from tests.processes import run_here
 
 
+@pytest.mark.parametrize(
+    "place", [pytest.param("disk", marks=pytest.mark.slow), "s3"], indirect=True
+)
 def test_a_folder_per_class_is_a_labeled_manifest(
     joined: None, placed_bundle: Path, place: Path
 ) -> None:
@@ -34,6 +38,9 @@ def test_a_folder_per_class_is_a_labeled_manifest(
     assert found["label_rank"].null_count == 0
 
 
+@pytest.mark.parametrize(
+    "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_glob_of_parquet_files_with_other_column_names_is_labeled_in_order(
     joined: None, placed_bundle: Path, place: Path
 ) -> None:

@@ -145,6 +145,9 @@ def test_predictions_equal_the_classifier_called_directly_bit_for_bit(
     assert abs(int((rank <= 5).sum()) - 274) <= 4
 
 
+@pytest.mark.parametrize(
+    "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
 def test_unlabeled_folders_get_counts_and_a_confidence_histogram(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colors: Callable[..., Path],
@@ -288,6 +291,9 @@ def test_a_request_that_cannot_be_planned_exits_2_before_an_image_is_read(
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    "place", ["disk", pytest.param("s3", marks=pytest.mark.slow)], indirect=True
+)
 def test_large_manifests_are_rolled_up_into_several_files(
     predict: Callable[..., subprocess.CompletedProcess[str]],
     colors: Callable[..., Path],

@@ -53,6 +53,16 @@ def test_a_part_is_its_manifest_rows_and_their_predictions_in_order(
     assert metadata[b"imgcls.run"] == run.plan.run_id.encode()
 
 
+def test_numbers_that_never_repeat_are_not_encoded_by_dictionaries(run: DrawnRun) -> None:
+    run.label(wide=True)
+    run.rolled_up()
+    group = pq.ParquetFile(run.part(0)).metadata.row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    encoded = {c.path_in_schema.split(".")[0]: c.has_dictionary_page for c in columns}
+    without = {name for name, found in encoded.items() if not found}
+    assert without == {"scores", "embedding", "accepted"}  # the last is of booleans
+
+
 def test_dictionaries_of_8_bits_come_through_with_the_values_of_all_shards(tmp_path: Path) -> None:
     shards, wanted = tmp_path / "shards", []
     shards.mkdir()

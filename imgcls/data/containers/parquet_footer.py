@@ -59,6 +59,11 @@ class ByteColumn:
     chunks: tuple[ColumnChunk, ...]
     first_row: tuple[int, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the file."""
+        return self.first_row[-1] + self.chunks[-1].rows if self.chunks else 0
+
     def find_group(self, row: int) -> int:
         """The row group of a row."""
         return bisect.bisect_right(self.first_row, row) - 1

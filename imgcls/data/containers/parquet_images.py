@@ -109,7 +109,7 @@ class ParquetImages:
                 f"{shorten_url(self._file.url)}: was written again after its rows were read; start "
                 "over with --overwrite"
             )
-        rows = sum(chunk.rows for chunk in opened.column.chunks)
+        rows = opened.column.num_rows
         if not 0 <= row < rows:
             raise StorageMissing(f"{self._describe(member)}: the file has {rows:,} rows")
         return opened, row
