@@ -239,6 +239,11 @@ class DataConfig(Section):
     """Maximum size of an image file, in bytes; a larger one is left out and counted as an error."""
     cache: bool | None = None
     """Decode once and keep in memory (default: if all images fit into Ray's object store)."""
+    embeddings: str | None = None
+    """Committed run whose embeddings are used instead of the images, which are not read: a head is
+    fitted to them, as by strategy probe, and the network is that of the run."""
+    embeddings_model: str | None = None
+    """Bundle that made data.embeddings. Default: the one that the run names."""
     classes: list[str] | None = None
     """Class names in the order of the outputs (default: the sorted labels of data.train)."""
 

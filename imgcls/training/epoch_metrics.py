@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 SelectionMetric = Literal["val_loss", "val_accuracy"]
@@ -66,6 +66,14 @@ class EpochMetrics:
             f"  {self.images_per_second:,.0f} images/s (waiting {waiting:.0%})"
             f"  {self.seconds:.1f} s"
         )
+
+    def get_numbers(self) -> dict[str, float]:
+        """All metrics but the number of the epoch, as the metric loggers take them."""
+        return {
+            name: float(value)
+            for name, value in asdict(self).items()
+            if isinstance(value, (int, float)) and name != "epoch"
+        }
 
     @property
     def name(self) -> str:

@@ -10,17 +10,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from imgcls import log
 from imgcls.data.storage import filesystem
-from imgcls.errors import RunFailed
-from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, save_bundle
+from imgcls.errors import BundleError, OutputError, StorageError, StorageUnavailable
+from imgcls.models.bundle import BUNDLE_FILE, BundleSpec, read_description, save_bundle
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.runs.provenance import build_provenance
-from imgcls.training.checkpoints import Checkpoints
+from imgcls.training.checkpoints import Checkpoints, Weights
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
 from imgcls.training.model_card import build_model_card
 from imgcls.training.optim.lr_finder import find_steepest_lr
-from imgcls.training.scaling import WorkerPlan
-from imgcls.training.setup import SAMPLES_PLOT, TrainSetup
+from imgcls.training.result import TrainResult
+from imgcls.training.setup import TrainSetup
 
 HISTORY_FILE = "history.parquet"
 VALIDATION_FILE = "validation.parquet"
@@ -36,27 +37,27 @@ METRICS = (
 def publish_bundle(
     setup: TrainSetup,
     outcome: TrainLoopResult,
-    checkpoints: Checkpoints,
-    workers: WorkerPlan,
+    best: EpochMetrics,
+    weights: Weights,
     *,
+    workers: str,
     failed: tuple[int, int],
     seconds: float,
-) -> tuple[EpochMetrics, list[str]]:
+    plots: Sequence[str] = (),
+) -> list[str]:
     """Write the bundle of the best epoch: history, curves, weights, model card, `bundle.json` last.
 
     The `bundle.json` of an existing bundle is removed before its first file changes.
 
-    failed:  numbers of training and of validation images that could not be decoded
+    weights: of the best epoch
+    workers: who trained, in words
+    failed:  numbers of training and of validation images that could not be used
     seconds: duration of the training
-    Returns the best epoch, and the names of the files that the bundle format itself does not have.
+    plots:   names of pictures that the output has already
+    Returns the names of the files that the bundle format itself does not have.
     """
-    latest = checkpoints.load_latest()
-    best = None if latest is None else latest[0].progress.best_epoch
-    if latest is None or best is None:
-        raise RunFailed(f"{checkpoints.folder}: the saved states are gone; rerun the same command")
     url, examples = setup.config.output, setup.examples
     spec = _build_spec(setup, outcome, workers, best, failed)
-    weights = checkpoints.load_best_weights(latest[0])
     table = pd.DataFrame([asdict(epoch) for epoch in outcome.history])
     files = _render_files(table, best)
     held_out = io.BytesIO()
@@ -71,19 +72,52 @@ def publish_bundle(
         table,
         best.epoch,
         parameters=sum(each.numel() for each in weights.values()),
-        workers=str(workers),
+        workers=workers,
         seconds=seconds,
         class_rows=dict(zip(examples.classes, zip(train, val, strict=True), strict=True)),
-        plots=["plots/curves.png", SAMPLES_PLOT],
+        plots=["plots/curves.png", *plots],
     )
     save_bundle(url, spec, weights, card=card)
-    return best, [*files, SAMPLES_PLOT]
+    return [*files, *plots]
+
+
+def find_finished(setup: TrainSetup) -> TrainResult | None:
+    """The result of the same training if its bundle exists already.
+
+    Raises OutputError when the bundle is of another training.
+    """
+    config = setup.config
+    url = config.output
+    if config.find_lr or config.overwrite:
+        return None
+    if not filesystem.exists(filesystem.join(url, BUNDLE_FILE)):
+        return None
+    refused = OutputError(
+        f"output {url} already holds a bundle. Pass --overwrite, or another --output."
+    )
+    try:
+        provenance = read_description(url).spec.provenance
+        if provenance.get("run") != setup.identity:
+            raise refused
+        table = pd.read_parquet(filesystem.open_read(filesystem.join(url, HISTORY_FILE)))
+    except StorageUnavailable:
+        raise
+    except (BundleError, StorageError) as error:
+        raise refused from error
+    history = [EpochMetrics(**row) for row in table.to_dict("records")]
+    best = history[0]
+    for epoch in history[1:]:
+        best = epoch if epoch.is_better_than(best, config.best_by) else best
+    filesystem.remove(Checkpoints(url).folder)
+    log.show(f"{url} already holds the bundle of this training; pass --overwrite to train again")
+    failed = provenance["data"]["train_failed"] + provenance["data"]["val_failed"]
+    return TrainResult(url, history, best, failed)
 
 
 def _build_spec(
     setup: TrainSetup,
     outcome: TrainLoopResult,
-    workers: WorkerPlan,
+    workers: str,
     best: EpochMetrics,
     failed: tuple[int, int],
 ) -> BundleSpec:
@@ -99,7 +133,7 @@ def _build_spec(
             "run": setup.identity,
             "strategy": setup.strategy,
             "precision": outcome.precision,
-            "workers": str(workers),
+            "workers": workers,
             "data": {
                 "manifests": {key: asdict(source) for key, source in examples.sources.items()},
                 "train_rows": examples.count(held=False),

@@ -132,6 +132,11 @@ def build_trial_config(config: TuneConfig, values: dict[str, Any], output: str) 
 def check_space(config: TuneConfig) -> None:
     """Raise ConfigError that lists every problem of the search space."""
     search = config.tune
+    if config.data.embeddings is not None:
+        raise ConfigError(
+            "data.embeddings: a search trains on images; remove it, or fit one head with "
+            "`imgcls train`"
+        )
     if not search.space:
         raise ConfigError(
             "tune.space: is empty, so there is nothing to search; add keys and values, as in "

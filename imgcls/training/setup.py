@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,7 +218,7 @@ def decode_dataset(
         raise build_too_many_errors(len(failures), rows, allowed, listed)
     if failures:
         log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
-    _check_enough_decoded(setup.examples, failures, setup.config.scale.max_workers)
+    check_enough_left(setup.examples, failures, setup.config.scale.max_workers)
     return decoded
 
 
@@ -231,16 +232,14 @@ def build_too_many_errors(
     )
 
 
-def _check_enough_decoded(
-    examples: Examples, failures: tuple[DecodeFailure, ...], workers: int
-) -> None:
+def check_enough_left(examples: Examples, failures: Sequence[DecodeFailure], workers: int) -> None:
     """Raise TooManyErrors when a class, the validation or a worker has no image left."""
     lost = Counter((failure.held, failure.label) for failure in failures)
     train = examples.count_per_class(held=False)
     for code, name in enumerate(examples.classes):
         if train[code] <= lost[False, code]:
             raise TooManyErrors(
-                f"class {name!r}: none of its training images can be decoded. Fix them or remove "
+                f"class {name!r}: none of its training images can be used. Fix them or remove "
                 "the class."
             )
     left = {
@@ -248,10 +247,10 @@ def _check_enough_decoded(
         for held in (False, True)
     }
     if not left[True]:
-        raise TooManyErrors("none of the validation images can be decoded. Fix them.")
+        raise TooManyErrors("none of the validation images can be used. Fix them.")
     if left[False] < workers:
         raise TooManyErrors(
-            f"only {left[False]} training images can be decoded, fewer than scale.num_workers "
+            f"only {left[False]} training images can be used, fewer than scale.num_workers "
             f"{workers}. Fix the others or lower scale.num_workers."
         )
 

@@ -11,10 +11,9 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import ray
 
 from imgcls import log
@@ -25,18 +24,14 @@ from imgcls.config import requested
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import use_settings
 from imgcls.errors import (
-    BundleError,
     OutputError,
     RunFailed,
-    StorageError,
     StorageMissing,
-    StorageUnavailable,
 )
-from imgcls.models.bundle import BUNDLE_FILE, read_description
 from imgcls.runs import layout
 from imgcls.runs.lease import Lease
 from imgcls.runs.provenance import list_differences
-from imgcls.training.checkpoints import Checkpoints
+from imgcls.training.checkpoints import Checkpoints, Weights
 from imgcls.training.config import (
     DataConfig,
     ModelConfig,
@@ -48,12 +43,14 @@ from imgcls.training.data.cached import CachedImages
 from imgcls.training.data.streaming import StreamedImages
 from imgcls.training.driver_channel import open_driver_channel
 from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult, format_probe_note
+from imgcls.training.head_training import train_head
 from imgcls.training.loggers import base
-from imgcls.training.publish import HISTORY_FILE, publish_bundle, write_lr_curve
+from imgcls.training.publish import find_finished, publish_bundle, write_lr_curve
 from imgcls.training.ray_trainer import fit_torch_trainer
 from imgcls.training.result import TrainResult
 from imgcls.training.scaling import WorkerPlan, compute_decode_cpus, wait_for_worker_plan
 from imgcls.training.setup import (
+    SAMPLES_PLOT,
     TrainSetup,
     build_too_many_errors,
     decode_dataset,
@@ -140,9 +137,11 @@ def train(
 
 def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
     config = config.model_copy(update={"output": filesystem.absolute(config.output)})
+    if config.data.embeddings is not None:
+        return train_head(config)
     setup = resolve_setup(config)
     layout.check_output_writable(setup.config.output)
-    finished = _find_finished(setup)
+    finished = find_finished(setup)
     if finished is not None:
         return finished
     lease = Lease.acquire(setup.config.output)
@@ -154,39 +153,6 @@ def _train(config: TrainConfig, trial: TrialContext | None) -> TrainResult:
             return _Run(setup, checkpoints, lease, interruption, trial).run()
     finally:
         lease.release()
-
-
-def _find_finished(setup: TrainSetup) -> TrainResult | None:
-    """The result of the same training if its bundle exists already.
-
-    Raises OutputError when the bundle is of another training.
-    """
-    config = setup.config
-    url = config.output
-    if config.find_lr or config.overwrite:
-        return None
-    if not filesystem.exists(filesystem.join(url, BUNDLE_FILE)):
-        return None
-    refused = OutputError(
-        f"output {url} already holds a bundle. Pass --overwrite, or another --output."
-    )
-    try:
-        provenance = read_description(url).spec.provenance
-        if provenance.get("run") != setup.identity:
-            raise refused
-        table = pd.read_parquet(filesystem.open_read(filesystem.join(url, HISTORY_FILE)))
-    except StorageUnavailable:
-        raise
-    except (BundleError, StorageError) as error:
-        raise refused from error
-    history = [EpochMetrics(**row) for row in table.to_dict("records")]
-    best = history[0]
-    for epoch in history[1:]:
-        best = epoch if epoch.is_better_than(best, config.best_by) else best
-    filesystem.remove(Checkpoints(url).folder)
-    log.show(f"{url} already holds the bundle of this training; pass --overwrite to train again")
-    failed = provenance["data"]["train_failed"] + provenance["data"]["val_failed"]
-    return TrainResult(url, history, best, failed)
 
 
 def _claim_output(setup: TrainSetup) -> Checkpoints:
@@ -288,7 +254,7 @@ class _Run:
         with _open_loggers(self.setup, self.checkpoints) as loggers:
 
             def log_epoch(epoch: EpochMetrics) -> None:
-                loggers.log_epoch(epoch.epoch, _numeric_metrics(epoch))
+                loggers.log_epoch(epoch.epoch, epoch.get_numbers())
                 _save_logger_state(self.checkpoints, loggers)
                 if self.trial is not None:
                     self.trial.on_epoch(epoch)
@@ -298,18 +264,31 @@ class _Run:
             self._raise_failure(outcome)
             self.lease.check()
             failed = _count_failed(spec.images, outcome)
-            best, files = publish_bundle(
+            best, weights = self._load_best()
+            files = publish_bundle(
                 self.setup,
                 outcome,
-                self.checkpoints,
-                workers,
+                best,
+                weights,
+                workers=str(workers),
                 failed=failed,
                 seconds=time.monotonic() - self.began,
+                plots=[SAMPLES_PLOT],
             )
             self._log_best(outcome, best)
-            loggers.finish({f"best_{k}": v for k, v in _numeric_metrics(best).items()}, files)
+            loggers.finish({f"best_{k}": v for k, v in best.get_numbers().items()}, files)
         filesystem.remove(self.checkpoints.folder)
         return TrainResult(self.config.output, list(outcome.history), best, sum(failed))
+
+    def _load_best(self) -> tuple[EpochMetrics, Weights]:
+        """The best epoch and its weights."""
+        latest = self.checkpoints.load_latest()
+        best = None if latest is None else latest[0].progress.best_epoch
+        if latest is None or best is None:
+            raise RunFailed(
+                f"{self.checkpoints.folder}: the saved states are gone; rerun the same command"
+            )
+        return best, self.checkpoints.load_best_weights(latest[0])
 
     def _raise_failure(self, outcome: TrainLoopResult) -> None:
         """Raise the error for which the workers stopped early, if any."""
@@ -364,14 +343,6 @@ def _open_loggers(setup: TrainSetup, checkpoints: Checkpoints) -> Iterator[base.
 def _save_logger_state(checkpoints: Checkpoints, loggers: base.MetricLoggers) -> None:
     body = json.dumps(loggers.state).encode()
     filesystem.write(filesystem.join(checkpoints.folder, LOGGER_STATE_FILE), body)
-
-
-def _numeric_metrics(epoch: EpochMetrics) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in asdict(epoch).items()
-        if isinstance(value, (int, float)) and name != "epoch"
-    }
 
 
 def _count_failed(

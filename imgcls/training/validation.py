@@ -6,6 +6,7 @@ workers get the same numbers, because they decide on them which epoch is the bes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,14 @@ from torch import nn
 
 from imgcls.models.task import SINGLE_LABEL
 from imgcls.training.sampler import Int64Array, shard_rows
+
+ReduceFn = Callable[[torch.Tensor], torch.Tensor]
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all workers, in place."""
+    dist.all_reduce(tensor)
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,13 @@ class EvalAccumulator:
         self._rows += torch.bincount(labels, minlength=len(self._rows))
         self._correct += torch.bincount(correct, minlength=len(self._correct))
 
-    def compute(self) -> EvalMetrics:
-        """The metrics over all workers; every worker must call it."""
+    def compute(self, reduce: ReduceFn = all_reduce) -> EvalMetrics:
+        """The metrics over all workers; every worker must call it.
+
+        reduce: sums a tensor over all workers, in place
+        """
         for part in (self._loss, self._rows, self._correct):
-            dist.all_reduce(part)
+            reduce(part)
         present = self._rows > 0
         rows = self._rows.sum()
         return EvalMetrics(
@@ -95,6 +107,5 @@ def average_buffers(network: nn.Module, workers: int) -> None:
 
 def all_reduce_sum(totals: torch.Tensor) -> list[float]:
     """Sum a tensor over all workers, in place; the same values on each."""
-    dist.all_reduce(totals)
-    values: list[float] = totals.tolist()
+    values: list[float] = all_reduce(totals).tolist()
     return values

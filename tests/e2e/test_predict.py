@@ -103,6 +103,16 @@ def test_every_row_is_labeled_and_the_columns_come_through(
     assert relabeled.returncode == 0, relabeled.stderr
     assert_close(table(place / "relabeled"), found)
 
+    trained = run_here(
+        *("train", manifest, "--data.embeddings", output, "--output", place / "trained"),
+        *("--data.val", manifest),
+    )
+    assert trained.returncode == 0, trained.stderr
+    right = run_here("relabel", output, "--model", place / "trained", "--output", place / "right")
+    assert right.returncode == 0, right.stderr
+    # the colors of the images show their classes
+    assert (table(place / "right")["label_rank"].to_numpy() == 1).mean() >= 0.98
+
     other = predict(*arguments, "--top-k", 3)
     assert other.returncode == 2
     assert "settings.top_k: 2 then, 3 now" in other.stderr

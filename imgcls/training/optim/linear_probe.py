@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,10 +23,13 @@ from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.data.batches import Batch
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep
-from imgcls.training.validation import EvalAccumulator, EvalMetrics
+from imgcls.training.validation import EvalAccumulator, EvalMetrics, ReduceFn, all_reduce
 
 L2_CHOICES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0001)
 MAX_ITERATIONS = 100
+MAX_SEARCH_ROWS = 100_000
+"""Number of training rows, about, that the choice of the L2 penalty uses."""
+_BLOCK_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def count_non_finite(split: ProbeFeatures) -> int:
 
     Every worker must call it.
     """
-    return int(_all_reduce((~split.inputs.square().sum(1).isfinite()).sum()))
+    return int(all_reduce((~split.inputs.square().sum(1).isfinite()).sum()))
 
 
 def fit_head(
@@ -122,47 +124,111 @@ def fit_head(
     *,
     l2: float | None,
     weights: torch.Tensor | None,
+    reduce: ReduceFn = all_reduce,
 ) -> LinearHead:
     """Fit heads over a range of L2 penalties; return the one chosen by the validation loss.
 
     The choice is the strongest penalty whose loss is within one standard error of the best (Hastie
     et al., Elements of Statistical Learning, 7.10). Penalties are tried from the strongest to the
-    weakest, each starting from the previous head. Every worker must call it; all get the same head.
+    weakest, each starting from the previous head, on at most MAX_SEARCH_ROWS rows; with more rows,
+    the chosen penalty is fitted to all of them. Every worker must call it; all get the same head.
 
     l2:      the only penalty to fit; None for L2_CHOICES
     weights: (C,) float32 per class, or None
+    reduce:  sums a tensor over all workers, in place
     """
-    device = train.inputs.device
-    rows = _all_reduce(torch.tensor(float(len(train.labels)), device=device))
-    mean = _all_reduce(train.inputs.sum(0)) / rows
-    deviation = (_all_reduce((train.inputs - mean).square().sum(0)) / rows).sqrt() + 1e-6
-    inputs = (train.inputs - mean) / deviation
-    width = inputs.shape[1]
-    weight = torch.zeros(num_classes, width, device=device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=device, requires_grad=True)
-    heads: list[LinearHead] = []
-    for penalty in L2_CHOICES if l2 is None else (l2,):
-        _minimize(weight, bias, inputs, train.labels, rows, penalty, weights)
+    fit = _HeadFit(train, val, num_classes, weights, reduce)
+    if l2 is not None:
+        return fit.run(l2)
+    step = -(-fit.rows // MAX_SEARCH_ROWS)
+    search = fit if step == 1 else fit.thin_out(step)
+    heads = [search.run(penalty) for penalty in L2_CHOICES]
+    best = min(heads, key=lambda head: head.val_loss)
+    chosen = next(head for head in heads if head.val_loss <= best.val_loss + best.val_loss_error)
+    return chosen if step == 1 else fit.run(chosen.l2, chosen)
+
+
+class _HeadFit:
+    """Fits of a head to the same rows, each of which starts from the one before."""
+
+    def __init__(
+        self,
+        train: ProbeFeatures,
+        val: ProbeFeatures,
+        num_classes: int,
+        weights: torch.Tensor | None,
+        reduce: ReduceFn,
+    ) -> None:
+        self._train, self._val = train, val
+        self._class_weights, self._reduce = weights, reduce
+        device, width = train.inputs.device, train.inputs.shape[1]
+        self.rows = int(reduce(torch.tensor(len(train.labels), device=device)))
+        self._mean = reduce(train.inputs.sum(0)) / self.rows
+        # in blocks: all squares at once would take as much memory as the features
+        blocks = train.inputs.split(_BLOCK_ROWS)
+        squares = sum(((block - self._mean).square().sum(0) for block in blocks), self._mean * 0)
+        self._deviation = (reduce(squares) / self.rows).sqrt() + 1e-6
+        self._inputs = (train.inputs - self._mean).div_(self._deviation)
+        self._weight = torch.zeros(num_classes, width, device=device, requires_grad=True)
+        self._bias = torch.zeros(num_classes, device=device, requires_grad=True)
+
+    def thin_out(self, step: int) -> _HeadFit:
+        """The same fit with every `step`-th row of each worker."""
+        thinned = ProbeFeatures(self._train.inputs[::step], self._train.labels[::step])
+        return _HeadFit(thinned, self._val, len(self._bias), self._class_weights, self._reduce)
+
+    def run(self, penalty: float, start: LinearHead | None = None) -> LinearHead:
+        """Fit with an L2 penalty, from the last fit or from another head."""
+        if start is not None:
+            with torch.no_grad():
+                self._weight.copy_(start.weight * self._deviation)
+                self._bias.copy_(start.bias + start.weight @ self._mean)
+        self._minimize(penalty)
         # fold the standardization into the head
-        scaled = (weight / deviation).detach()
-        shifted = (bias - scaled @ mean).detach()
+        scaled = (self._weight / self._deviation).detach()
+        shifted = (self._bias - scaled @ self._mean).detach()
         losses = F.cross_entropy(
-            val.inputs @ scaled.T + shifted, val.labels, reduction="none"
+            self._val.inputs @ scaled.T + shifted, self._val.labels, reduction="none"
         ).double()
         sums = torch.stack([losses.new_tensor(len(losses)), losses.sum(), losses.square().sum()])
-        count, total, squares = _all_reduce(sums).tolist()
+        count, total, squares = self._reduce(sums).tolist()
         mean_loss = total / count
         error = math.sqrt(max(0.0, squares / count - mean_loss**2) / count)
-        heads.append(LinearHead(scaled.clone(), shifted.clone(), penalty, mean_loss, error))
-    best = min(heads, key=lambda head: head.val_loss)
-    return next(head for head in heads if head.val_loss <= best.val_loss + best.val_loss_error)
+        return LinearHead(scaled.clone(), shifted.clone(), penalty, mean_loss, error)
+
+    def _minimize(self, penalty: float) -> None:
+        weight, bias = self._weight, self._bias
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            logits = self._inputs @ weight.T + bias
+            loss = F.cross_entropy(
+                logits, self._train.labels, weight=self._class_weights, reduction="sum"
+            )
+            loss = loss / self.rows
+            loss.backward()
+            total = loss.detach()
+            assert weight.grad is not None
+            assert bias.grad is not None
+            for part in (total, weight.grad, bias.grad):
+                self._reduce(part)
+            total = total + penalty / 2 * weight.detach().square().sum()
+            weight.grad.add_(weight.detach(), alpha=penalty)
+            return total
+
+        optimizer.step(closure)
 
 
-def evaluate_head(head: LinearHead, split: ProbeFeatures, num_classes: int) -> EvalMetrics:
+def evaluate_head(
+    head: LinearHead, split: ProbeFeatures, num_classes: int, reduce: ReduceFn = all_reduce
+) -> EvalMetrics:
     """Metrics of a head on the features of all workers."""
     accumulator = EvalAccumulator(num_classes, split.inputs.device)
     accumulator.update(split.inputs @ head.weight.T + head.bias, split.labels)
-    return accumulator.compute()
+    return accumulator.compute(reduce)
 
 
 def install_head(
@@ -180,39 +246,3 @@ def install_head(
             layer.weight.copy_(weight.reshape(layer.weight.shape) / coefficient)
             if layer.bias is not None:
                 layer.bias.copy_(head.bias / sum(coefficients))
-
-
-def _minimize(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    rows: torch.Tensor,
-    penalty: float,
-    weights: torch.Tensor | None,
-) -> None:
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        logits = inputs @ weight.T + bias
-        loss = F.cross_entropy(logits, labels, weight=weights, reduction="sum") / rows
-        loss.backward()
-        total = loss.detach()
-        assert weight.grad is not None
-        assert bias.grad is not None
-        for part in (total, weight.grad, bias.grad):
-            dist.all_reduce(part)
-        total = total + penalty / 2 * weight.detach().square().sum()
-        weight.grad.add_(weight.detach(), alpha=penalty)
-        return total
-
-    optimizer.step(closure)
-
-
-def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all workers, in place."""
-    dist.all_reduce(tensor)
-    return tensor

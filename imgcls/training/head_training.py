@@ -1,0 +1,291 @@
+"""Training of a new head on the embeddings of a committed run; no image is read.
+
+The result is a complete bundle: the network of the run with the new head. The head is that of
+strategy probe with one view per image. Ray is not needed, and nothing is saved on the way: it takes
+a minute for a million images.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from imgcls import log
+from imgcls.data.manifests.manifest import resolve_paths
+from imgcls.errors import OK, RequestError, TooManyErrors
+from imgcls.models import zoo
+from imgcls.models.bundle import Bundle, load_bundle_weights
+from imgcls.models.linear_head import load_linear_head
+from imgcls.runs import layout
+from imgcls.runs.committed import CommittedRun, iter_tables, load_source_bundle, open_run
+from imgcls.runs.lease import Lease
+from imgcls.training.config import ModelConfig, TrainConfig
+from imgcls.training.data.batches import DecodeFailure
+from imgcls.training.data.examples import Examples, read_examples
+from imgcls.training.epoch_metrics import EpochMetrics, TrainLoopResult
+from imgcls.training.loggers import base
+from imgcls.training.optim import linear_probe
+from imgcls.training.optim.linear_probe import LinearHead, ProbeFeatures
+from imgcls.training.optim.loss import compute_class_weights
+from imgcls.training.publish import find_finished, publish_bundle
+from imgcls.training.result import TrainResult
+from imgcls.training.setup import TrainSetup, check_enough_left
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+_BATCH_ROWS = 16_384
+_PATH_ROWS = 1_000_000
+"""Rows of the run whose paths are found at a time: each time all paths are hashed."""
+
+
+def train_head(config: TrainConfig) -> TrainResult:
+    """Fit a head to the embeddings of the run `data.embeddings` and write the bundle.
+
+    Raises RequestError when the run has no embeddings or its network no linear head, OutputError
+    when the output holds something else, and TooManyErrors when more images than
+    `data.max_error_rate` allows have no embedding.
+    """
+    run, source = _open_source(config)
+    setup = _resolve_setup(config, run, source)
+    layout.check_output_writable(config.output)
+    finished = find_finished(setup)
+    if finished is not None:
+        return finished
+    lease = Lease.acquire(config.output)
+    try:
+        return _fit_and_publish(setup, run, lease)
+    finally:
+        lease.release()
+
+
+def _open_source(config: TrainConfig) -> tuple[CommittedRun, Bundle]:
+    """The run and the bundle that made it; raises RequestError for a request that cannot work."""
+    data = config.data
+    assert data.embeddings is not None
+    if config.strategy not in (None, "probe"):
+        raise RequestError(
+            f"strategy {config.strategy}: needs images; data.embeddings fits a head alone. Remove "
+            "one of the two settings"
+        )
+    if config.find_lr:
+        raise RequestError("find_lr: needs images; remove it, or data.embeddings")
+    if config.model != ModelConfig():
+        raise RequestError("model: is that of data.embeddings; remove the settings of model")
+    run = open_run(data.embeddings)
+    run.check_embeddings()
+    if run.merged_runs:
+        raise RequestError(
+            f"data.embeddings {run.url}: is a history of several runs; pass one of them"
+        )
+    source = load_source_bundle(run, data.embeddings_model, "data.embeddings-model")
+    load_linear_head(source)  # raises if a head cannot be fitted to the embeddings
+    return run, source
+
+
+def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> TrainSetup:
+    examples = read_examples(config.data)
+    architecture = source.spec.architecture
+    network = zoo.build_network(architecture, len(examples.classes))
+    zoo.apply_weights(network, load_bundle_weights(source), replace_head=True)
+    base.check_loggers(config.track, config.output)
+    embeddings = {name: run.success_record[name] for name in ("run_id", "committed")}
+    return TrainSetup(
+        config=config,
+        strategy="probe",
+        examples=examples,
+        architecture=architecture,
+        preprocess=source.spec.preprocess,
+        network=network,
+        class_weights=compute_class_weights(
+            config.loss, examples.classes, examples.count_per_class(held=False)
+        ),
+        head_coefficients=(1.0,),
+        identity={
+            "settings": config.identity(),
+            "data": {
+                **{key: each.fingerprint for key, each in examples.sources.items()},
+                "data.embeddings": embeddings,
+            },
+            "initial_weights": source.sha256,
+        },
+    )
+
+
+def _fit_and_publish(setup: TrainSetup, run: CommittedRun, lease: Lease) -> TrainResult:
+    config, examples, began = setup.config, setup.examples, time.monotonic()
+    vectors, index, failures = gather_embeddings(run, examples)
+    _check_failures(config, examples, run, failures)
+    log.show(
+        f"data: {examples.count(held=False):,} training images of {len(examples.classes)} classes "
+        f"from {config.data.train.path}, {examples.count(held=True):,} validation images\n"
+        f"model: {setup.architecture.name} of {run.url}, "
+        f"{vectors.shape[1]:,} numbers per image, read in {time.monotonic() - began:.1f} s"
+    )
+    labels, held = (examples.rows.column(name).to_numpy() for name in ("label", "held"))
+    train, val = (
+        ProbeFeatures(torch.from_numpy(vectors[index[rows]]), torch.from_numpy(labels[rows]))
+        for rows in ((index >= 0) & ~held, (index >= 0) & held)
+    )
+    del vectors  # 2 GB for a million images
+    head, epoch = _fit_head(setup, train, val)
+    linear_probe.install_head(setup.network, head)
+    precision = "+".join(run.success_record["precision"])
+    failed = (
+        sum(not failure.held for failure in failures),
+        sum(failure.held for failure in failures),
+    )
+    with base.open_loggers(config.track, config.output, None) as loggers:
+        loggers.start(config.model_dump(mode="json"), 0)
+        loggers.log_epoch(0, epoch.get_numbers())
+        lease.check()
+        files = publish_bundle(
+            setup,
+            TrainLoopResult((epoch,), precision),
+            epoch,
+            setup.network.state_dict(),
+            workers="none, from embeddings",
+            failed=failed,
+            seconds=time.monotonic() - began,
+        )
+        loggers.finish({f"best_{k}": v for k, v in epoch.get_numbers().items()}, files)
+    log.show(
+        f"{epoch.format_line(1)}\n"
+        f"head fitted, l2 {head.l2:g}, val acc {100 * epoch.val_accuracy:.1f} % -> {config.output}"
+    )
+    return TrainResult(config.output, [epoch], epoch, sum(failed))
+
+
+def gather_embeddings(
+    run: CommittedRun, examples: Examples
+) -> tuple[Floats, Indices, tuple[DecodeFailure, ...]]:
+    """The embeddings of the examples, found by the absolute path of their image.
+
+    Returns (U, E) float32, one per path; (rows,) int64, the index of each row in it, negative for a
+    row without an embedding; and these rows, in row order.
+    """
+    encoded = _normalize(examples.rows.column("url")).combine_chunks().dictionary_encode()
+    urls = encoded.dictionary
+    places, statuses = _find_paths(run, urls)
+    vectors = np.zeros((len(urls), run.schema.field("embedding").type.list_size), np.float32)
+    has_vector = np.zeros(len(urls), bool)
+    first = 0
+    for table in iter_tables(run, ["embedding"], _BATCH_ROWS):
+        place = places[first : first + table.num_rows]
+        column = table["embedding"].combine_chunks()
+        has_value = column.is_valid().to_numpy(zero_copy_only=False)
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, vectors.shape[1])
+        wanted = place[has_value] >= 0
+        # a path in several rows is one image, which has one embedding
+        target = place[has_value][wanted]
+        vectors[target] = values[wanted]
+        has_vector[target] = True
+        first += table.num_rows
+    index = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
+    lacking = np.flatnonzero((index < 0) | ~has_vector[index])
+    rows = examples.rows.take(pa.array(lacking)).to_pylist()
+    failures = tuple(
+        DecodeFailure(row["url"], row["label"], row["held"], _explain(statuses, int(place)))
+        for row, place in zip(rows, index[lacking], strict=True)
+    )
+    index[lacking] = -1
+    return vectors, index, failures
+
+
+def _find_paths(run: CommittedRun, urls: pa.Array) -> tuple[Indices, list[str | None]]:
+    """Where the rows of a run are among `urls`, and the status of each of these.
+
+    Returns (rows of the run,) int64, negative for other paths; and a status by index in `urls`,
+    None for those that are not in the run.
+    """
+    places = [np.empty(0, np.int64)]
+    statuses = np.full(len(urls), None, object)
+    for table in iter_tables(run, [run.path_column, "status"], _PATH_ROWS):
+        paths = _normalize(resolve_paths(table[run.path_column], run.root))
+        found = pc.index_in(paths, value_set=urls).combine_chunks().cast(pa.int64()).fill_null(-1)
+        place = found.to_numpy(zero_copy_only=False)
+        status = table["status"].cast(pa.string()).to_numpy(zero_copy_only=False)
+        statuses[place[place >= 0]] = status[place >= 0]
+        places.append(place)
+    return np.concatenate(places), statuses.tolist()
+
+
+def _explain(statuses: list[str | None], place: int) -> str:
+    """Why an image has no embedding."""
+    if place < 0:
+        return "has no path"
+    status = statuses[place]
+    if status is None:
+        return "is not in the run"
+    return "has no embedding, beyond the range of float16" if status == OK else status
+
+
+def _normalize(urls: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths on a disk without `.`, `..` and `//`, so that each image has one path."""
+    text = urls.cast(pa.large_string())
+    if not pc.any(pc.match_substring_regex(text, r"^/(.*/)?\.{0,2}(/|$)")).as_py():
+        return text
+    paths = [
+        os.path.normpath("/" + path.lstrip("/")) if path and path.startswith("/") else path
+        for path in text.to_pylist()
+    ]
+    return pa.chunked_array([pa.array(paths, text.type)])
+
+
+def _check_failures(
+    config: TrainConfig,
+    examples: Examples,
+    run: CommittedRun,
+    failures: tuple[DecodeFailure, ...],
+) -> None:
+    """Log the images that are left out; raise TooManyErrors when they are too many."""
+    listed = "".join(f"\n  {each.url}: {each.error}" for each in failures[:3])
+    rows, allowed = examples.rows.num_rows, config.data.max_error_rate
+    if len(failures) > allowed * rows:
+        raise TooManyErrors(
+            f"{len(failures):,} of {rows:,} images have no embedding in {run.url}, more than "
+            f"data.max_error_rate {allowed:g} allows:{listed}\nLabel them with `imgcls predict "
+            "--embeddings float16`, or raise data.max_error_rate."
+        )
+    if failures:
+        log.emit("note", f"left out:{listed}" + ("\n  ..." if len(failures) > 3 else ""))
+    check_enough_left(examples, failures, 1)
+
+
+def _fit_head(
+    setup: TrainSetup, train: ProbeFeatures, val: ProbeFeatures
+) -> tuple[LinearHead, EpochMetrics]:
+    started, classes = time.perf_counter(), len(setup.examples.classes)
+    weights = None if setup.class_weights is None else torch.tensor(setup.class_weights)
+    head = linear_probe.fit_head(
+        train, val, classes, l2=setup.config.probe.l2, weights=weights, reduce=_keep
+    )
+    train_metrics, val_metrics = (
+        linear_probe.evaluate_head(head, split, classes, _keep) for split in (train, val)
+    )
+    seconds = time.perf_counter() - started
+    return head, EpochMetrics(
+        epoch=0,
+        phase="probe",
+        train_loss=train_metrics.loss,
+        train_accuracy=train_metrics.accuracy,
+        val_loss=val_metrics.loss,
+        val_accuracy=val_metrics.accuracy,
+        val_balanced_accuracy=val_metrics.balanced_accuracy,
+        lr=math.nan,
+        images_per_second=train_metrics.rows / seconds,
+        seconds=seconds,
+        train_rows=train_metrics.rows,
+        val_rows=val_metrics.rows,
+    )
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over one worker."""
+    return tensor
