@@ -87,7 +87,8 @@ class TrainStep:
         self.network = network
         self.ema: ModelEma | None = None
         if config.optim.ema is not None:
-            self.ema = ModelEma(network, config.optim.ema)
+            has_probe = strategy.has_probe(strategy_)
+            self.ema = ModelEma(network, config.optim.ema, is_fitted=has_probe)
         self.eval_network = network if self.ema is None else self.ema.network
         groups = strategy.plan_param_groups(network, strategy_, config.finetune)
         self.optimizer = build_optimizer(

@@ -240,3 +240,18 @@ def test_the_average_of_few_steps_does_not_hold_on_to_where_it_began() -> None:
     for step in range(20):
         average.update(step)
     assert average.network.weight.mean().item() == pytest.approx(7.0, abs=0.1)
+
+
+def test_the_average_of_few_steps_from_fitted_weights_stays_near_them() -> None:
+    network = nn.Linear(2, 2)
+    with torch.no_grad():
+        network.weight.fill_(1.0)
+    average = ModelEma(network, 0.99, is_fitted=True)
+    with torch.no_grad():
+        network.weight.fill_(0.0)
+    shares = []
+    for step in range(300):
+        average.update(step)
+        shares.append(average.network.weight.mean().item())
+    assert shares[29] == pytest.approx(0.99**30, abs=1e-5)
+    assert shares[299] < 0.05
