@@ -18,14 +18,17 @@ import pyarrow.compute as pc
 import torch
 
 from imgcls import log
+from imgcls.cluster.interrupts import Interruption
 from imgcls.data.manifests.manifest import resolve_paths
-from imgcls.errors import OK, RequestError, TooManyErrors
+from imgcls.data.storage import filesystem
+from imgcls.errors import OK, OutputError, RequestError, TooManyErrors
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights
 from imgcls.models.linear_head import load_linear_head
 from imgcls.runs import layout
 from imgcls.runs.committed import CommittedRun, iter_tables, load_source_bundle, open_run
 from imgcls.runs.lease import Lease
+from imgcls.training.checkpoints import Checkpoints
 from imgcls.training.config import ModelConfig, TrainConfig
 from imgcls.training.data.batches import DecodeFailure
 from imgcls.training.data.examples import Examples, read_examples
@@ -60,9 +63,22 @@ def train_head(config: TrainConfig) -> TrainResult:
         return finished
     lease = Lease.acquire(config.output)
     try:
-        return _fit_and_publish(setup, run, lease)
+        _remove_unfinished(config)
+        with Interruption().handle_signals() as interruption:
+            return _fit_and_publish(setup, run, lease, interruption)
     finally:
         lease.release()
+
+
+def _remove_unfinished(config: TrainConfig) -> None:
+    """Remove an unfinished training with `overwrite`; raise OutputError without."""
+    checkpoints = Checkpoints(config.output)
+    if checkpoints.list_states() and not config.overwrite:
+        raise OutputError(
+            f"output {config.output} holds another, unfinished training. Rerun its command to "
+            "resume it, pass --overwrite to start over, or pass another --output."
+        )
+    filesystem.remove(checkpoints.folder)
 
 
 def _open_source(config: TrainConfig) -> tuple[CommittedRun, Bundle]:
@@ -118,9 +134,12 @@ def _resolve_setup(config: TrainConfig, run: CommittedRun, source: Bundle) -> Tr
     )
 
 
-def _fit_and_publish(setup: TrainSetup, run: CommittedRun, lease: Lease) -> TrainResult:
+def _fit_and_publish(
+    setup: TrainSetup, run: CommittedRun, lease: Lease, interruption: Interruption
+) -> TrainResult:
     config, examples, began = setup.config, setup.examples, time.monotonic()
     vectors, index, failures = gather_embeddings(run, examples)
+    interruption.check()
     _check_failures(config, examples, run, failures)
     log.show(
         f"data: {examples.count(held=False):,} training images of {len(examples.classes)} classes "
@@ -135,6 +154,7 @@ def _fit_and_publish(setup: TrainSetup, run: CommittedRun, lease: Lease) -> Trai
     )
     del vectors  # 2 GB for a million images
     head, epoch = _fit_head(setup, train, val)
+    interruption.check()
     linear_probe.install_head(setup.network, head)
     precision = "+".join(run.success_record["precision"])
     failed = (

@@ -17,6 +17,7 @@ from imgcls.inference.relabel import relabel
 from imgcls.models.bundle import load_bundle, load_bundle_weights
 from imgcls.runs import layout
 from imgcls.runs.committed import open_run
+from imgcls.training.checkpoints import Checkpoints, TrainProgress
 from imgcls.training.data.examples import read_examples
 from imgcls.training.head_training import gather_embeddings
 from imgcls.training.optim import linear_probe
@@ -124,6 +125,23 @@ def test_the_same_request_returns_the_finished_bundle_and_another_one_is_refused
     with pytest.raises(OutputError, match="already holds a bundle"):
         train(**given)
     train(**given, overwrite=True)
+
+
+def test_an_unfinished_training_is_only_replaced_on_request(
+    tmp_path: Path, run: tuple[Path, np.ndarray]
+) -> None:
+    folder, vectors = run
+    labels = label_by_embedding(tmp_path, vectors, OTHER_ROWS)
+    given = arguments(folder, labels, tmp_path / "bundle")
+    unfinished = Checkpoints(str(tmp_path / "bundle"))
+    unfinished.start_run({"settings": {}})
+    unfinished.save(TrainProgress(), {"network": {}}, {"weight": torch.zeros(1)})
+    unfinished.wait_until_saved()
+    with pytest.raises(OutputError, match="holds another, unfinished training"):
+        train(**given)
+    assert unfinished.list_states()
+    train(**given, overwrite=True)
+    assert not Path(unfinished.folder).exists()
 
 
 def test_rows_without_an_embedding_are_left_out_up_to_the_allowed_share(
