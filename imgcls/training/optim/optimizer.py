@@ -94,9 +94,9 @@ class ModelEma:
 
     From random weights, the decay in step t is min(decay, (1 + t) / (10 + t)), so that the initial
     weights lose their influence within a few steps. Source: num_updates of TensorFlow's
-    ExponentialMovingAverage. From weights with a fitted head the decay is constant: after few steps,
-    as few images give, the average stays near the start, which is more accurate than either end
-    (Wortsman et al., CVPR 2022, "Robust fine-tuning of zero-shot models"); after many it is left.
+    ExponentialMovingAverage. From weights with a fitted head the decay is constant: after the few
+    steps that few images give, the average is still near the start, and more accurate than either
+    end (Wortsman et al., CVPR 2022, "Robust fine-tuning of zero-shot models").
 
     torch's AveragedModel gives the same numbers, but lists all tensors again in every update: 0.34
     instead of 0.06 ms for the small CNN on a CPU, and a copy that a GPU has to wait for.
