@@ -324,11 +324,21 @@ def stop_between_requests(pid: int) -> None:
     """
     for _ in range(20):
         os.kill(pid, signal.SIGSTOP)
+        # a thread that waits for a core within a call, such as connect, first ends that call
+        wait_for(lambda: are_threads_stopped(pid), every=0.01)
         if answers(os.environ.get("AWS_ENDPOINT_URL")):
             return
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.1)
     raise TimeoutError("the object store does not answer")
+
+
+def are_threads_stopped(pid: int) -> bool:
+    states = [
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return all(state == "T" for state in states)
 
 
 def answers(endpoint: str | None) -> bool:
