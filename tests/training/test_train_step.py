@@ -475,6 +475,24 @@ def test_the_moving_average_is_validated_where_there_is_one() -> None:
     assert not torch.allclose(logits, averaged.network(averaged.normalize_inputs(rows().pixels)))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "share"), [("probe_then_finetune", 0.99), ("finetune", 0.1), ("scratch", 0.1)]
+)
+def test_only_after_a_probe_the_moving_average_begins_at_the_start(
+    strategy: Strategy, share: float
+) -> None:
+    context = WorkerContext(0, 1, torch.device("cpu"), "fp32")
+    settings = config(optim={"ema": 0.99, "lr": 0.1})
+    network = small_cnn()
+    made = TrainStep(settings, strategy, PREPROCESS, None, CLASSES, network, context)
+    made.set_trainable(1)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    made.step(rows(), ROWS, 0)
+    for name, average in made.eval_network.named_parameters():
+        expected = share * before[name] + (1 - share) * network.get_parameter(name)
+        torch.testing.assert_close(average, expected.detach())
+
+
 def test_long_gradients_are_cut_to_the_norm_that_was_asked_for() -> None:
     made = build_train_step(without_norms(), config(optim=PLAIN_SGD | {"clip_norm": 1e-3}))
     before = {name: p.detach().clone() for name, p in made.network.named_parameters()}
