@@ -17,7 +17,6 @@ from imgcls import log
 from imgcls.config import requested
 from imgcls.data.storage import filesystem
 from imgcls.data.storage.storage_settings import with_config_storage
-from imgcls.errors import RequestError
 from imgcls.evaluation.config import SimilarConfig
 from imgcls.evaluation.row_lookup import read_part_rows
 from imgcls.models.classifier import Classifier
@@ -67,8 +66,6 @@ def find_similar(config: SimilarConfig | None = None, /, **settings: object) -> 
 def _find(config: SimilarConfig) -> pa.Table:
     run = open_run(config.run)
     run.check_embeddings()
-    if run.merged_runs:
-        raise RequestError(f"{run.url}: is a history of several runs; pass one of them")
     classifier = Classifier(load_source_bundle(run, config.model, "model"))
     queries = normalize_embeddings(classifier.embed(config.to))
     similarity, file, position = find_nearest(run, queries, config.k)

@@ -115,12 +115,14 @@ class CommittedRun:
             )
 
     def check_embeddings(self) -> None:
-        """Raise RequestError when the embeddings of this run were not written."""
+        """Raise RequestError when this is no single run that has kept its embeddings."""
         if "embedding" not in self.schema.names:
             raise RequestError(
                 f"{self.url}: has no embeddings; label it with "
                 "`imgcls predict --embeddings float16`"
             )
+        if self.merged_runs:
+            raise RequestError(f"{self.url}: is a history of several runs; pass one of them")
 
     def check_bundle(self, bundle: Bundle) -> None:
         """Raise RequestError when another bundle made these predictions."""

@@ -7,7 +7,6 @@ a minute for a million images.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 
@@ -21,7 +20,7 @@ from imgcls import log
 from imgcls.cluster.interrupts import Interruption
 from imgcls.data.manifests.manifest import resolve_paths
 from imgcls.data.storage import filesystem
-from imgcls.errors import OK, OutputError, RequestError, TooManyErrors
+from imgcls.errors import OK, OutputError, RequestError, RunFailed, TooManyErrors
 from imgcls.models import zoo
 from imgcls.models.bundle import Bundle, load_bundle_weights
 from imgcls.models.linear_head import load_linear_head
@@ -53,7 +52,8 @@ def train_head(config: TrainConfig) -> TrainResult:
 
     Raises RequestError when the run has no embeddings or its network no linear head, OutputError
     when the output holds something else, and TooManyErrors when more images than
-    `data.max_error_rate` allows have no embedding.
+    `data.max_error_rate` allows have no embedding. Raises RunFailed for embeddings that are NaN or
+    too large.
     """
     run, source = _open_source(config)
     setup = _resolve_setup(config, run, source)
@@ -96,10 +96,6 @@ def _open_source(config: TrainConfig) -> tuple[CommittedRun, Bundle]:
         raise RequestError("model: is that of data.embeddings; remove the settings of model")
     run = open_run(data.embeddings)
     run.check_embeddings()
-    if run.merged_runs:
-        raise RequestError(
-            f"data.embeddings {run.url}: is a history of several runs; pass one of them"
-        )
     source = load_source_bundle(run, data.embeddings_model, "data.embeddings-model")
     load_linear_head(source)  # raises if a head cannot be fitted to the embeddings
     return run, source
@@ -208,7 +204,9 @@ def gather_embeddings(
         has_vector[target] = True
         first += table.num_rows
     index = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False).copy()
-    lacking = np.flatnonzero((index < 0) | ~has_vector[index])
+    is_found = index >= 0
+    is_found[is_found] = has_vector[index[is_found]]
+    lacking = np.flatnonzero(~is_found)
     rows = examples.rows.take(pa.array(lacking)).to_pylist()
     failures = tuple(
         DecodeFailure(row["url"], row["label"], row["held"], _explain(statuses, int(place)))
@@ -282,6 +280,12 @@ def _fit_head(
     setup: TrainSetup, train: ProbeFeatures, val: ProbeFeatures
 ) -> tuple[LinearHead, EpochMetrics]:
     started, classes = time.perf_counter(), len(setup.examples.classes)
+    overflowed = sum(linear_probe.count_non_finite(split, _keep) for split in (train, val))
+    if overflowed:
+        raise RunFailed(
+            f"the embeddings of {overflowed:,} images are NaN or too large; label them with "
+            "`imgcls predict --precision fp32`, or with another model"
+        )
     weights = None if setup.class_weights is None else torch.tensor(setup.class_weights)
     head = linear_probe.fit_head(
         train, val, classes, l2=setup.config.probe.l2, weights=weights, reduce=_keep
@@ -290,19 +294,8 @@ def _fit_head(
         linear_probe.evaluate_head(head, split, classes, _keep) for split in (train, val)
     )
     seconds = time.perf_counter() - started
-    return head, EpochMetrics(
-        epoch=0,
-        phase="probe",
-        train_loss=train_metrics.loss,
-        train_accuracy=train_metrics.accuracy,
-        val_loss=val_metrics.loss,
-        val_accuracy=val_metrics.accuracy,
-        val_balanced_accuracy=val_metrics.balanced_accuracy,
-        lr=math.nan,
-        images_per_second=train_metrics.rows / seconds,
-        seconds=seconds,
-        train_rows=train_metrics.rows,
-        val_rows=val_metrics.rows,
+    return head, linear_probe.describe_probe(
+        train_metrics, val_metrics, views=1, feature_seconds=seconds, seconds=seconds
     )
 
 

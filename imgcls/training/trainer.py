@@ -349,19 +349,12 @@ class Trainer:
             f"probe: {train_metrics.rows:,} features in {computed - started:.1f} s, head fitted in "
             f"{fitted - computed:.1f} s, l2 {head.l2:g}"
         )
-        return EpochMetrics(
-            epoch=0,
-            phase="probe",
-            train_loss=train_metrics.loss,
-            train_accuracy=train_metrics.accuracy,
-            val_loss=val_metrics.loss,
-            val_accuracy=val_metrics.accuracy,
-            val_balanced_accuracy=val_metrics.balanced_accuracy,
-            lr=math.nan,
-            images_per_second=train_metrics.rows / (computed - started),
+        return linear_probe.describe_probe(
+            train_metrics,
+            val_metrics,
+            views=views,
+            feature_seconds=computed - started,
             seconds=fitted - started,
-            train_rows=train_metrics.rows // views,
-            val_rows=val_metrics.rows,
         )
 
     def _run_lr_finder(self) -> tuple[tuple[float, float], ...]:

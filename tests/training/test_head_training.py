@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from imgcls.errors import BundleError, ConfigError, OutputError, RequestError, TooManyErrors
+from imgcls.errors import (
+    BundleError,
+    ConfigError,
+    OutputError,
+    RequestError,
+    RunFailed,
+    TooManyErrors,
+)
 from imgcls.inference.relabel import relabel
 from imgcls.models.bundle import load_bundle, load_bundle_weights
 from imgcls.runs import layout
@@ -180,6 +188,44 @@ def test_paths_are_found_by_the_file_that_they_name(tmp_path: Path, bundle: Path
     found, index, failures = gather_embeddings(run, read_examples(data))
     assert not failures
     np.testing.assert_array_equal(found[index], vectors[1:5])
+
+
+def test_embeddings_that_overflow_give_no_bundle(tmp_path: Path, bundle: Path) -> None:
+    vectors = commit_run(tmp_path / "run", bundle, ROWS)
+    for file in (tmp_path / "run" / "predictions").iterdir():
+        table = pq.read_table(file)
+        column = table["embedding"].combine_chunks()
+        huge = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.full(len(column) * column.type.list_size, 1e30, np.float32)),
+            column.type.list_size,
+        )
+        place = table.schema.get_field_index("embedding")
+        pq.write_table(table.set_column(place, table.schema.field(place), huge), file)
+    labels = label_by_embedding(tmp_path, vectors, OTHER_ROWS)
+    with pytest.raises(RunFailed, match="the embeddings of 119 images are NaN or too large"):
+        train(**arguments(tmp_path / "run", labels, tmp_path / "bundle"))
+    assert not list((tmp_path / "bundle").iterdir())
+
+
+def test_rows_without_a_path_are_left_out(tmp_path: Path, bundle: Path) -> None:
+    commit_run(tmp_path / "run", bundle, 20)
+    table = pa.table({"path": pa.nulls(4, pa.string()), "label": ["a", "b", "a", "b"]})
+    pq.write_table(table, tmp_path / "labels.parquet")
+    given = arguments(tmp_path / "run", tmp_path / "labels.parquet", tmp_path / "bundle")
+    given["data"]["val"] = str(tmp_path / "labels.parquet")
+    with pytest.raises(TooManyErrors, match=r"8 of 8 images have no embedding(.|\n)*has no path"):
+        train(**given)
+
+
+def test_a_history_is_refused(tmp_path: Path, run: tuple[Path, np.ndarray]) -> None:
+    folder, vectors = run
+    labels = label_by_embedding(tmp_path, vectors, OTHER_ROWS)
+    stored = layout.load_run(str(folder))
+    assert stored is not None
+    stored["identity"]["merged"] = ["one", "other"]
+    layout.write_run(str(folder), stored)
+    with pytest.raises(RequestError, match="is a history of several runs; pass one of them"):
+        train(**arguments(folder, labels, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize(

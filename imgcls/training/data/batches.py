@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from imgcls.cluster.imports import skip_collection_at_exit
 from imgcls.data import image_files
 from imgcls.data.decoding import decode
 from imgcls.data.decoding.decode import Pixels
@@ -112,9 +111,8 @@ def compute_image_bytes(preprocess: Preprocess) -> int:
 def decode_block(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
     """Fetch and decode rows of one split; adds the columns error (string) and pixels (binary).
 
-    The pixels of a row with an error are zeros. For processes of the job only.
+    The pixels of a row with an error are zeros.
     """
-    skip_collection_at_exit()
     preprocess = settings.for_split(held=rows.column("held")[0].as_py())
     shape = (rows.num_rows, 3, preprocess.crop, preprocess.crop)
     stacked = np.zeros(shape, np.uint8)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data.expressions import col
 
+from imgcls.cluster.imports import skip_collection_at_exit
 from imgcls.cluster.ray_data import DataExecution
 from imgcls.data.decoding.decode import Pixels
 from imgcls.data.decoding.preprocess import Preprocess
@@ -68,7 +69,7 @@ def decode_images(
         split = rows.filter(pc.equal(rows.column("held"), held))
         size = max(1, min(compute_block_rows(settings.for_split(held=held)), cut))
         chunks += [split.slice(start, size) for start in range(0, split.num_rows, size)]
-    decode = storage_settings.bind_settings_split(math.ceil(cpus), decode_block, settings=settings)
+    decode = storage_settings.bind_settings_split(math.ceil(cpus), _decode, settings=settings)
     with execution.own_settings():
         dataset = ray.data.from_blocks(chunks).map_batches(decode, batch_format="pyarrow")
     try:
@@ -82,6 +83,12 @@ def decode_images(
         for row in sorted(bad, key=lambda row: (row["held"], row["row"]))
     ]
     return CachedImages(tuple(decoded.to_arrow_refs()), tuple(failures), settings)
+
+
+def _decode(rows: pa.Table, settings: DecodeSettings) -> pa.Table:
+    """`decode_block` in a process of Ray Data."""
+    skip_collection_at_exit()
+    return decode_block(rows, settings)
 
 
 def find_store_bytes() -> int:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 import ray.train
 
+from imgcls.cluster.imports import skip_collection_at_exit
 from imgcls.cluster.ray_data import own_data_settings
 from imgcls.data.storage import storage_settings
 from imgcls.training.data.batches import (
@@ -129,4 +130,5 @@ def _decode_indices(
     wanted: reference to (N,) int64 row indices of `table`
     """
     rows: pa.Table = ray.get(table)
+    skip_collection_at_exit()
     return decode_block(rows.take(ray.get(wanted)[block["id"]]), settings)

@@ -21,6 +21,7 @@ from imgcls.training.augment.augment import Augment
 from imgcls.training.augment.crop import center_crop
 from imgcls.training.augment.recipe import AugmentConfig
 from imgcls.training.data.batches import Batch
+from imgcls.training.epoch_metrics import EpochMetrics
 from imgcls.training.network import spatial_mean
 from imgcls.training.train_step import TrainStep
 from imgcls.training.validation import EvalAccumulator, EvalMetrics, ReduceFn, all_reduce
@@ -109,12 +110,12 @@ def extract_features(train_step: TrainStep, batches: Iterator[Batch], views: int
     return ProbeFeatures(torch.cat(features), torch.cat(labels))
 
 
-def count_non_finite(split: ProbeFeatures) -> int:
+def count_non_finite(split: ProbeFeatures, reduce: ReduceFn = all_reduce) -> int:
     """Number of rows of all workers with features whose squares are NaN or infinite.
 
     Every worker must call it.
     """
-    return int(all_reduce((~split.inputs.square().sum(1).isfinite()).sum()))
+    return int(reduce((~split.inputs.square().sum(1).isfinite()).sum()))
 
 
 def fit_head(
@@ -229,6 +230,31 @@ def evaluate_head(
     accumulator = EvalAccumulator(num_classes, split.inputs.device)
     accumulator.update(split.inputs @ head.weight.T + head.bias, split.labels)
     return accumulator.compute(reduce)
+
+
+def describe_probe(
+    train: EvalMetrics, val: EvalMetrics, *, views: int, feature_seconds: float, seconds: float
+) -> EpochMetrics:
+    """The metrics of a probe as those of epoch 0.
+
+    views:           features per training image, each of which `train` counts as a row
+    feature_seconds: time in which the features were made
+    seconds:         duration of the probe
+    """
+    return EpochMetrics(
+        epoch=0,
+        phase="probe",
+        train_loss=train.loss,
+        train_accuracy=train.accuracy,
+        val_loss=val.loss,
+        val_accuracy=val.accuracy,
+        val_balanced_accuracy=val.balanced_accuracy,
+        lr=math.nan,
+        images_per_second=train.rows / feature_seconds,
+        seconds=seconds,
+        train_rows=train.rows // views,
+        val_rows=val.rows,
+    )
 
 
 def install_head(
